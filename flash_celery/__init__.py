@@ -1,0 +1,35 @@
+"""PostgreSQL changes as Celery tasks.
+
+WAL → replication → pgoutput → transactions → routing → payload → publishers → broker → handler
+"""
+
+from . import payload as _payload  # noqa: F401 - makes changes travel as task arguments
+from .changes import (
+    UNCHANGED,
+    Change,
+    Changes,
+    Delete,
+    Insert,
+    Operation,
+    Truncate,
+    Update,
+)
+from .errors import FlashError
+from .handlers import on_change
+from .protocol.lsn import Lsn
+from .subscriptions import Batch
+
+__all__ = [
+    "UNCHANGED",
+    "Batch",
+    "Change",
+    "Changes",
+    "Delete",
+    "FlashError",
+    "Insert",
+    "Lsn",
+    "Operation",
+    "Truncate",
+    "Update",
+    "on_change",
+]

@@ -1,0 +1,383 @@
+"""What a handler is told: `Insert`, `Update`, `Delete`, `Truncate`, and `Changes` for batches.
+
+They keep the bytes that PostgreSQL wrote and decode a value when it is touched.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from functools import cached_property
+from typing import Any, ClassVar, overload
+
+from .protocol.lsn import Lsn
+from .protocol.pgoutput import UNCHANGED_TOAST, Cell
+from .values import loader
+
+#: A TOASTed value that the UPDATE did not touch and PostgreSQL did not send. Never `None`.
+UNCHANGED = UNCHANGED_TOAST
+
+_EPOCH = datetime(2000, 1, 1, tzinfo=timezone.utc)
+
+
+class Operation(enum.Flag):
+    """What happened to a row or table."""
+
+    INSERT = enum.auto()
+    UPDATE = enum.auto()
+    DELETE = enum.auto()
+    TRUNCATE = enum.auto()
+    ALL = INSERT | UPDATE | DELETE | TRUNCATE
+
+    def names(self) -> tuple[str, ...]:
+        """The single operations in it, in lower case."""
+        single = (Operation.INSERT, Operation.UPDATE, Operation.DELETE, Operation.TRUNCATE)
+        return tuple(str(one.name).lower() for one in single if one in self)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column as a handler sees it; `type_oid` is the base type of a domain, text for an enum."""
+
+    name: str
+    type_oid: int
+    type_name: str
+    #: Part of the replica identity.
+    identity: bool
+    #: Within the subscription's `fields`; the others travel for the key's sake.
+    delivered: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """The table of a change, described well enough to decode its rows without the database."""
+
+    schema: str
+    name: str
+    #: The leaf the row is in, as `schema.name`, where the handler's table is partitioned.
+    partition: str | None
+    #: PostgreSQL's replica identity: `d` default, `i` index, `f` full, `n` nothing.
+    identity: str
+    key: tuple[str, ...]
+    columns: tuple[Column, ...]
+
+    @cached_property
+    def positions(self) -> dict[str, int]:
+        """Where in a row each column is."""
+        return {column.name: number for number, column in enumerate(self.columns)}
+
+    @cached_property
+    def delivered(self) -> frozenset[str]:
+        """The columns a handler may see."""
+        return frozenset(column.name for column in self.columns if column.delivered)
+
+    @cached_property
+    def identity_columns(self) -> frozenset[str]:
+        """The columns whose old values PostgreSQL keeps."""
+        return frozenset(column.name for column in self.columns if column.identity)
+
+    @property
+    def full_name(self) -> str:
+        """`schema.name`, unquoted."""
+        return f"{self.schema}.{self.name}"
+
+
+@dataclass(frozen=True)
+class Transaction:
+    """The transaction that made a change."""
+
+    commit_lsn: Lsn
+    xid: int
+    #: Microseconds since 2000-01-01 UTC, as PostgreSQL counts.
+    committed_at: int
+
+
+class Row(Mapping[str, Any]):
+    """A read-only mapping of column name to Python value, decoded when touched."""
+
+    __slots__ = ("_cells", "_known", "_table")
+
+    def __init__(self, table: Table, cells: Sequence[Cell], known: frozenset[str]) -> None:
+        self._table = table
+        self._cells = cells
+        self._known = known
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._known:
+            raise KeyError(self._why_unknown(name))
+        position = self._table.positions[name]
+        cell = self._cells[position]
+        if cell is None or cell is UNCHANGED:
+            return cell
+        assert isinstance(cell, bytes)
+        return loader(self._table.columns[position].type_oid)(cell)
+
+    def __iter__(self) -> Iterator[str]:
+        return (column.name for column in self._table.columns if column.name in self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def _why_unknown(self, name: str) -> str:
+        table = self._table
+        if name not in table.positions:
+            return f"{table.full_name} has no column {name!r} in this change"
+        if name not in table.delivered:
+            return f"{name!r} is not among the fields of this subscription"
+        return (
+            f"the old value of {name!r} is not in the WAL; it is after "
+            f"ALTER TABLE {table.full_name} REPLICA IDENTITY FULL"
+        )
+
+
+class Change:
+    """One committed change of one row (or table), told to one handler.
+
+    `change.id` is unique per delivery to a handler and the same at every redelivery;
+    `commit_lsn` tells an older change from a newer one.
+    """
+
+    operation: ClassVar[Operation]
+    __slots__ = ("_source", "half", "index", "number", "transaction")
+
+    def __init__(
+        self, source: Table, transaction: Transaction, index: int, half: int = 0, number: int = 0
+    ) -> None:
+        self._source = source
+        self.transaction = transaction
+        #: Which row message of its transaction it was, from 0.
+        self.index = index
+        #: 1 and 2 are the Delete and the Insert of one UPDATE that changed the `key=`.
+        self.half = half
+        #: Which of the handler's subscriptions it was delivered for.
+        self.number = number
+
+    @property
+    def schema(self) -> str:
+        """Schema of the handler's table."""
+        return self._source.schema
+
+    @property
+    def table(self) -> str:
+        """Name of the handler's table, without its schema."""
+        return self._source.name
+
+    @property
+    def partition(self) -> str | None:
+        """The leaf the row is in (`schema.name`), or `None` if the table is not partitioned."""
+        return self._source.partition
+
+    @property
+    def commit_lsn(self) -> Lsn:
+        """Where in the WAL the transaction committed."""
+        return self.transaction.commit_lsn
+
+    @property
+    def xid(self) -> int:
+        """The transaction's id."""
+        return self.transaction.xid
+
+    @property
+    def committed_at(self) -> datetime:
+        """When it committed, by the database server's clock (UTC)."""
+        return _EPOCH + timedelta(microseconds=self.transaction.committed_at)
+
+    @property
+    def id(self) -> str:
+        """Unique per delivery to a handler, the same at every redelivery."""
+        number = f"#{self.number}" if self.number else ""
+        return f"{self.commit_lsn}:{self.index}{('', '-', '+')[self.half]}{number}"
+
+    @property
+    def key(self) -> Mapping[str, Any]:
+        """The row's key: the subscription's `key=`, else primary key, else replica identity."""
+        return {}
+
+    @property
+    def changed(self) -> frozenset[str] | None:
+        """The columns whose value changed, within `fields`; `None` if the old row is unknown."""
+        return None
+
+    def __repr__(self) -> str:
+        key = "".join(f" {name}={value}" for name, value in self.key.items())
+        name = self.operation.names()[0]
+        return f"{name} {self._source.full_name}{key} @{self.commit_lsn}"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Change):
+            return NotImplemented
+        mine = (type(self), self._source.full_name, self.id, self._rows())
+        return mine == (type(other), other._source.full_name, other.id, other._rows())
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._source.full_name, self.id))
+
+    def _rows(self) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+        return None, None
+
+    def _key_from(self, cells: Sequence[Cell]) -> Mapping[str, Any]:
+        return Row(self._source, cells, frozenset(self._source.key))
+
+
+class Insert(Change):
+    """A row came into the table, or into the subscription's condition."""
+
+    operation = Operation.INSERT
+    __match_args__ = ("new",)
+    __slots__ = ("_new",)
+
+    def __init__(self, new: Sequence[Cell], *origin: Any) -> None:
+        super().__init__(*origin)
+        self._new = new
+
+    @property
+    def new(self) -> Row:
+        """The row."""
+        return Row(self._source, self._new, self._source.delivered)
+
+    @property
+    def key(self) -> Mapping[str, Any]:
+        """The row's key."""
+        return self._key_from(self._new)
+
+    def _rows(self) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+        return None, self.new
+
+
+class Update(Change):
+    """A row changed."""
+
+    operation = Operation.UPDATE
+    __match_args__ = ("old", "new")
+    __slots__ = ("_new", "_old", "_old_kind")
+
+    def __init__(
+        self, old_kind: str | None, old: Sequence[Cell] | None, new: Sequence[Cell], *origin: Any
+    ) -> None:
+        super().__init__(*origin)
+        self._old_kind = old_kind
+        self._old = old
+        self._new = _fill(new, old) if old_kind == "O" and old is not None else new
+
+    @property
+    def old(self) -> Row:
+        """The row before: exactly the columns that the replica identity lets us know."""
+        cells = self._new if self._old is None else self._old
+        return Row(self._source, cells, self._old_known() & self._source.delivered)
+
+    @property
+    def new(self) -> Row:
+        """The row after; a value PostgreSQL did not send is `UNCHANGED`."""
+        return Row(self._source, self._new, self._source.delivered)
+
+    @property
+    def key(self) -> Mapping[str, Any]:
+        """The row's key, after the change."""
+        return self._key_from(self._new)
+
+    @property
+    def changed(self) -> frozenset[str] | None:
+        """The columns whose value changed, within `fields`; `None` if the old row is unknown."""
+        source = self._source
+        if not source.delivered <= self._old_known():
+            return None
+        if self._old is None:
+            return frozenset()
+        return frozenset(
+            name
+            for name in source.delivered
+            if self._new[source.positions[name]] is not UNCHANGED
+            and self._new[source.positions[name]] != self._old[source.positions[name]]
+        )
+
+    def _old_known(self) -> frozenset[str]:
+        if self._old_kind == "O":
+            return frozenset(self._source.positions)
+        if self._old is None and self._source.identity not in "di":
+            return frozenset()
+        # Without an old tuple, an identity of key columns did not change (protocol chapter
+        # "Logical Replication Message Formats", Update).
+        return self._source.identity_columns
+
+    def _rows(self) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+        return self.old, self.new
+
+
+class Delete(Change):
+    """A row left the table, or the subscription's condition."""
+
+    operation = Operation.DELETE
+    __match_args__ = ("old",)
+    __slots__ = ("_old", "_old_kind")
+
+    def __init__(self, old_kind: str, old: Sequence[Cell], *origin: Any) -> None:
+        super().__init__(*origin)
+        self._old_kind = old_kind
+        self._old = old
+
+    @property
+    def old(self) -> Row:
+        """The row that is gone: exactly the columns that are known."""
+        source = self._source
+        known = source.delivered if self._old_kind == "O" else source.identity_columns
+        return Row(source, self._old, known & source.delivered)
+
+    @property
+    def key(self) -> Mapping[str, Any]:
+        """The row's key."""
+        return self._key_from(self._old)
+
+    def _rows(self) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+        return self.old, None
+
+
+class Truncate(Change):
+    """The table was emptied by TRUNCATE."""
+
+    operation = Operation.TRUNCATE
+    __slots__ = ()
+
+
+class Changes(Sequence[Change]):
+    """The changes of one task of a batch handler, in commit order."""
+
+    __slots__ = ("_changes",)
+
+    def __init__(self, changes: Sequence[Change]) -> None:
+        self._changes = tuple(changes)
+
+    @overload
+    def __getitem__(self, index: int) -> Change: ...
+    @overload
+    def __getitem__(self, index: slice) -> Changes: ...
+    def __getitem__(self, index: int | slice) -> Change | Changes:
+        if isinstance(index, slice):
+            return Changes(self._changes[index])
+        return self._changes[index]
+
+    def __len__(self) -> int:
+        return len(self._changes)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Changes) and self._changes == other._changes
+
+    def __hash__(self) -> int:
+        return hash(self._changes)
+
+    def __repr__(self) -> str:
+        if not self._changes:
+            return "no changes"
+        first = self._changes[0]
+        return f"{len(self)} changes of {first.schema}.{first.table} @{first.commit_lsn}"
+
+
+def _fill(new: Sequence[Cell], old: Sequence[Cell]) -> Sequence[Cell]:
+    """Values that PostgreSQL left out because they did not change, taken from the old row."""
+    if UNCHANGED not in new:
+        return new
+    return [before if cell is UNCHANGED else cell for before, cell in zip(old, new, strict=True)]

@@ -1,0 +1,127 @@
+"""Every error flash-celery raises, and what to do about each.
+
+    FlashError
+    ├── ConfigurationError        a setting, or the server's settings
+    ├── SubscriptionError         an `on_change` that cannot work
+    ├── CatalogError              tables, privileges and other objects in PostgreSQL
+    │   ├── SlotMissing
+    │   ├── SlotLost
+    │   ├── SlotInUse             (retry)
+    │   ├── PublicationMismatch
+    │   ├── ReplicaIdentityMissing
+    │   └── TableLocked           (retry)
+    ├── ProtocolError             bytes that PostgreSQL should not have sent
+    ├── ReplicationError          the connection to PostgreSQL (retry)
+    ├── PublishError              the broker (retry)
+    │   ├── Unroutable
+    │   └── NotConfirmed
+    └── PayloadError              a message that cannot be read
+
+`retry` says whether waiting can help; `solution` is a sentence for whoever is on call.
+They pickle, because Celery stores the exceptions of tasks.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class FlashError(Exception):
+    """Base of all errors of flash-celery."""
+
+    retry: ClassVar[bool] = False
+    solution: ClassVar[str] = ""
+
+
+class ConfigurationError(FlashError):
+    """A setting is missing, misspelt or out of range."""
+
+    solution = "Correct the setting that the message names; `flash doctor` checks them all."
+
+
+class SubscriptionError(FlashError):
+    """An `on_change` names something that does not exist or contradicts another."""
+
+    solution = "Correct the `on_change` of the handler that the message names."
+
+
+class CatalogError(FlashError):
+    """An object or a privilege in PostgreSQL is not what replication needs."""
+
+    solution = "`flash doctor` prints the SQL that mends it."
+
+
+class SlotMissing(CatalogError):
+    """The replication slot existed and has been dropped; what was written since cannot be read."""
+
+    solution = (
+        "Run `flash reset` to start anew at the present, then rebuild what depends on the gap."
+    )
+
+
+class SlotLost(CatalogError):
+    """The slot was invalidated: the server removed WAL that it still needed."""
+
+    solution = "Run `flash reset`, rebuild what depends on the gap, raise `max_slot_wal_keep_size`."
+
+
+class SlotInUse(CatalogError):
+    """Another replication worker reads the slot; this one waits and takes over."""
+
+    retry = True
+    solution = "Nothing to do: this is how a standby waits. `flash status` says who holds it."
+
+
+class PublicationMismatch(CatalogError):
+    """A publication is not as `replicate` left it: somebody altered it."""
+
+    solution = "Undo the alteration (`flash doctor` prints the SQL), or start anew: `flash reset`."
+
+
+class ReplicaIdentityMissing(CatalogError):
+    """A subscription needs old values that the table's replica identity does not give."""
+
+    solution = "Run the ALTER TABLE the message names, or set flash_replica_identity = 'auto'."
+
+
+class TableLocked(CatalogError):
+    """DDL could not get its lock within the lock timeout because of another session."""
+
+    retry = True
+    solution = "It is tried again; end the session the message names if it is idle."
+
+
+class ProtocolError(FlashError):
+    """PostgreSQL sent bytes that its documentation does not describe."""
+
+    solution = "Please report it with the server's version; nothing has been acknowledged."
+
+
+class ReplicationError(FlashError):
+    """The connection to PostgreSQL failed or was closed."""
+
+    retry = True
+    solution = "It is made again by itself; check that PostgreSQL runs and accepts connections."
+
+
+class PublishError(FlashError):
+    """The broker did not take the messages."""
+
+    retry = True
+    solution = "They are sent again by themselves; check that the broker runs and has room."
+
+
+class Unroutable(PublishError):
+    """The broker returned a message because no queue takes it."""
+
+    solution = "The queue was deleted or is bound otherwise; it is declared again by itself."
+
+
+class NotConfirmed(PublishError):
+    """The broker refused a message, or did not confirm it in time."""
+
+
+class PayloadError(FlashError):
+    """A task message is of another version of flash-celery, or damaged."""
+
+    solution = "Upgrade the Celery workers before the replication worker."

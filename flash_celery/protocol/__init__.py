@@ -1,0 +1,1 @@
+"""PostgreSQL's logical replication protocol: bytes in, values out, no I/O."""

@@ -1,0 +1,28 @@
+"""A position in the write-ahead log."""
+
+from __future__ import annotations
+
+
+class Lsn(int):
+    """A log sequence number: a byte offset in the WAL that prints as PostgreSQL writes it.
+
+    It is an `int`, so positions compare and subtract (in bytes).
+    Source: PostgreSQL documentation, "pg_lsn Type".
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Lsn:
+        """Read `16/B374D848`. Raises `ValueError` for anything else."""
+        high, _, low = text.partition("/")
+        return cls((int(high, 16) << 32) | int(low, 16))
+
+    def __str__(self) -> str:
+        return f"{self >> 32:X}/{self & 0xFFFFFFFF:X}"
+
+    def __repr__(self) -> str:
+        return f"Lsn('{self}')"
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self), spec)

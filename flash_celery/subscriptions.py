@@ -1,0 +1,202 @@
+"""What an `on_change` declares: which changes of which table a handler is told of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from . import conditions
+from .changes import Operation
+from .errors import SubscriptionError
+
+
+@dataclass(frozen=True)
+class TableName:
+    """A table's schema and name, as the catalog spells them."""
+
+    schema: str
+    name: str
+
+    @classmethod
+    def of(cls, table: Any) -> TableName:
+        """Read a name in SQL's spelling, a Django model, or a SQLAlchemy class or `Table`.
+
+        A name without a schema is in `public`; only quoted names keep dots, spaces or quotes.
+        Case is kept either way: `Orders` is `"Orders"`.
+        """
+        if isinstance(table, str):
+            return cls._parse(table)
+        if isinstance(table, TableName):
+            return table
+        meta: Any = getattr(table, "_meta", None)
+        if hasattr(meta, "db_table"):
+            return cls._parse_db_table(meta.db_table)
+        alchemy = getattr(table, "__table__", table)
+        if hasattr(alchemy, "name") and hasattr(alchemy, "schema") and hasattr(alchemy, "columns"):
+            return cls(alchemy.schema or "public", str(alchemy.name))
+        raise SubscriptionError(
+            f"on_change takes a table's name, a Django model or a SQLAlchemy table, not {table!r}."
+        )
+
+    @classmethod
+    def _parse(cls, text: str) -> TableName:
+        if not _NAME.fullmatch(text):
+            raise SubscriptionError(
+                f"{text!r} is not a table name; "
+                'write orders, sales.orders or "Sales"."Order lines".'
+            )
+        parts = [part for part in _PART.findall(text) if part]
+        unquoted = [p[1:-1].replace('""', '"') if p.startswith('"') else p for p in parts]
+        return cls("public", unquoted[0]) if len(unquoted) == 1 else cls(*unquoted)
+
+    @classmethod
+    def _parse_db_table(cls, db_table: str) -> TableName:
+        # Django quotes db_table as a whole, unless it is quoted already: '"sales"."orders"'.
+        quoted = db_table.startswith('"') and db_table.endswith('"')
+        return cls._parse(db_table) if quoted else cls("public", db_table)
+
+    def __str__(self) -> str:
+        return ".".join(_quote(part) for part in (self.schema, self.name))
+
+
+_UNIT = r'(?:"(?:[^"]|"")+"|[^\s".]+)'
+_NAME = re.compile(rf"{_UNIT}(?:\.{_UNIT})?")
+_PART = re.compile(_UNIT)
+
+
+def _quote(identifier: str) -> str:
+    if re.fullmatch(r"[^\s\".]+", identifier):
+        return identifier
+    return '"' + identifier.replace('"', '""') + '"'
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How many changes one task of a batch handler gets, and how long it may wait for them.
+
+    `size` is the most changes in a task; `wait` is how many seconds a batch that is not full may be
+    held. With 0 it holds whatever had arrived together.
+    """
+
+    size: int
+    wait: float = 0.0
+
+    @classmethod
+    def of(cls, batch: Any) -> Batch | None:
+        """Read the `batch=` of an `on_change`."""
+        if batch is None or isinstance(batch, Batch):
+            found = batch
+        elif isinstance(batch, int) and not isinstance(batch, bool):
+            found = cls(batch)
+        else:
+            raise SubscriptionError(f"batch is a number of changes or a Batch, not {batch!r}.")
+        if found is not None and (found.size < 1 or not 0 <= found.wait <= 3600):
+            raise SubscriptionError(
+                f"{found} cannot be: size is at least 1, wait is 0 to 3600 seconds."
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Subscription:
+    """One `on_change` of one handler."""
+
+    #: Name of the task that runs.
+    handler: str
+    table: TableName
+    #: What may be delivered; what the server must send is `captured`.
+    operations: Operation = Operation.ALL
+    fields: tuple[str, ...] | None = None
+    where: conditions.Condition | None = None
+    key: tuple[str, ...] | None = None
+    batch: Batch | None = None
+    queue: str | None = None
+    acks_late: bool = True
+    #: Which of its task's subscriptions this is, from 0.
+    number: int = 0
+
+    @property
+    def captured(self) -> Operation:
+        """The operations the server must send so that every delivery can be made.
+
+        A row enters or leaves a condition, and changes its key, by an UPDATE.
+        """
+        captured = self.operations
+        rows = Operation.INSERT | Operation.UPDATE | Operation.DELETE
+        if self.where is not None and captured & rows:
+            captured |= Operation.UPDATE
+        if self.key and captured & (Operation.INSERT | Operation.DELETE):
+            captured |= Operation.UPDATE
+        return captured
+
+    def old_columns(self, operation: Operation) -> frozenset[str]:
+        """The columns whose old value is needed to judge an operation of the server's."""
+        where = self.where.columns if self.where is not None else frozenset()
+        if operation is Operation.UPDATE and operation in self.captured:
+            fields = self.fields if Operation.UPDATE in self.operations else None
+            return where | frozenset(fields or ()) | frozenset(self.key or ())
+        if operation is Operation.DELETE and operation in self.captured:
+            return where
+        return frozenset()
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Every column it names."""
+        where = self.where.columns if self.where is not None else frozenset()
+        return where | frozenset(self.fields or ()) | frozenset(self.key or ())
+
+
+def operations_of(operations: Any) -> Operation:
+    """Read `operations`: flags, `"insert|update"`, or an iterable of either."""
+    if isinstance(operations, Operation):
+        found = operations
+    elif isinstance(operations, str):
+        found = _operations_named(operations.split("|"))
+    elif isinstance(operations, Iterable):
+        found = Operation(0)
+        for operation in operations:
+            found |= operations_of(operation)
+    else:
+        raise SubscriptionError(f"operations are names or Operation flags, not {operations!r}.")
+    if not found:
+        raise SubscriptionError("on_change has no operation; leave it out to get all of them.")
+    return found
+
+
+def _operations_named(names: Iterable[str]) -> Operation:
+    found = Operation(0)
+    for name in names:
+        try:
+            found |= Operation[name.strip().upper()]
+        except KeyError:
+            raise SubscriptionError(
+                f"there is no operation {name.strip()!r}; there are: insert, update, delete, "
+                "truncate, all."
+            ) from None
+    return found
+
+
+def column_names(argument: str, names: Any, model: Any) -> tuple[str, ...] | None:
+    """Read `fields=` or `key=`; a Django model's field names become its columns."""
+    if names is None:
+        return None
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise SubscriptionError(f"{argument} is a list of column names, not {names!r}.")
+    found = tuple(dict.fromkeys(column_name(name, model) for name in names))
+    if not found:
+        raise SubscriptionError(f"{argument} is empty; leave it out, or name a column.")
+    return found
+
+
+def column_name(name: Any, model: Any) -> str:
+    """The column of a Django model's field; any other name as it is."""
+    if not isinstance(name, str):
+        raise SubscriptionError(f"a column is named by a string, not {name!r}.")
+    meta: Any = getattr(model, "_meta", None)
+    if hasattr(meta, "local_concrete_fields"):
+        for field in meta.local_concrete_fields:
+            if name in (field.name, field.attname):
+                return str(field.column)
+    return name

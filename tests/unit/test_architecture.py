@@ -1,0 +1,51 @@
+"""Which module may import which: data flows one way."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "flash_celery"
+
+ALLOWED = {
+    "errors": set(),
+    "settings": {"errors"},
+    "values": set(),
+    "conditions": {"values", "errors"},
+    "changes": {"values", "protocol"},
+    "payload": {"changes", "protocol", "errors"},
+    "subscriptions": {"conditions", "changes", "errors"},
+    "handlers": {"subscriptions", "conditions", "changes", "errors"},
+    "protocol.lsn": set(),
+    "protocol.pgoutput": {"protocol", "errors"},
+    "protocol": set(),
+}
+
+
+def imports(path):
+    inside = path.parent != PACKAGE
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            own = node.level == 1 and inside
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from ("protocol" if own else name.partition(".")[0] for name in names)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_a_module_imports_only_what_it_may(path):
+    module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+    if module != "__init__":
+        assert set(imports(path)) <= ALLOWED[module]
+
+
+def test_importing_the_package_opens_no_way_to_a_database():
+    code = "import sys, flash_celery; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    loaded = loaded.split()
+    for module in ("flash_celery.changes", "flash_celery.payload"):
+        assert module in loaded
+    # (amqp comes with Celery itself.)
+    for module in ("redis", "sqlalchemy", "flash_celery.settings"):
+        assert module not in loaded

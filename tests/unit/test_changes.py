@@ -1,0 +1,103 @@
+from datetime import datetime, timezone
+from decimal import Decimal
+
+import pytest
+from kombu.utils.json import dumps, loads
+
+from flash_celery import UNCHANGED, Changes, Delete, Insert, Operation, Truncate, Update
+from flash_celery.changes import Column, Table, Transaction
+from flash_celery.errors import PayloadError
+from flash_celery.payload import Delivery, decode, encode
+from flash_celery.protocol import pgoutput
+from flash_celery.protocol.lsn import Lsn
+
+COLUMNS = (
+    Column("id", 20, "int8", identity=True),
+    Column("total", 1700, "numeric", identity=False),
+    Column("note", 25, "text", identity=False),
+)
+ORDERS = Table("public", "orders", None, "d", ("id",), COLUMNS)
+FULL = Table("public", "orders", None, "f", ("id",), COLUMNS)
+TRANSACTION = Transaction(Lsn(0x16B3748), 730, 700_000_000_000_000)
+
+
+def origin(table=ORDERS, index=0, half=0, number=0):
+    return (table, TRANSACTION, index, half, number)
+
+
+INSERT = Insert([b"1", b"9.50", None], *origin())
+UPDATE = Update("O", [b"1", b"9.50", b"a"], [b"1", b"8", UNCHANGED], *origin(FULL, 1))
+DELETE = Delete("K", [b"1", None, None], *origin(index=2))
+TRUNCATE = Truncate(*origin(index=3))
+
+
+def test_values_are_python_values():
+    assert dict(INSERT.new) == {"id": 1, "total": Decimal("9.50"), "note": None}
+    assert INSERT.committed_at == datetime(2022, 3, 7, 20, 26, 40, tzinfo=timezone.utc)
+
+
+def test_changes_match_by_class():
+    match UPDATE:
+        case Update(old, new):
+            assert (old["total"], new["total"]) == (Decimal("9.50"), Decimal(8))
+
+
+def test_unchanged_toast_is_filled_from_the_old_row_and_is_not_a_change():
+    assert UPDATE.new["note"] == "a"
+    assert UPDATE.changed == {"total"}
+
+
+def test_toast_without_an_old_row_is_unchanged_and_never_none():
+    update = Update(None, None, [b"1", b"8", UNCHANGED], *origin())
+    assert update.new["note"] is UNCHANGED
+    assert update.changed is None
+    assert dict(update.old) == {"id": 1}
+
+
+def test_an_unknown_old_value_is_a_key_error_that_names_the_identity():
+    with pytest.raises(KeyError, match="REPLICA IDENTITY FULL"):
+        DELETE.old["total"]
+    assert dict(DELETE.old) == {"id": 1}
+
+
+def test_an_infinite_date_stays_the_servers_text():
+    table = Table("public", "t", None, "d", (), (Column("d", 1082, "date", identity=True),))
+    assert Insert([b"infinity"], *origin(table)).new["d"] == "infinity"
+
+
+def test_ids_tell_the_halves_of_a_key_change_and_the_subscriptions_apart():
+    ids = {Insert([b"1"], *origin(half=h, number=n)).id for h in (0, 1, 2) for n in (0, 1)}
+    assert len(ids) == 6
+    assert INSERT.id == "0/16B3748:0"
+
+
+def test_repr_names_operation_table_key_and_position():
+    assert repr(INSERT) == "insert public.orders id=1 @0/16B3748"
+
+
+@pytest.mark.parametrize("change", [INSERT, UPDATE, DELETE, TRUNCATE], ids=repr)
+def test_a_change_travels_as_a_task_argument(change):
+    received = loads(dumps([change]))[0]
+    assert received == change
+    assert (received.id, dict(received.key)) == (change.id, dict(change.key))
+
+
+def test_a_batch_travels_in_order():
+    batch = Changes([INSERT, UPDATE, DELETE, TRUNCATE, INSERT])
+    received = loads(dumps(batch))
+    assert received == batch
+    assert [one.operation for one in received[:2]] == [Operation.INSERT, Operation.UPDATE]
+
+
+def test_neighbours_share_one_entry_in_the_message():
+    row = pgoutput.encode_row("I", 1, None, None, [b"1", None, None])
+    deliveries = [Delivery(ORDERS, TRANSACTION, index, 0, 0, row) for index in range(500)]
+    value = loads(encode(deliveries))
+    assert value["runs"] == [[0, 0, 0, 500, 0, 0]]
+    assert [change.index for change in decode(value)] == list(range(500))
+
+
+@pytest.mark.parametrize("value", [{}, None, {"v": 2}, {"v": 1, "tables": []}])
+def test_a_message_of_another_version_or_damaged_is_refused(value):
+    with pytest.raises(PayloadError):
+        decode(value)

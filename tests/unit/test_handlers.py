@@ -1,0 +1,178 @@
+import celery._state
+import pytest
+from celery import Celery, shared_task
+
+from flash_celery import Batch, Changes, Insert, Operation, on_change
+from flash_celery.changes import Column, Table, Transaction
+from flash_celery.errors import SubscriptionError
+from flash_celery.handlers import subscriptions_of
+from flash_celery.protocol.lsn import Lsn
+
+CHANGE = Insert(
+    [b"1"],
+    Table("public", "orders", None, "d", ("id",), (Column("id", 20, "int8", identity=True),)),
+    Transaction(Lsn(1), 1, 0),
+    0,
+)
+
+
+@pytest.fixture
+def app(monkeypatch):
+    """An app of its own, and no shared tasks from or for other tests."""
+    monkeypatch.setattr(celery._state, "_on_app_finalizers", set(celery._state._on_app_finalizers))
+    app = Celery("shop", set_as_current=True)
+    app.conf.task_always_eager = True
+    yield app
+    app.close()
+
+
+def declared(app):
+    return [(s.handler.rpartition(".")[2], str(s.table)) for s in subscriptions_of(app)]
+
+
+def test_above_a_shared_task(app):
+    @on_change("orders")
+    @shared_task
+    def handle(change):
+        return change.id
+
+    assert declared(app) == [("handle", "public.orders")]
+    assert handle.delay(CHANGE).get() == "0/1:0"
+
+
+def test_below_a_shared_task_that_binds(app):
+    @shared_task(bind=True, max_retries=5)
+    @on_change("orders")
+    def handle(self, change):
+        return self.max_retries, change.id
+
+    assert declared(app) == [("handle", "public.orders")]
+    assert handle.delay(CHANGE).get() == (5, "0/1:0")
+    assert handle(CHANGE) == (5, "0/1:0")
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_above_and_below_an_app_task(app, lazy):
+    @on_change("orders")
+    @app.task(lazy=lazy)
+    @on_change("customers")
+    def handle(change):
+        return change.id
+
+    assert sorted(declared(app)) == [("handle", "public.customers"), ("handle", "public.orders")]
+    assert handle.delay(CHANGE).get() == "0/1:0"
+
+
+def test_a_plain_function_becomes_one_task(app):
+    @on_change("orders", "insert")
+    @on_change("customers", "insert")
+    def handle(change):
+        return change.id
+
+    assert sorted(declared(app)) == [("handle", "public.customers"), ("handle", "public.orders")]
+    assert handle(CHANGE) == handle.delay(CHANGE).get() == "0/1:0"
+    assert handle.name in app.tasks
+
+
+def test_autoretry_for(app):
+    calls = []
+
+    @shared_task(autoretry_for=(OSError,), max_retries=2, default_retry_delay=0)
+    @on_change("orders")
+    def handle(change):
+        calls.append(change.id)
+        if len(calls) < 2:
+            raise OSError
+        return len(calls)
+
+    assert handle.delay(CHANGE).get() == 2
+
+
+def test_decorating_finalizes_nothing(app):
+    @on_change("orders")
+    @shared_task
+    def handle(change): ...
+
+    @on_change("orders")
+    @app.task
+    def other(change): ...
+
+    assert not app.finalized
+
+
+def test_two_apps_keep_their_own_tasks(app):
+    other = Celery("other", set_as_current=False)
+
+    @on_change("orders")
+    @other.task
+    def handle(change): ...
+
+    assert declared(app) == []
+    assert declared(other) == [("handle", "public.orders")]
+    other.close()
+
+
+def test_handlers_outlive_their_process_unless_told_otherwise(app):
+    @on_change("orders")
+    def careful(change): ...
+
+    @on_change("orders", acks_late=False)
+    def careless(change): ...
+
+    subscriptions_of(app)
+    assert (careful.acks_late, careful.reject_on_worker_lost) == (True, True)
+    assert careless.acks_late is False
+
+
+def test_two_on_change_that_contradict_each_other_are_refused(app):
+    @on_change("orders", batch=10)
+    @on_change("customers")
+    def handle(change): ...
+
+    with pytest.raises(SubscriptionError, match="contradict each other: batch= is None"):
+        subscriptions_of(app)
+
+
+def test_what_a_subscription_captures_follows_from_what_it_delivers(app):
+    @on_change("orders", "insert", where={"status": "paid"})
+    def entered(change): ...
+
+    @on_change("orders", "delete", key=["number"])
+    def left(change): ...
+
+    @on_change("orders", "update", fields=["status"], batch=Batch(5, 0.1))
+    def changed(change): ...
+
+    found = {s.handler.rpartition(".")[2]: s for s in subscriptions_of(app)}
+    assert found["entered"].captured == Operation.INSERT | Operation.UPDATE
+    assert found["entered"].old_columns(Operation.UPDATE) == {"status"}
+    assert found["left"].captured == Operation.UPDATE | Operation.DELETE
+    assert found["changed"].old_columns(Operation.UPDATE) == {"status"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"operations": "insert|upsert"}, "no operation 'upsert'"),
+        ({"operations": []}, "no operation"),
+        ({"where": {"total__gt3": 1}}, "no lookup __gt3"),
+        ({"where": {}}, "empty dict"),
+        ({"where": {"total__between": [1]}}, "two values"),
+        ({"fields": "status"}, "list of column names"),
+        ({"batch": 0}, "at least 1"),
+        ({"batch": True}, "number of changes"),
+    ],
+)
+def test_arguments_that_cannot_be_right_name_the_handler(arguments, sentence):
+    with pytest.raises(SubscriptionError, match=rf"on_change of .*handle: .*{sentence}"):
+
+        @on_change("orders", **arguments)
+        def handle(change): ...
+
+
+def test_a_batch_reaches_its_handler(app):
+    @on_change("orders", batch=10)
+    def handle(changes):
+        return [change.id for change in changes]
+
+    assert handle.delay(Changes([CHANGE, CHANGE])).get() == ["0/1:0", "0/1:0"]

@@ -1,0 +1,104 @@
+import pickle
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flash_celery.errors import ProtocolError
+from flash_celery.protocol import pgoutput
+from flash_celery.protocol.lsn import Lsn
+from flash_celery.protocol.pgoutput import UNCHANGED_TOAST
+
+LSN, AT = (0x16B3748).to_bytes(8, "big"), (5).to_bytes(8, "big")
+XID, OID = (730).to_bytes(4, "big"), (16385).to_bytes(4, "big")
+INSERT = b"I" + OID + b"N\0\x02t\0\0\0\x011n"
+MESSAGES = {
+    "begin": b"B" + LSN + AT + XID,
+    "commit": b"C\0" + LSN + LSN + AT,
+    "origin": b"O" + LSN + b"node\0",
+    "relation": b"R" + OID + b"public\0orders\0d\0\x01\x01id\0" + b"\0\0\0\x14" + b"\xff" * 4,
+    "type": b"Y" + OID + b"public\0mood\0",
+    "insert": INSERT,
+    "update": b"U" + OID + b"N\0\x02t\0\0\0\x011u",
+    "update_key": b"U" + OID + b"K\0\x01t\0\0\0\x011N\0\x01t\0\0\0\x012",
+    "update_old": b"U" + OID + b"O\0\x01nN\0\x01t\0\0\0\x012",
+    "delete_key": b"D" + OID + b"K\0\x01t\0\0\0\x011",
+    "delete_old": b"D" + OID + b"O\0\x01t\0\0\0\x011",
+    "truncate": b"T\0\0\0\x02\x03" + OID + XID,
+    "message": b"M\x01" + LSN + b"flash\0\0\0\0\x02hi",
+    "stream_start": b"S" + XID + b"\x01",
+    "stream_stop": b"E",
+    "stream_commit": b"c" + XID + b"\0" + LSN + LSN + AT,
+    "stream_abort": b"A" + XID + XID,
+}
+
+
+@pytest.mark.parametrize("message", MESSAGES.values(), ids=MESSAGES.keys())
+def test_every_strict_prefix_and_every_trailing_byte_is_refused(message):
+    pgoutput.decode(message)
+    for end in range(len(message)):
+        with pytest.raises(ProtocolError):
+            pgoutput.decode(message[:end])
+    with pytest.raises(ProtocolError):
+        pgoutput.decode(message + b"\0")
+
+
+def test_begin_and_commit():
+    assert pgoutput.decode(MESSAGES["begin"]) == pgoutput.Begin(Lsn(0x16B3748), 5, 730)
+    assert pgoutput.decode(MESSAGES["commit"]).end_lsn == Lsn.parse("0/16B3748")
+
+
+def test_relation():
+    relation = pgoutput.decode(MESSAGES["relation"])
+    assert (relation.schema, relation.name, relation.identity) == ("public", "orders", "d")
+    assert relation.columns == (pgoutput.Column(True, "id", 20, -1),)
+
+
+def test_null_and_unchanged_toast_are_told_apart():
+    assert pgoutput.decode(MESSAGES["insert"]).new == [b"1", None]
+    assert pgoutput.decode(MESSAGES["update"]).new == [b"1", UNCHANGED_TOAST]
+    assert pickle.loads(pickle.dumps(UNCHANGED_TOAST)) is UNCHANGED_TOAST
+
+
+def test_truncate_names_every_relation():
+    truncate = pgoutput.decode(MESSAGES["truncate"])
+    assert truncate.relation_oids == (16385, 730)
+    assert (truncate.cascade, truncate.restart_identity) == (True, True)
+
+
+def test_streamed_rows_carry_the_subtransaction():
+    assert pgoutput.decode(INSERT[:1] + XID + INSERT[1:], streamed=True).xid == 730
+
+
+CELLS = st.lists(st.one_of(st.none(), st.binary(max_size=20), st.just(UNCHANGED_TOAST)), max_size=9)
+
+
+@given(CELLS, CELLS, st.sampled_from(["I", "U", "U+", "D"]), st.sampled_from("KO"))
+def test_rows_survive_writing_and_reading_and_end_where_they_end(old, new, operation, kind):
+    with_old = operation in ("U+", "D")
+    arguments = (
+        operation[0],
+        16385,
+        kind if with_old else None,
+        old if with_old else None,
+        None if operation == "D" else new,
+    )
+    written = pgoutput.encode_row(*arguments)
+    row, end = pgoutput.read_row(b"xyz" + written + INSERT, 3)
+    assert (row.operation, row.relation_oid, row.old_kind, row.old, row.new) == arguments
+    assert end == 3 + len(written)
+
+
+@given(st.one_of(st.binary(), st.tuples(st.sampled_from(list(MESSAGES.values())), st.binary())))
+def test_arbitrary_bytes_raise_nothing_else(data):
+    buffer = data if isinstance(data, bytes) else data[0][: len(data[1])] + data[1]
+    for streamed in (False, True):
+        with suppress(ProtocolError):
+            pgoutput.decode(buffer, streamed)
+
+
+def test_lsn_reads_and_prints_as_postgresql_does():
+    assert str(Lsn.parse("16/B374D848")) == "16/B374D848"
+    assert f"{Lsn(0x16B3748)}" == "0/16B3748"
+    assert Lsn(5) - Lsn(3) == 2

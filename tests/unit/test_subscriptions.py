@@ -1,0 +1,75 @@
+import django
+import pytest
+from django.conf import settings
+from sqlalchemy import BigInteger, Column, MetaData, Table
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from flash_celery import Operation
+from flash_celery.errors import SubscriptionError
+from flash_celery.subscriptions import TableName, column_names, operations_of
+
+
+@pytest.mark.parametrize(
+    ("text", "schema", "name"),
+    [
+        ("orders", "public", "orders"),
+        ("Orders", "public", "Orders"),
+        ("sales.orders", "sales", "orders"),
+        ('"Sales"."Order lines"', "Sales", "Order lines"),
+        ('sales."has.dot"', "sales", "has.dot"),
+        ('"q""q"', "public", 'q"q'),
+    ],
+)
+def test_table_names_in_every_spelling(text, schema, name):
+    table = TableName.of(text)
+    assert (table.schema, table.name) == (schema, name)
+    assert TableName.of(str(table)) == table
+
+
+@pytest.mark.parametrize("text", ["", "a.b.c", "order lines", '"open', "a.", 'x"y'])
+def test_what_is_no_table_name_is_refused(text):
+    with pytest.raises(SubscriptionError, match="is not a table name"):
+        TableName.of(text)
+
+
+def test_sqlalchemy_classes_and_tables():
+    class Base(DeclarativeBase): ...
+
+    class Order(Base):
+        __tablename__ = "orders"
+        __table_args__ = {"schema": "sales"}
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    lines = Table("Order lines", MetaData(), Column("id", BigInteger))
+    assert str(TableName.of(Order)) == "sales.orders"
+    assert str(TableName.of(lines)) == 'public."Order lines"'
+
+
+def test_django_models_and_their_fields():
+    if not settings.configured:
+        settings.configure()
+        django.setup()
+    from django.db import models
+
+    class Customer(models.Model):
+        class Meta:
+            app_label = "shop"
+
+    class Order(models.Model):
+        customer = models.ForeignKey(Customer, on_delete=models.CASCADE)
+
+        class Meta:
+            app_label = "shop"
+            db_table = '"sales"."orders"'
+
+    assert str(TableName.of(Order)) == "sales.orders"
+    assert str(TableName.of(Customer)) == "public.shop_customer"
+    assert column_names("fields", ["customer"], Order) == ("customer_id",)
+
+
+@pytest.mark.parametrize(
+    "operations",
+    ["insert|update", ["insert", "update"], Operation.INSERT | Operation.UPDATE, "UPDATE | insert"],
+)
+def test_operations_are_flags_or_names(operations):
+    assert operations_of(operations) == Operation.INSERT | Operation.UPDATE
