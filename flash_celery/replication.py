@@ -1,0 +1,150 @@
+"""The replication connection: `psycopg.pq` in COPY BOTH mode."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import psycopg
+from psycopg import conninfo, pq, sql
+
+from .errors import ReplicationError, SlotInUse, SlotLost, SlotMissing
+from .protocol import frames
+from .protocol.lsn import Lsn
+
+#: The session is pinned as PostgreSQL's own subscriber pins it, so that text means one thing.
+PINNED = (
+    "-c datestyle=ISO -c intervalstyle=postgres -c extra_float_digits=3 -c timezone=UTC "
+    "-c client_encoding=UTF8"
+)
+#: Seconds between the Unix epoch and PostgreSQL's.
+_POSTGRES_EPOCH = 946_684_800
+_IN_USE = "55006"
+_UNDEFINED_OBJECT = "42704"
+_OBJECT_NOT_IN_STATE = "55000"
+
+
+def pinned(dsn: str, **parameters: Any) -> str:
+    """The DSN with our session settings; the user's own `options` are kept."""
+    given = conninfo.conninfo_to_dict(dsn)
+    parameters.setdefault("application_name", "flash_celery")
+    parameters.setdefault("connect_timeout", given.get("connect_timeout", 10))
+    parameters["options"] = f"{given.get('options', '')} {PINNED}".strip()
+    return conninfo.make_conninfo(dsn, **parameters)
+
+
+def without_password(text: str, dsn: str) -> str:
+    """An error of libpq's, with the password of the DSN struck out wherever it got in."""
+    try:
+        password = conninfo.conninfo_to_dict(dsn).get("password")
+    except psycopg.Error:
+        password = None
+    shown = re.sub(r"(?i)(password=)\S+|(//[^:/@\s]*:)[^@\s]+@", r"\1\2…", text)
+    return shown.replace(str(password), "…") if password else shown
+
+
+class ReplicationConnection:
+    """Reads a slot. `receive` a burst, `send_status`, and wait on `fileno()` in between.
+
+    Raises `ReplicationError` when the connection ends, `SlotInUse`, `SlotMissing` or `SlotLost`
+    when the server says so.
+    """
+
+    def __init__(self, dsn: str, notice: Callable[[str], None] = lambda _: None) -> None:
+        self._dsn = dsn
+        target = pinned(dsn, replication="database")
+        self._connection = pq.PGconn.connect(target.encode())
+        if self._connection.status != pq.ConnStatus.OK:
+            raise self._lost()
+        self._connection.notice_handler = lambda result: notice(
+            (result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) or b"").decode(errors="replace")
+        )
+
+    def fileno(self) -> int:
+        """The socket, to be waited on."""
+        return self._connection.socket
+
+    def create_slot(self, slot: str) -> Lsn:
+        """Create the permanent slot; its position is where the server stands now."""
+        command = sql.SQL("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput NOEXPORT_SNAPSHOT")
+        result = self._execute(command.format(sql.Identifier(slot)), pq.ExecStatus.TUPLES_OK)
+        return Lsn.parse((result.get_value(0, 1) or b"0/0").decode())
+
+    def create_temporary_slot(self, slot: str) -> None:
+        """Create a slot that ends with this connection."""
+        command = sql.SQL("CREATE_REPLICATION_SLOT {} TEMPORARY LOGICAL pgoutput NOEXPORT_SNAPSHOT")
+        self._execute(command.format(sql.Identifier(slot)), pq.ExecStatus.TUPLES_OK)
+
+    def start(self, slot: str, publications: Sequence[str], position: Lsn = Lsn(0)) -> None:  # noqa: B008
+        """Start streaming at the slot's confirmed position, or at a later one."""
+        names = sql.SQL(",").join(sql.Identifier(name) for name in publications)
+        command = sql.SQL(
+            "START_REPLICATION SLOT {} LOGICAL {} (proto_version '1', publication_names {})"
+        ).format(sql.Identifier(slot), sql.SQL(str(position)), sql.Literal(names.as_string(None)))
+        self._execute(command, pq.ExecStatus.COPY_BOTH)
+        self._connection.nonblocking = 1
+
+    def receive(self, limit: int = 1 << 20) -> list[frames.XLogData | frames.Keepalive]:
+        """Everything that has arrived, up to about `limit` bytes; never blocks."""
+        self._guard(self._connection.consume_input)
+        burst: list[frames.XLogData | frames.Keepalive] = []
+        while limit > 0:
+            length, data = self._guard(lambda: self._connection.get_copy_data(1))
+            if length == 0:
+                break
+            if length < 0:
+                raise self._ended()
+            limit -= length
+            burst.append(frames.decode(data))
+        return burst
+
+    def send_status(self, written: Lsn, flushed: Lsn, applied: Lsn, reply: bool = False) -> None:
+        """Tell the server our positions; it may drop WAL before `flushed`."""
+        clock = int((time.time() - _POSTGRES_EPOCH) * 1_000_000)
+        frame = frames.status(written, flushed, applied, clock, reply)
+        self._guard(lambda: self._connection.put_copy_data(frame))
+        self.flush()
+
+    def flush(self) -> bool:
+        """Send what is buffered; whether everything has gone."""
+        return bool(self._guard(self._connection.flush) == 0)
+
+    def close(self) -> None:
+        """End the connection; the slot is free as soon as the server has noticed."""
+        self._connection.finish()
+
+    def _execute(self, command: sql.Composable, expected: pq.ExecStatus) -> pq.abc.PGresult:
+        result = self._guard(lambda: self._connection.exec_(command.as_bytes(None)))
+        if result.status != expected:
+            raise self._refused(result)
+        return result
+
+    def _refused(self, result: pq.abc.PGresult) -> Exception:
+        state = (result.error_field(pq.DiagnosticField.SQLSTATE) or b"").decode()
+        message = (result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) or b"").decode()
+        if state == _IN_USE:
+            return SlotInUse(f"{message}.")
+        if state == _UNDEFINED_OBJECT and "slot" in message:
+            return SlotMissing(f"{message}.")
+        if state == _OBJECT_NOT_IN_STATE:
+            return SlotLost(f"{message}.")
+        return ReplicationError(without_password(f"PostgreSQL: {message}.", self._dsn))
+
+    def _ended(self) -> Exception:
+        result = self._connection.get_result()
+        if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
+            return self._refused(result)
+        return ReplicationError("PostgreSQL ended the replication stream.")
+
+    def _guard(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except psycopg.OperationalError as error:
+            raise self._lost(str(error)) from None
+
+    def _lost(self, message: str = "") -> ReplicationError:
+        text = message or self._connection.get_error_message()
+        text = " ".join(without_password(text, self._dsn).split()).rstrip(".")
+        return ReplicationError(f"The connection to PostgreSQL failed: {text}.")

@@ -1,0 +1,83 @@
+"""Real servers for the tests, started when the first test asks for one."""
+
+import itertools
+import os
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from example_project.servers import Postgres, Rabbit, Valkey
+
+_numbers = itertools.count(1)
+
+
+def missing(what):
+    """A missing service is a failure in CI, and no more than a skip on a desk."""
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{what} is not on this machine")
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    with Postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def valkey():
+    with Valkey() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rabbit():
+    if not Rabbit.installed():
+        missing("RabbitMQ (rabbitmq-server)")
+    with Rabbit() as server:
+        yield server
+
+
+class Database:
+    """A database of the test's own, and SQL in it."""
+
+    def __init__(self, server, name):
+        self.server = server
+        self.name = name
+        self.dsn = server.dsn(name)
+        self.slot = f"flash_{name}"
+
+    def connect(self):
+        return psycopg.connect(self.dsn, autocommit=True)
+
+    def execute(self, *statements):
+        """Run each statement in a transaction of its own; the rows of the last one."""
+        with self.connect() as connection:
+            for statement in statements:
+                cursor = connection.execute(statement)
+            return cursor.fetchall() if cursor.description else []
+
+    def one(self, statement):
+        return self.execute(statement)[0][0]
+
+    def drop(self):
+        with psycopg.connect(self.server.dsn(), autocommit=True) as connection:
+            connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s",
+                [self.name],
+            )
+            slots = "FROM pg_replication_slots WHERE database = %s"
+            while connection.execute(f"SELECT 1 {slots} AND active", [self.name]).fetchall():
+                pass
+            connection.execute(f"SELECT pg_drop_replication_slot(slot_name) {slots}", [self.name])
+            name = sql.Identifier(self.name)
+            connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(name))
+
+
+@pytest.fixture
+def database(postgres):
+    name = f"test_{next(_numbers)}"
+    with psycopg.connect(postgres.dsn(), autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    database = Database(postgres, name)
+    yield database
+    database.drop()

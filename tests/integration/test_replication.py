@@ -1,0 +1,160 @@
+"""The replication connection against a real server."""
+
+import select
+import time
+
+import psycopg
+import pytest
+
+from flash_celery.errors import ReplicationError, SlotInUse, SlotMissing
+from flash_celery.protocol import pgoutput
+from flash_celery.protocol.frames import Keepalive, XLogData
+from flash_celery.protocol.lsn import Lsn
+from flash_celery.replication import ReplicationConnection, without_password
+
+
+@pytest.fixture
+def table(database):
+    database.execute(
+        "CREATE TABLE items (id int PRIMARY KEY, name text)",
+        "CREATE PUBLICATION everything FOR TABLE items",
+    )
+    return database
+
+
+@pytest.fixture
+def connections():
+    opened = []
+
+    def connect(dsn):
+        opened.append(ReplicationConnection(dsn))
+        return opened[-1]
+
+    yield connect
+    for connection in opened:
+        connection.close()
+
+
+def read_until(connection, done, timeout=10.0):
+    frames = []
+    deadline = time.monotonic() + timeout
+    while not done(frames):
+        assert time.monotonic() < deadline, frames
+        select.select([connection.fileno()], [], [], 0.1)
+        frames += connection.receive()
+    return frames
+
+
+def messages(frames):
+    return [pgoutput.decode(frame.payload) for frame in frames if isinstance(frame, XLogData)]
+
+
+def committed(count):
+    def done(frames):
+        return sum(isinstance(m, pgoutput.Commit) for m in messages(frames)) >= count
+
+    return done
+
+
+def test_changes_stream_from_the_slot_until_they_are_acknowledged(table, connections):
+    first = connections(table.dsn)
+    start = first.create_slot(table.slot)
+    table.execute("INSERT INTO items VALUES (1, 'é')", "UPDATE items SET name = 'b'")
+    first.start(table.slot, ["everything"])
+    seen = messages(read_until(first, committed(2)))
+    assert [type(m).__name__ for m in seen] == [
+        *("Begin", "Relation", "Row", "Commit"),
+        *("Begin", "Row", "Commit"),
+    ]
+    assert seen[2].new == [b"1", "é".encode()]
+    end_of_first = seen[3].end_lsn
+    assert start <= seen[0].commit_lsn < end_of_first
+    first.send_status(end_of_first, end_of_first, end_of_first)
+    first.close()
+    second = connections(table.dsn)
+    start_when_free(second, table.slot)
+    again = messages(read_until(second, committed(1)))
+    assert [m.new for m in again if isinstance(m, pgoutput.Row)] == [[b"1", b"b"]]
+
+
+def start_when_free(connection, slot):
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            return connection.start(slot, ["everything"])
+        except SlotInUse:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_a_slot_in_use_says_so_and_a_missing_one_too(table, connections):
+    first = connections(table.dsn)
+    first.create_slot(table.slot)
+    first.start(table.slot, ["everything"])
+    with pytest.raises(SlotInUse, match=f'"{table.slot}" is active for PID'):
+        connections(table.dsn).start(table.slot, ["everything"])
+    with pytest.raises(SlotMissing, match='"no_such" does not exist'):
+        connections(table.dsn).start("no_such", ["everything"])
+
+
+def test_a_keepalive_carries_the_position_of_a_server_busy_elsewhere(table, connections):
+    connection = connections(table.dsn)
+    start = connection.create_slot(table.slot)
+    connection.start(table.slot, ["everything"])
+    table.execute("CREATE TABLE other (id int)", "INSERT INTO other VALUES (1)")
+    goal = Lsn.parse(table.one("SELECT pg_current_wal_lsn()"))
+
+    def caught_up(frames):
+        connection.send_status(start, start, start, reply=True)
+        return any(isinstance(f, Keepalive) and f.wal_end >= goal for f in frames)
+
+    read_until(connection, caught_up)
+
+
+def test_the_end_of_the_server_process_is_a_replication_error(table, connections):
+    connection = connections(table.dsn)
+    connection.create_slot(table.slot)
+    connection.start(table.slot, ["everything"])
+    table.execute(
+        "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots "
+        "WHERE active_pid IS NOT NULL AND database = current_database()"
+    )
+    with pytest.raises(ReplicationError, match="terminating connection"):
+        read_until(connection, lambda frames: False)
+
+
+def test_a_server_that_is_not_there_is_a_replication_error_without_the_password():
+    with pytest.raises(ReplicationError) as caught:
+        ReplicationConnection("postgresql://me:s3cret@127.0.0.1:1/shop")
+    assert "s3cret" not in str(caught.value)
+    assert "127.0.0.1" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "dsn"),
+    [
+        ("bad: postgresql://me:s3cret@h/db", "postgresql://me:s3cret@h/db"),
+        ("bad: host=h password=s3cret", "host=h password=s3cret"),
+        ("s3cret is wrong", "host=h password=s3cret"),
+        ("bad: postgresql://me:s3cret@h/db", "not a dsn"),
+    ],
+)
+def test_a_password_is_struck_out_wherever_it_is(text, dsn):
+    assert "s3cret" not in without_password(text, dsn)
+
+
+def test_the_session_reads_as_postgresqls_own_subscriber_does(table):
+    from flash_celery.replication import pinned
+
+    dsn = psycopg.conninfo.make_conninfo(table.dsn, options="-c statement_timeout=7s")
+    with psycopg.connect(pinned(dsn)) as connection:
+        for name, value in {
+            "datestyle": "ISO, MDY",
+            "intervalstyle": "postgres",
+            "extra_float_digits": "3",
+            "timezone": "UTC",
+            "statement_timeout": "7s",
+            "application_name": "flash_celery",
+        }.items():
+            row = connection.execute("SELECT current_setting(%s)", [name]).fetchone()
+            assert row == (value,), name
