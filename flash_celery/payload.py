@@ -151,6 +151,12 @@ def _change(rows: bytes, place: int, origin: tuple[Any, ...]) -> tuple[Change, i
     return Delete(row.old_kind or "K", row.old or [], *origin), place
 
 
+def change_of(delivery: Delivery) -> Change:
+    """The change a delivery carries, as its handler will see it."""
+    table, transaction, index, half, number, row = delivery
+    return _change(row, 0, (table, transaction, index, half, number))[0]
+
+
 def delivery_of(change: Change) -> Delivery:
     """A change as the replication worker delivered it, to pass it on to another task."""
     row = TRUNCATED

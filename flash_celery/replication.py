@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 from psycopg import conninfo, pq, sql
@@ -19,6 +19,8 @@ PINNED = (
     "-c datestyle=ISO -c intervalstyle=postgres -c extra_float_digits=3 -c timezone=UTC "
     "-c client_encoding=UTF8"
 )
+T = TypeVar("T")
+
 #: Seconds between the Unix epoch and PostgreSQL's.
 _POSTGRES_EPOCH = 946_684_800
 _IN_USE = "55006"
@@ -97,7 +99,7 @@ class ReplicationConnection:
             if length < 0:
                 raise self._ended()
             limit -= length
-            burst.append(frames.decode(data))
+            burst.append(frames.decode(bytes(data)))
         return burst
 
     def send_status(self, written: Lsn, flushed: Lsn, applied: Lsn, reply: bool = False) -> None:
@@ -109,7 +111,7 @@ class ReplicationConnection:
 
     def flush(self) -> bool:
         """Send what is buffered; whether everything has gone."""
-        return bool(self._guard(self._connection.flush) == 0)
+        return self._guard(self._connection.flush) == 0
 
     def close(self) -> None:
         """End the connection; the slot is free as soon as the server has noticed."""
@@ -138,7 +140,7 @@ class ReplicationConnection:
             return self._refused(result)
         return ReplicationError("PostgreSQL ended the replication stream.")
 
-    def _guard(self, call: Callable[[], Any]) -> Any:
+    def _guard(self, call: Callable[[], T]) -> T:
         try:
             return call()
         except psycopg.OperationalError as error:

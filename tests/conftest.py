@@ -3,8 +3,10 @@
 import itertools
 import os
 
+import celery
 import psycopg
 import pytest
+from celery import Celery
 from psycopg import sql
 
 from example_project.servers import Postgres, Rabbit, Valkey
@@ -15,6 +17,28 @@ _numbers = itertools.count(1)
 def missing(what):
     """A missing service is a failure in CI, and no more than a skip on a desk."""
     (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{what} is not on this machine")
+
+
+@pytest.fixture
+def new_app(monkeypatch):
+    """Makes Celery apps; no shared tasks come from or go to other tests."""
+    monkeypatch.setattr(celery._state, "_on_app_finalizers", set(celery._state._on_app_finalizers))
+    apps = []
+
+    def make(name="shop", **conf):
+        app = Celery(name, set_as_current=True)
+        app.conf.update(conf)
+        apps.append(app)
+        return app
+
+    yield make
+    for app in apps:
+        app.close()
+
+
+@pytest.fixture
+def app(new_app):
+    return new_app(task_always_eager=True)
 
 
 @pytest.fixture(scope="session")

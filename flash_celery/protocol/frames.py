@@ -35,10 +35,10 @@ class Keepalive:
 
 def decode(frame: bytes) -> XLogData | Keepalive:
     """Read one frame. Raises `ProtocolError` for anything else."""
-    kind = bytes(frame[:1])
+    kind = frame[:1]
     if kind == b"w" and len(frame) >= _XLOG_DATA.size:
         _, start, wal_end, _ = _XLOG_DATA.unpack_from(frame)
-        return XLogData(Lsn(start), Lsn(wal_end), bytes(frame[_XLOG_DATA.size :]))
+        return XLogData(Lsn(start), Lsn(wal_end), frame[_XLOG_DATA.size :])
     if kind == b"k" and len(frame) == _KEEPALIVE.size:
         _, wal_end, _, reply = _KEEPALIVE.unpack(frame)
         return Keepalive(Lsn(wal_end), reply == 1)

@@ -1,4 +1,3 @@
-import celery._state
 import pytest
 from celery import Celery, shared_task
 
@@ -14,16 +13,6 @@ CHANGE = Insert(
     Transaction(Lsn(1), 1, 0),
     0,
 )
-
-
-@pytest.fixture
-def app(monkeypatch):
-    """An app of its own, and no shared tasks from or for other tests."""
-    monkeypatch.setattr(celery._state, "_on_app_finalizers", set(celery._state._on_app_finalizers))
-    app = Celery("shop", set_as_current=True)
-    app.conf.task_always_eager = True
-    yield app
-    app.close()
 
 
 def declared(app):

@@ -1,0 +1,163 @@
+"""Tables as PostgreSQL's catalog describes them, read over an ordinary connection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from .errors import ReplicationError
+from .replication import pinned, without_password
+from .subscriptions import TableName
+
+#: Values of pg_class.relkind (chapter "System Catalogs").
+ORDINARY, PARTITIONED, VIEW, MATERIALIZED_VIEW, FOREIGN = "r", "p", "v", "m", "f"
+
+
+@dataclass(frozen=True)
+class CatalogColumn:
+    """A column; `base_oid` is the type a value has as text: a domain's base, text for an enum."""
+
+    name: str
+    type_name: str
+    base_oid: int
+    #: "" , "s" stored or "v" virtual.
+    generated: str
+
+
+@dataclass(frozen=True)
+class CatalogTable:
+    """A table, partitioned or not."""
+
+    oid: int
+    name: TableName
+    kind: str
+    unlogged: bool
+    #: `d` default, `n` nothing, `f` full, `i` index.
+    identity: str
+    #: The index of `REPLICA IDENTITY USING INDEX`.
+    identity_index: str | None
+    primary_key: tuple[str, ...]
+    index_key: tuple[str, ...]
+    owned: bool
+    columns: dict[str, CatalogColumn]
+    #: From the parent to the root, where it is a partition.
+    ancestors: tuple[TableName, ...]
+
+    @property
+    def identity_columns(self) -> frozenset[str]:
+        """The columns whose old values an UPDATE or DELETE writes to the WAL."""
+        columns: dict[str, Iterable[str]] = {
+            "d": self.primary_key,
+            "i": self.index_key,
+            "f": self.columns,
+            "n": (),
+        }
+        return frozenset(columns[self.identity])
+
+
+# The columns of a table's primary key and of its identity's index.
+_KEYS = sql.SQL("""(
+    SELECT i.indisprimary AS is_primary, i.indisreplident AS is_identity, ic.relname AS index_name,
+           ARRAY(SELECT a.attname::text
+                 FROM unnest(i.indkey::int2[]) WITH ORDINALITY AS k(number, place)
+                 JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.number
+                 WHERE k.place <= i.indnkeyatts ORDER BY k.place) AS columns
+    FROM pg_index i JOIN pg_class ic ON ic.oid = i.indexrelid
+    WHERE i.indrelid = c.oid AND i.indisvalid)""")
+_TABLE = sql.SQL("""
+SELECT c.oid::int8, n.nspname, c.relname, c.relkind::text, c.relpersistence = 'u',
+       c.relreplident::text, identity.index_name,
+       coalesce(key.columns, '{{}}'), coalesce(identity.columns, '{{}}'),
+       pg_has_role(c.relowner, 'USAGE'),
+       ARRAY(SELECT ARRAY[pn.nspname::text, p.relname::text]
+             FROM pg_partition_ancestors(c.oid) WITH ORDINALITY AS up(oid, place)
+             JOIN pg_class p ON p.oid = up.oid JOIN pg_namespace pn ON pn.oid = p.relnamespace
+             WHERE up.oid <> c.oid ORDER BY place)
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+LEFT JOIN LATERAL (SELECT columns FROM {keys} AS k WHERE is_primary) AS key ON true
+LEFT JOIN LATERAL (SELECT columns, index_name FROM {keys} AS k WHERE is_identity) AS identity
+    ON true
+WHERE {condition} AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
+""")
+# What a type is made of: a domain is followed down to what it is over.
+_DOWN = sql.SQL("""(
+    WITH RECURSIVE down AS (
+        SELECT t.* FROM pg_type t WHERE t.oid = {oid}
+        UNION ALL
+        SELECT t.* FROM pg_type t JOIN down ON down.typtype = 'd' AND t.oid = down.typbasetype)
+    SELECT * FROM down WHERE typtype <> 'd')""")
+_COLUMNS = sql.SQL("""
+SELECT a.attname, format_type(a.atttypid, NULL), a.attgenerated::text,
+       CASE WHEN base.typtype = 'e' THEN 'text'::regtype
+            WHEN element.typtype = 'e' THEN 'text[]'::regtype
+            WHEN element.oid <> base.typelem THEN element.typarray
+            ELSE base.oid END::int8
+FROM pg_attribute a
+JOIN LATERAL {base} AS base ON true
+LEFT JOIN LATERAL {element} AS element ON base.typcategory = 'A'
+WHERE a.attrelid = %s AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum
+""").format(
+    base=_DOWN.format(oid=sql.SQL("a.atttypid")), element=_DOWN.format(oid=sql.SQL("base.typelem"))
+)
+
+
+def connect(dsn: str) -> psycopg.Connection[Any]:
+    """The ordinary connection beside the replication connection.
+
+    Raises `ReplicationError` if the server cannot be reached.
+    """
+    try:
+        return psycopg.connect(pinned(dsn), autocommit=True)
+    except psycopg.OperationalError as error:
+        text = " ".join(without_password(str(error), dsn).split()).rstrip(".")
+        raise ReplicationError(f"The connection to PostgreSQL failed: {text}.") from None
+
+
+def find(connection: psycopg.Connection[Any], name: TableName) -> CatalogTable | None:
+    """A table, view or foreign table by its name."""
+    condition = sql.SQL("n.nspname = %s AND c.relname = %s")
+    return _read(connection, condition, [name.schema, name.name])
+
+
+def describe(connection: psycopg.Connection[Any], oid: int) -> CatalogTable | None:
+    """A table by its OID; None if it has been dropped."""
+    return _read(connection, sql.SQL("c.oid = %s"), [oid])
+
+
+def leaves(connection: psycopg.Connection[Any], table: CatalogTable) -> list[CatalogTable]:
+    """The tables that hold its rows: its leaf partitions, or itself."""
+    if table.kind != PARTITIONED:
+        return [table]
+    rows = connection.execute(
+        "SELECT relid::oid::int8 FROM pg_partition_tree(%s) WHERE isleaf ORDER BY 1", [table.oid]
+    ).fetchall()
+    found = [describe(connection, oid) for (oid,) in rows]
+    return [leaf for leaf in found if leaf is not None and leaf.kind != PARTITIONED]
+
+
+def _read(
+    connection: psycopg.Connection[Any], condition: sql.SQL, parameters: list[Any]
+) -> CatalogTable | None:
+    query = _TABLE.format(keys=_KEYS, condition=condition)
+    row = connection.execute(query, parameters).fetchone()
+    if row is None:
+        return None
+    oid, schema, name, kind, unlogged, identity, index, primary, index_key, owned, ancestors = row
+    columns = connection.execute(_COLUMNS, [oid]).fetchall()
+    return CatalogTable(
+        oid,
+        TableName(schema, name),
+        kind,
+        unlogged,
+        identity,
+        index,
+        tuple(primary),
+        tuple(index_key),
+        owned,
+        {column: CatalogColumn(column, kind, base, made) for column, kind, made, base in columns},
+        tuple(TableName(*ancestor) for ancestor in ancestors),
+    )

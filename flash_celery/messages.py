@@ -1,0 +1,226 @@
+"""Deliveries → Celery task messages (protocol 2), from templates made once.
+
+Source: Celery documentation, chapter "Message Protocol".
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kombu import compression
+
+from . import payload
+from .changes import Operation
+from .errors import ConfigurationError, SubscriptionError
+from .payload import CHANGE, CHANGES, Delivery
+from .settings import Settings
+from .subscriptions import Batch, Subscription
+
+#: What of a key gets into a log line.
+_ARGUMENT_LENGTH = 200
+_PERSISTENT = 2
+
+
+@dataclass(slots=True)
+class Message:
+    """A task message, ready for a queue through the default exchange."""
+
+    queue: str
+    task: str
+    headers: dict[str, Any]
+    properties: dict[str, Any]
+    body: str | bytes
+    content_type: str = "application/json"
+    content_encoding: str = "utf-8"
+
+
+class Template:
+    """Makes the messages of one task with one set of options."""
+
+    def __init__(
+        self, app: Any, task: Any, options: Mapping[str, Any], batch: Batch | None, source: str
+    ) -> None:
+        self.task = str(task.name)
+        self.queue = str(options["queue"])
+        self.batch = batch
+        self._source = source
+        self._expires = options.get("expires")
+        self._app = app
+        self._compression = options.get("compression") or app.conf.task_compression
+        made = app.amqp.as_task_v2(
+            "",
+            self.task,
+            time_limit=options.get("time_limit"),
+            soft_time_limit=options.get("soft_time_limit"),
+            ignore_result=bool(task.ignore_result),
+            shadow=options.get("shadow"),
+            argsrepr="",
+            kwargsrepr="{}",
+        )
+        self._headers = made.headers
+        self._properties = {**made.properties, "delivery_mode": _PERSISTENT}
+        if options.get("priority") is not None:
+            self._properties["priority"] = options["priority"]
+
+    def message(self, deliveries: Sequence[Delivery]) -> Message:
+        """The message for these changes: one, or as many as a batch holds."""
+        batched = self.batch is not None
+        first = payload.change_of(deliveries[0])
+        if batched:
+            task_id = str(uuid.uuid4())
+            argsrepr = f"{len(deliveries)} changes from {first!r}"
+        else:
+            task_id = self._task_id(first.id)
+            argsrepr = repr(first)
+        headers = {
+            **self._headers,
+            "id": task_id,
+            "root_id": task_id,
+            "argsrepr": argsrepr[:_ARGUMENT_LENGTH],
+        }
+        if self._expires is not None:
+            headers["expires"] = self._expiry()
+        kind = CHANGES if batched else CHANGE
+        body = (
+            f'[[{{"__type__":"{kind}","__value__":{payload.encode(deliveries)}}}],{{}},'
+            '{"callbacks":null,"errbacks":null,"chain":null,"chord":null}]'
+        )
+        message = Message(
+            self.queue, self.task, headers, {**self._properties, "correlation_id": task_id}, body
+        )
+        if self._compression:
+            message.body, headers["compression"] = compression.compress(
+                body.encode(), self._compression
+            )
+        return message
+
+    def _task_id(self, change_id: str) -> str:
+        """The same for the same change at every redelivery, and for no other one."""
+        name = f"{self._source}|{self.task}|{change_id}"
+        digest = hashlib.blake2b(name.encode(), digest_size=16).digest()
+        return str(uuid.UUID(bytes=digest))
+
+    def _expiry(self) -> str | None:
+        made = self._app.amqp.as_task_v2("", "", expires=self._expires, argsrepr="", kwargsrepr="")
+        expires: str | None = made.headers["expires"]
+        return expires
+
+
+class Templates:
+    """The template for each subscription and operation, resolved once.
+
+    Raises `ConfigurationError` or `SubscriptionError` where a task's options cannot be honoured.
+    """
+
+    def __init__(
+        self, app: Any, settings: Settings, subscriptions: Sequence[Subscription], source: str = ""
+    ) -> None:
+        self._by_options: dict[tuple[str, str], Template] = {}
+        self._templates: dict[tuple[Subscription, Operation], Template] = {}
+        for subscription in subscriptions:
+            for name in subscription.operations.names():
+                operation = Operation[name.upper()]
+                options = resolve(app, settings, subscription, operation)
+                shared = (subscription.handler, repr(sorted(options.items())))
+                template = self._by_options.get(shared)
+                if template is None:
+                    task = app.tasks[subscription.handler]
+                    template = Template(app, task, options, subscription.batch, source)
+                    self._by_options[shared] = template
+                self._templates[subscription, operation] = template
+
+    def __getitem__(self, key: tuple[Subscription, Operation]) -> Template:
+        return self._templates[key]
+
+    @property
+    def queues(self) -> list[str]:
+        """Every queue that may get a message."""
+        return sorted({template.queue for template in self._templates.values()})
+
+
+def resolve(
+    app: Any, settings: Settings, subscription: Subscription, operation: Operation
+) -> dict[str, Any]:
+    """The options of the task for this operation, with the name of its one queue.
+
+    `on_change(queue=)` wins, then the task's own options, `flash_routes`, `task_routes`.
+    """
+    task = app.tasks[subscription.handler]
+    own = {name: value for name, value in task._get_exec_options().items() if value is not None}
+    named = {"queue": subscription.queue} if subscription.queue else {}
+    routed = _flash_route(settings.flash_routes, subscription, operation)
+    by_celery = _task_route(app, task, own)
+    options = {**by_celery, **routed, **own, **named}
+    if options.get("serializer", "json") != "json":
+        raise SubscriptionError(
+            f"{subscription.handler} has serializer={options['serializer']!r}; changes travel as "
+            "JSON, so leave it out."
+        )
+    for layer in (named, own, routed, by_celery):
+        queue = layer.get("queue") or _queue_bound(app, layer)
+        if queue:
+            break
+    else:
+        queue = settings.flash_queue
+    options["queue"] = getattr(queue, "name", queue)
+    _declarable(app, options["queue"], subscription)
+    return options
+
+
+def _flash_route(
+    routes: Mapping[str, Any], subscription: Subscription, operation: Operation
+) -> dict[str, Any]:
+    table = subscription.table
+    name = f"{table.schema}.{table.name}.{operation.names()[0]}"
+    for pattern, options in routes.items():
+        if fnmatch.fnmatchcase(name, pattern):
+            return {"queue": options} if isinstance(options, str) else dict(options)
+    return {}
+
+
+def _task_route(app: Any, task: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    route = app.amqp.router.lookup_route(task.name, (), {}, dict(options), task)
+    if not route:
+        return {}
+    return {"queue": route} if isinstance(route, str) else dict(route)
+
+
+def _queue_bound(app: Any, options: Mapping[str, Any]) -> str | None:
+    """The queue that an exchange and routing key lead to."""
+    key = options.get("routing_key")
+    if not key:
+        return None
+    for queue in app.amqp.queues.values():
+        exchange = options.get("exchange") or queue.exchange.name
+        if queue.routing_key == key and queue.exchange.name == getattr(exchange, "name", exchange):
+            return str(queue.name)
+    raise ConfigurationError(
+        f"No queue of task_queues is bound with routing_key={key!r}; name a queue= instead."
+    )
+
+
+def _declarable(app: Any, queue: str, subscription: Subscription) -> None:
+    try:
+        app.amqp.queues[queue]
+    except KeyError:
+        raise ConfigurationError(
+            f"{subscription.handler} goes to the queue {queue!r}, which is not in task_queues; add "
+            "it, or leave task_create_missing_queues on."
+        ) from None
+
+
+def announce(signal: Callable[..., Any], message: Message, **more: Any) -> None:
+    """Send one of Celery's publishing signals for a message (tracing hooks listen to them)."""
+    signal(
+        sender=message.task,
+        body=message.body,
+        exchange="",
+        routing_key=message.queue,
+        headers=message.headers,
+        **more,
+    )

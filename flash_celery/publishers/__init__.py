@@ -1,0 +1,24 @@
+"""Messages → broker. `for_app` picks the publisher for an app's transport."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import Publisher
+
+
+def for_app(app: Any) -> Publisher:
+    """The publisher for the transport of the app's broker URL; opens nothing."""
+    with app.connection_for_write() as connection:
+        driver = connection.transport.driver_type, connection.transport.driver_name
+    if driver[0] == "redis":
+        from .redis import RedisPublisher
+
+        return RedisPublisher(app)
+    if driver == ("amqp", "py-amqp"):
+        from .amqp import AmqpPublisher
+
+        return AmqpPublisher(app)
+    from .kombu import KombuPublisher
+
+    return KombuPublisher(app)

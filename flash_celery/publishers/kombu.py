@@ -1,0 +1,29 @@
+"""Any other transport of kombu's: one message at a time through its producer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kombu.messaging import Producer
+
+from ..messages import Message
+from .base import ConnectedPublisher
+
+
+class KombuPublisher(ConnectedPublisher):
+    """A message counts as confirmed when the transport's publish returns."""
+
+    def publish(self, messages: Sequence[Message]) -> None:
+        """Publish one after another. Raises `PublishError`."""
+        with self.errors():
+            producer = Producer(self._channel, auto_declare=False)
+            for message in messages:
+                producer.publish(
+                    message.body,
+                    routing_key=message.queue,
+                    exchange="",
+                    content_type=message.content_type,
+                    content_encoding=message.content_encoding,
+                    headers=dict(message.headers),
+                    **message.properties,
+                )

@@ -1,0 +1,39 @@
+"""A broker in a list, for tests: the same promises without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import PublishError, Unroutable
+from ..messages import Message
+
+
+class MemoryPublisher:
+    """Keeps what was published in `queues`; `broken` makes it refuse."""
+
+    def __init__(self) -> None:
+        self.queues: dict[str, list[Message]] = {}
+        self.broken = False
+        self._open = False
+
+    def open(self, queues: Sequence[Any]) -> None:
+        """Declare the queues. Raises `PublishError` while broken."""
+        if self.broken:
+            raise PublishError("The broker in memory is broken.")
+        self._open = True
+        for queue in queues:
+            self.queues.setdefault(queue.name, [])
+
+    def publish(self, messages: Sequence[Message]) -> None:
+        """Keep them. Raises `PublishError` while broken, `Unroutable` for an unknown queue."""
+        if self.broken or not self._open:
+            raise PublishError("The broker in memory is broken.")
+        for message in messages:
+            if message.queue not in self.queues:
+                raise Unroutable(f"The broker has no queue {message.queue}.")
+            self.queues[message.queue].append(message)
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._open = False

@@ -1,0 +1,169 @@
+"""The publishing thread: units in order to the broker, tried until the broker has confirmed them.
+
+It is a thread so that the replication worker answers PostgreSQL while the broker is slow or down.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from celery import signals
+
+from .backoff import delays
+from .errors import PublishError
+from .messages import Message, announce
+from .outbox import Unit
+from .protocol.lsn import Lsn
+from .publishers.base import Publisher
+
+logger = logging.getLogger(__name__)
+
+#: Bytes of message bodies that may wait; above it nothing more is read from PostgreSQL.
+IN_FLIGHT_BYTES = 32 << 20
+#: Bytes that one call of `publish` takes, where several units wait.
+_TOGETHER_BYTES = 4 << 20
+
+
+class Publishing(threading.Thread):
+    """Owns the publisher. `confirmed` and `failed` are called in this thread."""
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        queues: Sequence[Any],
+        confirmed: Callable[[Lsn], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        super().__init__(name="flash-publishing", daemon=True)
+        self._publisher = publisher
+        self._queues = queues
+        self._confirmed = confirmed
+        self._failed = failed
+        self._units: deque[Unit] = deque()
+        self._changed = threading.Condition()
+        self._size = 0
+        self._working = False
+        self._ending = False
+        self._generation = 0
+        self._opened = False
+
+    def put(self, unit: Unit) -> None:
+        """Take a unit; never blocks."""
+        with self._changed:
+            self._units.append(unit)
+            self._size += unit.size
+            self._changed.notify_all()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be read."""
+        return self._size < IN_FLIGHT_BYTES
+
+    @property
+    def idle(self) -> bool:
+        """Whether every unit has been confirmed."""
+        with self._changed:
+            return not self._units and not self._working
+
+    def discard(self) -> None:
+        """Give up what is not confirmed: PostgreSQL will send it again."""
+        with self._changed:
+            self._units.clear()
+            self._generation += 1
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._working)
+            self._size = 0
+
+    def end(self) -> None:
+        """Stop; what is not confirmed is given up."""
+        with self._changed:
+            self._ending = True
+            self._generation += 1
+            self._changed.notify_all()
+
+    def run(self) -> None:
+        """Publish until the end."""
+        try:
+            while units := self._next():
+                self._deliver(units)
+        except BaseException as error:
+            self._failed(error)
+        finally:
+            self._publisher.close()
+            with self._changed:
+                self._working = False
+                self._changed.notify_all()
+
+    def _next(self) -> list[Unit]:
+        with self._changed:
+            self._working = False
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._units or self._ending)
+            if self._ending:
+                return []
+            self._working = True
+            taken = [self._units.popleft()]
+            size = taken[0].size
+            while self._units and size + self._units[0].size <= _TOGETHER_BYTES:
+                size += self._units[0].size
+                taken.append(self._units.popleft())
+            return taken
+
+    def _deliver(self, units: Sequence[Unit]) -> None:
+        generation = self._generation
+        messages = [message for unit in units for message in unit.messages]
+        _before_publish(messages)
+        pauses = delays()
+        failing = False
+        while True:
+            try:
+                self._publish(messages)
+                break
+            except PublishError as error:
+                self._opened = False
+                self._publisher.close()
+                if not failing:
+                    logger.warning("%s Nothing is acknowledged until it works again.", error)
+                failing = True
+            if self._abandoned(generation, next(pauses)):
+                return
+        if failing:
+            logger.warning("The broker confirms messages again")
+        _after_publish(messages)
+        with self._changed:
+            self._size = max(0, self._size - sum(unit.size for unit in units))
+        self._confirmed(units[-1].position)
+
+    def _publish(self, messages: Sequence[Message]) -> None:
+        if not messages:
+            return
+        if not self._opened:
+            self._publisher.open(self._queues)
+            self._opened = True
+        self._publisher.publish(messages)
+
+    def _abandoned(self, generation: int, pause: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self._generation != generation, pause)
+
+
+def _before_publish(messages: Sequence[Message]) -> None:
+    if signals.before_task_publish.receivers:
+        for message in messages:
+            announce(
+                signals.before_task_publish.send,
+                message,
+                declare=[],
+                properties=message.properties,
+                retry_policy=None,
+            )
+
+
+def _after_publish(messages: Sequence[Message]) -> None:
+    if signals.after_task_publish.receivers:
+        for message in messages:
+            announce(signals.after_task_publish.send, message)

@@ -1,0 +1,146 @@
+"""What an operation on a row is for one subscription: entered, changed, left, or nothing.
+
+The rows that come out are messages of pgoutput too, so the Celery worker needs no conditions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+from .changes import Operation, Table
+from .protocol.pgoutput import UNCHANGED_TOAST, Cell, Row, encode_row
+from .subscriptions import Subscription
+
+INSERT, UPDATE, DELETE = Operation.INSERT, Operation.UPDATE, Operation.DELETE
+#: An operation, which half of a key change it is (0: none), and the row to send.
+Outcome = tuple[Operation, int, bytes]
+
+
+class Transitions:
+    """Judges the rows of one relation for one subscription and cuts them to what it wants.
+
+    `names` are the relation's columns in order, `table` is what the handler will see of them.
+    `unknown` is called when a row has to be judged without its old values.
+    """
+
+    def __init__(
+        self,
+        subscription: Subscription,
+        table: Table,
+        names: Sequence[str],
+        type_oids: dict[str, int],
+        unknown: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._operations = subscription.operations
+        self._unknown = unknown
+        self._names = list(names)
+        self._position = {name: number for number, name in enumerate(names)}
+        self._kept = [self._position[column.name] for column in table.columns]
+        self._everything = frozenset(range(len(names)))
+        self._identity = frozenset(self._position[name] for name in table.identity_columns)
+        self._identity_kind = table.identity
+        where = subscription.where
+        self._where = frozenset(self._position[n] for n in where.columns) if where else frozenset()
+        self._matches = where.bind(type_oids) if where else None
+        self._fields = [self._position[name] for name in subscription.fields or ()]
+        self._key = [self._position[name] for name in subscription.key or ()]
+
+    def insert(self, row: Row) -> list[Outcome]:
+        """A new row, if it is within the condition."""
+        new = row.new or []
+        if self._verdict(new, self._everything) is False:
+            return []
+        return self._wanted([(INSERT, 0, self._insert(new))])
+
+    def delete(self, row: Row) -> list[Outcome]:
+        """A row that is gone, if it was within the condition or nobody can tell."""
+        old = row.old or []
+        known = self._everything if row.old_kind == "O" else self._identity
+        if self._verdict(old, known) is False:
+            return []
+        return self._wanted([(DELETE, 0, self._delete(row.old_kind or "K", old))])
+
+    def update(self, row: Row) -> list[Outcome]:
+        """The four transitions, and the change of a key."""
+        new = row.new or []
+        kind, old, known = self._before(row)
+        if kind == "O":
+            new = [b if cell is UNCHANGED_TOAST else cell for b, cell in zip(old, new, strict=True)]
+        is_in = self._verdict(new, self._everything)
+        was_in = self._verdict(old, known)
+        is_in = was_in if is_in is None else is_in
+        was_in = is_in if was_in is None else was_in
+        if was_in is False:
+            return self._wanted([(INSERT, 0, self._insert(new))]) if is_in else []
+        if is_in is False:
+            return self._wanted([(DELETE, 0, self._delete(kind, old))])
+        if self._differs(self._key, old, new, known):
+            return self._wanted(
+                [(DELETE, 1, self._delete(kind, old)), (INSERT, 2, self._insert(new))]
+            )
+        if self._fields and not self._may_differ(self._fields, old, new, known):
+            return []
+        return self._wanted([(UPDATE, 0, self._update(row))])
+
+    def _before(self, row: Row) -> tuple[str, Sequence[Cell], Collection[int]]:
+        """The old row as a tuple message, and which of its columns are known."""
+        if row.old is not None:
+            return (
+                row.old_kind or "K",
+                row.old,
+                (self._everything if row.old_kind == "O" else self._identity),
+            )
+        # An identity of key columns is sent only when one of them changed (chapter "Logical
+        # Replication Message Formats").
+        known = self._identity if self._identity_kind in "di" else frozenset[int]()
+        new = row.new or []
+        return "K", [cell if n in known else None for n, cell in enumerate(new)], known
+
+    def _verdict(self, cells: Sequence[Cell], known: Collection[int]) -> bool | None:
+        if self._matches is None:
+            return True
+        if any(n not in known or cells[n] is UNCHANGED_TOAST for n in self._where):
+            self._unknown()
+            return None
+        return self._matches(lambda name: self._text(cells[self._position[name]]))
+
+    @staticmethod
+    def _text(cell: Cell) -> bytes | None:
+        return cell if isinstance(cell, bytes) else None
+
+    @staticmethod
+    def _differs(
+        columns: Sequence[int], old: Sequence[Cell], new: Sequence[Cell], known: Collection[int]
+    ) -> bool:
+        """Whether a column is known to have changed; equal bytes are equal values."""
+        return any(
+            n in known and new[n] is not UNCHANGED_TOAST and new[n] != old[n] for n in columns
+        )
+
+    def _may_differ(
+        self,
+        columns: Sequence[int],
+        old: Sequence[Cell],
+        new: Sequence[Cell],
+        known: Collection[int],
+    ) -> bool:
+        unknown = any(n not in known and new[n] is not UNCHANGED_TOAST for n in columns)
+        if unknown:
+            self._unknown()
+        return unknown or self._differs(columns, old, new, known)
+
+    def _wanted(self, outcomes: list[Outcome]) -> list[Outcome]:
+        return [outcome for outcome in outcomes if outcome[0] in self._operations]
+
+    def _insert(self, new: Sequence[Cell]) -> bytes:
+        return encode_row("I", 0, None, None, self._cut(new))
+
+    def _delete(self, kind: str, old: Sequence[Cell]) -> bytes:
+        return encode_row("D", 0, kind, self._cut(old), None)
+
+    def _update(self, row: Row) -> bytes:
+        old = None if row.old is None else self._cut(row.old)
+        return encode_row("U", 0, row.old_kind, old, self._cut(row.new or []))
+
+    def _cut(self, cells: Sequence[Cell]) -> list[Cell]:
+        return [cells[n] for n in self._kept]

@@ -1,0 +1,188 @@
+"""What every publisher promises, on each broker and on the twin in memory."""
+
+import pytest
+from celery import Celery
+from kombu import Queue
+
+from flash_celery.errors import PublishError, Unroutable
+from flash_celery.messages import Message
+from flash_celery.publishers import for_app
+from flash_celery.publishers.amqp import AmqpPublisher
+from flash_celery.publishers.base import queue_depths
+from flash_celery.publishers.kombu import KombuPublisher
+from flash_celery.publishers.memory import MemoryPublisher
+from flash_celery.publishers.redis import RedisPublisher
+
+
+class Broker:
+    """A publisher, and a way to look into the queues it fills."""
+
+    def __init__(self, app):
+        self.app = app
+        self.publisher = for_app(app)
+
+    def read(self, queue):
+        return [message.headers["id"] for message in self.messages(queue)]
+
+    def messages(self, queue):
+        with self.app.connection_for_read() as connection:
+            bound = self.app.amqp.queues[queue](connection.default_channel)
+            found = []
+            while (message := bound.get(no_ack=True)) is not None:
+                found.append(message)
+            return found
+
+
+class Twin:
+    def __init__(self, app):
+        self.app = app
+        self.publisher = MemoryPublisher()
+
+    def read(self, queue):
+        return [message.headers["id"] for message in self.messages(queue)]
+
+    def messages(self, queue):
+        found, self.publisher.queues[queue] = self.publisher.queues[queue], []
+        return found
+
+
+KINDS = ["memory", "redis", "prefixed", "rabbitmq", "quorum", "kombu"]
+
+
+@pytest.fixture(params=KINDS)
+def broker(request):
+    app = Celery("shop", set_as_current=False)
+    if request.param in ("redis", "prefixed"):
+        app.conf.broker_url = request.getfixturevalue("valkey").url
+        if request.param == "prefixed":
+            app.conf.broker_transport_options = {"global_keyprefix": "shop:"}
+    elif request.param in ("rabbitmq", "quorum"):
+        app.conf.broker_url = request.getfixturevalue("rabbit").url
+        if request.param == "quorum":
+            arguments = {"x-queue-type": "quorum"}
+            app.conf.task_queues = [
+                Queue(name, durable=True, queue_arguments=arguments) for name in ("first", "second")
+            ]
+            app.conf.task_default_queue = "first"
+    else:
+        app.conf.broker_url = "memory://"
+    broker = (Twin if request.param == "memory" else Broker)(app)
+    queues = [app.amqp.queues[name] for name in ("first", "second")]
+    broker.publisher.open(queues)
+    yield broker
+    broker.publisher.close()
+    if request.param in ("rabbitmq", "quorum"):
+        with app.connection_for_write() as connection:
+            for queue in queues:
+                queue(connection.default_channel).delete()
+
+
+def message(number, queue="first", **properties):
+    headers = {"id": str(number), "task": "shop.handle"}
+    return Message(
+        queue, "shop.handle", headers, {"delivery_mode": 2, **properties}, f'"é{number}"'
+    )
+
+
+def test_messages_arrive_once_and_in_order(broker):
+    broker.publisher.publish([message(n, "first" if n % 3 else "second") for n in range(1, 2500)])
+    assert broker.read("first") == [str(n) for n in range(1, 2500) if n % 3]
+    assert broker.read("second") == [str(n) for n in range(1, 2500) if not n % 3]
+
+
+def test_a_message_is_what_was_published(broker):
+    broker.publisher.publish([message(1, correlation_id="7", priority=4)])
+    (found,) = broker.messages("first")
+    assert found.headers["task"] == "shop.handle"
+    assert found.properties["correlation_id"] == "7"
+    assert found.properties["priority"] == 4
+    body = found.body if isinstance(found.body, str) else bytes(found.body).decode()
+    assert body == '"é1"'
+    assert found.content_type == "application/json"
+
+
+def test_nothing_to_publish_is_fine(broker):
+    broker.publisher.publish([])
+    assert broker.read("first") == []
+
+
+def test_a_publisher_opens_again(broker):
+    broker.publisher.close()
+    broker.publisher.close()
+    broker.publisher.open([broker.app.amqp.queues["first"]])
+    broker.publisher.publish([message(1)])
+    assert broker.read("first") == ["1"]
+
+
+@pytest.fixture(params=["redis", "rabbitmq"])
+def unreachable(request):
+    scheme = {"redis": "redis", "rabbitmq": "amqp"}[request.param]
+    return Celery("shop", broker=f"{scheme}://me:s3cret@127.0.0.1:1//", set_as_current=False)
+
+
+def test_a_broker_that_is_not_there_is_a_publish_error_without_the_password(unreachable):
+    publisher = for_app(unreachable)
+    with pytest.raises(PublishError, match=r"127\.0\.0\.1:1") as caught:
+        publisher.open([unreachable.amqp.queues["flash"]])
+    assert "s3cret" not in str(caught.value)
+    publisher.close()
+
+
+def test_a_message_for_a_queue_that_is_gone_is_unroutable(rabbit):
+    app = Celery("shop", broker=rabbit.url, set_as_current=False)
+    publisher = for_app(app)
+    publisher.open([])
+    with pytest.raises(Unroutable, match="no queue nowhere"):
+        publisher.publish([message(1, "nowhere")])
+    publisher.close()
+
+
+def test_a_queue_of_the_worker_is_declared_as_the_worker_does(rabbit):
+    app = Celery("shop", broker=rabbit.url, set_as_current=False)
+    app.conf.task_queue_max_priority = 9
+    queue = app.amqp.queues["priorities"]
+    publisher = for_app(app)
+    publisher.open([queue])
+    publisher.publish([message(1, "priorities", priority=2), message(2, "priorities", priority=8)])
+    publisher.close()
+    with app.connection_for_read() as connection:
+        bound = queue(connection.default_channel)
+        bound.queue_declare()
+        assert [bound.get(no_ack=True).headers["id"] for _ in range(2)] == ["2", "1"]
+        bound.delete()
+
+
+def test_priorities_of_redis_have_their_keys(valkey):
+    import redis
+
+    app = Celery("shop", broker=valkey.url, set_as_current=False)
+    publisher = for_app(app)
+    publisher.open([app.amqp.queues["ordered"]])
+    publisher.publish([message(1, "ordered", priority=9), message(2, "ordered", priority=0)])
+    publisher.close()
+    with redis.Redis(port=valkey.port) as client:
+        assert client.llen("ordered\x06\x169") == 1
+        assert client.llen("ordered") == 1
+        client.delete("ordered", "ordered\x06\x169")
+
+
+def test_the_depth_of_a_queue(broker):
+    if isinstance(broker, Twin) or broker.app.conf.broker_url == "memory://":
+        return  # the broker lives in this process
+    broker.publisher.publish([message(n) for n in range(3)])
+    missing = None if isinstance(broker.publisher, AmqpPublisher) else 0
+    assert queue_depths(broker.app, ["first", "nowhere"]) == {"first": 3, "nowhere": missing}
+    broker.read("first")
+
+
+def test_the_transport_picks_the_publisher():
+    kinds = {
+        "redis://": RedisPublisher,
+        "rediss://": RedisPublisher,
+        "sentinel://": RedisPublisher,
+        "amqp://": AmqpPublisher,
+        "pyamqp://": AmqpPublisher,
+        "memory://": KombuPublisher,
+    }
+    for url, kind in kinds.items():
+        assert type(for_app(Celery("shop", broker=url, set_as_current=False))) is kind, url

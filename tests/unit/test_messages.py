@@ -1,0 +1,144 @@
+"""Task messages: options, queues, ids."""
+
+import json
+
+import celery
+import pytest
+from kombu import Queue
+
+from flash_celery import on_change
+from flash_celery.changes import Column, Operation, Table, Transaction
+from flash_celery.errors import ConfigurationError, SubscriptionError
+from flash_celery.handlers import subscriptions_of
+from flash_celery.messages import Templates
+from flash_celery.payload import Delivery
+from flash_celery.protocol.lsn import Lsn
+from flash_celery.protocol.pgoutput import encode_row
+from flash_celery.settings import Settings
+
+# Celery would rather see queue= and routing_key= in task_routes; they work all the same.
+pytestmark = pytest.mark.filterwarnings("ignore::celery.exceptions.CDeprecationWarning")
+
+TABLE = Table("public", "orders", None, "d", ("id",), (Column("id", 23, "integer", True),))
+DELIVERY = Delivery(
+    TABLE, Transaction(Lsn(0x16B3748), 7, 0), 3, 0, 0, encode_row("I", 0, None, None, [b"5"])
+)
+INSERT, DELETE = Operation.INSERT, Operation.DELETE
+
+
+@pytest.fixture
+def make(new_app, monkeypatch):
+    def make(task_options=None, conf=None, source="", **subscription):
+        monkeypatch.setattr(celery._state, "_on_app_finalizers", set())
+        app = new_app(broker_url="memory://", **(conf or {}))
+
+        @on_change("orders", **subscription)
+        @app.task(name="shop.handle", **(task_options or {}))
+        def handle(change):
+            pass
+
+        app.finalize()
+        (declared,) = subscriptions_of(app)
+        templates = Templates(app, Settings.from_app(app), [declared], source)
+        return lambda operation=INSERT: templates[declared, operation]
+
+    return make
+
+
+def test_a_message_is_one_a_celery_worker_accepts(make):
+    message = make()().message([DELIVERY])
+    assert message.queue == "flash"
+    assert message.headers["task"] == "shop.handle"
+    assert message.headers["id"] == message.headers["root_id"]
+    assert message.headers["argsrepr"] == "insert public.orders id=5 @0/16B3748"
+    assert message.headers["kwargsrepr"] == "{}"
+    assert message.properties == {
+        "correlation_id": message.headers["id"],
+        "reply_to": "",
+        "delivery_mode": 2,
+    }
+    (argument,), kwargs, embed = json.loads(message.body)
+    assert argument["__type__"] == "flash_celery.change"
+    assert kwargs == {}
+    assert set(embed) == {"callbacks", "errbacks", "chain", "chord"}
+
+
+def test_the_headers_are_those_that_celery_writes(make, app):
+    theirs = app.amqp.as_task_v2("id", "shop.handle", argsrepr="", kwargsrepr="")
+    assert set(make()().message([DELIVERY]).headers) == set(theirs.headers)
+
+
+def test_the_task_id_of_one_change_is_the_same_every_time_and_nobody_elses(make):
+    first, again = make(source="a")(), make(source="a")()
+    assert first.message([DELIVERY]).headers["id"] == again.message([DELIVERY]).headers["id"]
+    elsewhere = make(source="b")().message([DELIVERY])
+    assert first.message([DELIVERY]).headers["id"] != elsewhere.headers["id"]
+    other = DELIVERY._replace(ordinal=4)
+    assert first.message([DELIVERY]).headers["id"] != first.message([other]).headers["id"]
+
+
+def test_a_batch_is_one_message(make):
+    message = make(batch=10)().message([DELIVERY, DELIVERY._replace(ordinal=4)])
+    (argument,), _, _ = json.loads(message.body)
+    assert argument["__type__"] == "flash_celery.changes"
+    assert message.headers["argsrepr"] == "2 changes from insert public.orders id=5 @0/16B3748"
+
+
+ROUTES = {"public.orders.delete": {"queue": "cleanup", "priority": 9}, "public.*.*": "tables"}
+
+
+@pytest.mark.parametrize(
+    ("expected", "options"),
+    [
+        ("mine", {"queue": "mine", "task_options": {"queue": "own"}}),
+        ("own", {"task_options": {"queue": "own"}, "conf": {"flash_routes": ROUTES}}),
+        ("tables", {"conf": {"flash_routes": ROUTES, "task_routes": {"shop.*": "celerys"}}}),
+        ("celerys", {"conf": {"task_routes": {"shop.*": {"queue": "celerys"}}}}),
+        ("other", {"conf": {"flash_queue": "other"}}),
+        ("flash", {}),
+    ],
+)
+def test_the_queue_is_the_first_that_somebody_named(make, expected, options):
+    assert make(**options)().queue == expected
+
+
+def test_flash_routes_go_by_operation(make):
+    template = make(conf={"flash_routes": ROUTES})
+    assert template(INSERT).queue == "tables"
+    assert template(DELETE).queue == "cleanup"
+    assert template(DELETE).message([DELIVERY]).properties["priority"] == 9
+
+
+def test_the_options_of_the_task_are_honoured(make):
+    options = {"time_limit": 30, "soft_time_limit": 20, "priority": 3, "expires": 60}
+    message = make(task_options={**options, "ignore_result": True})().message([DELIVERY])
+    assert message.headers["timelimit"] == [30, 20]
+    assert message.headers["ignore_result"] is True
+    assert message.headers["expires"].startswith("20")
+    assert message.properties["priority"] == 3
+
+
+def test_a_routing_key_leads_to_its_queue(make):
+    queues = [Queue("bills", routing_key="billing")]
+    conf = {"task_queues": queues, "task_routes": {"shop.*": {"routing_key": "billing"}}}
+    assert make(conf=conf)().queue == "bills"
+    with pytest.raises(ConfigurationError, match="routing_key='nowhere'"):
+        make(task_options={"routing_key": "nowhere"})
+
+
+def test_another_serializer_is_refused(make):
+    with pytest.raises(SubscriptionError, match=r"shop\.handle has serializer='pickle'"):
+        make(task_options={"serializer": "pickle"})
+
+
+def test_a_queue_that_cannot_be_made_is_refused(make):
+    conf = {"task_create_missing_queues": False, "task_queues": [Queue("celery")]}
+    with pytest.raises(ConfigurationError, match="'flash', which is not in task_queues"):
+        make(conf=conf)
+
+
+def test_compression_is_honoured(make):
+    from kombu.compression import decompress
+
+    message = make(task_options={"compression": "gzip"})().message([DELIVERY])
+    assert b"flash_celery.change" in decompress(message.body, message.headers["compression"])

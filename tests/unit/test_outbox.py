@@ -1,0 +1,110 @@
+"""Batches and positions."""
+
+from flash_celery import on_change, payload
+from flash_celery.changes import Column, Operation, Table, Transaction
+from flash_celery.handlers import subscriptions_of
+from flash_celery.messages import Templates
+from flash_celery.outbox import Outbox
+from flash_celery.payload import Delivery
+from flash_celery.protocol.lsn import Lsn
+from flash_celery.protocol.pgoutput import encode_row
+from flash_celery.settings import Settings
+
+TABLE = Table("public", "orders", None, "d", ("id",), (Column("id", 23, "integer", True),))
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def template(app, operation=Operation.INSERT, **options):
+    @on_change("orders", **options)
+    @app.task(name="handle")
+    def handle(change):
+        pass
+
+    app.finalize()
+    (subscription,) = subscriptions_of(app)
+    settings = Settings.from_app(app)
+    return Templates(app, settings, [subscription])[subscription, operation]
+
+
+def delivery(number, size=1):
+    row = encode_row("I", 0, None, None, [str(number).zfill(size).encode()])
+    return Delivery(TABLE, Transaction(Lsn(number * 16), 7, 0), 0, 0, 0, row)
+
+
+def ids(message):
+    import json
+
+    ((argument,), _, _) = json.loads(message.body)
+    return [int(change.new["id"]) for change in payload.decode(argument["__value__"])]
+
+
+def test_each_change_is_a_message_in_order(app):
+    outbox, one = Outbox(), template(app)
+    for number in (1, 2, 3):
+        outbox.add(one, delivery(number))
+        outbox.commit(Lsn(number * 16 + 8))
+    unit = outbox.collect()
+    assert [ids(message) for message in unit.messages] == [[1], [2], [3]]
+    assert unit.position == 56
+    assert outbox.collect().messages == []
+
+
+def test_a_batch_holds_what_came_together(app):
+    outbox, batch = Outbox(), template(app, batch=2)
+    for number in (1, 2, 3):
+        outbox.add(batch, delivery(number))
+        outbox.commit(Lsn(number * 16 + 8))
+    unit = outbox.collect()
+    assert [ids(message) for message in unit.messages] == [[1, 2], [3]]
+    assert unit.position == 56
+
+
+def test_a_batch_that_waits_holds_the_position_before_its_first_change(app):
+    from flash_celery import Batch
+
+    clock = Clock()
+    outbox, batch = Outbox(clock), template(app, batch=Batch(10, wait=5))
+    outbox.commit(Lsn(8))
+    outbox.add(batch, delivery(1))
+    outbox.commit(Lsn(24))
+    clock.now = 3.0
+    outbox.add(batch, delivery(2))
+    outbox.commit(Lsn(40))
+    unit = outbox.collect()
+    assert (unit.messages, unit.position) == ([], 8)
+    assert outbox.due == 5.0
+    clock.now = 5.0
+    unit = outbox.collect()
+    assert [ids(message) for message in unit.messages] == [[1, 2]]
+    assert unit.position == 40
+    assert outbox.due is None
+
+
+def test_a_waiting_batch_leaves_at_the_end(app):
+    from flash_celery import Batch
+
+    outbox, batch = Outbox(Clock()), template(app, batch=Batch(10, wait=5))
+    outbox.add(batch, delivery(1))
+    assert len(outbox.collect(everything=True).messages) == 1
+
+
+def test_a_batch_is_bounded_in_bytes(app, monkeypatch):
+    monkeypatch.setattr("flash_celery.outbox.BATCH_BYTES", 100)
+    outbox, batch = Outbox(), template(app, batch=10)
+    for number in range(1, 5):
+        outbox.add(batch, delivery(number, size=40))
+    assert [len(ids(message)) for message in outbox.collect().messages] == [1, 1, 1, 1]
+
+
+def test_rows_of_an_open_transaction_do_not_move_the_position(app):
+    outbox, one = Outbox(), template(app)
+    outbox.commit(Lsn(8))
+    outbox.add(one, delivery(1))
+    unit = outbox.collect()
+    assert (len(unit.messages), unit.position) == (1, 8)

@@ -1,0 +1,146 @@
+"""Conditions, fields and keys, on rows as PostgreSQL sends them."""
+
+import pytest
+
+from flash_celery import conditions
+from flash_celery.changes import Column, Operation, Table
+from flash_celery.protocol.pgoutput import UNCHANGED_TOAST, Row, read_row
+from flash_celery.subscriptions import Subscription, TableName
+from flash_celery.transitions import Transitions
+
+TYPES = {"id": 23, "status": 25, "note": 25}
+INSERT, UPDATE, DELETE = Operation.INSERT, Operation.UPDATE, Operation.DELETE
+PAID = conditions.parse({"status": "paid"})
+
+
+def transitions(identity="f", kept=("id", "status", "note"), unknown=lambda: None, **more):
+    flagged = {"f": set(TYPES), "d": {"id"}, "n": set()}[identity]
+    fields = more.get("fields")
+    table = Table(
+        "public",
+        "orders",
+        None,
+        identity,
+        ("id",),
+        tuple(
+            Column(n, o, "", n in flagged, not fields or n in fields)
+            for n, o in TYPES.items()
+            if n in kept
+        ),
+    )
+    subscription = Subscription("shop.handle", TableName("public", "orders"), **more)
+    return Transitions(subscription, table, list(TYPES), TYPES, unknown)
+
+
+def cells(text):
+    special = {"-": None, "~": UNCHANGED_TOAST}
+    return [special.get(part, part.encode()) for part in text.split()]
+
+
+def update(new, old=None, kind="O"):
+    return Row(None, "U", 0, old and kind, old and cells(old), cells(new))
+
+
+def shown(outcomes):
+    """Each outcome as its operation, half and rows."""
+    found = []
+    for operation, half, data in outcomes:
+        row, end = read_row(data)
+        assert end == len(data)
+        mark = {0: "", 1: "-", 2: "+"}[half]
+        rows = " -> ".join(_text(row) for row in (row.old, row.new) if row is not None)
+        found.append(f"{operation.names()[0]}{mark} {rows}")
+    return found
+
+
+def _text(row):
+    return " ".join("-" if c is None else "~" if c is UNCHANGED_TOAST else c.decode() for c in row)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("1 open a", "1 paid a", ["insert 1 paid a"]),
+        ("1 paid a", "1 open a", ["delete 1 paid a"]),
+        ("1 paid a", "1 paid b", ["update 1 paid a -> 1 paid b"]),
+        ("1 open a", "1 void a", []),
+        ("1 - a", "1 paid a", ["insert 1 paid a"]),
+        ("1 paid a", "1 - a", ["delete 1 paid a"]),
+        ("1 open a", "1 paid ~", ["insert 1 paid a"]),
+    ],
+)
+def test_a_row_enters_stays_in_or_leaves_the_condition(old, new, expected):
+    assert shown(transitions(where=PAID).update(update(new, old))) == expected
+
+
+def test_the_mask_is_applied_to_what_is_delivered():
+    only_inserts = transitions(where=PAID, operations=INSERT)
+    assert shown(only_inserts.update(update("1 paid a", "1 open a"))) == ["insert 1 paid a"]
+    assert shown(only_inserts.update(update("1 paid b", "1 paid a"))) == []
+    assert shown(only_inserts.update(update("1 open a", "1 paid a"))) == []
+
+
+def test_inserts_and_deletes_are_judged_by_their_row():
+    judge = transitions(where=PAID)
+    assert shown(judge.insert(Row(None, "I", 0, None, None, cells("1 paid a"))))
+    assert not judge.insert(Row(None, "I", 0, None, None, cells("1 open a")))
+    assert shown(judge.delete(Row(None, "D", 0, "O", cells("1 paid a"), None)))
+    assert not judge.delete(Row(None, "D", 0, "O", cells("1 open a"), None))
+
+
+def test_without_old_values_nothing_is_dropped_unjudged():
+    asked = []
+    judge = transitions("d", where=PAID, unknown=lambda: asked.append(1))
+    assert shown(judge.update(update("1 paid a"))) == ["update 1 paid a"]
+    assert shown(judge.update(update("1 open a"))) == []
+    assert shown(judge.delete(Row(None, "D", 0, "K", cells("1 - -"), None))) == ["delete 1 - -"]
+    assert len(asked) == 3
+
+
+def test_an_update_that_changes_none_of_the_fields_is_not_delivered():
+    judge = transitions(fields=("status",), kept=("id", "status"))
+    assert shown(judge.update(update("1 paid b", "1 paid a"))) == []
+    assert shown(judge.update(update("1 paid b", "1 open a"))) == ["update 1 open -> 1 paid"]
+    assert shown(judge.insert(Row(None, "I", 0, None, None, cells("1 open a")))) == [
+        "insert 1 open"
+    ]
+
+
+def test_without_old_values_an_update_may_have_changed_the_fields():
+    judge = transitions("d", fields=("status",), kept=("id", "status"))
+    assert shown(judge.update(update("1 paid b"))) == ["update 1 paid"]
+    assert shown(judge.update(update("1 ~ b"))) == []
+
+
+def test_the_change_of_a_key_is_a_delete_and_an_insert():
+    judge = transitions(key=("id",))
+    assert shown(judge.update(update("2 paid a", "1 paid a"))) == [
+        "delete- 1 paid a",
+        "insert+ 2 paid a",
+    ]
+    assert shown(judge.update(update("1 paid b", "1 paid a"))) == ["update 1 paid a -> 1 paid b"]
+    only_deletes = transitions(key=("id",), operations=DELETE)
+    assert shown(only_deletes.update(update("2 paid a", "1 paid a"))) == ["delete- 1 paid a"]
+
+
+def test_a_key_of_the_identity_is_known_without_full():
+    judge = transitions("d", key=("id",))
+    changed = judge.update(update("2 paid a", "1 - -", kind="K"))
+    assert shown(changed) == ["delete- 1 - -", "insert+ 2 paid a"]
+    assert shown(judge.update(update("1 paid b"))) == ["update 1 paid b"]
+
+
+def test_a_condition_and_a_key_together():
+    judge = transitions(key=("id",), where=PAID)
+    assert shown(judge.update(update("2 paid a", "1 open a"))) == ["insert 2 paid a"]
+    assert shown(judge.update(update("2 open a", "1 paid a"))) == ["delete 1 paid a"]
+    assert shown(judge.update(update("2 paid a", "1 paid a"))) == [
+        "delete- 1 paid a",
+        "insert+ 2 paid a",
+    ]
+
+
+def test_a_row_leaving_a_condition_on_its_identity_is_known_by_its_key():
+    judge = transitions("d", where=conditions.parse({"id__lt": 5}))
+    left = judge.update(update("7 paid a", "1 - -", kind="K"))
+    assert shown(left) == ["delete 1 - -"]
