@@ -9,8 +9,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from .errors import ReplicationError
-from .replication import pinned, without_password
+from .replication import pinned, unreachable
 from .subscriptions import TableName
 
 #: Values of pg_class.relkind (chapter "System Catalogs").
@@ -113,8 +112,7 @@ def connect(dsn: str) -> psycopg.Connection[Any]:
     try:
         return psycopg.connect(pinned(dsn), autocommit=True)
     except psycopg.OperationalError as error:
-        text = " ".join(without_password(str(error), dsn).split()).rstrip(".")
-        raise ReplicationError(f"The connection to PostgreSQL failed: {text}.") from None
+        raise unreachable(error, dsn) from None
 
 
 def find(connection: psycopg.Connection[Any], name: TableName) -> CatalogTable | None:

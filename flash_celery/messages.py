@@ -137,6 +137,10 @@ class Templates:
     def __getitem__(self, key: tuple[Subscription, Operation]) -> Template:
         return self._templates[key]
 
+    def queues_of(self, subscription: Subscription) -> list[str]:
+        """The queues one subscription's changes go to."""
+        return sorted({t.queue for (one, _), t in self._templates.items() if one == subscription})
+
     @property
     def queues(self) -> list[str]:
         """Every queue that may get a message."""

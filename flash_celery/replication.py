@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg import conninfo, pq, sql
 
-from .errors import ReplicationError, SlotInUse, SlotLost, SlotMissing
+from .errors import PublicationMismatch, ReplicationError, SlotInUse, SlotLost, SlotMissing
 from .protocol import frames
 from .protocol.lsn import Lsn
 
@@ -47,6 +47,12 @@ def without_password(text: str, dsn: str) -> str:
     return shown.replace(str(password), "…") if password else shown
 
 
+def unreachable(error: psycopg.Error, dsn: str) -> ReplicationError:
+    """A failed connection, as an error that may be shown."""
+    text = " ".join(without_password(str(error), dsn).split()).rstrip(".")
+    return ReplicationError(f"The connection to PostgreSQL failed: {text}.")
+
+
 class ReplicationConnection:
     """Reads a slot. `receive` a burst, `send_status`, and wait on `fileno()` in between.
 
@@ -54,19 +60,23 @@ class ReplicationConnection:
     when the server says so.
     """
 
-    def __init__(self, dsn: str, notice: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, dsn: str, notice: Callable[[str, str], None] | None = None) -> None:
         self._dsn = dsn
         target = pinned(dsn, replication="database")
         self._connection = pq.PGconn.connect(target.encode())
         if self._connection.status != pq.ConnStatus.OK:
             raise self._lost()
-        self._connection.notice_handler = lambda result: notice(
-            (result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) or b"").decode(errors="replace")
-        )
+        if notice is not None:
+            self._connection.notice_handler = lambda result: notice(*_diagnosis(result))
 
     def fileno(self) -> int:
         """The socket, to be waited on."""
         return self._connection.socket
+
+    def identify(self) -> str:
+        """Which server and timeline this is: a position means nothing anywhere else."""
+        result = self._execute(sql.SQL("IDENTIFY_SYSTEM"), pq.ExecStatus.TUPLES_OK)
+        return b"/".join(result.get_value(0, column) or b"" for column in (0, 1)).decode()
 
     def create_slot(self, slot: str) -> Lsn:
         """Create the permanent slot; its position is where the server stands now."""
@@ -124,12 +134,12 @@ class ReplicationConnection:
         return result
 
     def _refused(self, result: pq.abc.PGresult) -> Exception:
-        state = (result.error_field(pq.DiagnosticField.SQLSTATE) or b"").decode()
-        message = (result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) or b"").decode()
+        state, message = _diagnosis(result)
         if state == _IN_USE:
             return SlotInUse(f"{message}.")
-        if state == _UNDEFINED_OBJECT and "slot" in message:
-            return SlotMissing(f"{message}.")
+        if state == _UNDEFINED_OBJECT:
+            kind = SlotMissing if "slot" in message else PublicationMismatch
+            return kind(f"{message}; run `flash reset` to start anew.")
         if state == _OBJECT_NOT_IN_STATE:
             return SlotLost(f"{message}.")
         return ReplicationError(without_password(f"PostgreSQL: {message}.", self._dsn))
@@ -148,5 +158,13 @@ class ReplicationConnection:
 
     def _lost(self, message: str = "") -> ReplicationError:
         text = message or self._connection.get_error_message()
-        text = " ".join(without_password(text, self._dsn).split()).rstrip(".")
-        return ReplicationError(f"The connection to PostgreSQL failed: {text}.")
+        return unreachable(psycopg.OperationalError(text), self._dsn)
+
+
+def _diagnosis(result: pq.abc.PGresult) -> tuple[str, str]:
+    """SQLSTATE and message of an error or notice."""
+    fields = pq.DiagnosticField.SQLSTATE, pq.DiagnosticField.MESSAGE_PRIMARY
+    state, message = (
+        (result.error_field(field) or b"").decode(errors="replace") for field in fields
+    )
+    return state, message

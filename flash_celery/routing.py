@@ -49,7 +49,8 @@ class Router:
         self._describe = describe
         self._deliver = deliver
         self._routes: dict[bytes, list[Route]] = {}
-        self._truncates: dict[int, list[Route]] = {}
+        self._truncates: dict[int, list[tuple[TableName, Route]]] = {}
+        self._names: dict[int, TableName] = {}
         #: Rows that were judged without their old values.
         self.unjudged = 0
         self._warned: set[TableName] = set()
@@ -59,10 +60,16 @@ class Router:
         for route in self._routes.get(payload[:5], ()):
             route(payload, transaction, index)
 
-    def truncate(self, oid: int, transaction: Transaction, index: int) -> None:
-        """Route one relation of a TRUNCATE."""
-        for route in self._truncates.get(oid, ()):
-            route(TRUNCATED, transaction, index)
+    def truncate(self, oids: Sequence[int], transaction: Transaction, index: int) -> None:
+        """Route a TRUNCATE; each relation of it counts as a row.
+
+        A partitioned table comes with its partitions: its own handlers are told once.
+        """
+        truncated = {self._names.get(oid) for oid in oids}
+        for place, oid in enumerate(oids):
+            for table, route in self._truncates.get(oid, ()):
+                if table == self._names[oid] or table not in truncated:
+                    route(TRUNCATED, transaction, index + place)
 
     def relation(self, relation: pgoutput.Relation) -> None:
         """Learn a relation, or what has become of it.
@@ -70,7 +77,7 @@ class Router:
         Raises `SubscriptionError` if a column that a subscription names is not there any more.
         """
         self._forget(relation.oid)
-        own = TableName(relation.schema, relation.name)
+        own = self._names[relation.oid] = TableName(relation.schema, relation.name)
         described = self._describe(relation.oid)
         names = {own, *(described.ancestors if described else ())}
         for subscription in self._subscriptions:
@@ -94,7 +101,8 @@ class Router:
     ) -> None:
         if Operation.TRUNCATE in subscription.operations:
             route = self._forward(subscription, Operation.TRUNCATE, table)
-            self._truncates.setdefault(relation.oid, []).append(route)
+            entry = (subscription.table, route)
+            self._truncates.setdefault(relation.oid, []).append(entry)
         plain = not (subscription.fields or subscription.where or subscription.key)
         transitions = None
         if not plain:

@@ -6,6 +6,7 @@ can be passed on as they come.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from .changes import Transaction
@@ -22,7 +23,7 @@ class Rows(Protocol):
 
     def row(self, payload: bytes, transaction: Transaction, index: int) -> None: ...
 
-    def truncate(self, oid: int, transaction: Transaction, index: int) -> None: ...
+    def truncate(self, oids: Sequence[int], transaction: Transaction, index: int) -> None: ...
 
     def relation(self, relation: pgoutput.Relation) -> None: ...
 
@@ -64,9 +65,8 @@ class Transactions:
                 self._rows.relation(message)
             case pgoutput.Truncate():
                 self._require_open(payload)
-                for oid in message.relation_oids:
-                    self._rows.truncate(oid, self._transaction, self._index)
-                    self._index += 1
+                self._rows.truncate(message.relation_oids, self._transaction, self._index)
+                self._index += len(message.relation_oids)
             case pgoutput.Type() | pgoutput.Origin() | pgoutput.LogicalMessage():
                 pass
             case _:

@@ -61,6 +61,24 @@ class ConnectedPublisher:
             with suppress(Exception):
                 connection.release()
 
+    @property
+    def url(self) -> str:
+        """The broker's address, without a password."""
+        return str(maybe_sanitize_url(self._connection.as_uri()))
+
+    @property
+    def driver(self) -> str:
+        """`redis`, `amqp` or another of kombu's."""
+        return str(self._connection.transport.driver_type)
+
+    def redis_settings(self, *names: str) -> dict[str, str]:
+        """What CONFIG GET says."""
+        with self._channel.conn_or_acquire() as client:
+            found: dict[str, str] = {}
+            for name in names:
+                found.update(client.config_get(name))
+            return found
+
     def depth(self, queue: str) -> int:
         """How many messages wait in a queue. A list of Redis' that is not there is an empty one."""
         if hasattr(self._channel, "_size"):
@@ -74,9 +92,8 @@ class ConnectedPublisher:
         try:
             yield
         except known as error:
-            broker = maybe_sanitize_url(self._connection.as_uri())
             raise PublishError(
-                f"The broker {broker} failed: {error or type(error).__name__}."
+                f"The broker {self.url} failed: {error or type(error).__name__}."
             ) from error
 
 

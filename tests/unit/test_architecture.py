@@ -22,7 +22,7 @@ ALLOWED = {
     "progress": {"protocol"},
     "transitions": {"changes", "subscriptions", "protocol"},
     "transactions": {"changes", "protocol", "errors"},
-    "catalog": {"replication", "subscriptions", "errors"},
+    "catalog": {"replication", "subscriptions"},
     "routing": {
         *("catalog", "changes", "payload", "protocol"),
         *("subscriptions", "transitions", "errors"),
@@ -30,6 +30,32 @@ ALLOWED = {
     "messages": {"changes", "payload", "settings", "subscriptions", "errors"},
     "outbox": {"messages", "payload", "protocol"},
     "publishing": {"backoff", "messages", "outbox", "protocol", "publishers", "errors"},
+    "publications": {"backoff", "catalog", "changes", "subscriptions", "errors"},
+    "preflight": {
+        *("catalog", "publications", "replication", "settings", "subscriptions", "errors"),
+    },
+    "status": {"messages", "publishers", "settings", "subscriptions", "errors"},
+    "doctor": {"preflight", "publishers", "subscriptions", "errors"},
+    "reset": {"publications", "settings", "status", "errors"},
+    "tail": {
+        *("catalog", "changes", "payload", "protocol", "publications", "replication"),
+        *("routing", "subscriptions", "transactions", "errors"),
+    },
+    # Commands import what they do.
+    "cli": {
+        *("catalog", "doctor", "errors", "handlers", "preflight", "publishers", "replicator"),
+        *("reset", "settings", "status", "subscriptions", "tail"),
+    },
+    "django": set(),
+    "django.apps": set(),
+    "django.management": set(),
+    "django.management.commands": set(),
+    "django.management.commands.flash": set(),
+    "replicator": {
+        *("backoff", "catalog", "preflight", "publications", "replication", "protocol"),
+        *("transactions", "routing", "messages", "outbox", "publishing", "publishers"),
+        *("progress", "settings", "subscriptions", "changes", "payload", "errors"),
+    },
     "publishers": {"publishers"},
     "publishers.base": {"messages", "errors"},
     "publishers.redis": {"publishers", "messages"},

@@ -1,0 +1,34 @@
+"""`manage.py flash …`: the same commands as `celery -A proj flash …`."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from celery import current_app
+from django.core.management.base import BaseCommand
+
+from flash_celery.cli import flash
+
+
+class Command(BaseCommand):
+    """Hands its arguments to the command group of flash-celery."""
+
+    help = "PostgreSQL changes as Celery tasks: replicate, status, doctor, reset, tail."
+    requires_system_checks: list[str] = []
+
+    def run_from_argv(self, argv: list[str]) -> None:
+        """Let click read the arguments, and say the help."""
+        flash.main(argv[2:], prog_name=f"{argv[0]} flash", obj=self._context())
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        """For `call_command("flash", "status")`."""
+        flash.main(list(args), prog_name="flash", obj=self._context(), standalone_mode=False)
+
+    def add_arguments(self, parser: Any) -> None:
+        """Take whatever click takes."""
+        parser.add_argument("args", nargs="*")
+
+    @staticmethod
+    def _context() -> SimpleNamespace:
+        return SimpleNamespace(app=current_app._get_current_object())

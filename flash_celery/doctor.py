@@ -1,0 +1,89 @@
+"""What `flash doctor` looks at beyond what stops `replicate`: the broker and the Celery workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from .errors import PublishError
+from .preflight import OK, STOP, WARNING, Finding
+from .publishers.base import ConnectedPublisher
+from .subscriptions import Subscription
+
+_INSPECT_SECONDS = 2.0
+_MARKS = {OK: "ok     ", WARNING: "warning", STOP: "STOP   "}
+
+
+def broker(app: Any) -> Iterator[Finding]:
+    """Whether it answers, and what a restart of it would lose."""
+    publisher = ConnectedPublisher(app)
+    try:
+        publisher.open([])
+    except PublishError as error:
+        yield Finding("broker", WARNING, f"{error} `replicate` waits until it answers")
+        return
+    try:
+        yield Finding("broker", OK, publisher.url)
+        if publisher.driver == "redis":
+            with publisher.errors():
+                yield from _redis(publisher)
+    except PublishError as error:
+        yield Finding("broker", WARNING, f"its settings cannot be read: {error}")
+    finally:
+        publisher.close()
+
+
+def _redis(publisher: ConnectedPublisher) -> Iterator[Finding]:
+    settings = publisher.redis_settings("appendonly", "appendfsync", "maxmemory-policy")
+    if settings.get("appendonly") != "yes":
+        yield Finding(
+            "broker durability",
+            WARNING,
+            "appendonly is off: a restart of Redis loses queued tasks: CONFIG SET appendonly yes",
+        )
+    elif settings.get("appendfsync") != "always":
+        yield Finding(
+            "broker durability",
+            WARNING,
+            f"appendfsync is {settings.get('appendfsync')}: a crash of Redis loses the last second "
+            "of tasks: CONFIG SET appendfsync always",
+        )
+    else:
+        yield Finding("broker durability", OK, "appendonly, appendfsync always")
+    policy = settings.get("maxmemory-policy")
+    if policy not in (None, "noeviction"):
+        yield Finding(
+            "broker eviction",
+            WARNING,
+            f"maxmemory-policy is {policy}: Redis may throw queues away when it is full: "
+            "CONFIG SET maxmemory-policy noeviction",
+        )
+
+
+def workers(app: Any, subscriptions: Sequence[Subscription]) -> Iterator[Finding]:
+    """Handlers that no running Celery worker knows: it would throw their tasks away."""
+    registered = None
+    with suppress(Exception):
+        registered = app.control.inspect(timeout=_INSPECT_SECONDS).registered()
+    if not registered:
+        yield Finding(
+            "workers", WARNING, "no Celery worker answers; changes will wait in the queue"
+        )
+        return
+    known = {str(task).split(" ")[0] for tasks in registered.values() for task in tasks}
+    missing = sorted({s.handler for s in subscriptions} - known)
+    if missing:
+        yield Finding(
+            "workers",
+            WARNING,
+            f"no running worker knows {', '.join(missing)}; start workers with this code first, "
+            "for a worker throws away a task it does not know",
+        )
+    else:
+        yield Finding("workers", OK, f"{len(registered)} know every handler")
+
+
+def line(finding: Finding) -> str:
+    """A finding for people."""
+    return f"{_MARKS[finding.level]}  {finding.subject}: {finding.message}"

@@ -1,0 +1,360 @@
+"""Everything `replicate` needs, looked at before anything is created: `doctor` prints it all,
+`replicate` stops at the first thing that is missing.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from . import catalog, publications
+from .catalog import CatalogTable
+from .errors import (
+    CatalogError,
+    ConfigurationError,
+    FlashError,
+    ReplicaIdentityMissing,
+    ReplicationError,
+    SlotLost,
+    SlotMissing,
+    SubscriptionError,
+)
+from .publications import Found, Step, Wanted
+from .replication import ReplicationConnection
+from .settings import Settings
+from .subscriptions import Subscription, TableName
+
+OK, WARNING, STOP = "ok", "warning", "stop"
+_KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    subject: str
+    level: str
+    message: str
+    error: FlashError | None = None
+
+
+@dataclass
+class Report:
+    """All findings, and the plan that follows from them if nothing stops it."""
+
+    findings: list[Finding] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    #: Whether the slot is there already.
+    slot_exists: bool = False
+
+    def raise_first(self) -> None:
+        """Raise the error of the first finding that stops `replicate`."""
+        for finding in self.findings:
+            if finding.error is not None:
+                raise finding.error
+
+
+def examine(
+    connection: psycopg.Connection[Any], settings: Settings, subscriptions: Sequence[Subscription]
+) -> Report:
+    """Look at the server, the role, the tables, the publications and the slot; change nothing."""
+    return _Examination(connection, settings, subscriptions).run()
+
+
+def can_stream(settings: Settings) -> list[Finding]:
+    """Whether a replication connection can be made; poolers do not carry one."""
+    try:
+        ReplicationConnection(settings.require_dsn()).close()
+    except ReplicationError as error:
+        hint = "; flash_dsn must lead to PostgreSQL itself, not to a pooler, and pg_hba.conf let it"
+        return [Finding("replication connection", STOP, f"{str(error)[:-1]}{hint}", error)]
+    return [Finding("replication connection", OK, "can be made")]
+
+
+class _Examination:
+    def __init__(
+        self,
+        connection: psycopg.Connection[Any],
+        settings: Settings,
+        subscriptions: Sequence[Subscription],
+    ) -> None:
+        self._connection = connection
+        self._settings = settings
+        self._subscriptions = subscriptions
+        self._report = Report()
+
+    def run(self) -> Report:
+        self._server()
+        self._role()
+        tables = self._tables()
+        self._slot()
+        if tables is not None:
+            self._publications(tables)
+        return self._report
+
+    def _add(self, subject: str, level: str, message: str, error: FlashError | None = None) -> None:
+        self._report.findings.append(Finding(subject, level, message, error))
+
+    def _stop(self, subject: str, error: FlashError) -> None:
+        self._add(subject, STOP, str(error), error)
+
+    def _one(self, query: str, parameters: Sequence[Any] = ()) -> Any:
+        row = self._connection.execute(query.encode(), parameters).fetchone()
+        return row[0] if row is not None and len(row) == 1 else row
+
+    def _setting(self, name: str) -> str:
+        return str(self._one("SELECT current_setting(%s, true)", [name]))
+
+    def _server(self) -> None:
+        version = self._connection.info.server_version
+        if version < 140000:
+            shown = self._setting("server_version")
+            error = ConfigurationError(f"PostgreSQL {shown} is too old; 14 to 18 are supported.")
+            return self._stop("server", error)
+        self._add("server", OK, f"PostgreSQL {self._setting('server_version')}")
+        level = self._setting("wal_level")
+        if level != "logical":
+            self._stop(
+                "wal_level",
+                ConfigurationError(
+                    f"wal_level is {level}, and reading changes needs logical: "
+                    "ALTER SYSTEM SET wal_level = 'logical'; then restart PostgreSQL."
+                ),
+            )
+        else:
+            self._add("wal_level", OK, "logical")
+        kept = self._setting("max_slot_wal_keep_size")
+        if kept == "-1":
+            self._add(
+                "max_slot_wal_keep_size",
+                WARNING,
+                "unlimited: while nothing reads the slot, WAL piles up until the disk is full; a "
+                "limit (ALTER SYSTEM SET max_slot_wal_keep_size = '50GB') loses the slot instead",
+            )
+        else:
+            self._add("max_slot_wal_keep_size", OK, kept)
+        return None
+
+    def _role(self) -> None:
+        role, database, replication, create = self._one(
+            "SELECT current_user, current_database(), rolreplication OR rolsuper OR "
+            "EXISTS (SELECT 1 FROM pg_roles g WHERE g.rolname = 'rds_replication' "
+            "AND pg_has_role(g.oid, 'MEMBER')), "
+            "has_database_privilege(current_database(), 'CREATE') "
+            "FROM pg_roles WHERE rolname = current_user"
+        )
+        self._may_create = bool(create)
+        self._role_name, self._database = str(role), str(database)
+        if not replication:
+            name = sql.Identifier(role).as_string(None)
+            error = CatalogError(
+                f"The role {role} may not replicate: ALTER ROLE {name} REPLICATION; "
+                f"(on RDS: GRANT rds_replication TO {name};)"
+            )
+            self._stop("role", error)
+        else:
+            self._add("role", OK, f"{role} may replicate")
+
+    def _slot(self) -> None:
+        slot = self._settings.flash_replication_slot
+        row = self._connection.execute(
+            "SELECT plugin, database, temporary, wal_status FROM pg_replication_slots "
+            "WHERE slot_name = %s",
+            [slot],
+        ).fetchone()
+        self._report.slot_exists = row is not None
+        if row is None:
+            return self._room_for_a_slot()
+        plugin, database, temporary, status = row
+        if plugin != "pgoutput" or database != self._database or temporary:
+            what = f"of the plugin {plugin}" if plugin != "pgoutput" else f"of {database}"
+            error: FlashError = CatalogError(
+                f"The slot {slot} is {what}, not a permanent pgoutput slot of {self._database}; "
+                "choose another flash_replication_slot."
+            )
+            return self._stop("slot", error)
+        if status == "lost":
+            return self._stop(
+                "slot",
+                SlotLost(
+                    f"The slot {slot} was invalidated: the server has removed WAL that was not "
+                    "read yet, so changes are missing; run `flash reset`."
+                ),
+            )
+        return self._add("slot", OK, f"{slot} exists ({status})")
+
+    def _room_for_a_slot(self) -> None:
+        for setting, used in (
+            ("max_replication_slots", "pg_replication_slots"),
+            ("max_wal_senders", "pg_stat_replication"),
+        ):
+            limit = int(self._setting(setting))
+            taken = int(self._one(f"SELECT count(*) FROM {used}"))  # noqa: S608 - our own words
+            if taken >= limit:
+                error = ConfigurationError(
+                    f"All {limit} of {setting} are in use; drop one, or "
+                    f"ALTER SYSTEM SET {setting} = {limit + 5}; then restart PostgreSQL."
+                )
+                self._stop(setting, error)
+            else:
+                self._add(setting, OK, f"{taken} of {limit} in use")
+
+    def _tables(self) -> dict[TableName, CatalogTable] | None:
+        """The tables of all subscriptions; None if something is wrong with one."""
+        if not self._subscriptions:
+            error = SubscriptionError(
+                "No task has an @on_change; import the modules that declare them "
+                "(app.autodiscover_tasks(), or the setting `imports`)."
+            )
+            self._stop("handlers", error)
+            return None
+        tables: dict[TableName, CatalogTable] = {}
+        sound = True
+        for subscription in self._subscriptions:
+            subject = f"{subscription.handler} on {subscription.table}"
+            try:
+                table = tables.get(subscription.table) or self._find(subscription)
+                check_columns(subscription, table, self._connection.info.server_version)
+                tables[subscription.table] = table
+                self._add(subject, OK, "|".join(subscription.operations.names()))
+            except SubscriptionError as error:
+                self._stop(subject, error)
+                sound = False
+        return tables if sound else None
+
+    def _find(self, subscription: Subscription) -> CatalogTable:
+        name, who = subscription.table, subscription.handler
+        table = catalog.find(self._connection, name)
+        if table is None:
+            rows = self._connection.execute(
+                "SELECT schemaname, tablename FROM pg_tables "
+                "WHERE schemaname NOT IN ('pg_catalog', 'information_schema')"
+            ).fetchall()
+            close = _close(str(name), [str(TableName(*row)) for row in rows])
+            raise SubscriptionError(
+                f"{who}: there is no table {name} in the database {self._database}{close}."
+            )
+        if table.kind in _KINDS:
+            raise SubscriptionError(
+                f"{who}: {name} is {_KINDS[table.kind]}, and only tables have changes in the WAL; "
+                "name the tables it reads."
+            )
+        if table.unlogged:
+            quoted = _quoted(table)
+            raise SubscriptionError(
+                f"{who}: {name} is unlogged, so its changes are not in the WAL: "
+                f"ALTER TABLE {quoted} SET LOGGED;"
+            )
+        rewrites = subscription.captured & publications.REWRITES
+        if table.kind == catalog.PARTITIONED and rewrites and not table.primary_key:
+            raise SubscriptionError(
+                f"{who}: {name} is partitioned and has no primary key, so PostgreSQL would refuse "
+                "UPDATE and DELETE on a partition attached later: ALTER TABLE "
+                f"{_quoted(table)} ADD PRIMARY KEY (…); or handle its partitions one by one."
+            )
+        return table
+
+    def _publications(self, tables: dict[TableName, CatalogTable]) -> None:
+        prefix = self._settings.flash_publication_slot_prefix
+        goal = publications.wanted(self._connection, self._subscriptions, tables)
+        try:
+            found = publications.read(self._connection, prefix)
+            publications.check(found, prefix, goal)
+            self._check_slot_of(found, prefix)
+            self._check_identities(goal)
+        except FlashError as error:
+            return self._stop("publications", error)
+        restorable = publications.restorable(self._connection, found, prefix)
+        steps = publications.plan(found, prefix, goal, restorable)
+        self._report.steps = steps
+        return self._may(found, steps)
+
+    def _check_slot_of(self, found: Found, prefix: str) -> None:
+        slot, record = self._settings.flash_replication_slot, found.record
+        if record and record.slot and record.slot != slot:
+            raise ConfigurationError(
+                f"The publications {prefix}_… belong to the slot {record.slot}; a second slot "
+                f"({slot}) needs a flash_publication_slot_prefix of its own."
+            )
+        if record and record.slot and not self._report.slot_exists:
+            raise SlotMissing(
+                f"The slot {slot} existed and is gone, so changes since then cannot be read; "
+                "run `flash reset` to start anew at the present."
+            )
+        if self._report.slot_exists and not found.publications:
+            raise CatalogError(
+                f"The slot {slot} exists and its publications {prefix}_… do not, so it cannot be "
+                "read; drop it with `flash reset`, or choose another flash_replication_slot."
+            )
+
+    def _check_identities(self, goal: Wanted) -> None:
+        for table in goal.full.values():
+            virtual = [c.name for c in table.columns.values() if c.generated == "v"]
+            if virtual:
+                raise ReplicaIdentityMissing(
+                    f"{table.name} needs REPLICA IDENTITY FULL, and PostgreSQL would refuse its "
+                    f"UPDATE and DELETE because of the virtual column {virtual[0]}; give it a "
+                    "primary key and leave out fields=, where= and key= beyond it."
+                )
+            if self._settings.flash_replica_identity == "keep" and table.identity != "f":
+                raise ReplicaIdentityMissing(
+                    f"{table.name} needs its old values in the WAL, and flash_replica_identity is "
+                    f"'keep': ALTER TABLE {_quoted(table)} REPLICA IDENTITY FULL;"
+                )
+        changing = sorted(str(t.name) for t in goal.full.values() if t.identity != "f")
+        said = f"FULL will be set on {', '.join(changing)}" if changing else "sufficient"
+        self._add("replica identity", OK, said)
+
+    def _may(self, found: Found, steps: Sequence[Step]) -> None:
+        """Whether the role may run the statements."""
+        role = sql.Identifier(self._role_name).as_string(None)
+        if len(found.publications) < len(publications.OPERATIONS) and not self._may_create:
+            database = sql.Identifier(self._database).as_string(None)
+            error = CatalogError(
+                f"The role {self._role_name} may not create publications: "
+                f"GRANT CREATE ON DATABASE {database} TO {role};"
+            )
+            return self._stop("publications", error)
+        for step in steps:
+            if step.table is not None and not step.table.owned:
+                error = CatalogError(
+                    f"The role {self._role_name} does not own {step.table.name}; as its owner run: "
+                    f"{step}; or GRANT its owner's role TO {role};"
+                )
+                return self._stop("publications", error)
+        left = f"{len(steps)} statements to run" if steps else "as they should be"
+        return self._add("publications", OK, left)
+
+
+def check_columns(subscription: Subscription, table: CatalogTable, version: int) -> None:
+    """Raise `SubscriptionError` if it names a column or compares a value that cannot be."""
+    who = subscription.handler
+    for column in sorted(subscription.columns):
+        if column not in table.columns:
+            close = _close(column, list(table.columns))
+            raise SubscriptionError(f"{who}: {table.name} has no column {column}{close}.")
+        generated = table.columns[column].generated
+        if generated and (generated == "v" or version < 180000):
+            raise SubscriptionError(
+                f"{who}: {table.name}.{column} is a generated column, which this server does not "
+                "publish; name the columns it is made of."
+            )
+    if subscription.where is not None:
+        try:
+            subscription.where.bind({c.name: c.base_oid for c in table.columns.values()})
+        except SubscriptionError as error:
+            raise SubscriptionError(f"{who}: on {table.name}, {error}") from None
+
+
+def _close(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _quoted(table: CatalogTable) -> str:
+    return sql.Identifier(table.name.schema, table.name.name).as_string(None)

@@ -1,0 +1,101 @@
+"""What `flash reset` does: drop the slot and its publications, and give identities back."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+
+from . import publications
+from .errors import CatalogError, SlotInUse
+from .publications import Step
+from .settings import Settings
+from .status import size, slot_status
+
+_ATTEMPTS = 50
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What there is to undo."""
+
+    slot: dict[str, Any] | None
+    steps: list[Step]
+    #: Why the publications stay, if they do.
+    note: str = ""
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to do."""
+        return self.slot is None and not self.steps
+
+    def lines(self) -> list[str]:
+        """What would happen, and what would be lost."""
+        said = []
+        if self.slot is not None:
+            said.append(f"drop the slot {self.slot['name']}")
+            said.append(
+                f"  {size(self.slot['lag_bytes'])} of WAL after {self.slot['confirmed_lsn']} have "
+                "not been read and never will be"
+            )
+            if self.slot["reader"]:
+                reader = self.slot["reader"]
+                said.append(f"  PID {reader['pid']} ({reader['client']}) reads it now")
+        said += [str(step) for step in self.steps]
+        return said + ([self.note] if self.note else [])
+
+
+def plan(connection: psycopg.Connection[Any], settings: Settings, slot: str) -> Plan:
+    """Look; change nothing. Raises `CatalogError` for a slot that is not ours to drop."""
+    prefix = settings.flash_publication_slot_prefix
+    row = connection.execute(
+        "SELECT plugin, database, current_database() FROM pg_replication_slots "
+        "WHERE slot_name = %s",
+        [slot],
+    ).fetchone()
+    if row is not None and (row[0] != "pgoutput" or row[1] != row[2]):
+        raise CatalogError(
+            f"The slot {slot} is of the plugin {row[0]} and the database {row[1]}, so it is not "
+            "flash-celery's; drop it with pg_drop_replication_slot if you must."
+        )
+    found = publications.read(connection, prefix)
+    owner = found.record.slot if found.record else None
+    if owner not in (None, slot):
+        note = f"leave the publications {prefix}_…: they belong to the slot {owner}"
+        return Plan(slot_status(connection, slot), [], note)
+    identities = publications.restorable(connection, found, prefix)
+    steps = publications.forget(found, prefix, identities)
+    return Plan(slot_status(connection, slot), steps)
+
+
+def run(connection: psycopg.Connection[Any], undo: Plan, force: bool) -> None:
+    """Do it. Raises `SlotInUse` if a replication worker reads the slot and `force` is not given."""
+    if undo.slot is not None:
+        _drop(connection, undo.slot["name"], force)
+    publications.apply(connection, undo.steps)
+
+
+def _drop(connection: psycopg.Connection[Any], slot: str, force: bool) -> None:
+    for _ in range(_ATTEMPTS):
+        row = connection.execute(
+            "SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s", [slot]
+        ).fetchone()
+        if row is None:
+            return
+        if row[0] is not None:
+            if not force:
+                raise SlotInUse(
+                    f"The slot {slot} is being read by PID {row[0]}; stop that replication worker, "
+                    "or end it with --force."
+                )
+            connection.execute("SELECT pg_terminate_backend(%s)", [row[0]])
+        try:
+            connection.execute("SELECT pg_drop_replication_slot(%s)", [slot])
+            return
+        except psycopg.errors.ObjectInUse:
+            time.sleep(0.1)
+        except psycopg.errors.UndefinedObject:
+            return
+    raise SlotInUse(f"The slot {slot} is taken again and again; stop its replication workers.")

@@ -1,0 +1,141 @@
+"""What `flash status` shows: the slot, its lag, and where the handlers' changes go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import psycopg
+
+from .errors import PublishError
+from .messages import Templates
+from .publishers.base import queue_depths
+from .settings import Settings
+from .subscriptions import Subscription
+
+_SLOT = """
+SELECT s.plugin, s.active, s.wal_status, s.confirmed_flush_lsn::text, s.restart_lsn::text,
+       pg_wal_lsn_diff(now.lsn, s.confirmed_flush_lsn)::int8,
+       pg_wal_lsn_diff(now.lsn, s.restart_lsn)::int8,
+       s.safe_wal_size, s.active_pid, r.application_name, coalesce(host(r.client_addr), 'local'),
+       extract(epoch FROM r.flush_lag)::float8,
+       extract(epoch FROM clock_timestamp() - {inactive})::float8
+FROM pg_replication_slots s
+CROSS JOIN LATERAL (SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()
+                                ELSE pg_current_wal_insert_lsn() END AS lsn) AS now
+LEFT JOIN pg_stat_replication r ON r.pid = s.active_pid
+WHERE s.slot_name = %s
+"""
+
+
+def slot_status(connection: psycopg.Connection[Any], slot: str) -> dict[str, Any] | None:
+    """The slot as the server sees it; None if there is none. Sizes in bytes, times in seconds."""
+    # Since 17 the server knows how long nobody has read.
+    inactive = "s.inactive_since" if connection.info.server_version >= 170000 else "NULL::timestamp"
+    query = _SLOT.replace("{inactive}", inactive)
+    row = connection.execute(query.encode(), [slot]).fetchone()
+    if row is None:
+        return None
+    plugin, active, wal_status, confirmed, restart, lag, retained, safe, pid, name, client = row[
+        :11
+    ]
+    flush_lag, inactive_for = row[11:]
+    lag_seconds = (flush_lag or 0.0) if active else inactive_for
+    return {
+        "name": slot,
+        "plugin": plugin,
+        "active": active,
+        "wal_status": wal_status,
+        "confirmed_lsn": confirmed,
+        "restart_lsn": restart,
+        "lag_bytes": lag,
+        "lag_seconds": lag_seconds,
+        "retained_bytes": retained,
+        "safe_wal_size": safe,
+        "reader": {"pid": pid, "application_name": name, "client": client} if active else None,
+    }
+
+
+def status(
+    connection: psycopg.Connection[Any],
+    app: Any,
+    settings: Settings,
+    subscriptions: Sequence[Subscription],
+) -> dict[str, Any]:
+    """Everything, ready for JSON."""
+    templates = Templates(app, settings, subscriptions)
+    broker_error = None
+    depths: dict[str, int | None] = {}
+    try:
+        depths = queue_depths(app, templates.queues)
+    except PublishError as error:
+        broker_error = str(error)
+    return {
+        "slot": slot_status(connection, settings.flash_replication_slot),
+        "slot_name": settings.flash_replication_slot,
+        "subscriptions": [_subscription(one, templates) for one in subscriptions],
+        "queues": {name: depths.get(name) for name in templates.queues},
+        "broker_error": broker_error,
+    }
+
+
+def _subscription(subscription: Subscription, templates: Templates) -> dict[str, Any]:
+    return {
+        "handler": subscription.handler,
+        "table": str(subscription.table),
+        "operations": list(subscription.operations.names()),
+        "fields": subscription.fields and list(subscription.fields),
+        "queues": templates.queues_of(subscription),
+    }
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The same for people."""
+    said = [*_slot_lines(found), "", "handlers"]
+    width = max((len(one["handler"]) for one in found["subscriptions"]), default=0)
+    for one in found["subscriptions"]:
+        operations, queues = "|".join(one["operations"]), ", ".join(one["queues"])
+        said.append(f"  {one['handler']:<{width}}  {one['table']}  {operations}  → {queues}")
+    said += ["", "queues"]
+    for name, depth in found["queues"].items():
+        said.append(f"  {name}  {'unknown' if depth is None else f'{depth} waiting'}")
+    if found["broker_error"]:
+        said.append(f"  {found['broker_error']}")
+    return said
+
+
+def _slot_lines(found: dict[str, Any]) -> list[str]:
+    slot = found["slot"]
+    if slot is None:
+        name = found["slot_name"]
+        return [f"slot       {name} does not exist yet; `flash replicate` creates it"]
+    reader = slot["reader"]
+    who = (
+        f"PID {reader['pid']} ({reader['application_name']}, {reader['client']})"
+        if reader
+        else "nobody"
+    )
+    seconds = slot["lag_seconds"]
+    lag = f"{size(slot['lag_bytes'])}, {'unknown' if seconds is None else f'{seconds:.1f} s'}"
+    said = [
+        f"slot       {slot['name']} ({slot['plugin']}, wal_status {slot['wal_status']})",
+        f"read by    {who}",
+        f"confirmed  {slot['confirmed_lsn']}",
+        f"lag        {lag}",
+        f"retained   {size(slot['retained_bytes'])} of WAL",
+    ]
+    if slot["safe_wal_size"] is not None:
+        said.append(f"safe for   {size(slot['safe_wal_size'])} more until the slot is lost")
+    return said
+
+
+def size(count: int | None) -> str:
+    """Bytes, readably."""
+    if count is None:
+        return "unknown"
+    number = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if abs(number) < 1024:
+            return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TB"

@@ -1,0 +1,154 @@
+"""The real `celery` commands as processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from example_project.servers import end_with_parent, wait_until
+
+HERE = Path(__file__).parent
+
+
+class Shop:
+    """The project of `shop.py` on a database and a broker."""
+
+    def __init__(self, database, broker, folder, **environment):
+        self.database = database
+        self.broker = broker
+        self.folder = folder
+        self.notes_file = folder / "notes"
+        self.processes = []
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
+            "PYTHONUNBUFFERED": "1",
+            "SHOP_BROKER": broker.url,
+            "SHOP_DSN": database.dsn,
+            "SHOP_SLOT": database.slot,
+            "SHOP_NOTES": str(self.notes_file),
+            **environment,
+        }
+
+    def command(self, *arguments):
+        return [sys.executable, "-m", "celery", "-A", "shop", *arguments]
+
+    def run(self, *arguments, timeout=60, **environment):
+        """A command that ends by itself."""
+        return subprocess.run(
+            self.command(*arguments),
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    def start(self, *arguments, **environment):
+        log = (self.folder / f"{len(self.processes)}.log").open("w")
+        process = subprocess.Popen(
+            self.command(*arguments),
+            env={**self.environment, **environment},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=end_with_parent(signal.SIGKILL),
+        )
+        process.log = Path(log.name)
+        log.close()
+        self.processes.append(process)
+        return process
+
+    def replicate(self, wait=True, **environment):
+        """Start the replication worker; it reads once this returns."""
+        process = self.start("flash", "replicate", **environment)
+        if wait:
+            self.until_said(process, "Replicating the slot")
+        return process
+
+    def worker(self, pool="solo", **environment):
+        return self.start(
+            *("worker", "-Q", "flash,cleanup", "-P", pool, "-c", "2", "-l", "WARNING"),
+            *("--without-gossip", "--without-mingle", "--without-heartbeat"),
+            **environment,
+        )
+
+    @staticmethod
+    def until_said(process, text, timeout=60.0):
+        def said():
+            assert process.poll() is None or text in process.log.read_text(), (
+                f"ended with {process.returncode}: {process.log.read_text()}"
+            )
+            return text in process.log.read_text()
+
+        try:
+            wait_until(said, f"{text!r} to be logged", timeout)
+        except TimeoutError:
+            raise AssertionError(process.log.read_text()) from None
+
+    def end(self, process, number=signal.SIGTERM, timeout=30):
+        process.send_signal(number)
+        return process.wait(timeout)
+
+    def notes(self, handler="each"):
+        if not self.notes_file.exists():
+            return []
+        notes = [json.loads(line) for line in self.notes_file.read_text().splitlines()]
+        return [note for note in notes if note["handler"] == handler]
+
+    def until_noted(self, count, handler="each", timeout=60.0):
+        """The notes, once there are changes with so many ids."""
+
+        def enough():
+            notes = self.notes(handler)
+            return notes if len({note["id"] for note in notes}) >= count else None
+
+        try:
+            return wait_until(enough, f"{count} changes", timeout)
+        except TimeoutError as error:
+            logs = "\n".join(process.log.read_text()[-3000:] for process in self.processes)
+            raise AssertionError(f"{error}: {len(self.notes(handler))} notes\n{logs}") from None
+
+    def close(self):
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def make_shop(database, tmp_path):
+    shops = []
+
+    def make(broker, **environment):
+        database.execute("CREATE TABLE items (id int PRIMARY KEY, name text, note text)")
+        folder = tmp_path / str(len(shops))
+        folder.mkdir()
+        shops.append(Shop(database, broker, folder, **environment))
+        return shops[-1]
+
+    yield make
+    for shop in shops:
+        shop.close()
+
+
+@pytest.fixture
+def shop(make_shop, valkey):
+    import redis
+
+    with redis.Redis(port=valkey.port) as client:
+        client.flushall()
+    return make_shop(valkey)
+
+
+@pytest.fixture(params=["redis", "rabbitmq"])
+def any_shop(request, make_shop):
+    if request.param == "redis":
+        return request.getfixturevalue("shop")
+    rabbit = request.getfixturevalue("rabbit")
+    for queue in rabbit.control("list_queues", "name").split():
+        if queue in ("flash", "cleanup"):
+            rabbit.control("delete_queue", queue)
+    return make_shop(rabbit)

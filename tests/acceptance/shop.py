@@ -1,0 +1,67 @@
+"""A project as its users write one; its handlers note in a file what they were told."""
+
+import json
+import os
+
+from celery import Celery, shared_task
+from kombu import Queue
+
+from flash_celery import Changes, Truncate, on_change
+
+app = Celery("shop", broker=os.environ.get("SHOP_BROKER"))
+app.conf.flash_dsn = os.environ.get("SHOP_DSN")
+app.conf.flash_replication_slot = os.environ.get("SHOP_SLOT", "flash_replication")
+app.conf.flash_status_interval = 2
+app.conf.flash_routes = {"public.items.delete": {"queue": "cleanup"}}
+app.conf.worker_hijack_root_logger = False
+app.conf.broker_connection_retry_on_startup = True
+app.conf.update(json.loads(os.environ.get("SHOP_CONF", "{}")))
+if os.environ.get("SHOP_QUORUM"):
+    arguments = {"x-queue-type": "quorum"}
+    names = ("flash", "cleanup")
+    app.conf.task_queues = [Queue(name, queue_arguments=arguments) for name in names]
+
+
+def note(task, told):
+    changes = told if isinstance(told, Changes) else [told]
+    lines = []
+    for change in changes:
+        lines.append(
+            json.dumps(
+                {
+                    "handler": task.name.rpartition(".")[2],
+                    "task_id": task.request.id,
+                    "operation": change.operation.names()[0],
+                    "id": change.id,
+                    "together": len(changes),
+                    "key": None if isinstance(change, Truncate) else dict(change.key),
+                    "new": dict(change.new) if hasattr(change, "new") else None,
+                    "old": dict(change.old) if hasattr(change, "old") else None,
+                },
+                default=str,
+            )
+        )
+    with open(os.environ["SHOP_NOTES"], "a") as notes:
+        notes.write("\n".join(lines) + "\n")
+
+
+@on_change("items")
+@shared_task(bind=True)
+def each(self, change):
+    note(self, change)
+
+
+if os.environ.get("SHOP_BATCH"):
+
+    @on_change("items", "insert", batch=100)
+    @shared_task(bind=True)
+    def many(self, changes):
+        note(self, changes)
+
+
+if os.environ.get("SHOP_WHERE"):
+
+    @on_change("items", where={"name": "paid"}, fields=["name"])
+    @shared_task(bind=True)
+    def paid(self, change):
+        note(self, change)
