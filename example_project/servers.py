@@ -277,6 +277,11 @@ class Rabbit(Server):
         )
         return done.stdout
 
+    def empty(self) -> None:
+        """Delete every queue."""
+        for queue in self.control("list_queues", "--no-table-headers", "name").split():
+            self.control("delete_queue", queue)
+
     def stop(self, number: int = signal.SIGTERM) -> None:
         if self.process is not None:
             # The script that starts Erlang hands no SIGKILL on.

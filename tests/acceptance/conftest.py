@@ -68,9 +68,9 @@ class Shop:
             self.until_said(process, "Replicating the slot")
         return process
 
-    def worker(self, pool="solo", **environment):
+    def worker(self, pool="solo", queues="flash,cleanup,batches", **environment):
         return self.start(
-            *("worker", "-Q", "flash,cleanup", "-P", pool, "-c", "2", "-l", "WARNING"),
+            *("worker", "-Q", queues, "-P", pool, "-c", "2", "-l", "WARNING"),
             *("--without-gossip", "--without-mingle", "--without-heartbeat"),
             **environment,
         )
@@ -148,7 +148,5 @@ def any_shop(request, make_shop):
     if request.param == "redis":
         return request.getfixturevalue("shop")
     rabbit = request.getfixturevalue("rabbit")
-    for queue in rabbit.control("list_queues", "name").split():
-        if queue in ("flash", "cleanup"):
-            rabbit.control("delete_queue", queue)
+    rabbit.empty()
     return make_shop(rabbit)

@@ -53,7 +53,7 @@ def each(self, change):
 
 if os.environ.get("SHOP_BATCH"):
 
-    @on_change("items", "insert", batch=100)
+    @on_change("items", "insert", batch=100, queue="batches")
     @shared_task(bind=True)
     def many(self, changes):
         note(self, changes)

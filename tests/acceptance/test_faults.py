@@ -1,0 +1,230 @@
+"""Nothing is lost when a process dies or a server restarts."""
+
+import signal
+import time
+
+import pytest
+
+from example_project.servers import Postgres, Rabbit, Valkey, wait_until
+
+ROWS = 10_000
+
+
+def insert(database, first, last, per_transaction=10):
+    with database.connect() as connection:
+        for start in range(first, last + 1, per_transaction):
+            end = min(start + per_transaction - 1, last)
+            connection.execute(
+                f"INSERT INTO items SELECT n, 'a' FROM generate_series({start}, {end}) AS n"
+            )
+
+
+def handled(shop, first, last, timeout=120.0):
+    """Every row once by identity, in commit order, with one task id for each change."""
+    notes = shop.until_noted(last - first + 1, timeout=timeout)
+    order = list(dict.fromkeys(note["new"]["id"] for note in notes))
+    assert sorted(order) == list(range(first, last + 1))
+    assert len({(note["id"], note["task_id"]) for note in notes}) == last - first + 1
+    return notes, order
+
+
+def test_kill_9_in_the_middle_of_10_000_changes(any_shop):
+    shop = any_shop
+    shop.environment["SHOP_BATCH"] = "1"
+    shop.end(shop.replicate())
+    insert(shop.database, 1, ROWS)
+    for pause in (0.05, 0.1, 0.2):
+        replicate = shop.replicate()
+        time.sleep(pause)
+        shop.end(replicate, signal.SIGKILL)
+    shop.replicate()
+    shop.worker(queues="batches")
+    batched = shop.until_noted(ROWS, "many", timeout=180)
+    order = list(dict.fromkeys(note["new"]["id"] for note in batched))
+    assert order == list(range(1, ROWS + 1))
+    confirmed(shop)
+
+
+def confirmed(shop):
+    """Wait until everything written so far is acknowledged: the queue has it all."""
+    goal = shop.database.one("SELECT pg_current_wal_insert_lsn()")
+    wait_until(
+        lambda: shop.database.one(
+            f"SELECT confirmed_flush_lsn >= '{goal}'::pg_lsn FROM pg_replication_slots "
+            f"WHERE slot_name = '{shop.database.slot}'"
+        ),
+        "the slot to be acknowledged",
+    )
+
+
+@pytest.fixture
+def own_postgres(request):
+    with Postgres(fsync="on") as server:
+        yield server
+
+
+@pytest.fixture
+def shop_of_its_own(make_shop, own_postgres, database, valkey):
+    """A shop whose PostgreSQL may be stopped."""
+    import redis
+
+    with redis.Redis(port=valkey.port) as client:
+        client.flushall()
+    database.server, shared = own_postgres, database.server
+    database.dsn = own_postgres.dsn()
+    yield make_shop(valkey)
+    database.server, database.dsn = shared, shared.dsn(database.name)
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGQUIT, signal.SIGKILL], ids=["fast", "immediate", "kill"]
+)
+def test_a_restart_of_postgresql(shop_of_its_own, own_postgres, number):
+    shop = shop_of_its_own
+    replicate = shop.replicate()
+    shop.worker()
+    insert(shop.database, 1, 100)
+    own_postgres.stop(number)
+    own_postgres.start()
+    insert(shop.database, 101, 200)
+    handled(shop, 1, 200)
+    assert shop.end(replicate) == 0
+
+
+def test_a_restart_of_valkey(make_shop):
+    with Valkey() as own:
+        shop = make_shop(own)
+        replicate = shop.replicate()
+        insert(shop.database, 1, 500)
+        own.stop(signal.SIGKILL)
+        insert(shop.database, 501, 1000)
+        time.sleep(1)
+        own.start()
+        insert(shop.database, 1001, 1500)
+        confirmed(shop)
+        shop.worker()
+        handled(shop, 1, 1500)
+        assert shop.end(replicate) == 0
+
+
+def test_a_restart_of_rabbitmq(make_shop):
+    if not Rabbit.installed():
+        from conftest import missing
+
+        missing("RabbitMQ (rabbitmq-server)")
+    with Rabbit() as own:
+        shop = make_shop(own)
+        replicate = shop.replicate()
+        insert(shop.database, 1, 100)
+        own.stop()
+        insert(shop.database, 101, 200)
+        own.start()
+        insert(shop.database, 201, 300)
+        confirmed(shop)
+        shop.worker()
+        handled(shop, 1, 300)
+        assert shop.end(replicate) == 0
+
+
+def test_quorum_queues(make_shop, rabbit):
+    rabbit.empty()
+    shop = make_shop(rabbit, SHOP_QUORUM="1")
+    shop.replicate()
+    shop.worker()
+    insert(shop.database, 1, 100)
+    handled(shop, 1, 100)
+
+
+def test_it_starts_before_the_broker_and_the_database(make_shop, own_postgres, database):
+    shared = database.server
+    database.dsn = own_postgres.dsn()
+    with Valkey() as own:
+        shop = make_shop(own)
+        own.stop()
+        own_postgres.stop()
+        replicate = shop.replicate(wait=False)
+        shop.until_said(replicate, "The connection to PostgreSQL failed")
+        own_postgres.start()
+        shop.until_said(replicate, "Replicating the slot")
+        insert(database, 1, 10)
+        shop.until_said(replicate, "Nothing is acknowledged until it works again")
+        own.start()
+        shop.worker()
+        handled(shop, 1, 10)
+        assert shop.end(replicate) == 0
+    database.dsn = shared.dsn(database.name)
+
+
+def test_a_stop_while_the_broker_is_down_ends_in_time_and_loses_nothing(make_shop):
+    with Valkey() as own:
+        shop = make_shop(own, SHOP_CONF='{"flash_shutdown_timeout": 2}')
+        replicate = shop.replicate()
+        own.stop()
+        insert(shop.database, 1, 10)
+        shop.until_said(replicate, "Nothing is acknowledged until it works again")
+        started = time.monotonic()
+        assert shop.end(replicate) == 0
+        assert time.monotonic() - started < 10
+        own.start()
+        shop.replicate()
+        shop.worker()
+        handled(shop, 1, 10)
+
+
+def test_a_second_signal_ends_it_at_once(make_shop):
+    with Valkey() as own:
+        shop = make_shop(own, SHOP_CONF='{"flash_shutdown_timeout": 600}')
+        replicate = shop.replicate()
+        own.stop()
+        insert(shop.database, 1, 10)
+        shop.until_said(replicate, "Nothing is acknowledged until it works again")
+        replicate.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert replicate.poll() is None
+        assert shop.end(replicate, signal.SIGTERM, timeout=5) == -signal.SIGTERM
+
+
+def test_postgresql_shuts_down_fast_although_the_broker_is_down(make_shop, own_postgres, database):
+    shared = database.server
+    database.dsn = own_postgres.dsn()
+    with Valkey() as own:
+        shop = make_shop(own, SHOP_CONF='{"flash_shutdown_timeout": 2}')
+        replicate = shop.replicate()
+        own.stop()
+        insert(database, 1, 10)
+        shop.until_said(replicate, "Nothing is acknowledged until it works again")
+        process = own_postgres.process
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        own_postgres.start()
+        own.start()
+        shop.worker()
+        handled(shop, 1, 10)
+    database.dsn = shared.dsn(database.name)
+
+
+def test_the_slot_follows_a_server_that_is_busy_elsewhere(shop):
+    shop.replicate()
+    shop.database.execute(
+        "CREATE TABLE other (id int)",
+        "INSERT INTO other SELECT generate_series(1, 10000)",
+    )
+    confirmed(shop)
+
+
+def test_a_broker_outage_outlasts_the_servers_patience(make_shop, database):
+    database.execute("ALTER SYSTEM SET wal_sender_timeout = '2s'", "SELECT pg_reload_conf()")
+    try:
+        with Valkey() as own:
+            shop = make_shop(own)
+            replicate = shop.replicate()
+            own.stop()
+            insert(database, 1, 10)
+            time.sleep(5)
+            log = replicate.log.read_text()
+            assert "PostgreSQL failed" not in log
+            own.start()
+            shop.worker()
+            handled(shop, 1, 10)
+    finally:
+        database.execute("ALTER SYSTEM RESET wal_sender_timeout", "SELECT pg_reload_conf()")
