@@ -237,7 +237,7 @@ class _Examination:
             ).fetchall()
             close = _close(str(name), [str(TableName(*row)) for row in rows])
             raise SubscriptionError(
-                f"{who}: there is no table {name} in the database {self._database}{close}."
+                f"{who}: there is no table {name} in the database {self._database}{close}"
             )
         if table.kind in _KINDS:
             raise SubscriptionError(
@@ -337,7 +337,7 @@ def check_columns(subscription: Subscription, table: CatalogTable, version: int)
     for column in sorted(subscription.columns):
         if column not in table.columns:
             close = _close(column, list(table.columns))
-            raise SubscriptionError(f"{who}: {table.name} has no column {column}{close}.")
+            raise SubscriptionError(f"{who}: {table.name} has no column {column}{close}")
         generated = table.columns[column].generated
         if generated and (generated == "v" or version < 180000):
             raise SubscriptionError(
@@ -352,8 +352,9 @@ def check_columns(subscription: Subscription, table: CatalogTable, version: int)
 
 
 def _close(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    folded = {one.casefold(): one for one in known}
+    close = difflib.get_close_matches(name.casefold(), folded, n=1)
+    return f"; did you mean {folded[close[0]]}?" if close else "."
 
 
 def _quoted(table: CatalogTable) -> str:

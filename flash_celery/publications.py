@@ -277,8 +277,9 @@ def plan(
         *_alter(found, prefix, goal),
         *_restore(no_more, kept),
     ]
-    if work:
-        steps += [_remember(prefix, intended), *work]
+    if work and found.record != intended:
+        steps.append(_remember(prefix, intended))
+    steps += work
     if work or found.record != complete:
         steps.append(_remember(prefix, complete))
     return steps

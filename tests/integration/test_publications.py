@@ -1,0 +1,360 @@
+"""Set-up and reset, killed after every single statement: the application can always write."""
+
+import threading
+
+import psycopg
+import pytest
+
+from flash_celery import catalog, conditions, preflight, publications, reset
+from flash_celery.changes import Operation
+from flash_celery.errors import (
+    CatalogError,
+    ConfigurationError,
+    PublicationMismatch,
+    ReplicaIdentityMissing,
+    SlotMissing,
+    SubscriptionError,
+    TableLocked,
+)
+from flash_celery.settings import Settings
+from flash_celery.subscriptions import Subscription, TableName
+
+TABLES = {
+    "orders": "CREATE TABLE orders (id int PRIMARY KEY, status text)",
+    "plain": "CREATE TABLE plain (id int, status text)",
+    "nothing": "CREATE TABLE nothing (id int PRIMARY KEY, status text);"
+    "ALTER TABLE nothing REPLICA IDENTITY NOTHING",
+    "indexed": "CREATE TABLE indexed (id int NOT NULL, status text);"
+    "CREATE UNIQUE INDEX by_id ON indexed (id);"
+    "ALTER TABLE indexed REPLICA IDENTITY USING INDEX by_id",
+    "whole": "CREATE TABLE whole (id int, status text); ALTER TABLE whole REPLICA IDENTITY FULL",
+    "made": "CREATE TABLE made (id int PRIMARY KEY, status text, "
+    "loud text GENERATED ALWAYS AS (upper(status)) STORED)",
+    'Odd "name".\'s': """CREATE TABLE "Odd ""name"".'s" (id int PRIMARY KEY, status text)""",
+    "parts": "CREATE TABLE parts (id int PRIMARY KEY, status text) PARTITION BY RANGE (id);"
+    "CREATE TABLE part_1 PARTITION OF parts FOR VALUES FROM (0) TO (100);"
+    "CREATE TABLE part_2 PARTITION OF parts FOR VALUES FROM (100) TO (1000)",
+    "parent": "CREATE TABLE parent (id int PRIMARY KEY, status text);"
+    "CREATE TABLE child () INHERITS (parent)",
+}
+WHERE = conditions.parse({"status": "paid"})
+SETTINGS = Settings(flash_replication_slot="flash_setup")
+
+
+def subscription(table, handler="shop.handle", **more):
+    return Subscription(handler, TableName("public", table), **more)
+
+
+@pytest.fixture
+def tables(database):
+    database.execute(*TABLES.values())
+    return database
+
+
+@pytest.fixture
+def connection(database):
+    with catalog.connect(database.dsn) as connection:
+        yield connection
+
+
+def write_everywhere(database):
+    """What an application does, with every kind of table."""
+    with database.connect() as connection:
+        for table in [*TABLES, "child"]:
+            name = psycopg.sql.Identifier(table)
+            for statement in (
+                "INSERT INTO {} (id, status) VALUES (1, 'open'), (2, 'open')",
+                "UPDATE {} SET status = 'paid' WHERE id = 1",
+                "UPDATE {} SET id = 3 WHERE id = 2",
+                "DELETE FROM {}",
+            ):
+                connection.execute(psycopg.sql.SQL(statement).format(name))
+            connection.execute(psycopg.sql.SQL("TRUNCATE {}").format(name))
+
+
+def identities(database):
+    return dict(
+        database.execute(
+            "SELECT relname, relreplident FROM pg_class WHERE relkind = 'r' "
+            "AND relnamespace = 'public'::regnamespace"
+        )
+    )
+
+
+def plan(connection, subscriptions, settings=SETTINGS):
+    report = preflight.examine(connection, settings, subscriptions)
+    report.raise_first()
+    return report.steps
+
+
+def killed_after_every_step(connection, database, subscriptions):
+    """Start, die after one statement, and so on until nothing is left to do."""
+    for count in range(200):
+        steps = plan(connection, subscriptions)
+        if not steps:
+            return count
+        publications.apply(connection, steps[:1])
+        write_everywhere(database)
+    raise AssertionError(f"never done: {steps}")
+
+
+def published(connection):
+    found = publications.read(connection, "flash_publication")
+    return {
+        operation.names()[0]: sorted(table.name for table in publication.tables.values())
+        for operation, publication in found.publications.items()
+    }
+
+
+EVERYTHING = [subscription(table, where=WHERE) for table in TABLES]
+CHEAP = [subscription(table, operations=Operation.INSERT) for table in TABLES]
+
+
+def test_writes_work_after_every_statement_of_set_up_change_and_reset(tables, connection):
+    before = identities(tables)
+    assert killed_after_every_step(connection, tables, EVERYTHING) > 10
+    names = sorted(TABLES)
+    assert published(connection) == dict.fromkeys(("insert", "update", "delete", "truncate"), names)
+    full = identities(tables)
+    assert {full[name] for name in (*TABLES, "part_1", "part_2") if name in full} == {"f"}
+    assert full["child"] == "d"
+
+    killed_after_every_step(connection, tables, CHEAP)
+    assert published(connection)["update"] == []
+    assert identities(tables) == before
+
+    killed_after_every_step(connection, tables, EVERYTHING)
+    for _ in range(200):
+        undo = reset.plan(connection, SETTINGS, "flash_setup")
+        if undo.empty:
+            break
+        publications.apply(connection, undo.steps[:1])
+        write_everywhere(tables)
+    assert undo.empty
+    assert identities(tables) == before
+
+
+def test_full_is_set_only_where_it_is_needed(tables, connection):
+    subscriptions = [
+        subscription("orders"),
+        subscription("plain"),
+        subscription("parts", where=conditions.parse({"id__lt": 5})),
+        subscription("made", fields=("status",)),
+        subscription("indexed", operations=Operation.INSERT, where=WHERE),
+    ]
+    publications.apply(connection, plan(connection, subscriptions))
+    found = identities(tables)
+    assert found["orders"] == "d"
+    assert found["part_1"] == "d"
+    assert (found["plain"], found["made"], found["indexed"]) == ("f", "f", "f")
+    assert published(connection)["truncate"] == ["made", "orders", "parts", "plain"]
+    assert "indexed" in published(connection)["update"]
+    assert "indexed" not in published(connection)["delete"]
+    assert plan(connection, subscriptions) == []
+
+
+def test_an_identity_is_not_restored_where_another_publication_needs_it(tables, connection):
+    publications.apply(connection, plan(connection, [subscription("plain")]))
+    tables.execute("CREATE PUBLICATION theirs FOR TABLE plain")
+    undo = reset.plan(connection, SETTINGS, "flash_setup")
+    reset.run(connection, undo, force=False)
+    assert identities(tables)["plain"] == "f"
+    write_everywhere(tables)
+
+
+def test_an_identity_that_somebody_changed_since_is_left_alone(tables, connection):
+    publications.apply(connection, plan(connection, [subscription("orders", where=WHERE)]))
+    tables.execute("ALTER TABLE orders REPLICA IDENTITY NOTHING; ")
+    reset.run(connection, reset.plan(connection, SETTINGS, "flash_setup"), force=False)
+    assert identities(tables)["orders"] == "n"
+
+
+def test_other_prefixes_are_left_alone(tables, connection):
+    other = Settings(flash_publication_slot_prefix="flash_publication_b")
+    publications.apply(connection, plan(connection, [subscription("orders")], other))
+    publications.apply(connection, plan(connection, [subscription("orders")]))
+    reset.run(connection, reset.plan(connection, SETTINGS, "flash_setup"), force=False)
+    assert publications.read(connection, "flash_publication").publications == {}
+    assert len(publications.read(connection, "flash_publication_b").publications) == 4
+
+
+def test_a_table_dropped_and_made_again_is_published_again(tables, connection):
+    publications.apply(connection, plan(connection, [subscription("orders")]))
+    tables.execute("DROP TABLE orders", TABLES["orders"])
+    publications.apply(connection, plan(connection, [subscription("orders")]))
+    assert published(connection)["insert"] == ["orders"]
+
+
+def test_a_renamed_table_leaves_by_its_new_name(tables, connection):
+    publications.apply(connection, plan(connection, [subscription("orders")]))
+    tables.execute("ALTER TABLE orders RENAME TO bills")
+    publications.apply(connection, plan(connection, [subscription("plain")]))
+    assert published(connection)["insert"] == ["plain"]
+
+
+@pytest.mark.parametrize(
+    "by_hand",
+    [
+        "ALTER PUBLICATION flash_publication_insert ADD TABLE plain",
+        "ALTER PUBLICATION flash_publication_insert DROP TABLE orders",
+        "ALTER PUBLICATION flash_publication_delete SET (publish = 'insert, delete')",
+        "ALTER PUBLICATION flash_publication_delete SET (publish_via_partition_root = true)",
+        "DROP PUBLICATION flash_publication_update",
+    ],
+)
+def test_a_publication_altered_by_hand_is_refused(tables, connection, by_hand):
+    publications.apply(connection, plan(connection, [subscription("orders")]))
+    tables.execute(by_hand)
+    with pytest.raises(PublicationMismatch, match="flash_publication_(insert|delete|update)"):
+        plan(connection, [subscription("orders")])
+
+
+def test_publications_of_somebody_else_are_refused_and_fitting_ones_adopted(tables, connection):
+    tables.execute(
+        *(
+            f"CREATE PUBLICATION flash_publication_{name} FOR TABLE orders WITH (publish = {name})"
+            for name in ("insert", "update", "delete", "truncate")
+        )
+    )
+    steps = plan(connection, [subscription("orders")])
+    assert str(steps[0]).startswith("COMMENT ON PUBLICATION")
+    with pytest.raises(PublicationMismatch, match="somebody else"):
+        plan(connection, [subscription("plain")])
+
+
+def test_a_lock_names_who_holds_it(tables, connection, monkeypatch):
+    monkeypatch.setattr(publications, "_LOCK_TIMEOUT", "50ms")
+    steps = plan(connection, [subscription("orders", where=WHERE)])
+    with psycopg.connect(tables.dsn, application_name="a long report") as blocker:
+        blocker.execute("SELECT * FROM orders")
+        with pytest.raises(TableLocked, match=r'"orders" .*PID \d+ \(postgres, a long report'):
+            publications.apply(connection, steps, wait=lambda _: None)
+        write_everywhere_but = "INSERT INTO plain VALUES (1)"
+        tables.execute(write_everywhere_but)
+    publications.apply(connection, plan(connection, [subscription("orders", where=WHERE)]))
+
+
+def test_a_lock_that_goes_away_is_waited_for(tables, connection, monkeypatch):
+    monkeypatch.setattr(publications, "_LOCK_TIMEOUT", "50ms")
+    steps = plan(connection, [subscription("orders", where=WHERE)])
+    with psycopg.connect(tables.dsn) as blocker:
+        blocker.execute("SELECT * FROM orders")
+        publications.apply(connection, steps, wait=lambda _: blocker.rollback())
+    assert identities(tables)["orders"] == "f"
+
+
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        (
+            subscription("order"),
+            "no table public.order in the database test_.*did you mean public.orders",
+        ),
+        (subscription("orders", fields=("stat",)), "no column stat; did you mean status"),
+        (subscription("orders", key=("Id",)), "no column Id; did you mean id"),
+        (subscription("orders", where=conditions.parse({"id": "x"})), "the lookup id compares"),
+        (subscription("orders", where=conditions.parse({"id__regex": "x"})), "needs a text column"),
+        (subscription("seen"), "seen is a view"),
+        (subscription("quick"), "unlogged.* ALTER TABLE .*SET LOGGED"),
+        (subscription("keyless"), "partitioned and has no primary key"),
+    ],
+)
+def test_what_cannot_work_is_refused_naming_the_handler(tables, connection, declared, message):
+    tables.execute(
+        "CREATE VIEW seen AS SELECT * FROM orders",
+        "CREATE UNLOGGED TABLE quick (id int PRIMARY KEY)",
+        "CREATE TABLE keyless (id int) PARTITION BY RANGE (id)",
+    )
+    with pytest.raises(SubscriptionError, match=f"shop.handle: .*{message}"):
+        plan(connection, [declared])
+    assert publications.read(connection, "flash_publication").publications == {}
+
+
+def test_keep_alters_nothing_and_says_what_is_missing(tables, connection):
+    keep = Settings(flash_replica_identity="keep")
+    declared = [subscription("orders", where=WHERE)]
+    with pytest.raises(ReplicaIdentityMissing, match='ALTER TABLE "public"."orders" REPLICA'):
+        plan(connection, declared, keep)
+    tables.execute("ALTER TABLE orders REPLICA IDENTITY FULL")
+    assert plan(connection, declared, keep)
+
+
+def test_slots_that_are_not_ours_are_refused(tables, connection):
+    declared = [subscription("orders")]
+    create = "SELECT pg_create_logical_replication_slot('flash_setup', 'pgoutput')"
+    drop = "SELECT pg_drop_replication_slot('flash_setup')"
+    tables.execute(create)
+    with pytest.raises(CatalogError, match="exists and its publications .* do not"):
+        plan(connection, declared)
+    tables.execute(drop)
+    publications.apply(connection, plan(connection, declared))
+    tables.execute(create)
+    publications.remember_slot(connection, "flash_publication", "flash_setup")
+    assert plan(connection, declared) == []
+    with pytest.raises(ConfigurationError, match="belong to the slot flash_setup"):
+        plan(connection, declared, Settings(flash_replication_slot="another"))
+    tables.execute(drop)
+    with pytest.raises(SlotMissing, match="flash_setup existed and is gone"):
+        plan(connection, declared)
+
+
+def test_a_slot_of_another_database_is_refused_and_not_reset(tables, connection, postgres):
+    with psycopg.connect(postgres.dsn(), autocommit=True) as elsewhere:
+        elsewhere.execute("SELECT pg_create_logical_replication_slot('flash_setup', 'pgoutput')")
+        try:
+            with pytest.raises(CatalogError, match="slot flash_setup is of postgres"):
+                plan(connection, [subscription("orders")])
+            with pytest.raises(CatalogError, match="not flash-celery's"):
+                reset.plan(connection, SETTINGS, "flash_setup")
+        finally:
+            elsewhere.execute("SELECT pg_drop_replication_slot('flash_setup')")
+
+
+@pytest.fixture
+def role(tables):
+    tables.execute(
+        "CREATE ROLE shop LOGIN REPLICATION",
+        f"GRANT CREATE ON DATABASE {tables.name} TO shop",
+    )
+    yield psycopg.conninfo.make_conninfo(tables.dsn, user="shop")
+    tables.execute("DROP OWNED BY shop", "DROP ROLE shop")
+
+
+def test_the_least_privileges_suffice(tables, role):
+    tables.execute("ALTER TABLE orders OWNER TO shop")
+    with catalog.connect(role) as connection:
+        publications.apply(connection, plan(connection, [subscription("orders", where=WHERE)]))
+        assert plan(connection, [subscription("orders", where=WHERE)]) == []
+    tables.execute("ALTER TABLE orders OWNER TO postgres")
+
+
+def test_missing_privileges_are_named(tables, role):
+    declared = [subscription("orders")]
+    with catalog.connect(role) as connection:
+        with pytest.raises(CatalogError, match="does not own orders|does not own public.orders"):
+            plan(connection, declared)
+        tables.execute(f"REVOKE CREATE ON DATABASE {tables.name} FROM shop")
+        with pytest.raises(CatalogError, match="GRANT CREATE ON DATABASE"):
+            plan(connection, declared)
+        tables.execute("ALTER ROLE shop NOREPLICATION")
+        with pytest.raises(CatalogError, match='ALTER ROLE "shop" REPLICATION'):
+            plan(connection, declared)
+
+
+def test_concurrent_starts_set_up_once(tables):
+    errors = []
+
+    def start():
+        try:
+            with catalog.connect(tables.dsn) as connection:
+                publications.apply(connection, plan(connection, [subscription("orders")]))
+        except CatalogError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=start) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with catalog.connect(tables.dsn) as connection:
+        assert plan(connection, [subscription("orders")]) == []
