@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import update_wrapper
 from types import MethodType
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
@@ -74,6 +74,13 @@ class Handler(Generic[P, R]):
         return f"<handler {self.__module__}.{self.__qualname__}>"
 
 
+@dataclass(frozen=True)
+class _Mistake:
+    """What is wrong with an `on_change`, until it is known whose it is."""
+
+    sentence: str
+
+
 class _Decorator(Protocol):
     @overload
     def __call__(self, target: T) -> T: ...
@@ -109,10 +116,12 @@ def on_change(
       `flash_queue`, in this order.
     - `acks_late`: `False` lets a change be lost if its worker dies in the handler.
 
-    Raises `SubscriptionError` for arguments that cannot be right.
+    Arguments that cannot be right raise nothing here, so that a web process which only imports its
+    tasks starts; `replicate` and `doctor` refuse them, naming the handler.
     """
 
     def decorate(target: Any) -> Any:
+        declared: Subscription | _Mistake
         try:
             declared = Subscription(
                 handler="",
@@ -126,18 +135,25 @@ def on_change(
                 acks_late=acks_late,
             )
         except SubscriptionError as error:
-            raise SubscriptionError(f"on_change of {_describe(target)}: {error}") from None
+            declared = _Mistake(str(error))
         return _declare(target, declared)
 
     return decorate
 
 
 def subscriptions_of(app: Celery) -> list[Subscription]:
-    """Every subscription of the app's tasks. Raises `SubscriptionError` where two contradict."""
+    """Every subscription of the app's tasks.
+
+    Raises `SubscriptionError` for an `on_change` that cannot be right, or two that contradict.
+    """
     app.finalize()
     found: list[Subscription] = []
     for name in sorted(app.tasks):
-        found += _consistent(app.tasks[name].__dict__.get("flash_subscriptions", []))
+        declared = app.tasks[name].__dict__.get("flash_subscriptions", [])
+        for one in declared:
+            if isinstance(one, _Mistake):
+                raise SubscriptionError(f"{name}: {one.sentence}")
+        found += _consistent(declared)
     return found
 
 
@@ -154,7 +170,7 @@ def _consistent(subscriptions: list[Subscription]) -> list[Subscription]:
     return subscriptions
 
 
-def _declare(target: Any, declared: Subscription) -> Any:
+def _declare(target: Any, declared: Subscription | _Mistake) -> Any:
     # type() and not isinstance: a proxy answers for its task, and would have to make it.
     if type(target) is PromiseProxy:
         target.__then__(lambda: _attach(target._get_current_object(), declared))
@@ -173,8 +189,11 @@ def _declare(target: Any, declared: Subscription) -> Any:
     return target
 
 
-def _attach(task: Any, declared: Subscription) -> None:
+def _attach(task: Any, declared: Subscription | _Mistake) -> None:
     subscriptions = task.__dict__.setdefault("flash_subscriptions", [])
+    if isinstance(declared, _Mistake):
+        subscriptions.append(declared)
+        return
     subscriptions.append(replace(declared, handler=task.name, number=len(subscriptions)))
     # A change must outlive the process that handles it; the setting of the app does not matter.
     task.acks_late = task.reject_on_worker_lost = declared.acks_late
@@ -237,9 +256,3 @@ def _once_finalized(attach: Callable[[Celery], None]) -> None:
     for app in list(_get_active_apps()):
         if app.finalized:
             attach(app)
-
-
-def _describe(target: Any) -> str:
-    if type(target) in (Proxy, PromiseProxy):
-        return "a task"
-    return getattr(target, "__qualname__", None) or repr(target)

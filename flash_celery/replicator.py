@@ -91,6 +91,7 @@ class Replicator:
         self._progress = Progress()
         self._source = ""
         self._streamed = False
+        self._seen_slot = False
         self._pauses = delays()
 
     def stop(self) -> None:
@@ -141,12 +142,23 @@ class Replicator:
             with catalog.connect(self._dsn) as connection:
                 report = preflight.examine(connection, self._settings, self._subscriptions)
                 report.raise_first()
+                self._still_there(report)
                 with closing(ReplicationConnection(self._dsn, self._on_notice)) as stream:
                     self._set_up(connection, report)
                     self._start(stream, connection, report.slot_exists)
                     Session(self, stream, connection).run()
         except psycopg.OperationalError as error:
             raise unreachable(error, self._dsn) from error
+
+    def _still_there(self, report: preflight.Report) -> None:
+        """A slot that this process has seen is never made again in silence."""
+        if self._seen_slot and not report.slot_exists:
+            slot = self._settings.flash_replication_slot
+            raise SlotMissing(
+                f"The slot {slot} was dropped while it was read (`flash reset`?); start again to "
+                "read from the present on."
+            )
+        self._seen_slot = report.slot_exists
 
     def _set_up(self, connection: psycopg.Connection[Any], report: preflight.Report) -> None:
         publications.apply(connection, report.steps, self._wait)
@@ -164,14 +176,10 @@ class Replicator:
             self._templates = Templates(
                 self._app, self._settings, self._subscriptions, f"{system}/{slot}"
             )
-        if not exists and self._streamed:
-            raise SlotMissing(
-                f"The slot {slot} was dropped while it was read (`flash reset`?); start again to "
-                "read from the present on."
-            )
         if not exists:
             position = stream.create_slot(slot)
             logger.info("Created the slot %s at %s", slot, position)
+            self._seen_slot = True
         publications.remember_slot(connection, prefix, slot)
         try:
             stream.start(slot, publications.names(prefix), self._progress.confirmed)

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from psycopg import ProgrammingError
+from psycopg.conninfo import conninfo_to_dict
+
 from .errors import ConfigurationError
 
 
@@ -83,12 +86,20 @@ class Settings:
             raise ConfigurationError("flash_queue is empty; name the queue of the handlers.")
 
     def require_dsn(self) -> str:
-        """The DSN. Raises `ConfigurationError` where none is set."""
+        """The DSN. Raises `ConfigurationError` where there is none, or none libpq reads."""
         if not self.flash_dsn:
             raise ConfigurationError(
                 "flash_dsn is not set: put app.conf.flash_dsn = 'postgresql://…/database' "
                 "beside the app's broker (in Django, DATABASES['default'] serves)."
             )
+        try:
+            conninfo_to_dict(self.flash_dsn)
+        except ProgrammingError:
+            # What libpq says of it may hold the password.
+            raise ConfigurationError(
+                "flash_dsn is not a connection string; write "
+                "postgresql://user:password@host:5432/database."
+            ) from None
         return self.flash_dsn
 
 

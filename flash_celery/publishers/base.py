@@ -92,9 +92,8 @@ class ConnectedPublisher:
         try:
             yield
         except known as error:
-            raise PublishError(
-                f"The broker {self.url} failed: {error or type(error).__name__}."
-            ) from error
+            reason = str(error).rstrip(".") or type(error).__name__
+            raise PublishError(f"The broker {self.url} failed: {reason}.") from error
 
 
 def queue_depths(app: Any, queues: Sequence[str]) -> dict[str, int | None]:

@@ -65,3 +65,23 @@ if os.environ.get("SHOP_WHERE"):
     @shared_task(bind=True)
     def paid(self, change):
         note(self, change)
+
+
+BAD = {
+    "where": lambda: on_change("items", where={"id__gte_": 1}),
+    "operation": lambda: on_change("items", "upsert"),
+    "table": lambda: on_change("item"),
+    "column": lambda: on_change("items", fields=["nam"]),
+    "contradiction": lambda: on_change("items", batch=5),
+    "serializer": lambda: on_change("items"),
+}
+if os.environ.get("SHOP_BAD"):
+    kind = os.environ["SHOP_BAD"]
+
+    @shared_task(serializer="pickle" if kind == "serializer" else None)
+    def bad(change):
+        pass
+
+    BAD[kind]()(bad)
+    if kind == "contradiction":
+        on_change("items")(bad)

@@ -152,11 +152,13 @@ def test_what_a_subscription_captures_follows_from_what_it_delivers(app):
         ({"batch": True}, "number of changes"),
     ],
 )
-def test_arguments_that_cannot_be_right_name_the_handler(arguments, sentence):
-    with pytest.raises(SubscriptionError, match=rf"on_change of .*handle: .*{sentence}"):
+def test_arguments_that_cannot_be_right_name_the_handler(app, arguments, sentence):
+    @on_change("orders", **arguments)
+    @shared_task
+    def handle(change): ...
 
-        @on_change("orders", **arguments)
-        def handle(change): ...
+    with pytest.raises(SubscriptionError, match=rf"test_handlers\.handle: .*{sentence}"):
+        subscriptions_of(app)
 
 
 def test_a_batch_reaches_its_handler(app):

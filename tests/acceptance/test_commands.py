@@ -1,0 +1,345 @@
+"""`flash status`, `doctor`, `reset`, `tail`, and what bad input gets."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import psycopg
+import pytest
+
+from example_project.servers import Postgres, wait_until
+
+
+def slots(database):
+    return [
+        row[0]
+        for row in database.execute(
+            "SELECT slot_name FROM pg_replication_slots WHERE database = current_database()"
+        )
+    ]
+
+
+def publications(database):
+    return [row[0] for row in database.execute("SELECT pubname FROM pg_publication ORDER BY 1")]
+
+
+def created_nothing(database):
+    return slots(database) == [] and publications(database) == []
+
+
+def test_status_shows_the_slot_the_handlers_and_their_queues(shop):
+    before = shop.run("flash", "status")
+    assert before.returncode == 0, before.stderr
+    assert "does not exist yet" in before.stdout
+    replicate = shop.replicate()
+    shop.database.execute("INSERT INTO items VALUES (1, 'a'), (2, 'b')")
+
+    def enqueued():
+        found = json.loads(shop.run("flash", "status", "--json").stdout)
+        return found if found["queues"]["flash"] == 2 and not found["slot"]["lag_bytes"] else None
+
+    found = wait_until(enqueued, "two changes in the queue")
+    assert found["slot"]["name"] == shop.database.slot
+    assert found["slot"]["active"] is True
+    assert found["slot"]["wal_status"] == "reserved"
+    assert found["slot"]["lag_seconds"] < 60
+    assert found["slot"]["reader"]["application_name"] == "flash_celery"
+    assert found["subscriptions"] == [
+        {
+            "handler": "shop.each",
+            "table": "public.items",
+            "operations": ["insert", "update", "delete", "truncate"],
+            "fields": None,
+            "queues": ["cleanup", "flash"],
+        }
+    ]
+    shown = shop.run("flash", "status").stdout
+    for text in (shop.database.slot, "read by    PID", "flash  2 waiting", "shop.each", "of WAL"):
+        assert text in shown
+    shop.end(replicate)
+    shop.database.execute("INSERT INTO items VALUES (3, 'c')")
+    found = json.loads(shop.run("flash", "status", "--json").stdout)
+    assert found["slot"]["active"] is False
+    assert found["slot"]["lag_bytes"] > 0
+
+
+def test_status_and_doctor_without_a_broker(shop):
+    gone = {"SHOP_BROKER": "redis://127.0.0.1:1/0"}
+    status = shop.run("flash", "status", **gone)
+    assert status.returncode == 0
+    assert "flash  unknown" in status.stdout
+    doctor = shop.run("flash", "doctor", **gone)
+    assert doctor.returncode == 0
+    assert re.search("warning  broker: The broker redis://127.0.0.1:1.* failed", doctor.stdout)
+
+
+def test_doctor_finds_everything_well(shop):
+    shop.worker()
+    shop.replicate()
+    doctor = shop.run("flash", "doctor")
+    assert doctor.returncode == 0, doctor.stdout + doctor.stderr
+    for text in (
+        "ok       server: PostgreSQL",
+        "ok       wal_level: logical",
+        "ok       role: postgres may replicate",
+        f"ok       slot: {shop.database.slot} exists",
+        "ok       shop.each on public.items",
+        "ok       publications: as they should be",
+        "ok       replication connection: can be made",
+        "ok       broker durability: appendonly, appendfsync always",
+        "warning  max_slot_wal_keep_size",
+        "ok       workers: 1 know every handler",
+    ):
+        assert text in doctor.stdout, doctor.stdout
+
+
+def test_doctor_names_what_stops_replicate_and_mends(shop):
+    shop.database.execute("ALTER TABLE items RENAME TO goods")
+    doctor = shop.run("flash", "doctor")
+    assert doctor.returncode == 1
+    assert "STOP     shop.each on public.items: shop.each: there is no table" in doctor.stdout
+    assert "warning  workers: no Celery worker answers" in doctor.stdout
+    assert created_nothing(shop.database)
+
+
+def test_reset_shows_asks_and_undoes_everything(shop):
+    shop.environment["SHOP_WHERE"] = "1"
+    replicate = shop.replicate()
+    shop.database.execute("INSERT INTO items VALUES (1, 'a')")
+    in_use = shop.run("flash", "reset", "--yes")
+    assert in_use.returncode == 2
+    assert "is being read by PID" in in_use.stderr
+    shop.end(replicate)
+    shop.database.execute("INSERT INTO items VALUES (2, 'a')")
+    command = shop.command("flash", "reset")
+    asked = subprocess.run(
+        command, env=shop.environment, capture_output=True, text=True, input="n\n", timeout=60
+    )
+    assert asked.returncode == 1
+    assert "bytes of WAL after" in asked.stdout
+    assert 'ALTER TABLE ONLY "public"."items" REPLICA IDENTITY DEFAULT' in asked.stdout
+    assert slots(shop.database) == [shop.database.slot]
+    done = shop.run("flash", "reset", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert created_nothing(shop.database)
+    assert shop.database.one("SELECT relreplident FROM pg_class WHERE relname = 'items'") == "d"
+    again = shop.run("flash", "reset", "--yes")
+    assert again.returncode == 0
+    assert "Nothing to reset" in again.stdout
+
+
+def test_reset_with_force_ends_the_replication_worker(shop):
+    replicate = shop.replicate()
+    done = shop.run("flash", "reset", "--yes", "--force")
+    assert done.returncode == 0, done.stderr
+    assert created_nothing(shop.database)
+    assert replicate.wait(30) == 2
+    assert "was dropped while it was read" in replicate.log.read_text()
+    assert created_nothing(shop.database)
+
+
+def test_reset_of_another_slot_leaves_the_publications(shop):
+    shop.end(shop.replicate())
+    name = f"{shop.database.slot}_old"
+    shop.database.execute(f"SELECT pg_create_logical_replication_slot('{name}', 'pgoutput')")
+    done = shop.run("flash", "reset", "--yes", "--slot", name)
+    assert done.returncode == 0, done.stderr
+    assert "leave the publications" in done.stdout
+    assert slots(shop.database) == [shop.database.slot]
+    assert len(publications(shop.database)) == 4
+
+
+def test_tail_prints_changes_and_leaves_nothing(shop):
+    shop.database.execute("CREATE TABLE logs (line text)")
+    tail = shop.start("flash", "tail", "items", "logs")
+    shop.until_said(tail, "Following public.items, public.logs")
+    shop.database.execute(
+        "INSERT INTO items VALUES (1, 'a', NULL)",
+        "UPDATE items SET name = 'b'",
+        "DELETE FROM items",
+        "TRUNCATE items",
+        "INSERT INTO logs VALUES ('x')",
+        "UPDATE logs SET line = 'y'",
+        "DELETE FROM logs",
+    )
+    shop.until_said(tail, "insert public.logs")
+    said = tail.log.read_text()
+    assert "insert public.items id=1 @" in said
+    assert "id=1, name='a', note=None" in said
+    assert "update public.items id=1 @" in said
+    assert "delete public.items id=1 @" in said
+    assert "truncate public.items @" in said
+    assert slots(shop.database) == [f"flash_tail_{tail.pid}"]
+    assert shop.end(tail, signal.SIGINT) == 0
+    wait_until(lambda: created_nothing(shop.database), "the slot to end")
+
+
+def test_tail_ends_after_a_limit_and_cleans_up_after_a_killed_one(shop):
+    killed = shop.start("flash", "tail")
+    shop.until_said(killed, "Following public.items")
+    shop.end(killed, signal.SIGKILL)
+    wait_until(lambda: not slots(shop.database), "the slot to end")
+    tail = shop.start("flash", "tail", "--limit", "2")
+    shop.until_said(tail, "Following public.items")
+    shop.database.execute("INSERT INTO items VALUES (1, 'a'), (2, 'b'), (3, 'c')")
+    assert tail.wait(30) == 0
+    assert tail.log.read_text().count("insert public.items") == 2
+    wait_until(lambda: created_nothing(shop.database), "the slot to end")
+
+
+BAD = {
+    "no dsn": ({"SHOP_DSN": ""}, "flash_dsn is not set"),
+    "bad dsn": ({"SHOP_DSN": "nonsense"}, "flash_dsn is not a connection string"),
+    "setting": (
+        {"SHOP_CONF": '{"flash_dns": "x"}'},
+        "no setting flash_dns; did you mean flash_dsn",
+    ),
+    "where": ({"SHOP_BAD": "where"}, "shop.bad: .*no lookup __gte_"),
+    "operation": ({"SHOP_BAD": "operation"}, "no operation 'upsert'"),
+    "table": ({"SHOP_BAD": "table"}, "shop.bad: there is no table public.item .*public.items"),
+    "column": ({"SHOP_BAD": "column"}, "shop.bad: public.items has no column nam; .* name"),
+    "contradiction": ({"SHOP_BAD": "contradiction"}, "shop.bad has two on_change .* batch="),
+    "serializer": ({"SHOP_BAD": "serializer"}, "shop.bad has serializer='pickle'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_sentence_and_creates_nothing(shop, case):
+    environment, message = BAD[case]
+    ended = shop.run("flash", "replicate", **environment)
+    assert ended.returncode == 2, ended.stderr
+    refused(ended, message)
+    assert created_nothing(shop.database)
+
+
+def refused(ended, message):
+    *before, said = ended.stderr.strip().splitlines()
+    assert not any("Traceback" in line for line in before), ended.stderr
+    assert said.startswith("Error: ")
+    assert re.search(message, said), said
+
+
+@pytest.mark.parametrize("command", ["replicate", "status", "doctor", "reset", "tail"])
+def test_a_wrong_database_is_refused_by_every_command(shop, command):
+    for change, message in (
+        ({"dbname": "nowhere"}, 'database "nowhere" does not exist'),
+        ({"user": "nobody"}, 'role "nobody" does not exist'),
+    ):
+        dsn = psycopg.conninfo.make_conninfo(shop.database.dsn, password="s3cret", **change)
+        ended = shop.run("flash", command, SHOP_DSN=dsn)
+        assert ended.returncode == 2, ended.stderr
+        refused(ended, message)
+        assert "s3cret" not in ended.stderr + ended.stdout
+    assert created_nothing(shop.database)
+
+
+def test_without_an_app(shop):
+    ended = subprocess.run(
+        [sys.executable, "-m", "celery", "flash", "status"],
+        env=shop.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 2
+    refused(ended, "celery -A your_project flash")
+
+
+@pytest.fixture(scope="module")
+def strict():
+    """A server with a password, one slot, and no logical decoding at first."""
+    with Postgres(wal_level="replica", max_replication_slots=1) as server:
+        with psycopg.connect(server.dsn(), autocommit=True) as connection:
+            connection.execute("CREATE TABLE items (id int PRIMARY KEY, name text)")
+            connection.execute("CREATE ROLE shop LOGIN SUPERUSER PASSWORD 'right'")
+            connection.execute("CREATE ROLE weak LOGIN")
+        hba = server.data / "pg_hba.conf"
+        hba.write_text("host all shop all scram-sha-256\n" + hba.read_text())
+        server.stop()
+        server.start()
+        yield server
+
+
+def strictly(server, **change):
+    return psycopg.conninfo.make_conninfo(server.dsn(), **change)
+
+
+def test_wal_level_a_wrong_password_and_privileges(shop, strict):
+    for dsn, message in (
+        (strictly(strict), "wal_level is replica.*ALTER SYSTEM SET wal_level"),
+        (strictly(strict, user="shop", password="s3cret"), "password authentication failed"),
+        (strictly(strict, user="shop"), "no password supplied"),
+    ):
+        ended = shop.run("flash", "replicate", SHOP_DSN=dsn)
+        assert ended.returncode == 2
+        refused(ended, message)
+        assert "s3cret" not in ended.stderr
+    doctor = shop.run("flash", "doctor", SHOP_DSN=strictly(strict, user="weak"))
+    assert doctor.returncode == 1
+    assert 'STOP     role: The role weak may not replicate: ALTER ROLE "weak"' in doctor.stdout
+    assert "STOP     wal_level" in doctor.stdout
+    assert "STOP     replication connection" in doctor.stdout
+    weak = shop.run("flash", "replicate", SHOP_DSN=strictly(strict, user="weak"))
+    assert weak.returncode == 2
+
+
+def test_no_free_slot(shop, strict):
+    strict.stop()
+    strict.options["wal_level"] = "logical"
+    strict.start()
+    with psycopg.connect(strict.dsn(), autocommit=True) as connection:
+        connection.execute("SELECT pg_create_physical_replication_slot('taken')")
+    ended = shop.run("flash", "replicate", SHOP_DSN=strict.dsn())
+    assert ended.returncode == 2
+    refused(ended, "All 1 of max_replication_slots are in use")
+    with psycopg.connect(strict.dsn()) as connection:
+        assert connection.execute("SELECT count(*) FROM pg_publication").fetchone() == (0,)
+
+
+def test_a_slot_of_another_plugin_or_database(shop, postgres):
+    with psycopg.connect(postgres.dsn(), autocommit=True) as elsewhere:
+        name = shop.database.slot
+        elsewhere.execute(f"SELECT pg_create_logical_replication_slot('{name}', 'pgoutput')")
+        try:
+            ended = shop.run("flash", "replicate")
+            assert ended.returncode == 2
+            refused(ended, f"slot {name} is of postgres")
+        finally:
+            elsewhere.execute(f"SELECT pg_drop_replication_slot('{name}')")
+    assert created_nothing(shop.database)
+
+
+def test_a_publication_altered_by_hand(shop):
+    shop.end(shop.replicate())
+    shop.database.execute(
+        "CREATE TABLE other (id int)",
+        "ALTER PUBLICATION flash_publication_insert ADD TABLE other",
+    )
+    ended = shop.run("flash", "replicate")
+    assert ended.returncode == 2
+    refused(ended, "flash_publication_insert was altered by hand")
+
+
+def test_a_slot_that_was_dropped_is_not_made_again_silently(shop):
+    shop.end(shop.replicate())
+    shop.database.execute(f"SELECT pg_drop_replication_slot('{shop.database.slot}')")
+    ended = shop.run("flash", "replicate")
+    assert ended.returncode == 2
+    refused(ended, "existed and is gone")
+    assert slots(shop.database) == []
+    assert shop.run("flash", "reset", "--yes").returncode == 0
+    shop.end(shop.replicate())
+
+
+def test_a_dsn_to_something_else_is_tried_again(shop, valkey):
+    replicate = shop.replicate(wait=False, SHOP_DSN=f"host=127.0.0.1 port={valkey.port} dbname=x")
+    shop.until_said(replicate, "The connection to PostgreSQL failed")
+    assert shop.end(replicate) == 0
+
+
+def test_help_names_every_command(shop):
+    shown = shop.run("flash", "--help").stdout
+    for command in ("replicate", "status", "doctor", "reset", "tail"):
+        assert command in shown
+        assert "Options:" in shop.run("flash", command, "--help").stdout
