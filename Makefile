@@ -3,7 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test lint types clean
+.PHONY: demo test lint types clean
+
+# Changes becoming tasks, on servers of its own; ARGS=--once ends by itself.
+demo: $(VENV)/.stamp
+	@$(BIN)/python -m example_project.demo $(ARGS)
 
 test: $(VENV)/.stamp
 	$(BIN)/pytest $(ARGS)

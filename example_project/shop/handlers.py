@@ -1,0 +1,82 @@
+"""What happens when the shop's data changes, whoever changes it and however."""
+
+from celery import shared_task
+from django.core.cache import cache
+from django.core.mail import send_mail
+
+from flash_celery import Changes, Delete, Insert, Update, on_change
+
+from .models import AuditEntry, Customer, Order, OrderLine, Product, Receipt, SearchEntry
+
+
+@on_change(Product, "update|delete")
+@shared_task
+def forget_product(change):
+    """Invalidate the cache of a product. Doing it twice does no harm."""
+    cache.delete(f"product:{change.key['id']}")
+
+
+@on_change(OrderLine, "insert|update|delete", fields=["order", "quantity", "price"])
+@shared_task
+def keep_total(change):
+    """Keep an order's total. It is computed anew, so order and repetition do not matter."""
+    match change:
+        case Insert(new):
+            orders = {new["order_id"]}
+        case Delete(old):
+            orders = {old["order_id"]}
+        case Update(old, new):
+            orders = {old["order_id"], new["order_id"]}
+    for order in Order.objects.filter(pk__in=orders):
+        total = sum(line.quantity * line.price for line in order.lines.all())
+        # Only what differs is written: this handler's own changes come back to other handlers.
+        Order.objects.filter(pk=order.pk).exclude(total=total).update(total=total)
+
+
+@on_change(Order)
+@on_change(Customer)
+@shared_task
+def audit(change):
+    """Write down every change once: `change.id` is the same if it is delivered again."""
+    changed = change.changed
+    AuditEntry.objects.get_or_create(
+        change_id=change.id,
+        table=change.table,
+        defaults={
+            "operation": change.operation.names()[0],
+            "key": dict(change.key),
+            "changed": None if changed is None else sorted(changed),
+            "committed_at": change.committed_at,
+        },
+    )
+
+
+@on_change(Order, "insert", where={"status": "paid"})
+@shared_task(bind=True, max_retries=5)
+def send_receipt(self, change):
+    """Send a receipt when an order becomes paid: it comes into the condition as an `Insert`."""
+    order = change.new
+    _, first_time = Receipt.objects.get_or_create(order_id=order["id"])
+    if first_time:
+        customer = Customer.objects.get(pk=order["customer_id"])
+        text = f"You paid {order['total']} for order {order['id']}."
+        send_mail("Your receipt", text, "shop@example.com", [customer.email])
+
+
+@on_change(Product, "insert|update|delete", fields=["name"], batch=100)
+@shared_task
+def index_products(changes: Changes):
+    """Bring the search index up to date, many products at a time. The last change of each wins."""
+    latest = {change.key["id"]: change for change in changes}
+    gone = [key for key, change in latest.items() if isinstance(change, Delete)]
+    SearchEntry.objects.filter(product_id__in=gone).delete()
+    SearchEntry.objects.bulk_create(
+        [
+            SearchEntry(product_id=key, words=change.new["name"].lower())
+            for key, change in latest.items()
+            if not isinstance(change, Delete)
+        ],
+        update_conflicts=True,
+        unique_fields=["product_id"],
+        update_fields=["words"],
+    )
