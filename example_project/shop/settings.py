@@ -23,6 +23,7 @@ ROOT_URLCONF = "shop.urls"
 USE_TZ = True
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
+MIDDLEWARE = ["django.middleware.csrf.CsrfViewMiddleware"]
 INSTALLED_APPS = ["shop", "flash_celery.django"]
 
 DATABASES = {

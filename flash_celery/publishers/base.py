@@ -64,7 +64,8 @@ class ConnectedPublisher:
     @property
     def url(self) -> str:
         """The broker's address, without a password."""
-        return str(maybe_sanitize_url(self._connection.as_uri()))
+        shown = str(maybe_sanitize_url(self._connection.as_uri()))
+        return shown.replace("//:**@", "//")  # a password where there is none
 
     @property
     def driver(self) -> str:

@@ -1,0 +1,253 @@
+"""The example project: its demo, its compose file, and Django's own command line."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+
+from example_project.servers import end_with_parent, free_port, wait_until
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "example_project"
+
+
+def demo(*arguments, folder, **options):
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    command = [sys.executable, "-m", "example_project.demo", *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=end_with_parent(signal.SIGKILL),
+        **options,
+    )
+
+
+def left_over():
+    """Folders and processes of servers."""
+    folders = set(Path(tempfile.gettempdir()).glob("flash-*"))
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    return folders, sum("-A shop" in line and "celery" in line for line in processes.splitlines())
+
+
+def test_the_demo_ends_by_itself_with_everything_handled(tmp_path):
+    before = left_over()
+    process = demo("--once", folder=tmp_path)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "Every change reached its handlers." in said
+    for text in ("ORM: ", "Bulk update", "Raw SQL", "send_receipt", "index_products", "ms after"):
+        assert text in said
+    assert "Traceback" not in said
+    assert left_over() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_demo_leaves_nothing_behind_when_it_is_stopped(tmp_path, number):
+    before = left_over()
+    process = demo(folder=tmp_path)
+    for line in process.stdout:
+        if "Bulk update" in line:
+            break
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == (0 if number == signal.SIGINT else 143), said
+    assert "Traceback" not in said
+    assert left_over() == before
+
+
+@pytest.fixture
+def compose():
+    return yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+
+
+@pytest.fixture
+def environment(database, valkey):
+    import redis
+
+    with redis.Redis(port=valkey.port) as client:
+        client.flushall()
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "SHOP_DATABASE_URL": database.dsn,
+        "SHOP_BROKER_URL": valkey.url,
+        "SHOP_CACHE_URL": valkey.url,
+    }
+
+
+def test_every_variable_of_the_compose_file_is_read(compose):
+    settings = (EXAMPLE / "shop" / "settings.py").read_text()
+    for name in compose["x-app"]["environment"]:
+        assert f'"{name}"' in settings
+    assert compose["services"]["postgres"]["command"].endswith("-c wal_level=logical")
+    assert compose["services"]["rabbitmq"]["profiles"] == ["rabbitmq"]
+    assert set(compose["services"]) == {
+        *("postgres", "redis", "rabbitmq", "migrate", "worker", "replicate", "web"),
+    }
+
+
+def test_every_command_of_the_compose_file_runs(compose, environment, tmp_path, database):
+    port = free_port()
+    children = []
+
+    def command(service):
+        words = shlex.split(compose["services"][service]["command"])
+        return [word.replace("0.0.0.0:8000", f"127.0.0.1:{port}") for word in words]
+
+    def start(service):
+        with (tmp_path / service).open("w") as log:
+            child = subprocess.Popen(
+                command(service),
+                cwd=EXAMPLE,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=end_with_parent(signal.SIGKILL),
+            )
+        children.append(child)
+        return lambda text: wait_until(
+            lambda: text in (tmp_path / service).read_text(), f"{text!r} of {service}"
+        )
+
+    def page():
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
+                return answer.read().decode()
+        except OSError:
+            return ""
+
+    migrated = subprocess.run(
+        command("migrate"), cwd=EXAMPLE, env=environment, capture_output=True, text=True
+    )
+    assert migrated.returncode == 0, migrated.stderr
+    try:
+        start("worker")("ready.")
+        start("replicate")("Replicating the slot")
+        start("web")
+        wait_until(page, "the page of the shop")
+        database.execute(
+            "INSERT INTO shop_customer (name, email) VALUES ('Ada', 'ada@example.com')",
+            "INSERT INTO shop_order (customer_id, status, total) VALUES (1, 'open', 5)",
+        )
+        wait_until(lambda: "insert shop_order" in page(), "the audit on the page")
+        pay(port)
+        wait_until(
+            lambda: "You paid 5.00 for order 1." in (tmp_path / "worker").read_text(), "a receipt"
+        )
+    finally:
+        for child in reversed(children):
+            os.killpg(child.pid, signal.SIGTERM)
+        for child in children:
+            child.wait(30)
+            assert child.returncode in (0, -signal.SIGTERM)
+
+
+def pay(port):
+    """Press the button of the page."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as answer:
+        cookie = answer.headers["Set-Cookie"].partition(";")[0]
+        token = re.search(r"value=\"?(\w+)", answer.read().decode()).group(1)
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/pay/1", method="POST")
+    request.data = f"csrfmiddlewaretoken={token}".encode()
+    request.add_header("Cookie", cookie)
+    with urllib.request.urlopen(request) as answer:
+        assert answer.status == 200
+
+
+def manage(environment, *arguments):
+    return subprocess.run(
+        [sys.executable, "manage.py", "flash", *arguments],
+        cwd=EXAMPLE,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_manage_py_has_the_same_commands(environment, database):
+    subprocess.run(
+        [sys.executable, "manage.py", "migrate"],
+        cwd=EXAMPLE,
+        env=environment,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    helped = manage(environment, "--help")
+    assert helped.returncode == 0
+    for name in ("replicate", "status", "doctor", "reset", "tail"):
+        assert name in helped.stdout
+    doctor = manage(environment, "doctor")
+    assert doctor.returncode == 0, doctor.stdout + doctor.stderr
+    assert "shop.handlers.keep_total on public.shop_orderline" in doctor.stdout
+    assert "FULL will be set on public.shop_order, public.shop_orderline" in doctor.stdout
+    status = json.loads(manage(environment, "status", "--json").stdout)
+    assert {one["handler"] for one in status["subscriptions"]} == {
+        f"shop.handlers.{name}"
+        for name in ("audit", "forget_product", "index_products", "keep_total", "send_receipt")
+    }
+    again = manage(environment, "reset", "--yes")
+    assert again.returncode == 0
+    assert "Nothing to reset" in again.stdout
+    wrong = manage(environment, "stats")
+    assert wrong.returncode == 2
+    assert "No such command 'stats'" in wrong.stderr
+
+
+def test_the_handlers_have_settled_when_nothing_changes(environment, database, tmp_path):
+    """Handlers that write tables others watch must not go round for ever."""
+    subprocess.run(
+        [sys.executable, "manage.py", "migrate"],
+        cwd=EXAMPLE,
+        env=environment,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    processes = []
+    for name in (("worker", "-Q", "flash", "-P", "solo"), ("flash", "replicate")):
+        with (tmp_path / name[0]).open("w") as log:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "celery", "-A", "shop", *name],
+                    cwd=EXAMPLE,
+                    env=environment,
+                    stdout=log,
+                    stderr=log,
+                    preexec_fn=end_with_parent(signal.SIGKILL),
+                )
+            )
+    try:
+        wait_until(lambda: "Replicating" in (tmp_path / "flash").read_text(), "replication")
+        database.execute(
+            "INSERT INTO shop_customer (name, email) VALUES ('Ada', 'ada@example.com')",
+            "INSERT INTO shop_product (name, price) VALUES ('Tea', 4.5)",
+            "INSERT INTO shop_order (customer_id, status, total) VALUES (1, 'open', 0)",
+            "INSERT INTO shop_orderline (order_id, product_id, quantity, price) "
+            "VALUES (1, 1, 2, 4.5)",
+        )
+        indexed = "SELECT count(*) FROM shop_searchentry WHERE words = 'tea'"
+        wait_until(lambda: database.one("SELECT total FROM shop_order") == 9, "the total")
+        wait_until(lambda: database.one(indexed) == 1, "the search index")
+        wait_until(lambda: database.one("SELECT count(*) FROM shop_auditentry") == 3, "the audit")
+        time.sleep(1)
+        assert database.one("SELECT count(*) FROM shop_auditentry") == 3
+    finally:
+        for process in reversed(processes):
+            process.terminate()
+            process.wait(30)
