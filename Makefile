@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types clean
+.PHONY: demo test matrix lint types clean
 
 # Changes becoming tasks, on servers of its own; ARGS=--once ends by itself.
 demo: $(VENV)/.stamp
@@ -11,6 +11,10 @@ demo: $(VENV)/.stamp
 
 test: $(VENV)/.stamp
 	$(BIN)/pytest $(ARGS)
+
+# The integration tests on PostgreSQL 14 to 18; ARGS="14 17" picks versions.
+matrix: $(VENV)/.stamp
+	$(BIN)/python tests/matrix.py $(ARGS)
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check .
@@ -20,7 +24,7 @@ types: $(VENV)/.stamp
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache
 
 $(VENV)/.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
