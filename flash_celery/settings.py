@@ -82,6 +82,11 @@ class Settings:
             raise ConfigurationError(
                 f"flash_publication_slot_prefix must have 1 to 54 bytes, not {prefix!r}."
             )
+        if self.flash_use_streaming:
+            raise ConfigurationError(
+                "flash_use_streaming is not in this version; leave it out, transactions are then "
+                "read once they have committed."
+            )
         if not self.flash_queue:
             raise ConfigurationError("flash_queue is empty; name the queue of the handlers.")
 

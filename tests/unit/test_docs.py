@@ -1,30 +1,111 @@
+"""The documents say what is there, and their examples run."""
+
+import dataclasses
 import re
 from pathlib import Path
 
-import celery._state
+import click
+import pytest
 from kombu.utils.json import loads
 
-from flash_celery.changes import Column, Table, Transaction
+from flash_celery import on_change
+from flash_celery.changes import Change, Column, Insert, Table, Transaction, Update
+from flash_celery.cli import flash
+from flash_celery.conditions import LOOKUPS
 from flash_celery.handlers import subscriptions_of
 from flash_celery.payload import TRUNCATED, VERSION, Delivery, encode
 from flash_celery.protocol.lsn import Lsn
+from flash_celery.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 
 
-def test_the_readmes_example_runs(monkeypatch):
-    monkeypatch.setattr(celery._state, "_on_app_finalizers", set(celery._state._on_app_finalizers))
-    for example in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        names = {"__name__": "readme"}
-        exec(compile(example, "README.md", "exec"), names)
-        (subscription,) = subscriptions_of(names["app"])
-        assert str(subscription.table) == "public.orders"
-        names["app"].close()
+def examples(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_readmes_example_declares_what_it_says(new_app, capsys):
+    new_app()
+    (example,) = examples(README)
+    names = {"__name__": "readme"}
+    exec(compile(example, "README.md", "exec"), names)
+    (subscription,) = subscriptions_of(names["app"])
+    assert str(subscription.table) == "public.orders"
+    columns = tuple(
+        Column(name, oid, "", identity=True)
+        for name, oid in (("id", 23), ("status", 25), ("total", 1700))
+    )
+    table = Table("public", "orders", None, "f", ("id",), columns)
+    origin = table, Transaction(Lsn(1), 1, 0), 0
+    names["reward"](Insert([b"5", b"paid", b"120"], *origin))
+    names["reward"](Update("O", [b"5", b"paid", b"120"], [b"5", b"paid", b"90"], *origin))
+    assert capsys.readouterr().out == "order 5 is paid: 120\norder 5 went from 120 to 90\n"
+    names["app"].close()
+
+
+def test_the_examples_of_the_documents_run(app):
+    class database:  # what the reader has
+        @staticmethod
+        def transaction(): ...
+
+    for name in ("settings.md", "semantics.md"):
+        for example in examples(DOCS[name]):
+            names = {"app": app, "on_change": on_change, "database": database}
+            exec(compile(example, name, "exec"), names)
+    Settings.from_app(app)
+    assert [s.handler.rpartition(".")[2] for s in subscriptions_of(app)] == ["book"]
+
+
+def test_every_setting_is_documented_with_its_default():
+    rows = re.findall(r"^\| `(flash_\w+)` \| `(.*?)` \|", DOCS["settings.md"], re.MULTILINE)
+    documented = {name: eval(default) for name, default in rows}
+    settings = {
+        field.name: field.default
+        if field.default is not dataclasses.MISSING
+        else field.default_factory()
+        for field in dataclasses.fields(Settings)
+    }
+    assert documented == settings
+
+
+def test_every_attribute_and_lookup_is_documented():
+    public = {
+        name
+        for kind in (Change, Update)
+        for name in (*vars(kind), *getattr(kind, "__slots__", ()))
+        if not name.startswith("_")
+    } - {"index", "half", "number", "transaction"}
+    for name in public:
+        assert f"`{name}`" in DOCS["semantics.md"], name
+    for lookup in LOOKUPS:
+        if lookup != "eq":
+            assert f"__{lookup}" in DOCS["semantics.md"], lookup
+
+
+@pytest.mark.parametrize("name", flash.commands)
+def test_every_command_is_documented_and_has_help(name):
+    assert f"flash {name}" in README
+    command = flash.commands[name]
+    assert command.help
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, parameter.name
+
+
+def test_every_link_leads_somewhere():
+    for folder, text in [(ROOT, README), *((ROOT / "docs", text) for text in DOCS.values())]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (folder / target).exists(), target
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 120
 
 
 def test_the_wire_format_names_every_field():
-    text = (ROOT / "docs" / "wire-format.md").read_text()
+    text = DOCS["wire-format.md"]
     table = Table("public", "t", None, "d", ("id",), (Column("id", 20, "int8", identity=True),))
     value = loads(encode([Delivery(table, Transaction(Lsn(1), 1, 0), 0, 0, 0, TRUNCATED)]))
     assert f"version {VERSION}" in text

@@ -1,0 +1,129 @@
+"""The tutorial, followed to the letter in an empty folder, and the SQL for a DBA."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from example_project.servers import end_with_parent, wait_until
+
+DOCS = Path(__file__).parents[2] / "docs"
+TUTORIAL = (DOCS / "tutorial.md").read_text()
+
+
+def files(text):
+    pattern = r"<!-- file: (\S+) -->\n```\w+\n(.*?)```"
+    return dict(re.findall(pattern, text, re.DOTALL))
+
+
+def commands(text):
+    return dict(re.findall(r"<!-- run: (\w+) -->\n    (.+)", text))
+
+
+def expected(text):
+    (block,) = re.findall(r"<!-- expect -->\n((?:    .+\n)+)", text)
+    return [line.strip() for line in block.splitlines()]
+
+
+@pytest.fixture
+def follow(database, valkey, tmp_path):
+    import redis
+
+    with redis.Redis(port=valkey.port) as client:
+        client.flushall()
+    children = []
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "BROKER": valkey.url,
+        "DSN": database.dsn,
+    }
+    for name, content in files(TUTORIAL).items():
+        (tmp_path / name).write_text(content)
+
+    def run(name, background=True):
+        words = shlex.split(commands(TUTORIAL)[name])
+        with (tmp_path / f"{name}.log").open("w") as log:
+            child = subprocess.Popen(
+                words,
+                cwd=tmp_path,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                preexec_fn=end_with_parent(signal.SIGKILL),
+            )
+        children.append(child)
+        if not background:
+            child.wait(60)
+        return child
+
+    yield run
+    for child in children:
+        if child.poll() is None:
+            child.terminate()
+        child.wait(30)
+
+
+def test_the_tutorial(follow, database, tmp_path):
+    database.execute((tmp_path / "schema.sql").read_text())
+    assert follow("doctor", background=False).returncode == 0
+    assert "FULL will be set on public.orders" in (tmp_path / "doctor.log").read_text()
+
+    def said(name, text):
+        log = tmp_path / f"{name}.log"
+        wait_until(lambda: text in log.read_text(), f"{text!r} of {name}")
+
+    follow("worker")
+    said("worker", "ready.")
+    replicate = follow("replicate")
+    said("replicate", "Replicating the slot")
+    database.execute(*(tmp_path / "change.sql").read_text().strip().split("\n"))
+    for line in expected(TUTORIAL):
+        said("worker", line)
+    # 7. Pull the plug.
+    replicate.kill()
+    replicate.wait()
+    database.execute("INSERT INTO orders (total) VALUES (5)")
+    follow("replicate")
+    said("worker", "order 2 over 5.00")
+
+
+def test_the_privileges_for_a_dba_suffice(database):
+    text = (DOCS / "operating.md").read_text()
+    (statements,) = re.findall(r"<!-- run: privileges -->\n```sql\n(.*?)```", text, re.DOTALL)
+    database.execute(
+        "CREATE ROLE shop_owner",
+        "CREATE TABLE orders (id int PRIMARY KEY, status text)",
+        "ALTER TABLE orders OWNER TO shop_owner",
+    )
+    try:
+        for statement in statements.strip().splitlines():
+            database.execute(statement.replace("DATABASE shop", f"DATABASE {database.name}"))
+        from flash_celery import catalog, conditions, preflight, publications
+        from flash_celery.replication import ReplicationConnection
+        from flash_celery.settings import Settings
+        from flash_celery.subscriptions import Subscription, TableName
+
+        dsn = psycopg.conninfo.make_conninfo(database.dsn, user="flash")
+        where = conditions.parse({"status": "paid"})
+        subscription = Subscription("shop.handle", TableName("public", "orders"), where=where)
+        settings = Settings(flash_replication_slot=database.slot)
+        with catalog.connect(dsn) as connection:
+            report = preflight.examine(connection, settings, [subscription])
+            report.raise_first()
+            publications.apply(connection, report.steps)
+        stream = ReplicationConnection(dsn)
+        stream.create_slot(database.slot)
+        stream.start(database.slot, publications.names("flash_publication"))
+        stream.close()
+    finally:
+        database.execute(
+            *("DROP OWNED BY flash CASCADE", "DROP OWNED BY shop_owner CASCADE"),
+            *("DROP ROLE flash", "DROP ROLE shop_owner"),
+        )
