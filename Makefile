@@ -10,7 +10,7 @@ demo: $(VENV)/.stamp
 	@$(BIN)/python -m example_project.demo $(ARGS)
 
 test: $(VENV)/.stamp
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 # The integration tests on PostgreSQL 14 to 18; ARGS="14 17" picks versions.
 matrix: $(VENV)/.stamp

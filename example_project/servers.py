@@ -52,8 +52,13 @@ def wait_until(check, what: str, timeout: float = 60.0):
 class Server:
     """A child process in a folder of its own."""
 
+    #: The signal that ends it without delay.
+    at_once: int = signal.SIGKILL
+
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="flash-", dir="/tmp"))
+        # Short, for the path of a socket has 107 bytes at most.
+        parent = os.environ.get("FLASH_FOLDER", "/tmp")
+        self.folder = Path(tempfile.mkdtemp(prefix="flash-", dir=parent))
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
@@ -79,9 +84,9 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # SIGQUIT is PostgreSQL's immediate shutdown; nobody needs the data any more.
+        # Nobody needs the data any more.
         with contextlib.suppress(Exception):
-            self.stop(signal.SIGQUIT)
+            self.stop(self.at_once)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -102,6 +107,8 @@ def _reachable(path: Path) -> bool:
 
 class Postgres(Server):
     """PostgreSQL with `wal_level=logical`; as root it runs as `nobody`, whom PostgreSQL accepts."""
+
+    at_once = signal.SIGQUIT
 
     def __init__(self, **options: object) -> None:
         super().__init__()
@@ -287,7 +294,7 @@ class Rabbit(Server):
             # The script that starts Erlang hands no SIGKILL on.
             group = self.process.pid
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(group, signal.SIGKILL if number == signal.SIGQUIT else number)
+                os.killpg(group, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(60)
             with contextlib.suppress(ProcessLookupError):

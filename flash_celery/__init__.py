@@ -5,7 +5,6 @@ WAL → replication → pgoutput → transactions → routing → payload → pu
 
 from . import payload as _payload  # noqa: F401 - makes changes travel as task arguments
 from .changes import (
-    UNCHANGED,
     Change,
     Changes,
     Delete,
@@ -17,6 +16,7 @@ from .changes import (
 from .errors import FlashError
 from .handlers import on_change
 from .protocol.lsn import Lsn
+from .rows import UNCHANGED
 from .subscriptions import Batch
 
 __all__ = [

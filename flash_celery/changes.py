@@ -6,18 +6,13 @@ They keep the bytes that PostgreSQL wrote and decode a value when it is touched.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta, timezone
-from functools import cached_property
 from typing import Any, ClassVar, overload
 
 from .protocol.lsn import Lsn
-from .protocol.pgoutput import UNCHANGED_TOAST, Cell
-from .values import loader
-
-#: A TOASTed value that the UPDATE did not touch and PostgreSQL did not send. Never `None`.
-UNCHANGED = UNCHANGED_TOAST
+from .protocol.pgoutput import Cell
+from .rows import UNCHANGED, Row, Table, Transaction
 
 _EPOCH = datetime(2000, 1, 1, tzinfo=timezone.utc)
 
@@ -35,104 +30,6 @@ class Operation(enum.Flag):
         """The single operations in it, in lower case."""
         single = (Operation.INSERT, Operation.UPDATE, Operation.DELETE, Operation.TRUNCATE)
         return tuple(str(one.name).lower() for one in single if one in self)
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column as a handler sees it; `type_oid` is the base type of a domain, text for an enum."""
-
-    name: str
-    type_oid: int
-    type_name: str
-    #: Part of the replica identity.
-    identity: bool
-    #: Within the subscription's `fields`; the others travel for the key's sake.
-    delivered: bool = True
-
-
-@dataclass(frozen=True, eq=False)
-class Table:
-    """The table of a change, described well enough to decode its rows without the database."""
-
-    schema: str
-    name: str
-    #: The leaf the row is in, as `schema.name`, where the handler's table is partitioned.
-    partition: str | None
-    #: PostgreSQL's replica identity: `d` default, `i` index, `f` full, `n` nothing.
-    identity: str
-    key: tuple[str, ...]
-    columns: tuple[Column, ...]
-
-    @cached_property
-    def positions(self) -> dict[str, int]:
-        """Where in a row each column is."""
-        return {column.name: number for number, column in enumerate(self.columns)}
-
-    @cached_property
-    def delivered(self) -> frozenset[str]:
-        """The columns a handler may see."""
-        return frozenset(column.name for column in self.columns if column.delivered)
-
-    @cached_property
-    def identity_columns(self) -> frozenset[str]:
-        """The columns whose old values PostgreSQL keeps."""
-        return frozenset(column.name for column in self.columns if column.identity)
-
-    @property
-    def full_name(self) -> str:
-        """`schema.name`, unquoted."""
-        return f"{self.schema}.{self.name}"
-
-
-@dataclass(frozen=True)
-class Transaction:
-    """The transaction that made a change."""
-
-    commit_lsn: Lsn
-    xid: int
-    #: Microseconds since 2000-01-01 UTC, as PostgreSQL counts.
-    committed_at: int
-
-
-class Row(Mapping[str, Any]):
-    """A read-only mapping of column name to Python value, decoded when touched."""
-
-    __slots__ = ("_cells", "_known", "_table")
-
-    def __init__(self, table: Table, cells: Sequence[Cell], known: frozenset[str]) -> None:
-        self._table = table
-        self._cells = cells
-        self._known = known
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._known:
-            raise KeyError(self._why_unknown(name))
-        position = self._table.positions[name]
-        cell = self._cells[position]
-        if cell is None or cell is UNCHANGED:
-            return cell
-        assert isinstance(cell, bytes)
-        return loader(self._table.columns[position].type_oid)(cell)
-
-    def __iter__(self) -> Iterator[str]:
-        return (column.name for column in self._table.columns if column.name in self._known)
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
-
-    def _why_unknown(self, name: str) -> str:
-        table = self._table
-        if name not in table.positions:
-            return f"{table.full_name} has no column {name!r} in this change"
-        if name not in table.delivered:
-            return f"{name!r} is not among the fields of this subscription"
-        return (
-            f"the old value of {name!r} is not in the WAL; it is after "
-            f"ALTER TABLE {table.full_name} REPLICA IDENTITY FULL"
-        )
 
 
 class Change:

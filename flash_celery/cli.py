@@ -103,7 +103,7 @@ def replicate(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    signal.set_wakeup_fd(replicator.waker.fileno(), warn_on_full_buffer=False)
+    signal.set_wakeup_fd(replicator.control.waker.fileno(), warn_on_full_buffer=False)
     try:
         if wait_for_workers:
             replicator.wait_until(lambda: _workers_know(project), "Celery workers with this code")

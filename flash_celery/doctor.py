@@ -11,7 +11,7 @@ from .preflight import OK, STOP, WARNING, Finding
 from .publishers.base import ConnectedPublisher
 from .subscriptions import Subscription
 
-_INSPECT_SECONDS = 2.0
+_INSPECT_SECONDS = 1.0
 _MARKS = {OK: "ok     ", WARNING: "warning", STOP: "STOP   "}
 
 
@@ -63,16 +63,12 @@ def _redis(publisher: ConnectedPublisher) -> Iterator[Finding]:
 
 def workers(app: Any, subscriptions: Sequence[Subscription]) -> Iterator[Finding]:
     """Handlers that no running Celery worker knows: it would throw their tasks away."""
-    registered = None
-    with suppress(Exception):
-        registered = app.control.inspect(timeout=_INSPECT_SECONDS).registered()
-    if not registered:
+    missing = unhandled(app, subscriptions)
+    if missing is None:
         yield Finding(
             "workers", WARNING, "no Celery worker answers; changes will wait in the queue"
         )
         return
-    known = {str(task).split(" ")[0] for tasks in registered.values() for task in tasks}
-    missing = sorted({s.handler for s in subscriptions} - known)
     if missing:
         yield Finding(
             "workers",
@@ -81,7 +77,18 @@ def workers(app: Any, subscriptions: Sequence[Subscription]) -> Iterator[Finding
             "for a worker throws away a task it does not know",
         )
     else:
-        yield Finding("workers", OK, f"{len(registered)} know every handler")
+        yield Finding("workers", OK, "they know every handler")
+
+
+def unhandled(app: Any, subscriptions: Sequence[Subscription]) -> list[str] | None:
+    """The handlers that no running worker has registered; None if no worker answers."""
+    registered = None
+    with suppress(Exception):
+        registered = app.control.inspect(timeout=_INSPECT_SECONDS).registered()
+    if not registered:
+        return None
+    known = {str(task).split(" ")[0] for tasks in registered.values() for task in tasks}
+    return sorted({one.handler for one in subscriptions} - known)
 
 
 def line(finding: Finding) -> str:

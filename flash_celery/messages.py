@@ -120,6 +120,8 @@ class Templates:
     def __init__(
         self, app: Any, settings: Settings, subscriptions: Sequence[Subscription], source: str = ""
     ) -> None:
+        #: What it has templates for.
+        self.subscriptions = subscriptions
         self._by_options: dict[tuple[str, str], Template] = {}
         self._templates: dict[tuple[Subscription, Operation], Template] = {}
         for subscription in subscriptions:

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 from kombu.utils.json import register_type
 
-from .changes import Change, Changes, Column, Delete, Insert, Table, Transaction, Truncate, Update
+from .changes import Change, Changes, Delete, Insert, Truncate, Update
 from .errors import PayloadError, ProtocolError
 from .protocol import pgoutput
 from .protocol.lsn import Lsn
+from .rows import Column, Table, Transaction
 
 VERSION = 1
 CHANGE = "flash_celery.change"

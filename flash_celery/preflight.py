@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +11,9 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from . import catalog, publications
+from . import ddl, publications
 from .catalog import CatalogTable
+from .ddl import Step
 from .errors import (
     CatalogError,
     ConfigurationError,
@@ -24,13 +24,13 @@ from .errors import (
     SlotMissing,
     SubscriptionError,
 )
-from .publications import Found, Step, Wanted
+from .publications import Found, Wanted
 from .replication import ReplicationConnection
 from .settings import Settings
 from .subscriptions import Subscription, TableName
+from .tables import check_columns, find, quoted
 
 OK, WARNING, STOP = "ok", "warning", "stop"
-_KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,10 @@ class _Examination:
             return self._room_for_a_slot()
         plugin, database, temporary, status = row
         if plugin != "pgoutput" or database != self._database or temporary:
-            what = f"of the plugin {plugin}" if plugin != "pgoutput" else f"of {database}"
+            kind = f"a slot of the plugin {plugin}" if plugin else "a physical slot"
+            what = kind if plugin != "pgoutput" else f"a slot of the database {database}"
             error: FlashError = CatalogError(
-                f"The slot {slot} is {what}, not a permanent pgoutput slot of {self._database}; "
+                f"{slot} is {what}, not a permanent pgoutput slot of {self._database}; "
                 "choose another flash_replication_slot."
             )
             return self._stop("slot", error)
@@ -218,7 +219,7 @@ class _Examination:
         for subscription in self._subscriptions:
             subject = f"{subscription.handler} on {subscription.table}"
             try:
-                table = tables.get(subscription.table) or self._find(subscription)
+                table = tables.get(subscription.table) or find(self._connection, subscription)
                 check_columns(subscription, table, self._connection.info.server_version)
                 tables[subscription.table] = table
                 self._add(subject, OK, "|".join(subscription.operations.names()))
@@ -226,38 +227,6 @@ class _Examination:
                 self._stop(subject, error)
                 sound = False
         return tables if sound else None
-
-    def _find(self, subscription: Subscription) -> CatalogTable:
-        name, who = subscription.table, subscription.handler
-        table = catalog.find(self._connection, name)
-        if table is None:
-            rows = self._connection.execute(
-                "SELECT schemaname, tablename FROM pg_tables "
-                "WHERE schemaname NOT IN ('pg_catalog', 'information_schema')"
-            ).fetchall()
-            close = _close(str(name), [str(TableName(*row)) for row in rows])
-            raise SubscriptionError(
-                f"{who}: there is no table {name} in the database {self._database}{close}"
-            )
-        if table.kind in _KINDS:
-            raise SubscriptionError(
-                f"{who}: {name} is {_KINDS[table.kind]}, and only tables have changes in the WAL; "
-                "name the tables it reads."
-            )
-        if table.unlogged:
-            quoted = _quoted(table)
-            raise SubscriptionError(
-                f"{who}: {name} is unlogged, so its changes are not in the WAL: "
-                f"ALTER TABLE {quoted} SET LOGGED;"
-            )
-        rewrites = subscription.captured & publications.REWRITES
-        if table.kind == catalog.PARTITIONED and rewrites and not table.primary_key:
-            raise SubscriptionError(
-                f"{who}: {name} is partitioned and has no primary key, so PostgreSQL would refuse "
-                "UPDATE and DELETE on a partition attached later: ALTER TABLE "
-                f"{_quoted(table)} ADD PRIMARY KEY (…); or handle its partitions one by one."
-            )
-        return table
 
     def _publications(self, tables: dict[TableName, CatalogTable]) -> None:
         prefix = self._settings.flash_publication_slot_prefix
@@ -269,8 +238,8 @@ class _Examination:
             self._check_identities(goal)
         except FlashError as error:
             return self._stop("publications", error)
-        restorable = publications.restorable(self._connection, found, prefix)
-        steps = publications.plan(found, prefix, goal, restorable)
+        restorable = ddl.restorable(self._connection, found, prefix)
+        steps = ddl.plan(found, prefix, goal, restorable)
         self._report.steps = steps
         return self._may(found, steps)
 
@@ -304,7 +273,7 @@ class _Examination:
             if self._settings.flash_replica_identity == "keep" and table.identity != "f":
                 raise ReplicaIdentityMissing(
                     f"{table.name} needs its old values in the WAL, and flash_replica_identity is "
-                    f"'keep': ALTER TABLE {_quoted(table)} REPLICA IDENTITY FULL;"
+                    f"'keep': ALTER TABLE {quoted(table)} REPLICA IDENTITY FULL;"
                 )
         changing = sorted(str(t.name) for t in goal.full.values() if t.identity != "f")
         said = f"FULL will be set on {', '.join(changing)}" if changing else "sufficient"
@@ -329,33 +298,3 @@ class _Examination:
                 return self._stop("publications", error)
         left = f"{len(steps)} statements to run" if steps else "as they should be"
         return self._add("publications", OK, left)
-
-
-def check_columns(subscription: Subscription, table: CatalogTable, version: int) -> None:
-    """Raise `SubscriptionError` if it names a column or compares a value that cannot be."""
-    who = subscription.handler
-    for column in sorted(subscription.columns):
-        if column not in table.columns:
-            close = _close(column, list(table.columns))
-            raise SubscriptionError(f"{who}: {table.name} has no column {column}{close}")
-        generated = table.columns[column].generated
-        if generated and (generated == "v" or version < 180000):
-            raise SubscriptionError(
-                f"{who}: {table.name}.{column} is a generated column, which this server does not "
-                "publish; name the columns it is made of."
-            )
-    if subscription.where is not None:
-        try:
-            subscription.where.bind({c.name: c.base_oid for c in table.columns.values()})
-        except SubscriptionError as error:
-            raise SubscriptionError(f"{who}: on {table.name}, {error}") from None
-
-
-def _close(name: str, known: list[str]) -> str:
-    folded = {one.casefold(): one for one in known}
-    close = difflib.get_close_matches(name.casefold(), folded, n=1)
-    return f"; did you mean {folded[close[0]]}?" if close else "."
-
-
-def _quoted(table: CatalogTable) -> str:
-    return sql.Identifier(table.name.schema, table.name.name).as_string(None)

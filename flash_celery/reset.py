@@ -8,9 +8,9 @@ from typing import Any
 
 import psycopg
 
-from . import publications
+from . import ddl, publications
+from .ddl import Step
 from .errors import CatalogError, SlotInUse
-from .publications import Step
 from .settings import Settings
 from .status import size, slot_status
 
@@ -65,8 +65,8 @@ def plan(connection: psycopg.Connection[Any], settings: Settings, slot: str) -> 
     if owner not in (None, slot):
         note = f"leave the publications {prefix}_…: they belong to the slot {owner}"
         return Plan(slot_status(connection, slot), [], note)
-    identities = publications.restorable(connection, found, prefix)
-    steps = publications.forget(found, prefix, identities)
+    identities = ddl.restorable(connection, found, prefix)
+    steps = ddl.forget(found, prefix, identities)
     return Plan(slot_status(connection, slot), steps)
 
 
@@ -74,7 +74,7 @@ def run(connection: psycopg.Connection[Any], undo: Plan, force: bool) -> None:
     """Do it. Raises `SlotInUse` if a replication worker reads the slot and `force` is not given."""
     if undo.slot is not None:
         _drop(connection, undo.slot["name"], force)
-    publications.apply(connection, undo.steps)
+    ddl.apply(connection, undo.steps)
 
 
 def _drop(connection: psycopg.Connection[Any], slot: str, force: bool) -> None:

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from .catalog import CatalogTable
-from .changes import Column, Operation, Table, Transaction
+from .changes import Operation
 from .errors import SubscriptionError
 from .payload import TRUNCATED, Delivery
 from .protocol import pgoutput
+from .rows import Column, Table, Transaction
 from .subscriptions import Subscription, TableName
 from .transitions import Transitions
 

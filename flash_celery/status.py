@@ -7,6 +7,7 @@ from typing import Any
 
 import psycopg
 
+from .doctor import unhandled
 from .errors import PublishError
 from .messages import Templates
 from .publishers.base import queue_depths
@@ -76,6 +77,8 @@ def status(
         "subscriptions": [_subscription(one, templates) for one in subscriptions],
         "queues": {name: depths.get(name) for name in templates.queues},
         "broker_error": broker_error,
+        #: Handlers no running worker knows; None if no worker answers.
+        "unhandled": None if broker_error else unhandled(app, subscriptions),
     }
 
 
@@ -101,6 +104,10 @@ def lines(found: dict[str, Any]) -> list[str]:
         said.append(f"  {name}  {'unknown' if depth is None else f'{depth} waiting'}")
     if found["broker_error"]:
         said.append(f"  {found['broker_error']}")
+    elif found["unhandled"] is None:
+        said += ["", "no Celery worker answers"]
+    elif found["unhandled"]:
+        said += ["", f"no running worker knows {', '.join(found['unhandled'])}"]
     return said
 
 

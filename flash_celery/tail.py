@@ -14,14 +14,16 @@ from psycopg import sql
 
 from . import catalog
 from .catalog import CatalogTable
-from .changes import UNCHANGED, Change, Delete, Insert, Operation, Update
+from .changes import Change, Delete, Insert, Operation, Update
+from .ddl import Step, apply
 from .errors import SubscriptionError
 from .payload import Delivery, change_of
 from .protocol.frames import Keepalive
 from .protocol.lsn import Lsn
-from .publications import REWRITES, Step, apply
+from .publications import REWRITES
 from .replication import ReplicationConnection
 from .routing import Router
+from .rows import UNCHANGED
 from .subscriptions import Subscription, TableName
 from .transactions import Transactions
 

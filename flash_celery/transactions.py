@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from .changes import Transaction
 from .errors import ProtocolError
 from .protocol import pgoutput
 from .protocol.lsn import Lsn
+from .rows import Transaction
 
 _ROWS = frozenset(b"IUD")
 _NOTHING = Transaction(Lsn(0), 0, 0)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-from .changes import Operation, Table
+from .changes import Operation
 from .protocol.pgoutput import UNCHANGED_TOAST, Cell, Row, encode_row
+from .rows import Table
 from .subscriptions import Subscription
 
 INSERT, UPDATE, DELETE = Operation.INSERT, Operation.UPDATE, Operation.DELETE

@@ -95,7 +95,9 @@ class Shop:
     def notes(self, handler="each"):
         if not self.notes_file.exists():
             return []
-        notes = [json.loads(line) for line in self.notes_file.read_text().splitlines()]
+        # What follows the last newline is still being written.
+        lines = self.notes_file.read_text().split("\n")[:-1]
+        notes = [json.loads(line) for line in lines]
         return [note for note in notes if note["handler"] == handler]
 
     def until_noted(self, count, handler="each", timeout=60.0):

@@ -1,15 +1,21 @@
 """`flash status`, `doctor`, `reset`, `tail`, and what bad input gets."""
 
 import json
+import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import psycopg
 import pytest
 
-from example_project.servers import Postgres, wait_until
+from example_project.servers import Postgres, end_with_parent, free_port, wait_until
+from tests.conftest import missing
 
 
 def slots(database):
@@ -55,7 +61,9 @@ def test_status_shows_the_slot_the_handlers_and_their_queues(shop):
             "queues": ["cleanup", "flash"],
         }
     ]
+    assert found["unhandled"] is None
     shown = shop.run("flash", "status").stdout
+    assert "no Celery worker answers" in shown
     for text in (shop.database.slot, "read by    PID", "flash  2 waiting", "shop.each", "of WAL"):
         assert text in shown
     shop.end(replicate)
@@ -90,7 +98,7 @@ def test_doctor_finds_everything_well(shop):
         "ok       replication connection: can be made",
         "ok       broker durability: appendonly, appendfsync always",
         "warning  max_slot_wal_keep_size",
-        "ok       workers: 1 know every handler",
+        "ok       workers: they know every handler",
     ):
         assert text in doctor.stdout, doctor.stdout
 
@@ -304,9 +312,60 @@ def test_a_slot_of_another_plugin_or_database(shop, postgres):
         try:
             ended = shop.run("flash", "replicate")
             assert ended.returncode == 2
-            refused(ended, f"slot {name} is of postgres")
+            refused(ended, f"{name} is a slot of the database postgres")
         finally:
             elsewhere.execute(f"SELECT pg_drop_replication_slot('{name}')")
+    assert created_nothing(shop.database)
+    shop.database.execute(f"SELECT pg_create_physical_replication_slot('{name}')")
+    try:
+        ended = shop.run("flash", "replicate")
+        assert ended.returncode == 2
+        refused(ended, f"{name} is a physical slot")
+    finally:
+        shop.database.execute(f"SELECT pg_drop_replication_slot('{name}')")
+    assert created_nothing(shop.database)
+
+
+@pytest.fixture
+def pooler(postgres, tmp_path):
+    """PgBouncer, which carries no replication connection before 1.23."""
+    binary = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
+    if binary is None:
+        missing("PgBouncer (pgbouncer)")
+    port = free_port()
+    folder = Path(tempfile.mkdtemp(prefix="flash-", dir="/tmp"))
+    folder.chmod(0o777)
+    (folder / "pgbouncer.ini").write_text(
+        f"[databases]\n* = host=127.0.0.1 port={postgres.port}\n"
+        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\n"
+        "auth_type = any\nunix_socket_dir =\n"
+    )
+    as_user = {"user": "nobody"} if os.geteuid() == 0 else {}
+    process = subprocess.Popen(
+        [binary, "-q", folder / "pgbouncer.ini"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=end_with_parent(signal.SIGKILL),
+        **as_user,
+    )
+
+    def answers():
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    wait_until(answers, "PgBouncer")
+    yield port
+    process.kill()
+    process.wait()
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("command", ["replicate", "doctor"])
+def test_a_pooler_is_named(shop, pooler, command):
+    dsn = psycopg.conninfo.make_conninfo(shop.database.dsn, port=pooler)
+    ended = shop.run("flash", command, SHOP_DSN=dsn)
+    assert ended.returncode == 2, ended.stdout
+    refused(ended, "this is a pooler: flash_dsn must lead to PostgreSQL itself")
     assert created_nothing(shop.database)
 
 

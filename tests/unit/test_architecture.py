@@ -10,38 +10,69 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "flash_celery"
 
 ALLOWED = {
+    # Both sides.
     "errors": set(),
     "settings": {"errors"},
+    "protocol": set(),
+    "protocol.lsn": set(),
+    "protocol.pgoutput": {"protocol", "errors"},
+    # The application's side: declare, decode, handle.
     "values": set(),
     "conditions": {"values", "errors"},
-    "changes": {"values", "protocol"},
-    "payload": {"changes", "protocol", "errors"},
+    "rows": {"values", "protocol"},
+    "changes": {"rows", "protocol"},
+    "payload": {"changes", "rows", "protocol", "errors"},
     "subscriptions": {"conditions", "changes", "errors"},
     "handlers": {"subscriptions", "conditions", "changes", "errors"},
+    # Capture, in the direction of the data.
     "backoff": set(),
+    "control": set(),
     "progress": {"protocol"},
-    "transitions": {"changes", "subscriptions", "protocol"},
-    "transactions": {"changes", "protocol", "errors"},
-    "catalog": {"replication", "subscriptions"},
+    "protocol.frames": {"protocol", "errors"},
+    "replication": {"protocol", "errors"},
+    "transactions": {"rows", "protocol", "errors"},
+    "transitions": {"changes", "rows", "subscriptions", "protocol"},
     "routing": {
-        *("catalog", "changes", "payload", "protocol"),
+        *("catalog", "changes", "payload", "protocol", "rows"),
         *("subscriptions", "transitions", "errors"),
     },
     "messages": {"changes", "payload", "settings", "subscriptions", "errors"},
     "outbox": {"messages", "payload", "protocol"},
     "publishing": {"backoff", "messages", "outbox", "protocol", "publishers", "errors"},
-    "publications": {"backoff", "catalog", "changes", "subscriptions", "errors"},
+    "publishers": {"publishers"},
+    "publishers.base": {"messages", "errors"},
+    "publishers.redis": {"publishers", "messages"},
+    "publishers.amqp": {"publishers", "messages", "errors"},
+    "publishers.kombu": {"publishers", "messages"},
+    "publishers.memory": {"messages", "errors"},
+    # The catalog, and what is set up in it.
+    "catalog": {"replication", "subscriptions"},
+    "publications": {"catalog", "changes", "subscriptions", "errors"},
+    "ddl": {"backoff", "catalog", "changes", "publications", "errors"},
+    "tables": {"catalog", "publications", "subscriptions", "errors"},
     "preflight": {
-        *("catalog", "publications", "replication", "settings", "subscriptions", "errors"),
+        *("catalog", "ddl", "publications", "replication", "settings", "subscriptions"),
+        *("tables", "errors"),
     },
-    "status": {"messages", "publishers", "settings", "subscriptions", "errors"},
-    "doctor": {"preflight", "publishers", "subscriptions", "errors"},
-    "reset": {"publications", "settings", "status", "errors"},
-    "tail": {
-        *("catalog", "changes", "payload", "protocol", "publications", "replication"),
-        *("routing", "subscriptions", "transactions", "errors"),
+    # The replication worker.
+    "session": {
+        *("catalog", "changes", "control", "messages", "outbox", "payload", "progress"),
+        *("protocol", "publishing", "replication", "routing", "settings", "subscriptions"),
+        *("transactions", "errors"),
+    },
+    "replicator": {
+        *("backoff", "catalog", "control", "ddl", "messages", "preflight", "progress"),
+        *("protocol", "publications", "publishers", "publishing", "replication", "session"),
+        *("settings", "subscriptions", "errors"),
     },
     # Commands import what they do.
+    "status": {"doctor", "messages", "publishers", "settings", "subscriptions", "errors"},
+    "doctor": {"preflight", "publishers", "subscriptions", "errors"},
+    "reset": {"ddl", "publications", "settings", "status", "errors"},
+    "tail": {
+        *("catalog", "changes", "ddl", "payload", "protocol", "publications", "replication"),
+        *("routing", "rows", "subscriptions", "transactions", "errors"),
+    },
     "cli": {
         *("catalog", "doctor", "errors", "handlers", "preflight", "publishers", "replicator"),
         *("reset", "settings", "status", "subscriptions", "tail"),
@@ -51,22 +82,6 @@ ALLOWED = {
     "django.management": set(),
     "django.management.commands": set(),
     "django.management.commands.flash": set(),
-    "replicator": {
-        *("backoff", "catalog", "preflight", "publications", "replication", "protocol"),
-        *("transactions", "routing", "messages", "outbox", "publishing", "publishers"),
-        *("progress", "settings", "subscriptions", "changes", "payload", "errors"),
-    },
-    "publishers": {"publishers"},
-    "publishers.base": {"messages", "errors"},
-    "publishers.redis": {"publishers", "messages"},
-    "publishers.amqp": {"publishers", "messages", "errors"},
-    "publishers.kombu": {"publishers", "messages"},
-    "publishers.memory": {"messages", "errors"},
-    "replication": {"protocol", "errors"},
-    "protocol.frames": {"protocol", "errors"},
-    "protocol.lsn": set(),
-    "protocol.pgoutput": {"protocol", "errors"},
-    "protocol": set(),
 }
 
 
@@ -94,5 +109,6 @@ def test_importing_the_package_opens_no_way_to_a_database():
     for module in ("flash_celery.changes", "flash_celery.payload"):
         assert module in loaded
     # (amqp comes with Celery itself.)
-    for module in ("redis", "sqlalchemy", "flash_celery.settings"):
+    capture = ("settings", "catalog", "replication", "replicator", "publications", "publishers")
+    for module in ("redis", "sqlalchemy", *(f"flash_celery.{name}" for name in capture)):
         assert module not in loaded

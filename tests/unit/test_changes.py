@@ -5,11 +5,11 @@ import pytest
 from kombu.utils.json import dumps, loads
 
 from flash_celery import UNCHANGED, Changes, Delete, Insert, Operation, Truncate, Update
-from flash_celery.changes import Column, Table, Transaction
 from flash_celery.errors import PayloadError
 from flash_celery.payload import Delivery, decode, encode
 from flash_celery.protocol import pgoutput
 from flash_celery.protocol.lsn import Lsn
+from flash_celery.rows import Column, Table, Transaction
 
 COLUMNS = (
     Column("id", 20, "int8", identity=True),

@@ -9,12 +9,13 @@ import pytest
 from kombu.utils.json import loads
 
 from flash_celery import on_change
-from flash_celery.changes import Change, Column, Insert, Table, Transaction, Update
+from flash_celery.changes import Change, Insert, Update
 from flash_celery.cli import flash
 from flash_celery.conditions import LOOKUPS
 from flash_celery.handlers import subscriptions_of
 from flash_celery.payload import TRUNCATED, VERSION, Delivery, encode
 from flash_celery.protocol.lsn import Lsn
+from flash_celery.rows import Column, Table, Transaction
 from flash_celery.settings import Settings
 
 ROOT = Path(__file__).parents[2]

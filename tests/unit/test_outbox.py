@@ -1,13 +1,14 @@
 """Batches and positions."""
 
 from flash_celery import on_change, payload
-from flash_celery.changes import Column, Operation, Table, Transaction
+from flash_celery.changes import Operation
 from flash_celery.handlers import subscriptions_of
 from flash_celery.messages import Templates
 from flash_celery.outbox import Outbox
 from flash_celery.payload import Delivery
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
+from flash_celery.rows import Column, Table, Transaction
 from flash_celery.settings import Settings
 
 TABLE = Table("public", "orders", None, "d", ("id",), (Column("id", 23, "integer", True),))

@@ -3,8 +3,9 @@
 import pytest
 
 from flash_celery import conditions
-from flash_celery.changes import Column, Operation, Table
+from flash_celery.changes import Operation
 from flash_celery.protocol.pgoutput import UNCHANGED_TOAST, Row, read_row
+from flash_celery.rows import Column, Table
 from flash_celery.subscriptions import Subscription, TableName
 from flash_celery.transitions import Transitions
 

@@ -1,0 +1,255 @@
+"""Set-up and reset as a list of SQL statements, in an order in which the application's own writes
+work after each of them: identity first, publication after, and the other way round when they go.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psycopg
+from psycopg import errors as postgres
+from psycopg import sql
+
+from . import catalog, publications
+from .backoff import delays
+from .catalog import CatalogTable
+from .changes import Operation
+from .errors import CatalogError, TableLocked
+from .publications import OPERATIONS, Found, Record, Wanted, name_of
+
+logger = logging.getLogger(__name__)
+
+_LOCK_TIMEOUT = "2s"
+_LOCK_ATTEMPTS = 5
+
+
+@dataclass(frozen=True)
+class Step:
+    """A statement, and the table it locks."""
+
+    statement: sql.Composed
+    table: CatalogTable | None = None
+
+    def __str__(self) -> str:
+        return self.statement.as_string(None)
+
+
+def plan(
+    found: Found, prefix: str, goal: Wanted, identities: dict[int, CatalogTable]
+) -> list[Step]:
+    """The statements that lead from what there is to what is wanted.
+
+    `identities` are the tables the record names, as they are now, whose identity may go back.
+    """
+    record = found.record or Record()
+    tables = {op.names()[0]: sorted(goal.tables[op]) for op in OPERATIONS}
+    actual = {
+        op.names()[0]: sorted(found.publications[op].tables) if op in found.publications else []
+        for op in OPERATIONS
+    }
+    kept = {
+        **record.identities,
+        **{
+            str(oid): [table.identity, *filter(None, [table.identity_index])]
+            for oid, table in goal.full.items()
+            if table.identity != "f"
+        },
+    }
+    no_more = {oid: t for oid, t in identities.items() if oid not in goal.full}
+    intended = replace(record, tables=tables, previous=actual, identities=kept)
+    complete = replace(
+        intended,
+        previous=tables,
+        identities={oid: was for oid, was in kept.items() if int(oid) not in no_more},
+    )
+    steps = _create(found, prefix)
+    work = [
+        *_set_full(goal),
+        *_alter(found, prefix, goal),
+        *_restore(no_more, kept),
+    ]
+    if work and found.record != intended:
+        steps.append(_remember(prefix, intended))
+    steps += work
+    if work or found.record != complete:
+        steps.append(_remember(prefix, complete))
+    return steps
+
+
+def _create(found: Found, prefix: str) -> list[Step]:
+    # A generated column that is not published may not be part of the identity, and FULL has all.
+    generated = ", publish_generated_columns = stored" if found.version >= 180000 else ""
+    return [
+        Step(
+            sql.SQL("CREATE PUBLICATION {} WITH (publish = {}" + generated + ")").format(
+                sql.Identifier(name_of(prefix, operation)), sql.Literal(operation.names()[0])
+            )
+        )
+        for operation in OPERATIONS
+        if operation not in found.publications
+    ]
+
+
+def _set_full(goal: Wanted) -> list[Step]:
+    statement = sql.SQL("ALTER TABLE ONLY {} REPLICA IDENTITY FULL")
+    return [
+        Step(statement.format(_identifier(table)), table)
+        for table in goal.full.values()
+        if table.identity != "f"
+    ]
+
+
+def _alter(found: Found, prefix: str, goal: Wanted) -> list[Step]:
+    steps = []
+    for operation in OPERATIONS:
+        publication = found.publications.get(operation)
+        actual = publication.tables if publication else {}
+        name = sql.Identifier(name_of(prefix, operation))
+        for oid, table in goal.tables[operation].items():
+            if oid not in actual:
+                add = sql.SQL("ALTER PUBLICATION {} ADD TABLE ONLY {}")
+                steps.append(Step(add.format(name, _identifier(table)), table))
+        for oid, leaving in actual.items():
+            if oid not in goal.tables[operation]:
+                drop = sql.SQL("ALTER PUBLICATION {} DROP TABLE ONLY {}")
+                table_name = sql.Identifier(leaving.schema, leaving.name)
+                steps.append(Step(drop.format(name, table_name)))
+    return steps
+
+
+def _restore(tables: dict[int, CatalogTable], before: dict[str, list[str]]) -> list[Step]:
+    steps = []
+    for oid, table in tables.items():
+        kind, *index = before[str(oid)]
+        identity: sql.Composable = sql.SQL("NOTHING" if kind == "n" else "DEFAULT")
+        if index:
+            identity = sql.SQL("USING INDEX {}").format(sql.Identifier(index[0]))
+        statement = sql.SQL("ALTER TABLE ONLY {} REPLICA IDENTITY {}")
+        steps.append(Step(statement.format(_identifier(table), identity), table))
+    return steps
+
+
+def _remember(prefix: str, record: Record) -> Step:
+    name = sql.Identifier(name_of(prefix, Operation.INSERT))
+    return Step(
+        sql.SQL("COMMENT ON PUBLICATION {} IS {}").format(name, sql.Literal(record.to_json()))
+    )
+
+
+def remember_slot(connection: psycopg.Connection[Any], prefix: str, slot: str) -> None:
+    """Note that the slot exists: should it be missing later, something has been lost."""
+    record = publications.read(connection, prefix).record or Record()
+    if record.slot != slot:
+        apply(connection, [_remember(prefix, replace(record, slot=slot))])
+
+
+def forget(found: Found, prefix: str, identities: dict[int, CatalogTable]) -> list[Step]:
+    """The statements that undo everything; the record goes last."""
+    drop = sql.SQL("DROP PUBLICATION {}")
+    steps = [
+        Step(drop.format(sql.Identifier(name_of(prefix, operation))))
+        for operation in OPERATIONS[1:]
+        if operation in found.publications
+    ]
+    if found.record is not None:
+        steps += _restore(identities, found.record.identities)
+    if Operation.INSERT in found.publications:
+        steps.append(Step(drop.format(sql.Identifier(name_of(prefix, Operation.INSERT)))))
+    return steps
+
+
+def restorable(
+    connection: psycopg.Connection[Any], found: Found, prefix: str
+) -> dict[int, CatalogTable]:
+    """The tables whose identity we set and may set back, by OID.
+
+    Not those that somebody has altered since, nor those another publication of updates or deletes
+    lists, whose writes would fail.
+    """
+    if found.record is None:
+        return {}
+    usable = {}
+    for text, (_, *index) in found.record.identities.items():
+        table = catalog.describe(connection, int(text))
+        if table is None or table.identity != "f" or not _has(connection, table, index):
+            continue
+        if not _published_elsewhere(connection, table, prefix):
+            usable[table.oid] = table
+    return usable
+
+
+def _has(connection: psycopg.Connection[Any], table: CatalogTable, index: Sequence[str]) -> bool:
+    if not index:
+        return True
+    found = connection.execute(
+        "SELECT 1 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid "
+        "WHERE i.indrelid = %s AND c.relname = %s",
+        [table.oid, index[0]],
+    ).fetchone()
+    return found is not None
+
+
+def _published_elsewhere(
+    connection: psycopg.Connection[Any], table: CatalogTable, prefix: str
+) -> bool:
+    spellings = [[name.schema, name.name] for name in (table.name, *table.ancestors)]
+    found = connection.execute(
+        "SELECT 1 FROM pg_publication_tables t JOIN pg_publication p USING (pubname) "
+        "WHERE (p.pubupdate OR p.pubdelete) AND p.pubname <> ALL(%s) "
+        "AND EXISTS (SELECT 1 FROM jsonb_array_elements(%s::jsonb) AS name "
+        "WHERE name->>0 = t.schemaname AND name->>1 = t.tablename)",
+        [publications.names(prefix), json.dumps(spellings)],
+    ).fetchone()
+    return found is not None
+
+
+def apply(
+    connection: psycopg.Connection[Any],
+    steps: Iterable[Step],
+    wait: Callable[[float], object] = time.sleep,
+) -> None:
+    """Run the statements, each by itself. Raises `TableLocked` or `CatalogError`."""
+    for step in steps:
+        if step.table is not None:
+            logger.info("%s", step)
+        _run(connection, step, wait)
+
+
+def _run(connection: psycopg.Connection[Any], step: Step, wait: Callable[[float], object]) -> None:
+    for pause, attempt in zip(delays(), range(_LOCK_ATTEMPTS), strict=False):
+        try:
+            with connection.transaction():
+                connection.execute(f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}'")
+                connection.execute(step.statement)
+            return
+        except postgres.LockNotAvailable:
+            blockers = _blockers(connection, step.table)
+            if attempt == _LOCK_ATTEMPTS - 1:
+                raise TableLocked(
+                    f"{step} waits for {blockers}; end that session if it is idle."
+                ) from None
+            logger.warning("%s waits for %s", step, blockers)
+            wait(pause)
+        except psycopg.OperationalError:
+            raise
+        except psycopg.Error as error:
+            raise CatalogError(f"{step} failed: {error.diag.message_primary}.") from error
+
+
+def _blockers(connection: psycopg.Connection[Any], table: CatalogTable | None) -> str:
+    rows = connection.execute(
+        "SELECT DISTINCT a.pid, a.usename, a.application_name, a.state FROM pg_locks l "
+        "JOIN pg_stat_activity a USING (pid) "
+        "WHERE l.relation = %s AND l.granted AND a.pid <> pg_backend_pid()",
+        [table.oid if table else 0],
+    ).fetchall()
+    return ", ".join(f"PID {p} ({u}, {a or 'unnamed'}, {s})" for p, u, a, s in rows) or "a lock"
+
+
+def _identifier(table: CatalogTable) -> sql.Identifier:
+    return sql.Identifier(table.name.schema, table.name.name)

@@ -1,0 +1,182 @@
+"""One connection's worth of replication: frames in, units to the publishing thread, status back."""
+
+from __future__ import annotations
+
+import logging
+import select
+import time
+from typing import Any
+
+import psycopg
+from psycopg.errors import AdminShutdown
+
+from . import catalog
+from .changes import Operation
+from .control import Control
+from .errors import ReplicationError
+from .messages import Templates
+from .outbox import Outbox
+from .payload import Delivery
+from .progress import Progress
+from .protocol.frames import Keepalive
+from .protocol.lsn import Lsn
+from .publishing import Publishing
+from .replication import ReplicationConnection
+from .routing import Router
+from .settings import Settings
+from .subscriptions import Subscription
+from .transactions import Transactions
+
+logger = logging.getLogger(__name__)
+
+#: Bytes of messages that one unit gathers while a burst is read.
+_UNIT_BYTES = 1 << 20
+#: How many status intervals may pass without a byte from the server.
+_SILENT_INTERVALS = 3
+
+
+class Session:
+    """The life of one stream: read, hand over, acknowledge what is confirmed."""
+
+    def __init__(
+        self,
+        stream: ReplicationConnection,
+        connection: psycopg.Connection[Any],
+        templates: Templates,
+        publishing: Publishing,
+        progress: Progress,
+        control: Control,
+        settings: Settings,
+    ) -> None:
+        self._stream = stream
+        self._connection = connection
+        self._publishing = publishing
+        self._progress = progress
+        self._control = control
+        self._settings = settings
+        self._outbox = Outbox()
+        self._outbox.commit(progress.confirmed)
+
+        def deliver(subscription: Subscription, operation: Operation, delivery: Delivery) -> None:
+            self._outbox.add(templates[subscription, operation], delivery)
+
+        router = Router(
+            templates.subscriptions, lambda oid: catalog.describe(connection, oid), deliver
+        )
+        self._transactions = Transactions(router)
+        self._interval = _status_interval(connection, self._settings)
+        self._heard = self._told = time.monotonic()
+        self._told_position = Lsn(0)
+        self._handed = Lsn(0)
+
+    def run(self) -> None:
+        """Read, hand over, acknowledge; until the owner stops. Raises `ReplicationError`."""
+        give_up = None
+        while True:
+            if self._control.failure is not None:
+                raise self._control.failure
+            if self._control.stopping:
+                # An open transaction is read to its end, so that it need not be sent again.
+                now = time.monotonic()
+                give_up = give_up or now + self._settings.flash_shutdown_timeout / 2
+                if not self._transactions.open or now > give_up:
+                    return self._drain()
+            self._turn()
+
+    def _turn(self) -> None:
+        reading = self._publishing.has_room
+        sockets: list[Any] = [self._control, self._connection]
+        ready, _, _ = select.select(
+            [*sockets, self._stream] if reading else sockets, [], [], self._patience()
+        )
+        if self._control in ready:
+            self._control.awake()
+        if self._connection in ready:
+            self._check_connection()
+        asked = self._read() if self._stream in ready else False
+        self._hand_over()
+        now = time.monotonic()
+        if not reading:
+            self._heard = now  # nobody listened
+        overdue = now - self._told >= self._interval
+        if asked or overdue or self._progress.confirmed != self._told_position:
+            self._tell(reply=overdue)
+        if now - self._heard > _SILENT_INTERVALS * self._interval:
+            raise ReplicationError(
+                f"PostgreSQL has been silent for {now - self._heard:.0f} s; connecting anew."
+            )
+
+    def _patience(self) -> float:
+        """Seconds until something is due."""
+        due = self._told + self._interval
+        if self._outbox.due is not None:
+            due = min(due, self._outbox.due)
+        return max(0.0, due - time.monotonic())
+
+    def _read(self) -> bool:
+        """Take what has arrived; whether the server asks for an answer."""
+        asked = False
+        self._heard = time.monotonic()
+        for frame in self._stream.receive():
+            self._progress.receive(frame.wal_end)
+            if isinstance(frame, Keepalive):
+                asked = asked or frame.reply
+                if not self._transactions.open:
+                    # Everything committed before this position has been sent.
+                    self._outbox.commit(frame.wal_end)
+                continue
+            end = self._transactions.receive(frame.payload)
+            if end is not None:
+                self._outbox.commit(end)
+            if self._outbox.size > _UNIT_BYTES:
+                self._hand_over()
+        return asked
+
+    def _hand_over(self, everything: bool = False) -> None:
+        unit = self._outbox.collect(everything)
+        if unit.messages or unit.position > self._handed:
+            self._handed = max(self._handed, unit.position)
+            self._publishing.put(unit)
+
+    def _tell(self, reply: bool = False) -> None:
+        confirmed = self._progress.confirmed
+        self._stream.send_status(self._progress.received, confirmed, confirmed, reply)
+        self._told, self._told_position = time.monotonic(), confirmed
+
+    def _check_connection(self) -> None:
+        """It has something to say, which is the end of it, or of the server.
+
+        A server that shuts down waits for its consumers, and one whose broker is down would hold
+        it up for ever.
+        """
+        try:
+            self._connection.execute("SELECT 1")
+        except AdminShutdown:
+            self._drain()
+            raise ReplicationError("PostgreSQL is shutting down.") from None
+
+    def _drain(self) -> None:
+        """Wait for what is in flight, as long as allowed, and say how far everything is safe."""
+        self._hand_over(everything=True)
+        deadline = time.monotonic() + self._settings.flash_shutdown_timeout
+        while not self._publishing.idle and self._control.failure is None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                logger.warning("Not everything was confirmed in time; it will be sent again.")
+                break
+            self._control.rest(min(left, 0.1))
+            self._tell()
+        self._tell()
+        for _ in range(100):
+            if self._stream.flush():
+                break
+            select.select([], [self._stream], [], 0.05)
+
+
+def _status_interval(connection: psycopg.Connection[Any], settings: Settings) -> float:
+    """Often enough for the server's own time limit."""
+    row = connection.execute(
+        "SELECT setting::float / 1000 FROM pg_settings WHERE name = 'wal_sender_timeout'"
+    ).fetchone()
+    limit = float(row[0]) if row else 0.0
+    return min(settings.flash_status_interval, limit / 3 or settings.flash_status_interval)

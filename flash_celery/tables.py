@@ -1,0 +1,81 @@
+"""Whether a subscription's table and columns are there, and can be read from the WAL."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from . import catalog
+from .catalog import CatalogTable
+from .errors import SubscriptionError
+from .publications import REWRITES
+from .subscriptions import Subscription, TableName
+
+_KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
+
+
+def find(connection: psycopg.Connection[Any], subscription: Subscription) -> CatalogTable:
+    """The table of a subscription. Raises `SubscriptionError` if its changes cannot be read."""
+    name, who = subscription.table, subscription.handler
+    table = catalog.find(connection, name)
+    if table is None:
+        rows = connection.execute(
+            "SELECT schemaname, tablename FROM pg_tables "
+            "WHERE schemaname NOT IN ('pg_catalog', 'information_schema')"
+        ).fetchall()
+        close = _close(str(name), [str(TableName(*row)) for row in rows])
+        raise SubscriptionError(
+            f"{who}: there is no table {name} in the database {connection.info.dbname}{close}"
+        )
+    if table.kind in _KINDS:
+        raise SubscriptionError(
+            f"{who}: {name} is {_KINDS[table.kind]}, and only tables have changes in the WAL; "
+            "name the tables it reads."
+        )
+    if table.unlogged:
+        raise SubscriptionError(
+            f"{who}: {name} is unlogged, so its changes are not in the WAL: "
+            f"ALTER TABLE {quoted(table)} SET LOGGED;"
+        )
+    rewrites = subscription.captured & REWRITES
+    if table.kind == catalog.PARTITIONED and rewrites and not table.primary_key:
+        raise SubscriptionError(
+            f"{who}: {name} is partitioned and has no primary key, so PostgreSQL would refuse "
+            "UPDATE and DELETE on a partition attached later: ALTER TABLE "
+            f"{quoted(table)} ADD PRIMARY KEY (…); or handle its partitions one by one."
+        )
+    return table
+
+
+def check_columns(subscription: Subscription, table: CatalogTable, version: int) -> None:
+    """Raise `SubscriptionError` if it names a column or compares a value that cannot be."""
+    who = subscription.handler
+    for column in sorted(subscription.columns):
+        if column not in table.columns:
+            close = _close(column, list(table.columns))
+            raise SubscriptionError(f"{who}: {table.name} has no column {column}{close}")
+        generated = table.columns[column].generated
+        if generated and (generated == "v" or version < 180000):
+            raise SubscriptionError(
+                f"{who}: {table.name}.{column} is a generated column, which this server does not "
+                "publish; name the columns it is made of."
+            )
+    if subscription.where is not None:
+        try:
+            subscription.where.bind({c.name: c.base_oid for c in table.columns.values()})
+        except SubscriptionError as error:
+            raise SubscriptionError(f"{who}: on {table.name}, {error}") from None
+
+
+def _close(name: str, known: list[str]) -> str:
+    folded = {one.casefold(): one for one in known}
+    close = difflib.get_close_matches(name.casefold(), folded, n=1)
+    return f"; did you mean {folded[close[0]]}?" if close else "."
+
+
+def quoted(table: CatalogTable) -> str:
+    """Its name as SQL."""
+    return sql.Identifier(table.name.schema, table.name.name).as_string(None)
