@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test matrix lint types clean
+.PHONY: demo test soak matrix lint types clean
 
 # Changes becoming tasks, on servers of its own; ARGS=--once ends by itself.
 demo: $(VENV)/.stamp
@@ -11,6 +11,10 @@ demo: $(VENV)/.stamp
 
 test: $(VENV)/.stamp
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+# The property tests with many more examples.
+soak: $(VENV)/.stamp
+	FLASH_EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/pytest -n 2 tests/integration/test_conditions.py
 
 # The integration tests on PostgreSQL 14 to 18; ARGS="14 17" picks versions.
 matrix: $(VENV)/.stamp

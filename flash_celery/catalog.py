@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psycopg
-from psycopg import sql
+from psycopg import pq, sql
 
+from .comparison import ColumnType
+from .conditions import Cells
+from .errors import SubscriptionError
 from .replication import pinned, unreachable
-from .subscriptions import TableName
+from .subscriptions import Subscription, TableName
 
 #: Values of pg_class.relkind (chapter "System Catalogs").
 ORDINARY, PARTITIONED, VIEW, MATERIALIZED_VIEW, FOREIGN = "r", "p", "v", "m", "f"
@@ -126,6 +130,20 @@ def describe(connection: psycopg.Connection[Any], oid: int) -> CatalogTable | No
     return _read(connection, sql.SQL("c.oid = %s"), [oid])
 
 
+def matcher_of(
+    connection: psycopg.Connection[Any], table: int, subscription: Subscription
+) -> Callable[[Cells], bool] | None:
+    """The predicate of a subscription's condition on a table (by OID), if it has one.
+
+    Raises `SubscriptionError` for a condition that cannot be judged exactly.
+    """
+    condition = subscription.where
+    if condition is None:
+        return None
+    types = {name: column_type(connection, table, name) for name in condition.columns}
+    return condition.bind(types, partial(canonical, connection))
+
+
 def leaves(connection: psycopg.Connection[Any], table: CatalogTable) -> list[CatalogTable]:
     """The tables that hold its rows: its leaf partitions, or itself."""
     if table.kind != PARTITIONED:
@@ -135,6 +153,78 @@ def leaves(connection: psycopg.Connection[Any], table: CatalogTable) -> list[Cat
     ).fetchall()
     found = [describe(connection, oid) for (oid,) in rows]
     return [leaf for leaf in found if leaf is not None and leaf.kind != PARTITIONED]
+
+
+_TYPE = sql.SQL("""
+SELECT base.oid::int8, format_type(base.oid, NULL), base.typtype::text, base.typcategory::text,
+       base.typelem::int8, r.rngsubtype::int8,
+       ARRAY(SELECT enumlabel::text FROM pg_enum WHERE enumtypid = base.oid ORDER BY enumsortorder)
+FROM {base} AS base
+LEFT JOIN pg_range r ON base.oid IN (r.rngtypid, r.rngmultitypid)
+""")
+_COLLATION = """
+SELECT coalesce(
+    CASE WHEN c.collname = 'default' THEN d.datcollate ELSE c.collcollate END IN ('C', 'POSIX')
+    AND c.collprovider IN ('c', 'd'), a.attcollation = 0),
+    coalesce(c.collisdeterministic, true)
+FROM pg_attribute a
+JOIN pg_database d ON d.datname = current_database()
+LEFT JOIN pg_collation c ON c.oid = a.attcollation
+WHERE a.attrelid = %s AND a.attname = %s AND NOT a.attisdropped
+"""
+
+
+def column_type(connection: psycopg.Connection[Any], table: int, column: str) -> ColumnType:
+    """How the values of a column compare."""
+    row = connection.execute(_COLLATION.encode(), [table, column]).fetchone()
+    type_oid = connection.execute(
+        "SELECT atttypid::int8 FROM pg_attribute WHERE attrelid = %s AND attname = %s",
+        [table, column],
+    ).fetchone()
+    assert row is not None
+    assert type_oid is not None
+    by_code, deterministic = row
+    if by_code and _default_is_not_libc(connection):
+        by_code = False
+    return _type(connection, type_oid[0], bool(by_code), deterministic)
+
+
+def _default_is_not_libc(connection: psycopg.Connection[Any]) -> bool:
+    """Whether the database sorts by ICU or a builtin provider (15 and later)."""
+    if connection.info.server_version < 150000:
+        return False
+    row = connection.execute(
+        "SELECT datlocprovider <> 'c' FROM pg_database WHERE datname = current_database()"
+    ).fetchone()
+    return bool(row and row[0])
+
+
+def _type(
+    connection: psycopg.Connection[Any], oid: int, by_code: bool, deterministic: bool
+) -> ColumnType:
+    row = connection.execute(_TYPE.format(base=_DOWN.format(oid=sql.Literal(oid)))).fetchone()
+    assert row is not None
+    base, name, kind, category, element, subtype, labels = row
+    inner = element if kind == "b" and category == "A" else subtype
+    kinds = {"e": "enum", "r": "range", "m": "multirange"}
+    return ColumnType(
+        base,
+        name,
+        tuple(labels),
+        _type(connection, inner, by_code, deterministic) if inner else None,
+        "array" if kind == "b" and category == "A" else kinds.get(kind, ""),
+        by_code,
+        deterministic,
+    )
+
+
+def canonical(connection: psycopg.Connection[Any], type_oid: int, text: bytes) -> bytes:
+    """A constant as PostgreSQL writes it. Raises `SubscriptionError` if it is no such value."""
+    result = connection.pgconn.exec_params(b"SELECT $1", [text], param_types=[type_oid])
+    if result.status != pq.ExecStatus.TUPLES_OK:
+        message = result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) or b"no connection"
+        raise SubscriptionError(message.decode(errors="replace"))
+    return result.get_value(0, 0) or b""
 
 
 def _read(

@@ -1,11 +1,13 @@
 """`where`: lookups on columns → a verdict on a row, as SQL's three-valued logic gives it.
 
 A dict is an AND of lookups, a list of dicts an OR of those. A comparison with NULL is unknown, and
-only what is true matches. Values compare as the column's type, never as text.
+only what is true matches. Values compare as the column's type, never as text: PostgreSQL reads the
+constants, and `comparison` knows how each type compares.
 """
 
 from __future__ import annotations
 
+import json
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,8 +15,10 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
+from . import comparison
+from .comparison import ColumnType
 from .errors import SubscriptionError
-from .values import dump, loader
+from .values import dump
 
 #: SQL's verdict: true, false or unknown.
 Verdict = bool | None
@@ -22,13 +26,12 @@ Verdict = bool | None
 Test = Callable[[bytes | None], Verdict]
 #: How a bound condition asks for a column: its text, or None for NULL.
 Cells = Callable[[str], bytes | None]
+#: A constant's text → the text PostgreSQL writes for it as a value of the type with this OID.
+#: Raises `SubscriptionError` for what is no such value.
+Canonical = Callable[[int, bytes], bytes]
 
-_NUMERIC_OIDS = {20, 21, 23, 26, 700, 701, 1700}
-_TEXT_OIDS = {18, 19, 25, 1042, 1043}
-
-_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
-    "eq": operator.eq,
-    "ne": operator.ne,
+_EQUAL: dict[str, Callable[[Any, Any], bool]] = {"eq": operator.eq, "ne": operator.ne}
+_ORDER: dict[str, Callable[[Any, Any], bool]] = {
     "lt": operator.lt,
     "lte": operator.le,
     "gt": operator.gt,
@@ -38,11 +41,19 @@ _TEXT: dict[str, Callable[[str, str], bool]] = {
     "startswith": str.startswith,
     "endswith": str.endswith,
     "contains": lambda value, part: part in value,
-    "icontains": lambda value, part: part.lower() in value.lower(),
-    "regex": lambda value, pattern: re.search(pattern, value) is not None,
+    "icontains": lambda value, part: _ascii_lower(part) in _ascii_lower(value),
+    "regex": lambda value, pattern: re.search(pattern, value[:REGEX_REACH]) is not None,
 }
 _MANY = ("in", "not_in", "between")
-LOOKUPS = (*_COMPARE, *_MANY, "isnull", *_TEXT)
+LOOKUPS = (*_EQUAL, *_ORDER, *_MANY, "isnull", *_TEXT)
+
+#: Characters of a value that `__regex` looks at.
+REGEX_REACH = 10_000
+
+
+def _ascii_lower(text: str) -> str:
+    """What lower() does in the collation C."""
+    return text.encode().lower().decode()
 
 
 @dataclass(frozen=True)
@@ -53,44 +64,88 @@ class Lookup:
     name: str
     value: Any
 
-    def bind(self, type_oid: int) -> Test:
-        """The test for a column of this type. Raises `SubscriptionError` for a value not of it."""
+    def bind(self, of: ColumnType, canonical: Canonical) -> Test:
+        """The test for a column of this type. Raises `SubscriptionError` for what cannot be."""
         if self.name == "isnull":
             return lambda text: (text is None) == self.value
-        load = loader(type_oid)
-        if self.name in _TEXT and type_oid not in _TEXT_OIDS:
-            raise SubscriptionError(f"{self} needs a text column.")
+        if self.name == "contains" and of.oid in (comparison.JSON, comparison.JSONB):
+            return self._json_contains(canonical)
+        if self.name in _TEXT:
+            return self._text(of)
+        key = self._key(of)
         if self.name in _MANY:
-            verdict = _many(self.name, [self._constant(v, type_oid) for v in self.value])
-        else:
-            compare: Callable[[Any, Any], Any] = (_COMPARE | _TEXT)[self.name]
-            constant = self._constant(self.value, type_oid)
+            keys = [self._constant(value, of, key, canonical) for value in self.value]
+            verdict = _many(self.name, keys)
+            return lambda text: None if text is None else verdict(key(text))
+        compare = (_EQUAL | _ORDER)[self.name]
+        constant = self._constant(self.value, of, key, canonical)
+        if constant is None:
+            return lambda _: None
+        return lambda text: None if text is None else compare(key(text), constant)
 
-            def verdict(value: Any) -> Verdict:
-                return None if constant is None else bool(compare(value, constant))
+    def _key(self, of: ColumnType) -> comparison.Key:
+        ordered = self.name in _ORDER or self.name == "between"
+        key = comparison.ordering(of) if ordered else comparison.equality(of)
+        if key is None and ordered and comparison.equality(of):
+            raise SubscriptionError(
+                f"{self} sorts {of.name}, which only PostgreSQL can do exactly: text needs "
+                'COLLATE "C" on the column, and json has no order.'
+            )
+        if key is None:
+            raise SubscriptionError(f"{self} compares {of.name}, which only PostgreSQL can do.")
+        return key
 
-        return lambda text: None if text is None else verdict(load(text))
-
-    def _constant(self, value: Any, type_oid: int) -> Any:
+    def _constant(
+        self, value: Any, of: ColumnType, key: comparison.Key, canonical: Canonical
+    ) -> Any:
         """The user's value as the column's type, the way PostgreSQL reads an untyped literal."""
-        numeric = isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
-        if value is None or (numeric and type_oid in _NUMERIC_OIDS):
-            return value
-        text, _ = dump(value)
-        constant = loader(type_oid)(text)
-        kept_as_text = isinstance(constant, str) and type_oid not in _TEXT_OIDS
-        if kept_as_text and type_oid in _NUMERIC_OIDS:
-            raise SubscriptionError(f"{self} compares a number with {value!r}.")
-        if type_oid == 16 and not isinstance(value, bool) and text not in _BOOLEANS:
-            raise SubscriptionError(f"{self} compares a boolean with {value!r}.")
-        return constant
+        if value is None:
+            return None
+        if of.oid in (comparison.JSON, comparison.JSONB):
+            return key(canonical(comparison.JSONB, _json(value)))
+        number = isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
+        if number and of.oid in comparison.INTEGERS:
+            # 1.5 is a number an integer can be compared with, and 10**12 one it can be less than.
+            reader = comparison.equality(ColumnType(comparison.NUMERIC, "numeric"))
+            assert reader is not None
+            return reader(canonical(comparison.NUMERIC, dump(value)[0]))
+        try:
+            return key(canonical(of.oid, dump(value)[0]))
+        except SubscriptionError as error:
+            raise SubscriptionError(f"{self} compares {of.name} with {value!r}: {error}") from None
+
+    def _json_contains(self, canonical: Canonical) -> Test:
+        part = comparison.json_key(canonical(comparison.JSONB, _json(self.value)))
+
+        def test(text: bytes | None) -> Verdict:
+            if text is None:
+                return None
+            return comparison.json_contains(comparison.json_key(text), part)
+
+        return test
+
+    def _text(self, of: ColumnType) -> Test:
+        if of.oid not in comparison.TEXTS:
+            raise SubscriptionError(f"{self} needs a text column, and this is {of.name}.")
+        if not isinstance(self.value, str):
+            raise SubscriptionError(f"{self} needs a string, not {self.value!r}.")
+        if self.name == "icontains" and not of.sorted_by_code:
+            raise SubscriptionError(
+                f"{self} ignores case, which only PostgreSQL can do exactly unless the column has "
+                'COLLATE "C".'
+            )
+        compare, wanted = _TEXT[self.name], self.value
+        return lambda text: None if text is None else compare(text.decode(), wanted)
 
     def __str__(self) -> str:
         suffix = "" if self.name == "eq" else f"__{self.name}"
         return f"the lookup {self.column}{suffix}"
 
 
-_BOOLEANS = {b"t", b"f", b"true", b"false"}
+def _json(value: Any) -> bytes:
+    """A value as JSON: a string is one already if PostgreSQL's driver wraps it so."""
+    plain = isinstance(value, (str, int, float, bool, list, tuple, dict, Decimal))
+    return json.dumps(value, default=float).encode() if plain else dump(value)[0]
 
 
 def _many(name: str, values: Sequence[Any]) -> Callable[[Any], Verdict]:
@@ -124,10 +179,16 @@ class Condition:
         """Every column it looks at."""
         return frozenset(lookup.column for part in self.alternatives for lookup in part)
 
-    def bind(self, type_oids: Mapping[str, int]) -> Callable[[Cells], bool]:
-        """The predicate for a table with these column types."""
+    def bind(
+        self, types: Mapping[str, ColumnType], canonical: Canonical
+    ) -> Callable[[Cells], bool]:
+        """The predicate for a table with these column types.
+
+        Raises `SubscriptionError` for a lookup that a type does not have, or a constant that is no
+        value of it.
+        """
         bound = [
-            [(lookup.column, lookup.bind(type_oids[lookup.column])) for lookup in part]
+            [(lookup.column, lookup.bind(types[lookup.column], canonical)) for lookup in part]
             for part in self.alternatives
         ]
 
@@ -197,3 +258,11 @@ def _check_pattern(key: str, value: Any) -> None:
         re.compile(value)
     except (re.error, TypeError) as error:
         raise SubscriptionError(f"{key} is not a regular expression: {error}.") from None
+    if _NESTED.search(value):
+        raise SubscriptionError(
+            f"{key} repeats a group that repeats, which may take for ever; write it without."
+        )
+
+
+#: `(a+)+` and its like: their time grows with a power of the value's length.
+_NESTED = re.compile(r"[*+}]\??[^()|\[\]]*\)(?:[*+]|\{\d+,)")

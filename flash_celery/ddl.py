@@ -7,7 +7,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -206,6 +207,24 @@ def _published_elsewhere(
         [publications.names(prefix), json.dumps(spellings)],
     ).fetchone()
     return found is not None
+
+
+@contextmanager
+def alone(
+    connection: psycopg.Connection[Any], prefix: str, wait: Callable[[float], object] = time.sleep
+) -> Iterator[None]:
+    """Nobody else sets up these publications meanwhile: two workers may start at once."""
+    key = f"flash_celery {prefix}"
+    taken = "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))"
+    for pause in delays():
+        if connection.execute(taken, [key]).fetchone() == (True,):
+            break
+        wait(pause)
+    try:
+        yield
+    finally:
+        if not connection.closed:
+            connection.execute("SELECT pg_advisory_unlock(hashtextextended(%s, 0))", [key])
 
 
 def apply(

@@ -220,7 +220,7 @@ class _Examination:
             subject = f"{subscription.handler} on {subscription.table}"
             try:
                 table = tables.get(subscription.table) or find(self._connection, subscription)
-                check_columns(subscription, table, self._connection.info.server_version)
+                check_columns(self._connection, subscription, table)
                 tables[subscription.table] = table
                 self._add(subject, OK, "|".join(subscription.operations.names()))
             except SubscriptionError as error:

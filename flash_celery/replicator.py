@@ -117,14 +117,13 @@ class Replicator:
     def _connected(self) -> None:
         """One pair of connections, from set-up to their end."""
         try:
-            with catalog.connect(self._dsn) as connection:
-                report = preflight.examine(connection, self._settings, self._subscriptions)
-                report.raise_first()
-                self._still_there(report)
-                with closing(ReplicationConnection(self._dsn, self._on_notice)) as stream:
-                    ddl.apply(connection, report.steps, self.control.sleep)
-                    self._start(stream, connection, report.slot_exists)
-                    self._session(stream, connection).run()
+            with (
+                catalog.connect(self._dsn) as connection,
+                closing(ReplicationConnection(self._dsn, self._on_notice)) as stream,
+            ):
+                self._set_up(stream, connection)
+                self._start(stream, connection)
+                self._session(stream, connection).run()
         except psycopg.OperationalError as error:
             raise unreachable(error, self._dsn) from error
 
@@ -151,9 +150,22 @@ class Replicator:
             self._settings,
         )
 
-    def _start(
-        self, stream: ReplicationConnection, connection: psycopg.Connection[Any], exists: bool
-    ) -> None:
+    def _set_up(self, stream: ReplicationConnection, connection: psycopg.Connection[Any]) -> None:
+        """Publications, identities and the slot, as the subscriptions need them."""
+        slot = self._settings.flash_replication_slot
+        prefix = self._settings.flash_publication_slot_prefix
+        with ddl.alone(connection, prefix, self.control.sleep):
+            report = preflight.examine(connection, self._settings, self._subscriptions)
+            report.raise_first()
+            self._still_there(report)
+            ddl.apply(connection, report.steps, self.control.sleep)
+            if not report.slot_exists:
+                position = stream.create_slot(slot)
+                self._seen_slot = True
+                logger.info("Created the slot %s at %s", slot, position)
+            ddl.remember_slot(connection, prefix, slot)
+
+    def _start(self, stream: ReplicationConnection, connection: psycopg.Connection[Any]) -> None:
         slot = self._settings.flash_replication_slot
         prefix = self._settings.flash_publication_slot_prefix
         source = stream.identify()
@@ -164,11 +176,6 @@ class Replicator:
             self._templates = Templates(
                 self._app, self._settings, self._subscriptions, f"{system}/{slot}"
             )
-        if not exists:
-            position = stream.create_slot(slot)
-            logger.info("Created the slot %s at %s", slot, position)
-            self._seen_slot = True
-        ddl.remember_slot(connection, prefix, slot)
         try:
             stream.start(slot, publications.names(prefix), self._progress.confirmed)
         except SlotInUse as error:

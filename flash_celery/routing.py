@@ -12,6 +12,7 @@ from typing import Protocol
 
 from .catalog import CatalogTable
 from .changes import Operation
+from .conditions import Cells
 from .errors import SubscriptionError
 from .payload import TRUNCATED, Delivery
 from .protocol import pgoutput
@@ -36,7 +37,8 @@ class Deliver(Protocol):
 class Router:
     """Routes the rows of one replication connection.
 
-    `describe` looks a relation up in the catalog; `deliver` takes each change for each
+    `describe` looks a relation up in the catalog, `matcher` binds a subscription's condition to it;
+    `deliver` takes each change for each
     subscription, in the order of the WAL.
     """
 
@@ -44,10 +46,12 @@ class Router:
         self,
         subscriptions: Sequence[Subscription],
         describe: Callable[[int], CatalogTable | None],
+        matcher: Callable[[int, Subscription], Callable[[Cells], bool] | None],
         deliver: Deliver,
     ) -> None:
         self._subscriptions = subscriptions
         self._describe = describe
+        self._matcher = matcher
         self._deliver = deliver
         self._routes: dict[bytes, list[Route]] = {}
         self._truncates: dict[int, list[tuple[TableName, Route]]] = {}
@@ -85,7 +89,7 @@ class Router:
             if subscription.table in names:
                 _require_columns(subscription, relation)
                 table = _table(subscription, relation, described)
-                self._add(subscription, relation, table, described)
+                self._add(subscription, relation, table)
 
     def _forget(self, oid: int) -> None:
         number = oid.to_bytes(4, "big")
@@ -93,13 +97,7 @@ class Router:
             self._routes.pop(tag + number, None)
         self._truncates.pop(oid, None)
 
-    def _add(
-        self,
-        subscription: Subscription,
-        relation: pgoutput.Relation,
-        table: Table,
-        described: CatalogTable | None,
-    ) -> None:
+    def _add(self, subscription: Subscription, relation: pgoutput.Relation, table: Table) -> None:
         if Operation.TRUNCATE in subscription.operations:
             route = self._forward(subscription, Operation.TRUNCATE, table)
             entry = (subscription.table, route)
@@ -107,10 +105,12 @@ class Router:
         plain = not (subscription.fields or subscription.where or subscription.key)
         transitions = None
         if not plain:
-            types = {c.name: _type(c, described)[0] for c in relation.columns}
-            names = [column.name for column in relation.columns]
             transitions = Transitions(
-                subscription, table, names, types, lambda: self._unknown(subscription.table)
+                subscription,
+                table,
+                [column.name for column in relation.columns],
+                self._matcher(relation.oid, subscription),
+                lambda: self._unknown(subscription.table),
             )
         for operation, tag in _TAGS.items():
             if operation in subscription.captured:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import select
 import time
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -61,7 +62,10 @@ class Session:
             self._outbox.add(templates[subscription, operation], delivery)
 
         router = Router(
-            templates.subscriptions, lambda oid: catalog.describe(connection, oid), deliver
+            templates.subscriptions,
+            partial(catalog.describe, connection),
+            partial(catalog.matcher_of, connection),
+            deliver,
         )
         self._transactions = Transactions(router)
         self._interval = _status_interval(connection, self._settings)

@@ -50,7 +50,9 @@ def find(connection: psycopg.Connection[Any], subscription: Subscription) -> Cat
     return table
 
 
-def check_columns(subscription: Subscription, table: CatalogTable, version: int) -> None:
+def check_columns(
+    connection: psycopg.Connection[Any], subscription: Subscription, table: CatalogTable
+) -> None:
     """Raise `SubscriptionError` if it names a column or compares a value that cannot be."""
     who = subscription.handler
     for column in sorted(subscription.columns):
@@ -58,16 +60,15 @@ def check_columns(subscription: Subscription, table: CatalogTable, version: int)
             close = _close(column, list(table.columns))
             raise SubscriptionError(f"{who}: {table.name} has no column {column}{close}")
         generated = table.columns[column].generated
-        if generated and (generated == "v" or version < 180000):
+        if generated and (generated == "v" or connection.info.server_version < 180000):
             raise SubscriptionError(
                 f"{who}: {table.name}.{column} is a generated column, which this server does not "
                 "publish; name the columns it is made of."
             )
-    if subscription.where is not None:
-        try:
-            subscription.where.bind({c.name: c.base_oid for c in table.columns.values()})
-        except SubscriptionError as error:
-            raise SubscriptionError(f"{who}: on {table.name}, {error}") from None
+    try:
+        catalog.matcher_of(connection, table.oid, subscription)
+    except SubscriptionError as error:
+        raise SubscriptionError(f"{who}: on {table.name}, {error}") from None
 
 
 def _close(name: str, known: list[str]) -> str:

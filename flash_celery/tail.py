@@ -7,6 +7,7 @@ import select
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -106,7 +107,9 @@ def _follow(
     def deliver(subscription: Subscription, operation: Operation, delivery: Delivery) -> None:
         pending.append(change_of(delivery))
 
-    router = Router(subscriptions, lambda oid: catalog.describe(connection, oid), deliver)
+    router = Router(
+        subscriptions, partial(catalog.describe, connection), lambda oid, one: None, deliver
+    )
     transactions = Transactions(router)
     position = Lsn(0)
     told = time.monotonic()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 from .changes import Operation
+from .conditions import Cells
 from .protocol.pgoutput import UNCHANGED_TOAST, Cell, Row, encode_row
 from .rows import Table
 from .subscriptions import Subscription
@@ -20,7 +21,8 @@ Outcome = tuple[Operation, int, bytes]
 class Transitions:
     """Judges the rows of one relation for one subscription and cuts them to what it wants.
 
-    `names` are the relation's columns in order, `table` is what the handler will see of them.
+    `names` are the relation's columns in order, `table` is what the handler will see of them;
+    `matches` is the bound condition.
     `unknown` is called when a row has to be judged without its old values.
     """
 
@@ -29,7 +31,7 @@ class Transitions:
         subscription: Subscription,
         table: Table,
         names: Sequence[str],
-        type_oids: dict[str, int],
+        matches: Callable[[Cells], bool] | None = None,
         unknown: Callable[[], None] = lambda: None,
     ) -> None:
         self._operations = subscription.operations
@@ -42,7 +44,7 @@ class Transitions:
         self._identity_kind = table.identity
         where = subscription.where
         self._where = frozenset(self._position[n] for n in where.columns) if where else frozenset()
-        self._matches = where.bind(type_oids) if where else None
+        self._matches = matches
         self._fields = [self._position[name] for name in subscription.fields or ()]
         self._key = [self._position[name] for name in subscription.key or ()]
 

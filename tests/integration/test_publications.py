@@ -252,7 +252,7 @@ def test_a_lock_that_goes_away_is_waited_for(tables, connection, monkeypatch):
         ),
         (subscription("orders", fields=("stat",)), "no column stat; did you mean status"),
         (subscription("orders", key=("Id",)), "no column Id; did you mean id"),
-        (subscription("orders", where=conditions.parse({"id": "x"})), "the lookup id compares"),
+        (subscription("orders", where=conditions.parse({"id": "x"})), "the lookup id compares int"),
         (subscription("orders", where=conditions.parse({"id__regex": "x"})), "needs a text column"),
         (subscription("seen"), "seen is a view"),
         (subscription("quick"), "unlogged.* ALTER TABLE .*SET LOGGED"),
@@ -348,7 +348,10 @@ def test_concurrent_starts_set_up_once(tables):
 
     def start():
         try:
-            with catalog.connect(tables.dsn) as connection:
+            with (
+                catalog.connect(tables.dsn) as connection,
+                ddl.alone(connection, SETTINGS.flash_publication_slot_prefix),
+            ):
                 ddl.apply(connection, plan(connection, [subscription("orders")]))
         except CatalogError as error:
             errors.append(error)
@@ -358,5 +361,6 @@ def test_concurrent_starts_set_up_once(tables):
         thread.start()
     for thread in threads:
         thread.join()
+    assert errors == []
     with catalog.connect(tables.dsn) as connection:
         assert plan(connection, [subscription("orders")]) == []

@@ -18,7 +18,8 @@ ALLOWED = {
     "protocol.pgoutput": {"protocol", "errors"},
     # The application's side: declare, decode, handle.
     "values": set(),
-    "conditions": {"values", "errors"},
+    "comparison": set(),
+    "conditions": {"comparison", "values", "errors"},
     "rows": {"values", "protocol"},
     "changes": {"rows", "protocol"},
     "payload": {"changes", "rows", "protocol", "errors"},
@@ -31,9 +32,9 @@ ALLOWED = {
     "protocol.frames": {"protocol", "errors"},
     "replication": {"protocol", "errors"},
     "transactions": {"rows", "protocol", "errors"},
-    "transitions": {"changes", "rows", "subscriptions", "protocol"},
+    "transitions": {"changes", "conditions", "rows", "subscriptions", "protocol"},
     "routing": {
-        *("catalog", "changes", "payload", "protocol", "rows"),
+        *("catalog", "changes", "conditions", "payload", "protocol", "rows"),
         *("subscriptions", "transitions", "errors"),
     },
     "messages": {"changes", "payload", "settings", "subscriptions", "errors"},
@@ -46,7 +47,7 @@ ALLOWED = {
     "publishers.kombu": {"publishers", "messages"},
     "publishers.memory": {"messages", "errors"},
     # The catalog, and what is set up in it.
-    "catalog": {"replication", "subscriptions"},
+    "catalog": {"comparison", "conditions", "replication", "subscriptions", "errors"},
     "publications": {"catalog", "changes", "subscriptions", "errors"},
     "ddl": {"backoff", "catalog", "changes", "publications", "errors"},
     "tables": {"catalog", "publications", "subscriptions", "errors"},

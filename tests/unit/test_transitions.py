@@ -4,6 +4,7 @@ import pytest
 
 from flash_celery import conditions
 from flash_celery.changes import Operation
+from flash_celery.comparison import ColumnType
 from flash_celery.protocol.pgoutput import UNCHANGED_TOAST, Row, read_row
 from flash_celery.rows import Column, Table
 from flash_celery.subscriptions import Subscription, TableName
@@ -30,7 +31,10 @@ def transitions(identity="f", kept=("id", "status", "note"), unknown=lambda: Non
         ),
     )
     subscription = Subscription("shop.handle", TableName("public", "orders"), **more)
-    return Transitions(subscription, table, list(TYPES), TYPES, unknown)
+    types = {name: ColumnType(oid, name) for name, oid in TYPES.items()}
+    where = subscription.where
+    matches = where.bind(types, lambda oid, text: text) if where else None
+    return Transitions(subscription, table, list(TYPES), matches, unknown)
 
 
 def cells(text):

@@ -1,0 +1,484 @@
+"""Conditions give the verdict that PostgreSQL's own WHERE gives."""
+
+import datetime
+import json
+import os
+from decimal import Decimal
+from functools import partial
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from flash_celery import catalog
+from flash_celery.comparison import parse_array
+from flash_celery.conditions import parse
+from flash_celery.errors import SubscriptionError
+
+#: `make soak` asks for many more.
+EXAMPLES = int(os.environ.get("FLASH_EXAMPLES", "300"))
+DATABASE = "conditions"
+
+TYPES = {
+    "smallint": "smallint",
+    "integer": "integer",
+    "bigint": "bigint",
+    "real": "real",
+    "double": "double precision",
+    "numeric": "numeric",
+    "boolean": "boolean",
+    "text": 'text COLLATE "C"',
+    "varchar": "varchar(50)",
+    "char": "char(10)",
+    "name": "name",
+    "bytea": "bytea",
+    "date": "date",
+    "timestamp": "timestamp",
+    "timestamptz": "timestamptz",
+    "time": "time",
+    "timetz": "timetz",
+    "interval": "interval",
+    "uuid": "uuid",
+    "inet": "inet",
+    "cidr": "cidr",
+    "bit": "varbit",
+    "macaddr": "macaddr",
+    "enum": "mood",
+    "domain": "positive",
+    "enums": "mood[]",
+    "integers": "integer[]",
+    "numerics": "numeric[]",
+    "texts": "text[]",
+    "int4range": "int4range",
+    "numrange": "numrange",
+    "tsrange": "tsrange",
+    "multirange": "nummultirange",
+    "json": "json",
+    "jsonb": "jsonb",
+}
+#: Without an order in SQL, or in ours.
+UNORDERED = {"json", "jsonb"}
+
+
+@pytest.fixture(scope="module")
+def connection(postgres):
+    with psycopg.connect(postgres.dsn(), autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE {DATABASE}")
+        with catalog.connect(postgres.dsn(DATABASE)) as connection:
+            columns = ", ".join(f'"{name}" {kind}' for name, kind in TYPES.items())
+            connection.execute("CREATE TYPE mood AS ENUM ('sad', 'ok', 'Happy', 'angry')")
+            connection.execute("CREATE DOMAIN small AS int; CREATE DOMAIN positive AS small")
+            connection.execute(f"CREATE TABLE everything ({columns})")
+            yield connection
+        admin.execute(f"DROP DATABASE {DATABASE} WITH (FORCE)")
+
+
+@pytest.fixture(scope="module")
+def types(connection):
+    (oid,) = connection.execute("SELECT 'everything'::regclass::oid::int8").fetchone()
+    return {name: catalog.column_type(connection, oid, name) for name in TYPES}
+
+
+@pytest.fixture(scope="module")
+def judge(connection, types):
+    """Our verdict on a row of texts, as they come from the WAL."""
+
+    def judge(where, row):
+        cells = {
+            name: None if text is None else catalog.canonical(connection, types[name].oid, text)
+            for name, text in row.items()
+        }
+        condition = parse(where)
+        return condition.bind(types, partial(catalog.canonical, connection))(cells.get)
+
+    return judge
+
+
+integers = st.integers(-5, 5) | st.integers(-(2**15), 2**15 - 1)
+decimals = st.sampled_from(
+    ["NaN", "Infinity", "-Infinity", "0", "-0", "1", "1.0", "1.00", "1e5", "100000", "-2.5"]
+) | st.decimals(allow_nan=False, allow_infinity=False, places=3).map(lambda d: f"{d:f}")
+floats = st.floats().map(str) | st.sampled_from(["1", "1.0", "-0", "0", "NaN", "Infinity"])
+words = st.text(
+    st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=6
+) | st.sampled_from(["a", "A", "ab", "a ", "B", "ä", "z", "Z", ""])
+dates = st.sampled_from(
+    ["infinity", "-infinity", "0044-03-15 BC", "12000-01-01", "1999-12-31", "2000-01-01"]
+) | st.dates().map(str)
+stamps = dates.map(lambda d: d) | st.datetimes().map(str)
+spans = st.sampled_from(
+    ["1 mon", "30 days", "720:00:00", "1 year", "360 days", "12 mons", "-1 day", "-24:00:00",
+     "1 mon -30 days", "00:00:00", "1 day 00:00:00.5", "-00:00:00.5", "1 year -1 days"]
+)  # fmt: skip
+times = st.times().map(str) | st.just("24:00:00")
+zoned = st.tuples(
+    st.sampled_from(["10:00", "11:00", "12:00:00.5", "00:00", "23:59"]),
+    st.sampled_from(["+00", "+01", "-01", "+05:30", "-12", "+13:00"]),
+).map("".join)
+networks = st.sampled_from(
+    ["10.0.0.1", "10.0.0.1/24", "10.0.0.0/8", "10.0.0.0/24", "192.168.1.1", "::1", "fe80::/10",
+     "10.0.0.1/8", "0.0.0.0/0", "10.1.0.0/16", "::/0"]
+)  # fmt: skip
+blocks = st.sampled_from(["10.0.0.0/8", "10.0.0.0/24", "10.1.0.0/16", "fe80::/10", "0.0.0.0/0"])
+moods = st.sampled_from(["sad", "ok", "Happy", "angry"])
+
+
+def arrays(elements):
+    def quote(item):
+        return (
+            "NULL" if item is None else '"' + item.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        )
+
+    flat = st.lists(st.none() | elements, max_size=3).map(
+        lambda items: "{" + ",".join(map(quote, items)) + "}"
+    )
+    square = st.lists(elements, min_size=4, max_size=4).map(
+        lambda i: "{{" + ",".join(map(quote, i[:2])) + "},{" + ",".join(map(quote, i[2:])) + "}}"
+    )
+    shifted = st.lists(elements, min_size=2, max_size=2).map(
+        lambda i: "[0:1]={" + ",".join(map(quote, i)) + "}"
+    )
+    return flat | square | shifted
+
+
+def ranges(low):
+    bounds = st.tuples(low, low).map(sorted)
+    return st.just("empty") | st.tuples(
+        st.sampled_from("[("), bounds, st.sampled_from("])"), st.integers(0, 5)
+    ).map(lambda r: f"{r[0]}{'' if r[3] == 1 else r[1][0]},{'' if r[3] == 2 else r[1][1]}{r[2]}")
+
+
+small = st.integers(-3, 3)
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.sampled_from([1.0, 0.5, 1e20, 12345678901234567890])
+    | st.sampled_from(["a", "b", "", "é"]),
+    lambda parts: (
+        st.lists(parts, max_size=3) | st.dictionaries(st.sampled_from("abc"), parts, max_size=3)
+    ),
+    max_leaves=6,
+)
+VALUES = {
+    "smallint": integers.map(str),
+    "integer": integers.map(str),
+    "bigint": integers.map(str),
+    "real": st.sampled_from(["0.1", "0.3", "1e10", "-0", "0", "NaN", "Infinity", "16777217"]),
+    "double": floats,
+    "numeric": decimals,
+    "boolean": st.sampled_from(["t", "f", "true", "no"]),
+    "text": words,
+    "varchar": words,
+    "char": words,
+    "name": words,
+    "bytea": st.binary(max_size=3).map(lambda b: "\\x" + b.hex()),
+    "date": dates,
+    "timestamp": stamps,
+    "timestamptz": stamps,
+    "time": times,
+    "timetz": zoned,
+    "interval": spans,
+    "uuid": st.uuids().map(str) | st.integers(0, 2).map(lambda n: f"{n:032x}"),
+    "inet": networks,
+    "cidr": blocks,
+    "bit": st.text("01", max_size=5),
+    "macaddr": st.sampled_from(["08:00:2b:01:02:03", "08-00-2b-01-02-04", "00:00:00:00:00:00"]),
+    "enum": moods,
+    "domain": integers.map(str),
+    "enums": arrays(moods),
+    "integers": arrays(small.map(str)),
+    "numerics": arrays(st.sampled_from(["1", "1.0", "NaN", "-1.50", "2"])),
+    "texts": arrays(words),
+    "int4range": ranges(small),
+    "numrange": ranges(
+        st.sampled_from([Decimal("1"), Decimal("1.0"), Decimal("-2.5"), Decimal(3)])
+    ),
+    "tsrange": ranges(
+        st.sampled_from(["2020-01-01", "2020-01-01 00:00:00", "2021-06-01 12:00:00.5"])
+    ),
+    "multirange": st.lists(ranges(small), max_size=3).map(lambda r: "{" + ",".join(r) + "}"),
+    "json": json_values.map(json.dumps),
+    "jsonb": json_values.map(json.dumps),
+}
+OPERATORS = {"eq": "=", "ne": "<>", "lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
+
+
+def sql_verdict(connection, kind, value, lookup, constants):
+    """What WHERE says."""
+    cast = {"json": "jsonb"}.get(kind, TYPES[kind].split(" COLLATE")[0].replace("(50)", ""))
+    cast = "bpchar" if kind == "char" else cast
+    column = "%s::text::json::jsonb" if kind == "json" else f"%s::text::{cast}"
+    column = "%s::text::char(10)::bpchar" if kind == "char" else column
+    column = "%s::text::varchar(50)::varchar" if kind == "varchar" else column
+    collate = ' COLLATE "C"' if kind in ("text", "varchar", "char", "texts") else ""
+    constant = f"%s::text::{cast}"
+    if lookup == "isnull":
+        expression, constants = f"({column} IS NULL) = %s", constants
+    elif lookup in ("in", "not_in"):
+        negated = "NOT " if lookup == "not_in" else ""
+        listed = ", ".join([constant] * len(constants))
+        expression = f"{column}{collate} {negated}IN ({listed})"
+    elif lookup == "between":
+        expression = f"{column}{collate} BETWEEN {constant} AND {constant}"
+    elif lookup == "json_contains":
+        expression = f"{column} @> %s::text::jsonb"
+    elif lookup == "startswith":
+        expression = f"starts_with({column}, %s)"
+    elif lookup == "endswith":
+        expression = f"right({column}, length(%s)) = %s"
+        constants = [*constants, *constants]
+    elif lookup == "contains":
+        expression = f"position(%s in {column}) > 0"
+        return connection.execute(f"SELECT ({expression}) IS TRUE", [*constants, value]).fetchone()[
+            0
+        ]
+    elif lookup == "icontains":
+        expression = f'position(lower(%s COLLATE "C") in lower({column}{collate})) > 0'
+        return connection.execute(f"SELECT ({expression}) IS TRUE", [*constants, value]).fetchone()[
+            0
+        ]
+    else:
+        expression = f"{column}{collate} {OPERATORS[lookup]} {constant}"
+    query = f"SELECT ({expression}) IS TRUE"
+    return connection.execute(query, [value, *constants]).fetchone()[0]
+
+
+def literal(kind, constant):
+    """As a user would write it in Python."""
+    if kind in ("json", "jsonb") and constant is not None:
+        return json.loads(constant)
+    return constant
+
+
+common = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_type_compares_as_in_sql(connection, judge, kind):
+    lookups = ["eq", "ne", "in", "not_in", "isnull"]
+    if kind not in UNORDERED:
+        lookups += ["lt", "lte", "gt", "gte", "between"]
+
+    @settings(common, max_examples=max(EXAMPLES // 5, 20))
+    @given(st.data())
+    def check(data):
+        values = st.none() | VALUES[kind]
+        value = data.draw(values)
+        lookup = data.draw(st.sampled_from(lookups))
+        if lookup == "isnull":
+            constants = [data.draw(st.booleans())]
+        elif lookup in ("in", "not_in"):
+            constants = data.draw(st.lists(values, min_size=1, max_size=3))
+        elif lookup == "between":
+            constants = data.draw(st.lists(values, min_size=2, max_size=2))
+        else:
+            constants = [data.draw(VALUES[kind])]
+        if kind in ("json", "jsonb"):
+            # In Python, None is SQL's NULL and not JSON's.
+            assume(lookup == "isnull" or "null" not in constants)
+        try:
+            expected = sql_verdict(connection, kind, value, lookup, constants)
+        except psycopg.DataError:
+            assume(False)
+        if lookup != "isnull":
+            given_value = [literal(kind, one) for one in constants]
+        if lookup == "isnull":
+            given_value = constants[0]
+        elif lookup not in ("in", "not_in", "between"):
+            (given_value,) = given_value
+        key = kind if lookup == "eq" else f"{kind}__{lookup}"
+        text = None if value is None else value.encode()
+        assert judge({key: given_value}, {kind: text}) is expected
+
+    check()
+
+
+@common
+@given(
+    kind=st.sampled_from(["text", "varchar", "char"]),
+    lookup=st.sampled_from(["startswith", "endswith", "contains", "icontains"]),
+    value=st.none() | words,
+    part=words,
+)
+def test_text_lookups_find_as_in_sql(connection, judge, kind, lookup, value, part):
+    assume(part)
+    if kind == "char":
+        assume(value is None or len(value) <= 10)
+        # SQL's functions drop the padding, which LIKE and ours keep.
+        assume(lookup != "endswith" and not part.endswith(" "))
+    expected = sql_verdict(connection, kind, value, lookup, [part])
+    row = {kind: None if value is None else value.encode()}
+    assert judge({f"{kind}__{lookup}": part}, row) is expected
+
+
+@common
+@given(kind=st.sampled_from(["json", "jsonb"]), value=json_values, part=json_values)
+def test_json_contains_as_in_sql(connection, judge, kind, value, part):
+    assume(part is not None)
+    text = json.dumps(value)
+    expected = sql_verdict(connection, kind, text, "json_contains", [json.dumps(part)])
+    assert judge({f"{kind}__contains": part}, {kind: text.encode()}) is expected
+
+
+@common
+@given(st.data())
+def test_dicts_are_and_and_lists_are_or(connection, judge, data):
+    lookups = ["eq", "ne", "lt", "gte"]
+    constants = st.integers(-2, 2)
+
+    def part():
+        return data.draw(
+            st.dictionaries(
+                st.tuples(st.sampled_from(["integer", "bigint"]), st.sampled_from(lookups)),
+                constants,
+                min_size=1,
+                max_size=3,
+            )
+        )
+
+    parts = [part() for _ in range(data.draw(st.integers(1, 3)))]
+    row = {name: data.draw(st.none() | constants) for name in ("integer", "bigint")}
+    expression = " OR ".join(
+        "("
+        + " AND ".join(f'"{name}" {OPERATORS[lookup]} {v}' for (name, lookup), v in one.items())
+        + ")"
+        for one in parts
+    )
+    query = f'SELECT ({expression}) IS TRUE FROM (SELECT %(integer)s::int AS "integer", '
+    expected = connection.execute(query + '%(bigint)s::int8 AS "bigint") AS row', row).fetchone()[0]
+    where = [
+        {n if look == "eq" else f"{n}__{look}": v for (n, look), v in one.items()} for one in parts
+    ]
+    texts = {name: None if v is None else str(v).encode() for name, v in row.items()}
+    assert judge(where, texts) is expected
+
+
+@pytest.mark.parametrize(
+    ("where", "row", "verdict"),
+    [
+        ({"integer": 7.0}, "7", True),
+        ({"integer__gt": 6.5}, "7", True),
+        ({"integer__lt": 10**12}, "7", True),
+        ({"integer": Decimal("7")}, "7", True),
+        ({"numeric__gte": 100}, "100.00", True),
+        ({"real": 0.1}, "0.1", True),
+        ({"boolean": True}, "t", True),
+        ({"date__gt": datetime.date(2024, 2, 28)}, "2024-02-29", True),
+        ({"timestamptz": datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc)},
+         "2024-01-01 01:00:00+01", True),
+        ({"enum__gt": "ok"}, "Happy", True),
+        ({"integers": [1, 2]}, "{1,2}", True),
+        ({"bytea": b"a"}, "\\x61", True),
+        ({"text__regex": "^P.*d$"}, "Paid", True),
+        ({"text__regex": "^p"}, "Paid", False),
+        ({"jsonb": {"a": 1.0}}, '{"a": 1}', True),
+        ({"jsonb": {"a": 12345678901234567890}}, '{"a": 12345678901234567891}', False),
+        ({"jsonb": True}, "1", False),
+        ({"text": None}, None, True),
+        ({"text__ne": None}, "a", True),
+        ({"interval": datetime.timedelta(days=30)}, "1 mon", True),
+    ],
+)  # fmt: skip
+def test_values_of_python_are_read_as_the_columns_type(judge, where, row, verdict):
+    (key,) = where
+    name = key.partition("__")[0]
+    assert judge(where, {name: None if row is None else row.encode()}) is verdict
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ({"integer": "seven"}, 'invalid input syntax for type integer: "seven"'),
+        ({"boolean": 7.5}, "invalid input syntax for type boolean"),
+        ({"numeric": "much"}, "invalid input syntax for type numeric"),
+        ({"enum": "glad"}, 'invalid input value for enum mood: "glad"'),
+        ({"integer__startswith": "7"}, "needs a text column, and this is integer"),
+        ({"text__startswith": 7}, "needs a string, not 7"),
+        ({"jsonb__lt": 7}, "json has no order"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_and_never_just_false(judge, where, message):
+    with pytest.raises(SubscriptionError, match=message):
+        judge(where, {})
+
+
+@pytest.fixture
+def odd(connection):
+    with connection.transaction(force_rollback=True):
+        connection.execute("CREATE TYPE pair AS (a int, b int)")
+        connection.execute("CREATE TABLE odd (place point, pair pair, cost money, lines tsvector)")
+        (oid,) = connection.execute("SELECT 'odd'::regclass::oid::int8").fetchone()
+        yield lambda name: catalog.column_type(connection, oid, name)
+
+
+@pytest.mark.parametrize("column", ["place", "pair", "cost", "lines"])
+def test_a_type_without_an_exact_counterpart_is_refused(connection, odd, column):
+    condition = parse({column: "x"})
+    with pytest.raises(SubscriptionError, match="which only PostgreSQL can do"):
+        condition.bind({column: odd(column)}, partial(catalog.canonical, connection))
+    assert parse({f"{column}__isnull": True}).bind({column: odd(column)}, None)({}.get)
+
+
+def test_text_that_sorts_by_a_language_is_refused_for_order_and_case(connection, types):
+    from dataclasses import replace
+
+    linguistic = replace(types["text"], sorted_by_code=False)
+    canonical = partial(catalog.canonical, connection)
+    for where in ({"text__lt": "b"}, {"text__between": ["a", "b"]}, {"text__icontains": "b"}):
+        with pytest.raises(SubscriptionError, match='COLLATE "C"'):
+            parse(where).bind({"text": linguistic}, canonical)
+    for where in ({"text": "b"}, {"text__startswith": "b"}, {"text__in": ["b"]}):
+        parse(where).bind({"text": linguistic}, canonical)
+    folding = replace(linguistic, deterministic=False)
+    with pytest.raises(SubscriptionError, match="which only PostgreSQL can do"):
+        parse({"text": "b"}).bind({"text": folding}, canonical)
+
+
+def test_collations_are_read_from_the_catalog(connection):
+    with connection.transaction(force_rollback=True):
+        connection.execute("CREATE COLLATION other (provider = libc, locale = 'C')")
+        names = ['"C"', '"POSIX"', "other"]
+        expected = [True, True, True]
+        if connection.execute("SELECT 1 FROM pg_collation WHERE collname = 'pg_c_utf8'").fetchone():
+            names.append('"pg_c_utf8"')
+            expected.append(False)
+        columns = ", ".join(f"c{n} text COLLATE {name}" for n, name in enumerate(names))
+        connection.execute(f"CREATE TABLE collated ({columns}, plain text)")
+        (oid,) = connection.execute("SELECT 'collated'::regclass::oid::int8").fetchone()
+        found = [
+            catalog.column_type(connection, oid, f"c{n}").sorted_by_code for n in range(len(names))
+        ]
+        assert found == expected
+        assert catalog.column_type(connection, oid, "plain").sorted_by_code
+
+
+@pytest.mark.parametrize(
+    ("text", "bounds", "items"),
+    [
+        (b"{}", [], []),
+        (b"{1,NULL,3}", [(1, 3)], [b"1", None, b"3"]),
+        (b'{"a,b","c\\"d\\\\",""}', [(1, 3)], [b"a,b", b'c"d\\', b""]),
+        (b'{"NULL"}', [(1, 1)], [b"NULL"]),
+        (b"{{1,2},{3,4},{5,6}}", [(1, 3), (1, 2)], [b"1", b"2", b"3", b"4", b"5", b"6"]),
+        (b"[0:1][-2:-1]={{1,2},{3,4}}", [(0, 1), (-2, -1)], [b"1", b"2", b"3", b"4"]),
+    ],
+)
+def test_arrays_are_read_with_their_shape(text, bounds, items):
+    assert parse_array(text) == (bounds, items)
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+", "(a*)*b", "(?:x{2,})+", "(a|b+)*"])
+def test_a_pattern_that_may_take_for_ever_is_refused(pattern):
+    with pytest.raises(SubscriptionError, match="text__regex repeats a group that repeats"):
+        parse({"text__regex": pattern})
+
+
+def test_a_pattern_looks_at_the_beginning_of_a_long_value(judge):
+    assert judge({"text__regex": "b"}, {"text": b"a" * 9_999 + b"b"}) is True
+    assert judge({"text__regex": "b"}, {"text": b"a" * 10_000 + b"b"}) is False
