@@ -29,6 +29,9 @@ class CatalogColumn:
     base_oid: int
     #: "" , "s" stored or "v" virtual.
     generated: str
+    #: The fields of a composite type, or of the elements of an array of one.
+    fields: tuple[CatalogColumn, ...] = ()
+    array: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ SELECT a.attname, format_type(a.atttypid, NULL), a.attgenerated::text,
        CASE WHEN base.typtype = 'e' THEN 'text'::regtype
             WHEN element.typtype = 'e' THEN 'text[]'::regtype
             WHEN element.oid <> base.typelem THEN element.typarray
-            ELSE base.oid END::int8
+            ELSE base.oid END::int8,
+       coalesce(element.typrelid, base.typrelid)::int8, element.oid IS NOT NULL
 FROM pg_attribute a
 JOIN LATERAL {base} AS base ON true
 LEFT JOIN LATERAL {element} AS element ON base.typcategory = 'A'
@@ -235,7 +239,6 @@ def _read(
     if row is None:
         return None
     oid, schema, name, kind, unlogged, identity, index, primary, index_key, owned, ancestors = row
-    columns = connection.execute(_COLUMNS, [oid]).fetchall()
     return CatalogTable(
         oid,
         TableName(schema, name),
@@ -246,6 +249,23 @@ def _read(
         tuple(primary),
         tuple(index_key),
         owned,
-        {column: CatalogColumn(column, kind, base, made) for column, kind, made, base in columns},
+        {column.name: column for column in _columns(connection, oid)},
         tuple(TableName(*ancestor) for ancestor in ancestors),
     )
+
+
+def _columns(connection: psycopg.Connection[Any], oid: int) -> list[CatalogColumn]:
+    """The columns of a table, or the fields of a composite type."""
+    return [
+        CatalogColumn(
+            name,
+            kind,
+            base,
+            generated,
+            tuple(_columns(connection, composite)) if composite else (),
+            bool(composite and array),
+        )
+        for name, kind, generated, base, composite, array in connection.execute(
+            _COLUMNS, [oid]
+        ).fetchall()
+    ]

@@ -88,15 +88,34 @@ def _table_json(table: Table) -> str:
                 "partition": table.partition,
                 "identity": table.identity,
                 "key": table.key,
-                "columns": [
-                    [c.name, c.type_oid, c.type_name, int(c.identity), int(c.delivered)]
-                    for c in table.columns
-                ],
+                "columns": [_column(column) for column in table.columns],
             },
             separators=(",", ":"),
         )
         table.__dict__["_json"] = cached
     return str(cached)
+
+
+def _column(column: Column) -> list[Any]:
+    """What a composite is made of follows where there is one."""
+    plain = [column.name, column.type_oid, column.type_name]
+    flags = [int(column.identity), int(column.delivered)]
+    if not column.fields:
+        return [*plain, *flags]
+    return [*plain, *flags, [_column(field) for field in column.fields], int(column.array)]
+
+
+def _column_of(
+    name: str,
+    type_oid: int,
+    type_name: str,
+    identity: int,
+    delivered: int,
+    fields: Sequence[Any] = (),
+    array: int = 0,
+) -> Column:
+    inner = tuple(_column_of(*field) for field in fields)
+    return Column(name, type_oid, type_name, bool(identity), bool(delivered), inner, bool(array))
 
 
 def _transaction_json(transaction: Transaction) -> str:
@@ -122,7 +141,7 @@ def _decode(value: Any) -> list[Change]:
             t["partition"],
             t["identity"],
             tuple(t["key"]),
-            tuple(Column(n, oid, kind, bool(i), bool(d)) for n, oid, kind, i, d in t["columns"]),
+            tuple(_column_of(*column) for column in t["columns"]),
         )
         for t in value["tables"]
     ]

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from .catalog import CatalogTable
+from .catalog import CatalogColumn, CatalogTable
 from .changes import Operation
 from .conditions import Cells
 from .errors import SubscriptionError
@@ -166,10 +166,21 @@ def _require_columns(subscription: Subscription, relation: pgoutput.Relation) ->
         )
 
 
-def _type(column: pgoutput.Column, described: CatalogTable | None) -> tuple[int, str]:
-    """A column's base type; where the catalog knows no more, what the relation said."""
+def _column(column: pgoutput.Column, described: CatalogTable | None, delivered: bool) -> Column:
+    """A column as its handler sees it; where the catalog knows no more, as the relation said."""
     found = described.columns.get(column.name) if described else None
-    return (found.base_oid, found.type_name) if found else (column.type_oid, "")
+    if found is None:
+        return Column(column.name, column.type_oid, "", column.key, delivered)
+    fields, array = tuple(map(_field, found.fields)), found.array
+    return Column(
+        column.name, found.base_oid, found.type_name, column.key, delivered, fields, array
+    )
+
+
+def _field(field: CatalogColumn) -> Column:
+    """A field of a composite type."""
+    inner = tuple(map(_field, field.fields))
+    return Column(field.name, field.base_oid, field.type_name, False, True, inner, field.array)
 
 
 def _table(
@@ -181,7 +192,7 @@ def _table(
     key = subscription.key or _key(relation, described)
     fields = frozenset(subscription.fields or (column.name for column in relation.columns))
     columns = [
-        Column(c.name, *_type(c, described), identity=c.key, delivered=c.name in fields)
+        _column(c, described, delivered=c.name in fields)
         for c in relation.columns
         if c.name in fields or c.name in key
     ]

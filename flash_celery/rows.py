@@ -9,7 +9,7 @@ from typing import Any
 
 from .protocol.lsn import Lsn
 from .protocol.pgoutput import UNCHANGED_TOAST, Cell
-from .values import loader
+from .values import Loader, array_loader, loader, record_loader
 
 #: A TOASTed value that the UPDATE did not touch and PostgreSQL did not send. Never `None`.
 UNCHANGED = UNCHANGED_TOAST
@@ -26,6 +26,18 @@ class Column:
     identity: bool
     #: Within the subscription's `fields`; the others travel for the key's sake.
     delivered: bool = True
+    #: The fields of a composite type, or of the elements of an array of one.
+    fields: tuple[Column, ...] = ()
+    #: Whether it is such an array.
+    array: bool = False
+
+    @cached_property
+    def load(self) -> Loader:
+        """What turns the column's text into Python."""
+        if not self.fields:
+            return loader(self.type_oid)
+        load = record_loader([one.name for one in self.fields], [one.load for one in self.fields])
+        return array_loader(load) if self.array else load
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +102,7 @@ class Row(Mapping[str, Any]):
         if cell is None or cell is UNCHANGED:
             return cell
         assert isinstance(cell, bytes)
-        return loader(self._table.columns[position].type_oid)(cell)
+        return self._table.columns[position].load(cell)
 
     def __iter__(self) -> Iterator[str]:
         return (column.name for column in self._table.columns if column.name in self._known)

@@ -5,13 +5,16 @@ What a loader cannot represent (`infinity`, dates BC, years above 9999) stays th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
 from psycopg import DataError
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.pq import Format
+
+from .comparison import parse_array
 
 Loader = Callable[[bytes], Any]
 
@@ -28,6 +31,46 @@ def loader(type_oid: int) -> Loader:
             return text.decode()
 
     return load_or_keep_text
+
+
+# A field is quoted if it is empty or holds something special; without anything it is NULL.
+_FIELD = re.compile(rb'(?:"((?:[^"\\]|""|\\\\)*)"|([^,"]*))(?:,|$)', re.DOTALL)
+_DOUBLED = re.compile(rb'(["\\])\1')
+
+
+def record_loader(names: Sequence[str], loaders: Sequence[Loader]) -> Loader:
+    """What turns the text of a composite value into a dict by field name.
+
+    Source: PostgreSQL documentation, chapter "Composite Types".
+    """
+
+    def load(text: bytes) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        place = 1
+        for name, load_field in zip(names, loaders, strict=True):
+            field = _FIELD.match(text, place, len(text) - 1)
+            assert field is not None
+            place = field.end()
+            quoted, bare = field.groups()
+            cell = bare or None if quoted is None else _DOUBLED.sub(rb"\1", quoted)
+            found[name] = None if cell is None else load_field(cell)
+        return found
+
+    return load
+
+
+def array_loader(load: Loader) -> Loader:
+    """What turns the text of an array into lists of what `load` makes of its elements."""
+
+    def load_array(text: bytes) -> list[Any]:
+        bounds, items = parse_array(text)
+        values: list[Any] = [None if item is None else load(item) for item in items]
+        for low, high in reversed(bounds[1:]):
+            size = high - low + 1
+            values = [values[n : n + size] for n in range(0, len(values), size)]
+        return values
+
+    return load_array
 
 
 def dump(value: Any) -> tuple[bytes, int]:

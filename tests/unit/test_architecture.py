@@ -17,7 +17,7 @@ ALLOWED = {
     "protocol.lsn": set(),
     "protocol.pgoutput": {"protocol", "errors"},
     # The application's side: declare, decode, handle.
-    "values": set(),
+    "values": {"comparison"},
     "comparison": set(),
     "conditions": {"comparison", "values", "errors"},
     "rows": {"values", "protocol"},

@@ -1,0 +1,108 @@
+"""A replication worker in this process, on a real database, publishing into a list."""
+
+import json
+import threading
+import time
+
+import pytest
+
+from flash_celery import on_change, payload
+from flash_celery.handlers import subscriptions_of
+from flash_celery.publishers.memory import MemoryPublisher
+from flash_celery.replicator import Replicator
+from flash_celery.settings import Settings
+
+
+class Flash:
+    """Declares handlers, runs the replication worker, and says what each handler was told."""
+
+    def __init__(self, database, app):
+        self.database = database
+        self.app = app
+        self.publisher = MemoryPublisher()
+        self.thread = None
+        self.error = None
+        app.conf.update(
+            broker_url="memory://", flash_dsn=database.dsn, flash_replication_slot=database.slot
+        )
+
+    def handler(self, table, operations="all", name="handler", **options):
+        @self.app.task(name=name, shared=False)
+        def handler(change): ...
+
+        on_change(table, operations, **options)(handler)
+        return self
+
+    def start(self, **conf):
+        self.app.conf.update(conf)
+        self.app.finalize()
+        settings = Settings.from_app(self.app)
+        subscriptions = subscriptions_of(self.app)
+        self.replicator = Replicator(self.app, settings, subscriptions, self.publisher)
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+        self.wait(lambda: self.database.one(self.slot("count(*) FILTER (WHERE active)")))
+        return self
+
+    def run(self):
+        try:
+            self.replicator.run()
+        except Exception as error:
+            self.error = error
+
+    def slot(self, columns):
+        return (
+            f"SELECT {columns} FROM pg_replication_slots WHERE slot_name = '{self.database.slot}'"
+        )
+
+    def wait(self, ready, timeout=30.0):
+        deadline = time.monotonic() + timeout
+        while not ready():
+            if self.error is not None:
+                raise self.error
+            assert time.monotonic() < deadline, "nothing happens"
+            time.sleep(0.01)
+
+    def do(self, *statements):
+        """Run the statements, and wait until all they did is with the broker."""
+        self.database.execute(*statements)
+        goal = self.database.one("SELECT pg_current_wal_insert_lsn()")
+        self.wait(lambda: self.database.one(self.slot(f"confirmed_flush_lsn >= '{goal}'")))
+        return self
+
+    def told(self, name="handler"):
+        """The changes a handler was told since the last time."""
+        messages = self.publisher.queues.get("flash", [])
+        mine = [message for message in messages if message.task == name]
+        self.publisher.queues["flash"] = [m for m in messages if m.task != name]
+        return [
+            change
+            for message in mine
+            for change in payload.decode(json.loads(message.body)[0][0]["__value__"])
+        ]
+
+    def stop(self):
+        if self.thread is not None:
+            self.replicator.stop()
+            self.thread.join(20)
+            assert not self.thread.is_alive()
+
+
+@pytest.fixture
+def flash(database, new_app):
+    flash = Flash(database, new_app())
+    yield flash
+    flash.stop()
+
+
+def shown(changes):
+    """Changes as short texts: `update 1,a -> 1,b`."""
+
+    def row(values):
+        return ",".join("-" if v is None else str(v) for v in values.values())
+
+    found = []
+    for change in changes:
+        rows = [row(getattr(change, side)) for side in ("old", "new") if hasattr(change, side)]
+        found.append(f"{change.operation.names()[0]} {' -> '.join(rows)}".strip())
+    return found
