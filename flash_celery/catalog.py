@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import psycopg
-from psycopg import pq, sql
+from psycopg import sql
 
-from .comparison import ColumnType
-from .conditions import Cells
-from .errors import SubscriptionError
 from .replication import pinned, unreachable
-from .subscriptions import Subscription, TableName
+from .subscriptions import TableName
 
 #: Values of pg_class.relkind (chapter "System Catalogs").
 ORDINARY, PARTITIONED, VIEW, MATERIALIZED_VIEW, FOREIGN = "r", "p", "v", "m", "f"
@@ -22,16 +18,12 @@ ORDINARY, PARTITIONED, VIEW, MATERIALIZED_VIEW, FOREIGN = "r", "p", "v", "m", "f
 
 @dataclass(frozen=True)
 class CatalogColumn:
-    """A column; `base_oid` is the type a value has as text: a domain's base, text for an enum."""
+    """A column."""
 
     name: str
-    type_name: str
-    base_oid: int
-    #: "" , "s" stored or "v" virtual.
+    type_oid: int
+    #: "", "s" stored or "v" virtual.
     generated: str
-    #: The fields of a composite type, or of the elements of an array of one.
-    fields: tuple[CatalogColumn, ...] = ()
-    array: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,27 +81,10 @@ LEFT JOIN LATERAL (SELECT columns, index_name FROM {keys} AS k WHERE is_identity
     ON true
 WHERE {condition} AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
 """)
-# What a type is made of: a domain is followed down to what it is over.
-_DOWN = sql.SQL("""(
-    WITH RECURSIVE down AS (
-        SELECT t.* FROM pg_type t WHERE t.oid = {oid}
-        UNION ALL
-        SELECT t.* FROM pg_type t JOIN down ON down.typtype = 'd' AND t.oid = down.typbasetype)
-    SELECT * FROM down WHERE typtype <> 'd')""")
-_COLUMNS = sql.SQL("""
-SELECT a.attname, format_type(a.atttypid, NULL), a.attgenerated::text,
-       CASE WHEN base.typtype = 'e' THEN 'text'::regtype
-            WHEN element.typtype = 'e' THEN 'text[]'::regtype
-            WHEN element.oid <> base.typelem THEN element.typarray
-            ELSE base.oid END::int8,
-       coalesce(element.typrelid, base.typrelid)::int8, element.oid IS NOT NULL
-FROM pg_attribute a
-JOIN LATERAL {base} AS base ON true
-LEFT JOIN LATERAL {element} AS element ON base.typcategory = 'A'
-WHERE a.attrelid = %s AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum
-""").format(
-    base=_DOWN.format(oid=sql.SQL("a.atttypid")), element=_DOWN.format(oid=sql.SQL("base.typelem"))
-)
+_COLUMNS = """
+SELECT attname, atttypid::int8, attgenerated::text FROM pg_attribute
+WHERE attrelid = %s AND attnum > 0 AND NOT attisdropped ORDER BY attnum
+"""
 
 
 def connect(dsn: str) -> psycopg.Connection[Any]:
@@ -134,20 +109,6 @@ def describe(connection: psycopg.Connection[Any], oid: int) -> CatalogTable | No
     return _read(connection, sql.SQL("c.oid = %s"), [oid])
 
 
-def matcher_of(
-    connection: psycopg.Connection[Any], table: int, subscription: Subscription
-) -> Callable[[Cells], bool] | None:
-    """The predicate of a subscription's condition on a table (by OID), if it has one.
-
-    Raises `SubscriptionError` for a condition that cannot be judged exactly.
-    """
-    condition = subscription.where
-    if condition is None:
-        return None
-    types = {name: column_type(connection, table, name) for name in condition.columns}
-    return condition.bind(types, partial(canonical, connection))
-
-
 def leaves(connection: psycopg.Connection[Any], table: CatalogTable) -> list[CatalogTable]:
     """The tables that hold its rows: its leaf partitions, or itself."""
     if table.kind != PARTITIONED:
@@ -159,76 +120,24 @@ def leaves(connection: psycopg.Connection[Any], table: CatalogTable) -> list[Cat
     return [leaf for leaf in found if leaf is not None and leaf.kind != PARTITIONED]
 
 
-_TYPE = sql.SQL("""
-SELECT base.oid::int8, format_type(base.oid, NULL), base.typtype::text, base.typcategory::text,
-       base.typelem::int8, r.rngsubtype::int8,
-       ARRAY(SELECT enumlabel::text FROM pg_enum WHERE enumtypid = base.oid ORDER BY enumsortorder)
-FROM {base} AS base
-LEFT JOIN pg_range r ON base.oid IN (r.rngtypid, r.rngmultitypid)
-""")
-_COLLATION = """
+_FINGERPRINT = """
 SELECT coalesce(
-    CASE WHEN c.collname = 'default' THEN d.datcollate ELSE c.collcollate END IN ('C', 'POSIX')
-    AND c.collprovider IN ('c', 'd'), a.attcollation = 0),
-    coalesce(c.collisdeterministic, true)
-FROM pg_attribute a
-JOIN pg_database d ON d.datname = current_database()
-LEFT JOIN pg_collation c ON c.oid = a.attcollation
-WHERE a.attrelid = %s AND a.attname = %s AND NOT a.attisdropped
+    string_agg(concat_ws(' ', c.oid, c.relreplident, leaves.list), ',' ORDER BY c.oid), '')
+FROM unnest(%s::text[], %s::text[]) AS wanted(schema, name)
+JOIN pg_namespace n ON n.nspname = wanted.schema
+JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name
+LEFT JOIN LATERAL (
+    SELECT string_agg(concat(p.oid, p.relreplident), '+' ORDER BY p.oid) AS list
+    FROM pg_partition_tree(c.oid) t JOIN pg_class p ON p.oid = t.relid) AS leaves ON true
 """
 
 
-def column_type(connection: psycopg.Connection[Any], table: int, column: str) -> ColumnType:
-    """How the values of a column compare."""
-    row = connection.execute(_COLLATION.encode(), [table, column]).fetchone()
-    type_oid = connection.execute(
-        "SELECT atttypid::int8 FROM pg_attribute WHERE attrelid = %s AND attname = %s",
-        [table, column],
-    ).fetchone()
-    assert row is not None
-    assert type_oid is not None
-    by_code, deterministic = row
-    if by_code and _default_is_not_libc(connection):
-        by_code = False
-    return _type(connection, type_oid[0], bool(by_code), deterministic)
-
-
-def _default_is_not_libc(connection: psycopg.Connection[Any]) -> bool:
-    """Whether the database sorts by ICU or a builtin provider (15 and later)."""
-    if connection.info.server_version < 150000:
-        return False
-    row = connection.execute(
-        "SELECT datlocprovider <> 'c' FROM pg_database WHERE datname = current_database()"
-    ).fetchone()
-    return bool(row and row[0])
-
-
-def _type(
-    connection: psycopg.Connection[Any], oid: int, by_code: bool, deterministic: bool
-) -> ColumnType:
-    row = connection.execute(_TYPE.format(base=_DOWN.format(oid=sql.Literal(oid)))).fetchone()
-    assert row is not None
-    base, name, kind, category, element, subtype, labels = row
-    inner = element if kind == "b" and category == "A" else subtype
-    kinds = {"e": "enum", "r": "range", "m": "multirange"}
-    return ColumnType(
-        base,
-        name,
-        tuple(labels),
-        _type(connection, inner, by_code, deterministic) if inner else None,
-        "array" if kind == "b" and category == "A" else kinds.get(kind, ""),
-        by_code,
-        deterministic,
-    )
-
-
-def canonical(connection: psycopg.Connection[Any], type_oid: int, text: bytes) -> bytes:
-    """A constant as PostgreSQL writes it. Raises `SubscriptionError` if it is no such value."""
-    result = connection.pgconn.exec_params(b"SELECT $1", [text], param_types=[type_oid])
-    if result.status != pq.ExecStatus.TUPLES_OK:
-        message = result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) or b"no connection"
-        raise SubscriptionError(message.decode(errors="replace"))
-    return result.get_value(0, 0) or b""
+def fingerprint(connection: psycopg.Connection[Any], names: Iterable[TableName]) -> str:
+    """Changes when one of these tables is made, dropped, renamed, or its partitions change."""
+    names = sorted(set(names), key=str)
+    parameters = [[name.schema for name in names], [name.name for name in names]]
+    row = connection.execute(_FINGERPRINT.encode(), parameters).fetchone()
+    return str(row[0]) if row else ""
 
 
 def _read(
@@ -239,6 +148,7 @@ def _read(
     if row is None:
         return None
     oid, schema, name, kind, unlogged, identity, index, primary, index_key, owned, ancestors = row
+    columns = connection.execute(_COLUMNS.encode(), [oid]).fetchall()
     return CatalogTable(
         oid,
         TableName(schema, name),
@@ -249,23 +159,6 @@ def _read(
         tuple(primary),
         tuple(index_key),
         owned,
-        {column.name: column for column in _columns(connection, oid)},
+        {name: CatalogColumn(name, kind, generated) for name, kind, generated in columns},
         tuple(TableName(*ancestor) for ancestor in ancestors),
     )
-
-
-def _columns(connection: psycopg.Connection[Any], oid: int) -> list[CatalogColumn]:
-    """The columns of a table, or the fields of a composite type."""
-    return [
-        CatalogColumn(
-            name,
-            kind,
-            base,
-            generated,
-            tuple(_columns(connection, composite)) if composite else (),
-            bool(composite and array),
-        )
-        for name, kind, generated, base, composite, array in connection.execute(
-            _COLUMNS, [oid]
-        ).fetchall()
-    ]

@@ -230,9 +230,9 @@ class _Examination:
 
     def _publications(self, tables: dict[TableName, CatalogTable]) -> None:
         prefix = self._settings.flash_publication_slot_prefix
-        goal = publications.wanted(self._connection, self._subscriptions, tables)
+        found = publications.read(self._connection, prefix)
+        goal = publications.wanted(self._connection, self._subscriptions, tables, found.record)
         try:
-            found = publications.read(self._connection, prefix)
             publications.check(found, prefix, goal)
             self._check_slot_of(found, prefix)
             self._check_identities(goal)

@@ -154,8 +154,10 @@ def wanted(
     connection: psycopg.Connection[Any],
     subscriptions: Iterable[Subscription],
     tables: dict[TableName, CatalogTable],
+    record: Record | None,
 ) -> Wanted:
-    """What these subscriptions need of these tables."""
+    """What these subscriptions need of these tables, whose identities were as the record says."""
+    before = record.identities if record else {}
     published: dict[Operation, dict[int, CatalogTable]] = {op: {} for op in OPERATIONS}
     needs: dict[int, list[Subscription]] = {}
     holders: dict[int, CatalogTable] = {}
@@ -167,17 +169,25 @@ def wanted(
         for leaf in catalog.leaves(connection, table):
             holders[leaf.oid] = leaf
             needs.setdefault(leaf.oid, []).append(subscription)
-    full = {oid: holders[oid] for oid, on_it in needs.items() if needs_full(holders[oid], on_it)}
+    full = {}
+    for oid, on_it in needs.items():
+        table = holders[oid]
+        if needs_full(table, on_it, before.get(str(oid), [table.identity])[0]):
+            full[oid] = table
     return Wanted(published, full)
 
 
-def needs_full(table: CatalogTable, subscriptions: Iterable[Subscription]) -> bool:
-    """Whether the WAL must hold the whole old row of this table's updates and deletes."""
+def needs_full(table: CatalogTable, subscriptions: Iterable[Subscription], before: str) -> bool:
+    """Whether the WAL must hold the whole old row of this table's updates and deletes.
+
+    `before` is its identity without us: what is needed must not depend on what was done for it.
+    """
     subscriptions = [one for one in subscriptions if one.captured & REWRITES]
     if not subscriptions:
         return False
     # Without an identity PostgreSQL refuses UPDATE and DELETE of a published table.
-    identity = table.identity_columns if table.identity != "f" else frozenset(table.primary_key)
+    identity = table.identity_columns if table.identity == before else frozenset[str]()
+    identity = frozenset(table.primary_key) if before == "d" else identity
     return not identity or any(
         not one.old_columns(operation) <= identity
         for one in subscriptions

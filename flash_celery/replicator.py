@@ -72,6 +72,7 @@ class Replicator:
         self._source = ""
         self._streamed = False
         self._seen_slot = False
+        self._fingerprint = ""
         self._pauses = delays()
 
     def stop(self) -> None:
@@ -148,6 +149,7 @@ class Replicator:
             self._progress,
             self.control,
             self._settings,
+            self._fingerprint,
         )
 
     def _set_up(self, stream: ReplicationConnection, connection: psycopg.Connection[Any]) -> None:
@@ -155,15 +157,24 @@ class Replicator:
         slot = self._settings.flash_replication_slot
         prefix = self._settings.flash_publication_slot_prefix
         with ddl.alone(connection, prefix, self.control.sleep):
-            report = preflight.examine(connection, self._settings, self._subscriptions)
-            report.raise_first()
-            self._still_there(report)
-            ddl.apply(connection, report.steps, self.control.sleep)
+            report = self._examine(connection)
+            while report.steps:
+                ddl.apply(connection, report.steps, self.control.sleep)
+                report = self._examine(connection)
             if not report.slot_exists:
                 position = stream.create_slot(slot)
                 self._seen_slot = True
                 logger.info("Created the slot %s at %s", slot, position)
             ddl.remember_slot(connection, prefix, slot)
+
+    def _examine(self, connection: psycopg.Connection[Any]) -> preflight.Report:
+        """Look at everything; from now on a session notices when a table changes."""
+        tables = [subscription.table for subscription in self._subscriptions]
+        self._fingerprint = catalog.fingerprint(connection, tables)
+        report = preflight.examine(connection, self._settings, self._subscriptions)
+        report.raise_first()
+        self._still_there(report)
+        return report
 
     def _start(self, stream: ReplicationConnection, connection: psycopg.Connection[Any]) -> None:
         slot = self._settings.flash_replication_slot

@@ -7,11 +7,15 @@ inside.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
-from .catalog import CatalogColumn, CatalogTable
+import psycopg
+
+from . import catalog, column_types
+from .catalog import CatalogTable
 from .changes import Operation
+from .column_types import TEXT, TypeDescription
 from .conditions import Cells
 from .errors import SubscriptionError
 from .payload import TRUNCATED, Delivery
@@ -34,28 +38,44 @@ class Deliver(Protocol):
     ) -> None: ...
 
 
+class Catalog:
+    """What the catalog says when a relation turns up in the stream."""
+
+    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+        self._connection = connection
+
+    def table(self, oid: int) -> CatalogTable | None:
+        """The table as it is now; None if it has been dropped."""
+        return catalog.describe(self._connection, oid)
+
+    def types(self, oids: Iterable[int]) -> dict[int, TypeDescription]:
+        """How values of these types are read."""
+        return column_types.describe(self._connection, oids)
+
+    def matcher(
+        self, oid: int, subscription: Subscription, types: Mapping[str, int]
+    ) -> Callable[[Cells], bool] | None:
+        """The predicate of a subscription's condition on columns of these types."""
+        return column_types.matcher(self._connection, oid, subscription, types)
+
+
 class Router:
     """Routes the rows of one replication connection.
 
-    `describe` looks a relation up in the catalog, `matcher` binds a subscription's condition to it;
-    `deliver` takes each change for each
-    subscription, in the order of the WAL.
+    `deliver` takes each change for each subscription, in the order of the WAL.
     """
 
     def __init__(
         self,
         subscriptions: Sequence[Subscription],
-        describe: Callable[[int], CatalogTable | None],
-        matcher: Callable[[int, Subscription], Callable[[Cells], bool] | None],
+        catalog: Catalog,
         deliver: Deliver,
     ) -> None:
         self._subscriptions = subscriptions
-        self._describe = describe
-        self._matcher = matcher
+        self._catalog = catalog
         self._deliver = deliver
         self._routes: dict[bytes, list[Route]] = {}
-        self._truncates: dict[int, list[tuple[TableName, Route]]] = {}
-        self._names: dict[int, TableName] = {}
+        self._truncates: dict[int, list[Route]] = {}
         #: Rows that were judged without their old values.
         self.unjudged = 0
         self._warned: set[TableName] = set()
@@ -66,15 +86,10 @@ class Router:
             route(payload, transaction, index)
 
     def truncate(self, oids: Sequence[int], transaction: Transaction, index: int) -> None:
-        """Route a TRUNCATE; each relation of it counts as a row.
-
-        A partitioned table comes with its partitions: its own handlers are told once.
-        """
-        truncated = {self._names.get(oid) for oid in oids}
+        """Route a TRUNCATE; each relation of it counts as a row, and a partition as one."""
         for place, oid in enumerate(oids):
-            for table, route in self._truncates.get(oid, ()):
-                if table == self._names[oid] or table not in truncated:
-                    route(TRUNCATED, transaction, index + place)
+            for route in self._truncates.get(oid, ()):
+                route(TRUNCATED, transaction, index + place)
 
     def relation(self, relation: pgoutput.Relation) -> None:
         """Learn a relation, or what has become of it.
@@ -82,13 +97,14 @@ class Router:
         Raises `SubscriptionError` if a column that a subscription names is not there any more.
         """
         self._forget(relation.oid)
-        own = self._names[relation.oid] = TableName(relation.schema, relation.name)
-        described = self._describe(relation.oid)
+        own = TableName(relation.schema, relation.name)
+        described = self._catalog.table(relation.oid)
         names = {own, *(described.ancestors if described else ())}
+        types = self._catalog.types([column.type_oid for column in relation.columns])
         for subscription in self._subscriptions:
             if subscription.table in names:
                 _require_columns(subscription, relation)
-                table = _table(subscription, relation, described)
+                table = _table(subscription, relation, described, types)
                 self._add(subscription, relation, table)
 
     def _forget(self, oid: int) -> None:
@@ -100,16 +116,16 @@ class Router:
     def _add(self, subscription: Subscription, relation: pgoutput.Relation, table: Table) -> None:
         if Operation.TRUNCATE in subscription.operations:
             route = self._forward(subscription, Operation.TRUNCATE, table)
-            entry = (subscription.table, route)
-            self._truncates.setdefault(relation.oid, []).append(entry)
+            self._truncates.setdefault(relation.oid, []).append(route)
         plain = not (subscription.fields or subscription.where or subscription.key)
         transitions = None
         if not plain:
+            type_oids = {column.name: column.type_oid for column in relation.columns}
             transitions = Transitions(
                 subscription,
                 table,
                 [column.name for column in relation.columns],
-                self._matcher(relation.oid, subscription),
+                self._catalog.matcher(relation.oid, subscription, type_oids),
                 lambda: self._unknown(subscription.table),
             )
         for operation, tag in _TAGS.items():
@@ -166,25 +182,23 @@ def _require_columns(subscription: Subscription, relation: pgoutput.Relation) ->
         )
 
 
-def _column(column: pgoutput.Column, described: CatalogTable | None, delivered: bool) -> Column:
-    """A column as its handler sees it; where the catalog knows no more, as the relation said."""
-    found = described.columns.get(column.name) if described else None
-    if found is None:
-        return Column(column.name, column.type_oid, "", column.key, delivered)
-    fields, array = tuple(map(_field, found.fields)), found.array
-    return Column(
-        column.name, found.base_oid, found.type_name, column.key, delivered, fields, array
-    )
+def _column(
+    column: pgoutput.Column, types: Mapping[int, TypeDescription], delivered: bool
+) -> Column:
+    """A column as its handler sees it."""
+    return _described(column.name, types.get(column.type_oid, TEXT), column.key, delivered)
 
 
-def _field(field: CatalogColumn) -> Column:
-    """A field of a composite type."""
-    inner = tuple(map(_field, field.fields))
-    return Column(field.name, field.base_oid, field.type_name, False, True, inner, field.array)
+def _described(name: str, of: TypeDescription, identity: bool, delivered: bool) -> Column:
+    fields = tuple(_described(field, inner, False, True) for field, inner in of.fields)
+    return Column(name, of.base_oid, of.name, identity, delivered, fields, of.array)
 
 
 def _table(
-    subscription: Subscription, relation: pgoutput.Relation, described: CatalogTable | None
+    subscription: Subscription,
+    relation: pgoutput.Relation,
+    described: CatalogTable | None,
+    types: Mapping[int, TypeDescription],
 ) -> Table:
     """The table as the handler of this subscription sees it."""
     own = TableName(relation.schema, relation.name)
@@ -192,7 +206,7 @@ def _table(
     key = subscription.key or _key(relation, described)
     fields = frozenset(subscription.fields or (column.name for column in relation.columns))
     columns = [
-        _column(c, described, delivered=c.name in fields)
+        _column(c, types, delivered=c.name in fields)
         for c in relation.columns
         if c.name in fields or c.name in key
     ]

@@ -116,7 +116,10 @@ class Row(Mapping[str, Any]):
     def _why_unknown(self, name: str) -> str:
         table = self._table
         if name not in table.positions:
-            return f"{table.full_name} has no column {name!r} in this change"
+            return (
+                f"{table.full_name} has no column {name!r} in this change; those outside `fields` "
+                "do not travel"
+            )
         if name not in table.delivered:
             return f"{name!r} is not among the fields of this subscription"
         return (

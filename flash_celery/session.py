@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import select
 import time
-from functools import partial
 from typing import Any
 
 import psycopg
@@ -23,7 +22,7 @@ from .protocol.frames import Keepalive
 from .protocol.lsn import Lsn
 from .publishing import Publishing
 from .replication import ReplicationConnection
-from .routing import Router
+from .routing import Catalog, Router
 from .settings import Settings
 from .subscriptions import Subscription
 from .transactions import Transactions
@@ -32,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 #: Bytes of messages that one unit gathers while a burst is read.
 _UNIT_BYTES = 1 << 20
+#: Seconds between two looks at the tables in the catalog.
+_LOOK_SECONDS = 1.0
 #: How many status intervals may pass without a byte from the server.
 _SILENT_INTERVALS = 3
 
@@ -48,6 +49,7 @@ class Session:
         progress: Progress,
         control: Control,
         settings: Settings,
+        fingerprint: str,
     ) -> None:
         self._stream = stream
         self._connection = connection
@@ -61,20 +63,22 @@ class Session:
         def deliver(subscription: Subscription, operation: Operation, delivery: Delivery) -> None:
             self._outbox.add(templates[subscription, operation], delivery)
 
-        router = Router(
-            templates.subscriptions,
-            partial(catalog.describe, connection),
-            partial(catalog.matcher_of, connection),
-            deliver,
-        )
+        router = Router(templates.subscriptions, Catalog(connection), deliver)
         self._transactions = Transactions(router)
+        self._tables = [one.table for one in templates.subscriptions]
+        self._fingerprint = fingerprint
+        self._looked = time.monotonic()
         self._interval = _status_interval(connection, self._settings)
         self._heard = self._told = time.monotonic()
         self._told_position = Lsn(0)
         self._handed = Lsn(0)
 
     def run(self) -> None:
-        """Read, hand over, acknowledge; until the owner stops. Raises `ReplicationError`."""
+        """Read, hand over, acknowledge.
+
+        Until somebody stops it, or a table has been made anew or got a partition: then the
+        publications need another look. Raises `ReplicationError`.
+        """
         give_up = None
         while True:
             if self._control.failure is not None:
@@ -85,6 +89,9 @@ class Session:
                 give_up = give_up or now + self._settings.flash_shutdown_timeout / 2
                 if not self._transactions.open or now > give_up:
                     return self._drain()
+            elif self._tables_changed():
+                logger.warning("A table of a handler is not what it was; looking at all of them")
+                return self._drain()
             self._turn()
 
     def _turn(self) -> None:
@@ -110,9 +117,17 @@ class Session:
                 f"PostgreSQL has been silent for {now - self._heard:.0f} s; connecting anew."
             )
 
+    def _tables_changed(self) -> bool:
+        """Whether a table is not the one it was when this session began; asked now and then."""
+        now = time.monotonic()
+        if self._transactions.open or now - self._looked < _LOOK_SECONDS:
+            return False
+        self._looked = now
+        return catalog.fingerprint(self._connection, self._tables) != self._fingerprint
+
     def _patience(self) -> float:
         """Seconds until something is due."""
-        due = self._told + self._interval
+        due = min(self._told + self._interval, self._looked + _LOOK_SECONDS)
         if self._outbox.due is not None:
             due = min(due, self._outbox.due)
         return max(0.0, due - time.monotonic())

@@ -8,7 +8,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from . import catalog
+from . import catalog, column_types
 from .catalog import CatalogTable
 from .errors import SubscriptionError
 from .publications import REWRITES
@@ -66,7 +66,8 @@ def check_columns(
                 "publish; name the columns it is made of."
             )
     try:
-        catalog.matcher_of(connection, table.oid, subscription)
+        types = {column.name: column.type_oid for column in table.columns.values()}
+        column_types.matcher(connection, table.oid, subscription, types)
     except SubscriptionError as error:
         raise SubscriptionError(f"{who}: on {table.name}, {error}") from None
 

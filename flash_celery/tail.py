@@ -7,7 +7,6 @@ import select
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from functools import partial
 from typing import Any
 
 import psycopg
@@ -23,7 +22,7 @@ from .protocol.frames import Keepalive
 from .protocol.lsn import Lsn
 from .publications import REWRITES
 from .replication import ReplicationConnection
-from .routing import Router
+from .routing import Catalog, Router
 from .rows import UNCHANGED
 from .subscriptions import Subscription, TableName
 from .transactions import Transactions
@@ -107,9 +106,7 @@ def _follow(
     def deliver(subscription: Subscription, operation: Operation, delivery: Delivery) -> None:
         pending.append(change_of(delivery))
 
-    router = Router(
-        subscriptions, partial(catalog.describe, connection), lambda oid, one: None, deliver
-    )
+    router = Router(subscriptions, Catalog(connection), deliver)
     transactions = Transactions(router)
     position = Lsn(0)
     told = time.monotonic()

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from flash_celery import catalog
+from flash_celery import catalog, column_types
 from flash_celery.comparison import parse_array
 from flash_celery.conditions import parse
 from flash_celery.errors import SubscriptionError
+from flash_celery.subscriptions import TableName
 
 #: `make soak` asks for many more.
 EXAMPLES = int(os.environ.get("FLASH_EXAMPLES", "300"))
@@ -76,8 +77,12 @@ def connection(postgres):
 
 @pytest.fixture(scope="module")
 def types(connection):
-    (oid,) = connection.execute("SELECT 'everything'::regclass::oid::int8").fetchone()
-    return {name: catalog.column_type(connection, oid, name) for name in TYPES}
+    return {name: compared(connection, "everything", name) for name in TYPES}
+
+
+def compared(connection, table, column):
+    found = catalog.find(connection, TableName("public", table))
+    return column_types.compared(connection, found.oid, column, found.columns[column].type_oid)
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +91,13 @@ def judge(connection, types):
 
     def judge(where, row):
         cells = {
-            name: None if text is None else catalog.canonical(connection, types[name].oid, text)
+            name: None
+            if text is None
+            else column_types.canonical(connection, types[name].oid, text)
             for name, text in row.items()
         }
         condition = parse(where)
-        return condition.bind(types, partial(catalog.canonical, connection))(cells.get)
+        return condition.bind(types, partial(column_types.canonical, connection))(cells.get)
 
     return judge
 
@@ -413,15 +420,14 @@ def odd(connection):
     with connection.transaction(force_rollback=True):
         connection.execute("CREATE TYPE pair AS (a int, b int)")
         connection.execute("CREATE TABLE odd (place point, pair pair, cost money, lines tsvector)")
-        (oid,) = connection.execute("SELECT 'odd'::regclass::oid::int8").fetchone()
-        yield lambda name: catalog.column_type(connection, oid, name)
+        yield lambda name: compared(connection, "odd", name)
 
 
 @pytest.mark.parametrize("column", ["place", "pair", "cost", "lines"])
 def test_a_type_without_an_exact_counterpart_is_refused(connection, odd, column):
     condition = parse({column: "x"})
     with pytest.raises(SubscriptionError, match="which only PostgreSQL can do"):
-        condition.bind({column: odd(column)}, partial(catalog.canonical, connection))
+        condition.bind({column: odd(column)}, partial(column_types.canonical, connection))
     assert parse({f"{column}__isnull": True}).bind({column: odd(column)}, None)({}.get)
 
 
@@ -429,7 +435,7 @@ def test_text_that_sorts_by_a_language_is_refused_for_order_and_case(connection,
     from dataclasses import replace
 
     linguistic = replace(types["text"], sorted_by_code=False)
-    canonical = partial(catalog.canonical, connection)
+    canonical = partial(column_types.canonical, connection)
     for where in ({"text__lt": "b"}, {"text__between": ["a", "b"]}, {"text__icontains": "b"}):
         with pytest.raises(SubscriptionError, match='COLLATE "C"'):
             parse(where).bind({"text": linguistic}, canonical)
@@ -450,12 +456,11 @@ def test_collations_are_read_from_the_catalog(connection):
             expected.append(False)
         columns = ", ".join(f"c{n} text COLLATE {name}" for n, name in enumerate(names))
         connection.execute(f"CREATE TABLE collated ({columns}, plain text)")
-        (oid,) = connection.execute("SELECT 'collated'::regclass::oid::int8").fetchone()
         found = [
-            catalog.column_type(connection, oid, f"c{n}").sorted_by_code for n in range(len(names))
+            compared(connection, "collated", f"c{n}").sorted_by_code for n in range(len(names))
         ]
         assert found == expected
-        assert catalog.column_type(connection, oid, "plain").sorted_by_code
+        assert compared(connection, "collated", "plain").sorted_by_code
 
 
 @pytest.mark.parametrize(

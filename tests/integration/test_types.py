@@ -12,7 +12,7 @@ from psycopg.types.json import Jsonb
 from flash_celery import catalog, payload
 from flash_celery.changes import Operation
 from flash_celery.protocol import pgoutput
-from flash_celery.routing import Router
+from flash_celery.routing import Catalog, Router
 from flash_celery.subscriptions import Subscription, TableName
 from flash_celery.transactions import Transactions
 
@@ -96,8 +96,7 @@ class Reader:
         subscription = Subscription("test", TableName("public", "everything"))
         router = Router(
             [subscription],
-            lambda oid: catalog.describe(connection, oid),
-            lambda oid, one: None,
+            Catalog(connection),
             lambda one, operation, delivery: self.found.append(delivery),
         )
         self.transactions = Transactions(router)

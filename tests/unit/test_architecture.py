@@ -34,7 +34,7 @@ ALLOWED = {
     "transactions": {"rows", "protocol", "errors"},
     "transitions": {"changes", "conditions", "rows", "subscriptions", "protocol"},
     "routing": {
-        *("catalog", "changes", "conditions", "payload", "protocol", "rows"),
+        *("catalog", "changes", "column_types", "conditions", "payload", "protocol", "rows"),
         *("subscriptions", "transitions", "errors"),
     },
     "messages": {"changes", "payload", "settings", "subscriptions", "errors"},
@@ -47,10 +47,11 @@ ALLOWED = {
     "publishers.kombu": {"publishers", "messages"},
     "publishers.memory": {"messages", "errors"},
     # The catalog, and what is set up in it.
-    "catalog": {"comparison", "conditions", "replication", "subscriptions", "errors"},
+    "catalog": {"replication", "subscriptions"},
+    "column_types": {"comparison", "conditions", "subscriptions", "errors"},
     "publications": {"catalog", "changes", "subscriptions", "errors"},
     "ddl": {"backoff", "catalog", "changes", "publications", "errors"},
-    "tables": {"catalog", "publications", "subscriptions", "errors"},
+    "tables": {"catalog", "column_types", "publications", "subscriptions", "errors"},
     "preflight": {
         *("catalog", "ddl", "publications", "replication", "settings", "subscriptions"),
         *("tables", "errors"),

@@ -1,0 +1,267 @@
+"""What a handler is told: transitions, fields, keys, old and new. Scenarios on a real server."""
+
+import pytest
+
+from flash_celery import UNCHANGED
+from flash_celery.errors import ReplicaIdentityMissing, SubscriptionError
+
+from .conftest import shown
+
+ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text, note text)"
+FULL = "ALTER TABLE items REPLICA IDENTITY FULL"
+
+
+def test_every_operation(flash):
+    flash.database.execute(ITEMS)
+    flash.handler("items").start()
+    flash.do(
+        "INSERT INTO items VALUES (1, 'a', NULL), (2, 'b', '')",
+        "UPDATE items SET name = 'c' WHERE id = 1",
+        "UPDATE items SET name = name WHERE id = 1",
+        "UPDATE items SET id = 10 WHERE id = 1",
+        "DELETE FROM items WHERE id = 10",
+        "TRUNCATE items",
+    )
+    changes = flash.told()
+    assert shown(changes) == [
+        "insert 1,a,-",
+        "insert 2,b,",
+        "update 1 -> 1,c,-",
+        "update 1 -> 1,c,-",
+        "update 1 -> 10,c,-",
+        "delete 10",
+        "truncate",
+    ]
+    assert [dict(change.key) for change in changes[:6:5]] == [{"id": 1}, {"id": 10}]
+    assert [change.changed for change in changes[2:5]] == [None, None, None]
+    assert len({change.id for change in changes}) == 7
+    assert [c.commit_lsn for c in changes] == sorted(c.commit_lsn for c in changes)
+
+
+WHERE = {"name": "paid"}
+#: The table of docs/semantics.md: before, after, and what each mask is told.
+TRANSITIONS = [
+    ("open", "paid", {"all": "insert", "insert": "insert", "insert|delete": "insert"}),
+    ("paid", "open", {"all": "delete", "delete": "delete", "insert|delete": "delete"}),
+    ("paid", "paid", {"all": "update", "update": "update"}),
+    ("open", "open", {}),
+    (None, "paid", {"all": "insert", "insert": "insert", "insert|delete": "insert"}),
+    ("paid", None, {"all": "delete", "delete": "delete", "insert|delete": "delete"}),
+]
+MASKS = ["all", "insert", "update", "delete", "insert|delete"]
+
+
+def test_the_table_of_transitions(flash):
+    flash.database.execute(ITEMS)
+    for mask in MASKS:
+        flash.handler("items", mask, name=mask, where=WHERE)
+    flash.start()
+    for before, after, expected in TRANSITIONS:
+        flash.database.execute(
+            "TRUNCATE items",
+            f"INSERT INTO items VALUES (1, {before!r}, 'x')".replace("None", "NULL"),
+        )
+        flash.do("SELECT 1")
+        for mask in MASKS:
+            flash.told(mask)
+        flash.do(f"UPDATE items SET name = {after!r}, note = 'y'".replace("None", "NULL"))
+        told = {mask: [c.operation.names()[0] for c in flash.told(mask)] for mask in MASKS}
+        assert told == {mask: [expected[mask]] if mask in expected else [] for mask in MASKS}
+
+
+def test_inserts_and_deletes_within_a_condition(flash):
+    flash.database.execute(ITEMS)
+    flash.handler("items", where=[{"name": "paid"}, {"note": None}]).start()
+    flash.do(
+        "INSERT INTO items VALUES (1, 'paid', 'x'), (2, 'open', 'x'), (3, 'open', NULL)",
+        "DELETE FROM items",
+        "TRUNCATE items",
+    )
+    assert shown(flash.told()) == [
+        "insert 1,paid,x",
+        "insert 3,open,-",
+        "delete 1,paid,x",
+        "delete 3,open,-",
+        "truncate",
+    ]
+
+
+def test_fields_travel_alone_and_conditions_may_look_elsewhere(flash):
+    flash.database.execute(ITEMS)
+    flash.handler("items", fields=["name"], where={"note__ne": "hidden"}).start()
+    flash.do(
+        "INSERT INTO items VALUES (1, 'a', 'seen'), (2, 'b', 'hidden')",
+        "UPDATE items SET note = 'other'",
+        "UPDATE items SET name = 'c' WHERE id = 1",
+        "UPDATE items SET name = name",
+        "DELETE FROM items",
+    )
+    messages = flash.publisher.queues["flash"]
+    assert not any("b3RoZXI" in m.body or "c2Vlbg" in m.body for m in messages)  # base64
+    changes = flash.told()
+    # The update of note brought row 2 into the condition, and changed no field of row 1.
+    assert shown(changes) == ["insert a", "insert b", "update a -> c", "delete b", "delete c"]
+    assert changes[2].changed == {"name"}
+    assert [dict(c.key) for c in changes] == [{"id": n} for n in (1, 2, 1, 2, 1)]
+    with pytest.raises(KeyError, match="do not travel"):
+        changes[2].new["note"]
+
+
+def test_a_composite_key_and_a_condition(flash):
+    flash.database.execute(
+        "CREATE TABLE lines (shop int, number int, status text, PRIMARY KEY (shop, number))"
+    )
+    flash.handler("lines", key=["number", "shop"], where={"status": "on"}).start()
+    flash.do(
+        "INSERT INTO lines VALUES (1, 1, 'on')",
+        "UPDATE lines SET number = 2",
+        "UPDATE lines SET shop = 5, status = 'off'",
+        "UPDATE lines SET shop = 6, status = 'on'",
+        "UPDATE lines SET shop = 7",
+    )
+    changes = flash.told()
+    assert shown(changes) == [
+        "insert 1,1,on",
+        "delete 1,1,on",
+        "insert 1,2,on",
+        "delete 1,2,on",
+        "insert 6,2,on",
+        "delete 6,2,on",
+        "insert 7,2,on",
+    ]
+    assert list(changes[0].key.items()) == [("shop", 1), ("number", 1)]
+    assert [c.id.rpartition(":")[2] for c in changes] == ["0", "0-", "0+", "0", "0", "0-", "0+"]
+
+
+IDENTITIES = {
+    "default": ("ALTER TABLE items REPLICA IDENTITY DEFAULT", {"id"}, None, {"id"}),
+    "full": (FULL, {"id", "name", "note"}, {"note"}, {"id", "name", "note"}),
+    "index": (
+        "CREATE UNIQUE INDEX by_name ON items (name); "
+        "ALTER TABLE items REPLICA IDENTITY USING INDEX by_name",
+        {"name"},
+        None,
+        {"name"},
+    ),
+}
+
+
+@pytest.mark.parametrize("identity", IDENTITIES)
+def test_old_holds_what_the_identity_gives(flash, identity):
+    statement, old, changed, deleted = IDENTITIES[identity]
+    flash.database.execute(ITEMS.replace("name text", "name text NOT NULL"), statement)
+    flash.handler("items").start(flash_replica_identity="keep")
+    flash.do(
+        "INSERT INTO items VALUES (1, 'a', 'x')",
+        "UPDATE items SET note = 'y'",
+        "DELETE FROM items",
+    )
+    _, update, delete = flash.told()
+    assert set(update.old) == old
+    assert update.changed == changed
+    assert set(delete.old) == deleted
+    if identity != "full":
+        with pytest.raises(KeyError, match="ALTER TABLE public.items REPLICA IDENTITY FULL"):
+            update.old["note"]
+    assert update.key == ({"name": "a"} if identity == "none" else {"id": 1})
+
+
+@pytest.mark.parametrize(
+    "set_up",
+    [
+        "CREATE TABLE items (id int, name text, note text)",
+        f"{ITEMS}; ALTER TABLE items REPLICA IDENTITY NOTHING",
+    ],
+)
+def test_a_table_without_identity_gets_one_or_is_refused(flash, set_up):
+    flash.database.execute(set_up)
+    flash.handler("items")
+    with pytest.raises(ReplicaIdentityMissing, match="REPLICA IDENTITY FULL;"):
+        flash.start(flash_replica_identity="keep")
+    flash.error = None
+    flash.start(flash_replica_identity="auto")
+    flash.do("INSERT INTO items VALUES (1, 'a')", "UPDATE items SET note = 'y'")
+    assert shown(flash.told()) == ["insert 1,a,-", "update 1,a,- -> 1,a,y"]
+
+
+BIG = "repeat(md5('x'), 10000)"
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_large_value_that_did_not_change(flash, full):
+    flash.database.execute(
+        ITEMS, "ALTER TABLE items ALTER note SET STORAGE EXTERNAL", FULL if full else "SELECT 1"
+    )
+    flash.handler("items", "update", name="whole")
+    if full:
+        flash.handler("items", "update", name="note", fields=["note"])
+        flash.handler("items", "update", name="both", fields=["name", "note"])
+        flash.handler("items", "update", name="where", where={"note__startswith": "9dd4"})
+    flash.start(flash_replica_identity="keep")
+    flash.do(f"INSERT INTO items VALUES (1, 'a', {BIG})", "UPDATE items SET name = 'b'")
+    (update,) = flash.told("whole")
+    if not full:
+        assert update.new["note"] is UNCHANGED
+        assert update.new["note"] is not None
+        return
+    assert len(update.new["note"]) == 320_000
+    assert update.changed == {"name"}
+    assert flash.told("note") == []
+    (both,) = flash.told("both")
+    assert len(both.new["note"]) == 320_000
+    (matched,) = flash.told("where")
+    assert matched.new["name"] == "b"
+
+
+def test_an_identity_changed_under_way_is_followed(flash):
+    flash.database.execute(ITEMS)
+    flash.handler("items", fields=["name"]).start()
+    flash.do("INSERT INTO items VALUES (1, 'a', 'x')")
+    flash.do("ALTER TABLE items REPLICA IDENTITY DEFAULT", "UPDATE items SET note = 'y'")
+    # Nobody can tell whether name changed, so it is told; nothing is dropped.
+    assert shown(flash.told()) == ["insert a", "update  -> a"]
+    flash.wait(
+        lambda: (
+            flash.database.one("SELECT relreplident FROM pg_class WHERE relname = 'items'") == "f"
+        )
+    )
+    flash.do("UPDATE items SET note = 'z'", "UPDATE items SET name = 'c'")
+    assert shown(flash.told()) == ["update a -> c"]
+
+
+def test_several_handlers_of_one_table_and_one_of_several(flash):
+    flash.database.execute(ITEMS, "CREATE TABLE others (id int PRIMARY KEY)")
+    flash.handler("items", "insert", name="first").handler("items", "insert", name="second")
+    from flash_celery import on_change
+
+    @on_change("items", "insert")
+    @on_change("others", "insert")
+    @flash.app.task(name="both", shared=False)
+    def both(change): ...
+
+    flash.start()
+    flash.do("INSERT INTO items VALUES (1)", "INSERT INTO others VALUES (2)")
+    assert shown(flash.told("first")) == shown(flash.told("second")) == ["insert 1,-,-"]
+    assert shown(flash.told("both")) == ["insert 1,-,-", "insert 2"]
+
+
+def test_one_task_subscribed_twice_to_a_table_is_told_twice_with_ids_of_their_own(flash):
+    flash.database.execute(ITEMS)
+    from flash_celery import on_change
+
+    @on_change("items", where={"name": "a"})
+    @on_change("items", where={"note": "x"})
+    @flash.app.task(name="handler", shared=False)
+    def handler(change): ...
+
+    flash.start()
+    flash.do("INSERT INTO items VALUES (1, 'a', 'x')")
+    first, second = flash.told()
+    assert first.id != second.id
+
+
+def test_a_column_that_does_not_exist_is_refused(flash):
+    flash.database.execute(ITEMS)
+    flash.handler("items", fields=["nope"])
+    with pytest.raises(SubscriptionError, match="handler: public.items has no column nope"):
+        flash.start()

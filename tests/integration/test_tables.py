@@ -1,0 +1,292 @@
+"""Tables of every kind, and DDL while the replication worker runs."""
+
+import pytest
+
+from flash_celery.errors import SubscriptionError
+
+from .conftest import shown
+
+PARTED = """
+CREATE TABLE parted (id int, at int, note text, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
+CREATE TABLE parted_1 PARTITION OF parted FOR VALUES FROM (0) TO (10);
+CREATE TABLE parted_2 PARTITION OF parted FOR VALUES FROM (10) TO (20) PARTITION BY RANGE (at);
+CREATE TABLE parted_2a PARTITION OF parted_2 FOR VALUES FROM (10) TO (15);
+CREATE TABLE parted_2b PARTITION OF parted_2 FOR VALUES FROM (15) TO (20);
+"""
+
+
+def wheres(changes):
+    return [f"{c.operation.names()[0]} {c.table} {c.partition}" for c in changes]
+
+
+def test_handlers_on_the_root_the_middle_and_a_leaf(flash):
+    flash.database.execute(PARTED)
+    for name in ("parted", "parted_2", "parted_2a"):
+        flash.handler(name, name=name)
+    flash.start()
+    flash.do(
+        "INSERT INTO parted VALUES (1, 1), (2, 11)",
+        "INSERT INTO parted_2b VALUES (3, 16)",
+        "UPDATE parted SET note = 'x' WHERE id = 2",
+        "DELETE FROM parted WHERE id = 1",
+    )
+    assert wheres(flash.told("parted")) == [
+        "insert parted public.parted_1",
+        "insert parted public.parted_2a",
+        "insert parted public.parted_2b",
+        "update parted public.parted_2a",
+        "delete parted public.parted_1",
+    ]
+    assert wheres(flash.told("parted_2")) == [
+        "insert parted_2 public.parted_2a",
+        "insert parted_2 public.parted_2b",
+        "update parted_2 public.parted_2a",
+    ]
+    assert [c.operation.names()[0] for c in flash.told("parted_2a")] == ["insert", "update"]
+
+
+def test_truncate_of_a_leaf_and_of_the_root(flash):
+    flash.database.execute(PARTED)
+    flash.handler("parted", "truncate", name="root")
+    flash.handler("parted_2", "truncate", name="middle")
+    flash.handler("parted_1", "truncate", name="leaf").start()
+    flash.do("TRUNCATE parted_1")
+    assert wheres(flash.told("root")) == ["truncate parted public.parted_1"]
+    assert [c.table for c in flash.told("leaf")] == ["parted_1"]
+    assert flash.told("middle") == []
+    flash.do("TRUNCATE parted")
+    # PostgreSQL sends the partitions, and not what they are partitions of.
+    assert wheres(flash.told("root")) == [
+        "truncate parted public.parted_1",
+        "truncate parted public.parted_2a",
+        "truncate parted public.parted_2b",
+    ]
+    assert len(flash.told("leaf")) == 1
+    assert len(flash.told("middle")) == 2
+
+
+def test_a_row_that_moves_is_a_delete_and_an_insert(flash):
+    flash.database.execute(PARTED)
+    flash.handler("parted").start()
+    flash.do("INSERT INTO parted VALUES (1, 1)", "UPDATE parted SET at = 11")
+    assert wheres(flash.told()) == [
+        "insert parted public.parted_1",
+        "delete parted public.parted_1",
+        "insert parted public.parted_2a",
+    ]
+
+
+def test_a_partition_attached_and_detached_while_running(flash):
+    flash.database.execute(PARTED)
+    flash.handler("parted", fields=["note"]).start()
+    flash.do(
+        "CREATE TABLE late (id int NOT NULL, at int NOT NULL, note text)",
+        "ALTER TABLE parted ATTACH PARTITION late FOR VALUES FROM (20) TO (30)",
+        "INSERT INTO parted VALUES (1, 21, 'a')",
+    )
+    full = "SELECT relreplident FROM pg_class WHERE relname = 'late'"
+    flash.wait(lambda: flash.database.one(full) == "f")
+    flash.do("UPDATE late SET id = 2", "UPDATE late SET note = 'b'")
+    changes = flash.told()
+    assert shown(changes) == ["insert a", "update a -> b"]
+    assert changes[0].partition == "public.late"
+    flash.do("ALTER TABLE parted DETACH PARTITION late", "INSERT INTO late VALUES (3, 22, 'c')")
+    flash.do("UPDATE late SET note = 'd'", "DELETE FROM late")
+    assert flash.told() == []
+
+
+def test_a_partition_made_while_running_is_told_at_once(flash):
+    flash.database.execute(PARTED)
+    flash.handler("parted", "insert").start()
+    flash.do(
+        "CREATE TABLE late PARTITION OF parted FOR VALUES FROM (20) TO (30)",
+        "INSERT INTO parted VALUES (1, 25)",
+    )
+    assert wheres(flash.told()) == ["insert parted public.late"]
+
+
+def test_inheritance_is_not_partitioning(flash):
+    flash.database.execute(
+        "CREATE TABLE parent (id int PRIMARY KEY)", "CREATE TABLE child () INHERITS (parent)"
+    )
+    flash.handler("parent").start()
+    flash.do("INSERT INTO parent VALUES (1)", "INSERT INTO child VALUES (2)")
+    assert shown(flash.told()) == ["insert 1"]
+
+
+NAMES = ["UPPER", "Sales Dept", "has.dot", 'q"q', "'s", "naïve ☕ 🙂", "x" * 63, "select"]
+
+
+def test_names_of_every_kind(flash):
+    for number, name in enumerate(NAMES):
+        quoted = '"' + name.replace('"', '""') + '"'
+        flash.database.execute(
+            f"CREATE SCHEMA {quoted}",
+            f"CREATE TABLE {quoted}.{quoted} ({quoted} int PRIMARY KEY, other text)",
+        )
+        flash.handler(f"{quoted}.{quoted}", name=str(number), where={f"{name}__gt": 0})
+    flash.start()
+    for number, name in enumerate(NAMES):
+        quoted = '"' + name.replace('"', '""') + '"'
+        flash.do(f"INSERT INTO {quoted}.{quoted} VALUES (1, 'x')")
+        (change,) = flash.told(str(number))
+        assert (change.schema, change.table, change.new[name]) == (name, name, 1)
+        assert change.key == {name: 1}
+
+
+def test_generated_and_identity_columns(flash):
+    flash.database.execute(
+        "CREATE TABLE made (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, a int, "
+        "b int GENERATED ALWAYS AS (a * 2) STORED)"
+    )
+    flash.handler("made", fields=["a"], name="a").handler("made", name="all").start()
+    flash.do("INSERT INTO made (a) VALUES (5)", "UPDATE made SET a = 6", "DELETE FROM made")
+    assert shown(flash.told("a")) == ["insert 5", "update 5 -> 6", "delete 6"]
+    insert, update, _ = flash.told("all")
+    published = flash.database.one("SHOW server_version_num") >= "180000"
+    assert dict(insert.new) == {"id": 1, "a": 5, **({"b": 10} if published else {})}
+    assert update.new["a"] == 6
+
+
+def test_a_virtual_column(flash):
+    if flash.database.one("SHOW server_version_num") < "180000":
+        return  # there are none before
+    flash.database.execute(
+        "CREATE TABLE made (id int PRIMARY KEY, a int, b int GENERATED ALWAYS AS (a * 2) VIRTUAL)"
+    )
+    flash.handler("made").start()
+    flash.do("INSERT INTO made (id, a) VALUES (1, 5)", "UPDATE made SET a = 6")
+    assert shown(flash.told()) == ["insert 1,5", "update 1 -> 1,6"]
+
+
+def test_a_virtual_column_under_full_is_refused(flash):
+    if flash.database.one("SHOW server_version_num") < "180000":
+        return
+    flash.database.execute(
+        "CREATE TABLE made (id int PRIMARY KEY, a int, b int GENERATED ALWAYS AS (a * 2) VIRTUAL)"
+    )
+    flash.handler("made", fields=["a"])
+    from flash_celery.errors import ReplicaIdentityMissing
+
+    with pytest.raises(ReplicaIdentityMissing, match="virtual column b"):
+        flash.start()
+    flash.database.execute("INSERT INTO made (id) VALUES (1)", "UPDATE made SET a = 1")
+
+
+def test_1600_columns(flash):
+    columns = ", ".join(f"c{n} int" for n in range(1599))
+    flash.database.execute(f"CREATE TABLE wide (id int PRIMARY KEY, {columns})")
+    flash.handler("wide").start()
+    flash.do("INSERT INTO wide (id, c0, c1598) VALUES (1, 2, 3)")
+    (change,) = flash.told()
+    assert len(change.new) == 1600
+    assert (change.new["c0"], change.new["c7"], change.new["c1598"]) == (2, None, 3)
+
+
+def test_a_row_of_100_mb(flash):
+    flash.database.execute("CREATE TABLE heavy (id int PRIMARY KEY, body bytea)")
+    flash.handler("heavy", "insert").start()
+    flash.do("INSERT INTO heavy SELECT 1, decode(repeat('ab', 50000000), 'hex')")
+    (change,) = flash.told()
+    assert len(change.new["body"]) == 50_000_000
+
+
+def test_truncate_of_several_tables_some_not_ours(flash):
+    flash.database.execute(
+        "CREATE TABLE ta (id int PRIMARY KEY)",
+        "CREATE TABLE tb (id int PRIMARY KEY, a int REFERENCES ta)",
+        "CREATE TABLE tc (id int PRIMARY KEY)",
+    )
+    flash.handler("ta", name="a").handler("tb", "insert", name="b").handler("tc", name="c").start()
+    flash.do("TRUNCATE tb, ta, tc RESTART IDENTITY", "TRUNCATE ta CASCADE")
+    a, c = flash.told("a"), flash.told("c")
+    assert shown(a) == ["truncate", "truncate"]
+    assert shown(c) == ["truncate"]
+    assert flash.told("b") == []
+    assert len({change.id for change in (*a, *c)}) == 3
+
+
+def test_columns_added_dropped_renamed_and_retyped_while_running(flash):
+    flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, a int, b text)")
+    flash.handler("items", fields=["a"], name="a").handler("items", name="all").start()
+    flash.do(
+        "INSERT INTO items VALUES (1, 1, 'x')",
+        "ALTER TABLE items ADD c int DEFAULT 5",
+        "UPDATE items SET a = 2",
+        "ALTER TABLE items DROP b",
+        "UPDATE items SET a = 3",
+        "ALTER TABLE items RENAME c TO d",
+        "UPDATE items SET a = 4",
+        "ALTER TABLE items ALTER a TYPE text",
+        "UPDATE items SET a = '5'",
+    )
+    assert [change.new["a"] for change in flash.told("a")] == [1, 2, 3, 4, "5"]
+    assert [dict(change.new) for change in flash.told("all")] == [
+        {"id": 1, "a": 1, "b": "x"},
+        {"id": 1, "a": 2, "b": "x", "c": 5},
+        {"id": 1, "a": 3, "c": 5},
+        {"id": 1, "a": 4, "d": 5},
+        {"id": 1, "a": "5", "d": 5},
+    ]
+
+
+@pytest.mark.parametrize("ddl", ["DROP name", "RENAME name TO title"])
+def test_a_column_of_a_handler_that_disappears_stops_the_worker_and_loses_nothing(flash, ddl):
+    flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, name text)")
+    flash.handler("items", "insert", where={"name": "a"}).start()
+    flash.do("INSERT INTO items VALUES (1, 'a')")
+    flash.database.execute(f"ALTER TABLE items {ddl}", "INSERT INTO items VALUES (2)")
+    with pytest.raises(SubscriptionError, match=r"handler .*name"):
+        flash.wait(lambda: False)
+    flash.thread.join()
+    assert shown(flash.told()) == ["insert 1,a"]
+    assert flash.database.one(flash.slot("count(*)")) == 1
+
+
+def test_a_table_dropped_and_made_again_is_told_again(flash):
+    flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, name text)")
+    flash.handler("items", where={"name": "a"}).start()
+    flash.do("INSERT INTO items VALUES (1, 'a')")
+    with flash.database.connect() as connection, connection.transaction():
+        connection.execute("DROP TABLE items")
+        connection.execute("CREATE TABLE items (id int PRIMARY KEY, name text, more int)")
+    published = "SELECT count(*) FROM pg_publication_tables WHERE tablename = 'items'"
+    flash.wait(lambda: flash.database.one(published) == 4)
+    flash.do("INSERT INTO items VALUES (2, 'a', 5)", "UPDATE items SET name = 'b'")
+    assert shown(flash.told()) == ["insert 1,a", "insert 2,a,5", "delete 2,a,5"]
+
+
+def test_a_table_renamed_away_stops_the_worker(flash):
+    flash.database.execute("CREATE TABLE items (id int PRIMARY KEY)")
+    flash.handler("items").start()
+    flash.do("INSERT INTO items VALUES (1)", "ALTER TABLE items RENAME TO goods")
+    with pytest.raises(SubscriptionError, match="handler: there is no table public.items"):
+        flash.wait(lambda: False)
+
+
+def test_a_table_swapped_for_another_by_renaming(flash):
+    flash.database.execute("CREATE TABLE items (id int PRIMARY KEY)")
+    flash.handler("items").start()
+    with flash.database.connect() as connection, connection.transaction():
+        connection.execute("ALTER TABLE items RENAME TO items_old")
+        connection.execute("CREATE TABLE items (id int PRIMARY KEY, n int)")
+    published = "SELECT string_agg(DISTINCT tablename, ',') FROM pg_publication_tables"
+    flash.wait(lambda: flash.database.one(published) == "items")
+    flash.do("INSERT INTO items VALUES (1, 2)", "INSERT INTO items_old VALUES (7)")
+    assert shown(flash.told()) == ["insert 1,2"]
+
+
+def test_a_type_dropped_since_is_text(flash):
+    flash.database.execute(
+        "CREATE TYPE mood AS ENUM ('ok')", "CREATE TABLE items (id int PRIMARY KEY, m mood)"
+    )
+    flash.handler("items", "insert").start()
+    flash.stop()
+    flash.database.execute(
+        "INSERT INTO items VALUES (1, 'ok')",
+        "ALTER TABLE items ALTER m TYPE text",
+        "DROP TYPE mood",
+    )
+    flash.start()
+    flash.do("SELECT 1")
+    assert shown(flash.told()) == ["insert 1,ok"]
