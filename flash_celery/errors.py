@@ -12,6 +12,7 @@
     │   └── TableLocked           (retry)
     ├── ProtocolError             bytes that PostgreSQL should not have sent
     ├── ReplicationError          the connection to PostgreSQL (retry)
+    ├── SpoolError                the disk, for a large open transaction (retry)
     ├── PublishError              the broker (retry)
     │   ├── Unroutable
     │   └── NotConfirmed
@@ -102,6 +103,13 @@ class ReplicationError(FlashError):
 
     retry = True
     solution = "It is made again by itself; check that PostgreSQL runs and accepts connections."
+
+
+class SpoolError(FlashError):
+    """A large transaction that is still open cannot be kept on disk."""
+
+    retry = True
+    solution = "Make room, set flash_spool_directory, or turn flash_use_streaming off."
 
 
 class PublishError(FlashError):

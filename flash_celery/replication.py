@@ -89,12 +89,24 @@ class ReplicationConnection:
         command = sql.SQL("CREATE_REPLICATION_SLOT {} TEMPORARY LOGICAL pgoutput NOEXPORT_SNAPSHOT")
         self._execute(command.format(sql.Identifier(slot)), pq.ExecStatus.TUPLES_OK)
 
-    def start(self, slot: str, publications: Sequence[str], position: Lsn = Lsn(0)) -> None:  # noqa: B008
-        """Start streaming at the slot's confirmed position, or at a later one."""
+    def start(
+        self,
+        slot: str,
+        publications: Sequence[str],
+        position: Lsn = Lsn(0),  # noqa: B008
+        streaming: bool = False,
+    ) -> None:
+        """Start at the slot's confirmed position, or at a later one.
+
+        With `streaming` the server sends blocks of large transactions that are still open.
+        """
         names = sql.SQL(",").join(sql.Identifier(name) for name in publications)
-        command = sql.SQL(
-            "START_REPLICATION SLOT {} LOGICAL {} (proto_version '1', publication_names {})"
-        ).format(sql.Identifier(slot), sql.SQL(str(position)), sql.Literal(names.as_string(None)))
+        command = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} ({}, publication_names {})").format(
+            sql.Identifier(slot),
+            sql.SQL(str(position)),
+            sql.SQL("proto_version '2', streaming 'on'" if streaming else "proto_version '1'"),
+            sql.Literal(names.as_string(None)),
+        )
         self._execute(command, pq.ExecStatus.COPY_BOTH)
         self._connection.nonblocking = 1
 

@@ -124,7 +124,8 @@ class Replicator:
             ):
                 self._set_up(stream, connection)
                 self._start(stream, connection)
-                self._session(stream, connection).run()
+                with closing(self._session(stream, connection)) as session:
+                    session.run()
         except psycopg.OperationalError as error:
             raise unreachable(error, self._dsn) from error
 
@@ -188,7 +189,12 @@ class Replicator:
                 self._app, self._settings, self._subscriptions, f"{system}/{slot}"
             )
         try:
-            stream.start(slot, publications.names(prefix), self._progress.confirmed)
+            stream.start(
+                slot,
+                publications.names(prefix),
+                self._progress.confirmed,
+                self._settings.flash_use_streaming,
+            )
         except SlotInUse as error:
             raise SlotInUse(f"{str(error)[:-1]}{_holder(connection, slot)}.") from None
         self._streamed = True

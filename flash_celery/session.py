@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import select
 import time
+from collections import deque
 from typing import Any
 
 import psycopg
@@ -18,7 +19,7 @@ from .messages import Templates
 from .outbox import Outbox
 from .payload import Delivery
 from .progress import Progress
-from .protocol.frames import Keepalive
+from .protocol.frames import Keepalive, XLogData
 from .protocol.lsn import Lsn
 from .publishing import Publishing
 from .replication import ReplicationConnection
@@ -33,6 +34,10 @@ logger = logging.getLogger(__name__)
 _UNIT_BYTES = 1 << 20
 #: Seconds between two looks at the tables in the catalog.
 _LOOK_SECONDS = 1.0
+#: Frames that are taken before the server is looked after again.
+_STEPS = 5000
+#: Messages of a spooled transaction that are passed on at a time.
+_REPLAYED_TOGETHER = 100
 #: How many status intervals may pass without a byte from the server.
 _SILENT_INTERVALS = 3
 
@@ -64,7 +69,9 @@ class Session:
             self._outbox.add(templates[subscription, operation], delivery)
 
         router = Router(templates.subscriptions, Catalog(connection), deliver)
-        self._transactions = Transactions(router)
+        self._transactions = Transactions(router, settings.flash_spool_directory)
+        #: What has arrived and waits for a spooled transaction to be replayed.
+        self._frames: deque[XLogData | Keepalive] = deque()
         self._tables = [one.table for one in templates.subscriptions]
         self._fingerprint = fingerprint
         self._looked = time.monotonic()
@@ -95,16 +102,20 @@ class Session:
             self._turn()
 
     def _turn(self) -> None:
-        reading = self._publishing.has_room
+        behind = bool(self._frames) or self._transactions.replaying
+        reading = self._publishing.has_room and not behind
         sockets: list[Any] = [self._control, self._connection]
         ready, _, _ = select.select(
-            [*sockets, self._stream] if reading else sockets, [], [], self._patience()
+            [*sockets, self._stream] if reading else sockets, [], [], self._patience(behind)
         )
         if self._control in ready:
             self._control.awake()
         if self._connection in ready:
             self._check_connection()
-        asked = self._read() if self._stream in ready else False
+        if self._stream in ready:
+            self._heard = time.monotonic()
+            self._frames.extend(self._stream.receive())
+        asked = self._work() if self._publishing.has_room else False
         self._hand_over()
         now = time.monotonic()
         if not reading:
@@ -120,36 +131,54 @@ class Session:
     def _tables_changed(self) -> bool:
         """Whether a table is not the one it was when this session began; asked now and then."""
         now = time.monotonic()
-        if self._transactions.open or now - self._looked < _LOOK_SECONDS:
+        if now - self._looked < _LOOK_SECONDS:
             return False
         self._looked = now
-        return catalog.fingerprint(self._connection, self._tables) != self._fingerprint
+        return (
+            not self._transactions.open
+            and catalog.fingerprint(self._connection, self._tables) != self._fingerprint
+        )
 
-    def _patience(self) -> float:
+    def _patience(self, behind: bool) -> float:
         """Seconds until something is due."""
+        if behind and self._publishing.has_room:
+            return 0.0
         due = min(self._told + self._interval, self._looked + _LOOK_SECONDS)
         if self._outbox.due is not None:
             due = min(due, self._outbox.due)
         return max(0.0, due - time.monotonic())
 
-    def _read(self) -> bool:
-        """Take what has arrived; whether the server asks for an answer."""
+    def _work(self) -> bool:
+        """Take what has arrived, a unit's worth of it; whether the server asks for an answer."""
         asked = False
-        self._heard = time.monotonic()
-        for frame in self._stream.receive():
-            self._progress.receive(frame.wal_end)
-            if isinstance(frame, Keepalive):
-                asked = asked or frame.reply
-                if not self._transactions.open:
-                    # Everything committed before this position has been sent.
-                    self._outbox.commit(frame.wal_end)
-                continue
-            end = self._transactions.receive(frame.payload)
-            if end is not None:
-                self._outbox.commit(end)
-            if self._outbox.size > _UNIT_BYTES:
-                self._hand_over()
+        for _ in range(_STEPS):
+            if self._outbox.size >= _UNIT_BYTES:
+                break
+            if self._transactions.replaying:
+                self._commit(self._transactions.replay(_REPLAYED_TOGETHER))
+            elif self._frames:
+                asked = self._take(self._frames.popleft()) or asked
+            else:
+                break
         return asked
+
+    def _take(self, frame: XLogData | Keepalive) -> bool:
+        self._progress.receive(frame.wal_end)
+        if not isinstance(frame, Keepalive):
+            self._commit(self._transactions.receive(frame.payload))
+            return False
+        if not self._transactions.open:
+            # Everything committed before this position has been sent.
+            self._outbox.commit(frame.wal_end)
+        return frame.reply
+
+    def _commit(self, end: Lsn | None) -> None:
+        if end is not None:
+            self._outbox.commit(end)
+
+    def close(self) -> None:
+        """Let go of what was spooled."""
+        self._transactions.close()
 
     def _hand_over(self, everything: bool = False) -> None:
         unit = self._outbox.collect(everything)

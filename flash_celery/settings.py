@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -31,6 +32,8 @@ class Settings:
     flash_routes: Mapping[str, Any] = field(default_factory=dict)
     #: Receive large transactions while they are open and spool them on disk until they commit.
     flash_use_streaming: bool = False
+    #: Folder for what streaming spools; by default /var/tmp, or what TMPDIR says without one.
+    flash_spool_directory: str = ""
     #: `auto` sets the replica identity that a subscription needs; `keep` alters nothing and
     #: refuses to start where it does not suffice.
     flash_replica_identity: str = "auto"
@@ -82,10 +85,10 @@ class Settings:
             raise ConfigurationError(
                 f"flash_publication_slot_prefix must have 1 to 54 bytes, not {prefix!r}."
             )
-        if self.flash_use_streaming:
+        if self.flash_spool_directory and not os.access(self.flash_spool_directory, os.W_OK):
             raise ConfigurationError(
-                "flash_use_streaming is not in this version; leave it out, transactions are then "
-                "read once they have committed."
+                f"flash_spool_directory is {self.flash_spool_directory!r}, where no file can be "
+                "written; make the folder, or leave it out."
             )
         if not self.flash_queue:
             raise ConfigurationError("flash_queue is empty; name the queue of the handlers.")
@@ -115,6 +118,7 @@ _KINDS: dict[str, Any] = {
     "flash_queue": str,
     "flash_routes": Mapping,
     "flash_use_streaming": bool,
+    "flash_spool_directory": str,
     "flash_replica_identity": str,
     "flash_status_interval": (int, float),
     "flash_shutdown_timeout": (int, float),

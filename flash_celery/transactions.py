@@ -1,20 +1,23 @@
 """Messages of pgoutput → the rows of committed transactions, numbered.
 
 Without streaming the server sends a transaction once it has committed, in commit order, so rows
-can be passed on as they come.
+are passed on as they come. With streaming it sends blocks of open transactions, which wait in a
+spool until their commit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from .errors import ProtocolError
 from .protocol import pgoutput
 from .protocol.lsn import Lsn
 from .rows import Transaction
+from .spool import Spool, default_directory
 
 _ROWS = frozenset(b"IUD")
+_STREAM_CONTROL = frozenset(b"SEcA")
 _NOTHING = Transaction(Lsn(0), 0, 0)
 
 
@@ -31,21 +34,57 @@ class Rows(Protocol):
 class Transactions:
     """Follows the stream of one connection."""
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: Rows, spool_directory: str = "") -> None:
         self._rows = rows
+        self._directory = spool_directory or default_directory()
         self._transaction = _NOTHING
         self._index = 0
+        self._spools: dict[int, Spool] = {}
+        #: Where messages of the block that is open go.
+        self._block: Spool | None = None
+        self._replay: Iterator[bytes] | None = None
+        self._committed: pgoutput.StreamCommit | None = None
 
     @property
     def open(self) -> bool:
         """Whether a transaction has begun and not ended yet."""
         return self._transaction is not _NOTHING
 
+    @property
+    def replaying(self) -> bool:
+        """Whether a spooled transaction has committed: `replay` before the next `receive`."""
+        return self._replay is not None
+
     def receive(self, payload: bytes) -> Lsn | None:
         """Take one message; the end of the transaction if it was its last.
 
         Raises `ProtocolError` for what cannot follow what came before.
         """
+        tag = payload[0]
+        if self._block is not None and tag not in _STREAM_CONTROL:
+            # Its xid stands after the tag, and nowhere else in what it will be replayed as.
+            self._block.append(int.from_bytes(payload[1:5], "big"), payload[:1] + payload[5:])
+            return None
+        return self._apply(payload)
+
+    def replay(self, count: int) -> Lsn | None:
+        """Pass on so many messages of a spooled transaction; its end after the last one."""
+        assert self._replay is not None
+        assert self._committed is not None
+        for _ in range(count):
+            payload = next(self._replay, None)
+            if payload is None:
+                return self._finish(self._committed)
+            self._apply(payload)
+        return None
+
+    def close(self) -> None:
+        """Let go of all spools; the server will send their transactions again."""
+        for spool in self._spools.values():
+            spool.close()
+        self._spools.clear()
+
+    def _apply(self, payload: bytes) -> Lsn | None:
         if payload[0] in _ROWS:
             self._require_open(payload)
             self._rows.row(payload, self._transaction, self._index)
@@ -56,7 +95,7 @@ class Transactions:
     def _other(self, message: pgoutput.Message, payload: bytes) -> Lsn | None:
         match message:
             case pgoutput.Begin():
-                self._begin(message)
+                self._begin(Transaction(message.commit_lsn, message.xid, message.committed_at))
             case pgoutput.Commit():
                 self._require_open(payload)
                 self._transaction = _NOTHING
@@ -67,17 +106,44 @@ class Transactions:
                 self._require_open(payload)
                 self._rows.truncate(message.relation_oids, self._transaction, self._index)
                 self._index += len(message.relation_oids)
-            case pgoutput.Type() | pgoutput.Origin() | pgoutput.LogicalMessage():
-                pass
-            case _:
-                raise ProtocolError(f"{type(message).__name__} came without being asked for.")
+            case pgoutput.StreamStart():
+                if message.xid not in self._spools:
+                    self._spools[message.xid] = Spool(self._directory)
+                self._block = self._spools[message.xid]
+            case pgoutput.StreamStop():
+                self._block = None
+            case pgoutput.StreamAbort():
+                self._abort(message)
+            case pgoutput.StreamCommit():
+                self._commit(message)
         return None
 
-    def _begin(self, begin: pgoutput.Begin) -> None:
+    def _begin(self, transaction: Transaction) -> None:
         if self.open:
             raise ProtocolError("A transaction began before the last one had ended.")
-        self._transaction = Transaction(begin.commit_lsn, begin.xid, begin.committed_at)
+        self._transaction = transaction
         self._index = 0
+
+    def _abort(self, abort: pgoutput.StreamAbort) -> None:
+        # The server speaks of aborts too of which it had sent nothing yet.
+        if abort.xid in self._spools:
+            if abort.xid != abort.subxid:
+                self._spools[abort.xid].abort(abort.subxid)
+            else:
+                self._spools.pop(abort.xid).close()
+
+    def _commit(self, commit: pgoutput.StreamCommit) -> None:
+        if commit.xid not in self._spools:
+            raise ProtocolError(f"Transaction {commit.xid} committed without having been streamed.")
+        self._begin(Transaction(commit.commit_lsn, commit.xid, commit.committed_at))
+        self._committed = commit
+        self._replay = self._spools[commit.xid].messages()
+
+    def _finish(self, commit: pgoutput.StreamCommit) -> Lsn:
+        self._spools.pop(commit.xid).close()
+        self._replay = self._committed = None
+        self._transaction = _NOTHING
+        return commit.end_lsn
 
     def _require_open(self, payload: bytes) -> None:
         if not self.open:

@@ -1,7 +1,20 @@
 """Which rows count: savepoints, rollbacks, prepared and empty transactions."""
 
+import contextlib
+import os
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flash_celery.protocol import pgoutput
+from flash_celery.spool import Spool
+from flash_celery.transactions import Transactions
+
 from .conftest import shown
 
+EXAMPLES = int(os.environ.get("FLASH_EXAMPLES", "60"))
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text)"
 
 
@@ -104,3 +117,170 @@ def test_ids_are_the_same_after_a_restart(flash):
     ids = [change.id for change in flash.told()]
     assert len(ids) == 2
     assert ids[0] != ids[1]
+
+
+class Collected:
+    """What came out of a stream: each row's number, transaction and index."""
+
+    def __init__(self):
+        self.rows = []
+
+    def row(self, payload, transaction, index):
+        row, _ = pgoutput.read_row(payload)
+        self.rows.append((int(row.new[0]), transaction, index))
+
+    def truncate(self, oids, transaction, index):
+        self.rows.append((-1, transaction, index))
+
+    def relation(self, relation): ...
+
+
+def collected(connection, streaming):
+    found = Collected()
+    transactions = Transactions(found)
+    streamed = 0
+    for (data,) in connection.execute(
+        "SELECT data FROM pg_logical_slot_peek_binary_changes('nested', NULL, NULL, "
+        "'proto_version', '2', 'publication_names', 'nested', 'streaming', %s)",
+        ["on" if streaming else "off"],
+    ).fetchall():
+        streamed += data[:1] == b"S"
+        end = transactions.receive(data)
+        while transactions.replaying:
+            end = transactions.replay(7)
+        assert end is None or not transactions.open
+    assert transactions._spools == {}
+    return found.rows, streamed
+
+
+@pytest.fixture(scope="module")
+def nested(postgres):
+    with psycopg.connect(postgres.dsn(), autocommit=True) as admin:
+        admin.execute("CREATE DATABASE nested")
+        options = "-c logical_decoding_work_mem=64kB"
+        dsn = psycopg.conninfo.make_conninfo(postgres.dsn("nested"), options=options)
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            connection.execute("CREATE TABLE rows (n int, body text)")
+            connection.execute("CREATE PUBLICATION nested FOR TABLE rows")
+            connection.execute("SELECT pg_create_logical_replication_slot('nested', 'pgoutput')")
+            yield connection
+            connection.execute("SELECT pg_drop_replication_slot('nested')")
+        admin.execute("DROP DATABASE nested WITH (FORCE)")
+
+
+STEPS = st.lists(
+    st.sampled_from(["small", "large", "large", "savepoint", "savepoint", "release", "rollback",
+                     "truncate"]),
+    max_size=14,
+)  # fmt: skip
+
+
+def transaction(connection, steps, commit, first):
+    """Run it; the numbers of the rows that count, by our own reckoning."""
+    number = first
+    levels = [[]]
+    connection.execute("BEGIN")
+    for step in steps:
+        if step in ("small", "large"):
+            count = 1 if step == "small" else 150
+            connection.execute(
+                "INSERT INTO rows SELECT n, repeat('x', 500) "
+                "FROM generate_series(%s::int, %s) AS n",
+                [number, number + count - 1],
+            )
+            levels[-1] += range(number, number + count)
+            number += count
+        elif step == "truncate":
+            connection.execute("TRUNCATE rows")
+            levels[-1].append(-1)
+        elif step == "savepoint":
+            connection.execute(f"SAVEPOINT s{len(levels)}")
+            levels.append([])
+        elif len(levels) > 1:
+            inner = levels.pop()
+            if step == "release":
+                connection.execute(f"RELEASE s{len(levels)}")
+                levels[-1] += inner
+            else:
+                connection.execute(f"ROLLBACK TO s{len(levels)}; RELEASE s{len(levels)}")
+    connection.execute("COMMIT" if commit else "ROLLBACK")
+    return [n for level in levels for n in level] if commit else []
+
+
+streamed_blocks = []
+
+
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(st.lists(st.tuples(STEPS, st.booleans()), min_size=1, max_size=3))
+def test_streaming_gives_what_its_absence_and_a_model_give(nested, script):
+    nested.execute(
+        "SELECT count(*) FROM pg_logical_slot_get_binary_changes('nested', NULL, NULL, "
+        "'proto_version', '1', 'publication_names', 'nested')"
+    )
+    expected = []
+    for steps, commit in script:
+        expected += transaction(nested, steps, commit, len(expected))
+    plain, _ = collected(nested, streaming=False)
+    streamed, blocks = collected(nested, streaming=True)
+    streamed_blocks.append(blocks)
+    assert [number for number, _, _ in plain] == expected
+    assert streamed == plain
+
+
+def test_the_property_saw_streams():
+    if streamed_blocks:
+        assert max(streamed_blocks) > 1
+
+
+def test_streaming_end_to_end_with_interleaved_savepoints_and_a_restart(flash):
+    flash.database.execute(ITEMS)
+    options = "-c logical_decoding_work_mem=64kB"
+    flash.handler("items", "insert").start(
+        flash_use_streaming=True,
+        flash_dsn=psycopg.conninfo.make_conninfo(flash.database.dsn, options=options),
+    )
+    expected = []
+    with flash.database.connect() as first, flash.database.connect() as second:
+        for connection, base in ((first, 0), (second, 100_000)):
+            connection.execute("BEGIN")
+            connection.execute(
+                f"INSERT INTO items SELECT n, repeat('x', 200) "
+                f"FROM generate_series({base}, {base} + 4999) AS n; SAVEPOINT a"
+            )
+        for connection, base in ((first, 10_000), (second, 110_000)):
+            connection.execute(
+                f"INSERT INTO items SELECT n, repeat('y', 200) "
+                f"FROM generate_series({base}, {base} + 4999) AS n"
+            )
+        first.execute("ROLLBACK TO a")
+        flash.stop()
+        flash.start()
+        second.execute("COMMIT")
+        first.execute("INSERT INTO items VALUES (9999, 'z'); COMMIT")
+        expected = [*range(100_000, 105_000), *range(110_000, 115_000), *range(5000), 9999]
+    flash.do("SELECT 1")
+    changes = flash.told()
+    assert [change.new["id"] for change in changes] == expected
+    assert [change.index for change in changes] == [*range(10_000), *range(5001)]
+
+
+def test_a_spool_leaves_no_file(tmp_path):
+    spool = Spool(str(tmp_path))
+    for number in range(3000):
+        spool.append(number % 3, b"x" * 1000)
+    assert list(tmp_path.iterdir()) == []
+    spool.abort(1)
+    assert len(list(spool.messages())) == 2000
+    spool.close()
+
+
+def test_a_full_disk_is_told_and_tried_again():
+    from flash_celery.errors import SpoolError
+
+    spool = Spool("/nowhere")
+    with contextlib.closing(spool), pytest.raises(SpoolError, match="cannot be spooled"):
+        spool.append(1, b"x" * 3_000_000)

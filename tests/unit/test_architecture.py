@@ -31,7 +31,8 @@ ALLOWED = {
     "progress": {"protocol"},
     "protocol.frames": {"protocol", "errors"},
     "replication": {"protocol", "errors"},
-    "transactions": {"rows", "protocol", "errors"},
+    "spool": {"errors"},
+    "transactions": {"rows", "spool", "protocol", "errors"},
     "transitions": {"changes", "conditions", "rows", "subscriptions", "protocol"},
     "routing": {
         *("catalog", "changes", "column_types", "conditions", "payload", "protocol", "rows"),

@@ -1,0 +1,58 @@
+"""The messages of a transaction that is still open, kept until it commits: in memory, then on disk.
+
+The file has no name, so nothing is left of it whatever happens to the process.
+"""
+
+from __future__ import annotations
+
+import struct
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import SpoolError
+
+_HEADER = struct.Struct("!II")
+#: Bytes of one transaction that stay in memory.
+_IN_MEMORY = 1 << 20
+
+
+def default_directory() -> str:
+    """Where files go by default: /tmp is often memory, /var/tmp is not."""
+    return "/var/tmp" if Path("/var/tmp").is_dir() else tempfile.gettempdir()  # noqa: S108
+
+
+class Spool:
+    """One streamed transaction."""
+
+    def __init__(self, directory: str) -> None:
+        self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=directory)  # noqa: SIM115
+        self._aborted: set[int] = set()
+
+    def append(self, xid: int, payload: bytes) -> None:
+        """Keep a message of the transaction, or of a savepoint in it, whose xid it bears.
+
+        Raises `SpoolError` if the disk takes no more.
+        """
+        try:
+            self._file.write(_HEADER.pack(xid, len(payload)))
+            self._file.write(payload)
+        except OSError as error:
+            raise SpoolError(f"A large transaction cannot be spooled: {error}.") from error
+
+    def abort(self, xid: int) -> None:
+        """Leave out what a savepoint did that was rolled back."""
+        self._aborted.add(xid)
+
+    def messages(self) -> Iterator[bytes]:
+        """What is to be applied, in order."""
+        self._file.seek(0)
+        while header := self._file.read(_HEADER.size):
+            xid, length = _HEADER.unpack(header)
+            payload = self._file.read(length)
+            if xid not in self._aborted:
+                yield payload
+
+    def close(self) -> None:
+        """Let go of the memory or the file."""
+        self._file.close()
