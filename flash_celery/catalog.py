@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,21 +121,34 @@ def leaves(connection: psycopg.Connection[Any], table: CatalogTable) -> list[Cat
 
 
 _FINGERPRINT = """
-SELECT coalesce(
-    string_agg(concat_ws(' ', c.oid, c.relreplident, leaves.list), ',' ORDER BY c.oid), '')
-FROM unnest(%s::text[], %s::text[]) AS wanted(schema, name)
-JOIN pg_namespace n ON n.nspname = wanted.schema
-JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name
-LEFT JOIN LATERAL (
-    SELECT string_agg(concat(p.oid, p.relreplident), '+' ORDER BY p.oid) AS list
-    FROM pg_partition_tree(c.oid) t JOIN pg_class p ON p.oid = t.relid) AS leaves ON true
+SELECT concat_ws(' | ',
+    (SELECT string_agg(concat_ws(' ', c.oid, c.relreplident, leaves.list, keys.list, made.count),
+                       ',' ORDER BY c.oid)
+     FROM unnest(%s::text[], %s::text[]) AS wanted(schema, name)
+     JOIN pg_namespace n ON n.nspname = wanted.schema
+     JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name
+     LEFT JOIN LATERAL (
+         SELECT string_agg(concat(p.oid, p.relreplident), '+' ORDER BY p.oid) AS list
+         FROM pg_partition_tree(c.oid) t JOIN pg_class p ON p.oid = t.relid) AS leaves ON true
+     LEFT JOIN LATERAL (
+         SELECT string_agg(indexrelid::text, '+' ORDER BY indexrelid) AS list FROM pg_index
+         WHERE indrelid = c.oid AND (indisprimary OR indisreplident)) AS keys ON true
+     LEFT JOIN LATERAL (
+         SELECT count(*) FROM pg_attribute
+         WHERE attrelid = c.oid AND attgenerated = 'v') AS made ON true),
+    (SELECT string_agg(concat_ws(' ', p.oid, r.prrelid), ',' ORDER BY p.oid, r.prrelid)
+     FROM pg_publication p LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid
+     WHERE p.pubname = ANY(%s)))
 """
 
 
-def fingerprint(connection: psycopg.Connection[Any], names: Iterable[TableName]) -> str:
-    """Changes when one of these tables is made, dropped, renamed, or its partitions change."""
-    names = sorted(set(names), key=str)
-    parameters = [[name.schema for name in names], [name.name for name in names]]
+def fingerprint(
+    connection: psycopg.Connection[Any], tables: Iterable[TableName], publications: Sequence[str]
+) -> str:
+    """Changes when one of these tables is made, dropped or renamed, gets partitions or another
+    key or identity, and when these publications are altered."""
+    names = sorted(set(tables), key=str)
+    parameters = [[n.schema for n in names], [n.name for n in names], list(publications)]
     row = connection.execute(_FINGERPRINT.encode(), parameters).fetchone()
     return str(row[0]) if row else ""
 

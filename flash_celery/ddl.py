@@ -62,7 +62,11 @@ def plan(
         },
     }
     no_more = {oid: t for oid, t in identities.items() if oid not in goal.full}
-    intended = replace(record, tables=tables, previous=actual, identities=kept)
+    leaves = {
+        **record.leaves,
+        **{str(o): [[a.schema, a.name] for a in t.ancestors] for o, t in goal.leaves.items()},
+    }
+    intended = replace(record, tables=tables, previous=actual, identities=kept, leaves=leaves)
     complete = replace(
         intended,
         previous=tables,

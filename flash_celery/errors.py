@@ -12,6 +12,7 @@
     │   └── TableLocked           (retry)
     ├── ProtocolError             bytes that PostgreSQL should not have sent
     ├── ReplicationError          the connection to PostgreSQL (retry)
+    │   └── DecodingFailed        an error of the server's own
     ├── SpoolError                the disk, for a large open transaction (retry)
     ├── PublishError              the broker (retry)
     │   ├── Unroutable
@@ -105,6 +106,12 @@ class ReplicationError(FlashError):
     solution = "It is made again by itself; check that PostgreSQL runs and accepts connections."
 
 
+class DecodingFailed(ReplicationError):
+    """PostgreSQL's own decoding failed."""
+
+    solution = "If it comes again, look into PostgreSQL's log; the slot keeps everything."
+
+
 class SpoolError(FlashError):
     """A large transaction that is still open cannot be kept on disk."""
 
@@ -113,9 +120,10 @@ class SpoolError(FlashError):
 
 
 class PublishError(FlashError):
-    """The broker did not take the messages."""
+    """The broker did not take the messages, but for the first `confirmed` ones."""
 
     retry = True
+    confirmed = 0
     solution = "They are sent again by themselves; check that the broker runs and has room."
 
 

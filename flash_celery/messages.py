@@ -123,7 +123,7 @@ class Templates:
         #: What it has templates for.
         self.subscriptions = subscriptions
         self._by_options: dict[tuple[str, str], Template] = {}
-        self._templates: dict[tuple[Subscription, Operation], Template] = {}
+        self._templates: dict[tuple[str, int, Operation], Template] = {}
         for subscription in subscriptions:
             for name in subscription.operations.names():
                 operation = Operation[name.upper()]
@@ -134,14 +134,16 @@ class Templates:
                     task = app.tasks[subscription.handler]
                     template = Template(app, task, options, subscription.batch, source)
                     self._by_options[shared] = template
-                self._templates[subscription, operation] = template
+                self._templates[subscription.handler, subscription.number, operation] = template
 
     def __getitem__(self, key: tuple[Subscription, Operation]) -> Template:
-        return self._templates[key]
+        subscription, operation = key
+        return self._templates[subscription.handler, subscription.number, operation]
 
     def queues_of(self, subscription: Subscription) -> list[str]:
         """The queues one subscription's changes go to."""
-        return sorted({t.queue for (one, _), t in self._templates.items() if one == subscription})
+        mine = (subscription.handler, subscription.number)
+        return sorted({t.queue for (*one, _), t in self._templates.items() if tuple(one) == mine})
 
     @property
     def queues(self) -> list[str]:
@@ -166,6 +168,11 @@ def resolve(
         raise SubscriptionError(
             f"{subscription.handler} has serializer={options['serializer']!r}; changes travel as "
             "JSON, so leave it out."
+        )
+    priority = options.get("priority")
+    if priority is not None and not (isinstance(priority, int) and 0 <= priority <= 255):
+        raise ConfigurationError(
+            f"{subscription.handler} gets the priority {priority!r}; it is a number from 0 to 255."
         )
     for layer in (named, own, routed, by_celery):
         queue = layer.get("queue") or _queue_bound(app, layer)

@@ -51,6 +51,8 @@ class Report:
     steps: list[Step] = field(default_factory=list)
     #: Whether the slot is there already.
     slot_exists: bool = False
+    #: The PID of the walsender that sends from it.
+    read_by: int | None = None
 
     def raise_first(self) -> None:
         """Raise the error of the first finding that stops `replicate`."""
@@ -128,6 +130,13 @@ class _Examination:
             )
         else:
             self._add("wal_level", OK, "logical")
+        if self._setting("server_encoding") == "SQL_ASCII":
+            self._add(
+                "encoding",
+                WARNING,
+                "SQL_ASCII: a change with text that is not UTF-8 will stop replication; dump the "
+                "database and restore it into one with ENCODING 'UTF8'",
+            )
         kept = self._setting("max_slot_wal_keep_size")
         if kept == "-1":
             self._add(
@@ -163,14 +172,14 @@ class _Examination:
     def _slot(self) -> None:
         slot = self._settings.flash_replication_slot
         row = self._connection.execute(
-            "SELECT plugin, database, temporary, wal_status FROM pg_replication_slots "
+            "SELECT plugin, database, temporary, wal_status, active_pid FROM pg_replication_slots "
             "WHERE slot_name = %s",
             [slot],
         ).fetchone()
         self._report.slot_exists = row is not None
         if row is None:
             return self._room_for_a_slot()
-        plugin, database, temporary, status = row
+        plugin, database, temporary, status, self._report.read_by = row
         if plugin != "pgoutput" or database != self._database or temporary:
             kind = f"a slot of the plugin {plugin}" if plugin else "a physical slot"
             what = kind if plugin != "pgoutput" else f"a slot of the database {database}"

@@ -45,6 +45,9 @@ class Record:
     previous: dict[str, list[int]] = field(default_factory=dict)
     #: Replica identities from before, by OID: `d`, `n`, or `i` and the name of the index.
     identities: dict[str, list[str]] = field(default_factory=dict)
+    #: The ancestors of each partition there has been (schema and name), by its OID: its rows may
+    #: be read after it has been detached or dropped.
+    leaves: dict[str, list[list[str]]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """As it is kept."""
@@ -93,6 +96,8 @@ class Wanted:
     tables: dict[Operation, dict[int, CatalogTable]]
     #: Tables with rows, by OID, that must have REPLICA IDENTITY FULL.
     full: dict[int, CatalogTable]
+    #: All partitions.
+    leaves: dict[int, CatalogTable] = field(default_factory=dict)
 
 
 def read(connection: psycopg.Connection[Any], prefix: str) -> Found:
@@ -174,7 +179,16 @@ def wanted(
         table = holders[oid]
         if needs_full(table, on_it, before.get(str(oid), [table.identity])[0]):
             full[oid] = table
-    return Wanted(published, full)
+    return Wanted(published, full, {o: leaf for o, leaf in holders.items() if leaf.ancestors})
+
+
+def leaves_of(connection: psycopg.Connection[Any], prefix: str) -> dict[int, tuple[TableName, ...]]:
+    """The ancestors of each partition there has been, by its OID."""
+    record = read(connection, prefix).record or Record()
+    return {
+        int(oid): tuple(TableName(*ancestor) for ancestor in ancestors)
+        for oid, ancestors in record.leaves.items()
+    }
 
 
 def needs_full(table: CatalogTable, subscriptions: Iterable[Subscription], before: str) -> bool:
@@ -188,7 +202,11 @@ def needs_full(table: CatalogTable, subscriptions: Iterable[Subscription], befor
     # Without an identity PostgreSQL refuses UPDATE and DELETE of a published table.
     identity = table.identity_columns if table.identity == before else frozenset[str]()
     identity = frozenset(table.primary_key) if before == "d" else identity
-    return not identity or any(
+    # A handler is told the key of what is gone.
+    told = any(one.captured & Operation.DELETE and not one.key for one in subscriptions)
+    if not identity or (told and not identity.issuperset(table.primary_key)):
+        return True
+    return any(
         not one.old_columns(operation) <= identity
         for one in subscriptions
         for operation in (Operation.UPDATE, Operation.DELETE)

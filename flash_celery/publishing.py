@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 #: Bytes of message bodies that may wait; above it nothing more is read from PostgreSQL.
 IN_FLIGHT_BYTES = 32 << 20
+#: Seconds between two complaints about the same trouble.
+_REMINDER_SECONDS = 60.0
 #: Bytes that one call of `publish` takes, where several units wait.
 _TOGETHER_BYTES = 4 << 20
 
@@ -70,13 +73,12 @@ class Publishing(threading.Thread):
             return not self._units and not self._working
 
     def discard(self) -> None:
-        """Give up what is not confirmed: PostgreSQL will send it again."""
+        """Give up what is not confirmed: PostgreSQL will send it again. Never blocks."""
         with self._changed:
+            self._size -= sum(unit.size for unit in self._units)
             self._units.clear()
             self._generation += 1
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._working)
-            self._size = 0
 
     def end(self) -> None:
         """Stop; what is not confirmed is given up."""
@@ -88,8 +90,8 @@ class Publishing(threading.Thread):
     def run(self) -> None:
         """Publish until the end."""
         try:
-            while units := self._next():
-                self._deliver(units)
+            while work := self._next():
+                self._deliver(*work)
         except BaseException as error:
             self._failed(error)
         finally:
@@ -98,27 +100,34 @@ class Publishing(threading.Thread):
                 self._working = False
                 self._changed.notify_all()
 
-    def _next(self) -> list[Unit]:
+    def _next(self) -> tuple[int, list[Unit]] | None:
         with self._changed:
             self._working = False
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._units or self._ending)
             if self._ending:
-                return []
+                return None
             self._working = True
             taken = [self._units.popleft()]
             size = taken[0].size
             while self._units and size + self._units[0].size <= _TOGETHER_BYTES:
                 size += self._units[0].size
                 taken.append(self._units.popleft())
-            return taken
+            return self._generation, taken
 
-    def _deliver(self, units: Sequence[Unit]) -> None:
-        generation = self._generation
+    def _deliver(self, generation: int, units: Sequence[Unit]) -> None:
         messages = [message for unit in units for message in unit.messages]
         _before_publish(messages)
+        if self._insist(generation, messages):
+            _after_publish(messages)
+            self._confirmed(units[-1].position)
+        with self._changed:
+            self._size -= sum(unit.size for unit in units)
+
+    def _insist(self, generation: int, messages: Sequence[Message]) -> bool:
+        """Publish until the broker has confirmed everything; False if it is given up."""
         pauses = delays()
-        failing = False
+        since = said = 0.0
         while True:
             try:
                 self._publish(messages)
@@ -126,17 +135,19 @@ class Publishing(threading.Thread):
             except PublishError as error:
                 self._opened = False
                 self._publisher.close()
-                if not failing:
-                    logger.warning("%s Nothing is acknowledged until it works again.", error)
-                failing = True
-            if self._abandoned(generation, next(pauses)):
-                return
-        if failing:
+                # What the broker has already is not sent again.
+                messages = messages[error.confirmed :]
+                now = time.monotonic()
+                since = since or now
+                if not said or now - said > _REMINDER_SECONDS:
+                    said = now
+                    _complain(error, now - since, messages)
+            with self._changed:
+                if self._changed.wait_for(lambda: self._generation != generation, next(pauses)):
+                    return False
+        if since:
             logger.warning("The broker confirms messages again")
-        _after_publish(messages)
-        with self._changed:
-            self._size = max(0, self._size - sum(unit.size for unit in units))
-        self._confirmed(units[-1].position)
+        return True
 
     def _publish(self, messages: Sequence[Message]) -> None:
         if not messages:
@@ -146,9 +157,15 @@ class Publishing(threading.Thread):
             self._opened = True
         self._publisher.publish(messages)
 
-    def _abandoned(self, generation: int, pause: float) -> bool:
-        with self._changed:
-            return self._changed.wait_for(lambda: self._generation != generation, pause)
+
+def _complain(error: PublishError, seconds: float, messages: Sequence[Message]) -> None:
+    size = sum(len(message.body) for message in messages)
+    first = messages[0].headers["argsrepr"] if messages else "nothing"
+    logger.warning(
+        "%s Nothing is acknowledged until it works again (%.0f s so far, %d messages of %d bytes, "
+        "the first for %s)",
+        *(error, seconds, len(messages), size, first),
+    )
 
 
 def _before_publish(messages: Sequence[Message]) -> None:

@@ -10,7 +10,15 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg import conninfo, pq, sql
 
-from .errors import PublicationMismatch, ReplicationError, SlotInUse, SlotLost, SlotMissing
+from .errors import (
+    CatalogError,
+    DecodingFailed,
+    PublicationMismatch,
+    ReplicationError,
+    SlotInUse,
+    SlotLost,
+    SlotMissing,
+)
 from .protocol import frames
 from .protocol.lsn import Lsn
 
@@ -21,11 +29,20 @@ PINNED = (
 )
 T = TypeVar("T")
 
+_KEEPALIVE = {
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 4,
+    "tcp_user_timeout": 30_000,
+}
+
 #: Seconds between the Unix epoch and PostgreSQL's.
 _POSTGRES_EPOCH = 946_684_800
 _IN_USE = "55006"
 _UNDEFINED_OBJECT = "42704"
 _OBJECT_NOT_IN_STATE = "55000"
+_NOT_UTF8 = "22021"
+_INTERNAL = "XX000"
 
 
 def pinned(dsn: str, **parameters: Any) -> str:
@@ -33,6 +50,9 @@ def pinned(dsn: str, **parameters: Any) -> str:
     given = conninfo.conninfo_to_dict(dsn)
     parameters.setdefault("application_name", "flash_celery")
     parameters.setdefault("connect_timeout", given.get("connect_timeout", 10))
+    # A connection that nobody answers is noticed within a minute, also by the kernel.
+    for name, value in _KEEPALIVE.items():
+        parameters.setdefault(name, given.get(name, value))
     parameters["options"] = f"{given.get('options', '')} {PINNED}".strip()
     return conninfo.make_conninfo(dsn, **parameters)
 
@@ -152,9 +172,15 @@ class ReplicationConnection:
         if state == _UNDEFINED_OBJECT:
             kind = SlotMissing if "slot" in message else PublicationMismatch
             return kind(f"{message}; run `flash reset` to start anew.")
+        if state == _NOT_UTF8:
+            return CatalogError(
+                f"{message}; text that is not UTF-8 cannot be read: the database's encoding is "
+                "SQL_ASCII, or was changed by hand."
+            )
         if state == _OBJECT_NOT_IN_STATE:
             return SlotLost(f"{message}.")
-        return ReplicationError(without_password(f"PostgreSQL: {message}.", self._dsn))
+        failed = DecodingFailed if state == _INTERNAL else ReplicationError
+        return failed(without_password(f"PostgreSQL: {message}.", self._dsn))
 
     def _ended(self) -> Exception:
         result = self._connection.get_result()

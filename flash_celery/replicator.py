@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -19,6 +20,7 @@ from .backoff import delays
 from .control import Control, Stopped
 from .errors import (
     ConfigurationError,
+    DecodingFailed,
     FlashError,
     PublicationMismatch,
     ReplicationError,
@@ -33,7 +35,7 @@ from .publishing import Publishing
 from .replication import ReplicationConnection, unreachable
 from .session import Session
 from .settings import Settings
-from .subscriptions import Subscription
+from .subscriptions import Subscription, TableName
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +72,12 @@ class Replicator:
         self._publishing = Publishing(publisher, queues, self._on_confirmed, self.control.fail)
         self._progress = Progress()
         self._source = ""
+        self._streaming = settings.flash_use_streaming
         self._streamed = False
         self._seen_slot = False
         self._fingerprint = ""
+        self._look: Callable[[], str] = str
+        self._leaves: dict[int, tuple[TableName, ...]] = {}
         self._pauses = delays()
 
     def stop(self) -> None:
@@ -93,7 +98,8 @@ class Replicator:
             pass
         finally:
             self._publishing.end()
-            self._publishing.join(self._settings.flash_shutdown_timeout)
+            # What had to be waited for has been; a thread in a dead socket ends with the process.
+            self._publishing.join(1.0)
             self.control.close()
 
     def wait_until(self, ready: Callable[[], bool], what: str) -> None:
@@ -109,6 +115,10 @@ class Replicator:
             raise error
         if not self._streamed:
             refuse_hopeless(error)
+        if self._streaming and isinstance(error, DecodingFailed):
+            # A TRUNCATE in a savepoint that is rolled back cannot be decoded while it is open.
+            self._streaming = False
+            logger.warning("PostgreSQL cannot stream this transaction; going on without streaming")
         if str(error) != said:
             logger.warning("%s %s", error, error.solution)
         self._publishing.discard()
@@ -122,8 +132,10 @@ class Replicator:
                 catalog.connect(self._dsn) as connection,
                 closing(ReplicationConnection(self._dsn, self._on_notice)) as stream,
             ):
-                self._set_up(stream, connection)
-                self._start(stream, connection)
+                prefix = self._settings.flash_publication_slot_prefix
+                with ddl.alone(connection, prefix, self.control.sleep):
+                    self._set_up(stream, connection)
+                    self._start(stream, connection)
                 with closing(self._session(stream, connection)) as session:
                     session.run()
         except psycopg.OperationalError as error:
@@ -150,31 +162,41 @@ class Replicator:
             self._progress,
             self.control,
             self._settings,
-            self._fingerprint,
+            self._leaves,
+            lambda: self._look() != self._fingerprint,
         )
 
     def _set_up(self, stream: ReplicationConnection, connection: psycopg.Connection[Any]) -> None:
         """Publications, identities and the slot, as the subscriptions need them."""
         slot = self._settings.flash_replication_slot
         prefix = self._settings.flash_publication_slot_prefix
-        with ddl.alone(connection, prefix, self.control.sleep):
+        report = self._examine(connection)
+        while report.steps:
+            ddl.apply(connection, report.steps, self.control.sleep)
             report = self._examine(connection)
-            while report.steps:
-                ddl.apply(connection, report.steps, self.control.sleep)
-                report = self._examine(connection)
-            if not report.slot_exists:
-                position = stream.create_slot(slot)
-                self._seen_slot = True
-                logger.info("Created the slot %s at %s", slot, position)
-            ddl.remember_slot(connection, prefix, slot)
+        if not report.slot_exists:
+            position = stream.create_slot(slot)
+            self._seen_slot = True
+            logger.info("Created the slot %s at %s", slot, position)
+        ddl.remember_slot(connection, prefix, slot)
+        self._leaves = publications.leaves_of(connection, prefix)
 
     def _examine(self, connection: psycopg.Connection[Any]) -> preflight.Report:
         """Look at everything; from now on a session notices when a table changes."""
         tables = [subscription.table for subscription in self._subscriptions]
-        self._fingerprint = catalog.fingerprint(connection, tables)
+        names = publications.names(self._settings.flash_publication_slot_prefix)
+        self._look = partial(catalog.fingerprint, connection, tables, names)
+        self._fingerprint = self._look()
         report = preflight.examine(connection, self._settings, self._subscriptions)
         report.raise_first()
         self._still_there(report)
+        if report.read_by is not None:
+            # What its reader has set up is not ours to alter.
+            slot = self._settings.flash_replication_slot
+            raise SlotInUse(
+                f'replication slot "{slot}" is active for PID {report.read_by}'
+                f"{_holder(connection, slot)}."
+            )
         return report
 
     def _start(self, stream: ReplicationConnection, connection: psycopg.Connection[Any]) -> None:
@@ -193,7 +215,7 @@ class Replicator:
                 slot,
                 publications.names(prefix),
                 self._progress.confirmed,
-                self._settings.flash_use_streaming,
+                self._streaming,
             )
         except SlotInUse as error:
             raise SlotInUse(f"{str(error)[:-1]}{_holder(connection, slot)}.") from None

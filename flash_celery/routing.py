@@ -41,8 +41,18 @@ class Deliver(Protocol):
 class Catalog:
     """What the catalog says when a relation turns up in the stream."""
 
-    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+    def __init__(
+        self,
+        connection: psycopg.Connection[Any],
+        leaves: Mapping[int, Sequence[TableName]] | None = None,
+    ) -> None:
         self._connection = connection
+        #: What is remembered of partitions that may have been detached or dropped.
+        self._leaves = leaves or {}
+
+    def ancestors(self, oid: int, now: CatalogTable | None) -> Sequence[TableName]:
+        """What the table is, or was, a partition of."""
+        return (now.ancestors if now else ()) or self._leaves.get(oid, ())
 
     def table(self, oid: int) -> CatalogTable | None:
         """The table as it is now; None if it has been dropped."""
@@ -99,13 +109,15 @@ class Router:
         self._forget(relation.oid)
         own = TableName(relation.schema, relation.name)
         described = self._catalog.table(relation.oid)
-        names = {own, *(described.ancestors if described else ())}
+        ancestors = self._catalog.ancestors(relation.oid, described)
         types = self._catalog.types([column.type_oid for column in relation.columns])
-        for subscription in self._subscriptions:
-            if subscription.table in names:
-                _require_columns(subscription, relation)
-                table = _table(subscription, relation, described, types)
-                self._add(subscription, relation, table)
+        wanted = [one for one in self._subscriptions if one.table in (own, *ancestors)]
+        if not wanted:
+            logger.warning("Rows of %s arrive that were written for a handler that is gone", own)
+        for subscription in wanted:
+            _require_columns(subscription, relation, described)
+            table = _table(subscription, relation, described, types, bool(ancestors))
+            self._add(subscription, relation, table)
 
     def _forget(self, oid: int) -> None:
         number = oid.to_bytes(4, "big")
@@ -120,12 +132,11 @@ class Router:
         plain = not (subscription.fields or subscription.where or subscription.key)
         transitions = None
         if not plain:
-            type_oids = {column.name: column.type_oid for column in relation.columns}
             transitions = Transitions(
                 subscription,
                 table,
-                [column.name for column in relation.columns],
-                self._catalog.matcher(relation.oid, subscription, type_oids),
+                relation.columns,
+                self._matcher(subscription, relation),
                 lambda: self._unknown(subscription.table),
             )
         for operation, tag in _TAGS.items():
@@ -136,6 +147,16 @@ class Router:
                     judge = getattr(transitions, operation.names()[0])
                     route = self._judge(subscription, table, judge)
                 self._routes.setdefault(tag + relation.oid.to_bytes(4, "big"), []).append(route)
+
+    def _matcher(
+        self, subscription: Subscription, relation: pgoutput.Relation
+    ) -> Callable[[Cells], bool] | None:
+        """The predicate, unless the rows were written before all its columns were there."""
+        types = {column.name: column.type_oid for column in relation.columns}
+        where = subscription.where
+        if where is None or not where.columns <= types.keys():
+            return None
+        return self._catalog.matcher(relation.oid, subscription, types)
 
     def _forward(self, subscription: Subscription, operation: Operation, table: Table) -> Route:
         deliver, number = self._deliver, subscription.number
@@ -167,15 +188,18 @@ class Router:
         if table not in self._warned:
             self._warned.add(table)
             logger.warning(
-                "%s: rows whose old values are not in the WAL (written before its replica identity "
-                "was set) are judged by what is known of them",
+                "%s: rows that lack old values or columns (written before its replica identity was "
+                "set, or a column added) are judged by what is known of them",
                 table,
             )
 
 
-def _require_columns(subscription: Subscription, relation: pgoutput.Relation) -> None:
+def _require_columns(
+    subscription: Subscription, relation: pgoutput.Relation, now: CatalogTable | None
+) -> None:
     missing = subscription.columns - {column.name for column in relation.columns}
-    if missing:
+    # A column that is there now was added after these rows were written: it is unknown in them.
+    if missing and (now is None or not missing <= now.columns.keys()):
         raise SubscriptionError(
             f"{subscription.handler} names the column {', '.join(sorted(missing))} of "
             f"{subscription.table}, which is not there any more; change its on_change."
@@ -199,11 +223,13 @@ def _table(
     relation: pgoutput.Relation,
     described: CatalogTable | None,
     types: Mapping[int, TypeDescription],
+    partition: bool,
 ) -> Table:
     """The table as the handler of this subscription sees it."""
     own = TableName(relation.schema, relation.name)
-    partition = f"{own.schema}.{own.name}" if described and described.ancestors else None
-    key = subscription.key or _key(relation, described)
+    names = {column.name for column in relation.columns}
+    key = subscription.key or ()
+    key = key if key and names.issuperset(key) else _key(relation, described)
     fields = frozenset(subscription.fields or (column.name for column in relation.columns))
     columns = [
         _column(c, types, delivered=c.name in fields)
@@ -213,7 +239,7 @@ def _table(
     return Table(
         subscription.table.schema,
         subscription.table.name,
-        partition,
+        f"{own.schema}.{own.name}" if partition and own != subscription.table else None,
         relation.identity,
         tuple(key),
         tuple(columns),

@@ -6,12 +6,12 @@ import logging
 import select
 import time
 from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import psycopg
 from psycopg.errors import AdminShutdown
 
-from . import catalog
 from .changes import Operation
 from .control import Control
 from .errors import ReplicationError
@@ -25,7 +25,7 @@ from .publishing import Publishing
 from .replication import ReplicationConnection
 from .routing import Catalog, Router
 from .settings import Settings
-from .subscriptions import Subscription
+from .subscriptions import Subscription, TableName
 from .transactions import Transactions
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ _STEPS = 5000
 _REPLAYED_TOGETHER = 100
 #: How many status intervals may pass without a byte from the server.
 _SILENT_INTERVALS = 3
+#: … and seconds, at least.
+_LEAST_SILENCE = 10.0
 
 
 class Session:
@@ -54,7 +56,8 @@ class Session:
         progress: Progress,
         control: Control,
         settings: Settings,
-        fingerprint: str,
+        leaves: Mapping[int, Sequence[TableName]],
+        tables_changed: Callable[[], bool],
     ) -> None:
         self._stream = stream
         self._connection = connection
@@ -68,12 +71,11 @@ class Session:
         def deliver(subscription: Subscription, operation: Operation, delivery: Delivery) -> None:
             self._outbox.add(templates[subscription, operation], delivery)
 
-        router = Router(templates.subscriptions, Catalog(connection), deliver)
+        router = Router(templates.subscriptions, Catalog(connection, leaves), deliver)
         self._transactions = Transactions(router, settings.flash_spool_directory)
         #: What has arrived and waits for a spooled transaction to be replayed.
         self._frames: deque[XLogData | Keepalive] = deque()
-        self._tables = [one.table for one in templates.subscriptions]
-        self._fingerprint = fingerprint
+        self._look = tables_changed
         self._looked = time.monotonic()
         self._interval = _status_interval(connection, self._settings)
         self._heard = self._told = time.monotonic()
@@ -123,7 +125,7 @@ class Session:
         overdue = now - self._told >= self._interval
         if asked or overdue or self._progress.confirmed != self._told_position:
             self._tell(reply=overdue)
-        if now - self._heard > _SILENT_INTERVALS * self._interval:
+        if now - self._heard > max(_SILENT_INTERVALS * self._interval, _LEAST_SILENCE):
             raise ReplicationError(
                 f"PostgreSQL has been silent for {now - self._heard:.0f} s; connecting anew."
             )
@@ -134,10 +136,7 @@ class Session:
         if now - self._looked < _LOOK_SECONDS:
             return False
         self._looked = now
-        return (
-            not self._transactions.open
-            and catalog.fingerprint(self._connection, self._tables) != self._fingerprint
-        )
+        return not self._transactions.open and self._look()
 
     def _patience(self, behind: bool) -> float:
         """Seconds until something is due."""

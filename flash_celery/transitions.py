@@ -5,11 +5,11 @@ The rows that come out are messages of pgoutput too, so the Celery worker needs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from .changes import Operation
 from .conditions import Cells
-from .protocol.pgoutput import UNCHANGED_TOAST, Cell, Row, encode_row
+from .protocol.pgoutput import UNCHANGED_TOAST, Cell, Column, Row, encode_row
 from .rows import Table
 from .subscriptions import Subscription
 
@@ -21,8 +21,8 @@ Outcome = tuple[Operation, int, bytes]
 class Transitions:
     """Judges the rows of one relation for one subscription and cuts them to what it wants.
 
-    `names` are the relation's columns in order, `table` is what the handler will see of them;
-    `matches` is the bound condition.
+    `columns` are the relation's, `table` is what the handler will see of them; `matches` is the
+    bound condition, and None also where the rows lack a column of it.
     `unknown` is called when a row has to be judged without its old values.
     """
 
@@ -30,23 +30,29 @@ class Transitions:
         self,
         subscription: Subscription,
         table: Table,
-        names: Sequence[str],
+        columns: Sequence[Column],
         matches: Callable[[Cells], bool] | None = None,
         unknown: Callable[[], None] = lambda: None,
     ) -> None:
         self._operations = subscription.operations
         self._unknown = unknown
-        self._names = list(names)
-        self._position = {name: number for number, name in enumerate(names)}
+        self._position = {column.name: number for number, column in enumerate(columns)}
         self._kept = [self._position[column.name] for column in table.columns]
-        self._everything = frozenset(range(len(names)))
-        self._identity = frozenset(self._position[name] for name in table.identity_columns)
+        self._everything = frozenset(range(len(columns)))
+        self._identity = frozenset(n for n, column in enumerate(columns) if column.key)
         self._identity_kind = table.identity
         where = subscription.where
-        self._where = frozenset(self._position[n] for n in where.columns) if where else frozenset()
+        self._where = self._places(where.columns if where and matches else ())
+        self._conditional = where is not None
         self._matches = matches
-        self._fields = [self._position[name] for name in subscription.fields or ()]
-        self._key = [self._position[name] for name in subscription.key or ()]
+        self._fields = self._places(subscription.fields or ())
+        self._all_fields = len(self._fields) == len(subscription.fields or ())
+        key = self._places(subscription.key or ())
+        self._key = key if len(key) == len(subscription.key or ()) else []
+
+    def _places(self, names: Iterable[str]) -> list[int]:
+        """Where these columns are; rows from before a column was added do not have it."""
+        return [self._position[name] for name in names if name in self._position]
 
     def insert(self, row: Row) -> list[Outcome]:
         """A new row, if it is within the condition."""
@@ -81,7 +87,11 @@ class Transitions:
             return self._wanted(
                 [(DELETE, 1, self._delete(kind, old)), (INSERT, 2, self._insert(new))]
             )
-        if self._fields and not self._may_differ(self._fields, old, new, known):
+        if (
+            self._fields
+            and self._all_fields
+            and not self._may_differ(self._fields, old, new, known)
+        ):
             return []
         return self._wanted([(UPDATE, 0, self._update(row))])
 
@@ -100,12 +110,18 @@ class Transitions:
         return "K", [cell if n in known else None for n, cell in enumerate(new)], known
 
     def _verdict(self, cells: Sequence[Cell], known: Collection[int]) -> bool | None:
-        if self._matches is None:
+        if not self._conditional:
             return True
-        if any(n not in known or cells[n] is UNCHANGED_TOAST for n in self._where):
+        if self._matches is None or any(
+            n not in known or cells[n] is UNCHANGED_TOAST for n in self._where
+        ):
             self._unknown()
             return None
-        return self._matches(lambda name: self._text(cells[self._position[name]]))
+        try:
+            return self._matches(lambda name: self._text(cells[self._position[name]]))
+        except RecursionError:  # json nested deeper than Python can follow
+            self._unknown()
+            return None
 
     @staticmethod
     def _text(cell: Cell) -> bytes | None:

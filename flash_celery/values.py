@@ -27,7 +27,7 @@ def loader(type_oid: int) -> Loader:
     def load_or_keep_text(text: bytes) -> Any:
         try:
             return load(text)
-        except (DataError, ValueError, ArithmeticError):
+        except (DataError, ValueError, ArithmeticError, RecursionError):
             return text.decode()
 
     return load_or_keep_text

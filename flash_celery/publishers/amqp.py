@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import NotConfirmed, Unroutable
+from ..errors import NotConfirmed, PublishError, Unroutable
 from ..messages import Message
 from .base import TIMEOUT, ConnectedPublisher
 
@@ -21,6 +21,10 @@ class AmqpPublisher(ConnectedPublisher):
 
     # We wait for confirms ourselves; kombu would wait for each one.
     transport_options = {"read_timeout": TIMEOUT, "write_timeout": TIMEOUT}
+
+    def __init__(self, app: Any) -> None:
+        super().__init__(app)
+        self._window = _WINDOW
 
     def open(self, queues: Sequence[Any]) -> None:
         """Connect, declare the queues and ask for confirms. Raises `PublishError`."""
@@ -37,12 +41,20 @@ class AmqpPublisher(ConnectedPublisher):
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Publish them and wait for every confirm. Raises `NotConfirmed` or `Unroutable`."""
-        with self.errors():
-            for message in messages:
-                self._send(message)
-                if len(self._pending) >= _WINDOW:
-                    self._wait(_WINDOW // 2)
-            self._wait(0)
+        first = self._sent + 1
+        try:
+            with self.errors():
+                for message in messages:
+                    self._send(message)
+                    if len(self._pending) >= self._window:
+                        self._wait(self._window // 2)
+                self._wait(0)
+        except PublishError as error:
+            # Nothing may overtake a message that was refused: one at a time until it is taken.
+            self._window = 1
+            error.confirmed = min(self._pending, default=self._sent + 1) - first
+            raise
+        self._window = _WINDOW
 
     def _send(self, message: Message) -> None:
         properties = dict(message.properties)

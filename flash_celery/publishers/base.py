@@ -41,6 +41,8 @@ class ConnectedPublisher:
         self._app = app
         self._connection: Any = None
         self._channel: Any = None
+        #: How many messages of the present call the broker has, from the first on.
+        self.confirmed = 0
 
     def open(self, queues: Sequence[Any]) -> None:
         """Connect and declare the queues. Raises `PublishError`."""
@@ -94,7 +96,9 @@ class ConnectedPublisher:
             yield
         except known as error:
             reason = str(error).rstrip(".") or type(error).__name__
-            raise PublishError(f"The broker {self.url} failed: {reason}.") from error
+            failed = PublishError(f"The broker {self.url} failed: {reason}.")
+            failed.confirmed = self.confirmed
+            raise failed from error
 
 
 def queue_depths(app: Any, queues: Sequence[str]) -> dict[str, int | None]:

@@ -15,6 +15,7 @@ class KombuPublisher(ConnectedPublisher):
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Publish one after another. Raises `PublishError`."""
+        self.confirmed = 0
         with self.errors():
             producer = Producer(self._channel, auto_declare=False)
             for message in messages:
@@ -27,3 +28,4 @@ class KombuPublisher(ConnectedPublisher):
                     headers=dict(message.headers),
                     **message.properties,
                 )
+                self.confirmed += 1

@@ -26,6 +26,7 @@ class RedisPublisher(ConnectedPublisher):
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Push them; returns with Redis' reply to the last push. Raises `PublishError`."""
+        self.confirmed = 0
         with self.errors(), self._channel.conn_or_acquire() as client:
             for pushes in _chunks([self._push(message) for message in messages]):
                 pipeline = client.pipeline(transaction=False)
@@ -37,6 +38,7 @@ class RedisPublisher(ConnectedPublisher):
                             self._channel._q_for_pri(queue, priority), self._channel._expires[queue]
                         )
                 pipeline.execute()
+                self.confirmed += len(pushes)
 
     def _push(self, message: Message) -> tuple[str, str]:
         """The key, and the message as kombu stores it."""

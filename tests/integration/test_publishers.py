@@ -221,3 +221,32 @@ def test_the_transport_picks_the_publisher():
     }
     for url, kind in kinds.items():
         assert type(for_app(Celery("shop", broker=url, set_as_current=False))) is kind, url
+
+
+def test_a_queue_that_refuses_keeps_order_and_gets_nothing_twice(rabbit):
+    arguments = {"x-max-length": 10, "x-overflow": "reject-publish"}
+    queue = Queue("short", durable=True, queue_arguments=arguments)
+    app = Celery("shop", broker=rabbit.url, set_as_current=False)
+    app.conf.task_queues = [queue]
+    publisher = for_app(app)
+    left = [message(n, "short") for n in range(60)]
+    read = []
+    with app.connection_for_read() as connection:
+        bound = queue(connection.default_channel)
+        for _ in range(200):
+            publisher.open([queue])
+            try:
+                publisher.publish(left)
+                left = []
+            except PublishError as error:
+                left = left[error.confirmed :]
+            publisher.close()
+            for _ in range(5):
+                if (found := bound.get(no_ack=True)) is not None:
+                    read.append(int(found.headers["id"]))
+            if not left and len(set(read)) == 60:
+                break
+        bound.delete()
+    assert sorted(set(read)) == list(range(60))
+    # What had been accepted beyond the first refusal comes again; after that nothing does.
+    assert len(read) <= 60 + 10

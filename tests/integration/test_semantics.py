@@ -137,6 +137,7 @@ IDENTITIES = {
     "default": ("ALTER TABLE items REPLICA IDENTITY DEFAULT", {"id"}, None, {"id"}),
     "full": (FULL, {"id", "name", "note"}, {"note"}, {"id", "name", "note"}),
     "index": (
+        "ALTER TABLE items DROP CONSTRAINT items_pkey; "
         "CREATE UNIQUE INDEX by_name ON items (name); "
         "ALTER TABLE items REPLICA IDENTITY USING INDEX by_name",
         {"name"},
@@ -163,7 +164,8 @@ def test_old_holds_what_the_identity_gives(flash, identity):
     if identity != "full":
         with pytest.raises(KeyError, match="ALTER TABLE public.items REPLICA IDENTITY FULL"):
             update.old["note"]
-    assert update.key == ({"name": "a"} if identity == "none" else {"id": 1})
+    key = {"name": "a"} if identity == "index" else {"id": 1}
+    assert (update.key, delete.key) == (key, key)
 
 
 @pytest.mark.parametrize(
@@ -265,3 +267,44 @@ def test_a_column_that_does_not_exist_is_refused(flash):
     flash.handler("items", fields=["nope"])
     with pytest.raises(SubscriptionError, match="handler: public.items has no column nope"):
         flash.start()
+
+
+def test_the_key_of_what_is_gone_is_told_whatever_the_identity(flash):
+    flash.database.execute(
+        "CREATE TABLE items (id int PRIMARY KEY, code text NOT NULL UNIQUE)",
+        "ALTER TABLE items REPLICA IDENTITY USING INDEX items_code_key",
+    )
+    flash.handler("items")
+    with pytest.raises(ReplicaIdentityMissing):
+        flash.start(flash_replica_identity="keep")
+    flash.error = None
+    flash.start(flash_replica_identity="auto")
+    flash.do("INSERT INTO items VALUES (1, 'x')", "DELETE FROM items")
+    assert [change.key for change in flash.told()] == [{"id": 1}, {"id": 1}]
+
+
+def test_a_condition_on_an_identity_column_that_does_not_travel(flash):
+    flash.database.execute("CREATE TABLE pairs (a int, b int, c int, PRIMARY KEY (a, b))")
+    flash.handler("pairs", "delete", where={"b": 1}, key=["a"], fields=["a"])
+    flash.start(flash_replica_identity="keep")
+    flash.do("INSERT INTO pairs VALUES (1, 2, 3), (4, 1, 3)", "DELETE FROM pairs")
+    assert [change.key for change in flash.told()] == [{"a": 4}]
+
+
+def test_values_that_cannot_be_hashed_in_a_condition(flash):
+    flash.database.execute("CREATE TABLE tagged (id int PRIMARY KEY, tags text[], data jsonb)")
+    flash.handler("tagged", "insert", where=[{"tags": ["a"]}, {"data": {"b": [1]}}]).start()
+    flash.do(
+        "INSERT INTO tagged VALUES (1, '{a}', NULL), (2, '{b}', '{\"b\": [1]}'), (3, NULL, NULL)"
+    )
+    assert [change.key["id"] for change in flash.told()] == [1, 2]
+
+
+def test_json_deeper_than_python_can_follow_stops_nothing(flash):
+    flash.database.execute("CREATE TABLE deep (data json)")
+    flash.handler("deep", "insert").handler("deep", "insert", name="where", where={"data": {}})
+    flash.start()
+    flash.do("INSERT INTO deep SELECT (repeat('[', 5000) || repeat(']', 5000))::json")
+    (change,) = flash.told()
+    assert change.new["data"] == "[" * 5000 + "]" * 5000
+    assert len(flash.told("where")) == 1

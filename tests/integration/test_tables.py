@@ -290,3 +290,98 @@ def test_a_type_dropped_since_is_text(flash):
     flash.start()
     flash.do("SELECT 1")
     assert shown(flash.told()) == ["insert 1,ok"]
+
+
+@pytest.mark.parametrize(
+    "gone", ["DROP TABLE parted_1", "ALTER TABLE parted DETACH PARTITION parted_1"]
+)
+def test_rows_of_a_partition_that_is_gone_before_they_were_read(flash, gone):
+    flash.database.execute(PARTED)
+    flash.handler("parted", "insert").start()
+    flash.stop()
+    flash.database.execute("INSERT INTO parted VALUES (1, 1, 'a')", gone)
+    flash.start()
+    flash.do("INSERT INTO parted VALUES (2, 11, 'b')")
+    changes = flash.told()
+    assert wheres(changes) == [
+        "insert parted public.parted_1",
+        "insert parted public.parted_2a",
+    ]
+    assert changes[0].new["note"] == "a"
+
+
+def again(flash, **options):
+    """A new version of the handler."""
+    from flash_celery import on_change
+
+    flash.stop()
+    task = flash.app.tasks["handler"]
+    task.__dict__.pop("flash_subscriptions")
+    on_change("items", **options)(task)
+    flash.start()
+
+
+def test_a_column_renamed_with_changes_still_to_be_read(flash):
+    flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, status text)")
+    flash.handler("items", where={"status": "paid"}, fields=["status"]).start()
+    flash.stop()
+    flash.database.execute(
+        "INSERT INTO items VALUES (1, 'paid'), (2, 'open')",
+        "ALTER TABLE items RENAME status TO state",
+        "INSERT INTO items VALUES (3, 'paid'), (4, 'open')",
+    )
+    again(flash, where={"state": "paid"}, fields=["state"])
+    flash.do("SELECT 1")
+    # Of the first two nobody can tell any more: they are told.
+    assert [change.key["id"] for change in flash.told()] == [1, 2, 3]
+
+
+def test_a_column_added_with_changes_still_to_be_read(flash):
+    flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, name text)")
+    flash.handler("items").start()
+    flash.stop()
+    flash.database.execute(
+        "INSERT INTO items VALUES (1, 'a')",
+        "UPDATE items SET name = 'b'",
+        "ALTER TABLE items ADD extra int",
+        "UPDATE items SET extra = 5",
+    )
+    again(flash, fields=["extra"], key=["extra"])
+    flash.do("UPDATE items SET name = 'c'")
+    changes = flash.told()
+    assert [change.operation.names()[0] for change in changes][:2] == ["insert", "update"]
+    assert changes[-1].new["extra"] == 5
+
+
+def test_a_publication_altered_under_way_stops_the_worker(flash):
+    from flash_celery.errors import PublicationMismatch
+
+    flash.database.execute("CREATE TABLE items (id int PRIMARY KEY)")
+    flash.handler("items").start()
+    flash.database.execute("ALTER PUBLICATION flash_publication_insert DROP TABLE items")
+    with pytest.raises(PublicationMismatch, match="altered by hand"):
+        flash.wait(lambda: False)
+
+
+def test_a_standby_with_other_handlers_alters_nothing(flash, new_app):
+    from .conftest import Flash
+
+    flash.database.execute(
+        "CREATE TABLE items (id int PRIMARY KEY, name text)", "CREATE TABLE others (id int)"
+    )
+    flash.handler("items", where={"name": "a"}).handler("others", "insert", name="others").start()
+    standby = Flash(flash.database, new_app("standby"))
+    standby.handler("items", "insert", name="standby").start()
+    try:
+        flash.do(
+            "INSERT INTO others VALUES (1)",
+            "INSERT INTO items VALUES (1, 'a')",
+            "UPDATE items SET name = 'b'",
+        )
+        assert shown(flash.told("others")) == ["insert 1"]
+        assert shown(flash.told()) == ["insert 1,a", "delete 1,a"]
+    finally:
+        flash.stop()
+        standby.do("INSERT INTO items VALUES (2, 'a')")
+        assert shown(standby.told("standby")) == ["insert 2,a"]
+        standby.stop()

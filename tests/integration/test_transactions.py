@@ -225,7 +225,13 @@ def test_streaming_gives_what_its_absence_and_a_model_give(nested, script):
     for steps, commit in script:
         expected += transaction(nested, steps, commit, len(expected))
     plain, _ = collected(nested, streaming=False)
-    streamed, blocks = collected(nested, streaming=True)
+    try:
+        streamed, blocks = collected(nested, streaming=True)
+    except psycopg.errors.InternalError_:
+        # PostgreSQL cannot decode a TRUNCATE in a savepoint that was rolled back before it ends;
+        # the replication worker goes on without streaming then.
+        assert any("truncate" in steps and "rollback" in steps for steps, _ in script)
+        return
     streamed_blocks.append(blocks)
     assert [number for number, _, _ in plain] == expected
     assert streamed == plain
@@ -284,3 +290,23 @@ def test_a_full_disk_is_told_and_tried_again():
     spool = Spool("/nowhere")
     with contextlib.closing(spool), pytest.raises(SpoolError, match="cannot be spooled"):
         spool.append(1, b"x" * 3_000_000)
+
+
+def test_a_transaction_the_server_cannot_stream_is_read_without(flash):
+    flash.database.execute(ITEMS)
+    options = "-c logical_decoding_work_mem=64kB"
+    flash.handler("items", "insert").start(
+        flash_use_streaming=True,
+        flash_dsn=psycopg.conninfo.make_conninfo(flash.database.dsn, options=options),
+    )
+    flash.stop()
+    many = "INSERT INTO items SELECT n, repeat('x', 500) FROM generate_series({}, {}) AS n;"
+    with flash.database.connect() as connection:
+        connection.execute(
+            f"BEGIN; {many.format(1, 1000)} SAVEPOINT a; TRUNCATE items; {many.format(1, 1000)}"
+            f"ROLLBACK TO a; {many.format(2000, 2999)} COMMIT"
+        )
+    flash.start()
+    flash.do("SELECT 1")
+    ids = [change.new["id"] for change in flash.told()]
+    assert list(dict.fromkeys(ids)) == [*range(1, 1001), *range(2000, 3000)]

@@ -143,3 +143,9 @@ def test_compression_is_honoured(make):
 
     message = make(task_options={"compression": "gzip"})().message([DELIVERY])
     assert b"flash_celery.change" in decompress(message.body, message.headers["compression"])
+
+
+@pytest.mark.parametrize("priority", [-1, 256, "high"])
+def test_a_priority_no_broker_knows_is_refused(make, priority):
+    with pytest.raises(ConfigurationError, match="is a number from 0 to 255"):
+        make(conf={"flash_routes": {"*": {"priority": priority}}})

@@ -5,6 +5,7 @@ import pytest
 from flash_celery import conditions
 from flash_celery.changes import Operation
 from flash_celery.comparison import ColumnType
+from flash_celery.protocol import pgoutput
 from flash_celery.protocol.pgoutput import UNCHANGED_TOAST, Row, read_row
 from flash_celery.rows import Column, Table
 from flash_celery.subscriptions import Subscription, TableName
@@ -34,7 +35,8 @@ def transitions(identity="f", kept=("id", "status", "note"), unknown=lambda: Non
     types = {name: ColumnType(oid, name) for name, oid in TYPES.items()}
     where = subscription.where
     matches = where.bind(types, lambda oid, text: text) if where else None
-    return Transitions(subscription, table, list(TYPES), matches, unknown)
+    columns = [pgoutput.Column(n in flagged, n, oid, -1) for n, oid in TYPES.items()]
+    return Transitions(subscription, table, columns, matches, unknown)
 
 
 def cells(text):

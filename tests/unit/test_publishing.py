@@ -1,0 +1,123 @@
+"""The publishing thread: order, retries, giving up."""
+
+import threading
+import time
+
+import pytest
+from kombu import Queue
+
+from flash_celery import publishing
+from flash_celery.errors import PublishError
+from flash_celery.messages import Message
+from flash_celery.outbox import Unit
+from flash_celery.protocol.lsn import Lsn
+from flash_celery.publishers.memory import MemoryPublisher
+from flash_celery.publishing import Publishing
+
+
+class Flaky(MemoryPublisher):
+    """Takes some messages, then fails, as often as it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.failures = []
+        self.tried = threading.Event()
+
+    def publish(self, messages):
+        self.tried.set()
+        if self.failures:
+            taken = self.failures.pop(0)
+            super().publish(messages[:taken])
+            error = PublishError("It failed.")
+            error.confirmed = taken
+            raise error
+        super().publish(messages)
+
+
+def message(number):
+    return Message("flash", "handle", {"argsrepr": str(number)}, {}, str(number))
+
+
+def unit(first, count, position):
+    messages = [message(n) for n in range(first, first + count)]
+    return Unit(messages, Lsn(position), count)
+
+
+@pytest.fixture
+def thread(monkeypatch):
+    monkeypatch.setattr(publishing, "delays", lambda: iter(lambda: 0.01, None))
+    publisher = Flaky()
+    confirmed = []
+    failed = []
+    thread = Publishing(publisher, [Queue("flash")], confirmed.append, failed.append)
+    thread.publisher, thread.confirmed, thread.failed = publisher, confirmed, failed
+    yield thread
+    thread.end()
+    if thread.is_alive():
+        thread.join(5)
+    assert not thread.is_alive()
+
+
+def wait(ready):
+    deadline = time.monotonic() + 5
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_units_are_confirmed_in_order(thread):
+    for number in range(3):
+        thread.put(unit(number * 10, 10, number + 1))
+    thread.put(Unit([], Lsn(9), 0))
+    thread.start()
+    wait(lambda: thread.idle)
+    assert [m.body for m in thread.publisher.queues["flash"]] == [str(n) for n in range(30)]
+    assert thread.confirmed[-1] == 9
+    assert thread.has_room
+
+
+def test_what_the_broker_has_is_not_sent_again(thread):
+    thread.publisher.failures = [3, 0, 4]
+    thread.put(unit(0, 10, 1))
+    thread.start()
+    wait(lambda: thread.idle)
+    assert [m.body for m in thread.publisher.queues["flash"]] == [str(n) for n in range(10)]
+    assert thread.confirmed == [1]
+
+
+def test_a_discarded_unit_is_never_confirmed(thread):
+    thread.publisher.broken = True
+    thread.put(unit(0, 10, 1))
+    thread.put(unit(10, 10, 2))
+    thread.start()
+    time.sleep(0.05)
+    thread.discard()
+    thread.publisher.broken = False
+    wait(lambda: thread.idle)
+    thread.put(unit(20, 1, 3))
+    wait(lambda: thread.idle)
+    assert thread.confirmed == [3]
+    assert thread.has_room
+
+
+def test_discard_between_taking_a_unit_and_sending_it_gives_it_up(thread, monkeypatch):
+    thread.publisher.broken = True
+    taken = thread._deliver
+
+    def late(generation, units):
+        thread.discard()
+        taken(generation, units)
+
+    monkeypatch.setattr(thread, "_deliver", late)
+    thread.put(unit(0, 10, 1))
+    thread.start()
+    wait(lambda: thread.idle)
+    assert thread.confirmed == []
+
+
+def test_a_bug_reaches_the_main_thread(thread, monkeypatch):
+    monkeypatch.setattr(thread.publisher, "publish", lambda messages: 1 / 0)
+    thread.put(unit(0, 1, 1))
+    thread.start()
+    wait(lambda: thread.failed)
+    assert isinstance(thread.failed[0], ZeroDivisionError)
