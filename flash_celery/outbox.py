@@ -13,6 +13,8 @@ from .protocol.lsn import Lsn
 
 #: Bytes of rows in one batch; a single row may have more.
 BATCH_BYTES = 4 << 20
+#: What a message takes in memory beside its body, roughly.
+MESSAGE_BYTES = 4000
 
 
 class Unit(NamedTuple):
@@ -92,4 +94,4 @@ class Outbox:
     def _emit(self, template: Template, deliveries: list[Delivery]) -> None:
         message = template.message(deliveries)
         self._messages.append(message)
-        self._size += len(message.body)
+        self._size += len(message.body) + MESSAGE_BYTES
