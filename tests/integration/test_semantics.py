@@ -1,5 +1,8 @@
 """What a handler is told: transitions, fields, keys, old and new. Scenarios on a real server."""
 
+from itertools import combinations
+from pathlib import Path
+
 import pytest
 
 from flash_celery import UNCHANGED
@@ -38,35 +41,48 @@ def test_every_operation(flash):
     assert [c.commit_lsn for c in changes] == sorted(c.commit_lsn for c in changes)
 
 
-WHERE = {"name": "paid"}
-#: The table of docs/semantics.md: before, after, and what each mask is told.
-TRANSITIONS = [
-    ("open", "paid", {"all": "insert", "insert": "insert", "insert|delete": "insert"}),
-    ("paid", "open", {"all": "delete", "delete": "delete", "insert|delete": "delete"}),
-    ("paid", "paid", {"all": "update", "update": "update"}),
-    ("open", "open", {}),
-    (None, "paid", {"all": "insert", "insert": "insert", "insert|delete": "insert"}),
-    ("paid", None, {"all": "delete", "delete": "delete", "insert|delete": "delete"}),
-]
-MASKS = ["all", "insert", "update", "delete", "insert|delete"]
+def documented():
+    """The table of docs/semantics.md, row by row; an empty cell stands for both."""
+    text = (Path(__file__).parents[2] / "docs" / "semantics.md").read_text()
+    table = text.partition("<!-- table: transitions -->")[2].partition("\n\n")[0]
+    for line in table.strip().splitlines()[2:]:
+        before, after, field, key, delivered = (cell.strip() for cell in line.split("|")[1:-1])
+        kinds = [kind.strip().lower() for kind in delivered.split(",") if kind]
+        updates = "-" not in (before, after)
+        for changed in [field] if field or not updates else ["yes", "no"]:
+            for rekeyed in [key] if key or not updates else ["yes", "no"]:
+                yield before, after, changed == "yes", rekeyed == "yes", kinds
+
+
+MASKS = ["|".join(c) for n in (1, 2, 3) for c in combinations(("insert", "update", "delete"), n)]
 
 
 def test_the_table_of_transitions(flash):
-    flash.database.execute(ITEMS)
+    flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, name text, status text)")
     for mask in MASKS:
-        flash.handler("items", mask, name=mask, where=WHERE)
+        options = {"where": {"status": "in"}, "fields": ["name"], "key": ["id"]}
+        flash.handler("items", mask, name=mask, **options)
     flash.start()
-    for before, after, expected in TRANSITIONS:
-        flash.database.execute(
-            "TRUNCATE items",
-            f"INSERT INTO items VALUES (1, {before!r}, 'x')".replace("None", "NULL"),
-        )
+    rows = list(documented())
+    assert len(rows) == 20
+    for before, after, changed, rekeyed, kinds in rows:
+        status = {"matches": "in", "does not": "out"}
+        if before != "-":
+            flash.database.execute(f"INSERT INTO items VALUES (1, 'a', '{status[before]}')")
         flash.do("SELECT 1")
         for mask in MASKS:
             flash.told(mask)
-        flash.do(f"UPDATE items SET name = {after!r}, note = 'y'".replace("None", "NULL"))
+        if before == "-":
+            flash.do(f"INSERT INTO items VALUES (1, 'a', '{status[after]}')")
+        elif after == "-":
+            flash.do("DELETE FROM items")
+        else:
+            key, name = 2 if rekeyed else 1, "b" if changed else "a"
+            flash.do(f"UPDATE items SET id = {key}, name = '{name}', status = '{status[after]}'")
         told = {mask: [c.operation.names()[0] for c in flash.told(mask)] for mask in MASKS}
-        assert told == {mask: [expected[mask]] if mask in expected else [] for mask in MASKS}
+        expected = {mask: [kind for kind in kinds if kind in mask] for mask in MASKS}
+        assert told == expected, (before, after, changed, rekeyed)
+        flash.database.execute("DELETE FROM items")
 
 
 def test_inserts_and_deletes_within_a_condition(flash):
