@@ -35,6 +35,13 @@ def broker(app: Any) -> Iterator[Finding]:
 
 
 def _redis(publisher: ConnectedPublisher) -> Iterator[Finding]:
+    timeout = publisher.visibility_timeout
+    yield Finding(
+        "visibility_timeout",
+        OK,
+        f"a task whose worker was killed comes back after {timeout:g} s "
+        "(broker_transport_options); it must be longer than any handler runs",
+    )
     settings = publisher.redis_settings("appendonly", "appendfsync", "maxmemory-policy")
     if settings.get("appendonly") != "yes":
         yield Finding(

@@ -42,6 +42,8 @@ class Delivery(NamedTuple):
 
 def encode(deliveries: Sequence[Delivery]) -> str:
     """The JSON value for these changes."""
+    if len(deliveries) == 1:
+        return _encode_one(deliveries[0])
     tables = list(dict.fromkeys(delivery.table for delivery in deliveries))
     transactions = list(dict.fromkeys(delivery.transaction for delivery in deliveries))
     runs = _runs(deliveries, tables, transactions)
@@ -50,6 +52,17 @@ def encode(deliveries: Sequence[Delivery]) -> str:
         f'{{"v":{VERSION},"tables":[{",".join(_table_json(table) for table in tables)}],'
         f'"transactions":[{",".join(_transaction_json(one) for one in transactions)}],'
         f'"runs":[{",".join(runs)}],"rows":"{rows.decode()}"}}'
+    )
+
+
+def _encode_one(delivery: Delivery) -> str:
+    """The same for a single change, which most messages hold."""
+    table, transaction, index, half, number, row = delivery
+    return (
+        f'{{"v":{VERSION},"tables":[{_table_json(table)}],'
+        f'"transactions":[{_transaction_json(transaction)}],'
+        f'"runs":[[0,0,{index},1,{half},{number}]],'
+        f'"rows":"{b2a_base64(row, newline=False).decode()}"}}'
     )
 
 

@@ -118,11 +118,15 @@ class Publishing(threading.Thread):
     def _deliver(self, generation: int, units: Sequence[Unit]) -> None:
         messages = [message for unit in units for message in unit.messages]
         _before_publish(messages)
-        if self._insist(generation, messages):
+        done = self._insist(generation, messages)
+        if done:
             _after_publish(messages)
-            self._confirmed(units[-1].position)
         with self._changed:
+            # Room is made before anybody is woken to use it.
             self._size -= sum(unit.size for unit in units)
+            # A unit that was given up says nothing: its position may be of another server.
+            if done and generation == self._generation:
+                self._confirmed(units[-1].position)
 
     def _insist(self, generation: int, messages: Sequence[Message]) -> bool:
         """Publish until the broker has confirmed everything; False if it is given up."""

@@ -187,6 +187,9 @@ _INT64 = struct.Struct("!Q")
 _SIGNED64 = struct.Struct("!q")
 
 
+_TEXT, _NULL, _UNCHANGED = b"tnu"
+
+
 class _Reader:
     """Takes fields off a message, in order; every field is checked against the end."""
 
@@ -322,14 +325,28 @@ def _row(reader: _Reader, tag: str, xid: int | None) -> Row:
 
 
 def _cells(reader: _Reader) -> list[Cell]:
-    return [_cell(reader) for _ in range(reader.number(_INT16))]
-
-
-def _cell(reader: _Reader) -> Cell:
-    kind = reader.one_of("tnu")
-    if kind == "t":
-        return reader.take(reader.number(_INT32))
-    return None if kind == "n" else UNCHANGED_TOAST
+    """The columns of a row: the hot path, so without a call for each field."""
+    count = reader.number(_INT16)
+    buffer, place, size = reader.buffer, reader.place, len(reader.buffer)
+    cells: list[Cell] = []
+    while len(cells) < count and place < size:
+        kind = buffer[place]
+        if kind == _TEXT and place + 5 <= size:
+            (length,) = _INT32.unpack_from(buffer, place + 1)
+            end = place + 5 + length
+            if end > size:
+                break
+            cells.append(buffer[place + 5 : end])
+            place = end
+        elif kind in (_NULL, _UNCHANGED):
+            cells.append(None if kind == _NULL else UNCHANGED_TOAST)
+            place += 1
+        else:
+            break
+    reader.place = place
+    if len(cells) < count:
+        raise reader.fail(f"column {len(cells) + 1} of {count} is cut off or unknown")
+    return cells
 
 
 def read_row(buffer: bytes, place: int = 0) -> tuple[Row, int]:

@@ -74,6 +74,11 @@ class ConnectedPublisher:
         """`redis`, `amqp` or another of kombu's."""
         return str(self._connection.transport.driver_type)
 
+    @property
+    def visibility_timeout(self) -> float:
+        """Seconds after which Redis' consumers give an unacknowledged message to another."""
+        return float(self._channel.visibility_timeout)
+
     def redis_settings(self, *names: str) -> dict[str, str]:
         """What CONFIG GET says."""
         with self._channel.conn_or_acquire() as client:

@@ -98,6 +98,7 @@ def test_doctor_finds_everything_well(shop):
         "ok       replication connection: can be made",
         "ok       broker durability: appendonly, appendfsync always",
         "warning  max_slot_wal_keep_size",
+        "ok       visibility_timeout: a task whose worker was killed comes back after 3600 s",
         "ok       workers: they know every handler",
     ):
         assert text in doctor.stdout, doctor.stdout

@@ -121,3 +121,23 @@ def test_a_bug_reaches_the_main_thread(thread, monkeypatch):
     thread.start()
     wait(lambda: thread.failed)
     assert isinstance(thread.failed[0], ZeroDivisionError)
+
+
+def test_a_unit_given_up_while_it_was_being_sent_confirms_nothing(thread, monkeypatch):
+    entered, go_on = threading.Event(), threading.Event()
+    publish = thread.publisher.publish
+
+    def slow(messages):
+        entered.set()
+        assert go_on.wait(5)
+        publish(messages)
+
+    monkeypatch.setattr(thread.publisher, "publish", slow)
+    thread.put(unit(0, 1, 7))
+    thread.start()
+    assert entered.wait(5)
+    thread.discard()
+    go_on.set()
+    wait(lambda: thread.idle)
+    assert thread.confirmed == []
+    assert thread.has_room
