@@ -149,7 +149,9 @@ def collected(connection, streaming):
         while transactions.replaying:
             end = transactions.replay(7)
         assert end is None or not transactions.open
-    assert transactions._spools == {}
+    # 14 does not always say that a streamed transaction was rolled back; its spool ends with us.
+    assert transactions._spools == {} or connection.info.server_version < 150000
+    transactions.close()
     return found.rows, streamed
 
 
