@@ -263,7 +263,8 @@ def test_a_table_dropped_and_made_again_is_told_again(flash):
 def test_a_table_renamed_away_stops_the_worker(flash):
     flash.database.execute("CREATE TABLE items (id int PRIMARY KEY)")
     flash.handler("items").start()
-    flash.do("INSERT INTO items VALUES (1)", "ALTER TABLE items RENAME TO goods")
+    flash.do("INSERT INTO items VALUES (1)")
+    flash.database.execute("ALTER TABLE items RENAME TO goods")
     with pytest.raises(SubscriptionError, match="handler: there is no table public.items"):
         flash.wait(lambda: False)
 
