@@ -57,15 +57,7 @@ class AmqpPublisher(ConnectedPublisher):
         self._window = _WINDOW
 
     def _send(self, message: Message) -> None:
-        properties = dict(message.properties)
-        prepared = self._channel.prepare_message(
-            message.body,
-            properties.pop("priority", None),
-            message.content_type,
-            message.content_encoding,
-            message.headers,
-            properties,
-        )
+        prepared = self.prepared(message)
         self._sent += 1
         self._pending.add(self._sent)
         # Not basic_publish: with the option confirm_publish that waits for each message.

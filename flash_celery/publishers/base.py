@@ -63,6 +63,18 @@ class ConnectedPublisher:
             with suppress(Exception):
                 connection.release()
 
+    def prepared(self, message: Message) -> Any:
+        """The message as the transport sends it."""
+        properties = dict(message.properties)
+        return self._channel.prepare_message(
+            message.body,
+            properties.pop("priority", None),
+            message.content_type,
+            message.content_encoding,
+            message.headers,
+            properties,
+        )
+
     @property
     def url(self) -> str:
         """The broker's address, without a password."""

@@ -43,15 +43,7 @@ class RedisPublisher(ConnectedPublisher):
     def _push(self, message: Message) -> tuple[str, str]:
         """The key, and the message as kombu stores it."""
         channel = self._channel
-        properties = dict(message.properties)
-        raw = channel.prepare_message(
-            message.body,
-            properties.pop("priority", None),
-            message.content_type,
-            message.content_encoding,
-            message.headers,
-            properties,
-        )
+        raw = self.prepared(message)
         channel._inplace_augment_message(raw, "", message.queue)
         priority = channel._get_message_priority(raw, reverse=False)
         return channel._q_for_pri(message.queue, priority), dumps(raw)

@@ -15,6 +15,7 @@ ALLOWED = {
     "settings": {"errors"},
     "protocol": set(),
     "protocol.lsn": set(),
+    "protocol.messages": {"protocol"},
     "protocol.pgoutput": {"protocol", "errors"},
     # The application's side: declare, decode, handle.
     "values": {"comparison"},
