@@ -149,8 +149,8 @@ def collected(connection, streaming):
         while transactions.replaying:
             end = transactions.replay(7)
         assert end is None or not transactions.open
-    # Before 18 the server does not always say that a streamed transaction with a TRUNCATE was rolled
-    # back; its spool ends with the connection.
+    # Before 18 the server does not always say that a streamed transaction with a TRUNCATE was
+    # rolled back; its spool ends with the connection.
     assert transactions._spools == {} or connection.info.server_version < 180000
     transactions.close()
     return found.rows, streamed
