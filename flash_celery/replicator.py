@@ -92,6 +92,7 @@ class Replicator:
             while not self.control.stopping:
                 try:
                     self._connected()
+                    self._publishing.discard()  # the next session reads it again
                 except FlashError as error:
                     said = self._retry(error, said)
         except Stopped:

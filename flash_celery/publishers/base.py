@@ -47,6 +47,7 @@ class ConnectedPublisher:
     def open(self, queues: Sequence[Any]) -> None:
         """Connect and declare the queues. Raises `PublishError`."""
         self.close()
+        self.confirmed = 0  # what an earlier call got through says nothing of the next one
         options = {**self.transport_options, **self._app.conf.broker_transport_options}
         self._connection = self._app.connection_for_write(
             transport_options=options, connect_timeout=self._app.conf.broker_connection_timeout

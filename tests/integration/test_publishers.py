@@ -8,7 +8,7 @@ import redis
 from celery import Celery
 from kombu import Queue
 
-from example_project.servers import end_with_parent, free_port, wait_until
+from example_project.servers import Valkey, end_with_parent, free_port, wait_until
 from flash_celery.errors import PublishError, Unroutable
 from flash_celery.messages import Message
 from flash_celery.publishers import for_app
@@ -250,3 +250,16 @@ def test_a_queue_that_refuses_keeps_order_and_gets_nothing_twice(rabbit):
     assert sorted(set(read)) == list(range(60))
     # What had been accepted beyond the first refusal comes again; after that nothing does.
     assert len(read) <= 60 + 10
+
+
+def test_a_broker_that_does_not_come_back_confirms_nothing_more():
+    with Valkey() as own:
+        app = Celery("shop", broker=own.url, set_as_current=False)
+        publisher = for_app(app)
+        queue = app.amqp.queues["first"]
+        publisher.open([queue])
+        publisher.publish([message(n) for n in range(10)])
+    with pytest.raises(PublishError) as caught:
+        publisher.open([queue])
+    assert caught.value.confirmed == 0
+    publisher.close()
