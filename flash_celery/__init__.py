@@ -9,12 +9,13 @@ from .changes import (
     Changes,
     Delete,
     Insert,
+    LogicalMessage,
     Operation,
     Truncate,
     Update,
 )
 from .errors import FlashError
-from .handlers import on_change
+from .handlers import on_change, on_message
 from .protocol.lsn import Lsn
 from .rows import UNCHANGED
 from .subscriptions import Batch
@@ -27,9 +28,11 @@ __all__ = [
     "Delete",
     "FlashError",
     "Insert",
+    "LogicalMessage",
     "Lsn",
     "Operation",
     "Truncate",
     "Update",
     "on_change",
+    "on_message",
 ]

@@ -18,18 +18,24 @@ _EPOCH = datetime(2000, 1, 1, tzinfo=timezone.utc)
 
 
 class Operation(enum.Flag):
-    """What happened to a row or table."""
+    """What happened."""
 
     INSERT = enum.auto()
     UPDATE = enum.auto()
     DELETE = enum.auto()
     TRUNCATE = enum.auto()
+    #: Of `on_message`; not one of a table's, so not in `ALL`.
+    MESSAGE = enum.auto()
     ALL = INSERT | UPDATE | DELETE | TRUNCATE
 
     def names(self) -> tuple[str, ...]:
         """The single operations in it, in lower case."""
-        single = (Operation.INSERT, Operation.UPDATE, Operation.DELETE, Operation.TRUNCATE)
-        return tuple(str(one.name).lower() for one in single if one in self)
+        return tuple(name for name, one in _SINGLE.items() if one in self)
+
+
+_SINGLE = {
+    name: Operation[name.upper()] for name in ("insert", "update", "delete", "truncate", "message")
+}
 
 
 class Change:
@@ -49,7 +55,8 @@ class Change:
         self.transaction = transaction
         #: Which row message of its transaction it was, from 0.
         self.index = index
-        #: 1 and 2 are the Delete and the Insert of one UPDATE that changed the `key=`.
+        #: 1 and 2 are the Delete and the Insert of one UPDATE that changed the `key=`;
+        #: 3 is a message, and `index` counts the transaction's messages.
         self.half = half
         #: Which of the handler's subscriptions it was delivered for.
         self.number = number
@@ -88,7 +95,7 @@ class Change:
     def id(self) -> str:
         """Unique per delivery to a handler, the same at every redelivery."""
         number = f"#{self.number}" if self.number else ""
-        return f"{self.commit_lsn}:{self.index}{('', '-', '+')[self.half]}{number}"
+        return f"{self.commit_lsn}:{self.index}{('', '-', '+', 'm')[self.half]}{number}"
 
     @property
     def key(self) -> Mapping[str, Any]:
@@ -238,6 +245,32 @@ class Truncate(Change):
 
     operation = Operation.TRUNCATE
     __slots__ = ()
+
+
+class LogicalMessage(Change):
+    """What `pg_logical_emit_message(true, prefix, content)` wrote in a transaction."""
+
+    operation = Operation.MESSAGE
+    __match_args__ = ("prefix", "content")
+    __slots__ = ("content",)
+
+    def __init__(self, content: bytes, *origin: Any) -> None:
+        super().__init__(*origin)
+        #: What was written; text is in the database's encoding.
+        self.content = content
+
+    @property
+    def prefix(self) -> str:
+        """What the message is about."""
+        return self._source.name
+
+    def __repr__(self) -> str:
+        return f"message {self.prefix} @{self.commit_lsn}"
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) and self.content == getattr(other, "content", None)
+
+    __hash__ = Change.__hash__
 
 
 class Changes(Sequence[Change]):

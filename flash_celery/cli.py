@@ -187,10 +187,10 @@ def tail(project: _Project, tables: tuple[str, ...], limit: int | None) -> None:
     """
     from . import tail as tailing
     from .errors import SubscriptionError
-    from .subscriptions import TableName
+    from .subscriptions import TableName, of_tables
 
     wanted = list(dict.fromkeys(TableName.of(name) for name in tables))
-    wanted = wanted or list(dict.fromkeys(one.table for one in project.subscriptions))
+    wanted = wanted or list(dict.fromkeys(one.table for one in of_tables(project.subscriptions)))
     if not wanted:
         raise SubscriptionError("No handler names a table; say which to follow: flash tail TABLE.")
     shown = 0

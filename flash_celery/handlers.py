@@ -1,4 +1,4 @@
-"""`@on_change`: declares that a task handles the changes of a table.
+"""`@on_change` and `@on_message`: declare that a task handles changes of a table, or messages.
 
 Subscriptions hang on the tasks themselves, so the registry is Celery's own. Nothing is evaluated
 while decorating: a task that Celery still makes gets them once its app is finalized.
@@ -27,6 +27,7 @@ from .subscriptions import (
     column_name,
     column_names,
     operations_of,
+    prefix_of,
 )
 
 P = ParamSpec("P")
@@ -76,7 +77,7 @@ class Handler(Generic[P, R]):
 
 @dataclass(frozen=True)
 class _Mistake:
-    """What is wrong with an `on_change`, until it is known whose it is."""
+    """What is wrong with a declaration, until it is known whose it is."""
 
     sentence: str
 
@@ -120,20 +121,55 @@ def on_change(
     tasks starts; `replicate` and `doctor` refuse them, naming the handler.
     """
 
+    def declare() -> Subscription:
+        return Subscription(
+            handler="",
+            table=TableName.of(table),
+            operations=operations_of(operations),
+            fields=column_names("fields", fields, table),
+            where=conditions.parse(where, lambda name: column_name(name, table)),
+            key=column_names("key", key, table),
+            batch=Batch.of(batch),
+            queue=queue,
+            acks_late=acks_late,
+        )
+
+    return _decorator(declare)
+
+
+def on_message(
+    prefix: str, *, batch: Any = None, queue: str | None = None, acks_late: bool = True
+) -> _Decorator:
+    """Run a task for messages that transactions wrote into the WAL.
+
+    `SELECT pg_logical_emit_message(true, 'order.paid', '{"id": 1}')` commits or rolls back with its
+    transaction; the task gets it as a `LogicalMessage`, in its place among the transaction's
+    changes. Messages that are not transactional (`false`) are nobody's.
+
+    - `prefix`: the messages with exactly this prefix.
+    - `batch`, `queue`, `acks_late`: as for `on_change`, with which it may be stacked.
+
+    Source: PostgreSQL documentation, chapter "System Administration Functions".
+    """
+
+    def declare() -> Subscription:
+        return Subscription(
+            handler="",
+            table=prefix_of(prefix),
+            operations=Operation.MESSAGE,
+            batch=Batch.of(batch),
+            queue=queue,
+            acks_late=acks_late,
+        )
+
+    return _decorator(declare)
+
+
+def _decorator(declare: Callable[[], Subscription]) -> _Decorator:
     def decorate(target: Any) -> Any:
         declared: Subscription | _Mistake
         try:
-            declared = Subscription(
-                handler="",
-                table=TableName.of(table),
-                operations=operations_of(operations),
-                fields=column_names("fields", fields, table),
-                where=conditions.parse(where, lambda name: column_name(name, table)),
-                key=column_names("key", key, table),
-                batch=Batch.of(batch),
-                queue=queue,
-                acks_late=acks_late,
-            )
+            declared = declare()
         except SubscriptionError as error:
             declared = _Mistake(str(error))
         return _declare(target, declared)
@@ -163,9 +199,9 @@ def _consistent(subscriptions: list[Subscription]) -> list[Subscription]:
         for what in ("batch", "queue", "acks_late"):
             if getattr(first, what) != getattr(other, what):
                 raise SubscriptionError(
-                    f"{first.handler} has two on_change that contradict each other: {what}= is "
-                    f"{getattr(first, what)!r} for {first.table} and {getattr(other, what)!r} "
-                    f"for {other.table}; give both the same."
+                    f"{first.handler} is declared twice, with a contradiction: {what}= is "
+                    f"{getattr(first, what)!r} for {first.subject} and {getattr(other, what)!r} "
+                    f"for {other.subject}; give both the same."
                 )
     return subscriptions
 

@@ -189,7 +189,8 @@ def _flash_route(
     routes: Mapping[str, Any], subscription: Subscription, operation: Operation
 ) -> dict[str, Any]:
     table = subscription.table
-    name = f"{table.schema}.{table.name}.{operation.names()[0]}"
+    parts = (table.schema, table.name, *operation.names())
+    name = ".".join(filter(None, parts))
     for pattern, options in routes.items():
         if fnmatch.fnmatchcase(name, pattern):
             return {"queue": options} if isinstance(options, str) else dict(options)

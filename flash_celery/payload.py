@@ -7,6 +7,7 @@ forwards, the Celery worker decodes.
 from __future__ import annotations
 
 import json
+import struct
 from binascii import a2b_base64, b2a_base64
 from collections.abc import Iterable, Sequence
 from itertools import groupby
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 from kombu.utils.json import register_type
 
-from .changes import Change, Changes, Delete, Insert, Truncate, Update
+from .changes import Change, Changes, Delete, Insert, LogicalMessage, Truncate, Update
 from .errors import PayloadError, ProtocolError
 from .protocol import pgoutput
 from .protocol.lsn import Lsn
@@ -26,6 +27,7 @@ CHANGES = "flash_celery.changes"
 
 #: The row of a TRUNCATE, which has none.
 TRUNCATED = b"T"
+_MESSAGE = struct.Struct("!cI")
 
 
 class Delivery(NamedTuple):
@@ -38,6 +40,11 @@ class Delivery(NamedTuple):
     half: int
     number: int
     row: bytes
+
+
+def message_row(content: bytes) -> bytes:
+    """The row of a logical message."""
+    return _MESSAGE.pack(b"M", len(content)) + content
 
 
 def encode(deliveries: Sequence[Delivery]) -> str:
@@ -142,7 +149,7 @@ def decode(value: Any) -> list[Change]:
         if version != VERSION:
             raise PayloadError(f"This message has version {version}; version {VERSION} is known.")
         return _decode(value)
-    except (KeyError, TypeError, ValueError, IndexError, ProtocolError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, struct.error, ProtocolError) as error:
         raise PayloadError(f"This is not a message of flash-celery: {error!r}.") from error
 
 
@@ -176,6 +183,10 @@ def _decode(value: Any) -> list[Change]:
 def _change(rows: bytes, place: int, origin: tuple[Any, ...]) -> tuple[Change, int]:
     if rows[place : place + 1] == TRUNCATED:
         return Truncate(*origin), place + 1
+    if rows[place : place + 1] == b"M":
+        start = place + _MESSAGE.size
+        end = start + _MESSAGE.unpack(rows[place:start])[1]
+        return LogicalMessage(rows[start:end], *origin), end
     row, place = pgoutput.read_row(rows, place)
     if row.operation == "I":
         return Insert(row.new or [], *origin), place
@@ -199,6 +210,8 @@ def delivery_of(change: Change) -> Delivery:
         row = pgoutput.encode_row("U", 0, change._old_kind, change._old, change._new)
     elif isinstance(change, Delete):
         row = pgoutput.encode_row("D", 0, change._old_kind, change._old, None)
+    elif isinstance(change, LogicalMessage):
+        row = message_row(change.content)
     return Delivery(
         change._source, change.transaction, change.index, change.half, change.number, row
     )

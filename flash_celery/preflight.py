@@ -27,7 +27,7 @@ from .errors import (
 from .publications import Found, Wanted
 from .replication import ReplicationConnection
 from .settings import Settings
-from .subscriptions import Subscription, TableName
+from .subscriptions import Subscription, TableName, of_tables
 from .tables import check_columns, find, quoted
 
 OK, WARNING, STOP = "ok", "warning", "stop"
@@ -218,7 +218,7 @@ class _Examination:
         """The tables of all subscriptions; None if something is wrong with one."""
         if not self._subscriptions:
             error = SubscriptionError(
-                "No task has an @on_change; import the modules that declare them "
+                "No task has an @on_change or @on_message; import the modules that declare them "
                 "(app.autodiscover_tasks(), or the setting `imports`)."
             )
             self._stop("handlers", error)
@@ -226,6 +226,9 @@ class _Examination:
         tables: dict[TableName, CatalogTable] = {}
         sound = True
         for subscription in self._subscriptions:
+            if subscription.prefix is not None:
+                self._add(f"{subscription.handler} on {subscription.subject}", OK, "message")
+        for subscription in of_tables(self._subscriptions):
             subject = f"{subscription.handler} on {subscription.table}"
             try:
                 table = tables.get(subscription.table) or find(self._connection, subscription)
@@ -240,7 +243,9 @@ class _Examination:
     def _publications(self, tables: dict[TableName, CatalogTable]) -> None:
         prefix = self._settings.flash_publication_slot_prefix
         found = publications.read(self._connection, prefix)
-        goal = publications.wanted(self._connection, self._subscriptions, tables, found.record)
+        goal = publications.wanted(
+            self._connection, of_tables(self._subscriptions), tables, found.record
+        )
         try:
             publications.check(found, prefix, goal)
             self._check_slot_of(found, prefix)

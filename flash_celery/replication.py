@@ -115,16 +115,20 @@ class ReplicationConnection:
         publications: Sequence[str],
         position: Lsn = Lsn(0),  # noqa: B008
         streaming: bool = False,
+        messages: bool = False,
     ) -> None:
         """Start at the slot's confirmed position, or at a later one.
 
-        With `streaming` the server sends blocks of large transactions that are still open.
+        With `streaming` the server sends blocks of large transactions that are still open, with
+        `messages` also what `pg_logical_emit_message` wrote.
         """
         names = sql.SQL(",").join(sql.Identifier(name) for name in publications)
+        options = "proto_version '2', streaming 'on'" if streaming else "proto_version '1'"
+        options += ", messages 'true'" if messages else ""
         command = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} ({}, publication_names {})").format(
             sql.Identifier(slot),
             sql.SQL(str(position)),
-            sql.SQL("proto_version '2', streaming 'on'" if streaming else "proto_version '1'"),
+            sql.SQL(options),
             sql.Literal(names.as_string(None)),
         )
         self._execute(command, pq.ExecStatus.COPY_BOTH)

@@ -35,7 +35,7 @@ from .publishing import Publishing
 from .replication import ReplicationConnection, unreachable
 from .session import Session
 from .settings import Settings
-from .subscriptions import Subscription, TableName
+from .subscriptions import Subscription, TableName, of_tables
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ class Replicator:
 
     def _examine(self, connection: psycopg.Connection[Any]) -> preflight.Report:
         """Look at everything; from now on a session notices when a table changes."""
-        tables = [subscription.table for subscription in self._subscriptions]
+        tables = [subscription.table for subscription in of_tables(self._subscriptions)]
         names = publications.names(self._settings.flash_publication_slot_prefix)
         self._look = partial(catalog.fingerprint, connection, tables, names)
         self._fingerprint = self._look()
@@ -217,6 +217,7 @@ class Replicator:
                 publications.names(prefix),
                 self._progress.confirmed,
                 self._streaming,
+                messages=len(of_tables(self._subscriptions)) < len(self._subscriptions),
             )
         except SlotInUse as error:
             raise SlotInUse(f"{str(error)[:-1]}{_holder(connection, slot)}.") from None

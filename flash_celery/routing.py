@@ -18,7 +18,7 @@ from .changes import Operation
 from .column_types import TEXT, TypeDescription
 from .conditions import Cells
 from .errors import SubscriptionError
-from .payload import TRUNCATED, Delivery
+from .payload import TRUNCATED, Delivery, message_row
 from .protocol import pgoutput
 from .rows import Column, Table, Transaction
 from .subscriptions import Subscription, TableName
@@ -27,6 +27,8 @@ from .transitions import Transitions
 logger = logging.getLogger(__name__)
 
 Route = Callable[[bytes, Transaction, int], None]
+#: Marks a message, whose index is not that of a row.
+_MESSAGE_HALF = 3
 _TAGS = {Operation.INSERT: b"I", Operation.UPDATE: b"U", Operation.DELETE: b"D"}
 
 
@@ -86,6 +88,12 @@ class Router:
         self._deliver = deliver
         self._routes: dict[bytes, list[Route]] = {}
         self._truncates: dict[int, list[Route]] = {}
+        self._messages: dict[str, list[Route]] = {}
+        for subscription in subscriptions:
+            if subscription.prefix is not None:
+                table = Table("", subscription.prefix, None, "n", (), ())
+                route = self._forward(subscription, Operation.MESSAGE, table, _MESSAGE_HALF)
+                self._messages.setdefault(subscription.prefix, []).append(route)
         #: Rows that were judged without their old values.
         self.unjudged = 0
         self._warned: set[TableName] = set()
@@ -100,6 +108,13 @@ class Router:
         for place, oid in enumerate(oids):
             for route in self._truncates.get(oid, ()):
                 route(TRUNCATED, transaction, index + place)
+
+    def message(
+        self, message: pgoutput.LogicalMessage, transaction: Transaction, index: int
+    ) -> None:
+        """Route a logical message; `index` counts the messages of its transaction."""
+        for route in self._messages.get(message.prefix, ()):
+            route(message_row(message.content), transaction, index)
 
     def relation(self, relation: pgoutput.Relation) -> None:
         """Learn a relation, or what has become of it.
@@ -158,11 +173,13 @@ class Router:
             return None
         return self._catalog.matcher(relation.oid, subscription, types)
 
-    def _forward(self, subscription: Subscription, operation: Operation, table: Table) -> Route:
+    def _forward(
+        self, subscription: Subscription, operation: Operation, table: Table, half: int = 0
+    ) -> Route:
         deliver, number = self._deliver, subscription.number
 
         def forward(payload: bytes, transaction: Transaction, index: int) -> None:
-            delivery = Delivery(table, transaction, index, 0, number, payload)
+            delivery = Delivery(table, transaction, index, half, number, payload)
             deliver(subscription, operation, delivery)
 
         return forward

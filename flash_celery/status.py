@@ -85,7 +85,7 @@ def status(
 def _subscription(subscription: Subscription, templates: Templates) -> dict[str, Any]:
     return {
         "handler": subscription.handler,
-        "table": str(subscription.table),
+        "table": subscription.subject,
         "operations": list(subscription.operations.names()),
         "fields": subscription.fields and list(subscription.fields),
         "queues": templates.queues_of(subscription),

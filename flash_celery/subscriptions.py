@@ -1,4 +1,4 @@
-"""What an `on_change` declares: which changes of which table a handler is told of."""
+"""What `on_change` and `on_message` declare: what a handler is told of."""
 
 from __future__ import annotations
 
@@ -101,10 +101,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Subscription:
-    """One `on_change` of one handler."""
+    """One `on_change` or `on_message` of one handler."""
 
     #: Name of the task that runs.
     handler: str
+    #: Of an `on_message`, no schema and the prefix.
     table: TableName
     #: What may be delivered; what the server must send is `captured`.
     operations: Operation = Operation.ALL
@@ -116,6 +117,16 @@ class Subscription:
     acks_late: bool = True
     #: Which of its task's subscriptions this is, from 0.
     number: int = 0
+
+    @property
+    def prefix(self) -> str | None:
+        """The prefix of the logical messages it is for; None for the changes of a table."""
+        return self.table.name if self.operations is Operation.MESSAGE else None
+
+    @property
+    def subject(self) -> str:
+        """What it is for, in words."""
+        return str(self.table) if self.prefix is None else f"messages {self.prefix!r}"
 
     @property
     def captured(self) -> Operation:
@@ -148,6 +159,18 @@ class Subscription:
         return where | frozenset(self.fields or ()) | frozenset(self.key or ())
 
 
+def of_tables(subscriptions: Iterable[Subscription]) -> list[Subscription]:
+    """Those that are for the changes of a table."""
+    return [one for one in subscriptions if one.prefix is None]
+
+
+def prefix_of(prefix: Any) -> TableName:
+    """Read the prefix of an `on_message`."""
+    if not isinstance(prefix, str) or not prefix:
+        raise SubscriptionError(f"on_message takes the prefix of the messages, not {prefix!r}.")
+    return TableName("", prefix)
+
+
 def operations_of(operations: Any) -> Operation:
     """Read `operations`: flags, `"insert|update"`, or an iterable of either."""
     if isinstance(operations, Operation):
@@ -162,6 +185,8 @@ def operations_of(operations: Any) -> Operation:
         raise SubscriptionError(f"operations are names or Operation flags, not {operations!r}.")
     if not found:
         raise SubscriptionError("on_change has no operation; leave it out to get all of them.")
+    if Operation.MESSAGE in found:
+        raise SubscriptionError("a logical message has no table; declare it by on_message(prefix).")
     return found
 
 

@@ -28,6 +28,10 @@ class Rows(Protocol):
 
     def truncate(self, oids: Sequence[int], transaction: Transaction, index: int) -> None: ...
 
+    def message(
+        self, message: pgoutput.LogicalMessage, transaction: Transaction, index: int
+    ) -> None: ...
+
     def relation(self, relation: pgoutput.Relation) -> None: ...
 
 
@@ -39,6 +43,8 @@ class Transactions:
         self._directory = spool_directory or default_directory()
         self._transaction = _NOTHING
         self._index = 0
+        #: Logical messages so far; they do not shift the numbers of rows.
+        self._messages = 0
         self._spools: dict[int, Spool] = {}
         #: Where messages of the block that is open go.
         self._block: Spool | None = None
@@ -106,6 +112,10 @@ class Transactions:
                 self._require_open(payload)
                 self._rows.truncate(message.relation_oids, self._transaction, self._index)
                 self._index += len(message.relation_oids)
+            case pgoutput.LogicalMessage(transactional=True):
+                self._require_open(payload)
+                self._rows.message(message, self._transaction, self._messages)
+                self._messages += 1
             case pgoutput.StreamStart():
                 if message.xid not in self._spools:
                     self._spools[message.xid] = Spool(self._directory)
@@ -122,7 +132,7 @@ class Transactions:
         if self.open:
             raise ProtocolError("A transaction began before the last one had ended.")
         self._transaction = transaction
-        self._index = 0
+        self._index = self._messages = 0
 
     def _abort(self, abort: pgoutput.StreamAbort) -> None:
         # The server speaks of aborts too of which it had sent nothing yet.

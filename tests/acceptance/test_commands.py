@@ -209,7 +209,7 @@ BAD = {
     "operation": ({"SHOP_BAD": "operation"}, "no operation 'upsert'"),
     "table": ({"SHOP_BAD": "table"}, "shop.bad: there is no table public.item .*public.items"),
     "column": ({"SHOP_BAD": "column"}, "shop.bad: public.items has no column nam; .* name"),
-    "contradiction": ({"SHOP_BAD": "contradiction"}, "shop.bad has two on_change .* batch="),
+    "contradiction": ({"SHOP_BAD": "contradiction"}, "shop.bad is declared twice, .* batch="),
     "serializer": ({"SHOP_BAD": "serializer"}, "shop.bad has serializer='pickle'"),
 }
 

@@ -4,7 +4,16 @@ from decimal import Decimal
 import pytest
 from kombu.utils.json import dumps, loads
 
-from flash_celery import UNCHANGED, Changes, Delete, Insert, Operation, Truncate, Update
+from flash_celery import (
+    UNCHANGED,
+    Changes,
+    Delete,
+    Insert,
+    LogicalMessage,
+    Operation,
+    Truncate,
+    Update,
+)
 from flash_celery.errors import PayloadError
 from flash_celery.payload import Delivery, decode, encode
 from flash_celery.protocol import pgoutput
@@ -29,6 +38,9 @@ INSERT = Insert([b"1", b"9.50", None], *origin())
 UPDATE = Update("O", [b"1", b"9.50", b"a"], [b"1", b"8", UNCHANGED], *origin(FULL, 1))
 DELETE = Delete("K", [b"1", None, None], *origin(index=2))
 TRUNCATE = Truncate(*origin(index=3))
+MESSAGE = LogicalMessage(
+    b'{"id": 1}', Table("", "order.paid", None, "n", (), ()), TRANSACTION, 0, 3
+)
 
 
 def test_values_are_python_values():
@@ -75,7 +87,7 @@ def test_repr_names_operation_table_key_and_position():
     assert repr(INSERT) == "insert public.orders id=1 @0/16B3748"
 
 
-@pytest.mark.parametrize("change", [INSERT, UPDATE, DELETE, TRUNCATE], ids=repr)
+@pytest.mark.parametrize("change", [INSERT, UPDATE, DELETE, TRUNCATE, MESSAGE], ids=repr)
 def test_a_change_travels_as_a_task_argument(change):
     received = loads(dumps([change]))[0]
     assert received == change

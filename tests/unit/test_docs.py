@@ -8,8 +8,8 @@ import click
 import pytest
 from kombu.utils.json import loads
 
-from flash_celery import on_change
-from flash_celery.changes import Change, Insert, Update
+from flash_celery import on_change, on_message
+from flash_celery.changes import Change, Insert, LogicalMessage, Update
 from flash_celery.cli import flash
 from flash_celery.conditions import LOOKUPS
 from flash_celery.handlers import subscriptions_of
@@ -53,10 +53,11 @@ def test_the_examples_of_the_documents_run(app):
 
     for name in ("settings.md", "semantics.md"):
         for example in examples(DOCS[name]):
-            names = {"app": app, "on_change": on_change, "database": database}
+            declare = {"on_change": on_change, "on_message": on_message}
+            names = {"app": app, "database": database, **declare}
             exec(compile(example, name, "exec"), names)
     Settings.from_app(app)
-    assert [s.handler.rpartition(".")[2] for s in subscriptions_of(app)] == ["book"]
+    assert [s.handler.rpartition(".")[2] for s in subscriptions_of(app)] == ["book", "order_paid"]
 
 
 def test_every_setting_is_documented_with_its_default():
@@ -74,7 +75,7 @@ def test_every_setting_is_documented_with_its_default():
 def test_every_attribute_and_lookup_is_documented():
     public = {
         name
-        for kind in (Change, Update)
+        for kind in (Change, Update, LogicalMessage)
         for name in (*vars(kind), *getattr(kind, "__slots__", ()))
         if not name.startswith("_")
     } - {"index", "half", "number", "transaction"}

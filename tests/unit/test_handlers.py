@@ -118,7 +118,7 @@ def test_two_on_change_that_contradict_each_other_are_refused(app):
     @on_change("customers")
     def handle(change): ...
 
-    with pytest.raises(SubscriptionError, match="contradict each other: batch= is None"):
+    with pytest.raises(SubscriptionError, match="with a contradiction: batch= is None"):
         subscriptions_of(app)
 
 

@@ -6,7 +6,7 @@ import celery
 import pytest
 from kombu import Queue
 
-from flash_celery import on_change
+from flash_celery import on_change, on_message
 from flash_celery.changes import Operation
 from flash_celery.errors import ConfigurationError, SubscriptionError
 from flash_celery.handlers import subscriptions_of
@@ -44,6 +44,19 @@ def make(new_app, monkeypatch):
         return lambda operation=INSERT: templates[declared, operation]
 
     return make
+
+
+def test_a_logical_message_is_routed_by_its_prefix(app):
+    @on_message("order.paid")
+    @app.task(name="shop.paid", shared=False)
+    def paid(message):
+        pass
+
+    app.conf.update(broker_url="memory://", flash_routes={"order.*.message": {"queue": "mail"}})
+    app.finalize()
+    (declared,) = subscriptions_of(app)
+    templates = Templates(app, Settings.from_app(app), [declared])
+    assert templates[declared, Operation.MESSAGE].queue == "mail"
 
 
 def test_a_message_is_one_a_celery_worker_accepts(make):

@@ -6,7 +6,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from flash_celery import Operation
 from flash_celery.errors import SubscriptionError
-from flash_celery.subscriptions import TableName, column_names, operations_of
+from flash_celery.subscriptions import TableName, column_names, operations_of, prefix_of
 
 
 @pytest.mark.parametrize(
@@ -73,3 +73,15 @@ def test_django_models_and_their_fields():
 )
 def test_operations_are_flags_or_names(operations):
     assert operations_of(operations) == Operation.INSERT | Operation.UPDATE
+
+
+@pytest.mark.parametrize("operations", ["message", "insert|message", Operation.MESSAGE])
+def test_messages_are_no_operation_of_a_table(operations):
+    with pytest.raises(SubscriptionError, match="on_message"):
+        operations_of(operations)
+
+
+@pytest.mark.parametrize("prefix", ["", None, 5, ["a"]])
+def test_a_prefix_is_a_text(prefix):
+    with pytest.raises(SubscriptionError, match="on_message takes the prefix"):
+        prefix_of(prefix)

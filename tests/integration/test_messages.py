@@ -1,0 +1,119 @@
+"""`on_message`: what transactions wrote by pg_logical_emit_message, in its place."""
+
+import pytest
+
+from flash_celery import Insert, LogicalMessage, on_message
+
+from .conftest import shown
+
+ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text)"
+
+
+def emit(prefix, content, transactional=True):
+    return f"SELECT pg_logical_emit_message({transactional}, '{prefix}', '{content}')"
+
+
+def listen(flash, prefix, name="messages", **options):
+    @flash.app.task(name=name, shared=False)
+    def handler(message): ...
+
+    on_message(prefix, **options)(handler)
+    return flash
+
+
+def all_told(flash):
+    """Everything in the order in which it was enqueued."""
+    names = [message.task for message in flash.publisher.queues.get("flash", [])]
+    told = {name: flash.told(name) for name in set(names)}
+    return [told[name].pop(0) for name in names]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_message_comes_in_its_place_in_the_transaction(flash, streaming):
+    flash.database.execute(ITEMS, "ALTER SYSTEM SET logical_decoding_work_mem = '64kB'")
+    flash.database.execute("SELECT pg_reload_conf()")
+    listen(flash, "order.paid").handler("items").start(flash_use_streaming=streaming)
+    with flash.database.connect() as connection:
+        connection.execute("BEGIN")
+        connection.execute(
+            "INSERT INTO items SELECT n, repeat('x', 900) FROM generate_series(1, 300) n"
+        )
+        connection.execute(emit("order.paid", '{"id": 1}'))
+        connection.execute(emit("order.other", "not ours"))
+        connection.execute("SAVEPOINT a")
+        connection.execute(emit("order.paid", "rolled back"))
+        connection.execute("ROLLBACK TO a")
+        connection.execute("INSERT INTO items VALUES (301)")
+        connection.execute(emit("order.paid", "second"))
+        connection.execute("COMMIT")
+    flash.do("SELECT 1")
+    told = all_told(flash)
+    kinds = [Insert] * 300 + [LogicalMessage, Insert, LogicalMessage]
+    assert [type(change) for change in told] == kinds
+    first, second = told[300], told[302]
+    assert (first.prefix, first.content) == ("order.paid", b'{"id": 1}')
+    assert second.content == b"second"
+    assert {change.commit_lsn for change in told} == {first.commit_lsn}
+    assert {change.xid for change in told} == {first.xid}
+    # Messages do not shift the numbers of rows.
+    assert [c.index for c in told if isinstance(c, Insert)] == list(range(301))
+    assert first.id == f"{first.commit_lsn}:0m"
+    assert len({change.id for change in told}) == len(told)
+
+
+def test_what_was_rolled_back_or_is_not_transactional_is_not_told(flash):
+    listen(flash, "mail").start()
+    with flash.database.connect() as connection:
+        connection.execute("BEGIN")
+        connection.execute(emit("mail", "rolled back"))
+        connection.execute(emit("mail", "at once", transactional=False))
+        connection.execute("ROLLBACK")
+    flash.do(emit("mail", "alone"), emit("mail", ""), emit("mail", "at once", transactional=False))
+    assert [message.content for message in flash.told("messages")] == [b"alone", b""]
+
+
+def test_handlers_of_messages_need_no_table(flash):
+    listen(flash, "a").start()
+    flash.do(ITEMS, "INSERT INTO items VALUES (1)", emit("a", "x"), "UPDATE items SET name = 'y'")
+    assert [message.content for message in flash.told("messages")] == [b"x"]
+
+
+def test_one_batch_handler_of_rows_and_messages_gets_them_in_order(flash):
+    flash.database.execute(ITEMS)
+    flash.handler("items", name="both", batch=100)
+    on_message("items.done", batch=100)(flash.app.tasks["both"])
+    flash.start()
+    flash.do(
+        "BEGIN; INSERT INTO items VALUES (1), (2);"
+        f"{emit('items.done', 'two')}; INSERT INTO items VALUES (3); COMMIT"
+    )
+    told = flash.told("both")
+    assert [change.operation.names()[0] for change in told] == [
+        *("insert", "insert", "message", "insert")
+    ]
+    assert len({change.id for change in told}) == 4
+
+
+def test_a_message_written_while_nothing_runs_is_told_later(flash):
+    listen(flash, "a").start()
+    flash.do("SELECT 1")
+    flash.stop()
+    flash.database.execute(emit("a", "x"))
+    flash.start()
+    flash.do("SELECT 1")
+    (message,) = flash.told("messages")
+    assert message.content == b"x"
+
+
+def test_a_message_of_megabytes(flash):
+    listen(flash, "big").start()
+    flash.do("SELECT pg_logical_emit_message(true, 'big', repeat('x', 20000000))")
+    (message,) = flash.told("messages")
+    assert message.content == b"x" * 20_000_000
+
+
+def test_rows_are_told_as_ever_where_messages_are_asked_for_too(flash):
+    flash.database.execute(ITEMS)
+    listen(flash, "a").handler("items").start()
+    flash.do("INSERT INTO items VALUES (1)", emit("b", "x"), "DELETE FROM items", emit("a", "y"))
+    assert shown(flash.told()) == ["insert 1,-", "delete 1"]
