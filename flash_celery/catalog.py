@@ -136,7 +136,7 @@ SELECT concat_ws(' | ',
      LEFT JOIN LATERAL (
          SELECT count(*) FROM pg_attribute
          WHERE attrelid = c.oid AND attgenerated = 'v') AS made ON true),
-    (SELECT string_agg(concat_ws(' ', p.oid, r.prrelid), ',' ORDER BY p.oid, r.prrelid)
+    (SELECT string_agg(concat_ws(' ', p.oid, md5(to_jsonb(r)::text)), ',' ORDER BY p.oid, r.prrelid)
      FROM pg_publication p LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid
      WHERE p.pubname = ANY(%s)))
 """

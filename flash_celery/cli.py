@@ -133,18 +133,30 @@ def status(project: _Project, as_json: bool) -> None:
 
 
 @flash.command()
+@click.option(
+    "--explain",
+    is_flag=True,
+    help="Say for each table what PostgreSQL filters, what the replication worker does, and why.",
+)
 @_command
-def doctor(project: _Project) -> None:
+def doctor(project: _Project, explain: bool) -> None:
     """Check every prerequisite, and say how to mend what is missing."""
     from . import doctor as checks
+    from . import explain as explaining
     from . import preflight
 
+    subject = project.settings, project.subscriptions
+    explained: list[str] = []
     with project.connect() as connection:
-        findings = preflight.examine(connection, project.settings, project.subscriptions).findings
-        findings += preflight.can_stream(project.settings)
+        report = preflight.examine(connection, *subject)
+        if explain:
+            explained += explaining.explain(connection, *subject, report)
+    findings = report.findings + preflight.can_stream(project.settings)
     findings += [*checks.broker(project.app), *checks.workers(project.app, project.subscriptions)]
     for finding in findings:
         click.echo(checks.line(finding))
+    for line in explained:
+        click.echo(line)
     if any(finding.level == preflight.STOP for finding in findings):
         click.get_current_context().exit(STOPPED)
 

@@ -98,19 +98,26 @@ class Lookup:
     def _constant(
         self, value: Any, of: ColumnType, key: comparison.Key, canonical: Canonical
     ) -> Any:
-        """The user's value as the column's type, the way PostgreSQL reads an untyped literal."""
         if value is None:
             return None
+        type_oid, text = self.literal(value, of, canonical)
+        if type_oid == comparison.NUMERIC != of.oid:
+            reader = comparison.equality(ColumnType(comparison.NUMERIC, "numeric"))
+            assert reader is not None
+            return reader(text)
+        return key(text)
+
+    def literal(self, value: Any, of: ColumnType, canonical: Canonical) -> tuple[int, bytes]:
+        """The user's value as the column's type, the way PostgreSQL reads an untyped literal: the
+        OID of the type it is compared as, and its text."""
         if of.oid in (comparison.JSON, comparison.JSONB):
-            return key(canonical(comparison.JSONB, _json(value)))
+            return comparison.JSONB, canonical(comparison.JSONB, _json(value))
         number = isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
         if number and of.oid in comparison.INTEGERS:
             # 1.5 is a number an integer can be compared with, and 10**12 one it can be less than.
-            reader = comparison.equality(ColumnType(comparison.NUMERIC, "numeric"))
-            assert reader is not None
-            return reader(canonical(comparison.NUMERIC, dump(value)[0]))
+            return comparison.NUMERIC, canonical(comparison.NUMERIC, dump(value)[0])
         try:
-            return key(canonical(of.oid, dump(value)[0]))
+            return of.oid, canonical(of.oid, dump(value)[0])
         except SubscriptionError as error:
             raise SubscriptionError(f"{self} compares {of.name} with {value!r}: {error}") from None
 

@@ -71,11 +71,13 @@ def plan(
         intended,
         previous=tables,
         identities={oid: was for oid, was in kept.items() if int(oid) not in no_more},
+        narrowed={str(oid): what for oid in goal.narrowed if (what := goal.narrowing(oid))},
     )
     steps = _create(found, prefix)
     work = [
+        *_widen(found, prefix, goal),
         *_set_full(goal),
-        *_alter(found, prefix, goal),
+        *_alter(found, prefix, goal, intended),
         *_restore(no_more, kept),
     ]
     if work and found.record != intended:
@@ -109,22 +111,87 @@ def _set_full(goal: Wanted) -> list[Step]:
     ]
 
 
-def _alter(found: Found, prefix: str, goal: Wanted) -> list[Step]:
+def _stale(found: Found, record: Record, goal: Wanted) -> set[int]:
+    """The tables of which something else is sent than shall be."""
+    return {
+        oid
+        for operation, publication in found.publications.items()
+        for oid, shape in publication.shapes.items()
+        if oid in goal.tables[operation]
+        and (
+            shape != goal.shape(operation, oid)
+            or record.narrowed.get(str(oid), "") != goal.narrowing(oid)
+        )
+    }
+
+
+def _widen(found: Found, prefix: str, goal: Wanted) -> list[Step]:
+    """Column lists go before an identity becomes FULL, which they would not cover."""
     steps = []
+    for oid, table in goal.full.items():
+        listed = [
+            operation
+            for operation, publication in found.publications.items()
+            if publication.shapes.get(oid, (False, None))[1] is not None
+        ]
+        if listed and table.identity != "f":
+            name = _identifier(table)
+            parts = [
+                part for op in listed for part in (_drop(prefix, op, name), _add(prefix, op, name))
+            ]
+            steps.append(Step(sql.SQL("; ").join(parts), table))
+    return steps
+
+
+def _alter(found: Found, prefix: str, goal: Wanted, record: Record) -> list[Step]:
+    """All publications of a table in one transaction: PostgreSQL cannot decode rows of a table
+    whose column lists differ. What was narrowed is noted in the same."""
+    steps = []
+    stale = _stale(found, record, goal)
+    oids = [oid for op in OPERATIONS for oid in goal.tables[op]]
+    oids += [oid for publication in found.publications.values() for oid in publication.tables]
+    for oid in dict.fromkeys(oids):
+        parts, owned = _alter_table(found, prefix, goal, oid, oid in stale)
+        narrowed = {**record.narrowed, str(oid): goal.narrowing(oid)}
+        narrowed = {oid: what for oid, what in narrowed.items() if what}
+        if parts and narrowed != record.narrowed:
+            record = replace(record, narrowed=narrowed)
+            parts.append(_remember(prefix, record).statement)
+        if parts:
+            steps.append(Step(sql.SQL("; ").join(parts), owned))
+    return steps
+
+
+def _alter_table(
+    found: Found, prefix: str, goal: Wanted, oid: int, stale: bool
+) -> tuple[list[sql.Composed], CatalogTable | None]:
+    parts, owned = [], None
     for operation in OPERATIONS:
         publication = found.publications.get(operation)
-        actual = publication.tables if publication else {}
-        name = sql.Identifier(name_of(prefix, operation))
-        for oid, table in goal.tables[operation].items():
-            if oid not in actual:
-                add = sql.SQL("ALTER PUBLICATION {} ADD TABLE ONLY {}")
-                steps.append(Step(add.format(name, _identifier(table)), table))
-        for oid, leaving in actual.items():
-            if oid not in goal.tables[operation]:
-                drop = sql.SQL("ALTER PUBLICATION {} DROP TABLE ONLY {}")
-                table_name = sql.Identifier(leaving.schema, leaving.name)
-                steps.append(Step(drop.format(name, table_name)))
-    return steps
+        there = publication.tables.get(oid) if publication else None
+        wanted = goal.tables[operation].get(oid)
+        if there is not None and (wanted is None or stale):
+            parts.append(_drop(prefix, operation, sql.Identifier(there.schema, there.name)))
+        if wanted is not None and (there is None or stale):
+            clause = goal.clause(operation, oid)
+            parts.append(_add(prefix, operation, _identifier(wanted), clause))
+            owned = wanted
+    return parts, owned
+
+
+def _add(
+    prefix: str,
+    operation: Operation,
+    table: sql.Identifier,
+    clause: sql.Composable = sql.SQL(""),  # noqa: B008
+) -> sql.Composed:
+    statement = sql.SQL("ALTER PUBLICATION {} ADD TABLE ONLY {}{}")
+    return statement.format(sql.Identifier(name_of(prefix, operation)), table, clause)
+
+
+def _drop(prefix: str, operation: Operation, table: sql.Identifier) -> sql.Composed:
+    statement = sql.SQL("ALTER PUBLICATION {} DROP TABLE ONLY {}")
+    return statement.format(sql.Identifier(name_of(prefix, operation)), table)
 
 
 def _restore(tables: dict[int, CatalogTable], before: dict[str, list[str]]) -> list[Step]:

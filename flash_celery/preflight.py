@@ -49,6 +49,9 @@ class Report:
 
     findings: list[Finding] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
+    #: The tables that handlers name, and what is needed of them; None if something is wrong.
+    tables: dict[TableName, CatalogTable] = field(default_factory=dict)
+    goal: Wanted | None = None
     #: Whether the slot is there already.
     slot_exists: bool = False
     #: The PID of the walsender that sends from it.
@@ -244,7 +247,11 @@ class _Examination:
         prefix = self._settings.flash_publication_slot_prefix
         found = publications.read(self._connection, prefix)
         goal = publications.wanted(
-            self._connection, of_tables(self._subscriptions), tables, found.record
+            self._connection,
+            of_tables(self._subscriptions),
+            tables,
+            found.record,
+            self._settings.flash_push_down,
         )
         try:
             publications.check(found, prefix, goal)
@@ -254,7 +261,7 @@ class _Examination:
             return self._stop("publications", error)
         restorable = ddl.restorable(self._connection, found, prefix)
         steps = ddl.plan(found, prefix, goal, restorable)
-        self._report.steps = steps
+        self._report.steps, self._report.tables, self._report.goal = steps, tables, goal
         return self._may(found, steps)
 
     def _check_slot_of(self, found: Found, prefix: str) -> None:

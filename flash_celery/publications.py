@@ -12,15 +12,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psycopg
+from psycopg import sql
 
-from . import catalog
+from . import catalog, pushdown
 from .catalog import CatalogTable
 from .changes import Operation
 from .errors import PublicationMismatch
+from .pushdown import Narrowing
 from .subscriptions import Subscription, TableName
 
 OPERATIONS = (Operation.INSERT, Operation.UPDATE, Operation.DELETE, Operation.TRUNCATE)
 REWRITES = Operation.UPDATE | Operation.DELETE
+EVERYTHING = Narrowing()
 
 
 def name_of(prefix: str, operation: Operation) -> str:
@@ -48,6 +51,8 @@ class Record:
     #: The ancestors of each partition there has been (schema and name), by its OID: its rows may
     #: be read after it has been detached or dropped.
     leaves: dict[str, list[list[str]]] = field(default_factory=dict)
+    #: What is sent of each table, by its OID, where that is not everything.
+    narrowed: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """As it is kept."""
@@ -64,6 +69,10 @@ class Record:
             return None
 
 
+#: Whether there is a row filter, and the names in the column list.
+Shape = tuple[bool, "frozenset[str] | None"]
+
+
 @dataclass(frozen=True)
 class Publication:
     """A publication as it is in the database."""
@@ -72,6 +81,8 @@ class Publication:
     publishes: frozenset[str]
     everything: bool
     via_root: bool
+    #: Of each table, whether it has a row filter, and the names in its column list.
+    shapes: dict[int, Shape] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,38 +109,70 @@ class Wanted:
     full: dict[int, CatalogTable]
     #: All partitions.
     leaves: dict[int, CatalogTable] = field(default_factory=dict)
+    #: What is sent of each table, by OID, where that is not everything.
+    narrowed: dict[int, Narrowing] = field(default_factory=dict)
+
+    def clause(self, operation: Operation, oid: int) -> sql.Composable:
+        """What follows the table's name in the publication of an operation."""
+        return self.narrowed.get(oid, EVERYTHING).clause(operation)
+
+    def narrowing(self, oid: int) -> str:
+        """The same for all operations, to be compared with what was set; "" if it is everything."""
+        clauses = (self.clause(op, oid).as_string(None) for op in self.published(oid))
+        return ";".join(clauses).strip(";")
+
+    def published(self, oid: int) -> list[Operation]:
+        """The operations a table is published for."""
+        return [op for op in OPERATIONS if oid in self.tables[op]]
+
+    def shape(self, operation: Operation, oid: int) -> Shape:
+        """The shape of its clause."""
+        narrowing = self.narrowed.get(oid, EVERYTHING)
+        columns = narrowing.columns
+        return operation in narrowing.filters, None if columns is None else frozenset(columns)
+
+
+# Since 15 a publication narrows what it sends of a table.
+_SHAPE = """r.prqual IS NOT NULL,
+    (SELECT json_agg(a.attname) FROM pg_attribute a
+     WHERE a.attrelid = r.prrelid AND a.attnum = ANY(r.prattrs::int2[]))"""
 
 
 def read(connection: psycopg.Connection[Any], prefix: str) -> Found:
     """The publications under a prefix."""
-    rows = connection.execute(
-        """
+    version = connection.info.server_version
+    shape = _SHAPE if version >= pushdown.SINCE else "false, NULL"
+    query = """
         SELECT p.pubname, p.puballtables, p.pubviaroot,
                ARRAY_REMOVE(ARRAY[CASE WHEN pubinsert THEN 'insert' END,
                                   CASE WHEN pubupdate THEN 'update' END,
                                   CASE WHEN pubdelete THEN 'delete' END,
                                   CASE WHEN pubtruncate THEN 'truncate' END], NULL),
-               ARRAY(SELECT ARRAY[c.oid::text, n.nspname, c.relname] FROM pg_publication_rel r
-                     JOIN pg_class c ON c.oid = r.prrelid
-                     JOIN pg_namespace n ON n.oid = c.relnamespace WHERE r.prpubid = p.oid),
+               (SELECT coalesce(json_agg(json_build_array(c.oid::int8, n.nspname, c.relname,
+                                                          {shape})), '[]')
+                FROM pg_publication_rel r JOIN pg_class c ON c.oid = r.prrelid
+                JOIN pg_namespace n ON n.oid = c.relnamespace WHERE r.prpubid = p.oid),
                obj_description(p.oid, 'pg_publication')
         FROM pg_publication p WHERE p.pubname = ANY(%s)
-        """,
-        [names(prefix)],
-    ).fetchall()
+        """.replace("{shape}", shape)
+    rows = connection.execute(query.encode(), [names(prefix)]).fetchall()
     found: dict[Operation, Publication] = {}
     record = None
     for name, everything, via_root, publishes, tables, comment in rows:
         operation = Operation[name.removeprefix(f"{prefix}_").upper()]
         found[operation] = Publication(
-            {int(oid): TableName(*table) for oid, *table in tables},
+            {oid: TableName(schema, table) for oid, schema, table, *_ in tables},
             frozenset(publishes),
             everything,
             via_root,
+            {
+                oid: (filtered, None if columns is None else frozenset(columns))
+                for oid, _, _, filtered, columns in tables
+            },
         )
         if operation is Operation.INSERT:
             record = Record.of_json(comment)
-    return Found(found, _alive(connection, record), connection.info.server_version)
+    return Found(found, _alive(connection, record), version)
 
 
 def _alive(connection: psycopg.Connection[Any], record: Record | None) -> Record | None:
@@ -152,6 +195,7 @@ def _alive(connection: psycopg.Connection[Any], record: Record | None) -> Record
         tables=living(record.tables),
         previous=living(record.previous),
         identities={o: was for o, was in record.identities.items() if int(o) in alive},
+        narrowed={o: what for o, what in record.narrowed.items() if int(o) in alive},
     )
 
 
@@ -160,8 +204,13 @@ def wanted(
     subscriptions: Iterable[Subscription],
     tables: dict[TableName, CatalogTable],
     record: Record | None,
+    push_down: bool = False,
 ) -> Wanted:
-    """What these subscriptions need of these tables, whose identities were as the record says."""
+    """What these subscriptions need of these tables, whose identities were as the record says.
+
+    With `push_down` nothing is sent that none of them needs, where PostgreSQL can tell.
+    """
+    subscriptions = list(subscriptions)
     before = record.identities if record else {}
     published: dict[Operation, dict[int, CatalogTable]] = {op: {} for op in OPERATIONS}
     needs: dict[int, list[Subscription]] = {}
@@ -179,7 +228,13 @@ def wanted(
         table = holders[oid]
         if needs_full(table, on_it, before.get(str(oid), [table.identity])[0]):
             full[oid] = table
-    return Wanted(published, full, {o: leaf for o, leaf in holders.items() if leaf.ancestors})
+    narrowed: dict[int, Narrowing] = {}
+    if push_down:
+        for table in tables.values():
+            of_it = [one for one in subscriptions if tables[one.table] is table]
+            narrowed[table.oid] = pushdown.narrow(connection, table, of_it, table.oid in full)
+    leaves = {oid: leaf for oid, leaf in holders.items() if leaf.ancestors}
+    return Wanted(published, full, leaves, narrowed)
 
 
 def leaves_of(connection: psycopg.Connection[Any], prefix: str) -> dict[int, tuple[TableName, ...]]:

@@ -37,6 +37,8 @@ class Settings:
     #: `auto` sets the replica identity that a subscription needs; `keep` alters nothing and
     #: refuses to start where it does not suffice.
     flash_replica_identity: str = "auto"
+    #: Let PostgreSQL 15 and later leave out rows and columns that no handler wants.
+    flash_push_down: bool = False
     #: Seconds between two status messages to PostgreSQL.
     flash_status_interval: float = 10.0
     #: Seconds that SIGTERM leaves for what is in flight.
@@ -120,6 +122,7 @@ _KINDS: dict[str, Any] = {
     "flash_use_streaming": bool,
     "flash_spool_directory": str,
     "flash_replica_identity": str,
+    "flash_push_down": bool,
     "flash_status_interval": (int, float),
     "flash_shutdown_timeout": (int, float),
 }

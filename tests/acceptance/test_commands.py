@@ -86,8 +86,10 @@ def test_status_and_doctor_without_a_broker(shop):
 def test_doctor_finds_everything_well(shop):
     shop.worker()
     shop.replicate()
-    doctor = shop.run("flash", "doctor")
+    doctor = shop.run("flash", "doctor", "--explain")
     assert doctor.returncode == 0, doctor.stdout + doctor.stderr
+    assert "\npublic.items\n  PostgreSQL       sends each insert\n" in doctor.stdout
+    assert "  the worker       shop.each: passes rows on as they are\n" in doctor.stdout
     for text in (
         "ok       server: PostgreSQL",
         "ok       wal_level: logical",

@@ -51,7 +51,9 @@ ALLOWED = {
     # The catalog, and what is set up in it.
     "catalog": {"replication", "subscriptions"},
     "column_types": {"comparison", "conditions", "subscriptions", "errors"},
-    "publications": {"catalog", "changes", "subscriptions", "errors"},
+    "row_filters": {"comparison", "conditions"},
+    "pushdown": {"catalog", "changes", "column_types", "row_filters", "subscriptions"},
+    "publications": {"catalog", "changes", "pushdown", "subscriptions", "errors"},
     "ddl": {"backoff", "catalog", "changes", "publications", "errors"},
     "tables": {"catalog", "column_types", "publications", "subscriptions", "errors"},
     "preflight": {
@@ -72,14 +74,17 @@ ALLOWED = {
     # Commands import what they do.
     "status": {"doctor", "messages", "publishers", "settings", "subscriptions", "errors"},
     "doctor": {"preflight", "publishers", "subscriptions", "errors"},
+    "explain": {
+        *("catalog", "preflight", "publications", "pushdown", "settings", "subscriptions"),
+    },
     "reset": {"ddl", "publications", "settings", "status", "errors"},
     "tail": {
         *("catalog", "changes", "ddl", "payload", "protocol", "publications", "replication"),
         *("routing", "rows", "subscriptions", "transactions", "errors"),
     },
     "cli": {
-        *("catalog", "doctor", "errors", "handlers", "preflight", "publishers", "replicator"),
-        *("reset", "settings", "status", "subscriptions", "tail"),
+        *("catalog", "doctor", "errors", "explain", "handlers", "preflight", "publishers"),
+        *("replicator", "reset", "settings", "status", "subscriptions", "tail"),
     },
     "django": set(),
     "django.apps": set(),

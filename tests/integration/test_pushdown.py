@@ -1,0 +1,395 @@
+"""What PostgreSQL leaves out by itself: the same is told with and without it."""
+
+import itertools
+import os
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flash_celery import catalog, conditions, ddl, explain, preflight, publications, pushdown
+from flash_celery.errors import SubscriptionError
+from flash_celery.handlers import subscriptions_of
+from flash_celery.payload import change_of
+from flash_celery.routing import Catalog, Router
+from flash_celery.settings import Settings
+from flash_celery.subscriptions import Subscription, TableName, operations_of
+from flash_celery.transactions import Transactions
+
+from .conftest import shown
+
+numbers = itertools.count()
+EXAMPLES = int(os.environ.get("FLASH_EXAMPLES", "60"))
+ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text, total numeric, note text)"
+
+
+@pytest.fixture(autouse=True)
+def since(postgres):
+    with psycopg.connect(postgres.dsn()) as connection:
+        if connection.info.server_version < pushdown.SINCE:
+            pytest.skip("PostgreSQL filters from 15 on")
+
+
+def shapes(flash):
+    """Filter and columns of each publication, in PostgreSQL's words."""
+    rows = flash.database.execute(
+        "SELECT p.pubname, pg_get_expr(r.prqual, r.prrelid), "
+        "ARRAY(SELECT attname::text FROM pg_attribute WHERE attrelid = r.prrelid "
+        "AND attnum = ANY(r.prattrs::int2[])) FROM pg_publication p "
+        "JOIN pg_publication_rel r ON r.prpubid = p.oid"
+    )
+    return {name.rpartition("_")[2]: (filter_, columns) for name, filter_, columns in rows}
+
+
+def test_the_server_sends_only_rows_that_a_condition_may_want(flash):
+    flash.database.execute(ITEMS)
+    flash.handler("items", where={"name": "paid", "total__gte": 100})
+    flash.handler("items", "insert", name="second", where={"note__regex": "x", "name": "open"})
+    flash.start(flash_push_down=True)
+    one = "((name = 'paid'::text) AND (total >= '100'::numeric))"
+    wanted = f"((name = 'open'::text) OR {one})"
+    assert shapes(flash) == {
+        "insert": (wanted, []),
+        "update": (wanted, []),
+        "delete": (one, []),
+        "truncate": (None, []),
+    }
+    flash.do(
+        "INSERT INTO items SELECT n, 'other', 5 FROM generate_series(10, 50) n; "
+        "INSERT INTO items VALUES (1, 'paid', 100), (2, 'paid', 99); "
+        "INSERT INTO items VALUES (3, 'open', 1, 'x')",
+        "UPDATE items SET name = 'other' WHERE id = 1",
+        "UPDATE items SET name = 'paid', total = 200 WHERE id = 2",
+        "UPDATE items SET total = 300 WHERE id = 2",
+        "DELETE FROM items",
+        "TRUNCATE items",
+    )
+    changes = flash.told()
+    assert shown(changes) == [
+        "insert 1,paid,100,-",
+        "delete 1,paid,100,-",
+        "insert 2,paid,200,-",
+        "update 2,paid,200,- -> 2,paid,300,-",
+        "delete 2,paid,300,-",
+        "truncate",
+    ]
+    # Rows that were not sent are not counted.
+    assert changes[0].index == 0
+    assert shown(flash.told("second")) == ["insert 3,open,1,x"]
+
+
+def test_the_server_sends_only_columns_that_a_handler_wants(flash):
+    flash.database.execute(ITEMS)
+    flash.handler("items", "insert|truncate", fields=["name"], where={"note__ne": "hidden"})
+    flash.handler("items", "truncate", name="emptied")
+    flash.start(flash_push_down=True)
+    # The condition is on updates too, which need the old row, so every column is sent.
+    assert {tuple(columns) for _, columns in shapes(flash).values()} == {()}
+    flash.do("INSERT INTO items VALUES (1, 'a', 2, 'x')")
+    assert shown(flash.told()) == ["insert a"]
+
+
+def test_columns_that_no_insert_handler_names_are_not_sent(flash):
+    flash.database.execute(ITEMS)
+    flash.handler("items", "insert|truncate", fields=["name"])
+    flash.handler("items", "truncate", name="emptied")
+    flash.start(flash_push_down=True)
+    assert shapes(flash) == {
+        "insert": (None, ["id", "name"]),
+        "truncate": (None, ["id", "name"]),
+    }
+    flash.do(
+        "INSERT INTO items VALUES (1, 'a', 2, 'x')",
+        "UPDATE items SET note = 'y'",
+        "ALTER TABLE items ADD extra text, DROP note",
+        "INSERT INTO items VALUES (2, 'b', 2, 'x')",
+        "TRUNCATE items",
+    )
+    changes = flash.told()
+    assert shown(changes) == ["insert a", "insert b", "truncate"]
+    assert dict(changes[0].key) == {"id": 1}
+    assert shown(flash.told("emptied")) == ["truncate"]
+
+
+def test_switching_it_on_and_off_loses_nothing(flash):
+    flash.database.execute(ITEMS)
+    flash.handler("items", "insert", where={"name": "a"}, fields=["name"])
+    for number, push_down in enumerate([False, True, False, True]):
+        flash.start(flash_push_down=push_down)
+        assert ("a" in str(shapes(flash)["insert"])) is push_down
+        flash.do(f"INSERT INTO items VALUES ({number}, 'a'), ({number + 10}, 'b')")
+        flash.stop()
+        flash.database.execute(f"INSERT INTO items VALUES ({number + 20}, 'a')")
+    flash.start()
+    flash.do("SELECT 1")
+    told = [change.key["id"] for change in flash.told()]
+    assert told == [0, 20, 1, 21, 2, 22, 3, 23]
+
+
+def test_a_filter_altered_by_hand_is_mended(flash):
+    flash.database.execute(ITEMS)
+    flash.handler("items", "insert", where={"name": "a"}).start(flash_push_down=True)
+    before = shapes(flash)
+    flash.database.execute(
+        "BEGIN; ALTER PUBLICATION flash_publication_insert DROP TABLE items; "
+        "ALTER PUBLICATION flash_publication_insert ADD TABLE ONLY items; COMMIT"
+    )
+    flash.wait(lambda: shapes(flash) == before)
+    flash.do("INSERT INTO items VALUES (1, 'a'), (2, 'b')")
+    assert shown(flash.told()) == ["insert 1,a,-,-"]
+
+
+def explained(flash, **conf):
+    flash.app.conf.update(conf)
+    flash.app.finalize()
+    subject = Settings.from_app(flash.app), subscriptions_of(flash.app)
+    with catalog.connect(flash.database.dsn) as connection:
+        report = preflight.examine(connection, *subject)
+        return list(explain.explain(connection, *subject, report))
+
+
+def test_doctor_explains_who_leaves_out_what(flash):
+    flash.database.execute(ITEMS, "CREATE TABLE others (id int PRIMARY KEY, a int, b int)")
+    flash.handler("items", "insert|delete", name="first", where={"name": "a", "note__regex": "x"})
+    flash.handler("items", "insert|update|delete", name="second", fields=["name"], key=["name"])
+    flash.handler("others", "insert", name="third", fields=["a"], where={"a__gt": 5})
+    flash.handler("others", "delete", name="fourth", where={"id__lt": 5}, fields=["id"])
+    expected = """
+public.items
+  PostgreSQL       sends each insert
+  PostgreSQL       sends each update
+  PostgreSQL       sends each delete
+  PostgreSQL       sends no truncate, for nobody handles it
+  PostgreSQL       sends the columns: all
+  the worker       first: judges where (name, note)
+  the worker       second: cuts rows to name; looks whether name changed
+  not pushed down  columns: first wants every column
+  not pushed down  insert: second wants every row
+  not pushed down  update: second wants every row
+  not pushed down  delete: second wants every row
+
+public.others
+  PostgreSQL       sends each insert where "a"::numeric > '5'::numeric
+  PostgreSQL       sends each update where ("a"::numeric > '5'::numeric) OR \
+("id"::numeric < '5'::numeric)
+  PostgreSQL       sends each delete where "id"::numeric < '5'::numeric
+  PostgreSQL       sends no truncate, for nobody handles it
+  PostgreSQL       sends the columns: all
+  the worker       fourth: judges where (id); cuts rows to id
+  the worker       third: judges where (a); cuts rows to a
+  not pushed down  columns: under REPLICA IDENTITY FULL all are sent""".replace("\\\n", "")
+    assert "\n".join(explained(flash, flash_push_down=True)) == expected
+    off = "\n".join(explained(flash, flash_push_down=False))
+    assert "  PostgreSQL       sends each insert\n" in off
+    assert "  flash_push_down  would send each delete where" in off
+
+
+def test_a_lookup_that_is_left_to_the_worker_is_explained(flash):
+    flash.database.execute(ITEMS)
+    flash.handler("items", "insert", where={"name": "a", "note__regex": "x"})
+    text = "\n".join(explained(flash, flash_push_down=True))
+    assert "not pushed down  insert: handler: the lookup note__regex: __regex is judged" in text
+    assert "sends each insert where \"name\" = 'a'::text" in text
+
+
+def test_a_column_of_a_filter_is_guarded_by_the_server_and_its_end_is_told(flash):
+    flash.database.execute(ITEMS)
+    flash.handler("items", where={"name": "a"}).start(flash_push_down=True)
+    with pytest.raises(psycopg.errors.DependentObjectsStillExist, match="publication"):
+        flash.database.execute("ALTER TABLE items DROP name")
+    with pytest.raises(psycopg.errors.FeatureNotSupported, match="publication"):
+        flash.database.execute("ALTER TABLE items ALTER name TYPE varchar(5)")
+    flash.do("INSERT INTO items VALUES (1, 'a')")
+    assert len(flash.told()) == 1
+    flash.database.execute("ALTER TABLE items DROP name CASCADE")
+    flash.thread.join(20)
+    assert isinstance(flash.error, SubscriptionError)
+    assert "public.items has no column name" in str(flash.error)
+
+
+def test_partitions_and_types_of_ones_own_are_left_to_the_worker(flash):
+    flash.database.execute(
+        "CREATE TYPE mood AS ENUM ('sad', 'ok')",
+        "CREATE TABLE moods (id int PRIMARY KEY, mood mood)",
+        "CREATE TABLE parts (id int PRIMARY KEY, name text) PARTITION BY RANGE (id)",
+        "CREATE TABLE part PARTITION OF parts FOR VALUES FROM (0) TO (100)",
+    )
+    flash.handler("moods", "insert", where={"mood": "ok"})
+    flash.handler("parts", "insert", name="parts", where={"id__lt": 5})
+    flash.handler("part", "insert", name="part", where={"id__gt": 5})
+    flash.start(flash_push_down=True)
+    assert {filter_ for filter_, _ in shapes(flash).values()} == {None}
+    flash.do("INSERT INTO moods VALUES (1, 'ok'), (2, 'sad')", "INSERT INTO parts VALUES (1), (9)")
+    assert shown(flash.told()) == ["insert 1,ok"]
+    assert shown(flash.told("parts")) == ["insert 1,-"]
+    assert shown(flash.told("part")) == ["insert 9,-"]
+
+
+# Random subscriptions and random writes, read twice.
+
+COLUMNS = {
+    "n": ["0", "1", "2", "NULL", "-5"],
+    "big": ["0", "10000000000", "NULL"],
+    "total": ["0", "1.50", "'NaN'", "NULL", "100"],
+    "ratio": ["0", "'NaN'", "'-Infinity'", "0.1", "NULL"],
+    "name": ["'a'", "'b'", "'A b'", "''", "NULL", "'it''s \\ %s'"],
+    "padded": ["'a'", "'b '", "NULL"],
+    "paid": ["true", "false", "NULL"],
+    "day": ["'2024-02-29'", "'infinity'", "'0044-03-15 BC'", "NULL"],
+    "at": ["'2024-01-01 00:00:00+01'", "'2023-12-31 23:00:00+00'", "'-infinity'", "NULL"],
+    "span": ["'1 mon'", "'30 days'", "'720:00:00'", "NULL"],
+    "data": ["""'{"a": 1}'""", "NULL", "'[1]'"],
+}
+TYPES = {
+    "n": "int", "big": "bigint", "total": "numeric(12,2)", "ratio": "float8",
+    "name": 'text COLLATE "C"', "padded": "char(3)", "paid": "bool", "day": "date",
+    "at": "timestamptz", "span": "interval", "data": "jsonb",
+}  # fmt: skip
+LOOKUPS = {
+    "n": [("", 1), ("", 1.5), ("__lt", 10**12), ("__in", [0, 2, None]), ("__not_in", [1, 2]),
+          ("__between", [0, 1]), ("__isnull", True), ("__gt", "0")],
+    "big": [("__gte", 10**10), ("__ne", 0), ("", None)],
+    "total": [("__gte", 1.5), ("", "NaN"), ("__lt", 50), ("__not_in", [0, None])],
+    "ratio": [("", "NaN"), ("__gt", 0), ("__lt", "0.5")],
+    "name": [("", "a"), ("__startswith", "A"), ("__contains", "s \\ %"), ("__icontains", "B"),
+             ("__regex", "^[ab]"), ("__in", ["b", ""]), ("__endswith", "b"), ("__gt", "a"),
+             ("__between", ["a", "b"]), ("__contains", "")],
+    "padded": [("", "b"), ("__gte", "b"), ("__startswith", "b")],
+    "paid": [("", True), ("__ne", True), ("__in", [False])],
+    "day": [("__gt", "2024-01-01"), ("", "infinity"), ("__lte", "0001-01-01")],
+    "at": [("", "2023-12-31 23:00:00+00"), ("__gt", "2020-01-01")],
+    "span": [("", "30 days"), ("__lt", "31 days")],
+    "data": [("", {"a": 1}), ("__contains", {"a": 1}), ("__isnull", False)],
+}  # fmt: skip
+ALL = [(f"{column}{name}", value) for column, some in LOOKUPS.items() for name, value in some]
+wheres = st.lists(
+    st.lists(st.sampled_from(ALL), min_size=1, max_size=3).map(dict), min_size=1, max_size=2
+)
+subscribed = st.fixed_dictionaries(
+    {"operations": st.sampled_from(["insert", "update", "delete", "insert|delete", "all"])},
+    optional={
+        "where": wheres,
+        "fields": st.sampled_from([["n"], ["name", "total"], ["id"]]),
+        "key": st.just(["n"]),
+    },
+)
+cells = st.fixed_dictionaries({name: st.sampled_from(some) for name, some in COLUMNS.items()})
+writes = st.lists(
+    st.tuples(st.sampled_from(["insert", "update", "update", "update", "delete"]), cells),
+    min_size=4,
+    max_size=25,
+)
+
+
+def make(table):
+    columns = ", ".join(f"{name} {kind}" for name, kind in TYPES.items())
+    return f"CREATE TABLE {table} (id int PRIMARY KEY, {columns})"
+
+
+def statements(table, script):
+    for number, (what, row) in enumerate(script):
+        values, names = ", ".join(row.values()), ", ".join(row)
+        if what == "insert" or number < 2:
+            yield f"INSERT INTO {table} (id, {names}) VALUES ({number}, {values})"
+        elif what == "update":
+            yield f"UPDATE {table} SET ({names}) = ROW({values}) WHERE id % 3 = {number % 3}"
+        else:
+            yield f"DELETE FROM {table} WHERE id % 5 = {number % 5}"
+
+
+PREFIXES = {"flash_whole": False, "flash_pushed": True}
+
+
+@pytest.fixture(scope="module")
+def pushed(postgres):
+    with psycopg.connect(postgres.dsn(), autocommit=True) as admin:
+        admin.execute("CREATE DATABASE pushed")
+        with catalog.connect(postgres.dsn("pushed")) as connection:
+            for prefix in PREFIXES:
+                set_up(connection, prefix, [])
+            connection.execute("SELECT pg_create_logical_replication_slot('pushed', 'pgoutput')")
+            yield connection
+            connection.execute("SELECT pg_drop_replication_slot('pushed')")
+        admin.execute("DROP DATABASE pushed WITH (FORCE)")
+
+
+def set_up(connection, prefix, subscriptions):
+    """As `replicate` does, for publications with this prefix."""
+    while True:
+        tables = {one.table: catalog.find(connection, one.table) for one in subscriptions}
+        found = publications.read(connection, prefix)
+        goal = publications.wanted(
+            connection, subscriptions, tables, found.record, PREFIXES[prefix]
+        )
+        steps = ddl.plan(found, prefix, goal, {})
+        if not steps:
+            return goal
+        ddl.apply(connection, steps)
+
+
+def read(connection, prefix, subscriptions):
+    """What the handlers are told, without the numbers of rows, and how many rows were sent."""
+    told = []
+
+    def deliver(subscription, operation, delivery):
+        change = change_of(delivery)
+        # As text, for NaN is not itself.
+        rows = [repr(getattr(change, side)) for side in ("old", "new") if hasattr(change, side)]
+        told.append(
+            (subscription.handler, operation, dict(change.key), rows, change.half,
+             change.changed, change.xid, change.commit_lsn)
+        )  # fmt: skip
+
+    transactions = Transactions(Router(subscriptions, Catalog(connection), deliver))
+    sent = 0
+    for (data,) in connection.execute(
+        "SELECT data FROM pg_logical_slot_peek_binary_changes('pushed', NULL, NULL, "
+        "'proto_version', '1', 'publication_names', %s)",
+        [",".join(publications.names(prefix))],
+    ).fetchall():
+        sent += data[:1] in (b"I", b"U", b"D")
+        transactions.receive(data)
+    return told, sent
+
+
+counts = {"whole": 0, "pushed": 0}
+
+
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(st.lists(subscribed, min_size=1, max_size=3), writes)
+def test_the_same_is_told_with_push_down_and_without(pushed, declared, script):
+    table = TableName("public", f"t{next(numbers)}")
+    pushed.execute(make(table.name))
+    subscriptions = [
+        Subscription(
+            f"handler {number}",
+            table,
+            operations_of(one["operations"]),
+            one.get("fields") and tuple(one["fields"]),
+            conditions.parse(one.get("where")),
+            one.get("key") and tuple(one["key"]),
+        )
+        for number, one in enumerate(declared)
+    ]
+    for prefix in PREFIXES:
+        set_up(pushed, prefix, subscriptions)
+    pushed.execute("SELECT pg_replication_slot_advance('pushed', pg_current_wal_lsn())")
+    for statement in statements(table.name, script):
+        pushed.execute(statement)
+    whole, all_sent = read(pushed, "flash_whole", subscriptions)
+    told, sent = read(pushed, "flash_pushed", subscriptions)
+    assert told == whole
+    assert sent <= all_sent
+    counts["whole"] += all_sent
+    counts["pushed"] += sent
+    pushed.execute(f"DROP TABLE {table.name}")
+
+
+def test_the_property_saw_rows_left_out():
+    if counts["whole"]:
+        assert counts["pushed"] < counts["whole"]
