@@ -18,11 +18,16 @@ from .comparison import parse_array
 
 Loader = Callable[[bytes], Any]
 
+#: interval and interval[]; psycopg reads their `infinity` as no time at all.
+_INTERVALS = frozenset((1186, 1187))
+
 
 @lru_cache(maxsize=1024)
 def loader(type_oid: int) -> Loader:
     """What turns the text of a value of this type into Python. Unknown types give `str`."""
-    load = Transformer().get_loader(type_oid, Format.TEXT).load
+    load: Loader = Transformer().get_loader(type_oid, Format.TEXT).load
+    if type_oid in _INTERVALS:
+        load = _finite(load)
 
     def load_or_keep_text(text: bytes) -> Any:
         try:
@@ -31,6 +36,15 @@ def loader(type_oid: int) -> Loader:
             return text.decode()
 
     return load_or_keep_text
+
+
+def _finite(load: Loader) -> Loader:
+    def load_finite(text: bytes) -> Any:
+        if b"infinity" in text:
+            raise DataError("infinite")
+        return load(text)
+
+    return load_finite
 
 
 # A field is quoted if it is empty or holds something special; without anything it is NULL.

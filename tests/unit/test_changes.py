@@ -77,6 +77,14 @@ def test_an_infinite_date_stays_the_servers_text():
     assert Insert([b"infinity"], *origin(table)).new["d"] == "infinity"
 
 
+@pytest.mark.parametrize(
+    ("oid", "text"), [(1186, "-infinity"), (1187, '{"1 day",infinity}'), (1186, "infinity")]
+)
+def test_an_infinite_interval_stays_the_servers_text(oid, text):
+    table = Table("public", "t", None, "d", (), (Column("d", oid, "", identity=True),))
+    assert Insert([text.encode()], *origin(table)).new["d"] == text
+
+
 def test_ids_tell_the_halves_of_a_key_change_and_the_subscriptions_apart():
     ids = {Insert([b"1"], *origin(half=h, number=n)).id for h in (0, 1, 2) for n in (0, 1)}
     assert len(ids) == 6
