@@ -152,6 +152,7 @@ def doctor(project: _Project, explain: bool) -> None:
         if explain:
             explained += explaining.explain(connection, *subject, report)
     findings = report.findings + preflight.can_stream(project.settings)
+    findings += checks.spool(project.settings)
     findings += [*checks.broker(project.app), *checks.workers(project.app, project.subscriptions)]
     for finding in findings:
         click.echo(checks.line(finding))

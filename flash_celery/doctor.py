@@ -9,6 +9,8 @@ from typing import Any
 from .errors import PublishError
 from .preflight import OK, STOP, WARNING, Finding
 from .publishers.base import ConnectedPublisher
+from .settings import Settings
+from .spool import default_directory, file_system
 from .subscriptions import Subscription
 
 _INSPECT_SECONDS = 1.0
@@ -66,6 +68,22 @@ def _redis(publisher: ConnectedPublisher) -> Iterator[Finding]:
             f"maxmemory-policy is {policy}: Redis may throw queues away when it is full: "
             "CONFIG SET maxmemory-policy noeviction",
         )
+
+
+def spool(settings: Settings) -> Iterator[Finding]:
+    """Whether what streaming spools goes to a disk."""
+    if not settings.flash_use_streaming:
+        return
+    directory = settings.flash_spool_directory or default_directory()
+    kind = file_system(directory)
+    if kind in ("tmpfs", "ramfs"):
+        message = (
+            f"{directory} is memory ({kind}): large transactions fill it while they are open; "
+            "set flash_spool_directory to a folder on a disk"
+        )
+        yield Finding("spool", WARNING, message)
+    else:
+        yield Finding("spool", OK, f"{directory} ({kind})" if kind else directory)
 
 
 def workers(app: Any, subscriptions: Sequence[Subscription]) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ The file has no name, so nothing is left of it whatever happens to the process.
 
 from __future__ import annotations
 
+import re
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -15,11 +16,32 @@ from .errors import SpoolError
 _HEADER = struct.Struct("!II")
 #: Bytes of one transaction that stay in memory.
 _IN_MEMORY = 1 << 20
+#: Spaces and such in the path of a mount.
+_OCTAL = re.compile(r"\\([0-7]{3})")
 
 
 def default_directory() -> str:
     """Where files go by default: /tmp is often memory, /var/tmp is not."""
     return "/var/tmp" if Path("/var/tmp").is_dir() else tempfile.gettempdir()  # noqa: S108
+
+
+def file_system(directory: str, mounts: str = "/proc/self/mountinfo") -> str:
+    """The type of the file system a folder is in (`ext4`, `tmpfs`); "" where Linux does not say.
+
+    Source: proc_pid_mountinfo(5); of several on one point the last is seen.
+    """
+    try:
+        lines = Path(mounts).read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return ""
+    folder = Path(directory).resolve()
+    found, depth = "", 0
+    for line in lines:
+        place, _, kind = line.partition(" - ")
+        point = Path(_OCTAL.sub(lambda code: chr(int(code[1], 8)), place.split(" ")[4]))
+        if len(point.parts) >= depth and folder.is_relative_to(point):
+            found, depth = kind.split(" ")[0], len(point.parts)
+    return found
 
 
 class Spool:

@@ -106,6 +106,11 @@ def test_doctor_finds_everything_well(shop):
         assert text in doctor.stdout, doctor.stdout
 
 
+def test_doctor_looks_where_streaming_spools(shop):
+    doctor = shop.run("flash", "doctor", SHOP_CONF='{"flash_use_streaming": true}')
+    assert re.search(r"(ok     |warning)  spool: /", doctor.stdout)
+
+
 def test_doctor_names_what_stops_replicate_and_mends(shop):
     shop.database.execute("ALTER TABLE items RENAME TO goods")
     doctor = shop.run("flash", "doctor")

@@ -73,7 +73,7 @@ ALLOWED = {
     },
     # Commands import what they do.
     "status": {"doctor", "messages", "publishers", "settings", "subscriptions", "errors"},
-    "doctor": {"preflight", "publishers", "subscriptions", "errors"},
+    "doctor": {"preflight", "publishers", "settings", "spool", "subscriptions", "errors"},
     "explain": {
         *("catalog", "preflight", "publications", "pushdown", "settings", "subscriptions"),
     },

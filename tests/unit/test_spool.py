@@ -1,0 +1,73 @@
+"""Where streaming keeps what is not committed yet."""
+
+from pathlib import Path
+
+import pytest
+
+from flash_celery import doctor
+from flash_celery.settings import Settings
+from flash_celery.spool import default_directory, file_system
+
+MOUNTS = r"""21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+22 21 0:20 / /dev/shm rw,nosuid - tmpfs tmpfs rw
+23 21 0:21 / /mnt/with\040space rw - xfs /dev/sdb1 rw
+24 21 0:22 / /var/tmp rw shared:2 master:1 - tmpfs tmpfs rw
+25 24 8:2 / /var/tmp rw - btrfs /dev/sdc1 rw
+26 23 0:23 / /mnt rw - nfs4 server:/ rw
+"""
+
+
+@pytest.fixture
+def mounts(tmp_path):
+    (tmp_path / "mountinfo").write_text(MOUNTS)
+    return str(tmp_path / "mountinfo")
+
+
+@pytest.mark.parametrize(
+    ("directory", "kind"),
+    [
+        ("/", "ext4"),
+        ("/dev/shm/spool", "tmpfs"),
+        ("/dev/shmall", "ext4"),
+        ("/mnt/with space/a", "xfs"),
+        ("/mnt/with", "nfs4"),
+        ("/var/tmp", "btrfs"),
+    ],
+)
+def test_the_file_system_is_that_of_the_innermost_mount_and_of_the_last(mounts, directory, kind):
+    assert file_system(directory, mounts) == kind
+
+
+def test_a_link_leads_to_the_file_system_it_points_at(mounts, tmp_path):
+    (tmp_path / "link").symlink_to("/dev/shm")
+    assert file_system(str(tmp_path / "link"), mounts) == "tmpfs"
+
+
+def test_where_linux_does_not_say_nothing_is_known(tmp_path):
+    assert file_system("/", str(tmp_path / "none")) == ""
+
+
+def test_the_default_directory_is_no_memory():
+    if Path("/var/tmp").is_dir():
+        assert default_directory() == "/var/tmp"
+    assert file_system(default_directory()) not in ("tmpfs", "ramfs")
+
+
+def found(**settings):
+    return [(one.level, one.message) for one in doctor.spool(Settings(**settings))]
+
+
+def test_doctor_warns_of_a_spool_in_memory():
+    if file_system("/dev/shm") != "tmpfs":
+        pytest.skip("there is no tmpfs at /dev/shm")
+    ((level, message),) = found(flash_use_streaming=True, flash_spool_directory="/dev/shm")
+    assert level == "warning"
+    assert "/dev/shm is memory (tmpfs)" in message
+    assert "flash_spool_directory" in message
+    assert found(flash_spool_directory="/dev/shm") == []
+
+
+def test_doctor_names_the_directory_of_the_spool(tmp_path):
+    ((level, message),) = found(flash_use_streaming=True)
+    assert level == "ok"
+    assert message.startswith(default_directory())
