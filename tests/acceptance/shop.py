@@ -45,10 +45,12 @@ def note(task, told):
         notes.write("\n".join(lines) + "\n")
 
 
-@on_change("items")
-@shared_task(bind=True)
-def each(self, change):
-    note(self, change)
+if os.environ.get("SHOP_BATCH") != "only":
+
+    @on_change("items")
+    @shared_task(bind=True)
+    def each(self, change):
+        note(self, change)
 
 
 if os.environ.get("SHOP_BATCH"):

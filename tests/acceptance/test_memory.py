@@ -1,0 +1,108 @@
+"""Large transactions in bounded memory, and files that leave nothing behind."""
+
+import base64
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import psycopg
+import pytest
+import redis
+
+from example_project.servers import wait_until
+from flash_celery import payload
+
+LIMIT = 150_000_000
+STREAMED = "SELECT stream_txns > 0 FROM pg_stat_replication_slots WHERE slot_name = '{}'"
+
+linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+
+
+def peak(process):
+    """The most memory it has had, in bytes."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
+
+def streaming(shop, **conf):
+    """Let the server send transactions of a megabyte while they are open."""
+    options = "-c logical_decoding_work_mem=1MB"
+    shop.environment["SHOP_DSN"] = psycopg.conninfo.make_conninfo(
+        shop.database.dsn, options=options
+    )
+    shop.environment["SHOP_CONF"] = json.dumps({"flash_use_streaming": True, **conf})
+
+
+def enqueued(client, count):
+    """The ids in the batches as they arrive, taken away so that the broker stays small."""
+    found = 0
+    while found < count:
+        messages = wait_until(lambda: client.rpop("batches", 100), "batches", timeout=300)
+        for message in messages:
+            body = json.loads(base64.b64decode(json.loads(message)["body"]))
+            for change in payload.decode(body[0][0]["__value__"]):
+                found += 1
+                assert change.new["id"] == found
+    assert client.llen("batches") == 0
+
+
+@linux
+@pytest.mark.parametrize(
+    "rows", [300_000, pytest.param(5_000_000, marks=pytest.mark.soak)], ids=["300k", "5M"]
+)
+@pytest.mark.parametrize("mode", ["whole", "streamed"])
+def test_a_commit_of_many_rows_in_bounded_memory(shop, mode, rows):
+    shop.environment["SHOP_BATCH"] = "only"
+    if mode == "streamed":
+        streaming(shop)
+    replicate = shop.replicate()
+    shop.database.execute(
+        f"INSERT INTO items SELECT n, 'name', 'note' FROM generate_series(1, {rows}) AS n"
+    )
+    with redis.Redis(port=shop.broker.port) as client:
+        enqueued(client, rows)
+    assert peak(replicate) < LIMIT
+    assert shop.end(replicate) == 0
+    streamed = STREAMED.format(shop.database.slot)
+    wait_until(lambda: shop.database.one(streamed) is (mode == "streamed"), "statistics")
+
+
+@linux
+def test_nothing_is_left_of_a_spool(shop, tmp_path):
+    folder = tmp_path / "spool"
+    folder.mkdir()
+    shop.environment["SHOP_BATCH"] = "only"
+    streaming(shop, flash_spool_directory=str(folder))
+    replicate = shop.replicate()
+
+    def spools():
+        """The files without a name that it has open there."""
+        found = []
+        for handle in Path(f"/proc/{replicate.pid}/fd").iterdir():
+            target = os.readlink(handle)
+            if target.startswith(f"{folder}/"):
+                assert target.endswith(" (deleted)")
+                found.append(target)
+        return found
+
+    many = "INSERT INTO items SELECT n, repeat('x', 300) FROM generate_series({}, {}) AS n"
+    with shop.database.connect() as connection:
+        for number, end in enumerate(("ROLLBACK", "COMMIT")):
+            connection.execute(f"BEGIN; {many.format(number * 20_000, number * 20_000 + 19_999)}")
+            wait_until(spools, "a spool")
+            assert list(folder.iterdir()) == []
+            connection.execute(end)
+            wait_until(lambda: not spools(), f"the end of the spool after {end}")
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            connection.execute(f"BEGIN; {many.format(100_000, 119_999)}")
+            wait_until(spools, "a spool")
+            shop.end(replicate, number)
+            assert list(folder.iterdir()) == []
+            connection.execute("ROLLBACK")
+            replicate = shop.replicate()
+    shop.database.execute("INSERT INTO items VALUES (-1)")
+    with redis.Redis(port=shop.broker.port) as client:
+        wait_until(lambda: client.llen("batches") >= 200, "the batches")
+    shop.end(replicate)
