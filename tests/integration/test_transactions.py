@@ -73,6 +73,21 @@ def test_empty_transactions_and_other_tables_move_the_slot(flash):
     assert shown(flash.told()) == ["insert 1,-"]
 
 
+def test_100_000_transactions_without_anything_of_ours(flash):
+    flash.database.execute(ITEMS, "CREATE TABLE other (id int)")
+    flash.handler("items").start()
+    before = flash.database.one("SELECT pg_current_wal_insert_lsn()")
+    loop = "DO $$ BEGIN FOR n IN 1..50000 LOOP {}; COMMIT; END LOOP; END $$"
+    # `do` waits until the slot has followed all of it.
+    flash.do(
+        loop.format("PERFORM txid_current()"),
+        loop.format("INSERT INTO other VALUES (n)"),
+    )
+    passed = f"confirmed_flush_lsn - '{before}'::pg_lsn"
+    assert flash.database.one(flash.slot(passed)) > 100_000 * 30
+    assert not flash.publisher.queues.get("flash")
+
+
 def test_two_interleaved_transactions_come_in_commit_order(flash):
     flash.database.execute(ITEMS)
     flash.handler("items").start()
@@ -275,6 +290,37 @@ def test_streaming_end_to_end_with_interleaved_savepoints_and_a_restart(flash):
     changes = flash.told()
     assert [change.new["id"] for change in changes] == expected
     assert [change.index for change in changes] == [*range(10_000), *range(5001)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_small_transactions_do_not_wait_for_a_large_one_that_is_open(flash, streaming):
+    flash.database.execute(ITEMS)
+    options = "-c logical_decoding_work_mem=64kB"
+    flash.handler("items").start(
+        flash_use_streaming=streaming,
+        flash_dsn=psycopg.conninfo.make_conninfo(flash.database.dsn, options=options),
+    )
+    with flash.database.connect() as large:
+        large.execute(
+            "BEGIN; INSERT INTO items SELECT n, repeat('x', 200) FROM generate_series(1, 20000) n"
+        )
+        if streaming:
+            # (How much was streamed is counted with every block.)
+            count = "SELECT stream_count > 0 FROM pg_stat_replication_slots"
+            flash.wait(lambda: flash.database.one(count))
+        flash.do("INSERT INTO items VALUES (-1)", "UPDATE items SET name = 'b'")
+        assert shown(flash.told()) == ["insert -1,-", "update -1 -> -1,b"]
+        large.execute("DELETE FROM items WHERE id = 1")
+        flash.do("INSERT INTO items VALUES (-2)")
+        assert shown(flash.told()) == ["insert -2,-"]
+        large.execute("COMMIT")
+    flash.do("INSERT INTO items VALUES (-3)")
+    changes = flash.told()
+    # Its rows have its commit's place, whenever they were written.
+    assert [c.key["id"] for c in changes] == [*range(1, 20_001), 1, -3]
+    assert [c.index for c in changes] == [*range(20_001), 0]
+    assert changes[20_000].operation.names() == ("delete",)
+    assert len({c.commit_lsn for c in changes}) == 2
 
 
 def test_a_spool_leaves_no_file(tmp_path):
