@@ -76,6 +76,55 @@ def test_a_row_that_moves_is_a_delete_and_an_insert(flash):
     ]
 
 
+def test_a_row_that_moves_between_handlers_of_leaves_and_of_the_root(flash):
+    flash.database.execute(PARTED)
+    for name in ("parted", "parted_2", "parted_1", "parted_2a"):
+        flash.handler(name, name=name)
+    flash.start()
+    flash.do(
+        "INSERT INTO parted VALUES (1, 1)",
+        "UPDATE parted SET at = 11",
+        "UPDATE parted SET at = 16",
+    )
+    kinds = {
+        name: [c.operation.names()[0] for c in flash.told(name)]
+        for name in ("parted", "parted_2", "parted_1", "parted_2a")
+    }
+    assert kinds == {
+        "parted": ["insert", "delete", "insert", "delete", "insert"],
+        "parted_2": ["insert", "delete", "insert"],
+        "parted_1": ["insert", "delete"],
+        "parted_2a": ["insert", "delete"],
+    }
+
+
+def test_a_truncate_that_cascades_to_a_partitioned_table(flash):
+    flash.database.execute(
+        PARTED,
+        "CREATE TABLE others (id int PRIMARY KEY)",
+        "ALTER TABLE parted ADD other serial REFERENCES others",
+    )
+    flash.handler("parted", "insert|truncate").handler("others", "insert", name="others").start()
+    flash.do(
+        "INSERT INTO others VALUES (1)",
+        "INSERT INTO parted (id, at, note) VALUES (1, 1, '')",
+        "TRUNCATE others RESTART IDENTITY CASCADE",
+        "INSERT INTO others VALUES (1)",
+        "INSERT INTO parted (id, at, note) VALUES (1, 1, '')",
+    )
+    changes = flash.told()
+    assert wheres(changes) == [
+        "insert parted public.parted_1",
+        "truncate parted public.parted_1",
+        "truncate parted public.parted_2a",
+        "truncate parted public.parted_2b",
+        "insert parted public.parted_1",
+    ]
+    assert [changes[place].new["other"] for place in (0, 4)] == [1, 1]
+    assert len({change.id for change in changes}) == 5
+    assert shown(flash.told("others")) == ["insert 1", "insert 1"]
+
+
 def test_a_partition_attached_and_detached_while_running(flash):
     flash.database.execute(PARTED)
     flash.handler("parted", fields=["note"]).start()
@@ -118,7 +167,39 @@ def test_inheritance_is_not_partitioning(flash):
     assert shown(flash.told()) == ["insert 1"]
 
 
-NAMES = ["UPPER", "Sales Dept", "has.dot", 'q"q', "'s", "naïve ☕ 🙂", "x" * 63, "select"]
+def test_what_is_done_to_a_parent_and_its_children_is_told_of_each_by_its_own_name(flash):
+    flash.database.execute(
+        "CREATE TABLE parent (id int PRIMARY KEY)",
+        "CREATE TABLE child (name text) INHERITS (parent)",
+    )
+    flash.handler("parent").handler("child", name="child").start()
+    flash.do(
+        "INSERT INTO parent VALUES (1)",
+        "INSERT INTO child VALUES (2, 'a')",
+        "UPDATE parent SET id = id + 10",
+        "TRUNCATE parent",
+        "INSERT INTO child VALUES (3, 'b')",
+        "TRUNCATE ONLY parent",
+        "DELETE FROM parent",
+    )
+    parent, child = flash.told(), flash.told("child")
+    assert shown(parent) == ["insert 1", "update 1 -> 11", "truncate", "truncate"]
+    # It has no primary key of its own, so its identity is FULL.
+    assert shown(child) == [
+        "insert 2,a",
+        "update 2,a -> 12,a",
+        "truncate",
+        "insert 3,b",
+        "delete 3,b",
+    ]
+    assert {change.partition for change in (*parent, *child)} == {None}
+
+
+NAMES = [
+    *("UPPER", "Sales Dept", "has.dot", 'q"q', "'s", "naïve ☕ 🙂", "select"),
+    # As long as a name may be: 63 bytes.
+    *("x" * 63, "🙂" * 15 + "x.X"),
+]
 
 
 def test_names_of_every_kind(flash):
@@ -150,6 +231,55 @@ def test_generated_and_identity_columns(flash):
     published = flash.database.one("SHOW server_version_num") >= "180000"
     assert dict(insert.new) == {"id": 1, "a": 5, **({"b": 10} if published else {})}
     assert update.new["a"] == 6
+
+
+@pytest.mark.parametrize("named", [{"fields": ["b"]}, {"where": {"b": 10}}, {"key": ["b"]}])
+def test_a_stored_column_that_is_named_is_delivered_or_refused(flash, named):
+    flash.database.execute(
+        "CREATE TABLE made (id int PRIMARY KEY, a int, "
+        "b int NOT NULL GENERATED ALWAYS AS (a * 2) STORED)"
+    )
+    flash.handler("made", **named)
+    if flash.database.one("SHOW server_version_num") < "180000":
+        with pytest.raises(SubscriptionError, match=r"made\.b is a generated column"):
+            flash.start()
+        return
+    flash.start()
+    flash.do("INSERT INTO made (id, a) VALUES (1, 5)", "DELETE FROM made")
+    insert, delete = flash.told()
+    assert (insert.new["b"], delete.old["b"]) == (10, 10)
+
+
+@pytest.mark.parametrize("named", [{"fields": ["b"]}, {"where": {"b": 10}}, {"key": ["b"]}])
+def test_a_virtual_column_that_is_named_is_refused(flash, named):
+    if flash.database.one("SHOW server_version_num") < "180000":
+        return
+    flash.database.execute(
+        "CREATE TABLE made (id int PRIMARY KEY, a int, b int GENERATED ALWAYS AS (a * 2) VIRTUAL)"
+    )
+    flash.handler("made", "insert", **named)
+    with pytest.raises(SubscriptionError, match=r"made\.b is a generated column.*it is made of"):
+        flash.start()
+    assert flash.database.one("SELECT count(*) FROM pg_publication") == 0
+
+
+REFUSED = {
+    "view": "CREATE VIEW goods AS SELECT 1 AS id",
+    "materialized view": "CREATE MATERIALIZED VIEW goods AS SELECT 1 AS id",
+    "foreign table": "CREATE FOREIGN DATA WRAPPER none;"
+    "CREATE SERVER far FOREIGN DATA WRAPPER none;"
+    "CREATE FOREIGN TABLE goods (id int) SERVER far",
+    "unlogged": "CREATE UNLOGGED TABLE goods (id int PRIMARY KEY)",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_has_no_changes_in_the_wal_is_refused(flash, kind):
+    flash.database.execute(REFUSED[kind])
+    flash.handler("goods", "insert")
+    with pytest.raises(SubscriptionError, match=f"handler: public.goods is .*{kind}"):
+        flash.start()
+    assert flash.database.one("SELECT count(*) FROM pg_publication") == 0
 
 
 def test_a_virtual_column(flash):
@@ -193,6 +323,14 @@ def test_a_row_of_100_mb(flash):
     flash.do("INSERT INTO heavy SELECT 1, decode(repeat('ab', 50000000), 'hex')")
     (change,) = flash.told()
     assert len(change.new["body"]) == 50_000_000
+
+
+def test_a_text_of_100_mb(flash):
+    flash.database.execute("CREATE TABLE heavy (id int PRIMARY KEY, body text)")
+    flash.handler("heavy", "insert").start()
+    flash.do("INSERT INTO heavy SELECT 1, repeat('0123456789', 10000000)")
+    (change,) = flash.told()
+    assert change.new["body"] == "0123456789" * 10_000_000
 
 
 def test_truncate_of_several_tables_some_not_ours(flash):
