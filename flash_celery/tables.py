@@ -35,10 +35,11 @@ def find(connection: psycopg.Connection[Any], subscription: Subscription) -> Cat
             f"{who}: {name} is {_KINDS[table.kind]}, and only tables have changes in the WAL; "
             "name the tables it reads."
         )
-    if table.unlogged:
+    unlogged = name if table.unlogged else _unlogged_partition(connection, table)
+    if unlogged is not None:
         raise SubscriptionError(
-            f"{who}: {name} is unlogged, so its changes are not in the WAL: "
-            f"ALTER TABLE {quoted(table)} SET LOGGED;"
+            f"{who}: {unlogged} is unlogged, so its changes are not in the WAL: "
+            f"ALTER TABLE {_sql(unlogged)} SET LOGGED;"
         )
     rewrites = subscription.captured & REWRITES
     if table.kind == catalog.PARTITIONED and rewrites and not table.primary_key:
@@ -78,6 +79,23 @@ def _close(name: str, known: list[str]) -> str:
     return f"; did you mean {folded[close[0]]}?" if close else "."
 
 
+def _unlogged_partition(
+    connection: psycopg.Connection[Any], table: CatalogTable
+) -> TableName | None:
+    """A partition whose rows nobody would be told of."""
+    row = connection.execute(
+        "SELECT n.nspname, c.relname FROM pg_partition_tree(%s) JOIN pg_class c ON c.oid = relid "
+        "JOIN pg_namespace n ON n.oid = c.relnamespace "
+        "WHERE isleaf AND c.relpersistence = 'u' LIMIT 1",
+        [table.oid],
+    ).fetchone()
+    return TableName(*row) if row else None
+
+
 def quoted(table: CatalogTable) -> str:
     """Its name as SQL."""
-    return sql.Identifier(table.name.schema, table.name.name).as_string(None)
+    return _sql(table.name)
+
+
+def _sql(name: TableName) -> str:
+    return sql.Identifier(name.schema, name.name).as_string(None)

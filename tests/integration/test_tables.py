@@ -282,6 +282,26 @@ def test_what_has_no_changes_in_the_wal_is_refused(flash, kind):
     assert flash.database.one("SELECT count(*) FROM pg_publication") == 0
 
 
+@pytest.mark.parametrize("running", [False, True])
+def test_an_unlogged_partition_is_refused_also_when_it_comes_later(flash, running):
+    flash.database.execute(PARTED)
+    flash.handler("parted", "insert")
+    if running:
+        flash.start()
+        flash.do("INSERT INTO parted VALUES (1, 1)")
+    flash.database.execute(
+        "CREATE UNLOGGED TABLE late PARTITION OF parted FOR VALUES FROM (20) TO (30)"
+    )
+    with pytest.raises(SubscriptionError, match=r'late is unlogged.*"public"."late" SET LOGGED'):
+        flash.wait(lambda: False) if running else flash.start()
+    flash.stop()
+    flash.error = None
+    flash.database.execute("ALTER TABLE late SET LOGGED", "INSERT INTO parted VALUES (2, 21)")
+    flash.start()
+    flash.do("INSERT INTO parted VALUES (3, 22)")
+    assert [change.new["id"] for change in flash.told()] == ([1, 2, 3] if running else [3])
+
+
 def test_a_virtual_column(flash):
     if flash.database.one("SHOW server_version_num") < "180000":
         return  # there are none before
