@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PROPERTIES := $(addprefix tests/integration/test_,conditions.py types.py transactions.py)
 
 .PHONY: demo test soak matrix lint types clean
 
@@ -12,9 +13,10 @@ demo: $(VENV)/.stamp
 test: $(VENV)/.stamp
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
-# The property tests with many more examples.
+# What takes minutes or gigabytes, and the property tests with many more examples.
 soak: $(VENV)/.stamp
-	FLASH_EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/pytest -n 2 tests/integration/test_conditions.py
+	$(BIN)/pytest -m soak $(ARGS)
+	FLASH_EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/pytest -n 2 $(PROPERTIES)
 
 # The integration tests on PostgreSQL 14 to 18; ARGS="14 17" picks versions.
 matrix: $(VENV)/.stamp
