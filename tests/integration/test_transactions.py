@@ -8,7 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from flash_celery.errors import PublishError
 from flash_celery.protocol import pgoutput
+from flash_celery.publishers.memory import MemoryPublisher
 from flash_celery.spool import Spool
 from flash_celery.transactions import Transactions
 
@@ -120,18 +122,39 @@ def test_copy_and_a_large_transaction_with_a_truncate_inside(flash):
     assert len({change.id for change in changes}) == 5002
 
 
+class Unsure(MemoryPublisher):
+    """Takes everything, and is cut off before it can confirm it."""
+
+    def publish(self, messages):
+        super().publish(messages)
+        raise PublishError("The broker did not answer.")
+
+
 def test_ids_are_the_same_after_a_restart(flash):
     flash.database.execute(ITEMS)
-    flash.handler("items", "insert|truncate").start()
+    flash.publisher = Unsure()
+    flash.handler("items", "insert|truncate").start(flash_shutdown_timeout=0.2)
     with flash.database.connect() as connection:
         connection.execute(
             "BEGIN; INSERT INTO items VALUES (1); SAVEPOINT a; INSERT INTO items VALUES (2);"
-            "ROLLBACK TO a; UPDATE items SET name = 'x'; INSERT INTO items VALUES (3); COMMIT"
+            "ROLLBACK TO a; UPDATE items SET name = 'x'; INSERT INTO items VALUES (3);"
+            "TRUNCATE items; COMMIT"
         )
+
+    def identities():
+        tasks = [message.headers["id"] for message in flash.publisher.queues["flash"]]
+        changes = flash.told()
+        return dict.fromkeys((c.id, c.index, task) for c, task in zip(changes, tasks, strict=True))
+
+    flash.wait(lambda: len(flash.publisher.queues.get("flash", [])) >= 3)
+    flash.stop()
+    before = identities()
+    assert [index for _, index, _ in before] == [0, 1, 2]
+    assert len({change for change, _, _ in before}) == len({task for _, _, task in before}) == 3
+    flash.publisher = MemoryPublisher()
+    flash.start()
     flash.do("SELECT 1")
-    ids = [change.id for change in flash.told()]
-    assert len(ids) == 2
-    assert ids[0] != ids[1]
+    assert list(identities()) == list(before)
 
 
 class Collected:
