@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 from celery import Celery, shared_task
 from kombu import Queue
@@ -51,6 +52,7 @@ if os.environ.get("SHOP_BATCH") != "only":
     @shared_task(bind=True)
     def each(self, change):
         note(self, change)
+        time.sleep(float(os.environ.get("SHOP_SLEEP", "0")))
 
 
 if os.environ.get("SHOP_BATCH"):

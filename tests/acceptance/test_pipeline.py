@@ -1,8 +1,11 @@
 """A committed row becomes a Celery task: the commands as a user runs them."""
 
+import json
 import signal
 
 import pytest
+
+from example_project.servers import wait_until
 
 
 def test_every_operation_reaches_its_handler(any_shop):
@@ -71,6 +74,23 @@ def test_sigterm_and_sigint_end_it_with_0_and_nothing_is_enqueued_twice(shop):
     shop.worker()
     shop.database.execute("INSERT INTO items VALUES (1, 'a')")
     assert len(shop.until_noted(3)) == 3
+
+
+def test_a_task_whose_worker_was_killed_comes_back_after_the_visibility_timeout(shop):
+    options = {
+        "visibility_timeout": 2,
+        "unacked_restore_interval": 1,
+        "unacked_restore_throttle": 1,
+    }
+    shop.environment["SHOP_CONF"] = json.dumps({"broker_transport_options": options})
+    shop.replicate()
+    killed = shop.worker(SHOP_SLEEP="1000")
+    shop.database.execute("INSERT INTO items VALUES (1, 'a')")
+    (first,) = shop.until_noted(1)
+    shop.end(killed, signal.SIGKILL)
+    shop.worker()
+    wait_until(lambda: len(shop.notes()) == 2, "the task to come back")
+    assert shop.notes()[1] == first
 
 
 def test_a_second_replication_worker_waits_and_takes_over(shop):

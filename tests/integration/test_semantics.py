@@ -1,5 +1,6 @@
 """What a handler is told: transitions, fields, keys, old and new. Scenarios on a real server."""
 
+import threading
 from itertools import combinations
 from pathlib import Path
 
@@ -245,6 +246,66 @@ def test_an_identity_changed_under_way_is_followed(flash):
     )
     flash.do("UPDATE items SET note = 'z'", "UPDATE items SET name = 'c'")
     assert shown(flash.told()) == ["update a -> c"]
+
+
+def test_what_is_unknown_is_said_once_for_each_table(flash, caplog):
+    flash.database.execute(ITEMS, ITEMS.replace("items", "others"))
+    flash.handler("items", fields=["name"])
+    flash.handler("others", "update", name="others", where={"note": "x"}).start()
+    for table in ("items", "others"):
+        flash.do(f"INSERT INTO {table} VALUES (1, 'a', 'x'), (2, 'b', 'x'), (3, 'c', 'y')")
+    flash.told()
+    # In one transaction, for it is mended as soon as it is noticed.
+    flash.do(
+        "BEGIN; ALTER TABLE items REPLICA IDENTITY DEFAULT; UPDATE items SET note = 'x';"
+        "ALTER TABLE others REPLICA IDENTITY DEFAULT; UPDATE others SET name = 'b'; COMMIT"
+    )
+    assert [c.key["id"] for c in flash.told()] == [1, 2, 3]
+    # Of the third row the new values are enough to tell that it is not meant.
+    assert [(c.key["id"], c.changed) for c in flash.told("others")] == [(1, None), (2, None)]
+    said = [record.message for record in caplog.records if "judged by" in record.message]
+    assert [one.partition(":")[0] for one in said] == ["public.items", "public.others"]
+
+
+def test_a_handler_may_start_before_other_sessions_see_the_commit(flash):
+    """A commit that waits for a standby is in the WAL and told, and nobody else sees it yet."""
+    flash.database.execute(ITEMS)
+    flash.handler("items", "insert").start()
+    flash.do("INSERT INTO items VALUES (1)")
+    assert shown(flash.told()) == ["insert 1,-,-"]
+    writer = threading.Thread(
+        target=flash.database.execute, args=["INSERT INTO items VALUES (2, 'a')"]
+    )
+    flash.database.execute(
+        "ALTER SYSTEM SET synchronous_standby_names = 'nobody'", "SELECT pg_reload_conf()"
+    )
+    try:
+        flash.wait(lambda: flash.database.one("SHOW synchronous_standby_names") == "nobody")
+        writer.start()
+        flash.wait(lambda: flash.publisher.queues["flash"])
+        assert shown(flash.told()) == ["insert 2,a,-"]
+        assert flash.database.one("SELECT max(id) FROM items") == 1
+    finally:
+        flash.database.execute(
+            "ALTER SYSTEM RESET synchronous_standby_names", "SELECT pg_reload_conf()"
+        )
+        writer.join(20)
+    assert flash.database.one("SELECT max(id) FROM items") == 2
+
+
+def test_a_handler_that_writes_its_own_table_is_told_of_it(flash):
+    flash.database.execute(ITEMS)
+    flash.handler("items").start()
+    flash.do("INSERT INTO items VALUES (1, 'a')")
+    for _ in range(3):
+        (change,) = flash.told()
+        # As a handler would, for as long as there is something that differs.
+        if change.new["note"] != "seen":
+            flash.do(f"UPDATE items SET note = 'seen' WHERE id = {change.key['id']}")
+        else:
+            flash.do("UPDATE items SET note = 'seen' WHERE note IS DISTINCT FROM 'seen'")
+            break
+    assert flash.told() == []
 
 
 def test_several_handlers_of_one_table_and_one_of_several(flash):
