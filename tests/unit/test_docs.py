@@ -86,6 +86,31 @@ def test_every_attribute_and_lookup_is_documented():
             assert f"__{lookup}" in DOCS["semantics.md"], lookup
 
 
+def claims(text):
+    """Each paragraph, table and bullet, and the tests that prove it: comments right after it."""
+    found = []
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    for block in re.split(r"\n\s*\n|\n(?=- )", text):
+        tests = re.findall(r"<!-- test: (\w+) -->", block)
+        said = re.sub(r"<!--.*?-->|^#.*", "", block, flags=re.MULTILINE).strip()
+        if said:
+            found.append((said, tests))
+        elif tests:
+            found[-1][1].extend(tests)
+    return found
+
+
+def test_every_claim_of_the_semantics_has_a_test():
+    found = claims(DOCS["semantics.md"])
+    assert len(found) > 15
+    for said, tests in found:
+        assert tests, f"Say which test proves it, <!-- test: its_name --> below: {said}"
+    written = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        written.update(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
+    assert {test for _, tests in found for test in tests} <= written
+
+
 @pytest.mark.parametrize("name", flash.commands)
 def test_every_command_is_documented_and_has_help(name):
     assert f"flash {name}" in README
