@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from itertools import combinations
 from typing import Any
 
 from psycopg import ProgrammingError
@@ -17,7 +19,10 @@ from .errors import ConfigurationError
 
 @dataclass(frozen=True)
 class Settings:
-    """The `flash_*` settings of a Celery app (`CELERY_FLASH_*` in Django), checked."""
+    """The `flash_*` settings of a Celery app (`CELERY_FLASH_*` in Django), checked.
+
+    They are those of one source: the default one, or after `of_source` a named one.
+    """
 
     #: Connection string of the database to replicate, as libpq reads it
     #: (`postgresql://…` or `host=… dbname=…`). In Django the default is `DATABASES["default"]`.
@@ -43,32 +48,62 @@ class Settings:
     flash_status_interval: float = 10.0
     #: Seconds that SIGTERM leaves for what is in flight.
     flash_shutdown_timeout: float = 10.0
+    #: More databases, by name: for each its `dsn`, and its `slot` and `prefix` where these are not
+    #: to be the default's with the name appended.
+    flash_sources: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    #: Whose settings these are: a name in `flash_sources`, "" for the default. Not a setting.
+    source: str = ""
 
     @classmethod
     def from_app(cls, app: Any) -> Settings:
         """Read them from `app.conf`. Raises `ConfigurationError` for what cannot be right."""
-        known = [setting.name for setting in fields(cls)]
         for name in _flash_keys(app.conf):
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"known are: {', '.join(known)}."
-                raise ConfigurationError(f"There is no setting {name}; {hint}")
-        given = {name: app.conf.get(name) for name in known}
+            if name not in _KINDS:
+                raise ConfigurationError(f"There is no setting {name}; {_hint(name, _KINDS)}")
+        given = {name: app.conf.get(name) for name in _KINDS}
         settings = cls(**{name: value for name, value in given.items() if value is not None})
         if not settings.flash_dsn:
             settings = cls(**{**vars(settings), "flash_dsn": _django_dsn()})
         settings._check()
+        settings._check_sources()
         return settings
+
+    def of_source(self, name: str) -> Settings:
+        """The same for a source of `flash_sources`, with its DSN, slot and prefix.
+
+        Raises `ConfigurationError` if there is no such source.
+        """
+        if name not in self.flash_sources:
+            hint = _hint(name, self.flash_sources)
+            raise ConfigurationError(f"There is no source {name!r} in flash_sources; {hint}")
+        given = self.flash_sources[name]
+        prefix = self.flash_publication_slot_prefix
+        return replace(
+            self,
+            source=name,
+            flash_dsn=given["dsn"],
+            flash_replication_slot=given.get("slot", f"{self.flash_replication_slot}_{name}"),
+            flash_publication_slot_prefix=given.get("prefix", f"{prefix}_{name}"),
+            flash_sources={},
+        )
+
+    def called(self, setting: str) -> str:
+        """How the user of this source spells the DSN, slot or prefix."""
+        return f"flash_sources[{self.source!r}][{_KEYS[setting]!r}]" if self.source else setting
 
     def _check(self) -> None:
         for setting in fields(self):
+            expected = _KINDS.get(setting.name)
+            if expected is None:
+                continue
             value = getattr(self, setting.name)
-            expected = _KINDS[setting.name]
             if not isinstance(value, expected) or (expected is not bool and value is True):
                 kind = " or ".join(
                     k.__name__ for k in (expected if isinstance(expected, tuple) else (expected,))
                 )
-                raise ConfigurationError(f"{setting.name} must be {kind}, not {value!r}.")
+                # A DSN may hold a password.
+                shown = repr(value) if setting.repr else type(value).__name__
+                raise ConfigurationError(f"{setting.name} must be {kind}, not {shown}.")
         if self.flash_replica_identity not in ("auto", "keep"):
             raise ConfigurationError(
                 f"flash_replica_identity is 'auto' or 'keep', not {self.flash_replica_identity!r}."
@@ -76,17 +111,7 @@ class Settings:
         for name in ("flash_status_interval", "flash_shutdown_timeout"):
             if not 0 < getattr(self, name) < 86_400:
                 raise ConfigurationError(f"{name} is a number of seconds above 0.")
-        slot = self.flash_replication_slot
-        if not (0 < len(slot) < 64) or set(slot) - set("abcdefghijklmnopqrstuvwxyz0123456789_"):
-            raise ConfigurationError(
-                "flash_replication_slot may hold a-z, 0-9 and _ only, at most 63 of them, "
-                f"not {slot!r}."
-            )
-        prefix = self.flash_publication_slot_prefix
-        if not prefix or len(f"{prefix}_truncate".encode()) > 63:
-            raise ConfigurationError(
-                f"flash_publication_slot_prefix must have 1 to 54 bytes, not {prefix!r}."
-            )
+        self._check_names()
         if self.flash_spool_directory and not os.access(self.flash_spool_directory, os.W_OK):
             raise ConfigurationError(
                 f"flash_spool_directory is {self.flash_spool_directory!r}, where no file can be "
@@ -95,24 +120,76 @@ class Settings:
         if not self.flash_queue:
             raise ConfigurationError("flash_queue is empty; name the queue of the handlers.")
 
+    def _check_names(self) -> None:
+        slot = self.flash_replication_slot
+        if len(slot) > 63 or not _SLOT.fullmatch(slot):
+            raise ConfigurationError(
+                f"{self.called('flash_replication_slot')} may hold a-z, 0-9 and _ only, at most 63 "
+                f"of them, not {slot!r}."
+            )
+        prefix = self.flash_publication_slot_prefix
+        if not prefix or len(f"{prefix}_truncate".encode()) > 63:
+            raise ConfigurationError(
+                f"{self.called('flash_publication_slot_prefix')} must have 1 to 54 bytes, not "
+                f"{prefix!r}."
+            )
+
+    def _check_sources(self) -> None:
+        sources = [self] if self.flash_dsn else []
+        for name, given in self.flash_sources.items():
+            _check_source(name, given)
+            source = self.of_source(name)
+            source._check_names()
+            source.require_dsn()
+            sources.append(source)
+        for one, other in combinations(sources, 2):
+            one._check_apart(other)
+
+    def _check_apart(self, other: Settings) -> None:
+        """Slots have names of their own in a server, publications in a database."""
+        server, database = _place(self.flash_dsn)
+        servers, databases = _place(other.flash_dsn)
+        if server != servers:
+            return
+        shared = ["flash_replication_slot"]
+        if database == databases:
+            shared.append("flash_publication_slot_prefix")
+        for setting in shared:
+            name = getattr(self, setting)
+            if name == getattr(other, setting):
+                raise ConfigurationError(
+                    f"{self.called(setting)} and {other.called(setting)} are both {name!r} on the "
+                    f"same server; give {other.called(setting)} a name of its own."
+                )
+
     def require_dsn(self) -> str:
         """The DSN. Raises `ConfigurationError` where there is none, or none libpq reads."""
         if not self.flash_dsn:
+            others = ", ".join(self.flash_sources)
             raise ConfigurationError(
-                "flash_dsn is not set: put app.conf.flash_dsn = 'postgresql://…/database' "
-                "beside the app's broker (in Django, DATABASES['default'] serves)."
+                "flash_dsn is not set: put app.conf.flash_dsn = "
+                "'postgresql://…/database' beside the app's broker (in Django, "
+                "DATABASES['default'] serves)"
+                + (f", or give one of flash_sources by --source: {others}." if others else ".")
             )
         try:
             conninfo_to_dict(self.flash_dsn)
         except ProgrammingError:
             # What libpq says of it may hold the password.
             raise ConfigurationError(
-                "flash_dsn is not a connection string; write "
+                f"{self.called('flash_dsn')} is not a connection string; write "
                 "postgresql://user:password@host:5432/database."
             ) from None
         return self.flash_dsn
 
 
+_SLOT = re.compile("[a-z0-9_]+")
+#: The keys of a source, by the setting that each stands for.
+_KEYS = {
+    "flash_dsn": "dsn",
+    "flash_replication_slot": "slot",
+    "flash_publication_slot_prefix": "prefix",
+}
 _KINDS: dict[str, Any] = {
     "flash_dsn": str,
     "flash_replication_slot": str,
@@ -125,7 +202,52 @@ _KINDS: dict[str, Any] = {
     "flash_push_down": bool,
     "flash_status_interval": (int, float),
     "flash_shutdown_timeout": (int, float),
+    "flash_sources": Mapping,
 }
+
+
+def _hint(name: object, known: Iterable[str]) -> str:
+    known = [str(one) for one in known]
+    close = difflib.get_close_matches(str(name), known, n=1)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"known are: {', '.join(known)}." if known else "it is empty."
+
+
+def _check_source(name: Any, given: Any) -> None:
+    """Whether it is a name, and strings under known keys. What it holds is not for showing."""
+    if not isinstance(name, str) or not _SLOT.fullmatch(name):
+        raise ConfigurationError(
+            f"A source of flash_sources is named with a-z, 0-9 and _ only, not {name!r}."
+        )
+    if not isinstance(given, Mapping):
+        raise ConfigurationError(
+            f"flash_sources[{name!r}] must be a dict such as {{'dsn': 'postgresql://…/{name}'}}, "
+            f"not {type(given).__name__}."
+        )
+    for key, value in given.items():
+        if key not in _KEYS.values():
+            hint = _hint(key, _KEYS.values())
+            raise ConfigurationError(f"flash_sources[{name!r}] has no key {key!r}; {hint}")
+        if not isinstance(value, str):
+            raise ConfigurationError(
+                f"flash_sources[{name!r}][{key!r}] must be str, not {type(value).__name__}."
+            )
+    if not given.get("dsn"):
+        raise ConfigurationError(
+            f"The source {name} has no dsn: set flash_sources[{name!r}]['dsn'] = "
+            f"'postgresql://…/{name}'."
+        )
+
+
+def _place(dsn: str) -> tuple[list[Any], Any]:
+    """The server that a DSN leads to and the database there, as far as its text says."""
+    try:
+        given = conninfo_to_dict(dsn)
+    except ProgrammingError:
+        return [dsn], None  # it will be refused where it is used
+    server = [given.get(part) for part in ("service", "host", "hostaddr")]
+    return [*server, str(given.get("port", 5432))], given.get("dbname", given.get("user"))
 
 
 def _flash_keys(conf: Any) -> set[str]:

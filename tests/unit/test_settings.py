@@ -50,8 +50,109 @@ def test_what_cannot_be_right_is_named(app, name, value, sentence):
         Settings.from_app(app)
 
 
-def test_a_password_does_not_show():
-    assert "secret" not in repr(Settings(flash_dsn="postgresql://u:secret@h/d"))
+def test_a_password_does_not_show(app):
+    sources = {"billing": {"dsn": "postgresql://u:secret@h/d"}}
+    settings = Settings(flash_dsn="postgresql://u:secret@h/d", flash_sources=sources)
+    assert "secret" not in repr(settings) + repr(settings.of_source("billing"))
+    for sources in (["secret"], {"billing": "secret"}, {"billing": {"dsn": ["secret"]}}):
+        app.conf.flash_sources = sources
+        with pytest.raises(errors.ConfigurationError) as raised:
+            Settings.from_app(app)
+        assert "secret" not in str(raised.value)
+
+
+BILLING = {"dsn": "postgresql://h/billing"}
+
+
+def test_a_source_has_its_own_database_slot_and_prefix(app):
+    app.conf.flash_queue = "changes"
+    app.conf.flash_sources = {
+        "billing": BILLING,
+        "old_2": {"dsn": "dbname=old", "slot": "old_slot", "prefix": "Old"},
+    }
+    settings = Settings.from_app(app)
+    names = [
+        (of.flash_dsn, of.flash_replication_slot, of.flash_publication_slot_prefix, of.flash_queue)
+        for of in map(settings.of_source, ("billing", "old_2"))
+    ]
+    assert names == [
+        (BILLING["dsn"], "flash_replication_billing", "flash_publication_billing", "changes"),
+        ("dbname=old", "old_slot", "Old", "changes"),
+    ]
+    assert settings.source == ""
+    assert settings.of_source("billing").source == "billing"
+
+
+@pytest.mark.parametrize(
+    ("sources", "sentence"),
+    [
+        (["billing"], "flash_sources must be Mapping, not list"),
+        ({"Billing": BILLING}, "a-z, 0-9 and _ only, not 'Billing'"),
+        ({"": BILLING}, "a-z, 0-9 and _ only, not ''"),
+        ({5: BILLING}, "a-z, 0-9 and _ only, not 5"),
+        ({"billing": "dbname=billing"}, r"flash_sources\['billing'\] must be a dict such as .*str"),
+        ({"billing": {}}, "The source billing has no dsn: set"),
+        ({"billing": {"dsn": ""}}, "The source billing has no dsn: set"),
+        ({"billing": {"dsn": None}}, r"\['billing'\]\['dsn'\] must be str, not NoneType"),
+        ({"billing": {"dns": "dbname=x"}}, "'billing'.* has no key 'dns'; did you mean dsn"),
+        ({"billing": {**BILLING, "queue": "x"}}, "no key 'queue'; known are: dsn, slot, prefix"),
+        ({"billing": {**BILLING, "slot": 5}}, r"\['billing'\]\['slot'\] must be str, not int"),
+        ({"billing": {**BILLING, "slot": "S"}}, r"\['billing'\]\['slot'\] may hold a-z.*not 'S'"),
+        ({"b" * 50: BILLING}, r"\['slot'\] may hold a-z.*at most 63.*not 'flash_replication_bbb"),
+        ({"billing": {**BILLING, "prefix": ""}}, r"\['prefix'\] must have 1 to 54 bytes, not ''"),
+        ({"billing": {"dsn": "nonsense"}}, r"\['billing'\]\['dsn'\] is not a connection string"),
+    ],
+)
+def test_a_source_that_cannot_be_right_is_named(app, sources, sentence):
+    app.conf.flash_sources = sources
+    with pytest.raises(errors.ConfigurationError, match=sentence):
+        Settings.from_app(app)
+
+
+@pytest.mark.parametrize(
+    ("dsn", "names", "shared"),
+    [
+        # Publications are a database's, slots a server's; user and spelling do not matter.
+        ("postgresql://me:pw@h/shop", {"slot": "flash_replication"}, "slot"),
+        ("postgresql://h/other", {"slot": "flash_replication"}, "slot"),
+        ("host=h dbname=shop port=5432", {"prefix": "flash_publication"}, "prefix"),
+        ("postgresql://h/other", {"prefix": "flash_publication"}, None),
+        ("postgresql://h:5433/shop", {"slot": "flash_replication"}, None),
+        ("postgresql://elsewhere/shop", {"slot": "flash_replication"}, None),
+        ("postgresql://h/shop", {}, None),
+    ],
+)
+def test_two_sources_do_not_share_a_slot_or_publications(app, dsn, names, shared):
+    app.conf.flash_dsn = "postgresql://h/shop"
+    app.conf.flash_sources = {"billing": {"dsn": dsn, **names}}
+    if shared is None:
+        Settings.from_app(app)
+        return
+    sentence = rf"flash_\w+ and flash_sources\['billing'\]\['{shared}'\] are both 'flash_\w+'"
+    with pytest.raises(errors.ConfigurationError, match=sentence):
+        Settings.from_app(app)
+
+
+def test_two_named_sources_are_compared_too(app):
+    app.conf.flash_sources = {"a": {**BILLING, "slot": "s"}, "b": {**BILLING, "slot": "s"}}
+    with pytest.raises(errors.ConfigurationError, match=r"\['a'\]\['slot'\] and .*\['b'\]"):
+        Settings.from_app(app)
+
+
+def test_a_source_that_is_not_there_gets_a_hint():
+    settings = Settings(flash_sources={"billing": BILLING})
+    with pytest.raises(errors.ConfigurationError, match="no source 'biling' .*mean billing?"):
+        settings.of_source("biling")
+    with pytest.raises(errors.ConfigurationError, match="no source '' .*known are: billing"):
+        settings.of_source("")
+    with pytest.raises(errors.ConfigurationError, match="no source 'x' .*it is empty"):
+        Settings().of_source("x")
+
+
+def test_without_a_default_the_sentence_names_the_sources():
+    settings = Settings(flash_sources={"billing": BILLING})
+    with pytest.raises(errors.ConfigurationError, match="--source: billing"):
+        settings.require_dsn()
 
 
 def test_errors_pickle_and_say_what_to_do():
