@@ -7,9 +7,10 @@ while decorating: a task that Celery still makes gets them once its app is final
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import update_wrapper
+from itertools import count
 from types import MethodType
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
@@ -80,6 +81,17 @@ class _Mistake:
     """What is wrong with a declaration, until it is known whose it is."""
 
     sentence: str
+
+
+@dataclass(frozen=True)
+class _Declaration:
+    """What a decorator said, and when: Celery finalizes shared tasks in no particular order."""
+
+    place: int
+    says: Subscription | _Mistake
+
+
+_places = count()
 
 
 class _Decorator(Protocol):
@@ -167,12 +179,12 @@ def on_message(
 
 def _decorator(declare: Callable[[], Subscription]) -> _Decorator:
     def decorate(target: Any) -> Any:
-        declared: Subscription | _Mistake
+        says: Subscription | _Mistake
         try:
-            declared = declare()
+            says = declare()
         except SubscriptionError as error:
-            declared = _Mistake(str(error))
-        return _declare(target, declared)
+            says = _Mistake(str(error))
+        return _declare(target, _Declaration(next(_places), says))
 
     return decorate
 
@@ -186,10 +198,17 @@ def subscriptions_of(app: Celery) -> list[Subscription]:
     found: list[Subscription] = []
     for name in sorted(app.tasks):
         declared = app.tasks[name].__dict__.get("flash_subscriptions", [])
-        for one in declared:
-            if isinstance(one, _Mistake):
-                raise SubscriptionError(f"{name}: {one.sentence}")
-        found += _consistent(declared)
+        found += _consistent(_numbered(name, declared))
+    return found
+
+
+def _numbered(handler: str, declarations: Iterable[_Declaration]) -> list[Subscription]:
+    """The subscriptions of a task, numbered as they were declared: the number is part of an id."""
+    found: list[Subscription] = []
+    for one in sorted(declarations, key=lambda one: one.place):
+        if isinstance(one.says, _Mistake):
+            raise SubscriptionError(f"{handler}: {one.says.sentence}")
+        found.append(replace(one.says, handler=handler, number=len(found)))
     return found
 
 
@@ -206,7 +225,7 @@ def _consistent(subscriptions: list[Subscription]) -> list[Subscription]:
     return subscriptions
 
 
-def _declare(target: Any, declared: Subscription | _Mistake) -> Any:
+def _declare(target: Any, declared: _Declaration) -> Any:
     # type() and not isinstance: a proxy answers for its task, and would have to make it.
     if type(target) is PromiseProxy:
         target.__then__(lambda: _attach(target._get_current_object(), declared))
@@ -225,14 +244,11 @@ def _declare(target: Any, declared: Subscription | _Mistake) -> Any:
     return target
 
 
-def _attach(task: Any, declared: Subscription | _Mistake) -> None:
-    subscriptions = task.__dict__.setdefault("flash_subscriptions", [])
-    if isinstance(declared, _Mistake):
-        subscriptions.append(declared)
-        return
-    subscriptions.append(replace(declared, handler=task.name, number=len(subscriptions)))
-    # A change must outlive the process that handles it; the setting of the app does not matter.
-    task.acks_late = task.reject_on_worker_lost = declared.acks_late
+def _attach(task: Any, declared: _Declaration) -> None:
+    task.__dict__.setdefault("flash_subscriptions", []).append(declared)
+    if isinstance(declared.says, Subscription):
+        # A change must outlive the process that handles it; the app's setting does not matter.
+        task.acks_late = task.reject_on_worker_lost = declared.says.acks_late
 
 
 def _adopt(handler: Handler[Any, Any], app: Celery) -> None:

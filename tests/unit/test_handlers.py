@@ -113,6 +113,17 @@ def test_handlers_outlive_their_process_unless_told_otherwise(app):
     assert careless.acks_late is False
 
 
+def test_subscriptions_are_numbered_as_they_are_declared(app):
+    @shared_task
+    def handle(change): ...
+
+    for number in range(8):
+        on_change(f"table_{number}")(handle)
+
+    found = [(one.table.name, one.number) for one in subscriptions_of(app)]
+    assert found == [(f"table_{number}", number) for number in range(8)]
+
+
 def test_two_on_change_that_contradict_each_other_are_refused(app):
     @on_change("orders", batch=10)
     @on_change("customers")
