@@ -24,11 +24,12 @@ from .errors import SubscriptionError
 from .subscriptions import (
     Batch,
     Subscription,
-    TableName,
     column_name,
     column_names,
     operations_of,
     prefix_of,
+    source_of,
+    table_of,
 )
 
 P = ParamSpec("P")
@@ -111,6 +112,7 @@ def on_change(
     batch: Any = None,
     queue: str | None = None,
     acks_late: bool = True,
+    source: str | None = None,
 ) -> _Decorator:
     """Run a task for committed changes of a table.
 
@@ -118,7 +120,8 @@ def on_change(
     by itself; may be stacked. The task gets one argument, the change (a `Changes` with `batch`).
 
     - `table`: `"orders"` (schema `public`), `"sales.orders"`, `'"Sales"."Order lines"'`, a Django
-      model, a SQLAlchemy mapped class or `Table`.
+      model, a SQLAlchemy mapped class or `Table`. `"billing:public.invoices"` is in the database
+      `billing` of `flash_sources`.
     - `operations`: what to be told of: `Operation` flags, `"insert|update"` or names. Default: all.
     - `fields`: deliver these columns only, and no UPDATE that changes none of them.
     - `where`: deliver rows that match: a dict of lookups (AND) or a list of dicts (OR). A row that
@@ -128,15 +131,18 @@ def on_change(
     - `queue`: send them here. Default: the task's own queue, `flash_routes`, `task_routes`,
       `flash_queue`, in this order.
     - `acks_late`: `False` lets a change be lost if its worker dies in the handler.
+    - `source`: the database, as `"billing:…"` says it, for a table that is no string.
 
     Arguments that cannot be right raise nothing here, so that a web process which only imports its
     tasks starts; `replicate` and `doctor` refuse them, naming the handler.
     """
 
     def declare() -> Subscription:
+        database, name = table_of(table, source)
         return Subscription(
             handler="",
-            table=TableName.of(table),
+            source=database,
+            table=name,
             operations=operations_of(operations),
             fields=column_names("fields", fields, table),
             where=conditions.parse(where, lambda name: column_name(name, table)),
@@ -150,7 +156,12 @@ def on_change(
 
 
 def on_message(
-    prefix: str, *, batch: Any = None, queue: str | None = None, acks_late: bool = True
+    prefix: str,
+    *,
+    batch: Any = None,
+    queue: str | None = None,
+    acks_late: bool = True,
+    source: str | None = None,
 ) -> _Decorator:
     """Run a task for messages that transactions wrote into the WAL.
 
@@ -159,6 +170,7 @@ def on_message(
     changes. Messages that are not transactional (`false`) are nobody's.
 
     - `prefix`: the messages with exactly this prefix.
+    - `source`: the database, a name in `flash_sources`. Default: the one of `flash_dsn`.
     - `batch`, `queue`, `acks_late`: as for `on_change`, with which it may be stacked.
 
     Source: PostgreSQL documentation, chapter "System Administration Functions".
@@ -167,6 +179,7 @@ def on_message(
     def declare() -> Subscription:
         return Subscription(
             handler="",
+            source=source_of(source),
             table=prefix_of(prefix),
             operations=Operation.MESSAGE,
             batch=Batch.of(batch),

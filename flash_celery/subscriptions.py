@@ -23,7 +23,8 @@ class TableName:
     def of(cls, table: Any) -> TableName:
         """Read a name in SQL's spelling, a Django model, or a SQLAlchemy class or `Table`.
 
-        A name without a schema is in `public`; only quoted names keep dots, spaces or quotes.
+        A name without a schema is in `public`; only quoted names keep dots, colons, spaces or
+        quotes.
         Case is kept either way: `Orders` is `"Orders"`.
         """
         if isinstance(table, str):
@@ -61,13 +62,14 @@ class TableName:
         return ".".join(_quote(part) for part in (self.schema, self.name))
 
 
-_UNIT = r'(?:"(?:[^"]|"")+"|[^\s".]+)'
+_UNIT = r'(?:"(?:[^"]|"")+"|[^\s".:]+)'
 _NAME = re.compile(rf"{_UNIT}(?:\.{_UNIT})?")
 _PART = re.compile(_UNIT)
+_SOURCED = re.compile(r'((?:"[^"]*"|[^":])*):(.*)', re.DOTALL)
 
 
 def _quote(identifier: str) -> str:
-    if re.fullmatch(r"[^\s\".]+", identifier):
+    if re.fullmatch(r"[^\s\".:]+", identifier):
         return identifier
     return '"' + identifier.replace('"', '""') + '"'
 
@@ -117,6 +119,8 @@ class Subscription:
     acks_late: bool = True
     #: Which of its task's subscriptions this is, from 0.
     number: int = 0
+    #: The database it is about: a name in `flash_sources`, "" for the default one.
+    source: str = ""
 
     @property
     def prefix(self) -> str | None:
@@ -126,7 +130,8 @@ class Subscription:
     @property
     def subject(self) -> str:
         """What it is for, in words."""
-        return str(self.table) if self.prefix is None else f"messages {self.prefix!r}"
+        of = f"{self.source}:" if self.source else ""
+        return f"{of}{self.table}" if self.prefix is None else f"messages {of}{self.prefix!r}"
 
     @property
     def captured(self) -> Operation:
@@ -169,6 +174,37 @@ def prefix_of(prefix: Any) -> TableName:
     if not isinstance(prefix, str) or not prefix:
         raise SubscriptionError(f"on_message takes the prefix of the messages, not {prefix!r}.")
     return TableName("", prefix)
+
+
+def split_source(table: str) -> tuple[str | None, str]:
+    """The source and the table of `"billing:public.invoices"`; None where no source is named.
+
+    It ends at the first colon outside quotes.
+    """
+    sourced = _SOURCED.fullmatch(table)
+    if sourced is None:
+        return None, table
+    if not sourced[1]:
+        raise SubscriptionError(f"{table!r} names no source before its colon.")
+    return sourced[1], sourced[2]
+
+
+def table_of(table: Any, source: Any) -> tuple[str, TableName]:
+    """Read the `table` and `source=` of an `on_change`: which database, and which table there."""
+    spelled, table = split_source(table) if isinstance(table, str) else (None, table)
+    given = source_of(source)
+    if None not in (spelled, source) and spelled != given:
+        raise SubscriptionError(
+            f"{spelled}:{table} is of the source {spelled!r}, and source= says {given!r}; name one."
+        )
+    return spelled or given, TableName.of(table)
+
+
+def source_of(source: Any) -> str:
+    """Read `source=`; without it the default one."""
+    if source is not None and not isinstance(source, str):
+        raise SubscriptionError(f"source= is a name in flash_sources, not {source!r}.")
+    return source or ""
 
 
 def operations_of(operations: Any) -> Operation:

@@ -1,7 +1,7 @@
 import pytest
 from celery import Celery, shared_task
 
-from flash_celery import Batch, Changes, Insert, Operation, on_change
+from flash_celery import Batch, Changes, Insert, Operation, on_change, on_message
 from flash_celery.errors import SubscriptionError
 from flash_celery.handlers import subscriptions_of
 from flash_celery.protocol.lsn import Lsn
@@ -124,6 +124,27 @@ def test_subscriptions_are_numbered_as_they_are_declared(app):
     assert found == [(f"table_{number}", number) for number in range(8)]
 
 
+def test_subscriptions_are_numbered_across_sources(app):
+    @on_message("order.paid", source="billing")
+    @on_change("billing:public.invoices")
+    @on_change("orders")
+    @shared_task
+    def handle(change): ...
+
+    @on_change(CHANGE.table, source="billing")
+    @on_change("billing:orders", source="billing")
+    def other(change): ...
+
+    found = [(one.source, one.subject, one.number) for one in subscriptions_of(app)]
+    assert sorted(found) == [
+        ("", "public.orders", 0),
+        ("billing", "billing:public.invoices", 1),
+        ("billing", "billing:public.orders", 0),
+        ("billing", "billing:public.orders", 1),
+        ("billing", "messages billing:'order.paid'", 2),
+    ]
+
+
 def test_two_on_change_that_contradict_each_other_are_refused(app):
     @on_change("orders", batch=10)
     @on_change("customers")
@@ -161,6 +182,7 @@ def test_what_a_subscription_captures_follows_from_what_it_delivers(app):
         ({"fields": "status"}, "list of column names"),
         ({"batch": 0}, "at least 1"),
         ({"batch": True}, "number of changes"),
+        ({"source": 5}, "source= is a name"),
     ],
 )
 def test_arguments_that_cannot_be_right_name_the_handler(app, arguments, sentence):

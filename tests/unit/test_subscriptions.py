@@ -6,7 +6,13 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from flash_celery import Operation
 from flash_celery.errors import SubscriptionError
-from flash_celery.subscriptions import TableName, column_names, operations_of, prefix_of
+from flash_celery.subscriptions import (
+    TableName,
+    column_names,
+    operations_of,
+    prefix_of,
+    table_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -18,6 +24,7 @@ from flash_celery.subscriptions import TableName, column_names, operations_of, p
         ('"Sales"."Order lines"', "Sales", "Order lines"),
         ('sales."has.dot"', "sales", "has.dot"),
         ('"q""q"', "public", 'q"q'),
+        ('"a:b"."c:d"', "a:b", "c:d"),
     ],
 )
 def test_table_names_in_every_spelling(text, schema, name):
@@ -26,10 +33,51 @@ def test_table_names_in_every_spelling(text, schema, name):
     assert TableName.of(str(table)) == table
 
 
-@pytest.mark.parametrize("text", ["", "a.b.c", "order lines", '"open', "a.", 'x"y'])
+@pytest.mark.parametrize("text", ["", "a.b.c", "order lines", '"open', "a.", 'x"y', "a:b"])
 def test_what_is_no_table_name_is_refused(text):
     with pytest.raises(SubscriptionError, match="is not a table name"):
         TableName.of(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "source", "name"),
+    [
+        ("orders", "", "public.orders"),
+        ("billing:invoices", "billing", "public.invoices"),
+        ("billing:sales.invoices", "billing", "sales.invoices"),
+        ('billing:"Sales"."a:b"', "billing", 'Sales."a:b"'),
+        # A colon within quotes is the table's own.
+        ('"billing:invoices"', "", 'public."billing:invoices"'),
+        ('sales."a:b"', "", 'sales."a:b"'),
+        ('"q""q:"', "", 'public."q""q:"'),
+    ],
+)
+def test_a_source_stands_before_the_first_colon_outside_quotes(text, source, name):
+    found, table = table_of(text, None)
+    assert (found, str(table)) == (source, name)
+    assert table_of(text, source or None) == (found, table)
+
+
+def test_a_source_is_a_keyword_too():
+    table = TableName("public", "orders")
+    assert table_of(table, "billing") == table_of("orders", "billing") == ("billing", table)
+    assert table_of(table, "") == table_of(table, None) == ("", table)
+
+
+@pytest.mark.parametrize(
+    ("table", "source", "sentence"),
+    [
+        ("billing:orders", "shipping", "is of the source 'billing', and source= says 'shipping'"),
+        ("billing:orders", "", "is of the source 'billing', and source= says ''"),
+        (":orders", None, "names no source before its colon"),
+        ("billing:", None, "'' is not a table name"),
+        ("billing:a:b", None, "'a:b' is not a table name"),
+        ("orders", 5, "source= is a name in flash_sources, not 5"),
+    ],
+)
+def test_a_source_that_cannot_be_right_is_refused(table, source, sentence):
+    with pytest.raises(SubscriptionError, match=sentence):
+        table_of(table, source)
 
 
 def test_sqlalchemy_classes_and_tables():
