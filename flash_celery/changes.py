@@ -62,6 +62,11 @@ class Change:
         self.number = number
 
     @property
+    def source(self) -> str:
+        """The database: a name in `flash_sources`, or `""` for the one of `flash_dsn`."""
+        return self._source.source
+
+    @property
     def schema(self) -> str:
         """Schema of the handler's table."""
         return self._source.schema
@@ -110,16 +115,16 @@ class Change:
     def __repr__(self) -> str:
         key = "".join(f" {name}={value}" for name, value in self.key.items())
         name = self.operation.names()[0]
-        return f"{name} {self._source.full_name}{key} @{self.commit_lsn}"
+        return f"{name} {self._source.shown}{key} @{self.commit_lsn}"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Change):
             return NotImplemented
-        mine = (type(self), self._source.full_name, self.id, self._rows())
-        return mine == (type(other), other._source.full_name, other.id, other._rows())
+        mine = (type(self), self._source.shown, self.id, self._rows())
+        return mine == (type(other), other._source.shown, other.id, other._rows())
 
     def __hash__(self) -> int:
-        return hash((type(self), self._source.full_name, self.id))
+        return hash((type(self), self._source.shown, self.id))
 
     def _rows(self) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
         return None, None
@@ -265,7 +270,7 @@ class LogicalMessage(Change):
         return self._source.name
 
     def __repr__(self) -> str:
-        return f"message {self.prefix} @{self.commit_lsn}"
+        return f"message {self._source.shown} @{self.commit_lsn}"
 
     def __eq__(self, other: object) -> bool:
         return super().__eq__(other) and self.content == getattr(other, "content", None)
@@ -303,7 +308,7 @@ class Changes(Sequence[Change]):
         if not self._changes:
             return "no changes"
         first = self._changes[0]
-        return f"{len(self)} changes of {first.schema}.{first.table} @{first.commit_lsn}"
+        return f"{len(self)} changes of {first._source.shown} @{first.commit_lsn}"
 
 
 def _fill(new: Sequence[Cell], old: Sequence[Cell]) -> Sequence[Cell]:

@@ -190,7 +190,8 @@ def _flash_route(
 ) -> dict[str, Any]:
     table = subscription.table
     parts = (table.schema, table.name, *operation.names())
-    name = ".".join(filter(None, parts))
+    of = f"{subscription.source}:" if subscription.source else ""
+    name = of + ".".join(filter(None, parts))
     for pattern, options in routes.items():
         if fnmatch.fnmatchcase(name, pattern):
             return {"queue": options} if isinstance(options, str) else dict(options)

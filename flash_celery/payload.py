@@ -109,6 +109,7 @@ def _table_json(table: Table) -> str:
                 "identity": table.identity,
                 "key": table.key,
                 "columns": [_column(column) for column in table.columns],
+                **({"source": table.source} if table.source else {}),
             },
             separators=(",", ":"),
         )
@@ -162,6 +163,7 @@ def _decode(value: Any) -> list[Change]:
             t["identity"],
             tuple(t["key"]),
             tuple(_column_of(*column) for column in t["columns"]),
+            t.get("source", ""),
         )
         for t in value["tables"]
     ]

@@ -91,7 +91,8 @@ class Router:
         self._messages: dict[str, list[Route]] = {}
         for subscription in subscriptions:
             if subscription.prefix is not None:
-                table = Table("", subscription.prefix, None, "n", (), ())
+                source = subscription.source
+                table = Table("", subscription.prefix, None, "n", (), (), source)
                 route = self._forward(subscription, Operation.MESSAGE, table, _MESSAGE_HALF)
                 self._messages.setdefault(subscription.prefix, []).append(route)
         #: Rows that were judged without their old values.
@@ -260,6 +261,7 @@ def _table(
         relation.identity,
         tuple(key),
         tuple(columns),
+        subscription.source,
     )
 
 

@@ -52,6 +52,8 @@ class Table:
     identity: str
     key: tuple[str, ...]
     columns: tuple[Column, ...]
+    #: The database it is in: a name in `flash_sources`, "" for the default one.
+    source: str = ""
 
     @cached_property
     def positions(self) -> dict[str, int]:
@@ -72,6 +74,12 @@ class Table:
     def full_name(self) -> str:
         """`schema.name`, unquoted."""
         return f"{self.schema}.{self.name}"
+
+    @cached_property
+    def shown(self) -> str:
+        """What people call it: `billing:public.invoices`; of a message the prefix."""
+        name = self.full_name if self.schema else self.name
+        return f"{self.source}:{name}" if self.source else name
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,9 @@ TRUNCATE = Truncate(*origin(index=3))
 MESSAGE = LogicalMessage(
     b'{"id": 1}', Table("", "order.paid", None, "n", (), ()), TRANSACTION, 0, 3
 )
+BILLING = Table("public", "orders", None, "d", ("id",), COLUMNS, "billing")
+ELSEWHERE = Insert([b"1", b"9.50", None], *origin(BILLING))
+ORDER_PAID = Table("", "order.paid", None, "n", (), (), "billing")
 
 
 def test_values_are_python_values():
@@ -95,7 +98,34 @@ def test_repr_names_operation_table_key_and_position():
     assert repr(INSERT) == "insert public.orders id=1 @0/16B3748"
 
 
-@pytest.mark.parametrize("change", [INSERT, UPDATE, DELETE, TRUNCATE, MESSAGE], ids=repr)
+def test_a_change_tells_its_source():
+    assert (INSERT.source, ELSEWHERE.source) == ("", "billing")
+    assert repr(ELSEWHERE) == "insert billing:public.orders id=1 @0/16B3748"
+    assert repr(Changes([ELSEWHERE])) == "1 changes of billing:public.orders @0/16B3748"
+    assert repr(MESSAGE) == "message order.paid @0/16B3748"
+    message = LogicalMessage(b"", ORDER_PAID, TRANSACTION, 0, 3)
+    assert repr(message) == "message billing:order.paid @0/16B3748"
+    assert (message.prefix, message.source) == ("order.paid", "billing")
+    # Two servers number their WAL by themselves.
+    assert ELSEWHERE.id == INSERT.id
+    assert ELSEWHERE != INSERT
+    assert len({ELSEWHERE, INSERT}) == 2
+
+
+def test_a_source_is_in_the_message_only_where_it_has_a_name():
+    here, elsewhere = loads(dumps([Changes([INSERT, ELSEWHERE])]))[0]
+    assert (here.source, elsewhere.source) == ("", "billing")
+    row = pgoutput.encode_row("I", 1, None, None, [b"1", None, None])
+    tables = [
+        loads(encode([Delivery(table, TRANSACTION, 0, 0, 0, row)]))["tables"][0]
+        for table in (ORDERS, BILLING)
+    ]
+    assert "source" not in tables[0]
+    assert tables[1].pop("source") == "billing"
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize("change", [INSERT, UPDATE, DELETE, TRUNCATE, MESSAGE, ELSEWHERE], ids=repr)
 def test_a_change_travels_as_a_task_argument(change):
     received = loads(dumps([change]))[0]
     assert received == change

@@ -134,7 +134,8 @@ def test_the_readme_is_short():
 
 def test_the_wire_format_names_every_field():
     text = DOCS["wire-format.md"]
-    table = Table("public", "t", None, "d", ("id",), (Column("id", 20, "int8", identity=True),))
+    columns = (Column("id", 20, "int8", identity=True),)
+    table = Table("public", "t", None, "d", ("id",), columns, "billing")
     value = loads(encode([Delivery(table, Transaction(Lsn(1), 1, 0), 0, 0, 0, TRUNCATED)]))
     assert f"version {VERSION}" in text
     for field in (*value, *value["tables"][0]):

@@ -59,6 +59,33 @@ def test_a_logical_message_is_routed_by_its_prefix(app):
     assert templates[declared, Operation.MESSAGE].queue == "mail"
 
 
+def test_the_name_in_flash_routes_begins_with_the_source(app):
+    @on_message("order.paid", source="billing")
+    @on_change("billing:orders")
+    @on_change("orders")
+    @app.task(name="shop.handle", shared=False)
+    def handle(change):
+        pass
+
+    routes = {
+        "public.orders.insert": "here",
+        "billing:public.orders.insert": "there",
+        "billing:order.*": "mail",
+        "*.*.delete": "cleanup",
+        "public.*": "rest",
+    }
+    app.conf.update(broker_url="memory://", flash_routes=routes)
+    app.finalize()
+    here, there, message = subscriptions_of(app)
+    templates = Templates(app, Settings.from_app(app), [here, there, message])
+    assert templates[here, INSERT].queue == "here"
+    assert templates[there, INSERT].queue == "there"
+    assert templates[here, DELETE].queue == templates[there, DELETE].queue == "cleanup"
+    assert templates[here, Operation.UPDATE].queue == "rest"
+    assert templates[there, Operation.UPDATE].queue == "flash"
+    assert templates[message, Operation.MESSAGE].queue == "mail"
+
+
 def test_a_message_is_one_a_celery_worker_accepts(make):
     message = make()().message([DELIVERY])
     assert message.queue == "flash"
