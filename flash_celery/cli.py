@@ -21,9 +21,9 @@ def flash() -> None:
 
 
 class _Project:
-    """The app of `-A`, its settings and its handlers."""
+    """The app of `-A`, with the settings and the handlers of one source."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, source: str | None) -> None:
         from .errors import ConfigurationError
         from .handlers import subscriptions_of
         from .settings import Settings
@@ -36,8 +36,12 @@ class _Project:
         app.loader.import_default_modules()
         app.finalize()
         self.app = app
-        self.settings = Settings.from_app(app)
-        self.subscriptions = subscriptions_of(app)
+        default = Settings.from_app(app)
+        self.settings = default if source is None else default.of_source(source)
+        everything = subscriptions_of(app)
+        #: What `sources` looks at.
+        self.sources = default, everything, self.settings.source
+        self.subscriptions = [one for one in everything if one.source == self.settings.source]
 
     def connect(self) -> Any:
         from . import catalog
@@ -47,22 +51,38 @@ class _Project:
         try:
             return catalog.connect(self.settings.require_dsn())
         except ReplicationError as error:
-            refuse_hopeless(error)
+            refuse_hopeless(error, self.settings)
             raise
+
+    def table(self, name: str) -> Any:
+        """A table of this source, with or without its name."""
+        from .errors import SubscriptionError
+        from .subscriptions import TableName, split_source
+
+        source, table = split_source(name)
+        if source not in (None, self.settings.source):
+            raise SubscriptionError(f"{name} is of another source; say --source {source}.")
+        return TableName.of(table)
 
 
 def _command(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command its project, and turn errors into one sentence."""
 
+    @click.option(
+        "--source",
+        metavar="NAME",
+        default=None,
+        help="One of flash_sources.  [default: the database of flash_dsn]",
+    )
     @click.pass_context
     @functools.wraps(function)
-    def run(context: click.Context, *args: Any, **kwargs: Any) -> Any:
+    def run(context: click.Context, source: str | None, *args: Any, **kwargs: Any) -> Any:
         from psycopg import Error
 
         from .errors import FlashError
 
         try:
-            return function(_Project(context.obj.app), *args, **kwargs)
+            return function(_Project(context.obj.app, source), *args, **kwargs)
         except FlashError as error:
             click.echo(f"Error: {error}", err=True)
         except Error as error:
@@ -88,10 +108,12 @@ def replicate(
     """Read the slot and enqueue changes, until SIGTERM or Ctrl-C.
 
     Creates the slot and its publications where they are missing. A second signal ends it at once.
+    Of several databases each has a process of its own: --source.
     """
-    from . import publishers
+    from . import publishers, sources
     from .replicator import Replicator
 
+    sources.check(*project.sources)
     project.app.log.setup(loglevel=loglevel, logfile=logfile, redirect_stdouts=False)
     publisher = publishers.for_app(project.app)
     replicator = Replicator(project.app, project.settings, project.subscriptions, publisher)
@@ -143,7 +165,7 @@ def doctor(project: _Project, explain: bool) -> None:
     """Check every prerequisite, and say how to mend what is missing."""
     from . import doctor as checks
     from . import explain as explaining
-    from . import preflight
+    from . import preflight, sources
 
     subject = project.settings, project.subscriptions
     explained: list[str] = []
@@ -153,6 +175,7 @@ def doctor(project: _Project, explain: bool) -> None:
             explained += explaining.explain(connection, *subject, report)
     findings = report.findings + preflight.can_stream(project.settings)
     findings += checks.spool(project.settings)
+    findings += sources.findings(*project.sources)
     findings += [*checks.broker(project.app), *checks.workers(project.app, project.subscriptions)]
     for finding in findings:
         click.echo(checks.line(finding))
@@ -163,7 +186,7 @@ def doctor(project: _Project, explain: bool) -> None:
 
 
 @flash.command()
-@click.option("--slot", default=None, help="The slot to drop.  [default: flash_replication_slot]")
+@click.option("--slot", default=None, help="The slot to drop.  [default: the source's]")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--force", is_flag=True, help="End the replication worker that reads the slot.")
 @_command
@@ -200,9 +223,9 @@ def tail(project: _Project, tables: tuple[str, ...], limit: int | None) -> None:
     """
     from . import tail as tailing
     from .errors import SubscriptionError
-    from .subscriptions import TableName, of_tables
+    from .subscriptions import of_tables
 
-    wanted = list(dict.fromkeys(TableName.of(name) for name in tables))
+    wanted = list(dict.fromkeys(project.table(name) for name in tables))
     wanted = wanted or list(dict.fromkeys(one.table for one in of_tables(project.subscriptions)))
     if not wanted:
         raise SubscriptionError("No handler names a table; say which to follow: flash tail TABLE.")
@@ -219,6 +242,6 @@ def tail(project: _Project, tables: tuple[str, ...], limit: int | None) -> None:
         click.echo(f"Following {names}; Ctrl-C ends it.", err=True)
 
     try:
-        tailing.tail(project.settings.require_dsn(), wanted, show, ready)
+        tailing.tail(project.settings.require_dsn(), wanted, show, ready, project.settings.source)
     except KeyboardInterrupt:
         click.echo()

@@ -76,7 +76,8 @@ def can_stream(settings: Settings) -> list[Finding]:
     try:
         ReplicationConnection(settings.require_dsn()).close()
     except ReplicationError as error:
-        hint = "; flash_dsn must lead to PostgreSQL itself, not to a pooler, and pg_hba.conf let it"
+        dsn = settings.called("flash_dsn")
+        hint = f"; {dsn} must lead to PostgreSQL itself, not to a pooler, and pg_hba.conf let it"
         return [Finding("replication connection", STOP, f"{str(error)[:-1]}{hint}", error)]
     return [Finding("replication connection", OK, "can be made")]
 
@@ -188,7 +189,7 @@ class _Examination:
             what = kind if plugin != "pgoutput" else f"a slot of the database {database}"
             error: FlashError = CatalogError(
                 f"{slot} is {what}, not a permanent pgoutput slot of {self._database}; "
-                "choose another flash_replication_slot."
+                f"choose another {self._settings.called('flash_replication_slot')}."
             )
             return self._stop("slot", error)
         if status == "lost":
@@ -221,7 +222,8 @@ class _Examination:
         """The tables of all subscriptions; None if something is wrong with one."""
         if not self._subscriptions:
             error = SubscriptionError(
-                "No task has an @on_change or @on_message; import the modules that declare them "
+                "No task has an @on_change or @on_message for this database; import the modules "
+                "that declare them "
                 "(app.autodiscover_tasks(), or the setting `imports`)."
             )
             self._stop("handlers", error)
@@ -269,7 +271,7 @@ class _Examination:
         if record and record.slot and record.slot != slot:
             raise ConfigurationError(
                 f"The publications {prefix}_… belong to the slot {record.slot}; a second slot "
-                f"({slot}) needs a flash_publication_slot_prefix of its own."
+                f"({slot}) needs another {self._settings.called('flash_publication_slot_prefix')}."
             )
         if record and record.slot and not self._report.slot_exists:
             raise SlotMissing(
@@ -279,7 +281,8 @@ class _Examination:
         if self._report.slot_exists and not found.publications:
             raise CatalogError(
                 f"The slot {slot} exists and its publications {prefix}_… do not, so it cannot be "
-                "read; drop it with `flash reset`, or choose another flash_replication_slot."
+                "read; drop it with `flash reset`, or choose another "
+                f"{self._settings.called('flash_replication_slot')}."
             )
 
     def _check_identities(self, goal: Wanted) -> None:

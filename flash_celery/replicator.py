@@ -115,7 +115,7 @@ class Replicator:
         if not error.retry:
             raise error
         if not self._streamed:
-            refuse_hopeless(error)
+            refuse_hopeless(error, self._settings)
         if self._streaming and isinstance(error, DecodingFailed):
             # A TRUNCATE in a savepoint that is rolled back cannot be decoded while it is open.
             self._streaming = False
@@ -254,13 +254,13 @@ def _holder(connection: psycopg.Connection[Any], slot: str) -> str:
     return f" ({row[0]}, from {row[1]}); waiting until it is free" if row else "; waiting"
 
 
-def refuse_hopeless(error: FlashError) -> None:
+def refuse_hopeless(error: FlashError, settings: Settings) -> None:
     """Raise `ConfigurationError` for a connection failure that waiting does not mend."""
     if isinstance(error, ReplicationError) and _HOPELESS.search(str(error)):
-        raise ConfigurationError(_with_hint(str(error))) from error
+        raise ConfigurationError(_with_hint(str(error), settings.called("flash_dsn"))) from error
 
 
-def _with_hint(message: str) -> str:
+def _with_hint(message: str, dsn: str) -> str:
     if "unsupported startup parameter" in message:
-        return f"{message[:-1]}; this is a pooler: flash_dsn must lead to PostgreSQL itself."
-    return f"{message[:-1]}; correct flash_dsn, or the server's roles and pg_hba.conf."
+        return f"{message[:-1]}; this is a pooler: {dsn} must lead to PostgreSQL itself."
+    return f"{message[:-1]}; correct {dsn}, or the server's roles and pg_hba.conf."

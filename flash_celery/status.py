@@ -72,6 +72,8 @@ def status(
     except PublishError as error:
         broker_error = str(error)
     return {
+        "source": settings.source,
+        "other_sources": list(settings.flash_sources),
         "slot": slot_status(connection, settings.flash_replication_slot),
         "slot_name": settings.flash_replication_slot,
         "subscriptions": [_subscription(one, templates) for one in subscriptions],
@@ -94,7 +96,8 @@ def _subscription(subscription: Subscription, templates: Templates) -> dict[str,
 
 def lines(found: dict[str, Any]) -> list[str]:
     """The same for people."""
-    said = [*_slot_lines(found), "", "handlers"]
+    said = [f"source     {found['source']}"] if found["source"] else []
+    said += [*_slot_lines(found), "", "handlers"]
     width = max((len(one["handler"]) for one in found["subscriptions"]), default=0)
     for one in found["subscriptions"]:
         operations, queues = "|".join(one["operations"]), ", ".join(one["queues"])
@@ -108,6 +111,9 @@ def lines(found: dict[str, Any]) -> list[str]:
         said += ["", "no Celery worker answers"]
     elif found["unhandled"]:
         said += ["", f"no running worker knows {', '.join(found['unhandled'])}"]
+    if found["other_sources"]:
+        others = ", ".join(found["other_sources"])
+        said += ["", f"other sources: {others} (flash status --source NAME)"]
     return said
 
 

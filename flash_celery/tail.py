@@ -7,6 +7,7 @@ import select
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import psycopg
@@ -37,6 +38,7 @@ def tail(
     tables: Sequence[TableName],
     show: Callable[[Change], bool],
     ready: Callable[[], object] = lambda: None,
+    source: str = "",
 ) -> None:
     """Call `show` with each change until it returns False or the process is interrupted.
 
@@ -49,6 +51,7 @@ def tail(
         _sweep(connection, name)
         found = [_find(connection, table) for table in tables]
         steps, subscriptions = _plan(connection, name, found)
+        subscriptions = [replace(one, source=source) for one in subscriptions]
         try:
             apply(connection, steps)
             publications = _names(connection, name)

@@ -98,10 +98,21 @@ class Database:
 
 
 @pytest.fixture
-def database(postgres):
-    name = f"test_{next(_numbers)}"
-    with psycopg.connect(postgres.dsn(), autocommit=True) as connection:
-        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
-    database = Database(postgres, name)
-    yield database
-    database.drop()
+def new_database(postgres):
+    databases = []
+
+    def make():
+        name = f"test_{next(_numbers)}"
+        with psycopg.connect(postgres.dsn(), autocommit=True) as connection:
+            connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        databases.append(Database(postgres, name))
+        return databases[-1]
+
+    yield make
+    for database in databases:
+        database.drop()
+
+
+@pytest.fixture
+def database(new_database):
+    return new_database()

@@ -61,9 +61,9 @@ class Shop:
         self.processes.append(process)
         return process
 
-    def replicate(self, wait=True, **environment):
+    def replicate(self, *arguments, wait=True, **environment):
         """Start the replication worker; it reads once this returns."""
-        process = self.start("flash", "replicate", **environment)
+        process = self.start("flash", "replicate", *arguments, **environment)
         if wait:
             self.until_said(process, "Replicating the slot")
         return process

@@ -32,6 +32,7 @@ def note(task, told):
                 {
                     "handler": task.name.rpartition(".")[2],
                     "task_id": task.request.id,
+                    "source": change.source,
                     "operation": change.operation.names()[0],
                     "id": change.id,
                     "together": len(changes),
@@ -48,11 +49,15 @@ def note(task, told):
 
 if os.environ.get("SHOP_BATCH") != "only":
 
-    @on_change("items")
+    @on_change(os.environ.get("SHOP_ITEMS", "items"))
     @shared_task(bind=True)
     def each(self, change):
         note(self, change)
         time.sleep(float(os.environ.get("SHOP_SLEEP", "0")))
+
+
+if os.environ.get("SHOP_ALSO"):
+    on_change(os.environ["SHOP_ALSO"])(each)
 
 
 if os.environ.get("SHOP_BATCH"):
@@ -78,6 +83,8 @@ BAD = {
     "column": lambda: on_change("items", fields=["nam"]),
     "contradiction": lambda: on_change("items", batch=5),
     "serializer": lambda: on_change("items"),
+    "source": lambda: on_change("biling:items"),
+    "sources": lambda: on_change("billing:items", source="shipping"),
 }
 if os.environ.get("SHOP_BAD"):
     kind = os.environ["SHOP_BAD"]

@@ -218,6 +218,26 @@ BAD = {
     "column": ({"SHOP_BAD": "column"}, "shop.bad: public.items has no column nam; .* name"),
     "contradiction": ({"SHOP_BAD": "contradiction"}, "shop.bad is declared twice, .* batch="),
     "serializer": ({"SHOP_BAD": "serializer"}, "shop.bad has serializer='pickle'"),
+    "sources that are no dicts": (
+        {"SHOP_CONF": '{"flash_sources": {"billing": "dbname=b"}}'},
+        r"flash_sources\['billing'\] must be a dict",
+    ),
+    "a source without a dsn": (
+        {"SHOP_CONF": '{"flash_sources": {"billing": {"dns": "dbname=b"}}}'},
+        "'billing'.* has no key 'dns'; did you mean dsn",
+    ),
+    "a handler of no source": (
+        {"SHOP_BAD": "source", "SHOP_CONF": '{"flash_sources": {"billing": {"dsn": "dbname=b"}}}'},
+        "shop.bad: There is no source 'biling' in flash_sources; did you mean billing",
+    ),
+    "a handler of two sources": ({"SHOP_BAD": "sources"}, "shop.bad: .*'billing', .*'shipping'"),
+    "no handler of the default source": (
+        {
+            "SHOP_ITEMS": "billing:items",
+            "SHOP_CONF": '{"flash_sources": {"billing": {"dsn": "dbname=b"}}}',
+        },
+        "choose by --source: billing",
+    ),
 }
 
 

@@ -82,9 +82,10 @@ ALLOWED = {
         *("catalog", "changes", "ddl", "payload", "protocol", "publications", "replication"),
         *("routing", "rows", "subscriptions", "transactions", "errors"),
     },
+    "sources": {"preflight", "settings", "subscriptions", "errors"},
     "cli": {
         *("catalog", "doctor", "errors", "explain", "handlers", "preflight", "publishers"),
-        *("replicator", "reset", "settings", "status", "subscriptions", "tail"),
+        *("replicator", "reset", "settings", "sources", "status", "subscriptions", "tail"),
     },
     "django": set(),
     "django.apps": set(),
