@@ -16,15 +16,19 @@ from flash_celery.settings import Settings
 class Flash:
     """Declares handlers, runs the replication worker, and says what each handler was told."""
 
-    def __init__(self, database, app):
+    def __init__(self, database, app, source=""):
         self.database = database
         self.app = app
+        self.source = source
         self.publisher = MemoryPublisher()
         self.thread = None
         self.error = None
-        app.conf.update(
-            broker_url="memory://", flash_dsn=database.dsn, flash_replication_slot=database.slot
-        )
+        app.conf.broker_url = "memory://"
+        if source:
+            there = {"dsn": database.dsn, "slot": database.slot}
+            app.conf.flash_sources = {**app.conf.get("flash_sources", {}), source: there}
+        else:
+            app.conf.update(flash_dsn=database.dsn, flash_replication_slot=database.slot)
 
     def handler(self, table, operations="all", name="handler", **options):
         @self.app.task(name=name, shared=False)
@@ -37,7 +41,8 @@ class Flash:
         self.app.conf.update(conf)
         self.app.finalize()
         settings = Settings.from_app(self.app)
-        subscriptions = subscriptions_of(self.app)
+        settings = settings.of_source(self.source) if self.source else settings
+        subscriptions = [one for one in subscriptions_of(self.app) if one.source == self.source]
         self.replicator = Replicator(self.app, settings, subscriptions, self.publisher)
         self.thread = threading.Thread(target=self.run)
         self.thread.start()

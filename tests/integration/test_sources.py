@@ -1,0 +1,129 @@
+"""One handler on tables of two databases, each with a replication worker of its own."""
+
+from copy import copy
+
+import pytest
+
+from flash_celery import Insert, LogicalMessage, Update, on_change, on_message
+from flash_celery.errors import PublishError
+from flash_celery.publishers.memory import MemoryPublisher
+
+from .conftest import Flash, shown
+
+ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text)"
+
+
+@pytest.fixture
+def billing(flash, new_database):
+    """A replication worker of the source `billing`, with the same app."""
+    billing = Flash(new_database(), flash.app, "billing")
+    yield billing
+    billing.stop()
+
+
+@pytest.fixture
+def both(flash, billing):
+    """`handler` is on `items` of either database."""
+    for one in (flash, billing):
+        one.database.execute(ITEMS)
+    flash.handler("items", where={"id__lt": 100})
+    on_change("billing:items", "insert|update", fields=["name"])(flash.app.tasks["handler"])
+    return flash, billing
+
+
+def test_one_handler_is_told_of_both_and_can_tell_them_apart(both):
+    here, there = (one.start() for one in both)
+    here.do("INSERT INTO items VALUES (1, 'a'), (100, 'b')", "DELETE FROM items")
+    there.do("INSERT INTO items VALUES (1, 'a')", "UPDATE items SET name = 'b'")
+    there.do("DELETE FROM items")
+    told = here.told()
+    assert {change.source for change in told} == {""}
+    assert shown(told) == ["insert 1,a", "delete 1"]
+    insert, update = there.told()
+    assert {insert.source, update.source} == {"billing"}
+    assert (type(insert), type(update)) == (Insert, Update)
+    assert (dict(insert.new), dict(update.old)) == ({"name": "a"}, {"name": "a"})
+    assert repr(insert) == f"insert billing:public.items id=1 @{insert.commit_lsn}"
+
+
+class Speechless(MemoryPublisher):
+    """A broker that takes messages and is cut off before it says so."""
+
+    def publish(self, messages):
+        super().publish(messages)
+        raise PublishError("No answer.")
+
+
+def test_what_comes_again_after_a_restart_has_the_ids_it_had(both):
+    for one in both:
+        one.publisher = Speechless()
+        one.start(flash_shutdown_timeout=0.5)
+        one.database.execute("INSERT INTO items VALUES (7, 'x')")
+        one.wait(lambda one=one: one.publisher.queues.get("flash"))
+        one.stop()
+    before = [one.publisher.queues["flash"][0].headers["id"] for one in both]
+    ids = [{change.id for change in one.told()} for one in both]
+    for one in reversed(both):
+        one.publisher = MemoryPublisher()
+        one.start().do("SELECT 1")
+    assert [one.publisher.queues["flash"][0].headers["id"] for one in both] == before
+    assert [{change.id for change in one.told()} for one in both] == ids
+    assert len(set(before)) == 2
+    assert [one.pop().partition(":")[2] for one in ids] == ["0", "0#1"]
+
+
+def test_each_database_has_its_own_publications_slot_and_identities(both):
+    here, there = (one.start() for one in both)
+    names = "SELECT string_agg(pubname, ' ' ORDER BY pubname) FROM pg_publication"
+    assert here.database.one(names) == (
+        "flash_publication_delete flash_publication_insert "
+        "flash_publication_truncate flash_publication_update"
+    )
+    assert there.database.one(names).split()[1] == "flash_publication_billing_insert"
+    published = "SELECT string_agg(pubname, ' ') FROM pg_publication_tables"
+    # Deletes have no handler there.
+    assert "delete" not in there.database.one(published)
+
+
+def test_two_sources_of_one_database_know_nothing_of_each_other(flash):
+    flash.database.execute(ITEMS)
+    flash.handler("items", "insert").handler("second:items", "delete", name="other")
+    database = copy(flash.database)
+    database.slot += "_2"
+    second = Flash(database, flash.app, "second")
+    try:
+        for one in (flash, second):
+            one.start()
+        for one in (flash, second):
+            one.do("INSERT INTO items VALUES (1, 'a')", "DELETE FROM items")
+        assert shown(flash.told()) == ["insert 1,a"] * 2
+        assert shown(second.told("other")) == ["delete 1"] * 2
+        assert flash.told("other") == second.told() == []
+    finally:
+        second.stop()
+
+
+def test_messages_of_a_source(flash, billing):
+    @flash.app.task(name="messages", shared=False)
+    def handler(message): ...
+
+    on_message("order.paid", source="billing")(on_message("order.paid")(handler))
+    for one in (flash, billing):
+        one.start().do("SELECT pg_logical_emit_message(true, 'order.paid', 'x')")
+    (here,), (there,) = flash.told("messages"), billing.told("messages")
+    assert (here.source, there.source) == ("", "billing")
+    assert type(there) is LogicalMessage
+    assert repr(there) == f"message billing:order.paid @{there.commit_lsn}"
+    assert there.id.endswith("m#1")
+
+
+def test_a_batch_handler_on_both(flash, billing):
+    for one in (flash, billing):
+        one.database.execute(ITEMS)
+    flash.handler("items", batch=10)
+    on_change("billing:items", batch=10)(flash.app.tasks["handler"])
+    for one in (flash, billing):
+        one.start().do("INSERT INTO items SELECT n FROM generate_series(1, 25) n")
+    here, there = flash.told(), billing.told()
+    assert [change.source for change in (*here, *there)] == [""] * 25 + ["billing"] * 25
+    assert len({change.id for change in (*here, *there)}) == 50
