@@ -57,7 +57,13 @@ def test_the_examples_of_the_documents_run(app):
             names = {"app": app, "database": database, **declare}
             exec(compile(example, name, "exec"), names)
     Settings.from_app(app)
-    assert [s.handler.rpartition(".")[2] for s in subscriptions_of(app)] == ["book", "order_paid"]
+    declared = [(one.handler.rpartition(".")[2], one.subject) for one in subscriptions_of(app)]
+    assert declared == [
+        ("book", "public.orders"),
+        ("index", "billing:public.invoices"),
+        ("index", "public.orders"),
+        ("order_paid", "messages 'order.paid'"),
+    ]
 
 
 def test_every_setting_is_documented_with_its_default():
