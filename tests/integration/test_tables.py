@@ -98,6 +98,44 @@ def test_a_row_that_moves_between_handlers_of_leaves_and_of_the_root(flash):
     }
 
 
+def test_a_tree_attached_whose_columns_are_in_another_order(flash):
+    flash.database.execute(PARTED)
+    flash.handler("parted", where={"note": "in"}, fields=["id", "note"], key=["id"]).start()
+    flash.database.execute(
+        "CREATE TABLE late (gone int, note text, at int NOT NULL, id int NOT NULL) "
+        "PARTITION BY RANGE (id)",
+        "CREATE TABLE late_1 (id int NOT NULL, gone int, note text, more int, at int NOT NULL)",
+        "ALTER TABLE late_1 DROP more",
+        "ALTER TABLE late ATTACH PARTITION late_1 FOR VALUES FROM (0) TO (100)",
+        "ALTER TABLE late DROP gone",
+        "ALTER TABLE parted ATTACH PARTITION late FOR VALUES FROM (20) TO (30)",
+    )
+    full = "SELECT relreplident FROM pg_class WHERE relname = 'late_1'"
+    flash.wait(lambda: flash.database.one(full) == "f")
+    flash.do(
+        "INSERT INTO parted VALUES (1, 21, 'in'), (2, 22, 'out')",
+        "UPDATE parted SET note = 'in' WHERE id = 2",
+        "UPDATE parted SET id = 3 WHERE id = 2",
+        "UPDATE parted SET at = 11 WHERE id = 1",
+        "UPDATE parted SET note = 'out'",
+    )
+    changes = flash.told()
+    rows = [c.new if hasattr(c, "new") else c.old for c in changes]
+    assert [
+        (c.operation.names()[0], c.partition, row["id"], row["note"])
+        for c, row in zip(changes, rows, strict=True)
+    ] == [
+        ("insert", "public.late_1", 1, "in"),
+        ("insert", "public.late_1", 2, "in"),
+        ("delete", "public.late_1", 2, "in"),
+        ("insert", "public.late_1", 3, "in"),
+        ("delete", "public.late_1", 1, "in"),
+        ("insert", "public.parted_2a", 1, "in"),
+        ("delete", "public.parted_2a", 1, "in"),
+        ("delete", "public.late_1", 3, "in"),
+    ]
+
+
 def test_a_truncate_that_cascades_to_a_partitioned_table(flash):
     flash.database.execute(
         PARTED,
