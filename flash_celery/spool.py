@@ -14,8 +14,8 @@ from pathlib import Path
 from .errors import SpoolError
 
 _HEADER = struct.Struct("!II")
-#: Bytes of one transaction that stay in memory.
-_IN_MEMORY = 1 << 20
+#: Bytes of one transaction that stay in memory; a thousand may be open at a time.
+_IN_MEMORY = 1 << 16
 #: Spaces and such in the path of a mount.
 _OCTAL = re.compile(r"\\([0-7]{3})")
 

@@ -1,12 +1,13 @@
 """Where streaming keeps what is not committed yet."""
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from flash_celery import doctor
 from flash_celery.settings import Settings
-from flash_celery.spool import default_directory, file_system
+from flash_celery.spool import Spool, default_directory, file_system
 
 MOUNTS = r"""21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
 22 21 0:20 / /dev/shm rw,nosuid - tmpfs tmpfs rw
@@ -71,3 +72,19 @@ def test_doctor_names_the_directory_of_the_spool(tmp_path):
     ((level, message),) = found(flash_use_streaming=True)
     assert level == "ok"
     assert message.startswith(default_directory())
+
+
+def test_many_open_transactions_take_little_memory(tmp_path):
+    tracemalloc.start()
+    try:
+        spools = [Spool(str(tmp_path)) for _ in range(200)]
+        for _ in range(9):
+            for spool in spools:
+                spool.append(1, b"x" * 100_000)
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert used < 200 * 100_000
+    for spool in spools:
+        assert sum(map(len, spool.messages())) == 900_000
+        spool.close()
