@@ -148,14 +148,16 @@ class Subscription:
         return captured
 
     def old_columns(self, operation: Operation) -> frozenset[str]:
-        """The columns whose old value is needed to judge an operation of the server's."""
+        """The columns whose old value is needed to judge an operation of the server's, or to tell
+        of it."""
+        if operation not in self.captured & (Operation.UPDATE | Operation.DELETE):
+            return frozenset()
+        # An UPDATE may be told as an Update or as a Delete.
+        told = Operation.DELETE | operation
+        fields = self.fields if self.operations & told else None
+        key = self.key if operation is Operation.UPDATE else None
         where = self.where.columns if self.where is not None else frozenset()
-        if operation is Operation.UPDATE and operation in self.captured:
-            fields = self.fields if Operation.UPDATE in self.operations else None
-            return where | frozenset(fields or ()) | frozenset(self.key or ())
-        if operation is Operation.DELETE and operation in self.captured:
-            return where
-        return frozenset()
+        return where | frozenset(fields or ()) | frozenset(key or ())
 
     @property
     def columns(self) -> frozenset[str]:

@@ -124,6 +124,23 @@ def test_fields_travel_alone_and_conditions_may_look_elsewhere(flash):
         changes[2].new["note"]
 
 
+def test_the_fields_of_what_is_gone_are_told(flash):
+    flash.database.execute(ITEMS)
+    flash.handler("items", "delete", fields=["name"])
+    flash.handler("items", "delete", name="left", fields=["name"], where={"id__lt": 5})
+    with pytest.raises(ReplicaIdentityMissing, match="REPLICA IDENTITY FULL;"):
+        flash.start(flash_replica_identity="keep")
+    flash.error = None
+    flash.start(flash_replica_identity="auto")
+    flash.do(
+        "INSERT INTO items VALUES (1, 'a', 'x')",
+        "UPDATE items SET id = 7",
+        "DELETE FROM items",
+    )
+    assert shown(flash.told()) == ["delete a"]
+    assert shown(flash.told("left")) == ["delete a"]
+
+
 def test_a_composite_key_and_a_condition(flash):
     flash.database.execute(
         "CREATE TABLE lines (shop int, number int, status text, PRIMARY KEY (shop, number))"
