@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 from ..errors import ProtocolError
 from .lsn import Lsn
@@ -51,6 +52,9 @@ __all__ = [
     "UnchangedToast",
     "decode",
     "encode_row",
+    "read_begin",
+    "read_cells",
+    "read_commit",
     "read_row",
 ]
 
@@ -60,9 +64,17 @@ _INT32 = struct.Struct("!I")
 _SIGNED32 = struct.Struct("!i")
 _INT64 = struct.Struct("!Q")
 _SIGNED64 = struct.Struct("!q")
+_ROW = struct.Struct("!cIc")
 
+#: What tuples a row may start with: a new one, a whole old one, an old key.
+_TUPLES = {b"I": (b"N",), b"U": (b"N", b"O", b"K"), b"D": (b"O", b"K")}
+
+_BEGIN = struct.Struct("!cQqI")
+_COMMIT = struct.Struct("!cBQQq")
 
 _TEXT, _NULL, _UNCHANGED = b"tnu"
+#: Where the first tuple of a row starts: after its tag, its relation and the kind of the tuple.
+FIRST_TUPLE = 6
 
 
 class _Reader:
@@ -129,7 +141,7 @@ def _message(reader: _Reader, streamed: bool) -> Message:
     xid = reader.number(_INT32) if streamed and tag in "RYIUDTM" else None
     match tag:
         case "I" | "U" | "D":
-            return _row(reader, tag, xid)
+            return _row(reader, xid)
         case "B":
             return Begin(reader.lsn(), reader.number(_SIGNED64), reader.number(_INT32))
         case "C":
@@ -187,41 +199,60 @@ def _logical_message(reader: _Reader, xid: int | None) -> LogicalMessage:
     return LogicalMessage(xid, transactional, lsn, prefix, reader.take(reader.number(_INT32)))
 
 
-def _row(reader: _Reader, tag: str, xid: int | None) -> Row:
-    row = Row(xid, tag, reader.number(_INT32), None, None, None)
-    kind = reader.one_of({"I": "N", "U": "KON", "D": "KO"}[tag])
-    if kind != "N":
-        row.old_kind, row.old = kind, _cells(reader)
-        if tag == "D":
-            return row
-        reader.one_of("N")
-    row.new = _cells(reader)
+def _row(reader: _Reader, xid: int | None) -> Row:
+    # Rows are kept without the xid, which stands after the tag.
+    skipped = reader.place - 1
+    row, end = read_row(reader.buffer[:1] + reader.buffer[reader.place :])
+    row.xid, reader.place = xid, end + skipped
     return row
 
 
-def _cells(reader: _Reader) -> list[Cell]:
-    """The columns of a row: the hot path, so without a call for each field."""
-    count = reader.number(_INT16)
-    buffer, place, size = reader.buffer, reader.place, len(reader.buffer)
+def read_cells(
+    buffer: bytes, place: int, most: int = 1 << 16, integer: Any = _INT32.unpack_from
+) -> tuple[list[Cell], int]:
+    """The columns of the tuple at `place`, or the first of them, and where they end.
+
+    The hot path, so without a call for each field. Raises `ProtocolError` if there is no tuple.
+    """
     cells: list[Cell] = []
-    while len(cells) < count and place < size:
-        kind = buffer[place]
-        if kind == _TEXT and place + 5 <= size:
-            (length,) = _INT32.unpack_from(buffer, place + 1)
-            end = place + 5 + length
-            if end > size:
-                break
-            cells.append(buffer[place + 5 : end])
-            place = end
-        elif kind in (_NULL, _UNCHANGED):
-            cells.append(None if kind == _NULL else UNCHANGED_TOAST)
-            place += 1
-        else:
-            break
-    reader.place = place
-    if len(cells) < count:
-        raise reader.fail(f"column {len(cells) + 1} of {count} is cut off or unknown")
-    return cells
+    append = cells.append
+    try:
+        count = buffer[place] << 8 | buffer[place + 1]
+        place += 2
+        for _ in range(count if count < most else most):
+            kind = buffer[place]
+            if kind == _TEXT:
+                start = place + 5
+                place = start + integer(buffer, place + 1)[0]
+                append(buffer[start:place])
+            elif kind == _NULL:
+                append(None)
+                place += 1
+            elif kind == _UNCHANGED:
+                append(UNCHANGED_TOAST)
+                place += 1
+            else:
+                raise ProtocolError(f"A column of the kind {kind} at byte {place}.")
+    except (IndexError, struct.error):
+        place = len(buffer) + 1
+    if place > len(buffer):
+        raise ProtocolError(f"A row is cut off in its column {len(cells)}.")
+    return cells, place
+
+
+def read_begin(buffer: bytes) -> tuple[Lsn, int, int]:
+    """Commit position, xid and time of a Begin. Raises `ProtocolError` if it is none."""
+    if len(buffer) != _BEGIN.size:
+        raise _Reader(buffer).fail(f"{len(buffer)} bytes")
+    _, commit_lsn, committed_at, xid = _BEGIN.unpack(buffer)
+    return Lsn(commit_lsn), xid, committed_at
+
+
+def read_commit(buffer: bytes) -> Lsn:
+    """The end position of a Commit. Raises `ProtocolError` if it is none."""
+    if len(buffer) != _COMMIT.size:
+        raise _Reader(buffer).fail(f"{len(buffer)} bytes")
+    return Lsn(_COMMIT.unpack(buffer)[3])
 
 
 def read_row(buffer: bytes, place: int = 0) -> tuple[Row, int]:
@@ -229,8 +260,20 @@ def read_row(buffer: bytes, place: int = 0) -> tuple[Row, int]:
 
     Raises `ProtocolError` if there is no row.
     """
-    reader = _Reader(buffer, place)
-    return _row(reader, reader.one_of("IUD"), None), reader.place
+    if len(buffer) < place + FIRST_TUPLE:
+        raise ProtocolError(f"There is no row at byte {place}.")
+    tag, oid, kind = _ROW.unpack_from(buffer, place)
+    if kind not in _TUPLES.get(tag, ()):
+        raise ProtocolError(f"{tag!r} with the tuple {kind!r} at byte {place} is no row.")
+    cells, place = read_cells(buffer, place + FIRST_TUPLE)
+    if kind == b"N":
+        return Row(None, tag.decode(), oid, None, None, cells), place
+    if tag == b"D":
+        return Row(None, "D", oid, kind.decode(), cells, None), place
+    if buffer[place : place + 1] != b"N":
+        raise ProtocolError(f"The new row is missing at byte {place}.")
+    new, place = read_cells(buffer, place + 1)
+    return Row(None, "U", oid, kind.decode(), cells, new), place
 
 
 def encode_row(
