@@ -38,6 +38,11 @@ _SINGLE = {
 }
 
 
+def id_suffix(half: int, number: int) -> str:
+    """The end of a change's id, which tells halves and subscriptions apart."""
+    return f"{('', '-', '+', 'm')[half]}{f'#{number}' if number else ''}"
+
+
 class Change:
     """One committed change of one row (or table), told to one handler.
 
@@ -99,8 +104,7 @@ class Change:
     @property
     def id(self) -> str:
         """Unique per delivery to a handler, the same at every redelivery."""
-        number = f"#{self.number}" if self.number else ""
-        return f"{self.commit_lsn}:{self.index}{('', '-', '+', 'm')[self.half]}{number}"
+        return f"{self.commit_lsn}:{self.index}{id_suffix(self.half, self.number)}"
 
     @property
     def key(self) -> Mapping[str, Any]:

@@ -26,17 +26,65 @@ _ARGUMENT_LENGTH = 200
 _PERSISTENT = 2
 
 
-@dataclass(slots=True)
-class Message:
-    """A task message, ready for a queue through the default exchange."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Form:
+    """What many messages have in common."""
 
     queue: str
     task: str
-    headers: dict[str, Any]
-    properties: dict[str, Any]
-    body: str | bytes
-    content_type: str = "application/json"
-    content_encoding: str = "utf-8"
+    headers: Mapping[str, Any]
+    properties: Mapping[str, Any]
+
+
+class Message:
+    """A task message, ready for a queue through the default exchange.
+
+    Publishers write what is in its `form` once; whoever asks for `headers` or `properties` may
+    alter them, and they are sent as they are then.
+    """
+
+    __slots__ = ("_headers", "_properties", "argsrepr", "body", "form", "id")
+
+    content_type = "application/json"
+    content_encoding = "utf-8"
+
+    def __init__(self, form: Form, task_id: str, argsrepr: str, body: str | bytes) -> None:
+        self.form = form
+        self.id = task_id
+        self.argsrepr = argsrepr
+        self.body = body
+        self._headers: dict[str, Any] | None = None
+        self._properties: dict[str, Any] | None = None
+
+    @property
+    def queue(self) -> str:
+        """Where it goes."""
+        return self.form.queue
+
+    @property
+    def task(self) -> str:
+        """The name of the task."""
+        return self.form.task
+
+    @property
+    def headers(self) -> dict[str, Any]:
+        """Its headers, the same object each time."""
+        if self._headers is None:
+            own = {"id": self.id, "root_id": self.id, "argsrepr": self.argsrepr}
+            self._headers = {**self.form.headers, **own}
+        return self._headers
+
+    @property
+    def properties(self) -> dict[str, Any]:
+        """Its properties, the same object each time."""
+        if self._properties is None:
+            self._properties = {**self.form.properties, "correlation_id": self.id}
+        return self._properties
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is what its form says, and text."""
+        return self._headers is self._properties is None and isinstance(self.body, str)
 
 
 class Template:
@@ -62,48 +110,44 @@ class Template:
             argsrepr="",
             kwargsrepr="{}",
         )
-        self._headers = made.headers
-        self._properties = {**made.properties, "delivery_mode": _PERSISTENT}
+        properties = {**made.properties, "delivery_mode": _PERSISTENT}
         if options.get("priority") is not None:
-            self._properties["priority"] = options["priority"]
+            properties["priority"] = options["priority"]
+        headers = dict(made.headers)
+        if self._compression:
+            _, headers["compression"] = compression.compress("", self._compression)
+        self._form = Form(self.queue, self.task, headers, properties)
 
-    def message(self, deliveries: Sequence[Delivery]) -> Message:
-        """The message for these changes: one, or as many as a batch holds."""
-        batched = self.batch is not None
-        first = payload.change_of(deliveries[0])
-        if batched:
-            task_id = str(uuid.uuid4())
-            argsrepr = f"{len(deliveries)} changes from {first!r}"
-        else:
-            task_id = self._task_id(first.id)
-            argsrepr = repr(first)
-        headers = {
-            **self._headers,
-            "id": task_id,
-            "root_id": task_id,
-            "argsrepr": argsrepr[:_ARGUMENT_LENGTH],
-        }
-        if self._expires is not None:
-            headers["expires"] = self._expiry()
-        kind = CHANGES if batched else CHANGE
-        body = (
-            f'[[{{"__type__":"{kind}","__value__":{payload.encode(deliveries)}}}],{{}},'
+    def together(self, deliveries: Sequence[Delivery]) -> Message:
+        """One message for as many changes as a batch holds."""
+        count = sum(len(delivery.rows) for delivery in deliveries)
+        argsrepr = f"{count} changes from {payload.change_of(deliveries[0])!r}"
+        return self._message(CHANGES, str(uuid.uuid4()), argsrepr, payload.encode(deliveries))
+
+    def each(self, delivery: Delivery) -> list[Message]:
+        """A message for each change."""
+        return [
+            self._message(CHANGE, self._task_id(change_id), argsrepr, value)
+            for value, change_id, argsrepr in payload.encode_each(delivery)
+        ]
+
+    def _message(self, kind: str, task_id: str, argsrepr: str, value: str) -> Message:
+        body: str | bytes = (
+            f'[[{{"__type__":"{kind}","__value__":{value}}}],{{}},'
             '{"callbacks":null,"errbacks":null,"chain":null,"chord":null}]'
         )
-        message = Message(
-            self.queue, self.task, headers, {**self._properties, "correlation_id": task_id}, body
-        )
         if self._compression:
-            message.body, headers["compression"] = compression.compress(
-                body.encode(), self._compression
-            )
+            body, _ = compression.compress(body, self._compression)
+        message = Message(self._form, task_id, argsrepr[:_ARGUMENT_LENGTH], body)
+        if self._expires is not None:
+            message.headers["expires"] = self._expiry()
         return message
 
     def _task_id(self, change_id: str) -> str:
         """The same for the same change at every redelivery, and for no other one."""
         name = f"{self._source}|{self.task}|{change_id}"
-        digest = hashlib.blake2b(name.encode(), digest_size=16).digest()
-        return str(uuid.UUID(bytes=digest))
+        digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+        return f"{digest[:8]}-{digest[8:12]}-{digest[12:16]}-{digest[16:20]}-{digest[20:]}"
 
     def _expiry(self) -> str | None:
         made = self._app.amqp.as_task_v2("", "", expires=self._expires, argsrepr="", kwargsrepr="")

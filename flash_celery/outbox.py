@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -32,8 +32,35 @@ class _Batch:
     #: The position before the first of them.
     since: Lsn
     due: float
+    #: How many more it takes.
+    room: int
     deliveries: list[Delivery] = field(default_factory=list)
     size: int = 0
+
+    def take(self, delivery: Delivery) -> Delivery | None:
+        """Take as many rows as there is room for; what is left of the delivery."""
+        rows = delivery.rows[: self.room] if len(delivery.rows) > self.room else delivery.rows
+        size = sum(map(len, rows))
+        if self.size + size > BATCH_BYTES:
+            rows, size = self._fitting(rows)
+        self.room -= len(rows)
+        self.size += size
+        if len(rows) == len(delivery.rows):
+            self.deliveries.append(delivery)
+            return None
+        if rows:
+            self.deliveries.append(delivery._replace(rows=rows))
+        rest, ordinal = delivery.rows[len(rows) :], delivery.ordinal + len(rows)
+        return delivery._replace(rows=rest, ordinal=ordinal)
+
+    def _fitting(self, rows: Sequence[bytes]) -> tuple[Sequence[bytes], int]:
+        """The first rows that have few enough bytes; a row that has more is alone."""
+        size = 0
+        for count, row in enumerate(rows):
+            if self.size + size + len(row) > BATCH_BYTES and (count or self.deliveries):
+                return rows[:count], size
+            size += len(row)
+        return rows, size
 
 
 class Outbox:
@@ -42,26 +69,26 @@ class Outbox:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._messages: list[Message] = []
-        self._size = 0
+        #: Bytes of the messages not collected yet.
+        self.size = 0
         self._batches: dict[Template, _Batch] = {}
         self._committed = Lsn(0)
 
     def add(self, template: Template, delivery: Delivery) -> None:
-        """Take one change for one task."""
+        """Take changes for one task."""
         if template.batch is None:
-            self._emit(template, [delivery])
+            self._emit(template.each(delivery))
             return
-        batch = self._batches.get(template)
-        if batch is not None and batch.size + len(delivery.row) > BATCH_BYTES:
-            self._release(template)
-            batch = None
-        if batch is None:
-            batch = _Batch(self._committed, self._clock() + template.batch.wait)
-            self._batches[template] = batch
-        batch.deliveries.append(delivery)
-        batch.size += len(delivery.row)
-        if len(batch.deliveries) >= template.batch.size:
-            self._release(template)
+        left: Delivery | None = delivery
+        while left is not None:
+            batch = self._batches.get(template)
+            if batch is None:
+                due = self._clock() + template.batch.wait
+                batch = _Batch(self._committed, due, template.batch.size)
+                self._batches[template] = batch
+            left = batch.take(left)
+            if left is not None or not batch.room:
+                self._release(template)
 
     def commit(self, position: Lsn) -> None:
         """Everything up to here has been added."""
@@ -73,9 +100,9 @@ class Outbox:
         for template, batch in list(self._batches.items()):
             if everything or batch.due <= now:
                 self._release(template)
-        held = [batch.since for batch in self._batches.values()]
-        unit = Unit(self._messages, min([self._committed, *held]), self._size)
-        self._messages, self._size = [], 0
+        since = [batch.since for batch in self._batches.values()]
+        unit = Unit(self._messages, min([self._committed, *since]), self.size)
+        self._messages, self.size = [], 0
         return unit
 
     @property
@@ -83,15 +110,10 @@ class Outbox:
         """When the next batch has waited long enough, by the clock."""
         return min((batch.due for batch in self._batches.values()), default=None)
 
-    @property
-    def size(self) -> int:
-        """Bytes of the messages not collected yet."""
-        return self._size
-
     def _release(self, template: Template) -> None:
-        self._emit(template, self._batches.pop(template).deliveries)
+        self._emit([template.together(self._batches.pop(template).deliveries)])
 
-    def _emit(self, template: Template, deliveries: list[Delivery]) -> None:
-        message = template.message(deliveries)
-        self._messages.append(message)
-        self._size += len(message.body) + MESSAGE_BYTES
+    def _emit(self, messages: Iterable[Message]) -> None:
+        for message in messages:
+            self._messages.append(message)
+            self.size += len(message.body) + MESSAGE_BYTES

@@ -9,17 +9,25 @@ from __future__ import annotations
 import json
 import struct
 from binascii import a2b_base64, b2a_base64
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from kombu.utils.json import register_type
 
-from .changes import Change, Changes, Delete, Insert, LogicalMessage, Truncate, Update
+from .changes import (
+    Change,
+    Changes,
+    Delete,
+    Insert,
+    LogicalMessage,
+    Truncate,
+    Update,
+    id_suffix,
+)
 from .errors import PayloadError, ProtocolError
 from .protocol import pgoutput
 from .protocol.lsn import Lsn
-from .rows import Column, Table, Transaction
+from .rows import Column, Table, Transaction, decoded
 
 VERSION = 1
 CHANGE = "flash_celery.change"
@@ -28,18 +36,19 @@ CHANGES = "flash_celery.changes"
 #: The row of a TRUNCATE, which has none.
 TRUNCATED = b"T"
 _MESSAGE = struct.Struct("!cI")
+_NAMES = {b"I": "insert", b"U": "update", b"D": "delete"}
 
 
 class Delivery(NamedTuple):
-    """One change for one subscription, its row still as PostgreSQL wrote it."""
+    """Neighbouring changes for one subscription, their rows still as PostgreSQL wrote them."""
 
     table: Table
     transaction: Transaction
-    #: Which row message of its transaction.
+    #: Which row message of its transaction the first one is.
     ordinal: int
     half: int
     number: int
-    row: bytes
+    rows: Sequence[bytes]
 
 
 def message_row(content: bytes) -> bytes:
@@ -47,54 +56,60 @@ def message_row(content: bytes) -> bytes:
     return _MESSAGE.pack(b"M", len(content)) + content
 
 
-def encode(deliveries: Sequence[Delivery]) -> str:
+def encode(deliveries: Iterable[Delivery]) -> str:
     """The JSON value for these changes."""
-    if len(deliveries) == 1:
-        return _encode_one(deliveries[0])
-    tables = list(dict.fromkeys(delivery.table for delivery in deliveries))
-    transactions = list(dict.fromkeys(delivery.transaction for delivery in deliveries))
-    runs = _runs(deliveries, tables, transactions)
-    rows = b2a_base64(b"".join([delivery.row for delivery in deliveries]), newline=False)
+    tables: dict[Table, int] = {}
+    transactions: dict[Transaction, int] = {}
+    runs: list[list[int]] = []
+    rows: list[bytes] = []
+    last, following = None, 0
+    for table, transaction, ordinal, half, number, some in deliveries:
+        table_number = tables.setdefault(table, len(tables))
+        place = transactions.setdefault(transaction, len(transactions))
+        same = table_number, place, half, number
+        # What follows in the same transaction and table joins a run; halves share their index.
+        if same == last and ordinal == following and not half:
+            runs[-1][3] += len(some)
+        else:
+            runs.append([table_number, place, ordinal, len(some), half, number])
+        last, following = same, ordinal + len(some)
+        rows += some
     return (
-        f'{{"v":{VERSION},"tables":[{",".join(_table_json(table) for table in tables)}],'
-        f'"transactions":[{",".join(_transaction_json(one) for one in transactions)}],'
-        f'"runs":[{",".join(runs)}],"rows":"{rows.decode()}"}}'
+        f'{{"v":{VERSION},"tables":[{",".join(map(_table_json, tables))}],'
+        f'"transactions":[{",".join(map(_transaction_json, transactions))}],'
+        f'"runs":{json.dumps(runs, separators=(",", ":"))},'
+        f'"rows":"{b2a_base64(b"".join(rows), newline=False).decode()}"}}'
     )
 
 
-def _encode_one(delivery: Delivery) -> str:
-    """The same for a single change, which most messages hold."""
-    table, transaction, index, half, number, row = delivery
-    return (
+def encode_each(delivery: Delivery) -> Iterator[tuple[str, str, str]]:
+    """The JSON value for each change alone, its id, and what it is called in a log."""
+    table, transaction, ordinal, half, number, rows = delivery
+    head = (
         f'{{"v":{VERSION},"tables":[{_table_json(table)}],'
-        f'"transactions":[{_transaction_json(transaction)}],'
-        f'"runs":[[0,0,{index},1,{half},{number}]],'
-        f'"rows":"{b2a_base64(row, newline=False).decode()}"}}'
+        f'"transactions":[{_transaction_json(transaction)}],"runs":[[0,0,'
     )
-
-
-def _runs(
-    deliveries: Iterable[Delivery], tables: list[Table], transactions: list[Transaction]
-) -> Iterable[str]:
-    """Neighbours in one transaction and table share an entry: they differ by their place only."""
-    table_numbers = {table: number for number, table in enumerate(tables)}
-    transaction_numbers = {one: number for number, one in enumerate(transactions)}
-
-    def run(numbered: tuple[int, Delivery]) -> tuple[int, int, int, int, int]:
-        place, (table, transaction, index, half, number, _) = numbered
-        # index - place stays the same along a run; a half of a key change is a run of its own.
-        return (
-            table_numbers[table],
-            transaction_numbers[transaction],
-            -place if half else index - place,
-            half,
-            number,
+    middle = f',1,{half},{number}]],"rows":"'
+    commit, end = str(transaction.commit_lsn), id_suffix(half, number)
+    for index, row in enumerate(rows, ordinal):
+        yield (
+            f'{head}{index}{middle}{b2a_base64(row, newline=False).decode()}"}}',
+            f"{commit}:{index}{end}",
+            _label(table, transaction, commit, row),
         )
 
-    for (table, transaction, _, half, number), group in groupby(enumerate(deliveries), run):
-        members = list(group)
-        first = members[0][1].ordinal
-        yield f"[{table},{transaction},{first},{len(members)},{half},{number}]"
+
+def _label(table: Table, transaction: Transaction, commit: str, row: bytes) -> str:
+    """The `repr` of the change. Mostly its key stands in the first tuple of the row, near the
+    start; the rest of the row is not read then."""
+    name = _NAMES.get(row[:1])
+    if name is None or (name == "update" and row[5:6] != b"N"):
+        return repr(change_of(Delivery(table, transaction, 0, 0, 0, [row])))
+    columns = table.key_columns
+    most = columns[-1][0] + 1 if columns else 0
+    cells, _ = pgoutput.read_cells(row, pgoutput.FIRST_TUPLE, most)
+    key = "".join([f" {column.name}={decoded(column, cells[n])}" for n, column in columns])
+    return f"{name} {table.full_name}{key} @{commit}"
 
 
 def _table_json(table: Table) -> str:
@@ -198,9 +213,18 @@ def _change(rows: bytes, place: int, origin: tuple[Any, ...]) -> tuple[Change, i
 
 
 def change_of(delivery: Delivery) -> Change:
-    """The change a delivery carries, as its handler will see it."""
-    table, transaction, index, half, number, row = delivery
-    return _change(row, 0, (table, transaction, index, half, number))[0]
+    """The first change of a delivery, as its handler will see it."""
+    table, transaction, index, half, number, rows = delivery
+    return _change(rows[0], 0, (table, transaction, index, half, number))[0]
+
+
+def changes_of(delivery: Delivery) -> list[Change]:
+    """The changes a delivery carries."""
+    table, transaction, ordinal, half, number, rows = delivery
+    return [
+        _change(row, 0, (table, transaction, index, half, number))[0]
+        for index, row in enumerate(rows, ordinal)
+    ]
 
 
 def delivery_of(change: Change) -> Delivery:
@@ -215,7 +239,7 @@ def delivery_of(change: Change) -> Delivery:
     elif isinstance(change, LogicalMessage):
         row = message_row(change.content)
     return Delivery(
-        change._source, change.transaction, change.index, change.half, change.number, row
+        change._source, change.transaction, change.index, change.half, change.number, [row]
     )
 
 

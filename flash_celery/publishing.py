@@ -164,7 +164,7 @@ class Publishing(threading.Thread):
 
 def _complain(error: PublishError, seconds: float, messages: Sequence[Message]) -> None:
     size = sum(len(message.body) for message in messages)
-    first = messages[0].headers["argsrepr"] if messages else "nothing"
+    first = messages[0].argsrepr if messages else "nothing"
     logger.warning(
         "%s Nothing is acknowledged until it works again (%.0f s so far, %d messages of %d bytes, "
         "the first for %s)",

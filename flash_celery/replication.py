@@ -86,6 +86,8 @@ class ReplicationConnection:
         self._connection = pq.PGconn.connect(target.encode())
         if self._connection.status != pq.ConnStatus.OK:
             raise self._lost()
+        #: The server's position when it sent what was received last.
+        self.received = Lsn(0)
         if notice is not None:
             self._connection.notice_handler = lambda result: notice(*_diagnosis(result))
 
@@ -134,18 +136,38 @@ class ReplicationConnection:
         self._execute(command, pq.ExecStatus.COPY_BOTH)
         self._connection.nonblocking = 1
 
-    def receive(self, limit: int = 1 << 20) -> list[frames.XLogData | frames.Keepalive]:
-        """Everything that has arrived, up to about `limit` bytes; never blocks."""
-        self._guard(self._connection.consume_input)
-        burst: list[frames.XLogData | frames.Keepalive] = []
+    def receive(self, limit: int = 1 << 20) -> list[bytes]:
+        """Everything that has arrived, up to about `limit` bytes; never blocks.
+
+        Messages of pgoutput, and keepalives as they are (`frames.KEEPALIVE`), in order.
+        """
+        return self._guard(lambda: self._receive(limit))
+
+    def _receive(self, limit: int) -> list[bytes]:
+        """The hot path: a call and two copies for each message, and no object."""
+        read, consume = self._connection.get_copy_data, self._connection.consume_input
+        burst: list[bytes] = []
+        frame, seen = b"", -1
         while limit > 0:
-            length, data = self._guard(lambda: self._connection.get_copy_data(1))
-            if length == 0:
-                break
-            if length < 0:
+            length, data = read(1)
+            if length > 0:
+                limit -= length
+                frame = data.tobytes()
+                if frame[0] != frames.XLOG_DATA:
+                    frames.keepalive(frame)  # or not known
+                    burst.append(frame)
+                else:
+                    burst.append(frame[frames.HEADER :])
+            elif length < 0:
                 raise self._ended()
-            limit -= length
-            burst.append(frames.decode(bytes(data)))
+            elif len(burst) > seen:
+                # libpq takes a few kilobytes at a time; on until the socket is empty.
+                seen = len(burst)
+                consume()
+            else:
+                break
+        if frame:
+            self.received = frames.wal_end(frame)
         return burst
 
     def send_status(self, written: Lsn, flushed: Lsn, applied: Lsn, reply: bool = False) -> None:

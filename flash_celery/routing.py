@@ -26,18 +26,20 @@ from .transitions import Transitions
 
 logger = logging.getLogger(__name__)
 
-Route = Callable[[bytes, Transaction, int], None]
+#: Takes neighbouring rows, their transaction and the index of the first.
+Route = Callable[[Sequence[bytes], Transaction, int], None]
 #: Marks a message, whose index is not that of a row.
 _MESSAGE_HALF = 3
+_NOBODY: dict[str, Route] = {}
 _TAGS = {Operation.INSERT: b"I", Operation.UPDATE: b"U", Operation.DELETE: b"D"}
 
 
-class Deliver(Protocol):
-    """Takes what a subscription is to be told."""
+class Destinations(Protocol):
+    """Knows what takes the deliveries of an operation to a subscription."""
 
     def __call__(
-        self, subscription: Subscription, operation: Operation, delivery: Delivery
-    ) -> None: ...
+        self, subscription: Subscription, operation: Operation
+    ) -> Callable[[Delivery], None]: ...
 
 
 class Catalog:
@@ -74,19 +76,20 @@ class Catalog:
 class Router:
     """Routes the rows of one replication connection.
 
-    `deliver` takes each change for each subscription, in the order of the WAL.
+    Each destination is given its changes in the order of the WAL.
     """
 
     def __init__(
         self,
         subscriptions: Sequence[Subscription],
         catalog: Catalog,
-        deliver: Deliver,
+        destination: Destinations,
     ) -> None:
         self._subscriptions = subscriptions
         self._catalog = catalog
-        self._deliver = deliver
-        self._routes: dict[bytes, list[Route]] = {}
+        self._destination = destination
+        #: By the first five bytes of a row, and by handler.
+        self._routes: dict[bytes, dict[str, Route]] = {}
         self._truncates: dict[int, list[Route]] = {}
         self._messages: dict[str, list[Route]] = {}
         for subscription in subscriptions:
@@ -99,23 +102,25 @@ class Router:
         self.unjudged = 0
         self._warned: set[TableName] = set()
 
-    def row(self, payload: bytes, transaction: Transaction, index: int) -> None:
-        """Route an Insert, Update or Delete message."""
-        for route in self._routes.get(payload[:5], ()):
-            route(payload, transaction, index)
+    def rows(
+        self, kind: bytes, rows: Sequence[bytes], transaction: Transaction, index: int
+    ) -> None:
+        """Route neighbouring Insert, Update or Delete messages of one relation, their `kind`."""
+        for route in self._routes.get(kind, _NOBODY).values():
+            route(rows, transaction, index)
 
     def truncate(self, oids: Sequence[int], transaction: Transaction, index: int) -> None:
         """Route a TRUNCATE; each relation of it counts as a row, and a partition as one."""
         for place, oid in enumerate(oids):
             for route in self._truncates.get(oid, ()):
-                route(TRUNCATED, transaction, index + place)
+                route([TRUNCATED], transaction, index + place)
 
     def message(
         self, message: pgoutput.LogicalMessage, transaction: Transaction, index: int
     ) -> None:
         """Route a logical message; `index` counts the messages of its transaction."""
         for route in self._messages.get(message.prefix, ()):
-            route(message_row(message.content), transaction, index)
+            route([message_row(message.content)], transaction, index)
 
     def relation(self, relation: pgoutput.Relation) -> None:
         """Learn a relation, or what has become of it.
@@ -162,7 +167,10 @@ class Router:
                 else:
                     judge = getattr(transitions, operation.names()[0])
                     route = self._judge(subscription, table, judge)
-                self._routes.setdefault(tag + relation.oid.to_bytes(4, "big"), []).append(route)
+                kind = tag + relation.oid.to_bytes(4, "big")
+                routes = self._routes.setdefault(kind, {})
+                other = routes.get(subscription.handler)
+                routes[subscription.handler] = _in_turn(other, route) if other else route
 
     def _matcher(
         self, subscription: Subscription, relation: pgoutput.Relation
@@ -177,11 +185,10 @@ class Router:
     def _forward(
         self, subscription: Subscription, operation: Operation, table: Table, half: int = 0
     ) -> Route:
-        deliver, number = self._deliver, subscription.number
+        deliver, number = self._destination(subscription, operation), subscription.number
 
-        def forward(payload: bytes, transaction: Transaction, index: int) -> None:
-            delivery = Delivery(table, transaction, index, half, number, payload)
-            deliver(subscription, operation, delivery)
+        def forward(rows: Sequence[bytes], transaction: Transaction, index: int) -> None:
+            deliver(Delivery(table, transaction, index, half, number, rows))
 
         return forward
 
@@ -191,13 +198,18 @@ class Router:
         table: Table,
         judge: Callable[[pgoutput.Row], Iterable[tuple[Operation, int, bytes]]],
     ) -> Route:
-        deliver, number = self._deliver, subscription.number
+        number = subscription.number
+        deliver = {
+            one: self._destination(subscription, one)
+            for one in _TAGS
+            if one in subscription.operations
+        }
 
-        def judged(payload: bytes, transaction: Transaction, index: int) -> None:
-            row, _ = pgoutput.read_row(payload)
-            for operation, half, data in judge(row):
-                delivery = Delivery(table, transaction, index, half, number, data)
-                deliver(subscription, operation, delivery)
+        def judged(rows: Sequence[bytes], transaction: Transaction, index: int) -> None:
+            for place, payload in enumerate(rows, index):
+                row, _ = pgoutput.read_row(payload)
+                for operation, half, data in judge(row):
+                    deliver[operation](Delivery(table, transaction, place, half, number, [data]))
 
         return judged
 
@@ -210,6 +222,17 @@ class Router:
                 "set, or a column added) are judged by what is known of them",
                 table,
             )
+
+
+def _in_turn(first: Route, second: Route) -> Route:
+    """Two subscriptions of one handler: it is told of each row before the next one."""
+
+    def both(rows: Sequence[bytes], transaction: Transaction, index: int) -> None:
+        for place, row in enumerate(rows, index):
+            first([row], transaction, place)
+            second([row], transaction, place)
+
+    return both
 
 
 def _require_columns(

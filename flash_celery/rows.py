@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from .protocol.lsn import Lsn
 from .protocol.pgoutput import UNCHANGED_TOAST, Cell
@@ -61,6 +61,11 @@ class Table:
         return {column.name: number for number, column in enumerate(self.columns)}
 
     @cached_property
+    def key_columns(self) -> list[tuple[int, Column]]:
+        """The columns of the key and where they are, in the order of the row."""
+        return [(n, column) for n, column in enumerate(self.columns) if column.name in self.key]
+
+    @cached_property
     def delivered(self) -> frozenset[str]:
         """The columns a handler may see."""
         return frozenset(column.name for column in self.columns if column.delivered)
@@ -82,14 +87,20 @@ class Table:
         return f"{self.source}:{name}" if self.source else name
 
 
-@dataclass(frozen=True)
-class Transaction:
+class Transaction(NamedTuple):
     """The transaction that made a change."""
 
     commit_lsn: Lsn
     xid: int
     #: Microseconds since 2000-01-01 UTC, as PostgreSQL counts.
     committed_at: int
+
+
+def decoded(column: Column, cell: Cell) -> Any:
+    """A cell as Python."""
+    if isinstance(cell, bytes):
+        return column.load(cell)
+    return cell
 
 
 class Row(Mapping[str, Any]):
@@ -106,11 +117,7 @@ class Row(Mapping[str, Any]):
         if name not in self._known:
             raise KeyError(self._why_unknown(name))
         position = self._table.positions[name]
-        cell = self._cells[position]
-        if cell is None or cell is UNCHANGED:
-            return cell
-        assert isinstance(cell, bytes)
-        return self._table.columns[position].load(cell)
+        return decoded(self._table.columns[position], self._cells[position])
 
     def __iter__(self) -> Iterator[str]:
         return (column.name for column in self._table.columns if column.name in self._known)

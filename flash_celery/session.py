@@ -7,6 +7,7 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -19,14 +20,14 @@ from .messages import Templates
 from .outbox import Outbox
 from .payload import Delivery
 from .progress import Progress
-from .protocol.frames import Keepalive, XLogData
+from .protocol import frames
 from .protocol.lsn import Lsn
 from .publishing import Publishing
 from .replication import ReplicationConnection
 from .routing import Catalog, Router
 from .settings import Settings
 from .subscriptions import Subscription, TableName
-from .transactions import Transactions
+from .transactions import Transactions, runs
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +35,8 @@ logger = logging.getLogger(__name__)
 _UNIT_BYTES = 1 << 20
 #: Seconds between two looks at the tables in the catalog.
 _LOOK_SECONDS = 1.0
-#: Frames that are taken before the server is looked after again.
+#: Runs that are taken before the server is looked after again.
 _STEPS = 5000
-#: Messages of a spooled transaction that are passed on at a time.
-_REPLAYED_TOGETHER = 100
 #: How many status intervals may pass without a byte from the server.
 _SILENT_INTERVALS = 3
 #: … and seconds, at least.
@@ -68,13 +67,15 @@ class Session:
         self._outbox = Outbox()
         self._outbox.commit(progress.confirmed)
 
-        def deliver(subscription: Subscription, operation: Operation, delivery: Delivery) -> None:
-            self._outbox.add(templates[subscription, operation], delivery)
+        def destination(
+            subscription: Subscription, operation: Operation
+        ) -> Callable[[Delivery], None]:
+            return partial(self._outbox.add, templates[subscription, operation])
 
-        router = Router(templates.subscriptions, Catalog(connection, leaves), deliver)
+        router = Router(templates.subscriptions, Catalog(connection, leaves), destination)
         self._transactions = Transactions(router, settings.flash_spool_directory)
         #: What has arrived and waits for a spooled transaction to be replayed.
-        self._frames: deque[XLogData | Keepalive] = deque()
+        self._runs: deque[tuple[bytes, list[bytes]]] = deque()
         self._look = tables_changed
         self._looked = time.monotonic()
         self._interval = _status_interval(connection, self._settings)
@@ -104,7 +105,7 @@ class Session:
             self._turn()
 
     def _turn(self) -> None:
-        behind = bool(self._frames) or self._transactions.replaying
+        behind = bool(self._runs) or self._transactions.replaying
         reading = self._publishing.has_room and not behind
         sockets: list[Any] = [self._control, self._connection]
         ready, _, _ = select.select(
@@ -116,7 +117,8 @@ class Session:
             self._check_connection()
         if self._stream in ready:
             self._heard = time.monotonic()
-            self._frames.extend(self._stream.receive())
+            self._runs.extend(runs(self._stream.receive()))
+            self._progress.receive(self._stream.received)
         asked = self._work() if self._publishing.has_room else False
         self._hand_over()
         now = time.monotonic()
@@ -154,22 +156,22 @@ class Session:
             if self._outbox.size >= _UNIT_BYTES:
                 break
             if self._transactions.replaying:
-                self._commit(self._transactions.replay(_REPLAYED_TOGETHER))
-            elif self._frames:
-                asked = self._take(self._frames.popleft()) or asked
+                self._commit(self._transactions.replay())
+            elif self._runs:
+                kind, run = self._runs.popleft()
+                if kind[0] == frames.KEEPALIVE:
+                    asked = self._keepalive(frames.keepalive(run[-1])) or asked
+                else:
+                    self._commit(self._transactions.receive(kind, run))
             else:
                 break
         return asked
 
-    def _take(self, frame: XLogData | Keepalive) -> bool:
-        self._progress.receive(frame.wal_end)
-        if not isinstance(frame, Keepalive):
-            self._commit(self._transactions.receive(frame.payload))
-            return False
+    def _keepalive(self, keepalive: frames.Keepalive) -> bool:
         if not self._transactions.open:
             # Everything committed before this position has been sent.
-            self._outbox.commit(frame.wal_end)
-        return frame.reply
+            self._outbox.commit(keepalive.wal_end)
+        return keepalive.reply
 
     def _commit(self, end: Lsn | None) -> None:
         if end is not None:

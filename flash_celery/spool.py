@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .errors import SpoolError
@@ -51,14 +51,14 @@ class Spool:
         self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=directory)  # noqa: SIM115
         self._aborted: set[int] = set()
 
-    def append(self, xid: int, payload: bytes) -> None:
-        """Keep a message of the transaction, or of a savepoint in it, whose xid it bears.
+    def append(self, xid: int, messages: Iterable[bytes]) -> None:
+        """Keep messages of the transaction, or of a savepoint in it, whose xid they bear.
 
         Raises `SpoolError` if the disk takes no more.
         """
+        parts = [part for one in messages for part in (_HEADER.pack(xid, len(one)), one)]
         try:
-            self._file.write(_HEADER.pack(xid, len(payload)))
-            self._file.write(payload)
+            self._file.write(b"".join(parts))
         except OSError as error:
             raise SpoolError(f"A large transaction cannot be spooled: {error}.") from error
 

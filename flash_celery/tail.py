@@ -18,15 +18,14 @@ from .catalog import CatalogTable
 from .changes import Change, Delete, Insert, Operation, Update
 from .ddl import Step, apply
 from .errors import SubscriptionError
-from .payload import Delivery, change_of
-from .protocol.frames import Keepalive
-from .protocol.lsn import Lsn
+from .payload import Delivery, changes_of
+from .protocol import frames
 from .publications import REWRITES
 from .replication import ReplicationConnection
 from .routing import Catalog, Router
 from .rows import UNCHANGED
 from .subscriptions import Subscription, TableName
-from .transactions import Transactions
+from .transactions import Transactions, runs
 
 _PREFIX = "flash_tail_"
 _STATUS_SECONDS = 5.0
@@ -106,26 +105,25 @@ def _follow(
 ) -> None:
     pending: list[Change] = []
 
-    def deliver(subscription: Subscription, operation: Operation, delivery: Delivery) -> None:
-        pending.append(change_of(delivery))
+    def destination(subscription: Subscription, operation: Operation) -> Callable[[Delivery], None]:
+        return lambda delivery: pending.extend(changes_of(delivery))
 
-    router = Router(subscriptions, Catalog(connection), deliver)
+    router = Router(subscriptions, Catalog(connection), destination)
     transactions = Transactions(router)
-    position = Lsn(0)
     told = time.monotonic()
     while True:
         select.select([stream], [], [], _STATUS_SECONDS)
         asked = False
-        for frame in stream.receive():
-            position = max(position, frame.wal_end)
-            if isinstance(frame, Keepalive):
-                asked = asked or frame.reply
+        for kind, run in runs(stream.receive()):
+            if kind[0] == frames.KEEPALIVE:
+                asked |= any(frames.keepalive(frame).reply for frame in run)
             else:
-                transactions.receive(frame.payload)
+                transactions.receive(kind, run)
             for change in pending:
                 if not show(change):
                     return
             pending.clear()
+        position = stream.received
         if asked or time.monotonic() - told >= _STATUS_SECONDS:
             stream.send_status(position, position, position)
             told = time.monotonic()

@@ -7,7 +7,9 @@ spool until their commit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, islice
+from operator import itemgetter
 from typing import Protocol
 
 from .errors import ProtocolError
@@ -16,15 +18,22 @@ from .protocol.lsn import Lsn
 from .rows import Transaction
 from .spool import Spool, default_directory
 
+_BEGIN, _COMMIT = b"BC"
 _ROWS = frozenset(b"IUD")
 _STREAM_CONTROL = frozenset(b"SEcA")
 _NOTHING = Transaction(Lsn(0), 0, 0)
+#: What a message starts with: of a row its operation and relation, in a stream its transaction.
+_KIND = itemgetter(slice(0, 5))
+#: The longest run.
+_TOGETHER = 500
 
 
 class Rows(Protocol):
     """Takes what a transaction did, in order (`routing.Router`)."""
 
-    def row(self, payload: bytes, transaction: Transaction, index: int) -> None: ...
+    def rows(
+        self, kind: bytes, rows: Sequence[bytes], transaction: Transaction, index: int
+    ) -> None: ...
 
     def truncate(self, oids: Sequence[int], transaction: Transaction, index: int) -> None: ...
 
@@ -33,6 +42,19 @@ class Rows(Protocol):
     ) -> None: ...
 
     def relation(self, relation: pgoutput.Relation) -> None: ...
+
+
+def runs(messages: Iterable[bytes]) -> Iterator[tuple[bytes, list[bytes]]]:
+    """Neighbours that start with the same five bytes, and these bytes.
+
+    Most of them are rows of one table, which then cost what one of them does.
+    """
+    for kind, run in groupby(messages, _KIND):
+        members = list(run)
+        while len(members) > _TOGETHER:
+            yield kind, members[:_TOGETHER]
+            del members[:_TOGETHER]
+        yield kind, members
 
 
 class Transactions:
@@ -61,27 +83,27 @@ class Transactions:
         """Whether a spooled transaction has committed: `replay` before the next `receive`."""
         return self._replay is not None
 
-    def receive(self, payload: bytes) -> Lsn | None:
-        """Take one message; the end of the transaction if it was its last.
+    def receive(self, kind: bytes, run: Sequence[bytes]) -> Lsn | None:
+        """Take one of `runs`; the end of the transaction if it was its last.
 
         Raises `ProtocolError` for what cannot follow what came before.
         """
-        tag = payload[0]
-        if self._block is not None and tag not in _STREAM_CONTROL:
+        if self._block is not None and kind[0] not in _STREAM_CONTROL:
             # Its xid stands after the tag, and nowhere else in what it will be replayed as.
-            self._block.append(int.from_bytes(payload[1:5], "big"), payload[:1] + payload[5:])
+            messages = [message[:1] + message[5:] for message in run]
+            self._block.append(int.from_bytes(kind[1:], "big"), messages)
             return None
-        return self._apply(payload)
+        return self._apply(kind, run)
 
-    def replay(self, count: int) -> Lsn | None:
-        """Pass on so many messages of a spooled transaction; its end after the last one."""
+    def replay(self) -> Lsn | None:
+        """Pass on some messages of a spooled transaction; its end after the last one."""
         assert self._replay is not None
         assert self._committed is not None
-        for _ in range(count):
-            payload = next(self._replay, None)
-            if payload is None:
-                return self._finish(self._committed)
-            self._apply(payload)
+        some = list(islice(self._replay, _TOGETHER))
+        if not some:
+            return self._finish(self._committed)
+        for kind, run in runs(some):
+            self._apply(kind, run)
         return None
 
     def close(self) -> None:
@@ -90,22 +112,30 @@ class Transactions:
             spool.close()
         self._spools.clear()
 
-    def _apply(self, payload: bytes) -> Lsn | None:
-        if payload[0] in _ROWS:
-            self._require_open(payload)
-            self._rows.row(payload, self._transaction, self._index)
-            self._index += 1
+    def _apply(self, kind: bytes, run: Sequence[bytes]) -> Lsn | None:
+        tag = kind[0]
+        if tag in _ROWS:
+            self._require_open(kind)
+            self._rows.rows(kind, run, self._transaction, self._index)
+            self._index += len(run)
             return None
-        return self._other(pgoutput.decode(payload), payload)
+        end = None
+        for message in run:
+            if tag == _BEGIN:
+                self._begin(Transaction(*pgoutput.read_begin(message)))
+            elif tag == _COMMIT:
+                end = self._end(message)
+            else:
+                self._other(pgoutput.decode(message), message)
+        return end
 
-    def _other(self, message: pgoutput.Message, payload: bytes) -> Lsn | None:
+    def _end(self, message: bytes) -> Lsn:
+        self._require_open(message)
+        self._transaction = _NOTHING
+        return pgoutput.read_commit(message)
+
+    def _other(self, message: pgoutput.Message, payload: bytes) -> None:
         match message:
-            case pgoutput.Begin():
-                self._begin(Transaction(message.commit_lsn, message.xid, message.committed_at))
-            case pgoutput.Commit():
-                self._require_open(payload)
-                self._transaction = _NOTHING
-                return message.end_lsn
             case pgoutput.Relation():
                 self._rows.relation(message)
             case pgoutput.Truncate():
@@ -126,7 +156,6 @@ class Transactions:
                 self._abort(message)
             case pgoutput.StreamCommit():
                 self._commit(message)
-        return None
 
     def _begin(self, transaction: Transaction) -> None:
         if self.open:

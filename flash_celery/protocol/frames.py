@@ -11,18 +11,15 @@ from dataclasses import dataclass
 from ..errors import ProtocolError
 from .lsn import Lsn
 
-_XLOG_DATA = struct.Struct("!cQQq")
+_WAL_END = struct.Struct("!Q")
 _KEEPALIVE = struct.Struct("!cQqB")
 _STATUS = struct.Struct("!cQQQqB")
 
-
-@dataclass(frozen=True, slots=True)
-class XLogData:
-    """A message of the output plugin, and the server's position when it was sent."""
-
-    start: Lsn
-    wal_end: Lsn
-    payload: bytes
+#: XLogData: a message of the output plugin, after its start, the server's position and its clock.
+XLOG_DATA = ord("w")
+HEADER = 25
+#: No message of pgoutput starts with this byte, so a keepalive is told from messages by it.
+KEEPALIVE = ord("k")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +30,17 @@ class Keepalive:
     reply: bool
 
 
-def decode(frame: bytes) -> XLogData | Keepalive:
-    """Read one frame. Raises `ProtocolError` for anything else."""
-    kind = frame[:1]
-    if kind == b"w" and len(frame) >= _XLOG_DATA.size:
-        _, start, wal_end, _ = _XLOG_DATA.unpack_from(frame)
-        return XLogData(Lsn(start), Lsn(wal_end), frame[_XLOG_DATA.size :])
-    if kind == b"k" and len(frame) == _KEEPALIVE.size:
-        _, wal_end, _, reply = _KEEPALIVE.unpack(frame)
-        return Keepalive(Lsn(wal_end), reply == 1)
-    raise ProtocolError(f"A replication frame {kind!r} of {len(frame)} bytes is not known.")
+def wal_end(frame: bytes) -> Lsn:
+    """The server's position when it sent the frame."""
+    return Lsn(_WAL_END.unpack_from(frame, 9 if frame[0] == XLOG_DATA else 1)[0])
+
+
+def keepalive(frame: bytes) -> Keepalive:
+    """Read a keepalive. Raises `ProtocolError` for anything else."""
+    if frame[:1] == b"k" and len(frame) == _KEEPALIVE.size:
+        _, position, _, reply = _KEEPALIVE.unpack(frame)
+        return Keepalive(Lsn(position), reply == 1)
+    raise ProtocolError(f"A replication frame {frame[:1]!r} of {len(frame)} bytes is not known.")
 
 
 def status(written: Lsn, flushed: Lsn, applied: Lsn, clock: int, reply: bool) -> bytes:

@@ -10,7 +10,7 @@ from kombu import Queue
 
 from example_project.servers import Valkey, end_with_parent, free_port, wait_until
 from flash_celery.errors import PublishError, Unroutable
-from flash_celery.messages import Message
+from flash_celery.messages import Form, Message
 from flash_celery.publishers import for_app
 from flash_celery.publishers.amqp import AmqpPublisher
 from flash_celery.publishers.base import queue_depths
@@ -114,11 +114,15 @@ def broker(request):
                 queue(connection.default_channel).delete()
 
 
+FORMS = {}
+
+
 def message(number, queue="first", **properties):
-    headers = {"id": str(number), "task": "shop.handle"}
-    return Message(
-        queue, "shop.handle", headers, {"delivery_mode": 2, **properties}, f'"é{number}"'
+    form = FORMS.setdefault(
+        (queue, *properties.items()),
+        Form(queue, "shop.handle", {"task": "shop.handle"}, {"delivery_mode": 2, **properties}),
     )
+    return Message(form, str(number), f'the "{number}"th: 5 %', f'"é{number}"')
 
 
 def test_messages_arrive_once_and_in_order(broker):
@@ -128,14 +132,23 @@ def test_messages_arrive_once_and_in_order(broker):
 
 
 def test_a_message_is_what_was_published(broker):
-    broker.publisher.publish([message(1, correlation_id="7", priority=4)])
-    (found,) = broker.messages("first")
-    assert found.headers["task"] == "shop.handle"
-    assert found.properties["correlation_id"] == "7"
-    assert found.properties["priority"] == 4
-    body = found.body if isinstance(found.body, str) else bytes(found.body).decode()
-    assert body == '"é1"'
-    assert found.content_type == "application/json"
+    first, altered = message(1, priority=4), message(2, priority=4)
+    altered.headers["trace"] = "abc"
+    packed = message(3, priority=4)
+    packed.body = b"\x00\xff"
+    broker.publisher.publish([first, altered, packed])
+    one, other, binary = broker.messages("first")
+    for number, found in enumerate((one, other), 1):
+        assert found.headers["task"] == "shop.handle"
+        assert found.headers["argsrepr"] == f'the "{number}"th: 5 %'
+        assert found.headers["id"] == found.headers["root_id"] == str(number)
+        assert found.properties["correlation_id"] == str(number)
+        assert found.properties["priority"] == 4
+        body = found.body if isinstance(found.body, str) else bytes(found.body).decode()
+        assert body == f'"é{number}"'
+        assert found.content_type == "application/json"
+    assert (one.headers.get("trace"), other.headers["trace"]) == (None, "abc")
+    assert bytes(binary.body) == b"\x00\xff"
 
 
 def test_nothing_to_publish_is_fine(broker):

@@ -7,8 +7,7 @@ import psycopg
 import pytest
 
 from flash_celery.errors import ReplicationError, SlotInUse, SlotMissing
-from flash_celery.protocol import pgoutput
-from flash_celery.protocol.frames import Keepalive, XLogData
+from flash_celery.protocol import frames, pgoutput
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.replication import ReplicationConnection, without_password
 
@@ -36,22 +35,22 @@ def connections():
 
 
 def read_until(connection, done, timeout=10.0):
-    frames = []
+    burst = []
     deadline = time.monotonic() + timeout
-    while not done(frames):
-        assert time.monotonic() < deadline, frames
+    while not done(burst):
+        assert time.monotonic() < deadline, burst
         select.select([connection.fileno()], [], [], 0.1)
-        frames += connection.receive()
-    return frames
+        burst += connection.receive()
+    return burst
 
 
-def messages(frames):
-    return [pgoutput.decode(frame.payload) for frame in frames if isinstance(frame, XLogData)]
+def messages(burst):
+    return [pgoutput.decode(one) for one in burst if one[0] != frames.KEEPALIVE]
 
 
 def committed(count):
-    def done(frames):
-        return sum(isinstance(m, pgoutput.Commit) for m in messages(frames)) >= count
+    def done(burst):
+        return sum(isinstance(m, pgoutput.Commit) for m in messages(burst)) >= count
 
     return done
 
@@ -104,11 +103,13 @@ def test_a_keepalive_carries_the_position_of_a_server_busy_elsewhere(table, conn
     table.execute("CREATE TABLE other (id int)", "INSERT INTO other VALUES (1)")
     goal = Lsn.parse(table.one("SELECT pg_current_wal_lsn()"))
 
-    def caught_up(frames):
+    def caught_up(burst):
         connection.send_status(start, start, start, reply=True)
-        return any(isinstance(f, Keepalive) and f.wal_end >= goal for f in frames)
+        alive = [frames.keepalive(one) for one in burst if one[0] == frames.KEEPALIVE]
+        return any(one.wal_end >= goal for one in alive)
 
     read_until(connection, caught_up)
+    assert connection.received >= goal
 
 
 def test_the_end_of_the_server_process_is_a_replication_error(table, connections):
@@ -120,7 +121,7 @@ def test_the_end_of_the_server_process_is_a_replication_error(table, connections
         "WHERE active_pid IS NOT NULL AND database = current_database()"
     )
     with pytest.raises(ReplicationError, match="terminating connection"):
-        read_until(connection, lambda frames: False)
+        read_until(connection, lambda burst: False)
 
 
 def test_a_server_that_is_not_there_is_a_replication_error_without_the_password():

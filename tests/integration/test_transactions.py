@@ -12,7 +12,7 @@ from flash_celery.errors import PublishError
 from flash_celery.protocol import pgoutput
 from flash_celery.publishers.memory import MemoryPublisher
 from flash_celery.spool import Spool
-from flash_celery.transactions import Transactions
+from flash_celery.transactions import Transactions, runs
 
 from .conftest import shown
 
@@ -161,14 +161,16 @@ class Collected:
     """What came out of a stream: each row's number, transaction and index."""
 
     def __init__(self):
-        self.rows = []
+        self.found = []
 
-    def row(self, payload, transaction, index):
-        row, _ = pgoutput.read_row(payload)
-        self.rows.append((int(row.new[0]), transaction, index))
+    def rows(self, kind, rows, transaction, index):
+        for place, payload in enumerate(rows, index):
+            assert payload[:5] == kind
+            row, _ = pgoutput.read_row(payload)
+            self.found.append((int(row.new[0]), transaction, place))
 
     def truncate(self, oids, transaction, index):
-        self.rows.append((-1, transaction, index))
+        self.found.append((-1, transaction, index))
 
     def relation(self, relation): ...
 
@@ -177,21 +179,22 @@ def collected(connection, streaming):
     found = Collected()
     transactions = Transactions(found)
     streamed = 0
-    for (data,) in connection.execute(
+    rows = connection.execute(
         "SELECT data FROM pg_logical_slot_peek_binary_changes('nested', NULL, NULL, "
         "'proto_version', '2', 'publication_names', 'nested', 'streaming', %s)",
         ["on" if streaming else "off"],
-    ).fetchall():
-        streamed += data[:1] == b"S"
-        end = transactions.receive(data)
+    ).fetchall()
+    for kind, run in runs(data for (data,) in rows):
+        streamed += kind[:1] == b"S"
+        end = transactions.receive(kind, run)
         while transactions.replaying:
-            end = transactions.replay(7)
+            end = transactions.replay()
         assert end is None or not transactions.open
     # Before 18 the server does not always say that a streamed transaction with a TRUNCATE was
     # rolled back; its spool ends with the connection.
     assert transactions._spools == {} or connection.info.server_version < 180000
     transactions.close()
-    return found.rows, streamed
+    return found.found, streamed
 
 
 @pytest.fixture(scope="module")
@@ -349,7 +352,7 @@ def test_small_transactions_do_not_wait_for_a_large_one_that_is_open(flash, stre
 def test_a_spool_leaves_no_file(tmp_path):
     spool = Spool(str(tmp_path))
     for number in range(3000):
-        spool.append(number % 3, b"x" * 1000)
+        spool.append(number % 3, [b"x" * 1000])
     assert list(tmp_path.iterdir()) == []
     spool.abort(1)
     assert len(list(spool.messages())) == 2000
@@ -361,7 +364,7 @@ def test_a_full_disk_is_told_and_tried_again():
 
     spool = Spool("/nowhere")
     with contextlib.closing(spool), pytest.raises(SpoolError, match="cannot be spooled"):
-        spool.append(1, b"x" * 3_000_000)
+        spool.append(1, [b"x" * 3_000_000])
 
 
 def test_a_transaction_the_server_cannot_stream_is_read_without(flash):

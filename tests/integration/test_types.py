@@ -14,7 +14,7 @@ from flash_celery.changes import Operation
 from flash_celery.protocol import pgoutput
 from flash_celery.routing import Catalog, Router
 from flash_celery.subscriptions import Subscription, TableName
-from flash_celery.transactions import Transactions
+from flash_celery.transactions import Transactions, runs
 
 from .test_conditions import VALUES as TEXTS
 from .test_conditions import words
@@ -97,7 +97,7 @@ class Reader:
         router = Router(
             [subscription],
             Catalog(connection),
-            lambda one, operation, delivery: self.found.append(delivery),
+            lambda one, operation: self.found.append,
         )
         self.transactions = Transactions(router)
 
@@ -106,8 +106,8 @@ class Reader:
             "SELECT data FROM pg_logical_slot_get_binary_changes('types', NULL, NULL, "
             "'proto_version', '1', 'publication_names', 'everything')"
         ).fetchall()
-        for (data,) in rows:
-            self.transactions.receive(data)
+        for kind, run in runs(data for (data,) in rows):
+            self.transactions.receive(kind, run)
         value = json.loads(payload.encode(self.found))
         self.found.clear()
         return payload.decode(value)

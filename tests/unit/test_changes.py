@@ -141,7 +141,7 @@ def test_a_batch_travels_in_order():
 
 def test_neighbours_share_one_entry_in_the_message():
     row = pgoutput.encode_row("I", 1, None, None, [b"1", None, None])
-    deliveries = [Delivery(ORDERS, TRANSACTION, index, 0, 0, row) for index in range(500)]
+    deliveries = [Delivery(ORDERS, TRANSACTION, index, 0, 0, [row]) for index in range(500)]
     value = loads(encode(deliveries))
     assert value["runs"] == [[0, 0, 0, 500, 0, 0]]
     assert [change.index for change in decode(value)] == list(range(500))

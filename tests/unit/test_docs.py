@@ -142,7 +142,7 @@ def test_the_wire_format_names_every_field():
     text = DOCS["wire-format.md"]
     columns = (Column("id", 20, "int8", identity=True),)
     table = Table("public", "t", None, "d", ("id",), columns, "billing")
-    value = loads(encode([Delivery(table, Transaction(Lsn(1), 1, 0), 0, 0, 0, TRUNCATED)]))
+    value = loads(encode([Delivery(table, Transaction(Lsn(1), 1, 0), 0, 0, 0, [TRUNCATED])]))
     assert f"version {VERSION}" in text
     for field in (*value, *value["tables"][0]):
         assert f"`{field}`" in text

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::celery.exceptions.CDeprecationW
 
 TABLE = Table("public", "orders", None, "d", ("id",), (Column("id", 23, "integer", True),))
 DELIVERY = Delivery(
-    TABLE, Transaction(Lsn(0x16B3748), 7, 0), 3, 0, 0, encode_row("I", 0, None, None, [b"5"])
+    TABLE, Transaction(Lsn(0x16B3748), 7, 0), 3, 0, 0, [encode_row("I", 0, None, None, [b"5"])]
 )
 INSERT, DELETE = Operation.INSERT, Operation.DELETE
 
@@ -87,7 +87,7 @@ def test_the_name_in_flash_routes_begins_with_the_source(app):
 
 
 def test_a_message_is_one_a_celery_worker_accepts(make):
-    message = make()().message([DELIVERY])
+    message = make()().each(DELIVERY)[0]
     assert message.queue == "flash"
     assert message.headers["task"] == "shop.handle"
     assert message.headers["id"] == message.headers["root_id"]
@@ -106,20 +106,20 @@ def test_a_message_is_one_a_celery_worker_accepts(make):
 
 def test_the_headers_are_those_that_celery_writes(make, app):
     theirs = app.amqp.as_task_v2("id", "shop.handle", argsrepr="", kwargsrepr="")
-    assert set(make()().message([DELIVERY]).headers) == set(theirs.headers)
+    assert set(make()().each(DELIVERY)[0].headers) == set(theirs.headers)
 
 
 def test_the_task_id_of_one_change_is_the_same_every_time_and_nobody_elses(make):
     first, again = make(source="a")(), make(source="a")()
-    assert first.message([DELIVERY]).headers["id"] == again.message([DELIVERY]).headers["id"]
-    elsewhere = make(source="b")().message([DELIVERY])
-    assert first.message([DELIVERY]).headers["id"] != elsewhere.headers["id"]
+    assert first.each(DELIVERY)[0].headers["id"] == again.each(DELIVERY)[0].headers["id"]
+    elsewhere = make(source="b")().each(DELIVERY)[0]
+    assert first.each(DELIVERY)[0].headers["id"] != elsewhere.headers["id"]
     other = DELIVERY._replace(ordinal=4)
-    assert first.message([DELIVERY]).headers["id"] != first.message([other]).headers["id"]
+    assert first.each(DELIVERY)[0].headers["id"] != first.each(other)[0].headers["id"]
 
 
 def test_a_batch_is_one_message(make):
-    message = make(batch=10)().message([DELIVERY, DELIVERY._replace(ordinal=4)])
+    message = make(batch=10)().together([DELIVERY, DELIVERY._replace(ordinal=4)])
     (argument,), _, _ = json.loads(message.body)
     assert argument["__type__"] == "flash_celery.changes"
     assert message.headers["argsrepr"] == "2 changes from insert public.orders id=5 @0/16B3748"
@@ -147,12 +147,12 @@ def test_flash_routes_go_by_operation(make):
     template = make(conf={"flash_routes": ROUTES})
     assert template(INSERT).queue == "tables"
     assert template(DELETE).queue == "cleanup"
-    assert template(DELETE).message([DELIVERY]).properties["priority"] == 9
+    assert template(DELETE).each(DELIVERY)[0].properties["priority"] == 9
 
 
 def test_the_options_of_the_task_are_honoured(make):
     options = {"time_limit": 30, "soft_time_limit": 20, "priority": 3, "expires": 60}
-    message = make(task_options={**options, "ignore_result": True})().message([DELIVERY])
+    message = make(task_options={**options, "ignore_result": True})().each(DELIVERY)[0]
     assert message.headers["timelimit"] == [30, 20]
     assert message.headers["ignore_result"] is True
     assert message.headers["expires"].startswith("20")
@@ -181,7 +181,7 @@ def test_a_queue_that_cannot_be_made_is_refused(make):
 def test_compression_is_honoured(make):
     from kombu.compression import decompress
 
-    message = make(task_options={"compression": "gzip"})().message([DELIVERY])
+    message = make(task_options={"compression": "gzip"})().each(DELIVERY)[0]
     assert b"flash_celery.change" in decompress(message.body, message.headers["compression"])
 
 

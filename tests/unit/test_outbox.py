@@ -35,7 +35,7 @@ def template(app, operation=Operation.INSERT, **options):
 
 def delivery(number, size=1):
     row = encode_row("I", 0, None, None, [str(number).zfill(size).encode()])
-    return Delivery(TABLE, Transaction(Lsn(number * 16), 7, 0), 0, 0, 0, row)
+    return Delivery(TABLE, Transaction(Lsn(number * 16), 7, 0), 0, 0, 0, [row])
 
 
 def ids(message):

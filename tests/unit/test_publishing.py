@@ -8,7 +8,7 @@ from kombu import Queue
 
 from flash_celery import publishing
 from flash_celery.errors import PublishError
-from flash_celery.messages import Message
+from flash_celery.messages import Form, Message
 from flash_celery.outbox import Unit
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.publishers.memory import MemoryPublisher
@@ -35,7 +35,7 @@ class Flaky(MemoryPublisher):
 
 
 def message(number):
-    return Message("flash", "handle", {"argsrepr": str(number)}, {}, str(number))
+    return Message(Form("flash", "handle", {}, {}), str(number), str(number), str(number))
 
 
 def unit(first, count, position):
