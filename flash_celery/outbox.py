@@ -94,9 +94,9 @@ class Outbox:
         """Everything up to here has been added."""
         self._committed = position
 
-    def collect(self, everything: bool = False) -> Unit:
-        """What can leave now; `everything` does not wait for batches."""
-        now = self._clock()
+    def collect(self, everything: bool = False, held: float = 0.0) -> Unit:
+        """What can leave now: batches only if they were due `held` seconds ago, or `everything`."""
+        now = self._clock() - held
         for template, batch in list(self._batches.items()):
             if everything or batch.due <= now:
                 self._release(template)

@@ -67,6 +67,11 @@ class Publishing(threading.Thread):
         return self._size < IN_FLIGHT_BYTES
 
     @property
+    def busy(self) -> bool:
+        """Whether a message is not confirmed yet."""
+        return self._size > 0
+
+    @property
     def idle(self) -> bool:
         """Whether every unit has been confirmed."""
         with self._changed:

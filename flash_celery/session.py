@@ -37,6 +37,8 @@ _UNIT_BYTES = 1 << 20
 _LOOK_SECONDS = 1.0
 #: Runs that are taken before the server is looked after again.
 _STEPS = 5000
+#: Seconds that a batch may fill up further while the broker is busy with what came before it.
+_HELD_SECONDS = 0.02
 #: How many status intervals may pass without a byte from the server.
 _SILENT_INTERVALS = 3
 #: … and seconds, at least.
@@ -146,7 +148,7 @@ class Session:
             return 0.0
         due = min(self._told + self._interval, self._looked + _LOOK_SECONDS)
         if self._outbox.due is not None:
-            due = min(due, self._outbox.due)
+            due = min(due, self._outbox.due + self._held)
         return max(0.0, due - time.monotonic())
 
     def _work(self) -> bool:
@@ -177,12 +179,17 @@ class Session:
         if end is not None:
             self._outbox.commit(end)
 
+    @property
+    def _held(self) -> float:
+        """Seconds that batches wait beyond their time: nothing is lost while others go first."""
+        return _HELD_SECONDS if self._publishing.busy else 0.0
+
     def close(self) -> None:
         """Let go of what was spooled."""
         self._transactions.close()
 
     def _hand_over(self, everything: bool = False) -> None:
-        unit = self._outbox.collect(everything)
+        unit = self._outbox.collect(everything, self._held)
         if unit.messages or unit.position > self._handed:
             self._handed = max(self._handed, unit.position)
             self._publishing.put(unit)

@@ -109,3 +109,53 @@ def test_rows_of_an_open_transaction_do_not_move_the_position(app):
     outbox.add(one, delivery(1))
     unit = outbox.collect()
     assert (len(unit.messages), unit.position) == (1, 8)
+
+
+def rows(*sizes):
+    encoded = [encode_row("I", 0, None, None, [b"7".zfill(size)]) for size in sizes]
+    return Delivery(TABLE, Transaction(Lsn(16), 7, 0), 0, 0, 0, encoded)
+
+
+def told(message):
+    import json
+
+    ((argument,), _, _) = json.loads(message.body)
+    return payload.decode(argument["__value__"])
+
+
+def test_a_run_of_rows_is_cut_where_a_batch_is_full(app):
+    outbox, batch = Outbox(), template(app, batch=4)
+    outbox.add(batch, rows(1, 1, 1))
+    outbox.add(batch, rows(*[1] * 7)._replace(ordinal=3))
+    messages = outbox.collect().messages
+    assert [[change.index for change in told(message)] for message in messages] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9],
+    ]
+
+
+def test_a_row_with_more_bytes_than_a_batch_travels_alone(app, monkeypatch):
+    monkeypatch.setattr("flash_celery.outbox.BATCH_BYTES", 100)
+    outbox, batch = Outbox(), template(app, batch=10)
+    outbox.add(batch, rows(1, 1, 500, 1, 1, 500, 500))
+    outbox.add(batch, rows(1)._replace(ordinal=7))
+    messages = outbox.collect().messages
+    assert [[change.index for change in told(message)] for message in messages] == [
+        [0, 1],
+        [2],
+        [3, 4],
+        [5],
+        [6],
+        [7],
+    ]
+
+
+def test_a_batch_may_be_held_beyond_its_time(app):
+    clock = Clock()
+    outbox, batch = Outbox(clock), template(app, batch=10)
+    outbox.add(batch, delivery(1))
+    assert outbox.collect(held=0.5).messages == []
+    outbox.add(batch, delivery(2))
+    clock.now = 0.5
+    assert [ids(message) for message in outbox.collect(held=0.5).messages] == [[1, 2]]
