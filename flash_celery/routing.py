@@ -165,8 +165,7 @@ class Router:
                 if transitions is None:
                     route = self._forward(subscription, operation, table)
                 else:
-                    judge = getattr(transitions, operation.names()[0])
-                    route = self._judge(subscription, table, judge)
+                    route = self._judge(subscription, table, transitions)
                 kind = tag + relation.oid.to_bytes(4, "big")
                 routes = self._routes.setdefault(kind, {})
                 other = routes.get(subscription.handler)
@@ -196,9 +195,9 @@ class Router:
         self,
         subscription: Subscription,
         table: Table,
-        judge: Callable[[pgoutput.Row], Iterable[tuple[Operation, int, bytes]]],
+        transitions: Transitions,
     ) -> Route:
-        number = subscription.number
+        judge, number = transitions.judge, subscription.number
         deliver = {
             one: self._destination(subscription, one)
             for one in _TAGS
@@ -207,8 +206,7 @@ class Router:
 
         def judged(rows: Sequence[bytes], transaction: Transaction, index: int) -> None:
             for place, payload in enumerate(rows, index):
-                row, _ = pgoutput.read_row(payload)
-                for operation, half, data in judge(row):
+                for operation, half, data in judge(payload):
                     deliver[operation](Delivery(table, transaction, place, half, number, [data]))
 
         return judged

@@ -6,16 +6,31 @@ The rows that come out are messages of pgoutput too, so the Celery worker needs 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from operator import itemgetter
+from typing import Any
 
 from .changes import Operation
 from .conditions import Cells
-from .protocol.pgoutput import UNCHANGED_TOAST, Cell, Column, Row, encode_row
+from .protocol.pgoutput import (
+    FIRST_TUPLE,
+    UNCHANGED_TOAST,
+    Cell,
+    Column,
+    Row,
+    encode_row,
+    read_cells,
+    read_row,
+)
 from .rows import Table
 from .subscriptions import Subscription
 
 INSERT, UPDATE, DELETE = Operation.INSERT, Operation.UPDATE, Operation.DELETE
 #: An operation, which half of a key change it is (0: none), and the row to send.
 Outcome = tuple[Operation, int, bytes]
+#: Verdicts that are remembered, and bytes of the values that one of them is of.
+_REMEMBERED = 2000
+_SHORT = 200
+_INSERTED = ord("I")
 
 
 class Transitions:
@@ -42,7 +57,11 @@ class Transitions:
         self._identity = frozenset(n for n, column in enumerate(columns) if column.key)
         self._identity_kind = table.identity
         where = subscription.where
-        self._where = self._places(where.columns if where and matches else ())
+        self._where = sorted(self._places(where.columns if where and matches else ()))
+        self._glance = self._where[-1] + 1 if self._where else 0
+        self._compared: Callable[[Any], Any] = itemgetter(*self._where) if self._where else tuple
+        #: Equal bytes are equal values, so what was judged once need not be again.
+        self._verdicts: dict[Any, bool] = {}
         self._conditional = where is not None
         self._matches = matches
         self._fields = self._places(subscription.fields or ())
@@ -53,6 +72,19 @@ class Transitions:
     def _places(self, names: Iterable[str]) -> list[int]:
         """Where these columns are; rows from before a column was added do not have it."""
         return [self._position[name] for name in names if name in self._position]
+
+    def judge(self, payload: bytes) -> list[Outcome]:
+        """What an Insert, Update or Delete message is for the subscription."""
+        if self._glance and payload[0] == _INSERTED:
+            # Most rows of most conditions are refused: only the columns compared are read for it.
+            cells, _ = read_cells(payload, FIRST_TUPLE, self._glance)
+            if self._compare(cells) is False:
+                return []
+            row, _ = read_row(payload)
+            return self._wanted([(INSERT, 0, self._insert(row.new or []))])
+        row, _ = read_row(payload)
+        judge = {"I": self.insert, "U": self.update, "D": self.delete}[row.operation]
+        return judge(row)
 
     def insert(self, row: Row) -> list[Outcome]:
         """A new row, if it is within the condition."""
@@ -117,15 +149,27 @@ class Transitions:
         ):
             self._unknown()
             return None
-        try:
-            return self._matches(lambda name: self._text(cells[self._position[name]]))
-        except RecursionError:  # json nested deeper than Python can follow
-            self._unknown()
-            return None
+        return self._compare(cells)
 
-    @staticmethod
-    def _text(cell: Cell) -> bytes | None:
-        return cell if isinstance(cell, bytes) else None
+    def _compare(self, cells: Sequence[Cell]) -> bool | None:
+        """What the condition says, which knows all it looks at."""
+        values = self._compared(cells)
+        verdict = self._verdicts.get(values)
+        if verdict is None:
+            try:
+                assert self._matches is not None
+                verdict = self._matches(lambda name: _text(cells[self._position[name]]))
+            except RecursionError:  # json nested deeper than Python can follow
+                self._unknown()
+                return None
+            self._remember(values, [cells[n] for n in self._where], verdict)
+        return verdict
+
+    def _remember(self, values: Any, cells: Sequence[Cell], verdict: bool) -> None:
+        if len(self._verdicts) >= _REMEMBERED:
+            self._verdicts.clear()
+        if sum(len(_text(cell) or b"") for cell in cells) <= _SHORT:
+            self._verdicts[values] = verdict
 
     @staticmethod
     def _differs(
@@ -163,3 +207,7 @@ class Transitions:
 
     def _cut(self, cells: Sequence[Cell]) -> list[Cell]:
         return [cells[n] for n in self._kept]
+
+
+def _text(cell: Cell) -> bytes | None:
+    return cell if isinstance(cell, bytes) else None

@@ -151,3 +151,31 @@ def test_a_row_leaving_a_condition_on_its_identity_is_known_by_its_key():
     judge = transitions("d", where=conditions.parse({"id__lt": 5}))
     left = judge.update(update("7 paid a", "1 - -", kind="K"))
     assert shown(left) == ["delete 1 - -"]
+
+
+def message(operation, old, new, kind=None):
+    return pgoutput.encode_row(operation, 7, kind, old and cells(old), new and cells(new))
+
+
+def test_a_message_is_judged_as_its_row_is():
+    judge = transitions(where=PAID)
+    for _ in range(2):  # the second time the verdict is remembered
+        assert shown(judge.judge(message("I", None, "1 paid a"))) == ["insert 1 paid a"]
+        assert judge.judge(message("I", None, "1 open a")) == []
+        assert judge.judge(message("I", None, "1 - a")) == []
+    updated = message("U", "1 paid a", "1 open a", "O")
+    assert shown(judge.judge(updated)) == ["delete 1 paid a"]
+    assert shown(judge.judge(message("D", "1 paid a", None, "O"))) == ["delete 1 paid a"]
+    everything = transitions(fields=("status",), kept=("id", "status"))
+    assert shown(everything.judge(message("I", None, "1 open a"))) == ["insert 1 open"]
+
+
+def test_what_is_remembered_of_verdicts_is_bounded():
+    judge = transitions(where=conditions.parse({"note__startswith": "a", "id__lt": 9999}))
+    for number in range(5000):
+        assert len(judge.judge(message("I", None, f"{number} open a{number}"))) == 1
+    assert judge.judge(message("I", None, "9999 open a")) == []
+    assert len(judge._verdicts) <= 2000
+    judge._verdicts.clear()
+    judge.judge(message("I", None, f"1 open a{'b' * 1000}"))
+    assert not judge._verdicts
