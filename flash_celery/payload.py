@@ -77,7 +77,8 @@ def encode(deliveries: Iterable[Delivery]) -> str:
     return (
         f'{{"v":{VERSION},"tables":[{",".join(map(_table_json, tables))}],'
         f'"transactions":[{",".join(map(_transaction_json, transactions))}],'
-        f'"runs":{json.dumps(runs, separators=(",", ":"))},'
+        # Lists of numbers look the same in Python, and this takes half the time of dumps.
+        f'"runs":{str(runs).replace(" ", "")},'
         f'"rows":"{b2a_base64(b"".join(rows), newline=False).decode()}"}}'
     )
 
@@ -155,7 +156,8 @@ def _column_of(
 
 
 def _transaction_json(transaction: Transaction) -> str:
-    return f'["{transaction.commit_lsn}",{transaction.xid},{transaction.committed_at},{{}}]'
+    commit_lsn, xid, committed_at = transaction
+    return f'["{commit_lsn!s}",{xid},{committed_at},{{}}]'
 
 
 def decode(value: Any) -> list[Change]:

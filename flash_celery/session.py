@@ -36,7 +36,7 @@ _UNIT_BYTES = 1 << 20
 #: Seconds between two looks at the tables in the catalog.
 _LOOK_SECONDS = 1.0
 #: Runs that are taken before the server is looked after again.
-_STEPS = 5000
+_STEPS = 10_000
 #: Seconds that a batch may fill up further while the broker is busy with what came before it.
 _HELD_SECONDS = 0.02
 #: How many status intervals may pass without a byte from the server.
@@ -153,20 +153,23 @@ class Session:
 
     def _work(self) -> bool:
         """Take what has arrived, a unit's worth of it; whether the server asks for an answer."""
+        arrived, transactions, outbox = self._runs, self._transactions, self._outbox
         asked = False
         for _ in range(_STEPS):
-            if self._outbox.size >= _UNIT_BYTES:
+            if outbox.size >= _UNIT_BYTES:
                 break
-            if self._transactions.replaying:
-                self._commit(self._transactions.replay())
-            elif self._runs:
-                kind, run = self._runs.popleft()
+            if transactions.replaying:
+                end = transactions.replay()
+            elif arrived:
+                kind, run = arrived.popleft()
                 if kind[0] == frames.KEEPALIVE:
                     asked = self._keepalive(frames.keepalive(run[-1])) or asked
-                else:
-                    self._commit(self._transactions.receive(kind, run))
+                    continue
+                end = transactions.receive(kind, run)
             else:
                 break
+            if end is not None:
+                outbox.commit(end)
         return asked
 
     def _keepalive(self, keepalive: frames.Keepalive) -> bool:
@@ -174,10 +177,6 @@ class Session:
             # Everything committed before this position has been sent.
             self._outbox.commit(keepalive.wal_end)
         return keepalive.reply
-
-    def _commit(self, end: Lsn | None) -> None:
-        if end is not None:
-            self._outbox.commit(end)
 
     @property
     def _held(self) -> float:

@@ -70,18 +70,15 @@ class Transactions:
         self._spools: dict[int, Spool] = {}
         #: Where messages of the block that is open go.
         self._block: Spool | None = None
-        self._replay: Iterator[bytes] | None = None
+        #: Whether a spooled transaction has committed: `replay` before the next `receive`.
+        self.replaying = False
+        self._replay: Iterator[bytes] = iter(())
         self._committed: pgoutput.StreamCommit | None = None
 
     @property
     def open(self) -> bool:
         """Whether a transaction has begun and not ended yet."""
         return self._transaction is not _NOTHING
-
-    @property
-    def replaying(self) -> bool:
-        """Whether a spooled transaction has committed: `replay` before the next `receive`."""
-        return self._replay is not None
 
     def receive(self, kind: bytes, run: Sequence[bytes]) -> Lsn | None:
         """Take one of `runs`; the end of the transaction if it was its last.
@@ -97,7 +94,6 @@ class Transactions:
 
     def replay(self) -> Lsn | None:
         """Pass on some messages of a spooled transaction; its end after the last one."""
-        assert self._replay is not None
         assert self._committed is not None
         some = list(islice(self._replay, _TOGETHER))
         if not some:
@@ -122,17 +118,14 @@ class Transactions:
         end = None
         for message in run:
             if tag == _BEGIN:
-                self._begin(Transaction(*pgoutput.read_begin(message)))
+                self._begin(pgoutput.read_begin(message))
             elif tag == _COMMIT:
-                end = self._end(message)
+                self._require_open(kind)
+                self._transaction = _NOTHING
+                end = pgoutput.read_commit(message)
             else:
                 self._other(pgoutput.decode(message), message)
         return end
-
-    def _end(self, message: bytes) -> Lsn:
-        self._require_open(message)
-        self._transaction = _NOTHING
-        return pgoutput.read_commit(message)
 
     def _other(self, message: pgoutput.Message, payload: bytes) -> None:
         match message:
@@ -157,10 +150,10 @@ class Transactions:
             case pgoutput.StreamCommit():
                 self._commit(message)
 
-    def _begin(self, transaction: Transaction) -> None:
-        if self.open:
+    def _begin(self, transaction: tuple[Lsn, int, int]) -> None:
+        if self._transaction is not _NOTHING:
             raise ProtocolError("A transaction began before the last one had ended.")
-        self._transaction = transaction
+        self._transaction = Transaction._make(transaction)
         self._index = self._messages = 0
 
     def _abort(self, abort: pgoutput.StreamAbort) -> None:
@@ -174,16 +167,16 @@ class Transactions:
     def _commit(self, commit: pgoutput.StreamCommit) -> None:
         if commit.xid not in self._spools:
             raise ProtocolError(f"Transaction {commit.xid} committed without having been streamed.")
-        self._begin(Transaction(commit.commit_lsn, commit.xid, commit.committed_at))
-        self._committed = commit
+        self._begin((commit.commit_lsn, commit.xid, commit.committed_at))
+        self._committed, self.replaying = commit, True
         self._replay = self._spools[commit.xid].messages()
 
     def _finish(self, commit: pgoutput.StreamCommit) -> Lsn:
         self._spools.pop(commit.xid).close()
-        self._replay = self._committed = None
+        self._committed, self.replaying = None, False
         self._transaction = _NOTHING
         return commit.end_lsn
 
     def _require_open(self, payload: bytes) -> None:
-        if not self.open:
+        if self._transaction is _NOTHING:
             raise ProtocolError(f"{payload[:1]!r} came outside a transaction.")
