@@ -14,7 +14,7 @@ from .protocol.lsn import Lsn
 #: Bytes of rows in one batch; a single row may have more.
 BATCH_BYTES = 4 << 20
 #: What a message takes in memory beside its body, roughly.
-MESSAGE_BYTES = 4000
+MESSAGE_BYTES = 1000
 
 
 class Unit(NamedTuple):

@@ -28,7 +28,7 @@ IN_FLIGHT_BYTES = 32 << 20
 #: Seconds between two complaints about the same trouble.
 _REMINDER_SECONDS = 60.0
 #: Bytes that one call of `publish` takes, where several units wait.
-_TOGETHER_BYTES = 4 << 20
+_TOGETHER_BYTES = 8 << 20
 
 
 class Publishing(threading.Thread):

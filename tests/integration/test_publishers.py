@@ -2,6 +2,9 @@
 
 import signal
 import subprocess
+from functools import partial
+from types import SimpleNamespace
+from uuid import uuid4
 
 import pytest
 import redis
@@ -149,6 +152,22 @@ def test_a_message_is_what_was_published(broker):
         assert found.content_type == "application/json"
     assert (one.headers.get("trace"), other.headers["trace"]) == (None, "abc")
     assert bytes(binary.body) == b"\x00\xff"
+
+
+def test_rabbitmq_is_sent_what_the_library_would_write():
+    from kombu.transport.pyamqp import Channel
+
+    publisher = AmqpPublisher(Celery("shop", set_as_current=False))
+    publisher._channel = SimpleNamespace(prepare_message=partial(Channel.prepare_message, None))
+    publisher._forms = {}
+    for length in range(300):
+        form = Form("a % b", "shop.handle", {"shadow": "%" * length}, {"priority": 37})
+        one = Message(form, str(uuid4()), "é" * (length // 2), "body")
+        assert one.plain
+        fast = publisher._written(one)
+        assert one.headers["shadow"] == "%" * length
+        assert not one.plain
+        assert publisher._written(one) == fast
 
 
 def test_nothing_to_publish_is_fine(broker):
