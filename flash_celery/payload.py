@@ -10,6 +10,7 @@ import json
 import struct
 from binascii import a2b_base64, b2a_base64
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from kombu.utils.json import register_type
@@ -27,7 +28,7 @@ from .changes import (
 from .errors import PayloadError, ProtocolError
 from .protocol import pgoutput
 from .protocol.lsn import Lsn
-from .rows import Column, Table, Transaction, decoded
+from .rows import Column, Row, Table, Transaction
 
 VERSION = 1
 CHANGE = "flash_celery.change"
@@ -106,10 +107,10 @@ def _label(table: Table, transaction: Transaction, commit: str, row: bytes) -> s
     name = _NAMES.get(row[:1])
     if name is None or (name == "update" and row[5:6] != b"N"):
         return repr(change_of(Delivery(table, transaction, 0, 0, 0, [row])))
-    columns = table.key_columns
-    most = columns[-1][0] + 1 if columns else 0
+    most = table.key_columns[-1][0] + 1 if table.key_columns else 0
     cells, _ = pgoutput.read_cells(row, pgoutput.FIRST_TUPLE, most)
-    key = "".join([f" {column.name}={decoded(column, cells[n])}" for n, column in columns])
+    values = Row(table, cells, frozenset(table.key))
+    key = "".join([f" {column}={values[column]}" for _, column in table.key_columns])
     return f"{name} {table.full_name}{key} @{commit}"
 
 
@@ -171,19 +172,23 @@ def decode(value: Any) -> list[Change]:
         raise PayloadError(f"This is not a message of flash-celery: {error!r}.") from error
 
 
+@lru_cache(maxsize=256)
+def _table_of(description: str) -> Table:
+    """The table of a description; the next messages find it with its loaders made."""
+    table = json.loads(description)
+    return Table(
+        table["schema"],
+        table["name"],
+        table["partition"],
+        table["identity"],
+        tuple(table["key"]),
+        tuple(_column_of(*column) for column in table["columns"]),
+        table.get("source", ""),
+    )
+
+
 def _decode(value: Any) -> list[Change]:
-    tables = [
-        Table(
-            t["schema"],
-            t["name"],
-            t["partition"],
-            t["identity"],
-            tuple(t["key"]),
-            tuple(_column_of(*column) for column in t["columns"]),
-            t.get("source", ""),
-        )
-        for t in value["tables"]
-    ]
+    tables = [_table_of(json.dumps(table)) for table in value["tables"]]
     transactions = [
         Transaction(Lsn.parse(lsn), xid, committed_at)
         for lsn, xid, committed_at, _ in value["transactions"]

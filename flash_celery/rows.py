@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -61,9 +61,14 @@ class Table:
         return {column.name: number for number, column in enumerate(self.columns)}
 
     @cached_property
-    def key_columns(self) -> list[tuple[int, Column]]:
+    def loaders(self) -> list[Callable[[Any], Any]]:
+        """What turns the text of each column into Python."""
+        return [column.load for column in self.columns]
+
+    @cached_property
+    def key_columns(self) -> list[tuple[int, str]]:
         """The columns of the key and where they are, in the order of the row."""
-        return [(n, column) for n, column in enumerate(self.columns) if column.name in self.key]
+        return [(n, one.name) for n, one in enumerate(self.columns) if one.name in self.key]
 
     @cached_property
     def delivered(self) -> frozenset[str]:
@@ -96,13 +101,6 @@ class Transaction(NamedTuple):
     committed_at: int
 
 
-def decoded(column: Column, cell: Cell) -> Any:
-    """A cell as Python."""
-    if isinstance(cell, bytes):
-        return column.load(cell)
-    return cell
-
-
 class Row(Mapping[str, Any]):
     """A read-only mapping of column name to Python value, decoded when touched."""
 
@@ -117,9 +115,14 @@ class Row(Mapping[str, Any]):
         if name not in self._known:
             raise KeyError(self._why_unknown(name))
         position = self._table.positions[name]
-        return decoded(self._table.columns[position], self._cells[position])
+        cell = self._cells[position]
+        if cell is None or cell is UNCHANGED:
+            return cell
+        return self._table.loaders[position](cell)
 
     def __iter__(self) -> Iterator[str]:
+        if len(self._known) == len(self._table.positions):
+            return iter(self._table.positions)
         return (column.name for column in self._table.columns if column.name in self._known)
 
     def __len__(self) -> int:

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from amqp import spec
+from amqp import RecoverableConnectionError, spec
 from amqp.serialization import dumps
 
 from ..errors import NotConfirmed, PublishError, Unroutable
@@ -78,6 +78,8 @@ class AmqpPublisher(ConnectedPublisher):
         Not by basic_publish, which looks for an answer at each message, or even waits for one.
         """
         channel = self._channel
+        if channel.connection is None:
+            raise RecoverableConnectionError("the connection was closed")
         gathered, size = [], 0
         for message in messages:
             self._sent += 1
