@@ -111,7 +111,7 @@ def _label(table: Table, transaction: Transaction, commit: str, row: bytes) -> s
     cells, _ = pgoutput.read_cells(row, pgoutput.FIRST_TUPLE, most)
     values = Row(table, cells, frozenset(table.key))
     key = "".join([f" {column}={values[column]}" for _, column in table.key_columns])
-    return f"{name} {table.full_name}{key} @{commit}"
+    return f"{name} {table.shown}{key} @{commit}"
 
 
 def _table_json(table: Table) -> str:

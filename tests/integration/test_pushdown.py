@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from functools import partial
 
 import psycopg
 import pytest
@@ -11,11 +12,11 @@ from hypothesis import strategies as st
 from flash_celery import catalog, conditions, ddl, explain, preflight, publications, pushdown
 from flash_celery.errors import SubscriptionError
 from flash_celery.handlers import subscriptions_of
-from flash_celery.payload import change_of
+from flash_celery.payload import changes_of
 from flash_celery.routing import Catalog, Router
 from flash_celery.settings import Settings
 from flash_celery.subscriptions import Subscription, TableName, operations_of
-from flash_celery.transactions import Transactions
+from flash_celery.transactions import Transactions, runs
 
 from .conftest import shown
 
@@ -332,24 +333,28 @@ def read(connection, prefix, subscriptions):
     """What the handlers are told, without the numbers of rows, and how many rows were sent."""
     told = []
 
-    def deliver(subscription, operation, delivery):
-        change = change_of(delivery)
-        # As text, for NaN is not itself.
-        rows = [repr(getattr(change, side)) for side in ("old", "new") if hasattr(change, side)]
-        told.append(
-            (subscription.handler, operation, dict(change.key), rows, change.half,
-             change.changed, change.xid, change.commit_lsn)
-        )  # fmt: skip
+    def destination(subscription, operation):
+        return partial(deliver, subscription.handler, operation)
 
-    transactions = Transactions(Router(subscriptions, Catalog(connection), deliver))
-    sent = 0
-    for (data,) in connection.execute(
-        "SELECT data FROM pg_logical_slot_peek_binary_changes('pushed', NULL, NULL, "
-        "'proto_version', '1', 'publication_names', %s)",
-        [",".join(publications.names(prefix))],
-    ).fetchall():
-        sent += data[:1] in (b"I", b"U", b"D")
-        transactions.receive(data)
+    def deliver(handler, operation, delivery):
+        for change in changes_of(delivery):
+            # As text, for NaN is not itself.
+            rows = [repr(getattr(change, side)) for side in ("old", "new") if hasattr(change, side)]
+            origin = change.xid, change.commit_lsn, change.half
+            told.append((handler, operation, dict(change.key), rows, change.changed, origin))
+
+    transactions = Transactions(Router(subscriptions, Catalog(connection), destination))
+    messages = [
+        data
+        for (data,) in connection.execute(
+            "SELECT data FROM pg_logical_slot_peek_binary_changes('pushed', NULL, NULL, "
+            "'proto_version', '1', 'publication_names', %s)",
+            [",".join(publications.names(prefix))],
+        ).fetchall()
+    ]
+    for kind, run in runs(messages):
+        transactions.receive(kind, run)
+    sent = sum(message[:1] in (b"I", b"U", b"D") for message in messages)
     return told, sent
 
 

@@ -117,7 +117,7 @@ def test_a_source_is_in_the_message_only_where_it_has_a_name():
     assert (here.source, elsewhere.source) == ("", "billing")
     row = pgoutput.encode_row("I", 1, None, None, [b"1", None, None])
     tables = [
-        loads(encode([Delivery(table, TRANSACTION, 0, 0, 0, row)]))["tables"][0]
+        loads(encode([Delivery(table, TRANSACTION, 0, 0, 0, [row])]))["tables"][0]
         for table in (ORDERS, BILLING)
     ]
     assert "source" not in tables[0]

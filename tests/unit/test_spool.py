@@ -80,7 +80,7 @@ def test_many_open_transactions_take_little_memory(tmp_path):
         spools = [Spool(str(tmp_path)) for _ in range(200)]
         for _ in range(9):
             for spool in spools:
-                spool.append(1, b"x" * 100_000)
+                spool.append(1, [b"x" * 100_000])
         used, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
