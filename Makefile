@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PROPERTIES := $(addprefix tests/integration/test_,conditions.py types.py transactions.py)
+PROPERTIES := $(patsubst %,tests/integration/test_%.py,conditions pushdown transactions types)
 
-.PHONY: demo test soak matrix lint types clean
+.PHONY: demo test bench soak matrix lint types clean
 
 # Changes becoming tasks, on servers of its own; ARGS=--once ends by itself.
 demo: $(VENV)/.stamp
@@ -12,6 +12,10 @@ demo: $(VENV)/.stamp
 
 test: $(VENV)/.stamp
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+# How fast it is, beside what else there is; ARGS="--only drain --scale 0.1 --runs 1", ARGS=--list.
+bench: $(VENV)/.stamp
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 # What takes minutes or gigabytes, and the property tests with many more examples.
 soak: $(VENV)/.stamp

@@ -1,0 +1,96 @@
+"""What the scenarios share: servers, sizes, and where results go."""
+
+import itertools
+from contextlib import ExitStack, contextmanager
+
+import amqp
+
+from benchmarks.writer import Backlog, Database
+from example_project.servers import Postgres, Rabbit, Valkey
+
+#: As it comes, but for what would happen at another moment in each run.
+POSTGRES = {"autovacuum": "off", "checkpoint_timeout": "1d", "max_wal_size": "32GB"}
+#: Durable within a second, as most run it; with `always` whoever enqueues one by one pays most.
+VALKEY = {"appendfsync": "everysec", "auto-aof-rewrite-percentage": "0"}
+
+
+class Bench:
+    """One execution of `make bench`."""
+
+    def __init__(self, scale, runs, console):
+        self.scale = scale
+        self.runs = runs
+        self.console = console
+        self.lines = []
+        #: Samples over time or of a distribution, for the charts.
+        self.series = {}
+        self._status = None
+        self._servers = ExitStack()
+        self._numbers = itertools.count(1)
+        self._backlogs = {}
+        self._rabbit = None
+
+    def __enter__(self):
+        self.postgres = self._servers.enter_context(Postgres(**POSTGRES))
+        self._status = self._servers.enter_context(self.console.status("starting"))
+        return self
+
+    def __exit__(self, *exit_):
+        self._servers.close()
+
+    def size(self, full):
+        """So many at this scale; never so few that a batch is not full."""
+        return max(min(full, 1000), int(full * self.scale))
+
+    def seconds(self, full):
+        """So long at this scale."""
+        return max(0.5, full * min(1.0, self.scale))
+
+    def doing(self, text):
+        """Show what is going on."""
+        self._status.update(text)
+        if not self.console.is_terminal:
+            self.console.print(f"  … {text}")
+
+    def say(self, text):
+        """Show what came out."""
+        self.console.print(text)
+
+    def add(self, line):
+        """Keep a line of the table."""
+        self.lines.append(line)
+
+    def each_run(self, what):
+        """The numbers of the runs, each announced."""
+        for run in range(1, self.runs + 1):
+            self.doing(f"{what}, run {run} of {self.runs}")
+            yield run
+
+    def database(self, others=0):
+        """A new database with the table."""
+        return Database(self.postgres, f"bench_{next(self._numbers)}", others)
+
+    def backlog(self, workload):
+        """The workload, waiting in a slot; it is written when it is asked for first."""
+        if workload not in self._backlogs:
+            self.doing(f"writing {workload}")
+            with self.valkey() as broker:
+                self._backlogs[workload] = Backlog(self.database(workload.others), broker, workload)
+        return self._backlogs[workload]
+
+    @contextmanager
+    def valkey(self):
+        """A broker for one run."""
+        with Valkey(**VALKEY) as server:
+            yield server
+
+    @contextmanager
+    def rabbit(self):
+        """RabbitMQ with no queue; it boots once."""
+        if self._rabbit is None:
+            self.doing("starting RabbitMQ")
+            self._rabbit = self._servers.enter_context(Rabbit())
+        with amqp.Connection(host=f"127.0.0.1:{self._rabbit.port}") as connection:
+            for queue in ("flash", "rows"):
+                connection.channel().queue_delete(queue)
+        yield self._rabbit

@@ -1,0 +1,154 @@
+"""The real `celery` commands, as processes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+from benchmarks.app import NOTE
+from example_project.servers import end_with_parent, wait_until
+
+ROOT = Path(__file__).parents[1]
+
+
+class Process:
+    """A command that runs, and its log."""
+
+    def __init__(self, command, environment, log):
+        self.log = log
+        with log.open("w") as file:
+            self.child = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                preexec_fn=end_with_parent(signal.SIGKILL),
+            )
+        self.measured = psutil.Process(self.child.pid)
+
+    def alive(self):
+        """Raise what it said if it has ended."""
+        if self.child.poll() is not None:
+            raise RuntimeError(f"ended with {self.child.returncode}: {self.log.read_text()}")
+
+    def said_at(self, text):
+        """Wait for a line of the log; when it was written (seconds since 1970)."""
+
+        def line():
+            found = [line for line in self.log.read_text().splitlines() if text in line]
+            if not found:
+                self.alive()
+            return found
+
+        return float(wait_until(line, f"{text!r} in {self.log.name}", 300)[0].split()[0])
+
+    def until_said(self, text):
+        """Wait for a line of the log."""
+        wait_until(lambda: text in self.log.read_text() or self.alive(), text, 120)
+
+    def cpu(self):
+        """Seconds of processor time so far."""
+        times = self.measured.cpu_times()
+        return times.user + times.system
+
+    def end(self, number=signal.SIGTERM):
+        """Ask it to end, and wait."""
+        if self.child.poll() is None:
+            self.child.send_signal(number)
+            try:
+                self.child.wait(60)
+            except subprocess.TimeoutExpired:
+                self.child.kill()
+                self.child.wait()
+
+
+class Project:
+    """`benchmarks.app` on a database and a broker; what it started ends with the block."""
+
+    def __init__(self, dsn, broker, handler="", slot="flash_replication", conf=None, batch=500):
+        self.folder = Path(tempfile.mkdtemp(prefix="bench-"))
+        self.notes_file = self.folder / "notes"
+        self.processes = []
+        self.environment = {
+            **os.environ,
+            "PYTHONUNBUFFERED": "1",
+            "BENCH_DSN": dsn,
+            "BENCH_BROKER": broker.url,
+            "BENCH_HANDLER": handler,
+            "BENCH_SLOT": slot,
+            "BENCH_CONF": json.dumps(conf or {}),
+            "BENCH_BATCH": str(batch),
+            "BENCH_NOTES": str(self.notes_file),
+        }
+
+    def start(self, *command):
+        """Start `python -m …`."""
+        log = self.folder / f"{len(self.processes)}.log"
+        process = Process([sys.executable, "-m", *command], self.environment, log)
+        self.processes.append(process)
+        return process
+
+    def replicate(self):
+        """Start the replication worker."""
+        return self.start("celery", "-A", "benchmarks.app", "flash", "replicate")
+
+    def worker(self, *options, queues="flash"):
+        """Start a Celery worker; it is ready once this returns."""
+        quiet = ("--without-gossip", "--without-mingle", "--without-heartbeat")
+        worker = self.start(
+            *("celery", "-A", "benchmarks.app", "worker", "-Q", queues, "-l", "INFO"),
+            *(options or ("-c", "1")),
+            *quiet,
+        )
+        worker.until_said(" ready.")
+        return worker
+
+    def output(self, *command):
+        """What `python -m …` prints, as JSON."""
+        done = subprocess.run(
+            [sys.executable, "-m", *command],
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
+        return json.loads(done.stdout)
+
+    def set_up(self):
+        """Let `flash replicate` make its publications and its slot."""
+        worker = self.replicate()
+        worker.said_at("Replicating the slot")
+        worker.end()
+
+    def noted(self, count, timeout=600):
+        """What the handlers noted, once it is of so many changes or nothing more comes."""
+        deadline = time.monotonic() + timeout
+        while self._size() < count * NOTE.size and time.monotonic() < deadline:
+            for process in self.processes:
+                process.alive()
+            time.sleep(0.02)
+        time.sleep(0.2)  # for what should not come
+        notes = self.notes_file.read_bytes() if self._size() else b""
+        return list(NOTE.iter_unpack(notes[: len(notes) // NOTE.size * NOTE.size]))
+
+    def _size(self):
+        return self.notes_file.stat().st_size if self.notes_file.exists() else 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in reversed(self.processes):
+            process.end()
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""What one would use instead, each a program: `python -m benchmarks.rivals.…`."""
