@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import drain, report
+from benchmarks import drain, handling, latency, report, subscriptions
 from benchmarks.bench import Bench
 from benchmarks.verify import Wrong
 
@@ -20,6 +20,9 @@ SCENARIOS = {
     "single": drain.single,
     "rabbitmq": drain.rabbitmq,
     "filter": drain.filtering,
+    "end_to_end": handling.end_to_end,
+    "latency": latency.latency,
+    "subscriptions": subscriptions.subscriptions,
 }
 
 

@@ -1,4 +1,4 @@
-"""Changes that wait in a slot: written once, drained from as many copies of it as wanted."""
+"""Databases, and changes that wait in their slots to be drained as often as wanted."""
 
 import itertools
 import time
@@ -101,7 +101,7 @@ class Database:
         with self.connect() as connection:
             while not connection.execute(query, [end, slot], prepare=True).fetchone()[0]:
                 alive()
-                time.sleep(0.02)
+                time.sleep(0.01)
         return time.time()
 
     def drop_slot(self, slot):
@@ -122,29 +122,27 @@ class Database:
             connection.execute(f"DROP DATABASE {self.name} WITH (FORCE)")
 
 
-class Backlog:
-    """A workload that has been written and waits in a slot of `flash replicate`."""
+class Source:
+    """A database that `flash replicate` has set up; its slot waits, and so does a copy of it."""
 
-    def __init__(self, database, broker, workload):
+    def __init__(self, database, broker, handler):
         self.database = database
         self.dsn = database.dsn
-        self.workload = workload
-        self.rows = workload.rows
-        self._copies = itertools.count(1)
-        if workload.kind == "update":
-            database.fill(workload.rows)
-            database.execute("ALTER TABLE orders REPLICA IDENTITY FULL")
         self.slot = f"flash_{database.name}"
-        with Project(self.dsn, broker, workload.handler, self.slot) as project:
-            project.set_up()
-        if workload.kind == "update":
-            database.execute(UPDATE)
-        else:
-            database.fill(workload.rows, workload.per)
-        self.end = database.end_of_wal()
         self.kept = f"{self.slot}_kept"
+        self._copies = itertools.count(1)
+        with Project(self.dsn, broker, handler, self.slot) as project:
+            project.set_up()
         self._copy(self.slot, self.kept)
-        self.places = written(self.dsn, self.kept)
+
+    def written(self):
+        """The place of each change since the slot was made, or marked."""
+        return written(self.dsn, self.kept)
+
+    def mark(self):
+        """From here on, once everything so far has been read."""
+        self.database.drop_slot(self.kept)
+        self._copy(self.slot, self.kept)
 
     def again(self):
         """The slot of `flash replicate`, as if nothing had been read from it."""
@@ -160,3 +158,21 @@ class Backlog:
 
     def _copy(self, slot, name):
         self.database.execute(f"SELECT pg_copy_logical_replication_slot('{slot}', '{name}')")
+
+
+class Backlog(Source):
+    """A workload that has been written and waits in the slot."""
+
+    def __init__(self, database, broker, workload):
+        self.workload = workload
+        self.rows = workload.rows
+        if workload.kind == "update":
+            database.fill(workload.rows)
+            database.execute("ALTER TABLE orders REPLICA IDENTITY FULL")
+        super().__init__(database, broker, workload.handler)
+        if workload.kind == "update":
+            database.execute(UPDATE)
+        else:
+            database.fill(workload.rows, workload.per)
+        self.end = database.end_of_wal()
+        self.places = self.written()

@@ -1,0 +1,90 @@
+"""From the moment COMMIT has returned to the first line of the handler.
+
+The same commits, at the same pace, once with `flash replicate` and once with an application that
+calls `delay()` itself; the same worker handles both.
+"""
+
+from statistics import quantiles
+
+from benchmarks.project import Project
+from benchmarks.results import Goal, Line
+from benchmarks.verify import compare
+from benchmarks.writer import Source
+
+RATE = 200
+#: Commits in which connections are made and code is loaded.
+WARM_UP = 100
+PERCENTILES = {"p50": (50, 5.0), "p99": (99, 25.0)}
+
+
+def latency(bench):
+    """Milliseconds from commit to handler at 200 transactions a second."""
+    seconds = bench.seconds(10)
+    with bench.valkey() as broker:
+        source = Source(bench.database(), broker, "single")
+    plain = bench.database()
+    lines, comparisons = {}, {}
+    for name, (_, bound) in PERCENTILES.items():
+        lines[name] = Line("latency", f"commit to handler, {RATE}/s, {name}", "ms")
+        lines[name].goal = Goal(bound, at_least=False)
+        against = lines[name].against("delay() after the commit", Goal(1.3, at_least=False))
+        comparisons[name] = against
+    samples = {"flash": [], "delay()": []}
+    for run in bench.each_run(f"latency: {RATE} commits a second"):
+        theirs = delayed(bench, plain, seconds)
+        ours, details = replicated(bench, source, seconds)
+        samples["flash"] += ours
+        samples["delay()"] += theirs
+        for name, (percent, _) in PERCENTILES.items():
+            mine, other = percentile(ours, percent), percentile(theirs, percent)
+            lines[name].values.append(mine)
+            lines[name].details.append(details)
+            comparisons[name].add(other, mine / other)
+            bench.say(f"  latency, run {run}, {name}: {mine:.2f} ms, delay() {other:.2f} ms")
+    for line in lines.values():
+        bench.add(line)
+    bench.series["latency"] = {
+        name: [round(value, 3) for value in quantiles(all_, n=1000)]
+        for name, all_ in samples.items()
+    }
+
+
+def percentile(values, percent):
+    """Of these."""
+    return quantiles(values, n=100)[percent - 1]
+
+
+def replicated(bench, source, seconds):
+    """Milliseconds of each commit, with the replication worker."""
+    with (
+        bench.valkey() as broker,
+        Project(source.dsn, broker, "single", source.slot) as project,
+    ):
+        project.worker(queues="flash,celery")
+        worker = project.replicate()
+        worker.said_at("Replicating the slot")
+        commits, notes = _commit(project, seconds)
+        source.database.until_confirmed(source.slot, source.database.end_of_wal(), worker.alive)
+    details = compare(source.written(), [note[2:] for note in notes], "latency")
+    source.mark()
+    return _milliseconds(commits, notes), details
+
+
+def delayed(bench, database, seconds):
+    """The same, with the application's own `delay()`."""
+    with bench.valkey() as broker, Project(database.dsn, broker) as project:
+        project.worker(queues="flash,celery")
+        commits, notes = _commit(project, seconds, "delay")
+    compare([(0, 0, key) for key, _ in commits], [note[2:] for note in notes], "delay()")
+    return _milliseconds(commits, notes)
+
+
+def _commit(project, seconds, *how):
+    duration = str(WARM_UP / RATE + seconds)
+    commits = project.output("benchmarks.commits", str(RATE), duration, *how)
+    return commits, project.noted(len(commits))
+
+
+def _milliseconds(commits, notes):
+    started = {note[4]: note[0] for note in notes}
+    return [(started[key] - at) * 1000 for key, at in commits[WARM_UP:]]
