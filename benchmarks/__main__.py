@@ -8,7 +8,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import drain, handling, latency, report, subscriptions
+from benchmarks import (
+    advice,
+    alternatives,
+    cost,
+    drain,
+    handling,
+    latency,
+    memory,
+    report,
+    subscriptions,
+)
 from benchmarks.bench import Bench
 from benchmarks.verify import Wrong
 
@@ -22,7 +32,11 @@ SCENARIOS = {
     "filter": drain.filtering,
     "end_to_end": handling.end_to_end,
     "latency": latency.latency,
+    "memory": memory.memory,
     "subscriptions": subscriptions.subscriptions,
+    "cost": cost.cost,
+    "alternatives": alternatives.alternatives,
+    "advice": advice.advice,
 }
 
 

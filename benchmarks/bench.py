@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 
 import amqp
 
-from benchmarks.writer import Backlog, Database
+from benchmarks.databases import Backlog, Database
 from example_project.servers import Postgres, Rabbit, Valkey
 
 #: As it comes, but for what would happen at another moment in each run.

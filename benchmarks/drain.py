@@ -6,10 +6,10 @@ both sides.
 """
 
 from benchmarks import reference
+from benchmarks.databases import Workload
 from benchmarks.project import Project
 from benchmarks.results import Goal, Line
 from benchmarks.verify import compare, places_of, rabbit_bodies, valkey_bodies
-from benchmarks.writer import Workload
 
 PG = "pg_recvlogical"
 LOOP = "apply_async in a loop"

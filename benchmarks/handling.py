@@ -1,9 +1,9 @@
 """From committed rows to Python values in a handler, on one worker process."""
 
+from benchmarks.databases import Workload
 from benchmarks.project import Project
 from benchmarks.results import Goal, Line
 from benchmarks.verify import compare
-from benchmarks.writer import Workload
 
 
 def end_to_end(bench):

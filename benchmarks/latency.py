@@ -6,10 +6,10 @@ calls `delay()` itself; the same worker handles both.
 
 from statistics import quantiles
 
+from benchmarks.databases import Source
 from benchmarks.project import Project
 from benchmarks.results import Goal, Line
 from benchmarks.verify import compare
-from benchmarks.writer import Source
 
 RATE = 200
 #: Commits in which connections are made and code is loaded.

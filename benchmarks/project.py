@@ -81,7 +81,7 @@ class Project:
             **os.environ,
             "PYTHONUNBUFFERED": "1",
             "BENCH_DSN": dsn,
-            "BENCH_BROKER": broker.url,
+            "BENCH_BROKER": broker.url if broker else "",
             "BENCH_HANDLER": handler,
             "BENCH_SLOT": slot,
             "BENCH_CONF": json.dumps(conf or {}),
@@ -131,13 +131,15 @@ class Project:
         worker.said_at("Replicating the slot")
         worker.end()
 
-    def noted(self, count, timeout=600):
+    def noted(self, count, patience=60.0):
         """What the handlers noted, once it is of so many changes or nothing more comes."""
-        deadline = time.monotonic() + timeout
-        while self._size() < count * NOTE.size and time.monotonic() < deadline:
+        size, deadline = 0, time.monotonic() + patience
+        while size < count * NOTE.size and time.monotonic() < deadline:
             for process in self.processes:
                 process.alive()
             time.sleep(0.02)
+            if self._size() > size:
+                size, deadline = self._size(), time.monotonic() + patience
         time.sleep(0.2)  # for what should not come
         notes = self.notes_file.read_bytes() if self._size() else b""
         return list(NOTE.iter_unpack(notes[: len(notes) // NOTE.size * NOTE.size]))

@@ -1,8 +1,8 @@
 """Does what a project has besides slow a handler down? The same inserts, three projects."""
 
 from benchmarks import drain
+from benchmarks.databases import Workload
 from benchmarks.results import Goal, Line
-from benchmarks.writer import Workload
 
 
 def subscriptions(bench):

@@ -1,0 +1,87 @@
+"""What one would use instead, on rows of the same table."""
+
+import time
+
+import redis
+
+from benchmarks import drain
+from benchmarks.databases import Workload
+from benchmarks.project import Project
+from benchmarks.results import Line
+from benchmarks.rivals.notify import TRIGGER
+from benchmarks.verify import Wrong
+from example_project.servers import wait_until
+
+SIGNALS = "Django's post_save and delay_on_commit"
+NOTIFY = "a trigger, NOTIFY, and a listener with apply_async"
+LOOP = "a psycopg2 loop with apply_async"
+DECODE = "a psycopg2 loop to dicts of text, publishing nothing"
+
+
+def alternatives(bench):
+    """Signals, NOTIFY and a loop over psycopg2, against flash replicate."""
+    backlog = bench.backlog(Workload(bench.size(100_000)))
+    some = bench.size(2000)
+    plain = bench.database()
+    single = Line("alternatives", f"{backlog.rows:,} inserts, a task for each", "changes/s")
+    batched = Line("alternatives", f"{backlog.rows:,} inserts, batches", "changes/s")
+    each = [(single.against(name), way) for name, way in ONE_BY_ONE.items()]
+    decode = batched.against(DECODE)
+    for run in bench.each_run("alternatives"):
+        for line, handler in ((single, "single"), (batched, "batched")):
+            with bench.valkey() as broker:
+                rate, details = drain.flash(backlog, broker, handler)
+            line.values.append(rate)
+            line.details.append(details)
+        for comparison, way in each:
+            with bench.valkey() as broker:
+                rate = way(backlog, plain, broker, some)
+                with redis.Redis(port=broker.port) as client:
+                    if client.llen("rows") != some:
+                        raise Wrong(f"{comparison.against}: {client.llen('rows')} of {some}")
+            comparison.add(rate, single.values[-1] / rate)
+            bench.say(f"  {comparison.against}, run {run}: {rate:,.0f}/s")
+        rate = loop(backlog, plain, None, backlog.rows)
+        decode.add(rate, batched.values[-1] / rate)
+        bench.say(f"  {DECODE}, run {run}: {rate:,.0f}/s, flash {batched.values[-1]:,.0f}/s")
+    bench.add(single)
+    bench.add(batched)
+
+
+def signals(backlog, plain, broker, rows):
+    """Rows saved and enqueued per second."""
+    with Project(plain.dsn, broker) as project:
+        return project.output("benchmarks.rivals.signals", str(rows))["rate"]
+
+
+def notify(backlog, plain, broker, rows):
+    """From the commit of so many rows to their last message."""
+    plain.execute(TRIGGER)
+    try:
+        with Project(plain.dsn, broker) as project, redis.Redis(port=broker.port) as client:
+            project.start("benchmarks.rivals.notify").said_at("listening")
+            plain.fill(rows)
+            started = time.time()
+            wait_until(lambda: client.llen("rows") >= rows, "notifications", 120)
+            return rows / (time.time() - started)
+    finally:
+        plain.execute("DROP TRIGGER tell ON orders", "DROP FUNCTION tell")
+
+
+def looped(backlog, plain, broker, rows):
+    """Rows decoded and enqueued per second."""
+    return loop(backlog, plain, broker, rows, "apply_async")
+
+
+def loop(backlog, plain, broker, rows, *how):
+    """Rows decoded per second; the last one is the one that was written."""
+    slot = backlog.copy()
+    with Project(backlog.dsn, broker) as project:
+        found = project.output("benchmarks.rivals.psycopg2_loop", slot, str(rows), *how)
+    backlog.database.drop_slot(slot)
+    if int(found["last"]["id"]) != backlog.places[rows - 1][2]:
+        raise Wrong(f"the psycopg2 loop ended with {found['last']}")
+    return found["rate"]
+
+
+ONE_BY_ONE = {SIGNALS: signals, NOTIFY: notify, LOOP: looped}

@@ -1,0 +1,28 @@
+"""A trigger with pg_notify, and a listener that enqueues a task for each notification."""
+
+import os
+
+import psycopg
+
+from benchmarks.app import row
+
+TRIGGER = """
+CREATE FUNCTION tell() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_notify('orders', json_build_object('operation', TG_OP, 'id', NEW.id)::text);
+    RETURN NEW;
+END $$;
+CREATE TRIGGER tell AFTER INSERT OR UPDATE ON orders FOR EACH ROW EXECUTE FUNCTION tell()"""
+
+
+def listen():
+    """Enqueue what is notified, for ever."""
+    with psycopg.connect(os.environ["BENCH_DSN"], autocommit=True) as connection:
+        connection.execute("LISTEN orders")
+        print("0 listening", flush=True)
+        for notification in connection.notifies():
+            row.apply_async((notification.payload,), queue="rows")
+
+
+if __name__ == "__main__":
+    listen()
