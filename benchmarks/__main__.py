@@ -4,13 +4,17 @@ import argparse
 import json
 import sys
 import time
+import traceback
+from datetime import datetime, timezone
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from benchmarks import (
     advice,
     alternatives,
+    charts,
     cost,
     drain,
     handling,
@@ -19,10 +23,13 @@ from benchmarks import (
     report,
     subscriptions,
 )
-from benchmarks.bench import Bench
+from benchmarks.bench import Bench, Missing
+from benchmarks.document import merged, rewrite
+from benchmarks.machine import machine
 from benchmarks.verify import Wrong
 
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 
 SCENARIOS = {
     "drain": drain.drain,
@@ -48,49 +55,84 @@ def arguments(given):
     parser.add_argument("--scale", type=float, default=1.0, help="of the sizes, such as 0.02")
     parser.add_argument("--runs", type=int, default=5, help="of which medians are taken")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench")
+    parser.add_argument(
+        "--docs", action="store_true", help="rewrite docs/performance.md, as a full run does"
+    )
     return parser.parse_args(given)
 
 
-def run(bench, names):
-    """Run them; what went wrong, if anything."""
-    wrong = []
+def measure(bench, names):
+    """Run the scenarios: how long each took, what was wrong, what could not be measured."""
+    took, wrong, missing = {}, [], {}
     for name in names:
         bench.say(f"[bold]{name}[/]: {SCENARIOS[name].__doc__}")
         started = time.monotonic()
         try:
             SCENARIOS[name](bench)
-        except Wrong as error:
-            bench.say(f"[red]WRONG[/] {error}")
+        except Missing as error:
+            bench.say(f"  [yellow]not measured[/]: {error}")
+            missing[name] = str(error)
+        except KeyboardInterrupt:
+            wrong.append(f"{name}: interrupted")
+            break
+        except Exception as error:  # what was measured so far is worth keeping
+            if not isinstance(error, Wrong):
+                traceback.print_exc()
+            bench.say(f"  [red]WRONG[/] {escape(str(error))}")
             wrong.append(f"{name}: {error}")
-        bench.say(f"  {name} took {time.monotonic() - started:.0f} s")
-    return wrong
+        took[name] = round(time.monotonic() - started)
+        bench.say(f"  took {took[name]} s")
+    return {"scenarios": took, "wrong": wrong, "missing": missing}
+
+
+def write(results, folder):
+    """Charts and JSON; the charts."""
+    drawn = charts.draw(results, folder / "performance")
+    (folder / "performance.json").write_text(json.dumps(results, indent=1) + "\n")
+    return drawn
+
+
+def write_document(results):
+    """The page, its charts and its JSON, where what was not measured now stays as it was."""
+    document, kept = DOCS / "performance.md", DOCS / "performance.json"
+    results = merged(json.loads(kept.read_text()) if kept.exists() else None, results)
+    drawn = write(results, DOCS)
+    document.write_text(rewrite(document.read_text(), results, drawn))
 
 
 def main(given=None):
     """0, or 1 if a run lost, doubled or reordered anything."""
     options = arguments(given)
-    console = Console(highlight=False, soft_wrap=True)
+    terminal = sys.stdout.isatty()
+    console = Console(highlight=False, soft_wrap=True, width=None if terminal else 160)
     if options.list:
         for name, scenario in SCENARIOS.items():
             console.print(f"{name:<14}{scenario.__doc__}")
         return 0
     started = time.monotonic()
     with Bench(options.scale, options.runs, console) as bench:
-        wrong = run(bench, options.only or SCENARIOS)
-    found = {
+        found = measure(bench, options.only or SCENARIOS)
+    results = {
+        "measured": f"{datetime.now(timezone.utc):%Y-%m-%d}",
+        "machine": machine(),
         "scale": options.scale,
         "runs": options.runs,
-        "seconds": round(time.monotonic() - started),
+        **found,
         "lines": [line.as_json() for line in bench.lines],
         "series": bench.series,
-        "wrong": wrong,
     }
-    console.print(report.table(found["lines"]))
+    console.print(report.table(results["lines"]))
+    console.print(f"{time.monotonic() - started:.0f} s")
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "performance.json").write_text(json.dumps(found, indent=1) + "\n")
-    for sentence in wrong:
-        console.print(f"[red]WRONG[/] {sentence}")
-    return 1 if wrong else 0
+    write(results, options.output)
+    full = not options.only and options.scale == 1 and not found["wrong"]
+    if options.docs or full:
+        write_document(results)
+    for name, why in found["missing"].items():
+        console.print(f"[yellow]not measured[/] {name}: {why}")
+    for sentence in found["wrong"]:
+        console.print(f"[red]WRONG[/] {escape(sentence)}")
+    return 1 if found["wrong"] else 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,10 @@ POSTGRES = {"autovacuum": "off", "checkpoint_timeout": "1d", "max_wal_size": "32
 VALKEY = {"appendfsync": "everysec", "auto-aof-rewrite-percentage": "0"}
 
 
+class Missing(Exception):
+    """A server that is not on this machine."""
+
+
 class Bench:
     """One execution of `make bench`."""
 
@@ -50,7 +54,7 @@ class Bench:
         """Show what is going on."""
         self._status.update(text)
         if not self.console.is_terminal:
-            self.console.print(f"  … {text}")
+            self.console.print(f"  … {text}", markup=False)
 
     def say(self, text):
         """Show what came out."""
@@ -87,6 +91,8 @@ class Bench:
     @contextmanager
     def rabbit(self):
         """RabbitMQ with no queue; it boots once."""
+        if not Rabbit.installed():
+            raise Missing("RabbitMQ (rabbitmq-server) is not installed")
         if self._rabbit is None:
             self.doing("starting RabbitMQ")
             self._rabbit = self._servers.enter_context(Rabbit())

@@ -90,7 +90,7 @@ def with_flash(bench, source, clients, seconds):
             database.until_confirmed(source.slot, database.end_of_wal(), worker.alive)
             tps = pgbench(database, clients, seconds)
             database.until_confirmed(source.slot, database.end_of_wal(), worker.alive)
-        details = compare(source.written(), places_of(valkey_bodies(broker)), "cost")
+        details = compare(source.written()[0], places_of(valkey_bodies(broker)), "cost")
     source.mark()
     return tps, details
 

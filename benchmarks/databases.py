@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import psycopg
 
 from benchmarks.project import Project
-from benchmarks.verify import written
+from benchmarks.verify import Wrong, written
 from example_project.servers import wait_until
 
 TABLE = """
@@ -136,7 +136,7 @@ class Source:
         self._copy(self.slot, self.kept)
 
     def written(self):
-        """The place of each change since the slot was made, or marked."""
+        """The places since the slot was made, or marked, and the last commit's end."""
         return written(self.dsn, self.kept)
 
     def mark(self):
@@ -174,5 +174,9 @@ class Backlog(Source):
             database.execute(UPDATE)
         else:
             database.fill(workload.rows, workload.per)
-        self.end = database.end_of_wal()
-        self.places = self.written()
+        database.end_of_wal()  # which puts it on the disk, where it is read from
+        # Not that position: it is confirmed, and `pg_recvlogical` done, once all the WAL of
+        # others has been passed over too.
+        self.places, self.end = self.written()
+        if len(self.places) != self.rows:
+            raise Wrong(f"{len(self.places)} of {self.rows} rows are in the slot {self.slot}")

@@ -65,7 +65,7 @@ def replicated(bench, source, seconds):
         worker.said_at("Replicating the slot")
         commits, notes = _commit(project, seconds)
         source.database.until_confirmed(source.slot, source.database.end_of_wal(), worker.alive)
-    details = compare(source.written(), [note[2:] for note in notes], "latency")
+    details = compare(source.written()[0], [note[2:] for note in notes], "latency")
     source.mark()
     return _milliseconds(commits, notes), details
 

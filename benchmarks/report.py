@@ -1,8 +1,9 @@
 """The table, as it is printed and as docs/performance.md has it."""
 
+from rich.markup import escape
 from rich.table import Table
 
-HEADINGS = ("what", "measured", "against", "it does", "ratio [runs]", "goal", "met")
+HEADINGS = ("what", "measured", "against", "which gives", "ratio [runs]", "goal", "met")
 
 
 def rows(line):
@@ -47,11 +48,13 @@ def met(kept):
 
 def table(lines):
     """For the terminal."""
-    shown = Table(*HEADINGS, title="medians; everything on this machine", show_lines=False)
+    shown = Table(
+        *map(escape, HEADINGS), title="medians; everything on this machine", show_lines=False
+    )
     for line in lines:
         for row in rows(line):
             style = {"yes": "green", "no": "red"}.get(row[-1], "")
-            shown.add_row(*row[:-1], f"[{style}]{row[-1]}[/]" if style else row[-1])
+            shown.add_row(*map(escape, row[:-1]), f"[{style}]{row[-1]}[/]" if style else row[-1])
     return shown
 
 

@@ -79,11 +79,9 @@ def _shown(places):
     return f"{shown}, …" if len(places) > _SHOWN else shown
 
 
-def written(dsn, slot, wanted=None):
-    """The place of each row in the slot; its first column must be the key.
-
-    `wanted` is asked with the columns of the new row.
-    """
+def written(dsn, slot):
+    """The place of each row in the slot, whose first column must be the key, and the last commit's
+    end."""
     query = (
         "SELECT data FROM pg_logical_slot_peek_binary_changes(%s, NULL, NULL, "
         "'proto_version', '1', 'publication_names', "
@@ -91,7 +89,7 @@ def written(dsn, slot, wanted=None):
         "flash_publication_delete,flash_publication_truncate')"
     )
     places = []
-    commit_lsn = index = 0
+    commit_lsn = index = end = 0
     with psycopg.connect(dsn) as connection, connection.cursor("peek", binary=True) as cursor:
         cursor.itersize = 20_000
         cursor.execute(query, [slot])
@@ -100,13 +98,13 @@ def written(dsn, slot, wanted=None):
             if tag == b"B":
                 commit_lsn, index = struct.unpack("!Q", data[1:9])[0], 0
             elif tag in (b"I", b"U", b"D"):
-                row = _columns(data)
-                if wanted is None or wanted(row):
-                    places.append((commit_lsn, index, int(row[0])))
+                places.append((commit_lsn, index, int(_columns(data)[0])))
                 index += 1
-            elif tag not in (b"C", b"R", b"Y", b"O"):
+            elif tag == b"C":
+                end = struct.unpack("!Q", data[10:18])[0]
+            elif tag not in (b"R", b"Y", b"O"):
                 raise Wrong(f"the slot {slot} holds a message {tag!r} that nobody wrote")
-    return places
+    return places, end
 
 
 def _columns(data):
