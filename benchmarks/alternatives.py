@@ -5,10 +5,9 @@ import time
 import redis
 
 from benchmarks import drain
-from benchmarks.databases import Workload
+from benchmarks.databases import TRIGGER, Workload
 from benchmarks.project import Project
 from benchmarks.results import Line
-from benchmarks.rivals.notify import TRIGGER
 from benchmarks.verify import Wrong
 from example_project.servers import wait_until
 

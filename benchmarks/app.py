@@ -6,15 +6,12 @@ What it does is given by the environment, so that each run is a real process wit
 import functools
 import json
 import os
-import struct
 import time
 
 from celery import Celery
 
+from benchmarks.notes import NOTE
 from flash_celery import Changes, on_change
-
-#: What a handler notes of a change: when its task started and ended, commit LSN, index and key.
-NOTE = struct.Struct("!ddQIQ")
 
 app = Celery("benchmarks", broker=os.environ.get("BENCH_BROKER"))
 app.conf.flash_dsn = os.environ.get("BENCH_DSN")

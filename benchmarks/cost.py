@@ -10,10 +10,9 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.bench import POSTGRES
-from benchmarks.databases import Database, Source
+from benchmarks.databases import TRIGGER, Database, Source
 from benchmarks.project import Project
 from benchmarks.results import Goal, Line
-from benchmarks.rivals.notify import TRIGGER
 from benchmarks.verify import compare, places_of, valkey_bodies
 from example_project.servers import Postgres
 

@@ -43,6 +43,16 @@ END $$"""
 UPDATE = "UPDATE orders SET status = 'archived', updated_at = now()"
 
 
+#: Tells `benchmarks.rivals.notify`.
+TRIGGER = """
+CREATE FUNCTION tell() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_notify('orders', json_build_object('operation', TG_OP, 'id', NEW.id)::text);
+    RETURN NEW;
+END $$;
+CREATE TRIGGER tell AFTER INSERT OR UPDATE ON orders FOR EACH ROW EXECUTE FUNCTION tell()"""
+
+
 @dataclass(frozen=True)
 class Workload:
     """So many rows in transactions of so many (0: all in one)."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.app import NOTE
+from benchmarks.notes import NOTE
 from example_project.servers import end_with_parent, wait_until
 
 ROOT = Path(__file__).parents[1]

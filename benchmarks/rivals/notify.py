@@ -6,14 +6,6 @@ import psycopg
 
 from benchmarks.app import row
 
-TRIGGER = """
-CREATE FUNCTION tell() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    PERFORM pg_notify('orders', json_build_object('operation', TG_OP, 'id', NEW.id)::text);
-    RETURN NEW;
-END $$;
-CREATE TRIGGER tell AFTER INSERT OR UPDATE ON orders FOR EACH ROW EXECUTE FUNCTION tell()"""
-
 
 def listen():
     """Enqueue what is notified, for ever."""

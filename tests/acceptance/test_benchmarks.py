@@ -1,0 +1,101 @@
+"""`make bench` at a tiny scale: what it verifies, and what it leaves. No figure is looked at."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks.document import rewrite
+from benchmarks.verify import Rolling, Wrong, compare, compare_sums
+
+ROOT = Path(__file__).parents[2]
+WRITTEN = [(0x1_0000_0010, index, 100 + index) for index in range(5)] + [(0x1_0000_0090, 0, 7)]
+
+
+def test_what_arrived_as_it_was_written_is_right():
+    told = compare(WRITTEN, list(WRITTEN), "a drain")
+    assert told == {"changes": 6, "checksum": Rolling(WRITTEN).as_json()["checksum"]}
+
+
+@pytest.mark.parametrize(
+    ("arrived", "named"),
+    [
+        (WRITTEN[:2] + WRITTEN[3:], "6 written, 5 arrived; lost 1: 1/00000010:2 id=102"),
+        ([*WRITTEN, WRITTEN[1]], "6 written, 7 arrived; doubled 1: 1/00000010:1 id=101"),
+        ([WRITTEN[1], WRITTEN[0], *WRITTEN[2:]], "out of order 1: 1/00000010:0 id=100"),
+        ([*WRITTEN[:-1], (0x1_0000_0090, 0, 8)], "not written 1: 1/00000090:0 id=8"),
+    ],
+    ids=["lost", "doubled", "reordered", "another"],
+)
+def test_a_run_that_is_wrong_says_what(arrived, named):
+    with pytest.raises(Wrong, match="a drain: ") as error:
+        compare(WRITTEN, arrived, "a drain")
+    assert named in str(error.value)
+    with pytest.raises(Wrong):
+        compare_sums(Rolling(WRITTEN), Rolling(arrived), "a drain")
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """Of two scenarios, as the command leaves them."""
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    shutil.copy(ROOT / "docs" / "performance.md", docs)
+    monkeypatch.setattr(command, "DOCS", docs)
+
+    def run(*arguments):
+        given = ("--scale", "0.003", "--runs", "1", "--docs", "--output", str(tmp_path / "out"))
+        status = command.main([*arguments, *given])
+        return status, json.loads((tmp_path / "out" / "performance.json").read_text()), docs
+
+    return run
+
+
+def test_a_run_leaves_json_charts_and_the_page(results):
+    status, found, docs = results("--only", "updates", "filter")
+    assert status == 0
+    assert [(line["scenario"], len(line["values"])) for line in found["lines"]] == [
+        ("updates", 1),
+        ("filter", 1),
+    ]
+    assert [line["details"][0]["changes"] for line in found["lines"]] == [1000, 10]
+    for chart in ("throughput.png", "throughput.svg"):
+        assert (docs / "performance" / chart).stat().st_size > 5000
+    page = (docs / "performance.md").read_text()
+    assert "identity FULL, batches | " in page
+    assert "](performance/throughput.svg)" in page
+    assert "Not measured yet" not in page
+    # A scenario that is measured later takes its own place only.
+    results("--only", "filter")
+    assert "identity FULL, batches | " in (docs / "performance.md").read_text()
+
+
+def test_a_run_that_loses_a_change_fails_and_names_it(results, monkeypatch, capsys):
+    from benchmarks import drain
+
+    arrived = drain.places_of
+    monkeypatch.setattr(drain, "places_of", lambda bodies: arrived(bodies)[:-1])
+    status, found, _ = results("--only", "updates")
+    assert status == 1
+    assert "1000 written, 999 arrived; lost 1: " in found["wrong"][0]
+    assert "WRONG updates: flash replicate, batched" in capsys.readouterr().out
+
+
+def test_the_page_keeps_what_stands_outside_its_markers():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    empty = {
+        "lines": [],
+        "scenarios": {},
+        "machine": {"processor": "one"},
+        "measured": "today",
+        "runs": 5,
+        "scale": 1.0,
+        "missing": {"rabbitmq": "it is not installed"},
+    }
+    new = rewrite(page, empty, {})
+    assert "on this machine: processor one." in new
+    assert "Not measured: rabbitmq (it is not installed)." in new
+    assert new.partition("## What each")[2].startswith(" line measures")
+    assert rewrite(new, empty, {}) == new
