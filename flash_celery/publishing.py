@@ -24,7 +24,7 @@ from .publishers.base import Publisher
 logger = logging.getLogger(__name__)
 
 #: Bytes of message bodies that may wait; above it nothing more is read from PostgreSQL.
-IN_FLIGHT_BYTES = 32 << 20
+IN_FLIGHT_BYTES = 16 << 20
 #: Seconds between two complaints about the same trouble.
 _REMINDER_SECONDS = 60.0
 #: Bytes that one call of `publish` takes, where several units wait.

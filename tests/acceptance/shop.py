@@ -68,6 +68,16 @@ if os.environ.get("SHOP_BATCH"):
         note(self, changes)
 
 
+if os.environ.get("SHOP_RETRY"):
+
+    @on_change("items", "insert", batch=100, queue="batches")
+    @shared_task(bind=True, max_retries=2, default_retry_delay=0)
+    def stubborn(self, changes):
+        note(self, changes)
+        if self.request.retries < 2:
+            raise self.retry()
+
+
 if os.environ.get("SHOP_WHERE"):
 
     @on_change("items", where={"name": "paid"}, fields=["name"])

@@ -65,6 +65,21 @@ def test_batches_conditions_and_fields(shop):
     assert shop.until_noted(253)
 
 
+def test_a_batch_is_retried_as_a_whole(any_shop):
+    any_shop.environment |= {"SHOP_RETRY": "1"}
+    any_shop.replicate()
+    any_shop.database.execute("INSERT INTO items SELECT n, 'a' FROM generate_series(1, 30) AS n")
+    any_shop.worker()
+    wait_until(lambda: len(any_shop.notes("stubborn")) >= 90, "three attempts at 30 changes")
+    times = {}
+    for note in any_shop.notes("stubborn"):
+        times.setdefault(note["id"], []).append((note["task_id"], note["together"], note["new"]))
+    assert len(times) == 30
+    for told in times.values():
+        assert len(told) == 3
+        assert told[0] == told[1] == told[2]
+
+
 def test_sigterm_and_sigint_end_it_with_0_and_nothing_is_enqueued_twice(shop):
     for number in (signal.SIGTERM, signal.SIGINT):
         replicate = shop.replicate()
