@@ -6,6 +6,7 @@ broker is slow or down.
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -88,6 +89,10 @@ class Replicator:
         """Replicate until stopped; connections are made again for ever."""
         self._publishing.start()
         said = ""
+        # The app's own objects are here to stay; looking at them for garbage again and again took
+        # a fifth of the time of small transactions.
+        gc.collect()
+        gc.freeze()
         try:
             while not self.control.stopping:
                 try:
@@ -101,6 +106,7 @@ class Replicator:
             self._publishing.end()
             # What had to be waited for has been; a thread in a dead socket ends with the process.
             self._publishing.join(1.0)
+            gc.unfreeze()
             self.control.close()
 
     def wait_until(self, ready: Callable[[], bool], what: str) -> None:

@@ -39,12 +39,14 @@ class RedisPublisher(ConnectedPublisher):
     def publish(self, messages: Sequence[Message]) -> None:
         """Push them; returns with Redis' reply to the last push. Raises `PublishError`."""
         self.confirmed = 0
+        expiring = self._expiring()
+        queues = {message.queue for message in messages} & expiring if expiring else ()
         with self.errors(), self._channel.conn_or_acquire() as client:
             for pushes in _chunks(map(self._push, messages)):
                 pipeline = client.pipeline(transaction=False)
                 for key, run in groupby(pushes, lambda push: push[0]):
                     pipeline.lpush(key, *[text for _, text in run])
-                for queue in {message.queue for message in messages} & self._expiring():
+                for queue in queues:
                     for priority in self._channel.priority_steps:
                         pipeline.pexpire(
                             self._channel._q_for_pri(queue, priority), self._channel._expires[queue]
