@@ -351,9 +351,10 @@ def test_one_task_subscribed_twice_to_a_table_is_told_twice_with_ids_of_their_ow
     def handler(change): ...
 
     flash.start()
-    flash.do("INSERT INTO items VALUES (1, 'a', 'x')")
-    first, second = flash.told()
-    assert first.id != second.id
+    flash.do("INSERT INTO items VALUES (1, 'a', 'x'), (2, 'a', 'y'), (3, 'a', 'x')")
+    changes = flash.told()
+    assert [change.new["id"] for change in changes] == [1, 1, 2, 3, 3]
+    assert len({change.id for change in changes}) == 5
 
 
 def test_a_column_that_does_not_exist_is_refused(flash):

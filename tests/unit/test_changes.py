@@ -15,7 +15,15 @@ from flash_celery import (
     Update,
 )
 from flash_celery.errors import PayloadError
-from flash_celery.payload import Delivery, decode, encode
+from flash_celery.payload import (
+    TRUNCATED,
+    Delivery,
+    changes_of,
+    decode,
+    encode,
+    encode_each,
+    message_row,
+)
 from flash_celery.protocol import pgoutput
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.rows import Column, Table, Transaction
@@ -145,6 +153,32 @@ def test_neighbours_share_one_entry_in_the_message():
     value = loads(encode(deliveries))
     assert value["runs"] == [[0, 0, 0, 500, 0, 0]]
     assert [change.index for change in decode(value)] == list(range(500))
+
+
+PAIR = Table("public", "pairs", None, "f", ("note", "id"), COLUMNS)
+
+
+@pytest.mark.parametrize("table", [ORDERS, PAIR], ids=["one", "two"])
+@pytest.mark.parametrize("half", [0, 2])
+def test_a_change_alone_is_called_in_logs_what_its_repr_says(table, half):
+    row, before = [b"1", b"9.50", b"a"], [b"0", b"9.50", None]
+    rows = [
+        pgoutput.encode_row("I", 1, None, None, row),
+        pgoutput.encode_row("I", 1, None, None, before),
+        pgoutput.encode_row("U", 1, None, None, [b"1", b"8", UNCHANGED]),
+        pgoutput.encode_row("U", 1, "K", before, row),
+        pgoutput.encode_row("U", 1, "O", row, [b"1", b"8", UNCHANGED]),
+        pgoutput.encode_row("D", 1, "K", before, None),
+        pgoutput.encode_row("D", 1, "O", row, None),
+        TRUNCATED,
+        message_row(b"N"),
+    ]
+    delivery = Delivery(table, TRANSACTION, 7, half, 1, rows)
+    changes = changes_of(delivery)
+    assert [change.index for change in changes] == list(range(7, 16))
+    for change, (value, change_id, label) in zip(changes, encode_each(delivery), strict=True):
+        assert decode(loads(value)) == [change]
+        assert (change_id, label) == (change.id, repr(change))
 
 
 @pytest.mark.parametrize("value", [{}, None, {"v": 2}, {"v": 1, "tables": []}])
