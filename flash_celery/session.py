@@ -163,7 +163,8 @@ class Session:
             elif arrived:
                 kind, run = arrived.popleft()
                 if kind[0] == frames.KEEPALIVE:
-                    asked = self._keepalive(frames.keepalive(run[-1])) or asked
+                    for one in run:
+                        asked = self._keepalive(frames.keepalive(one)) or asked
                     continue
                 end = transactions.receive(kind, run)
             else:
