@@ -117,7 +117,11 @@ class Change:
         return None
 
     def __repr__(self) -> str:
-        key = "".join(f" {name}={value}" for name, value in self.key.items())
+        try:
+            key = "".join(f" {name}={value}" for name, value in self.key.items())
+        except Exception:
+            # Whoever names a change, the replication worker above all, must not fail on its values.
+            key = " with a key that cannot be decoded"
         name = self.operation.names()[0]
         return f"{name} {self._source.shown}{key} @{self.commit_lsn}"
 

@@ -65,6 +65,14 @@ def test_changes_match_by_class():
             assert (old["total"], new["total"]) == (Decimal("9.50"), Decimal(8))
 
 
+def test_a_key_that_cannot_be_decoded_fails_in_its_handler_alone():
+    table = Table("public", "t", None, "d", ("id",), (Column("id", 25, "text", identity=True),))
+    insert = Insert([b"\xff"], *origin(table))
+    assert repr(insert) == "insert public.t with a key that cannot be decoded @0/16B3748"
+    with pytest.raises(UnicodeDecodeError):
+        insert.new["id"]
+
+
 def test_unchanged_toast_is_filled_from_the_old_row_and_is_not_a_change():
     assert UPDATE.new["note"] == "a"
     assert UPDATE.changed == {"total"}
