@@ -286,8 +286,14 @@ class Rabbit(Server):
 
     def empty(self) -> None:
         """Delete every queue."""
-        for queue in self.control("list_queues", "--no-table-headers", "name").split():
-            self.control("delete_queue", queue)
+        import amqp
+
+        names = self.control("list_queues", "--no-table-headers", "name").split()
+        with amqp.Connection(host=f"127.0.0.1:{self.port}") as connection:
+            for name in names:
+                # Not `rabbitmqctl delete_queue`, which takes a second for each.
+                with contextlib.suppress(amqp.exceptions.ResourceLocked):  # it ends with its owner
+                    connection.channel().queue_delete(name)
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         if self.process is not None:
