@@ -71,6 +71,8 @@ class Shop:
     def worker(self, pool="solo", queues="flash,cleanup,batches", **environment):
         return self.start(
             *("worker", "-Q", queues, "-P", pool, "-c", "2", "-l", "WARNING"),
+            # RabbitMQ gives a name's control queue to one worker only.
+            *("-n", f"worker{len(self.processes)}@%h"),
             *("--without-gossip", "--without-mingle", "--without-heartbeat"),
             **environment,
         )
