@@ -17,7 +17,9 @@
     ├── PublishError              the broker (retry)
     │   ├── Unroutable
     │   └── NotConfirmed
-    └── PayloadError              a message that cannot be read
+    ├── PayloadError              a message that cannot be read
+    ├── ProcessKilled             a handler that ends its process
+    └── NoSuchLetter              a dead letter that is not there
 
 `retry` says whether waiting can help; `solution` is a sentence for whoever is on call.
 They pickle, because Celery stores the exceptions of tasks.
@@ -141,3 +143,17 @@ class PayloadError(FlashError):
     """A task message is of another version of flash-celery, or damaged."""
 
     solution = "Upgrade the Celery workers before the replication worker."
+
+
+class ProcessKilled(FlashError):
+    """A handler's process died on the same change as often as `flash_max_deaths` allows."""
+
+    solution = (
+        "Mend the handler, then `flash dead retry`; the kernel's log says what it ran out of."
+    )
+
+
+class NoSuchLetter(FlashError):
+    """A dead letter is not, or no longer, in the queue."""
+
+    solution = "`flash dead list` shows those that are."

@@ -32,6 +32,9 @@ from .subscriptions import (
     table_of,
 )
 
+#: How a worker receives the task, by name: only a worker imports it.
+_STRATEGY = "flash_celery.dead:strategy"
+
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
 
@@ -262,6 +265,8 @@ def _attach(task: Any, declared: _Declaration) -> None:
     if isinstance(declared.says, Subscription):
         # A change must outlive the process that handles it; the app's setting does not matter.
         task.acks_late = task.reject_on_worker_lost = declared.says.acks_late
+        if task.Strategy == Task.Strategy:
+            task.Strategy = _STRATEGY
 
 
 def _adopt(handler: Handler[Any, Any], app: Celery) -> None:

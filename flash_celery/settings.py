@@ -33,6 +33,10 @@ class Settings:
     flash_publication_slot_prefix: str = "flash_publication"
     #: Queue of handlers that name none.
     flash_queue: str = "flash"
+    #: Queue of the dead letters: what is kept of a handler's task that failed for good.
+    flash_dead_queue: str = "flash.dead"
+    #: How many processes a change may end before it is a dead letter.
+    flash_max_deaths: int = 3
     #: Globs over `schema.table.operation` to task options, in the shape of `task_routes`.
     flash_routes: Mapping[str, Any] = field(default_factory=dict)
     #: Receive large transactions while they are open and spool them on disk until they commit.
@@ -119,6 +123,12 @@ class Settings:
             )
         if not self.flash_queue:
             raise ConfigurationError("flash_queue is empty; name the queue of the handlers.")
+        if self.flash_dead_queue in ("", self.flash_queue):
+            raise ConfigurationError(
+                "flash_dead_queue must be a queue of its own, which no worker consumes."
+            )
+        if self.flash_max_deaths < 1:
+            raise ConfigurationError("flash_max_deaths is a number from 1 on.")
 
     def _check_names(self) -> None:
         slot = self.flash_replication_slot
@@ -195,6 +205,8 @@ _KINDS: dict[str, Any] = {
     "flash_replication_slot": str,
     "flash_publication_slot_prefix": str,
     "flash_queue": str,
+    "flash_dead_queue": str,
+    "flash_max_deaths": int,
     "flash_routes": Mapping,
     "flash_use_streaming": bool,
     "flash_spool_directory": str,

@@ -42,6 +42,8 @@ def test_without_a_dsn_the_sentence_says_where_to_put_it(app):
         ("flash_shutdown_timeout", "10", "must be int or float"),
         ("flash_use_streaming", 1, "must be bool"),
         ("flash_queue", "", "flash_queue is empty"),
+        ("flash_dead_queue", "flash", "must be a queue of its own"),
+        ("flash_max_deaths", 0, "from 1 on"),
     ],
 )
 def test_what_cannot_be_right_is_named(app, name, value, sentence):

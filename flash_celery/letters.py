@@ -1,0 +1,310 @@
+"""Dead letters: what is kept of a task that failed for good, as a message of the queue for them.
+
+The queue holds messages of a task that nobody runs: a worker that consumes the queue by mistake
+puts them back (see `dead`). Version 1; docs/reliability.md says what is in one.
+"""
+
+from __future__ import annotations
+
+import json
+from base64 import b64decode, b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+from kombu.entity import Exchange, Queue
+from kombu.utils.json import dumps, loads
+
+from . import payload
+from .changes import Change, Changes
+from .errors import PayloadError, PublishError
+from .messages import Message
+from .publishers.base import Publisher
+from .subscriptions import TableName
+
+VERSION = 1
+#: The name in the headers of the messages. No app has a task of this name.
+TASK = "flash_celery.dead"
+#: How often the process of a task has died, in the headers of its message.
+DEATHS = "flash_deaths"
+#: When a task failed for good for the first time, in the headers of its message.
+FIRST_FAILED = "flash_first_failed_at"
+
+_PERSISTENT = 2
+#: How many characters of a traceback and of an error are kept, and how many ids of a batch.
+_TRACEBACK, _MESSAGE, _IDS = 16_000, 2_000, 100
+#: Headers that say how a message travelled, or when it should have run.
+_NOT_KEPT = {"compression", "eta", "expires", "retries", DEATHS, FIRST_FAILED}
+
+
+@dataclass(frozen=True)
+class Letter:
+    """A task that failed for good, with its message as it was received."""
+
+    id: str
+    handler: str
+    #: The queue it came from, and its priority there.
+    queue: str
+    priority: int | None
+    #: Type of the exception, what it says, and the traceback.
+    error: str
+    message: str
+    traceback: str
+    #: Times are ISO 8601, UTC. `started_at` is of the last attempt.
+    failed_at: str
+    first_failed_at: str
+    started_at: str | None
+    #: Retries before it failed, and processes it has ended.
+    retries: int
+    deaths: int
+    worker: str
+    #: What the changes are; empty where the message cannot be read.
+    tables: list[str]
+    changes: list[str]
+    count: int
+    commit_lsn: str | None
+    committed_at: str | None
+    argsrepr: str
+    #: The message.
+    headers: dict[str, Any] = field(repr=False)
+    body: str = field(repr=False)
+    #: Whether the body is in base64, for it is no text.
+    binary: bool
+    content_type: str
+    content_encoding: str
+
+    @property
+    def summary(self) -> str:
+        """The error in one line."""
+        first = self.message.strip().splitlines()[:1]
+        return f"{self.error}: {first[0]}" if first else self.error
+
+    @property
+    def age(self) -> float:
+        """Seconds since it failed."""
+        failed = datetime.fromisoformat(self.failed_at)
+        return (datetime.now(timezone.utc) - failed).total_seconds()
+
+
+def queue(app: Any, name: str) -> Queue:
+    """The queue for dead letters.
+
+    It is none of `app.amqp.queues`, for workers consume those. On RabbitMQ it refuses a letter
+    rather than drop an older one if a policy bounds it, and reading it again and again uses up no
+    delivery limit.
+    """
+    arguments: dict[str, Any] = {"x-overflow": "reject-publish", "x-queue-type": "classic"}
+    if getattr(app.conf, "task_default_queue_type", None) == "quorum":
+        arguments |= {"x-queue-type": "quorum", "x-delivery-limit": 1_000_000_000}
+    return Queue(name, Exchange(""), routing_key=name, durable=True, queue_arguments=arguments)
+
+
+def open_for(publisher: Publisher, queue: Any) -> None:
+    """Connect and declare the queue; one that exists with other arguments is taken as it is."""
+    try:
+        publisher.open([queue])
+    except PublishError as error:
+        if getattr(error.__cause__, "reply_code", None) != 406:
+            raise
+        publisher.open([])
+
+
+def write(
+    message: Any,
+    where: str,
+    error: str,
+    text: str,
+    traceback: str,
+    arguments: Sequence[Any] = (),
+    started_at: float | None = None,
+    worker: str = "",
+) -> Letter:
+    """A letter about a message that a worker received from the queue `where`."""
+    headers, properties = message.headers, message.properties or {}
+    now = _iso(datetime.now(timezone.utc))
+    changes = _changes(arguments)
+    tables = dict.fromkeys(_table(change) for change in changes)
+    body, binary = _text(message.body)
+    return Letter(
+        id=str(headers.get("id")),
+        handler=str(headers.get("task")),
+        queue=where,
+        priority=properties.get("priority"),
+        error=error,
+        message=_bounded(text, _MESSAGE),
+        traceback=_bounded(traceback, _TRACEBACK),
+        failed_at=now,
+        first_failed_at=str(headers.get(FIRST_FAILED) or now),
+        started_at=None
+        if started_at is None
+        else _iso(datetime.fromtimestamp(started_at, timezone.utc)),
+        retries=int(headers.get("retries") or 0),
+        deaths=int(headers.get(DEATHS) or 0),
+        worker=worker,
+        tables=list(tables),
+        changes=[change.id for change in changes[:_IDS]],
+        count=len(changes),
+        commit_lsn=str(changes[0].commit_lsn) if changes else None,
+        committed_at=_iso(changes[0].committed_at) if changes else None,
+        argsrepr=_described(changes) or str(headers.get("argsrepr") or ""),
+        headers={
+            name: value
+            for name, value in headers.items()
+            if name not in _NOT_KEPT and not name.startswith("x-")
+        },
+        body=body,
+        binary=binary,
+        content_type=message.content_type or "application/json",
+        content_encoding=message.content_encoding or "utf-8",
+    )
+
+
+def seal(app: Any, letter: Letter, name: str) -> Message:
+    """The message that keeps a letter in the queue `name`."""
+    made = app.amqp.as_task_v2(
+        letter.id,
+        TASK,
+        argsrepr=f"{letter.handler}: {_bounded(letter.summary, 200)}",
+        kwargsrepr="{}",
+        ignore_result=True,
+    )
+    body = dumps([[{"v": VERSION, **asdict(letter)}], {}, made.body[2]])
+    properties = {**made.properties, "delivery_mode": _PERSISTENT}
+    return Message(name, TASK, made.headers, properties, body)
+
+
+def unseal(body: str | bytes) -> Letter:
+    """The letter in a message's body. Raises `PayloadError` if it is none, or of another version.
+
+    Nothing in it is decoded: the changes may be what could not be.
+    """
+    try:
+        value = loads(body)[0][0]
+        if value.pop("v") != VERSION:
+            raise PayloadError("This dead letter is of another version of flash-celery.")
+        return Letter(**value)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise PayloadError(f"This is not a dead letter: {error!r}.") from error
+
+
+def again(letter: Letter) -> Message:
+    """The message for its queue, to be handled afresh: the same task id and the same changes."""
+    body = b64decode(letter.body) if letter.binary else letter.body
+    return _message(letter, letter.id, letter.argsrepr, body)
+
+
+def split(letter: Letter) -> list[Message]:
+    """The same, with a message for each change of a batch. Raises `PayloadError`."""
+    changes = contents(letter)
+    if len(changes) < 2:
+        return [again(letter)]
+    arguments, keywords, embedded = json.loads(letter.body)
+    messages = []
+    for number, change in enumerate(changes):
+        value = json.loads(payload.encode([payload.delivery_of(change)]))
+        one = [{"__type__": payload.CHANGES, "__value__": value}, *arguments[1:]]
+        body = json.dumps([one, keywords, embedded])
+        # Not the whole batch's id, and the same if it is sent again.
+        task_id = f"{letter.id}-{number}"
+        messages.append(_message(letter, task_id, f"1 change from {change!r}"[:200], body))
+    return messages
+
+
+def contents(letter: Letter) -> list[Change]:
+    """Its changes. Raises `PayloadError` where they cannot be read."""
+    try:
+        value = json.loads(letter.body)[0][0]["__value__"]
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise PayloadError("No changes can be read from its message.") from None
+    return payload.decode(value)
+
+
+def _message(letter: Letter, task_id: str, argsrepr: str, body: str | bytes) -> Message:
+    headers = {
+        **letter.headers,
+        "id": task_id,
+        "retries": 0,
+        "argsrepr": argsrepr,
+        "eta": None,
+        "expires": None,
+        FIRST_FAILED: letter.first_failed_at,
+    }
+    if headers.get("root_id") == letter.id:
+        headers["root_id"] = task_id
+    properties: dict[str, Any] = {"correlation_id": task_id, "delivery_mode": _PERSISTENT}
+    if letter.priority is not None:
+        properties["priority"] = letter.priority
+    return Message(
+        letter.queue,
+        letter.handler,
+        headers,
+        properties,
+        body,
+        letter.content_type,
+        letter.content_encoding,
+    )
+
+
+def received_again(message: Any, where: str, headers: Mapping[str, Any]) -> Message:
+    """The message that a worker received, as it was, to go behind the others of its queue."""
+    kept = {
+        name: value
+        for name, value in message.headers.items()
+        if name != "compression" and not name.startswith("x-")
+    }
+    known = ("correlation_id", "reply_to", "priority")
+    properties = {name: message.properties[name] for name in known if name in message.properties}
+    body = message.body
+    return Message(
+        where,
+        str(kept.get("task")),
+        {**kept, **headers},
+        {**properties, "delivery_mode": _PERSISTENT},
+        bytes(body) if isinstance(body, memoryview) else body,
+        message.content_type,
+        message.content_encoding,
+    )
+
+
+def _changes(arguments: Sequence[Any]) -> list[Change]:
+    found: list[Change] = []
+    for argument in arguments:
+        if isinstance(argument, Change):
+            found.append(argument)
+        elif isinstance(argument, Changes):
+            found += argument
+    return found
+
+
+def _described(changes: Sequence[Change]) -> str:
+    """What a message's argsrepr says, which a retry of Celery's writes anew."""
+    if not changes:
+        return ""
+    one = repr(changes[0])
+    return (one if len(changes) == 1 else f"{len(changes)} changes from {one}")[:200]
+
+
+def _table(change: Change) -> str:
+    return str(TableName(change.schema, change.table)) if change.schema else change.table
+
+
+def _text(body: Any) -> tuple[str, bool]:
+    if isinstance(body, str):
+        return body, False
+    try:
+        return bytes(body).decode(), False
+    except UnicodeDecodeError:
+        return b64encode(body).decode(), True
+
+
+def _bounded(text: str, limit: int) -> str:
+    """Its beginning and its end; of a traceback the end says most."""
+    if len(text) <= limit:
+        return text
+    head = limit // 4
+    return f"{text[:head]}\n… {len(text) - limit} characters …\n{text[head - limit :]}"
+
+
+def _iso(moment: datetime) -> str:
+    return moment.isoformat(timespec="milliseconds")
