@@ -64,6 +64,11 @@ class _Project:
             raise SubscriptionError(f"{name} is of another source; say --source {source}.")
         return TableName.of(table)
 
+    def letters(self) -> Any:
+        from .letterbox import LetterBox
+
+        return LetterBox(self.app, self.settings.flash_dead_queue)
+
 
 def _command(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command its project, and turn errors into one sentence."""
@@ -245,3 +250,109 @@ def tail(project: _Project, tables: tuple[str, ...], limit: int | None) -> None:
         tailing.tail(project.settings.require_dsn(), wanted, show, ready, project.settings.source)
     except KeyboardInterrupt:
         click.echo()
+
+
+@flash.group()
+def dead() -> None:
+    """Dead letters: changes whose handler has failed for good."""
+
+
+def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say which letters; the command gets a `Wanted`."""
+
+    @functools.wraps(command)
+    def run(project: _Project, *args: Any, **options: Any) -> Any:
+        from .letterbox import Wanted
+
+        names = ("ids", "handler", "table", "older", "newer")
+        given = {name: options.pop(name) for name in names if name in options}
+        return command(project, Wanted.of(**given), *args, **options)
+
+    age = "AGE is seconds, or a number with s, m, h or d."
+    for option in (
+        click.option("--newer", metavar="AGE", help="That failed in this time."),
+        click.option("--older", metavar="AGE", help=f"That failed before this time. {age}"),
+        click.option("--table", help="Of this table (or with this prefix of messages)."),
+        click.option("--handler", help="Of this handler: its name, or the last part of it."),
+    ):
+        run = option(run)
+    return run
+
+
+@dead.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (times in UTC, age in s).")
+@_command
+@_filters
+def dead_list(project: _Project, wanted: Any, as_json: bool) -> None:
+    """Show the dead letters, the oldest first."""
+    from . import letterbox
+
+    box = project.letters()
+    found = box.find(wanted)
+    if as_json:
+        click.echo(json.dumps([letterbox.as_json(letter) for letter in found], indent=2))
+        return
+    for line in letterbox.table(found) if found else ["no dead letters"]:
+        click.echo(line)
+    if box.strangers:
+        click.echo(f"{box.strangers} other messages are in the queue; they stay there.", err=True)
+
+
+@dead.command("show")
+@click.argument("id")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_command
+def dead_show(project: _Project, id: str, as_json: bool) -> None:
+    """Show a letter with its traceback and its changes; the first 8 characters of its id do."""
+    from . import letterbox, tail
+    from .letterbox import Wanted
+
+    box = project.letters()
+    for letter in box.read(box.find(Wanted((id,)))):
+        if as_json:
+            decoded = {"decoded": letterbox.changes(letter, tail.line)}
+            click.echo(json.dumps(letterbox.as_json(letter) | decoded, indent=2))
+        else:
+            click.echo("\n".join(letterbox.whole(letter, tail.line)))
+
+
+@dead.command("retry")
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@click.option("--all", "everything", is_flag=True, help="All of them.")
+@click.option("--split", is_flag=True, help="Send the changes of a batch one by one.")
+@_command
+@_filters
+def dead_retry(project: _Project, wanted: Any, everything: bool, split: bool) -> None:
+    """Send letters back to their handler's queue, with the same task id and the same changes.
+
+    A letter is taken out when the broker has its message.
+    """
+    box, found = _chosen(project, wanted, everything)
+    click.echo(f"{box.retry(found, split)} sent back to their handlers.")
+
+
+@dead.command("drop")
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@click.option("--all", "everything", is_flag=True, help="All of them.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@_command
+@_filters
+def dead_drop(project: _Project, wanted: Any, everything: bool, yes: bool) -> None:
+    """Throw letters away: their changes are never handled."""
+    from . import letterbox
+
+    box, found = _chosen(project, wanted, everything)
+    if found and not yes:
+        for line in letterbox.table(found):
+            click.echo(line)
+        click.confirm(f"Throw {len(found)} away?", abort=True)
+    click.echo(f"{box.drop(found)} thrown away.")
+
+
+def _chosen(project: _Project, wanted: Any, everything: bool) -> tuple[Any, Any]:
+    from .errors import ConfigurationError
+
+    if wanted.everything and not everything:
+        raise ConfigurationError("Say which: ids, --handler, --table, --older, --newer or --all.")
+    box = project.letters()
+    return box, box.find(wanted)

@@ -19,7 +19,7 @@ from kombu.utils.json import dumps, loads
 from . import payload
 from .changes import Change, Changes
 from .errors import PayloadError, PublishError
-from .messages import Message
+from .messages import Form, Message
 from .publishers.base import Publisher
 from .subscriptions import TableName
 
@@ -171,7 +171,7 @@ def seal(app: Any, letter: Letter, name: str) -> Message:
     )
     body = dumps([[{"v": VERSION, **asdict(letter)}], {}, made.body[2]])
     properties = {**made.properties, "delivery_mode": _PERSISTENT}
-    return Message(name, TASK, made.headers, properties, body)
+    return Message.alone(Form(name, TASK, made.headers, properties), body)
 
 
 def unseal(body: str | bytes) -> Letter:
@@ -235,15 +235,8 @@ def _message(letter: Letter, task_id: str, argsrepr: str, body: str | bytes) -> 
     properties: dict[str, Any] = {"correlation_id": task_id, "delivery_mode": _PERSISTENT}
     if letter.priority is not None:
         properties["priority"] = letter.priority
-    return Message(
-        letter.queue,
-        letter.handler,
-        headers,
-        properties,
-        body,
-        letter.content_type,
-        letter.content_encoding,
-    )
+    kind = letter.content_type, letter.content_encoding
+    return Message.alone(Form(letter.queue, letter.handler, headers, properties, *kind), body)
 
 
 def received_again(message: Any, where: str, headers: Mapping[str, Any]) -> Message:
@@ -255,16 +248,16 @@ def received_again(message: Any, where: str, headers: Mapping[str, Any]) -> Mess
     }
     known = ("correlation_id", "reply_to", "priority")
     properties = {name: message.properties[name] for name in known if name in message.properties}
-    body = message.body
-    return Message(
+    form = Form(
         where,
         str(kept.get("task")),
         {**kept, **headers},
         {**properties, "delivery_mode": _PERSISTENT},
-        bytes(body) if isinstance(body, memoryview) else body,
         message.content_type,
         message.content_encoding,
     )
+    body = message.body
+    return Message.alone(form, bytes(body) if isinstance(body, memoryview) else body)
 
 
 def _changes(arguments: Sequence[Any]) -> list[Change]:

@@ -34,6 +34,8 @@ class Form:
     task: str
     headers: Mapping[str, Any]
     properties: Mapping[str, Any]
+    content_type: str = "application/json"
+    content_encoding: str = "utf-8"
 
 
 class Message:
@@ -45,9 +47,6 @@ class Message:
 
     __slots__ = ("_headers", "_properties", "argsrepr", "body", "form", "id")
 
-    content_type = "application/json"
-    content_encoding = "utf-8"
-
     def __init__(self, form: Form, task_id: str, argsrepr: str, body: str | bytes) -> None:
         self.form = form
         self.id = task_id
@@ -55,6 +54,23 @@ class Message:
         self.body = body
         self._headers: dict[str, Any] | None = None
         self._properties: dict[str, Any] | None = None
+
+    @classmethod
+    def alone(cls, form: Form, body: str | bytes) -> Message:
+        """One that shares its form with no other: all its headers and properties are there."""
+        message = cls(form, str(form.headers["id"]), str(form.headers["argsrepr"]), body)
+        message._headers, message._properties = dict(form.headers), dict(form.properties)
+        return message
+
+    @property
+    def content_type(self) -> str:
+        """How to read the body."""
+        return self.form.content_type
+
+    @property
+    def content_encoding(self) -> str:
+        """The encoding of its text, or `binary`."""
+        return self.form.content_encoding
 
     @property
     def queue(self) -> str:

@@ -65,10 +65,12 @@ def status(
 ) -> dict[str, Any]:
     """Everything, ready for JSON."""
     templates = Templates(app, settings, subscriptions)
-    broker_error = None
+    broker_error = dead = None
     depths: dict[str, int | None] = {}
     try:
-        depths = queue_depths(app, templates.queues)
+        depths = queue_depths(app, [*templates.queues, settings.flash_dead_queue])
+        # The first letter makes the queue.
+        dead = depths[settings.flash_dead_queue] or 0
     except PublishError as error:
         broker_error = str(error)
     return {
@@ -78,6 +80,7 @@ def status(
         "slot_name": settings.flash_replication_slot,
         "subscriptions": [_subscription(one, templates) for one in subscriptions],
         "queues": {name: depths.get(name) for name in templates.queues},
+        "dead_letters": {"queue": settings.flash_dead_queue, "count": dead},
         "broker_error": broker_error,
         #: Handlers no running worker knows; None if no worker answers.
         "unhandled": None if broker_error else unhandled(app, subscriptions),
@@ -105,6 +108,9 @@ def lines(found: dict[str, Any]) -> list[str]:
     said += ["", "queues"]
     for name, depth in found["queues"].items():
         said.append(f"  {name}  {'unknown' if depth is None else f'{depth} waiting'}")
+    letters = found["dead_letters"]
+    count = "unknown" if letters["count"] is None else f"{letters['count']} dead letters"
+    said.append(f"  {letters['queue']}  {count}")
     if found["broker_error"]:
         said.append(f"  {found['broker_error']}")
     elif found["unhandled"] is None:

@@ -77,6 +77,11 @@ class ConnectedPublisher:
         )
 
     @property
+    def channel(self) -> Any:
+        """The open channel, for what only one transport can do."""
+        return self._channel
+
+    @property
     def url(self) -> str:
         """The broker's address, without a password."""
         shown = str(maybe_sanitize_url(self._connection.as_uri()))

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import sys
 import time
 
 from celery import Celery, shared_task
@@ -21,6 +23,9 @@ if os.environ.get("SHOP_QUORUM"):
     arguments = {"x-queue-type": "quorum"}
     names = ("flash", "cleanup")
     app.conf.task_queues = [Queue(name, queue_arguments=arguments) for name in names]
+
+
+LIMIT = float(os.environ.get("SHOP_LIMIT", 0)) or None
 
 
 def note(task, told):
@@ -47,11 +52,38 @@ def note(task, told):
         notes.write("\n".join(lines) + "\n")
 
 
+def misbehave(change):
+    """What the name of an item makes its handlers do, until somebody has mended them."""
+    if not hasattr(change, "new") or os.path.exists(os.environ["SHOP_NOTES"] + ".mended"):
+        return
+    name = change.new["name"]
+    if name == "raise":
+        raise ValueError("this item cannot be handled")
+    if name == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name == "exit":
+        sys.exit(1)
+    if name == "memory":
+        raise MemoryError("no more")
+    if name == "sleep":
+        time.sleep(60)
+    if name.startswith("wait"):
+        told = os.environ["SHOP_NOTES"]
+        open(f"{told}.{name}", "w").close()
+        while not os.path.exists(f"{told}.go"):
+            time.sleep(0.02)
+        raise (ValueError if name == "wait and retry" else RuntimeError)("the broker is gone")
+
+
 if os.environ.get("SHOP_BATCH") != "only":
 
     @on_change(os.environ.get("SHOP_ITEMS", "items"))
-    @shared_task(bind=True)
+    @shared_task(bind=True, max_retries=2, default_retry_delay=0, time_limit=LIMIT)
     def each(self, change):
+        try:
+            misbehave(change)
+        except ValueError as error:
+            raise self.retry(exc=error) from error
         note(self, change)
         time.sleep(float(os.environ.get("SHOP_SLEEP", "0")))
 
@@ -65,6 +97,8 @@ if os.environ.get("SHOP_BATCH"):
     @on_change("items", "insert", batch=100, queue="batches")
     @shared_task(bind=True)
     def many(self, changes):
+        for change in changes:
+            misbehave(change)
         note(self, changes)
 
 

@@ -14,7 +14,7 @@ from flash_celery.cli import flash
 class Command(BaseCommand):
     """Hands its arguments to the command group of flash-celery."""
 
-    help = "PostgreSQL changes as Celery tasks: replicate, status, doctor, reset, tail."
+    help = "PostgreSQL changes as Celery tasks: replicate, status, doctor, reset, tail, dead."
     requires_system_checks: list[str] = []
 
     def run_from_argv(self, argv: list[str]) -> None:
