@@ -1,7 +1,7 @@
 """The queue of dead letters, as `flash dead` reads it.
 
 Nothing is taken out before it is done with: whoever is killed in the middle leaves the letters
-there, in their order.
+there.
 """
 
 from __future__ import annotations
@@ -126,6 +126,8 @@ class LetterBox:
             for letter, _ in read:
                 if letter in wanted:
                     found.append(replace(letter, headers={}, body=""))
+        # A quorum queue shuffles what was given back to it.
+        found.sort(key=lambda letter: letter.failed_at)
         if not wanted.ids:
             return found
         ids = {_the_one(text, found) for text in wanted.ids}
@@ -210,7 +212,7 @@ def _key(letter: Letter) -> tuple[str, str]:
 def _gets(channel: Any, name: str, count: int) -> _Messages:
     """Take messages without acknowledging them, and give back what was not removed.
 
-    RabbitMQ puts them where they were, also if this process dies.
+    RabbitMQ has them all again if this process dies, a classic queue where they were.
     """
     held: dict[Any, None] = {}
 

@@ -427,6 +427,6 @@ def test_a_dsn_to_something_else_is_tried_again(shop, valkey):
 
 def test_help_names_every_command(shop):
     shown = shop.run("flash", "--help").stdout
-    for command in ("replicate", "status", "doctor", "reset", "tail"):
+    for command in ("replicate", "status", "doctor", "reset", "tail", "dead"):
         assert command in shown
         assert "Options:" in shop.run("flash", command, "--help").stdout

@@ -158,6 +158,17 @@ def test_a_time_limit_and_a_batch(shop):
     assert sorted(note["id"] for note in notes) == batch.changes
 
 
+def test_a_pool_of_threads_with_a_result_backend(shop):
+    backend = json.dumps({"result_backend": shop.broker.url, "task_ignore_result": False})
+    worker = shop.worker("threads", SHOP_CONF=backend)
+    shop.replicate()
+    insert(shop, "raise", "memory", "a", "raise", "memory", "b")
+    assert {note["new"]["id"] for note in shop.until_noted(2)} == {3, 6}
+    errors = [letter.error for letter in until_dead(shop, 4)]
+    assert errors == ["ValueError", "MemoryError", "ValueError", "MemoryError"]
+    assert worker.poll() is None
+
+
 def test_a_message_that_cannot_be_read_is_kept(any_shop):
     shop = any_shop
     shop.worker()

@@ -211,6 +211,7 @@ def test_manage_py_has_the_same_commands(environment, database):
         f"shop.handlers.{name}"
         for name in ("audit", "forget_product", "index_products", "keep_total", "send_receipt")
     }
+    assert json.loads(manage(environment, "dead", "list", "--json").stdout) == []
     again = manage(environment, "reset", "--yes")
     assert again.returncode == 0
     assert "Nothing to reset" in again.stdout

@@ -100,10 +100,10 @@ def test_filters_and_reading_leaves_everything_in_its_order(box, bury):
     bury("a1", handler="shop.other.handle")
     bury("b2", tables=["sales.orders"])
     bury("c3", failed_at="2020-01-01T00:00:00.000+00:00")
-    assert ids(box) == ["a1", "b2", "c3"]
-    assert ids(box, handler="handle") == ["a1", "b2", "c3"]
-    assert ids(box, handler="shop.handle") == ["b2", "c3"]
-    assert ids(box, table="items") == ["a1", "c3"]
+    assert ids(box) == ["c3", "a1", "b2"]
+    assert ids(box, handler="handle") == ["c3", "a1", "b2"]
+    assert ids(box, handler="shop.handle") == ["c3", "b2"]
+    assert ids(box, table="items") == ["c3", "a1"]
     assert ids(box, table="sales.orders") == ["b2"]
     assert ids(box, older="1d") == ["c3"]
     assert ids(box, newer="15m") == ["a1", "b2"]

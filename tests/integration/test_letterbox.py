@@ -1,0 +1,101 @@
+"""The queue of dead letters on real brokers: nobody who reads it loses or reorders a letter."""
+
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import redis
+from celery import Celery
+
+from example_project.servers import wait_until
+from flash_celery import letters
+from flash_celery.letterbox import LetterBox, Wanted
+from flash_celery.publishers import for_app
+
+#: More than are read from Redis at a time.
+COUNT = 45
+IDS = [f"letter-{number:02}" for number in range(COUNT)]
+
+READ_AND_BE_KILLED = """
+import os, signal, sys
+from celery import Celery
+from flash_celery.letterbox import LetterBox
+app = Celery(broker=sys.argv[1])
+app.conf.update(eval(sys.argv[2]))
+with LetterBox(app, "flash.dead")._open() as read:
+    for _, (letter, remove) in zip(range(30), read):
+        if letter.id == "letter-07":
+            remove()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture(params=["redis", "prefixed", "classic", "quorum"])
+def app(request):
+    conf = {"result_backend": None}
+    if request.param in ("redis", "prefixed"):
+        server = request.getfixturevalue("valkey")
+        with redis.Redis(port=server.port) as client:
+            client.flushall()
+        if request.param == "prefixed":
+            conf["broker_transport_options"] = {"global_keyprefix": "shop:"}
+    else:
+        server = request.getfixturevalue("rabbit")
+        server.empty()
+        if request.param == "quorum":
+            conf["task_default_queue_type"] = "quorum"
+    app = Celery(broker=server.url)
+    app.conf.update(conf)
+    app.test_conf = conf
+    yield app
+    app.close()
+
+
+@pytest.fixture
+def box(app):
+    publisher = for_app(app)
+    letters.open_for(publisher, letters.queue(app, "flash.dead"))
+    for id in IDS:
+        message = SimpleNamespace(
+            headers={"id": id, "task": "shop.handle"},
+            properties={},
+            body="[[], {}, {}]",
+            content_type="application/json",
+            content_encoding="utf-8",
+        )
+        letter = letters.write(message, "flash", "ValueError", "no", "")
+        publisher.publish([letters.seal(app, letter, "flash.dead")])
+    publisher.close()
+    return LetterBox(app, "flash.dead")
+
+
+def ids(box):
+    """In the order of the queue; a quorum queue may shuffle what was given back."""
+    with box._open() as read:
+        found = [letter.id for letter, _ in read]
+    return sorted(found) if box._app.conf.task_default_queue_type == "quorum" else found
+
+
+def test_they_stay_in_their_order_whoever_reads_them_and_is_killed(app, box):
+    assert ids(box) == IDS
+    command = [sys.executable, "-c", READ_AND_BE_KILLED, app.conf.broker_url, repr(app.test_conf)]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    # RabbitMQ puts them back when it sees that the reader is gone.
+    wait_until(lambda: box.count() >= COUNT - 1, "the letters to be back")
+    left = ids(box)
+    assert [id for id in left if id != "letter-07"] == [id for id in IDS if id != "letter-07"]
+    # A quorum queue counts deliveries; RabbitMQ 4 gives up after 20 unless it is told otherwise.
+    for _ in range(25):
+        box.find(Wanted())
+    assert ids(box) == left
+
+
+def test_some_are_taken_out_of_the_middle(app, box):
+    some = [letter for letter in box.find(Wanted()) if letter.id[-1] in "05"]
+    assert box.drop(some) == 9
+    assert ids(box) == [id for id in IDS if id[-1] not in "05"]
+    assert box.drop(some) == 0
+    assert box.drop(box.find(Wanted())) == COUNT - 9
+    assert ids(box) == []
