@@ -42,7 +42,7 @@ def _cost(bench, source, plain):
             line = lines[name] = Line("cost", f"pgbench -c {clients} with {name}", "tps")
             line.against("without", Goal(goal) if goal and name == FLASH else None)
         for run in bench.each_run(f"cost: pgbench, {clients} clients"):
-            seconds = max(1, round(bench.seconds(5)))
+            seconds = max(1, round(bench.seconds(3)))
             first = pgbench(plain, clients, seconds)
             ours, details = with_flash(bench, source, clients, seconds)
             middle = pgbench(plain, clients, seconds)

@@ -54,7 +54,8 @@ def _machine(results):
     told = "; ".join(f"{name} {value}" for name, value in results["machine"].items())
     sentences = [
         f"Measured {results['measured']} on this machine: {told}.",
-        f"Medians of {results['runs']} runs. {verified:,} changes were verified.",
+        f"Medians of {results['runs']} runs; memory and what to set are of one run. "
+        f"{verified:,} changes were verified.",
     ]
     if results["scale"] != 1:
         sentences.append(f"The sizes were scaled by {results['scale']:g}.")

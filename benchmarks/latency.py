@@ -19,7 +19,7 @@ PERCENTILES = {"p50": (50, 5.0), "p99": (99, 25.0)}
 
 def latency(bench):
     """Milliseconds from commit to handler at 200 transactions a second."""
-    seconds = bench.seconds(10)
+    seconds = bench.seconds(6)
     with bench.valkey() as broker:
         source = Source(bench.database(), broker, "single")
     plain = bench.database()

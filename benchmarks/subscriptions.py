@@ -7,7 +7,7 @@ from benchmarks.results import Goal, Line
 
 def subscriptions(bench):
     """A thousand tables, and fifty other handlers, against one table and one handler."""
-    rows = bench.size(200_000)
+    rows = bench.size(100_000)
     alone = bench.backlog(Workload(rows))
     others = {
         "a handler of 1,000 tables": Workload(rows, others=999, handler="thousand_tables"),
