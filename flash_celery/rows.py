@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -13,6 +13,12 @@ from .values import Loader, array_loader, loader, record_loader
 
 #: A TOASTed value that the UPDATE did not touch and PostgreSQL did not send. Never `None`.
 UNCHANGED = UNCHANGED_TOAST
+
+
+def _reduce(described: Column | Table) -> tuple[Any, ...]:
+    """How a description travels between processes: without what was derived from it, loaders
+    among them."""
+    return type(described), tuple(getattr(described, one.name) for one in fields(described))
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,8 @@ class Column:
     fields: tuple[Column, ...] = ()
     #: Whether it is such an array.
     array: bool = False
+
+    __reduce__ = _reduce
 
     @cached_property
     def load(self) -> Loader:
@@ -54,6 +62,8 @@ class Table:
     columns: tuple[Column, ...]
     #: The database it is in: a name in `flash_sources`, "" for the default one.
     source: str = ""
+
+    __reduce__ = _reduce
 
     @cached_property
     def positions(self) -> dict[str, int]:

@@ -1,3 +1,4 @@
+import pickle
 from datetime import datetime, timezone
 from decimal import Decimal
 
@@ -146,6 +147,17 @@ def test_a_change_travels_as_a_task_argument(change):
     received = loads(dumps([change]))[0]
     assert received == change
     assert (received.id, dict(received.key)) == (change.id, dict(change.key))
+
+
+@pytest.mark.parametrize("change", [INSERT, UPDATE, DELETE, TRUNCATE, MESSAGE], ids=repr)
+def test_a_change_that_was_looked_at_travels_between_processes(change):
+    looked_at = repr([dict(getattr(change, side)) for side in ("new",) if hasattr(change, side)])
+    received = pickle.loads(pickle.dumps(change))
+    assert received == change
+    assert (
+        repr([dict(getattr(received, side)) for side in ("new",) if hasattr(received, side)])
+        == looked_at
+    )
 
 
 def test_a_batch_travels_in_order():

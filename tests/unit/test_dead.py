@@ -20,7 +20,7 @@ from flash_celery.publishers.memory import MemoryPublisher
 from flash_celery.rows import Column, Table, Transaction
 
 TABLE = Table("public", "items", None, "d", ("id",), (Column("id", 20, "int8", identity=True),))
-DELIVERY = (TABLE, Transaction(Lsn(16), 1, 0), 0, 0, 0, encode_row("I", 0, None, None, [b"5"]))
+DELIVERY = (TABLE, Transaction(Lsn(16), 1, 0), 0, 0, 0, [encode_row("I", 0, None, None, [b"5"])])
 
 
 @pytest.fixture

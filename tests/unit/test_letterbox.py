@@ -24,7 +24,7 @@ TABLE = Table("public", "items", None, "d", ("id",), COLUMNS)
 
 def delivery(number, name=b"x"):
     row = encode_row("I", 0, None, None, [b"%d" % number, name])
-    return Delivery(TABLE, Transaction(Lsn(16), 1, 0), number, 0, 0, row)
+    return Delivery(TABLE, Transaction(Lsn(16), 1, 0), number, 0, 0, [row])
 
 
 ONE = (delivery(1),)
