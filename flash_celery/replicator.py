@@ -73,7 +73,14 @@ class Replicator:
         self._publishing = Publishing(publisher, queues, self._on_confirmed, self.control.fail)
         self._progress = Progress()
         self._source = ""
-        self._streaming = settings.flash_use_streaming
+        self._messages = len(of_tables(subscriptions)) < len(subscriptions)
+        self._streaming = settings.flash_use_streaming and not self._messages
+        if settings.flash_use_streaming and self._messages:
+            # It streams a message under its transaction's xid, never its savepoint's.
+            logger.warning(
+                "flash_use_streaming is off: PostgreSQL does not tell of a message in an open "
+                "transaction that its savepoint is rolled back, and a handler is on messages"
+            )
         self._streamed = False
         self._seen_slot = False
         self._fingerprint = ""
@@ -223,7 +230,7 @@ class Replicator:
                 publications.names(prefix),
                 self._progress.confirmed,
                 self._streaming,
-                messages=len(of_tables(self._subscriptions)) < len(self._subscriptions),
+                messages=self._messages,
             )
         except SlotInUse as error:
             raise SlotInUse(f"{str(error)[:-1]}{_holder(connection, slot)}.") from None

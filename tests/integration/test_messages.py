@@ -117,3 +117,23 @@ def test_rows_are_told_as_ever_where_messages_are_asked_for_too(flash):
     listen(flash, "a").handler("items").start()
     flash.do("INSERT INTO items VALUES (1)", emit("b", "x"), "DELETE FROM items", emit("a", "y"))
     assert shown(flash.told()) == ["insert 1,-", "delete 1"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_message_of_a_savepoint_that_is_rolled_back_late_is_not_told(flash, streaming):
+    flash.database.execute(ITEMS, "ALTER SYSTEM SET logical_decoding_work_mem = '64kB'")
+    flash.database.execute("SELECT pg_reload_conf()")
+    listen(flash, "mail").handler("items").start(flash_use_streaming=streaming)
+    many = "INSERT INTO items SELECT n, repeat('x', 900) FROM generate_series({}, {}) n"
+    with flash.database.connect() as connection:
+        connection.execute("BEGIN")
+        connection.execute("SAVEPOINT a")
+        connection.execute(emit("mail", "rolled back"))
+        connection.execute(many.format(1, 300))
+        connection.execute("ROLLBACK TO a")
+        connection.execute(many.format(1001, 1003))
+        connection.execute(emit("mail", "kept"))
+        connection.execute("COMMIT")
+    flash.do("SELECT 1")
+    assert len(flash.told()) == 3
+    assert [message.content for message in flash.told("messages")] == [b"kept"]
