@@ -24,6 +24,8 @@ class CatalogColumn:
     type_oid: int
     #: "", "s" stored or "v" virtual.
     generated: str
+    #: Its number in the table, which a renaming leaves as it is.
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ LEFT JOIN LATERAL (SELECT columns, index_name FROM {keys} AS k WHERE is_identity
 WHERE {condition} AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
 """)
 _COLUMNS = """
-SELECT attname, atttypid::int8, attgenerated::text FROM pg_attribute
+SELECT attname, atttypid::int8, attgenerated::text, attnum FROM pg_attribute
 WHERE attrelid = %s AND attnum > 0 AND NOT attisdropped ORDER BY attnum
 """
 
@@ -136,8 +138,15 @@ SELECT concat_ws(' | ',
      LEFT JOIN LATERAL (
          SELECT count(*) FROM pg_attribute
          WHERE attrelid = c.oid AND attgenerated = 'v') AS made ON true),
-    (SELECT string_agg(concat_ws(' ', p.oid, md5(to_jsonb(r)::text)), ',' ORDER BY p.oid, r.prrelid)
+    (SELECT string_agg(concat_ws(' ', p.oid, md5(to_jsonb(r)::text), named.list),
+                       ',' ORDER BY p.oid, r.prrelid)
      FROM pg_publication p LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid
+     LEFT JOIN LATERAL (
+         SELECT string_agg(concat(a.attnum, a.attname), '+' ORDER BY a.attnum) AS list
+         FROM pg_depend d
+         JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
+         WHERE d.classid = 'pg_publication_rel'::regclass AND d.objid = r.oid
+         AND d.refclassid = 'pg_class'::regclass AND d.refobjsubid > 0) AS named ON true
      WHERE p.pubname = ANY(%s)))
 """
 
@@ -146,7 +155,8 @@ def fingerprint(
     connection: psycopg.Connection[Any], tables: Iterable[TableName], publications: Sequence[str]
 ) -> str:
     """Changes when one of these tables is made, dropped or renamed, gets partitions or another
-    key or identity, and when these publications are altered."""
+    key or identity, when these publications are altered, and when a column is renamed that they
+    name."""
     names = sorted(set(tables), key=str)
     parameters = [[n.schema for n in names], [n.name for n in names], list(publications)]
     row = connection.execute(_FINGERPRINT.encode(), parameters).fetchone()
@@ -172,6 +182,6 @@ def _read(
         tuple(primary),
         tuple(index_key),
         owned,
-        {name: CatalogColumn(name, kind, generated) for name, kind, generated in columns},
+        {name: CatalogColumn(name, *described) for name, *described in columns},
         tuple(TableName(*ancestor) for ancestor in ancestors),
     )

@@ -119,7 +119,8 @@ class Wanted:
     def narrowing(self, oid: int) -> str:
         """The same for all operations, to be compared with what was set; "" if it is everything."""
         clauses = (self.clause(op, oid).as_string(None) for op in self.published(oid))
-        return ";".join(clauses).strip(";")
+        said = ";".join(clauses).strip(";")
+        return f"{said};{self.narrowed[oid].numbers}" if said else ""
 
     def published(self, oid: int) -> list[Operation]:
         """The operations a table is published for."""

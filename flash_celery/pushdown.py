@@ -41,6 +41,8 @@ class Narrowing:
     filters: dict[Operation, sql.Composable] = field(default_factory=dict)
     #: What is left to the replication worker, and why.
     left: tuple[str, ...] = ()
+    #: The numbers of the columns it may name: PostgreSQL goes by them when one is renamed.
+    numbers: tuple[tuple[str, int], ...] = ()
 
     def clause(self, operation: Operation) -> sql.Composable:
         """What follows the table's name in its publication of this operation."""
@@ -75,7 +77,9 @@ def narrow(
         if filter_ is not None:
             filters[operation] = filter_
         left += [f"{operation.names()[0]}: {reason}" for reason in reasons]
-    return Narrowing(columns, filters, tuple(left))
+    named = {*(columns or ())}.union(*(one.columns for one in subscriptions))
+    numbers = tuple((name, table.columns[name].number) for name in sorted(named))
+    return Narrowing(columns, filters, tuple(left), numbers)
 
 
 def _filter(

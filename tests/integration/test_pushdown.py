@@ -209,6 +209,22 @@ def test_a_column_of_a_filter_is_guarded_by_the_server_and_its_end_is_told(flash
     assert "public.items has no column name" in str(flash.error)
 
 
+@pytest.mark.parametrize("running", [False, True])
+def test_a_filter_follows_the_name_when_columns_change_places(flash, running):
+    flash.database.execute(ITEMS)
+    flash.handler("items", "insert", where={"name": "paid"}).start(flash_push_down=True)
+    if not running:
+        flash.stop()
+    flash.database.execute(
+        "BEGIN; ALTER TABLE items RENAME name TO was; ALTER TABLE items RENAME note TO name; COMMIT"
+    )
+    if not running:
+        flash.start()
+    flash.wait(lambda: shapes(flash)["insert"][0] == "(name = 'paid'::text)")
+    flash.do("INSERT INTO items (id, name) VALUES (1, 'paid')")
+    assert [change.new["id"] for change in flash.told()] == [1]
+
+
 def test_partitions_and_types_of_ones_own_are_left_to_the_worker(flash):
     flash.database.execute(
         "CREATE TYPE mood AS ENUM ('sad', 'ok')",
