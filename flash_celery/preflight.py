@@ -286,7 +286,15 @@ class _Examination:
             )
 
     def _check_identities(self, goal: Wanted) -> None:
+        prefix = self._settings.flash_publication_slot_prefix
         for table in goal.full.values():
+            lists = publications.lists_columns_of(self._connection, table, prefix)
+            if lists is not None and table.identity != "f":
+                raise ReplicaIdentityMissing(
+                    f"{table.name} needs REPLICA IDENTITY FULL, and PostgreSQL would refuse its "
+                    f"UPDATE and DELETE because the publication {lists} lists columns of it; take "
+                    "that list away (of another slot of flash-celery: flash_push_down = False)."
+                )
             virtual = [c.name for c in table.columns.values() if c.generated == "v"]
             if virtual:
                 raise ReplicaIdentityMissing(

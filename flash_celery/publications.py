@@ -269,6 +269,21 @@ def needs_full(table: CatalogTable, subscriptions: Iterable[Subscription], befor
     )
 
 
+def lists_columns_of(
+    connection: psycopg.Connection[Any], table: CatalogTable, prefix: str
+) -> str | None:
+    """Somebody else's publication of updates or deletes that has a column list of the table."""
+    if connection.info.server_version < pushdown.SINCE:
+        return None
+    row = connection.execute(
+        "SELECT p.pubname FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid "
+        "WHERE r.prrelid = %s AND r.prattrs IS NOT NULL AND (p.pubupdate OR p.pubdelete) "
+        "AND p.pubname <> ALL(%s) ORDER BY 1 LIMIT 1",
+        [table.oid, names(prefix)],
+    ).fetchone()
+    return str(row[0]) if row else None
+
+
 def check(found: Found, prefix: str, goal: Wanted) -> None:
     """Raise `PublicationMismatch` if somebody else has altered the publications."""
     for operation, publication in found.publications.items():

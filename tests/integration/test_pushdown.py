@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flash_celery import catalog, conditions, ddl, explain, preflight, publications, pushdown
-from flash_celery.errors import SubscriptionError
+from flash_celery.errors import ReplicaIdentityMissing, SubscriptionError
 from flash_celery.handlers import subscriptions_of
 from flash_celery.payload import changes_of
 from flash_celery.routing import Catalog, Router
@@ -207,6 +207,16 @@ def test_a_column_of_a_filter_is_guarded_by_the_server_and_its_end_is_told(flash
     flash.thread.join(20)
     assert isinstance(flash.error, SubscriptionError)
     assert "public.items has no column name" in str(flash.error)
+
+
+def test_an_identity_is_not_set_that_a_column_list_of_another_publication_lacks(flash):
+    flash.database.execute(
+        ITEMS, "CREATE PUBLICATION theirs FOR TABLE items (id, name) WITH (publish = 'update')"
+    )
+    flash.handler("items", where={"note": "x"})
+    with pytest.raises(ReplicaIdentityMissing, match="publication theirs lists columns"):
+        flash.start()
+    flash.database.execute("INSERT INTO items VALUES (1)", "UPDATE items SET note = 'x'")
 
 
 @pytest.mark.parametrize("running", [False, True])
