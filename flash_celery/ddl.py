@@ -127,18 +127,32 @@ def _stale(found: Found, record: Record, goal: Wanted) -> set[int]:
 
 def _widen(found: Found, prefix: str, goal: Wanted) -> list[Step]:
     """Column lists go before an identity becomes FULL, which they would not cover."""
+    changing = {oid: table for oid, table in goal.full.items() if table.identity != "f"}
+    return _bare(found, prefix, changing)
+
+
+def rescue(found: Found, prefix: str, tables: dict[int, CatalogTable]) -> list[Step]:
+    """The statements that let the application write tables again whose FULL identity PostgreSQL
+    does not bear any more. Their changes go on, with less of the old rows."""
+    record = found.record or Record()
+    usable = {
+        oid: table
+        for oid, table in tables.items()
+        if table.primary_key or record.identities[str(oid)][0] == "i"
+    }
+    return [*_bare(found, prefix, usable), *_restore(usable, record.identities)]
+
+
+def _bare(found: Found, prefix: str, tables: dict[int, CatalogTable]) -> list[Step]:
+    """No filters and column lists, which an identity must cover."""
     steps = []
-    for oid, table in goal.full.items():
-        listed = [
-            operation
-            for operation, publication in found.publications.items()
-            if publication.shapes.get(oid, (False, None))[1] is not None
-        ]
-        if listed and table.identity != "f":
-            name = _identifier(table)
-            parts = [
-                part for op in listed for part in (_drop(prefix, op, name), _add(prefix, op, name))
-            ]
+    for oid, table in tables.items():
+        parts = []
+        for operation, publication in found.publications.items():
+            if publication.shapes.get(oid, (False, None)) != (False, None):
+                name = _identifier(table)
+                parts += [_drop(prefix, operation, name), _add(prefix, operation, name)]
+        if parts:
             steps.append(Step(sql.SQL("; ").join(parts), table))
     return steps
 
@@ -150,7 +164,8 @@ def _alter(found: Found, prefix: str, goal: Wanted, record: Record) -> list[Step
     stale = _stale(found, record, goal)
     oids = [oid for op in OPERATIONS for oid in goal.tables[op]]
     oids += [oid for publication in found.publications.values() for oid in publication.tables]
-    for oid in dict.fromkeys(oids):
+    # A table that shall be sent whole comes first: another may share its rows from then on.
+    for oid in sorted(dict.fromkeys(oids), key=lambda one: bool(goal.narrowing(one))):
         parts, owned = _alter_table(found, prefix, goal, oid, oid in stale)
         narrowed = {**record.narrowed, str(oid): goal.narrowing(oid)}
         narrowed = {oid: what for oid, what in narrowed.items() if what}

@@ -26,9 +26,11 @@ def explain(
     goal = report.goal
     if goal is None:
         return
+    on_tables = of_tables(subscriptions)
+    narrowings = pushdown.narrowings(connection, report.tables, on_tables, goal.full)
     for name, table in report.tables.items():
-        of_it = [one for one in of_tables(subscriptions) if one.table == name]
-        narrowing = pushdown.narrow(connection, table, of_it, table.oid in goal.full)
+        of_it = [one for one in on_tables if one.table == name]
+        narrowing = narrowings[table.oid]
         yield ""
         yield str(name)
         yield from _sent(table, goal, narrowing if settings.flash_push_down else Narrowing())

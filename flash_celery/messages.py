@@ -58,7 +58,8 @@ class Message:
     @classmethod
     def alone(cls, form: Form, body: str | bytes) -> Message:
         """One that shares its form with no other: all its headers and properties are there."""
-        message = cls(form, str(form.headers["id"]), str(form.headers["argsrepr"]), body)
+        task_id, argsrepr = (str(form.headers.get(name, "")) for name in ("id", "argsrepr"))
+        message = cls(form, task_id, argsrepr, body)
         message._headers, message._properties = dict(form.headers), dict(form.properties)
         return message
 

@@ -51,6 +51,8 @@ class Report:
     steps: list[Step] = field(default_factory=list)
     #: The tables that handlers name, and what is needed of them; None if something is wrong.
     tables: dict[TableName, CatalogTable] = field(default_factory=dict)
+    #: What lets the application write again where a column was added that FULL does not bear.
+    rescue: list[Step] = field(default_factory=list)
     goal: Wanted | None = None
     #: Whether the slot is there already.
     slot_exists: bool = False
@@ -256,6 +258,7 @@ class _Examination:
             self._settings.flash_push_down,
         )
         try:
+            self._report.rescue = self._rescue(found, prefix)
             publications.check(found, prefix, goal)
             self._check_slot_of(found, prefix)
             self._check_identities(goal)
@@ -285,6 +288,11 @@ class _Examination:
                 f"{self._settings.called('flash_replication_slot')}."
             )
 
+    def _rescue(self, found: Found, prefix: str) -> list[Step]:
+        restorable = ddl.restorable(self._connection, found, prefix)
+        tables = {oid: table for oid, table in restorable.items() if _virtual(table)}
+        return ddl.rescue(found, prefix, tables)
+
     def _check_identities(self, goal: Wanted) -> None:
         prefix = self._settings.flash_publication_slot_prefix
         for table in goal.full.values():
@@ -295,7 +303,7 @@ class _Examination:
                     f"UPDATE and DELETE because the publication {lists} lists columns of it; take "
                     "that list away (of another slot of flash-celery: flash_push_down = False)."
                 )
-            virtual = [c.name for c in table.columns.values() if c.generated == "v"]
+            virtual = _virtual(table)
             if virtual:
                 raise ReplicaIdentityMissing(
                     f"{table.name} needs REPLICA IDENTITY FULL, and PostgreSQL would refuse its "
@@ -330,3 +338,8 @@ class _Examination:
                 return self._stop("publications", error)
         left = f"{len(steps)} statements to run" if steps else "as they should be"
         return self._add("publications", OK, left)
+
+
+def _virtual(table: CatalogTable) -> list[str]:
+    """Its virtual columns, which no replica identity may hold."""
+    return [column.name for column in table.columns.values() if column.generated == "v"]

@@ -231,9 +231,7 @@ def wanted(
             full[oid] = table
     narrowed: dict[int, Narrowing] = {}
     if push_down:
-        for table in tables.values():
-            of_it = [one for one in subscriptions if tables[one.table] is table]
-            narrowed[table.oid] = pushdown.narrow(connection, table, of_it, table.oid in full)
+        narrowed = pushdown.narrowings(connection, tables, subscriptions, full)
     leaves = {oid: leaf for oid, leaf in holders.items() if leaf.ancestors}
     return Wanted(published, full, leaves, narrowed)
 

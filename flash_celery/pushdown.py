@@ -6,7 +6,7 @@ filters. Source: PostgreSQL documentation, chapters "Row Filters" and "Column Li
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from . import catalog, column_types
 from .catalog import CatalogTable
 from .changes import Operation
 from .row_filters import either, row_filter
-from .subscriptions import Subscription
+from .subscriptions import Subscription, TableName
 
 #: The first version with row filters and column lists.
 SINCE = 150000
@@ -55,20 +55,45 @@ class Narrowing:
         return sql.Composed(parts)
 
 
-def narrow(
+def narrowings(
+    connection: psycopg.Connection[Any],
+    tables: Mapping[TableName, CatalogTable],
+    subscriptions: Sequence[Subscription],
+    full: Collection[int],
+) -> dict[int, Narrowing]:
+    """The narrowing of each table, by its OID: the union of what its subscriptions want.
+
+    `full` are the tables whose replica identity is, or will be, FULL.
+    """
+    partitioned = [_columns_of(one) for one in tables.values() if one.kind == catalog.PARTITIONED]
+    found = {}
+    for table in tables.values():
+        of_it = [one for one in subscriptions if tables[one.table] is table]
+        if connection.info.server_version < SINCE:
+            found[table.oid] = Narrowing(left=("everything: PostgreSQL filters from 15 on",))
+        elif table.kind == catalog.PARTITIONED or table.ancestors:
+            reason = "everything: the leaves of a partitioned table filter for nobody"
+            found[table.oid] = Narrowing(left=(reason,))
+        elif _columns_of(table) in partitioned:
+            # What is narrowed of it would be missing for the handlers of the partitioned one.
+            reason = "everything: it may be attached to a partitioned table that is handled"
+            found[table.oid] = Narrowing(left=(reason,))
+        else:
+            found[table.oid] = _narrow(connection, table, of_it, table.oid in full)
+    return found
+
+
+def _columns_of(table: CatalogTable) -> set[tuple[str, int]]:
+    """What must be the same for a table to become a partition."""
+    return {(column.name, column.type_oid) for column in table.columns.values()}
+
+
+def _narrow(
     connection: psycopg.Connection[Any],
     table: CatalogTable,
     subscriptions: Sequence[Subscription],
     full: bool,
 ) -> Narrowing:
-    """The narrowing that is the union of these subscriptions, which are all there are of the table.
-
-    `full` says whether its replica identity is, or will be, FULL.
-    """
-    if connection.info.server_version < SINCE:
-        return Narrowing(left=("everything: PostgreSQL filters from 15 on",))
-    if table.kind == catalog.PARTITIONED or table.ancestors:
-        return Narrowing(left=("everything: the leaves of a partitioned table filter for nobody",))
     columns, why = _columns(table, subscriptions, full)
     filters: dict[Operation, sql.Composable] = {}
     left = [f"columns: {why}"] if why else []

@@ -202,6 +202,8 @@ class Replicator:
         self._look = partial(catalog.fingerprint, connection, tables, names)
         self._fingerprint = self._look()
         report = preflight.examine(connection, self._settings, self._subscriptions)
+        if report.read_by is None:
+            ddl.apply(connection, report.rescue, self.control.sleep)
         report.raise_first()
         self._still_there(report)
         if report.read_by is not None:

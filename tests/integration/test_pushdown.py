@@ -235,6 +235,31 @@ def test_a_filter_follows_the_name_when_columns_change_places(flash, running):
     assert [change.new["id"] for change in flash.told()] == [1]
 
 
+@pytest.mark.parametrize("running", [True, False])
+def test_a_table_that_may_become_a_partition_is_sent_whole(flash, running):
+    flash.database.execute(
+        "CREATE TABLE parts (id int PRIMARY KEY, name text) PARTITION BY RANGE (id)",
+        "CREATE TABLE part (id int PRIMARY KEY, name text)",
+    )
+    flash.handler("parts", name="root")
+    flash.handler("part", "insert", name="part", fields=["id"], where={"name": "a"})
+    flash.start(flash_push_down=True)
+    assert set(map(str, shapes(flash).values())) == {"(None, [])"}
+    flash.do("INSERT INTO part VALUES (1, 'a'), (2, 'b')")
+    assert shown(flash.told("part")) == ["insert 1"]
+    if not running:
+        flash.stop()
+    flash.database.execute(
+        "ALTER TABLE parts ATTACH PARTITION part FOR VALUES FROM (0) TO (100); "
+        "INSERT INTO parts VALUES (3, 'a'), (4, 'b')"
+    )
+    if not running:
+        flash.start()
+    flash.do("INSERT INTO parts VALUES (5, 'b')")
+    assert shown(flash.told("root")) == ["insert 3,a", "insert 4,b", "insert 5,b"]
+    assert shown(flash.told("part")) == ["insert 3"]
+
+
 def test_partitions_and_types_of_ones_own_are_left_to_the_worker(flash):
     flash.database.execute(
         "CREATE TYPE mood AS ENUM ('sad', 'ok')",
