@@ -6,6 +6,7 @@ there.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +23,8 @@ from .subscriptions import TableName
 
 #: Letters that Redis is asked for at a time. A batch's may have megabytes.
 _CHUNK = 20
+#: The longest that a queue is given to put back what was given back to it.
+_SETTLE_SECONDS = 5.0
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 #: Bodies, each with what takes its message out.
 _Messages = Generator[tuple[Any, Callable[[], object]], None, None]
@@ -232,6 +235,20 @@ def _gets(channel: Any, name: str, count: int) -> _Messages:
     finally:
         for tag in held:
             channel.basic_reject(tag, requeue=True)
+        if held:
+            _settle(channel, name, len(held))
+
+
+def _settle(channel: Any, name: str, count: int) -> None:
+    """Wait until a quorum queue has what was given back to it, which it does in its own time.
+
+    Whoever reads next would find it empty. Another reader may have taken them, so not for ever.
+    """
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while time.monotonic() < deadline:
+        if channel.queue_declare(name, passive=True).message_count >= count:
+            return
+        time.sleep(0.01)
 
 
 def _lists(channel: Any, name: str, count: int) -> _Messages:
