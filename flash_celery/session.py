@@ -91,6 +91,8 @@ class Session:
         Until somebody stops it, or a table has been made anew or got a partition: then the
         publications need another look. Raises `ReplicationError`.
         """
+        # What came together with the answer to START_REPLICATION makes no socket readable.
+        self._receive()
         give_up = None
         while True:
             if self._control.failure is not None:
@@ -118,9 +120,7 @@ class Session:
         if self._connection in ready:
             self._check_connection()
         if self._stream in ready:
-            self._heard = time.monotonic()
-            self._runs.extend(runs(self._stream.receive()))
-            self._progress.receive(self._stream.received)
+            self._receive()
         asked = self._work() if self._publishing.has_room else False
         self._hand_over()
         now = time.monotonic()
@@ -133,6 +133,11 @@ class Session:
             raise ReplicationError(
                 f"PostgreSQL has been silent for {now - self._heard:.0f} s; connecting anew."
             )
+
+    def _receive(self) -> None:
+        self._heard = time.monotonic()
+        self._runs.extend(runs(self._stream.receive()))
+        self._progress.receive(self._stream.received)
 
     def _tables_changed(self) -> bool:
         """Whether a table is not the one it was when this session began; asked now and then."""
