@@ -254,7 +254,8 @@ def _lookup(key: str, value: Any) -> Lookup:
 def _values(key: str, name: str, value: Any) -> tuple[Any, ...]:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise SubscriptionError(f"{key} takes a list of values, not {value!r}.")
-    values = tuple(value)
+    # A set's order differs from process to process, and what is declared must not.
+    values = tuple(sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value)
     if name == "between" and len(values) != 2:
         raise SubscriptionError(f"{key} takes two values, not {len(values)}.")
     return values

@@ -38,6 +38,12 @@ class Control:
         self.failure = error
         self.wake()
 
+    def check(self) -> None:
+        """Raise what ended another thread, once."""
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
+
     def wake(self) -> None:
         """End the wait of the loop."""
         with suppress(OSError):  # a full pipe wakes as well; a closed one needs not

@@ -17,6 +17,7 @@
     ├── PublishError              the broker (retry)
     │   ├── Unroutable
     │   └── NotConfirmed
+    ├── TakenOver                 another session publishes now (retry)
     ├── PayloadError              a message that cannot be read
     ├── ProcessKilled             a handler that ends its process
     └── NoSuchLetter              a dead letter that is not there
@@ -137,6 +138,13 @@ class Unroutable(PublishError):
 
 class NotConfirmed(PublishError):
     """The broker refused a message, or did not confirm it in time."""
+
+
+class TakenOver(FlashError):
+    """Another replication worker has begun to publish what this slot has."""
+
+    retry = True
+    solution = "This one waits until the slot is free."
 
 
 class PayloadError(FlashError):

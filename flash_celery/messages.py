@@ -8,7 +8,8 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,10 @@ from kombu import compression
 
 from . import payload
 from .changes import Operation
+from .enqueued import Covered, Mark, identity
 from .errors import ConfigurationError, SubscriptionError
 from .payload import CHANGE, CHANGES, Delivery
+from .rows import Transaction
 from .settings import Settings
 from .subscriptions import Batch, Subscription
 
@@ -36,6 +39,8 @@ class Form:
     properties: Mapping[str, Any]
     content_type: str = "application/json"
     content_encoding: str = "utf-8"
+    #: Which template made it, the same in every process with these settings.
+    template: str = ""
 
 
 class Message:
@@ -45,10 +50,18 @@ class Message:
     alter them, and they are sent as they are then.
     """
 
-    __slots__ = ("_headers", "_properties", "argsrepr", "body", "form", "id")
+    __slots__ = ("_headers", "_properties", "argsrepr", "body", "covered", "form", "id")
 
-    def __init__(self, form: Form, task_id: str, argsrepr: str, body: str | bytes) -> None:
+    def __init__(
+        self,
+        form: Form,
+        task_id: str,
+        argsrepr: str,
+        body: str | bytes,
+        covered: Covered = Covered(),  # noqa: B008 - a constant
+    ) -> None:
         self.form = form
+        self.covered = covered
         self.id = task_id
         self.argsrepr = argsrepr
         self.body = body
@@ -111,6 +124,8 @@ class Template:
         self, app: Any, task: Any, options: Mapping[str, Any], batch: Batch | None, source: str
     ) -> None:
         self.task = str(task.name)
+        #: The same in every process for the same task and options.
+        self.key = _digest(f"{task.name}|{sorted(options.items())}", 8)
         self.queue = str(options["queue"])
         self.batch = batch
         self._source = source
@@ -133,37 +148,41 @@ class Template:
         headers = dict(made.headers)
         if self._compression:
             _, headers["compression"] = compression.compress("", self._compression)
-        self._form = Form(self.queue, self.task, headers, properties)
+        self._form = Form(self.queue, self.task, headers, properties, template=self.key)
 
     def together(self, deliveries: Sequence[Delivery]) -> Message:
         """One message for as many changes as a batch holds."""
         count = sum(len(delivery.rows) for delivery in deliveries)
         argsrepr = f"{count} changes from {payload.change_of(deliveries[0])!r}"
-        return self._message(CHANGES, str(uuid.uuid4()), argsrepr, payload.encode(deliveries))
+        value = payload.encode(deliveries)
+        return self._message(CHANGES, str(uuid.uuid4()), argsrepr, value, _covered(deliveries))
 
     def each(self, delivery: Delivery) -> list[Message]:
         """A message for each change."""
         return [
-            self._message(CHANGE, self._task_id(change_id), argsrepr, value)
-            for value, change_id, argsrepr in payload.encode_each(delivery)
+            self._message(CHANGE, self._task_id(change_id), argsrepr, value, covered)
+            for (value, change_id, argsrepr), covered in zip(
+                payload.encode_each(delivery), _each_covered(delivery), strict=True
+            )
         ]
 
-    def _message(self, kind: str, task_id: str, argsrepr: str, value: str) -> Message:
+    def _message(
+        self, kind: str, task_id: str, argsrepr: str, value: str, covered: Covered
+    ) -> Message:
         body: str | bytes = (
             f'[[{{"__type__":"{kind}","__value__":{value}}}],{{}},'
             '{"callbacks":null,"errbacks":null,"chain":null,"chord":null}]'
         )
         if self._compression:
             body, _ = compression.compress(body, self._compression)
-        message = Message(self._form, task_id, argsrepr[:_ARGUMENT_LENGTH], body)
+        message = Message(self._form, task_id, argsrepr[:_ARGUMENT_LENGTH], body, covered)
         if self._expires is not None:
             message.headers["expires"] = self._expiry()
         return message
 
     def _task_id(self, change_id: str) -> str:
         """The same for the same change at every redelivery, and for no other one."""
-        name = f"{self._source}|{self.task}|{change_id}"
-        digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+        digest = _digest(f"{self._source}|{self.task}|{change_id}", 16)
         return f"{digest[:8]}-{digest[8:12]}-{digest[12:16]}-{digest[16:20]}-{digest[20:]}"
 
     def _expiry(self) -> str | None:
@@ -207,9 +226,35 @@ class Templates:
         return sorted({t.queue for (*one, _), t in self._templates.items() if tuple(one) == mine})
 
     @property
+    def keys(self) -> list[str]:
+        """What stands for each template in every process with these settings."""
+        return sorted({template.key for template in self._templates.values()})
+
+    @property
     def queues(self) -> list[str]:
         """Every queue that may get a message."""
         return sorted({template.queue for template in self._templates.values()})
+
+
+def _digest(text: str, size: int) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()
+
+
+def _each_covered(delivery: Delivery) -> Iterator[Covered]:
+    _, transaction, first, half, number, rows = delivery
+    transactions = (identity(transaction),)
+    for ordinal in range(first, first + len(rows)):
+        yield Covered(((number, Mark(transaction.commit_lsn, ordinal, half)),), transactions)
+
+
+def _covered(deliveries: Sequence[Delivery]) -> Covered:
+    """In little memory: a batch may hold thousands of transactions."""
+    marks: dict[int, Mark] = {}
+    transactions: dict[Transaction, None] = {}
+    for _, transaction, ordinal, half, number, rows in deliveries:
+        marks[number] = Mark(transaction.commit_lsn, ordinal + len(rows) - 1, half)
+        transactions[transaction] = None
+    return Covered(tuple(marks.items()), array("q", map(identity, transactions)))
 
 
 def resolve(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from .enqueued import Enqueued
 from .messages import Message, Template
 from .payload import Delivery
 from .protocol.lsn import Lsn
@@ -73,9 +74,19 @@ class Outbox:
         self.size = 0
         self._batches: dict[Template, _Batch] = {}
         self._committed = Lsn(0)
+        self._enqueued: Enqueued | None = None
+
+    def skip(self, enqueued: Enqueued) -> None:
+        """Leave out what earlier sessions have enqueued."""
+        self._enqueued = enqueued
 
     def add(self, template: Template, delivery: Delivery) -> None:
         """Take changes for one task."""
+        if self._enqueued is not None:
+            rest = self._enqueued.rest(template.key, delivery)
+            if rest is None:
+                return
+            delivery = rest
         if template.batch is None:
             self._emit(template.each(delivery))
             return
@@ -93,6 +104,8 @@ class Outbox:
     def commit(self, position: Lsn) -> None:
         """Everything up to here has been added."""
         self._committed = position
+        if self._enqueued is not None and position > self._enqueued.until:
+            self._enqueued = None
 
     def collect(self, everything: bool = False, held: float = 0.0) -> Unit:
         """What can leave now: batches only if they were due `held` seconds ago, or `everything`."""

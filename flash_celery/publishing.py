@@ -15,7 +15,8 @@ from typing import Any
 from celery import signals
 
 from .backoff import delays
-from .errors import PublishError
+from .enqueued import Enqueued, Lease
+from .errors import PublishError, TakenOver
 from .messages import Message, announce
 from .outbox import Unit
 from .protocol.lsn import Lsn
@@ -47,12 +48,22 @@ class Publishing(threading.Thread):
         self._confirmed = confirmed
         self._failed = failed
         self._units: deque[Unit] = deque()
+        self._claim: tuple[Lease, Callable[[Enqueued], None]] | None = None
         self._changed = threading.Condition()
         self._size = 0
         self._working = False
         self._ending = False
         self._generation = 0
         self._opened = False
+
+    def claim(self, lease: Lease, enqueued: Callable[[Enqueued], None]) -> None:
+        """Begin a session, which has no room before the broker has agreed; never blocks.
+
+        `enqueued` gets what the broker has already, in the publishing thread.
+        """
+        with self._changed:
+            self._claim = lease, enqueued
+            self._changed.notify_all()
 
     def put(self, unit: Unit) -> None:
         """Take a unit; never blocks."""
@@ -64,7 +75,7 @@ class Publishing(threading.Thread):
     @property
     def has_room(self) -> bool:
         """Whether more may be read."""
-        return self._size < IN_FLIGHT_BYTES
+        return self._claim is None and self._size < IN_FLIGHT_BYTES
 
     @property
     def busy(self) -> bool:
@@ -82,6 +93,7 @@ class Publishing(threading.Thread):
         with self._changed:
             self._size -= sum(unit.size for unit in self._units)
             self._units.clear()
+            self._claim = None
             self._generation += 1
             self._changed.notify_all()
 
@@ -96,7 +108,11 @@ class Publishing(threading.Thread):
         """Publish until the end."""
         try:
             while work := self._next():
-                self._deliver(*work)
+                generation, units = work
+                if units:
+                    self._deliver(generation, units)
+                else:
+                    self._begin(generation)
         except BaseException as error:
             self._failed(error)
         finally:
@@ -106,12 +122,15 @@ class Publishing(threading.Thread):
                 self._changed.notify_all()
 
     def _next(self) -> tuple[int, list[Unit]] | None:
+        """Units to deliver, or none if there is a claim to be made first."""
         with self._changed:
             self._working = False
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._units or self._ending)
+            self._changed.wait_for(lambda: self._units or self._claim or self._ending)
             if self._ending:
                 return None
+            if self._claim is not None:
+                return self._generation, []
             self._working = True
             taken = [self._units.popleft()]
             size = taken[0].size
@@ -120,10 +139,26 @@ class Publishing(threading.Thread):
                 taken.append(self._units.popleft())
             return self._generation, taken
 
+    def _begin(self, generation: int) -> None:
+        claim = self._claim
+        if claim is None:
+            return  # discarded meanwhile
+        lease, enqueued = claim
+
+        def attempt(_: Sequence[Message]) -> None:
+            found = self._publisher.claim(lease)
+            with self._changed:
+                if generation == self._generation:
+                    enqueued(found)
+                    self._claim = None
+
+        if self._insist(generation, attempt, []):
+            self._confirmed(Lsn(0))  # nothing; whoever waits for room looks again
+
     def _deliver(self, generation: int, units: Sequence[Unit]) -> None:
         messages = [message for unit in units for message in unit.messages]
         _before_publish(messages)
-        done = self._insist(generation, messages)
+        done = not messages or self._insist(generation, self._publisher.publish, messages)
         if done:
             _after_publish(messages)
         with self._changed:
@@ -133,14 +168,23 @@ class Publishing(threading.Thread):
             if done and generation == self._generation:
                 self._confirmed(units[-1].position)
 
-    def _insist(self, generation: int, messages: Sequence[Message]) -> bool:
-        """Publish until the broker has confirmed everything; False if it is given up."""
+    def _insist(
+        self,
+        generation: int,
+        attempt: Callable[[Sequence[Message]], None],
+        messages: Sequence[Message],
+    ) -> bool:
+        """Try until the broker has confirmed everything; False if it is given up."""
         pauses = delays()
         since = said = 0.0
         while True:
             try:
-                self._publish(messages)
+                self._open()
+                attempt(messages)
                 break
+            except TakenOver as error:
+                self._failed(error)
+                return False
             except PublishError as error:
                 self._opened = False
                 self._publisher.close()
@@ -158,13 +202,10 @@ class Publishing(threading.Thread):
             logger.warning("The broker confirms messages again")
         return True
 
-    def _publish(self, messages: Sequence[Message]) -> None:
-        if not messages:
-            return
+    def _open(self) -> None:
         if not self._opened:
             self._publisher.open(self._queues)
             self._opened = True
-        self._publisher.publish(messages)
 
 
 def _complain(error: PublishError, seconds: float, messages: Sequence[Message]) -> None:

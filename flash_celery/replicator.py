@@ -7,11 +7,13 @@ broker is slow or down.
 from __future__ import annotations
 
 import gc
+import hashlib
 import logging
 import re
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from functools import partial
+from importlib import metadata
 from typing import Any
 
 import psycopg
@@ -19,6 +21,7 @@ import psycopg
 from . import catalog, ddl, preflight, publications
 from .backoff import delays
 from .control import Control, Stopped
+from .enqueued import Lease
 from .errors import (
     ConfigurationError,
     DecodingFailed,
@@ -178,7 +181,20 @@ class Replicator:
             self._settings,
             self._leaves,
             lambda: self._look() != self._fingerprint,
+            self._lease(),
         )
+
+    def _lease(self) -> Lease:
+        system = self._source.partition("/")[0]
+        parts = [
+            metadata.version("flash-celery"),
+            self._source,
+            self._fingerprint,
+            *self._templates.keys,
+        ]
+        parts += map(repr, self._subscriptions)
+        binding = hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+        return Lease(f"{system}.{self._settings.flash_replication_slot}", binding)
 
     def _set_up(self, stream: ReplicationConnection, connection: psycopg.Connection[Any]) -> None:
         """Publications, identities and the slot, as the subscriptions need them."""

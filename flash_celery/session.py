@@ -15,6 +15,7 @@ from psycopg.errors import AdminShutdown
 
 from .changes import Operation
 from .control import Control
+from .enqueued import Lease
 from .errors import ReplicationError
 from .messages import Templates
 from .outbox import Outbox
@@ -59,6 +60,7 @@ class Session:
         settings: Settings,
         leaves: Mapping[int, Sequence[TableName]],
         tables_changed: Callable[[], bool],
+        lease: Lease,
     ) -> None:
         self._stream = stream
         self._connection = connection
@@ -66,6 +68,7 @@ class Session:
         self._progress = progress
         self._control = control
         self._settings = settings
+        self._lease = lease
         self._outbox = Outbox()
         self._outbox.commit(progress.confirmed)
 
@@ -91,12 +94,12 @@ class Session:
         Until somebody stops it, or a table has been made anew or got a partition: then the
         publications need another look. Raises `ReplicationError`.
         """
+        self._publishing.claim(self._lease, self._outbox.skip)
         # What came together with the answer to START_REPLICATION makes no socket readable.
         self._receive()
         give_up = None
         while True:
-            if self._control.failure is not None:
-                raise self._control.failure
+            self._control.check()
             if self._control.stopping:
                 # An open transaction is read to its end, so that it need not be sent again.
                 now = time.monotonic()
@@ -203,6 +206,7 @@ class Session:
         confirmed = self._progress.confirmed
         self._stream.send_status(self._progress.received, confirmed, confirmed, reply)
         self._told, self._told_position = time.monotonic(), confirmed
+        self._lease.acknowledged = confirmed
 
     def _check_connection(self) -> None:
         """It has something to say, which is the end of it, or of the server.

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from kombu.utils.url import maybe_sanitize_url
 
+from ..enqueued import Enqueued, Lease
 from ..errors import PublishError
 from ..messages import Message
 
@@ -20,6 +21,12 @@ class Publisher(Protocol):
 
     def open(self, queues: Sequence[Any]) -> None:
         """Connect and declare the queues. Raises `PublishError`."""
+
+    def claim(self, lease: Lease) -> Enqueued:
+        """Begin a session: what the broker knows that earlier ones have enqueued.
+
+        Where it can, it takes nothing more from them. Raises `PublishError`.
+        """
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Return once the broker has confirmed every message, each queue's in this order.
@@ -56,6 +63,10 @@ class ConnectedPublisher:
             self._channel = self._connection.channel()
             for queue in queues:
                 queue(self._channel).declare()
+
+    def claim(self, lease: Lease) -> Enqueued:
+        """Begin a session; this broker keeps no position."""
+        return Enqueued({}, ())
 
     def close(self) -> None:
         """Disconnect; never raises."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..enqueued import Enqueued, Lease
 from ..errors import PublishError, Unroutable
 from ..messages import Message
 
@@ -24,6 +25,10 @@ class MemoryPublisher:
         self._open = True
         for queue in queues:
             self.queues.setdefault(queue.name, [])
+
+    def claim(self, lease: Lease) -> Enqueued:
+        """Begin a session; nothing is known of earlier ones."""
+        return Enqueued({}, ())
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Keep them. Raises `PublishError` while broken, `Unroutable` for an unknown queue."""

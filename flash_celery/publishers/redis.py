@@ -1,4 +1,4 @@
-"""Redis, Valkey and Sentinel: many messages to a push, through kombu's own channel.
+"""Redis, Valkey and Sentinel: many messages to a push, on the connections of kombu's own channel.
 
 The channel knows the key prefix, the keys of priorities and the envelope of a message.
 """
@@ -8,14 +8,19 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from itertools import count, groupby
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
+import redis
 from kombu.utils.json import dumps
 
+from ..enqueued import Enqueued, Lease
 from ..messages import Form, Message
 from .base import TIMEOUT, ConnectedPublisher
+from .journal import Journal
 
 #: Messages in one LPUSH, and bytes of one.
 _PUSH_MESSAGES = 500
@@ -29,6 +34,10 @@ class RedisPublisher(ConnectedPublisher):
 
     transport_options = {"socket_timeout": TIMEOUT, "socket_connect_timeout": TIMEOUT}
 
+    def __init__(self, app: Any) -> None:
+        super().__init__(app)
+        self._journal: Journal | None = None
+
     def open(self, queues: Sequence[Any]) -> None:
         """Connect and declare the queues. Raises `PublishError`."""
         super().open(queues)
@@ -36,23 +45,52 @@ class RedisPublisher(ConnectedPublisher):
         # Unique among all messages; a UUID for each would take longer than the rest of it.
         self._tags = map(f"{uuid.uuid4()}-{{}}".format, count())
 
+    def claim(self, lease: Lease) -> Enqueued:
+        """End the lease of every other session; what they have enqueued. Raises `PublishError`."""
+        with self.errors(), self._client() as client:
+            journal = Journal(self._prefixed(f"_flash.{lease.name}"), lease)
+            enqueued = journal.claim(client)
+        self._journal = journal
+        return enqueued
+
     def publish(self, messages: Sequence[Message]) -> None:
-        """Push them; returns with Redis' reply to the last push. Raises `PublishError`."""
+        """Push them; returns with Redis' reply to the last push.
+
+        Raises `PublishError`, and `TakenOver` if another session has claimed the lease.
+        """
         self.confirmed = 0
         expiring = self._expiring()
-        queues = {message.queue for message in messages} & expiring if expiring else ()
-        with self.errors(), self._channel.conn_or_acquire() as client:
-            for pushes in _chunks(map(self._push, messages)):
-                pipeline = client.pipeline(transaction=False)
-                for key, run in groupby(pushes, lambda push: push[0]):
-                    pipeline.lpush(key, *[text for _, text in run])
-                for queue in queues:
-                    for priority in self._channel.priority_steps:
-                        pipeline.pexpire(
-                            self._channel._q_for_pri(queue, priority), self._channel._expires[queue]
-                        )
-                pipeline.execute()
+        queues = {message.queue for message in messages} & expiring if expiring else set()
+        with self.errors(), self._client() as client:
+            if self._journal is not None:
+                self.confirmed = self._journal.settle(client)
+            for pushes in _chunks(map(self._push, messages[self.confirmed :])):
+                part = messages[self.confirmed : self.confirmed + len(pushes)]
+                push = partial(self._push_all, pushes, queues)
+                if self._journal is not None:
+                    self._journal.write(client, part, push)
+                else:
+                    with client.pipeline(transaction=False) as pipeline:
+                        push(pipeline)
+                        pipeline.execute()
                 self.confirmed += len(pushes)
+
+    def _push_all(self, pushes: Sequence[tuple[str, str]], queues: set[str], pipeline: Any) -> None:
+        for key, run in groupby(pushes, lambda push: push[0]):
+            pipeline.lpush(self._prefixed(key), *[text for _, text in run])
+        for queue in queues:
+            for priority in self._channel.priority_steps:
+                key = self._channel._q_for_pri(queue, priority)
+                pipeline.pexpire(self._prefixed(key), self._channel._expires[queue])
+
+    @contextmanager
+    def _client(self) -> Iterator[Any]:
+        """A client that leaves keys as they are; kombu's prefixes those of some commands."""
+        with self._channel.conn_or_acquire() as client:
+            yield redis.Redis(connection_pool=client.connection_pool)
+
+    def _prefixed(self, key: str) -> str:
+        return f"{getattr(self._channel, 'global_keyprefix', '')}{key}"
 
     def _push(self, message: Message) -> tuple[str, str]:
         """The key, and the message as kombu stores it."""

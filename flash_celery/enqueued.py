@@ -1,0 +1,84 @@
+"""What the broker has already, so that a crash before acknowledging enqueues nothing twice.
+
+A broker that can keep a position in one step with the messages (Redis, by MULTI and EXEC) tells it
+the next session, which leaves out what PostgreSQL sends again. A position alone would not do: a
+database that was restored reuses its LSNs. So a change is left out only where its transaction is
+the one that was enqueued: the same commit LSN, xid and commit time.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from .payload import Delivery
+from .protocol.lsn import Lsn
+from .rows import Transaction
+
+
+class Mark(NamedTuple):
+    """The last change that one subscription of a template was told of."""
+
+    commit_lsn: int
+    ordinal: int
+    half: int
+
+
+class Covered(NamedTuple):
+    """Which changes are in a message."""
+
+    #: The last one of each subscription, by its number.
+    marks: tuple[tuple[int, Mark], ...] = ()
+    transactions: Collection[int] = ()
+
+
+def identity(transaction: Transaction) -> int:
+    """64 bits that tell a transaction from every other one, in this history or another.
+
+    A hash of numbers is the same in every process; where a release of Python changes it,
+    transactions are unknown, and enqueued again.
+    """
+    return hash(transaction)
+
+
+@dataclass
+class Lease:
+    """One session's right to publish what it reads; the next session's ends it."""
+
+    #: The slot, and the server it is of.
+    name: str
+    #: A digest of everything that decides which changes there are and how they are counted.
+    binding: str
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    #: What PostgreSQL was told: nothing before it is sent again.
+    acknowledged: Lsn = Lsn(0)  # noqa: RUF009 - an int
+
+
+class Enqueued:
+    """What earlier sessions have enqueued and may not have acknowledged."""
+
+    def __init__(
+        self, marks: Mapping[tuple[str, int], Mark], transactions: Collection[int]
+    ) -> None:
+        self._marks = marks
+        self._transactions = transactions
+        #: No change of a later transaction is among them.
+        self.until = max((mark.commit_lsn for mark in marks.values()), default=0)
+
+    def rest(self, template: str, delivery: Delivery) -> Delivery | None:
+        """What of a delivery is not enqueued yet; None if everything is."""
+        mark = self._marks.get((template, delivery.number))
+        transaction = delivery.transaction
+        if mark is None or transaction.commit_lsn > mark.commit_lsn:
+            return delivery
+        if identity(transaction) not in self._transactions:
+            return delivery
+        if transaction.commit_lsn < mark.commit_lsn:
+            return None
+        done = mark.ordinal - delivery.ordinal + (delivery.half <= mark.half)
+        if done <= 0:
+            return delivery
+        rows = delivery.rows[done:]
+        return delivery._replace(rows=rows, ordinal=delivery.ordinal + done) if rows else None

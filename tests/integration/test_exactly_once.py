@@ -1,0 +1,297 @@
+"""On Redis a crash between publishing and acknowledging enqueues nothing twice, and nothing that
+was restored, made anew or altered makes it leave out a change."""
+
+import json
+import shutil
+import signal
+
+import pytest
+import redis
+from celery import Celery
+
+from example_project.servers import Postgres, Valkey, wait_until
+from flash_celery import payload
+from flash_celery.enqueued import Lease
+from flash_celery.errors import TakenOver
+from flash_celery.messages import Form, Message
+from flash_celery.publishers.journal import Journal
+from flash_celery.publishers.redis import RedisPublisher
+
+ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text)"
+
+
+class Crash(Exception):
+    """The process ends here; nothing is acknowledged."""
+
+
+class Dying(RedisPublisher):
+    """Ends its process when it has pushed so many messages."""
+
+    def __init__(self, app, after):
+        super().__init__(app)
+        self.after = after
+
+    def publish(self, messages):
+        super().publish(messages)
+        self.after -= len(messages)
+        if self.after <= 0:
+            raise Crash
+
+
+def told(valkey, queue="flash", handler="handler"):
+    """The changes in a queue, the first one first, taken out."""
+    with redis.Redis(port=valkey.port) as client:
+        found = []
+        while raw := client.rpop(queue):
+            message = json.loads(raw)
+            if message["headers"]["task"] == handler:
+                found += payload.decode(json.loads(message["body"])[0][0]["__value__"])
+        return found
+
+
+def ids(changes):
+    return [(change.new if hasattr(change, "new") else change.old)["id"] for change in changes]
+
+
+@pytest.fixture
+def on_redis(flash, valkey):
+    with redis.Redis(port=valkey.port) as client:
+        client.flushall()
+    flash.app.conf.broker_url = valkey.url
+    flash.database.execute(ITEMS)
+    flash.valkey = valkey
+    return flash
+
+
+def crash(flash, *statements, after=1):
+    """Enqueue what the statements do, and die before it is acknowledged."""
+    flash.publisher = Dying(flash.app, after)
+    flash.start()
+    flash.database.execute(*statements)
+    flash.thread.join(20)
+    assert isinstance(flash.error, Crash), flash.error
+    flash.error = None
+
+
+def again(flash, *statements):
+    """Another process goes on."""
+    flash.publisher = RedisPublisher(flash.app)
+    flash.start()
+    flash.do(*statements or ["SELECT 1"])
+    flash.stop()
+    return told(flash.valkey)
+
+
+def test_a_crash_before_the_acknowledgement_enqueues_nothing_twice(on_redis):
+    on_redis.handler("items")
+    crash(
+        on_redis,
+        "INSERT INTO items SELECT n, 'a' FROM generate_series(1, 3) AS n",
+        after=3,
+    )
+    changes = again(on_redis, "UPDATE items SET name = 'b' WHERE id = 1")
+    assert ids(changes) == [1, 2, 3, 1]
+    assert len({change.id for change in changes}) == 4
+
+
+@pytest.mark.parametrize("options", [{}, {"batch": 400}], ids=["each", "batched"])
+def test_a_crash_in_the_middle_of_a_transaction(on_redis, options):
+    on_redis.handler("items", **options)
+    rows = 20_000
+    crash(on_redis, f"INSERT INTO items SELECT n, 'a' FROM generate_series(1, {rows}) AS n")
+    with redis.Redis(port=on_redis.valkey.port) as client:
+        before = client.llen("flash")
+    assert 0 < before < rows
+    assert ids(again(on_redis)) == list(range(1, rows + 1))
+
+
+def test_a_crash_again_and_again(on_redis):
+    on_redis.handler("items").handler("items", "insert", name="other", queue="other", batch=7)
+    statement = "INSERT INTO items SELECT n, 'a' FROM generate_series({}, {}) AS n"
+    for number in range(4):
+        crash(on_redis, statement.format(number * 10 + 1, number * 10 + 10))
+    assert ids(again(on_redis)) == list(range(1, 41))
+    assert ids(told(on_redis.valkey, "other", "other")) == list(range(1, 41))
+
+
+def test_the_halves_of_a_key_change(on_redis):
+    on_redis.handler("items", "insert|delete", key=["name"])
+    on_redis.database.execute("INSERT INTO items VALUES (1, 'a')")
+    crash(on_redis, "UPDATE items SET name = 'b'", after=1)
+    changes = again(on_redis)
+    assert [change.operation.names()[0] for change in changes] == ["delete", "insert"]
+
+
+def test_a_reply_that_does_not_come(on_redis, monkeypatch):
+    """Redis has done it, and the connection is gone: it is asked before anything is sent again."""
+    guarded, lost = Journal._guarded, []
+
+    def cut(self, client, fill):
+        guarded(self, client, fill)
+        if self._doubt is not None and len(lost) < 3:
+            lost.append(self._doubt)
+            raise redis.ConnectionError("the reply is lost")
+
+    on_redis.handler("items")
+    monkeypatch.setattr(Journal, "_guarded", cut)
+    changes = again(on_redis, *(f"INSERT INTO items VALUES ({n}, 'a')" for n in range(1, 6)))
+    assert ids(changes) == [1, 2, 3, 4, 5]
+    assert lost
+
+
+def test_a_command_that_fails_inside_the_transaction(on_redis):
+    """Redis does the rest of it: the position is not to be believed then."""
+    on_redis.handler("items").handler("items", name="other", queue="other")
+    on_redis.publisher = RedisPublisher(on_redis.app)
+    on_redis.start(flash_shutdown_timeout=0.5).do("SELECT 1")
+    with redis.Redis(port=on_redis.valkey.port) as client:
+        client.set("other", "not a list")
+        on_redis.database.execute("INSERT INTO items VALUES (1, 'a')")
+        wait_until(lambda: client.llen("flash"), "the first handler's message")
+        on_redis.stop()
+        client.delete("other")
+    again(on_redis)
+    assert ids(told(on_redis.valkey, "other", "other")) == [1]
+
+
+def test_a_changed_handler_gets_the_whole_transaction_again(on_redis):
+    on_redis.handler("items")
+    crash(on_redis, "INSERT INTO items VALUES (1, 'a'), (2, 'b')", after=2)
+    on_redis.handler("items", name="other")
+    assert ids(again(on_redis)) == [1, 2, 1, 2]
+
+
+def test_a_changed_publication_gets_the_whole_transaction_again(on_redis):
+    on_redis.handler("items", "insert", where={"id__gt": 1})
+    crash(on_redis, "INSERT INTO items VALUES (1, 'a'), (2, 'b'), (3, 'c')", after=2)
+    # PostgreSQL leaves out the first row from here on, so that rows count otherwise.
+    on_redis.app.conf.flash_push_down = True
+    assert ids(again(on_redis)) == [2, 3, 2, 3]
+
+
+def test_a_slot_made_anew_leaves_out_nothing(on_redis):
+    on_redis.handler("items")
+    crash(on_redis, "INSERT INTO items VALUES (1, 'a')")
+    slot = on_redis.database.slot
+    drop = f"SELECT pg_drop_replication_slot('{slot}')"
+    on_redis.database.execute(
+        *(f"DROP PUBLICATION flash_publication_{name}" for name in OPERATIONS), drop
+    )
+    told(on_redis.valkey)
+    assert ids(again(on_redis, "INSERT INTO items VALUES (2, 'b')")) == [2]
+
+
+OPERATIONS = ("insert", "update", "delete", "truncate")
+
+
+def test_a_restored_redis_leaves_out_nothing(on_redis):
+    """It forgets the messages together with the position."""
+    with Valkey() as own:
+        on_redis.valkey, on_redis.app.conf.broker_url = own, own.url
+        on_redis.handler("items")
+        crash(on_redis, "INSERT INTO items VALUES (1, 'a')")
+        with redis.Redis(port=own.port) as client:
+            kept = {key: client.dump(key) for key in client.keys("*")}
+            crash(on_redis, "INSERT INTO items VALUES (2, 'b')")
+            client.flushall()
+            for key, value in kept.items():
+                client.restore(key, 0, value)
+        assert ids(again(on_redis, "INSERT INTO items VALUES (3, 'c')")) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("timeline", ["the same", "new"])
+def test_a_restored_database_leaves_out_nothing(on_redis, timeline):
+    """Other transactions get the LSNs of those that were enqueued; slot and system are the same."""
+    with Postgres() as own:
+        database = on_redis.database
+        shared = database.server, database.dsn, database.slot
+        database.server, database.dsn = own, own.dsn()
+        try:
+            restored(on_redis, own, timeline)
+        finally:
+            on_redis.stop()
+            database.server, database.dsn, database.slot = shared
+
+
+def restored(flash, own, timeline):
+    database = flash.database
+    database.execute(ITEMS)
+    flash.app.conf.flash_dsn = database.dsn
+    flash.handler("items")
+    flash.publisher = RedisPublisher(flash.app)
+    flash.start().do("INSERT INTO items VALUES (0, 'z')").stop()
+    own.stop()
+    backup = own.folder / "backup"
+    shutil.copytree(own.data, backup, symlinks=True)
+    own.start()
+    crash(flash, *(f"INSERT INTO items VALUES ({n}, 'a')" for n in (1, 2, 3)), after=3)
+    lost = told(flash.valkey)
+    assert ids(lost) == [0, 1, 2, 3]
+    own.stop(signal.SIGQUIT)
+    shutil.rmtree(own.data)
+    shutil.copytree(backup, own.data, symlinks=True)
+    if own.as_user:
+        for path in (own.data, *own.data.rglob("*")):
+            shutil.chown(path, own.as_user["user"], own.as_user["group"])
+    if timeline == "new":
+        (own.data / "recovery.signal").touch()
+        (own.data / "postgresql.auto.conf").write_text("restore_command = 'false'\n")
+    own.start()
+    if timeline == "new":
+        wait_until(lambda: not database.one("SELECT pg_is_in_recovery()"), "the end of recovery")
+    database.execute(*(f"INSERT INTO items VALUES ({n}, 'b')" for n in (1, 2, 3, 4)))
+    changes = again(flash)
+    assert ids(changes) == [1, 2, 3, 4]
+    if timeline == "the same":
+        # Or this would show nothing.
+        assert {c.commit_lsn for c in changes} & {c.commit_lsn for c in lost}
+
+
+def test_a_stale_owner_publishes_nothing(valkey):
+    """A process that was stopped while another one took the slot over wakes up."""
+    app = Celery("shop", broker=valkey.url, set_as_current=False)
+    old, new = RedisPublisher(app), RedisPublisher(app)
+    with redis.Redis(port=valkey.port) as client:
+        client.flushall()
+        for publisher in (old, new):
+            publisher.open([app.amqp.queues["flash"]])
+            publisher.claim(Lease("1.slot", "same"))
+        message = Message(Form("flash", "handler", {}, {}), "1", "", "{}")
+        with pytest.raises(TakenOver):
+            old.publish([message])
+        assert client.llen("flash") == 0
+        new.publish([message])
+        assert client.llen("flash") == 1
+        # Without its keys Redis knows of no owner, and the next session claims again.
+        client.flushall()
+        with pytest.raises(TakenOver):
+            new.publish([message])
+    for publisher in (old, new):
+        publisher.close()
+
+
+def test_a_prefix_of_keys_is_kept(valkey):
+    app = Celery("shop", broker=valkey.url, set_as_current=False)
+    app.conf.broker_transport_options = {"global_keyprefix": "shop:"}
+    publisher = RedisPublisher(app)
+    with redis.Redis(port=valkey.port) as client:
+        client.flushall()
+        publisher.open([app.amqp.queues["flash"]])
+        publisher.claim(Lease("1.slot", "same"))
+        publisher.publish([Message(Form("flash", "handler", {}, {}), "1", "", "{}")])
+        assert {key.partition(b":")[0] for key in client.keys("*")} == {b"shop"}
+    publisher.close()
+
+
+def test_a_broker_that_is_down_at_the_start_of_a_session(on_redis):
+    with Valkey() as own:
+        on_redis.valkey, on_redis.app.conf.broker_url = own, own.url
+        own.stop()
+        on_redis.handler("items")
+        on_redis.publisher = RedisPublisher(on_redis.app)
+        on_redis.start()
+        on_redis.database.execute("INSERT INTO items VALUES (1, 'a')")
+        own.start()
+        on_redis.do("INSERT INTO items VALUES (2, 'b')")
+        on_redis.stop()
+        assert ids(told(own)) == [1, 2]

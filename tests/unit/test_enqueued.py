@@ -1,0 +1,54 @@
+"""What is left of a delivery that the broker may have in part."""
+
+import pytest
+
+from flash_celery.enqueued import Enqueued, Mark, identity
+from flash_celery.payload import Delivery
+from flash_celery.protocol.lsn import Lsn
+from flash_celery.rows import Transaction
+
+
+def delivery(lsn=100, rows="abcd", ordinal=0, half=0, number=0, committed_at=1):
+    return Delivery(None, Transaction(Lsn(lsn), 7, committed_at), ordinal, half, number, list(rows))
+
+
+def enqueued(mark, *known, number=0):
+    return Enqueued({("one", number): Mark(*mark)}, {identity(one.transaction) for one in known})
+
+
+def left(found):
+    return found and (found.ordinal, "".join(found.rows))
+
+
+@pytest.mark.parametrize(
+    ("mark", "given", "rest"),
+    [
+        ((100, 1, 0), {}, (2, "cd")),
+        ((100, 3, 0), {}, None),
+        ((100, 9, 0), {}, None),
+        ((100, 1, 0), {"ordinal": 2}, (2, "abcd")),
+        ((200, 0, 0), {}, None),
+        ((50, 9, 0), {}, (0, "abcd")),
+        # The halves of a key change follow each other.
+        ((100, 4, 1), {"ordinal": 4, "rows": "a", "half": 1}, None),
+        ((100, 4, 1), {"ordinal": 4, "rows": "a", "half": 2}, (4, "a")),
+        ((100, 4, 2), {"ordinal": 4, "rows": "a", "half": 2}, None),
+        ((100, 4, 2), {"ordinal": 4, "rows": "ab"}, (5, "b")),
+    ],
+)
+def test_what_is_left(mark, given, rest):
+    one = delivery(**given)
+    assert left(enqueued(mark, one).rest("one", one)) == rest
+
+
+def test_another_template_or_subscription_is_another_matter():
+    one = delivery()
+    known = enqueued((200, 0, 0), one)
+    assert known.rest("two", one) == one
+    assert known.rest("one", delivery(number=1)).rows == list("abcd")
+
+
+@pytest.mark.parametrize("given", [{"lsn": 99}, {"committed_at": 2}])
+def test_a_transaction_of_another_history_is_enqueued(given):
+    known = enqueued((200, 0, 0), delivery())
+    assert left(known.rest("one", delivery(**given))) == (0, "abcd")
