@@ -11,27 +11,19 @@ from __future__ import annotations
 import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TypeAlias
 
 from .payload import Delivery
 from .protocol.lsn import Lsn
 from .rows import Transaction
 
-
-class Mark(NamedTuple):
-    """The last change that one subscription of a template was told of."""
-
-    commit_lsn: int
-    ordinal: int
-    half: int
-
-
-class Covered(NamedTuple):
-    """Which changes are in a message."""
-
-    #: The last one of each subscription, by its number.
-    marks: tuple[tuple[int, Mark], ...] = ()
-    transactions: Collection[int] = ()
+#: The last change that one subscription of a template was told of: its transaction's commit LSN,
+#: its ordinal and half. Plain tuples, for there is one in every message.
+Mark: TypeAlias = tuple[int, int, int]
+#: Which changes are in a message: the last one of each subscription, by its number, and the
+#: identities of the transactions.
+Covered: TypeAlias = tuple[Collection[tuple[int, Mark]], Collection[int]]
+NOTHING: Covered = (), ()
 
 
 def identity(transaction: Transaction) -> int:
@@ -65,19 +57,20 @@ class Enqueued:
         self._marks = marks
         self._transactions = transactions
         #: No change of a later transaction is among them.
-        self.until = max((mark.commit_lsn for mark in marks.values()), default=0)
+        self.until = max((mark[0] for mark in marks.values()), default=0)
 
     def rest(self, template: str, delivery: Delivery) -> Delivery | None:
         """What of a delivery is not enqueued yet; None if everything is."""
         mark = self._marks.get((template, delivery.number))
         transaction = delivery.transaction
-        if mark is None or transaction.commit_lsn > mark.commit_lsn:
+        if mark is None or transaction.commit_lsn > mark[0]:
             return delivery
         if identity(transaction) not in self._transactions:
             return delivery
-        if transaction.commit_lsn < mark.commit_lsn:
+        commit_lsn, ordinal, half = mark
+        if transaction.commit_lsn < commit_lsn:
             return None
-        done = mark.ordinal - delivery.ordinal + (delivery.half <= mark.half)
+        done = ordinal - delivery.ordinal + (delivery.half <= half)
         if done <= 0:
             return delivery
         rows = delivery.rows[done:]

@@ -9,7 +9,7 @@ import fnmatch
 import hashlib
 import uuid
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from kombu import compression
 
 from . import payload
 from .changes import Operation
-from .enqueued import Covered, Mark, identity
+from .enqueued import NOTHING, Covered, Mark, identity
 from .errors import ConfigurationError, SubscriptionError
 from .payload import CHANGE, CHANGES, Delivery
 from .rows import Transaction
@@ -58,7 +58,7 @@ class Message:
         task_id: str,
         argsrepr: str,
         body: str | bytes,
-        covered: Covered = Covered(),  # noqa: B008 - a constant
+        covered: Covered = NOTHING,
     ) -> None:
         self.form = form
         self.covered = covered
@@ -240,11 +240,13 @@ def _digest(text: str, size: int) -> str:
     return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()
 
 
-def _each_covered(delivery: Delivery) -> Iterator[Covered]:
+def _each_covered(delivery: Delivery) -> list[Covered]:
     _, transaction, first, half, number, rows = delivery
-    transactions = (identity(transaction),)
-    for ordinal in range(first, first + len(rows)):
-        yield Covered(((number, Mark(transaction.commit_lsn, ordinal, half)),), transactions)
+    commit_lsn, transactions = transaction.commit_lsn, (identity(transaction),)
+    return [
+        (((number, (commit_lsn, ordinal, half)),), transactions)
+        for ordinal in range(first, first + len(rows))
+    ]
 
 
 def _covered(deliveries: Sequence[Delivery]) -> Covered:
@@ -252,9 +254,9 @@ def _covered(deliveries: Sequence[Delivery]) -> Covered:
     marks: dict[int, Mark] = {}
     transactions: dict[Transaction, None] = {}
     for _, transaction, ordinal, half, number, rows in deliveries:
-        marks[number] = Mark(transaction.commit_lsn, ordinal + len(rows) - 1, half)
+        marks[number] = transaction.commit_lsn, ordinal + len(rows) - 1, half
         transactions[transaction] = None
-    return Covered(tuple(marks.items()), array("q", map(identity, transactions)))
+    return tuple(marks.items()), array("q", map(identity, transactions))
 
 
 def resolve(

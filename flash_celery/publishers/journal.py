@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import redis
@@ -150,17 +150,21 @@ class Journal:
 def _covered(messages: Sequence[Message]) -> tuple[dict[str, str], int, bytes]:
     """The fields of the marks, the last transaction, and all of them."""
     marks: dict[tuple[str, int], Mark] = {}
-    transactions: dict[int, None] = {}
+    known: dict[int, None] = {}
+    before: Collection[int] = ()
     for message in messages:
-        for number, mark in message.covered.marks:
+        latest, transactions = message.covered
+        for number, mark in latest:
             marks[message.form.template, number] = mark
-        transactions.update(dict.fromkeys(message.covered.transactions))
-    last = max((mark.commit_lsn for mark in marks.values()), default=0)
+        if transactions is not before:  # the messages of one transaction share them
+            before = transactions
+            known.update(dict.fromkeys(transactions))
+    last = max((mark[0] for mark in marks.values()), default=0)
     fields = {
         f"{_MARK}{template}:{number}": ":".join(map(str, map(int, mark)))
         for (template, number), mark in marks.items()
     }
-    return fields, last, array("q", transactions).tobytes()
+    return fields, last, array("q", known).tobytes()
 
 
 def _marks(fields: dict[bytes, bytes]) -> list[tuple[str, str]]:
@@ -171,4 +175,5 @@ def _marks(fields: dict[bytes, bytes]) -> list[tuple[str, str]]:
 def _mark(field: tuple[str, str]) -> tuple[tuple[str, int], Mark]:
     name, value = field
     template, number = name.removeprefix(_MARK).split(":")
-    return (template, int(number)), Mark(*map(int, value.split(":")))
+    commit_lsn, ordinal, half = map(int, value.split(":"))
+    return (template, int(number)), (commit_lsn, ordinal, half)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flash_celery.enqueued import Enqueued, Mark, identity
+from flash_celery.enqueued import Enqueued, identity
 from flash_celery.payload import Delivery
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.rows import Transaction
@@ -13,7 +13,7 @@ def delivery(lsn=100, rows="abcd", ordinal=0, half=0, number=0, committed_at=1):
 
 
 def enqueued(mark, *known, number=0):
-    return Enqueued({("one", number): Mark(*mark)}, {identity(one.transaction) for one in known})
+    return Enqueued({("one", number): mark}, {identity(one.transaction) for one in known})
 
 
 def left(found):
