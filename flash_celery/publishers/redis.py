@@ -37,6 +37,8 @@ class RedisPublisher(ConnectedPublisher):
     def __init__(self, app: Any) -> None:
         super().__init__(app)
         self._journal: Journal | None = None
+        #: Messages to come that are there already: the push got through and its reply did not.
+        self._ahead = 0
 
     def open(self, queues: Sequence[Any]) -> None:
         """Connect and declare the queues. Raises `PublishError`."""
@@ -50,7 +52,7 @@ class RedisPublisher(ConnectedPublisher):
         with self.errors(), self._client() as client:
             journal = Journal(self._prefixed(f"_flash.{lease.name}"), lease)
             enqueued = journal.claim(client)
-        self._journal = journal
+        self._journal, self._ahead = journal, 0
         return enqueued
 
     def publish(self, messages: Sequence[Message]) -> None:
@@ -63,7 +65,9 @@ class RedisPublisher(ConnectedPublisher):
         queues = {message.queue for message in messages} & expiring if expiring else set()
         with self.errors(), self._client() as client:
             if self._journal is not None:
-                self.confirmed = self._journal.settle(client)
+                self._ahead += self._journal.settle(client)
+                self.confirmed = min(self._ahead, len(messages))
+                self._ahead -= self.confirmed
             for pushes in _chunks(map(self._push, messages[self.confirmed :])):
                 part = messages[self.confirmed : self.confirmed + len(pushes)]
                 push = partial(self._push_all, pushes, queues)
