@@ -309,11 +309,15 @@ class Rabbit(Server):
 
     def __exit__(self, *exit_: object) -> None:
         super().__exit__(*exit_)
-        # Erlang's port mapper is a daemon that outlives its node.
-        with contextlib.suppress(OSError):
-            subprocess.run(
-                ["epmd", "-kill"], env=self.environment, capture_output=True, check=False
-            )
+        with contextlib.suppress(OSError, TimeoutError):
+            wait_until(self._unmapped, "Erlang's port mapper to end", timeout=5)
+
+    def _unmapped(self) -> bool:
+        """End Erlang's port mapper, a daemon that outlives its node and must have noticed its end."""
+        done = subprocess.run(
+            ["epmd", "-kill"], env=self.environment, capture_output=True, text=True, check=False
+        )
+        return "Killed" in done.stdout or "Cannot connect" in done.stderr
 
     def answers(self) -> bool:
         import amqp
