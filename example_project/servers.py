@@ -313,7 +313,7 @@ class Rabbit(Server):
             wait_until(self._unmapped, "Erlang's port mapper to end", timeout=5)
 
     def _unmapped(self) -> bool:
-        """End Erlang's port mapper, a daemon that outlives its node and must have noticed its end."""
+        """End Erlang's port mapper, which outlives its node and must have noticed its end."""
         done = subprocess.run(
             ["epmd", "-kill"], env=self.environment, capture_output=True, text=True, check=False
         )
