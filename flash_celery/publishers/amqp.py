@@ -6,6 +6,7 @@ chapter "Transport" for the frames.
 
 from __future__ import annotations
 
+import logging
 import struct
 import uuid
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from amqp.serialization import dumps
 from ..errors import NotConfirmed, PublishError, Unroutable
 from ..messages import Form, Message
 from .base import TIMEOUT, ConnectedPublisher
+
+logger = logging.getLogger(__name__)
 
 #: Messages that may be unconfirmed at a time; RabbitMQ takes its time, and confirms many at once.
 _WINDOW = 5000
@@ -49,6 +52,9 @@ class AmqpPublisher(ConnectedPublisher):
         self._forms: dict[Form, tuple[bytes, bytes, int]] = {}
         self._pending: set[int] = set()
         self._trouble: NotConfirmed | Unroutable | None = None
+        self._blocked = False
+        broker = self._channel.connection
+        broker.on_blocked, broker.on_unblocked = self._on_blocked, self._on_unblocked
         events = self._channel.events
         events["basic_ack"].add(self._on_ack)
         events["basic_nack"].add(self._on_nack)
@@ -93,9 +99,16 @@ class AmqpPublisher(ConnectedPublisher):
                 gathered.append(self._frame(_BODY, body[start : start + most]))
             size += len(body)
             if size >= _WRITTEN_TOGETHER:
-                channel.connection.transport.write(b"".join(gathered))
+                self._write(gathered)
                 gathered, size = [], 0
-        channel.connection.transport.write(b"".join(gathered))
+        self._write(gathered)
+
+    def _write(self, frames: Sequence[bytes]) -> None:
+        try:
+            self._channel.connection.transport.write(b"".join(frames))
+        except (TimeoutError, BlockingIOError):
+            # How much of it has gone nobody knows, so this connection is of no more use.
+            raise NotConfirmed(f"The broker has taken nothing for {TIMEOUT:g} s.") from None
 
     def _frame(self, kind: int, payload: bytes) -> bytes:
         return _FRAME.pack(kind, self._channel.channel_id, len(payload)) + payload + _END
@@ -143,11 +156,29 @@ class AmqpPublisher(ConnectedPublisher):
             try:
                 self._connection.drain_events(timeout=TIMEOUT)
             except TimeoutError:
+                if self._blocked:
+                    continue  # the kernel's keepalives tell whether it still lives
                 raise NotConfirmed(
                     f"The broker confirmed none of {len(self._pending)} messages for {TIMEOUT:g} s."
                 ) from None
         if self._trouble is not None:
             raise self._trouble
+
+    def _on_blocked(self, reason: str) -> None:
+        """RabbitMQ reads nothing more from those who publish.
+
+        Source: RabbitMQ documentation, "Blocked Connection Notifications".
+        """
+        self._blocked = True
+        logger.warning(
+            "The broker %s has blocked publishing: it is short of memory or disk (see `rabbitmqctl "
+            "list_alarms`). Nothing is acknowledged until it goes on",
+            self.url,
+        )
+
+    def _on_unblocked(self) -> None:
+        self._blocked = False
+        logger.warning("The broker %s takes messages again", self.url)
 
     def _on_ack(self, tag: int, multiple: bool) -> None:
         if multiple:
