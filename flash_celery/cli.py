@@ -120,7 +120,7 @@ def replicate(
 
     sources.check(*project.sources)
     project.app.log.setup(loglevel=loglevel, logfile=logfile, redirect_stdouts=False)
-    publisher = publishers.for_app(project.app)
+    publisher = publishers.for_app(project.app, 2 * project.settings.flash_status_interval)
     replicator = Replicator(project.app, project.settings, project.subscriptions, publisher)
 
     def stop(number: int, frame: Any) -> None:

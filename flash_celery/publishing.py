@@ -33,7 +33,10 @@ _TOGETHER_BYTES = 8 << 20
 
 
 class Publishing(threading.Thread):
-    """Owns the publisher. `confirmed` and `failed` are called in this thread."""
+    """Owns the publisher. `confirmed` and `failed` are called in this thread.
+
+    A broker that has had nothing to do for `idle_seconds` is asked whether it is still there.
+    """
 
     def __init__(
         self,
@@ -41,12 +44,14 @@ class Publishing(threading.Thread):
         queues: Sequence[Any],
         confirmed: Callable[[Lsn], None],
         failed: Callable[[BaseException], None],
+        idle_seconds: float = 10.0,
     ) -> None:
         super().__init__(name="flash-publishing", daemon=True)
         self._publisher = publisher
         self._queues = queues
         self._confirmed = confirmed
         self._failed = failed
+        self._idle_seconds = idle_seconds
         self._units: deque[Unit] = deque()
         self._claim: tuple[Lease, Callable[[Enqueued], None]] | None = None
         self._changed = threading.Condition()
@@ -55,6 +60,10 @@ class Publishing(threading.Thread):
         self._ending = False
         self._generation = 0
         self._opened = False
+        #: Since when the broker has been failing, and when that was said last.
+        self._since = self._said = 0.0
+        #: When the broker was spoken to last; 0 as long as there was nothing for it.
+        self._spoke = 0.0
 
     def claim(self, lease: Lease, enqueued: Callable[[Enqueued], None]) -> None:
         """Begin a session, which has no room before the broker has agreed; never blocks.
@@ -111,8 +120,10 @@ class Publishing(threading.Thread):
                 generation, units = work
                 if units:
                     self._deliver(generation, units)
-                else:
+                elif self._claim is not None:
                     self._begin(generation)
+                if self._spoke and time.monotonic() - self._spoke >= self._idle_seconds:
+                    self._check()
         except BaseException as error:
             self._failed(error)
         finally:
@@ -122,14 +133,14 @@ class Publishing(threading.Thread):
                 self._changed.notify_all()
 
     def _next(self) -> tuple[int, list[Unit]] | None:
-        """Units to deliver, or none if there is a claim to be made first."""
+        """What to deliver; nothing where a claim comes first, or there is none for a while."""
         with self._changed:
-            self._working = False
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._units or self._claim or self._ending)
+            self._changed.wait_for(
+                lambda: self._units or self._claim or self._ending, self._idle_seconds
+            )
             if self._ending:
                 return None
-            if self._claim is not None:
+            if self._claim is not None or not self._units:
                 return self._generation, []
             self._working = True
             taken = [self._units.popleft()]
@@ -145,12 +156,13 @@ class Publishing(threading.Thread):
             return  # discarded meanwhile
         lease, enqueued = claim
 
-        def attempt(_: Sequence[Message]) -> None:
+        def attempt(_: Sequence[Message]) -> int:
             found = self._publisher.claim(lease)
             with self._changed:
                 if generation == self._generation:
                     enqueued(found)
                     self._claim = None
+            return 0
 
         if self._insist(generation, attempt, []):
             self._confirmed(Lsn(0))  # nothing; whoever waits for room looks again
@@ -158,7 +170,7 @@ class Publishing(threading.Thread):
     def _deliver(self, generation: int, units: Sequence[Unit]) -> None:
         messages = [message for unit in units for message in unit.messages]
         _before_publish(messages)
-        done = not messages or self._insist(generation, self._publisher.publish, messages)
+        done = not messages or self._insist(generation, self._publish, messages)
         if done:
             _after_publish(messages)
         with self._changed:
@@ -167,55 +179,87 @@ class Publishing(threading.Thread):
             # A unit that was given up says nothing: its position may be of another server.
             if done and generation == self._generation:
                 self._confirmed(units[-1].position)
+            self._working = False
+            self._changed.notify_all()
+
+    def _publish(self, messages: Sequence[Message]) -> int:
+        self._publisher.publish(messages)
+        return len(messages)
 
     def _insist(
         self,
         generation: int,
-        attempt: Callable[[Sequence[Message]], None],
+        attempt: Callable[[Sequence[Message]], int],
         messages: Sequence[Message],
     ) -> bool:
-        """Try until the broker has confirmed everything; False if it is given up."""
+        """Attempt it until the broker has confirmed everything; False if it is given up.
+
+        An attempt says how many messages it got through, from the first on.
+        """
         pauses = delays()
-        since = said = 0.0
         while True:
             try:
                 self._open()
-                attempt(messages)
-                break
+                messages = messages[attempt(messages) :]
+                self._works()
+                if not messages:
+                    return True
+                pauses, pause = delays(), 0.0
             except TakenOver as error:
                 self._failed(error)
                 return False
             except PublishError as error:
-                self._opened = False
-                self._publisher.close()
                 # What the broker has already is not sent again.
                 messages = messages[error.confirmed :]
-                now = time.monotonic()
-                since = since or now
-                if not said or now - said > _REMINDER_SECONDS:
-                    said = now
-                    _complain(error, now - since, messages)
-            with self._changed:
-                if self._changed.wait_for(lambda: self._generation != generation, next(pauses)):
-                    return False
-        if since:
-            logger.warning("The broker confirms messages again")
-        return True
+                self._fails(error, _waiting(messages))
+                pause = next(pauses)
+            if self._given_up(generation, pause):
+                return False
+
+    def _given_up(self, generation: int, seconds: float) -> bool:
+        """Whether the units of this generation are given up, now or within so many seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._generation != generation, seconds)
+
+    def _check(self) -> None:
+        """Nothing waits for the broker: find out now whether its connection is a dead one."""
+        try:
+            self._open()
+            self._publisher.check()
+            self._works()
+        except PublishError as error:
+            self._fails(error, _waiting([]))
 
     def _open(self) -> None:
+        self._spoke = time.monotonic()
         if not self._opened:
             self._publisher.open(self._queues)
             self._opened = True
 
+    def _works(self) -> None:
+        if self._since:
+            self._since = self._said = 0.0
+            logger.warning("The broker confirms messages again")
 
-def _complain(error: PublishError, seconds: float, messages: Sequence[Message]) -> None:
+    def _fails(self, error: PublishError, waiting: str) -> None:
+        """Let go of the connection, and complain now and then."""
+        self._opened = False
+        self._publisher.close()
+        now = time.monotonic()
+        self._since = self._since or now
+        if not self._said or now - self._said > _REMINDER_SECONDS:
+            self._said = now
+            logger.warning(
+                "%s Nothing is acknowledged until it works again (%.0f s so far, %s)",
+                *(error, now - self._since, waiting),
+            )
+
+
+def _waiting(messages: Sequence[Message]) -> str:
+    if not messages:
+        return "nothing waits for it yet"
     size = sum(len(message.body) for message in messages)
-    first = messages[0].argsrepr if messages else "nothing"
-    logger.warning(
-        "%s Nothing is acknowledged until it works again (%.0f s so far, %d messages of %d bytes, "
-        "the first for %s)",
-        *(error, seconds, len(messages), size, first),
-    )
+    return f"{len(messages)} messages of {size} bytes, the first for {messages[0].argsrepr}"
 
 
 def _before_publish(messages: Sequence[Message]) -> None:

@@ -73,7 +73,13 @@ class Replicator:
         self.control = Control()
         self._templates = Templates(app, settings, subscriptions)
         queues = [app.amqp.queues[name] for name in self._templates.queues]
-        self._publishing = Publishing(publisher, queues, self._on_confirmed, self.control.fail)
+        self._publishing = Publishing(
+            publisher,
+            queues,
+            self._on_confirmed,
+            self.control.fail,
+            settings.flash_status_interval,
+        )
         self._progress = Progress()
         self._source = ""
         self._messages = len(of_tables(subscriptions)) < len(subscriptions)

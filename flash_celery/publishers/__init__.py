@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Publisher
+from .base import TIMEOUT, Publisher
 
 
-def for_app(app: Any) -> Publisher:
-    """The publisher for the transport of the app's broker URL; opens nothing."""
+def for_app(app: Any, timeout: float = TIMEOUT) -> Publisher:
+    """The publisher for the transport of the app's broker URL; opens nothing.
+
+    A broker that does not answer for `timeout` seconds counts as gone.
+    """
     with app.connection_for_write() as connection:
         driver = connection.transport.driver_type, connection.transport.driver_name
     if driver[0] == "redis":
         from .redis import RedisPublisher
 
-        return RedisPublisher(app)
+        return RedisPublisher(app, timeout)
     if driver == ("amqp", "py-amqp"):
         from .amqp import AmqpPublisher
 
-        return AmqpPublisher(app)
+        return AmqpPublisher(app, timeout)
     from .kombu import KombuPublisher
 
-    return KombuPublisher(app)
+    return KombuPublisher(app, timeout)

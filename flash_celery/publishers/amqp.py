@@ -17,7 +17,7 @@ from amqp.serialization import dumps
 
 from ..errors import NotConfirmed, PublishError, Unroutable
 from ..messages import Form, Message
-from .base import TIMEOUT, ConnectedPublisher
+from .base import ConnectedPublisher
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +39,9 @@ class AmqpPublisher(ConnectedPublisher):
     """Publishes through the default exchange on a channel of its own."""
 
     # We wait for confirms ourselves; kombu would wait for each one.
-    transport_options = {"read_timeout": TIMEOUT, "write_timeout": TIMEOUT}
-
-    def __init__(self, app: Any) -> None:
-        super().__init__(app)
-        self._window = _WINDOW
+    timeouts = "read_timeout", "write_timeout"
+    #: Messages that may be unconfirmed at a time.
+    _window = _WINDOW
 
     def open(self, queues: Sequence[Any]) -> None:
         """Connect, declare the queues and ask for confirms. Raises `PublishError`."""
@@ -78,6 +76,11 @@ class AmqpPublisher(ConnectedPublisher):
             raise
         self._window = _WINDOW
 
+    def check(self) -> None:
+        """Ask for confirms once more, which is answered. Raises `PublishError`."""
+        with self.errors():
+            self._channel.confirm_select()
+
     def _send(self, messages: Sequence[Message]) -> None:
         """Write the frames of some messages.
 
@@ -108,7 +111,7 @@ class AmqpPublisher(ConnectedPublisher):
             self._channel.connection.transport.write(b"".join(frames))
         except (TimeoutError, BlockingIOError):
             # How much of it has gone nobody knows, so this connection is of no more use.
-            raise NotConfirmed(f"The broker has taken nothing for {TIMEOUT:g} s.") from None
+            raise NotConfirmed(f"The broker has taken nothing for {self.timeout:g} s.") from None
 
     def _frame(self, kind: int, payload: bytes) -> bytes:
         return _FRAME.pack(kind, self._channel.channel_id, len(payload)) + payload + _END
@@ -154,12 +157,13 @@ class AmqpPublisher(ConnectedPublisher):
     def _wait(self, left: int) -> None:
         while len(self._pending) > left and self._trouble is None:
             try:
-                self._connection.drain_events(timeout=TIMEOUT)
+                self._connection.drain_events(timeout=self.timeout)
             except TimeoutError:
                 if self._blocked:
                     continue  # the kernel's keepalives tell whether it still lives
                 raise NotConfirmed(
-                    f"The broker confirmed none of {len(self._pending)} messages for {TIMEOUT:g} s."
+                    f"The broker confirmed none of {len(self._pending)} messages for "
+                    f"{self.timeout:g} s."
                 ) from None
         if self._trouble is not None:
             raise self._trouble

@@ -12,8 +12,8 @@ from ..enqueued import Enqueued, Lease
 from ..errors import PublishError
 from ..messages import Message
 
-#: Seconds without an answer after which a broker counts as gone.
-TIMEOUT = 30.0
+#: Seconds without an answer after which a broker counts as gone, by default.
+TIMEOUT = 20.0
 
 
 class Publisher(Protocol):
@@ -34,6 +34,9 @@ class Publisher(Protocol):
         Raises `PublishError` if it has not; any of them may be in the broker then.
         """
 
+    def check(self) -> None:
+        """See that the broker answers, where the transport can. Raises `PublishError`."""
+
     def close(self) -> None:
         """Disconnect; never raises."""
 
@@ -41,11 +44,13 @@ class Publisher(Protocol):
 class ConnectedPublisher:
     """A publisher with a kombu connection of its own."""
 
-    #: Transport options that the app's own go before.
-    transport_options: dict[str, Any] = {}
+    #: Transport options for `timeout`, which the app's own go before.
+    timeouts: Sequence[str] = ()
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, timeout: float = TIMEOUT) -> None:
         self._app = app
+        #: Seconds without an answer after which the broker counts as gone.
+        self.timeout = timeout
         self._connection: Any = None
         self._channel: Any = None
         #: How many messages of the present call the broker has, from the first on.
@@ -55,7 +60,8 @@ class ConnectedPublisher:
         """Connect and declare the queues. Raises `PublishError`."""
         self.close()
         self.confirmed = 0  # what an earlier call got through says nothing of the next one
-        options = {**self.transport_options, **self._app.conf.broker_transport_options}
+        options = dict.fromkeys(self.timeouts, self.timeout)
+        options.update(self._app.conf.broker_transport_options)
         self._connection = self._app.connection_for_write(
             transport_options=options, connect_timeout=self._app.conf.broker_connection_timeout
         )
@@ -67,6 +73,9 @@ class ConnectedPublisher:
     def claim(self, lease: Lease) -> Enqueued:
         """Begin a session; this broker keeps no position."""
         return Enqueued({}, ())
+
+    def check(self) -> None:
+        """Nothing, where the transport has no question to ask."""
 
     def close(self) -> None:
         """Disconnect; never raises."""

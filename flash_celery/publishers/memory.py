@@ -39,6 +39,11 @@ class MemoryPublisher:
                 raise Unroutable(f"The broker has no queue {message.queue}.")
             self.queues[message.queue].append(message)
 
+    def check(self) -> None:
+        """Raises `PublishError` while broken."""
+        if self.broken:
+            raise PublishError("The broker in memory is broken.")
+
     def close(self) -> None:
         """Disconnect."""
         self._open = False

@@ -32,10 +32,10 @@ _VARYING = ("id", "argsrepr", "body", "tag")
 class RedisPublisher(ConnectedPublisher):
     """Pushes onto the lists that Celery workers pop from; the reply to the push confirms."""
 
-    transport_options = {"socket_timeout": TIMEOUT, "socket_connect_timeout": TIMEOUT}
+    timeouts = "socket_timeout", "socket_connect_timeout"
 
-    def __init__(self, app: Any) -> None:
-        super().__init__(app)
+    def __init__(self, app: Any, timeout: float = TIMEOUT) -> None:
+        super().__init__(app, timeout)
         self._journal: Journal | None = None
         #: Messages to come that are there already: the push got through and its reply did not.
         self._ahead = 0
@@ -95,6 +95,11 @@ class RedisPublisher(ConnectedPublisher):
 
     def _prefixed(self, key: str) -> str:
         return f"{getattr(self._channel, 'global_keyprefix', '')}{key}"
+
+    def check(self) -> None:
+        """PING. Raises `PublishError`."""
+        with self.errors(), self._channel.conn_or_acquire() as client:
+            client.ping()
 
     def _push(self, message: Message) -> tuple[str, str]:
         """The key, and the message as kombu stores it."""

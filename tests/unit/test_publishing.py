@@ -21,7 +21,12 @@ class Flaky(MemoryPublisher):
     def __init__(self):
         super().__init__()
         self.failures = []
+        self.opened = 0
         self.tried = threading.Event()
+
+    def open(self, queues):
+        super().open(queues)
+        self.opened += 1
 
     def publish(self, messages):
         self.tried.set()
@@ -49,7 +54,7 @@ def thread(monkeypatch):
     publisher = Flaky()
     confirmed = []
     failed = []
-    thread = Publishing(publisher, [Queue("flash")], confirmed.append, failed.append)
+    thread = Publishing(publisher, [Queue("flash")], confirmed.append, failed.append, 0.02)
     thread.publisher, thread.confirmed, thread.failed = publisher, confirmed, failed
     yield thread
     thread.end()
@@ -141,3 +146,28 @@ def test_a_unit_given_up_while_it_was_being_sent_confirms_nothing(thread, monkey
     wait(lambda: thread.idle)
     assert thread.confirmed == []
     assert thread.has_room
+
+
+def test_a_connection_that_died_while_nothing_was_published_is_made_anew(thread, caplog):
+    thread.put(unit(0, 1, 1))
+    thread.start()
+    wait(lambda: thread.idle)
+    thread.publisher.broken = True
+    wait(lambda: "Nothing is acknowledged until it works again" in caplog.text)
+    # The slot still follows what is for nobody, and nothing is in flight.
+    thread.put(Unit([], Lsn(5), 0))
+    wait(lambda: thread.confirmed == [1, 5])
+    assert thread.idle
+    thread.publisher.broken = False
+    wait(lambda: "The broker confirms messages again" in caplog.text)
+    assert caplog.text.count("Nothing is acknowledged") == 1
+    assert thread.publisher.opened == 2
+
+
+def test_a_broker_that_nothing_was_for_is_not_asked(thread, monkeypatch):
+    monkeypatch.setattr(thread.publisher, "check", lambda: 1 / 0)
+    thread.put(Unit([], Lsn(5), 0))
+    thread.start()
+    wait(lambda: thread.confirmed == [5])
+    time.sleep(0.1)
+    assert thread.failed == []
