@@ -7,12 +7,15 @@ import functools
 import json
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import click
 
 #: Exit codes: a mistake that the message names; `doctor` found what stops `replicate`.
 BAD_INPUT, STOPPED = 2, 1
+#: Seconds beyond flash_shutdown_timeout after which whatever is being waited for is given up.
+_LATE_SECONDS = 1.0
 
 
 @click.group(name="flash")
@@ -116,6 +119,7 @@ def replicate(
     Of several databases each has a process of its own: --source.
     """
     from . import publishers, sources
+    from .control import Stopped
     from .replicator import Replicator
 
     sources.check(*project.sources)
@@ -126,6 +130,10 @@ def replicate(
     def stop(number: int, frame: Any) -> None:
         for known in (signal.SIGTERM, signal.SIGINT):
             signal.signal(known, signal.SIG_DFL)
+        # Whatever it waits for then, a server that says nothing for example.
+        signal.signal(signal.SIGALRM, lambda *_: replicator.give_up())
+        limit = project.settings.flash_shutdown_timeout + _LATE_SECONDS
+        signal.setitimer(signal.ITIMER_REAL, limit, _LATE_SECONDS)
         replicator.stop()
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -134,8 +142,10 @@ def replicate(
     try:
         if wait_for_workers:
             replicator.wait_until(lambda: _workers_know(project), "Celery workers with this code")
-        replicator.run()
+        with suppress(Stopped):
+            replicator.run()
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.set_wakeup_fd(-1)
 
 

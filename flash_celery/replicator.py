@@ -101,6 +101,14 @@ class Replicator:
         """Stop reading, finish what is in flight, and return from `run`."""
         self.control.stop()
 
+    def give_up(self) -> None:
+        """End `run` or `wait_until` wherever it is, by an exception in a signal handler.
+
+        Set-up may be ended anywhere, as by a SIGKILL; what is in flight then is sent again.
+        """
+        logger.warning("It takes longer than flash_shutdown_timeout to stop; giving up")
+        raise Stopped
+
     def run(self) -> None:
         """Replicate until stopped; connections are made again for ever."""
         self._publishing.start()

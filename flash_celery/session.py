@@ -97,15 +97,15 @@ class Session:
         self._publishing.claim(self._lease, self._outbox.skip)
         # What came together with the answer to START_REPLICATION makes no socket readable.
         self._receive()
-        give_up = None
+        end = None
         while True:
             self._control.check()
             if self._control.stopping:
                 # An open transaction is read to its end, so that it need not be sent again.
-                now = time.monotonic()
-                give_up = give_up or now + self._settings.flash_shutdown_timeout / 2
-                if not self._transactions.open or now > give_up:
-                    return self._drain()
+                limit = self._settings.flash_shutdown_timeout
+                end = end or time.monotonic() + limit
+                if not self._transactions.open or time.monotonic() > end - limit / 2:
+                    return self._drain(end)
             elif self._tables_changed():
                 logger.warning("A table of a handler is not what it was; looking at all of them")
                 return self._drain()
@@ -220,10 +220,10 @@ class Session:
             self._drain()
             raise ReplicationError("PostgreSQL is shutting down.") from None
 
-    def _drain(self) -> None:
+    def _drain(self, deadline: float | None = None) -> None:
         """Wait for what is in flight, as long as allowed, and say how far everything is safe."""
         self._hand_over(everything=True)
-        deadline = time.monotonic() + self._settings.flash_shutdown_timeout
+        deadline = deadline or time.monotonic() + self._settings.flash_shutdown_timeout
         while not self._publishing.idle and self._control.failure is None:
             left = deadline - time.monotonic()
             if left <= 0:
@@ -232,7 +232,7 @@ class Session:
             self._control.rest(min(left, 0.1))
             self._tell()
         self._tell()
-        for _ in range(100):
+        for _ in range(20):
             if self._stream.flush():
                 break
             select.select([], [self._stream], [], 0.05)
