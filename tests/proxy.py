@@ -73,6 +73,7 @@ class Proxy:
         """From now on everything passes, and new connections are accepted."""
         self.only: Callable[[bytes], bool] = everything
         self.stalled = Way(0)
+        self._latest = 0
         self.seconds = 0.0
         self.rate = 0.0
         self._socket.listen()
@@ -90,8 +91,14 @@ class Proxy:
         for link in self.links:
             link.half_close(way)
 
-    def stall(self, way: Way = Way.BOTH, only: Callable[[bytes], bool] = everything) -> None:
-        """Pass nothing on, close nothing; new connections are made, and say nothing either."""
+    def stall(
+        self, way: Way = Way.BOTH, only: Callable[[bytes], bool] = everything, new: bool = True
+    ) -> None:
+        """Pass nothing on, close nothing.
+
+        New connections are made, and say nothing either; unless `new` is false: those work.
+        """
+        self._latest = 0 if new else self.accepted
         self.only, self.stalled = only, way
 
     def delay(self, seconds: float) -> None:
@@ -157,7 +164,7 @@ class Proxy:
         except OSError:
             _reset(client)
             return
-        link = _Link(client, server)
+        link = _Link(client, server, self.accepted)
         self._links.append(link)
         for way in (Way.TO_SERVER, Way.TO_CLIENT):
             thread = threading.Thread(target=self._pass, args=(link, way), daemon=True)
@@ -168,7 +175,7 @@ class Proxy:
         source, sink = link.ends(way)
         try:
             while link.open:
-                if way in self.stalled and self.only(link.opening):
+                if self._stalls(link, way):
                     time.sleep(_LOOK)
                 elif select.select([source], [], [], _LOOK)[0] and not self._burst(link, way):
                     sink.shutdown(socket.SHUT_WR)
@@ -179,6 +186,10 @@ class Proxy:
         if link.finished == Way.BOTH:
             link.reset()
 
+    def _stalls(self, link: _Link, way: Way) -> bool:
+        old = not self._latest or link.number <= self._latest
+        return way in self.stalled and old and self.only(link.opening)
+
     def _burst(self, link: _Link, way: Way) -> bool:
         """Pass on what is there; False at the end."""
         source, sink = link.ends(way)
@@ -187,7 +198,7 @@ class Proxy:
             link.opening += data
         if self.seconds:
             time.sleep(self.seconds)
-        while way in self.stalled and self.only(link.opening) and link.open:
+        while self._stalls(link, way) and link.open:
             time.sleep(_LOOK)  # since it was read
         sink.sendall(data)
         if self.rate:
@@ -198,7 +209,9 @@ class Proxy:
 class _Link:
     """One connection of a client, and ours to the server."""
 
-    def __init__(self, client: socket.socket, server: socket.socket) -> None:
+    def __init__(self, client: socket.socket, server: socket.socket, number: int) -> None:
+        #: Which of the proxy's connections it is, from 1 on.
+        self.number = number
         self._client, self._server = client, server
         for end in (client, server):
             # A peer that reads nothing must not hold a thread for ever.

@@ -93,6 +93,10 @@ def test_a_stall_is_silence_and_passes(proxy):
         with client(proxy) as other:
             silent(other)
         silent(end)
+        proxy.stall(new=False)
+        with client(proxy) as other:
+            assert other.recv(100) == b"hello"
+        silent(end)
         proxy.heal()
         assert end.recv(100) == b"anyone?"
 
