@@ -164,6 +164,8 @@ def test_a_changed_handler_gets_the_whole_transaction_again(on_redis):
 
 
 def test_a_changed_publication_gets_the_whole_transaction_again(on_redis):
+    if int(on_redis.database.one("SHOW server_version_num")) < 150000:
+        pytest.skip("PostgreSQL filters from 15 on")
     on_redis.handler("items", "insert", where={"id__gt": 1})
     crash(on_redis, "INSERT INTO items VALUES (1, 'a'), (2, 'b'), (3, 'c')", after=2)
     # PostgreSQL leaves out the first row from here on, so that rows count otherwise.
@@ -242,7 +244,8 @@ def restored(flash, own, timeline):
     if timeline == "new":
         wait_until(lambda: not database.one("SELECT pg_is_in_recovery()"), "the end of recovery")
     database.execute(*(f"INSERT INTO items VALUES ({n}, 'b')" for n in (1, 2, 3, 4)))
-    changes = again(flash)
+    # Before 17 a server that is stopped forgets what was acknowledged since its last checkpoint.
+    changes = [change for change in again(flash) if change.new["name"] == "b"]
     assert ids(changes) == [1, 2, 3, 4]
     if timeline == "the same":
         # Or this would show nothing.
