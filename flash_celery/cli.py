@@ -191,7 +191,8 @@ def doctor(project: _Project, explain: bool) -> None:
     findings = report.findings + preflight.can_stream(project.settings)
     findings += checks.spool(project.settings)
     findings += sources.findings(*project.sources)
-    findings += [*checks.broker(project.app), *checks.workers(project.app, project.subscriptions)]
+    findings += checks.broker(project.app, project.settings)
+    findings += checks.workers(project.app, project.subscriptions)
     for finding in findings:
         click.echo(checks.line(finding))
     for line in explained:

@@ -17,8 +17,8 @@ _INSPECT_SECONDS = 1.0
 _MARKS = {OK: "ok     ", WARNING: "warning", STOP: "STOP   "}
 
 
-def broker(app: Any) -> Iterator[Finding]:
-    """Whether it answers, and what a restart of it would lose."""
+def broker(app: Any, settings: Settings) -> Iterator[Finding]:
+    """Whether it answers, what a restart of it would lose, and what can fill it."""
     publisher = ConnectedPublisher(app)
     try:
         publisher.open([])
@@ -29,14 +29,14 @@ def broker(app: Any) -> Iterator[Finding]:
         yield Finding("broker", OK, publisher.url)
         if publisher.driver == "redis":
             with publisher.errors():
-                yield from _redis(publisher)
+                yield from _redis(publisher, settings.flash_max_queue_length)
     except PublishError as error:
         yield Finding("broker", WARNING, f"its settings cannot be read: {error}")
     finally:
         publisher.close()
 
 
-def _redis(publisher: ConnectedPublisher) -> Iterator[Finding]:
+def _redis(publisher: ConnectedPublisher, max_queue_length: int) -> Iterator[Finding]:
     timeout = publisher.visibility_timeout
     yield Finding(
         "visibility_timeout",
@@ -44,7 +44,9 @@ def _redis(publisher: ConnectedPublisher) -> Iterator[Finding]:
         f"a task whose worker was killed comes back after {timeout:g} s "
         "(broker_transport_options); it must be longer than any handler runs",
     )
-    settings = publisher.redis_settings("appendonly", "appendfsync", "maxmemory-policy")
+    settings = publisher.redis_settings(
+        "appendonly", "appendfsync", "maxmemory", "maxmemory-policy"
+    )
     if settings.get("appendonly") != "yes":
         yield Finding(
             "broker durability",
@@ -67,6 +69,14 @@ def _redis(publisher: ConnectedPublisher) -> Iterator[Finding]:
             WARNING,
             f"maxmemory-policy is {policy}: Redis may throw queues away when it is full: "
             "CONFIG SET maxmemory-policy noeviction",
+        )
+    memory = int(settings.get("maxmemory") or 0)
+    if memory and not max_queue_length:
+        yield Finding(
+            "broker memory",
+            WARNING,
+            f"maxmemory is {memory} bytes: a large transaction can fill Redis, and its Celery "
+            "workers fail then, too: set flash_max_queue_length",
         )
 
 

@@ -10,11 +10,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from celery import signals
 
 from .backoff import delays
+from .backpressure import Backpressure
 from .enqueued import Enqueued, Lease
 from .errors import PublishError, TakenOver
 from .messages import Message, announce
@@ -45,9 +47,13 @@ class Publishing(threading.Thread):
         confirmed: Callable[[Lsn], None],
         failed: Callable[[BaseException], None],
         idle_seconds: float = 10.0,
+        max_queue_length: int = 0,
     ) -> None:
         super().__init__(name="flash-publishing", daemon=True)
         self._publisher = publisher
+        self._backpressure = Backpressure(max_queue_length, publisher.depth)
+        # What waits for room is acknowledged unit by unit.
+        self._together = 0 if max_queue_length else _TOGETHER_BYTES
         self._queues = queues
         self._confirmed = confirmed
         self._failed = failed
@@ -145,7 +151,7 @@ class Publishing(threading.Thread):
             self._working = True
             taken = [self._units.popleft()]
             size = taken[0].size
-            while self._units and size + self._units[0].size <= _TOGETHER_BYTES:
+            while self._units and size + self._units[0].size <= self._together:
                 size += self._units[0].size
                 taken.append(self._units.popleft())
             return self._generation, taken
@@ -170,7 +176,9 @@ class Publishing(threading.Thread):
     def _deliver(self, generation: int, units: Sequence[Unit]) -> None:
         messages = [message for unit in units for message in unit.messages]
         _before_publish(messages)
-        done = not messages or self._insist(generation, self._publish, messages)
+        done = not messages or self._insist(
+            generation, partial(self._publish, generation), messages
+        )
         if done:
             _after_publish(messages)
         with self._changed:
@@ -182,9 +190,11 @@ class Publishing(threading.Thread):
             self._working = False
             self._changed.notify_all()
 
-    def _publish(self, messages: Sequence[Message]) -> int:
-        self._publisher.publish(messages)
-        return len(messages)
+    def _publish(self, generation: int, messages: Sequence[Message]) -> int:
+        """Publish as many as there is room for; how many."""
+        count = self._backpressure.admit(messages, partial(self._given_up, generation))
+        self._publisher.publish(messages[:count])
+        return count
 
     def _insist(
         self,

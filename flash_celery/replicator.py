@@ -79,6 +79,7 @@ class Replicator:
             self._on_confirmed,
             self.control.fail,
             settings.flash_status_interval,
+            settings.flash_max_queue_length,
         )
         self._progress = Progress()
         self._source = ""

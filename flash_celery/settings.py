@@ -37,6 +37,8 @@ class Settings:
     flash_dead_queue: str = "flash.dead"
     #: How many processes a change may end before it is a dead letter.
     flash_max_deaths: int = 3
+    #: How many messages may wait in a queue before reading pauses; 0 for any number.
+    flash_max_queue_length: int = 0
     #: Globs over `schema.table.operation` to task options, in the shape of `task_routes`.
     flash_routes: Mapping[str, Any] = field(default_factory=dict)
     #: Receive large transactions while they are open and spool them on disk until they commit.
@@ -129,6 +131,10 @@ class Settings:
             )
         if self.flash_max_deaths < 1:
             raise ConfigurationError("flash_max_deaths is a number from 1 on.")
+        if self.flash_max_queue_length < 0:
+            raise ConfigurationError(
+                "flash_max_queue_length is a number of messages, or 0 for no limit."
+            )
 
     def _check_names(self) -> None:
         slot = self.flash_replication_slot
@@ -207,6 +213,7 @@ _KINDS: dict[str, Any] = {
     "flash_queue": str,
     "flash_dead_queue": str,
     "flash_max_deaths": int,
+    "flash_max_queue_length": int,
     "flash_routes": Mapping,
     "flash_use_streaming": bool,
     "flash_spool_directory": str,

@@ -7,6 +7,7 @@ from typing import Any
 
 import psycopg
 
+from .backpressure import is_full
 from .doctor import unhandled
 from .errors import PublishError
 from .messages import Templates
@@ -80,6 +81,7 @@ def status(
         "slot_name": settings.flash_replication_slot,
         "subscriptions": [_subscription(one, templates) for one in subscriptions],
         "queues": {name: depths.get(name) for name in templates.queues},
+        "max_queue_length": settings.flash_max_queue_length,
         "dead_letters": {"queue": settings.flash_dead_queue, "count": dead},
         "broker_error": broker_error,
         #: Handlers no running worker knows; None if no worker answers.
@@ -107,7 +109,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         said.append(f"  {one['handler']:<{width}}  {one['table']}  {operations}  → {queues}")
     said += ["", "queues"]
     for name, depth in found["queues"].items():
-        said.append(f"  {name}  {'unknown' if depth is None else f'{depth} waiting'}")
+        said.append(f"  {name}  {_waiting(depth, found['max_queue_length'])}")
     letters = found["dead_letters"]
     count = "unknown" if letters["count"] is None else f"{letters['count']} dead letters"
     said.append(f"  {letters['queue']}  {count}")
@@ -121,6 +123,15 @@ def lines(found: dict[str, Any]) -> list[str]:
         others = ", ".join(found["other_sources"])
         said += ["", f"other sources: {others} (flash status --source NAME)"]
     return said
+
+
+def _waiting(depth: int | None, limit: int) -> str:
+    if depth is None:
+        return "unknown"
+    if not limit:
+        return f"{depth} waiting"
+    full = ": full, reading pauses" if is_full(depth, limit) else ""
+    return f"{depth} waiting, at most {limit}{full}"
 
 
 def _slot_lines(found: dict[str, Any]) -> list[str]:

@@ -37,6 +37,9 @@ class Publisher(Protocol):
     def check(self) -> None:
         """See that the broker answers, where the transport can. Raises `PublishError`."""
 
+    def depth(self, queue: str) -> int:
+        """How many messages wait in a queue. Raises `PublishError`."""
+
     def close(self) -> None:
         """Disconnect; never raises."""
 
@@ -126,10 +129,15 @@ class ConnectedPublisher:
             return found
 
     def depth(self, queue: str) -> int:
-        """How many messages wait in a queue. A list of Redis' that is not there is an empty one."""
-        if hasattr(self._channel, "_size"):
-            return int(self._channel._size(queue))
-        return int(self._channel.queue_declare(queue=queue, passive=True).message_count)
+        """How many messages wait in a queue. Raises `PublishError`.
+
+        A list of Redis' that is not there is an empty one; elsewhere it is an error.
+        """
+        self.confirmed = 0
+        with self.errors():
+            if hasattr(self._channel, "_size"):
+                return int(self._channel._size(queue))
+            return int(self._channel.queue_declare(queue=queue, passive=True).message_count)
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -154,8 +162,7 @@ def queue_depths(app: Any, queues: Sequence[str]) -> dict[str, int | None]:
     for queue in queues:
         publisher.open([])
         try:
-            with publisher.errors():
-                depths[queue] = publisher.depth(queue)
+            depths[queue] = publisher.depth(queue)
         except PublishError as error:
             if str(getattr(error.__cause__, "reply_code", "")) != "404":
                 raise

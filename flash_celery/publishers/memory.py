@@ -44,6 +44,12 @@ class MemoryPublisher:
         if self.broken:
             raise PublishError("The broker in memory is broken.")
 
+    def depth(self, queue: str) -> int:
+        """How many messages are in a queue. Raises `PublishError` while broken."""
+        if self.broken or not self._open:
+            raise PublishError("The broker in memory is broken.")
+        return len(self.queues.get(queue, ()))
+
     def close(self) -> None:
         """Disconnect."""
         self._open = False

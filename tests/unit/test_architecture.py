@@ -44,8 +44,10 @@ ALLOWED = {
         *("changes", "enqueued", "payload", "rows", "settings", "subscriptions", "errors"),
     },
     "outbox": {"enqueued", "messages", "payload", "protocol"},
+    "backpressure": {"messages"},
     "publishing": {
-        *("backoff", "enqueued", "messages", "outbox", "protocol", "publishers", "errors"),
+        *("backoff", "backpressure", "enqueued", "messages", "outbox", "protocol"),
+        *("publishers", "errors"),
     },
     "letters": {"changes", "messages", "payload", "publishers", "subscriptions", "errors"},
     # A Celery worker, when it starts; nothing of the application's side imports it.
@@ -90,7 +92,10 @@ ALLOWED = {
         *("settings", "subscriptions", "errors"),
     },
     # Commands import what they do.
-    "status": {"doctor", "messages", "publishers", "settings", "subscriptions", "errors"},
+    "status": {
+        *("backpressure", "doctor", "messages", "publishers", "settings", "subscriptions"),
+        *("errors",),
+    },
     "doctor": {"preflight", "publishers", "settings", "spool", "subscriptions", "errors"},
     "letterbox": {"letters", "publishers", "subscriptions", "errors"},
     "explain": {

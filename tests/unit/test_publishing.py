@@ -7,6 +7,7 @@ import pytest
 from kombu import Queue
 
 from flash_celery import publishing
+from flash_celery.backpressure import Backpressure
 from flash_celery.errors import PublishError
 from flash_celery.messages import Form, Message
 from flash_celery.outbox import Unit
@@ -171,3 +172,66 @@ def test_a_broker_that_nothing_was_for_is_not_asked(thread, monkeypatch):
     wait(lambda: thread.confirmed == [5])
     time.sleep(0.1)
     assert thread.failed == []
+
+
+@pytest.fixture
+def bounded(thread):
+    """A thread whose queue holds ten; what was ever in it is in `read`."""
+    thread._backpressure = Backpressure(10, thread.publisher.depth)
+    thread.read = []
+
+    def consume():
+        queue = thread.publisher.queues.get("flash", [])
+        assert len(queue) <= 10
+        thread.read += [int(message.body) for message in queue]
+        queue.clear()
+
+    thread.consume = consume
+    return thread
+
+
+def test_a_full_queue_holds_the_rest_back(bounded):
+    bounded.put(unit(0, 35, 1))
+    bounded.put(unit(35, 35, 2))
+    bounded.start()
+    wait(lambda: len(bounded.publisher.queues.get("flash", ())) == 10)
+    time.sleep(0.5)
+    assert bounded.confirmed == []
+
+    def all_read():
+        bounded.consume()
+        return len(bounded.read) == 70
+
+    wait(all_read)
+    assert bounded.read == list(range(70))
+    wait(lambda: bounded.idle)
+    assert bounded.confirmed[-1] == 2
+
+
+def test_units_are_given_up_while_they_wait_for_room(bounded):
+    bounded.put(unit(0, 35, 1))
+    bounded.start()
+    wait(lambda: len(bounded.publisher.queues.get("flash", ())) == 10)
+    bounded.discard()
+    wait(lambda: bounded.idle)
+    bounded.consume()
+    bounded.put(unit(100, 1, 3))
+    wait(lambda: bounded.idle)
+    assert bounded.confirmed == [3]
+
+
+def test_a_broker_that_fails_when_asked_loses_nothing_and_gets_nothing_twice(bounded):
+    bounded.put(unit(0, 35, 1))
+    bounded.start()
+    wait(lambda: len(bounded.publisher.queues.get("flash", ())) == 10)
+    bounded.publisher.broken = True
+    time.sleep(0.5)
+    bounded.publisher.broken = False
+
+    def all_read():
+        bounded.consume()
+        return bounded.idle
+
+    wait(all_read)
+    bounded.consume()
+    assert bounded.read == list(range(35))
