@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROPERTIES := $(patsubst %,tests/integration/test_%.py,conditions pushdown transactions types)
 
-.PHONY: demo test bench soak matrix lint types clean
+.PHONY: demo test bench soak long matrix lint types clean
 
 # Changes becoming tasks, on servers of its own; ARGS=--once ends by itself.
 demo: $(VENV)/.stamp
@@ -17,8 +17,13 @@ test: $(VENV)/.stamp
 bench: $(VENV)/.stamp
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-# What takes minutes or gigabytes, and the property tests with many more examples.
+# Writers, handlers and random faults, and then the reckoning; MINUTES=30, BROKER=redis, SEED=5.
 soak: $(VENV)/.stamp
+	@$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),30) $(if $(SEED),--seed $(SEED)) \
+		$(if $(BROKER),--broker $(BROKER)) $(ARGS)
+
+# What takes minutes or gigabytes, and the property tests with many more examples.
+long: $(VENV)/.stamp
 	$(BIN)/pytest -m soak $(ARGS)
 	FLASH_EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/pytest -n 2 $(PROPERTIES)
 

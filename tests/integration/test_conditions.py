@@ -17,7 +17,7 @@ from flash_celery.conditions import parse
 from flash_celery.errors import SubscriptionError
 from flash_celery.subscriptions import TableName
 
-#: `make soak` asks for many more.
+#: `make long` asks for many more.
 EXAMPLES = int(os.environ.get("FLASH_EXAMPLES", "300"))
 DATABASE = "conditions"
 

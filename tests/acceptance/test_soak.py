@@ -1,0 +1,22 @@
+"""A few seconds of `make soak`, with the same faults each time."""
+
+from tests.soak import report
+from tests.soak.faults import FAULTS
+from tests.soak.run import run
+
+STRIKES = (
+    "walsender terminated",
+    "network to broker cut",
+    "Celery worker: SIGKILL of a child",
+    "replicate: SIGKILL",
+)
+
+
+def test_a_short_run_loses_nothing(tmp_path):
+    faults = [next(fault for fault in FAULTS if fault.name == name) for name in STRIKES]
+    outcome = run("redis", 1, tmp_path, 0, faults, say=lambda line: None)
+    assert outcome.problems == []
+    assert len(outcome.ledger.committed) > 100
+    table = "\n".join(report.lines(outcome))
+    for name in STRIKES:
+        assert name in table

@@ -1,0 +1,145 @@
+"""The reckoning: what was enqueued and handled, against what PostgreSQL has committed."""
+
+from collections import Counter
+
+#: Bounds for a replication worker: bytes, and open files.
+MEMORY, FILES = 200_000_000, 64
+#: Which handler is told of which tables.
+TABLES = {"each": ("items", "probes"), "many": ("items", "orders")}
+
+
+def complete(ledger):
+    """Whether everything known to be committed has been enqueued and handled."""
+    return not lost(ledger) and not any(unhandled(ledger, handler) for handler in TABLES)
+
+
+def lost(ledger):
+    """Committed and never enqueued."""
+    return ledger.committed.keys() - {sighting.identity for sighting in ledger.enqueued}
+
+
+def unhandled(ledger, handler):
+    """Committed, and never told to a handler."""
+    wanted = {i for i, commit in ledger.committed.items() if commit.table in TABLES[handler]}
+    return wanted - {sighting.identity for sighting in ledger.handled[handler]}
+
+
+def everything(stage, outcome):
+    """Each thing that must not be, in a sentence. Lists of identities are left in the folder."""
+    ledger = stage.ledger
+    problems = [
+        *_enqueued(stage),
+        *_handled(stage, outcome),
+        *_rows(stage),
+        *(
+            f"{process.name} ended by itself with {code}"
+            for process in stage.replicates
+            for _, code in process.ends
+        ),
+        *(
+            f"{type(witness).__name__} failed: {witness.failure!r}"
+            for witness in stage.witnesses
+            if witness.failure is not None
+        ),
+        *_vitals(stage.supervisor.vitals),
+    ]
+    if not ledger.committed:
+        problems.append("nothing was committed: nothing is proved")
+    return problems
+
+
+def _enqueued(stage):
+    ledger = stage.ledger
+    yield from _named(stage, "never enqueued", lost(ledger))
+    found = {sighting.identity for sighting in ledger.enqueued}
+    yield from _named(stage, "enqueued and never committed", found - ledger.committed.keys())
+    yield from _named(stage, "enqueued before an earlier one", misordered(ledger.enqueued))
+    yield from _named(stage, "enqueued twice and not the same", unequal(ledger.enqueued))
+
+
+def misordered(sightings):
+    """Those whose first time came after a later change's."""
+    latest, known, late = (0, 0), set(), set()
+    for sighting in sightings:
+        if sighting.identity in known:
+            continue
+        known.add(sighting.identity)
+        if sighting.identity < latest:
+            late.add(sighting.identity)
+        latest = max(latest, sighting.identity)
+    return late
+
+
+def unequal(sightings):
+    """Those that came twice and were told differently."""
+    first = {}
+    return {s.identity for s in sightings if first.setdefault(s.identity, s.told) != s.told}
+
+
+def _handled(stage, outcome):
+    ledger = stage.ledger
+    told = {sighting.identity: sighting.told for sighting in ledger.enqueued}
+    for handler, sightings in ledger.handled.items():
+        found = {sighting.identity for sighting in sightings}
+        unknown = found - ledger.committed.keys()
+        yield from _named(stage, f"told to {handler} and never committed", unknown)
+        other = {s.identity for s in sightings if told.get(s.identity, s.told) != s.told}
+        yield from _named(stage, f"told to {handler} otherwise than enqueued", other)
+        missing = unhandled(ledger, handler)
+        if missing and not excused(outcome, handler):
+            yield from _named(stage, f"enqueued and never handled by {handler}", missing)
+    # A task of one change has the same id each time.
+    tasks = {}
+    each = ledger.handled["each"]
+    others = {s.identity for s in each if tasks.setdefault(s.identity, s.task_id) != s.task_id}
+    yield from _named(stage, "handled again under another task id", others)
+
+
+def excused(outcome, handler):
+    """Whether Celery's consumer can have lost what `handler` has not got: Redis only, and a
+    message for each time that it was killed, or its Redis was, or refused its bookkeeping."""
+    from tests.soak.project import BATCH
+
+    if outcome.broker != "redis":
+        return False
+    times = sum(strike.fault.loses_on_redis for strike in outcome.strikes) + outcome.worker_ends
+    most = times * (BATCH if handler == "many" else 1)
+    return len(unhandled(outcome.ledger, handler)) <= most
+
+
+def _rows(stage):
+    """What the changes lead to is what is in the tables."""
+    for table, rows in stage.ledger.rows.items():
+        found = stage.execute(f"SELECT to_jsonb(t) FROM {table} AS t")
+        there = {row["id"]: row for (row,) in found}
+        if rows != there:
+            differing = {
+                key for key in rows.keys() | there.keys() if rows.get(key) != there.get(key)
+            }
+            yield from _named(stage, f"rows of {table} are not what the changes say", differing)
+
+
+def _vitals(vitals):
+    if not vitals:
+        return
+    memory, files = max(v.memory for v in vitals), max(v.files for v in vitals)
+    if memory > MEMORY:
+        yield f"a replication worker took {memory / 1e6:.0f} MB"
+    if files > FILES:
+        yield f"a replication worker had {files} files open"
+
+
+def _named(stage, what, identities):
+    if identities:
+        path = stage.folder / f"{what.replace(' ', '-')}.txt"
+        path.write_text("\n".join(str(identity) for identity in sorted(identities)) + "\n")
+        yield f"{len(identities):,} {what}: {path}"
+
+
+def again(sightings):
+    """When a change came for another time."""
+    seen = Counter()
+    for sighting in sightings:
+        seen[sighting.identity] += 1
+        if seen[sighting.identity] > 1:
+            yield sighting.at

@@ -1,0 +1,112 @@
+"""What was committed, what was enqueued and what was handled, each by its identity."""
+
+import struct
+import zlib
+from itertools import count
+from typing import NamedTuple
+
+from flash_celery.changes import UNCHANGED, Delete, Truncate, Update
+
+#: Of a transaction's commit, and of the change in it: what `change.id` is made of.
+Identity = tuple[int, int]
+
+#: Seconds from the Unix epoch to PostgreSQL's.
+EPOCH = 946_684_800
+
+
+class Commit(NamedTuple):
+    """A change that PostgreSQL has committed."""
+
+    table: str
+    operation: str
+    at: float
+
+
+class Sighting(NamedTuple):
+    """A change that was met somewhere."""
+
+    identity: Identity
+    at: float
+    task_id: str
+    #: A checksum of all that is told about the change.
+    told: int
+
+
+def identify(change):
+    """Commit LSN, index and checksum of a change, and its table; for the notes."""
+    told = [change.operation.names()[0], dict(change.key)]
+    for side in ("old", "new"):
+        row = getattr(change, side, {})
+        told.append({name: "…" if v is UNCHANGED else v for name, v in row.items()})
+    checksum = zlib.crc32(repr(told).encode())
+    return int(change.commit_lsn), change.index, checksum, change.table, change.key.get("id")
+
+
+def committed(messages):
+    """The changes in messages of pgoutput (protocol version 1), read with no code of ours.
+
+    Source: PostgreSQL documentation, "Logical Replication Message Formats".
+    """
+    tables = {}
+    lsn = at = 0
+    indexes = count()
+    for data in messages:
+        kind = data[:1].decode()
+        if kind == "B":
+            lsn, microseconds = struct.unpack_from("!Qq", data, 1)
+            indexes, at = count(), microseconds / 1e6 + EPOCH
+        elif kind == "R":
+            (oid,) = struct.unpack_from("!I", data, 1)
+            tables[oid] = data[5:].split(b"\0")[1].decode()
+        elif kind in "IUDT":
+            several, first = (1, 1) if kind != "T" else (*struct.unpack_from("!I", data, 1), 6)
+            for oid in struct.unpack_from(f"!{several}I", data, first):
+                yield (lsn, next(indexes)), Commit(tables[oid], kind, at)
+
+
+class Ledger:
+    """Everything known of one run. Each part is written by one thread."""
+
+    def __init__(self):
+        self.committed: dict[Identity, Commit] = {}
+        #: In the order of the queue.
+        self.enqueued: list[Sighting] = []
+        #: By handler, in the order of the notes.
+        self.handled: dict[str, list[Sighting]] = {"each": [], "many": []}
+        #: Rows by table and key, as the changes that were enqueued make them.
+        self.rows: dict[str, dict[int, dict]] = {"items": {}, "orders": {}, "probes": {}}
+        self._known: set[Identity] = set()
+        #: Probes that have been enqueued and handled.
+        self.probes: dict[str, set[int]] = {"enqueued": set(), "handled": set()}
+
+    @property
+    def behind(self):
+        """Changes that are committed, as far as is known, and not handled yet."""
+        return len(self.committed) - len(self.handled["many"])
+
+    def enqueue(self, change, task_id, at):
+        """The witness has found a change in its queue."""
+        lsn, index, told, table, key = identify(change)
+        self.enqueued.append(Sighting((lsn, index), at, task_id, told))
+        if (lsn, index) not in self._known:
+            self._known.add((lsn, index))
+            self._apply(change, table)
+            if table == "probes":
+                self.probes["enqueued"].add(key)
+
+    def handle(self, handler, at, task_id, lsn, index, told, table, key):
+        """A handler has noted a change."""
+        self.handled[handler].append(Sighting((lsn, index), at, task_id, told))
+        if table == "probes":
+            self.probes["handled"].add(key)
+
+    def _apply(self, change, table):
+        rows = self.rows[table]
+        if isinstance(change, Truncate):
+            rows.clear()
+            return
+        # Without an old key the key is the new one.
+        before = rows.pop(change.old["id"], {}) if isinstance(change, Update | Delete) else {}
+        if not isinstance(change, Delete):
+            new = {n: before.get(n) if v is UNCHANGED else v for n, v in change.new.items()}
+            rows[new["id"]] = new

@@ -1,0 +1,129 @@
+"""Processes under a supervisor, which starts again whatever ends."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from example_project.servers import end_with_parent
+
+ROOT = Path(__file__).parents[2]
+#: Seconds until the supervisor starts a process again.
+_PAUSE = 0.3
+
+
+class Process:
+    """A `celery -A tests.soak.project …`, in one life after the other."""
+
+    def __init__(self, name, folder, environment, *arguments):
+        self.name = name
+        self.log = folder / f"{name}.log"
+        self._environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+        self._arguments = arguments
+        self._lives = 0
+        self._asked = False
+        #: Ends that nobody asked for: when, and the exit code.
+        self.ends = []
+        self.start()
+
+    def start(self):
+        # Each life has a name of its own: RabbitMQ keeps that of a killed one for a while.
+        self._lives += 1
+        arguments = [text.format(life=self._lives) for text in self._arguments]
+        with self.log.open("a") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "celery", "-A", "tests.soak.project", *arguments],
+                env=self._environment,
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=end_with_parent(signal.SIGKILL),
+            )
+
+    @property
+    def pid(self):
+        return self._process.pid
+
+    @property
+    def running(self):
+        return self._process.poll() is None
+
+    def send(self, number):
+        """A signal; after most of them the process may end."""
+        self._asked = number not in (signal.SIGSTOP, signal.SIGCONT)
+        self._process.send_signal(number)
+
+    def children(self):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(self.pid).children()
+        return []
+
+    def look_after(self):
+        """Start it again if it has ended."""
+        if not self.running:
+            if not self._asked:
+                self.ends.append((time.time(), self._process.returncode))
+            self._asked = False
+            time.sleep(_PAUSE)
+            self.start()
+
+    def end(self):
+        self._asked = True
+        self._process.terminate()
+        try:
+            return self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+
+class Vital(NamedTuple):
+    """What a process takes: bytes of memory, and open files."""
+
+    at: float
+    pid: int
+    memory: int
+    files: int
+
+
+class Supervisor(threading.Thread):
+    """Looks after processes, and at what they take."""
+
+    def __init__(self, processes, watched):
+        super().__init__(daemon=True)
+        self._processes = processes
+        self._watched = watched
+        self._ending = threading.Event()
+        #: Of the watched processes, once a second.
+        self.vitals = []
+
+    def run(self):
+        looked = 0.0
+        while not self._ending.wait(0.1):
+            for process in self._processes:
+                process.look_after()
+            if time.monotonic() - looked > 1:
+                looked = time.monotonic()
+                self._look()
+        # Those it has started end with its thread.
+        for process in self._processes:
+            process.end()
+
+    def end(self):
+        self._ending.set()
+        self.join(120)
+
+    def _look(self):
+        for process in self._watched:
+            with contextlib.suppress(psutil.Error):
+                found = psutil.Process(process.pid)
+                self.vitals.append(
+                    Vital(time.time(), found.pid, found.memory_info().rss, found.num_fds())
+                )

@@ -1,0 +1,117 @@
+"""The table: a line for each kind of fault."""
+
+from bisect import bisect_right
+from collections import Counter
+from statistics import median
+
+from tests.soak import check
+from tests.soak.faults import FAULTS
+
+_HEAD = (
+    "fault",
+    "times",
+    "in flight",
+    "lost",
+    "enqueued again",
+    "handled again",
+    "recovery p50",
+    "max",
+)
+
+
+def lines(outcome):
+    """Markdown, and then what else is to be said."""
+    ledger = outcome.ledger
+    rows = [_HEAD, ("---", *["---:"] * (len(_HEAD) - 1))]
+    lost = _attributed(outcome, [ledger.committed[i].at for i in check.lost(ledger)], before=True)
+    enqueued = _attributed(outcome, check.again(ledger.enqueued))
+    handled = _attributed(outcome, (at for s in ledger.handled.values() for at in check.again(s)))
+    flying = _InFlight(ledger)
+    for fault in FAULTS:
+        strikes = [strike for strike in outcome.strikes if strike.fault is fault]
+        if not strikes:
+            continue
+        seconds = [strike.recovery for strike in strikes if strike.recovery is not None]
+        counts = (
+            len(strikes),
+            sum(flying.at(strike.at, fault.recovered) for strike in strikes),
+            lost[fault.name],
+            enqueued[fault.name],
+            handled[fault.name],
+        )
+        times = [f"{median(seconds):.1f} s", f"{max(seconds):.1f} s"] if seconds else ["", ""]
+        rows.append((fault.name, *(f"{count:,}" for count in counts), *times))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
+    yield from ("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
+    yield ""
+    yield from _remarks(outcome)
+
+
+def _remarks(outcome):
+    ledger = outcome.ledger
+    transactions = len({lsn for lsn, _ in ledger.committed})
+    yield (
+        f"{len(ledger.committed):,} changes of {transactions:,} transactions in "
+        f"{outcome.seconds:.0f} s; {len(check.lost(ledger))} lost, "
+        f"{len(check.misordered(ledger.enqueued))} out of order; handled "
+        + ", ".join(f"{len(seen):,} ({name})" for name, seen in ledger.handled.items())
+    )
+    missing = {handler: len(check.unhandled(ledger, handler)) for handler in check.TABLES}
+    if any(missing.values()):
+        yield "enqueued and not handled: " + ", ".join(
+            f"{count:,} changes of {handler}" for handler, count in missing.items()
+        )
+    if outcome.worker_ends:
+        yield f"Celery workers ended {outcome.worker_ends} times by themselves"
+    if outcome.vitals:
+        yield _vitals(outcome.vitals)
+
+
+def _vitals(vitals):
+    pid, _ = Counter(vital.pid for vital in vitals).most_common(1)[0]
+    life = [vital for vital in vitals if vital.pid == pid]
+    # It has read its modules by then.
+    first, last = life[len(life) // 4], life[-1]
+    return (
+        f"a replication worker took at most {max(v.memory for v in vitals) / 1e6:.0f} MB and had "
+        f"{max(v.files for v in vitals)} files open; the longest life ({last.at - life[0].at:.0f} s"
+        f") went from {first.memory / 1e6:.0f} to {last.memory / 1e6:.0f} MB, from {first.files} "
+        f"to {last.files} files"
+    )
+
+
+def _attributed(outcome, times, before=False):
+    """How many of the times belong to each kind: to the strike they follow, or came `before`."""
+    counts = Counter()
+    starts = [strike.at for strike in outcome.strikes]
+    for at in times:
+        place = bisect_right(starts, at) - 1
+        if before:
+            # It was under way when the first strike came that was not over yet.
+            over = [n for n, strike in enumerate(outcome.strikes) if strike.over >= at]
+            place = over[0] if over else len(starts) - 1
+        if place >= 0:
+            counts[outcome.strikes[place].fault.name] += 1
+    return counts
+
+
+class _InFlight:
+    """How many changes were committed and had not arrived, at a time."""
+
+    def __init__(self, ledger):
+        self._committed = sorted(commit.at for commit in ledger.committed.values())
+        self._arrived = {
+            "enqueued": _first(ledger.enqueued),
+            "handled": _first(ledger.handled["each"] + ledger.handled["many"]),
+        }
+
+    def at(self, time, where):
+        arrived = bisect_right(self._arrived[where], time)
+        return max(0, bisect_right(self._committed, time) - arrived)
+
+
+def _first(sightings):
+    first = {}
+    for sighting in sightings:
+        first[sighting.identity] = min(sighting.at, first.get(sighting.identity, sighting.at))
+    return sorted(first.values())

@@ -1,0 +1,134 @@
+"""One run: writers and faults for so long, then everything comes to rest, and is checked."""
+
+import random
+import time
+from dataclasses import dataclass, field
+
+from example_project.servers import wait_until
+from tests.soak import check
+from tests.soak.faults import FAULTS
+from tests.soak.stage import Stage, Stalled
+
+#: Seconds in which everything must have been handled when nobody writes any more, as long as
+#: there is progress.
+_REST = 60.0
+
+
+@dataclass
+class Strike:
+    """A fault, and how it went; times are those of the wall clock."""
+
+    fault: object
+    at: float
+    #: Seconds from the end of the harm until a change written then had arrived.
+    recovery: float | None = None
+    #: When all was well again.
+    over: float = float("inf")
+
+
+@dataclass
+class Outcome:
+    """What a run has found; see `check` for the problems."""
+
+    broker: str
+    seed: object
+    conf: dict
+    strikes: list[Strike] = field(default_factory=list)
+    #: Seconds with writers.
+    seconds: float = 0.0
+    #: What must not be, each with what it is about.
+    problems: list[str] = field(default_factory=list)
+    ledger: object = None
+    vitals: list = field(default_factory=list)
+    #: Ends of Celery workers that nobody asked for.
+    worker_ends: int = 0
+
+
+def settings(choose):
+    """Those that change what the replication worker does; the seed picks them."""
+    return {
+        "flash_use_streaming": choose.random() < 0.5,
+        "flash_max_queue_length": choose.choice([0, 200]),
+    }
+
+
+def run(broker, seed, folder, seconds, faults=None, say=print):
+    """`broker` is redis or rabbitmq. With `faults` just these, else random ones for `seconds`."""
+    choose = random.Random(f"{seed}/{broker}")
+    outcome = Outcome(broker, seed, settings(choose))
+    say(f"{broker}, seed {seed}, {_shown(outcome.conf)}")
+    with Stage(broker, folder, seed, outcome.conf) as stage:
+        outcome.ledger = stage.ledger
+        stage.probe("handled")
+        for writer in stage.writers:
+            writer.start()
+        started = time.time()
+        try:
+            for fault in faults or _random(choose, started + seconds):
+                _strike(stage, choose, outcome, fault, say, time.time() - started)
+        except (Stalled, TimeoutError) as stalled:
+            outcome.problems.append(f"{stalled} after {outcome.strikes[-1].fault.name}")
+        outcome.seconds = time.time() - started
+        for writer in stage.writers:
+            writer.end()
+        _come_to_rest(stage, outcome, say)
+        outcome.vitals = stage.supervisor.vitals
+        outcome.worker_ends = len(stage.worker.ends)
+        outcome.problems += check.everything(stage, outcome)
+    return outcome
+
+
+def _random(choose, end):
+    """Each kind as often as the others, in an order of its own each time."""
+    deck = []
+    while time.time() < end:
+        deck = deck or choose.sample(FAULTS, len(FAULTS))
+        yield deck.pop()
+
+
+def _strike(stage, choose, outcome, fault, say, elapsed):
+    time.sleep(choose.uniform(0.5, 3))
+    strike = Strike(fault, time.time())
+    outcome.strikes.append(strike)
+    mend = fault.strike(stage, choose)
+    mended = time.time()
+    stage.probe(fault.recovered)
+    strike.recovery = time.time() - mended
+    if mend is not None:
+        mend()
+        stage.probe(fault.recovered)
+    strike.over = time.time()
+    say(
+        f"{int(elapsed) // 60:02}:{int(elapsed) % 60:02}  {fault.name:<34}  "
+        f"harmed {mended - strike.at:4.1f} s, well after {strike.recovery:4.1f} s   "
+        f"{len(stage.ledger.committed):,} changes, {max(0, stage.ledger.behind):,} to handle"
+    )
+
+
+def _come_to_rest(stage, outcome, say):
+    """Wait until everything committed has been handled, or nothing more happens."""
+    ledger = stage.ledger
+    ((end,),) = stage.execute("SELECT pg_current_wal_insert_lsn()::text")
+    say(f"the writers have ended; {max(0, ledger.behind):,} changes are to be handled")
+    try:
+        wait_until(
+            lambda: stage.execute(
+                "SELECT confirmed_flush_lsn >= %s::pg_lsn FROM pg_replication_slots "
+                "WHERE slot_name = 'soak'",
+                end,
+            )[0][0],
+            "the slot to follow",
+            timeout=600,
+        )
+    except TimeoutError as error:
+        outcome.problems.append(f"everything stands still: {error}")
+    before, since = None, time.monotonic()
+    while time.monotonic() - since < _REST and not check.complete(ledger):
+        seen = len(ledger.committed), len(ledger.enqueued), *map(len, ledger.handled.values())
+        if seen != before:
+            before, since = seen, time.monotonic()
+        time.sleep(1)
+
+
+def _shown(conf):
+    return ", ".join(f"{name}={value}" for name, value in conf.items())

@@ -1,0 +1,159 @@
+"""The servers, the network and the processes of one run."""
+
+import contextlib
+import json
+import time
+
+import psycopg
+
+from example_project.servers import Postgres, Rabbit, Valkey, wait_until
+from tests.proxy import Proxy
+from tests.soak.ledger import Ledger
+from tests.soak.processes import Process, Supervisor
+from tests.soak.witnesses import PUBLICATION, SLOT, Notes, RabbitTap, RedisTap, Truth
+from tests.soak.writers import SCHEMA, Writer
+
+#: Replication workers: one reads, the other waits.
+_REPLICATES = 2
+_WRITERS = 3
+#: Seconds in which all must be well again; a RabbitMQ takes half a minute to boot.
+PATIENCE = 180.0
+
+
+class Stalled(Exception):
+    """A change was not enqueued or handled in time: the worst but one that can happen."""
+
+
+class Stage:
+    """`with Stage("redis", folder, seed, conf) as stage:` starts everything but the writers."""
+
+    def __init__(self, broker, folder, seed, conf):
+        self.folder = folder
+        self.kind = broker
+        self.ledger = Ledger()
+        self._seed = seed
+        self._conf = conf
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self):
+        with contextlib.ExitStack() as stack:
+            self._stack = stack
+            self._start()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exit_):
+        self._stack.close()
+
+    def _start(self):
+        enter = self._stack.enter_context
+        self.postgres = enter(
+            # The server gives up a stopped reader soon, and streams whatever is not small.
+            Postgres(fsync="on", wal_sender_timeout="5s", logical_decoding_work_mem="64kB")
+        )
+        self.broker = enter(Valkey() if self.kind == "redis" else Rabbit())
+        self.to_postgres = enter(Proxy(self.postgres.port))
+        self.to_broker = enter(Proxy(self.broker.port))
+        for server in (self.postgres, self.broker):
+            self._stack.callback(self._keep_log, server)
+        self._create()
+        tap = RedisTap if self.kind == "redis" else RabbitTap
+        notes = self.folder / "notes"
+        self.witnesses = [
+            Truth(self.ledger, self.postgres.dsn()),
+            tap(self.ledger, self.broker),
+            Notes(self.ledger, notes),
+        ]
+        environment = {"SOAK_CONF": json.dumps(self._conf), "SOAK_NOTES": str(notes)}
+        self.replicates = [
+            Process(
+                f"replicate-{number}",
+                self.folder,
+                {**environment, **self._ways(number)},
+                *("flash", "replicate"),
+            )
+            for number in range(1, _REPLICATES + 1)
+        ]
+        self.worker = Process(
+            "worker",
+            self.folder,
+            {**environment, "SOAK_BROKER": self.broker.url, "SOAK_DSN": self.postgres.dsn()},
+            *("worker", "-Q", "each,many", "-P", "prefork", "-c", "2", "-l", "WARNING"),
+            *("-n", "worker{life}@%h"),
+            *("--without-gossip", "--without-mingle", "--without-heartbeat"),
+        )
+        self.supervisor = Supervisor([*self.replicates, self.worker], self.replicates)
+        for thread in (self.supervisor, *self.witnesses):
+            thread.start()
+            self._stack.callback(thread.end)
+        wait_until(self.reader, "the slot to be read", PATIENCE)
+        seeds = [f"{self._seed}/writer {number}" for number in range(_WRITERS)]
+        self.writers = [Writer(self.postgres.dsn(), self.ledger, seed) for seed in seeds]
+
+    def _ways(self, number):
+        """Both servers through their proxies; the user's name tells who reads the slot."""
+        broker = self.broker.url.replace(str(self.broker.port), str(self.to_broker.port))
+        port = self.to_postgres.port
+        return {
+            "SOAK_BROKER": broker,
+            "SOAK_DSN": f"postgresql://reader_{number}@127.0.0.1:{port}/postgres",
+        }
+
+    def _create(self):
+        with psycopg.connect(self.postgres.dsn(), autocommit=True) as connection:
+            for statement in SCHEMA:
+                connection.execute(statement)
+            for number in range(1, _REPLICATES + 1):
+                connection.execute(f"CREATE ROLE reader_{number} SUPERUSER LOGIN")
+            connection.execute(f"CREATE PUBLICATION {PUBLICATION} FOR TABLE items, orders, probes")
+            connection.execute(f"SELECT pg_create_logical_replication_slot('{SLOT}', 'pgoutput')")
+
+    def _keep_log(self, server):
+        for log in server.folder.glob("*.log"):
+            (self.folder / log.name).write_bytes(log.read_bytes())
+
+    def execute(self, statement, *parameters):
+        """The rows of a statement, once the server takes it."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                with psycopg.connect(
+                    self.postgres.dsn(), autocommit=True, connect_timeout=5
+                ) as connection:
+                    cursor = connection.execute(statement, parameters)
+                    return cursor.fetchall() if cursor.description else []
+            except psycopg.OperationalError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+    def _see_that_it_goes_on(self):
+        for witness in self.witnesses:
+            if witness.failure is not None:
+                raise witness.failure
+        for process in self.replicates:
+            if len(process.ends) > 2:
+                raise Stalled(f"{process.name} ended by itself again and again")
+
+    def reader(self):
+        """The replication worker that reads the slot, if one does."""
+        self._see_that_it_goes_on()
+        rows = self.execute(
+            "SELECT usename FROM pg_replication_slots JOIN pg_stat_activity ON pid = active_pid "
+            "WHERE slot_name = 'soak'"
+        )
+        return self.replicates[int(rows[0][0].rpartition("_")[2]) - 1] if rows else None
+
+    def some_reader(self):
+        """The same, once there is one."""
+        return wait_until(self.reader, "the slot to be read", PATIENCE)
+
+    def probe(self, where):
+        """Commit a change, and wait until it has been `enqueued` or `handled`."""
+        ((key,),) = self.execute("INSERT INTO probes VALUES (nextval('keys')) RETURNING id")
+        deadline = time.monotonic() + PATIENCE
+        while key not in self.ledger.probes[where]:
+            if time.monotonic() > deadline:
+                raise Stalled(f"a change was not {where} within {PATIENCE:g} s")
+            self._see_that_it_goes_on()
+            time.sleep(0.01)

@@ -1,0 +1,186 @@
+"""Threads that write down what happens, and live through all that is done to the servers."""
+
+import contextlib
+import json
+import threading
+import time
+
+import amqp
+import psycopg
+import redis
+
+from flash_celery import payload
+from tests.soak.ledger import committed
+
+SLOT = PUBLICATION = "soak_audit"
+QUEUE = "witness"
+#: Messages that are read together.
+_TOGETHER = 50
+
+
+class Witness(threading.Thread):
+    """Looks again and again; what fails is tried again, with a connection of its own."""
+
+    #: Seconds between two looks.
+    pause = 0.05
+    errors: tuple = ()
+
+    def __init__(self, ledger):
+        super().__init__(daemon=True)
+        self.ledger = ledger
+        self._ending = threading.Event()
+        #: What ended it, which ends the run.
+        self.failure = None
+
+    def run(self):
+        while not self._ending.is_set():
+            try:
+                with contextlib.suppress(*self.errors), self.connected() as connection:
+                    while not self._ending.is_set():
+                        if not self.look(connection):
+                            self._ending.wait(self.pause)
+            except Exception as error:
+                self.failure = error
+                return
+            self._ending.wait(0.2)
+
+    def end(self):
+        self._ending.set()
+        self.join(30)
+
+    def connected(self):
+        """A context manager of what `look` gets."""
+        raise NotImplementedError
+
+    def look(self, connection):
+        """Read some; whether there was something. Nothing may be lost if it fails half way."""
+        raise NotImplementedError
+
+
+class Truth(Witness):
+    """What PostgreSQL has committed, from a slot of its own."""
+
+    pause = 0.5
+    errors = (psycopg.Error,)
+
+    def __init__(self, ledger, dsn):
+        super().__init__(ledger)
+        self._dsn = dsn
+
+    def connected(self):
+        return psycopg.connect(self._dsn, autocommit=True)
+
+    def look(self, connection):
+        rows = connection.execute(
+            "SELECT data FROM pg_logical_slot_peek_binary_changes(%s, NULL, NULL, "
+            "'proto_version', '1', 'publication_names', %s)",
+            [SLOT, PUBLICATION],
+        ).fetchall()
+        messages = [data for (data,) in rows]
+        self.ledger.committed.update(committed(messages))
+        if not messages:
+            return False
+        # The end of the last transaction: C, flags, LSN of the commit, of the end.
+        end = int.from_bytes(messages[-1][10:18], "big")
+        position = f"{end >> 32:X}/{end & 0xFFFFFFFF:X}"
+        connection.execute("SELECT pg_replication_slot_advance(%s, %s)", [SLOT, position])
+        return True
+
+
+class Tap(Witness):
+    """What is in the queue of the witness, in its order."""
+
+    def note(self, body, task_id):
+        now = time.time()
+        for change in payload.decode(json.loads(body)[0][0]["__value__"]):
+            self.ledger.enqueue(change, task_id, now)
+
+
+class RedisTap(Tap):
+    """Reads the list first and shortens it afterwards."""
+
+    errors = (redis.RedisError, OSError)
+
+    def __init__(self, ledger, broker):
+        super().__init__(ledger)
+        self._port = broker.port
+        self._noted = set()
+
+    def connected(self):
+        return redis.Redis(port=self._port, socket_timeout=10)
+
+    def look(self, connection):
+        found = [json.loads(text) for text in connection.lrange(QUEUE, -_TOGETHER, -1)][::-1]
+        tags = [message["properties"]["delivery_tag"] for message in found]
+        for tag, message in zip(tags, found, strict=True):
+            if tag not in self._noted:
+                self.note(message["body"], message["headers"]["id"])
+        # Those that are there again next time could not be taken away.
+        self._noted = set(tags)
+        if found:
+            connection.ltrim(QUEUE, 0, -len(found) - 1)
+        return bool(found)
+
+
+class RabbitTap(Tap):
+    """Gets message after message, and acknowledges them once they are noted."""
+
+    errors = (amqp.AMQPError, OSError)
+
+    def __init__(self, ledger, broker):
+        super().__init__(ledger)
+        self._port = broker.port
+        self._noted = set()
+
+    @contextlib.contextmanager
+    def connected(self):
+        connection = amqp.Connection(
+            host=f"127.0.0.1:{self._port}", connect_timeout=5, read_timeout=30
+        )
+        connection.connect()
+        try:
+            yield connection.channel()
+        finally:
+            with contextlib.suppress(Exception):
+                connection.close()
+
+    def look(self, connection):
+        last = None
+        for _ in range(_TOGETHER):
+            message = connection.basic_get(QUEUE)
+            if message is None:
+                break
+            last, task_id = message.delivery_tag, message.headers["id"]
+            # It is ours again if the acknowledgement did not get through.
+            if not message.delivery_info["redelivered"] or task_id not in self._noted:
+                self.note(message.body, task_id)
+            self._noted.add(task_id)
+        if last is None:
+            return False
+        connection.basic_ack(last, multiple=True)
+        return True
+
+
+class Notes(Witness):
+    """What handlers have noted."""
+
+    pause = 0.1
+
+    def __init__(self, ledger, path):
+        super().__init__(ledger)
+        self._path = path
+        self._rest = ""
+
+    @contextlib.contextmanager
+    def connected(self):
+        self._path.touch()
+        with self._path.open() as notes:
+            yield notes
+
+    def look(self, connection):
+        text = connection.read(1 << 20)
+        # What follows the last newline is still being written.
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            self.ledger.handle(*json.loads(line))
+        return bool(text)

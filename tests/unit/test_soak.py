@@ -1,0 +1,119 @@
+"""The soak run finds what it is there to find."""
+
+import struct
+
+import pytest
+
+from tests.soak import check, report
+from tests.soak.faults import FAULTS
+from tests.soak.ledger import Commit, Ledger, Sighting, committed
+from tests.soak.run import Outcome, Strike
+
+TABLES = {1: "items", 2: "orders"}
+
+
+def begin(lsn, microseconds=0):
+    return b"B" + struct.pack("!QqI", lsn, microseconds, 7)
+
+
+def relation(oid):
+    return b"R" + struct.pack("!I", oid) + f"public\0{TABLES[oid]}\0".encode() + b"d"
+
+
+def row(kind, oid):
+    return kind.encode() + struct.pack("!I", oid) + b"N"
+
+
+def test_the_truth_is_read_as_postgresql_writes_it():
+    messages = [
+        *(begin(10, 1_000_000), relation(1), row("I", 1), row("U", 1), b"C"),
+        *(begin(20), relation(2), row("D", 2), b"T" + struct.pack("!IBII", 2, 0, 1, 2), b"C"),
+    ]
+    assert dict(committed(messages)) == {
+        (10, 0): Commit("items", "I", 946_684_801.0),
+        (10, 1): Commit("items", "U", 946_684_801.0),
+        (20, 0): Commit("orders", "D", 946_684_800.0),
+        (20, 1): Commit("items", "T", 946_684_800.0),
+        (20, 2): Commit("orders", "T", 946_684_800.0),
+    }
+
+
+def sighting(lsn, index=0, told=1, at=0.0):
+    return Sighting((lsn, index), at, "task", told)
+
+
+@pytest.fixture
+def ledger():
+    """Three changes, all well."""
+    ledger = Ledger()
+    for number in (1, 2, 3):
+        ledger.committed[number, 0] = Commit("items", "I", 100.0 + number)
+        ledger.enqueued.append(sighting(number, at=200.0 + number))
+        for handler in ledger.handled:
+            ledger.handled[handler].append(sighting(number, at=300.0 + number))
+    return ledger
+
+
+def test_all_is_well(ledger):
+    assert check.complete(ledger)
+    assert not check.misordered(ledger.enqueued)
+    assert not check.unequal(ledger.enqueued)
+    assert not list(check.again(ledger.enqueued))
+
+
+def test_what_is_lost_is_found(ledger):
+    del ledger.enqueued[1]
+    assert check.lost(ledger) == {(2, 0)}
+    assert not check.complete(ledger)
+    del ledger.handled["each"][0]
+    assert check.unhandled(ledger, "each") == {(1, 0)}
+    assert check.unhandled(ledger, "many") == set()
+
+
+def test_order_is_that_of_the_first_time():
+    in_order = [sighting(1), sighting(2), sighting(1), sighting(2), sighting(3)]
+    assert check.misordered(in_order) == set()
+    assert check.misordered([sighting(2), sighting(1), sighting(3)]) == {(1, 0)}
+    assert check.misordered([sighting(1, 1), sighting(1, 0)]) == {(1, 0)}
+
+
+def test_a_change_that_comes_again_must_be_the_same():
+    assert check.unequal([sighting(1, told=1), sighting(1, told=2)]) == {(1, 0)}
+    assert list(check.again([sighting(1), sighting(1, at=5.0)])) == [5.0]
+
+
+def test_only_redis_and_only_a_killed_consumer_excuses(ledger):
+    del ledger.handled["each"][0]
+    outcome = Outcome("redis", 1, {}, ledger=ledger)
+    assert not check.excused(outcome, "each")
+    harmless, harmful = (
+        next(fault for fault in FAULTS if fault.loses_on_redis is loses) for loses in (False, True)
+    )
+    outcome.strikes = [Strike(harmless, 0.0)]
+    assert not check.excused(outcome, "each")
+    outcome.strikes += [Strike(harmful, 0.0)]
+    assert check.excused(outcome, "each")
+    outcome.broker = "rabbitmq"
+    assert not check.excused(outcome, "each")
+
+
+def test_the_report_has_a_line_for_each_kind_of_fault(ledger):
+    kill, stop = FAULTS[:2]
+    ledger.enqueued += [sighting(2, at=250.0)]
+    del ledger.enqueued[2]
+    outcome = Outcome("redis", 1, {}, ledger=ledger, seconds=60.0)
+    outcome.strikes = [
+        Strike(kill, 101.5, recovery=1.0, over=102.5),
+        Strike(stop, 102.6, recovery=2.0, over=110.0),
+        Strike(kill, 240.0, recovery=4.0, over=250.0),
+    ]
+    lines = list(report.lines(outcome))
+    cells = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in lines
+        if line.startswith("|")
+    }
+    #: Times, in flight, lost, enqueued and handled again, recovery.
+    assert cells[kill.name] == ["2", "2", "0", "1", "0", "2.5 s", "4.0 s"]
+    assert cells[stop.name] == ["1", "2", "1", "0", "0", "2.0 s", "2.0 s"]
+    assert "3 changes of 3 transactions in 60 s; 1 lost, 0 out of order" in lines[-1]
