@@ -163,6 +163,19 @@ def fingerprint(
     return str(row[0]) if row else ""
 
 
+def is_visible(connection: psycopg.Connection[Any], xid: int) -> bool:
+    """Whether others see what a transaction did, which replication may tell of before.
+
+    Source: PostgreSQL documentation, "System Information Functions" (pg_current_snapshot).
+    """
+    row = connection.execute("SELECT pg_current_snapshot()::text").fetchone()
+    assert row is not None
+    _, latest, running = row[0].split(":")
+    # Replication tells the lower 32 bits; they are of the transaction next to the latest ones.
+    full = int(latest) + (xid - int(latest) + (1 << 31)) % (1 << 32) - (1 << 31)
+    return full < int(latest) and str(full) not in running.split(",")
+
+
 def _read(
     connection: psycopg.Connection[Any], condition: sql.SQL, parameters: list[Any]
 ) -> CatalogTable | None:

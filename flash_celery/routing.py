@@ -7,6 +7,7 @@ inside.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from .catalog import CatalogTable
 from .changes import Operation
 from .column_types import TEXT, TypeDescription
 from .conditions import Cells
-from .errors import SubscriptionError
+from .errors import ReplicationError, SubscriptionError
 from .payload import TRUNCATED, Delivery, message_row
 from .protocol import pgoutput
 from .rows import Column, Table, Transaction
@@ -31,6 +32,8 @@ Route = Callable[[Sequence[bytes], Transaction, int], None]
 #: Marks a message, whose index is not that of a row.
 _MESSAGE_HALF = 3
 _NOBODY: dict[str, Route] = {}
+#: Seconds that a transaction may take to be seen by others, and between two looks.
+_VISIBLE_SECONDS, _VISIBLE_PAUSE = 2.0, 0.002
 _TAGS = {Operation.INSERT: b"I", Operation.UPDATE: b"U", Operation.DELETE: b"D"}
 
 
@@ -53,6 +56,21 @@ class Catalog:
         self._connection = connection
         #: What is remembered of partitions that may have been detached or dropped.
         self._leaves = leaves or {}
+
+    def settle(self, transaction: Transaction) -> None:
+        """Wait until the catalog shows what a transaction made, which may be what is looked up.
+
+        Replication tells of a commit before others see it: moments before, or as long as a
+        synchronous standby takes. Raises `ReplicationError` if that is long.
+        """
+        deadline = time.monotonic() + _VISIBLE_SECONDS
+        while not catalog.is_visible(self._connection, transaction.xid):
+            if time.monotonic() > deadline:
+                raise ReplicationError(
+                    f"PostgreSQL does not show others transaction {transaction.xid} yet, which it "
+                    "has sent (a synchronous standby does not confirm it?); connecting anew."
+                )
+            time.sleep(_VISIBLE_PAUSE)
 
     def ancestors(self, oid: int, now: CatalogTable | None) -> Sequence[TableName]:
         """What the table is, or was, a partition of."""
@@ -122,11 +140,12 @@ class Router:
         for route in self._messages.get(message.prefix, ()):
             route([message_row(message.content)], transaction, index)
 
-    def relation(self, relation: pgoutput.Relation) -> None:
-        """Learn a relation, or what has become of it.
+    def relation(self, relation: pgoutput.Relation, transaction: Transaction) -> None:
+        """Learn a relation, or what a transaction has made of it.
 
         Raises `SubscriptionError` if a column that a subscription names is not there any more.
         """
+        self._catalog.settle(transaction)
         self._forget(relation.oid)
         own = TableName(relation.schema, relation.name)
         described = self._catalog.table(relation.oid)

@@ -41,7 +41,7 @@ class Rows(Protocol):
         self, message: pgoutput.LogicalMessage, transaction: Transaction, index: int
     ) -> None: ...
 
-    def relation(self, relation: pgoutput.Relation) -> None: ...
+    def relation(self, relation: pgoutput.Relation, transaction: Transaction) -> None: ...
 
 
 def runs(messages: Iterable[bytes]) -> Iterator[tuple[bytes, list[bytes]]]:
@@ -130,7 +130,7 @@ class Transactions:
     def _other(self, message: pgoutput.Message, payload: bytes) -> None:
         match message:
             case pgoutput.Relation():
-                self._rows.relation(message)
+                self._rows.relation(message, self._transaction)
             case pgoutput.Truncate():
                 self._require_open(payload)
                 self._rows.truncate(message.relation_oids, self._transaction, self._index)

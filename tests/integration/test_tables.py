@@ -1,5 +1,8 @@
 """Tables of every kind, and DDL while the replication worker runs."""
 
+import threading
+import time
+
 import pytest
 
 from flash_celery.errors import SubscriptionError
@@ -611,3 +614,39 @@ def test_a_standby_with_other_handlers_alters_nothing(flash, new_app):
         standby.do("INSERT INTO items VALUES (2, 'a')")
         assert shown(standby.told("standby")) == ["insert 2,a"]
         standby.stop()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_partition_of_a_transaction_that_nobody_sees_yet(flash, streaming):
+    """It is sent when its commit is in the WAL; a synchronous standby may take its time then."""
+    flash.database.execute(
+        "CREATE TABLE parts (id int PRIMARY KEY, name text) PARTITION BY RANGE (id)",
+        "CREATE TABLE part (id int PRIMARY KEY, name text)",
+    )
+    flash.handler("parts", name="root").handler("part", "delete", name="part")
+    flash.start(flash_use_streaming=streaming)
+    flash.do("INSERT INTO part VALUES (1, 'a')")
+
+    def write():
+        rows = 40_000 if streaming else 2
+        flash.database.execute(
+            "SET logical_decoding_work_mem = '64kB'; "
+            "ALTER TABLE parts ATTACH PARTITION part FOR VALUES FROM (0) TO (1000000); "
+            f"INSERT INTO parts SELECT n, 'b' FROM generate_series(2, {rows + 1}) AS n"
+        )
+
+    standbys = "synchronous_standby_names"
+    flash.database.execute(f"ALTER SYSTEM SET {standbys} = 'nobody'", "SELECT pg_reload_conf()")
+    writer = threading.Thread(target=write)
+    try:
+        flash.wait(lambda: flash.database.one(f"SHOW {standbys}") == "nobody")
+        writer.start()
+        waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+        flash.wait(lambda: flash.database.one(waits))
+        time.sleep(0.5)
+        assert flash.told("root") == []
+    finally:
+        flash.database.execute(f"ALTER SYSTEM RESET {standbys}", "SELECT pg_reload_conf()")
+        writer.join(20)
+    flash.do("SELECT 1")
+    assert [change.new["id"] for change in flash.told("root")][:2] == [2, 3]

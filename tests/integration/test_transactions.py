@@ -173,7 +173,7 @@ class Collected:
     def truncate(self, oids, transaction, index):
         self.found.append((-1, transaction, index))
 
-    def relation(self, relation): ...
+    def relation(self, relation, transaction): ...
 
 
 def collected(connection, streaming):
