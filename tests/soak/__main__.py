@@ -26,6 +26,7 @@ def main():
     brokers = [given.broker] if given.broker else ["redis", "rabbitmq"]
     seed = given.seed or str(random.randrange(10**6))
     folder = Path(tempfile.mkdtemp(prefix="flash-soak-"))
+    _say(f"logs and notes: {folder}")
     outcomes = []
     for broker in brokers:
         (folder / broker).mkdir()
@@ -40,7 +41,7 @@ def main():
     for problem in wrong:
         _say(f"WRONG: {problem}")
     if wrong or given.keep:
-        _say(f"Logs and notes are in {folder}; the same choices: SEED={seed}")
+        _say(f"Logs and notes are in {folder}; SEED={seed} repeats the choices.")
     else:
         shutil.rmtree(folder)
     sys.exit(bool(wrong))

@@ -12,6 +12,7 @@ _HEAD = (
     "times",
     "in flight",
     "lost",
+    "not handled",
     "enqueued again",
     "handled again",
     "recovery p50",
@@ -23,7 +24,9 @@ def lines(outcome):
     """Markdown, and then what else is to be said."""
     ledger = outcome.ledger
     rows = [_HEAD, ("---", *["---:"] * (len(_HEAD) - 1))]
-    lost = _attributed(outcome, [ledger.committed[i].at for i in check.lost(ledger)], before=True)
+    lost = _attributed(outcome, _times(ledger, check.lost(ledger)), before=True)
+    missing = [i for handler in check.TABLES for i in check.unhandled(ledger, handler)]
+    missing = _attributed(outcome, _times(ledger, missing), before=True)
     enqueued = _attributed(outcome, check.again(ledger.enqueued))
     handled = _attributed(outcome, (at for s in ledger.handled.values() for at in check.again(s)))
     flying = _InFlight(ledger)
@@ -36,6 +39,7 @@ def lines(outcome):
             len(strikes),
             sum(flying.at(strike.at, fault.recovered) for strike in strikes),
             lost[fault.name],
+            missing[fault.name],
             enqueued[fault.name],
             handled[fault.name],
         )
@@ -58,7 +62,7 @@ def _remarks(outcome):
     )
     missing = {handler: len(check.unhandled(ledger, handler)) for handler in check.TABLES}
     if any(missing.values()):
-        yield "enqueued and not handled: " + ", ".join(
+        yield "not handled: " + ", ".join(
             f"{count:,} changes of {handler}" for handler, count in missing.items()
         )
     if outcome.worker_ends:
@@ -93,6 +97,10 @@ def _attributed(outcome, times, before=False):
         if place >= 0:
             counts[outcome.strikes[place].fault.name] += 1
     return counts
+
+
+def _times(ledger, identities):
+    return [ledger.committed[identity].at for identity in identities]
 
 
 class _InFlight:

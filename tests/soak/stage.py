@@ -120,7 +120,7 @@ class Stage:
                 with psycopg.connect(
                     self.postgres.dsn(), autocommit=True, connect_timeout=5
                 ) as connection:
-                    cursor = connection.execute(statement, parameters)
+                    cursor = connection.execute(statement, parameters or None)
                     return cursor.fetchall() if cursor.description else []
             except psycopg.OperationalError:
                 if time.monotonic() > deadline:

@@ -33,8 +33,8 @@ class Writer(threading.Thread):
             self.roll_back_to_a_savepoint: 6,
             self.roll_back: 3,
             self.take_long: 2,
-            self.write_much: 1,
-            self.truncate: 0.3,
+            self.write_much: 0.3,
+            self.truncate: 0.1,
         }
 
     def run(self):

@@ -101,6 +101,7 @@ def test_the_report_has_a_line_for_each_kind_of_fault(ledger):
     kill, stop = FAULTS[:2]
     ledger.enqueued += [sighting(2, at=250.0)]
     del ledger.enqueued[2]
+    del ledger.handled["each"][0]
     outcome = Outcome("redis", 1, {}, ledger=ledger, seconds=60.0)
     outcome.strikes = [
         Strike(kill, 101.5, recovery=1.0, over=102.5),
@@ -113,7 +114,8 @@ def test_the_report_has_a_line_for_each_kind_of_fault(ledger):
         for line in lines
         if line.startswith("|")
     }
-    #: Times, in flight, lost, enqueued and handled again, recovery.
-    assert cells[kill.name] == ["2", "2", "0", "1", "0", "2.5 s", "4.0 s"]
-    assert cells[stop.name] == ["1", "2", "1", "0", "0", "2.0 s", "2.0 s"]
-    assert "3 changes of 3 transactions in 60 s; 1 lost, 0 out of order" in lines[-1]
+    #: Times, in flight, lost, not handled, enqueued and handled again, recovery.
+    assert cells[kill.name] == ["2", "2", "0", "1", "1", "0", "2.5 s", "4.0 s"]
+    assert cells[stop.name] == ["1", "2", "1", "0", "0", "0", "2.0 s", "2.0 s"]
+    assert "3 changes of 3 transactions in 60 s; 1 lost, 0 out of order" in lines[-2]
+    assert lines[-1] == "not handled: 1 changes of each, 0 changes of many"
