@@ -19,9 +19,9 @@ def lost(ledger):
 
 
 def unhandled(ledger, handler):
-    """Committed, and never told to a handler."""
+    """Committed and enqueued, and never told to a handler."""
     wanted = {i for i, commit in ledger.committed.items() if commit.table in TABLES[handler]}
-    return wanted - {sighting.identity for sighting in ledger.handled[handler]}
+    return wanted - {sighting.identity for sighting in ledger.handled[handler]} - lost(ledger)
 
 
 def everything(stage, outcome):

@@ -20,6 +20,8 @@ class Fault:
     recovered: str = "enqueued"
     #: Celery's consumer on Redis may lose the message it takes just then (DESIGN.md, 7).
     loses_on_redis: bool = False
+    #: Strikes half of the time while the broker answers late, so that much is under way.
+    crowded: bool = False
 
 
 def _kill_reader(stage, choose):
@@ -124,19 +126,25 @@ _STREAM = "backend_type = 'walsender'"
 _SECOND = "usename LIKE 'reader_%' AND backend_type = 'client backend'"
 
 FAULTS = [
-    Fault("replicate: SIGKILL", _kill_reader),
-    Fault("replicate: SIGTERM", _restart_reader),
-    Fault("replicate: SIGSTOP, then SIGCONT", _stop_reader),
+    Fault("replicate: SIGKILL", _kill_reader, crowded=True),
+    Fault("replicate: SIGTERM", _restart_reader, crowded=True),
+    Fault("replicate: SIGSTOP, then SIGCONT", _stop_reader, crowded=True),
     Fault("Celery worker: SIGKILL", _kill_worker, "handled", loses_on_redis=True),
     Fault("Celery worker: SIGKILL of a child", _kill_child, "handled"),
-    Fault("walsender terminated", partial(_terminate, _STREAM)),
-    Fault("second connection terminated", partial(_terminate, _SECOND)),
-    Fault("PostgreSQL: stop -m fast", partial(_restart_postgres, signal.SIGINT)),
-    Fault("PostgreSQL: stop -m immediate", partial(_restart_postgres, signal.SIGQUIT)),
+    Fault("walsender terminated", partial(_terminate, _STREAM), crowded=True),
+    Fault("second connection terminated", partial(_terminate, _SECOND), crowded=True),
+    Fault("PostgreSQL: stop -m fast", partial(_restart_postgres, signal.SIGINT), crowded=True),
+    Fault(
+        "PostgreSQL: stop -m immediate", partial(_restart_postgres, signal.SIGQUIT), crowded=True
+    ),
     Fault("broker: SIGKILL", _kill_broker, loses_on_redis=True),
     Fault("broker full", _fill_broker, loses_on_redis=True),
     *(
-        Fault(f"network to {name} {how}", partial(_through, proxy, harm))
+        Fault(
+            f"network to {name} {how}",
+            partial(_through, proxy, harm),
+            crowded=proxy == "to_postgres",
+        )
         for name, proxy in (("PostgreSQL", "to_postgres"), ("broker", "to_broker"))
         for how, harm in _HARMS.items()
     ),

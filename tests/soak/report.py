@@ -24,9 +24,11 @@ def lines(outcome):
     """Markdown, and then what else is to be said."""
     ledger = outcome.ledger
     rows = [_HEAD, ("---", *["---:"] * (len(_HEAD) - 1))]
-    lost = _attributed(outcome, _times(ledger, check.lost(ledger)), before=True)
+    lost = _attributed(outcome, _times(ledger, check.lost(ledger)), lambda strike: True)
     missing = [i for handler in check.TABLES for i in check.unhandled(ledger, handler)]
-    missing = _attributed(outcome, _times(ledger, missing), before=True)
+    missing = _attributed(
+        outcome, _times(ledger, missing), lambda strike: strike.fault.loses_on_redis
+    )
     enqueued = _attributed(outcome, check.again(ledger.enqueued))
     handled = _attributed(outcome, (at for s in ledger.handled.values() for at in check.again(s)))
     flying = _InFlight(ledger)
@@ -84,16 +86,18 @@ def _vitals(vitals):
     )
 
 
-def _attributed(outcome, times, before=False):
-    """How many of the times belong to each kind: to the strike they follow, or came `before`."""
+def _attributed(outcome, times, guilty=None):
+    """How many of the times belong to each kind: to the strike they follow.
+
+    With `guilty`: to the first strike of this sort that was not over then, or the last of all.
+    """
     counts = Counter()
     starts = [strike.at for strike in outcome.strikes]
     for at in times:
         place = bisect_right(starts, at) - 1
-        if before:
-            # It was under way when the first strike came that was not over yet.
-            over = [n for n, strike in enumerate(outcome.strikes) if strike.over >= at]
-            place = over[0] if over else len(starts) - 1
+        if guilty is not None:
+            those = (n for n, one in enumerate(outcome.strikes) if one.over >= at and guilty(one))
+            place = next(those, len(starts) - 1)
         if place >= 0:
             counts[outcome.strikes[place].fault.name] += 1
     return counts

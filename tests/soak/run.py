@@ -88,9 +88,13 @@ def _random(choose, end):
 
 def _strike(stage, choose, outcome, fault, say, elapsed):
     time.sleep(choose.uniform(0.5, 3))
+    if fault.crowded and choose.random() < 0.5:
+        stage.to_broker.delay(choose.uniform(0.2, 1))
+        time.sleep(choose.uniform(0.5, 2))
     strike = Strike(fault, time.time())
     outcome.strikes.append(strike)
     mend = fault.strike(stage, choose)
+    stage.to_broker.heal()
     mended = time.time()
     stage.probe(fault.recovered)
     strike.recovery = time.time() - mended
