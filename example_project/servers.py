@@ -186,6 +186,29 @@ class Postgres(Server):
         return True
 
 
+class Standby(Postgres):
+    """A standby of another server, which it follows through a physical slot."""
+
+    def __init__(self, primary: Postgres, slot: str = "standby", **options: object) -> None:
+        conninfo = f"{primary.dsn()}?application_name={slot}"
+        given = {"primary_conninfo": conninfo, "primary_slot_name": slot}
+        super().__init__(**{"hot_standby_feedback": "on", **given, **options})
+        self.primary = primary
+        self.slot = slot
+
+    def start(self) -> None:
+        if not self.data.exists():
+            command = [self.binaries / "pg_basebackup", "-D", self.data, "-d", self.primary.dsn()]
+            command += ["--create-slot", "--slot", self.slot, "--checkpoint=fast", "--no-sync"]
+            made = subprocess.run(
+                command, capture_output=True, text=True, cwd="/", check=False, **self.as_user
+            )
+            if made.returncode:
+                raise RuntimeError(f"pg_basebackup: {made.stderr}")
+            (self.data / "standby.signal").touch()
+        super().start()
+
+
 class Valkey(Server):
     """Valkey, which speaks Redis' protocol, on a TCP port; every write is on disk at once."""
 

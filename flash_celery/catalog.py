@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,15 +90,47 @@ WHERE attrelid = %s AND attnum > 0 AND NOT attisdropped ORDER BY attnum
 """
 
 
-def connect(dsn: str) -> psycopg.Connection[Any]:
+class _Connection(psycopg.Connection[Any]):
+    """A connection whose statements have an end, also where the server says nothing any more.
+
+    (`statement_timeout` is the server's, and whoever is cut off from it does not hear of it.)
+    """
+
+    #: Seconds that a statement may take.
+    patience = float("inf")
+
+    def wait(self, gen: Generator[Any, Any, Any], *how: Any, **more: Any) -> Any:
+        """Wait for a statement, as psycopg does. Raises `OperationalError` when it takes long."""
+        return super().wait(self._impatient(gen), *how, **more)
+
+    def _impatient(self, generator: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+        deadline = time.monotonic() + self.patience
+        try:
+            wanted = next(generator)
+            while True:
+                ready = yield wanted
+                if not ready and time.monotonic() > deadline:
+                    self.close()
+                    raise psycopg.OperationalError(
+                        f"a statement has not been answered for {self.patience:.0f} s"
+                    )
+                wanted = generator.send(ready)
+        except StopIteration as done:
+            return done.value
+
+
+def connect(dsn: str, patience: float = float("inf")) -> psycopg.Connection[Any]:
     """The ordinary connection beside the replication connection.
 
+    A statement may take `patience` seconds, then the connection is closed.
     Raises `ReplicationError` if the server cannot be reached.
     """
     try:
-        return psycopg.connect(pinned(dsn), autocommit=True)
+        connection = _Connection.connect(pinned(dsn), autocommit=True)
     except psycopg.OperationalError as error:
         raise unreachable(error, dsn) from None
+    connection.patience = patience
+    return connection
 
 
 def find(connection: psycopg.Connection[Any], name: TableName) -> CatalogTable | None:

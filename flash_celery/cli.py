@@ -151,7 +151,7 @@ def replicate(
 
 def _workers_know(project: _Project) -> bool:
     from . import doctor
-    from .preflight import OK
+    from .findings import OK
 
     findings = list(doctor.workers(project.app, project.subscriptions))
     return all(finding.level == OK for finding in findings)
@@ -180,15 +180,17 @@ def doctor(project: _Project, explain: bool) -> None:
     """Check every prerequisite, and say how to mend what is missing."""
     from . import doctor as checks
     from . import explain as explaining
-    from . import preflight, sources
+    from . import preflight, sources, standbys
+    from .findings import STOP
 
     subject = project.settings, project.subscriptions
     explained: list[str] = []
     with project.connect() as connection:
         report = preflight.examine(connection, *subject)
+        standing_by = list(standbys.findings(connection, project.settings))
         if explain:
             explained += explaining.explain(connection, *subject, report)
-    findings = report.findings + preflight.can_stream(project.settings)
+    findings = report.findings + standing_by + preflight.can_stream(project.settings)
     findings += checks.spool(project.settings)
     findings += sources.findings(*project.sources)
     findings += checks.broker(project.app, project.settings)
@@ -197,7 +199,7 @@ def doctor(project: _Project, explain: bool) -> None:
         click.echo(checks.line(finding))
     for line in explained:
         click.echo(line)
-    if any(finding.level == preflight.STOP for finding in findings):
+    if any(finding.level == STOP for finding in findings):
         click.get_current_context().exit(STOPPED)
 
 

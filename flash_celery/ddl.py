@@ -22,6 +22,7 @@ from .catalog import CatalogTable
 from .changes import Operation
 from .errors import CatalogError, TableLocked
 from .publications import OPERATIONS, Found, Record, Wanted, name_of
+from .slots import Gap
 
 logger = logging.getLogger(__name__)
 
@@ -230,9 +231,26 @@ def _remember(prefix: str, record: Record) -> Step:
 
 def remember_slot(connection: psycopg.Connection[Any], prefix: str, slot: str) -> None:
     """Note that the slot exists: should it be missing later, something has been lost."""
+    apply(connection, note_of_slot(connection, prefix, slot))
+
+
+def note_of_slot(connection: psycopg.Connection[Any], prefix: str, slot: str) -> list[Step]:
+    """The statement that notes it, where it is not noted yet."""
     record = publications.read(connection, prefix).record or Record()
-    if record.slot != slot:
-        apply(connection, [_remember(prefix, replace(record, slot=slot))])
+    return [] if record.slot == slot else [_remember(prefix, replace(record, slot=slot))]
+
+
+def forget_slot(connection: psycopg.Connection[Any], prefix: str) -> None:
+    """Note that the slot is to go: that it is missing then means nothing."""
+    record = publications.read(connection, prefix).record
+    if record is not None and record.slot is not None:
+        apply(connection, [_remember(prefix, replace(record, slot=None))])
+
+
+def remember_gap(connection: psycopg.Connection[Any], prefix: str, gap: Gap) -> None:
+    """Note what will never be read. Raises `CatalogError` if that cannot be noted."""
+    record = publications.read(connection, prefix).record or Record()
+    apply(connection, [_remember(prefix, record.with_gap(gap))])
 
 
 def forget(found: Found, prefix: str, identities: dict[int, CatalogTable]) -> list[Step]:

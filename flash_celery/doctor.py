@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from .errors import PublishError
-from .preflight import OK, STOP, WARNING, Finding
+from .findings import OK, STOP, WARNING, Finding
 from .publishers.base import ConnectedPublisher
 from .settings import Settings
 from .spool import default_directory, file_system

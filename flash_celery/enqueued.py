@@ -8,6 +8,7 @@ the one that was enqueued: the same commit LSN, xid and commit time.
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ def identity(transaction: Transaction) -> int:
 
 @dataclass
 class Lease:
-    """One session's right to publish what it reads; the next session's ends it."""
+    """One session's right to publish what it reads. It runs out, and the next session's ends it."""
 
     #: The slot, and the server it is of.
     name: str
@@ -46,6 +47,8 @@ class Lease:
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     #: What PostgreSQL was told: nothing before it is sent again.
     acknowledged: Lsn = Lsn(0)  # noqa: RUF009 - an int
+    #: Until when (`time.monotonic`) nobody else can have the slot; the session prolongs it.
+    until: float = math.inf
 
 
 class Enqueued:

@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from . import ddl, publications
+from . import ddl, publications, slots, standbys
 from .catalog import CatalogTable
 from .ddl import Step
 from .errors import (
@@ -20,27 +20,16 @@ from .errors import (
     FlashError,
     ReplicaIdentityMissing,
     ReplicationError,
-    SlotLost,
-    SlotMissing,
     SubscriptionError,
 )
+from .findings import OK, STOP, WARNING, Finding, stop
+from .progress import Progress
 from .publications import Found, Wanted
 from .replication import ReplicationConnection
 from .settings import Settings
+from .slots import Gap
 from .subscriptions import Subscription, TableName, of_tables
 from .tables import check_columns, find, quoted
-
-OK, WARNING, STOP = "ok", "warning", "stop"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at."""
-
-    subject: str
-    level: str
-    message: str
-    error: FlashError | None = None
 
 
 @dataclass
@@ -56,8 +45,16 @@ class Report:
     goal: Wanted | None = None
     #: Whether the slot is there already.
     slot_exists: bool = False
+    #: Whether standbys are to keep a copy of it, and do not yet.
+    slot_stays_behind: bool = False
     #: The PID of the walsender that sends from it.
     read_by: int | None = None
+    #: Whether it is there and of no use.
+    slot_lost: bool = False
+    #: What was missed, where the slot was lost and is to be made anew, or was a moment ago.
+    gap: Gap | None = None
+    #: Whether this is a standby, which cannot be written.
+    standby: bool = False
 
     def raise_first(self) -> None:
         """Raise the error of the first finding that stops `replicate`."""
@@ -67,10 +64,16 @@ class Report:
 
 
 def examine(
-    connection: psycopg.Connection[Any], settings: Settings, subscriptions: Sequence[Subscription]
+    connection: psycopg.Connection[Any],
+    settings: Settings,
+    subscriptions: Sequence[Subscription],
+    progress: Progress | None = None,
 ) -> Report:
-    """Look at the server, the role, the tables, the publications and the slot; change nothing."""
-    return _Examination(connection, settings, subscriptions).run()
+    """Look at the server, the role, the tables, the publications and the slot; change nothing.
+
+    `progress` is how far this process has read the slot, where it has.
+    """
+    return _Examination(connection, settings, subscriptions, progress or Progress()).run()
 
 
 def can_stream(settings: Settings) -> list[Finding]:
@@ -90,10 +93,13 @@ class _Examination:
         connection: psycopg.Connection[Any],
         settings: Settings,
         subscriptions: Sequence[Subscription],
+        progress: Progress,
     ) -> None:
         self._connection = connection
         self._settings = settings
         self._subscriptions = subscriptions
+        self._progress = progress
+        self._lost: Gap | None = None
         self._report = Report()
 
     def run(self) -> Report:
@@ -109,7 +115,7 @@ class _Examination:
         self._report.findings.append(Finding(subject, level, message, error))
 
     def _stop(self, subject: str, error: FlashError) -> None:
-        self._add(subject, STOP, str(error), error)
+        self._report.findings.append(stop(subject, error))
 
     def _one(self, query: str, parameters: Sequence[Any] = ()) -> Any:
         row = self._connection.execute(query.encode(), parameters).fetchone()
@@ -125,6 +131,16 @@ class _Examination:
             error = ConfigurationError(f"PostgreSQL {shown} is too old; 14 to 18 are supported.")
             return self._stop("server", error)
         self._add("server", OK, f"PostgreSQL {self._setting('server_version')}")
+        self._report.standby = bool(self._one("SELECT pg_is_in_recovery()"))
+        if self._report.standby:
+            self._report.findings += standbys.reading(self._connection, self._settings)
+        elif self._settings.flash_failover_slot and version < standbys.FAILOVER_SINCE:
+            shown = self._setting("server_version")
+            error = ConfigurationError(
+                f"flash_failover_slot needs PostgreSQL 17 or later, and this is {shown}: leave it "
+                "out; after a failover the slot is gone."
+            )
+            self._stop("failover", error)
         level = self._setting("wal_level")
         if level != "logical":
             self._stop(
@@ -177,32 +193,56 @@ class _Examination:
 
     def _slot(self) -> None:
         slot = self._settings.flash_replication_slot
-        row = self._connection.execute(
-            "SELECT plugin, database, temporary, wal_status, active_pid FROM pg_replication_slots "
-            "WHERE slot_name = %s",
-            [slot],
-        ).fetchone()
-        self._report.slot_exists = row is not None
-        if row is None:
+        found = slots.find(self._connection, slot)
+        self._report.slot_exists = found is not None
+        if found is None:
             return self._room_for_a_slot()
-        plugin, database, temporary, status, self._report.read_by = row
-        if plugin != "pgoutput" or database != self._database or temporary:
-            kind = f"a slot of the plugin {plugin}" if plugin else "a physical slot"
-            what = kind if plugin != "pgoutput" else f"a slot of the database {database}"
+        self._report.read_by = found.active_pid
+        if found.plugin != "pgoutput" or found.database != self._database or found.temporary:
+            kind = f"a slot of the plugin {found.plugin}" if found.plugin else "a physical slot"
+            what = (
+                kind if found.plugin != "pgoutput" else f"a slot of the database {found.database}"
+            )
             error: FlashError = CatalogError(
                 f"{slot} is {what}, not a permanent pgoutput slot of {self._database}; "
                 f"choose another {self._settings.called('flash_replication_slot')}."
             )
             return self._stop("slot", error)
-        if status == "lost":
-            return self._stop(
-                "slot",
-                SlotLost(
-                    f"The slot {slot} was invalidated: the server has removed WAL that was not "
-                    "read yet, so changes are missing; run `flash reset`."
-                ),
+        if found.synced and self._report.standby:
+            error = CatalogError(
+                f"{slot} on this standby is the copy of the primary's slot, which nobody may read "
+                f"before a failover: {self._settings.called('flash_dsn')} must lead to the primary "
+                "(host=one,other target_session_attrs=read-write), or choose another "
+                f"{self._settings.called('flash_replication_slot')} to read the standby."
             )
-        return self._add("slot", OK, f"{slot} exists ({status})")
+            return self._stop("slot", error)
+        if found.reason is not None:
+            self._lost = slots.missed(slot, found, self._progress)
+            self._report.slot_lost = True
+            return None
+        self._report.slot_stays_behind = self._settings.flash_failover_slot and not found.failover
+        left = ", not yet for a failover" if self._report.slot_stays_behind else ""
+        return self._add("slot", OK, f"{slot} exists ({found.wal_status}{left})")
+
+    def _missed(self, found: Found) -> None:
+        """What to do about a slot that was lost, or dropped by somebody else than `flash reset`."""
+        slot, record = self._settings.flash_replication_slot, found.record
+        open_gap = record.open_gap if record else None
+        gap = self._lost
+        if gap is None and record and record.slot == slot:
+            if self._report.slot_exists:
+                self._report.gap = open_gap  # somebody died just after it was made anew
+                return
+            gap = slots.missed(slot, None, self._progress)
+        if gap is None:
+            return
+        gap = open_gap or gap
+        error = slots.lost(self._connection, gap)
+        if self._settings.flash_on_lost_slot == "recreate" and record and not self._report.standby:
+            self._report.gap = gap
+            self._add("slot", WARNING, f"{str(error)[:-1]}; `flash replicate` makes it anew")
+        else:
+            self._stop("slot", error)
 
     def _room_for_a_slot(self) -> None:
         for setting, used in (
@@ -250,6 +290,9 @@ class _Examination:
     def _publications(self, tables: dict[TableName, CatalogTable]) -> None:
         prefix = self._settings.flash_publication_slot_prefix
         found = publications.read(self._connection, prefix)
+        self._missed(found)
+        for each in found.record.gaps if found.record else []:
+            self._add("gap", WARNING, f"{Gap(**each)}; rebuild what depends on them")
         goal = publications.wanted(
             self._connection,
             of_tables(self._subscriptions),
@@ -275,11 +318,6 @@ class _Examination:
             raise ConfigurationError(
                 f"The publications {prefix}_… belong to the slot {record.slot}; a second slot "
                 f"({slot}) needs another {self._settings.called('flash_publication_slot_prefix')}."
-            )
-        if record and record.slot and not self._report.slot_exists:
-            raise SlotMissing(
-                f"The slot {slot} existed and is gone, so changes since then cannot be read; "
-                "run `flash reset` to start anew at the present."
             )
         if self._report.slot_exists and not found.publications:
             raise CatalogError(
@@ -321,6 +359,12 @@ class _Examination:
 
     def _may(self, found: Found, steps: Sequence[Step]) -> None:
         """Whether the role may run the statements."""
+        if self._report.standby and steps:
+            error = CatalogError(
+                "The publications are not what the handlers need, and this is a standby, which "
+                f"cannot be written; on the primary run: {'; '.join(map(str, steps))};"
+            )
+            return self._stop("publications", error)
         role = sql.Identifier(self._role_name).as_string(None)
         if len(found.publications) < len(publications.OPERATIONS) and not self._may_create:
             database = sql.Identifier(self._database).as_string(None)

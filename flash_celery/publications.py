@@ -19,11 +19,14 @@ from .catalog import CatalogTable
 from .changes import Operation
 from .errors import PublicationMismatch
 from .pushdown import Narrowing
+from .slots import Gap
 from .subscriptions import Subscription, TableName
 
 OPERATIONS = (Operation.INSERT, Operation.UPDATE, Operation.DELETE, Operation.TRUNCATE)
 REWRITES = Operation.UPDATE | Operation.DELETE
 EVERYTHING = Narrowing()
+#: How many gaps are remembered.
+_GAPS = 10
 
 
 def name_of(prefix: str, operation: Operation) -> str:
@@ -53,6 +56,19 @@ class Record:
     leaves: dict[str, list[list[str]]] = field(default_factory=dict)
     #: What is sent of each table, by its OID, where that is not everything.
     narrowed: dict[str, str] = field(default_factory=dict)
+    #: What was missed when a slot was lost and made anew, the last of it last.
+    gaps: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def open_gap(self) -> Gap | None:
+        """The gap that has no end yet."""
+        last = Gap(**self.gaps[-1]) if self.gaps else None
+        return last if last is not None and last.until is None else None
+
+    def with_gap(self, gap: Gap) -> Record:
+        """The same with a gap, which takes the place of the open one."""
+        before = self.gaps[:-1] if self.open_gap else self.gaps
+        return replace(self, gaps=[*before, gap.to_json()][-_GAPS:])
 
     def to_json(self) -> str:
         """As it is kept."""

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 IN_FLIGHT_BYTES = 16 << 20
 #: Seconds between two complaints about the same trouble.
 _REMINDER_SECONDS = 60.0
+#: Seconds between two looks at the lease.
+_LEASE_SECONDS = 0.1
 #: Bytes that one call of `publish` takes, where several units wait.
 _TOGETHER_BYTES = 8 << 20
 
@@ -59,7 +61,8 @@ class Publishing(threading.Thread):
         self._failed = failed
         self._idle_seconds = idle_seconds
         self._units: deque[Unit] = deque()
-        self._claim: tuple[Lease, Callable[[Enqueued], None]] | None = None
+        self._lease = Lease("", "")
+        self._claim: Callable[[Enqueued], None] | None = None
         self._changed = threading.Condition()
         self._size = 0
         self._working = False
@@ -77,7 +80,7 @@ class Publishing(threading.Thread):
         `enqueued` gets what the broker has already, in the publishing thread.
         """
         with self._changed:
-            self._claim = lease, enqueued
+            self._lease, self._claim = lease, enqueued
             self._changed.notify_all()
 
     def put(self, unit: Unit) -> None:
@@ -157,17 +160,17 @@ class Publishing(threading.Thread):
             return self._generation, taken
 
     def _begin(self, generation: int) -> None:
-        claim = self._claim
-        if claim is None:
+        lease, enqueued = self._lease, self._claim
+        if enqueued is None:
             return  # discarded meanwhile
-        lease, enqueued = claim
 
         def attempt(_: Sequence[Message]) -> int:
-            found = self._publisher.claim(lease)
-            with self._changed:
-                if generation == self._generation:
-                    enqueued(found)
-                    self._claim = None
+            if self._may_publish(generation):
+                found = self._publisher.claim(lease)
+                with self._changed:
+                    if generation == self._generation:
+                        enqueued(found)
+                        self._claim = None
             return 0
 
         if self._insist(generation, attempt, []):
@@ -193,8 +196,17 @@ class Publishing(threading.Thread):
     def _publish(self, generation: int, messages: Sequence[Message]) -> int:
         """Publish as many as there is room for; how many."""
         count = self._backpressure.admit(messages, partial(self._given_up, generation))
+        if not self._may_publish(generation):
+            return 0
         self._publisher.publish(messages[:count])
         return count
+
+    def _may_publish(self, generation: int) -> bool:
+        """Wait for the lease, as late as can be; False if the work is given up."""
+        while time.monotonic() >= self._lease.until:
+            if self._given_up(generation, _LEASE_SECONDS):
+                return False
+        return True
 
     def _insist(
         self,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import select
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import psycopg
@@ -35,6 +37,13 @@ _KEEPALIVE = {
     "keepalives_count": 4,
     "tcp_user_timeout": 30_000,
 }
+
+#: Seconds that the server may take to answer a command.
+_PATIENCE = 30.0
+#: Seconds between two looks at a command that may take long.
+_IDLE_SECONDS = 0.1
+#: What PostgreSQL 14 to 18 say of a slot that was invalidated.
+_INVALIDATED = re.compile("can no longer|cannot read from logical replication slot|invalidated")
 
 #: Seconds between the Unix epoch and PostgreSQL's.
 _POSTGRES_EPOCH = 946_684_800
@@ -73,6 +82,14 @@ def unreachable(error: psycopg.Error, dsn: str) -> ReplicationError:
     return ReplicationError(f"The connection to PostgreSQL failed: {text}.")
 
 
+#: A number without a unit is in milliseconds; 0 would be for ever.
+_INTRODUCE = """
+SELECT pg_backend_pid(), pg_postmaster_start_time(), least(nullif(setting::int8, 0), {limit}),
+       set_config('wal_sender_timeout', least(nullif(setting::int8, 0), {limit})::text, false)
+FROM pg_settings WHERE name = 'wal_sender_timeout'
+"""
+
+
 class ReplicationConnection:
     """Reads a slot. `receive` a burst, `send_status`, and wait on `fileno()` in between.
 
@@ -80,14 +97,25 @@ class ReplicationConnection:
     when the server says so.
     """
 
-    def __init__(self, dsn: str, notice: Callable[[str, str], None] | None = None) -> None:
+    def __init__(
+        self,
+        dsn: str,
+        notice: Callable[[str, str], None] | None = None,
+        patience: float = _PATIENCE,
+    ) -> None:
+        """Connect. With `patience` seconds of silence each side takes the other for dead."""
         self._dsn = dsn
+        self._patience = patience
         target = pinned(dsn, replication="database")
         self._connection = pq.PGconn.connect(target.encode())
         if self._connection.status != pq.ConnStatus.OK:
             raise self._lost()
         #: The server's position when it sent what was received last.
         self.received = Lsn(0)
+        #: The process that serves us, and when its server was started.
+        self.pid, self.server = 0, ""
+        #: Seconds without a word from us after which the server gives the slot to somebody else.
+        self.timeout = patience
         if notice is not None:
             self._connection.notice_handler = lambda result: notice(*_diagnosis(result))
 
@@ -100,16 +128,50 @@ class ReplicationConnection:
         result = self._execute(sql.SQL("IDENTIFY_SYSTEM"), pq.ExecStatus.TUPLES_OK)
         return b"/".join(result.get_value(0, column) or b"" for column in (0, 1)).decode()
 
-    def create_slot(self, slot: str) -> Lsn:
-        """Create the permanent slot; its position is where the server stands now."""
+    def introduce(self) -> None:
+        """Learn `pid` and `server`, and have the server let go of the slot of an owner it has not
+        heard of for as long as we are patient, or sooner if it does so for everybody."""
+        result = self._execute(
+            sql.SQL(_INTRODUCE).format(limit=sql.Literal(round(self._patience * 1000))),
+            pq.ExecStatus.TUPLES_OK,
+        )
+        pid, server, timeout = ((result.get_value(0, n) or b"").decode() for n in range(3))
+        self.pid, self.server, self.timeout = int(pid), server, int(timeout) / 1000
+
+    def create_slot(
+        self, slot: str, failover: bool = False, idle: Callable[[float], object] | None = None
+    ) -> Lsn:
+        """Create the permanent slot; its position is where the server stands now.
+
+        The server waits for the transactions that are open, and a standby for news of them from
+        its primary. `idle` is called with the seconds it takes, again and again, and may raise.
+        """
+        name = sql.Identifier(slot)
         command = sql.SQL("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput NOEXPORT_SNAPSHOT")
-        result = self._execute(command.format(sql.Identifier(slot)), pq.ExecStatus.TUPLES_OK)
+        if failover:
+            # Since PostgreSQL 17, and only in the spelling that came with 15.
+            command = sql.SQL(
+                "CREATE_REPLICATION_SLOT {} LOGICAL pgoutput (SNAPSHOT 'nothing', FAILOVER)"
+            )
+        done = pq.ExecStatus.TUPLES_OK
+        try:
+            result = self._execute(command.format(name), done, idle or _never_mind)
+        except BaseException:
+            with suppress(psycopg.Error):
+                self._connection.get_cancel().cancel()
+            raise
         return Lsn.parse((result.get_value(0, 1) or b"0/0").decode())
 
     def create_temporary_slot(self, slot: str) -> None:
         """Create a slot that ends with this connection."""
         command = sql.SQL("CREATE_REPLICATION_SLOT {} TEMPORARY LOGICAL pgoutput NOEXPORT_SNAPSHOT")
-        self._execute(command.format(sql.Identifier(slot)), pq.ExecStatus.TUPLES_OK)
+        done = pq.ExecStatus.TUPLES_OK
+        self._execute(command.format(sql.Identifier(slot)), done, _never_mind)
+
+    def keep_over_failover(self, slot: str) -> None:
+        """Have standbys keep a copy of a slot that exists (PostgreSQL 17 and later)."""
+        command = sql.SQL("ALTER_REPLICATION_SLOT {} (FAILOVER true)")
+        self._execute(command.format(sql.Identifier(slot)), pq.ExecStatus.COMMAND_OK)
 
     def start(
         self,
@@ -185,11 +247,37 @@ class ReplicationConnection:
         """End the connection; the slot is free as soon as the server has noticed."""
         self._connection.finish()
 
-    def _execute(self, command: sql.Composable, expected: pq.ExecStatus) -> pq.abc.PGresult:
-        result = self._guard(lambda: self._connection.exec_(command.as_bytes(None)))
+    def _execute(
+        self,
+        command: sql.Composable,
+        expected: pq.ExecStatus,
+        idle: Callable[[float], object] | None = None,
+    ) -> pq.abc.PGresult:
+        """Run a command, as long as we are patient or `idle` does not raise."""
+        self._guard(lambda: self._connection.send_query(command.as_bytes(None)))
+        last = result = self._result(idle or self._impatient)
+        while last is not None and last.status != pq.ExecStatus.COPY_BOTH:
+            result, last = last, self._result(idle or self._impatient)
+        if result is None:
+            raise self._lost()
         if result.status != expected:
             raise self._refused(result)
         return result
+
+    def _result(self, idle: Callable[[float], object]) -> pq.abc.PGresult | None:
+        """The next result. libpq's own way of waiting for it has no end."""
+        started = time.monotonic()
+        while self._connection.is_busy():
+            if not select.select([self], [], [], _IDLE_SECONDS)[0]:
+                idle(time.monotonic() - started)
+            self._guard(self._connection.consume_input)
+        return self._connection.get_result()
+
+    def _impatient(self, seconds: float) -> None:
+        if seconds > self._patience:
+            raise ReplicationError(
+                f"PostgreSQL has not answered a command for {seconds:.0f} s; connecting anew."
+            )
 
     def _refused(self, result: pq.abc.PGresult) -> Exception:
         state, message = _diagnosis(result)
@@ -204,7 +292,8 @@ class ReplicationConnection:
                 "SQL_ASCII, or was changed by hand."
             )
         if state == _OBJECT_NOT_IN_STATE:
-            return SlotLost(f"{message}.")
+            lost = _INVALIDATED.search(message)
+            return SlotLost(f"{message}.") if lost else CatalogError(f"PostgreSQL: {message}.")
         failed = DecodingFailed if state == _INTERNAL else ReplicationError
         return failed(without_password(f"PostgreSQL: {message}.", self._dsn))
 
@@ -223,6 +312,10 @@ class ReplicationConnection:
     def _lost(self, message: str = "") -> ReplicationError:
         text = message or self._connection.get_error_message()
         return unreachable(psycopg.OperationalError(text), self._dsn)
+
+
+def _never_mind(seconds: float) -> None:
+    """How to wait for what has no time limit."""
 
 
 def _diagnosis(result: pq.abc.PGresult) -> tuple[str, str]:

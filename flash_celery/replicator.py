@@ -12,13 +12,14 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from typing import Any
 
 import psycopg
 
-from . import catalog, ddl, preflight, publications
+from . import catalog, ddl, preflight, publications, slots
 from .backoff import delays
 from .control import Control, Stopped
 from .enqueued import Lease
@@ -29,6 +30,7 @@ from .errors import (
     PublicationMismatch,
     ReplicationError,
     SlotInUse,
+    SlotLost,
     SlotMissing,
 )
 from .messages import Templates
@@ -39,12 +41,25 @@ from .publishing import Publishing
 from .replication import ReplicationConnection, unreachable
 from .session import Session
 from .settings import Settings
+from .slots import Gap
 from .subscriptions import Subscription, TableName, of_tables
+from .watch import Watch
 
 logger = logging.getLogger(__name__)
 
 #: Seconds between two looks at a slot that another replication worker reads.
 _STANDBY_PAUSE = 1.0
+#: Seconds after which it is said that the creation of a slot takes long.
+_LONG_SECONDS = 3.0
+_ON_PRIMARY = "Creating the slot %s; PostgreSQL waits for the transactions that are open to end"
+_ON_STANDBY = (
+    "Creating the slot %s; a standby waits for its primary to tell which transactions are open: "
+    "on the primary run SELECT pg_log_standby_snapshot();"
+)
+_NOT_NOTED = (
+    "A standby cannot note that the slot %s exists, so a loss of it would go unnoticed; on the "
+    "primary run %s;"
+)
 #: Connection failures that waiting does not mend (libpq gives no SQLSTATE for these).
 _HOPELESS = re.compile(
     r"authentication failed|no password supplied|does not exist|pg_hba\.conf|permission denied|"
@@ -93,6 +108,9 @@ class Replicator:
             )
         self._streamed = False
         self._seen_slot = False
+        #: Whether nothing was wrong when it was looked at, and whether the slot is lost all the
+        #: same, so that it is looked at again.
+        self._examined = self._doubted = False
         self._fingerprint = ""
         self._look: Callable[[], str] = str
         self._leaves: dict[int, tuple[TableName, ...]] = {}
@@ -143,7 +161,7 @@ class Replicator:
 
     def _retry(self, error: FlashError, said: str) -> str:
         """Wait before the next attempt; what has been said is not said again."""
-        if not error.retry:
+        if not error.retry and not self._comes_again(error):
             raise error
         if not self._streamed:
             refuse_hopeless(error, self._settings)
@@ -157,25 +175,46 @@ class Replicator:
         self.control.sleep(_STANDBY_PAUSE if isinstance(error, SlotInUse) else next(self._pauses))
         return str(error)
 
+    def _comes_again(self, error: FlashError) -> bool:
+        """Whether a slot was lost after it had been examined: the next examination knows more."""
+        doubted, self._doubted = self._doubted, isinstance(error, SlotLost | SlotMissing)
+        return self._doubted and not doubted and self._examined
+
     def _connected(self) -> None:
         """One pair of connections, from set-up to their end."""
         try:
+            patience = self._settings.longest_silence
             with (
-                catalog.connect(self._dsn) as connection,
-                closing(ReplicationConnection(self._dsn, self._on_notice)) as stream,
+                catalog.connect(self._dsn, patience) as connection,
+                closing(ReplicationConnection(self._dsn, self._on_notice, patience)) as stream,
             ):
+                self._same_server(stream, connection)
                 prefix = self._settings.flash_publication_slot_prefix
                 with ddl.alone(connection, prefix, self.control.sleep):
+                    self._examined = False
                     self._set_up(stream, connection)
+                    self._examined = True
                     self._start(stream, connection)
                 with closing(self._session(stream, connection)) as session:
                     session.run()
         except psycopg.OperationalError as error:
             raise unreachable(error, self._dsn) from error
 
+    def _same_server(
+        self, stream: ReplicationConnection, connection: psycopg.Connection[Any]
+    ) -> None:
+        """A DSN of several hosts may lead to one after the other."""
+        stream.introduce()
+        row = connection.execute("SELECT pg_postmaster_start_time()::text").fetchone()
+        if row != (stream.server,):
+            raise ReplicationError(
+                "Two connections to PostgreSQL lead to two servers; connecting anew (a DSN of "
+                "several hosts needs target_session_attrs=read-write)."
+            )
+
     def _still_there(self, report: preflight.Report) -> None:
         """A slot that this process has seen is never made again in silence."""
-        if self._seen_slot and not report.slot_exists:
+        if self._seen_slot and not report.slot_exists and report.gap is None:
             slot = self._settings.flash_replication_slot
             raise SlotMissing(
                 f"The slot {slot} was dropped while it was read (`flash reset`?); start again to "
@@ -196,6 +235,7 @@ class Replicator:
             self._settings,
             self._leaves,
             lambda: self._look() != self._fingerprint,
+            Watch(connection, stream.pid, self._settings, self._progress),
             self._lease(),
         )
 
@@ -216,15 +256,51 @@ class Replicator:
         slot = self._settings.flash_replication_slot
         prefix = self._settings.flash_publication_slot_prefix
         report = self._examine(connection)
+        if report.gap is not None:
+            # Noted first: whatever happens from here on, it will not be forgotten.
+            ddl.remember_gap(connection, prefix, report.gap)
+            if report.slot_lost:
+                slots.drop(connection, slot)
+            report = self._examine(connection)
         while report.steps:
             ddl.apply(connection, report.steps, self.control.sleep)
             report = self._examine(connection)
         if not report.slot_exists:
-            position = stream.create_slot(slot)
-            self._seen_slot = True
-            logger.info("Created the slot %s at %s", slot, position)
-        ddl.remember_slot(connection, prefix, slot)
+            self._create_slot(stream, report)
+        elif report.slot_stays_behind:
+            stream.keep_over_failover(slot)
+            logger.info("Standbys keep a copy of the slot %s from now on", slot)
+        if not report.standby:
+            ddl.remember_slot(connection, prefix, slot)
+        elif note := ddl.note_of_slot(connection, prefix, slot):
+            logger.warning(_NOT_NOTED, slot, note[0])
+        if report.gap is not None:
+            self._report(connection, report.gap)
         self._leaves = publications.leaves_of(connection, prefix)
+
+    def _create_slot(self, stream: ReplicationConnection, report: preflight.Report) -> None:
+        slot = self._settings.flash_replication_slot
+        said = False
+
+        def idle(seconds: float) -> None:
+            nonlocal said
+            if self.control.stopping:
+                raise Stopped
+            if seconds > _LONG_SECONDS and not said:
+                said = True
+                logger.warning(_ON_STANDBY if report.standby else _ON_PRIMARY, slot)
+
+        position = stream.create_slot(slot, self._settings.flash_failover_slot, idle)
+        self._seen_slot = True
+        logger.info("Created the slot %s at %s", slot, position)
+
+    def _report(self, connection: psycopg.Connection[Any], gap: Gap) -> None:
+        """The slot is there again: what lies between is noted for good, and said."""
+        slot = slots.find(connection, gap.slot)
+        _, time = slots.now(connection)
+        gap = replace(gap, until=slot.confirmed if slot else None, until_time=time)
+        ddl.remember_gap(connection, self._settings.flash_publication_slot_prefix, gap)
+        logger.error("%s; rebuild what depends on them. `flash status` shows them again", gap)
 
     def _examine(self, connection: psycopg.Connection[Any]) -> preflight.Report:
         """Look at everything; from now on a session notices when a table changes."""
@@ -232,8 +308,8 @@ class Replicator:
         names = publications.names(self._settings.flash_publication_slot_prefix)
         self._look = partial(catalog.fingerprint, connection, tables, names)
         self._fingerprint = self._look()
-        report = preflight.examine(connection, self._settings, self._subscriptions)
-        if report.read_by is None:
+        report = preflight.examine(connection, self._settings, self._subscriptions, self._progress)
+        if report.read_by is None and not report.standby:
             ddl.apply(connection, report.rescue, self.control.sleep)
         report.raise_first()
         self._still_there(report)
@@ -268,6 +344,7 @@ class Replicator:
         except SlotInUse as error:
             raise SlotInUse(f"{str(error)[:-1]}{_holder(connection, slot)}.") from None
         self._streamed = True
+        self._doubted = False
         self._pauses = delays()
         handlers = {subscription.handler for subscription in self._subscriptions}
         logger.info(

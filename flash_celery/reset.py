@@ -23,6 +23,7 @@ class Plan:
 
     slot: dict[str, Any] | None
     steps: list[Step]
+    prefix: str
     #: Why the publications stay, if they do.
     note: str = ""
 
@@ -64,17 +65,24 @@ def plan(connection: psycopg.Connection[Any], settings: Settings, slot: str) -> 
     owner = found.record.slot if found.record else None
     if owner not in (None, slot):
         note = f"leave the publications {prefix}_…: they belong to the slot {owner}"
-        return Plan(slot_status(connection, slot), [], note)
+        return Plan(slot_status(connection, slot), [], prefix, note)
     identities = ddl.restorable(connection, found, prefix)
     steps = ddl.forget(found, prefix, identities)
-    return Plan(slot_status(connection, slot), steps)
+    if connection.execute("SELECT pg_is_in_recovery()").fetchone() == (True,):
+        note = f"leave what a standby cannot alter; on the primary run {'; '.join(map(str, steps))}"
+        return Plan(slot_status(connection, slot), [], prefix, note if steps else "")
+    return Plan(slot_status(connection, slot), steps, prefix)
 
 
 def run(connection: psycopg.Connection[Any], undo: Plan, force: bool) -> None:
     """Do it. Raises `SlotInUse` if a replication worker reads the slot and `force` is not given."""
-    if undo.slot is not None:
-        _drop(connection, undo.slot["name"], force)
-    ddl.apply(connection, undo.steps)
+    with ddl.alone(connection, undo.prefix):
+        if undo.steps:
+            # From here on it is no loss that the slot is gone.
+            ddl.forget_slot(connection, undo.prefix)
+        if undo.slot is not None:
+            _drop(connection, undo.slot["name"], force)
+        ddl.apply(connection, undo.steps)
 
 
 def _drop(connection: psycopg.Connection[Any], slot: str, force: bool) -> None:

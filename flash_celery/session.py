@@ -29,6 +29,7 @@ from .routing import Catalog, Router
 from .settings import Settings
 from .subscriptions import Subscription, TableName
 from .transactions import Transactions, runs
+from .watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,8 @@ logger = logging.getLogger(__name__)
 _UNIT_BYTES = 1 << 20
 #: Seconds between two looks at the tables in the catalog.
 _LOOK_SECONDS = 1.0
-#: Runs that are taken before the server is looked after again.
-_STEPS = 10_000
+#: Seconds of work before the server is looked after again.
+_TURN_SECONDS = 0.5
 #: Seconds that a batch may fill up further while the broker is busy with what came before it.
 _HELD_SECONDS = 0.02
 #: How many status intervals may pass without a byte from the server.
@@ -60,6 +61,7 @@ class Session:
         settings: Settings,
         leaves: Mapping[int, Sequence[TableName]],
         tables_changed: Callable[[], bool],
+        watch: Watch,
         lease: Lease,
     ) -> None:
         self._stream = stream
@@ -82,9 +84,12 @@ class Session:
         #: What has arrived and waits for a spooled transaction to be replayed.
         self._runs: deque[tuple[bytes, list[bytes]]] = deque()
         self._look = tables_changed
+        self._watch = watch
         self._looked = time.monotonic()
-        self._interval = _status_interval(connection, self._settings)
-        self._heard = self._told = time.monotonic()
+        # Often enough for the server's own time limit.
+        self._interval = min(settings.flash_status_interval, stream.timeout / _SILENT_INTERVALS)
+        self._heard = self._told = self._awake = time.monotonic()
+        self._reading = True
         self._told_position = Lsn(0)
         self._handed = Lsn(0)
 
@@ -99,6 +104,7 @@ class Session:
         self._receive()
         end = None
         while True:
+            self._renew_lease()
             self._control.check()
             if self._control.stopping:
                 # An open transaction is read to its end, so that it need not be sent again.
@@ -106,14 +112,14 @@ class Session:
                 end = end or time.monotonic() + limit
                 if not self._transactions.open or time.monotonic() > end - limit / 2:
                     return self._drain(end)
-            elif self._tables_changed():
+            elif self._look_around():
                 logger.warning("A table of a handler is not what it was; looking at all of them")
                 return self._drain()
             self._turn()
 
     def _turn(self) -> None:
         behind = bool(self._runs) or self._transactions.replaying
-        reading = self._publishing.has_room and not behind
+        reading = self._reading = self._publishing.has_room and not behind
         sockets: list[Any] = [self._control, self._connection]
         ready, _, _ = select.select(
             [*sockets, self._stream] if reading else sockets, [], [], self._patience(behind)
@@ -142,12 +148,26 @@ class Session:
         self._runs.extend(runs(self._stream.receive()))
         self._progress.receive(self._stream.received)
 
-    def _tables_changed(self) -> bool:
-        """Whether a table is not the one it was when this session began; asked now and then."""
+    def _renew_lease(self) -> None:
+        """Nobody else is given the slot for some time. A process that was stopped has lost it,
+        whatever its socket looks like, and may not even publish what it has."""
+        now = time.monotonic()
+        lease = self._stream.timeout / 2
+        if now - self._awake > lease:
+            raise ReplicationError(
+                f"This process did not run for {now - self._awake:.0f} s, and another may read the "
+                "slot now; connecting anew."
+            )
+        self._awake = now
+        self._lease.until = now + lease
+
+    def _look_around(self) -> bool:
+        """Now and then: watch the slot; whether a table is not what it was at the beginning."""
         now = time.monotonic()
         if now - self._looked < _LOOK_SECONDS:
             return False
         self._looked = now
+        self._watch.look(self._stream.received, self._reading)
         return not self._transactions.open and self._look()
 
     def _patience(self, behind: bool) -> float:
@@ -163,9 +183,8 @@ class Session:
         """Take what has arrived, a unit's worth of it; whether the server asks for an answer."""
         arrived, transactions, outbox = self._runs, self._transactions, self._outbox
         asked = False
-        for _ in range(_STEPS):
-            if outbox.size >= _UNIT_BYTES:
-                break
+        ends = time.monotonic() + _TURN_SECONDS
+        while outbox.size < _UNIT_BYTES and time.monotonic() < ends:
             if transactions.replaying:
                 end = transactions.replay()
             elif arrived:
@@ -230,18 +249,10 @@ class Session:
                 logger.warning("Not everything was confirmed in time; it will be sent again.")
                 break
             self._control.rest(min(left, 0.1))
+            self._renew_lease()
             self._tell()
         self._tell()
         for _ in range(20):
             if self._stream.flush():
                 break
             select.select([], [self._stream], [], 0.05)
-
-
-def _status_interval(connection: psycopg.Connection[Any], settings: Settings) -> float:
-    """Often enough for the server's own time limit."""
-    row = connection.execute(
-        "SELECT setting::float / 1000 FROM pg_settings WHERE name = 'wal_sender_timeout'"
-    ).fetchone()
-    limit = float(row[0]) if row else 0.0
-    return min(settings.flash_status_interval, limit / 3 or settings.flash_status_interval)

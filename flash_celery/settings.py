@@ -52,6 +52,14 @@ class Settings:
     flash_push_down: bool = False
     #: Seconds between two status messages to PostgreSQL.
     flash_status_interval: float = 10.0
+    #: Seconds between two heartbeats, which are written into the WAL while the server is not idle
+    #: and must come back through the stream; 0 for none.
+    flash_heartbeat_interval: float = 10.0
+    #: What to do when the slot was lost or dropped: `halt`, or `recreate` it at the present and
+    #: record what was missed.
+    flash_on_lost_slot: str = "halt"
+    #: Have standbys keep a copy of the slot, so that it survives a failover (PostgreSQL 17).
+    flash_failover_slot: bool = False
     #: Seconds that SIGTERM leaves for what is in flight.
     flash_shutdown_timeout: float = 10.0
     #: More databases, by name: for each its `dsn`, and its `slot` and `prefix` where these are not
@@ -97,6 +105,11 @@ class Settings:
         """How the user of this source spells the DSN, slot or prefix."""
         return f"flash_sources[{self.source!r}][{_KEYS[setting]!r}]" if self.source else setting
 
+    @property
+    def longest_silence(self) -> float:
+        """Seconds without a word after which the server and we take each other for dead."""
+        return max(3 * self.flash_status_interval, 10.0)
+
     def _check(self) -> None:
         for setting in fields(self):
             expected = _KINDS.get(setting.name)
@@ -117,6 +130,14 @@ class Settings:
         for name in ("flash_status_interval", "flash_shutdown_timeout"):
             if not 0 < getattr(self, name) < 86_400:
                 raise ConfigurationError(f"{name} is a number of seconds above 0.")
+        if not 0 <= self.flash_heartbeat_interval < 86_400:
+            raise ConfigurationError(
+                "flash_heartbeat_interval is a number of seconds, or 0 for no heartbeats."
+            )
+        if self.flash_on_lost_slot not in ("halt", "recreate"):
+            raise ConfigurationError(
+                f"flash_on_lost_slot is 'halt' or 'recreate', not {self.flash_on_lost_slot!r}."
+            )
         self._check_names()
         if self.flash_spool_directory and not os.access(self.flash_spool_directory, os.W_OK):
             raise ConfigurationError(
@@ -220,6 +241,9 @@ _KINDS: dict[str, Any] = {
     "flash_replica_identity": str,
     "flash_push_down": bool,
     "flash_status_interval": (int, float),
+    "flash_heartbeat_interval": (int, float),
+    "flash_on_lost_slot": str,
+    "flash_failover_slot": bool,
     "flash_shutdown_timeout": (int, float),
     "flash_sources": Mapping,
 }

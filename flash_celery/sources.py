@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from .errors import ConfigurationError, SubscriptionError
-from .preflight import OK, STOP, Finding
+from .findings import OK, STOP, Finding
 from .settings import Settings
 from .subscriptions import Subscription
 

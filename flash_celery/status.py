@@ -7,12 +7,14 @@ from typing import Any
 
 import psycopg
 
+from . import publications
 from .backpressure import is_full
 from .doctor import unhandled
 from .errors import PublishError
 from .messages import Templates
 from .publishers.base import queue_depths
 from .settings import Settings
+from .slots import Gap
 from .subscriptions import Subscription
 
 _SLOT = """
@@ -66,6 +68,7 @@ def status(
 ) -> dict[str, Any]:
     """Everything, ready for JSON."""
     templates = Templates(app, settings, subscriptions)
+    record = publications.read(connection, settings.flash_publication_slot_prefix).record
     broker_error = dead = None
     depths: dict[str, int | None] = {}
     try:
@@ -79,6 +82,8 @@ def status(
         "other_sources": list(settings.flash_sources),
         "slot": slot_status(connection, settings.flash_replication_slot),
         "slot_name": settings.flash_replication_slot,
+        #: What was never read, because the slot was lost and made anew.
+        "gaps": record.gaps if record else [],
         "subscriptions": [_subscription(one, templates) for one in subscriptions],
         "queues": {name: depths.get(name) for name in templates.queues},
         "max_queue_length": settings.flash_max_queue_length,
@@ -102,7 +107,9 @@ def _subscription(subscription: Subscription, templates: Templates) -> dict[str,
 def lines(found: dict[str, Any]) -> list[str]:
     """The same for people."""
     said = [f"source     {found['source']}"] if found["source"] else []
-    said += [*_slot_lines(found), "", "handlers"]
+    said += _slot_lines(found)
+    said += [f"gap        {Gap(**gap)}" for gap in found["gaps"]]
+    said += ["", "handlers"]
     width = max((len(one["handler"]) for one in found["subscriptions"]), default=0)
     for one in found["subscriptions"]:
         operations, queues = "|".join(one["operations"]), ", ".join(one["queues"])

@@ -235,3 +235,26 @@ def test_a_broker_that_fails_when_asked_loses_nothing_and_gets_nothing_twice(bou
     wait(all_read)
     bounded.consume()
     assert bounded.read == list(range(35))
+
+
+def test_nothing_is_published_without_a_lease(thread):
+    thread._lease.until = time.monotonic() - 1
+    thread.put(unit(0, 3, 1))
+    thread.start()
+    assert not thread.publisher.tried.wait(0.5)
+    thread._lease.until = time.monotonic() + 60
+    wait(lambda: thread.idle)
+    assert thread.confirmed == [1]
+
+
+def test_what_is_given_up_while_there_is_no_lease_is_never_published(thread):
+    thread._lease.until = time.monotonic() - 1
+    thread.put(unit(0, 3, 1))
+    thread.start()
+    time.sleep(0.1)
+    thread.discard()
+    thread._lease.until = time.monotonic() + 60
+    thread.put(unit(10, 1, 2))
+    wait(lambda: thread.idle)
+    assert [m.body for m in thread.publisher.queues["flash"]] == ["10"]
+    assert thread.confirmed == [2]

@@ -1,0 +1,272 @@
+"""The slot is watched: neighbours, owners that are stopped or cut off, and slots that are lost."""
+
+import json
+import signal
+import time
+
+import pytest
+
+from example_project.servers import Postgres, Valkey, wait_until
+from tests.proxy import Proxy
+
+from .test_faults import handled, insert
+
+
+def one_of_the_slot(shop, column):
+    return shop.database.one(
+        f"SELECT {column} FROM pg_replication_slots WHERE slot_name = '{shop.database.slot}'"
+    )
+
+
+def until_confirmed(shop):
+    goal = shop.database.one("SELECT pg_current_wal_insert_lsn()")
+    wait_until(lambda: one_of_the_slot(shop, f"confirmed_flush_lsn >= '{goal}'"), "the slot")
+
+
+def reader(shop):
+    return one_of_the_slot(shop, "active_pid")
+
+
+# Neighbours.
+
+
+def written_elsewhere(shop, neighbour, rows, chunk):
+    """Write to another table and another database; the most that was behind meanwhile."""
+    behind = 0
+    shop.database.execute("CREATE TABLE other (id int, text text)")
+    neighbour.execute("CREATE TABLE other (id int, text text)")
+    for _ in range(0, rows, 2 * chunk):
+        for database in (shop.database, neighbour):
+            database.execute(
+                f"INSERT INTO other SELECT n, repeat('x', 50) FROM generate_series(1, {chunk}) n",
+                "TRUNCATE other",
+            )
+        lag = one_of_the_slot(shop, "pg_current_wal_insert_lsn() - confirmed_flush_lsn")
+        behind = max(behind, int(lag))
+    return behind
+
+
+def busy_neighbours(shop, new_database, rows, chunk):
+    replicate = shop.replicate()
+    shop.worker()
+    insert(shop.database, 1, 10)
+    handled(shop, 1, 10)
+    with shop.database.connect() as connection, connection.transaction():
+        connection.execute("INSERT INTO items VALUES (11, 'open')")
+        start = shop.database.one("SELECT pg_current_wal_insert_lsn()")
+        held = one_of_the_slot(shop, "restart_lsn")
+        behind = written_elsewhere(shop, new_database(), rows, chunk)
+        written = int(shop.database.one(f"SELECT pg_current_wal_insert_lsn() - '{start}'"))
+        assert written > rows * 80
+        # It follows meanwhile, but for what was written since the last answer.
+        assert behind < written / 2
+        until_confirmed(shop)
+        # PostgreSQL's own rule: it keeps what it needs to decode a transaction that is open.
+        assert one_of_the_slot(shop, f"restart_lsn <= '{start}' AND restart_lsn >= '{held}'")
+    handled(shop, 1, 11)
+    goal = shop.database.one("SELECT pg_current_wal_insert_lsn()")
+
+    def let_go():
+        # The server learns what it needs no more from what it notes about transactions.
+        shop.database.execute("CHECKPOINT")
+        return one_of_the_slot(shop, f"restart_lsn >= '{goal}'")
+
+    wait_until(let_go, "the WAL to be let go of")
+    assert shop.end(replicate) == 0
+
+
+def test_the_slot_follows_busy_neighbours_also_with_a_transaction_open(shop, new_database):
+    busy_neighbours(shop, new_database, 200_000, 10_000)
+
+
+@pytest.mark.soak
+def test_the_slot_follows_10_million_rows_of_neighbours(shop, new_database):
+    busy_neighbours(shop, new_database, 10_000_000, 100_000)
+
+
+# Owners.
+
+
+def test_a_standby_takes_over_when_the_owner_is_killed(shop):
+    first = shop.replicate()
+    second = shop.replicate(wait=False)
+    shop.until_said(second, "waiting until it is free")
+    shop.worker()
+    insert(shop.database, 1, 1000)
+    shop.end(first, signal.SIGKILL)
+    insert(shop.database, 1001, 1010)
+    shop.until_said(second, "Replicating the slot", timeout=10)  # 3 s on a machine that is not busy
+    handled(shop, 1, 1010)
+
+
+def test_an_owner_that_was_stopped_publishes_nothing_once_another_has_taken_over(shop):
+    first = shop.replicate()
+    second = shop.replicate(wait=False)
+    shop.until_said(second, "waiting until it is free")
+    shop.worker()
+    insert(shop.database, 1, 100)
+    handled(shop, 1, 100)
+    until_confirmed(shop)
+    first.send_signal(signal.SIGSTOP)
+    # These wait in its socket.
+    insert(shop.database, 101, 1000)
+    shop.until_said(second, "Replicating the slot")
+    insert(shop.database, 1001, 1100)
+    handled(shop, 1, 1100)
+    first.send_signal(signal.SIGCONT)
+    shop.until_said(first, "This process did not run for")
+    shop.until_said(first, "waiting until it is free")
+    insert(shop.database, 1101, 1110)
+    notes, _ = handled(shop, 1, 1110)
+    assert len(notes) == 1110
+    assert shop.end(second) == 0
+    wait_until(lambda: first.log.read_text().count("Replicating the slot") == 2, "the first")
+
+
+def test_an_owner_whose_network_is_gone_loses_the_slot(shop):
+    direct = shop.database.dsn
+    with Proxy(shop.database.server.port) as proxy:
+        there = direct.replace(str(shop.database.server.port), str(proxy.port))
+        first = shop.replicate(SHOP_DSN=f"{there}?sslmode=disable&connect_timeout=3")
+        second = shop.replicate(wait=False)
+        shop.until_said(second, "waiting until it is free")
+        shop.worker()
+        proxy.stall()
+        insert(shop.database, 1, 100)
+        shop.until_said(second, "Replicating the slot")
+        handled(shop, 1, 100)
+        shop.until_said(first, "connecting anew")
+        proxy.heal()
+        shop.until_said(first, "waiting until it is free")
+        insert(shop.database, 101, 110)
+        notes, _ = handled(shop, 1, 110)
+        assert len(notes) == 110
+
+
+def test_a_second_connection_that_says_nothing_any_more_is_replaced(shop):
+    with Proxy(shop.database.server.port) as proxy:
+        there = shop.database.dsn.replace(str(shop.database.server.port), str(proxy.port))
+        replicate = shop.replicate(SHOP_DSN=f"{there}?sslmode=disable&connect_timeout=3")
+        shop.worker()
+        insert(shop.database, 1, 10)
+        handled(shop, 1, 10)
+        proxy.stall(only=lambda opening: b"replication" not in opening)
+        shop.until_said(replicate, "a statement has not been answered for 10 s", timeout=30)
+        insert(shop.database, 11, 20)
+        proxy.heal()
+        handled(shop, 1, 20)
+        assert shop.end(replicate) == 0
+
+
+# Slots that are lost.
+
+#: Little WAL is kept for slots, and little else.
+SCARCE = {"max_slot_wal_keep_size": "48MB", "min_wal_size": "32MB", "max_wal_size": "32MB"}
+
+
+@pytest.fixture
+def scarce(make_shop, database):
+    """A shop on a PostgreSQL that keeps little WAL, with a broker that may be stopped."""
+    shared, before = database.server, database.dsn
+    with Postgres(**SCARCE) as own, Valkey() as broker:
+        database.server, database.dsn = own, own.dsn()
+        yield lambda **conf: make_shop(broker, SHOP_CONF=json.dumps(conf))
+    database.server, database.dsn = shared, before
+
+
+def fill(shop, megabytes, then="CHECKPOINT"):
+    shop.database.execute("CREATE TABLE IF NOT EXISTS filling (text text)")
+    for _ in range(megabytes // 8):
+        shop.database.execute(
+            "INSERT INTO filling SELECT repeat('x', 1000) FROM generate_series(1, 8000)",
+            "TRUNCATE filling",
+        )
+    shop.database.execute("SELECT pg_switch_wal()", then)
+
+
+def lose_while_the_broker_is_down(shop, replicate):
+    """The slot is lost to a worker that has read up to here; the position and time of that."""
+    insert(shop.database, 1, 10)
+    shop.worker()
+    handled(shop, 1, 10)
+    until_confirmed(shop)
+    time.sleep(3)  # it has looked, and has looked again
+    until_confirmed(shop)
+    shop.broker.stop()
+    insert(shop.database, 11, 20)
+    shop.until_said(replicate, "Nothing is acknowledged until it works again")
+    fill(shop, 32, "SELECT 1")
+    shop.until_said(replicate, "is lost after")
+    fill(shop, 64)
+    wait_until(lambda: one_of_the_slot(shop, "wal_status = 'lost'"), "the slot to be lost")
+
+
+def test_a_slot_that_is_lost_ends_it_with_what_is_missing(scarce):
+    shop = scarce()
+    replicate = shop.replicate()
+    lose_while_the_broker_is_down(shop, replicate)
+    assert replicate.wait(60) == 2
+    confirmed = one_of_the_slot(shop, "confirmed_flush_lsn")
+    log = replicate.log.read_text()
+    assert f"was invalidated: changes from {confirmed} (20" in log
+    assert f"are missing ({shop.database.slot}: wal_removed); run `flash reset`" in log
+    assert log.count("is lost after") == 1
+    # Another process knows the position still, and not the time.
+    again = shop.run("flash", "replicate")
+    assert again.returncode == 2
+    assert f"changes from {confirmed} (at an unknown time) to " in again.stderr
+
+
+def test_a_slot_that_is_lost_is_made_anew_where_that_is_wanted_and_the_gap_is_reported(scarce):
+    shop = scarce(flash_on_lost_slot="recreate")
+    replicate = shop.replicate()
+    lose_while_the_broker_is_down(shop, replicate)
+    confirmed = one_of_the_slot(shop, "confirmed_flush_lsn")
+    shop.until_said(replicate, "rebuild what depends on them")
+    assert f"changes from {confirmed} (20" in replicate.log.read_text()
+    shop.broker.start()
+    insert(shop.database, 21, 30)
+    notes = shop.until_noted(20)
+    assert [note["new"]["id"] for note in notes] == [*range(1, 11), *range(21, 31)]
+    status = json.loads(shop.run("flash", "status", "--json").stdout)
+    (gap,) = status["gaps"]
+    assert (gap["since"], gap["reason"]) == (confirmed, "wal_removed")
+    assert gap["since_time"] < gap["until_time"]
+    assert "gap        changes from " in shop.run("flash", "status").stdout
+    assert "warning  gap: changes from " in shop.run("flash", "doctor").stdout
+
+
+def drop_the_slot(shop):
+    shop.database.execute(f"SELECT pg_terminate_backend({reader(shop)})")
+    wait_until(lambda: reader(shop) is None, "the reader to end")
+    shop.database.execute(f"SELECT pg_drop_replication_slot('{shop.database.slot}')")
+
+
+def test_a_slot_that_was_dropped_meanwhile_is_never_made_anew_in_silence(shop):
+    shop.end(shop.replicate())
+    drop = f"SELECT pg_drop_replication_slot('{shop.database.slot}')"
+    wait_until(lambda: reader(shop) is None, "the reader to end")
+    shop.database.execute(drop)
+    halted = shop.run("flash", "replicate")
+    assert halted.returncode == 2
+    assert "existed and is gone: changes from an unknown position to " in halted.stderr
+    insert(shop.database, 1, 5)
+    replicate = shop.replicate(SHOP_CONF='{"flash_on_lost_slot": "recreate"}')
+    log = replicate.log.read_text()
+    assert "changes from an unknown position to " in log
+    assert f"are missing ({shop.database.slot}: dropped); rebuild what depends on them" in log
+    shop.worker()
+    insert(shop.database, 6, 10)
+    handled(shop, 6, 10)
+    assert shop.end(replicate) == 0
+
+
+def test_a_reset_under_way_is_no_loss(shop):
+    replicate = shop.replicate(SHOP_CONF='{"flash_on_lost_slot": "recreate"}')
+    done = shop.run("flash", "reset", "--yes", "--force")
+    assert done.returncode == 0, done.stderr
+    assert replicate.wait(30) == 2
+    assert "was dropped while it was read (`flash reset`?)" in replicate.log.read_text()
+    assert not shop.database.execute(
+        f"SELECT 1 FROM pg_replication_slots WHERE slot_name = '{shop.database.slot}'"
+    )

@@ -1,0 +1,131 @@
+"""A standby is read, and never written (PostgreSQL 16 and later)."""
+
+import re
+
+import pytest
+
+from example_project.servers import Postgres, Standby, wait_until
+from tests.conftest import Database, missing
+
+from .conftest import Shop
+from .test_faults import handled, insert
+
+
+@pytest.fixture(scope="module")
+def pair():
+    with Postgres() as primary:
+        if Database(primary, "postgres").one("SHOW server_version_num") < "160000":
+            missing("PostgreSQL 16 or later")
+        with Standby(primary) as standby:
+            yield primary, standby
+
+
+@pytest.fixture
+def shop(pair, valkey, tmp_path):
+    import redis
+
+    with redis.Redis(port=valkey.port) as client:
+        client.flushall()
+    primary, standby = (Database(server, "postgres") for server in pair)
+    primary.execute("CREATE TABLE items (id int PRIMARY KEY, name text, note text)")
+    shop = Shop(standby, valkey, tmp_path)
+    shop.primary = primary
+    applied(shop)
+    yield shop
+    shop.close()
+    slots = "FROM pg_replication_slots WHERE slot_type = 'logical'"
+    wait_until(
+        lambda: not standby.execute(f"SELECT 1 {slots} AND active"), "the slot to be let go of"
+    )
+    standby.execute(f"SELECT pg_drop_replication_slot(slot_name) {slots}")
+    for (name,) in primary.execute("SELECT pubname FROM pg_publication"):
+        primary.execute(f"DROP PUBLICATION {name}")
+    primary.execute("DROP TABLE items")
+
+
+def applied(shop):
+    """Wait until the standby has everything."""
+    goal = shop.primary.one("SELECT pg_current_wal_insert_lsn()")
+    wait_until(
+        lambda: shop.database.one(f"SELECT pg_last_wal_replay_lsn() >= '{goal}'::pg_lsn"),
+        "the standby to follow",
+    )
+
+
+def set_up_on_the_primary(shop):
+    """What the message of `replicate` says is to be run."""
+    said = shop.run("flash", "replicate")
+    assert said.returncode == 2
+    (statements,) = re.findall(r"on the primary run: (.*);$", said.stderr, re.MULTILINE)
+    shop.primary.execute(statements)
+    applied(shop)
+
+
+def replicating(shop):
+    """Start on the standby, which waits for its primary to tell which transactions are open."""
+    replicate = shop.replicate(wait=False)
+    wait_until(
+        lambda: (
+            shop.primary.execute("SELECT pg_log_standby_snapshot()")
+            and (
+                "Replicating the slot" in replicate.log.read_text() or replicate.poll() is not None
+            )
+        ),
+        "the slot to be created",
+    )
+    shop.until_said(replicate, "Replicating the slot")
+    return replicate
+
+
+def test_changes_are_read_from_a_standby(shop):
+    said = shop.run("flash", "doctor")
+    assert "on the primary run: CREATE PUBLICATION" in said.stdout
+    set_up_on_the_primary(shop)
+    replicate = replicating(shop)
+    shop.worker()
+    insert(shop.primary, 1, 100)
+    handled(shop, 1, 100)
+    status = shop.run("flash", "status")
+    assert status.returncode == 0, status.stderr
+    assert shop.end(replicate) == 0
+    insert(shop.primary, 101, 200)
+    shop.replicate()
+    handled(shop, 1, 200)
+
+
+def test_a_slot_that_a_standby_has_lost_is_noticed_once_the_primary_notes_that_there_is_one(shop):
+    set_up_on_the_primary(shop)
+    replicate = replicating(shop)
+    (note,) = re.findall(r"on the primary run (COMMENT .*);$", replicate.log.read_text(), re.M)
+    shop.primary.execute(note)
+    assert shop.end(replicate) == 0
+    wait_until(
+        lambda: not shop.database.execute("SELECT 1 FROM pg_replication_slots WHERE active"),
+        "the slot to be let go of",
+    )
+    shop.database.execute(f"SELECT pg_drop_replication_slot('{shop.database.slot}')")
+    applied(shop)
+    for setting in ("halt", "recreate"):  # which would have to be recorded
+        said = shop.run("flash", "replicate", SHOP_CONF=f'{{"flash_on_lost_slot": "{setting}"}}')
+        assert said.returncode == 2
+        assert "existed and is gone: changes from an unknown position to " in said.stderr
+
+
+def test_what_a_standby_cannot_create_it_says_while_it_waits_and_can_be_stopped(shop):
+    set_up_on_the_primary(shop)
+    replicate = shop.replicate(wait=False)
+    shop.until_said(replicate, "on the primary run SELECT pg_log_standby_snapshot()")
+    assert shop.end(replicate) == 0
+    wait_until(
+        lambda: not shop.database.execute("SELECT 1 FROM pg_replication_slots"),
+        "the slot to be given up",
+    )
+
+
+def test_reset_drops_the_slot_of_a_standby_and_says_what_the_primary_is_to_run(shop):
+    set_up_on_the_primary(shop)
+    shop.end(replicating(shop))
+    done = shop.run("flash", "reset", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert "on the primary run DROP PUBLICATION" in done.stdout
+    assert not shop.database.execute("SELECT 1 FROM pg_replication_slots")

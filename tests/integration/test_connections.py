@@ -1,0 +1,36 @@
+"""Both connections to a server that says nothing any more."""
+
+from contextlib import closing
+
+import pytest
+
+from flash_celery import catalog
+from flash_celery.errors import ReplicationError
+from flash_celery.replication import ReplicationConnection
+from tests.proxy import Proxy
+
+
+def test_a_command_that_is_not_answered_has_an_end(database):
+    with Proxy(database.server.port) as proxy:
+        dsn = database.dsn.replace(str(database.server.port), str(proxy.port)) + "?sslmode=disable"
+        with closing(ReplicationConnection(dsn, patience=0.5)) as stream:
+            proxy.stall()
+            with pytest.raises(ReplicationError, match="has not answered a command"):
+                stream.identify()
+        proxy.heal()
+        with catalog.connect(dsn, 0.5) as connection:
+            proxy.stall()
+            with pytest.raises(catalog.psycopg.OperationalError, match="has not been answered"):
+                connection.execute("SELECT 1")
+            assert connection.closed
+
+
+def test_the_server_lets_go_of_the_slot_as_soon_as_agreed_or_sooner(database):
+    for dsn, patience, agreed in (
+        (database.dsn, 10.0, 10.0),
+        (database.dsn + "?options=-c%20wal_sender_timeout%3D3s", 10.0, 3.0),
+        (database.dsn + "?options=-c%20wal_sender_timeout%3D0", 10.0, 10.0),
+    ):
+        with closing(ReplicationConnection(dsn, patience=patience)) as stream:
+            stream.introduce()
+            assert stream.timeout == agreed

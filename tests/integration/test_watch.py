@@ -1,0 +1,201 @@
+"""The watch over the slot, on a real server and with a clock of the test's own."""
+
+import logging
+import select
+from contextlib import closing
+
+import pytest
+
+from flash_celery import catalog, watch
+from flash_celery.errors import ConfigurationError, ReplicationError
+from flash_celery.preflight import examine
+from flash_celery.progress import Progress
+from flash_celery.protocol.lsn import Lsn
+from flash_celery.replication import ReplicationConnection
+from flash_celery.settings import Settings
+from flash_celery.subscriptions import Subscription, TableName
+from flash_celery.watch import Watch
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def stream(database):
+    database.execute("CREATE TABLE items (id int)", "CREATE PUBLICATION items FOR TABLE items")
+    with closing(ReplicationConnection(database.dsn)) as stream:
+        stream.create_slot(database.slot)
+        stream.introduce()
+        stream.start(database.slot, ["items"])
+        yield stream
+
+
+@pytest.fixture
+def connection(database):
+    with catalog.connect(database.dsn) as connection:
+        yield connection
+
+
+@pytest.fixture
+def progress():
+    return Progress()
+
+
+@pytest.fixture
+def guard(database, stream, connection, clock, progress):
+    settings = Settings(flash_replication_slot=database.slot)
+    return Watch(connection, stream.pid, settings, progress, clock)
+
+
+def position(database):
+    return Lsn.parse(database.one("SELECT pg_current_wal_insert_lsn()"))
+
+
+def test_a_heartbeat_that_does_not_come_back_ends_the_stream(database, guard, clock):
+    guard.look(Lsn(1), reading=True)
+    database.execute("INSERT INTO items SELECT generate_series(1, 1000)")
+    clock.now += 10
+    guard.look(Lsn(1), reading=True)  # writes it
+    clock.now += 29
+    guard.look(Lsn(1), reading=True)
+    clock.now += 2
+    with pytest.raises(ReplicationError, match="has not come through the stream for 31 s"):
+        guard.look(Lsn(1), reading=True)
+
+
+def test_a_stream_that_brings_something_or_is_not_read_is_not_judged(database, guard, clock):
+    guard.look(Lsn(1), reading=True)
+    database.execute("INSERT INTO items SELECT generate_series(1, 1000)")
+    clock.now += 10
+    guard.look(Lsn(1), reading=True)
+    for received in range(2, 10):
+        clock.now += 20
+        guard.look(Lsn(received), reading=True)
+    for _ in range(5):
+        clock.now += 40
+        guard.look(Lsn(9), reading=False)
+    guard.look(position(database), reading=True)
+    clock.now += 100
+    guard.look(Lsn(9), reading=True)
+
+
+def test_a_heartbeat_comes_back_as_a_position_whatever_is_published(database, stream, guard, clock):
+    guard.look(Lsn(0), reading=True)
+    database.execute("CREATE TABLE other AS SELECT generate_series(1, 1000)")
+    clock.now += 10
+    guard.look(Lsn(0), reading=True)
+    written = position(database)
+    start = stream.received
+    for _ in range(500):
+        stream.send_status(start, start, start, reply=True)
+        stream.receive()
+        if stream.received >= written:
+            break
+        select.select([stream], [], [], 0.05)
+    assert stream.received >= written
+
+
+def test_an_idle_server_is_not_kept_awake(database, guard, clock):
+    guard.look(Lsn(1), reading=True)
+    before = position(database)
+    for _ in range(20):
+        clock.now += 10
+        guard.look(position(database), reading=True)
+    # What it notes by itself now and then has less than this.
+    assert position(database) - before < 1024
+
+
+def test_a_role_that_may_write_no_heartbeat_is_told_once(
+    database, stream, connection, guard, clock, caplog
+):
+    database.execute("CREATE ROLE humble")
+    try:
+        for function in database.execute(
+            "SELECT oid::regprocedure FROM pg_proc WHERE proname = 'pg_logical_emit_message'"
+        ):
+            database.execute(f"REVOKE EXECUTE ON FUNCTION {function[0]} FROM PUBLIC")
+        connection.execute("SET ROLE humble")
+        for _ in range(4):
+            database.execute("INSERT INTO items SELECT generate_series(1, 1000)")
+            clock.now += 40
+            guard.look(Lsn(1), reading=True)
+        assert caplog.text.count("No heartbeats, only keepalives: permission denied") == 1
+    finally:
+        connection.execute("RESET ROLE")
+        database.execute("DROP ROLE humble")
+
+
+def test_a_slot_that_somebody_else_reads_or_nobody_ends_the_stream(database, stream, guard):
+    guard.look(Lsn(1), reading=True)
+    stream.close()
+    active = "FROM pg_replication_slots WHERE active AND database = current_database()"
+    while database.execute(f"SELECT 1 {active}"):
+        pass
+    with pytest.raises(ReplicationError, match="any more, but by nobody; connecting anew"):
+        guard.look(Lsn(1), reading=True)
+
+
+def test_what_was_committed_before_a_time_is_known_to_be_handled(database, guard, progress):
+    guard.look(Lsn(1), reading=True)
+    assert progress.confirmed_at is None
+    between = database.one("SELECT clock_timestamp()")
+    progress.confirm(position(database))
+    guard.look(Lsn(1), reading=True)
+    assert progress.confirmed_at < between
+    later = database.one("SELECT clock_timestamp()")
+    guard.look(Lsn(1), reading=True)
+    guard.look(Lsn(1), reading=True)
+    assert progress.confirmed_at < later
+
+
+def test_each_state_of_the_slot_is_said_once_and_better_ones_after_a_while(
+    guard, clock, caplog, monkeypatch
+):
+    states = [1, 1, 2, 3, 2, 3, 2, 1, 1, 0, 0, 1, 0, 0, 0]
+    left = iter(states)
+    monkeypatch.setattr(watch, "_danger", lambda *_: next(left))
+    caplog.set_level(logging.WARNING)
+    for _ in states:
+        clock.now += 25
+        guard.look(Lsn(0), reading=False)
+    said = [record.getMessage() for record in caplog.records]
+    kinds = ["more WAL than max_wal_size (", "lost after", "about to be lost", "again"]
+    assert [next(kind for kind in kinds if kind in line) for line in said] == [
+        *("more WAL than max_wal_size (", "lost after", "about to be lost"),
+        *("more WAL than max_wal_size (", "again"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wal_status", "safe", "limit", "danger"),
+    [
+        ("reserved", None, -1, 0),
+        ("extended", None, -1, 1),
+        ("extended", 60, 100, 1),
+        ("reserved", 40, 100, 2),
+        ("unreserved", 0, 100, 3),
+        ("lost", None, 100, 3),
+    ],
+)
+def test_how_much_danger_a_slot_is_in(wal_status, safe, limit, danger):
+    assert watch._danger(wal_status, safe, limit) == danger
+
+
+def test_a_failover_slot_needs_postgresql_17(database, connection):
+    database.execute("CREATE TABLE items (id int PRIMARY KEY)")
+    settings = Settings(flash_replication_slot=database.slot, flash_failover_slot=True)
+    report = examine(connection, settings, [Subscription("h", TableName("public", "items"))])
+    if connection.info.server_version >= 170000:
+        report.raise_first()
+    else:
+        with pytest.raises(ConfigurationError, match="flash_failover_slot needs PostgreSQL 17"):
+            report.raise_first()
