@@ -119,7 +119,10 @@ class SpoolError(FlashError):
     """A large transaction that is still open cannot be kept on disk."""
 
     retry = True
-    solution = "Make room, set flash_spool_directory, or turn flash_use_streaming off."
+    solution = (
+        "PostgreSQL keeps it meanwhile. Make room or set flash_spool_directory, and start anew; "
+        "or turn flash_use_streaming off."
+    )
 
 
 class PublishError(FlashError):

@@ -32,6 +32,7 @@ from .errors import (
     SlotInUse,
     SlotLost,
     SlotMissing,
+    SpoolError,
 )
 from .messages import Templates
 from .progress import Progress
@@ -165,10 +166,11 @@ class Replicator:
             raise error
         if not self._streamed:
             refuse_hopeless(error, self._settings)
-        if self._streaming and isinstance(error, DecodingFailed):
-            # A TRUNCATE in a savepoint that is rolled back cannot be decoded while it is open.
+        if self._streaming and isinstance(error, (DecodingFailed, SpoolError)):
+            # A TRUNCATE in a savepoint that is rolled back cannot be decoded while it is open; and
+            # what does not fit on our disk, PostgreSQL keeps on its own.
             self._streaming = False
-            logger.warning("PostgreSQL cannot stream this transaction; going on without streaming")
+            logger.warning("Going on without streaming, until the next start")
         if str(error) != said:
             logger.warning("%s %s", error, error.solution)
         self._publishing.discard()

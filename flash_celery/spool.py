@@ -67,13 +67,16 @@ class Spool:
         self._aborted.add(xid)
 
     def messages(self) -> Iterator[bytes]:
-        """What is to be applied, in order."""
-        self._file.seek(0)
-        while header := self._file.read(_HEADER.size):
-            xid, length = _HEADER.unpack(header)
-            payload = self._file.read(length)
-            if xid not in self._aborted:
-                yield payload
+        """What is to be applied, in order. Raises `SpoolError`."""
+        try:
+            self._file.seek(0)  # writes what is buffered
+            while header := self._file.read(_HEADER.size):
+                xid, length = _HEADER.unpack(header)
+                payload = self._file.read(length)
+                if xid not in self._aborted:
+                    yield payload
+        except OSError as error:
+            raise SpoolError(f"A large transaction cannot be spooled: {error}.") from error
 
     def close(self) -> None:
         """Let go of the memory or the file."""
