@@ -27,6 +27,8 @@ _LOOK = 0.02
 _CHUNK = 1 << 16
 #: Bytes from the client by which a connection is picked.
 _OPENING = 1024
+#: Bytes that the kernel keeps of what has not been passed on yet.
+_BUFFER = 1 << 16
 #: A close sends RST, and what has not been sent is thrown away.
 _RESET = struct.pack("ii", 1, 0)
 
@@ -143,6 +145,7 @@ class Proxy:
     def _bound(port: int) -> socket.socket:
         bound = socket.socket()
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
         bound.bind((HOST, port))
         return bound
 

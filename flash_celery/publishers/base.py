@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
@@ -47,7 +47,8 @@ class Publisher(Protocol):
 class ConnectedPublisher:
     """A publisher with a kombu connection of its own."""
 
-    #: Transport options for `timeout`, which the app's own go before.
+    #: Transport options, and those that are set to `timeout`; the app's own go before.
+    transport_options: Mapping[str, Any] = {}
     timeouts: Sequence[str] = ()
 
     def __init__(self, app: Any, timeout: float = TIMEOUT) -> None:
@@ -63,8 +64,11 @@ class ConnectedPublisher:
         """Connect and declare the queues. Raises `PublishError`."""
         self.close()
         self.confirmed = 0  # what an earlier call got through says nothing of the next one
-        options = dict.fromkeys(self.timeouts, self.timeout)
-        options.update(self._app.conf.broker_transport_options)
+        options = {
+            **self.transport_options,
+            **dict.fromkeys(self.timeouts, self.timeout),
+            **self._app.conf.broker_transport_options,
+        }
         self._connection = self._app.connection_for_write(
             transport_options=options, connect_timeout=self._app.conf.broker_connection_timeout
         )

@@ -6,6 +6,7 @@ The channel knows the key prefix, the keys of priorities and the envelope of a m
 from __future__ import annotations
 
 import re
+import socket
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,12 @@ from .journal import Journal
 #: Messages in one LPUSH, and bytes of one.
 _PUSH_MESSAGES = 500
 _PUSH_BYTES = 4 << 20
+#: Bytes that may wait unsent: the wait for a reply begins when the kernel has taken everything, and
+#: on a slow line megabytes would take longer than it may, and be sent again for ever. And when the
+#: kernel asks whether the other side is still there (seconds; seconds in between; times).
+_TCP = {"TCP_NOTSENT_LOWAT": 1 << 17, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
+#: Those that this system knows.
+_TCP_OPTIONS = {getattr(socket, name): n for name, n in _TCP.items() if hasattr(socket, name)}
 #: What differs between the messages of a form; found in the text that kombu makes of a sample.
 _VARYING = ("id", "argsrepr", "body", "tag")
 
@@ -32,6 +39,7 @@ _VARYING = ("id", "argsrepr", "body", "tag")
 class RedisPublisher(ConnectedPublisher):
     """Pushes onto the lists that Celery workers pop from; the reply to the push confirms."""
 
+    transport_options = {"socket_keepalive": True, "socket_keepalive_options": _TCP_OPTIONS}
     timeouts = "socket_timeout", "socket_connect_timeout"
 
     def __init__(self, app: Any, timeout: float = TIMEOUT) -> None:
