@@ -41,10 +41,9 @@ _LOOK_SECONDS = 1.0
 _TURN_SECONDS = 0.5
 #: Seconds that a batch may fill up further while the broker is busy with what came before it.
 _HELD_SECONDS = 0.02
-#: How many status intervals may pass without a byte from the server.
+#: How many status intervals may pass without a byte from the server, which is asked for an answer
+#: in each.
 _SILENT_INTERVALS = 3
-#: … and seconds, at least.
-_LEAST_SILENCE = 10.0
 
 
 class Session:
@@ -138,10 +137,15 @@ class Session:
         overdue = now - self._told >= self._interval
         if asked or overdue or self._progress.confirmed != self._told_position:
             self._tell(reply=overdue)
-        if now - self._heard > max(_SILENT_INTERVALS * self._interval, _LEAST_SILENCE):
+        if now - self._heard > _SILENT_INTERVALS * self._interval:
+            self._silent(now - self._heard)
+
+    def _silent(self, seconds: float) -> None:
+        if not self._watch.busy():
             raise ReplicationError(
-                f"PostgreSQL has been silent for {now - self._heard:.0f} s; connecting anew."
+                f"PostgreSQL has been silent for {seconds:.0f} s; connecting anew."
             )
+        self._heard += self._interval
 
     def _receive(self) -> None:
         self._heard = time.monotonic()

@@ -108,7 +108,7 @@ class Settings:
     @property
     def longest_silence(self) -> float:
         """Seconds without a word after which the server and we take each other for dead."""
-        return max(3 * self.flash_status_interval, 10.0)
+        return 3 * self.flash_status_interval
 
     def _check(self) -> None:
         for setting in fields(self):

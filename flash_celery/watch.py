@@ -29,6 +29,9 @@ _IDLE_BYTES = 1024
 _CALM_SECONDS = 60.0
 #: The slot is in danger with less than this part of `max_slot_wal_keep_size` left.
 _LOW = 0.5
+#: Types of wait events of a process that waits for us, or for something to do; or is no more.
+_GONE = "gone"
+_IDLE = ("Activity", "Client", _GONE)
 #: What PostgreSQL calls it when it waits for the standbys of `synchronized_standby_slots`.
 _HELD_BACK = "WaitForStandbyConfirmation"
 
@@ -116,11 +119,27 @@ class Watch:
         elif now - max(self._moved, self._heartbeat.written) > self._patience:
             self._overdue(now - self._heartbeat.written)
 
-    def _overdue(self, seconds: float) -> None:
+    def busy(self) -> bool:
+        """Whether the server's process waits for nobody: it decodes, and has no time to answer.
+
+        While it goes through a large transaction of other tables PostgreSQL answers only each
+        half of `wal_sender_timeout`, and before 16 it may not at all (a materialized view).
+        """
+        kind, _ = self._waits_for()
+        return kind not in _IDLE
+
+    def _waits_for(self) -> tuple[str | None, str | None]:
         row = self._connection.execute(
-            "SELECT wait_event FROM pg_stat_activity WHERE pid = %s", [self._pid]
+            "SELECT wait_event_type, wait_event FROM pg_stat_activity WHERE pid = %s", [self._pid]
         ).fetchone()
-        if row != (_HELD_BACK,):
+        return row or (_GONE, None)
+
+    def _overdue(self, seconds: float) -> None:
+        kind, event = self._waits_for()
+        if event != _HELD_BACK:
+            if kind not in _IDLE:
+                self._moved = self._clock()
+                return
             assert self._heartbeat is not None
             raise ReplicationError(
                 f"What was written at {self._heartbeat.position} has not come through the stream "
