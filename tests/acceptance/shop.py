@@ -38,6 +38,7 @@ def note(task, told):
                     "handler": task.name.rpartition(".")[2],
                     "task_id": task.request.id,
                     "source": change.source,
+                    "table": change.table,
                     "operation": change.operation.names()[0],
                     "id": change.id,
                     "together": len(changes),
@@ -88,8 +89,8 @@ if os.environ.get("SHOP_BATCH") != "only":
         time.sleep(float(os.environ.get("SHOP_SLEEP", "0")))
 
 
-if os.environ.get("SHOP_ALSO"):
-    on_change(os.environ["SHOP_ALSO"])(each)
+for also in filter(None, os.environ.get("SHOP_ALSO", "").split(",")):
+    on_change(also)(each)
 
 
 if os.environ.get("SHOP_BATCH"):
