@@ -1,8 +1,11 @@
 """Nothing is lost when a process dies or a server restarts."""
 
+import contextlib
+import json
 import signal
 import time
 
+import psutil
 import pytest
 
 from example_project.servers import Postgres, Rabbit, Valkey, wait_until
@@ -88,6 +91,47 @@ def test_a_restart_of_postgresql(shop_of_its_own, own_postgres, number):
     own_postgres.start()
     insert(shop.database, 101, 200)
     handled(shop, 1, 200)
+    assert shop.end(replicate) == 0
+
+
+def test_pg_terminate_backend_of_either_connection(shop):
+    replicate = shop.replicate()
+    insert(shop.database, 1, 100)
+    for number, kind in enumerate(("walsender", "client backend"), 1):
+        assert shop.database.one(
+            "SELECT bool_and(pg_terminate_backend(pid)) FROM pg_stat_activity "
+            f"WHERE application_name = 'flash_celery' AND datname = '{shop.database.name}' "
+            f"AND backend_type = '{kind}'"
+        )
+        insert(shop.database, number * 100 + 1, number * 100 + 100)
+        confirmed(shop)
+    shop.worker()
+    handled(shop, 1, 300)
+    assert shop.end(replicate) == 0
+
+
+def test_a_worker_that_is_killed_in_a_handler(any_shop):
+    """SIGKILL of the parent, its children first or after it; each change is handled by another."""
+    shop = any_shop
+    options = {
+        "visibility_timeout": 2,
+        "unacked_restore_interval": 1,
+        "unacked_restore_throttle": 1,
+    }
+    if shop.broker.url.startswith("redis"):
+        shop.environment["SHOP_CONF"] = json.dumps({"broker_transport_options": options})
+    replicate = shop.replicate()
+    killed = shop.worker("prefork", SHOP_SLEEP="1000")
+    insert(shop.database, 1, 10)
+    shop.until_noted(2)  # both children have one
+    family = psutil.Process(killed.pid).children(recursive=True)
+    shop.end(killed, signal.SIGKILL)
+    for child in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    shop.worker()
+    wait_until(lambda: len(shop.notes()) == 12, "the changes to come back")
+    handled(shop, 1, 10)
     assert shop.end(replicate) == 0
 
 
