@@ -107,15 +107,31 @@ def claims(text):
     return found
 
 
+def written_tests():
+    written = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        written.update(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
+    return written
+
+
 def test_every_claim_of_the_semantics_has_a_test():
     found = claims(DOCS["semantics.md"])
     assert len(found) > 15
     for said, tests in found:
         assert tests, f"Say which test proves it, <!-- test: its_name --> below: {said}"
-    written = set()
-    for path in (ROOT / "tests").rglob("test_*.py"):
-        written.update(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
-    assert {test for _, tests in found for test in tests} <= written
+    assert {test for _, tests in found for test in tests} <= written_tests()
+
+
+def test_every_row_of_what_happens_when_has_a_test():
+    _, _, text = DOCS["reliability.md"].partition("## What happens when")
+    text, _, _ = text.partition("\n\nCelery's")
+    rows = [row for row in text.splitlines() if row.startswith("| ") and "**" not in row][1:]
+    assert len(rows) > 20
+    written = written_tests()
+    for row in rows:
+        names = re.findall(r"`(test_\w+)`", row)
+        assert names, row
+        assert set(names) <= written, row
 
 
 def commands(group, name=""):
