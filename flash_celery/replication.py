@@ -106,10 +106,12 @@ class ReplicationConnection:
         """Connect. With `patience` seconds of silence each side takes the other for dead."""
         self._dsn = dsn
         self._patience = patience
-        target = pinned(dsn, replication="database")
-        self._connection = pq.PGconn.connect(target.encode())
-        if self._connection.status != pq.ConnStatus.OK:
-            raise self._lost()
+        try:
+            # Not `PGconn.connect`, which lets no other thread run meanwhile.
+            self._owner = psycopg.connect(pinned(dsn, replication="database"), autocommit=True)
+        except psycopg.OperationalError as error:
+            raise unreachable(error, dsn) from None
+        self._connection = self._owner.pgconn
         #: The server's position when it sent what was received last.
         self.received = Lsn(0)
         #: The process that serves us, and when its server was started.
@@ -245,7 +247,7 @@ class ReplicationConnection:
 
     def close(self) -> None:
         """End the connection; the slot is free as soon as the server has noticed."""
-        self._connection.finish()
+        self._owner.close()
 
     def _execute(
         self,

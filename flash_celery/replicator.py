@@ -363,7 +363,7 @@ class Replicator:
 
     def _on_notice(self, state: str, message: str) -> None:
         logger.warning("PostgreSQL: %s", message)
-        if state == "55000":
+        if state == "55000" and "publication" in message:
             # PostgreSQL 18 skips a publication it does not find and sends nothing of it.
             self.control.fail(PublicationMismatch(f"{message}; run `flash reset` to start anew."))
 

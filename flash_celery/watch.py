@@ -183,7 +183,7 @@ _SAID = {
     0: "The slot %s keeps no more WAL than max_wal_size again",
     _EXTENDED: "The slot %s keeps more WAL than max_wal_size (wal_status extended); something "
     "holds it up: the broker, the handlers' queue, or a long transaction",
-    _RUNNING_OUT: "The slot %s is lost after %d bytes more of WAL (safe_wal_size): mend what holds "
+    _RUNNING_OUT: "The slot %s is lost after %s bytes more of WAL (safe_wal_size): mend what holds "
     "it up, or raise max_slot_wal_keep_size",
     _UNRESERVED: "The slot %s is about to be lost (wal_status unreserved): PostgreSQL removes WAL "
     "that it needs at the next checkpoint; raise max_slot_wal_keep_size now",

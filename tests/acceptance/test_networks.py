@@ -17,7 +17,9 @@ from tests.proxy import Proxy, Way
 INTERVAL = 2
 #: What the replication worker says of a connection that it gives up.
 GIVEN_UP = {
-    "postgresql": r"PostgreSQL (has been silent|has not answered)|connection to PostgreSQL failed",
+    # Or the server has given up our connection first, and the other one tells.
+    "postgresql": r"PostgreSQL (has been silent|has not answered)|connection to PostgreSQL failed|"
+    r"is not read by this worker",
     "broker": r"The broker (.* failed|has taken nothing|confirmed none)",
 }
 

@@ -114,7 +114,6 @@ def test_an_owner_that_was_stopped_publishes_nothing_once_another_has_taken_over
     insert(shop.database, 1001, 1100)
     handled(shop, 1, 1100)
     first.send_signal(signal.SIGCONT)
-    shop.until_said(first, "This process did not run for")
     shop.until_said(first, "waiting until it is free")
     insert(shop.database, 1101, 1110)
     notes, _ = handled(shop, 1, 1110)
@@ -135,7 +134,7 @@ def test_an_owner_whose_network_is_gone_loses_the_slot(shop):
         insert(shop.database, 1, 100)
         shop.until_said(second, "Replicating the slot")
         handled(shop, 1, 100)
-        shop.until_said(first, "connecting anew")
+        shop.until_said(first, "has not been answered for 10 s")
         proxy.heal()
         shop.until_said(first, "waiting until it is free")
         insert(shop.database, 101, 110)
@@ -185,7 +184,7 @@ def fill(shop, megabytes, then="CHECKPOINT"):
 
 
 def lose_while_the_broker_is_down(shop, replicate):
-    """The slot is lost to a worker that has read up to here; the position and time of that."""
+    """The slot is lost to a worker that has read up to here; the position of that."""
     insert(shop.database, 1, 10)
     shop.worker()
     handled(shop, 1, 10)
@@ -197,16 +196,16 @@ def lose_while_the_broker_is_down(shop, replicate):
     shop.until_said(replicate, "Nothing is acknowledged until it works again")
     fill(shop, 32, "SELECT 1")
     shop.until_said(replicate, "is lost after")
+    confirmed = one_of_the_slot(shop, "confirmed_flush_lsn")
     fill(shop, 64)
-    wait_until(lambda: one_of_the_slot(shop, "wal_status = 'lost'"), "the slot to be lost")
+    return confirmed
 
 
 def test_a_slot_that_is_lost_ends_it_with_what_is_missing(scarce):
     shop = scarce()
     replicate = shop.replicate()
-    lose_while_the_broker_is_down(shop, replicate)
+    confirmed = lose_while_the_broker_is_down(shop, replicate)
     assert replicate.wait(60) == 2
-    confirmed = one_of_the_slot(shop, "confirmed_flush_lsn")
     log = replicate.log.read_text()
     assert f"was invalidated: changes from {confirmed} (20" in log
     assert f"are missing ({shop.database.slot}: wal_removed); run `flash reset`" in log
@@ -220,8 +219,7 @@ def test_a_slot_that_is_lost_ends_it_with_what_is_missing(scarce):
 def test_a_slot_that_is_lost_is_made_anew_where_that_is_wanted_and_the_gap_is_reported(scarce):
     shop = scarce(flash_on_lost_slot="recreate")
     replicate = shop.replicate()
-    lose_while_the_broker_is_down(shop, replicate)
-    confirmed = one_of_the_slot(shop, "confirmed_flush_lsn")
+    confirmed = lose_while_the_broker_is_down(shop, replicate)
     shop.until_said(replicate, "rebuild what depends on them")
     assert f"changes from {confirmed} (20" in replicate.log.read_text()
     shop.broker.start()

@@ -151,6 +151,7 @@ def test_what_was_committed_before_a_time_is_known_to_be_handled(database, guard
     progress.confirm(position(database))
     guard.look(Lsn(1), reading=True)
     assert progress.confirmed_at < between
+    database.execute("INSERT INTO items VALUES (1)")
     later = database.one("SELECT clock_timestamp()")
     guard.look(Lsn(1), reading=True)
     guard.look(Lsn(1), reading=True)
