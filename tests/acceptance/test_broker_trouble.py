@@ -49,8 +49,9 @@ def test_a_broker_that_is_down_for_minutes(make_shop, seconds):
             assert found["slot"]["active"]
             assert found["slot"]["lag_bytes"] > 50_000
             assert replicate.poll() is None
-        # Said at once, and then every minute.
-        assert replicate.log.read_text().count(FAILS) == 1 + seconds // 60
+        # Said at once, and then with the first attempt after each minute.
+        times = replicate.log.read_text().count(FAILS)
+        assert 1 + seconds // 80 <= times <= 1 + seconds // 60
         own.start()
         confirmed(shop)
         shop.worker()
