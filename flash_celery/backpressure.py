@@ -16,7 +16,7 @@ from .messages import Message
 logger = logging.getLogger(__name__)
 
 #: Seconds between two looks at a queue that is full.
-_LOOK_SECONDS = 0.2
+_LOOK_SECONDS = 0.05
 #: Seconds between two complaints about full queues.
 _REMINDER_SECONDS = 60.0
 
