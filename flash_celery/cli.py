@@ -15,6 +15,13 @@ import click
 BAD_INPUT, STOPPED = 2, 1
 
 
+def _say(line: str, err: bool = False) -> None:
+    """Print one line. What it names, anybody may have chosen who can write to the database."""
+    from .escaping import escaped
+
+    click.echo(escaped(line), err=err)
+
+
 @click.group(name="flash")
 def flash() -> None:
     """PostgreSQL changes as Celery tasks."""
@@ -89,9 +96,9 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(_Project(context.obj.app, source), *args, **kwargs)
         except FlashError as error:
-            click.echo(f"Error: {error}", err=True)
+            _say(f"Error: {error}", err=True)
         except Error as error:
-            click.echo(f"Error: PostgreSQL: {str(error).strip()}", err=True)
+            _say(f"Error: PostgreSQL: {' '.join(str(error).split())}", err=True)
         return context.exit(BAD_INPUT)
 
     return run
@@ -156,7 +163,11 @@ def status(project: _Project, as_json: bool) -> None:
 
     with project.connect() as connection:
         found = report.status(connection, project.app, project.settings, project.subscriptions)
-    click.echo(json.dumps(found, indent=2) if as_json else "\n".join(report.lines(found)))
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        for line in report.lines(found):
+            _say(line)
 
 
 @flash.command()
@@ -183,9 +194,9 @@ def doctor(project: _Project, explain: bool) -> None:
     findings += sources.findings(*project.sources)
     findings += [*checks.broker(project.app), *checks.workers(project.app, project.subscriptions)]
     for finding in findings:
-        click.echo(checks.line(finding))
+        _say(checks.line(finding))
     for line in explained:
-        click.echo(line)
+        _say(line)
     if any(finding.level == preflight.STOP for finding in findings):
         click.get_current_context().exit(STOPPED)
 
@@ -206,11 +217,11 @@ def reset(project: _Project, slot: str | None, yes: bool, force: bool) -> None:
     with project.connect() as connection:
         undo = resetting.plan(connection, project.settings, name)
         if undo.empty:
-            click.echo(undo.note or f"Nothing to reset: there is no slot {name}.")
+            _say(undo.note or f"Nothing to reset: there is no slot {name}.")
             return
-        click.echo("This will")
+        _say("This will")
         for line in undo.lines():
-            click.echo(f"  {line}")
+            _say(f"  {line}")
         if not yes:
             click.confirm("Go on?", abort=True)
         resetting.run(connection, undo, force)
@@ -239,12 +250,12 @@ def tail(project: _Project, tables: tuple[str, ...], limit: int | None) -> None:
     def show(change: Any) -> bool:
         nonlocal shown
         shown += 1
-        click.echo(tailing.line(change))
+        _say(tailing.line(change))
         return limit is None or shown < limit
 
     def ready() -> None:
         names = ", ".join(map(str, wanted))
-        click.echo(f"Following {names}; Ctrl-C ends it.", err=True)
+        _say(f"Following {names}; Ctrl-C ends it.", err=True)
 
     try:
         tailing.tail(project.settings.require_dsn(), wanted, show, ready, project.settings.source)
@@ -293,7 +304,7 @@ def dead_list(project: _Project, wanted: Any, as_json: bool) -> None:
         click.echo(json.dumps([letterbox.as_json(letter) for letter in found], indent=2))
         return
     for line in letterbox.table(found) if found else ["no dead letters"]:
-        click.echo(line)
+        _say(line)
     if box.strangers:
         click.echo(f"{box.strangers} other messages are in the queue; they stay there.", err=True)
 
@@ -313,7 +324,8 @@ def dead_show(project: _Project, id: str, as_json: bool) -> None:
             decoded = {"decoded": letterbox.changes(letter, tail.line)}
             click.echo(json.dumps(letterbox.as_json(letter) | decoded, indent=2))
         else:
-            click.echo("\n".join(letterbox.whole(letter, tail.line)))
+            for line in letterbox.whole(letter, tail.line):
+                _say(line)
 
 
 @dead.command("retry")
@@ -344,7 +356,7 @@ def dead_drop(project: _Project, wanted: Any, everything: bool, yes: bool) -> No
     box, found = _chosen(project, wanted, everything)
     if found and not yes:
         for line in letterbox.table(found):
-            click.echo(line)
+            _say(line)
         click.confirm(f"Throw {len(found)} away?", abort=True)
     click.echo(f"{box.drop(found)} thrown away.")
 

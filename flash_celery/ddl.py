@@ -21,6 +21,7 @@ from .backoff import delays
 from .catalog import CatalogTable
 from .changes import Operation
 from .errors import CatalogError, TableLocked
+from .escaping import escaped
 from .publications import OPERATIONS, Found, Record, Wanted, name_of
 
 logger = logging.getLogger(__name__)
@@ -321,7 +322,7 @@ def apply(
     """Run the statements, each by itself. Raises `TableLocked` or `CatalogError`."""
     for step in steps:
         if step.table is not None:
-            logger.info("%s", step)
+            logger.info("%s", escaped(str(step)))
         _run(connection, step, wait)
 
 
@@ -338,7 +339,7 @@ def _run(connection: psycopg.Connection[Any], step: Step, wait: Callable[[float]
                 raise TableLocked(
                     f"{step} waits for {blockers}; end that session if it is idle."
                 ) from None
-            logger.warning("%s waits for %s", step, blockers)
+            logger.warning("%s", escaped(f"{step} waits for {blockers}"))
             wait(pause)
         except psycopg.OperationalError:
             raise

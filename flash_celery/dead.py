@@ -23,6 +23,7 @@ from kombu.exceptions import OperationalError
 from . import letters, publishers
 from .backoff import delays
 from .errors import ProcessKilled, PublishError
+from .escaping import escaped
 from .letters import Letter
 from .messages import Message
 from .publishers.base import Publisher
@@ -81,7 +82,7 @@ def _put_back(consumer: Any) -> Any:
         logger.error(
             "The queue %s holds dead letters, which no worker can run; this worker consumes it no "
             "longer. Take it out of -Q and of task_queues; see `flash dead list`",
-            name,
+            escaped(name),
         )
         consumer.cancel_task_queue(name)
         reject(logger, consumer.connection_errors, True)
@@ -153,8 +154,8 @@ class HandlerRequest(Request):  # type: ignore[misc] # Celery ships no types
         """Send the message once more, with what it has done in its headers."""
         state.task_ready(self)
         logger.error(
-            "%s[%s] (%s) has ended its process, for the %d. time; it is tried again: %s",
-            *(self.name, self.id, self.argsrepr, deaths, error),
+            "%s has ended its process, for the %d. time; it is tried again: %s",
+            *(_shown(self.name, self.id, self.argsrepr), deaths, escaped(str(error))),
         )
         message = letters.received_again(self.message, self._where, {letters.DEATHS: deaths})
         try:
@@ -192,16 +193,20 @@ def _bury(app: Any, letter: Letter) -> bool:
         _sender.send(app, letters.seal(app, letter, name), letters.queue(app, name))
     except PublishError as failed:
         logger.error(
-            "%s[%s] (%s) has failed and goes back to its queue, for its dead letter cannot be "
-            "stored: %s",
-            *(letter.handler, letter.id, letter.argsrepr, failed),
+            "%s has failed and goes back to its queue, for its dead letter cannot be stored: %s",
+            *(_shown(letter.handler, letter.id, letter.argsrepr), failed),
         )
         return False
     logger.error(
-        "%s[%s] (%s) is a dead letter now: %s",
-        *(letter.handler, letter.id, letter.argsrepr, letter.summary),
+        "%s is a dead letter now: %s",
+        *(_shown(letter.handler, letter.id, letter.argsrepr), escaped(letter.summary)),
     )
     return True
+
+
+def _shown(handler: object, task_id: object, argsrepr: object) -> str:
+    """A task in a log line; the message says these, whoever wrote it."""
+    return escaped(f"{handler}[{task_id}] ({argsrepr})")
 
 
 class _Sender:

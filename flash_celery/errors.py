@@ -29,12 +29,18 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from .escaping import escaped
+
 
 class FlashError(Exception):
     """Base of all errors of flash-celery."""
 
     retry: ClassVar[bool] = False
     solution: ClassVar[str] = ""
+
+    def __str__(self) -> str:
+        """One line, whatever names and values are in it."""
+        return escaped(super().__str__())
 
 
 class ConfigurationError(FlashError):

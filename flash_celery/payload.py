@@ -24,8 +24,10 @@ from .changes import (
     Truncate,
     Update,
     id_suffix,
+    key_shown,
 )
 from .errors import PayloadError, ProtocolError
+from .escaping import escaped
 from .protocol import pgoutput
 from .protocol.lsn import Lsn
 from .rows import Column, Row, Table, Transaction
@@ -110,8 +112,8 @@ def _label(table: Table, transaction: Transaction, commit: str, row: bytes) -> s
     most = table.key_columns[-1][0] + 1 if table.key_columns else 0
     cells, _ = pgoutput.read_cells(row, pgoutput.FIRST_TUPLE, most)
     values = Row(table, cells, frozenset(table.key))
-    key = "".join([f" {column}={values[column]}" for _, column in table.key_columns])
-    return f"{name} {table.shown}{key} @{commit}"
+    key = key_shown([(column, values[column]) for _, column in table.key_columns])
+    return escaped(f"{name} {table.shown}{key} @{commit}")
 
 
 def _table_json(table: Table) -> str:

@@ -28,6 +28,7 @@ from .errors import (
     SlotInUse,
     SlotMissing,
 )
+from .escaping import escaped
 from .messages import Templates
 from .progress import Progress
 from .protocol.lsn import Lsn
@@ -242,7 +243,7 @@ class Replicator:
         logger.info(
             "Replicating the slot %s for %s: %d handlers, queues %s",
             slot,
-            ", ".join(publications.names(prefix)),
+            escaped(", ".join(publications.names(prefix))),
             len(handlers),
             ", ".join(self._templates.queues),
         )
@@ -252,7 +253,7 @@ class Replicator:
         self.control.wake()
 
     def _on_notice(self, state: str, message: str) -> None:
-        logger.warning("PostgreSQL: %s", message)
+        logger.warning("PostgreSQL: %s", escaped(message))
         if state == "55000":
             # PostgreSQL 18 skips a publication it does not find and sends nothing of it.
             self.control.fail(PublicationMismatch(f"{message}; run `flash reset` to start anew."))

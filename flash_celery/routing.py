@@ -18,6 +18,7 @@ from .changes import Operation
 from .column_types import TEXT, TypeDescription
 from .conditions import Cells
 from .errors import SubscriptionError
+from .escaping import escaped
 from .payload import TRUNCATED, Delivery, message_row
 from .protocol import pgoutput
 from .rows import Column, Table, Transaction
@@ -134,7 +135,9 @@ class Router:
         types = self._catalog.types([column.type_oid for column in relation.columns])
         wanted = [one for one in self._subscriptions if one.table in (own, *ancestors)]
         if not wanted:
-            logger.warning("Rows of %s arrive that were written for a handler that is gone", own)
+            logger.warning(
+                "Rows of %s arrive that were written for a handler that is gone", escaped(str(own))
+            )
         for subscription in wanted:
             _require_columns(subscription, relation, described)
             table = _table(subscription, relation, described, types, bool(ancestors))
@@ -218,7 +221,7 @@ class Router:
             logger.warning(
                 "%s: rows that lack old values or columns (written before its replica identity was "
                 "set, or a column added) are judged by what is known of them",
-                table,
+                escaped(str(table)),
             )
 
 

@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[2] / "flash_celery"
 
 ALLOWED = {
     # Both sides.
-    "errors": set(),
+    "escaping": set(),
+    "errors": {"escaping"},
     "settings": {"errors"},
     "protocol": set(),
     "protocol.lsn": set(),
@@ -22,8 +23,8 @@ ALLOWED = {
     "comparison": set(),
     "conditions": {"comparison", "values", "errors"},
     "rows": {"values", "protocol"},
-    "changes": {"rows", "protocol"},
-    "payload": {"changes", "rows", "protocol", "errors"},
+    "changes": {"escaping", "rows", "protocol"},
+    "payload": {"changes", "escaping", "rows", "protocol", "errors"},
     "subscriptions": {"conditions", "changes", "errors"},
     "handlers": {"subscriptions", "conditions", "changes", "errors"},
     # Capture, in the direction of the data.
@@ -36,15 +37,15 @@ ALLOWED = {
     "transactions": {"rows", "spool", "protocol", "errors"},
     "transitions": {"changes", "conditions", "rows", "subscriptions", "protocol"},
     "routing": {
-        *("catalog", "changes", "column_types", "conditions", "payload", "protocol", "rows"),
-        *("subscriptions", "transitions", "errors"),
+        *("catalog", "changes", "column_types", "conditions", "escaping", "payload", "protocol"),
+        *("rows", "subscriptions", "transitions", "errors"),
     },
     "messages": {"changes", "payload", "settings", "subscriptions", "errors"},
     "outbox": {"messages", "payload", "protocol"},
     "publishing": {"backoff", "messages", "outbox", "protocol", "publishers", "errors"},
     "letters": {"changes", "messages", "payload", "publishers", "subscriptions", "errors"},
     # A Celery worker, when it starts; nothing of the application's side imports it.
-    "dead": {"backoff", "letters", "messages", "publishers", "settings", "errors"},
+    "dead": {"backoff", "escaping", "letters", "messages", "publishers", "settings", "errors"},
     "publishers": {"publishers"},
     "publishers.base": {"messages", "errors"},
     "publishers.redis": {"publishers", "messages"},
@@ -57,7 +58,7 @@ ALLOWED = {
     "row_filters": {"comparison", "conditions"},
     "pushdown": {"catalog", "changes", "column_types", "row_filters", "subscriptions"},
     "publications": {"catalog", "changes", "pushdown", "subscriptions", "errors"},
-    "ddl": {"backoff", "catalog", "changes", "publications", "errors"},
+    "ddl": {"backoff", "catalog", "changes", "escaping", "publications", "errors"},
     "tables": {"catalog", "column_types", "publications", "subscriptions", "errors"},
     "preflight": {
         *("catalog", "ddl", "publications", "replication", "settings", "subscriptions"),
@@ -70,14 +71,14 @@ ALLOWED = {
         *("transactions", "errors"),
     },
     "replicator": {
-        *("backoff", "catalog", "control", "ddl", "messages", "preflight", "progress"),
-        *("protocol", "publications", "publishers", "publishing", "replication", "session"),
-        *("settings", "subscriptions", "errors"),
+        *("backoff", "catalog", "control", "ddl", "escaping", "messages", "preflight"),
+        *("progress", "protocol", "publications", "publishers", "publishing", "replication"),
+        *("session", "settings", "subscriptions", "errors"),
     },
     # Commands import what they do.
     "status": {"doctor", "messages", "publishers", "settings", "subscriptions", "errors"},
     "doctor": {"preflight", "publishers", "settings", "spool", "subscriptions", "errors"},
-    "letterbox": {"letters", "publishers", "subscriptions", "errors"},
+    "letterbox": {"escaping", "letters", "publishers", "subscriptions", "errors"},
     "explain": {
         *("catalog", "preflight", "publications", "pushdown", "settings", "subscriptions"),
     },
@@ -88,9 +89,9 @@ ALLOWED = {
     },
     "sources": {"preflight", "settings", "subscriptions", "errors"},
     "cli": {
-        *("catalog", "doctor", "errors", "explain", "handlers", "letterbox", "preflight"),
-        *("publishers", "replicator", "reset", "settings", "sources", "status", "subscriptions"),
-        *("tail",),
+        *("catalog", "doctor", "errors", "escaping", "explain", "handlers", "letterbox"),
+        *("preflight", "publishers", "replicator", "reset", "settings", "sources", "status"),
+        *("subscriptions", "tail"),
     },
     "django": set(),
     "django.apps": set(),
