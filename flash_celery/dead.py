@@ -48,16 +48,25 @@ def strategy(task: Any, app: Any, consumer: Any) -> Any:
             return _unreadable(app, consumer, message, error, ack, reject)
         try:
             return inner(message, body, ack, reject, callbacks)
-        except InvalidTaskError as error:
+        except _MALFORMED as error:
+            if message.acknowledged:
+                raise  # it had been read
             return _unreadable(app, consumer, message, error, ack, reject)
 
     return receive
 
 
+#: What Celery raises on headers that nobody wrote who means well. It would end the worker.
+_MALFORMED = (InvalidTaskError, AttributeError, LookupError, OverflowError, TypeError, ValueError)
+
+
 def _read(message: Any) -> None:
-    """Raise here what would end in Celery throwing the message away."""
+    """Raise here what would end in Celery throwing the message away, or in the worker's end."""
     if "args" not in message.payload:
         _, _, _ = message.payload
+    for limit in message.headers.get("timelimit") or ():
+        if not isinstance(limit, (int, float, type(None))):
+            raise InvalidTaskError(f"invalid time limit {limit!r:.50}")
 
 
 def _unreadable(
@@ -118,7 +127,7 @@ class HandlerRequest(Request):  # type: ignore[misc] # Celery ships no types
             return super().on_failure(exc_info, send_failed_event, return_ok)
         lost = isinstance(error, (WorkerLostError, SystemExit, KeyboardInterrupt))
         if lost and self.task.acks_late:
-            deaths = self._deaths + 1
+            deaths = letters.deaths_of(self.message.headers) + 1
             if deaths < _setting(self.app, "flash_max_deaths"):
                 return self._try_again(deaths, error)
             error = ProcessKilled(f"Its process died {deaths} times, the last time so: {error}")
@@ -141,10 +150,6 @@ class HandlerRequest(Request):  # type: ignore[misc] # Celery ships no types
             stored = getattr(self, "_success_was_stored", bool)  # since Celery 5.7
             return bool(stopped or self._already_cancelled or self._already_revoked or stored())
         return False
-
-    @property
-    def _deaths(self) -> int:
-        return int(self.message.headers.get(letters.DEATHS) or 0)
 
     @property
     def _where(self) -> str:

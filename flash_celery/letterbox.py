@@ -271,9 +271,17 @@ def _lists(channel: Any, name: str, count: int) -> _Messages:
                     nonlocal removed
                     removed += client.lrem(key, -1, raw)
 
-                yield channel.message_to_python(loads(raw)).body, remove
+                yield _body(channel, raw), remove
                 kept += 1 - removed
                 count -= 1
+
+
+def _body(channel: Any, raw: bytes) -> Any:
+    """The body of what Redis' list holds, which may be anybody's."""
+    try:
+        return channel.message_to_python(loads(raw)).body
+    except Exception:
+        return b""  # no letter
 
 
 def table(found: Sequence[Letter]) -> list[str]:
