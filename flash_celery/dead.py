@@ -63,7 +63,9 @@ _MALFORMED = (InvalidTaskError, AttributeError, LookupError, OverflowError, Type
 def _read(message: Any) -> None:
     """Raise here what would end in Celery throwing the message away, or in the worker's end."""
     if "args" not in message.payload:
-        _, _, _ = message.payload
+        _, keywords, _ = message.payload
+        if not isinstance(keywords, dict):
+            raise InvalidTaskError(f"invalid keyword arguments {keywords!r:.50}")
     for limit in message.headers.get("timelimit") or ():
         if not isinstance(limit, (int, float, type(None))):
             raise InvalidTaskError(f"invalid time limit {limit!r:.50}")

@@ -19,6 +19,7 @@ from kombu.utils.json import dumps, loads
 from . import payload
 from .changes import Change, Changes
 from .errors import PayloadError, PublishError
+from .escaping import escaped
 from .messages import Form, Message
 from .publishers.base import Publisher
 from .subscriptions import TableName
@@ -148,7 +149,7 @@ def write(
         count=len(changes),
         commit_lsn=str(changes[0].commit_lsn) if changes else None,
         committed_at=_iso(changes[0].committed_at) if changes else None,
-        argsrepr=_described(changes) or _bounded(str(headers.get("argsrepr") or ""), 200),
+        argsrepr=_described(changes) or escaped(str(headers.get("argsrepr") or "")[:200]),
         headers={
             name: value
             for name, value in headers.items()
@@ -166,7 +167,7 @@ def seal(app: Any, letter: Letter, name: str) -> Message:
     made = app.amqp.as_task_v2(
         letter.id,
         TASK,
-        argsrepr=f"{letter.handler}: {_bounded(letter.summary, 200)}",
+        argsrepr=escaped(f"{letter.handler}: {_bounded(letter.summary, 200)}"),
         kwargsrepr="{}",
         ignore_result=True,
     )

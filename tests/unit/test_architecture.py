@@ -43,7 +43,15 @@ ALLOWED = {
     "messages": {"changes", "payload", "settings", "subscriptions", "errors"},
     "outbox": {"messages", "payload", "protocol"},
     "publishing": {"backoff", "messages", "outbox", "protocol", "publishers", "errors"},
-    "letters": {"changes", "messages", "payload", "publishers", "subscriptions", "errors"},
+    "letters": {
+        "changes",
+        "escaping",
+        "messages",
+        "payload",
+        "publishers",
+        "subscriptions",
+        "errors",
+    },
     # A Celery worker, when it starts; nothing of the application's side imports it.
     "dead": {"backoff", "escaping", "letters", "messages", "publishers", "settings", "errors"},
     "publishers": {"publishers"},
@@ -59,10 +67,11 @@ ALLOWED = {
     "pushdown": {"catalog", "changes", "column_types", "row_filters", "subscriptions"},
     "publications": {"catalog", "changes", "pushdown", "subscriptions", "errors"},
     "ddl": {"backoff", "catalog", "changes", "escaping", "publications", "errors"},
+    "script": {"ddl"},
     "tables": {"catalog", "column_types", "publications", "subscriptions", "errors"},
     "preflight": {
-        *("catalog", "ddl", "publications", "replication", "settings", "subscriptions"),
-        *("tables", "errors"),
+        *("catalog", "ddl", "publications", "replication", "script", "settings"),
+        *("spool", "subscriptions", "tables", "errors"),
     },
     # The replication worker.
     "session": {
@@ -90,8 +99,8 @@ ALLOWED = {
     "sources": {"preflight", "settings", "subscriptions", "errors"},
     "cli": {
         *("catalog", "doctor", "errors", "escaping", "explain", "handlers", "letterbox"),
-        *("preflight", "publishers", "replicator", "reset", "settings", "sources", "status"),
-        *("subscriptions", "tail"),
+        *("preflight", "publishers", "replicator", "reset", "script", "settings", "sources"),
+        *("status", "subscriptions", "tail"),
     },
     "django": set(),
     "django.apps": set(),

@@ -77,8 +77,10 @@ junk = st.one_of(
 def places(value, path=()):
     """Where in a JSON value something is."""
     yield path
-    inside = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, one in inside if isinstance(value, (dict, list)) else ():
+    inside = []
+    if isinstance(value, (dict, list)):
+        inside = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, one in inside:
         yield from places(one, (*path, key))
 
 
