@@ -27,9 +27,12 @@ from .errors import (
 from .publications import Found, Wanted
 from .replication import ReplicationConnection
 from .settings import Settings
+from .spool import most_files
 from .subscriptions import Subscription, TableName, of_tables
 from .tables import check_columns, find, quoted
 
+#: Files and sockets that a replication worker has open beside its spools.
+_OTHER_FILES = 100
 OK, WARNING, STOP = "ok", "warning", "stop"
 
 
@@ -98,6 +101,7 @@ class _Examination:
 
     def run(self) -> Report:
         self._server()
+        self._open_files()
         self._role()
         tables = self._tables()
         self._slot()
@@ -154,6 +158,20 @@ class _Examination:
         else:
             self._add("max_slot_wal_keep_size", OK, kept)
         return None
+
+    def _open_files(self) -> None:
+        """A streamed transaction that is not small is a file as long as it is open."""
+        limit = most_files()
+        if not self._settings.flash_use_streaming or not limit:
+            return
+        settings = "max_connections", "max_prepared_transactions"
+        most = sum(int(self._setting(name)) for name in settings)
+        if limit < most + _OTHER_FILES:
+            message = (
+                f"{limit} may be open, and up to {most} transactions ({' and '.join(settings)}) "
+                f"may be spooled at once: ulimit -n {most + _OTHER_FILES} (systemd: LimitNOFILE)"
+            )
+            self._add("files", WARNING, message)
 
     def _role(self) -> None:
         role, database, replication, create = self._one(

@@ -47,6 +47,15 @@ def file_system(directory: str, mounts: str = "/proc/self/mountinfo") -> str:
     return found
 
 
+def most_files() -> int:
+    """How many files this process may have open; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return max(0, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
 class Spool:
     """One streamed transaction."""
 
