@@ -17,6 +17,7 @@
     ├── PublishError              the broker (retry)
     │   ├── Unroutable
     │   └── NotConfirmed
+    ├── ChangeTooLarge            a change that no broker would take
     ├── PayloadError              a message that cannot be read
     ├── ProcessKilled             a handler that ends its process
     └── NoSuchLetter              a dead letter that is not there
@@ -143,6 +144,14 @@ class Unroutable(PublishError):
 
 class NotConfirmed(PublishError):
     """The broker refused a message, or did not confirm it in time."""
+
+
+class ChangeTooLarge(FlashError):
+    """A change has more bytes than `flash_max_change_size` allows; nothing behind it is read."""
+
+    solution = (
+        "Leave the large column out (`fields=`), or raise the setting and the broker's own limit."
+    )
 
 
 class PayloadError(FlashError):

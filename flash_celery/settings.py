@@ -46,8 +46,13 @@ class Settings:
     #: `auto` sets the replica identity that a subscription needs; `keep` alters nothing and
     #: refuses to start where it does not suffice.
     flash_replica_identity: str = "auto"
+    #: `False` creates and alters nothing: publications, identities and the slot are their owner's,
+    #: and `replicate` refuses to start where they are not what the handlers need.
+    flash_manage: bool = True
     #: Let PostgreSQL 15 and later leave out rows and columns that no handler wants.
     flash_push_down: bool = False
+    #: Bytes that a change may have; one that has more ends the replication worker, with its name.
+    flash_max_change_size: int = 128 << 20
     #: Seconds between two status messages to PostgreSQL.
     flash_status_interval: float = 10.0
     #: Seconds that SIGTERM leaves for what is in flight.
@@ -127,8 +132,9 @@ class Settings:
             raise ConfigurationError(
                 "flash_dead_queue must be a queue of its own, which no worker consumes."
             )
-        if self.flash_max_deaths < 1:
-            raise ConfigurationError("flash_max_deaths is a number from 1 on.")
+        for name in ("flash_max_deaths", "flash_max_change_size"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} is a number from 1 on.")
 
     def _check_names(self) -> None:
         slot = self.flash_replication_slot
@@ -211,7 +217,9 @@ _KINDS: dict[str, Any] = {
     "flash_use_streaming": bool,
     "flash_spool_directory": str,
     "flash_replica_identity": str,
+    "flash_manage": bool,
     "flash_push_down": bool,
+    "flash_max_change_size": int,
     "flash_status_interval": (int, float),
     "flash_shutdown_timeout": (int, float),
     "flash_sources": Mapping,

@@ -44,6 +44,7 @@ def test_without_a_dsn_the_sentence_says_where_to_put_it(app):
         ("flash_queue", "", "flash_queue is empty"),
         ("flash_dead_queue", "flash", "must be a queue of its own"),
         ("flash_max_deaths", 0, "from 1 on"),
+        ("flash_max_change_size", 0, "from 1 on"),
     ],
 )
 def test_what_cannot_be_right_is_named(app, name, value, sentence):
