@@ -176,13 +176,23 @@ def status(project: _Project, as_json: bool) -> None:
     is_flag=True,
     help="Say for each table what PostgreSQL filters, what the replication worker does, and why.",
 )
+@click.option(
+    "--sql",
+    "as_sql",
+    is_flag=True,
+    help="Print what the owner of the tables runs in psql, so that `replicate` has nothing to set "
+    "up (flash_manage = False).",
+)
 @_command
-def doctor(project: _Project, explain: bool) -> None:
+def doctor(project: _Project, explain: bool, as_sql: bool) -> None:
     """Check every prerequisite, and say how to mend what is missing."""
     from . import doctor as checks
     from . import explain as explaining
     from . import preflight, sources
 
+    if as_sql:
+        _script(project)
+        return
     subject = project.settings, project.subscriptions
     explained: list[str] = []
     with project.connect() as connection:
@@ -192,13 +202,34 @@ def doctor(project: _Project, explain: bool) -> None:
     findings = report.findings + preflight.can_stream(project.settings)
     findings += checks.spool(project.settings)
     findings += sources.findings(*project.sources)
-    findings += [*checks.broker(project.app), *checks.workers(project.app, project.subscriptions)]
+    broker = list(checks.broker(project.app))
+    findings += broker
+    if broker[0].level == preflight.OK:  # or asking for workers takes its time
+        findings += checks.workers(project.app, project.subscriptions)
     for finding in findings:
         _say(checks.line(finding))
     for line in explained:
         _say(line)
     if any(finding.level == preflight.STOP for finding in findings):
         click.get_current_context().exit(STOPPED)
+
+
+def _script(project: _Project) -> None:
+    import sys
+    from dataclasses import replace
+
+    from . import preflight, script
+    from .escaping import escaped
+
+    settings = replace(project.settings, flash_manage=False)
+    with project.connect() as connection:
+        report = preflight.examine(connection, settings, project.subscriptions)
+    if not report.script:
+        report.raise_first()
+    terminal = sys.stdout.isatty()
+    for line in script.lines(report.script):
+        # For psql names are as they are; click would take escape sequences out.
+        click.echo(escaped(line) if terminal else line, color=True)
 
 
 @flash.command()

@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from . import ddl, publications
+from . import ddl, publications, script
 from .catalog import CatalogTable
 from .ddl import Step
 from .errors import (
@@ -57,10 +57,17 @@ class Report:
     #: What lets the application write again where a column was added that FULL does not bear.
     rescue: list[Step] = field(default_factory=list)
     goal: Wanted | None = None
+    #: What the owner runs where `replicate` may not: `rescue`, `steps`, and the slot.
+    script: list[Step] = field(default_factory=list)
     #: Whether the slot is there already.
     slot_exists: bool = False
     #: The PID of the walsender that sends from it.
     read_by: int | None = None
+
+    @property
+    def leaves(self) -> dict[int, tuple[TableName, ...]]:
+        """The partitions of the handlers' tables, by OID, and what they are partitions of."""
+        return {oid: t.ancestors for oid, t in self.goal.leaves.items()} if self.goal else {}
 
     def raise_first(self) -> None:
         """Raise the error of the first finding that stops `replicate`."""
@@ -281,11 +288,12 @@ class _Examination:
             self._check_slot_of(found, prefix)
             self._check_identities(goal)
         except FlashError as error:
-            return self._stop("publications", error)
+            return self._stop("publications", self._rescued(error))
         restorable = ddl.restorable(self._connection, found, prefix)
-        steps = ddl.plan(found, prefix, goal, restorable)
+        manage, slot = self._settings.flash_manage, self._settings.flash_replication_slot
+        steps = ddl.plan(found, prefix, goal, restorable, None if manage else slot)
         self._report.steps, self._report.tables, self._report.goal = steps, tables, goal
-        return self._may(found, steps)
+        return self._may(found, steps) if manage else self._managed(steps)
 
     def _check_slot_of(self, found: Found, prefix: str) -> None:
         slot, record = self._settings.flash_replication_slot, found.record
@@ -294,7 +302,7 @@ class _Examination:
                 f"The publications {prefix}_… belong to the slot {record.slot}; a second slot "
                 f"({slot}) needs another {self._settings.called('flash_publication_slot_prefix')}."
             )
-        if record and record.slot and not self._report.slot_exists:
+        if record and record.slot and not self._report.slot_exists and self._settings.flash_manage:
             raise SlotMissing(
                 f"The slot {slot} existed and is gone, so changes since then cannot be read; "
                 "run `flash reset` to start anew at the present."
@@ -336,6 +344,35 @@ class _Examination:
         changing = sorted(str(t.name) for t in goal.full.values() if t.identity != "f")
         said = f"FULL will be set on {', '.join(changing)}" if changing else "sufficient"
         self._add("replica identity", OK, said)
+
+    def _rescued(self, error: FlashError) -> FlashError:
+        """With what lets the application write again, where only the owner may run it."""
+        if self._settings.flash_manage or not self._report.rescue:
+            return error
+        self._report.script = self._report.rescue
+        statements = "; ".join(map(str, self._report.rescue))
+        return type(error)(f"{error} Until then the owner lets the table be written: {statements};")
+
+    def _managed(self, steps: Sequence[Step]) -> None:
+        """Whether the owner has done everything, where it is the owner's to do.
+
+        So is the slot: one that is gone cannot be told from one that never was by a role that may
+        note nothing, and none is made again in silence.
+        """
+        slot = self._settings.flash_replication_slot
+        left = [*self._report.rescue, *(steps if not all(step.note for step in steps) else ())]
+        self._report.script = [*self._report.rescue, *steps]
+        if not self._report.slot_exists:
+            left.append(script.create_slot(slot))
+            self._report.script.append(left[-1])
+        if left:
+            statements = "; ".join(map(str, left))
+            error = CatalogError(
+                "flash_manage is off, and this is left to be run by the owner of tables and "
+                f"publications, all of it as `flash doctor --sql` prints it: {statements};"
+            )
+            return self._stop("publications", error)
+        return self._add("publications", OK, "as they should be")
 
     def _may(self, found: Found, steps: Sequence[Step]) -> None:
         """Whether the role may run the statements."""

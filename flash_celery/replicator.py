@@ -186,15 +186,19 @@ class Replicator:
         slot = self._settings.flash_replication_slot
         prefix = self._settings.flash_publication_slot_prefix
         report = self._examine(connection)
-        while report.steps:
+        manage = self._settings.flash_manage
+        while report.steps and manage:
             ddl.apply(connection, report.steps, self.control.sleep)
             report = self._examine(connection)
         if not report.slot_exists:
             position = stream.create_slot(slot)
             self._seen_slot = True
             logger.info("Created the slot %s at %s", slot, position)
-        ddl.remember_slot(connection, prefix, slot)
-        self._leaves = publications.leaves_of(connection, prefix)
+        if manage:
+            ddl.remember_slot(connection, prefix, slot)
+        else:
+            self._leaves |= report.leaves  # nobody notes them
+        self._leaves |= publications.leaves_of(connection, prefix)
 
     def _examine(self, connection: psycopg.Connection[Any]) -> preflight.Report:
         """Look at everything; from now on a session notices when a table changes."""
@@ -203,7 +207,7 @@ class Replicator:
         self._look = partial(catalog.fingerprint, connection, tables, names)
         self._fingerprint = self._look()
         report = preflight.examine(connection, self._settings, self._subscriptions)
-        if report.read_by is None:
+        if report.read_by is None and self._settings.flash_manage:
             ddl.apply(connection, report.rescue, self.control.sleep)
         report.raise_first()
         self._still_there(report)

@@ -67,6 +67,10 @@ def plan(connection: psycopg.Connection[Any], settings: Settings, slot: str) -> 
         return Plan(slot_status(connection, slot), [], note)
     identities = ddl.restorable(connection, found, prefix)
     steps = ddl.forget(found, prefix, identities)
+    if steps and not settings.flash_manage:
+        statements = "; ".join(map(str, steps))
+        note = f"leave the rest, for flash_manage is off; its owner runs: {statements};"
+        return Plan(slot_status(connection, slot), [], note)
     return Plan(slot_status(connection, slot), steps)
 
 
