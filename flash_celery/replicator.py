@@ -47,7 +47,7 @@ _STANDBY_PAUSE = 1.0
 _HOPELESS = re.compile(
     r"authentication failed|no password supplied|does not exist|pg_hba\.conf|permission denied|"
     r"unsupported startup parameter|not permitted to log in|invalid connection option|"
-    r"must be superuser or replication role"
+    r"must be superuser or replication role|certificate|private key file|SSL was required"
 )
 
 
@@ -283,4 +283,9 @@ def refuse_hopeless(error: FlashError, settings: Settings) -> None:
 def _with_hint(message: str, dsn: str) -> str:
     if "unsupported startup parameter" in message:
         return f"{message[:-1]}; this is a pooler: {dsn} must lead to PostgreSQL itself."
+    if "certificate" in message or "SSL" in message:
+        return (
+            f"{message[:-1]}; correct the host, sslmode and sslrootcert of {dsn}, or the server's "
+            "certificate."
+        )
     return f"{message[:-1]}; correct {dsn}, or the server's roles and pg_hba.conf."

@@ -191,11 +191,16 @@ class Settings:
         try:
             conninfo_to_dict(self.flash_dsn)
         except ProgrammingError:
+            readable = False
+        else:
+            readable = not _misread(self.flash_dsn)
+        if not readable:
             # What libpq says of it may hold the password.
             raise ConfigurationError(
                 f"{self.called('flash_dsn')} is not a connection string; write "
-                "postgresql://user:password@host:5432/database."
-            ) from None
+                "postgresql://user:password@host:5432/database, with %40 for an @ in the password "
+                "and %2F for a /."
+            )
         return self.flash_dsn
 
 
@@ -268,6 +273,15 @@ def _place(dsn: str) -> tuple[list[Any], Any]:
         return [dsn], None  # it will be refused where it is used
     server = [given.get(part) for part in ("service", "host", "hostaddr")]
     return [*server, str(given.get("port", 5432))], given.get("dbname", given.get("user"))
+
+
+def _misread(dsn: str) -> bool:
+    """Whether a part of the password passes for the host, which errors name."""
+    rest = dsn.removeprefix("postgresql://").removeprefix("postgres://")
+    if rest == dsn:
+        return False
+    credentials, _, beyond = rest.partition("@")
+    return "@" in (rest if "/" in credentials else beyond).partition("?")[0]
 
 
 def _flash_keys(conf: Any) -> set[str]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Publisher
+from .base import Publisher, connection_to
 
 
 def for_app(app: Any) -> Publisher:
-    """The publisher for the transport of the app's broker URL; opens nothing."""
-    with app.connection_for_write() as connection:
+    """The publisher for the transport of the app's broker URL; opens nothing.
+
+    Raises `ConfigurationError` for a URL that cannot be right.
+    """
+    with connection_to(app) as connection:
         driver = connection.transport.driver_type, connection.transport.driver_name
     if driver[0] == "redis":
         from .redis import RedisPublisher
