@@ -108,7 +108,7 @@ def test_tables_dropped_and_made_again_leave_nothing_behind(flash):
 
 @pytest.mark.soak
 def test_a_huge_message_that_nobody_handles_passes(flash):
-    """It is in memory about three times, and gone."""
+    """It is in memory about four times, and gone."""
     size = 200 << 20
     flash.database.execute("CREATE TABLE items (id int PRIMARY KEY)")
     flash.handler("items")
@@ -137,4 +137,4 @@ def test_a_huge_message_that_nobody_handles_passes(flash):
     done.set()
     watcher.join()
     assert [change.key["id"] for change in flash.told()] == [1, 2]
-    assert most - before < 4 * size
+    assert most - before < 5 * size
