@@ -46,7 +46,13 @@ def id_suffix(half: int, number: int) -> str:
 
 def key_shown(key: Iterable[tuple[str, Any]]) -> str:
     """A key in the name of a change. Without a primary key it is the whole row: not all of it."""
-    return "".join([f" {name}={value!s:.200}" for name, value in key])
+    return "".join(
+        # Most keys are numbers, which need no second look.
+        [
+            f" {name}={value}" if type(value) is int else f" {name}={value!s:.200}"
+            for name, value in key
+        ]
+    )
 
 
 class Change:
