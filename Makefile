@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PROPERTIES := $(patsubst %,tests/integration/test_%.py,conditions pushdown transactions types)
+PROPERTIES := $(patsubst %,tests/integration/test_%.py,conditions pushdown transactions types) \
+	tests/unit/test_fuzz.py
 
-.PHONY: demo test bench soak long matrix lint types clean
+.PHONY: demo test bench soak long matrix lint types audit clean
 
 # Changes becoming tasks, on servers of its own; ARGS=--once ends by itself.
 demo: $(VENV)/.stamp
@@ -34,6 +35,13 @@ matrix: $(VENV)/.stamp
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Whether anything that is installed has a known vulnerability; asks PyPI.
+audit: $(VENV)/.stamp
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/pip install --quiet pip-audit
+	$(BIN)/pip freeze --exclude-editable >$(VENV)/audit/installed.txt
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip -r $(VENV)/audit/installed.txt
 
 types: $(VENV)/.stamp
 	$(BIN)/mypy

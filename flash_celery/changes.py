@@ -6,10 +6,11 @@ They keep the bytes that PostgreSQL wrote and decode a value when it is touched.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any, ClassVar, overload
 
+from .escaping import escaped
 from .protocol.lsn import Lsn
 from .protocol.pgoutput import Cell
 from .rows import UNCHANGED, Row, Table, Transaction
@@ -41,6 +42,17 @@ _SINGLE = {
 def id_suffix(half: int, number: int) -> str:
     """The end of a change's id, which tells halves and subscriptions apart."""
     return f"{('', '-', '+', 'm')[half]}{f'#{number}' if number else ''}"
+
+
+def key_shown(key: Iterable[tuple[str, Any]]) -> str:
+    """A key in the name of a change. Without a primary key it is the whole row: not all of it."""
+    return "".join(
+        # Most keys are numbers, which need no second look.
+        [
+            f" {name}={value}" if type(value) is int else f" {name}={value!s:.200}"
+            for name, value in key
+        ]
+    )
 
 
 class Change:
@@ -118,12 +130,12 @@ class Change:
 
     def __repr__(self) -> str:
         try:
-            key = "".join(f" {name}={value}" for name, value in self.key.items())
+            key = key_shown(self.key.items())
         except Exception:
             # Whoever names a change, the replication worker above all, must not fail on its values.
             key = " with a key that cannot be decoded"
         name = self.operation.names()[0]
-        return f"{name} {self._source.shown}{key} @{self.commit_lsn}"
+        return escaped(f"{name} {self._source.shown}{key} @{self.commit_lsn}")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Change):
@@ -278,7 +290,7 @@ class LogicalMessage(Change):
         return self._source.name
 
     def __repr__(self) -> str:
-        return f"message {self._source.shown} @{self.commit_lsn}"
+        return escaped(f"message {self._source.shown} @{self.commit_lsn}")
 
     def __eq__(self, other: object) -> bool:
         return super().__eq__(other) and self.content == getattr(other, "content", None)
@@ -316,7 +328,7 @@ class Changes(Sequence[Change]):
         if not self._changes:
             return "no changes"
         first = self._changes[0]
-        return f"{len(self)} changes of {first._source.shown} @{first.commit_lsn}"
+        return escaped(f"{len(self)} changes of {first._source.shown} @{first.commit_lsn}")
 
 
 def _fill(new: Sequence[Cell], old: Sequence[Cell]) -> Sequence[Cell]:

@@ -18,6 +18,13 @@ BAD_INPUT, STOPPED = 2, 1
 _LATE_SECONDS = 1.0
 
 
+def _say(line: str, err: bool = False) -> None:
+    """Print one line. What it names, anybody may have chosen who can write to the database."""
+    from .escaping import escaped
+
+    click.echo(escaped(line), err=err)
+
+
 @click.group(name="flash")
 def flash() -> None:
     """PostgreSQL changes as Celery tasks."""
@@ -92,9 +99,9 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(_Project(context.obj.app, source), *args, **kwargs)
         except FlashError as error:
-            click.echo(f"Error: {error}", err=True)
+            _say(f"Error: {error}", err=True)
         except Error as error:
-            click.echo(f"Error: PostgreSQL: {str(error).strip()}", err=True)
+            _say(f"Error: PostgreSQL: {' '.join(str(error).split())}", err=True)
         return context.exit(BAD_INPUT)
 
     return run
@@ -166,7 +173,11 @@ def status(project: _Project, as_json: bool) -> None:
 
     with project.connect() as connection:
         found = report.status(connection, project.app, project.settings, project.subscriptions)
-    click.echo(json.dumps(found, indent=2) if as_json else "\n".join(report.lines(found)))
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        for line in report.lines(found):
+            _say(line)
 
 
 @flash.command()
@@ -175,14 +186,24 @@ def status(project: _Project, as_json: bool) -> None:
     is_flag=True,
     help="Say for each table what PostgreSQL filters, what the replication worker does, and why.",
 )
+@click.option(
+    "--sql",
+    "as_sql",
+    is_flag=True,
+    help="Print what the owner of the tables runs in psql, so that `replicate` has nothing to set "
+    "up (flash_manage = False).",
+)
 @_command
-def doctor(project: _Project, explain: bool) -> None:
+def doctor(project: _Project, explain: bool, as_sql: bool) -> None:
     """Check every prerequisite, and say how to mend what is missing."""
     from . import doctor as checks
     from . import explain as explaining
     from . import preflight, sources, standbys
-    from .findings import STOP
+    from .findings import OK, STOP
 
+    if as_sql:
+        _script(project)
+        return
     subject = project.settings, project.subscriptions
     explained: list[str] = []
     with project.connect() as connection:
@@ -193,14 +214,34 @@ def doctor(project: _Project, explain: bool) -> None:
     findings = report.findings + standing_by + preflight.can_stream(project.settings)
     findings += checks.spool(project.settings)
     findings += sources.findings(*project.sources)
-    findings += checks.broker(project.app, project.settings)
-    findings += checks.workers(project.app, project.subscriptions)
+    broker = list(checks.broker(project.app, project.settings))
+    findings += broker
+    if broker[0].level == OK:  # or asking for workers takes its time
+        findings += checks.workers(project.app, project.subscriptions)
     for finding in findings:
-        click.echo(checks.line(finding))
+        _say(checks.line(finding))
     for line in explained:
-        click.echo(line)
+        _say(line)
     if any(finding.level == STOP for finding in findings):
         click.get_current_context().exit(STOPPED)
+
+
+def _script(project: _Project) -> None:
+    import sys
+    from dataclasses import replace
+
+    from . import preflight, script
+    from .escaping import escaped
+
+    settings = replace(project.settings, flash_manage=False)
+    with project.connect() as connection:
+        report = preflight.examine(connection, settings, project.subscriptions)
+    if not report.script:
+        report.raise_first()
+    terminal = sys.stdout.isatty()
+    for line in script.lines(report.script):
+        # For psql names are as they are; click would take escape sequences out.
+        click.echo(escaped(line) if terminal else line, color=True)
 
 
 @flash.command()
@@ -219,11 +260,11 @@ def reset(project: _Project, slot: str | None, yes: bool, force: bool) -> None:
     with project.connect() as connection:
         undo = resetting.plan(connection, project.settings, name)
         if undo.empty:
-            click.echo(undo.note or f"Nothing to reset: there is no slot {name}.")
+            _say(undo.note or f"Nothing to reset: there is no slot {name}.")
             return
-        click.echo("This will")
+        _say("This will")
         for line in undo.lines():
-            click.echo(f"  {line}")
+            _say(f"  {line}")
         if not yes:
             click.confirm("Go on?", abort=True)
         resetting.run(connection, undo, force)
@@ -252,12 +293,12 @@ def tail(project: _Project, tables: tuple[str, ...], limit: int | None) -> None:
     def show(change: Any) -> bool:
         nonlocal shown
         shown += 1
-        click.echo(tailing.line(change))
+        _say(tailing.line(change))
         return limit is None or shown < limit
 
     def ready() -> None:
         names = ", ".join(map(str, wanted))
-        click.echo(f"Following {names}; Ctrl-C ends it.", err=True)
+        _say(f"Following {names}; Ctrl-C ends it.", err=True)
 
     try:
         tailing.tail(project.settings.require_dsn(), wanted, show, ready, project.settings.source)
@@ -306,7 +347,7 @@ def dead_list(project: _Project, wanted: Any, as_json: bool) -> None:
         click.echo(json.dumps([letterbox.as_json(letter) for letter in found], indent=2))
         return
     for line in letterbox.table(found) if found else ["no dead letters"]:
-        click.echo(line)
+        _say(line)
     if box.strangers:
         click.echo(f"{box.strangers} other messages are in the queue; they stay there.", err=True)
 
@@ -326,7 +367,8 @@ def dead_show(project: _Project, id: str, as_json: bool) -> None:
             decoded = {"decoded": letterbox.changes(letter, tail.line)}
             click.echo(json.dumps(letterbox.as_json(letter) | decoded, indent=2))
         else:
-            click.echo("\n".join(letterbox.whole(letter, tail.line)))
+            for line in letterbox.whole(letter, tail.line):
+                _say(line)
 
 
 @dead.command("retry")
@@ -357,7 +399,7 @@ def dead_drop(project: _Project, wanted: Any, everything: bool, yes: bool) -> No
     box, found = _chosen(project, wanted, everything)
     if found and not yes:
         for line in letterbox.table(found):
-            click.echo(line)
+            _say(line)
         click.confirm(f"Throw {len(found)} away?", abort=True)
     click.echo(f"{box.drop(found)} thrown away.")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import psycopg
@@ -27,8 +27,15 @@ class TypeDescription:
     fields: tuple[tuple[str, TypeDescription], ...] = ()
     array: bool = False
 
+    @cached_property
+    def size(self) -> int:
+        """How many fields it has in all, those of its fields among them."""
+        return sum(1 + inner.size for _, inner in self.fields)
+
 
 TEXT = TypeDescription(25, "text")
+#: How deep a composite type may be made of others; what is deeper is text.
+DEEPEST = 16
 
 # What a type is made of: a domain is followed down to what it is over.
 _DOWN = sql.SQL("""(
@@ -77,21 +84,33 @@ def describe(
     connection: psycopg.Connection[Any], oids: Iterable[int]
 ) -> dict[int, TypeDescription]:
     """How values of these types are read. What has been dropped is not in it."""
-    rows = connection.execute(_TYPES, [sorted(set(oids))]).fetchall()
-    return {
-        oid: TypeDescription(
-            base, name, _fields(connection, composite) if composite else (), bool(array)
-        )
-        for oid, name, base, composite, array in rows
-    }
+    return _Descriptions(connection).of(oids, 0)
 
 
-def _fields(
-    connection: psycopg.Connection[Any], composite: int
-) -> tuple[tuple[str, TypeDescription], ...]:
-    rows = connection.execute(_FIELDS.encode(), [composite]).fetchall()
-    types = describe(connection, [oid for _, oid in rows])
-    return tuple((name, types.get(oid, TEXT)) for name, oid in rows)
+class _Descriptions:
+    """Reads each composite type once, however often others are made of it."""
+
+    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+        self._connection = connection
+        self._fields: dict[int, tuple[tuple[str, TypeDescription], ...]] = {}
+
+    def of(self, oids: Iterable[int], depth: int) -> dict[int, TypeDescription]:
+        rows = self._connection.execute(_TYPES, [sorted(set(oids))]).fetchall()
+        return {
+            oid: TypeDescription(base, name, self._fields_of(composite, depth), bool(array))
+            for oid, name, base, composite, array in rows
+        }
+
+    def _fields_of(
+        self, composite: int | None, depth: int
+    ) -> tuple[tuple[str, TypeDescription], ...]:
+        if not composite or depth == DEEPEST:
+            return ()
+        if composite not in self._fields:
+            rows = self._connection.execute(_FIELDS.encode(), [composite]).fetchall()
+            types = self.of([oid for _, oid in rows], depth + 1)
+            self._fields[composite] = tuple((name, types.get(oid, TEXT)) for name, oid in rows)
+        return self._fields[composite]
 
 
 def compared(

@@ -21,12 +21,14 @@ from .backoff import delays
 from .catalog import CatalogTable
 from .changes import Operation
 from .errors import CatalogError, TableLocked
+from .escaping import escaped
 from .publications import OPERATIONS, Found, Record, Wanted, name_of
 from .slots import Gap
 
 logger = logging.getLogger(__name__)
 
-_LOCK_TIMEOUT = "2s"
+#: How long a statement may wait, and others behind it.
+LOCK_TIMEOUT = "2s"
 _LOCK_ATTEMPTS = 5
 
 
@@ -36,19 +38,27 @@ class Step:
 
     statement: sql.Composed
     table: CatalogTable | None = None
+    #: Whether it only notes something, and alters nothing of what is sent.
+    note: bool = False
 
     def __str__(self) -> str:
         return self.statement.as_string(None)
 
 
 def plan(
-    found: Found, prefix: str, goal: Wanted, identities: dict[int, CatalogTable]
+    found: Found,
+    prefix: str,
+    goal: Wanted,
+    identities: dict[int, CatalogTable],
+    slot: str | None = None,
 ) -> list[Step]:
     """The statements that lead from what there is to what is wanted.
 
-    `identities` are the tables the record names, as they are now, whose identity may go back.
+    `identities` are the tables the record names, as they are now, whose identity may go back;
+    `slot` is noted as there where whoever runs the statements also makes it.
     """
     record = found.record or Record()
+    record = replace(record, slot=slot or record.slot)
     tables = {op.names()[0]: sorted(goal.tables[op]) for op in OPERATIONS}
     actual = {
         op.names()[0]: sorted(found.publications[op].tables) if op in found.publications else []
@@ -224,9 +234,8 @@ def _restore(tables: dict[int, CatalogTable], before: dict[str, list[str]]) -> l
 
 def _remember(prefix: str, record: Record) -> Step:
     name = sql.Identifier(name_of(prefix, Operation.INSERT))
-    return Step(
-        sql.SQL("COMMENT ON PUBLICATION {} IS {}").format(name, sql.Literal(record.to_json()))
-    )
+    comment = sql.SQL("COMMENT ON PUBLICATION {} IS {}")
+    return Step(comment.format(name, sql.Literal(record.to_json())), note=True)
 
 
 def remember_slot(connection: psycopg.Connection[Any], prefix: str, slot: str) -> None:
@@ -339,7 +348,7 @@ def apply(
     """Run the statements, each by itself. Raises `TableLocked` or `CatalogError`."""
     for step in steps:
         if step.table is not None:
-            logger.info("%s", step)
+            logger.info("%s", escaped(str(step)))
         _run(connection, step, wait)
 
 
@@ -347,7 +356,7 @@ def _run(connection: psycopg.Connection[Any], step: Step, wait: Callable[[float]
     for pause, attempt in zip(delays(), range(_LOCK_ATTEMPTS), strict=False):
         try:
             with connection.transaction():
-                connection.execute(f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}'")
+                connection.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
                 connection.execute(step.statement)
             return
         except postgres.LockNotAvailable:
@@ -356,7 +365,7 @@ def _run(connection: psycopg.Connection[Any], step: Step, wait: Callable[[float]
                 raise TableLocked(
                     f"{step} waits for {blockers}; end that session if it is idle."
                 ) from None
-            logger.warning("%s waits for %s", step, blockers)
+            logger.warning("%s", escaped(f"{step} waits for {blockers}"))
             wait(pause)
         except psycopg.OperationalError:
             raise

@@ -23,6 +23,7 @@ from kombu.exceptions import OperationalError
 from . import letters, publishers
 from .backoff import delays
 from .errors import ProcessKilled, PublishError
+from .escaping import escaped
 from .letters import Letter
 from .messages import Message
 from .publishers.base import Publisher
@@ -47,16 +48,27 @@ def strategy(task: Any, app: Any, consumer: Any) -> Any:
             return _unreadable(app, consumer, message, error, ack, reject)
         try:
             return inner(message, body, ack, reject, callbacks)
-        except InvalidTaskError as error:
+        except _MALFORMED as error:
+            if message.acknowledged:
+                raise  # it had been read
             return _unreadable(app, consumer, message, error, ack, reject)
 
     return receive
 
 
+#: What Celery raises on headers that nobody wrote who means well. It would end the worker.
+_MALFORMED = (InvalidTaskError, AttributeError, LookupError, OverflowError, TypeError, ValueError)
+
+
 def _read(message: Any) -> None:
-    """Raise here what would end in Celery throwing the message away."""
+    """Raise here what would end in Celery throwing the message away, or in the worker's end."""
     if "args" not in message.payload:
-        _, _, _ = message.payload
+        _, keywords, _ = message.payload
+        if not isinstance(keywords, dict):
+            raise InvalidTaskError(f"invalid keyword arguments {keywords!r:.50}")
+    for limit in message.headers.get("timelimit") or ():
+        if not isinstance(limit, (int, float, type(None))):
+            raise InvalidTaskError(f"invalid time limit {limit!r:.50}")
 
 
 def _unreadable(
@@ -81,7 +93,7 @@ def _put_back(consumer: Any) -> Any:
         logger.error(
             "The queue %s holds dead letters, which no worker can run; this worker consumes it no "
             "longer. Take it out of -Q and of task_queues; see `flash dead list`",
-            name,
+            escaped(name),
         )
         consumer.cancel_task_queue(name)
         reject(logger, consumer.connection_errors, True)
@@ -117,7 +129,7 @@ class HandlerRequest(Request):  # type: ignore[misc] # Celery ships no types
             return super().on_failure(exc_info, send_failed_event, return_ok)
         lost = isinstance(error, (WorkerLostError, SystemExit, KeyboardInterrupt))
         if lost and self.task.acks_late:
-            deaths = self._deaths + 1
+            deaths = letters.deaths_of(self.message.headers) + 1
             if deaths < _setting(self.app, "flash_max_deaths"):
                 return self._try_again(deaths, error)
             error = ProcessKilled(f"Its process died {deaths} times, the last time so: {error}")
@@ -142,10 +154,6 @@ class HandlerRequest(Request):  # type: ignore[misc] # Celery ships no types
         return False
 
     @property
-    def _deaths(self) -> int:
-        return int(self.message.headers.get(letters.DEATHS) or 0)
-
-    @property
     def _where(self) -> str:
         return _queue_of(self.app, self.delivery_info)
 
@@ -153,8 +161,8 @@ class HandlerRequest(Request):  # type: ignore[misc] # Celery ships no types
         """Send the message once more, with what it has done in its headers."""
         state.task_ready(self)
         logger.error(
-            "%s[%s] (%s) has ended its process, for the %d. time; it is tried again: %s",
-            *(self.name, self.id, self.argsrepr, deaths, error),
+            "%s has ended its process, for the %d. time; it is tried again: %s",
+            *(_shown(self.name, self.id, self.argsrepr), deaths, escaped(str(error))),
         )
         message = letters.received_again(self.message, self._where, {letters.DEATHS: deaths})
         try:
@@ -192,16 +200,20 @@ def _bury(app: Any, letter: Letter) -> bool:
         _sender.send(app, letters.seal(app, letter, name), letters.queue(app, name))
     except PublishError as failed:
         logger.error(
-            "%s[%s] (%s) has failed and goes back to its queue, for its dead letter cannot be "
-            "stored: %s",
-            *(letter.handler, letter.id, letter.argsrepr, failed),
+            "%s has failed and goes back to its queue, for its dead letter cannot be stored: %s",
+            *(_shown(letter.handler, letter.id, letter.argsrepr), failed),
         )
         return False
     logger.error(
-        "%s[%s] (%s) is a dead letter now: %s",
-        *(letter.handler, letter.id, letter.argsrepr, letter.summary),
+        "%s is a dead letter now: %s",
+        *(_shown(letter.handler, letter.id, letter.argsrepr), escaped(letter.summary)),
     )
     return True
+
+
+def _shown(handler: object, task_id: object, argsrepr: object) -> str:
+    """A task in a log line; the message says these, whoever wrote it."""
+    return escaped(f"{handler}[{task_id}] ({argsrepr})")
 
 
 class _Sender:

@@ -27,6 +27,13 @@ def broker(app: Any, settings: Settings) -> Iterator[Finding]:
         return
     try:
         yield Finding("broker", OK, publisher.url)
+        if publisher.unverified:
+            yield Finding(
+                "broker TLS",
+                WARNING,
+                "the broker's certificate is not checked, so anybody may pass for it; give "
+                "broker_use_ssl an authority and CERT_REQUIRED (docs/security.md)",
+            )
         if publisher.driver == "redis":
             with publisher.errors():
                 yield from _redis(publisher, settings.flash_max_queue_length)

@@ -18,6 +18,7 @@
     │   ├── Unroutable
     │   └── NotConfirmed
     ├── TakenOver                 another session publishes now (retry)
+    ├── ChangeTooLarge            a change that no broker would take
     ├── PayloadError              a message that cannot be read
     ├── ProcessKilled             a handler that ends its process
     └── NoSuchLetter              a dead letter that is not there
@@ -30,12 +31,18 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from .escaping import escaped
+
 
 class FlashError(Exception):
     """Base of all errors of flash-celery."""
 
     retry: ClassVar[bool] = False
     solution: ClassVar[str] = ""
+
+    def __str__(self) -> str:
+        """One line, whatever names and values are in it."""
+        return escaped(super().__str__())
 
 
 class ConfigurationError(FlashError):
@@ -148,6 +155,14 @@ class TakenOver(FlashError):
 
     retry = True
     solution = "This one waits until the slot is free."
+
+
+class ChangeTooLarge(FlashError):
+    """A change has more bytes than `flash_max_change_size` allows; nothing behind it is read."""
+
+    solution = (
+        "Leave the large column out (`fields=`), or raise the setting and the broker's own limit."
+    )
 
 
 class PayloadError(FlashError):

@@ -17,6 +17,7 @@ from kombu.utils.json import loads
 
 from . import letters, publishers
 from .errors import ConfigurationError, NoSuchLetter, PayloadError, SubscriptionError
+from .escaping import escaped
 from .letters import Letter
 from .publishers.base import ConnectedPublisher, queue_depths
 from .subscriptions import TableName
@@ -270,9 +271,17 @@ def _lists(channel: Any, name: str, count: int) -> _Messages:
                     nonlocal removed
                     removed += client.lrem(key, -1, raw)
 
-                yield channel.message_to_python(loads(raw)).body, remove
+                yield _body(channel, raw), remove
                 kept += 1 - removed
                 count -= 1
+
+
+def _body(channel: Any, raw: bytes) -> Any:
+    """The body of what Redis' list holds, which may be anybody's."""
+    try:
+        return channel.message_to_python(loads(raw)).body
+    except Exception:
+        return b""  # no letter
 
 
 def table(found: Sequence[Letter]) -> list[str]:
@@ -280,9 +289,10 @@ def table(found: Sequence[Letter]) -> list[str]:
     rows = [("id", "age", "handler", "change", "error")]
     for one in found:
         rows.append((_short(one, found), _age(one.age), one.handler, one.argsrepr, one.summary))
-    widths = [max(len(row[place]) for row in rows) for place in range(4)]
+    shown = [[escaped(cell) for cell in row] for row in rows]
+    widths = [max(len(row[place]) for row in shown) for place in range(4)]
     said = []
-    for row in rows:
+    for row in shown:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         said.append("  ".join([*cells, row[4]]))
     return said
@@ -319,7 +329,8 @@ def whole(letter: Letter, line: Callable[[Any], str]) -> list[str]:
     width = max(map(len, facts)) + 2
     said = [f"{name:<{width}}{value}" for name, value in facts.items()]
     said += ["", "changes", *(f"  {text}" for text in changes(letter, line))]
-    said += ["", *letter.traceback.rstrip().splitlines()]
+    # Set in, so that no line of it passes for one of ours.
+    said += ["", "traceback", *(f"  {text}" for text in letter.traceback.rstrip().splitlines())]
     return said
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from typing import Any
 
@@ -19,6 +19,7 @@ from kombu.utils.json import dumps, loads
 from . import payload
 from .changes import Change, Changes
 from .errors import PayloadError, PublishError
+from .escaping import escaped
 from .messages import Form, Message
 from .publishers.base import Publisher
 from .subscriptions import TableName
@@ -116,38 +117,39 @@ def write(
     error: str,
     text: str,
     traceback: str,
-    arguments: Sequence[Any] = (),
+    arguments: Any = (),
     started_at: float | None = None,
     worker: str = "",
 ) -> Letter:
     """A letter about a message that a worker received from the queue `where`."""
     headers, properties = message.headers, message.properties or {}
+    priority = properties.get("priority")
     now = _iso(datetime.now(timezone.utc))
     changes = _changes(arguments)
     tables = dict.fromkeys(_table(change) for change in changes)
     body, binary = _text(message.body)
     return Letter(
-        id=str(headers.get("id")),
+        id=_task_id(headers.get("id")),
         handler=str(headers.get("task")),
         queue=where,
-        priority=properties.get("priority"),
+        priority=priority if isinstance(priority, int) else None,
         error=error,
         message=_bounded(text, _MESSAGE),
         traceback=_bounded(traceback, _TRACEBACK),
         failed_at=now,
-        first_failed_at=str(headers.get(FIRST_FAILED) or now),
+        first_failed_at=str(headers.get(FIRST_FAILED) or now)[:40],
         started_at=None
         if started_at is None
         else _iso(datetime.fromtimestamp(started_at, timezone.utc)),
-        retries=int(headers.get("retries") or 0),
-        deaths=int(headers.get(DEATHS) or 0),
+        retries=_count(headers.get("retries")),
+        deaths=deaths_of(headers),
         worker=worker,
         tables=list(tables),
         changes=[change.id for change in changes[:_IDS]],
         count=len(changes),
         commit_lsn=str(changes[0].commit_lsn) if changes else None,
         committed_at=_iso(changes[0].committed_at) if changes else None,
-        argsrepr=_described(changes) or str(headers.get("argsrepr") or ""),
+        argsrepr=_described(changes) or escaped(str(headers.get("argsrepr") or "")[:200]),
         headers={
             name: value
             for name, value in headers.items()
@@ -165,7 +167,7 @@ def seal(app: Any, letter: Letter, name: str) -> Message:
     made = app.amqp.as_task_v2(
         letter.id,
         TASK,
-        argsrepr=f"{letter.handler}: {_bounded(letter.summary, 200)}",
+        argsrepr=escaped(f"{letter.handler}: {_bounded(letter.summary, 200)}"),
         kwargsrepr="{}",
         ignore_result=True,
     )
@@ -183,9 +185,35 @@ def unseal(body: str | bytes) -> Letter:
         value = loads(body)[0][0]
         if value.pop("v") != VERSION:
             raise PayloadError("This dead letter is of another version of flash-celery.")
-        return Letter(**value)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-        raise PayloadError(f"This is not a dead letter: {error!r}.") from error
+        return _checked(Letter(**value))
+    except PayloadError:
+        raise
+    except Exception as error:  # whatever the readers of kombu's types raise
+        raise PayloadError(f"This is not a dead letter: {error!r:.200}.") from error
+
+
+def _checked(letter: Letter) -> Letter:
+    """The letter, if everything in it is of its type: the queue may hold anybody's."""
+    for one in fields(Letter):
+        value = getattr(letter, one.name)
+        if not isinstance(value, _KINDS[str(one.type)]):
+            raise TypeError(f"{one.name} is {value!r:.50}")
+    if not all(isinstance(one, str) for one in (*letter.tables, *letter.changes)):
+        raise TypeError("tables and changes are names")
+    if datetime.fromisoformat(letter.failed_at).tzinfo is None:
+        raise ValueError("failed_at is in no time zone")
+    return letter
+
+
+_KINDS: dict[str, Any] = {
+    "str": str,
+    "str | None": (str, type(None)),
+    "int": int,
+    "int | None": (int, type(None)),
+    "bool": bool,
+    "list[str]": list,
+    "dict[str, Any]": dict,
+}
 
 
 def again(letter: Letter) -> Message:
@@ -215,7 +243,7 @@ def contents(letter: Letter) -> list[Change]:
     """Its changes. Raises `PayloadError` where they cannot be read."""
     try:
         value = json.loads(letter.body)[0][0]["__value__"]
-    except (KeyError, IndexError, TypeError, ValueError):
+    except (KeyError, IndexError, RecursionError, TypeError, ValueError):
         raise PayloadError("No changes can be read from its message.") from None
     return payload.decode(value)
 
@@ -260,9 +288,24 @@ def received_again(message: Any, where: str, headers: Mapping[str, Any]) -> Mess
     return Message.alone(form, bytes(body) if isinstance(body, memoryview) else body)
 
 
-def _changes(arguments: Sequence[Any]) -> list[Change]:
+def deaths_of(headers: Mapping[str, Any]) -> int:
+    """How often the process of a task has died, as its message says."""
+    return _count(headers.get(DEATHS))
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and value > 0 else 0
+
+
+def _task_id(value: Any) -> str:
+    """The id, or as much of it as AMQP takes for a correlation id."""
+    return str(value).encode("ascii", "backslashreplace").decode()[:200]
+
+
+def _changes(arguments: Any) -> list[Change]:
     found: list[Change] = []
-    for argument in arguments:
+    # Of a forged message they may be anything.
+    for argument in arguments if isinstance(arguments, (list, tuple)) else ():
         if isinstance(argument, Change):
             found.append(argument)
         elif isinstance(argument, Changes):

@@ -11,7 +11,7 @@ import struct
 from binascii import a2b_base64, b2a_base64
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from kombu.utils.json import register_type
 
@@ -24,19 +24,28 @@ from .changes import (
     Truncate,
     Update,
     id_suffix,
+    key_shown,
 )
 from .errors import PayloadError, ProtocolError
+from .escaping import escaped
 from .protocol import pgoutput
 from .protocol.lsn import Lsn
 from .rows import Column, Row, Table, Transaction
 
 VERSION = 1
+#: Changes in one message; the bytes of a batch bound it long before (`outbox.BATCH_BYTES`).
+MOST_CHANGES = 1_000_000
 CHANGE = "flash_celery.change"
 CHANGES = "flash_celery.changes"
 
 #: The row of a TRUNCATE, which has none.
 TRUNCATED = b"T"
 _MESSAGE = struct.Struct("!cI")
+#: Microseconds from 2000-01-01 UTC to the first and after the last moment a datetime can be.
+_FIRST, _LAST = -63_082_281_600_000_000, 252_455_616_000_000_000
+#: A description that is longer is read each time: what is kept of them is bounded.
+_KEPT_DESCRIPTION = 1 << 16
+T = TypeVar("T")
 _NAMES = {b"I": "insert", b"U": "update", b"D": "delete"}
 
 
@@ -110,8 +119,8 @@ def _label(table: Table, transaction: Transaction, commit: str, row: bytes) -> s
     most = table.key_columns[-1][0] + 1 if table.key_columns else 0
     cells, _ = pgoutput.read_cells(row, pgoutput.FIRST_TUPLE, most)
     values = Row(table, cells, frozenset(table.key))
-    key = "".join([f" {column}={values[column]}" for _, column in table.key_columns])
-    return f"{name} {table.shown}{key} @{commit}"
+    key = key_shown([(column, values[column]) for _, column in table.key_columns])
+    return escaped(f"{name} {table.shown}{key} @{commit}")
 
 
 def _table_json(table: Table) -> str:
@@ -153,7 +162,21 @@ def _column_of(
     array: int = 0,
 ) -> Column:
     inner = tuple(_column_of(*field) for field in fields)
-    return Column(name, type_oid, type_name, bool(identity), bool(delivered), inner, bool(array))
+    plain = _a(str, name), _a(int, type_oid), _a(str, type_name)
+    return Column(*plain, bool(identity), bool(delivered), inner, bool(array))
+
+
+def _a(kind: type[T], value: Any) -> T:
+    """The value, if it is of this very type: a message may be anybody's."""
+    if type(value) is not kind:
+        raise TypeError(f"{value!r:.50} where {kind.__name__} belongs")
+    return value
+
+
+def _below(limit: int, value: Any, least: int = 0) -> int:
+    if not least <= _a(int, value) < limit:
+        raise ValueError(f"{value} is not in {least} to {limit - 1}")
+    return int(value)
 
 
 def _transaction_json(transaction: Transaction) -> str:
@@ -166,42 +189,88 @@ def decode(value: Any) -> list[Change]:
     try:
         version = value["v"]
         if version != VERSION:
-            raise PayloadError(f"This message has version {version}; version {VERSION} is known.")
+            shown = f"{version!r:.20}"
+            raise PayloadError(f"This message has version {shown}; version {VERSION} is known.")
         return _decode(value)
-    except (KeyError, TypeError, ValueError, IndexError, struct.error, ProtocolError) as error:
-        raise PayloadError(f"This is not a message of flash-celery: {error!r}.") from error
+    except _DAMAGED as error:
+        raise PayloadError(f"This is not a message of flash-celery: {error!r:.200}.") from error
 
 
-@lru_cache(maxsize=256)
-def _table_of(description: str) -> Table:
-    """The table of a description; the next messages find it with its loaders made."""
+def _one(value: Any) -> Change:
+    """The change of a message of one."""
+    changes = decode(value)
+    if len(changes) != 1:
+        raise PayloadError(f"This message has {len(changes)} changes where one belongs.")
+    return changes[0]
+
+
+#: What reading anything at all may raise.
+_DAMAGED = (
+    *(AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError),
+    *(struct.error, ProtocolError),
+)
+
+
+def _read_table(description: str) -> Table:
     table = json.loads(description)
+    columns = tuple(_column_of(*column) for column in _a(list, table["columns"]))
+    names = {column.name for column in columns}
+    key = tuple(_a(str, name) for name in _a(list, table["key"]))
+    if len(names) != len(columns) or not names.issuperset(key):
+        raise ValueError("the columns are not those of a table")
+    if _a(str, table["identity"]) not in ("d", "i", "f", "n"):
+        raise ValueError(f"the replica identity {table['identity']:.50}")
     return Table(
-        table["schema"],
-        table["name"],
-        table["partition"],
+        _a(str, table["schema"]),
+        _a(str, table["name"]),
+        None if table["partition"] is None else _a(str, table["partition"]),
         table["identity"],
-        tuple(table["key"]),
-        tuple(_column_of(*column) for column in table["columns"]),
-        table.get("source", ""),
+        key,
+        columns,
+        _a(str, table.get("source", "")),
+    )
+
+
+#: The next messages find the table with its loaders made.
+_kept_table = lru_cache(maxsize=256)(_read_table)
+
+
+def _table_of(description: str) -> Table:
+    """The table of a description."""
+    read = _kept_table if len(description) <= _KEPT_DESCRIPTION else _read_table
+    return read(description)
+
+
+def _transaction_of(lsn: Any, xid: Any, committed_at: Any, _: Any) -> Transaction:
+    return Transaction(
+        Lsn.parse(_a(str, lsn)), _below(1 << 32, xid), _below(_LAST, committed_at, _FIRST)
     )
 
 
 def _decode(value: Any) -> list[Change]:
     tables = [_table_of(json.dumps(table)) for table in value["tables"]]
-    transactions = [
-        Transaction(Lsn.parse(lsn), xid, committed_at)
-        for lsn, xid, committed_at, _ in value["transactions"]
-    ]
+    transactions = [_transaction_of(*transaction) for transaction in value["transactions"]]
     rows = a2b_base64(value["rows"])
     found: list[Change] = []
-    place = 0
+    place, left = 0, MOST_CHANGES
     for table, transaction, index, count, half, number in value["runs"]:
-        for position in range(index, index + count):
-            origin = (tables[table], transactions[transaction], position, half, number)
-            change, place = _change(rows, place, origin)
+        source = tables[_below(len(tables), table)]
+        of = transactions[_below(len(transactions), transaction)]
+        left -= _below(left + 1, count)
+        same = _below(4, half), _below(1 << 31, number)
+        for position in range(_below(1 << 63, index), index + count):
+            change, place = _change(rows, place, (source, of, position, *same))
+            if not _fits(change, len(source.columns)):
+                raise ValueError("a row has other columns than its table")
             found.append(change)
+    if place != len(rows):
+        raise ValueError(f"{len(rows) - place} bytes of rows are too many")
     return found
+
+
+def _fits(change: Change, width: int) -> bool:
+    cells = getattr(change, "_old", None), getattr(change, "_new", None)
+    return all(row is None or len(row) == width for row in cells)
 
 
 def _change(rows: bytes, place: int, origin: tuple[Any, ...]) -> tuple[Change, int]:
@@ -254,5 +323,5 @@ def _encode_changes(changes: Iterable[Change]) -> Any:
     return json.loads(encode([delivery_of(change) for change in changes]))
 
 
-register_type(Change, CHANGE, lambda change: _encode_changes([change]), lambda v: decode(v)[0])
+register_type(Change, CHANGE, lambda change: _encode_changes([change]), _one)
 register_type(Changes, CHANGES, _encode_changes, lambda value: Changes(decode(value)))

@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from . import ddl, publications, slots, standbys
+from . import ddl, publications, script, slots, standbys
 from .catalog import CatalogTable
 from .ddl import Step
 from .errors import (
@@ -28,8 +28,12 @@ from .publications import Found, Wanted
 from .replication import ReplicationConnection
 from .settings import Settings
 from .slots import Gap
+from .spool import most_files
 from .subscriptions import Subscription, TableName, of_tables
 from .tables import check_columns, find, quoted
+
+#: Files and sockets that a replication worker has open beside its spools.
+_OTHER_FILES = 100
 
 
 @dataclass
@@ -43,6 +47,8 @@ class Report:
     #: What lets the application write again where a column was added that FULL does not bear.
     rescue: list[Step] = field(default_factory=list)
     goal: Wanted | None = None
+    #: What the owner runs where `replicate` may not: `rescue`, `steps`, and the slot.
+    script: list[Step] = field(default_factory=list)
     #: Whether the slot is there already.
     slot_exists: bool = False
     #: Whether standbys are to keep a copy of it, and do not yet.
@@ -55,6 +61,11 @@ class Report:
     gap: Gap | None = None
     #: Whether this is a standby, which cannot be written.
     standby: bool = False
+
+    @property
+    def leaves(self) -> dict[int, tuple[TableName, ...]]:
+        """The partitions of the handlers' tables, by OID, and what they are partitions of."""
+        return {oid: t.ancestors for oid, t in self.goal.leaves.items()} if self.goal else {}
 
     def raise_first(self) -> None:
         """Raise the error of the first finding that stops `replicate`."""
@@ -104,6 +115,7 @@ class _Examination:
 
     def run(self) -> Report:
         self._server()
+        self._open_files()
         self._role()
         tables = self._tables()
         self._slot()
@@ -170,6 +182,20 @@ class _Examination:
         else:
             self._add("max_slot_wal_keep_size", OK, kept)
         return None
+
+    def _open_files(self) -> None:
+        """A streamed transaction that is not small is a file as long as it is open."""
+        limit = most_files()
+        if not self._settings.flash_use_streaming or not limit:
+            return
+        settings = "max_connections", "max_prepared_transactions"
+        most = sum(int(self._setting(name)) for name in settings)
+        if limit < most + _OTHER_FILES:
+            message = (
+                f"{limit} may be open, and up to {most} transactions ({' and '.join(settings)}) "
+                f"may be spooled at once: ulimit -n {most + _OTHER_FILES} (systemd: LimitNOFILE)"
+            )
+            self._add("files", WARNING, message)
 
     def _role(self) -> None:
         role, database, replication, create = self._one(
@@ -306,11 +332,12 @@ class _Examination:
             self._check_slot_of(found, prefix)
             self._check_identities(goal)
         except FlashError as error:
-            return self._stop("publications", error)
+            return self._stop("publications", self._rescued(error))
         restorable = ddl.restorable(self._connection, found, prefix)
-        steps = ddl.plan(found, prefix, goal, restorable)
+        manage, slot = self._settings.flash_manage, self._settings.flash_replication_slot
+        steps = ddl.plan(found, prefix, goal, restorable, None if manage else slot)
         self._report.steps, self._report.tables, self._report.goal = steps, tables, goal
-        return self._may(found, steps)
+        return self._may(found, steps) if manage else self._managed(steps)
 
     def _check_slot_of(self, found: Found, prefix: str) -> None:
         slot, record = self._settings.flash_replication_slot, found.record
@@ -356,6 +383,35 @@ class _Examination:
         changing = sorted(str(t.name) for t in goal.full.values() if t.identity != "f")
         said = f"FULL will be set on {', '.join(changing)}" if changing else "sufficient"
         self._add("replica identity", OK, said)
+
+    def _rescued(self, error: FlashError) -> FlashError:
+        """With what lets the application write again, where only the owner may run it."""
+        if self._settings.flash_manage or not self._report.rescue:
+            return error
+        self._report.script = self._report.rescue
+        statements = "; ".join(map(str, self._report.rescue))
+        return type(error)(f"{error} Until then the owner lets the table be written: {statements};")
+
+    def _managed(self, steps: Sequence[Step]) -> None:
+        """Whether the owner has done everything, where it is the owner's to do.
+
+        So is the slot: one that is gone cannot be told from one that never was by a role that may
+        note nothing, and none is made again in silence.
+        """
+        slot = self._settings.flash_replication_slot
+        left = [*self._report.rescue, *(steps if not all(step.note for step in steps) else ())]
+        self._report.script = [*self._report.rescue, *steps]
+        if not self._report.slot_exists:
+            left.append(script.create_slot(slot))
+            self._report.script.append(left[-1])
+        if left:
+            statements = "; ".join(map(str, left))
+            error = CatalogError(
+                "flash_manage is off, and this is left to be run by the owner of tables and "
+                f"publications, all of it as `flash doctor --sql` prints it: {statements};"
+            )
+            return self._stop("publications", error)
+        return self._add("publications", OK, "as they should be")
 
     def _may(self, found: Found, steps: Sequence[Step]) -> None:
         """Whether the role may run the statements."""

@@ -191,11 +191,10 @@ class ReplicationConnection:
         names = sql.SQL(",").join(sql.Identifier(name) for name in publications)
         options = "proto_version '2', streaming 'on'" if streaming else "proto_version '1'"
         options += ", messages 'true'" if messages else ""
+        # This grammar has no E'…', which is how psycopg writes a backslash.
+        literal = "'{}'".format(names.as_string(None).replace("'", "''"))
         command = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} ({}, publication_names {})").format(
-            sql.Identifier(slot),
-            sql.SQL(str(position)),
-            sql.SQL(options),
-            sql.Literal(names.as_string(None)),
+            sql.Identifier(slot), sql.SQL(str(position)), sql.SQL(options), sql.SQL(literal)
         )
         self._execute(command, pq.ExecStatus.COPY_BOTH)
         self._connection.nonblocking = 1

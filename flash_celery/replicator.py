@@ -34,6 +34,7 @@ from .errors import (
     SlotMissing,
     SpoolError,
 )
+from .escaping import escaped
 from .messages import Templates
 from .progress import Progress
 from .protocol.lsn import Lsn
@@ -65,7 +66,7 @@ _NOT_NOTED = (
 _HOPELESS = re.compile(
     r"authentication failed|no password supplied|does not exist|pg_hba\.conf|permission denied|"
     r"unsupported startup parameter|not permitted to log in|invalid connection option|"
-    r"must be superuser or replication role"
+    r"must be superuser or replication role|certificate|private key file|SSL was required"
 )
 
 
@@ -258,27 +259,31 @@ class Replicator:
         slot = self._settings.flash_replication_slot
         prefix = self._settings.flash_publication_slot_prefix
         report = self._examine(connection)
+        manage = self._settings.flash_manage
         if report.gap is not None:
             # Noted first: whatever happens from here on, it will not be forgotten.
             ddl.remember_gap(connection, prefix, report.gap)
             if report.slot_lost:
                 slots.drop(connection, slot)
             report = self._examine(connection)
-        while report.steps:
+        while report.steps and manage:
             ddl.apply(connection, report.steps, self.control.sleep)
             report = self._examine(connection)
         if not report.slot_exists:
             self._create_slot(stream, report)
-        elif report.slot_stays_behind:
+        elif report.slot_stays_behind and manage:
             stream.keep_over_failover(slot)
             logger.info("Standbys keep a copy of the slot %s from now on", slot)
-        if not report.standby:
+        if report.standby:
+            if note := ddl.note_of_slot(connection, prefix, slot):
+                logger.warning(_NOT_NOTED, slot, note[0])
+        elif manage:
             ddl.remember_slot(connection, prefix, slot)
-        elif note := ddl.note_of_slot(connection, prefix, slot):
-            logger.warning(_NOT_NOTED, slot, note[0])
+        if not manage:
+            self._leaves |= report.leaves  # nobody notes them
         if report.gap is not None:
             self._report(connection, report.gap)
-        self._leaves = publications.leaves_of(connection, prefix)
+        self._leaves |= publications.leaves_of(connection, prefix)
 
     def _create_slot(self, stream: ReplicationConnection, report: preflight.Report) -> None:
         slot = self._settings.flash_replication_slot
@@ -311,7 +316,7 @@ class Replicator:
         self._look = partial(catalog.fingerprint, connection, tables, names)
         self._fingerprint = self._look()
         report = preflight.examine(connection, self._settings, self._subscriptions, self._progress)
-        if report.read_by is None and not report.standby:
+        if report.read_by is None and not report.standby and self._settings.flash_manage:
             ddl.apply(connection, report.rescue, self.control.sleep)
         report.raise_first()
         self._still_there(report)
@@ -352,7 +357,7 @@ class Replicator:
         logger.info(
             "Replicating the slot %s for %s: %d handlers, queues %s",
             slot,
-            ", ".join(publications.names(prefix)),
+            escaped(", ".join(publications.names(prefix))),
             len(handlers),
             ", ".join(self._templates.queues),
         )
@@ -362,7 +367,7 @@ class Replicator:
         self.control.wake()
 
     def _on_notice(self, state: str, message: str) -> None:
-        logger.warning("PostgreSQL: %s", message)
+        logger.warning("PostgreSQL: %s", escaped(message))
         if state == "55000" and "publication" in message:
             # PostgreSQL 18 skips a publication it does not find and sends nothing of it.
             self.control.fail(PublicationMismatch(f"{message}; run `flash reset` to start anew."))
@@ -388,4 +393,9 @@ def refuse_hopeless(error: FlashError, settings: Settings) -> None:
 def _with_hint(message: str, dsn: str) -> str:
     if "unsupported startup parameter" in message:
         return f"{message[:-1]}; this is a pooler: {dsn} must lead to PostgreSQL itself."
+    if "certificate" in message or "SSL" in message:
+        return (
+            f"{message[:-1]}; correct the host, sslmode and sslrootcert of {dsn}, or the server's "
+            "certificate."
+        )
     return f"{message[:-1]}; correct {dsn}, or the server's roles and pg_hba.conf."

@@ -71,6 +71,10 @@ def plan(connection: psycopg.Connection[Any], settings: Settings, slot: str) -> 
     if connection.execute("SELECT pg_is_in_recovery()").fetchone() == (True,):
         note = f"leave what a standby cannot alter; on the primary run {'; '.join(map(str, steps))}"
         return Plan(slot_status(connection, slot), [], prefix, note if steps else "")
+    if steps and not settings.flash_manage:
+        statements = "; ".join(map(str, steps))
+        note = f"leave the rest, for flash_manage is off; its owner runs: {statements};"
+        return Plan(slot_status(connection, slot), [], prefix, note)
     return Plan(slot_status(connection, slot), steps, prefix)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import psycopg
@@ -19,6 +19,7 @@ from .changes import Operation
 from .column_types import TEXT, TypeDescription
 from .conditions import Cells
 from .errors import ReplicationError, SubscriptionError
+from .escaping import escaped
 from .payload import TRUNCATED, Delivery, message_row
 from .protocol import pgoutput
 from .rows import Column, Table, Transaction
@@ -34,6 +35,9 @@ _MESSAGE_HALF = 3
 _NOBODY: dict[str, Route] = {}
 #: Seconds that a transaction may take to be seen by others, and between two looks.
 _VISIBLE_SECONDS, _VISIBLE_PAUSE = 2.0, 0.002
+#: Fields of composite columns that a table's description tells of, and so each of its messages;
+#: a column that goes beyond it is text. A composite of composites can have millions.
+MOST_FIELDS = 2000
 _TAGS = {Operation.INSERT: b"I", Operation.UPDATE: b"U", Operation.DELETE: b"D"}
 
 
@@ -55,7 +59,7 @@ class Catalog:
     ) -> None:
         self._connection = connection
         #: What is remembered of partitions that may have been detached or dropped.
-        self._leaves = leaves or {}
+        self._leaves = dict(leaves or {})
 
     def settle(self, transaction: Transaction) -> None:
         """Wait until the catalog shows what a transaction made, which may be what is looked up.
@@ -74,7 +78,9 @@ class Catalog:
 
     def ancestors(self, oid: int, now: CatalogTable | None) -> Sequence[TableName]:
         """What the table is, or was, a partition of."""
-        return (now.ancestors if now else ()) or self._leaves.get(oid, ())
+        if now and now.ancestors:
+            self._leaves[oid] = now.ancestors
+        return self._leaves.get(oid, ())
 
     def table(self, oid: int) -> CatalogTable | None:
         """The table as it is now; None if it has been dropped."""
@@ -153,7 +159,9 @@ class Router:
         types = self._catalog.types([column.type_oid for column in relation.columns])
         wanted = [one for one in self._subscriptions if one.table in (own, *ancestors)]
         if not wanted:
-            logger.warning("Rows of %s arrive that were written for a handler that is gone", own)
+            logger.warning(
+                "Rows of %s arrive that were written for a handler that is gone", escaped(str(own))
+            )
         for subscription in wanted:
             _require_columns(subscription, relation, described)
             table = _table(subscription, relation, described, types, bool(ancestors))
@@ -237,7 +245,7 @@ class Router:
             logger.warning(
                 "%s: rows that lack old values or columns (written before its replica identity was "
                 "set, or a column added) are judged by what is known of them",
-                table,
+                escaped(str(table)),
             )
 
 
@@ -264,11 +272,16 @@ def _require_columns(
         )
 
 
-def _column(
-    column: pgoutput.Column, types: Mapping[int, TypeDescription], delivered: bool
-) -> Column:
-    """A column as its handler sees it."""
-    return _described(column.name, types.get(column.type_oid, TEXT), column.key, delivered)
+def _columns(
+    columns: Iterable[pgoutput.Column], types: Mapping[int, TypeDescription], fields: frozenset[str]
+) -> Iterator[Column]:
+    """Columns as their handler sees them."""
+    left = MOST_FIELDS
+    for column in columns:
+        of = types.get(column.type_oid, TEXT)
+        of = of if of.size <= left else TEXT
+        left -= of.size
+        yield _described(column.name, of, column.key, column.name in fields)
 
 
 def _described(name: str, of: TypeDescription, identity: bool, delivered: bool) -> Column:
@@ -289,18 +302,14 @@ def _table(
     key = subscription.key or ()
     key = key if key and names.issuperset(key) else _key(relation, described)
     fields = frozenset(subscription.fields or (column.name for column in relation.columns))
-    columns = [
-        _column(c, types, delivered=c.name in fields)
-        for c in relation.columns
-        if c.name in fields or c.name in key
-    ]
+    sent = [column for column in relation.columns if column.name in fields or column.name in key]
     return Table(
         subscription.table.schema,
         subscription.table.name,
         f"{own.schema}.{own.name}" if partition and own != subscription.table else None,
         relation.identity,
         tuple(key),
-        tuple(columns),
+        tuple(_columns(sent, types, fields)),
         subscription.source,
     )
 

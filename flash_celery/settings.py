@@ -48,8 +48,13 @@ class Settings:
     #: `auto` sets the replica identity that a subscription needs; `keep` alters nothing and
     #: refuses to start where it does not suffice.
     flash_replica_identity: str = "auto"
+    #: `False` creates and alters nothing: publications, identities and the slot are their owner's,
+    #: and `replicate` refuses to start where they are not what the handlers need.
+    flash_manage: bool = True
     #: Let PostgreSQL 15 and later leave out rows and columns that no handler wants.
     flash_push_down: bool = False
+    #: Bytes that a change may have; one that has more ends the replication worker, with its name.
+    flash_max_change_size: int = 128 << 20
     #: Seconds between two status messages to PostgreSQL.
     flash_status_interval: float = 10.0
     #: Seconds between two heartbeats, which are written into the WAL while the server is not idle
@@ -150,8 +155,14 @@ class Settings:
             raise ConfigurationError(
                 "flash_dead_queue must be a queue of its own, which no worker consumes."
             )
-        if self.flash_max_deaths < 1:
-            raise ConfigurationError("flash_max_deaths is a number from 1 on.")
+        for name in ("flash_max_deaths", "flash_max_change_size"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} is a number from 1 on.")
+        if self.flash_on_lost_slot == "recreate" and not self.flash_manage:
+            raise ConfigurationError(
+                "flash_on_lost_slot = 'recreate' makes a slot, which flash_manage = False leaves to "
+                "its owner; leave one of them out."
+            )
         if self.flash_max_queue_length < 0:
             raise ConfigurationError(
                 "flash_max_queue_length is a number of messages, or 0 for no limit."
@@ -212,11 +223,16 @@ class Settings:
         try:
             conninfo_to_dict(self.flash_dsn)
         except ProgrammingError:
+            readable = False
+        else:
+            readable = not _misread(self.flash_dsn)
+        if not readable:
             # What libpq says of it may hold the password.
             raise ConfigurationError(
                 f"{self.called('flash_dsn')} is not a connection string; write "
-                "postgresql://user:password@host:5432/database."
-            ) from None
+                "postgresql://user:password@host:5432/database, with %40 for an @ in the password "
+                "and %2F for a /."
+            )
         return self.flash_dsn
 
 
@@ -239,7 +255,9 @@ _KINDS: dict[str, Any] = {
     "flash_use_streaming": bool,
     "flash_spool_directory": str,
     "flash_replica_identity": str,
+    "flash_manage": bool,
     "flash_push_down": bool,
+    "flash_max_change_size": int,
     "flash_status_interval": (int, float),
     "flash_heartbeat_interval": (int, float),
     "flash_on_lost_slot": str,
@@ -291,6 +309,15 @@ def _place(dsn: str) -> tuple[list[Any], Any]:
         return [dsn], None  # it will be refused where it is used
     server = [given.get(part) for part in ("service", "host", "hostaddr")]
     return [*server, str(given.get("port", 5432))], given.get("dbname", given.get("user"))
+
+
+def _misread(dsn: str) -> bool:
+    """Whether a part of the password passes for the host, which errors name."""
+    rest = dsn.removeprefix("postgresql://").removeprefix("postgres://")
+    if rest == dsn:
+        return False
+    credentials, _, beyond = rest.partition("@")
+    return "@" in (rest if "/" in credentials else beyond).partition("?")[0]
 
 
 def _flash_keys(conf: Any) -> set[str]:

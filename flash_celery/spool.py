@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import struct
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from .errors import SpoolError
 _HEADER = struct.Struct("!II")
 #: Bytes of one transaction that stay in memory; a thousand may be open at a time.
 _IN_MEMORY = 1 << 16
+#: Xids that have a number in common.
+_PAGE = 4096
 #: Spaces and such in the path of a mount.
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
@@ -44,12 +47,22 @@ def file_system(directory: str, mounts: str = "/proc/self/mountinfo") -> str:
     return found
 
 
+def most_files() -> int:
+    """How many files this process may have open; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return max(0, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
 class Spool:
     """One streamed transaction."""
 
     def __init__(self, directory: str) -> None:
         self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=directory)  # noqa: SIM115
-        self._aborted: set[int] = set()
+        # A bit for each xid: a loop of savepoints may have millions.
+        self._aborted: defaultdict[int, int] = defaultdict(int)
 
     def append(self, xid: int, messages: Iterable[bytes]) -> None:
         """Keep messages of the transaction, or of a savepoint in it, whose xid they bear.
@@ -64,7 +77,7 @@ class Spool:
 
     def abort(self, xid: int) -> None:
         """Leave out what a savepoint did that was rolled back."""
-        self._aborted.add(xid)
+        self._aborted[xid // _PAGE] |= 1 << xid % _PAGE
 
     def messages(self) -> Iterator[bytes]:
         """What is to be applied, in order. Raises `SpoolError`."""
@@ -73,7 +86,7 @@ class Spool:
             while header := self._file.read(_HEADER.size):
                 xid, length = _HEADER.unpack(header)
                 payload = self._file.read(length)
-                if xid not in self._aborted:
+                if not self._aborted.get(xid // _PAGE, 0) >> xid % _PAGE & 1:
                     yield payload
         except OSError as error:
             raise SpoolError(f"A large transaction cannot be spooled: {error}.") from error

@@ -47,9 +47,12 @@ class Rows(Protocol):
 def runs(messages: Iterable[bytes]) -> Iterator[tuple[bytes, list[bytes]]]:
     """Neighbours that start with the same five bytes, and these bytes.
 
-    Most of them are rows of one table, which then cost what one of them does.
+    Most of them are rows of one table, which then cost what one of them does. Raises
+    `ProtocolError` for an empty message.
     """
     for kind, run in groupby(messages, _KIND):
+        if not kind:
+            raise ProtocolError("A message of pgoutput is empty.")
         members = list(run)
         while len(members) > _TOGETHER:
             yield kind, members[:_TOGETHER]

@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import shutil
+import subprocess
 
 import celery
 import psycopg
@@ -9,7 +11,7 @@ import pytest
 from celery import Celery
 from psycopg import sql
 
-from example_project.servers import Postgres, Rabbit, Valkey
+from example_project.servers import Postgres, Rabbit, Valkey, free_port
 
 _numbers = itertools.count(1)
 
@@ -53,11 +55,50 @@ def valkey():
         yield server
 
 
+class Certificates:
+    """A certificate for `localhost` alone, and the authority that signed it."""
+
+    def __init__(self, folder):
+        self.authority, self.authority_key = folder / "authority.pem", folder / "authority.key"
+        self.certificate, self.key = folder / "server.pem", folder / "server.key"
+        self._make(self.authority, self.authority_key, "a test's own authority")
+        signed = ("-CA", self.authority, "-CAkey", self.authority_key)
+        extensions = ("subjectAltName=DNS:localhost", "basicConstraints=critical,CA:false")
+        named = [part for one in extensions for part in ("-addext", one)]
+        self._make(self.certificate, self.key, "localhost", *signed, *named)
+
+    @staticmethod
+    def _make(certificate, key, name, *more):
+        curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+        command = ("openssl", "req", "-x509", *curve, "-days", "2", "-subj", f"/CN={name}")
+        files = ("-keyout", key, "-out", certificate)
+        subprocess.run([*command, *files, *more], check=True, capture_output=True)
+
+
 @pytest.fixture(scope="session")
-def rabbit():
+def certificates(tmp_path_factory):
+    if shutil.which("openssl") is None:
+        missing("openssl")
+    return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="session")
+def rabbit(request):
     if not Rabbit.installed():
         missing("RabbitMQ (rabbitmq-server)")
-    with Rabbit() as server:
+    # It takes its time to boot, so one node serves the tests of TLS too.
+    port, lines = free_port(), []
+    if shutil.which("openssl"):
+        made = request.getfixturevalue("certificates")
+        lines = [
+            f"listeners.ssl.1 = 127.0.0.1:{port}",
+            f"ssl_options.cacertfile = {made.authority}",
+            f"ssl_options.certfile = {made.certificate}",
+            f"ssl_options.keyfile = {made.key}",
+            "ssl_options.verify = verify_none",
+        ]
+    with Rabbit(*lines) as server:
+        server.tls_port = port
         yield server
 
 

@@ -31,8 +31,11 @@ class Keepalive:
 
 
 def wal_end(frame: bytes) -> Lsn:
-    """The server's position when it sent the frame."""
-    return Lsn(_WAL_END.unpack_from(frame, 9 if frame[0] == XLOG_DATA else 1)[0])
+    """The server's position when it sent the frame. Raises `ProtocolError` if it is cut off."""
+    try:
+        return Lsn(_WAL_END.unpack_from(frame, 9 if frame[0] == XLOG_DATA else 1)[0])
+    except (IndexError, struct.error):
+        raise ProtocolError(f"A replication frame of {len(frame)} bytes is cut off.") from None
 
 
 def keepalive(frame: bytes) -> Keepalive:

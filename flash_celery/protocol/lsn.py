@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+_TEXT = re.compile(r"([0-9A-F]{1,8})/([0-9A-F]{1,8})", re.ASCII | re.IGNORECASE)
+
 
 class Lsn(int):
     """A log sequence number: a byte offset in the WAL that prints as PostgreSQL writes it.
@@ -15,8 +19,10 @@ class Lsn(int):
     @classmethod
     def parse(cls, text: str) -> Lsn:
         """Read `16/B374D848`. Raises `ValueError` for anything else."""
-        high, _, low = text.partition("/")
-        return cls((int(high, 16) << 32) | int(low, 16))
+        found = _TEXT.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text!r:.50} is no position in the WAL")
+        return cls((int(found[1], 16) << 32) | int(found[2], 16))
 
     def __str__(self) -> str:
         return f"{self >> 32:X}/{self & 0xFFFFFFFF:X}"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import TIMEOUT, Publisher
+from .base import TIMEOUT, Publisher, connection_to
 
 
 def for_app(app: Any, timeout: float = TIMEOUT) -> Publisher:
     """The publisher for the transport of the app's broker URL; opens nothing.
 
-    A broker that does not answer for `timeout` seconds counts as gone.
+    A broker that does not answer for `timeout` seconds counts as gone. Raises `ConfigurationError`
+    for a URL that cannot be right.
     """
-    with app.connection_for_write() as connection:
+    with connection_to(app) as connection:
         driver = connection.transport.driver_type, connection.transport.driver_name
     if driver[0] == "redis":
         from .redis import RedisPublisher

@@ -118,12 +118,13 @@ class AmqpPublisher(ConnectedPublisher):
 
     def _written(self, message: Message) -> tuple[bytes, bytes]:
         """The method that publishes it, and its properties."""
+        if not message.plain or len(message.id) != _ID_LENGTH:
+            # It may be the only one of its form, so nothing is kept of it.
+            return _method(message.queue), self.prepared(message)._serialize_properties()
         form = self._forms.get(message.form)
         if form is None:
             form = self._forms[message.form] = self._form(message.form)
         method, text, table = form
-        if not message.plain or len(message.id) != _ID_LENGTH:
-            return method, self.prepared(message)._serialize_properties()
         argsrepr = message.argsrepr.encode()
         return method, text % {
             b"table": _LONG.pack(table + len(argsrepr)),
@@ -136,8 +137,6 @@ class AmqpPublisher(ConnectedPublisher):
         """What all messages of a form have: the method, and their properties with places for what
         differs, among them the length of the table of headers, which is this without `argsrepr`.
         """
-        arguments = (0, "", form.queue, True, False)
-        method = struct.pack(">HH", *spec.Basic.Publish) + dumps("Bssbb", arguments)
         task_id, argsrepr = str(uuid.uuid4()), uuid.uuid4().hex
         sample = Message(form, task_id, argsrepr, "")
         written = self.prepared(sample)._serialize_properties()
@@ -152,7 +151,7 @@ class AmqpPublisher(ConnectedPublisher):
             + b"%(length)b%(argsrepr)b"
             + _escaped(after)
         )
-        return method, text.replace(task_id.encode(), b"%(id)b"), table - len(argsrepr)
+        return _method(form.queue), text.replace(task_id.encode(), b"%(id)b"), table - len(argsrepr)
 
     def _wait(self, left: int) -> None:
         while len(self._pending) > left and self._trouble is None:
@@ -197,6 +196,13 @@ class AmqpPublisher(ConnectedPublisher):
     def _on_return(self, error: Any, exchange: str, queue: str, message: Any) -> None:
         # The message is confirmed nevertheless, after this.
         self._trouble = Unroutable(f"The broker has no queue {queue}.")
+
+
+def _method(queue: str) -> bytes:
+    """The method that publishes to a queue."""
+    arguments = (0, "", queue, True, False)
+    written: bytes = struct.pack(">HH", *spec.Basic.Publish) + dumps("Bssbb", arguments)
+    return written
 
 
 def _escaped(part: bytes) -> bytes:

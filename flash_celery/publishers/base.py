@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from kombu.utils.url import maybe_sanitize_url
 
 from ..enqueued import Enqueued, Lease
-from ..errors import PublishError
+from ..errors import ConfigurationError, PublishError
 from ..messages import Message
 
 #: Seconds without an answer after which a broker counts as gone, by default.
@@ -44,6 +44,39 @@ class Publisher(Protocol):
         """Disconnect; never raises."""
 
 
+def connection_to(app: Any, **options: Any) -> Any:
+    """A kombu connection to the app's broker, not made yet.
+
+    Raises `ConfigurationError` for a URL that cannot be right.
+    """
+    with _readable():
+        connection = app.connection_for_write(**options)
+        _ = connection.transport
+        given = f"{app.conf.broker_write_url} {app.conf.broker_url}"
+        if "@" in str(connection.virtual_host) and "%40" not in given:
+            raise ValueError  # a part of the password, which errors would name
+    return connection
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Turn what kombu says of a broker URL into an error without the URL, or parts of it."""
+    try:
+        yield
+    except OSError:
+        raise  # a certificate that does not verify is a ValueError too
+    except (TypeError, ValueError):
+        raise ConfigurationError(
+            "broker_url is not a broker's URL; write redis://:password@host:6379/0 or "
+            "amqp://user:password@host:5672/vhost, with %40 for an @ in the password, %2F for a /, "
+            "%3F for a ? and %23 for a #."
+        ) from None
+    except (ImportError, KeyError) as error:
+        raise ConfigurationError(
+            f"broker_url names a transport that is not there: {error}."
+        ) from None
+
+
 class ConnectedPublisher:
     """A publisher with a kombu connection of its own."""
 
@@ -69,11 +102,14 @@ class ConnectedPublisher:
             **dict.fromkeys(self.timeouts, self.timeout),
             **self._app.conf.broker_transport_options,
         }
-        self._connection = self._app.connection_for_write(
-            transport_options=options, connect_timeout=self._app.conf.broker_connection_timeout
+        self._connection = connection_to(
+            self._app,
+            transport_options=options,
+            connect_timeout=self._app.conf.broker_connection_timeout,
         )
-        with self.errors():
+        with self.errors(), _readable():
             self._channel = self._connection.channel()
+        with self.errors():
             for queue in queues:
                 queue(self._channel).declare()
 
@@ -113,6 +149,14 @@ class ConnectedPublisher:
         """The broker's address, without a password."""
         shown = str(maybe_sanitize_url(self._connection.as_uri()))
         return shown.replace("//:**@", "//")  # a password where there is none
+
+    @property
+    def unverified(self) -> bool:
+        """Whether TLS is spoken with whoever answers: with rediss:// alone kombu does so."""
+        given = self._connection.ssl
+        asked = given if isinstance(given, dict) else {}
+        found = [asked[name] for name in ("ssl_cert_reqs", "cert_reqs") if name in asked]
+        return any(not one or str(one).lower() in ("none", "cert_none") for one in found)
 
     @property
     def driver(self) -> str:

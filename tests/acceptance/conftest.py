@@ -39,13 +39,15 @@ class Shop:
 
     def run(self, *arguments, timeout=60, **environment):
         """A command that ends by itself."""
-        return subprocess.run(
+        ran = subprocess.run(
             self.command(*arguments),
             env={**self.environment, **environment},
             capture_output=True,
-            text=True,
             timeout=timeout,
         )
+        # Not by text=True, which would take \r for a newline.
+        ran.stdout, ran.stderr = ran.stdout.decode(), ran.stderr.decode()
+        return ran
 
     def start(self, *arguments, **environment):
         log = (self.folder / f"{len(self.processes)}.log").open("w")

@@ -247,7 +247,7 @@ def test_publications_of_somebody_else_are_refused_and_fitting_ones_adopted(tabl
 
 
 def test_a_lock_names_who_holds_it(tables, connection, monkeypatch):
-    monkeypatch.setattr(ddl, "_LOCK_TIMEOUT", "50ms")
+    monkeypatch.setattr(ddl, "LOCK_TIMEOUT", "50ms")
     steps = plan(connection, [subscription("orders", where=WHERE)])
     with psycopg.connect(tables.dsn, application_name="a long report") as blocker:
         blocker.execute("SELECT * FROM orders")
@@ -259,7 +259,7 @@ def test_a_lock_names_who_holds_it(tables, connection, monkeypatch):
 
 
 def test_a_lock_that_goes_away_is_waited_for(tables, connection, monkeypatch):
-    monkeypatch.setattr(ddl, "_LOCK_TIMEOUT", "50ms")
+    monkeypatch.setattr(ddl, "LOCK_TIMEOUT", "50ms")
     steps = plan(connection, [subscription("orders", where=WHERE)])
     with psycopg.connect(tables.dsn) as blocker:
         blocker.execute("SELECT * FROM orders")

@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[2] / "flash_celery"
 
 ALLOWED = {
     # Both sides.
-    "errors": set(),
+    "escaping": set(),
+    "errors": {"escaping"},
     "settings": {"errors"},
     "protocol": set(),
     "protocol.lsn": set(),
@@ -22,8 +23,8 @@ ALLOWED = {
     "comparison": set(),
     "conditions": {"comparison", "values", "errors"},
     "rows": {"values", "protocol"},
-    "changes": {"rows", "protocol"},
-    "payload": {"changes", "rows", "protocol", "errors"},
+    "changes": {"escaping", "rows", "protocol"},
+    "payload": {"changes", "escaping", "rows", "protocol", "errors"},
     "subscriptions": {"conditions", "changes", "errors"},
     "handlers": {"subscriptions", "conditions", "changes", "errors"},
     # Capture, in the direction of the data.
@@ -36,8 +37,8 @@ ALLOWED = {
     "transactions": {"rows", "spool", "protocol", "errors"},
     "transitions": {"changes", "conditions", "rows", "subscriptions", "protocol"},
     "routing": {
-        *("catalog", "changes", "column_types", "conditions", "payload", "protocol", "rows"),
-        *("subscriptions", "transitions", "errors"),
+        *("catalog", "changes", "column_types", "conditions", "escaping", "payload", "protocol"),
+        *("rows", "subscriptions", "transitions", "errors"),
     },
     "enqueued": {"payload", "protocol", "rows"},
     "messages": {
@@ -49,9 +50,17 @@ ALLOWED = {
         *("backoff", "backpressure", "enqueued", "messages", "outbox", "protocol"),
         *("publishers", "errors"),
     },
-    "letters": {"changes", "messages", "payload", "publishers", "subscriptions", "errors"},
+    "letters": {
+        "changes",
+        "escaping",
+        "messages",
+        "payload",
+        "publishers",
+        "subscriptions",
+        "errors",
+    },
     # A Celery worker, when it starts; nothing of the application's side imports it.
-    "dead": {"backoff", "letters", "messages", "publishers", "settings", "errors"},
+    "dead": {"backoff", "escaping", "letters", "messages", "publishers", "settings", "errors"},
     "publishers": {"publishers"},
     "publishers.base": {"enqueued", "messages", "errors"},
     "publishers.redis": {"publishers", "enqueued", "messages"},
@@ -68,11 +77,12 @@ ALLOWED = {
     "slots": {"progress", "errors"},
     "standbys": {"catalog", "findings", "settings", "slots", "errors"},
     "publications": {"catalog", "changes", "pushdown", "slots", "subscriptions", "errors"},
-    "ddl": {"backoff", "catalog", "changes", "publications", "slots", "errors"},
+    "ddl": {"backoff", "catalog", "changes", "escaping", "publications", "slots", "errors"},
+    "script": {"ddl"},
     "tables": {"catalog", "column_types", "publications", "subscriptions", "errors"},
     "preflight": {
         *("catalog", "ddl", "findings", "progress", "publications", "replication", "settings"),
-        *("slots", "standbys", "subscriptions", "tables", "errors"),
+        *("script", "slots", "spool", "standbys", "subscriptions", "tables", "errors"),
     },
     # The replication worker.
     "watch": {"progress", "protocol", "settings", "slots", "errors"},
@@ -90,8 +100,8 @@ ALLOWED = {
         *("transactions", "watch", "errors"),
     },
     "replicator": {
-        *("backoff", "catalog", "control", "ddl", "enqueued", "messages", "preflight"),
-        "progress",
+        *("backoff", "catalog", "control", "ddl", "enqueued", "escaping", "messages"),
+        *("preflight", "progress"),
         *("protocol", "publications", "publishers", "publishing", "replication", "session"),
         *("settings", "slots", "subscriptions", "watch", "errors"),
     },
@@ -101,7 +111,7 @@ ALLOWED = {
         *("subscriptions", "errors"),
     },
     "doctor": {"findings", "publishers", "settings", "spool", "subscriptions", "errors"},
-    "letterbox": {"letters", "publishers", "subscriptions", "errors"},
+    "letterbox": {"escaping", "letters", "publishers", "subscriptions", "errors"},
     "explain": {
         *("catalog", "preflight", "publications", "pushdown", "settings", "subscriptions"),
     },
@@ -114,6 +124,8 @@ ALLOWED = {
     "cli": {
         *("catalog", "control", "doctor", "errors", "explain", "findings", "handlers"),
         "letterbox",
+        "escaping",
+        "script",
         *(
             "preflight",
             "publishers",

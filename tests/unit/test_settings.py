@@ -45,6 +45,7 @@ def test_without_a_dsn_the_sentence_says_where_to_put_it(app):
         ("flash_dead_queue", "flash", "must be a queue of its own"),
         ("flash_max_deaths", 0, "from 1 on"),
         ("flash_max_queue_length", -1, "or 0 for no limit"),
+        ("flash_max_change_size", 0, "from 1 on"),
     ],
 )
 def test_what_cannot_be_right_is_named(app, name, value, sentence):
@@ -62,6 +63,37 @@ def test_a_password_does_not_show(app):
         with pytest.raises(errors.ConfigurationError) as raised:
             Settings.from_app(app)
         assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "dsn",
+    [
+        "postgresql://u:one@secret@h/d",
+        "postgres://u:one/secret@h/d",
+        "postgresql://u:1/se@cret@h/d?sslmode=require",
+        "postgresql://u:%secret@h/d",
+        "host=h password=one secret dbname=d",
+        "secret",
+    ],
+)
+def test_a_password_that_would_pass_for_the_host_is_refused_unsaid(dsn):
+    with pytest.raises(errors.ConfigurationError, match="%40 for an @") as refused:
+        Settings(flash_dsn=dsn).require_dsn()
+    assert "secret" not in str(refused.value)
+    assert refused.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    "dsn",
+    [
+        "postgresql://u:one%40secret@h/d?application_name=a@b",
+        "postgresql:///d?host=/run/postgresql",
+        "postgresql://h:5432,g:5433/d",
+        "host=@abstract dbname=d password='a@b'",
+    ],
+)
+def test_a_dsn_that_libpq_reads_as_it_is_meant_is_taken(dsn):
+    assert Settings(flash_dsn=dsn).require_dsn() == dsn
 
 
 BILLING = {"dsn": "postgresql://h/billing"}

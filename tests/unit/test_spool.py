@@ -88,3 +88,17 @@ def test_many_open_transactions_take_little_memory(tmp_path):
     for spool in spools:
         assert sum(map(len, spool.messages())) == 900_000
         spool.close()
+
+
+def test_a_million_savepoints_that_were_rolled_back_take_little_memory():
+    spool = Spool("")
+    for xid in (7, 5000, 900_000):
+        spool.append(xid, [str(xid).encode()])
+    tracemalloc.start()
+    for xid in range(4000, 1_004_000, 2):
+        spool.abort(xid)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken < 1_000_000
+    assert list(spool.messages()) == [b"7"]
+    spool.close()

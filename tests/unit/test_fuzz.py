@@ -1,0 +1,284 @@
+"""Bytes and JSON that nobody who means well has written: refused, each with the one error for it.
+
+`FLASH_EXAMPLES` says how many of them (`make soak`).
+"""
+
+import json
+import os
+from base64 import b64encode
+from contextlib import suppress
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kombu.utils.json import dumps, loads
+
+from flash_celery import payload
+from flash_celery.changes import Change, LogicalMessage
+from flash_celery.errors import PayloadError, ProtocolError
+from flash_celery.letterbox import changes, table, whole
+from flash_celery.letters import seal, unseal, write
+from flash_celery.payload import TRUNCATED, Delivery, decode, encode, message_row
+from flash_celery.protocol import frames, pgoutput
+from flash_celery.protocol.lsn import Lsn
+from flash_celery.rows import Column, Table, Transaction
+from flash_celery.tail import line
+from flash_celery.transactions import Transactions, runs
+from tests.unit.test_pgoutput import MESSAGES
+
+EXAMPLES = int(os.environ.get("FLASH_EXAMPLES", "150"))
+many = settings(
+    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None
+)
+
+COLUMNS = (
+    Column("id", 20, "int8", identity=True),
+    Column("tags", 1009, "text[]", identity=False),
+    Column(
+        "place",
+        99_999,
+        "place",
+        identity=False,
+        fields=(Column("x", 701, "float8", False), Column("y", 701, "float8", False)),
+    ),
+)
+TABLE = Table("public", "orders", "public.orders_1", "d", ("id",), COLUMNS)
+CELLS = [b"1", b'{a,"b c",NULL}', b"(1.5,)"]
+TRANSACTION = Transaction(Lsn(0x16B3748), 730, 700_000_000_000_000)
+MESSAGE = Table("", "order.paid", None, "n", (), ())
+
+
+def row(operation, old_kind=None, old=None, new=None):
+    return pgoutput.encode_row(operation, 5, old_kind, old, new)
+
+
+DELIVERIES = [
+    Delivery(TABLE, TRANSACTION, 0, 0, 0, [row("I", new=CELLS), row("U", "O", CELLS, CELLS)]),
+    Delivery(TABLE, TRANSACTION, 2, 1, 0, [row("D", "K", [b"1", None, None])]),
+    Delivery(TABLE, TRANSACTION, 3, 0, 1, [TRUNCATED]),
+    Delivery(MESSAGE, TRANSACTION, 0, 3, 0, [message_row(b"paid")]),
+]
+VALID = json.loads(encode(DELIVERIES))
+#: What stands in the place of something else.
+junk = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 70_000),
+    st.sampled_from([10**12, -(10**12), 2**31, 2**32, 2**63, 10**400, 1e308, float("nan")]),
+    st.text(max_size=8),
+    st.sampled_from(["0/0", "FFFFFFFFFF/0", "1_0/0", "\0", "\ud800", "t" * 1000, "AAAA", "VA=="]),
+    st.lists(st.integers(), max_size=7),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=3),
+    st.just([[[[[[]]]]]]),
+)
+
+
+def places(value, path=()):
+    """Where in a JSON value something is."""
+    yield path
+    inside = []
+    if isinstance(value, (dict, list)):
+        inside = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, one in inside:
+        yield from places(one, (*path, key))
+
+
+def put(value, path, what):
+    """The value with something else in one place; `...` takes it out."""
+    if not path:
+        return what
+    value = json.loads(json.dumps(value))
+    inside = value
+    for key in path[:-1]:
+        inside = inside[key]
+    if what is ...:
+        del inside[path[-1]]
+    else:
+        inside[path[-1]] = what
+    return value
+
+
+@st.composite
+def mutated(draw, valid):
+    value = valid
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(list(places(value))))
+        value = put(value, path, draw(st.one_of(junk, st.just(...) if path else junk)))
+    return value
+
+
+@st.composite
+def damaged(draw, valid):
+    """Bytes with some others among them, cut off, or continued."""
+    found = bytearray(valid)
+    for _ in range(draw(st.integers(1, 4))):
+        place = draw(st.integers(0, len(found)))
+        length = draw(st.integers(0, 4))
+        found[place : place + length] = draw(st.binary(max_size=6))
+    return bytes(found)
+
+
+def use(change):
+    """Everything that we ask of a change outside its handler."""
+    assert isinstance(change, Change)
+    assert repr(change).isprintable()
+    assert change.id
+    assert change.committed_at.tzinfo
+    assert isinstance(change.commit_lsn, Lsn)
+    assert change.key.keys() is not None
+    assert change.changed is None or isinstance(change.changed, frozenset)
+    assert json.loads(encode([payload.delivery_of(change)]))
+    return change
+
+
+def test_what_is_valid_is_read():
+    told = [use(change) for change in decode(VALID)]
+    assert len(told) == 5
+    assert isinstance(told[-1], LogicalMessage)
+
+
+@many
+@given(mutated(VALID))
+def test_a_mutated_payload_is_read_or_refused(value):
+    with suppress(PayloadError):
+        for change in decode(value):
+            use(change)
+
+
+@many
+@given(damaged(b"".join(one for delivery in DELIVERIES for one in delivery.rows)))
+def test_damaged_rows_are_read_or_refused(rows):
+    value = {**VALID, "rows": b64encode(rows).decode()}
+    with suppress(PayloadError):
+        for change in decode(value):
+            use(change)
+
+
+@many
+@given(st.recursive(junk, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+def test_anything_at_all_is_refused(value):
+    with pytest.raises(PayloadError) as refused:
+        decode(value)
+    assert len(str(refused.value)) < 400
+
+
+def test_counts_and_nesting_cost_no_more_than_the_message_does():
+    run = VALID["runs"][0]
+    for count in (10**12, 10**300, payload.MOST_CHANGES + 1, -1, 1.5, True):
+        forged = put(VALID, ("runs",), [[*run[:3], count, *run[4:]]])
+        with pytest.raises(PayloadError):
+            decode(forged)
+    # Each byte is a TRUNCATE, which takes a hundred in memory.
+    bomb = {**VALID, "rows": "VFRU" * 400_000, "runs": [[*run[:3], 1_200_000, *run[4:]]]}
+    with pytest.raises(PayloadError, match="1200000 is not in"):
+        decode(bomb)
+    nested = ["x", 25, "text", 0, 1, []]
+    for _ in range(100_000):
+        nested = ["x", 25, "text", 0, 1, [nested]]
+    with pytest.raises(PayloadError):
+        decode(put(VALID, ("tables", 0, "columns"), [nested]))
+
+
+def test_a_single_change_is_one():
+    envelope = {"__type__": payload.CHANGE, "__value__": VALID}
+    with pytest.raises(PayloadError, match="5 changes where one belongs"):
+        loads(dumps(envelope))
+    envelope["__value__"] = {**VALID, "runs": [], "rows": ""}
+    with pytest.raises(PayloadError, match="0 changes where one belongs"):
+        loads(dumps(envelope))
+
+
+def letter(app):
+    message = SimpleNamespace(
+        headers={"id": "1", "task": "shop.each", "retries": 2},
+        properties={"priority": 3},
+        body=b"[]",
+        content_type=None,
+        content_encoding=None,
+    )
+    made = write(message, "flash", "ValueError", "bad", "Traceback\n  line")
+    return json.loads(seal(app, made, "flash.dead").body)
+
+
+@pytest.fixture(scope="module")
+def sealed():
+    from celery import Celery
+
+    app = Celery("shop", set_as_current=False)
+    yield letter(app)
+    app.close()
+
+
+@many
+@given(st.data())
+def test_a_mutated_dead_letter_is_shown_or_passed_over(sealed, data):
+    value = data.draw(mutated(sealed))
+    with suppress(PayloadError):
+        found = unseal(json.dumps(value))
+        assert table([found])
+        assert whole(found, line)
+        assert changes(found, line)
+
+
+@many
+@given(st.dictionaries(st.sampled_from(["id", "task", "retries", "priority", "argsrepr"]), junk))
+def test_a_letter_can_be_written_about_any_headers(headers):
+    message = SimpleNamespace(
+        headers={**headers, "flash_deaths": headers.get("retries")},
+        properties=headers,
+        body=b"\xff",
+        content_type=None,
+        content_encoding=None,
+    )
+    made = write(message, "flash", "ValueError", "bad", "", headers.get("id"))
+    assert len(made.id) <= 200
+    assert made.retries >= 0
+
+
+class Nobody:
+    """Wants nothing."""
+
+    def rows(self, kind, rows, transaction, index): ...
+    def truncate(self, oids, transaction, index): ...
+    def message(self, message, transaction, index): ...
+    def relation(self, relation): ...
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+@settings(parent=many, max_examples=EXAMPLES // 5)
+@given(data=st.data())
+def test_damaged_messages_of_pgoutput_are_refused(name, data):
+    message = data.draw(damaged(MESSAGES[name]))
+    for streamed in (False, True):
+        with suppress(ProtocolError):
+            pgoutput.decode(message, streamed)
+    for read in (pgoutput.read_begin, pgoutput.read_commit, pgoutput.read_row):
+        with suppress(ProtocolError):
+            read(message)
+
+
+@many
+@given(
+    st.lists(st.sampled_from(sorted(MESSAGES)).flatmap(lambda name: damaged(MESSAGES[name]))),
+    st.booleans(),
+)
+def test_damaged_messages_in_any_order_are_refused(messages, begun):
+    transactions = Transactions(Nobody())
+    try:
+        for kind, run in runs([MESSAGES["begin"], *messages] if begun else messages):
+            transactions.receive(kind, run)
+            while transactions.replaying:
+                transactions.replay()
+    except ProtocolError:
+        pass
+    finally:
+        transactions.close()
+
+
+@many
+@given(damaged(b"k" + bytes(17)) | damaged(b"w" + bytes(24) + b"B"))
+def test_damaged_frames_are_refused(frame):
+    for read in (frames.keepalive, frames.wal_end):
+        with suppress(ProtocolError):
+            read(frame)
