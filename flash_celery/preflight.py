@@ -259,6 +259,8 @@ class _Examination:
             if self._report.slot_exists:
                 self._report.gap = open_gap  # somebody died just after it was made anew
                 return
+            if not self._settings.flash_manage:
+                return  # its owner makes it, and is told so
             gap = slots.missed(slot, None, self._progress)
         if gap is None:
             return

@@ -203,10 +203,12 @@ class Publishing(threading.Thread):
 
     def _may_publish(self, generation: int) -> bool:
         """Wait for the lease, as late as can be; False if the work is given up."""
-        while time.monotonic() >= self._lease.until:
-            if self._given_up(generation, _LEASE_SECONDS):
-                return False
-        return True
+        pause = 0.0
+        while not self._given_up(generation, pause):
+            if time.monotonic() < self._lease.until:
+                return True
+            pause = _LEASE_SECONDS
+        return False
 
     def _insist(
         self,

@@ -160,8 +160,8 @@ class Settings:
                 raise ConfigurationError(f"{name} is a number from 1 on.")
         if self.flash_on_lost_slot == "recreate" and not self.flash_manage:
             raise ConfigurationError(
-                "flash_on_lost_slot = 'recreate' makes a slot, which flash_manage = False leaves to "
-                "its owner; leave one of them out."
+                "flash_on_lost_slot = 'recreate' makes a slot, which flash_manage = False leaves "
+                "to its owner; leave one of them out."
             )
         if self.flash_max_queue_length < 0:
             raise ConfigurationError(

@@ -209,7 +209,9 @@ def printable(output):
         assert not line.startswith(FORGED)
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize(
+    "number", [0, *(pytest.param(number, marks=pytest.mark.soak) for number in (1, 2))]
+)
 def test_hostile_names_and_values_do_no_harm(shop, number):
     table, column, name = hostile(shop, number)
     prefix = NAMES[number][:40]
@@ -329,7 +331,7 @@ def depth(shop):
         return channel.queue_declare("flash", passive=True).message_count
 
 
-@pytest.mark.parametrize("pool", ["solo", "prefork"])
+@pytest.mark.parametrize("pool", ["solo", pytest.param("prefork", marks=pytest.mark.soak)])
 def test_a_worker_outlives_forged_messages_and_keeps_them(any_shop, pool):
     shop = any_shop
     forge(shop, FORGERIES.values())

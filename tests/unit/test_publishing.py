@@ -258,3 +258,18 @@ def test_what_is_given_up_while_there_is_no_lease_is_never_published(thread):
     wait(lambda: thread.idle)
     assert [m.body for m in thread.publisher.queues["flash"]] == ["10"]
     assert thread.confirmed == [2]
+
+
+def test_what_is_given_up_while_the_broker_is_being_connected_is_never_published(thread):
+    thread.put(unit(0, 3, 1))
+    connect = thread.publisher.open
+
+    def open_late(queues):
+        connect(queues)
+        thread.discard()
+
+    thread.publisher.open = open_late
+    thread.start()
+    wait(lambda: thread.idle)
+    assert thread.publisher.queues["flash"] == []
+    assert thread.confirmed == []
