@@ -112,6 +112,7 @@ def test_a_slot_that_exists_is_made_to_survive_and_a_standby_is_not_read_instead
     shop.end(replicate)
 
 
+@pytest.mark.soak  # 40 s of waiting
 def test_changes_held_back_for_a_standby_that_is_away_are_said_to_be(shop, primary, standby):
     replicate = shop.replicate()
     shop.worker()

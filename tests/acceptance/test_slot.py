@@ -122,6 +122,7 @@ def test_an_owner_that_was_stopped_publishes_nothing_once_another_has_taken_over
     wait_until(lambda: first.log.read_text().count("Replicating the slot") == 2, "the first")
 
 
+@pytest.mark.soak  # as test_networks.py does it in short
 def test_an_owner_whose_network_is_gone_loses_the_slot(shop):
     direct = shop.database.dsn
     with Proxy(shop.database.server.port) as proxy:
@@ -142,6 +143,7 @@ def test_an_owner_whose_network_is_gone_loses_the_slot(shop):
         assert len(notes) == 110
 
 
+@pytest.mark.soak
 def test_a_second_connection_that_says_nothing_any_more_is_replaced(shop):
     with Proxy(shop.database.server.port) as proxy:
         there = shop.database.dsn.replace(str(shop.database.server.port), str(proxy.port))

@@ -103,7 +103,9 @@ def broker(request, name, authority):
         port = request.getfixturevalue("redis").port
         settings = {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_ca_certs": str(authority)}
         return f"rediss://localhost:{port}/0", settings | {"ssl_check_hostname": True}
-    port = request.getfixturevalue("rabbit").tls_port
+    rabbit = request.getfixturevalue("rabbit")
+    rabbit.empty()
+    port = rabbit.tls_port
     settings = {"cert_reqs": ssl.CERT_REQUIRED, "ca_certs": str(authority)}
     return f"amqps://guest:guest@localhost:{port}//", settings | {"server_hostname": "localhost"}
 

@@ -126,6 +126,9 @@ def _come_to_rest(stage, outcome, say):
         )
     except TimeoutError as error:
         outcome.problems.append(f"everything stands still: {error}")
+    # The second look from here on begins after the last commit.
+    ends = stage.truth.ends + 1
+    wait_until(lambda: stage.truth.ends > ends, "all that was committed to be known", timeout=600)
     before, since = None, time.monotonic()
     while time.monotonic() - since < _REST and not check.complete(ledger):
         seen = len(ledger.committed), len(ledger.enqueued), *map(len, ledger.handled.values())

@@ -59,8 +59,9 @@ class Stage:
         self._create()
         tap = RedisTap if self.kind == "redis" else RabbitTap
         notes = self.folder / "notes"
+        self.truth = Truth(self.ledger, self.postgres.dsn())
         self.witnesses = [
-            Truth(self.ledger, self.postgres.dsn()),
+            self.truth,
             tap(self.ledger, self.broker),
             Notes(self.ledger, notes),
         ]

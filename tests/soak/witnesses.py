@@ -66,6 +66,8 @@ class Truth(Witness):
     def __init__(self, ledger, dsn):
         super().__init__(ledger)
         self._dsn = dsn
+        #: How often there was nothing more to read.
+        self.ends = 0
 
     def connected(self):
         return psycopg.connect(self._dsn, autocommit=True)
@@ -79,6 +81,7 @@ class Truth(Witness):
         messages = [data for (data,) in rows]
         self.ledger.committed.update(committed(messages))
         if not messages:
+            self.ends += 1
             return False
         # The end of the last transaction: C, flags, LSN of the commit, of the end.
         end = int.from_bytes(messages[-1][10:18], "big")
