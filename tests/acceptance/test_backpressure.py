@@ -124,6 +124,7 @@ def test_a_stop_while_a_queue_is_full_ends_in_time_and_loses_nothing(shop):
     handled(shop, 1, 100)
 
 
+@pytest.mark.soak
 def test_a_pause_outlasts_the_servers_patience(shop, database):
     database.execute("ALTER SYSTEM SET wal_sender_timeout = '2s'", "SELECT pg_reload_conf()")
     try:

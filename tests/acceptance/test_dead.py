@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 
+import pytest
 import redis
 from celery import Celery
 from kombu import Exchange, Queue
@@ -125,6 +126,7 @@ def test_a_change_that_kills_its_process(any_shop):
     killed_thrice(any_shop)
 
 
+@pytest.mark.soak
 def test_a_change_that_kills_its_process_on_quorum_queues(make_shop, rabbit):
     rabbit.empty()
     conf = '{"task_default_queue_type": "quorum"}'

@@ -151,6 +151,7 @@ def test_a_restart_of_valkey(make_shop):
         assert shop.end(replicate) == 0
 
 
+@pytest.mark.soak  # it boots twice
 def test_a_restart_of_rabbitmq(make_shop):
     if not Rabbit.installed():
         from tests.conftest import missing

@@ -440,6 +440,8 @@ def test_doctor_compares_open_transactions_with_open_files(shop):
     few = ["sh", "-c", 'ulimit -n 150; exec "$@"', "sh", *shop.command("flash", "doctor")]
     conf = {"SHOP_CONF": '{"flash_use_streaming": true}'}
     ran = subprocess.run(few, env=shop.environment | conf, capture_output=True, text=True)
-    assert "warning  files: 150 may be open, and up to 200 transactions" in ran.stdout
+    assert re.search(r"warning  files: 150 may be open, and up to \d+ transactions", ran.stdout), (
+        ran.stdout
+    )
     ran = subprocess.run(few, env=shop.environment, capture_output=True, text=True)
     assert "files:" not in ran.stdout

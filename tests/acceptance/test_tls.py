@@ -143,7 +143,7 @@ def test_a_change_travels_over_tls_all_the_way(request, make_shop, certificates,
 
 
 @pytest.mark.parametrize("name", BROKERS)
-@pytest.mark.parametrize("mistake", ["authority", "host"])
+@pytest.mark.parametrize("mistake", ["authority", pytest.param("host", marks=pytest.mark.soak)])
 def test_a_broker_that_is_not_the_one_it_says_gets_nothing(
     request, make_shop, certificates, other, name, mistake
 ):

@@ -63,7 +63,7 @@ def position(database):
 def test_a_heartbeat_that_does_not_come_back_ends_the_stream(database, guard, clock):
     guard.look(Lsn(1), reading=True)
     database.execute("INSERT INTO items SELECT generate_series(1, 1000)")
-    clock.now += 10
+    clock.now += 11
     guard.look(Lsn(1), reading=True)  # writes it
     clock.now += 29
     guard.look(Lsn(1), reading=True)
