@@ -12,7 +12,7 @@ demo: $(VENV)/.stamp
 	@$(BIN)/python -m example_project.demo $(ARGS)
 
 test: $(VENV)/.stamp
-	$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 # How fast it is, beside what else there is; ARGS="--only drain --scale 0.1 --runs 1", ARGS=--list.
 bench: $(VENV)/.stamp

@@ -95,6 +95,7 @@ def test_an_update_of_many_rows_cannot_fill_the_broker(make_shop, small_broker, 
     assert shop.end(replicate) == 0
 
 
+@pytest.mark.soak
 def test_slow_handlers_have_a_short_queue(any_shop):
     shop = any_shop
     limited(shop, 50)

@@ -197,6 +197,7 @@ class Sentinel(Valkey):
         return f"sentinel://127.0.0.1:{self.port}/0"
 
 
+@pytest.mark.soak
 def test_a_failover_through_sentinel(make_shop):
     replicated = {
         "min-replicas-to-write": 1,

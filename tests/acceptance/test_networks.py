@@ -144,6 +144,7 @@ def cuts_stalls_delays_and_throttles(network, side, ways):
     assert shop.end(replicate) == 0
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("picked", [stream, query], ids=["stream", "catalog"])
 def test_one_silent_connection_to_postgresql_is_replaced(redis_network, picked):
     """Also while the server believes in it and keeps the slot for it."""
@@ -171,6 +172,7 @@ def test_one_silent_connection_to_postgresql_is_replaced(redis_network, picked):
     assert shop.end(replicate) == 0
 
 
+@pytest.mark.soak
 def test_a_silent_connection_to_an_idle_broker_is_replaced(network):
     """Nothing is published, and yet it is noticed: the next change does not wait for it."""
     shop, proxy = network.shop, network.broker
@@ -190,6 +192,7 @@ def test_a_silent_connection_to_an_idle_broker_is_replaced(network):
     assert shop.end(replicate) == 0
 
 
+@pytest.mark.soak
 def test_a_slow_line_to_redis_carries_a_large_transaction(redis_network):
     """It takes longer than a broker may be silent, and is no silence; nothing is sent twice."""
     shop, proxy = redis_network.shop, redis_network.broker

@@ -218,6 +218,7 @@ def test_a_slot_that_is_lost_ends_it_with_what_is_missing(scarce):
     assert f"changes from {confirmed} (at an unknown time) to " in again.stderr
 
 
+@pytest.mark.soak
 def test_a_slot_that_is_lost_is_made_anew_where_that_is_wanted_and_the_gap_is_reported(scarce):
     shop = scarce(flash_on_lost_slot="recreate")
     replicate = shop.replicate()

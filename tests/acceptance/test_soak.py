@@ -1,5 +1,7 @@
 """A few seconds of `make soak`, with the same faults each time."""
 
+import pytest
+
 from tests.soak import report
 from tests.soak.faults import FAULTS
 from tests.soak.run import run
@@ -12,6 +14,7 @@ STRIKES = (
 )
 
 
+@pytest.mark.soak
 def test_a_short_run_loses_nothing(tmp_path):
     faults = [next(fault for fault in FAULTS if fault.name == name) for name in STRIKES]
     outcome = run("redis", 1, tmp_path, 0, faults, say=lambda line: None)

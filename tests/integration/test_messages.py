@@ -105,6 +105,7 @@ def test_a_message_written_while_nothing_runs_is_told_later(flash):
     assert message.content == b"x"
 
 
+@pytest.mark.soak
 def test_a_message_of_megabytes(flash):
     listen(flash, "big").start()
     flash.do("SELECT pg_logical_emit_message(true, 'big', repeat('x', 20000000))")
