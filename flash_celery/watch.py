@@ -22,8 +22,9 @@ from .slots import POSITION
 
 logger = logging.getLogger(__name__)
 
-#: Bytes of WAL below which a server counts as idle, so that heartbeats do not keep it awake: what
-#: it writes by itself after one (a checkpoint, its list of running transactions) has fewer.
+#: Bytes of WAL that the stream has not brought yet, below which a server counts as idle, so that
+#: heartbeats do not keep it awake: what it writes by itself after one (a checkpoint, its list of
+#: running transactions) has fewer.
 _IDLE_BYTES = 1024
 #: Seconds that something must have been better before it is said to be.
 _CALM_SECONDS = 60.0
@@ -73,8 +74,8 @@ class Watch:
         self._received = Lsn(0)
         self._moved = clock()
         self._heartbeat: _Heartbeat | None = None
-        #: Of the last heartbeat, also of one that has come back.
-        self._last = _Heartbeat(Lsn(0), clock())
+        #: When the last one was written, also one that has come back.
+        self._written = clock()
         self._danger = 0
         self._better = clock()
         self._held_back = False
@@ -98,11 +99,9 @@ class Watch:
         self._warn(_danger(wal_status, safe, limit), safe)
         self._judge(received, reading)
         now = self._clock()
-        if not self._last.position:
-            # What was there before is no reason to wake an idle server.
-            self._last = self._last._replace(position=position)
-        if self._interval and not standby and now - self._last.written >= self._interval:
-            self._beat(position, now)
+        due = self._interval and not standby and now - self._written >= self._interval
+        if due and received and position - received >= _IDLE_BYTES:
+            self._beat(now)
 
     def _judge(self, received: Lsn, reading: bool) -> None:
         """Whether the heartbeat has come back, or something else at least."""
@@ -152,8 +151,8 @@ class Watch:
                 "have them; start these standbys, or take them out of that setting"
             )
 
-    def _beat(self, position: Lsn, now: float) -> None:
-        if self._heartbeat is not None or position - self._last.position < _IDLE_BYTES:
+    def _beat(self, now: float) -> None:
+        if self._heartbeat is not None:
             return
         try:
             row = self._connection.execute(_BEAT).fetchone()
@@ -166,7 +165,7 @@ class Watch:
             )
             return
         assert row is not None
-        self._heartbeat = self._last = _Heartbeat(Lsn.parse(row[0]), now)
+        self._heartbeat, self._written = _Heartbeat(Lsn.parse(row[0]), now), now
 
     def _warn(self, danger: int, safe: int | None) -> None:
         """Say it at once when it gets worse, and when it has been better for a while."""

@@ -89,10 +89,10 @@ def test_a_stream_that_brings_something_or_is_not_read_is_not_judged(database, g
 
 
 def test_a_heartbeat_comes_back_as_a_position_whatever_is_published(database, stream, guard, clock):
-    guard.look(Lsn(0), reading=True)
+    guard.look(Lsn(1), reading=True)
     database.execute("CREATE TABLE other AS SELECT generate_series(1, 1000)")
     clock.now += 10
-    guard.look(Lsn(0), reading=True)
+    guard.look(Lsn(1), reading=True)
     written = position(database)
     start = stream.received
     for _ in range(500):
