@@ -110,6 +110,8 @@ class Replicator:
             )
         self._streamed = False
         self._seen_slot = False
+        #: What PostgreSQL has said last, and may say again and again.
+        self._noticed = ""
         #: Whether nothing was wrong when it was looked at, and whether the slot is lost all the
         #: same, so that it is looked at again.
         self._examined = self._doubted = False
@@ -367,7 +369,9 @@ class Replicator:
         self.control.wake()
 
     def _on_notice(self, state: str, message: str) -> None:
-        logger.warning("PostgreSQL: %s", escaped(message))
+        if message != self._noticed:
+            self._noticed = message
+            logger.warning("PostgreSQL: %s", escaped(message))
         if state == "55000" and "publication" in message:
             # PostgreSQL 18 skips a publication it does not find and sends nothing of it.
             self.control.fail(PublicationMismatch(f"{message}; run `flash reset` to start anew."))

@@ -112,7 +112,7 @@ def test_a_slot_that_exists_is_made_to_survive_and_a_standby_is_not_read_instead
     shop.end(replicate)
 
 
-@pytest.mark.soak  # 40 s of waiting
+@pytest.mark.soak  # 20 s of waiting
 def test_changes_held_back_for_a_standby_that_is_away_are_said_to_be(shop, primary, standby):
     replicate = shop.replicate()
     shop.worker()
@@ -126,6 +126,7 @@ def test_changes_held_back_for_a_standby_that_is_away_are_said_to_be(shop, prima
     shop.until_said(replicate, "PostgreSQL sends changes again")
     handled(shop, 1, 100)
     assert replicate.log.read_text().count("holds changes back") == 1
+    assert replicate.log.read_text().count("does not have active_pid") == 1
     assert "connecting anew" not in replicate.log.read_text()
 
 
