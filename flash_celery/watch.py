@@ -135,16 +135,15 @@ class Watch:
 
     def _overdue(self, seconds: float) -> None:
         kind, event = self._waits_for()
-        if event != _HELD_BACK:
-            if kind not in _IDLE:
-                self._moved = self._clock()
-                return
+        if event != _HELD_BACK and kind in _IDLE:
             assert self._heartbeat is not None
             raise ReplicationError(
                 f"What was written at {self._heartbeat.position} has not come through the stream "
                 f"for {seconds:.0f} s; connecting anew."
             )
-        if not self._held_back:
+        # Once it is ready, it has as much time again.
+        self._moved = self._clock()
+        if event == _HELD_BACK and not self._held_back:
             self._held_back = True
             logger.warning(
                 "PostgreSQL holds changes back until the standbys of synchronized_standby_slots "
