@@ -1,0 +1,71 @@
+"""`flash doctor`."""
+
+from __future__ import annotations
+
+import click
+
+from .project import STOPPED, Project, command, say
+
+
+@click.command()
+@click.option(
+    "--explain",
+    is_flag=True,
+    help="Say for each table what PostgreSQL filters, what the replication worker does, and why.",
+)
+@click.option(
+    "--sql",
+    "as_sql",
+    is_flag=True,
+    help="Print what the owner of the tables runs in psql, so that `replicate` has nothing to set "
+    "up (flash_manage = False).",
+)
+@command
+def doctor(project: Project, explain: bool, as_sql: bool) -> None:
+    """Check every prerequisite, and say how to mend what is missing."""
+    from .. import doctor as checks
+    from .. import explain as explaining
+    from .. import preflight, sources, standbys
+    from ..findings import OK, STOP
+
+    if as_sql:
+        _script(project)
+        return
+    subject = project.settings, project.subscriptions
+    explained: list[str] = []
+    with project.connect() as connection:
+        report = preflight.examine(connection, *subject)
+        standing_by = list(standbys.findings(connection, project.settings))
+        if explain:
+            explained += explaining.explain(connection, *subject, report)
+    findings = report.findings + standing_by + preflight.can_stream(project.settings)
+    findings += checks.spool(project.settings)
+    findings += sources.findings(*project.sources)
+    broker = list(checks.broker(project.app, project.settings))
+    findings += broker
+    if broker[0].level == OK:  # or asking for workers takes its time
+        findings += checks.workers(project.app, project.subscriptions)
+    for finding in findings:
+        say(checks.line(finding))
+    for line in explained:
+        say(line)
+    if any(finding.level == STOP for finding in findings):
+        click.get_current_context().exit(STOPPED)
+
+
+def _script(project: Project) -> None:
+    import sys
+    from dataclasses import replace
+
+    from .. import preflight, script
+    from ..escaping import escaped
+
+    settings = replace(project.settings, flash_manage=False)
+    with project.connect() as connection:
+        report = preflight.examine(connection, settings, project.subscriptions)
+    if not report.script:
+        report.raise_first()
+    terminal = sys.stdout.isatty()
+    for line in script.lines(report.script):
+        # For psql names are as they are; click would take escape sequences out.
+        click.echo(escaped(line) if terminal else line, color=True)

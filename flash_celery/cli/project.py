@@ -1,0 +1,96 @@
+"""What every command starts from: the project of `-A`, and errors as one sentence."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+#: Exit codes: a mistake that the message names; `doctor` found what stops `replicate`.
+BAD_INPUT, STOPPED = 2, 1
+
+
+def say(line: str, err: bool = False) -> None:
+    """Print one line. What it names, anybody may have chosen who can write to the database."""
+    from ..escaping import escaped
+
+    click.echo(escaped(line), err=err)
+
+
+class Project:
+    """The app of `-A`, with the settings and the handlers of one source."""
+
+    def __init__(self, app: Any, source: str | None) -> None:
+        from ..errors import ConfigurationError
+        from ..handlers import subscriptions_of
+        from ..settings import Settings
+
+        if app.main == "default" or (app.main is None and not app.conf.broker_url):
+            raise ConfigurationError(
+                "No app is given; write `celery -A your_project flash …`, where your_project is "
+                "the module of the Celery app."
+            )
+        app.loader.import_default_modules()
+        app.finalize()
+        self.app = app
+        default = Settings.from_app(app)
+        self.settings = default if source is None else default.of_source(source)
+        everything = subscriptions_of(app)
+        #: What `sources` looks at.
+        self.sources = default, everything, self.settings.source
+        self.subscriptions = [one for one in everything if one.source == self.settings.source]
+
+    def connect(self) -> Any:
+        from .. import catalog
+        from ..errors import ReplicationError
+        from ..replicator import refuse_hopeless
+
+        try:
+            return catalog.connect(self.settings.require_dsn())
+        except ReplicationError as error:
+            refuse_hopeless(error, self.settings)
+            raise
+
+    def table(self, name: str) -> Any:
+        """A table of this source, with or without its name."""
+        from ..errors import SubscriptionError
+        from ..subscriptions import TableName, split_source
+
+        source, table = split_source(name)
+        if source not in (None, self.settings.source):
+            raise SubscriptionError(f"{name} is of another source; say --source {source}.")
+        return TableName.of(table)
+
+    def letters(self) -> Any:
+        from ..letterbox import LetterBox
+
+        return LetterBox(self.app, self.settings.flash_dead_queue)
+
+
+def command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command its project, and turn errors into one sentence."""
+
+    @click.option(
+        "--source",
+        metavar="NAME",
+        default=None,
+        help="One of flash_sources.  [default: the database of flash_dsn]",
+    )
+    @click.pass_context
+    @functools.wraps(function)
+    def run(context: click.Context, source: str | None, *args: Any, **kwargs: Any) -> Any:
+        from psycopg import Error
+
+        from ..errors import FlashError
+
+        try:
+            return function(Project(context.obj.app, source), *args, **kwargs)
+        except FlashError as error:
+            say(f"Error: {error}", err=True)
+        except Error as error:
+            say(f"Error: PostgreSQL: {' '.join(str(error).split())}", err=True)
+        return context.exit(BAD_INPUT)
+
+    return run

@@ -1,0 +1,69 @@
+"""`flash replicate`."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import suppress
+from typing import Any
+
+import click
+
+from .project import Project, command
+
+#: Seconds beyond flash_shutdown_timeout after which whatever is being waited for is given up.
+_LATE_SECONDS = 1.0
+
+
+@click.command()
+@click.option("-l", "--loglevel", default="INFO", show_default=True, help="Logging level.")
+@click.option("-f", "--logfile", default=None, help="Log to this file instead of stderr.")
+@click.option(
+    "--wait-for-workers",
+    is_flag=True,
+    help="Start once running Celery workers know every handler (a worker throws away a task it "
+    "does not know).",
+)
+@command
+def replicate(project: Project, loglevel: str, logfile: str | None, wait_for_workers: bool) -> None:
+    """Read the slot and enqueue changes, until SIGTERM or Ctrl-C.
+
+    Creates the slot and its publications where they are missing. A second signal ends it at once.
+    Of several databases each has a process of its own: --source.
+    """
+    from .. import publishers, sources
+    from ..control import Stopped
+    from ..replicator import Replicator
+
+    sources.check(*project.sources)
+    project.app.log.setup(loglevel=loglevel, logfile=logfile, redirect_stdouts=False)
+    publisher = publishers.for_app(project.app, 2 * project.settings.flash_status_interval)
+    replicator = Replicator(project.app, project.settings, project.subscriptions, publisher)
+
+    def stop(number: int, frame: Any) -> None:
+        for known in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(known, signal.SIG_DFL)
+        # Whatever it waits for then, a server that says nothing for example.
+        signal.signal(signal.SIGALRM, lambda *_: replicator.give_up())
+        limit = project.settings.flash_shutdown_timeout + _LATE_SECONDS
+        signal.setitimer(signal.ITIMER_REAL, limit, _LATE_SECONDS)
+        replicator.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    signal.set_wakeup_fd(replicator.control.waker.fileno(), warn_on_full_buffer=False)
+    try:
+        if wait_for_workers:
+            replicator.wait_until(lambda: _workers_know(project), "Celery workers with this code")
+        with suppress(Stopped):
+            replicator.run()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.set_wakeup_fd(-1)
+
+
+def _workers_know(project: Project) -> bool:
+    from .. import doctor
+    from ..findings import OK
+
+    findings = list(doctor.workers(project.app, project.subscriptions))
+    return all(finding.level == OK for finding in findings)

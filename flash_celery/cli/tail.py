@@ -1,0 +1,44 @@
+"""`flash tail`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .project import Project, command, say
+
+
+@click.command()
+@click.argument("tables", nargs=-1, metavar="[TABLE]...")
+@click.option("--limit", type=int, default=None, help="End after so many changes.")
+@command
+def tail(project: Project, tables: tuple[str, ...], limit: int | None) -> None:
+    """Print changes as they are committed (default: of the tables that handlers name).
+
+    Enqueues nothing and leaves nothing: its slot is temporary.
+    """
+    from .. import tail as tailing
+    from ..errors import SubscriptionError
+    from ..subscriptions import of_tables
+
+    wanted = list(dict.fromkeys(project.table(name) for name in tables))
+    wanted = wanted or list(dict.fromkeys(one.table for one in of_tables(project.subscriptions)))
+    if not wanted:
+        raise SubscriptionError("No handler names a table; say which to follow: flash tail TABLE.")
+    shown = 0
+
+    def show(change: Any) -> bool:
+        nonlocal shown
+        shown += 1
+        say(tailing.line(change))
+        return limit is None or shown < limit
+
+    def ready() -> None:
+        names = ", ".join(map(str, wanted))
+        say(f"Following {names}; Ctrl-C ends it.", err=True)
+
+    try:
+        tailing.tail(project.settings.require_dsn(), wanted, show, ready, project.settings.source)
+    except KeyboardInterrupt:
+        click.echo()
