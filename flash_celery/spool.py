@@ -10,6 +10,7 @@ import struct
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import SpoolError
@@ -93,4 +94,5 @@ class Spool:
 
     def close(self) -> None:
         """Let go of the memory or the file."""
-        self._file.close()
+        with suppress(OSError):  # what is buffered, the disk may not take either
+            self._file.close()

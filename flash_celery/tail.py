@@ -16,6 +16,7 @@ from psycopg import sql
 from . import catalog
 from .catalog import CatalogTable
 from .changes import Change, Delete, Insert, Operation, Update
+from .control import Control
 from .ddl import Step, apply
 from .errors import SubscriptionError
 from .payload import Delivery, changes_of
@@ -36,10 +37,11 @@ def tail(
     dsn: str,
     tables: Sequence[TableName],
     show: Callable[[Change], bool],
-    ready: Callable[[], object] = lambda: None,
+    ready: Callable[[], object],
+    control: Control,
     source: str = "",
 ) -> None:
-    """Call `show` with each change until it returns False or the process is interrupted.
+    """Call `show` with each change until it returns False or `control` is told to stop.
 
     Its publications live as long as it does; what a killed one left goes with the next one.
     """
@@ -58,7 +60,7 @@ def tail(
                 stream.create_temporary_slot(name)
                 stream.start(name, publications)
                 ready()
-                _follow(stream, connection, subscriptions, show)
+                _follow(stream, connection, subscriptions, show, control)
         finally:
             _drop(connection, _names(connection, name))
 
@@ -102,6 +104,7 @@ def _follow(
     connection: psycopg.Connection[Any],
     subscriptions: Sequence[Subscription],
     show: Callable[[Change], bool],
+    control: Control,
 ) -> None:
     pending: list[Change] = []
 
@@ -111,8 +114,8 @@ def _follow(
     router = Router(subscriptions, Catalog(connection), destination)
     transactions = Transactions(router)
     told = time.monotonic()
-    while True:
-        select.select([stream], [], [], _STATUS_SECONDS)
+    while not control.stopping:
+        select.select([stream, control], [], [], _STATUS_SECONDS)
         asked = False
         for kind, run in runs(stream.receive()):
             if kind[0] == frames.KEEPALIVE:

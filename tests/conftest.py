@@ -45,7 +45,7 @@ def app(new_app):
 
 @pytest.fixture(scope="session")
 def postgres():
-    with Postgres() as server:
+    with Postgres(max_prepared_transactions=10) as server:
         yield server
 
 

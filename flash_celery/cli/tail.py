@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import click
@@ -19,6 +20,7 @@ def tail(project: Project, tables: tuple[str, ...], limit: int | None) -> None:
     Enqueues nothing and leaves nothing: its slot is temporary.
     """
     from .. import tail as tailing
+    from ..control import Control
     from ..errors import SubscriptionError
     from ..subscriptions import of_tables
 
@@ -38,7 +40,14 @@ def tail(project: Project, tables: tuple[str, ...], limit: int | None) -> None:
         names = ", ".join(map(str, wanted))
         say(f"Following {names}; Ctrl-C ends it.", err=True)
 
-    try:
-        tailing.tail(project.settings.require_dsn(), wanted, show, ready, project.settings.source)
-    except KeyboardInterrupt:
-        click.echo()
+    control = Control()
+
+    def stop(number: int, frame: Any) -> None:
+        for known in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(known, signal.default_int_handler)
+        control.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    dsn = project.settings.require_dsn()
+    tailing.tail(dsn, wanted, show, ready, control, project.settings.source)

@@ -167,7 +167,8 @@ def test_reset_of_another_slot_leaves_the_publications(shop):
     assert len(publications(shop.database)) == 4
 
 
-def test_tail_prints_changes_and_leaves_nothing(shop):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
+def test_tail_prints_changes_and_leaves_nothing(shop, number):
     shop.database.execute("CREATE TABLE logs (line text)")
     tail = shop.start("flash", "tail", "items", "logs")
     shop.until_said(tail, "Following public.items, public.logs")
@@ -188,7 +189,7 @@ def test_tail_prints_changes_and_leaves_nothing(shop):
     assert "delete public.items id=1 @" in said
     assert "truncate public.items @" in said
     assert slots(shop.database) == [f"flash_tail_{tail.pid}"]
-    assert shop.end(tail, signal.SIGINT) == 0
+    assert shop.end(tail, number) == 0
     wait_until(lambda: created_nothing(shop.database), "the slot to end")
 
 

@@ -1,5 +1,6 @@
 """Secrets stay unsaid, hostile names do no harm, and forged messages are refused."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -408,9 +409,10 @@ def listening(server):
     """The addresses that a server and its children listen on."""
     process = psutil.Process(server.process.pid)
     for one in (process, *process.children(recursive=True)):
-        for connection in one.net_connections("inet"):
-            if connection.status == psutil.CONN_LISTEN:
-                yield connection.laddr.ip
+        with contextlib.suppress(psutil.NoSuchProcess):  # a backend comes and goes
+            for connection in one.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    yield connection.laddr.ip
 
 
 @pytest.mark.parametrize("name", ["postgres", "valkey", "rabbit"])
@@ -440,8 +442,6 @@ def test_doctor_compares_open_transactions_with_open_files(shop):
     few = ["sh", "-c", 'ulimit -n 150; exec "$@"', "sh", *shop.command("flash", "doctor")]
     conf = {"SHOP_CONF": '{"flash_use_streaming": true}'}
     ran = subprocess.run(few, env=shop.environment | conf, capture_output=True, text=True)
-    assert re.search(r"warning  files: 150 may be open, and up to \d+ transactions", ran.stdout), (
-        ran.stdout
-    )
+    assert "warning  files: 150 may be open, and up to 210 transactions" in ran.stdout
     ran = subprocess.run(few, env=shop.environment, capture_output=True, text=True)
     assert "files:" not in ran.stdout

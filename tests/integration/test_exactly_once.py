@@ -136,9 +136,13 @@ def test_a_reply_that_does_not_come(on_redis, monkeypatch):
 
     on_redis.handler("items")
     monkeypatch.setattr(Journal, "_guarded", cut)
-    changes = again(on_redis, *(f"INSERT INTO items VALUES ({n}, 'a')" for n in range(1, 6)))
-    assert ids(changes) == [1, 2, 3, 4, 5]
-    assert lost
+    on_redis.publisher = RedisPublisher(on_redis.app)
+    on_redis.start()
+    for number in range(1, 6):  # each is pushed by itself
+        on_redis.do(f"INSERT INTO items VALUES ({number}, 'a')")
+    on_redis.stop()
+    assert ids(told(on_redis.valkey)) == [1, 2, 3, 4, 5]
+    assert len(lost) == 3
 
 
 def test_a_command_that_fails_inside_the_transaction(on_redis):
@@ -244,8 +248,10 @@ def restored(flash, own, timeline):
     if timeline == "new":
         wait_until(lambda: not database.one("SELECT pg_is_in_recovery()"), "the end of recovery")
     database.execute(*(f"INSERT INTO items VALUES ({n}, 'b')" for n in (1, 2, 3, 4)))
-    # Before 17 a server that is stopped forgets what was acknowledged since its last checkpoint.
-    changes = [change for change in again(flash) if change.new["name"] == "b"]
+    changes = again(flash)
+    if int(database.one("SHOW server_version_num")) < 170000:
+        # A server that is stopped forgets what was acknowledged since its last checkpoint.
+        changes = [change for change in changes if change.new["name"] == "b"]
     assert ids(changes) == [1, 2, 3, 4]
     if timeline == "the same":
         # Or this would show nothing.

@@ -50,12 +50,6 @@ def test_a_block_that_catches_exceptions(flash):
 def test_a_prepared_transaction_is_told_when_it_commits(flash):
     flash.database.execute(ITEMS)
     flash.handler("items").start()
-    if flash.database.one("SHOW max_prepared_transactions") == "0":
-        flash.stop()
-        flash.database.server.stop()
-        flash.database.server.options["max_prepared_transactions"] = 10
-        flash.database.server.start()
-        flash.start()
     with flash.database.connect() as connection:
         connection.execute("BEGIN; INSERT INTO items VALUES (1); PREPARE TRANSACTION 'one'")
         connection.execute("BEGIN; INSERT INTO items VALUES (2); PREPARE TRANSACTION 'two'")

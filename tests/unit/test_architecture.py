@@ -117,7 +117,8 @@ ALLOWED = {
     },
     "reset": {"ddl", "publications", "settings", "status", "errors"},
     "tail": {
-        *("catalog", "changes", "ddl", "payload", "protocol", "publications", "replication"),
+        *("catalog", "changes", "control", "ddl", "payload", "protocol", "publications"),
+        "replication",
         *("routing", "rows", "subscriptions", "transactions", "errors"),
     },
     "sources": {"findings", "settings", "subscriptions", "errors"},
@@ -137,7 +138,7 @@ ALLOWED = {
     "cli.doctor": {"cli", "doctor", "escaping", "explain", "findings", "preflight", "script"}
     | {"sources", "standbys"},
     "cli.reset": {"cli", "reset"},
-    "cli.tail": {"cli", "subscriptions", "tail", "errors"},
+    "cli.tail": {"cli", "control", "subscriptions", "tail", "errors"},
     "cli.dead": {"cli", "letterbox", "tail", "errors"},
     "django": set(),
     "django.apps": set(),

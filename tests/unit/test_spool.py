@@ -1,5 +1,7 @@
 """Where streaming keeps what is not committed yet."""
 
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -102,3 +104,29 @@ def test_a_million_savepoints_that_were_rolled_back_take_little_memory():
     assert taken < 1_000_000
     assert list(spool.messages()) == [b"7"]
     spool.close()
+
+
+FULL = """
+import resource, signal, sys
+from flash_celery.errors import SpoolError
+from flash_celery.spool import Spool
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))
+spool = Spool(sys.argv[1])
+try:
+    while True:
+        spool.append(1, [b"x" * 1000])
+except SpoolError as error:
+    print(error)
+spool.close()
+print("closed")
+"""
+
+
+def test_a_spool_is_closed_where_the_disk_takes_no_more(tmp_path):
+    """What is buffered is written when the file is closed, and fails again."""
+    code = [sys.executable, "-c", FULL, str(tmp_path)]
+    ran = subprocess.run(code, capture_output=True, text=True)
+    assert "cannot be spooled" in ran.stdout
+    assert ran.stdout.endswith("closed\n"), ran.stderr
