@@ -114,8 +114,9 @@ def _follow(
     router = Router(subscriptions, Catalog(connection), destination)
     transactions = Transactions(router)
     told = time.monotonic()
+    sockets: list[Any] = [stream, control]
     while not control.stopping:
-        select.select([stream, control], [], [], _STATUS_SECONDS)
+        select.select(sockets, [], [], _STATUS_SECONDS)
         asked = False
         for kind, run in runs(stream.receive()):
             if kind[0] == frames.KEEPALIVE:
