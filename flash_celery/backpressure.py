@@ -33,11 +33,12 @@ class Backpressure:
     """Lets as many messages go as leave no queue with more than `limit`; with 0, all of them.
 
     `depth` says how many messages wait in a queue. What other producers publish meanwhile comes
-    on top, since it is asked before each call of `admit` only.
+    on top, since it is asked before each call of `admit` only. The queue `unlimited` has no limit.
     """
 
-    def __init__(self, limit: int, depth: Callable[[str], int]) -> None:
+    def __init__(self, limit: int, depth: Callable[[str], int], unlimited: str = "") -> None:
         self._limit = limit
+        self._unlimited = unlimited
         self._depth = depth
         self._since = 0.0
         self._said = float("-inf")
@@ -51,7 +52,7 @@ class Backpressure:
         """
         if not self._limit or not messages:
             return len(messages)
-        wanted = Counter(message.queue for message in messages)
+        wanted = Counter(message.queue for message in messages if message.queue != self._unlimited)
         while True:
             depths = {queue: self._depth(queue) for queue in wanted}
             count = self._fitting(messages, wanted, depths)
@@ -71,6 +72,8 @@ class Backpressure:
             closed = is_full(depth, self._limit) and depth + wanted[queue] > self._limit
             room[queue] = 0 if closed else self._limit - depth
         for count, message in enumerate(messages):
+            if message.queue == self._unlimited:
+                continue
             if room[message.queue] <= 0:
                 return count
             room[message.queue] -= 1

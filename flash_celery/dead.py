@@ -243,7 +243,7 @@ class _Sender:
         if self._publisher is None or self._app is not app or queue.name not in self._declared:
             self._close()
             self._app, self._publisher = app, publishers.for_app(app)
-            letters.open_for(self._publisher, queue)
+            self._publisher.open([queue])
             self._declared = {queue.name}
         self._publisher.publish([message])
 

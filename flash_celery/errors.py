@@ -158,7 +158,7 @@ class TakenOver(FlashError):
 
 
 class ChangeTooLarge(FlashError):
-    """A change has more bytes than `flash_max_change_size` allows; nothing behind it is read."""
+    """A change has more bytes than `flash_max_change_size` allows; it becomes a dead letter."""
 
     solution = (
         "Leave the large column out (`fields=`), or raise the setting and the broker's own limit."

@@ -13,15 +13,15 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from typing import Any
 
+import amqp
 from kombu.entity import Exchange, Queue
 from kombu.utils.json import dumps, loads
 
 from . import payload
 from .changes import Change, Changes
-from .errors import PayloadError, PublishError
+from .errors import PayloadError
 from .escaping import escaped
 from .messages import Form, Message
-from .publishers.base import Publisher
 from .subscriptions import TableName
 
 VERSION = 1
@@ -88,6 +88,21 @@ class Letter:
         return (datetime.now(timezone.utc) - failed).total_seconds()
 
 
+class _AsItIs(Queue):
+    """A queue that is declared unless it exists, with whatever arguments."""
+
+    def declare(self, nowait: bool = False, channel: Any = None) -> Any:
+        """Declare it, and see first whether it is there: RabbitMQ closes the channel over a queue
+        that has other arguments, and over one that it does not have."""
+        if not isinstance(self.channel, amqp.Channel):
+            return super().declare(nowait, channel)  # type: ignore[no-untyped-call]
+        with self.channel.connection.channel() as asked:
+            try:
+                return asked.queue_declare(self.name, passive=True)
+            except amqp.NotFound:
+                return super().declare(nowait, channel)  # type: ignore[no-untyped-call]
+
+
 def queue(app: Any, name: str) -> Queue:
     """The queue for dead letters.
 
@@ -98,17 +113,8 @@ def queue(app: Any, name: str) -> Queue:
     arguments: dict[str, Any] = {"x-overflow": "reject-publish", "x-queue-type": "classic"}
     if getattr(app.conf, "task_default_queue_type", None) == "quorum":
         arguments |= {"x-queue-type": "quorum", "x-delivery-limit": 1_000_000_000}
-    return Queue(name, Exchange(""), routing_key=name, durable=True, queue_arguments=arguments)
-
-
-def open_for(publisher: Publisher, queue: Any) -> None:
-    """Connect and declare the queue; one that exists with other arguments is taken as it is."""
-    try:
-        publisher.open([queue])
-    except PublishError as error:
-        if getattr(error.__cause__, "reply_code", None) != 406:
-            raise
-        publisher.open([])
+    options = {"routing_key": name, "durable": True, "queue_arguments": arguments}
+    return _AsItIs(name, Exchange(""), **options)  # type: ignore[no-untyped-call]
 
 
 def write(

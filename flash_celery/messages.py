@@ -18,7 +18,7 @@ from kombu import compression
 from . import payload
 from .changes import Operation
 from .enqueued import NOTHING, Covered, Mark, identity
-from .errors import ChangeTooLarge, ConfigurationError, SubscriptionError
+from .errors import ConfigurationError, SubscriptionError
 from .payload import CHANGE, CHANGES, Delivery
 from .rows import Transaction
 from .settings import Settings
@@ -129,8 +129,8 @@ class Template:
         source: str,
         most: int,
     ) -> None:
-        #: Bytes of the largest change that is let through.
-        self._most = most
+        #: Bytes of the largest change that is to be made into a message.
+        self.most = most
         self.task = str(task.name)
         #: The same in every process for the same task and options.
         self.key = _digest(f"{task.name}|{sorted(options.items())}", 8)
@@ -160,8 +160,6 @@ class Template:
 
     def together(self, deliveries: Sequence[Delivery]) -> Message:
         """One message for as many changes as a batch holds."""
-        for delivery in deliveries:
-            self._weigh(delivery)
         count = sum(len(delivery.rows) for delivery in deliveries)
         argsrepr = f"{count} changes from {payload.change_of(deliveries[0])!r}"
         value = payload.encode(deliveries)
@@ -169,24 +167,12 @@ class Template:
 
     def each(self, delivery: Delivery) -> list[Message]:
         """A message for each change."""
-        self._weigh(delivery)
         return [
             self._message(CHANGE, self._task_id(change_id), argsrepr, value, covered)
             for (value, change_id, argsrepr), covered in zip(
                 payload.encode_each(delivery), _each_covered(delivery), strict=True
             )
         ]
-
-    def _weigh(self, delivery: Delivery) -> None:
-        """Raise `ChangeTooLarge` here: the broker would refuse it again and again."""
-        largest = max(delivery.rows, key=len, default=b"")
-        if len(largest) > self._most:
-            change = payload.change_of(delivery._replace(rows=[largest]))
-            raise ChangeTooLarge(
-                f"{change!r} has {len(largest)} bytes, and flash_max_change_size is {self._most}; "
-                f"leave its large column out of what {self.task} is told (fields=), or raise the "
-                "setting and the broker's limit."
-            )
 
     def _message(
         self, kind: str, task_id: str, argsrepr: str, value: str, covered: Covered

@@ -65,9 +65,17 @@ class _Batch:
 
 
 class Outbox:
-    """Collects what one session has read, in order."""
+    """Collects what one session has read, in order.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    `too_large` makes the message that stands for a change which no broker would take.
+    """
+
+    def __init__(
+        self,
+        too_large: Callable[[Template, Delivery], Message],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._too_large = too_large
         self._clock = clock
         self._messages: list[Message] = []
         #: Bytes of the messages not collected yet.
@@ -87,6 +95,23 @@ class Outbox:
             if rest is None:
                 return
             delivery = rest
+        if max(map(len, delivery.rows)) > template.most:
+            self._sift(template, delivery)
+        else:
+            self._take(template, delivery)
+
+    def _sift(self, template: Template, delivery: Delivery) -> None:
+        """Take the changes one by one, as some of them are too large."""
+        for ordinal, row in enumerate(delivery.rows, delivery.ordinal):
+            one = delivery._replace(rows=[row], ordinal=ordinal)
+            if len(row) <= template.most:
+                self._take(template, one)
+                continue
+            if template in self._batches:
+                self._release(template)  # what comes after it must not leave before it
+            self._emit([self._too_large(template, one)])
+
+    def _take(self, template: Template, delivery: Delivery) -> None:
         if template.batch is None:
             self._emit(template.each(delivery))
             return

@@ -25,7 +25,7 @@ from .errors import (
 from .findings import OK, STOP, WARNING, Finding, stop
 from .progress import Progress
 from .publications import Found, Wanted
-from .replication import ReplicationConnection
+from .replication import ReplicationConnection, failover_of
 from .settings import Settings
 from .slots import Gap
 from .spool import most_files
@@ -248,6 +248,13 @@ class _Examination:
             return None
         self._report.slot_stays_behind = self._settings.flash_failover_slot and not found.failover
         left = ", not yet for a failover" if self._report.slot_stays_behind else ""
+        if left and not self._settings.flash_manage:
+            message = (
+                f"standbys keep no copy of {slot}, and flash_manage is off; on a replication "
+                "connection (psql 'dbname=… replication=database') run "
+                f"{failover_of(slot).as_string(None)}"
+            )
+            return self._add("slot", WARNING, message)
         return self._add("slot", OK, f"{slot} exists ({found.wal_status}{left})")
 
     def _missed(self, found: Found) -> None:
@@ -404,7 +411,7 @@ class _Examination:
         left = [*self._report.rescue, *(steps if not all(step.note for step in steps) else ())]
         self._report.script = [*self._report.rescue, *steps]
         if not self._report.slot_exists:
-            left.append(script.create_slot(slot))
+            left.append(script.create_slot(slot, self._settings.flash_failover_slot))
             self._report.script.append(left[-1])
         if left:
             statements = "; ".join(map(str, left))

@@ -18,7 +18,7 @@ from celery import signals
 from .backoff import delays
 from .backpressure import Backpressure
 from .enqueued import Enqueued, Lease
-from .errors import PublishError, TakenOver
+from .errors import PublishError, TakenOver, Unroutable
 from .messages import Message, announce
 from .outbox import Unit
 from .protocol.lsn import Lsn
@@ -40,6 +40,8 @@ class Publishing(threading.Thread):
     """Owns the publisher. `confirmed` and `failed` are called in this thread.
 
     A broker that has had nothing to do for `idle_seconds` is asked whether it is still there.
+    `dead` is the queue of what no broker would take: it may be longer than `max_queue_length`, and
+    is declared once it is missed, so that nothing that is wrong with it is in the way.
     """
 
     def __init__(
@@ -50,13 +52,17 @@ class Publishing(threading.Thread):
         failed: Callable[[BaseException], None],
         idle_seconds: float = 10.0,
         max_queue_length: int = 0,
+        dead: Any = None,
     ) -> None:
         super().__init__(name="flash-publishing", daemon=True)
         self._publisher = publisher
-        self._backpressure = Backpressure(max_queue_length, publisher.depth)
+        self._backpressure = Backpressure(
+            max_queue_length, publisher.depth, dead.name if dead else ""
+        )
         # What waits for room is acknowledged unit by unit.
         self._together = 0 if max_queue_length else _TOGETHER_BYTES
         self._queues = queues
+        self._dead = dead
         self._confirmed = confirmed
         self._failed = failed
         self._idle_seconds = idle_seconds
@@ -269,6 +275,8 @@ class Publishing(threading.Thread):
         """Let go of the connection, and complain now and then."""
         self._opened = False
         self._publisher.close()
+        if isinstance(error, Unroutable) and self._dead is not None:
+            self._queues, self._dead = [*self._queues, self._dead], None
         now = time.monotonic()
         self._since = self._since or now
         if not self._said or now - self._said > _REMINDER_SECONDS:

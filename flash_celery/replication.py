@@ -90,6 +90,11 @@ FROM pg_settings WHERE name = 'wal_sender_timeout'
 """
 
 
+def failover_of(slot: str) -> sql.Composed:
+    """The command that has standbys keep a copy of a slot (PostgreSQL 17 and later)."""
+    return sql.SQL("ALTER_REPLICATION_SLOT {} (FAILOVER true)").format(sql.Identifier(slot))
+
+
 class ReplicationConnection:
     """Reads a slot. `receive` a burst, `send_status`, and wait on `fileno()` in between.
 
@@ -172,8 +177,7 @@ class ReplicationConnection:
 
     def keep_over_failover(self, slot: str) -> None:
         """Have standbys keep a copy of a slot that exists (PostgreSQL 17 and later)."""
-        command = sql.SQL("ALTER_REPLICATION_SLOT {} (FAILOVER true)")
-        self._execute(command.format(sql.Identifier(slot)), pq.ExecStatus.COMMAND_OK)
+        self._execute(failover_of(slot), pq.ExecStatus.COMMAND_OK)
 
     def start(
         self,

@@ -19,7 +19,7 @@ from typing import Any
 
 import psycopg
 
-from . import catalog, ddl, preflight, publications, slots
+from . import catalog, ddl, letters, oversize, preflight, publications, slots
 from .backoff import delays
 from .control import Control, Stopped
 from .enqueued import Lease
@@ -36,6 +36,7 @@ from .errors import (
 )
 from .escaping import escaped
 from .messages import Templates
+from .outbox import Outbox
 from .progress import Progress
 from .protocol.lsn import Lsn
 from .publishers.base import Publisher
@@ -97,6 +98,7 @@ class Replicator:
             self.control.fail,
             settings.flash_status_interval,
             settings.flash_max_queue_length,
+            letters.queue(app, settings.flash_dead_queue),
         )
         self._progress = Progress()
         self._source = ""
@@ -242,6 +244,7 @@ class Replicator:
             lambda: self._look() != self._fingerprint,
             Watch(connection, stream.pid, self._settings, self._progress),
             self._lease(),
+            Outbox(partial(oversize.letter, self._app, self._settings.flash_dead_queue)),
         )
 
     def _lease(self) -> Lease:

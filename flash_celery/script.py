@@ -9,10 +9,14 @@ from psycopg import sql
 from .ddl import LOCK_TIMEOUT, Step
 
 
-def create_slot(slot: str) -> Step:
-    """The statement that makes the slot, for whoever is not on a replication connection."""
-    create = sql.SQL("SELECT pg_create_logical_replication_slot({}, 'pgoutput')")
-    return Step(create.format(sql.Literal(slot)))
+def create_slot(slot: str, failover: bool) -> Step:
+    """The statement that makes the slot, for whoever is not on a replication connection.
+
+    Source: PostgreSQL documentation, "Replication Management Functions"; `failover` is 17's.
+    """
+    more = ", failover => true" if failover else ""
+    create = sql.SQL("SELECT pg_create_logical_replication_slot({}, 'pgoutput'{})")
+    return Step(create.format(sql.Literal(slot), sql.SQL(more)))
 
 
 def lines(steps: Iterable[Step]) -> Iterator[str]:

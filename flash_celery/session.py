@@ -62,6 +62,7 @@ class Session:
         tables_changed: Callable[[], bool],
         watch: Watch,
         lease: Lease,
+        outbox: Outbox,
     ) -> None:
         self._stream = stream
         self._connection = connection
@@ -70,7 +71,7 @@ class Session:
         self._control = control
         self._settings = settings
         self._lease = lease
-        self._outbox = Outbox()
+        self._outbox = outbox
         self._outbox.commit(progress.confirmed)
 
         def destination(

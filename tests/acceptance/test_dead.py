@@ -276,3 +276,21 @@ class TestABrokerThatStops:
         rabbit.empty()
         shop = make_shop(rabbit)
         self.fails(shop, lambda: rabbit.control("stop_app"), lambda: rabbit.control("start_app"))
+
+
+def test_a_change_that_no_broker_takes_is_a_letter_that_can_be_retried(any_shop):
+    """`replicate` writes it, with what is left of the change, and goes on."""
+    shop = any_shop
+    replicate = shop.replicate(SHOP_CONF='{"flash_max_change_size": 1000}')
+    shop.database.execute(
+        "INSERT INTO items VALUES (1, 'a', repeat('x', 2000))", "INSERT INTO items VALUES (2, 'b')"
+    )
+    shop.until_said(replicate, "insert public.items id=1 @")
+    (letter,) = until_dead(shop, 1)
+    assert (letter.error, letter.changes[0][-2:]) == ("ChangeTooLarge", ":0")
+    shop.worker()
+    shop.until_noted(1)
+    assert shop.run("flash", "dead", "retry", "--all").returncode == 0
+    shop.until_noted(2)
+    assert [(note["key"]["id"], note["id"]) for note in shop.notes()][1] == (1, letter.changes[0])
+    assert shop.end(replicate) == 0

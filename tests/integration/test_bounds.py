@@ -6,9 +6,8 @@ import time
 import psutil
 import pytest
 
-from flash_celery import on_change, on_message
+from flash_celery import letters, on_message
 from flash_celery.column_types import DEEPEST
-from flash_celery.errors import ChangeTooLarge
 from flash_celery.routing import MOST_FIELDS
 
 from .conftest import shown
@@ -69,21 +68,42 @@ def test_as_many_fields_as_there_may_be_are_told(flash):
     assert kinds == ["dict", "dict", "str"]
 
 
-def test_a_change_too_large_ends_it_and_waits_in_the_wal(flash):
+@pytest.mark.parametrize("options", [{}, {"batch": 10}], ids=["each", "batched"])
+def test_a_change_too_large_is_a_dead_letter_and_stops_nobody(flash, options):
     flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, name text, note text)")
-    flash.handler("items").start(flash_max_change_size=1000)
-    flash.do("INSERT INTO items VALUES (1, 'a', repeat('x', 900))")
-    flash.database.execute("INSERT INTO items VALUES (2, 'b', repeat('x', 1000)), (3, 'c', '')")
-    flash.thread.join(20)
-    assert isinstance(flash.error, ChangeTooLarge)
-    assert str(flash.error).startswith("insert public.items id=2 @")
-    assert [change.key["id"] for change in flash.told()] == [1]
-    flash.app.tasks["handler"].flash_subscriptions.clear()
-    on_change("items", fields=["name"])(flash.app.tasks["handler"])
-    flash.error = None
-    flash.start()
-    flash.do("INSERT INTO items VALUES (4, 'd', '')")
-    assert shown(flash.told()) == ["insert b", "insert c", "insert d"]
+    flash.database.execute("ALTER TABLE items REPLICA IDENTITY FULL")
+    flash.handler("items", **options).start(flash_max_change_size=1000)
+    flash.do(
+        "INSERT INTO items SELECT n, 'a', repeat('x', n * 400) FROM generate_series(1, 4) AS n",
+        "UPDATE items SET name = 'b', note = repeat('y', 400) WHERE id = 3",
+        "DELETE FROM items WHERE id = 4",
+    )
+    told = [f"{c.operation.names()[0]} {c.key['id']}" for c in flash.told()]
+    assert told == ["insert 1", "insert 2"]
+    found = [letters.unseal(sealed.body) for sealed in flash.publisher.queues["flash.dead"]]
+    assert [letter.error for letter in found] == ["ChangeTooLarge"] * 4
+    assert found[0].message.startswith("insert public.items id=3 @")
+    changes = [change for letter in found for change in letters.contents(letter)]
+    assert shown(changes) == [
+        *("insert 3,a,UNCHANGED", "insert 4,a,UNCHANGED"),
+        "update 3,a,UNCHANGED -> 3,b,UNCHANGED",
+        "delete 4,a,UNCHANGED",
+    ]
+    assert [letter.changes for letter in found] == [[change.id] for change in changes]
+    assert len({letter.id for letter in found}) == 4
+
+
+def test_a_message_too_large_is_a_dead_letter(flash):
+    flash.database.execute("CREATE TABLE items (id int PRIMARY KEY)")
+    flash.handler("items")
+    on_message("big")(flash.app.tasks["handler"])
+    flash.start(flash_max_change_size=1000)
+    emit = "SELECT pg_logical_emit_message(true, 'big', repeat('x', {}))"
+    flash.do(emit.format(2000), emit.format(10))
+    assert [change.content for change in flash.told()] == [b"x" * 10]
+    (sealed,) = flash.publisher.queues["flash.dead"]
+    (change,) = letters.contents(letters.unseal(sealed.body))
+    assert (change.prefix, change.content) == ("big", b"")
 
 
 def test_tables_dropped_and_made_again_leave_nothing_behind(flash):

@@ -56,7 +56,7 @@ def app(request):
 @pytest.fixture
 def box(app):
     publisher = for_app(app)
-    letters.open_for(publisher, letters.queue(app, "flash.dead"))
+    publisher.open([letters.queue(app, "flash.dead")])
     for id in IDS:
         message = SimpleNamespace(
             headers={"id": id, "task": "shop.handle"},

@@ -1,9 +1,11 @@
 """The watch over the slot, on a real server and with a clock of the test's own."""
 
 import logging
+import re
 import select
 from contextlib import closing
 
+import psycopg
 import pytest
 
 from example_project.servers import wait_until
@@ -203,3 +205,30 @@ def test_a_failover_slot_needs_postgresql_17(database, connection):
     else:
         with pytest.raises(ConfigurationError, match="flash_failover_slot needs PostgreSQL 17"):
             report.raise_first()
+
+
+def test_what_the_owner_runs_keeps_the_slot_over_a_failover(database, connection):
+    if connection.info.server_version < 170000:
+        pytest.skip("PostgreSQL keeps slots over a failover from 17 on")
+    database.execute("CREATE TABLE items (id int PRIMARY KEY)")
+    names = {"flash_replication_slot": database.slot, "flash_failover_slot": True}
+    settings = Settings(flash_manage=False, **names)
+    subscriptions = [Subscription("h", TableName("public", "items"))]
+    kept = f"SELECT failover FROM pg_replication_slots WHERE slot_name = '{database.slot}'"
+    database.execute(*map(str, examine(connection, settings, subscriptions).script))
+    assert database.one(kept)
+    report = examine(connection, settings, subscriptions)
+    assert not report.script
+    database.execute(
+        f"SELECT pg_drop_replication_slot('{database.slot}')",
+        f"SELECT pg_create_logical_replication_slot('{database.slot}', 'pgoutput')",
+    )
+    (warning,) = [
+        finding.message
+        for finding in examine(connection, settings, subscriptions).findings
+        if "ALTER_REPLICATION_SLOT" in finding.message
+    ]
+    command = re.search("ALTER_REPLICATION_SLOT .* true[)]", warning)[0]
+    with psycopg.connect(database.dsn, autocommit=True, replication="database") as stream:
+        stream.pgconn.exec_(command.encode())
+    assert database.one(kept)

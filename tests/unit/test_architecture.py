@@ -55,7 +55,6 @@ ALLOWED = {
         "escaping",
         "messages",
         "payload",
-        "publishers",
         "subscriptions",
         "errors",
     },
@@ -85,6 +84,8 @@ ALLOWED = {
         *("script", "slots", "spool", "standbys", "subscriptions", "tables", "errors"),
     },
     # The replication worker.
+    "oversize": {"changes", "escaping", "letters", "messages", "payload", "protocol", "rows"}
+    | {"errors"},
     "watch": {"progress", "protocol", "settings", "slots", "errors"},
     "session": {
         *("catalog", "changes", "control", "enqueued", "messages", "outbox", "payload"),
@@ -100,8 +101,8 @@ ALLOWED = {
         *("transactions", "watch", "errors"),
     },
     "replicator": {
-        *("backoff", "catalog", "control", "ddl", "enqueued", "escaping", "messages"),
-        *("preflight", "progress"),
+        *("backoff", "catalog", "control", "ddl", "enqueued", "escaping", "letters", "messages"),
+        *("outbox", "oversize", "preflight", "progress"),
         *("protocol", "publications", "publishers", "publishing", "replication", "session"),
         *("settings", "slots", "subscriptions", "watch", "errors"),
     },

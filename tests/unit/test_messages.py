@@ -8,7 +8,7 @@ from kombu import Queue
 
 from flash_celery import on_change, on_message
 from flash_celery.changes import Operation
-from flash_celery.errors import ChangeTooLarge, ConfigurationError, SubscriptionError
+from flash_celery.errors import ConfigurationError, SubscriptionError
 from flash_celery.handlers import subscriptions_of
 from flash_celery.messages import Templates
 from flash_celery.payload import Delivery
@@ -189,13 +189,3 @@ def test_compression_is_honoured(make):
 def test_a_priority_no_broker_knows_is_refused(make, priority):
     with pytest.raises(ConfigurationError, match="is a number from 0 to 255"):
         make(conf={"flash_routes": {"*": {"priority": priority}}})
-
-
-def test_a_change_that_no_broker_takes_is_named_and_not_made_into_a_message(make):
-    for conf in ({"batch": 10}, {}):
-        template = make(conf={"flash_max_change_size": 100}, **conf)()
-        row = encode_row("I", 0, None, None, [b"1" * 100])
-        large = DELIVERY._replace(rows=[*DELIVERY.rows, row])
-        with pytest.raises(ChangeTooLarge, match=r"^insert public.orders id=1.* has 113 bytes"):
-            template.together([DELIVERY, large]) if conf else template.each(large)
-    assert len(template.each(DELIVERY)) == 1
