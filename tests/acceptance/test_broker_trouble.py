@@ -83,19 +83,29 @@ def rabbit_shop(make_shop, rabbit):
     return make_shop(rabbit)
 
 
+MEMORY = "set_vm_memory_high_watermark", "0.0000001", "0.4"
+DISK = "set_disk_free_limit", "1000000000000000", "50000000"
+
+
 @contextlib.contextmanager
-def memory_alarm(rabbit):
-    rabbit.control("set_vm_memory_high_watermark", "0.0000001")
+def alarm(rabbit, limit, full, free):
+    rabbit.control(limit, full)
     try:
         yield
     finally:
-        rabbit.control("set_vm_memory_high_watermark", "0.4")
+        rabbit.control(limit, free)
 
 
 @pytest.mark.parametrize(
-    "rows", [100, pytest.param(20_000, marks=pytest.mark.soak)], ids=["a few", "many"]
+    ("short_of", "rows"),
+    [
+        (MEMORY, 100),
+        pytest.param(MEMORY, 20_000, marks=pytest.mark.soak),
+        pytest.param(DISK, 100, marks=pytest.mark.soak),
+    ],
+    ids=["memory", "memory, many", "disk"],
 )
-def test_a_memory_alarm_of_rabbitmq(rabbit_shop, rabbit, rows):
+def test_an_alarm_of_rabbitmq(rabbit_shop, rabbit, short_of, rows):
     """It is waited for, and said once; not taken for a dead connection again and again."""
     shop = rabbit_shop
     shop.environment["SHOP_BATCH"] = "1"
@@ -103,7 +113,7 @@ def test_a_memory_alarm_of_rabbitmq(rabbit_shop, rabbit, rows):
     replicate = shop.replicate()
     insert(shop.database, 1, 10)
     confirmed(shop)
-    with memory_alarm(rabbit), nothing_acknowledged(shop):
+    with alarm(rabbit, *short_of), nothing_acknowledged(shop):
         insert(shop.database, 11, rows, per_transaction=1000)
         shop.until_said(replicate, "has blocked publishing")
         time.sleep(5)  # as long as a broker that says nothing has twice over

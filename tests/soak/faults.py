@@ -81,9 +81,26 @@ def _fill_broker(stage, choose):
             time.sleep(choose.uniform(1, 5))
             client.config_set("maxmemory", 0)
     else:
-        stage.broker.control("set_vm_memory_high_watermark", "0.00001")
+        limit, full, free = choose.choice(
+            [
+                ("set_vm_memory_high_watermark", "0.00001", "0.6"),
+                ("set_disk_free_limit", "1000000000000000", "50000000"),
+            ]
+        )
+        stage.broker.control(limit, full)
         time.sleep(choose.uniform(1, 5))
-        stage.broker.control("set_vm_memory_high_watermark", "0.6")
+        stage.broker.control(limit, free)
+
+
+def _delete_queue(stage, choose):
+    """Of a handler that never runs: what goes with a queue, nobody can hand over."""
+    if stage.kind == "redis":
+        import redis
+
+        with redis.Redis(port=stage.broker.port) as client:
+            client.delete("spare")
+    else:
+        stage.broker.control("delete_queue", "spare")
 
 
 def _through(proxy, harm, stage, choose):
@@ -139,6 +156,7 @@ FAULTS = [
     ),
     Fault("broker: SIGKILL", _kill_broker, loses_on_redis=True),
     Fault("broker full", _fill_broker, loses_on_redis=True),
+    Fault("a queue deleted", _delete_queue),
     *(
         Fault(
             f"network to {name} {how}",
