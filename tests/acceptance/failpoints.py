@@ -4,7 +4,8 @@
 
 There is a process for each failpoint, one after the other, each killed (SIGKILL) when it comes to
 its step for so many times; the last one has none. `name:n+` means again and again, until a process
-gets as far as creating the slot. They are forked from one, so that Celery is imported once.
+gets as far as creating the slot. They are forked from one, so that Celery is imported once. With
+`--stop` before them there is one process, which stops itself (SIGSTOP) at each of these steps.
 """
 
 import functools
@@ -126,8 +127,10 @@ def _wrapped(real, step, due, end):
     def wrapper(*arguments, **more):
         if step.when is not When.AFTER and step.counts(arguments, None) and due():
             if step.when is When.HALFWAY:
-                half = _said(arguments)[: len(_said(arguments)) // 2]
+                said = _said(arguments)
+                half, rest = said[: len(said) // 2], said[len(said) // 2 :]
                 real(arguments[0], half if isinstance(arguments[1], bytes) else [half])
+                arguments = arguments[0], rest if isinstance(arguments[1], bytes) else [rest]
             end()
         result = real(*arguments, **more)
         if step.when is When.AFTER and step.counts(arguments, result) and due():
@@ -137,8 +140,17 @@ def _wrapped(real, step, due, end):
     return wrapper
 
 
+def stop():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def main(failpoints, arguments):
     sys.argv = ["celery", *arguments]
+    if failpoints[:1] == ["--stop"]:
+        for failpoint in failpoints[1:]:
+            name, _, number = failpoint.partition(":")
+            install(name, int(number), stop)
+        return celery.__main__.main()
     for failpoint in failpoints:
         name, _, number = failpoint.partition(":")
         again = True

@@ -3,15 +3,18 @@
 import itertools
 import json
 import random
+import signal
 import sys
 import threading
 import time
 
+import psutil
 import psycopg
 import pytest
 import redis
 
-from tests.acceptance.test_faults import confirmed
+from example_project.servers import wait_until
+from tests.acceptance.test_faults import confirmed, insert
 
 
 class Writer:
@@ -98,17 +101,21 @@ def enqueued_once(shop, writer):
             assert client.llen("flash") + client.llen("cleanup") == len(writer.changes)
 
 
-def through(shop, *failpoints):
-    """Start replication workers that are killed at these steps; the last one is alive."""
+def start(shop, *failpoints):
     command = shop.command
     shop.command = lambda *arguments: [
         *(sys.executable, "-m", "tests.acceptance.failpoints", *failpoints, "--", "-A", "shop"),
         *arguments,
     ]
     try:
-        process = shop.start("flash", "replicate")
+        return shop.start("flash", "replicate")
     finally:
         shop.command = command
+
+
+def through(shop, *failpoints):
+    """Start replication workers that are killed at these steps; the last one is alive."""
+    process = start(shop, *failpoints)
     shop.until_said(process, "The last one", timeout=600)
     last = process.log.read_text().rindex("The last one")
 
@@ -147,6 +154,35 @@ def test_a_sigkill_at_every_step_of_the_work(any_shop):
     shop.worker()
     handled(shop, writer)
     assert shop.end(last) == 0
+
+
+def test_an_owner_that_was_stopped_in_the_middle_of_publishing(any_shop):
+    """Another one takes over; what the first was handing over may still arrive, where the broker
+    cannot refuse it, and nothing else."""
+    shop = any_shop
+    on_redis = shop.broker.url.startswith("redis")
+    shop.end(shop.replicate())
+    first = start(shop, "--stop", "half a push:2" if on_redis else "half a frame:2")
+    shop.until_said(first, "Replicating the slot")
+    second = shop.replicate(wait=False)
+    shop.until_said(second, "waiting until it is free")
+    insert(shop.database, 1, 200)
+    wait_until(lambda: psutil.Process(first.pid).status() == psutil.STATUS_STOPPED, "it to stop")
+    shop.until_said(second, "Replicating the slot")
+    insert(shop.database, 201, 300)
+    confirmed(shop)
+    first.send_signal(signal.SIGCONT)
+    shop.until_said(first, "waiting until it is free")
+    insert(shop.database, 301, 310)
+    confirmed(shop)
+    if on_redis:
+        with redis.Redis.from_url(shop.broker.url) as client:
+            assert client.llen("flash") == 310
+    shop.worker()
+    notes = shop.until_noted(310)
+    told = dict.fromkeys((note["new"]["id"], note["id"], note["task_id"]) for note in notes)
+    assert [number for number, *_ in told] == list(range(1, 311))
+    assert shop.end(second) == 0
 
 
 TABLES = ("items", "bare", "measures")
