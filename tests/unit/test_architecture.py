@@ -78,12 +78,18 @@ ALLOWED = {
     "publications": {"catalog", "changes", "pushdown", "slots", "subscriptions", "errors"},
     "ddl": {"backoff", "catalog", "changes", "escaping", "publications", "slots", "errors"},
     "script": {"ddl"},
+    "server": {"findings", "replication", "settings", "spool", "standbys", "errors"},
     "tables": {"catalog", "column_types", "publications", "subscriptions", "errors"},
+    "identities": {"catalog", "publications", "settings", "tables", "errors"},
     "preflight": {
-        *("catalog", "ddl", "findings", "progress", "publications", "replication", "settings"),
-        *("script", "slots", "spool", "standbys", "subscriptions", "tables", "errors"),
+        *("catalog", "ddl", "findings", "identities", "progress", "publications", "replication"),
+        *("script", "server", "settings", "slots", "subscriptions", "tables", "errors"),
     },
     # The replication worker.
+    "provisioning": {
+        *("catalog", "control", "ddl", "preflight", "progress", "publications", "replication"),
+        *("settings", "slots", "subscriptions", "errors"),
+    },
     "oversize": {"changes", "escaping", "letters", "messages", "payload", "protocol", "rows"}
     | {"errors"},
     "watch": {"progress", "protocol", "settings", "slots", "errors"},
@@ -102,7 +108,7 @@ ALLOWED = {
     },
     "replicator": {
         *("backoff", "catalog", "control", "ddl", "enqueued", "escaping", "letters", "messages"),
-        *("outbox", "oversize", "preflight", "progress"),
+        *("outbox", "oversize", "progress", "provisioning"),
         *("protocol", "publications", "publishers", "publishing", "replication", "session"),
         *("settings", "slots", "subscriptions", "watch", "errors"),
     },
@@ -116,7 +122,7 @@ ALLOWED = {
     "explain": {
         *("catalog", "preflight", "publications", "pushdown", "settings", "subscriptions"),
     },
-    "reset": {"ddl", "publications", "settings", "status", "errors"},
+    "reset": {"ddl", "identities", "publications", "settings", "status", "errors"},
     "tail": {
         *("catalog", "changes", "control", "ddl", "payload", "protocol", "publications"),
         "replication",
@@ -137,7 +143,7 @@ ALLOWED = {
     },
     "cli.status": {"cli", "status"},
     "cli.doctor": {"cli", "doctor", "escaping", "explain", "findings", "preflight", "script"}
-    | {"sources", "standbys"},
+    | {"server", "sources", "standbys"},
     "cli.reset": {"cli", "reset"},
     "cli.tail": {"cli", "control", "subscriptions", "tail", "errors"},
     "cli.dead": {"cli", "letterbox", "tail", "errors"},
