@@ -41,8 +41,9 @@ ALLOWED = {
         *("rows", "subscriptions", "transitions", "errors"),
     },
     "enqueued": {"payload", "protocol", "rows"},
+    "options": {"changes", "settings", "subscriptions", "errors"},
     "messages": {
-        *("changes", "enqueued", "payload", "rows", "settings", "subscriptions", "errors"),
+        *("changes", "enqueued", "options", "payload", "rows", "settings", "subscriptions"),
     },
     "outbox": {"enqueued", "messages", "payload", "protocol"},
     "backpressure": {"messages"},
@@ -118,7 +119,7 @@ ALLOWED = {
         *("subscriptions", "errors"),
     },
     "doctor": {"findings", "publishers", "settings", "spool", "subscriptions", "errors"},
-    "letterbox": {"escaping", "letters", "publishers", "subscriptions", "errors"},
+    "letterbox": {"letters", "publishers", "subscriptions", "errors"},
     "explain": {
         *("catalog", "preflight", "publications", "pushdown", "settings", "subscriptions"),
     },
@@ -147,6 +148,7 @@ ALLOWED = {
     "cli.reset": {"cli", "reset"},
     "cli.tail": {"cli", "control", "subscriptions", "tail", "errors"},
     "cli.dead": {"cli", "letterbox", "tail", "errors"},
+    "cli.letters": {"escaping", "letterbox", "letters", "errors"},
     "django": set(),
     "django.apps": set(),
     "django.management": set(),
