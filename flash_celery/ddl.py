@@ -4,10 +4,9 @@ work after each of them: identity first, publication after, and the other way ro
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +15,7 @@ import psycopg
 from psycopg import errors as postgres
 from psycopg import sql
 
-from . import catalog, publications
+from . import publications
 from .backoff import delays
 from .catalog import CatalogTable
 from .changes import Operation
@@ -275,51 +274,6 @@ def forget(found: Found, prefix: str, identities: dict[int, CatalogTable]) -> li
     if Operation.INSERT in found.publications:
         steps.append(Step(drop.format(sql.Identifier(name_of(prefix, Operation.INSERT)))))
     return steps
-
-
-def restorable(
-    connection: psycopg.Connection[Any], found: Found, prefix: str
-) -> dict[int, CatalogTable]:
-    """The tables whose identity we set and may set back, by OID.
-
-    Not those that somebody has altered since, nor those another publication of updates or deletes
-    lists, whose writes would fail.
-    """
-    if found.record is None:
-        return {}
-    usable = {}
-    for text, (_, *index) in found.record.identities.items():
-        table = catalog.describe(connection, int(text))
-        if table is None or table.identity != "f" or not _has(connection, table, index):
-            continue
-        if not _published_elsewhere(connection, table, prefix):
-            usable[table.oid] = table
-    return usable
-
-
-def _has(connection: psycopg.Connection[Any], table: CatalogTable, index: Sequence[str]) -> bool:
-    if not index:
-        return True
-    found = connection.execute(
-        "SELECT 1 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid "
-        "WHERE i.indrelid = %s AND c.relname = %s",
-        [table.oid, index[0]],
-    ).fetchone()
-    return found is not None
-
-
-def _published_elsewhere(
-    connection: psycopg.Connection[Any], table: CatalogTable, prefix: str
-) -> bool:
-    spellings = [[name.schema, name.name] for name in (table.name, *table.ancestors)]
-    found = connection.execute(
-        "SELECT 1 FROM pg_publication_tables t JOIN pg_publication p USING (pubname) "
-        "WHERE (p.pubupdate OR p.pubdelete) AND p.pubname <> ALL(%s) "
-        "AND EXISTS (SELECT 1 FROM jsonb_array_elements(%s::jsonb) AS name "
-        "WHERE name->>0 = t.schemaname AND name->>1 = t.tablename)",
-        [publications.names(prefix), json.dumps(spellings)],
-    ).fetchone()
-    return found is not None
 
 
 @contextmanager

@@ -11,29 +11,24 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from . import ddl, publications, script, slots, standbys
+from . import ddl, identities, publications, script, server, slots
 from .catalog import CatalogTable
 from .ddl import Step
 from .errors import (
     CatalogError,
     ConfigurationError,
     FlashError,
-    ReplicaIdentityMissing,
-    ReplicationError,
     SubscriptionError,
 )
-from .findings import OK, STOP, WARNING, Finding, stop
+from .findings import OK, WARNING, Finding, stop
 from .progress import Progress
 from .publications import Found, Wanted
-from .replication import ReplicationConnection, failover_of
+from .replication import failover_of
+from .server import Role
 from .settings import Settings
 from .slots import Gap
-from .spool import most_files
 from .subscriptions import Subscription, TableName, of_tables
-from .tables import check_columns, find, quoted
-
-#: Files and sockets that a replication worker has open beside its spools.
-_OTHER_FILES = 100
+from .tables import check_columns, find
 
 
 @dataclass
@@ -87,17 +82,6 @@ def examine(
     return _Examination(connection, settings, subscriptions, progress or Progress()).run()
 
 
-def can_stream(settings: Settings) -> list[Finding]:
-    """Whether a replication connection can be made; poolers do not carry one."""
-    try:
-        ReplicationConnection(settings.require_dsn()).close()
-    except ReplicationError as error:
-        dsn = settings.called("flash_dsn")
-        hint = f"; {dsn} must lead to PostgreSQL itself, not to a pooler, and pg_hba.conf let it"
-        return [Finding("replication connection", STOP, f"{str(error)[:-1]}{hint}", error)]
-    return [Finding("replication connection", OK, "can be made")]
-
-
 class _Examination:
     def __init__(
         self,
@@ -110,127 +94,42 @@ class _Examination:
         self._settings = settings
         self._subscriptions = subscriptions
         self._progress = progress
+        self._role = Role.of(connection)
         self._lost: Gap | None = None
         self._report = Report()
 
     def run(self) -> Report:
-        self._server()
-        self._open_files()
-        self._role()
+        self._report.standby = server.is_standby(self._connection)
+        self._report.findings += server.findings(self._connection, self._settings)
+        self._report.findings += server.open_files(self._connection, self._settings)
+        self._report.findings.append(self._role.finding())
         tables = self._tables()
         self._slot()
         if tables is not None:
             self._publications(tables)
         return self._report
 
-    def _add(self, subject: str, level: str, message: str, error: FlashError | None = None) -> None:
-        self._report.findings.append(Finding(subject, level, message, error))
+    def _add(self, subject: str, level: str, message: str) -> None:
+        self._report.findings.append(Finding(subject, level, message))
 
     def _stop(self, subject: str, error: FlashError) -> None:
         self._report.findings.append(stop(subject, error))
-
-    def _one(self, query: str, parameters: Sequence[Any] = ()) -> Any:
-        row = self._connection.execute(query.encode(), parameters).fetchone()
-        return row[0] if row is not None and len(row) == 1 else row
-
-    def _setting(self, name: str) -> str:
-        return str(self._one("SELECT current_setting(%s, true)", [name]))
-
-    def _server(self) -> None:
-        version = self._connection.info.server_version
-        if version < 140000:
-            shown = self._setting("server_version")
-            error = ConfigurationError(f"PostgreSQL {shown} is too old; 14 to 18 are supported.")
-            return self._stop("server", error)
-        self._add("server", OK, f"PostgreSQL {self._setting('server_version')}")
-        self._report.standby = bool(self._one("SELECT pg_is_in_recovery()"))
-        if self._report.standby:
-            self._report.findings += standbys.reading(self._connection, self._settings)
-        elif self._settings.flash_failover_slot and version < standbys.FAILOVER_SINCE:
-            shown = self._setting("server_version")
-            error = ConfigurationError(
-                f"flash_failover_slot needs PostgreSQL 17 or later, and this is {shown}: leave it "
-                "out; after a failover the slot is gone."
-            )
-            self._stop("failover", error)
-        level = self._setting("wal_level")
-        if level != "logical":
-            self._stop(
-                "wal_level",
-                ConfigurationError(
-                    f"wal_level is {level}, and reading changes needs logical: "
-                    "ALTER SYSTEM SET wal_level = 'logical'; then restart PostgreSQL."
-                ),
-            )
-        else:
-            self._add("wal_level", OK, "logical")
-        if self._setting("server_encoding") == "SQL_ASCII":
-            self._add(
-                "encoding",
-                WARNING,
-                "SQL_ASCII: a change with text that is not UTF-8 will stop replication; dump the "
-                "database and restore it into one with ENCODING 'UTF8'",
-            )
-        kept = self._setting("max_slot_wal_keep_size")
-        if kept == "-1":
-            self._add(
-                "max_slot_wal_keep_size",
-                WARNING,
-                "unlimited: while nothing reads the slot, WAL piles up until the disk is full; a "
-                "limit (ALTER SYSTEM SET max_slot_wal_keep_size = '50GB') loses the slot instead",
-            )
-        else:
-            self._add("max_slot_wal_keep_size", OK, kept)
-        return None
-
-    def _open_files(self) -> None:
-        """A streamed transaction that is not small is a file as long as it is open."""
-        limit = most_files()
-        if not self._settings.flash_use_streaming or not limit:
-            return
-        settings = "max_connections", "max_prepared_transactions"
-        most = sum(int(self._setting(name)) for name in settings)
-        if limit < most + _OTHER_FILES:
-            message = (
-                f"{limit} may be open, and up to {most} transactions ({' and '.join(settings)}) "
-                f"may be spooled at once: ulimit -n {most + _OTHER_FILES} (systemd: LimitNOFILE)"
-            )
-            self._add("files", WARNING, message)
-
-    def _role(self) -> None:
-        role, database, replication, create = self._one(
-            "SELECT current_user, current_database(), rolreplication OR rolsuper OR "
-            "EXISTS (SELECT 1 FROM pg_roles g WHERE g.rolname = 'rds_replication' "
-            "AND pg_has_role(g.oid, 'MEMBER')), "
-            "has_database_privilege(current_database(), 'CREATE') "
-            "FROM pg_roles WHERE rolname = current_user"
-        )
-        self._may_create = bool(create)
-        self._role_name, self._database = str(role), str(database)
-        if not replication:
-            name = sql.Identifier(role).as_string(None)
-            error = CatalogError(
-                f"The role {role} may not replicate: ALTER ROLE {name} REPLICATION; "
-                f"(on RDS: GRANT rds_replication TO {name};)"
-            )
-            self._stop("role", error)
-        else:
-            self._add("role", OK, f"{role} may replicate")
 
     def _slot(self) -> None:
         slot = self._settings.flash_replication_slot
         found = slots.find(self._connection, slot)
         self._report.slot_exists = found is not None
         if found is None:
-            return self._room_for_a_slot()
+            self._report.findings += server.room_for_a_slot(self._connection)
+            return None
         self._report.read_by = found.active_pid
-        if found.plugin != "pgoutput" or found.database != self._database or found.temporary:
+        if found.plugin != "pgoutput" or found.database != self._role.database or found.temporary:
             kind = f"a slot of the plugin {found.plugin}" if found.plugin else "a physical slot"
             what = (
                 kind if found.plugin != "pgoutput" else f"a slot of the database {found.database}"
             )
             error: FlashError = CatalogError(
-                f"{slot} is {what}, not a permanent pgoutput slot of {self._database}; "
+                f"{slot} is {what}, not a permanent pgoutput slot of {self._role.database}; "
                 f"choose another {self._settings.called('flash_replication_slot')}."
             )
             return self._stop("slot", error)
@@ -279,22 +178,6 @@ class _Examination:
         else:
             self._stop("slot", error)
 
-    def _room_for_a_slot(self) -> None:
-        for setting, used in (
-            ("max_replication_slots", "pg_replication_slots"),
-            ("max_wal_senders", "pg_stat_replication"),
-        ):
-            limit = int(self._setting(setting))
-            taken = int(self._one(f"SELECT count(*) FROM {used}"))  # noqa: S608 - our own words
-            if taken >= limit:
-                error = ConfigurationError(
-                    f"All {limit} of {setting} are in use; drop one, or "
-                    f"ALTER SYSTEM SET {setting} = {limit + 5}; then restart PostgreSQL."
-                )
-                self._stop(setting, error)
-            else:
-                self._add(setting, OK, f"{taken} of {limit} in use")
-
     def _tables(self) -> dict[TableName, CatalogTable] | None:
         """The tables of all subscriptions; None if something is wrong with one."""
         if not self._subscriptions:
@@ -336,13 +219,15 @@ class _Examination:
             self._settings.flash_push_down,
         )
         try:
-            self._report.rescue = self._rescue(found, prefix)
+            refused = identities.refused(self._connection, found, prefix)
+            self._report.rescue = ddl.rescue(found, prefix, refused)
             publications.check(found, prefix, goal)
             self._check_slot_of(found, prefix)
-            self._check_identities(goal)
+            said = identities.check(self._connection, self._settings, goal)
+            self._add("replica identity", OK, said)
         except FlashError as error:
             return self._stop("publications", self._rescued(error))
-        restorable = ddl.restorable(self._connection, found, prefix)
+        restorable = identities.restorable(self._connection, found, prefix)
         manage, slot = self._settings.flash_manage, self._settings.flash_replication_slot
         steps = ddl.plan(found, prefix, goal, restorable, None if manage else slot)
         self._report.steps, self._report.tables, self._report.goal = steps, tables, goal
@@ -361,37 +246,6 @@ class _Examination:
                 "read; drop it with `flash reset`, or choose another "
                 f"{self._settings.called('flash_replication_slot')}."
             )
-
-    def _rescue(self, found: Found, prefix: str) -> list[Step]:
-        restorable = ddl.restorable(self._connection, found, prefix)
-        tables = {oid: table for oid, table in restorable.items() if _virtual(table)}
-        return ddl.rescue(found, prefix, tables)
-
-    def _check_identities(self, goal: Wanted) -> None:
-        prefix = self._settings.flash_publication_slot_prefix
-        for table in goal.full.values():
-            lists = publications.lists_columns_of(self._connection, table, prefix)
-            if lists is not None and table.identity != "f":
-                raise ReplicaIdentityMissing(
-                    f"{table.name} needs REPLICA IDENTITY FULL, and PostgreSQL would refuse its "
-                    f"UPDATE and DELETE because the publication {lists} lists columns of it; take "
-                    "that list away (of another slot of flash-celery: flash_push_down = False)."
-                )
-            virtual = _virtual(table)
-            if virtual:
-                raise ReplicaIdentityMissing(
-                    f"{table.name} needs REPLICA IDENTITY FULL, and PostgreSQL would refuse its "
-                    f"UPDATE and DELETE because of the virtual column {virtual[0]}; give it a "
-                    "primary key and leave out fields=, where= and key= beyond it."
-                )
-            if self._settings.flash_replica_identity == "keep" and table.identity != "f":
-                raise ReplicaIdentityMissing(
-                    f"{table.name} needs its old values in the WAL, and flash_replica_identity is "
-                    f"'keep': ALTER TABLE {quoted(table)} REPLICA IDENTITY FULL;"
-                )
-        changing = sorted(str(t.name) for t in goal.full.values() if t.identity != "f")
-        said = f"FULL will be set on {', '.join(changing)}" if changing else "sufficient"
-        self._add("replica identity", OK, said)
 
     def _rescued(self, error: FlashError) -> FlashError:
         """With what lets the application write again, where only the owner may run it."""
@@ -430,25 +284,19 @@ class _Examination:
                 f"cannot be written; on the primary run: {'; '.join(map(str, steps))};"
             )
             return self._stop("publications", error)
-        role = sql.Identifier(self._role_name).as_string(None)
-        if len(found.publications) < len(publications.OPERATIONS) and not self._may_create:
-            database = sql.Identifier(self._database).as_string(None)
+        if len(found.publications) < len(publications.OPERATIONS) and not self._role.creates:
+            database = sql.Identifier(self._role.database).as_string(None)
             error = CatalogError(
-                f"The role {self._role_name} may not create publications: "
-                f"GRANT CREATE ON DATABASE {database} TO {role};"
+                f"The role {self._role.name} may not create publications: "
+                f"GRANT CREATE ON DATABASE {database} TO {self._role};"
             )
             return self._stop("publications", error)
         for step in steps:
             if step.table is not None and not step.table.owned:
                 error = CatalogError(
-                    f"The role {self._role_name} does not own {step.table.name}; as its owner run: "
-                    f"{step}; or GRANT its owner's role TO {role};"
+                    f"The role {self._role.name} does not own {step.table.name}; as its owner run: "
+                    f"{step}; or GRANT its owner's role TO {self._role};"
                 )
                 return self._stop("publications", error)
         left = f"{len(steps)} statements to run" if steps else "as they should be"
         return self._add("publications", OK, left)
-
-
-def _virtual(table: CatalogTable) -> list[str]:
-    """Its virtual columns, which no replica identity may hold."""
-    return [column.name for column in table.columns.values() if column.generated == "v"]

@@ -12,14 +12,13 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
-from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from typing import Any
 
 import psycopg
 
-from . import catalog, ddl, letters, oversize, preflight, publications, slots
+from . import catalog, ddl, letters, oversize, publications, slots
 from .backoff import delays
 from .control import Control, Stopped
 from .enqueued import Lease
@@ -39,30 +38,19 @@ from .messages import Templates
 from .outbox import Outbox
 from .progress import Progress
 from .protocol.lsn import Lsn
+from .provisioning import Provisioning
 from .publishers.base import Publisher
 from .publishing import Publishing
 from .replication import ReplicationConnection, unreachable
 from .session import Session
 from .settings import Settings
-from .slots import Gap
-from .subscriptions import Subscription, TableName, of_tables
+from .subscriptions import Subscription, of_tables
 from .watch import Watch
 
 logger = logging.getLogger(__name__)
 
 #: Seconds between two looks at a slot that another replication worker reads.
 _STANDBY_PAUSE = 1.0
-#: Seconds after which it is said that the creation of a slot takes long.
-_LONG_SECONDS = 3.0
-_ON_PRIMARY = "Creating the slot %s; PostgreSQL waits for the transactions that are open to end"
-_ON_STANDBY = (
-    "Creating the slot %s; a standby waits for its primary to tell which transactions are open: "
-    "on the primary run SELECT pg_log_standby_snapshot();"
-)
-_NOT_NOTED = (
-    "A standby cannot note that the slot %s exists, so a loss of it would go unnoticed; on the "
-    "primary run %s;"
-)
 #: Connection failures that waiting does not mend (libpq gives no SQLSTATE for these).
 _HOPELESS = re.compile(
     r"authentication failed|no password supplied|does not exist|pg_hba\.conf|permission denied|"
@@ -100,6 +88,7 @@ class Replicator:
             settings.flash_max_queue_length,
             letters.queue(app, settings.flash_dead_queue),
         )
+        self._provisioning = Provisioning(settings, subscriptions, self.control)
         self._progress = Progress()
         self._source = ""
         self._messages = len(of_tables(subscriptions)) < len(subscriptions)
@@ -111,15 +100,11 @@ class Replicator:
                 "transaction that its savepoint is rolled back, and a handler is on messages"
             )
         self._streamed = False
-        self._seen_slot = False
         #: What PostgreSQL has said last, and may say again and again.
         self._noticed = ""
         #: Whether nothing was wrong when it was looked at, and whether the slot is lost all the
         #: same, so that it is looked at again.
         self._examined = self._doubted = False
-        self._fingerprint = ""
-        self._look: Callable[[], str] = str
-        self._leaves: dict[int, tuple[TableName, ...]] = {}
         self._pauses = delays()
 
     def stop(self) -> None:
@@ -199,7 +184,7 @@ class Replicator:
                 prefix = self._settings.flash_publication_slot_prefix
                 with ddl.alone(connection, prefix, self.control.sleep):
                     self._examined = False
-                    self._set_up(stream, connection)
+                    self._provisioning.run(stream, connection, self._progress)
                     self._examined = True
                     self._start(stream, connection)
                 with closing(self._session(stream, connection)) as session:
@@ -219,16 +204,6 @@ class Replicator:
                 "several hosts needs target_session_attrs=read-write)."
             )
 
-    def _still_there(self, report: preflight.Report) -> None:
-        """A slot that this process has seen is never made again in silence."""
-        if self._seen_slot and not report.slot_exists and report.gap is None:
-            slot = self._settings.flash_replication_slot
-            raise SlotMissing(
-                f"The slot {slot} was dropped while it was read (`flash reset`?); start again to "
-                "read from the present on."
-            )
-        self._seen_slot = report.slot_exists
-
     def _session(
         self, stream: ReplicationConnection, connection: psycopg.Connection[Any]
     ) -> Session:
@@ -240,8 +215,8 @@ class Replicator:
             self._progress,
             self.control,
             self._settings,
-            self._leaves,
-            lambda: self._look() != self._fingerprint,
+            self._provisioning.leaves,
+            self._provisioning.altered,
             Watch(connection, stream.pid, self._settings, self._progress),
             self._lease(),
             Outbox(partial(oversize.letter, self._app, self._settings.flash_dead_queue)),
@@ -252,87 +227,12 @@ class Replicator:
         parts = [
             metadata.version("flash-celery"),
             self._source,
-            self._fingerprint,
+            self._provisioning.fingerprint,
             *self._templates.keys,
         ]
         parts += map(repr, self._subscriptions)
         binding = hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
         return Lease(f"{system}.{self._settings.flash_replication_slot}", binding)
-
-    def _set_up(self, stream: ReplicationConnection, connection: psycopg.Connection[Any]) -> None:
-        """Publications, identities and the slot, as the subscriptions need them."""
-        slot = self._settings.flash_replication_slot
-        prefix = self._settings.flash_publication_slot_prefix
-        report = self._examine(connection)
-        manage = self._settings.flash_manage
-        if report.gap is not None:
-            # Noted first: whatever happens from here on, it will not be forgotten.
-            ddl.remember_gap(connection, prefix, report.gap)
-            if report.slot_lost:
-                slots.drop(connection, slot)
-            report = self._examine(connection)
-        while report.steps and manage:
-            ddl.apply(connection, report.steps, self.control.sleep)
-            report = self._examine(connection)
-        if not report.slot_exists:
-            self._create_slot(stream, report)
-        elif report.slot_stays_behind and manage:
-            stream.keep_over_failover(slot)
-            logger.info("Standbys keep a copy of the slot %s from now on", slot)
-        if report.standby:
-            if note := ddl.note_of_slot(connection, prefix, slot):
-                logger.warning(_NOT_NOTED, slot, note[0])
-        elif manage:
-            ddl.remember_slot(connection, prefix, slot)
-        if not manage:
-            self._leaves |= report.leaves  # nobody notes them
-        if report.gap is not None:
-            self._report(connection, report.gap)
-        self._leaves |= publications.leaves_of(connection, prefix)
-
-    def _create_slot(self, stream: ReplicationConnection, report: preflight.Report) -> None:
-        slot = self._settings.flash_replication_slot
-        said = False
-
-        def idle(seconds: float) -> None:
-            nonlocal said
-            if self.control.stopping:
-                raise Stopped
-            if seconds > _LONG_SECONDS and not said:
-                said = True
-                logger.warning(_ON_STANDBY if report.standby else _ON_PRIMARY, slot)
-
-        position = stream.create_slot(slot, self._settings.flash_failover_slot, idle)
-        self._seen_slot = True
-        logger.info("Created the slot %s at %s", slot, position)
-
-    def _report(self, connection: psycopg.Connection[Any], gap: Gap) -> None:
-        """The slot is there again: what lies between is noted for good, and said."""
-        slot = slots.find(connection, gap.slot)
-        _, time = slots.now(connection)
-        gap = replace(gap, until=slot.confirmed if slot else None, until_time=time)
-        ddl.remember_gap(connection, self._settings.flash_publication_slot_prefix, gap)
-        logger.error("%s; rebuild what depends on them. `flash status` shows them again", gap)
-
-    def _examine(self, connection: psycopg.Connection[Any]) -> preflight.Report:
-        """Look at everything; from now on a session notices when a table changes."""
-        tables = [subscription.table for subscription in of_tables(self._subscriptions)]
-        names = publications.names(self._settings.flash_publication_slot_prefix)
-        self._look = partial(catalog.fingerprint, connection, tables, names)
-        self._fingerprint = self._look()
-        report = preflight.examine(connection, self._settings, self._subscriptions, self._progress)
-        if report.read_by is None and not report.standby and self._settings.flash_manage:
-            ddl.apply(connection, report.rescue, self.control.sleep)
-        report.raise_first()
-        self._still_there(report)
-        if report.read_by is not None:
-            # What its reader has set up is not ours to alter.
-            slot = self._settings.flash_replication_slot
-            raise SlotInUse(
-                f'replication slot "{slot}" is active for PID {report.read_by}'
-                f"{_holder(connection, slot)}."
-            )
-        return report
 
     def _start(self, stream: ReplicationConnection, connection: psycopg.Connection[Any]) -> None:
         slot = self._settings.flash_replication_slot
@@ -354,7 +254,7 @@ class Replicator:
                 messages=self._messages,
             )
         except SlotInUse as error:
-            raise SlotInUse(f"{str(error)[:-1]}{_holder(connection, slot)}.") from None
+            raise SlotInUse(f"{str(error)[:-1]}{slots.holder(connection, slot)}.") from None
         self._streamed = True
         self._doubted = False
         self._pauses = delays()
@@ -378,17 +278,6 @@ class Replicator:
         if state == "55000" and "publication" in message:
             # PostgreSQL 18 skips a publication it does not find and sends nothing of it.
             self.control.fail(PublicationMismatch(f"{message}; run `flash reset` to start anew."))
-
-
-def _holder(connection: psycopg.Connection[Any], slot: str) -> str:
-    """Who reads the slot, for a log line."""
-    row = connection.execute(
-        "SELECT application_name, coalesce(host(client_addr), 'a local socket') "
-        "FROM pg_stat_replication JOIN pg_replication_slots ON active_pid = pid "
-        "WHERE slot_name = %s",
-        [slot],
-    ).fetchone()
-    return f" ({row[0]}, from {row[1]}); waiting until it is free" if row else "; waiting"
 
 
 def refuse_hopeless(error: FlashError, settings: Settings) -> None:

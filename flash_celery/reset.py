@@ -8,7 +8,7 @@ from typing import Any
 
 import psycopg
 
-from . import ddl, publications
+from . import ddl, identities, publications
 from .ddl import Step
 from .errors import CatalogError, SlotInUse
 from .settings import Settings
@@ -66,8 +66,7 @@ def plan(connection: psycopg.Connection[Any], settings: Settings, slot: str) -> 
     if owner not in (None, slot):
         note = f"leave the publications {prefix}_…: they belong to the slot {owner}"
         return Plan(slot_status(connection, slot), [], prefix, note)
-    identities = ddl.restorable(connection, found, prefix)
-    steps = ddl.forget(found, prefix, identities)
+    steps = ddl.forget(found, prefix, identities.restorable(connection, found, prefix))
     if connection.execute("SELECT pg_is_in_recovery()").fetchone() == (True,):
         note = f"leave what a standby cannot alter; on the primary run {'; '.join(map(str, steps))}"
         return Plan(slot_status(connection, slot), [], prefix, note if steps else "")

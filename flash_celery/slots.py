@@ -58,6 +58,17 @@ def find(connection: psycopg.Connection[Any], name: str) -> Slot | None:
     return Slot(*row) if row else None
 
 
+def holder(connection: psycopg.Connection[Any], name: str) -> str:
+    """Who reads the slot, for a log line."""
+    row = connection.execute(
+        "SELECT application_name, coalesce(host(client_addr), 'a local socket') "
+        "FROM pg_stat_replication JOIN pg_replication_slots ON active_pid = pid "
+        "WHERE slot_name = %s",
+        [name],
+    ).fetchone()
+    return f" ({row[0]}, from {row[1]}); waiting until it is free" if row else "; waiting"
+
+
 def drop(connection: psycopg.Connection[Any], name: str) -> None:
     """Drop a slot that nobody reads."""
     connection.execute(

@@ -45,14 +45,14 @@ def _filters(function: Callable[..., Any]) -> Callable[..., Any]:
 @_filters
 def dead_list(project: Project, wanted: Any, as_json: bool) -> None:
     """Show the dead letters, the oldest first."""
-    from .. import letterbox
+    from . import letters
 
     box = project.letters()
     found = box.find(wanted)
     if as_json:
-        click.echo(json.dumps([letterbox.as_json(letter) for letter in found], indent=2))
+        click.echo(json.dumps([letters.as_json(letter) for letter in found], indent=2))
         return
-    for line in letterbox.table(found) if found else ["no dead letters"]:
+    for line in letters.table(found) if found else ["no dead letters"]:
         say(line)
     if box.strangers:
         click.echo(f"{box.strangers} other messages are in the queue; they stay there.", err=True)
@@ -64,16 +64,17 @@ def dead_list(project: Project, wanted: Any, as_json: bool) -> None:
 @command
 def dead_show(project: Project, id: str, as_json: bool) -> None:
     """Show a letter with its traceback and its changes; the first 8 characters of its id do."""
-    from .. import letterbox, tail
+    from .. import tail
     from ..letterbox import Wanted
+    from . import letters
 
     box = project.letters()
     for letter in box.read(box.find(Wanted((id,)))):
         if as_json:
-            decoded = {"decoded": letterbox.changes(letter, tail.line)}
-            click.echo(json.dumps(letterbox.as_json(letter) | decoded, indent=2))
+            decoded = {"decoded": letters.changes(letter, tail.line)}
+            click.echo(json.dumps(letters.as_json(letter) | decoded, indent=2))
         else:
-            for line in letterbox.whole(letter, tail.line):
+            for line in letters.whole(letter, tail.line):
                 say(line)
 
 
@@ -100,11 +101,11 @@ def dead_retry(project: Project, wanted: Any, everything: bool, split: bool) -> 
 @_filters
 def dead_drop(project: Project, wanted: Any, everything: bool, yes: bool) -> None:
     """Throw letters away: their changes are never handled."""
-    from .. import letterbox
+    from . import letters
 
     box, found = _chosen(project, wanted, everything)
     if found and not yes:
-        for line in letterbox.table(found):
+        for line in letters.table(found):
             say(line)
         click.confirm(f"Throw {len(found)} away?", abort=True)
     click.echo(f"{box.drop(found)} thrown away.")

@@ -25,7 +25,7 @@ def doctor(project: Project, explain: bool, as_sql: bool) -> None:
     """Check every prerequisite, and say how to mend what is missing."""
     from .. import doctor as checks
     from .. import explain as explaining
-    from .. import preflight, sources, standbys
+    from .. import preflight, server, sources, standbys
     from ..findings import OK, STOP
 
     if as_sql:
@@ -38,7 +38,7 @@ def doctor(project: Project, explain: bool, as_sql: bool) -> None:
         standing_by = list(standbys.findings(connection, project.settings))
         if explain:
             explained += explaining.explain(connection, *subject, report)
-    findings = report.findings + standing_by + preflight.can_stream(project.settings)
+    findings = [*report.findings, *standing_by, server.can_stream(project.settings)]
     findings += checks.spool(project.settings)
     findings += sources.findings(*project.sources)
     broker = list(checks.broker(project.app, project.settings))

@@ -198,7 +198,7 @@ def test_partitions_come_and_go_where_nobody_manages(flash):
     flash.start()
     flash.do("INSERT INTO logs VALUES (1, 'a')", PARTITION.format(10, 20))
     flash.do("INSERT INTO logs VALUES (10, 'b')")
-    flash.wait(lambda: len(flash.replicator._leaves) == 2)
+    flash.wait(lambda: len(flash.replicator._provisioning.leaves) == 2)
     flash.do(
         "INSERT INTO logs VALUES (11, 'c'); ALTER TABLE logs DETACH PARTITION logs_10",
         "DROP TABLE logs_10",

@@ -41,8 +41,9 @@ ALLOWED = {
         *("rows", "subscriptions", "transitions", "errors"),
     },
     "enqueued": {"payload", "protocol", "rows"},
+    "options": {"changes", "settings", "subscriptions", "errors"},
     "messages": {
-        *("changes", "enqueued", "payload", "rows", "settings", "subscriptions", "errors"),
+        *("changes", "enqueued", "options", "payload", "rows", "settings", "subscriptions"),
     },
     "outbox": {"enqueued", "messages", "payload", "protocol"},
     "backpressure": {"messages"},
@@ -78,12 +79,18 @@ ALLOWED = {
     "publications": {"catalog", "changes", "pushdown", "slots", "subscriptions", "errors"},
     "ddl": {"backoff", "catalog", "changes", "escaping", "publications", "slots", "errors"},
     "script": {"ddl"},
+    "server": {"findings", "replication", "settings", "spool", "standbys", "errors"},
     "tables": {"catalog", "column_types", "publications", "subscriptions", "errors"},
+    "identities": {"catalog", "publications", "settings", "tables", "errors"},
     "preflight": {
-        *("catalog", "ddl", "findings", "progress", "publications", "replication", "settings"),
-        *("script", "slots", "spool", "standbys", "subscriptions", "tables", "errors"),
+        *("catalog", "ddl", "findings", "identities", "progress", "publications", "replication"),
+        *("script", "server", "settings", "slots", "subscriptions", "tables", "errors"),
     },
     # The replication worker.
+    "provisioning": {
+        *("catalog", "control", "ddl", "preflight", "progress", "publications", "replication"),
+        *("settings", "slots", "subscriptions", "errors"),
+    },
     "oversize": {"changes", "escaping", "letters", "messages", "payload", "protocol", "rows"}
     | {"errors"},
     "watch": {"progress", "protocol", "settings", "slots", "errors"},
@@ -102,7 +109,7 @@ ALLOWED = {
     },
     "replicator": {
         *("backoff", "catalog", "control", "ddl", "enqueued", "escaping", "letters", "messages"),
-        *("outbox", "oversize", "preflight", "progress"),
+        *("outbox", "oversize", "progress", "provisioning"),
         *("protocol", "publications", "publishers", "publishing", "replication", "session"),
         *("settings", "slots", "subscriptions", "watch", "errors"),
     },
@@ -112,11 +119,11 @@ ALLOWED = {
         *("subscriptions", "errors"),
     },
     "doctor": {"findings", "publishers", "settings", "spool", "subscriptions", "errors"},
-    "letterbox": {"escaping", "letters", "publishers", "subscriptions", "errors"},
+    "letterbox": {"letters", "publishers", "subscriptions", "errors"},
     "explain": {
         *("catalog", "preflight", "publications", "pushdown", "settings", "subscriptions"),
     },
-    "reset": {"ddl", "publications", "settings", "status", "errors"},
+    "reset": {"ddl", "identities", "publications", "settings", "status", "errors"},
     "tail": {
         *("catalog", "changes", "control", "ddl", "payload", "protocol", "publications"),
         "replication",
@@ -137,10 +144,11 @@ ALLOWED = {
     },
     "cli.status": {"cli", "status"},
     "cli.doctor": {"cli", "doctor", "escaping", "explain", "findings", "preflight", "script"}
-    | {"sources", "standbys"},
+    | {"server", "sources", "standbys"},
     "cli.reset": {"cli", "reset"},
     "cli.tail": {"cli", "control", "subscriptions", "tail", "errors"},
     "cli.dead": {"cli", "letterbox", "tail", "errors"},
+    "cli.letters": {"escaping", "letterbox", "letters", "errors"},
     "django": set(),
     "django.apps": set(),
     "django.management": set(),

@@ -16,8 +16,8 @@ from kombu.utils.json import dumps, loads
 
 from flash_celery import payload
 from flash_celery.changes import Change, LogicalMessage
+from flash_celery.cli.letters import changes, table, whole
 from flash_celery.errors import PayloadError, ProtocolError
-from flash_celery.letterbox import changes, table, whole
 from flash_celery.letters import seal, unseal, write
 from flash_celery.payload import TRUNCATED, Delivery, decode, encode, message_row
 from flash_celery.protocol import frames, pgoutput

@@ -1,0 +1,143 @@
+"""What must be there before a slot is read: publications, identities, the slot itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import psycopg
+
+from . import catalog, ddl, preflight, publications, slots
+from .control import Control, Stopped
+from .errors import SlotInUse, SlotMissing
+from .preflight import Report
+from .progress import Progress
+from .replication import ReplicationConnection
+from .settings import Settings
+from .slots import Gap
+from .subscriptions import Subscription, TableName, of_tables
+
+logger = logging.getLogger(__name__)
+
+#: Seconds after which it is said that the creation of a slot takes long.
+_LONG_SECONDS = 3.0
+_ON_PRIMARY = "Creating the slot %s; PostgreSQL waits for the transactions that are open to end"
+_ON_STANDBY = (
+    "Creating the slot %s; a standby waits for its primary to tell which transactions are open: "
+    "on the primary run SELECT pg_log_standby_snapshot();"
+)
+_NOT_NOTED = (
+    "A standby cannot note that the slot %s exists, so a loss of it would go unnoticed; on the "
+    "primary run %s;"
+)
+
+
+class Provisioning:
+    """Sets up a source before each session; one object lives as long as the replication worker."""
+
+    def __init__(
+        self, settings: Settings, subscriptions: Sequence[Subscription], control: Control
+    ) -> None:
+        self._settings = settings
+        self._subscriptions = subscriptions
+        self._control = control
+        self._slot = settings.flash_replication_slot
+        self._prefix = settings.flash_publication_slot_prefix
+        self._seen_slot = False
+        self._look: Callable[[], str] = str
+        #: What stands for the tables and publications as they were looked at.
+        self.fingerprint = ""
+        #: The partitions of the handlers' tables, by OID, those that are gone included.
+        self.leaves: dict[int, tuple[TableName, ...]] = {}
+
+    def altered(self) -> bool:
+        """Whether a table or a publication is not any more what it was at `run`."""
+        return self._look() != self.fingerprint
+
+    def run(
+        self,
+        stream: ReplicationConnection,
+        connection: psycopg.Connection[Any],
+        progress: Progress,
+    ) -> None:
+        """Make and alter what the subscriptions need. Raises what stands in the way."""
+        report = self._examine(connection, progress)
+        manage = self._settings.flash_manage
+        if report.gap is not None:
+            # Noted first: whatever happens from here on, it will not be forgotten.
+            ddl.remember_gap(connection, self._prefix, report.gap)
+            if report.slot_lost:
+                slots.drop(connection, self._slot)
+            report = self._examine(connection, progress)
+        while report.steps and manage:
+            ddl.apply(connection, report.steps, self._control.sleep)
+            report = self._examine(connection, progress)
+        if not report.slot_exists:
+            self._create_slot(stream, report)
+        elif report.slot_stays_behind and manage:
+            stream.keep_over_failover(self._slot)
+            logger.info("Standbys keep a copy of the slot %s from now on", self._slot)
+        if report.standby:
+            if note := ddl.note_of_slot(connection, self._prefix, self._slot):
+                logger.warning(_NOT_NOTED, self._slot, note[0])
+        elif manage:
+            ddl.remember_slot(connection, self._prefix, self._slot)
+        if not manage:
+            self.leaves |= report.leaves  # nobody notes them
+        if report.gap is not None:
+            self._close_gap(connection, report.gap)
+        self.leaves |= publications.leaves_of(connection, self._prefix)
+
+    def _examine(self, connection: psycopg.Connection[Any], progress: Progress) -> Report:
+        """Look at everything; from now on `altered` notices when a table changes."""
+        tables = [subscription.table for subscription in of_tables(self._subscriptions)]
+        names = publications.names(self._prefix)
+        self._look = partial(catalog.fingerprint, connection, tables, names)
+        self.fingerprint = self._look()
+        report = preflight.examine(connection, self._settings, self._subscriptions, progress)
+        if report.read_by is None and not report.standby and self._settings.flash_manage:
+            ddl.apply(connection, report.rescue, self._control.sleep)
+        report.raise_first()
+        self._still_there(report)
+        if report.read_by is not None:
+            # What its reader has set up is not ours to alter.
+            raise SlotInUse(
+                f'replication slot "{self._slot}" is active for PID {report.read_by}'
+                f"{slots.holder(connection, self._slot)}."
+            )
+        return report
+
+    def _still_there(self, report: Report) -> None:
+        """A slot that this process has seen is never made again in silence."""
+        if self._seen_slot and not report.slot_exists and report.gap is None:
+            raise SlotMissing(
+                f"The slot {self._slot} was dropped while it was read (`flash reset`?); start "
+                "again to read from the present on."
+            )
+        self._seen_slot = report.slot_exists
+
+    def _create_slot(self, stream: ReplicationConnection, report: Report) -> None:
+        said = False
+
+        def idle(seconds: float) -> None:
+            nonlocal said
+            if self._control.stopping:
+                raise Stopped
+            if seconds > _LONG_SECONDS and not said:
+                said = True
+                logger.warning(_ON_STANDBY if report.standby else _ON_PRIMARY, self._slot)
+
+        position = stream.create_slot(self._slot, self._settings.flash_failover_slot, idle)
+        self._seen_slot = True
+        logger.info("Created the slot %s at %s", self._slot, position)
+
+    def _close_gap(self, connection: psycopg.Connection[Any], gap: Gap) -> None:
+        """The slot is there again: what lies between is noted for good, and said."""
+        slot = slots.find(connection, gap.slot)
+        _, time = slots.now(connection)
+        gap = replace(gap, until=slot.confirmed if slot else None, until_time=time)
+        ddl.remember_gap(connection, self._prefix, gap)
+        logger.error("%s; rebuild what depends on them. `flash status` shows them again", gap)
