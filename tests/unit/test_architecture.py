@@ -25,7 +25,8 @@ ALLOWED = {
     "rows": {"values", "protocol"},
     "changes": {"escaping", "rows", "protocol"},
     "payload": {"changes", "escaping", "rows", "protocol", "errors"},
-    "subscriptions": {"conditions", "changes", "errors"},
+    "mapped": {"errors"},
+    "subscriptions": {"conditions", "changes", "mapped", "errors"},
     "handlers": {"subscriptions", "conditions", "changes", "errors"},
     # Capture, in the direction of the data.
     "backoff": set(),
