@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from . import conditions, mapped
 from .changes import Operation
 from .errors import SubscriptionError
+from .row_types import RowType
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,8 @@ class Subscription:
     number: int = 0
     #: The database it is about: a name in `flash_sources`, "" for the default one.
     source: str = ""
+    #: What its rows are told as; not part of what was enqueued.
+    into: RowType | None = field(default=None, repr=False)
 
     @property
     def prefix(self) -> str | None:

@@ -56,6 +56,7 @@ def check_columns(
 ) -> None:
     """Raise `SubscriptionError` if it names a column or compares a value that cannot be."""
     who = subscription.handler
+    _check_row_type(subscription, table)
     for column in sorted(subscription.columns):
         if column not in table.columns:
             close = _close(column, list(table.columns))
@@ -71,6 +72,19 @@ def check_columns(
         column_types.matcher(connection, table.oid, subscription, types)
     except SubscriptionError as error:
         raise SubscriptionError(f"{who}: on {table.name}, {error}") from None
+
+
+def _check_row_type(subscription: Subscription, table: CatalogTable) -> None:
+    into = subscription.into
+    if into is None:
+        return
+    for field in into.fields:
+        if field.required and field.column not in table.columns:
+            close = _close(field.column, list(table.columns))
+            raise SubscriptionError(
+                f"{subscription.handler}: {table.name} has no column {field.column}, which "
+                f"into={into.name} needs without a default{close}"
+            )
 
 
 def _close(name: str, known: list[str]) -> str:
