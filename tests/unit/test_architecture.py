@@ -129,6 +129,15 @@ ALLOWED = {
         *("routing", "rows", "subscriptions", "transactions", "errors"),
     },
     "sources": {"findings", "settings", "subscriptions", "errors"},
+    # For the tests of users; nothing else imports it.
+    "testing": {"testing"},
+    "testing.texts": {"comparison", "errors", "protocol", "rows", "values"},
+    "testing.building": {"testing", "changes", "protocol", "rows", "subscriptions"},
+    "testing.applying": {
+        *("testing", "catalog", "changes", "column_types", "comparison", "conditions", "handlers"),
+        *("messages", "outbox", "payload", "protocol", "routing", "settings", "subscriptions"),
+        "errors",
+    },
     "cli": {"cli"},
     "cli.project": {"catalog", "escaping", "handlers", "letterbox", "replicator", "settings"}
     | {"subscriptions", "errors"},
