@@ -5,10 +5,12 @@ Nothing here needs a broker; only `Live` needs a database. See docs/testing.md.
 
 from .applying import Enqueued, Flash, Run
 from .building import delete, insert, message, transaction, truncate, update
+from .live import Live
 
 __all__ = [
     "Enqueued",
     "Flash",
+    "Live",
     "Run",
     "delete",
     "insert",

@@ -138,6 +138,11 @@ ALLOWED = {
         *("messages", "outbox", "payload", "protocol", "routing", "settings", "subscriptions"),
         "errors",
     },
+    "testing.live": {
+        *("testing", "catalog", "enqueued", "handlers", "messages", "publishers", "replicator"),
+        *("reset", "settings", "errors"),
+    },
+    "pytest_plugin": {"testing"},
     "cli": {"cli"},
     "cli.project": {"catalog", "escaping", "handlers", "letterbox", "replicator", "settings"}
     | {"subscriptions", "errors"},

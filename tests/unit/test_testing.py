@@ -9,7 +9,7 @@ from uuid import UUID
 import pytest
 from celery import shared_task
 from django.conf import settings as django_settings
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kombu.utils.json import dumps, loads
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -87,6 +87,7 @@ def test_a_change_survives_the_wire(change):
     assert repr(back) == repr(change)
 
 
+@settings(max_examples=40)
 @given(
     st.dictionaries(
         st.text("abc", min_size=1),
