@@ -68,8 +68,10 @@ class Handler(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if not has_row_types(self._declared):
             return self.__wrapped__(*args, **kwargs)
-        told: Any = [told_as(self, self._declared, one, keep=True) for one in args]
-        return self.__wrapped__(*told, **kwargs)
+        prepare = partial(told_as, self, self._declared, keep=True)
+        told: Any = map(prepare, args)
+        named: Any = {name: prepare(value) for name, value in kwargs.items()}
+        return self.__wrapped__(*told, **named)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else MethodType(self.__wrapped__, instance)

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -74,7 +75,7 @@ class Live:
         self._done: set[str] = set()
         self._ran = 0
         self._error: BaseException | None = None
-        self._stack: list[Callable[[], None]] = []
+        self._undo = ExitStack()
 
     def __enter__(self) -> Live:
         try:
@@ -115,23 +116,22 @@ class Live:
 
     def close(self) -> None:
         """Stop, and drop everything; does nothing the second time."""
-        while self._stack:
-            self._stack.pop()()
+        self._undo.close()
 
     def _start(self) -> None:
         _refuse_transaction()
         settings = self._settings
         self._control = catalog.connect(settings.require_dsn())
-        self._stack.append(self._control.close)
+        self._undo.callback(self._control.close)
         self._until(self._is_alone, "another test is done with its own in this database")
         _sweep(self._control, settings)
         if self._broker:
             signals.task_postrun.connect(self._on_task, weak=False)
-            self._stack.append(lambda: signals.task_postrun.disconnect(self._on_task))
+            self._undo.callback(signals.task_postrun.disconnect, self._on_task)
         replicator = Replicator(self._app, settings, self._subscriptions, self._publisher)
         thread = threading.Thread(target=self._replicate, args=[replicator], name="flash-live")
-        self._stack.append(lambda: _drop(self._control, settings))
-        self._stack.append(lambda: _end(replicator, thread, settings))
+        self._undo.callback(_clear, settings)
+        self._undo.callback(_end, replicator, thread, settings)
         thread.start()
         self._until(self._is_read, "the replication worker has made its slot")
 
@@ -261,6 +261,12 @@ def _sweep(connection: psycopg.Connection[Any], settings: Settings) -> None:
 def _drop(connection: psycopg.Connection[Any], settings: Settings) -> None:
     slot = settings.flash_replication_slot
     reset.run(connection, reset.plan(connection, settings, slot), force=True)
+
+
+def _clear(settings: Settings) -> None:
+    """Drop it over a new connection: a test may have ended the other one."""
+    with catalog.connect(settings.require_dsn()) as connection:
+        _drop(connection, settings)
 
 
 def _end(replicator: Replicator, thread: threading.Thread, settings: Settings) -> None:

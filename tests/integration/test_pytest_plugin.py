@@ -1,10 +1,12 @@
 """The pytest plugin as its users run it: a pytest of its own, on a project of its own."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +46,12 @@ pytest_plugins = ("celery.contrib.pytest",)
 def sql():
     with psycopg.connect(os.environ["SHOP"], autocommit=True) as connection:
         yield lambda statement: connection.execute(statement)
+"""
+CONNECTION = """
+@pytest.fixture
+def connection():
+    with psycopg.connect(os.environ["SHOP"], autocommit=True) as connection:
+        yield connection
 """
 TABLE = "CREATE TABLE orders (id int PRIMARY KEY, status text, total int)"
 
@@ -122,6 +130,18 @@ def test_that_fails(flash_live, sql):
 """)
     assert "1 failed, 2 passed" in said, said
     assert "on purpose" in said
+    assert project.left() == []
+
+
+def test_the_examples_of_the_page(project):
+    page = (Path(__file__).parents[2] / "docs" / "testing.md").read_text()
+    app, *tests = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (settings,) = re.findall(r"```ini\n(.*?)```", page, re.DOTALL)
+    project.write("pytest.ini", settings)
+    project.write("shop.py", f"{app}\nimport os\napp.conf.flash_dsn = os.environ['SHOP']\n")
+    project.write("conftest.py", CONFTEST + CONNECTION)
+    said = project.run("\n".join(tests))
+    assert "3 passed" in said, said
     assert project.left() == []
 
 
@@ -221,6 +241,7 @@ def test_in_a_transaction(request):
 """
 
 
+@pytest.mark.soak
 def test_django_and_its_transactions(project):
     said = project.run(DJANGO)
     assert "2 passed" in said, said

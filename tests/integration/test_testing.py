@@ -8,6 +8,8 @@ from uuid import UUID
 import pytest
 from psycopg import sql
 
+from flash_celery import Operation
+from flash_celery.testing import Flash, delete, insert, truncate, update
 from flash_celery.testing.texts import canonical, oid_of, text_of, type_of
 
 PLUS_2 = timezone(timedelta(hours=2))
@@ -70,3 +72,50 @@ def test_constants_are_read_as_postgresql_reads_them(server, name, text):
 def test_booleans_are_read_as_postgresql_reads_them(server, text):
     (wanted,) = server.execute("SELECT %s::boolean", [text]).fetchone()
     assert canonical(16, text.encode()) == (b"t" if wanted else b"f")
+
+
+TOLD = [
+    ("INSERT INTO orders VALUES (1, 'new', 50)", insert("orders", id=1, status="new", total=50)),
+    (
+        "UPDATE orders SET status = 'paid'",
+        update("orders", {"id": 1, "status": "new", "total": 50}, {"status": "paid"}),
+    ),
+    (
+        "UPDATE orders SET total = NULL",
+        update("orders", {"id": 1, "status": "paid", "total": 50}, {"total": None}),
+    ),
+    (
+        "UPDATE orders SET id = 2, total = 200",
+        update("orders", {"id": 1, "status": "paid", "total": None}, {"id": 2, "total": 200}),
+    ),
+    ("DELETE FROM orders", delete("orders", id=2, status="paid", total=200)),
+    ("TRUNCATE orders", truncate("orders")),
+]
+
+
+def test_handlers_are_told_what_the_replication_worker_tells_them(flash):
+    flash.database.execute("CREATE TABLE orders (id int PRIMARY KEY, status text, total int)")
+    flash.handler("orders", name="every")
+    flash.handler("orders", name="paid", where={"status": "paid", "total__gt": 10})
+    flash.handler("orders", name="moved", key=["id"], fields=["status"])
+    flash.handler("orders", "insert|delete", name="large", where=[{"total__gte": "100"}])
+    flash.start()
+    without_a_server = Flash(flash.app)
+    for statement, change in TOLD:
+        flash.do(statement)
+        told = [(name, one) for name in NAMES for one in flash.told(name)]
+        guessed = without_a_server.matching(change)
+        assert sorted(map(shown, guessed)) == sorted(map(shown, told)), statement
+
+
+NAMES = ("every", "paid", "moved", "large")
+
+
+def shown(pair):
+    name, change = pair
+    rows = [dict(getattr(change, side)) for side in ("old", "new") if hasattr(change, side)]
+    types = [(column.name, column.type_oid, column.type_name) for column in change._source.columns]
+    types = [] if change.operation is Operation.TRUNCATE else types
+    changed = sorted(change.changed or ())
+    kept = repr((change.operation, rows, types, changed, dict(change.key), change.half))
+    return name, kept, change.number

@@ -272,6 +272,15 @@ def test_wherever_the_decorator_stands(app, where, bind):
     assert task.apply(args=[insert()]).get() == ("Order", count)
 
 
+def test_a_change_by_its_name(app):
+    @on_change("orders", into=Order)
+    def handle(change):
+        return change.new.id
+
+    subscriptions_of(app)
+    assert handle(change=insert()) == handle.delay(change=insert()).get() == 5
+
+
 def test_one_task_with_a_class_for_each_table(app):
     @dataclass
     class Customer:
