@@ -147,9 +147,12 @@ def test_the_examples_of_the_page(project):
 
 @pytest.mark.soak
 def test_a_worker_runs_them(project):
+    project.database.execute("ALTER TABLE orders ADD colour text")
     said = project.run("""
+import dataclasses
 import pytest
 import shop
+from flash_celery import on_change
 
 @pytest.fixture
 def celery_app():
@@ -165,8 +168,27 @@ def test_a_worker(celery_worker, flash_live, sql):
     sql("INSERT INTO orders VALUES (3, 'paid', 5)")
     assert flash_live.wait_for() == []
     assert shop.told == ["insert"]
+
+@dataclasses.dataclass
+class Row:
+    colour: str
+
+@on_change("orders", "insert", into=Row)
+@shop.app.task(name="painted")
+def painted(change): ...
+
+@pytest.mark.flash_live(broker=True, timeout=20)
+def test_a_row_that_does_not_fit_is_a_dead_letter(celery_worker, flash_live, sql):
+    sql("ALTER TABLE orders DROP COLUMN colour")
+    sql("INSERT INTO orders VALUES (4, 'new', 5)")
+    flash_live.wait_for()
+    letters = celery_worker.app.connection().SimpleQueue("flash.dead")
+    said = []
+    while not any("painted: new of insert public.orders id=4" in one for one in said):
+        said.append(str(vars(letters.get(timeout=20))))
+    assert "is no Row: the column colour is not in this change" in said[-1]
 """)
-    assert "1 passed" in said, said
+    assert "2 passed" in said, said
     assert project.left() == []
 
 
