@@ -66,6 +66,21 @@ def flash_live(request: pytest.FixtureRequest, flash_app: Any) -> Iterator[Live]
     """A replication worker on the test's database, as `flash_celery.testing.Live`."""
     from .testing import Live
 
+    if request.config.pluginmanager.hasplugin("django") and not flash_app.conf.get("flash_dsn"):
+        _require_test_database(request)
     marker = request.node.get_closest_marker("flash_live")
     with Live(flash_app, **(marker.kwargs if marker else {})) as live:
         yield live
+
+
+def _require_test_database(request: pytest.FixtureRequest) -> None:
+    """pytest-django makes the test database for who asks; DATABASES is the real one before."""
+    from django.test import TransactionTestCase
+
+    of_django = request.cls is not None and issubclass(request.cls, TransactionTestCase)
+    asked = {"db", "transactional_db"}.intersection(request.fixturenames)
+    if not (of_django or asked or request.node.get_closest_marker("django_db")):
+        raise pytest.UsageError(
+            "flash_live would read the real database of DATABASES: mark the test with "
+            "@pytest.mark.django_db(transaction=True), or set flash_dsn."
+        )

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from psycopg import OperationalError
 
 from flash_celery import on_change
 from flash_celery.errors import ConfigurationError, SubscriptionError
@@ -263,10 +264,20 @@ def test_in_a_transaction(request):
 """
 
 
+PYTEST_DJANGO = """
+def pytest_configure(config):
+    config.pluginmanager.register(object(), "django")
+"""
+
+
 @pytest.mark.soak
 def test_django_and_its_transactions(project):
     said = project.run(DJANGO)
     assert "2 passed" in said, said
+    # What pytest-django is called, which makes a test database only for who asks.
+    project.write("conftest.py", CONFTEST + PYTEST_DJANGO)
+    said = project.run(DJANGO, "-k", "test_django")
+    assert "flash_live would read the real database of DATABASES: mark the test" in said, said
     assert project.left() == []
 
 
@@ -334,3 +345,16 @@ def test_without_a_worker_a_test_does_not_wait_for_ever(shop, database):
         database.execute("INSERT INTO orders VALUES (1, 'paid', 5)")
         with pytest.raises(TimeoutError, match="before a Celery worker of this process has run"):
             live.wait_for()
+
+
+def test_connections_that_end_leave_nothing(shop, database):
+    with Live(shop) as live:
+        database.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        with pytest.raises(OperationalError):
+            live.wait_for()
+    assert database.one(OURS) == 0
+    slots = "SELECT count(*) FROM pg_replication_slots WHERE database = current_database()"
+    assert database.one(slots) == 0
