@@ -64,3 +64,20 @@ def test_a_field_without_a_column_stops_the_start(flash):
     with pytest.raises(SubscriptionError, match=sentence):
         flash.start()
     assert flash.database.one("SELECT count(*) FROM pg_publication") == 0
+
+
+def test_a_field_of_a_column_that_is_not_published_stops_the_start(flash):
+    # Stored ones are published from PostgreSQL 18 on, virtual ones never.
+    late = flash.database.one("SHOW server_version_num") >= "180000"
+    flash.database.execute(
+        "CREATE TABLE orders (id int PRIMARY KEY, double int GENERATED ALWAYS AS (id * 2) "
+        f"{'VIRTUAL' if late else 'STORED'})"
+    )
+
+    @dataclass
+    class Doubled:
+        double: int
+
+    flash.handler("orders", "insert", into=Doubled)
+    with pytest.raises(SubscriptionError, match="double, which into=Doubled needs .* generated"):
+        flash.start()
