@@ -5,38 +5,26 @@ They keep the bytes that PostgreSQL wrote and decode a value when it is touched.
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, Generic, cast, overload
 
 from .escaping import escaped
+from .operations import Operation as Operation
 from .protocol.lsn import Lsn
 from .protocol.pgoutput import Cell
 from .rows import UNCHANGED, Row, Table, Transaction
 
+if sys.version_info >= (3, 13):
+    from typing import TypeVar
+else:
+    from typing_extensions import TypeVar
+
+#: What `old` and `new` are: a `Row`, or the class that `on_change(into=)` names.
+RowT = TypeVar("RowT", covariant=True, default=Row)
+
 _EPOCH = datetime(2000, 1, 1, tzinfo=timezone.utc)
-
-
-class Operation(enum.Flag):
-    """What happened."""
-
-    INSERT = enum.auto()
-    UPDATE = enum.auto()
-    DELETE = enum.auto()
-    TRUNCATE = enum.auto()
-    #: Of `on_message`; not one of a table's, so not in `ALL`.
-    MESSAGE = enum.auto()
-    ALL = INSERT | UPDATE | DELETE | TRUNCATE
-
-    def names(self) -> tuple[str, ...]:
-        """The single operations in it, in lower case."""
-        return tuple(name for name, one in _SINGLE.items() if one in self)
-
-
-_SINGLE = {
-    name: Operation[name.upper()] for name in ("insert", "update", "delete", "truncate", "message")
-}
 
 
 def id_suffix(half: int, number: int) -> str:
@@ -55,7 +43,7 @@ def key_shown(key: Iterable[tuple[str, Any]]) -> str:
     )
 
 
-class Change:
+class Change(Generic[RowT]):
     """One committed change of one row (or table), told to one handler.
 
     `change.id` is unique per delivery to a handler and the same at every redelivery;
@@ -63,12 +51,14 @@ class Change:
     """
 
     operation: ClassVar[Operation]
-    __slots__ = ("_source", "half", "index", "number", "transaction")
+    __slots__ = ("_source", "_typed", "half", "index", "number", "transaction")
 
     def __init__(
         self, source: Table, transaction: Transaction, index: int, half: int = 0, number: int = 0
     ) -> None:
         self._source = source
+        #: By `old` and `new`: the row as a class of the handler's, or why there is none.
+        self._typed: Mapping[str, Any] | None = None
         self.transaction = transaction
         #: Which row message of its transaction it was, from 0.
         self.index = index
@@ -140,20 +130,27 @@ class Change:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Change):
             return NotImplemented
-        mine = (type(self), self._source.shown, self.id, self._rows())
-        return mine == (type(other), other._source.shown, other.id, other._rows())
+        mine = (type(self), self._source.shown, self.id, dict(self._sides()))
+        return mine == (type(other), other._source.shown, other.id, dict(other._sides()))
 
     def __hash__(self) -> int:
         return hash((type(self), self._source.shown, self.id))
 
-    def _rows(self) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
-        return None, None
+    def _sides(self) -> Iterator[tuple[str, Row]]:
+        """Its rows as they came, `old` and `new`."""
+        return iter(())
+
+    def _told(self, side: str, row: Row) -> RowT:
+        told = (self._typed or {}).get(side, row)
+        if isinstance(told, Exception):
+            raise told
+        return cast(RowT, told)
 
     def _key_from(self, cells: Sequence[Cell]) -> Mapping[str, Any]:
         return Row(self._source, cells, frozenset(self._source.key))
 
 
-class Insert(Change):
+class Insert(Change[RowT]):
     """A row came into the table, or into the subscription's condition."""
 
     operation = Operation.INSERT
@@ -165,20 +162,23 @@ class Insert(Change):
         self._new = new
 
     @property
-    def new(self) -> Row:
+    def new(self) -> RowT:
         """The row."""
-        return Row(self._source, self._new, self._source.delivered)
+        return self._told("new", self._new_row())
 
     @property
     def key(self) -> Mapping[str, Any]:
         """The row's key."""
         return self._key_from(self._new)
 
-    def _rows(self) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
-        return None, self.new
+    def _sides(self) -> Iterator[tuple[str, Row]]:
+        yield "new", self._new_row()
+
+    def _new_row(self) -> Row:
+        return Row(self._source, self._new, self._source.delivered)
 
 
-class Update(Change):
+class Update(Change[RowT]):
     """A row changed."""
 
     operation = Operation.UPDATE
@@ -194,15 +194,14 @@ class Update(Change):
         self._new = _fill(new, old) if old_kind == "O" and old is not None else new
 
     @property
-    def old(self) -> Row:
+    def old(self) -> RowT:
         """The row before: exactly the columns that the replica identity lets us know."""
-        cells = self._new if self._old is None else self._old
-        return Row(self._source, cells, self._old_known() & self._source.delivered)
+        return self._told("old", self._old_row())
 
     @property
-    def new(self) -> Row:
+    def new(self) -> RowT:
         """The row after; a value PostgreSQL did not send is `UNCHANGED`."""
-        return Row(self._source, self._new, self._source.delivered)
+        return self._told("new", self._new_row())
 
     @property
     def key(self) -> Mapping[str, Any]:
@@ -233,11 +232,19 @@ class Update(Change):
         # "Logical Replication Message Formats", Update).
         return self._source.identity_columns
 
-    def _rows(self) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
-        return self.old, self.new
+    def _sides(self) -> Iterator[tuple[str, Row]]:
+        yield "old", self._old_row()
+        yield "new", self._new_row()
+
+    def _old_row(self) -> Row:
+        cells = self._new if self._old is None else self._old
+        return Row(self._source, cells, self._old_known() & self._source.delivered)
+
+    def _new_row(self) -> Row:
+        return Row(self._source, self._new, self._source.delivered)
 
 
-class Delete(Change):
+class Delete(Change[RowT]):
     """A row left the table, or the subscription's condition."""
 
     operation = Operation.DELETE
@@ -250,29 +257,32 @@ class Delete(Change):
         self._old = old
 
     @property
-    def old(self) -> Row:
+    def old(self) -> RowT:
         """The row that is gone: exactly the columns that are known."""
-        source = self._source
-        known = source.delivered if self._old_kind == "O" else source.identity_columns
-        return Row(source, self._old, known & source.delivered)
+        return self._told("old", self._old_row())
 
     @property
     def key(self) -> Mapping[str, Any]:
         """The row's key."""
         return self._key_from(self._old)
 
-    def _rows(self) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
-        return self.old, None
+    def _sides(self) -> Iterator[tuple[str, Row]]:
+        yield "old", self._old_row()
+
+    def _old_row(self) -> Row:
+        source = self._source
+        known = source.delivered if self._old_kind == "O" else source.identity_columns
+        return Row(source, self._old, known & source.delivered)
 
 
-class Truncate(Change):
+class Truncate(Change[RowT]):
     """The table was emptied by TRUNCATE."""
 
     operation = Operation.TRUNCATE
     __slots__ = ()
 
 
-class LogicalMessage(Change):
+class LogicalMessage(Change[Row]):
     """What `pg_logical_emit_message(true, prefix, content)` wrote in a transaction."""
 
     operation = Operation.MESSAGE
@@ -298,19 +308,19 @@ class LogicalMessage(Change):
     __hash__ = Change.__hash__
 
 
-class Changes(Sequence[Change]):
+class Changes(Sequence[Change[RowT]]):
     """The changes of one task of a batch handler, in commit order."""
 
     __slots__ = ("_changes",)
 
-    def __init__(self, changes: Sequence[Change]) -> None:
+    def __init__(self, changes: Sequence[Change[RowT]]) -> None:
         self._changes = tuple(changes)
 
     @overload
-    def __getitem__(self, index: int) -> Change: ...
+    def __getitem__(self, index: int) -> Change[RowT]: ...
     @overload
-    def __getitem__(self, index: slice) -> Changes: ...
-    def __getitem__(self, index: int | slice) -> Change | Changes:
+    def __getitem__(self, index: slice) -> Changes[RowT]: ...
+    def __getitem__(self, index: int | slice) -> Change[RowT] | Changes[RowT]:
         if isinstance(index, slice):
             return Changes(self._changes[index])
         return self._changes[index]

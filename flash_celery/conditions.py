@@ -205,7 +205,7 @@ class Condition:
         return matches
 
 
-def parse(where: Any, column: Callable[[str], str] = str) -> Condition | None:
+def parse(where: Any, column: Callable[[Any], str] = str) -> Condition | None:
     """Read the `where` of an `on_change`; `column` turns the name of a field into a column's.
 
     Raises `SubscriptionError` for what is not a condition.
@@ -221,19 +221,30 @@ def parse(where: Any, column: Callable[[str], str] = str) -> Condition | None:
     return Condition(parts)
 
 
-def _conjunction(part: Any, column: Callable[[str], str]) -> tuple[Lookup, ...]:
+def _conjunction(part: Any, column: Callable[[Any], str]) -> tuple[Lookup, ...]:
     if not isinstance(part, Mapping):
         raise SubscriptionError(f"where is a dict or a list of dicts; it holds {part!r}.")
     if not part:
         raise SubscriptionError("where holds an empty dict, which says nothing; leave it out.")
-    lookups = (_lookup(str(key), value) for key, value in part.items())
-    return tuple(replace(lookup, column=column(lookup.column)) for lookup in lookups)
+    return tuple(_named(key, value, column) for key, value in part.items())
+
+
+def _named(key: Any, value: Any, column: Callable[[Any], str]) -> Lookup:
+    if isinstance(key, str):
+        lookup = _lookup(key, value)
+        return replace(lookup, column=column(lookup.column))
+    # An attribute of a mapped class, which has no lookup in its name.
+    return _equals(column(key), value)
+
+
+def _equals(column: str, value: Any) -> Lookup:
+    return Lookup(column, "isnull", True) if value is None else Lookup(column, "eq", value)
 
 
 def _lookup(key: str, value: Any) -> Lookup:
     column, separator, name = key.rpartition("__")
     if not separator or not column:
-        return Lookup(key, "isnull", True) if value is None else Lookup(key, "eq", value)
+        return _equals(key, value)
     if name not in LOOKUPS:
         raise SubscriptionError(
             f"where has no lookup __{name} (in {key!r}); there are: "

@@ -20,6 +20,7 @@
     ├── TakenOver                 another session publishes now (retry)
     ├── ChangeTooLarge            a change that no broker would take
     ├── PayloadError              a message that cannot be read
+    ├── RowError                  a row that is not what a handler's `into=` says
     ├── ProcessKilled             a handler that ends its process
     └── NoSuchLetter              a dead letter that is not there
 
@@ -169,6 +170,12 @@ class PayloadError(FlashError):
     """A task message is of another version of flash-celery, or damaged."""
 
     solution = "Upgrade the Celery workers before the replication worker."
+
+
+class RowError(FlashError):
+    """A row does not fit the class that the handler wants it in; its task fails."""
+
+    solution = "Correct the class of `into=`, deploy the workers, then `flash dead retry`."
 
 
 class ProcessKilled(FlashError):

@@ -6,21 +6,20 @@ while decorating: a task that Celery still makes gets them once its app is final
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import update_wrapper
+from collections.abc import Callable
+from functools import partial, update_wrapper
 from itertools import count
 from types import MethodType
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, Union, overload
 
 from celery import Celery, Task, current_app
-from celery._state import _get_active_apps, connect_on_app_finalize
 from celery.local import PromiseProxy, Proxy
 
 from . import conditions
-from .changes import Operation
+from .changes import Changes, Delete, Insert, Operation, Update
+from .declarations import Declaration, Mistake, has_row_types, numbered, told_as
 from .errors import SubscriptionError
+from .row_types import RowType
 from .subscriptions import (
     Batch,
     Subscription,
@@ -31,6 +30,7 @@ from .subscriptions import (
     source_of,
     table_of,
 )
+from .tasks import once_finalized, prepare_arguments, shared_task, stands_alone, task_around
 
 #: How a worker receives the task, by name: only a worker imports it.
 _STRATEGY = "flash_celery.dead:strategy"
@@ -66,7 +66,12 @@ class Handler(Generic[P, R]):
         self.__dict__["_declared"] = []
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self.__wrapped__(*args, **kwargs)
+        if not has_row_types(self._declared):
+            return self.__wrapped__(*args, **kwargs)
+        prepare = partial(told_as, self, self._declared, keep=True)
+        told: Any = map(prepare, args)
+        named: Any = {name: prepare(value) for name, value in kwargs.items()}
+        return self.__wrapped__(*told, **named)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else MethodType(self.__wrapped__, instance)
@@ -74,25 +79,10 @@ class Handler(Generic[P, R]):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(_task_around(self, current_app), name)
+        return getattr(task_around(self, current_app), name)
 
     def __repr__(self) -> str:
         return f"<handler {self.__module__}.{self.__qualname__}>"
-
-
-@dataclass(frozen=True)
-class _Mistake:
-    """What is wrong with a declaration, until it is known whose it is."""
-
-    sentence: str
-
-
-@dataclass(frozen=True)
-class _Declaration:
-    """What a decorator said, and when: Celery finalizes shared tasks in no particular order."""
-
-    place: int
-    says: Subscription | _Mistake
 
 
 _places = count()
@@ -105,6 +95,55 @@ class _Decorator(Protocol):
     def __call__(self, target: Callable[P, R]) -> Handler[P, R]: ...
 
 
+Told = TypeVar("Told", covariant=True)
+#: A function that takes some change with rows of this type, or a bound task's.
+_Tells = Union[  # noqa: UP007 - evaluated at run time on 3.10
+    Callable[[Insert[Told]], R],
+    Callable[[Update[Told]], R],
+    Callable[[Delete[Told]], R],
+    Callable[[Changes[Told]], R],
+    Callable[[Any, Insert[Told]], R],
+    Callable[[Any, Update[Told]], R],
+    Callable[[Any, Delete[Told]], R],
+    Callable[[Any, Changes[Told]], R],
+]
+
+
+class _TypedDecorator(Protocol[Told]):
+    @overload
+    def __call__(self, target: T) -> T: ...
+    @overload
+    def __call__(self, target: _Tells[Told, R]) -> Handler[..., R]: ...
+
+
+@overload
+def on_change(
+    table: Any,
+    operations: Any = ...,
+    *,
+    fields: Any = ...,
+    where: Any = ...,
+    key: Any = ...,
+    into: None = ...,
+    batch: Any = ...,
+    queue: str | None = ...,
+    acks_late: bool = ...,
+    source: str | None = ...,
+) -> _Decorator: ...
+@overload
+def on_change(
+    table: Any,
+    operations: Any = ...,
+    *,
+    fields: Any = ...,
+    where: Any = ...,
+    key: Any = ...,
+    into: type[Told],
+    batch: Any = ...,
+    queue: str | None = ...,
+    acks_late: bool = ...,
+    source: str | None = ...,
+) -> _TypedDecorator[Told]: ...
 def on_change(
     table: Any,
     operations: Any = Operation.ALL,
@@ -112,11 +151,12 @@ def on_change(
     fields: Any = None,
     where: Any = None,
     key: Any = None,
+    into: Any = None,
     batch: Any = None,
     queue: str | None = None,
     acks_late: bool = True,
     source: str | None = None,
-) -> _Decorator:
+) -> Any:
     """Run a task for committed changes of a table.
 
     Goes above or below `@shared_task` / `@app.task`, or on a plain function, which then is a task
@@ -130,6 +170,8 @@ def on_change(
     - `where`: deliver rows that match: a dict of lookups (AND) or a list of dicts (OR). A row that
       enters the condition is an `Insert`, one that leaves it a `Delete`.
     - `key`: columns to treat as the primary key; changing one is a `Delete` and an `Insert`.
+    - `into`: what `old` and `new` are: a dataclass, a pydantic model, a msgspec Struct or a
+      TypedDict. A row that does not fit fails the task with a `RowError`.
     - `batch`: a number or `Batch(size, wait)`: one task for up to so many changes.
     - `queue`: send them here. Default: the task's own queue, `flash_routes`, `task_routes`,
       `flash_queue`, in this order.
@@ -142,14 +184,16 @@ def on_change(
 
     def declare() -> Subscription:
         database, name = table_of(table, source)
+        delivered = column_names("fields", fields, table)
         return Subscription(
             handler="",
             source=database,
             table=name,
             operations=operations_of(operations),
-            fields=column_names("fields", fields, table),
+            fields=delivered,
             where=conditions.parse(where, lambda name: column_name(name, table)),
             key=column_names("key", key, table),
+            into=_row_type_of(into, delivered),
             batch=Batch.of(batch),
             queue=queue,
             acks_late=acks_late,
@@ -193,14 +237,23 @@ def on_message(
     return _decorator(declare)
 
 
+def _row_type_of(into: Any, fields: tuple[str, ...] | None) -> RowType | None:
+    if into is None:
+        return None
+    row_type = RowType.of(into)
+    if fields is not None:
+        row_type.require(fields)
+    return row_type
+
+
 def _decorator(declare: Callable[[], Subscription]) -> _Decorator:
     def decorate(target: Any) -> Any:
-        says: Subscription | _Mistake
+        says: Subscription | Mistake
         try:
             says = declare()
         except SubscriptionError as error:
-            says = _Mistake(str(error))
-        return _declare(target, _Declaration(next(_places), says))
+            says = Mistake(str(error))
+        return _declare(target, Declaration(next(_places), says))
 
     return decorate
 
@@ -214,17 +267,7 @@ def subscriptions_of(app: Celery) -> list[Subscription]:
     found: list[Subscription] = []
     for name in sorted(app.tasks):
         declared = app.tasks[name].__dict__.get("flash_subscriptions", [])
-        found += _consistent(_numbered(name, declared))
-    return found
-
-
-def _numbered(handler: str, declarations: Iterable[_Declaration]) -> list[Subscription]:
-    """The subscriptions of a task, numbered as they were declared: the number is part of an id."""
-    found: list[Subscription] = []
-    for one in sorted(declarations, key=lambda one: one.place):
-        if isinstance(one.says, _Mistake):
-            raise SubscriptionError(f"{handler}: {one.says.sentence}")
-        found.append(replace(one.says, handler=handler, number=len(found)))
+        found += _consistent(numbered(name, declared))
     return found
 
 
@@ -241,12 +284,12 @@ def _consistent(subscriptions: list[Subscription]) -> list[Subscription]:
     return subscriptions
 
 
-def _declare(target: Any, declared: _Declaration) -> Any:
+def _declare(target: Any, declared: Declaration) -> Any:
     # type() and not isinstance: a proxy answers for its task, and would have to make it.
     if type(target) is PromiseProxy:
         target.__then__(lambda: _attach(target._get_current_object(), declared))
     elif type(target) is Proxy:
-        _once_finalized(lambda app: _attach(_shared_task(target, app), declared))
+        once_finalized(lambda app: _attach(shared_task(target, app), declared))
     elif isinstance(target, Task):
         _attach(target, declared)
     elif isinstance(target, Handler):
@@ -254,75 +297,29 @@ def _declare(target: Any, declared: _Declaration) -> Any:
     elif callable(target) and not isinstance(target, type):
         target = Handler(target)
         target._declared.append(declared)
-        _once_finalized(lambda app: _adopt(target, app))
+        once_finalized(lambda app: _adopt(target, app))
     else:
         raise SubscriptionError(f"on_change decorates a task or a function, not {target!r}.")
     return target
 
 
-def _attach(task: Any, declared: _Declaration) -> None:
+def _attach(task: Any, declared: Declaration) -> None:
     task.__dict__.setdefault("flash_subscriptions", []).append(declared)
     if isinstance(declared.says, Subscription):
         # A change must outlive the process that handles it; the app's setting does not matter.
         task.acks_late = task.reject_on_worker_lost = declared.says.acks_late
         if task.Strategy == Task.Strategy:
             task.Strategy = _STRATEGY
+        if declared.says.into is not None and "_flash_told_as" not in task.__dict__:
+            task.__dict__["_flash_told_as"] = True
+            prepare_arguments(task, partial(told_as, task, task.__dict__["flash_subscriptions"]))
 
 
 def _adopt(handler: Handler[Any, Any], app: Celery) -> None:
-    task = _task_around(handler, app, missing_ok=True)
+    task = task_around(handler, app, missing_ok=True)
     if task is None:
-        if not _stands_alone(handler):
+        if not stands_alone(handler):
             return  # a task decorator of another app stands above
         task = app.task(lazy=False)(handler)
     for declared in handler._declared:
         _attach(task, declared)
-
-
-def _stands_alone(handler: Handler[Any, Any]) -> bool:
-    """Whether its module still calls the handler by its name, and not a task made of it."""
-    if "<locals>" in handler.__qualname__:
-        return True
-    found: Any = sys.modules.get(handler.__module__)
-    for name in handler.__qualname__.split("."):
-        found = getattr(found, "__dict__", {}).get(name)
-    return found is None or found is handler
-
-
-def _task_around(handler: Handler[Any, Any], app: Any, missing_ok: bool = False) -> Any:
-    """The app's task whose function is this handler."""
-    for task in list(app._tasks.values() if app.finalized else app.tasks.values()):
-        if any(layer is handler for layer in _layers(type(task).__dict__.get("__wrapped__"))):
-            return task
-    if missing_ok:
-        return None
-    raise AttributeError(f"{handler!r} is not a task of {app!r}")
-
-
-def _layers(function: Any) -> Iterator[Any]:
-    while function is not None:
-        function = function.__func__ if isinstance(function, staticmethod) else function
-        yield function
-        function = getattr(function, "__wrapped__", None)
-
-
-def _shared_task(proxy: Any, app: Celery) -> Any:
-    """What a `shared_task` is in this app; its proxy answers for the current one."""
-    before = current_app._get_current_object()
-    app.set_current()
-    try:
-        return proxy._get_current_object()
-    finally:
-        before.set_current()
-
-
-def _once_finalized(attach: Callable[[Celery], None]) -> None:
-    """Do something in every app, present and future, when its tasks exist."""
-
-    def connect(app: Celery) -> None:
-        app.on_after_finalize.connect(lambda **_: attach(app), weak=False)
-
-    connect_on_app_finalize(connect)
-    for app in list(_get_active_apps()):
-        if app.finalized:
-            attach(app)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from . import conditions
+from . import conditions, mapped
 from .changes import Operation
 from .errors import SubscriptionError
+from .row_types import RowType
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,8 @@ class TableName:
         meta: Any = getattr(table, "_meta", None)
         if hasattr(meta, "db_table"):
             return cls._parse_db_table(meta.db_table)
-        alchemy = getattr(table, "__table__", table)
-        if hasattr(alchemy, "name") and hasattr(alchemy, "schema") and hasattr(alchemy, "columns"):
-            return cls(alchemy.schema or "public", str(alchemy.name))
+        if mapped.is_mapped(table):
+            return cls(*mapped.table_name(table))
         raise SubscriptionError(
             f"on_change takes a table's name, a Django model or a SQLAlchemy table, not {table!r}."
         )
@@ -121,6 +121,8 @@ class Subscription:
     number: int = 0
     #: The database it is about: a name in `flash_sources`, "" for the default one.
     source: str = ""
+    #: What its rows are told as; not part of what was enqueued.
+    into: RowType | None = field(default=None, repr=False)
 
     @property
     def prefix(self) -> str | None:
@@ -242,7 +244,7 @@ def _operations_named(names: Iterable[str]) -> Operation:
 
 
 def column_names(argument: str, names: Any, model: Any) -> tuple[str, ...] | None:
-    """Read `fields=` or `key=`; a Django model's field names become its columns."""
+    """Read `fields=` or `key=`; names of a model's fields or attributes become its columns."""
     if names is None:
         return None
     if isinstance(names, str) or not isinstance(names, Iterable):
@@ -254,7 +256,9 @@ def column_names(argument: str, names: Any, model: Any) -> tuple[str, ...] | Non
 
 
 def column_name(name: Any, model: Any) -> str:
-    """The column of a Django model's field; any other name as it is."""
+    """The column of a model's field or attribute; any other name as it is."""
+    if mapped.is_attribute(name) or (isinstance(name, str) and mapped.is_mapped(model)):
+        return mapped.column_name(name, model)
     if not isinstance(name, str):
         raise SubscriptionError(f"a column is named by a string, not {name!r}.")
     meta: Any = getattr(model, "_meta", None)

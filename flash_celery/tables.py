@@ -56,21 +56,33 @@ def check_columns(
 ) -> None:
     """Raise `SubscriptionError` if it names a column or compares a value that cannot be."""
     who = subscription.handler
-    for column in sorted(subscription.columns):
+    for column, why in sorted(_needed(subscription).items()):
         if column not in table.columns:
             close = _close(column, list(table.columns))
-            raise SubscriptionError(f"{who}: {table.name} has no column {column}{close}")
+            raise SubscriptionError(f"{who}: {table.name} has no column {column}{why}{close}")
         generated = table.columns[column].generated
         if generated and (generated == "v" or connection.info.server_version < 180000):
+            named = f"{table.name}.{column}{why and why + ','}"
             raise SubscriptionError(
-                f"{who}: {table.name}.{column} is a generated column, which this server does not "
-                "publish; name the columns it is made of."
+                f"{who}: {named} is a generated column, which this server does not publish; "
+                "name the columns it is made of."
             )
     try:
         types = {column.name: column.type_oid for column in table.columns.values()}
         column_types.matcher(connection, table.oid, subscription, types)
     except SubscriptionError as error:
         raise SubscriptionError(f"{who}: on {table.name}, {error}") from None
+
+
+def _needed(subscription: Subscription) -> dict[str, str]:
+    """The columns that must be there, and why where that is not said in so many words."""
+    needed = dict.fromkeys(subscription.columns, "")
+    if (into := subscription.into) is not None:
+        why = f", which into={into.name} needs without a default"
+        for field in into.fields:
+            if field.required:
+                needed.setdefault(field.column, why)
+    return needed
 
 
 def _close(name: str, known: list[str]) -> str:

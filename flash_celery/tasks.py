@@ -1,0 +1,76 @@
+"""Which Celery task a function has become, and when there is one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any
+
+from celery import Celery, current_app
+from celery._state import _get_active_apps, connect_on_app_finalize
+
+
+def stands_alone(handler: Any) -> bool:
+    """Whether its module still calls the handler by its name, and not a task made of it."""
+    if "<locals>" in handler.__qualname__:
+        return True
+    found: Any = sys.modules.get(handler.__module__)
+    for name in handler.__qualname__.split("."):
+        found = getattr(found, "__dict__", {}).get(name)
+    return found is None or found is handler
+
+
+def task_around(handler: Any, app: Any, missing_ok: bool = False) -> Any:
+    """The app's task whose function is this handler."""
+    for task in list(app._tasks.values() if app.finalized else app.tasks.values()):
+        if any(layer is handler for layer in _layers(type(task).__dict__.get("__wrapped__"))):
+            return task
+    if missing_ok:
+        return None
+    raise AttributeError(f"{handler!r} is not a task of {app!r}")
+
+
+def _layers(function: Any) -> Iterator[Any]:
+    while function is not None:
+        function = function.__func__ if isinstance(function, staticmethod) else function
+        yield function
+        function = getattr(function, "__wrapped__", None)
+
+
+def shared_task(proxy: Any, app: Celery) -> Any:
+    """What a `shared_task` is in this app; its proxy answers for the current one."""
+    before = current_app._get_current_object()
+    app.set_current()
+    try:
+        return proxy._get_current_object()
+    finally:
+        before.set_current()
+
+
+def once_finalized(attach: Callable[[Celery], None]) -> None:
+    """Do something in every app, present and future, when its tasks exist."""
+
+    def connect(app: Celery) -> None:
+        app.on_after_finalize.connect(lambda **_: attach(app), weak=False)
+
+    connect_on_app_finalize(connect)
+    for app in list(_get_active_apps()):
+        if app.finalized:
+            attach(app)
+
+
+def prepare_arguments(task: Any, prepare: Callable[[Any], Any]) -> None:
+    """Have a task's function called with what `prepare` makes of each argument.
+
+    What it raises is the function's own failure, so it is within `autoretry_for`.
+    """
+    name = "_orig_run" if "_orig_run" in vars(task) else "run"
+    run = getattr(task, name)
+
+    @wraps(run)
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        named = {key: prepare(value) for key, value in kwargs.items()}
+        return run(*map(prepare, args), **named)
+
+    setattr(task, name, prepared)

@@ -1,0 +1,186 @@
+from dataclasses import dataclass
+
+import pytest
+from sqlalchemy import BigInteger, Column, ForeignKey, Integer, MetaData, Table, Text
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    aliased,
+    configure_mappers,
+    mapped_column,
+    registry,
+    relationship,
+)
+from sqlalchemy.sql import quoted_name
+
+from flash_celery import conditions, on_change
+from flash_celery.errors import SubscriptionError
+from flash_celery.handlers import subscriptions_of
+from flash_celery.subscriptions import TableName, column_name, column_names
+
+
+class Base(DeclarativeBase): ...
+
+
+class Order(Base):
+    __tablename__ = "orders"
+    __table_args__ = {"schema": "sales"}
+    id: Mapped[int] = mapped_column(primary_key=True)
+    status: Mapped[str] = mapped_column("order_status", Text)
+    order_total: Mapped[int] = mapped_column("total")
+    # Not there yet: nothing may configure the mappers while a handler is declared.
+    lines: Mapped[list] = relationship("Line")
+
+
+class Employee(Base):
+    __tablename__ = "employees"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    kind: Mapped[str]
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "employee"}
+
+
+class Manager(Employee):  # joined-table inheritance
+    __tablename__ = "managers"
+    id: Mapped[int] = mapped_column("manager_id", ForeignKey("employees.id"), primary_key=True)
+    level: Mapped[int] = mapped_column("manager_level")
+    __mapper_args__ = {"polymorphic_identity": "manager"}
+
+
+class Intern(Employee):  # single-table inheritance
+    school: Mapped[str | None] = mapped_column("intern_school")
+    __mapper_args__ = {"polymorphic_identity": "intern"}
+
+
+class Abstract(Base):
+    __abstract__ = True
+
+
+class AbstractOrder(Order):
+    __abstract__ = True
+
+
+class Imperative: ...
+
+
+imperative = Table("Plain orders", MetaData(schema="Old"), Column("Id", Integer, primary_key=True))
+registry().map_imperatively(Imperative, imperative, properties={"number": imperative.c.Id})
+LINES = Table("lines", MetaData(), Column("id", BigInteger, key="number"), Column("note", Text))
+
+
+def test_the_table_of_a_class():
+    assert str(TableName.of(Order)) == "sales.orders"
+    assert str(TableName.of(Manager)) == "public.managers"
+    assert str(TableName.of(Intern)) == str(TableName.of(Employee)) == "public.employees"
+    assert str(TableName.of(Imperative)) == 'Old."Plain orders"'
+    assert str(TableName.of(LINES)) == "public.lines"
+
+
+def test_a_name_is_what_the_catalog_has():
+    quoted = Table(quoted_name("Orders", True), MetaData(), schema=quoted_name("Sales", True))
+    folded = Table(quoted_name("Orders", False), MetaData())
+    assert TableName.of(quoted) == TableName("Sales", "Orders")
+    assert TableName.of(folded) == TableName("public", "orders")
+    # Names are part of what a replication worker is known by.
+    assert repr(TableName.of(quoted)) == repr(TableName("Sales", "Orders"))
+
+
+def test_attributes_and_columns_by_either_name():
+    assert column_names("fields", ["status", "order_total", "id"], Order) == (
+        "order_status",
+        "total",
+        "id",
+    )
+    assert column_names("fields", ["order_status", "total"], Order) == ("order_status", "total")
+    assert column_names("fields", [Order.status, "nothing"], Order) == ("order_status", "nothing")
+    assert column_names("key", ["number"], Imperative) == ("Id",)
+    assert column_names("key", [Imperative.number], imperative) == ("Id",)
+    assert column_names("key", ["number"], LINES) == column_names("key", [LINES.c.number], LINES)
+    assert column_name("number", LINES) == "id"
+    assert column_name(Order.status, "sales.orders") == "order_status"
+    assert column_name("level", Manager) == "manager_level"
+    assert column_name("school", Intern) == column_name(Intern.school, Employee) == "intern_school"
+    # An id that both tables have is the own one.
+    assert column_name("id", Manager) == column_name(Manager.id, Manager) == "manager_id"
+
+
+def test_conditions_name_attributes_too():
+    where = [{"status": "paid", "order_total__gte": 100}, {Order.status: None}, {Order.id: 5}]
+    parsed = conditions.parse(where, lambda name: column_name(name, Order))
+    shown = [[(one.column, one.name) for one in part] for part in parsed.alternatives]
+    assert shown == [
+        [("order_status", "eq"), ("total", "gte")],
+        [("order_status", "isnull")],
+        [("id", "eq")],
+    ]
+
+
+@dataclass
+class Unmapped:
+    id: int
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        (Base, "Base is not mapped to a table"),
+        (Abstract, r"Abstract is not mapped to a table \(abstract"),
+        (AbstractOrder, "AbstractOrder is not mapped"),
+        (Unmapped, "a SQLAlchemy table, not <class"),
+        (LINES.alias("other"), "a SQLAlchemy table, not"),
+        (aliased(Imperative), "a SQLAlchemy table, not"),
+        (LINES.select().subquery(), "a SQLAlchemy table, not"),
+    ],
+)
+def test_a_class_without_a_table_is_refused(table, sentence):
+    with pytest.raises(SubscriptionError, match=sentence):
+        TableName.of(table)
+
+
+def test_a_class_that_is_mapped_to_a_join_is_refused():
+    class Joined: ...
+
+    registry().map_imperatively(Joined, Employee.__table__.join(Manager.__table__))
+    with pytest.raises(SubscriptionError, match="Joined is mapped to a join"):
+        TableName.of(Joined)
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "sentence"),
+    [
+        (
+            "name",
+            Manager,
+            "name is a column of public.employees, and the handler is on public.mana",
+        ),
+        (Manager.name, Manager, "is a column of public.employees"),
+        (Order.status, Manager, "Order.status is a column of sales.orders"),
+        (LINES.c.note, Order, "lines.note is a column of public.lines"),
+        (5, Order, "a column is named by a string"),
+    ],
+)
+def test_an_attribute_of_another_table_is_refused(name, table, sentence):
+    with pytest.raises(SubscriptionError, match=sentence):
+        column_name(name, table)
+
+
+def test_a_handler_on_a_class(app):
+    @on_change(
+        Order, fields=[Order.status, "order_total"], where={"status__in": ["paid"]}, key=["id"]
+    )
+    def handle(change): ...
+
+    @on_change(Base)
+    def nowhere(change): ...
+
+    with pytest.raises(SubscriptionError, match=r"nowhere: Base is not mapped"):
+        subscriptions_of(app)
+    app.tasks[nowhere.name].flash_subscriptions.clear()
+    (found,) = subscriptions_of(app)
+    assert (str(found.table), found.fields) == ("sales.orders", ("order_status", "total"))
+    assert found.columns == {"order_status", "total", "id"}
+
+
+def test_no_mapper_was_configured():
+    with pytest.raises(Exception, match="Line"):
+        configure_mappers()

@@ -1,0 +1,370 @@
+import dataclasses
+import json
+import pickle
+from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
+from typing import Any, TypedDict
+
+import msgspec
+import pydantic
+import pytest
+from celery import shared_task
+from kombu.utils.json import dumps, loads
+from typing_extensions import NotRequired
+
+from flash_celery import UNCHANGED, Batch, Changes, Delete, Insert, Truncate, Update, on_change
+from flash_celery.errors import RowError, SubscriptionError
+from flash_celery.handlers import subscriptions_of
+from flash_celery.protocol.lsn import Lsn
+from flash_celery.row_types import RowType
+from flash_celery.rows import Column, Table, Transaction
+
+
+def table(name="orders", identity="f", **flags):
+    """A table whose columns are id, status, total, note and made."""
+    types = {"id": 20, "status": 25, "total": 1700, "note": 25, "made": 1082}
+    columns = tuple(
+        Column(column, oid, "", identity == "f" or column == "id", flags.get(column, True))
+        for column, oid in types.items()
+    )
+    return Table("public", name, None, identity, ("id",), columns)
+
+
+@pytest.fixture(autouse=True)
+def app_of_the_test(app):
+    """What a test declares goes with its app."""
+
+
+ORDERS = table()
+ORIGIN = Transaction(Lsn(0x16B3748), 7, 0), 0
+CELLS = [b"5", b"paid", b"9.50", None, b"2024-02-29"]
+
+
+def insert(cells=CELLS, of=ORDERS, number=0):
+    return Insert(list(cells), of, *ORIGIN, 0, number)
+
+
+@dataclass
+class Order:
+    id: int
+    status: str
+    total: Decimal
+    note: str | None = None
+
+
+class OrderModel(pydantic.BaseModel):
+    id: int
+    state: str = pydantic.Field(alias="status")
+    total: float
+
+
+class OrderStruct(msgspec.Struct, rename={"state": "status"}):
+    id: int
+    state: str
+    total: Decimal
+    made: date
+
+
+class OrderDict(TypedDict):
+    id: int
+    status: str
+    note: NotRequired[str]
+    colour: NotRequired[str]
+
+
+@pydantic.dataclasses.dataclass
+class Checked:
+    id: int
+    total: int
+
+
+def read(into, change, side="new"):
+    """One side of a change, as a handler sees it."""
+    seen = []
+    handler = on_change("orders", into=into)(lambda told: seen.append(getattr(told, side)))
+    handler(change)
+    return seen[0]
+
+
+def test_a_row_is_an_object_of_the_class():
+    assert read(Order, insert()) == Order(5, "paid", Decimal("9.50"), None)
+    model = read(OrderModel, insert())
+    assert (model.state, model.total) == ("paid", 9.5)
+    assert read(OrderStruct, insert()) == OrderStruct(5, "paid", Decimal("9.50"), date(2024, 2, 29))
+    assert read(OrderDict, insert()) == {"id": 5, "status": "paid", "note": None}
+    with pytest.raises(RowError, match="total"):
+        read(Checked, insert())
+
+
+def test_only_the_columns_of_the_class_are_decoded():
+    damaged = [b"5", b"paid", b"9.50", None, b"\xff"]
+    assert read(Order, insert(damaged)).id == 5
+
+
+@pytest.mark.parametrize("into", [Order, OrderModel, OrderStruct, OrderDict])
+def test_both_rows_of_an_update(into):
+    change = Update("O", [b"5", b"new", *CELLS[2:]], list(CELLS), ORDERS, *ORIGIN)
+    assert read(into, change, "old") != read(into, change, "new")
+    assert read(into, Delete("O", list(CELLS), ORDERS, *ORIGIN), "old") == read(into, insert())
+
+
+def test_what_is_not_a_row_stays_what_it_was():
+    told = []
+    handler = on_change("orders", into=Order)(told.append)
+    change = Update("O", [b"5", b"new", *CELLS[2:]], list(CELLS), ORDERS, *ORIGIN)
+    handler(change)
+    handler(Truncate(ORDERS, *ORIGIN))
+    handler("something else")
+    seen = told[0]
+    assert (dict(seen.key), seen.changed, seen.id) == ({"id": 5}, {"status"}, change.id)
+    assert seen == change
+    assert hash(seen) == hash(change)
+    assert change.new["status"] == "paid"  # the one that was passed is as it was
+    assert seen.new is seen.new
+    assert isinstance(told[1], Truncate)
+    assert told[2] == "something else"
+
+
+def test_a_typed_change_travels_as_it_came():
+    told = []
+    on_change("orders", into=Order)(told.append)(insert())
+    (back,) = loads(dumps(told))
+    assert back == insert()
+    assert back.new["status"] == "paid"
+
+
+@pytest.mark.parametrize(
+    ("into", "cells", "reason"),
+    [
+        (OrderModel, [b"5", b"paid", None], "total: Input should be a valid number"),
+        (OrderStruct, [b"5", None, b"1"], r"Expected `str`, got `null` - at `\$.status`"),
+        (Checked, [b"5", b"paid", b"9.5"], "total: Input should be a valid integer"),
+    ],
+)
+def test_a_row_that_does_not_fit_says_why_and_not_what_it_holds(into, cells, reason):
+    cells = [*cells, b"a secret", b"2024-02-29"]
+    with pytest.raises(RowError, match=reason) as caught:
+        read(into, insert(cells))
+    said = str(caught.value)
+    assert f"new of insert public.orders id=5 @0/16B3748 is no {into.__name__}: " in said
+    assert "test_row_types" in said or "lambda" in said
+    assert "secret" not in said
+    assert caught.value.__suppress_context__
+    assert str(pickle.loads(pickle.dumps(caught.value))) == said
+
+
+def test_a_reason_has_an_end():
+    @dataclass
+    class Strict:
+        status: str
+
+        def __post_init__(self):
+            raise ValueError("x" * 5000)
+
+    with pytest.raises(RowError) as caught:
+        read(Strict, insert())
+    assert len(str(caught.value)) < 600
+
+
+def test_the_old_row_that_is_not_known():
+    keyed = table(identity="d")
+    change = Update(None, None, list(CELLS), keyed, *ORIGIN)
+    assert read(Order, change).status == "paid"
+    with pytest.raises(RowError, match="of status was not sent; .* REPLICA IDENTITY FULL"):
+        read(Order, change, "old")
+    gone = Delete("K", [b"5", None, None, None, None], keyed, *ORIGIN)
+    assert dict(read_key(gone)) == {"id": 5}
+    with pytest.raises(RowError, match="of status was not sent"):
+        read(Order, gone, "old")
+
+    class Key(TypedDict, total=False):
+        id: int
+        status: str
+
+    assert read(Key, gone, "old") == {"id": 5}
+
+
+def read_key(change):
+    keys = []
+    on_change("orders", into=Order)(lambda told: keys.append(told.key))(change)
+    return keys[0]
+
+
+def test_a_default_is_never_told_for_a_value_that_is_there():
+    unsent = [b"5", b"paid", b"1", UNCHANGED, b"2024-02-29"]
+    change = Update(None, None, unsent, table(identity="d"), *ORIGIN)
+    with pytest.raises(RowError, match="the value of note was not sent"):
+        read(Order, change)
+
+    @dataclass
+    class Careful:
+        id: int
+        note: Any = UNCHANGED
+
+    assert read(Careful, change).note is UNCHANGED
+    assert read(Careful, insert()).note is None
+
+
+def test_a_column_that_does_not_travel_has_its_default():
+    without = table(note=False)
+    assert read(Order, insert([*CELLS[:3], b"hidden", None], without)).note is None
+    with pytest.raises(RowError, match="the column status is not in this change"):
+        read(Order, insert(of=table(status=False)))
+
+
+def test_optional_keys_are_found_where_annotations_are_strings():
+    names = {}
+    code = """
+from __future__ import annotations
+from typing import TypedDict
+from typing_extensions import NotRequired
+class Row(TypedDict):
+    id: int
+    note: NotRequired[str]
+"""
+    exec(compile(code, "rows.py", "exec"), names | {"__name__": "rows"}, names)
+    names["Row"].__module__ = __name__
+    fields = {field.name: field.required for field in RowType.of(names["Row"]).fields}
+    assert fields == {"id": True, "note": False}
+
+
+@pytest.mark.parametrize("into", [int, dict, "Order", Order(1, "a", Decimal(1)), object()])
+def test_what_is_no_class_of_rows_is_refused(app, into):
+    @on_change("orders", into=into)
+    def handle(change): ...
+
+    with pytest.raises(SubscriptionError, match="handle: into is a dataclass, a pydantic model"):
+        subscriptions_of(app)
+
+
+def test_a_class_that_needs_more_than_the_fields_is_refused(app):
+    @on_change("orders", fields=["id", "status"], into=Order)
+    def handle(change): ...
+
+    with pytest.raises(SubscriptionError, match="into=Order needs the column total"):
+        subscriptions_of(app)
+
+
+def test_an_alias_that_is_no_name_is_refused():
+    class Nested(pydantic.BaseModel):
+        status: str = pydantic.Field(validation_alias=pydantic.AliasPath("a", 0))
+
+    with pytest.raises(SubscriptionError, match="the alias of status is no column's name"):
+        RowType.of(Nested)
+
+
+@pytest.mark.parametrize("where", ["above", "below", "plain"])
+@pytest.mark.parametrize("bind", [True, False])
+def test_wherever_the_decorator_stands(app, where, bind):
+    def handle(*args):
+        return type(args[-1].new).__name__, len(args)
+
+    declare = on_change("orders", into=Order)
+    if where == "plain":
+        task, count = declare(handle), 1
+    else:
+        make, count = shared_task(bind=bind, name=f"shop.{where}"), 1 + bind
+        task = declare(make(handle)) if where == "above" else make(declare(handle))
+    subscriptions_of(app)
+    assert task(insert()) == ("Order", count)
+    assert task.delay(insert()).get() == ("Order", count)
+    assert task.apply(args=[insert()]).get() == ("Order", count)
+
+
+def test_a_change_by_its_name(app):
+    @on_change("orders", into=Order)
+    def handle(change):
+        return change.new.id
+
+    subscriptions_of(app)
+    assert handle(change=insert()) == handle.delay(change=insert()).get() == 5
+
+
+def test_one_task_with_a_class_for_each_table(app):
+    @dataclass
+    class Customer:
+        id: int
+
+    @dataclass
+    class Other:
+        total: Decimal
+
+    @on_change("invoices")
+    @on_change("orders", into=Other)
+    @shared_task
+    @on_change("customers", into=Customer)
+    @on_change("orders", into=Order)
+    def handle(change):
+        return change.new
+
+    found = {(one.table.name, one.number) for one in subscriptions_of(app)}
+    assert found == {("orders", 0), ("customers", 1), ("orders", 2), ("invoices", 3)}
+    assert isinstance(handle(insert()), Order)
+    assert isinstance(handle(insert(number=2)), Other)
+    # An earlier version of the code had more subscriptions.
+    assert isinstance(handle(insert(number=9)), Order)
+    assert handle(insert(of=table("customers"), number=1)) == Customer(5)
+    assert handle(insert(of=table("invoices"), number=3))["id"] == 5
+    assert handle(insert(of=table("elsewhere")))["id"] == 5
+
+
+def test_a_batch_of_typed_changes(app):
+    @on_change("orders", batch=Batch(10), into=Order)
+    @shared_task
+    def handle(changes):
+        return [type(change.new) for change in changes], changes[0] == insert()
+
+    subscriptions_of(app)
+    assert handle.delay(Changes([insert(), insert()])).get() == ([Order, Order], True)
+    with pytest.raises(RowError, match=r"new of insert public\.orders id=6"):
+        handle(Changes([insert(), insert([b"6", b"a", b"b"], of=narrow())]))
+
+
+def narrow():
+    columns = tuple(Column(name, 25, "text", True) for name in ("id", "status", "note"))
+    return Table("public", "orders", None, "f", ("id",), columns)
+
+
+def test_a_row_that_does_not_fit_is_tried_again_as_any_failure(app):
+    attempts = []
+
+    @dataclass
+    class Impatient:
+        id: int
+
+        def __post_init__(self):
+            attempts.append(self.id)
+            if len(attempts) < 3:
+                raise ValueError("not yet")
+
+    @shared_task(autoretry_for=(RowError,), max_retries=5, default_retry_delay=0)
+    @on_change("orders", into=Impatient)
+    def handle(change):
+        return change.new.id
+
+    assert handle.delay(insert()).get() == 5
+    assert len(attempts) == 3
+
+
+def test_a_retry_is_told_the_same(app):
+    told = []
+
+    @on_change("orders", into=Order)
+    @shared_task(bind=True, max_retries=2, default_retry_delay=0)
+    def handle(self, change):
+        told.append(change.new)
+        if len(told) < 2:
+            raise self.retry()
+
+    handle.delay(insert())
+    assert told == [read(Order, insert())] * 2
+
+
+def test_what_was_enqueued_does_not_depend_on_the_class(app):
+    @on_change("orders", into=Order)
+    def handle(change): ...
+
+    (one,) = subscriptions_of(app)
+    assert repr(one) == repr(dataclasses.replace(one, into=None))
+    assert json.dumps(repr(one))

@@ -1,0 +1,390 @@
+"""`flash_celery.testing`: changes in a line, and the handlers that want them."""
+
+import enum
+import ipaddress
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from uuid import UUID
+
+import pytest
+from celery import shared_task
+from django.conf import settings as django_settings
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kombu.utils.json import dumps, loads
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from flash_celery import UNCHANGED, Batch, Changes, Delete, Insert, Update, on_change, on_message
+from flash_celery.errors import SubscriptionError
+from flash_celery.testing import Flash, delete, insert, message, transaction, truncate, update
+
+
+class Base(DeclarativeBase): ...
+
+
+class Order(Base):
+    __tablename__ = "orders"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    status: Mapped[str] = mapped_column("order_status")
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+def types(change):
+    return {column.name: column.type_name for column in change._source.columns}
+
+
+VALUES = {
+    "int4": (5, "integer"),
+    "int8": (10**12, "bigint"),
+    "big": (10**20, "numeric"),
+    "text": ("x", "text"),
+    "numeric": (Decimal("1.50"), "numeric"),
+    "float": (1.5, "double precision"),
+    "bool": (True, "boolean"),
+    "bytes": (b"\x00hi", "bytea"),
+    "uuid": (UUID(int=5), "uuid"),
+    "date": (date(2024, 2, 29), "date"),
+    "time": (time(12, 5, 0, 500), "time without time zone"),
+    "timestamp": (datetime(2024, 2, 29, 12), "timestamp without time zone"),
+    "timestamptz": (datetime(2024, 2, 29, 12, tzinfo=timezone.utc), "timestamp with time zone"),
+    "interval": (timedelta(days=-1, hours=2), "interval"),
+    "json": ({"a": [1, None]}, "jsonb"),
+    "list": ([1, None, 10**12], "bigint[]"),
+    "texts": (["a b", 'q"\\', "NULL", "", None], "text[]"),
+    "nested": ([[1, 2], [3, 4]], "integer[]"),
+    "dicts": ([{"a": 1}], "jsonb"),
+    "address": (ipaddress.ip_address("10.0.0.1"), "inet"),
+    "null": (None, "text"),
+}
+
+
+def test_values_and_types_of_a_row():
+    change = insert("public.things", {name: value for name, (value, _) in VALUES.items()})
+    assert types(change) == {name: of for name, (_, of) in VALUES.items()}
+    assert dict(change.new) == {name: value for name, (value, _) in VALUES.items()}
+    assert insert("t", colour=Colour.RED).new == {"colour": "red"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        insert("public.things", {name: value for name, (value, _) in VALUES.items()}),
+        update("orders", {"id": 1, "status": "new"}, {"status": "paid"}, key=["id"]),
+        update("orders", new={"id": 1, "note": UNCHANGED}, identity="default"),
+        delete("orders", id=1, status="x", identity="default"),
+        truncate("orders", partition="orders_1"),
+        message("order.paid", "ü"),
+        Changes([insert("orders", id=1), message("order.paid", b"1")]),
+    ],
+    ids=repr,
+)
+def test_a_change_survives_the_wire(change):
+    back = loads(dumps([change]))[0]
+    assert back == change
+    assert repr(back) == repr(change)
+
+
+@settings(max_examples=40)
+@given(
+    st.dictionaries(
+        st.text("abc", min_size=1),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
+        | st.binary()
+        | st.decimals(allow_nan=False, allow_infinity=False)
+        | st.datetimes(min_value=datetime(1, 1, 2), timezones=st.just(timezone.utc))
+        | st.timedeltas(timedelta(days=-99), timedelta(days=99))
+        | st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))),
+        min_size=1,
+    )
+)
+def test_any_value_comes_back(row):
+    assert dict(loads(dumps([insert("t", row)]))[0].new) == row
+
+
+def test_what_a_change_says_of_itself():
+    first, second = insert("sales.orders", id=1), insert('"Sales"."Order lines"', {"id": 2})
+    assert (first.schema, first.table, first.partition) == ("sales", "orders", None)
+    assert (second.schema, second.table) == ("Sales", "Order lines")
+    assert first.commit_lsn < second.commit_lsn
+    assert first.xid < second.xid
+    assert first.committed_at < second.committed_at
+    assert first.committed_at.utcoffset() == timedelta(0)
+    assert first.key == {"id": 1}
+    assert insert("t", a=1, b=2).key == {"a": 1, "b": 2}
+    assert insert("t", a=1, b=2, key=["b"]).key == {"b": 2}
+    assert insert("t", id=1, partition="t_2024").partition == "public.t_2024"
+    assert insert("billing:orders", id=1).source == insert("o", id=1, source="billing").source
+    assert insert("t", {"key": 1, "types": 2}, id=3).new == {"key": 1, "types": 2, "id": 3}
+
+
+def test_several_changes_of_one_transaction():
+    made = transaction("16/B374D848", xid=7, committed_at=datetime(2024, 1, 1, tzinfo=timezone.utc))
+    ids = [
+        insert("orders", id=1, transaction=made).id,
+        message("paid", transaction=made).id,
+        update("orders", {"id": 1}, transaction=made).id,
+    ]
+    assert ids == ["16/B374D848:0", "16/B374D848:0m", "16/B374D848:1"]
+    assert delete("orders", id=1, transaction=made).xid == 7
+
+
+def test_an_update_names_what_changes():
+    change = update("orders", {"id": 1, "status": "new"}, {"status": "paid", "total": 5})
+    assert change.old == {"id": 1, "status": "new", "total": 5}
+    assert change.new == {"id": 1, "status": "paid", "total": 5}
+    assert change.changed == {"status"}
+    assert types(update("t", {"n": 1}, {"n": 10**12})) == {"n": "bigint"}
+
+
+def test_the_identity_says_what_is_known_of_the_old_row():
+    rows = {"id": 1, "status": "new"}, {"status": "paid"}
+    keyed = update("orders", *rows, identity="default")
+    assert (keyed.old, keyed.changed) == ({"id": 1}, None)
+    moved = update("orders", {"id": 1}, {"id": 2, "status": "x"}, identity="default")
+    assert (moved.old, moved.key) == ({"id": 1}, {"id": 2})
+    assert update("orders", *rows, identity="nothing").old == {}
+    assert delete("orders", id=1, status="x", identity="default").old == {"id": 1}
+    unsent = update("orders", new={"id": 1, "note": UNCHANGED}, identity="default")
+    assert unsent.new["note"] is UNCHANGED
+    filled = update("orders", {"note": "long"}, {"id": 1, "note": UNCHANGED})
+    assert filled.new["note"] == "long"
+
+
+def test_models_name_tables_and_columns():
+    change = update(Order, {"id": 1, "status": "new"}, {Order.status: "paid"}, types={"id": "int8"})
+    assert change.new == {"id": 1, "order_status": "paid"}
+    assert types(change)["id"] == "bigint"
+    if not django_settings.configured:
+        django_settings.configure()
+    import django
+
+    django.setup()
+    from django.db import models
+
+    class Invoice(models.Model):
+        amount = models.IntegerField(db_column="total")
+
+        class Meta:
+            app_label = "billing"
+
+    assert insert(Invoice, id=1, amount=5).new == {"id": 1, "total": 5}
+
+
+@pytest.mark.parametrize(
+    ("build", "sentence"),
+    [
+        (lambda: insert("orders"), "has no columns"),
+        (lambda: insert("a.b.c", id=1), "not a table name"),
+        (lambda: insert("orders", id=object()), "No type is known for <object"),
+        (lambda: insert("orders", id=1, types={"id": "money2"}), "no built-in type 'money2'"),
+        (lambda: insert("orders", id=1, types={"nr": "int4"}), "types names nr"),
+        (lambda: insert("orders", id=1, key=["nr"]), "key names nr"),
+        (lambda: insert("orders", id=1, identity="some"), "identity is one of full, default"),
+        (lambda: insert("orders", nr=1, identity="default"), "name it: key="),
+        (lambda: insert("orders", id=UNCHANGED), "id is UNCHANGED"),
+        (lambda: update("orders", new={"id": 1, "note": UNCHANGED}), "note is UNCHANGED"),
+        (lambda: insert("orders", tags=[1, "a"]), "is no array"),
+        (lambda: delete("orders", id=1, identity="nothing"), "refuses a DELETE"),
+    ],
+)
+def test_what_no_row_can_be_is_refused(build, sentence):
+    with pytest.raises((ValueError, SubscriptionError), match=sentence):
+        build()
+
+
+def handle(app, table, name="handler", does=id, **options):
+    """Declare a handler."""
+
+    @on_change(table, **options)
+    @app.task(name=name)
+    def handler(change):
+        return does(change)
+
+
+@pytest.fixture
+def shop(app):
+    app.conf.task_routes = {"move": {"priority": 3}}
+
+    @on_change("orders", where={"status": "paid", "total__gte": 100}, fields=["status", "total"])
+    @shared_task(name="reward")
+    def reward(change):
+        return change.operation.names()[0], dict(change.key)
+
+    @on_change("orders", "insert|delete", key=["number"], queue="moves")
+    @shared_task(name="move")
+    def move(change):
+        raise ValueError("no room")
+
+    @on_message("order.paid", batch=Batch(2))
+    @on_change("lines", batch=Batch(2))
+    @shared_task(name="batch")
+    def batch(changes):
+        return len(changes)
+
+    return Flash(app)
+
+
+def order(**values):
+    return {"id": 1, "number": 7, "status": "new", "total": 120, **values}
+
+
+def test_who_would_be_told_and_what(shop):
+    change = insert("orders", order())
+    assert shop.matching(change) == [("move", change)]
+    change = update("orders", order(), {"status": "paid"})
+    ((handler, told),) = shop.matching(change)
+    assert handler == "reward"
+    assert isinstance(told, Insert)
+    assert told.new == {"status": "paid", "total": 120}
+    assert told.id == change.id
+    assert shop.matching(update("orders", order(), {"total": 5})) == []
+    assert shop.matching(insert("elsewhere", id=1)) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ({}, {"status": "paid"}, [Insert]),
+        ({"status": "paid"}, {"status": "sent"}, [Delete]),
+        ({"status": "paid"}, {"total": 130}, [Update]),
+        ({"status": "paid"}, {"number": 8}, []),
+        ({}, {"total": 130}, []),
+        ({"status": None}, {"status": "paid"}, [Insert]),
+    ],
+)
+def test_transitions_as_in_the_replication_worker(shop, before, after, told):
+    change = update("orders", order(**before), after)
+    assert [type(one) for name, one in shop.matching(change) if name == "reward"] == told
+
+
+def test_the_change_of_a_key_is_two(shop):
+    told = [one for name, one in shop.matching(update("orders", order(), {"number": 8}))]
+    assert [type(one) for one in told] == [Delete, Insert]
+    assert [dict(one.key) for one in told] == [{"number": 7}, {"number": 8}]
+    assert told[0].id != told[1].id
+
+
+def test_what_is_enqueued(shop):
+    change = insert("orders", order(status="paid"))
+    (reward, move) = sorted(shop.enqueued(change), key=lambda one: one.handler, reverse=True)
+    assert (reward.queue, reward.priority, reward.ids) == ("flash", None, [change.id])
+    assert (move.queue, move.priority, move.changes[0].new) == ("moves", 3, change.new)
+    assert reward.task_id == next(
+        one.task_id for one in shop.enqueued(change) if one.handler == "reward"
+    )
+
+
+def test_running_them(shop):
+    runs = shop.apply(insert("orders", order(status="paid")), truncate("orders"))
+    assert [(one.handler, one.result, repr(one.error)) for one in runs] == [
+        ("move", None, "ValueError('no room')"),
+        ("reward", ("insert", {"id": 1}), "None"),
+        ("reward", ("truncate", {}), "None"),
+    ]
+
+
+def test_batches_hold_rows_and_messages_in_order(shop):
+    rows = [insert("lines", id=number) for number in range(2)]
+    runs = shop.apply(*rows, message("order.paid"), message("other"))
+    assert [(one.handler, one.result) for one in runs] == [("batch", 2), ("batch", 1)]
+    assert list(runs[0].told) == rows
+
+
+def test_what_a_retry_ends_in_is_told(app):
+    @on_change("orders")
+    @shared_task(bind=True, name="again", max_retries=2, default_retry_delay=0)
+    def again(self, change):
+        try:
+            raise OSError("away")
+        except OSError as error:
+            raise self.retry(exc=error) from None
+
+    ((run),) = Flash(app).apply(insert("orders", id=1))
+    assert run.error is not None
+
+
+def test_handlers_on_partitions_and_sources(new_app):
+    app = new_app(task_always_eager=True, flash_sources={"billing": {"dsn": "dbname=billing"}})
+    for table in ("orders", "orders_1", "billing:orders"):
+        handle(app, table, table, lambda change: change.partition)
+    flash = Flash(app)
+    leaf = insert("orders", id=1, partition="orders_1")
+    assert [(one.handler, one.told.table, one.result) for one in flash.apply(leaf)] == [
+        ("orders", "orders", "public.orders_1"),
+        ("orders_1", "orders_1", None),
+    ]
+    assert [name for name, _ in flash.matching(insert("billing:orders", id=1))] == [
+        "billing:orders"
+    ]
+
+
+CONDITIONS = [
+    ({"at__gte": datetime(2024, 1, 1)}, {"at": datetime(2024, 6, 1)}, True),
+    ({"at__gte": "2024-01-01"}, {"at": datetime(2023, 6, 1, tzinfo=timezone.utc)}, False),
+    ({"at__lt": "2024-01-01 12:00"}, {"at": datetime(2023, 6, 1, tzinfo=timezone.utc)}, True),
+    ({"paid": "yes"}, {"paid": True}, True),
+    ({"paid": True}, {"paid": False}, False),
+    ({"paid": True}, {"paid": None}, False),
+    ({"n__in": ["1", 2]}, {"n": 2}, True),
+    ({"n__gt": 1.5}, {"n": 2}, True),
+    ({"n__gt": Decimal("2.5")}, {"n": None}, False),
+    ({"n__isnull": True}, {"n": None}, True),
+    ({"data__contains": {"a": 1}}, {"data": {"a": 1, "b": 2}}, True),
+    ({"data__contains": {"a": 1}}, {"data": None}, False),
+    ({"took__gt": timedelta(hours=1)}, {"took": timedelta(days=1)}, True),
+    ({"uid": UUID(int=5)}, {"uid": UUID(int=5)}, True),
+    ({"tags": ["a b"]}, {"tags": ["a b"]}, True),
+    ({"raw": b"hi"}, {"raw": b"hi"}, True),
+    ({"name__startswith": "a"}, {"name": "abc"}, True),
+    ({"name__gt": "b"}, {"name": "abc"}, False),
+    ({"day__between": [date(2024, 1, 1), "2024-12-31"]}, {"day": date(2024, 6, 1)}, True),
+    ({"total": 100}, {"total": Decimal("100.00")}, True),
+]
+
+
+@pytest.mark.parametrize(("where", "row", "matches"), CONDITIONS, ids=repr)
+def test_conditions_compare_as_the_columns_type(app, where, row, matches):
+    handle(app, "orders", where=where)
+    assert bool(Flash(app).matching(insert("orders", row))) is matches
+
+
+@pytest.mark.parametrize(
+    ("where", "row", "sentence"),
+    [
+        (
+            {"at__gte": "yesterday"},
+            {"at": datetime(2024, 6, 1)},
+            "cannot read 'yesterday' as",
+        ),
+        ({"n": "abc"}, {"n": 1}, "cannot read 'abc' as integer"),
+        ({"paid": "maybe"}, {"paid": True}, "cannot read 'maybe' as boolean"),
+        (
+            {"status": "paid"},
+            {"id": 1},
+            "handler names status, for which insert",
+        ),
+        ({"n__contains": "a"}, {"n": 1}, "handler: the lookup n__contains needs a text column"),
+    ],
+)
+def test_what_cannot_be_judged_is_an_error(app, where, row, sentence):
+    handle(app, "orders", where=where)
+    with pytest.raises(SubscriptionError, match=sentence):
+        Flash(app).matching(insert("orders", row))
+
+
+def test_a_compressed_message_is_read(new_app):
+    app = new_app(task_always_eager=True, task_compression="gzip")
+    handle(app, "orders", does=lambda change: change.key["id"])
+    assert [one.result for one in Flash(app).apply(insert("orders", id=5))] == [5]
+
+
+def test_a_mistake_in_an_app_is_said_at_once(app):
+    handle(app, "orders", where={"a__gt3": 1})
+    with pytest.raises(SubscriptionError, match="no lookup __gt3"):
+        Flash(app)
