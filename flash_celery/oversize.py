@@ -28,14 +28,10 @@ def letter(app: Any, queue: str, template: Template, delivery: Delivery) -> Mess
 
     `flash dead retry` hands the change over with `UNCHANGED` where a value was too large.
     """
-    change = payload.change_of(delivery)
-    size = sum(map(len, delivery.rows))
-    error = ChangeTooLarge(
-        f"{change!r} has {size} bytes, and flash_max_change_size is {template.most}; a retry tells "
-        f"{template.task} of it without its largest values"
-    )
+    error = error_of(template, delivery)
     logger.error("%s. It is a dead letter now (`flash dead list`)", escaped(str(error)))
-    rest = _without_the_largest(change, size - template.most)
+    excess = sum(map(len, delivery.rows)) - template.most
+    rest = _without_the_largest(payload.change_of(delivery), excess)
     (message,) = template.each(payload.delivery_of(rest))
     if "compression" in message.headers:  # a letter holds what a worker would have received
         message.body = compression.decompress(message.body, message.headers["compression"])
@@ -46,6 +42,15 @@ def letter(app: Any, queue: str, template: Template, delivery: Delivery) -> Mess
     sealed.form = replace(sealed.form, template=template.key)
     sealed.covered = message.covered
     return sealed
+
+
+def error_of(template: Template, delivery: Delivery) -> ChangeTooLarge:
+    """What is wrong with the one change of a delivery."""
+    size = sum(map(len, delivery.rows))
+    return ChangeTooLarge(
+        f"{payload.change_of(delivery)!r} has {size} bytes, and flash_max_change_size is "
+        f"{template.most}; a retry tells {template.task} of it without its largest values"
+    )
 
 
 def _without_the_largest(change: Change, excess: int) -> Change:

@@ -21,8 +21,9 @@ from ..comparison import ColumnType
 from ..conditions import Cells, Condition
 from ..errors import SubscriptionError
 from ..handlers import subscriptions_of
-from ..messages import Message, Templates
+from ..messages import Message, Template, Templates
 from ..outbox import Outbox
+from ..oversize import error_of
 from ..payload import Delivery, delivery_of
 from ..protocol import pgoutput
 from ..routing import Catalog, Router
@@ -94,9 +95,10 @@ class Flash:
         """The messages that the replication worker would enqueue; runs nothing.
 
         A batch holds what one call has for it, up to its size. Raises `SubscriptionError` if a
-        change lacks a column that a handler names, or a condition only PostgreSQL can judge.
+        change lacks a column that a handler names, or a condition only PostgreSQL can judge, and
+        `ChangeTooLarge` for what would become a dead letter.
         """
-        outbox = Outbox()
+        outbox = Outbox(_refuse)
         for change in changes:
             self._route(change, outbox)
         return [read(message) for message in outbox.collect(everything=True).messages]
@@ -127,6 +129,10 @@ class Flash:
             router.truncate([_OID], transaction, index)
         else:
             router.rows(row[:5], [row], transaction, index)
+
+
+def _refuse(template: Template, delivery: Delivery) -> Message:
+    raise error_of(template, delivery)
 
 
 def read(message: Message) -> Enqueued:

@@ -143,6 +143,7 @@ ALLOWED = {
     "testing.texts": {"comparison", "errors", "protocol", "rows", "values"},
     "testing.building": {"testing", "changes", "protocol", "rows", "subscriptions"},
     "testing.applying": {
+        "oversize",
         *("testing", "catalog", "changes", "column_types", "comparison", "conditions", "handlers"),
         *("messages", "outbox", "payload", "protocol", "routing", "settings", "subscriptions"),
         "errors",
