@@ -20,9 +20,10 @@ from .backpressure import Backpressure
 from .enqueued import Enqueued, Lease
 from .errors import PublishError, TakenOver
 from .messages import Message, announce
-from .outbox import Unit
+from .outbox import MESSAGE_BYTES, Unit
 from .protocol.lsn import Lsn
 from .publishers.base import Publisher
+from .telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +51,12 @@ class Publishing(threading.Thread):
         failed: Callable[[BaseException], None],
         idle_seconds: float = 10.0,
         max_queue_length: int = 0,
+        telemetry: Telemetry | None = None,
     ) -> None:
         super().__init__(name="flash-publishing", daemon=True)
         self._publisher = publisher
-        self._backpressure = Backpressure(max_queue_length, publisher.depth)
+        self._telemetry = telemetry or Telemetry()
+        self._backpressure = Backpressure(max_queue_length, publisher.depth, self._telemetry)
         # What waits for room is acknowledged unit by unit.
         self._together = 0 if max_queue_length else _TOGETHER_BYTES
         self._queues = queues
@@ -61,6 +64,8 @@ class Publishing(threading.Thread):
         self._failed = failed
         self._idle_seconds = idle_seconds
         self._units: deque[Unit] = deque()
+        #: What is being delivered.
+        self._taken: list[Unit] = []
         self._lease = Lease("", "")
         self._claim: Callable[[Enqueued], None] | None = None
         self._changed = threading.Condition()
@@ -105,6 +110,13 @@ class Publishing(threading.Thread):
         """Whether every unit has been confirmed."""
         with self._changed:
             return not self._units and not self._working
+
+    @property
+    def oldest(self) -> float | None:
+        """When the oldest change that is not confirmed was committed; None if there is none."""
+        with self._changed:
+            waiting = [unit.committed for unit in (*self._taken, *self._units) if unit.messages]
+        return min(filter(None, waiting), default=None)
 
     def discard(self) -> None:
         """Give up what is not confirmed: PostgreSQL will send it again. Never blocks."""
@@ -152,7 +164,7 @@ class Publishing(threading.Thread):
             if self._claim is not None or not self._units:
                 return self._generation, []
             self._working = True
-            taken = [self._units.popleft()]
+            taken = self._taken = [self._units.popleft()]
             size = taken[0].size
             while self._units and size + self._units[0].size <= self._together:
                 size += self._units[0].size
@@ -184,14 +196,22 @@ class Publishing(threading.Thread):
         )
         if done:
             _after_publish(messages)
+            self._count(units, len(messages))
         with self._changed:
             # Room is made before anybody is woken to use it.
             self._size -= sum(unit.size for unit in units)
             # A unit that was given up says nothing: its position may be of another server.
             if done and generation == self._generation:
                 self._confirmed(units[-1].position)
-            self._working = False
+            self._working, self._taken = False, []
             self._changed.notify_all()
+
+    def _count(self, units: Sequence[Unit], messages: int) -> None:
+        telemetry = self._telemetry
+        telemetry.messages += messages
+        telemetry.bytes += sum(unit.size for unit in units) - MESSAGE_BYTES * messages
+        for unit in units:
+            telemetry.confirm(unit.counts, unit.committed if unit.messages else 0.0, unit.latest)
 
     def _publish(self, generation: int, messages: Sequence[Message]) -> int:
         """Publish as many as there is room for; how many."""
@@ -199,6 +219,7 @@ class Publishing(threading.Thread):
         if not self._may_publish(generation):
             return 0
         self._publisher.publish(messages[:count])
+        self._telemetry.batches += 1
         return count
 
     def _may_publish(self, generation: int) -> bool:
@@ -263,6 +284,7 @@ class Publishing(threading.Thread):
     def _works(self) -> None:
         if self._since:
             self._since = self._said = 0.0
+            self._telemetry.broker_failing = None
             logger.warning("The broker confirms messages again")
 
     def _fails(self, error: PublishError, waiting: str) -> None:
@@ -271,6 +293,10 @@ class Publishing(threading.Thread):
         self._publisher.close()
         now = time.monotonic()
         self._since = self._since or now
+        telemetry = self._telemetry
+        telemetry.broker_failing = telemetry.broker_failing or time.time()
+        telemetry.failures[type(error).__name__] += 1
+        telemetry.note(error)
         if not self._said or now - self._said > _REMINDER_SECONDS:
             self._said = now
             logger.warning(

@@ -10,6 +10,7 @@ import gc
 import hashlib
 import logging
 import re
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -45,6 +46,7 @@ from .session import Session
 from .settings import Settings
 from .slots import Gap
 from .subscriptions import Subscription, TableName, of_tables
+from .telemetry import CONNECTING, STANDBY, STOPPING, STREAMING, WAITING, Telemetry
 from .watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -88,6 +90,7 @@ class Replicator:
         self._dsn = settings.require_dsn()
         self._subscriptions = subscriptions
         self.control = Control()
+        self.telemetry = Telemetry()
         self._templates = Templates(app, settings, subscriptions)
         queues = [app.amqp.queues[name] for name in self._templates.queues]
         self._publishing = Publishing(
@@ -97,7 +100,10 @@ class Replicator:
             self.control.fail,
             settings.flash_status_interval,
             settings.flash_max_queue_length,
+            self.telemetry,
         )
+        self.telemetry.unconfirmed = lambda: self._publishing.oldest
+        self.telemetry.stuck = lambda: time.monotonic() - self.control.turned
         self._progress = Progress()
         self._source = ""
         self._messages = len(of_tables(subscriptions)) < len(subscriptions)
@@ -122,6 +128,7 @@ class Replicator:
 
     def stop(self) -> None:
         """Stop reading, finish what is in flight, and return from `run`."""
+        self.telemetry.enter(STOPPING)
         self.control.stop()
 
     def give_up(self) -> None:
@@ -159,14 +166,17 @@ class Replicator:
     def wait_until(self, ready: Callable[[], bool], what: str) -> None:
         """Ask again and again before `run`, unless somebody calls `stop`."""
         logger.info("Waiting for %s", what)
+        self.telemetry.enter(WAITING)
         with suppress(Stopped):
             while not ready():
                 self.control.sleep(next(self._pauses))
 
     def _retry(self, error: FlashError, said: str) -> str:
         """Wait before the next attempt; what has been said is not said again."""
+        self.telemetry.note(error)
         if not error.retry and not self._comes_again(error):
             raise error
+        self.telemetry.enter(STANDBY if isinstance(error, SlotInUse) else CONNECTING)
         if not self._streamed:
             refuse_hopeless(error, self._settings)
         if self._streaming and isinstance(error, (DecodingFailed, SpoolError)):
@@ -187,6 +197,8 @@ class Replicator:
 
     def _connected(self) -> None:
         """One pair of connections, from set-up to their end."""
+        if self.telemetry.state != STANDBY:
+            self.telemetry.enter(CONNECTING)
         try:
             patience = self._settings.longest_silence
             with (
@@ -240,8 +252,12 @@ class Replicator:
             self._settings,
             self._leaves,
             lambda: self._look() != self._fingerprint,
-            Watch(connection, stream.pid, self._settings, self._progress),
+            Watch(
+                *(connection, stream.pid, self._settings, self._progress),
+                telemetry=self.telemetry,
+            ),
             self._lease(),
+            self.telemetry,
         )
 
     def _lease(self) -> Lease:
@@ -293,6 +309,7 @@ class Replicator:
 
         def idle(seconds: float) -> None:
             nonlocal said
+            self.control.check()
             if self.control.stopping:
                 raise Stopped
             if seconds > _LONG_SECONDS and not said:
@@ -352,6 +369,9 @@ class Replicator:
             )
         except SlotInUse as error:
             raise SlotInUse(f"{str(error)[:-1]}{_holder(connection, slot)}.") from None
+        self.telemetry.reconnections += self._streamed
+        self.telemetry.progress = self._progress
+        self.telemetry.enter(STREAMING)
         self._streamed = True
         self._doubted = False
         self._pauses = delays()

@@ -24,6 +24,7 @@ from .payload import TRUNCATED, Delivery, message_row
 from .protocol import pgoutput
 from .rows import Column, Table, Transaction
 from .subscriptions import Subscription, TableName
+from .telemetry import Telemetry
 from .transitions import Transitions
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ Route = Callable[[Sequence[bytes], Transaction, int], None]
 #: Marks a message, whose index is not that of a row.
 _MESSAGE_HALF = 3
 _NOBODY: dict[str, Route] = {}
+_UNKNOWN = "", ""
 #: Seconds that a transaction may take to be seen by others, and between two looks.
 _VISIBLE_SECONDS, _VISIBLE_PAUSE = 2.0, 0.002
 #: Fields of composite columns that a table's description tells of, and so each of its messages;
@@ -108,10 +110,15 @@ class Router:
         subscriptions: Sequence[Subscription],
         catalog: Catalog,
         destination: Destinations,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self._subscriptions = subscriptions
         self._catalog = catalog
         self._destination = destination
+        self._telemetry = telemetry or Telemetry()
+        self._received = self._telemetry.received
+        #: What rows are counted under, by their first five bytes.
+        self._kinds: dict[bytes, tuple[str, str]] = {}
         #: By the first five bytes of a row, and by handler.
         self._routes: dict[bytes, dict[str, Route]] = {}
         self._truncates: dict[int, list[Route]] = {}
@@ -130,12 +137,15 @@ class Router:
         self, kind: bytes, rows: Sequence[bytes], transaction: Transaction, index: int
     ) -> None:
         """Route neighbouring Insert, Update or Delete messages of one relation, their `kind`."""
+        self._received[self._kinds.get(kind, _UNKNOWN)] += len(rows)
         for route in self._routes.get(kind, _NOBODY).values():
             route(rows, transaction, index)
 
     def truncate(self, oids: Sequence[int], transaction: Transaction, index: int) -> None:
         """Route a TRUNCATE; each relation of it counts as a row, and a partition as one."""
         for place, oid in enumerate(oids):
+            table, _ = self._kinds.get(b"I" + oid.to_bytes(4, "big"), _UNKNOWN)
+            self._received[table, "truncate"] += 1
             for route in self._truncates.get(oid, ()):
                 route([TRUNCATED], transaction, index + place)
 
@@ -144,6 +154,7 @@ class Router:
     ) -> None:
         """Route a logical message; `index` counts the messages of its transaction."""
         for route in self._messages.get(message.prefix, ()):
+            self._received[message.prefix, "message"] += 1
             route([message_row(message.content)], transaction, index)
 
     def relation(self, relation: pgoutput.Relation, transaction: Transaction) -> None:
@@ -162,6 +173,10 @@ class Router:
             logger.warning(
                 "Rows of %s arrive that were written for a handler that is gone", escaped(str(own))
             )
+        # Partitions, of which there may be thousands, are counted as their table.
+        counted = str(wanted[0].table if wanted else own)
+        for operation, tag in _TAGS.items():
+            self._kinds[tag + relation.oid.to_bytes(4, "big")] = counted, operation.names()[0]
         for subscription in wanted:
             _require_columns(subscription, relation, described)
             table = _table(subscription, relation, described, types, bool(ancestors))
@@ -240,6 +255,7 @@ class Router:
 
     def _unknown(self, table: TableName) -> None:
         self.unjudged += 1
+        self._telemetry.unjudged[str(table)] += 1
         if table not in self._warned:
             self._warned.add(table)
             logger.warning(

@@ -28,6 +28,7 @@ from .replication import ReplicationConnection
 from .routing import Catalog, Router
 from .settings import Settings
 from .subscriptions import Subscription, TableName
+from .telemetry import Route, Telemetry, unix
 from .transactions import Transactions, runs
 from .watch import Watch
 
@@ -62,6 +63,7 @@ class Session:
         tables_changed: Callable[[], bool],
         watch: Watch,
         lease: Lease,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self._stream = stream
         self._connection = connection
@@ -70,15 +72,21 @@ class Session:
         self._control = control
         self._settings = settings
         self._lease = lease
+        self._telemetry = telemetry or Telemetry()
         self._outbox = Outbox()
         self._outbox.commit(progress.confirmed)
 
         def destination(
             subscription: Subscription, operation: Operation
         ) -> Callable[[Delivery], None]:
-            return partial(self._outbox.add, templates[subscription, operation])
+            template = templates[subscription, operation]
+            subject = subscription.prefix or str(subscription.table)
+            route = Route(subject, operation.names()[0], subscription.handler, template.queue)
+            return partial(self._outbox.add, template, route=route)
 
-        router = Router(templates.subscriptions, Catalog(connection, leaves), destination)
+        router = Router(
+            templates.subscriptions, Catalog(connection, leaves), destination, self._telemetry
+        )
         self._transactions = Transactions(router, settings.flash_spool_directory)
         #: What has arrived and waits for a spooled transaction to be replayed.
         self._runs: deque[tuple[bytes, list[bytes]]] = deque()
@@ -91,6 +99,8 @@ class Session:
         self._reading = True
         self._told_position = Lsn(0)
         self._handed = Lsn(0)
+        #: How many transactions have been counted.
+        self._counted = 0
 
     def run(self) -> None:
         """Read, hand over, acknowledge.
@@ -172,6 +182,7 @@ class Session:
             return False
         self._looked = now
         self._watch.look(self._stream.received, self._reading)
+        self._telemetry.spooled = self._transactions.spooled
         return not self._transactions.open and self._look()
 
     def _patience(self, behind: bool) -> float:
@@ -217,10 +228,17 @@ class Session:
 
     def close(self) -> None:
         """Let go of what was spooled."""
+        self._telemetry.spooled, self._telemetry.held_back = 0, None
         self._transactions.close()
 
     def _hand_over(self, everything: bool = False) -> None:
-        unit = self._outbox.collect(everything, self._held)
+        transactions = self._transactions
+        unit = self._outbox.collect(
+            *(everything, self._held, unix(transactions.oldest), unix(transactions.committed_at))
+        )
+        transactions.oldest = transactions.committed_at if transactions.open else 0
+        self._telemetry.transactions += transactions.count - self._counted
+        self._counted = transactions.count
         if unit.messages or unit.position > self._handed:
             self._handed = max(self._handed, unit.position)
             self._publishing.put(unit)

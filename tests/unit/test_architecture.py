@@ -29,6 +29,8 @@ ALLOWED = {
     "handlers": {"subscriptions", "conditions", "changes", "errors"},
     # Capture, in the direction of the data.
     "backoff": set(),
+    # Plain numbers, which the capture side writes and `monitoring` reads.
+    "telemetry": {"progress", "errors"},
     "control": set(),
     "progress": {"protocol"},
     "protocol.frames": {"protocol", "errors"},
@@ -38,17 +40,17 @@ ALLOWED = {
     "transitions": {"changes", "conditions", "rows", "subscriptions", "protocol"},
     "routing": {
         *("catalog", "changes", "column_types", "conditions", "escaping", "payload", "protocol"),
-        *("rows", "subscriptions", "transitions", "errors"),
+        *("rows", "subscriptions", "telemetry", "transitions", "errors"),
     },
     "enqueued": {"payload", "protocol", "rows"},
     "messages": {
         *("changes", "enqueued", "payload", "rows", "settings", "subscriptions", "errors"),
     },
-    "outbox": {"enqueued", "messages", "payload", "protocol"},
-    "backpressure": {"messages"},
+    "outbox": {"enqueued", "messages", "payload", "protocol", "telemetry"},
+    "backpressure": {"messages", "telemetry"},
     "publishing": {
         *("backoff", "backpressure", "enqueued", "messages", "outbox", "protocol"),
-        *("publishers", "errors"),
+        *("publishers", "telemetry", "errors"),
     },
     "letters": {
         "changes",
@@ -85,7 +87,7 @@ ALLOWED = {
         *("script", "slots", "spool", "standbys", "subscriptions", "tables", "errors"),
     },
     # The replication worker.
-    "watch": {"progress", "protocol", "settings", "slots", "errors"},
+    "watch": {"progress", "protocol", "settings", "slots", "telemetry", "errors"},
     "session": {
         *("catalog", "changes", "control", "enqueued", "messages", "outbox", "payload"),
         *(
@@ -97,13 +99,13 @@ ALLOWED = {
             "settings",
             "subscriptions",
         ),
-        *("transactions", "watch", "errors"),
+        *("telemetry", "transactions", "watch", "errors"),
     },
     "replicator": {
         *("backoff", "catalog", "control", "ddl", "enqueued", "escaping", "messages"),
         *("preflight", "progress"),
         *("protocol", "publications", "publishers", "publishing", "replication", "session"),
-        *("settings", "slots", "subscriptions", "watch", "errors"),
+        *("settings", "slots", "subscriptions", "telemetry", "watch", "errors"),
     },
     # Commands import what they do.
     "status": {
