@@ -102,6 +102,7 @@ class Replicator:
             settings.flash_max_queue_length,
             self.telemetry,
         )
+        self.telemetry.enqueued.update(dict.fromkeys(self._templates.routes, 0))
         self.telemetry.unconfirmed = lambda: self._publishing.oldest
         self.telemetry.stuck = lambda: time.monotonic() - self.control.turned
         self._progress = Progress()
@@ -162,6 +163,8 @@ class Replicator:
             self._publishing.join(1.0)
             gc.unfreeze()
             self.control.close()
+            confirmed = self._progress.confirmed
+            logger.info("Ended; confirmed up to %s", confirmed, extra={"lsn": str(confirmed)})
 
     def wait_until(self, ready: Callable[[], bool], what: str) -> None:
         """Ask again and again before `run`, unless somebody calls `stop`."""
@@ -185,7 +188,8 @@ class Replicator:
             self._streaming = False
             logger.warning("Going on without streaming, until the next start")
         if str(error) != said:
-            logger.warning("%s %s", error, error.solution)
+            kind = {"error": type(error).__name__}
+            logger.warning("%s %s", error, error.solution, extra=kind)
         self._publishing.discard()
         self.control.sleep(_STANDBY_PAUSE if isinstance(error, SlotInUse) else next(self._pauses))
         return str(error)
@@ -318,7 +322,9 @@ class Replicator:
 
         position = stream.create_slot(slot, self._settings.flash_failover_slot, idle)
         self._seen_slot = True
-        logger.info("Created the slot %s at %s", slot, position)
+        logger.info(
+            "Created the slot %s at %s", slot, position, extra={"slot": slot, "lsn": str(position)}
+        )
 
     def _report(self, connection: psycopg.Connection[Any], gap: Gap) -> None:
         """The slot is there again: what lies between is noted for good, and said."""
@@ -382,6 +388,7 @@ class Replicator:
             escaped(", ".join(publications.names(prefix))),
             len(handlers),
             ", ".join(self._templates.queues),
+            extra={"slot": slot, "lsn": str(self._progress.confirmed)},
         )
 
     def _on_confirmed(self, position: Lsn) -> None:

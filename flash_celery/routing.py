@@ -171,7 +171,9 @@ class Router:
         wanted = [one for one in self._subscriptions if one.table in (own, *ancestors)]
         if not wanted:
             logger.warning(
-                "Rows of %s arrive that were written for a handler that is gone", escaped(str(own))
+                "Rows of %s arrive that were written for a handler that is gone",
+                escaped(str(own)),
+                extra={"table": str(own)},
             )
         # Partitions, of which there may be thousands, are counted as their table.
         counted = str(wanted[0].table if wanted else own)
@@ -262,6 +264,7 @@ class Router:
                 "%s: rows that lack old values or columns (written before its replica identity was "
                 "set, or a column added) are judged by what is known of them",
                 escaped(str(table)),
+                extra={"table": str(table)},
             )
 
 

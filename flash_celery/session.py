@@ -28,7 +28,7 @@ from .replication import ReplicationConnection
 from .routing import Catalog, Router
 from .settings import Settings
 from .subscriptions import Subscription, TableName
-from .telemetry import Route, Telemetry, unix
+from .telemetry import Telemetry, unix
 from .transactions import Transactions, runs
 from .watch import Watch
 
@@ -79,10 +79,8 @@ class Session:
         def destination(
             subscription: Subscription, operation: Operation
         ) -> Callable[[Delivery], None]:
-            template = templates[subscription, operation]
-            subject = subscription.prefix or str(subscription.table)
-            route = Route(subject, operation.names()[0], subscription.handler, template.queue)
-            return partial(self._outbox.add, template, route=route)
+            route = templates.route(subscription, operation)
+            return partial(self._outbox.add, templates[subscription, operation], route=route)
 
         router = Router(
             templates.subscriptions, Catalog(connection, leaves), destination, self._telemetry

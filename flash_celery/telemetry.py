@@ -23,8 +23,8 @@ BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 #: 2000-01-01 UTC, from which PostgreSQL counts, in seconds of Unix.
 _EPOCH = 946_684_800
 
-#: What the replication worker is doing.
-STARTING, WAITING, CONNECTING = "starting", "waiting for workers", "connecting"
+#: What the replication worker is doing; it waits for Celery workers (`--wait-for-workers`).
+STARTING, WAITING, CONNECTING = "starting", "waiting", "connecting"
 STANDBY, STREAMING, STOPPING = "standby", "streaming", "stopping"
 STATES = (STARTING, WAITING, CONNECTING, STANDBY, STREAMING, STOPPING)
 

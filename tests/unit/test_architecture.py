@@ -12,8 +12,10 @@ PACKAGE = Path(__file__).parents[2] / "flash_celery"
 ALLOWED = {
     # Both sides.
     "escaping": set(),
+    "address": {"errors"},
+    "logs": set(),
     "errors": {"escaping"},
-    "settings": {"errors"},
+    "settings": {"address", "errors"},
     "protocol": set(),
     "protocol.lsn": set(),
     "protocol.messages": {"protocol"},
@@ -44,7 +46,8 @@ ALLOWED = {
     },
     "enqueued": {"payload", "protocol", "rows"},
     "messages": {
-        *("changes", "enqueued", "payload", "rows", "settings", "subscriptions", "errors"),
+        *("changes", "enqueued", "payload", "rows", "settings", "subscriptions", "telemetry"),
+        "errors",
     },
     "outbox": {"enqueued", "messages", "payload", "protocol", "telemetry"},
     "backpressure": {"messages", "telemetry"},
@@ -112,6 +115,7 @@ ALLOWED = {
         *("backpressure", "doctor", "messages", "publications", "publishers", "settings", "slots"),
         *("subscriptions", "errors"),
     },
+    "live": {"escaping", "protocol", "settings", "slots", "status", "subscriptions", "errors"},
     "doctor": {"findings", "publishers", "settings", "spool", "subscriptions", "errors"},
     "letterbox": {"escaping", "letters", "publishers", "subscriptions", "errors"},
     "explain": {
@@ -123,20 +127,42 @@ ALLOWED = {
         "replication",
         *("routing", "rows", "subscriptions", "transactions", "errors"),
     },
+    # Beside the replication worker, in threads of its own; nothing of it is imported there.
+    "monitoring": set(),
+    "monitoring.history": set(),
+    "monitoring.broker": {"letters", "publishers", "errors"},
+    "monitoring.health": {"settings", "telemetry"},
+    "monitoring.metrics": {"protocol", "telemetry"},
+    "monitoring.observer": {
+        *("monitoring", "catalog", "doctor", "escaping", "messages", "settings", "status"),
+        *("subscriptions", "telemetry", "errors"),
+    },
+    "monitoring.server": {"monitoring", "address", "errors"},
     "sources": {"findings", "settings", "subscriptions", "errors"},
     "cli": {"cli"},
-    "cli.project": {"catalog", "escaping", "handlers", "letterbox", "replicator", "settings"}
+    "cli.project": {
+        "catalog",
+        "escaping",
+        "handlers",
+        "letterbox",
+        "logs",
+        "replicator",
+        "settings",
+    }
     | {"subscriptions", "errors"},
     "cli.replicate": {
         "cli",
         "control",
         "doctor",
+        "errors",
         "findings",
+        "logs",
+        "monitoring",
         "publishers",
         "replicator",
         "sources",
     },
-    "cli.status": {"cli", "status"},
+    "cli.status": {"cli", "live", "status", "errors"},
     "cli.doctor": {"cli", "doctor", "escaping", "explain", "findings", "preflight", "script"}
     | {"sources", "standbys"},
     "cli.reset": {"cli", "reset"},
