@@ -11,7 +11,7 @@ PROPERTIES := $(patsubst %,tests/integration/test_%.py,conditions pushdown trans
 demo: $(VENV)/.stamp
 	@$(BIN)/python -m example_project.demo $(ARGS)
 
-# The pictures of the status page in docs/, from a run of MINUTES=6; needs chromium and its driver.
+# The pictures of the status page in docs/, from a run of MINUTES=5.5; needs chromium and its driver.
 screenshots: $(VENV)/.stamp
 	@$(BIN)/python -m example_project.screenshots
 

@@ -26,13 +26,13 @@ PICTURES = [
     ("status-dark", 1120, 1580, True, 1.0),
     ("status-phone", 390, 1400, False, 1.5),
 ]
-MINUTES = float(os.environ.get("MINUTES", 6))
+MINUTES = float(os.environ.get("MINUTES", 5.5))
 
 
 def write(connection, chosen, started):
     """Some of what a shop does, more of it at some times than at others."""
     phase = (time.monotonic() - started) / 60
-    busy = 1 + 3 * abs((phase * 1.3) % 2 - 1)
+    busy = 0.4 + 1.6 * abs((phase * 1.3) % 2 - 1)
     for _ in range(int(chosen.expovariate(1 / busy)) + 1):
         customer = chosen.randrange(1, 200)
         (order,) = connection.execute(
@@ -97,7 +97,7 @@ def run():
         wait_until(lambda: "Replicating the slot" in log.read_text(), "the slot to be read")
         connection = stack.enter_context(psycopg.connect(postgres.dsn(), autocommit=True))
         prepare(connection)
-        chosen, started, away, failures = random.Random(7), time.monotonic(), False, [0.3, 0.8]
+        chosen, started, away, failures = random.Random(7), time.monotonic(), False, [0.05, 0.15]
         while (passed := time.monotonic() - started) < 60 * MINUTES:
             write(connection, chosen, started)
             time.sleep(chosen.expovariate(4))

@@ -3,19 +3,29 @@
 import json
 import logging
 import re
+import socket
+import sys
+import threading
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
-from flash_celery import logs
+from example_project.servers import wait_until
+from flash_celery import logs, on_change
 from flash_celery.address import http_address
+from flash_celery.cli import flash
 from flash_celery.errors import ConfigurationError
 from flash_celery.monitoring import health
 from flash_celery.monitoring.history import Counts, History
 from flash_celery.monitoring.metrics import METRICS, Metrics
 from flash_celery.monitoring.observer import Observer
+from flash_celery.monitoring.server import Server
 from flash_celery.settings import Settings
 from flash_celery.telemetry import CONNECTING, STANDBY, STREAMING, Route, Telemetry
 
@@ -229,3 +239,76 @@ def test_every_alert_says_what_to_do():
     assert documented == [rule["alert"] for rule in group["rules"]]
     for rule in group["rules"]:
         assert rule["annotations"].keys() == {"summary", "description"}
+
+
+@pytest.mark.parametrize(
+    ("library", "command", "extra"),
+    [
+        ("prometheus_client", ["replicate", "--http", "127.0.0.1:0"], "flash-celery[metrics]"),
+        ("rich", ["status", "--watch"], "flash-celery[watch]"),
+    ],
+)
+def test_a_library_that_is_missing_is_named(app, monkeypatch, library, command, extra):
+    for name in list(sys.modules):
+        if name.split(".")[0] == library or name.startswith(
+            ("flash_celery.monitoring", "flash_celery.live")
+        ):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    for parent, child in (("flash_celery", "live"), ("flash_celery", "monitoring")):
+        monkeypatch.delattr(sys.modules[parent], child, raising=False)
+    app.conf.update(flash_dsn="postgresql://x@127.0.0.1:1/x", broker_url="memory://")
+
+    @on_change("items")
+    @app.task
+    def handle(change): ...
+
+    ran = CliRunner().invoke(flash, command, obj=SimpleNamespace(app=app))
+    assert ran.exit_code == 2, ran.exception
+    assert ran.stderr.startswith("Error: ")
+    assert f"pip install '{extra}'" in ran.stderr
+
+
+def test_probes_and_page_say_when_the_loop_is_stuck(observer):
+    stuck = [0.0]
+    observer.telemetry.stuck = lambda: stuck[0]
+    observer.telemetry.enter(STREAMING)
+    observer._connection = None
+    server = Server("127.0.0.1:0", observer)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        assert urllib.request.urlopen(f"{server.url}live").status == 200
+        stuck[0] = 90.0
+        with pytest.raises(urllib.error.HTTPError) as failed:
+            urllib.request.urlopen(f"{server.url}live")
+        with failed.value as answer:
+            assert answer.status == 503
+            assert json.load(answer) == {"live": False, "stuck_seconds": 90.0}
+    finally:
+        server.close()
+
+
+def test_too_many_clients_are_turned_away(observer):
+    server = Server("127.0.0.1:0", observer)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    place = server.server_address[:2]
+    try:
+        silent = [socket.create_connection(place) for _ in range(16)]
+        with socket.create_connection(place) as one:
+            one.settimeout(5)
+            assert one.recv(1) == b""
+        silent.pop().close()
+
+        def answered():
+            try:
+                return urllib.request.urlopen(f"{server.url}live").status == 200
+            except OSError:
+                return False
+
+        wait_until(answered, "a place to be free")
+        for one in silent:
+            one.close()
+    finally:
+        server.close()
