@@ -58,6 +58,7 @@ class Observer:
         self._templates = Templates(app, settings, subscriptions)
         self._broker = Broker(app, self._templates.queues, settings.flash_dead_queue)
         self._connection: psycopg.Connection[Any] | None = None
+        self._version = metadata.version("flash-celery")
         self._ending = threading.Event()
         self._asked_workers = float("-inf")
         self._unhandled: list[str] | None = None
@@ -81,11 +82,14 @@ class Observer:
         self._ending.set()
 
     def _again(self, look: Callable[[], None]) -> None:
+        said = ""
         while True:
             try:
                 look()
-            except Exception:
-                logger.exception("Monitoring failed, which replication does not notice")
+            except Exception as error:
+                if repr(error) != said:
+                    said = repr(error)
+                    logger.exception("Monitoring failed, which replication does not notice")
             # The slot may be about to be made.
             if self._ending.wait(STEP if self._seen_database["slot"] else _START_SECONDS):
                 return
@@ -158,7 +162,7 @@ class Observer:
             **database,
             **broker,
             "unhandled": self._unhandled,
-            "version": metadata.version("flash-celery"),
+            "version": self._version,
             "now": time.time(),
             "started": telemetry.started,
             "state": telemetry.state,

@@ -48,6 +48,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, address: str, observer: Observer) -> None:
         host, port = http_address(address)
         self._slots = threading.Semaphore(_AT_A_TIME)
+        self._serving = False
         self.observer = observer
         self.metrics = Metrics(observer.telemetry, observer.report)
         self.page, self.policy = _page()
@@ -79,12 +80,14 @@ class Server(ThreadingHTTPServer):
         serve = threading.Thread(target=self.serve_forever, args=(0.1,), name="flash-http")
         serve.daemon = True
         serve.start()
+        self._serving = True
         logger.info("Status page, metrics and probes on %s", self.url)
 
     def close(self) -> None:
         """Answer no more."""
         self.observer.close()
-        self.shutdown()
+        if self._serving:  # or it would wait for ever
+            self.shutdown()
         self.server_close()
 
     def process_request(self, request: Any, client_address: Any) -> None:

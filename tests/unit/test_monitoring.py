@@ -5,7 +5,6 @@ import logging
 import re
 import socket
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -273,10 +272,8 @@ def test_probes_and_page_say_when_the_loop_is_stuck(observer):
     stuck = [0.0]
     observer.telemetry.stuck = lambda: stuck[0]
     observer.telemetry.enter(STREAMING)
-    observer._connection = None
     server = Server("127.0.0.1:0", observer)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
+    server.start()
     try:
         assert urllib.request.urlopen(f"{server.url}live").status == 200
         stuck[0] = 90.0
@@ -291,8 +288,7 @@ def test_probes_and_page_say_when_the_loop_is_stuck(observer):
 
 def test_too_many_clients_are_turned_away(observer):
     server = Server("127.0.0.1:0", observer)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
+    server.start()
     place = server.server_address[:2]
     try:
         silent = [socket.create_connection(place) for _ in range(16)]
