@@ -165,6 +165,18 @@ def test_a_standby_and_a_broker_that_is_down_are_alive_and_not_ready(shop, addre
     assert ready(address, "?standby=ok")[0] == 503
     first.kill()
     wait_until(lambda: ready(other)[0] == 200, "the standby to read")
+    shop.database.execute(
+        "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots "
+        f"WHERE slot_name = '{shop.database.slot}'"
+    )
+
+    def reconnected():
+        ((_, count),) = samples(get(other, "/metrics")[1])["flash_reconnections_total"]
+        return count == 1 and ready(other)[0] == 200
+
+    wait_until(reconnected, "the stream to begin anew")
+    (error,) = json.loads(get(other, "/status.json")[1])["errors"][:1]
+    assert error["solution"]
     assert shop.end(second) == 0
 
 
