@@ -23,7 +23,7 @@ from .payload import CHANGE, CHANGES, Delivery
 from .rows import Transaction
 from .settings import Settings
 from .subscriptions import Batch, Subscription
-from .telemetry import Route
+from .telemetry import Route, route
 
 #: What of a key gets into a log line.
 _ARGUMENT_LENGTH = 200
@@ -262,7 +262,7 @@ class Templates:
         """What changes of this operation are counted under."""
         subject = subscription.prefix or str(subscription.table)
         queue = self[subscription, operation].queue
-        return Route(subject, operation.names()[0], subscription.handler, queue)
+        return route(subject, operation.names()[0], subscription.handler, queue)
 
     @property
     def keys(self) -> list[str]:

@@ -101,18 +101,21 @@ class Outbox:
                 self._counts[route] += len(delivery.rows)
             self._emit(template.each(delivery))
             return
-        left: Delivery | None = delivery
-        while left is not None:
+        while True:
             batch = self._batches.get(template)
             if batch is None:
                 due = self._clock() + template.batch.wait
                 batch = _Batch(self._committed, due, template.batch.size)
                 self._batches[template] = batch
-            before, left = len(left.rows), batch.take(left)
+            left = batch.take(delivery)
             if route is not None:
-                batch.counts[route] += before - (len(left.rows) if left is not None else 0)
+                taken = len(delivery.rows) - (len(left.rows) if left is not None else 0)
+                batch.counts[route] += taken
             if left is not None or not batch.room:
                 self._release(template)
+            if left is None:
+                return
+            delivery = left
 
     def commit(self, position: Lsn) -> None:
         """Everything up to here has been added."""

@@ -24,7 +24,7 @@ from .payload import TRUNCATED, Delivery, message_row
 from .protocol import pgoutput
 from .rows import Column, Table, Transaction
 from .subscriptions import Subscription, TableName
-from .telemetry import Telemetry
+from .telemetry import Tally, Telemetry
 from .transitions import Transitions
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,6 @@ Route = Callable[[Sequence[bytes], Transaction, int], None]
 #: Marks a message, whose index is not that of a row.
 _MESSAGE_HALF = 3
 _NOBODY: dict[str, Route] = {}
-_UNKNOWN = "", ""
 #: Seconds that a transaction may take to be seen by others, and between two looks.
 _VISIBLE_SECONDS, _VISIBLE_PAUSE = 2.0, 0.002
 #: Fields of composite columns that a table's description tells of, and so each of its messages;
@@ -116,9 +115,9 @@ class Router:
         self._catalog = catalog
         self._destination = destination
         self._telemetry = telemetry or Telemetry()
-        self._received = self._telemetry.received
         #: What rows are counted under, by their first five bytes.
-        self._kinds: dict[bytes, tuple[str, str]] = {}
+        self._kinds: dict[bytes, Tally] = {}
+        self._unknown = Tally()
         #: By the first five bytes of a row, and by handler.
         self._routes: dict[bytes, dict[str, Route]] = {}
         self._truncates: dict[int, list[Route]] = {}
@@ -137,15 +136,14 @@ class Router:
         self, kind: bytes, rows: Sequence[bytes], transaction: Transaction, index: int
     ) -> None:
         """Route neighbouring Insert, Update or Delete messages of one relation, their `kind`."""
-        self._received[self._kinds.get(kind, _UNKNOWN)] += len(rows)
+        self._kinds.get(kind, self._unknown).number += len(rows)
         for route in self._routes.get(kind, _NOBODY).values():
             route(rows, transaction, index)
 
     def truncate(self, oids: Sequence[int], transaction: Transaction, index: int) -> None:
         """Route a TRUNCATE; each relation of it counts as a row, and a partition as one."""
         for place, oid in enumerate(oids):
-            table, _ = self._kinds.get(b"I" + oid.to_bytes(4, "big"), _UNKNOWN)
-            self._received[table, "truncate"] += 1
+            self._kinds.get(b"T" + oid.to_bytes(4, "big"), self._unknown).number += 1
             for route in self._truncates.get(oid, ()):
                 route([TRUNCATED], transaction, index + place)
 
@@ -154,7 +152,7 @@ class Router:
     ) -> None:
         """Route a logical message; `index` counts the messages of its transaction."""
         for route in self._messages.get(message.prefix, ()):
-            self._received[message.prefix, "message"] += 1
+            self._telemetry.tally(message.prefix, "message").number += 1
             route([message_row(message.content)], transaction, index)
 
     def relation(self, relation: pgoutput.Relation, transaction: Transaction) -> None:
@@ -177,8 +175,9 @@ class Router:
             )
         # Partitions, of which there may be thousands, are counted as their table.
         counted = str(wanted[0].table if wanted else own)
-        for operation, tag in _TAGS.items():
-            self._kinds[tag + relation.oid.to_bytes(4, "big")] = counted, operation.names()[0]
+        for operation, tag in (*_TAGS.items(), (Operation.TRUNCATE, b"T")):
+            tally = self._telemetry.tally(counted, operation.names()[0])
+            self._kinds[tag + relation.oid.to_bytes(4, "big")] = tally
         for subscription in wanted:
             _require_columns(subscription, relation, described)
             table = _table(subscription, relation, described, types, bool(ancestors))
@@ -202,7 +201,7 @@ class Router:
                 table,
                 relation.columns,
                 self._matcher(subscription, relation),
-                lambda: self._unknown(subscription.table),
+                lambda: self._judged(subscription.table),
             )
         for operation, tag in _TAGS.items():
             if operation in subscription.captured:
@@ -255,7 +254,7 @@ class Router:
 
         return judged
 
-    def _unknown(self, table: TableName) -> None:
+    def _judged(self, table: TableName) -> None:
         self.unjudged += 1
         self._telemetry.unjudged[str(table)] += 1
         if table not in self._warned:

@@ -7,7 +7,6 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import psycopg
@@ -80,7 +79,12 @@ class Session:
             subscription: Subscription, operation: Operation
         ) -> Callable[[Delivery], None]:
             route = templates.route(subscription, operation)
-            return partial(self._outbox.add, templates[subscription, operation], route=route)
+            template, add = templates[subscription, operation], self._outbox.add
+
+            def deliver(delivery: Delivery) -> None:
+                add(template, delivery, route)
+
+            return deliver
 
         router = Router(
             templates.subscriptions, Catalog(connection, leaves), destination, self._telemetry

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache
 
 from .errors import FlashError
 from .progress import Progress
@@ -29,14 +29,21 @@ STANDBY, STREAMING, STOPPING = "standby", "streaming", "stopping"
 STATES = (STARTING, WAITING, CONNECTING, STANDBY, STREAMING, STOPPING)
 
 
-class Route(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Route:
     """Where changes of one kind go. A table is the one that the handler names, or a prefix of
-    messages."""
+    messages.
+
+    Made by `route` only: it is a key of the hot path, and an object's own hash is the fastest.
+    """
 
     table: str
     operation: str
     handler: str
     queue: str
+
+
+route = cache(Route)
 
 
 @dataclass
@@ -50,6 +57,15 @@ class Noted:
     since: float
     last: float
     times: int = 1
+
+
+class Tally:
+    """A number of its own, which is cheaper to add to than one in a mapping."""
+
+    __slots__ = ("number",)
+
+    def __init__(self) -> None:
+        self.number = 0
 
 
 class Delays:
@@ -73,8 +89,7 @@ class Telemetry:
     def __init__(self) -> None:
         self.started = time.time()
         self.state, self.state_since = STARTING, self.started
-        #: What has arrived, by table and operation; again after a reconnection.
-        self.received: Counter[tuple[str, str]] = Counter()
+        self._received: dict[tuple[str, str], Tally] = {}
         #: What the broker has confirmed.
         self.enqueued: Counter[Route] = Counter()
         #: Rows that were judged without their old values, by table.
@@ -103,6 +118,15 @@ class Telemetry:
         #: Seconds since the main loop has turned.
         self.stuck: Callable[[], float] = lambda: 0.0
         self.errors: deque[Noted] = deque(maxlen=_ERRORS)
+
+    def tally(self, table: str, operation: str) -> Tally:
+        """Where what arrives of a table is counted."""
+        return self._received.setdefault((table, operation), Tally())
+
+    @property
+    def received(self) -> dict[tuple[str, str], int]:
+        """What has arrived, by table and operation; again after a reconnection."""
+        return {key: tally.number for key, tally in dict(self._received).items()}
 
     def enter(self, state: str) -> None:
         """Do something else from now on; to stop is the last thing."""

@@ -167,10 +167,11 @@ class Transactions:
         if self._transaction is not _NOTHING:
             raise ProtocolError("A transaction began before the last one had ended.")
         self._transaction = Transaction._make(transaction)
+        self.committed_at = committed_at = transaction[2]
         self._index = self._messages = 0
         self.count += 1
-        self.committed_at = self._transaction.committed_at
-        self.oldest = self.oldest or self.committed_at
+        if not self.oldest:
+            self.oldest = committed_at
 
     def _abort(self, abort: pgoutput.StreamAbort) -> None:
         # The server speaks of aborts too of which it had sent nothing yet.

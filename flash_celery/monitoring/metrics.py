@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import astuple
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -148,8 +149,10 @@ def _each(numbers: Mapping[Any, float | None]) -> _Samples:
 def _counted(telemetry: Telemetry) -> dict[str, _Samples]:
     # Copied at once: the worker goes on counting.
     return {
-        "flash_changes_received_total": _each(dict(telemetry.received)),
-        "flash_changes_enqueued_total": _each(dict(telemetry.enqueued)),
+        "flash_changes_received_total": _each(telemetry.received),
+        "flash_changes_enqueued_total": _each(
+            {astuple(route): count for route, count in dict(telemetry.enqueued).items()}
+        ),
         "flash_changes_unjudged_total": _each(dict(telemetry.unjudged)),
         "flash_publish_failures_total": _each(dict(telemetry.failures)),
         "flash_transactions_total": _one(telemetry.transactions),

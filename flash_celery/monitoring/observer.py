@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from importlib import metadata
 from typing import Any
 
@@ -129,7 +129,7 @@ class Observer:
 
     def _counts(self) -> Counts:
         # Copied at once: the worker goes on counting.
-        return Counts(time.time(), dict(self.telemetry.received), dict(self.telemetry.enqueued))
+        return Counts(time.time(), self.telemetry.received, dict(self.telemetry.enqueued))
 
     def _lag_bytes(self) -> int | None:
         slot = self._seen_database["slot"]
@@ -203,10 +203,11 @@ class Observer:
                 "per_second": received[table, operation],
             }
             for (table, operation), count in sorted(now.received.items())
+            if count
         ]
         handlers = [
-            {**route._asdict(), "enqueued": count, "per_second": enqueued[route]}
-            for route, count in sorted(now.enqueued.items())
+            {**asdict(route), "enqueued": count, "per_second": enqueued[route]}
+            for route, count in sorted(now.enqueued.items(), key=lambda one: astuple(one[0]))
         ]
         history = {"step": STEP, "samples": self.history.samples}
         return self.report() | {"changes": changes, "enqueued": handlers, "history": history}

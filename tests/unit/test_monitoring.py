@@ -26,7 +26,7 @@ from flash_celery.monitoring.metrics import METRICS, Metrics
 from flash_celery.monitoring.observer import Observer
 from flash_celery.monitoring.server import Server
 from flash_celery.settings import Settings
-from flash_celery.telemetry import CONNECTING, STANDBY, STREAMING, Route, Telemetry
+from flash_celery.telemetry import CONNECTING, STANDBY, STREAMING, Telemetry, route
 
 DOCS = Path(__file__).parents[2] / "docs"
 SLOT = {"name": "flash", "wal_status": "reserved", "safe_wal_size": None, "retained_bytes": 5}
@@ -147,7 +147,7 @@ def test_a_server_that_is_away_is_shown_without_a_password(app):
 
 def test_names_cannot_leave_their_label(observer):
     name = 'a"b\\c\nflash_ready 9'
-    observer.telemetry.enqueued[Route(name, "insert", "handle", "flash")] = 1
+    observer.telemetry.enqueued[route(name, "insert", "handle", "flash")] = 1
     text = Metrics(observer.telemetry, observer.report).text().decode()
     assert r'table="a\"b\\c\nflash_ready 9"' in text
     assert [line for line in text.splitlines() if line.startswith("flash_ready ")] == []

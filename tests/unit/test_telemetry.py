@@ -7,12 +7,12 @@ from flash_celery.errors import ReplicationError
 from flash_celery.outbox import Outbox, Unit
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.subscriptions import Batch
-from flash_celery.telemetry import Route, Telemetry, unix
+from flash_celery.telemetry import Telemetry, route, unix
 
 from .test_outbox import Clock, delivery, template
 from .test_publishing import message, thread, wait  # noqa: F401 - a fixture
 
-ROUTE = Route("public.orders", "insert", "handle", "flash")
+ROUTE = route("public.orders", "insert", "handle", "flash")
 
 
 def test_a_unit_says_how_many_changes_of_each_kind_it_has(app):
