@@ -5,11 +5,15 @@ BIN := $(VENV)/bin
 PROPERTIES := $(patsubst %,tests/integration/test_%.py,conditions pushdown transactions types) \
 	tests/unit/test_fuzz.py
 
-.PHONY: demo test bench soak long matrix lint types audit clean
+.PHONY: demo screenshots test bench soak long matrix lint types audit clean
 
 # Changes becoming tasks, on servers of its own; ARGS=--once ends by itself.
 demo: $(VENV)/.stamp
 	@$(BIN)/python -m example_project.demo $(ARGS)
+
+# The pictures of the status page in docs/, from a run of MINUTES=5.5; needs chromium and its driver.
+screenshots: $(VENV)/.stamp
+	@$(BIN)/python -m example_project.screenshots
 
 test: $(VENV)/.stamp
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)

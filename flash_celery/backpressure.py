@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from .messages import Message
+from .telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +37,17 @@ class Backpressure:
     on top, since it is asked before each call of `admit` only. The queue `unlimited` has no limit.
     """
 
-    def __init__(self, limit: int, depth: Callable[[str], int], unlimited: str = "") -> None:
+    def __init__(
+        self,
+        limit: int,
+        depth: Callable[[str], int],
+        unlimited: str = "",
+        telemetry: Telemetry | None = None,
+    ) -> None:
         self._limit = limit
         self._unlimited = unlimited
         self._depth = depth
+        self._telemetry = telemetry or Telemetry()
         self._since = 0.0
         self._said = float("-inf")
         self._announced = False
@@ -82,6 +90,8 @@ class Backpressure:
     def _pause(self, queue: str, depth: int) -> None:
         now = time.monotonic()
         self._since = self._since or now
+        self._telemetry.paused = self._telemetry.paused or time.time()
+        self._telemetry.full_queue = queue
         if now - self._said > _REMINDER_SECONDS:
             self._said, self._announced = now, True
             logger.warning(
@@ -93,4 +103,4 @@ class Backpressure:
     def _go_on(self) -> None:
         if self._announced:
             logger.warning("The queue is shorter again; going on")
-        self._since, self._announced = 0.0, False
+        self._since, self._announced, self._telemetry.paused = 0.0, False, None

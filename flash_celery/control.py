@@ -21,6 +21,8 @@ class Control:
         self.waker.setblocking(False)
         #: Whether somebody asked for the end.
         self.stopping = False
+        #: When the loop was here last, by the monotonic clock.
+        self.turned = time.monotonic()
         #: What ended another thread.
         self.failure: BaseException | None = None
 
@@ -39,7 +41,8 @@ class Control:
         self.wake()
 
     def check(self) -> None:
-        """Raise what ended another thread, once."""
+        """Raise what ended another thread, once. The loop does so in each of its turns."""
+        self.turned = time.monotonic()
         failure, self.failure = self.failure, None
         if failure is not None:
             raise failure
@@ -51,6 +54,7 @@ class Control:
 
     def rest(self, seconds: float) -> None:
         """Wait until `wake`, at most so long."""
+        self.turned = time.monotonic()
         select.select([self], [], [], seconds)
         self.awake()
 

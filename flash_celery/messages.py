@@ -22,6 +22,7 @@ from .payload import CHANGE, CHANGES, Delivery
 from .rows import Transaction
 from .settings import Settings
 from .subscriptions import Batch, Subscription
+from .telemetry import Route, route
 
 #: What of a key gets into a log line.
 _ARGUMENT_LENGTH = 200
@@ -232,6 +233,21 @@ class Templates:
         """The queues one subscription's changes go to."""
         mine = (subscription.handler, subscription.number)
         return sorted({t.queue for (*one, _), t in self._templates.items() if tuple(one) == mine})
+
+    @property
+    def routes(self) -> list[Route]:
+        """What changes may be counted under."""
+        return [
+            self.route(one, Operation[name.upper()])
+            for one in self.subscriptions
+            for name in one.operations.names()
+        ]
+
+    def route(self, subscription: Subscription, operation: Operation) -> Route:
+        """What changes of this operation are counted under."""
+        subject = subscription.prefix or str(subscription.table)
+        queue = self[subscription, operation].queue
+        return route(subject, operation.names()[0], subscription.handler, queue)
 
     @property
     def keys(self) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from .enqueued import Enqueued
 from .messages import Message, Template
 from .payload import Delivery
 from .protocol.lsn import Lsn
+from .telemetry import Route
 
 #: Bytes of rows in one batch; a single row may have more.
 BATCH_BYTES = 4 << 20
@@ -24,6 +26,13 @@ class Unit(NamedTuple):
     messages: list[Message]
     position: Lsn
     size: int
+    #: How many changes of each kind are in it.
+    counts: Mapping[Route, int] = {}
+    #: When the oldest of them was committed, and the last, in seconds of Unix; 0 if unknown.
+    committed: float = 0.0
+    latest: float = 0.0
+    #: Whether a dead letter is among the messages.
+    letters: bool = False
 
 
 @dataclass
@@ -37,6 +46,7 @@ class _Batch:
     room: int
     deliveries: list[Delivery] = field(default_factory=list)
     size: int = 0
+    counts: defaultdict[Route, int] = field(default_factory=lambda: defaultdict(int))
 
     def take(self, delivery: Delivery) -> Delivery | None:
         """Take as many rows as there is room for; what is left of the delivery."""
@@ -83,48 +93,58 @@ class Outbox:
         self._batches: dict[Template, _Batch] = {}
         self._committed = Lsn(0)
         self._enqueued: Enqueued | None = None
+        self._counts: defaultdict[Route, int] = defaultdict(int)
+        self._letters = False
 
     def skip(self, enqueued: Enqueued) -> None:
         """Leave out what earlier sessions have enqueued."""
         self._enqueued = enqueued
 
-    def add(self, template: Template, delivery: Delivery) -> None:
-        """Take changes for one task."""
+    def add(self, template: Template, delivery: Delivery, route: Route | None = None) -> None:
+        """Take changes for one task, to be counted under `route`."""
         if self._enqueued is not None:
             rest = self._enqueued.rest(template.key, delivery)
             if rest is None:
                 return
             delivery = rest
         if max(map(len, delivery.rows)) > template.most:
-            self._sift(template, delivery)
+            self._sift(template, delivery, route)
         else:
-            self._take(template, delivery)
+            self._take(template, delivery, route)
 
-    def _sift(self, template: Template, delivery: Delivery) -> None:
+    def _sift(self, template: Template, delivery: Delivery, route: Route | None) -> None:
         """Take the changes one by one, as some of them are too large."""
         for ordinal, row in enumerate(delivery.rows, delivery.ordinal):
             one = delivery._replace(rows=[row], ordinal=ordinal)
             if len(row) <= template.most:
-                self._take(template, one)
+                self._take(template, one, route)
                 continue
             if template in self._batches:
                 self._release(template)  # what comes after it must not leave before it
             self._emit([self._too_large(template, one)])
+            self._letters = True
 
-    def _take(self, template: Template, delivery: Delivery) -> None:
+    def _take(self, template: Template, delivery: Delivery, route: Route | None) -> None:
         if template.batch is None:
+            if route is not None:
+                self._counts[route] += len(delivery.rows)
             self._emit(template.each(delivery))
             return
-        left: Delivery | None = delivery
-        while left is not None:
+        while True:
             batch = self._batches.get(template)
             if batch is None:
                 due = self._clock() + template.batch.wait
                 batch = _Batch(self._committed, due, template.batch.size)
                 self._batches[template] = batch
-            left = batch.take(left)
+            left = batch.take(delivery)
+            if route is not None:
+                taken = len(delivery.rows) - (len(left.rows) if left is not None else 0)
+                batch.counts[route] += taken
             if left is not None or not batch.room:
                 self._release(template)
+            if left is None:
+                return
+            delivery = left
 
     def commit(self, position: Lsn) -> None:
         """Everything up to here has been added."""
@@ -132,15 +152,28 @@ class Outbox:
         if self._enqueued is not None and position > self._enqueued.until:
             self._enqueued = None
 
-    def collect(self, everything: bool = False, held: float = 0.0) -> Unit:
-        """What can leave now: batches only if they were due `held` seconds ago, or `everything`."""
+    def collect(
+        self,
+        everything: bool = False,
+        held: float = 0.0,
+        committed: float = 0.0,
+        latest: float = 0.0,
+    ) -> Unit:
+        """What can leave now: batches only if they were due `held` seconds ago, or `everything`.
+
+        `committed` and `latest` are when its oldest and its last change were.
+        """
         now = self._clock() - held
         for template, batch in list(self._batches.items()):
             if everything or batch.due <= now:
                 self._release(template)
         since = [batch.since for batch in self._batches.values()]
-        unit = Unit(self._messages, min([self._committed, *since]), self.size)
-        self._messages, self.size = [], 0
+        position = min([self._committed, *since])
+        unit = Unit(
+            *(self._messages, position, self.size, self._counts, committed, latest, self._letters)
+        )
+        self._messages, self.size, self._counts = [], 0, defaultdict(int)
+        self._letters = False
         return unit
 
     @property
@@ -149,7 +182,10 @@ class Outbox:
         return min((batch.due for batch in self._batches.values()), default=None)
 
     def _release(self, template: Template) -> None:
-        self._emit([template.together(self._batches.pop(template).deliveries)])
+        batch = self._batches.pop(template)
+        for route, count in batch.counts.items():
+            self._counts[route] += count
+        self._emit([template.together(batch.deliveries)])
 
     def _emit(self, messages: Iterable[Message]) -> None:
         for message in messages:

@@ -124,6 +124,7 @@ class Provisioning:
 
         def idle(seconds: float) -> None:
             nonlocal said
+            self._control.check()
             if self._control.stopping:
                 raise Stopped
             if seconds > _LONG_SECONDS and not said:
@@ -132,7 +133,8 @@ class Provisioning:
 
         position = stream.create_slot(self._slot, self._settings.flash_failover_slot, idle)
         self._seen_slot = True
-        logger.info("Created the slot %s at %s", self._slot, position)
+        fields = {"slot": self._slot, "lsn": str(position)}
+        logger.info("Created the slot %s at %s", self._slot, position, extra=fields)
 
     def _close_gap(self, connection: psycopg.Connection[Any], gap: Gap) -> None:
         """The slot is there again: what lies between is noted for good, and said."""

@@ -18,11 +18,12 @@ from celery import signals
 from .backoff import delays
 from .backpressure import Backpressure
 from .enqueued import Enqueued, Lease
-from .errors import PublishError, TakenOver, Unroutable
+from .errors import PublishError, TakenOver
 from .messages import Message, announce
-from .outbox import Unit
+from .outbox import MESSAGE_BYTES, Unit
 from .protocol.lsn import Lsn
 from .publishers.base import Publisher
+from .telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Publishing(threading.Thread):
 
     A broker that has had nothing to do for `idle_seconds` is asked whether it is still there.
     `dead` is the queue of what no broker would take: it may be longer than `max_queue_length`, and
-    is declared once it is missed, so that nothing that is wrong with it is in the way.
+    is declared once there is something for it, so that nothing that is wrong with it is in the way.
     """
 
     def __init__(
@@ -53,11 +54,14 @@ class Publishing(threading.Thread):
         idle_seconds: float = 10.0,
         max_queue_length: int = 0,
         dead: Any = None,
+        telemetry: Telemetry | None = None,
     ) -> None:
         super().__init__(name="flash-publishing", daemon=True)
         self._publisher = publisher
+        self._telemetry = telemetry or Telemetry()
+        unlimited = "" if dead is None else str(dead.name)
         self._backpressure = Backpressure(
-            max_queue_length, publisher.depth, dead.name if dead else ""
+            max_queue_length, publisher.depth, unlimited, self._telemetry
         )
         # What waits for room is acknowledged unit by unit.
         self._together = 0 if max_queue_length else _TOGETHER_BYTES
@@ -67,6 +71,8 @@ class Publishing(threading.Thread):
         self._failed = failed
         self._idle_seconds = idle_seconds
         self._units: deque[Unit] = deque()
+        #: What is being delivered.
+        self._taken: list[Unit] = []
         self._lease = Lease("", "")
         self._claim: Callable[[Enqueued], None] | None = None
         self._changed = threading.Condition()
@@ -111,6 +117,13 @@ class Publishing(threading.Thread):
         """Whether every unit has been confirmed."""
         with self._changed:
             return not self._units and not self._working
+
+    @property
+    def oldest(self) -> float | None:
+        """When the oldest change that is not confirmed was committed; None if there is none."""
+        with self._changed:
+            waiting = [unit.committed for unit in (*self._taken, *self._units) if unit.messages]
+        return min(filter(None, waiting), default=None)
 
     def discard(self) -> None:
         """Give up what is not confirmed: PostgreSQL will send it again. Never blocks."""
@@ -158,7 +171,7 @@ class Publishing(threading.Thread):
             if self._claim is not None or not self._units:
                 return self._generation, []
             self._working = True
-            taken = [self._units.popleft()]
+            taken = self._taken = [self._units.popleft()]
             size = taken[0].size
             while self._units and size + self._units[0].size <= self._together:
                 size += self._units[0].size
@@ -184,20 +197,36 @@ class Publishing(threading.Thread):
 
     def _deliver(self, generation: int, units: Sequence[Unit]) -> None:
         messages = [message for unit in units for message in unit.messages]
+        if self._dead is not None and any(unit.letters for unit in units):
+            self._declare_dead()
         _before_publish(messages)
         done = not messages or self._insist(
             generation, partial(self._publish, generation), messages
         )
         if done:
             _after_publish(messages)
+            self._count(units, len(messages))
         with self._changed:
             # Room is made before anybody is woken to use it.
             self._size -= sum(unit.size for unit in units)
             # A unit that was given up says nothing: its position may be of another server.
             if done and generation == self._generation:
                 self._confirmed(units[-1].position)
-            self._working = False
+            self._working, self._taken = False, []
             self._changed.notify_all()
+
+    def _declare_dead(self) -> None:
+        """Connect anew, now also with the queue for dead letters."""
+        self._queues, self._dead = [*self._queues, self._dead], None
+        self._opened = False
+        self._publisher.close()
+
+    def _count(self, units: Sequence[Unit], messages: int) -> None:
+        telemetry = self._telemetry
+        telemetry.messages += messages
+        telemetry.bytes += sum(unit.size for unit in units) - MESSAGE_BYTES * messages
+        for unit in units:
+            telemetry.confirm(unit.counts, unit.committed if unit.messages else 0.0, unit.latest)
 
     def _publish(self, generation: int, messages: Sequence[Message]) -> int:
         """Publish as many as there is room for; how many."""
@@ -205,6 +234,7 @@ class Publishing(threading.Thread):
         if not self._may_publish(generation):
             return 0
         self._publisher.publish(messages[:count])
+        self._telemetry.batches += 1
         return count
 
     def _may_publish(self, generation: int) -> bool:
@@ -269,16 +299,19 @@ class Publishing(threading.Thread):
     def _works(self) -> None:
         if self._since:
             self._since = self._said = 0.0
+            self._telemetry.broker_failing = None
             logger.warning("The broker confirms messages again")
 
     def _fails(self, error: PublishError, waiting: str) -> None:
         """Let go of the connection, and complain now and then."""
         self._opened = False
         self._publisher.close()
-        if isinstance(error, Unroutable) and self._dead is not None:
-            self._queues, self._dead = [*self._queues, self._dead], None
         now = time.monotonic()
         self._since = self._since or now
+        telemetry = self._telemetry
+        telemetry.broker_failing = telemetry.broker_failing or time.time()
+        telemetry.failures[type(error).__name__] += 1
+        telemetry.note(error)
         if not self._said or now - self._said > _REMINDER_SECONDS:
             self._said = now
             logger.warning(

@@ -10,6 +10,7 @@ import gc
 import hashlib
 import logging
 import re
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from functools import partial
@@ -45,6 +46,7 @@ from .replication import ReplicationConnection, unreachable
 from .session import Session
 from .settings import Settings
 from .subscriptions import Subscription, of_tables
+from .telemetry import CONNECTING, STANDBY, STOPPING, STREAMING, WAITING, Telemetry
 from .watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ class Replicator:
         self._dsn = settings.require_dsn()
         self._subscriptions = subscriptions
         self.control = Control()
+        self.telemetry = Telemetry()
         self._templates = Templates(app, settings, subscriptions)
         queues = [app.amqp.queues[name] for name in self._templates.queues]
         self._publishing = Publishing(
@@ -87,7 +90,11 @@ class Replicator:
             settings.flash_status_interval,
             settings.flash_max_queue_length,
             letters.queue(app, settings.flash_dead_queue),
+            self.telemetry,
         )
+        self.telemetry.enqueued.update(dict.fromkeys(self._templates.routes, 0))
+        self.telemetry.unconfirmed = lambda: self._publishing.oldest
+        self.telemetry.stuck = lambda: time.monotonic() - self.control.turned
         self._provisioning = Provisioning(settings, subscriptions, self.control)
         self._progress = Progress()
         self._source = ""
@@ -109,6 +116,7 @@ class Replicator:
 
     def stop(self) -> None:
         """Stop reading, finish what is in flight, and return from `run`."""
+        self.telemetry.enter(STOPPING)
         self.control.stop()
 
     def give_up(self) -> None:
@@ -142,18 +150,23 @@ class Replicator:
             self._publishing.join(1.0)
             gc.unfreeze()
             self.control.close()
+            confirmed = self._progress.confirmed
+            logger.info("Ended; confirmed up to %s", confirmed, extra={"lsn": str(confirmed)})
 
     def wait_until(self, ready: Callable[[], bool], what: str) -> None:
         """Ask again and again before `run`, unless somebody calls `stop`."""
         logger.info("Waiting for %s", what)
+        self.telemetry.enter(WAITING)
         with suppress(Stopped):
             while not ready():
                 self.control.sleep(next(self._pauses))
 
     def _retry(self, error: FlashError, said: str) -> str:
         """Wait before the next attempt; what has been said is not said again."""
+        self.telemetry.note(error)
         if not error.retry and not self._comes_again(error):
             raise error
+        self.telemetry.enter(STANDBY if isinstance(error, SlotInUse) else CONNECTING)
         if not self._streamed:
             refuse_hopeless(error, self._settings)
         if self._streaming and isinstance(error, (DecodingFailed, SpoolError)):
@@ -162,7 +175,8 @@ class Replicator:
             self._streaming = False
             logger.warning("Going on without streaming, until the next start")
         if str(error) != said:
-            logger.warning("%s %s", error, error.solution)
+            kind = {"error": type(error).__name__}
+            logger.warning("%s %s", error, error.solution, extra=kind)
         self._publishing.discard()
         self.control.sleep(_STANDBY_PAUSE if isinstance(error, SlotInUse) else next(self._pauses))
         return str(error)
@@ -174,6 +188,8 @@ class Replicator:
 
     def _connected(self) -> None:
         """One pair of connections, from set-up to their end."""
+        if self.telemetry.state != STANDBY:
+            self.telemetry.enter(CONNECTING)
         try:
             patience = self._settings.longest_silence
             with (
@@ -217,9 +233,13 @@ class Replicator:
             self._settings,
             self._provisioning.leaves,
             self._provisioning.altered,
-            Watch(connection, stream.pid, self._settings, self._progress),
+            Watch(
+                *(connection, stream.pid, self._settings, self._progress),
+                telemetry=self.telemetry,
+            ),
             self._lease(),
             Outbox(partial(oversize.letter, self._app, self._settings.flash_dead_queue)),
+            self.telemetry,
         )
 
     def _lease(self) -> Lease:
@@ -255,6 +275,9 @@ class Replicator:
             )
         except SlotInUse as error:
             raise SlotInUse(f"{str(error)[:-1]}{slots.holder(connection, slot)}.") from None
+        self.telemetry.reconnections += self._streamed
+        self.telemetry.progress = self._progress
+        self.telemetry.enter(STREAMING)
         self._streamed = True
         self._doubted = False
         self._pauses = delays()
@@ -265,6 +288,7 @@ class Replicator:
             escaped(", ".join(publications.names(prefix))),
             len(handlers),
             ", ".join(self._templates.queues),
+            extra={"slot": slot, "lsn": str(self._progress.confirmed)},
         )
 
     def _on_confirmed(self, position: Lsn) -> None:

@@ -24,6 +24,7 @@ from .payload import TRUNCATED, Delivery, message_row
 from .protocol import pgoutput
 from .rows import Column, Table, Transaction
 from .subscriptions import Subscription, TableName
+from .telemetry import Tally, Telemetry
 from .transitions import Transitions
 
 logger = logging.getLogger(__name__)
@@ -108,10 +109,15 @@ class Router:
         subscriptions: Sequence[Subscription],
         catalog: Catalog,
         destination: Destinations,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self._subscriptions = subscriptions
         self._catalog = catalog
         self._destination = destination
+        self._telemetry = telemetry or Telemetry()
+        #: What rows are counted under, by their first five bytes.
+        self._kinds: dict[bytes, Tally] = {}
+        self._unknown = Tally()
         #: By the first five bytes of a row, and by handler.
         self._routes: dict[bytes, dict[str, Route]] = {}
         self._truncates: dict[int, list[Route]] = {}
@@ -130,12 +136,14 @@ class Router:
         self, kind: bytes, rows: Sequence[bytes], transaction: Transaction, index: int
     ) -> None:
         """Route neighbouring Insert, Update or Delete messages of one relation, their `kind`."""
+        self._kinds.get(kind, self._unknown).number += len(rows)
         for route in self._routes.get(kind, _NOBODY).values():
             route(rows, transaction, index)
 
     def truncate(self, oids: Sequence[int], transaction: Transaction, index: int) -> None:
         """Route a TRUNCATE; each relation of it counts as a row, and a partition as one."""
         for place, oid in enumerate(oids):
+            self._kinds.get(b"T" + oid.to_bytes(4, "big"), self._unknown).number += 1
             for route in self._truncates.get(oid, ()):
                 route([TRUNCATED], transaction, index + place)
 
@@ -144,6 +152,7 @@ class Router:
     ) -> None:
         """Route a logical message; `index` counts the messages of its transaction."""
         for route in self._messages.get(message.prefix, ()):
+            self._telemetry.tally(message.prefix, "message").number += 1
             route([message_row(message.content)], transaction, index)
 
     def relation(self, relation: pgoutput.Relation, transaction: Transaction) -> None:
@@ -160,8 +169,15 @@ class Router:
         wanted = [one for one in self._subscriptions if one.table in (own, *ancestors)]
         if not wanted:
             logger.warning(
-                "Rows of %s arrive that were written for a handler that is gone", escaped(str(own))
+                "Rows of %s arrive that were written for a handler that is gone",
+                escaped(str(own)),
+                extra={"table": str(own)},
             )
+        # Partitions, of which there may be thousands, are counted as their table.
+        counted = str(wanted[0].table if wanted else own)
+        for operation, tag in (*_TAGS.items(), (Operation.TRUNCATE, b"T")):
+            tally = self._telemetry.tally(counted, operation.names()[0])
+            self._kinds[tag + relation.oid.to_bytes(4, "big")] = tally
         for subscription in wanted:
             _require_columns(subscription, relation, described)
             table = _table(subscription, relation, described, types, bool(ancestors))
@@ -185,7 +201,7 @@ class Router:
                 table,
                 relation.columns,
                 self._matcher(subscription, relation),
-                lambda: self._unknown(subscription.table),
+                lambda: self._judged(subscription.table),
             )
         for operation, tag in _TAGS.items():
             if operation in subscription.captured:
@@ -238,14 +254,16 @@ class Router:
 
         return judged
 
-    def _unknown(self, table: TableName) -> None:
+    def _judged(self, table: TableName) -> None:
         self.unjudged += 1
+        self._telemetry.unjudged[str(table)] += 1
         if table not in self._warned:
             self._warned.add(table)
             logger.warning(
                 "%s: rows that lack old values or columns (written before its replica identity was "
                 "set, or a column added) are judged by what is known of them",
                 escaped(str(table)),
+                extra={"table": str(table)},
             )
 
 

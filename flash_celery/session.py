@@ -7,7 +7,6 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import psycopg
@@ -28,6 +27,7 @@ from .replication import ReplicationConnection
 from .routing import Catalog, Router
 from .settings import Settings
 from .subscriptions import Subscription, TableName
+from .telemetry import Telemetry, unix
 from .transactions import Transactions, runs
 from .watch import Watch
 
@@ -63,6 +63,7 @@ class Session:
         watch: Watch,
         lease: Lease,
         outbox: Outbox,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self._stream = stream
         self._connection = connection
@@ -71,15 +72,24 @@ class Session:
         self._control = control
         self._settings = settings
         self._lease = lease
+        self._telemetry = telemetry or Telemetry()
         self._outbox = outbox
         self._outbox.commit(progress.confirmed)
 
         def destination(
             subscription: Subscription, operation: Operation
         ) -> Callable[[Delivery], None]:
-            return partial(self._outbox.add, templates[subscription, operation])
+            route = templates.route(subscription, operation)
+            template, add = templates[subscription, operation], self._outbox.add
 
-        router = Router(templates.subscriptions, Catalog(connection, leaves), destination)
+            def deliver(delivery: Delivery) -> None:
+                add(template, delivery, route)
+
+            return deliver
+
+        router = Router(
+            templates.subscriptions, Catalog(connection, leaves), destination, self._telemetry
+        )
         self._transactions = Transactions(router, settings.flash_spool_directory)
         #: What has arrived and waits for a spooled transaction to be replayed.
         self._runs: deque[tuple[bytes, list[bytes]]] = deque()
@@ -92,6 +102,8 @@ class Session:
         self._reading = True
         self._told_position = Lsn(0)
         self._handed = Lsn(0)
+        #: How many transactions have been counted.
+        self._counted = 0
 
     def run(self) -> None:
         """Read, hand over, acknowledge.
@@ -173,6 +185,7 @@ class Session:
             return False
         self._looked = now
         self._watch.look(self._stream.received, self._reading)
+        self._telemetry.spooled = self._transactions.spooled
         return not self._transactions.open and self._look()
 
     def _patience(self, behind: bool) -> float:
@@ -218,10 +231,17 @@ class Session:
 
     def close(self) -> None:
         """Let go of what was spooled."""
+        self._telemetry.spooled, self._telemetry.held_back = 0, None
         self._transactions.close()
 
     def _hand_over(self, everything: bool = False) -> None:
-        unit = self._outbox.collect(everything, self._held)
+        transactions = self._transactions
+        unit = self._outbox.collect(
+            *(everything, self._held, unix(transactions.oldest), unix(transactions.committed_at))
+        )
+        transactions.oldest = transactions.committed_at if transactions.open else 0
+        self._telemetry.transactions += transactions.count - self._counted
+        self._counted = transactions.count
         if unit.messages or unit.position > self._handed:
             self._handed = max(self._handed, unit.position)
             self._publishing.put(unit)

@@ -14,6 +14,7 @@ from typing import Any
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
 
+from .address import http_address
 from .errors import ConfigurationError
 
 
@@ -67,6 +68,8 @@ class Settings:
     flash_failover_slot: bool = False
     #: Seconds that SIGTERM leaves for what is in flight.
     flash_shutdown_timeout: float = 10.0
+    #: Where the replication worker serves its status page, metrics and probes (`127.0.0.1:9187`).
+    flash_http: str = ""
     #: More databases, by name: for each its `dsn`, and its `slot` and `prefix` where these are not
     #: to be the default's with the name appended.
     flash_sources: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -168,6 +171,9 @@ class Settings:
                 "flash_max_queue_length is a number of messages, or 0 for no limit."
             )
 
+        if self.flash_http:
+            http_address(self.flash_http)
+
     def _check_names(self) -> None:
         slot = self.flash_replication_slot
         if len(slot) > 63 or not _SLOT.fullmatch(slot):
@@ -263,6 +269,7 @@ _KINDS: dict[str, Any] = {
     "flash_on_lost_slot": str,
     "flash_failover_slot": bool,
     "flash_shutdown_timeout": (int, float),
+    "flash_http": str,
     "flash_sources": Mapping,
 }
 

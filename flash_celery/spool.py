@@ -64,6 +64,8 @@ class Spool:
         self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=directory)  # noqa: SIM115
         # A bit for each xid: a loop of savepoints may have millions.
         self._aborted: defaultdict[int, int] = defaultdict(int)
+        #: Bytes that were appended.
+        self.size = 0
 
     def append(self, xid: int, messages: Iterable[bytes]) -> None:
         """Keep messages of the transaction, or of a savepoint in it, whose xid they bear.
@@ -72,7 +74,7 @@ class Spool:
         """
         parts = [part for one in messages for part in (_HEADER.pack(xid, len(one)), one)]
         try:
-            self._file.write(b"".join(parts))
+            self.size += self._file.write(b"".join(parts))
         except OSError as error:
             raise SpoolError(f"A large transaction cannot be spooled: {error}.") from error
 

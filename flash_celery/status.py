@@ -68,29 +68,54 @@ def status(
 ) -> dict[str, Any]:
     """Everything, ready for JSON."""
     templates = Templates(app, settings, subscriptions)
-    record = publications.read(connection, settings.flash_publication_slot_prefix).record
-    broker_error = dead = None
+    broker_error = None
     depths: dict[str, int | None] = {}
     try:
         depths = queue_depths(app, [*templates.queues, settings.flash_dead_queue])
-        # The first letter makes the queue.
-        dead = depths[settings.flash_dead_queue] or 0
     except PublishError as error:
         broker_error = str(error)
     return {
-        "source": settings.source,
-        "other_sources": list(settings.flash_sources),
-        "slot": slot_status(connection, settings.flash_replication_slot),
-        "slot_name": settings.flash_replication_slot,
-        #: What was never read, because the slot was lost and made anew.
-        "gaps": record.gaps if record else [],
-        "subscriptions": [_subscription(one, templates) for one in subscriptions],
-        "queues": {name: depths.get(name) for name in templates.queues},
-        "max_queue_length": settings.flash_max_queue_length,
-        "dead_letters": {"queue": settings.flash_dead_queue, "count": dead},
-        "broker_error": broker_error,
+        **declared(settings, templates),
+        **database(connection, settings),
+        **broker(settings, templates, depths, broker_error),
         #: Handlers no running worker knows; None if no worker answers.
         "unhandled": None if broker_error else unhandled(app, subscriptions),
+    }
+
+
+def declared(settings: Settings, templates: Templates) -> dict[str, Any]:
+    """What the project says."""
+    return {
+        "source": settings.source,
+        "other_sources": list(settings.flash_sources),
+        "slot_name": settings.flash_replication_slot,
+        "subscriptions": [_subscription(one, templates) for one in templates.subscriptions],
+    }
+
+
+def database(connection: psycopg.Connection[Any], settings: Settings) -> dict[str, Any]:
+    """What PostgreSQL says."""
+    record = publications.read(connection, settings.flash_publication_slot_prefix).record
+    return {
+        "slot": slot_status(connection, settings.flash_replication_slot),
+        #: What was never read, because the slot was lost and made anew.
+        "gaps": record.gaps if record else [],
+    }
+
+
+def broker(
+    settings: Settings, templates: Templates, depths: dict[str, int | None], error: str | None
+) -> dict[str, Any]:
+    """What the broker says: the depths of its queues, None for one that is not there, or an error
+    instead."""
+    dead = settings.flash_dead_queue
+    # The first letter makes the queue.
+    count = (depths[dead] or 0) if dead in depths else None
+    return {
+        "queues": {name: depths.get(name) for name in templates.queues},
+        "max_queue_length": settings.flash_max_queue_length,
+        "dead_letters": {"queue": dead, "count": count},
+        "broker_error": error,
     }
 
 
@@ -107,7 +132,7 @@ def _subscription(subscription: Subscription, templates: Templates) -> dict[str,
 def lines(found: dict[str, Any]) -> list[str]:
     """The same for people."""
     said = [f"source     {found['source']}"] if found["source"] else []
-    said += _slot_lines(found)
+    said += slot_lines(found)
     said += [f"gap        {Gap(**gap)}" for gap in found["gaps"]]
     said += ["", "handlers"]
     width = max((len(one["handler"]) for one in found["subscriptions"]), default=0)
@@ -116,7 +141,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         said.append(f"  {one['handler']:<{width}}  {one['table']}  {operations}  → {queues}")
     said += ["", "queues"]
     for name, depth in found["queues"].items():
-        said.append(f"  {name}  {_waiting(depth, found['max_queue_length'])}")
+        said.append(f"  {name}  {waiting(depth, found['max_queue_length'])}")
     letters = found["dead_letters"]
     count = "unknown" if letters["count"] is None else f"{letters['count']} dead letters"
     said.append(f"  {letters['queue']}  {count}")
@@ -132,7 +157,8 @@ def lines(found: dict[str, Any]) -> list[str]:
     return said
 
 
-def _waiting(depth: int | None, limit: int) -> str:
+def waiting(depth: int | None, limit: int) -> str:
+    """How many messages wait in a queue, readably."""
     if depth is None:
         return "unknown"
     if not limit:
@@ -141,7 +167,8 @@ def _waiting(depth: int | None, limit: int) -> str:
     return f"{depth} waiting, at most {limit}{full}"
 
 
-def _slot_lines(found: dict[str, Any]) -> list[str]:
+def slot_lines(found: dict[str, Any]) -> list[str]:
+    """What is said of the slot; each line begins with its subject."""
     slot = found["slot"]
     if slot is None:
         name = found["slot_name"]

@@ -77,6 +77,16 @@ class Transactions:
         self.replaying = False
         self._replay: Iterator[bytes] = iter(())
         self._committed: pgoutput.StreamCommit | None = None
+        #: How many have begun.
+        self.count = 0
+        #: When the last one was committed, and the first one since somebody set this to 0, as
+        #: PostgreSQL counts.
+        self.committed_at = self.oldest = 0
+
+    @property
+    def spooled(self) -> int:
+        """Bytes that wait for the end of their transaction."""
+        return sum(spool.size for spool in self._spools.values())
 
     @property
     def open(self) -> bool:
@@ -157,7 +167,11 @@ class Transactions:
         if self._transaction is not _NOTHING:
             raise ProtocolError("A transaction began before the last one had ended.")
         self._transaction = Transaction._make(transaction)
+        self.committed_at = committed_at = transaction[2]
         self._index = self._messages = 0
+        self.count += 1
+        if not self.oldest:
+            self.oldest = committed_at
 
     def _abort(self, abort: pgoutput.StreamAbort) -> None:
         # The server speaks of aborts too of which it had sent nothing yet.

@@ -19,6 +19,7 @@ from .progress import Progress
 from .protocol.lsn import Lsn
 from .settings import Settings
 from .slots import POSITION
+from .telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class Watch:
         settings: Settings,
         progress: Progress,
         clock: Callable[[], float] = time.monotonic,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self._connection = connection
         self._pid = pid
@@ -71,6 +73,7 @@ class Watch:
         self._patience = settings.longest_silence
         self._progress = progress
         self._clock = clock
+        self._telemetry = telemetry or Telemetry()
         self._received = Lsn(0)
         self._moved = clock()
         self._heartbeat: _Heartbeat | None = None
@@ -114,6 +117,7 @@ class Watch:
             self._heartbeat = None
             if self._held_back:
                 self._held_back = False
+                self._telemetry.held_back = None
                 logger.warning("PostgreSQL sends changes again")
         elif now - max(self._moved, self._heartbeat.written) > self._patience:
             self._overdue(now - self._heartbeat.written)
@@ -145,6 +149,7 @@ class Watch:
         self._moved = self._clock()
         if event == _HELD_BACK and not self._held_back:
             self._held_back = True
+            self._telemetry.held_back = time.time()
             logger.warning(
                 "PostgreSQL holds changes back until the standbys of synchronized_standby_slots "
                 "have them; start these standbys, or take them out of that setting"

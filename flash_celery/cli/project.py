@@ -69,6 +69,17 @@ class Project:
         return LetterBox(self.app, self.settings.flash_dead_queue)
 
 
+def _complain(message: str, as_json: bool) -> None:
+    if not as_json:
+        say(f"Error: {message}", err=True)
+        return
+    import time
+
+    from .. import logs
+
+    click.echo(logs.line(logs.fields(time.time(), "ERROR", __name__, message)), err=True)
+
+
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command its project, and turn errors into one sentence."""
 
@@ -85,12 +96,13 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
 
         from ..errors import FlashError
 
+        as_json = bool(kwargs.get("log_json"))
         try:
             return function(Project(context.obj.app, source), *args, **kwargs)
         except FlashError as error:
-            say(f"Error: {error}", err=True)
+            _complain(str(error), as_json)
         except Error as error:
-            say(f"Error: PostgreSQL: {' '.join(str(error).split())}", err=True)
+            _complain(f"PostgreSQL: {' '.join(str(error).split())}", as_json)
         return context.exit(BAD_INPUT)
 
     return run

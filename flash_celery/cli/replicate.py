@@ -23,21 +23,39 @@ _LATE_SECONDS = 1.0
     help="Start once running Celery workers know every handler (a worker throws away a task it "
     "does not know).",
 )
+@click.option("--log-json", is_flag=True, help="Log one JSON object a line.")
+@click.option(
+    "--http",
+    metavar="HOST:PORT",
+    default=None,
+    help="Serve status page, metrics and probes there.  [default: flash_http]",
+)
 @command
-def replicate(project: Project, loglevel: str, logfile: str | None, wait_for_workers: bool) -> None:
+def replicate(
+    project: Project,
+    loglevel: str,
+    logfile: str | None,
+    wait_for_workers: bool,
+    log_json: bool,
+    http: str | None,
+) -> None:
     """Read the slot and enqueue changes, until SIGTERM or Ctrl-C.
 
     Creates the slot and its publications where they are missing. A second signal ends it at once.
     Of several databases each has a process of its own: --source.
     """
-    from .. import publishers, sources
+    from .. import logs, publishers, sources
     from ..control import Stopped
     from ..replicator import Replicator
 
     sources.check(*project.sources)
     project.app.log.setup(loglevel=loglevel, logfile=logfile, redirect_stdouts=False)
+    if log_json:
+        logs.as_json(project.settings.source)
     publisher = publishers.for_app(project.app, 2 * project.settings.flash_status_interval)
     replicator = Replicator(project.app, project.settings, project.subscriptions, publisher)
+    address = project.settings.flash_http if http is None else http
+    server = _server(project, address, replicator.telemetry) if address else None
 
     def stop(number: int, frame: Any) -> None:
         for known in (signal.SIGTERM, signal.SIGINT):
@@ -52,6 +70,8 @@ def replicate(project: Project, loglevel: str, logfile: str | None, wait_for_wor
         signal.signal(number, stop)
     signal.set_wakeup_fd(replicator.control.waker.fileno(), warn_on_full_buffer=False)
     try:
+        if server is not None:
+            server.start()
         if wait_for_workers:
             replicator.wait_until(lambda: _workers_know(project), "Celery workers with this code")
         with suppress(Stopped):
@@ -59,6 +79,25 @@ def replicate(project: Project, loglevel: str, logfile: str | None, wait_for_wor
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.set_wakeup_fd(-1)
+        if server is not None:
+            server.close()
+
+
+def _server(project: Project, address: str, telemetry: Any) -> Any:
+    """Listens already, so that a port in use ends it before anything is created."""
+    from ..errors import ConfigurationError
+
+    try:
+        from ..monitoring.observer import Observer
+        from ..monitoring.server import Server
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "prometheus_client":
+            raise
+        raise ConfigurationError(
+            "flash_http needs prometheus_client: pip install 'flash-celery[metrics]'."
+        ) from None
+    observer = Observer(project.app, project.settings, project.subscriptions, telemetry)
+    return Server(address, observer)
 
 
 def _workers_know(project: Project) -> bool:

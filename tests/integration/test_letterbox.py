@@ -12,6 +12,7 @@ from celery import Celery
 from example_project.servers import wait_until
 from flash_celery import letters
 from flash_celery.letterbox import LetterBox, Wanted
+from flash_celery.monitoring.broker import Broker
 from flash_celery.publishers import for_app
 
 #: More than are read from Redis at a time.
@@ -99,3 +100,28 @@ def test_some_are_taken_out_of_the_middle(app, box):
     assert box.drop(some) == 0
     assert box.drop(box.find(Wanted())) == COUNT - 9
     assert ids(box) == []
+
+
+def test_monitoring_counts_the_letters_and_takes_none(app, box):
+    watched = Broker(app, ["flash", "not there"], "flash.dead")
+    for _ in range(2):  # the second time on the same connection, or a new one
+        depths = watched.depths()
+        assert depths["flash.dead"] == COUNT
+        on_redis = app.conf.broker_url.startswith("redis")
+        assert depths["not there"] == (0 if on_redis else None)
+        newest = watched.newest_dead(COUNT)
+        assert [one["id"] for one in newest] == (IDS[:-6:-1] if on_redis else [])
+    assert all(one["error"] == "ValueError: no" for one in newest)
+    watched.close()
+    assert ids(box) == IDS
+
+
+@pytest.mark.parametrize("app", ["redis", "prefixed"], indirect=True)
+def test_monitoring_outlives_what_is_no_letter(app, box, valkey):
+    prefix = app.conf.broker_transport_options.get("global_keyprefix", "")
+    with redis.Redis(port=valkey.port) as client:
+        client.lpush(f"{prefix}flash.dead", "{", "[1]", '{"body": 5}')
+    watched = Broker(app, [], "flash.dead")
+    count = watched.depths()["flash.dead"]
+    assert [one["id"] for one in watched.newest_dead(count)] == IDS[:-3:-1]
+    watched.close()

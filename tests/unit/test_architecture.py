@@ -12,8 +12,10 @@ PACKAGE = Path(__file__).parents[2] / "flash_celery"
 ALLOWED = {
     # Both sides.
     "escaping": set(),
+    "address": {"errors"},
+    "logs": set(),
     "errors": {"escaping"},
-    "settings": {"errors"},
+    "settings": {"address", "errors"},
     "protocol": set(),
     "protocol.lsn": set(),
     "protocol.messages": {"protocol"},
@@ -37,6 +39,8 @@ ALLOWED = {
     },
     # Capture, in the direction of the data.
     "backoff": set(),
+    # Plain numbers, which the capture side writes and `monitoring` reads.
+    "telemetry": {"progress", "errors"},
     "control": set(),
     "progress": {"protocol"},
     "protocol.frames": {"protocol", "errors"},
@@ -46,18 +50,19 @@ ALLOWED = {
     "transitions": {"changes", "conditions", "rows", "subscriptions", "protocol"},
     "routing": {
         *("catalog", "changes", "column_types", "conditions", "escaping", "payload", "protocol"),
-        *("rows", "subscriptions", "transitions", "errors"),
+        *("rows", "subscriptions", "telemetry", "transitions", "errors"),
     },
     "enqueued": {"payload", "protocol", "rows"},
     "options": {"changes", "settings", "subscriptions", "errors"},
     "messages": {
         *("changes", "enqueued", "options", "payload", "rows", "settings", "subscriptions"),
+        "telemetry",
     },
-    "outbox": {"enqueued", "messages", "payload", "protocol"},
-    "backpressure": {"messages"},
+    "outbox": {"enqueued", "messages", "payload", "protocol", "telemetry"},
+    "backpressure": {"messages", "telemetry"},
     "publishing": {
         *("backoff", "backpressure", "enqueued", "messages", "outbox", "protocol"),
-        *("publishers", "errors"),
+        *("publishers", "telemetry", "errors"),
     },
     "letters": {
         "changes",
@@ -101,7 +106,7 @@ ALLOWED = {
     },
     "oversize": {"changes", "escaping", "letters", "messages", "payload", "protocol", "rows"}
     | {"errors"},
-    "watch": {"progress", "protocol", "settings", "slots", "errors"},
+    "watch": {"progress", "protocol", "settings", "slots", "telemetry", "errors"},
     "session": {
         *("catalog", "changes", "control", "enqueued", "messages", "outbox", "payload"),
         *(
@@ -113,19 +118,20 @@ ALLOWED = {
             "settings",
             "subscriptions",
         ),
-        *("transactions", "watch", "errors"),
+        *("telemetry", "transactions", "watch", "errors"),
     },
     "replicator": {
         *("backoff", "catalog", "control", "ddl", "enqueued", "escaping", "letters", "messages"),
         *("outbox", "oversize", "progress", "provisioning"),
         *("protocol", "publications", "publishers", "publishing", "replication", "session"),
-        *("settings", "slots", "subscriptions", "watch", "errors"),
+        *("settings", "slots", "subscriptions", "telemetry", "watch", "errors"),
     },
     # Commands import what they do.
     "status": {
         *("backpressure", "doctor", "messages", "publications", "publishers", "settings", "slots"),
         *("subscriptions", "errors"),
     },
+    "live": {"escaping", "protocol", "settings", "slots", "status", "subscriptions", "errors"},
     "doctor": {"findings", "publishers", "settings", "spool", "subscriptions", "errors"},
     "letterbox": {"letters", "publishers", "subscriptions", "errors"},
     "explain": {
@@ -137,6 +143,17 @@ ALLOWED = {
         "replication",
         *("routing", "rows", "subscriptions", "transactions", "errors"),
     },
+    # Beside the replication worker, in threads of its own; nothing of it is imported there.
+    "monitoring": set(),
+    "monitoring.history": set(),
+    "monitoring.broker": {"letters", "publishers", "errors"},
+    "monitoring.health": {"settings", "telemetry"},
+    "monitoring.metrics": {"protocol", "telemetry"},
+    "monitoring.observer": {
+        *("monitoring", "catalog", "doctor", "escaping", "messages", "settings", "status"),
+        *("subscriptions", "telemetry", "errors"),
+    },
+    "monitoring.server": {"monitoring", "address", "errors"},
     "sources": {"findings", "settings", "subscriptions", "errors"},
     # For the tests of users; nothing else imports it.
     "testing": {"testing"},
@@ -154,18 +171,29 @@ ALLOWED = {
     },
     "pytest_plugin": {"testing"},
     "cli": {"cli"},
-    "cli.project": {"catalog", "escaping", "handlers", "letterbox", "replicator", "settings"}
+    "cli.project": {
+        "catalog",
+        "escaping",
+        "handlers",
+        "letterbox",
+        "logs",
+        "replicator",
+        "settings",
+    }
     | {"subscriptions", "errors"},
     "cli.replicate": {
         "cli",
         "control",
         "doctor",
+        "errors",
         "findings",
+        "logs",
+        "monitoring",
         "publishers",
         "replicator",
         "sources",
     },
-    "cli.status": {"cli", "status"},
+    "cli.status": {"cli", "live", "status", "errors"},
     "cli.doctor": {"cli", "doctor", "escaping", "explain", "findings", "preflight", "script"}
     | {"server", "sources", "standbys"},
     "cli.reset": {"cli", "reset"},

@@ -1,0 +1,1 @@
+"""What a replication worker shows of itself; imported where `flash_http` is set."""

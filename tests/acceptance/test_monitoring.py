@@ -1,0 +1,232 @@
+"""What the replication worker serves over HTTP, the page in a browser, and its log."""
+
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import urllib.error
+import urllib.request
+
+import pytest
+
+from example_project.servers import end_with_parent, free_port, wait_until
+from tests import browser
+from tests.conftest import missing
+
+EVIL = "<img src=x onerror=document.title=1>"
+
+
+@pytest.fixture
+def address():
+    return f"127.0.0.1:{free_port()}"
+
+
+def get(address, path, method="GET"):
+    request = urllib.request.Request(f"http://{address}{path}", method=method)
+    try:
+        answer = urllib.request.urlopen(request, timeout=20)
+    except urllib.error.HTTPError as error:
+        answer = error
+    with answer:
+        return answer.status, answer.read().decode(), dict(answer.headers)
+
+
+def ready(address, query=""):
+    status, body, _ = get(address, f"/ready{query}")
+    said = json.loads(body)
+    assert said["ready"] is (status == 200)
+    return status, said
+
+
+def samples(text):
+    """Prometheus' lines: name, labels and value."""
+    found = {}
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            named, labels, value = re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+)", line).groups()
+            pairs = re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', labels or "")
+            found.setdefault(named, []).append((dict(pairs), float(value)))
+    return found
+
+
+def test_ten_thousand_rows_are_counted_shown_and_not_logged(shop, address):
+    from flash_celery.monitoring.metrics import METRICS
+
+    evil = f'"{EVIL}"'
+    shop.database.execute(f"CREATE TABLE {evil} (id int PRIMARY KEY, name text, note text)")
+    options = ("--log-json", "--http", address)
+    worker = shop.replicate(*options, SHOP_ALSO=evil, SHOP_BATCH="1")
+    # Clients that say nothing neither hold it up nor, later, its end.
+    idle = [socket.create_connection(address.split(":")) for _ in range(3)]
+    shop.database.execute(
+        "INSERT INTO items SELECT g, 'x', 'y' FROM generate_series(1, 10000) g",
+        *(f"UPDATE items SET name = 'z' WHERE id = {number}" for number in range(1, 51)),
+        "TRUNCATE items",
+        f"INSERT INTO {evil} VALUES (1)",
+    )
+
+    def counted():
+        found = samples(get(address, "/metrics")[1])
+        enqueued = found["flash_changes_enqueued_total"]
+        done = sum(value for _, value in enqueued) == 20_052
+        return found if done and "flash_slot_active" in found else None
+
+    found = wait_until(counted, "everything to be counted")
+    expected = {
+        name if kind != "histogram" else f"{name}_bucket" for name, (kind, *_) in METRICS.items()
+    }
+    rare = {
+        *("flash_changes_unjudged_total", "flash_publish_failures_total"),
+        *("flash_slot_safe_bytes", "flash_queue_limit_messages"),
+    }
+    assert expected - rare <= found.keys()
+    for name in found.keys() & METRICS.keys():
+        assert found[name][0][0].keys() == {"source", *METRICS[name].labels}, name
+    items = {"source": "default", "table": "public.items"}
+    assert ({**items, "operation": "insert"}, 10_000) in found["flash_changes_received_total"]
+    assert ({**items, "operation": "update"}, 50) in found["flash_changes_received_total"]
+    assert ({**items, "operation": "truncate"}, 1) in found["flash_changes_received_total"]
+    many = {**items, "operation": "insert", "handler": "shop.many", "queue": "batches"}
+    assert (many, 10_000) in found["flash_changes_enqueued_total"]
+    (count,) = found["flash_enqueue_delay_seconds_count"]
+    assert count[1] > 0
+    if shutil.which("promtool"):
+        text = get(address, "/metrics")[1].encode()
+        checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True)
+        assert not checked.returncode, checked.stderr
+
+    assert get(address, "/live")[0] == 200
+    assert ready(address)[0] == 200
+    assert get(address, "/nothing")[0] == 404
+    assert get(address, "/status.json", "POST")[0] == 501
+    assert get(address, "/", "HEAD")[1] == ""
+    status = json.loads(get(address, "/status.json")[1])
+    told = json.loads(shop.run("flash", "status", "--json").stdout)
+    told_too = told.keys() - {"subscriptions", "queues", "unhandled"}  # another environment's
+    assert told_too <= status.keys()
+    assert status["slot"].keys() == told["slot"].keys()
+    if browser.installed():
+        _see(address)
+    elif os.environ.get("CI"):
+        missing("chromium with its driver")
+    assert shop.end(worker) == 0
+    for client in idle:
+        client.close()
+    lines = [json.loads(line) for line in worker.log.read_text().splitlines()]
+    assert len(lines) < 10, lines
+    assert all(line.keys() >= {"time", "level", "logger", "message"} for line in lines)
+    reading = [line for line in lines if line["message"].startswith("Replicating the slot")]
+    assert [line["slot"] for line in reading] == [shop.database.slot]
+    assert lines[-1]["message"].startswith("Ended")
+
+
+def _see(address):
+    """The page in a browser, which finds nothing to complain of."""
+    with browser.browser() as driver:
+        for width, dark in ((390, True), (1120, False)):
+            browser.show(driver, f"http://{address}/", width=width, dark=dark)
+            assert browser.text(driver, "#state") == "Streaming"
+            wide = driver.execute_script("return document.documentElement.scrollWidth")
+            assert wide <= width
+        assert EVIL in browser.text(driver, "#changes").replace("\n", "")
+        assert "10,000" in browser.text(driver, "#changes")
+        assert "shop.each" in browser.text(driver, "#handlers")
+        assert "batches" in browser.text(driver, "#queues")
+        assert "reserved" in browser.text(driver, "#slot")
+        assert driver.title == "flash-celery"
+        assert driver.execute_script("return document.querySelectorAll('.chart .curve').length") > 0
+        assert driver.execute_script("return document.querySelectorAll('img').length") == 0
+        # Neither a script error nor a violation of the policy.
+        assert driver.get_log("browser") == []
+
+
+def test_a_standby_and_a_broker_that_is_down_are_alive_and_not_ready(shop, address):
+    other = f"127.0.0.1:{free_port()}"
+    first = shop.replicate("--http", address, SHOP_BROKER="redis://:secret@127.0.0.1:1/0")
+    second = shop.replicate("--http", other, wait=False)
+    shop.database.execute("INSERT INTO items VALUES (1)")
+
+    def waits():
+        status, said = ready(address)
+        return said if status == 503 and said["state"] == "streaming" else None
+
+    (reason,) = wait_until(waits, "the broker to be missed")["reasons"]
+    assert re.match(r"The broker has failed for \d+ s\. The broker redis://", reason)
+    assert "secret" not in get(address, "/status.json")[1] + get(address, "/metrics")[1]
+    assert get(address, "/live")[0] == 200
+    shop.until_said(second, "is active for PID")
+    status, said = ready(other)
+    assert (status, said["state"]) == (503, "standby")
+    assert ready(other, "?standby=ok")[0] == 200
+    assert ready(address, "?standby=ok")[0] == 503
+    first.kill()
+    wait_until(lambda: ready(other)[0] == 200, "the standby to read")
+    shop.database.execute(
+        "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots "
+        f"WHERE slot_name = '{shop.database.slot}'"
+    )
+
+    def reconnected():
+        ((_, count),) = samples(get(other, "/metrics")[1])["flash_reconnections_total"]
+        return count == 1 and ready(other)[0] == 200
+
+    wait_until(reconnected, "the stream to begin anew")
+    (error,) = json.loads(get(other, "/status.json")[1])["errors"][:1]
+    assert error["solution"]
+    assert shop.end(second) == 0
+
+
+def test_a_port_in_use_creates_nothing(shop):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        ran = shop.run("flash", "replicate", "--http", address, "--log-json")
+    assert ran.returncode == 2
+    (line,) = ran.stderr.splitlines()
+    said = f"Nothing can listen on flash_http = '{address}': Address already in use; "
+    assert json.loads(line)["message"].startswith(said)
+    assert not shop.database.one("SELECT count(*) FROM pg_publication")
+    assert not shop.database.one(
+        "SELECT count(*) FROM pg_replication_slots WHERE database = current_database()"
+    )
+
+
+def test_status_is_watched_until_ctrl_c(shop):
+    shop.database.execute("INSERT INTO items VALUES (1)")
+    screen, terminal = pty.openpty()
+    process = subprocess.Popen(
+        shop.command("flash", "status", "--watch", "--interval", "0.1"),
+        env={**shop.environment, "TERM": "xterm", "COLUMNS": "100", "LINES": "40"},
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        preexec_fn=end_with_parent(signal.SIGKILL),
+    )
+    shop.processes.append(process)
+    os.close(terminal)
+    shown = ""
+    while shown.count("Ctrl-C ends it") < 2:
+        shown += os.read(screen, 65536).decode()
+    assert "does not exist yet" in shown
+    assert "shop.each" in shown
+    process.send_signal(signal.SIGINT)
+    while True:
+        try:
+            left = os.read(screen, 65536).decode()
+        except OSError:  # it has ended
+            break
+        shown += left
+    os.close(screen)
+    assert process.wait(10) == 0
+    assert "Traceback" not in shown
+    assert "Aborted" not in shown
+
+
+@pytest.mark.soak
+def test_promtool_accepts_the_alert_rules():
+    if shutil.which("promtool") is None:
+        missing("promtool (prometheus)")
+    subprocess.run(["promtool", "check", "rules", "docs/monitoring/alerts.yml"], check=True)

@@ -1,0 +1,310 @@
+"""What is said of a worker's health and history, and that documents name what there is."""
+
+import json
+import logging
+import re
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from example_project.servers import wait_until
+from flash_celery import logs, on_change
+from flash_celery.address import http_address
+from flash_celery.cli import flash
+from flash_celery.errors import ConfigurationError
+from flash_celery.monitoring import health
+from flash_celery.monitoring.history import Counts, History
+from flash_celery.monitoring.metrics import METRICS, Metrics
+from flash_celery.monitoring.observer import Observer
+from flash_celery.monitoring.server import Server
+from flash_celery.settings import Settings
+from flash_celery.telemetry import CONNECTING, STANDBY, STREAMING, Telemetry, route
+
+DOCS = Path(__file__).parents[2] / "docs"
+SLOT = {"name": "flash", "wal_status": "reserved", "safe_wal_size": None, "retained_bytes": 5}
+
+
+def report(**more):
+    now = time.time()
+    found = {
+        "state": STREAMING,
+        "state_since": now,
+        "errors": [],
+        "broker_failing_since": None,
+        "held_back_since": None,
+        "slot": SLOT,
+        "stuck_seconds": 0.0,
+    }
+    return found | more
+
+
+def test_a_worker_that_streams_and_lacks_nothing_is_ready():
+    assert health.problems(report()) == []
+    assert health.problems(report(slot=None)) == []
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        ({"state": CONNECTING}, "Not reading (connecting)"),
+        ({"state": STANDBY}, "another worker reads the slot"),
+        ({"broker_failing_since": 1.0}, "The broker has failed for"),
+        ({"held_back_since": 1.0}, "synchronized_standby_slots"),
+        ({"slot": SLOT | {"wal_status": "unreserved"}}, "max_slot_wal_keep_size"),
+        ({"slot": SLOT | {"safe_wal_size": 4}}, "more than half"),
+    ],
+)
+def test_whatever_is_wrong_is_said(trouble, said):
+    (problem,) = health.problems(report(**trouble))
+    assert said in problem
+
+
+def test_each_trouble_comes_with_its_own_error():
+    errors = [
+        {"kind": "NotConfirmed", "message": "No room."},
+        {"kind": "ReplicationError", "message": "No server."},
+    ]
+    found = health.problems(report(errors=errors, state=CONNECTING, broker_failing_since=1.0))
+    assert found[0].endswith(" No server.")
+    assert found[1].endswith(" No room.")
+
+
+def test_a_standby_is_ready_to_take_over_unless_something_else_is_wrong():
+    for more, ready in (({}, True), ({"broker_failing_since": 1.0}, False)):
+        found = report(state=STANDBY, **more)
+        found["problems"] = health.problems(found)
+        assert health.only_standby(found) is ready
+
+
+def test_a_loop_that_does_not_turn_is_dead():
+    limit = health.patience(Settings())
+    assert limit == 90
+    assert health.live(report(stuck_seconds=limit - 1), limit)
+    assert not health.live(report(stuck_seconds=limit), limit)
+    assert health.patience(Settings(flash_status_interval=1)) == 60
+
+
+def test_rates_are_of_the_last_minute_and_samples_of_the_last_hour():
+    history = History()
+    for place in range(1000):
+        counts = Counts(5.0 * place, {"a": 10 * place}, {"b": 5 * place})
+        history.add(counts, 1, 2.0, 3)
+    assert len(history.samples) == 720
+    assert history.samples[-1] == (4995.0, 1, 2.0, 2.0, 1.0, 3)
+    received, enqueued = history.rates(Counts(5000.0, {"a": 10_000, "new": 13}, {"b": 5000}))
+    assert received == {"a": 2.0, "new": 0.2}
+    assert enqueued == {"b": 1.0}
+
+
+@pytest.fixture
+def observer(app):
+    app.conf.flash_dsn = "postgresql://x@127.0.0.1:1/x"
+    return Observer(app, Settings.from_app(app), [], Telemetry())
+
+
+def lag(observer, state, behind=None, oldest=None, committed=0.0):
+    telemetry = observer.telemetry
+    telemetry.state, telemetry.committed = state, committed
+    telemetry.unconfirmed = lambda: oldest
+    slot = None if behind is None else SLOT | {"lag_bytes": behind}
+    observer._seen_database = {"slot": slot, "gaps": [], "database_error": None}
+    return observer.report()["lag_seconds"]
+
+
+def test_the_lag_is_zero_only_if_nothing_is_left(observer):
+    ago = time.time() - 100
+    assert lag(observer, STREAMING, 0, committed=ago) == 0
+    assert lag(observer, STREAMING, 100, oldest=ago) == pytest.approx(100, abs=5)
+    assert lag(observer, STREAMING, 1 << 20, committed=ago) == pytest.approx(100, abs=5)
+    # PostgreSQL is down, and nobody knows what is there.
+    assert lag(observer, CONNECTING, None, committed=ago) == pytest.approx(100, abs=5)
+    assert lag(observer, STREAMING, None) is None
+    assert lag(observer, STANDBY, 1 << 20, committed=ago) is None
+
+
+def test_a_server_that_is_away_is_shown_without_a_password(app):
+    app.conf.flash_dsn = "postgresql://x:secret@127.0.0.1:1/x"
+    app.conf.broker_url = "redis://:secret@127.0.0.1:1/0"
+    observer = Observer(app, Settings.from_app(app), [], Telemetry())
+    observer._look_at_database()
+    observer._look_at_broker()
+    page = observer.page()
+    assert "127.0.0.1" in page["database_error"]
+    assert "127.0.0.1" in page["broker_error"]
+    assert page["dead_letters"]["count"] is None
+    text = json.dumps(page) + Metrics(observer.telemetry, observer.report).text().decode()
+    assert "secret" not in text
+    assert 'flash_broker_up{source="default"} 0.0' in text
+
+
+def test_names_cannot_leave_their_label(observer):
+    name = 'a"b\\c\nflash_ready 9'
+    observer.telemetry.enqueued[route(name, "insert", "handle", "flash")] = 1
+    text = Metrics(observer.telemetry, observer.report).text().decode()
+    assert r'table="a\"b\\c\nflash_ready 9"' in text
+    assert [line for line in text.splitlines() if line.startswith("flash_ready ")] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "host", "port"),
+    [
+        ("127.0.0.1:9187", "127.0.0.1", 9187),
+        ("[::1]:80", "::1", 80),
+        ("db.internal:0", "db.internal", 0),
+    ],
+)
+def test_an_address_is_host_and_port(given, host, port):
+    assert http_address(given) == (host, port)
+
+
+@pytest.mark.parametrize("bad", ["9187", ":9187", "host", "host:", "host:http", "host:70000"])
+def test_a_bad_address_is_one_sentence(app, bad):
+    app.conf.flash_http = bad
+    with pytest.raises(ConfigurationError, match=r"flash_http must be host:port, .*, not '"):
+        Settings.from_app(app)
+
+
+def test_a_log_line_is_one_object_with_what_it_is_about():
+    formatter = logs.JsonFormatter("billing")
+    try:
+        raise ValueError("two\nlines")
+    except ValueError as error:
+        info = type(error), error, error.__traceback__
+    record = logging.LogRecord("flash", logging.ERROR, "f.py", 1, "%s failed", ("ü\n",), info)
+    record.lsn, record.message_ = "0/5", object()
+    line = formatter.format(record)
+    assert line.isascii()
+    assert "\n" not in line
+    said = json.loads(line)
+    assert said["message"] == "ü\n failed"
+    assert (said["level"], said["source"], said["lsn"]) == ("error", "billing", "0/5")
+    assert said["exception"].endswith("ValueError: two\nlines")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", said["time"])
+
+
+def test_every_metric_is_documented():
+    text = (DOCS / "monitoring.md").read_text()
+    rows = re.findall(r"^\| `(flash_\w+)` \| (\w+) \| (.*?) \| (.*) \|$", text, re.MULTILINE)
+    documented = {name: (kind, said, labels) for name, kind, labels, said in rows}
+    assert documented == {
+        name: (kind, said, ", ".join(f"`{label}`" for label in labels))
+        for name, (kind, said, labels) in METRICS.items()
+    }
+
+
+def expressions():
+    for group in yaml.safe_load((DOCS / "monitoring/alerts.yml").read_text())["groups"]:
+        for rule in group["rules"]:
+            yield rule["expr"]
+    board = json.loads((DOCS / "monitoring/grafana.json").read_text())
+    for panel in board["panels"]:
+        for target in panel["targets"]:
+            yield target["expr"]
+
+
+PROCESS = {"process_resident_memory_bytes", "process_cpu_seconds_total"}
+FUNCTIONS = {"max", "min", "sum", "rate", "increase", "absent", "histogram_quantile"}
+WORDS = {"by", "or", "and", "on"}
+
+
+@pytest.mark.parametrize("expression", sorted(set(expressions())))
+def test_dashboard_and_alerts_use_metrics_and_labels_that_exist(expression):
+    labels = {"le", "source", "instance"}
+    for name in re.findall(r"\b(?:flash|process)_\w+", re.sub(r'"[^"]*"', "", expression)):
+        known = METRICS.get(name.removesuffix("_bucket"))
+        assert known or name in PROCESS, name
+        labels |= set(known.labels if known else ())
+    for matchers in re.findall(r"\{(.*?)\}", expression):
+        assert set(re.findall(r"(\w+)=", matchers)) <= labels, expression
+    for grouped in re.findall(r"\b(?:by|on) \((.*?)\)", expression):
+        assert set(grouped.split(", ")) <= labels, expression
+    bare = re.sub(r'"[^"]*"|\{.*?\}|\[.*?\]|\((?:\w+, )*\w+\)', " ", expression)
+    words = set(re.findall(r"\b[a-z_]+\b", bare))
+    assert words <= FUNCTIONS | WORDS | PROCESS | {f"{n}_bucket" for n in METRICS} | METRICS.keys()
+
+
+def test_every_alert_says_what_to_do():
+    text = (DOCS / "monitoring.md").read_text()
+    documented = re.findall(r"^\| `(Flash\w+)` \| .+ \|$", text, re.MULTILINE)
+    (group,) = yaml.safe_load((DOCS / "monitoring/alerts.yml").read_text())["groups"]
+    assert documented == [rule["alert"] for rule in group["rules"]]
+    for rule in group["rules"]:
+        assert rule["annotations"].keys() == {"summary", "description"}
+
+
+@pytest.mark.parametrize(
+    ("library", "command", "extra"),
+    [
+        ("prometheus_client", ["replicate", "--http", "127.0.0.1:0"], "flash-celery[metrics]"),
+        ("rich", ["status", "--watch"], "flash-celery[watch]"),
+    ],
+)
+def test_a_library_that_is_missing_is_named(app, monkeypatch, library, command, extra):
+    for name in list(sys.modules):
+        if name.split(".")[0] == library or name.startswith(
+            ("flash_celery.monitoring", "flash_celery.live")
+        ):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    for parent, child in (("flash_celery", "live"), ("flash_celery", "monitoring")):
+        monkeypatch.delattr(sys.modules[parent], child, raising=False)
+    app.conf.update(flash_dsn="postgresql://x@127.0.0.1:1/x", broker_url="memory://")
+
+    @on_change("items")
+    @app.task
+    def handle(change): ...
+
+    ran = CliRunner().invoke(flash, command, obj=SimpleNamespace(app=app))
+    assert ran.exit_code == 2, ran.exception
+    assert ran.stderr.startswith("Error: ")
+    assert f"pip install '{extra}'" in ran.stderr
+
+
+def test_probes_and_page_say_when_the_loop_is_stuck(observer):
+    stuck = [0.0]
+    observer.telemetry.stuck = lambda: stuck[0]
+    observer.telemetry.enter(STREAMING)
+    server = Server("127.0.0.1:0", observer)
+    server.start()
+    try:
+        assert urllib.request.urlopen(f"{server.url}live").status == 200
+        stuck[0] = 90.0
+        with pytest.raises(urllib.error.HTTPError) as failed:
+            urllib.request.urlopen(f"{server.url}live")
+        with failed.value as answer:
+            assert answer.status == 503
+            assert json.load(answer) == {"live": False, "stuck_seconds": 90.0}
+    finally:
+        server.close()
+
+
+def test_too_many_clients_are_turned_away(observer):
+    server = Server("127.0.0.1:0", observer)
+    server.start()
+    place = server.server_address[:2]
+    try:
+        silent = [socket.create_connection(place) for _ in range(16)]
+        with socket.create_connection(place) as one:
+            one.settimeout(5)
+            assert one.recv(1) == b""
+        silent.pop().close()
+
+        def answered():
+            try:
+                return urllib.request.urlopen(f"{server.url}live").status == 200
+            except OSError:
+                return False
+
+        wait_until(answered, "a place to be free")
+        for one in silent:
+            one.close()
+    finally:
+        server.close()

@@ -1,0 +1,93 @@
+"""What is counted, and when."""
+
+import time
+
+from flash_celery import telemetry as counting
+from flash_celery.errors import ReplicationError
+from flash_celery.outbox import Outbox, Unit
+from flash_celery.protocol.lsn import Lsn
+from flash_celery.subscriptions import Batch
+from flash_celery.telemetry import Telemetry, route, unix
+
+from .test_outbox import Clock, delivery, template
+from .test_publishing import message, thread, wait  # noqa: F401 - a fixture
+
+ROUTE = route("public.orders", "insert", "handle", "flash")
+
+
+def test_a_unit_says_how_many_changes_of_each_kind_it_has(app):
+    outbox, one = Outbox(None), template(app)
+    for number in (1, 2):
+        outbox.add(one, delivery(number), ROUTE)
+    unit = outbox.collect(committed=5.0, latest=6.0)
+    assert (unit.counts, unit.committed, unit.latest) == ({ROUTE: 2}, 5.0, 6.0)
+    assert outbox.collect().counts == {}
+
+
+def test_what_a_batch_holds_back_counts_when_it_leaves(app):
+    clock = Clock()
+    outbox, batch = Outbox(None, clock), template(app, batch=Batch(2, wait=5))
+    for number in (1, 2, 3):
+        outbox.add(batch, delivery(number), ROUTE)
+    assert outbox.collect().counts == {ROUTE: 2}
+    clock.now = 6.0
+    assert outbox.collect().counts == {ROUTE: 1}
+
+
+def test_only_what_the_broker_has_confirmed_is_counted(thread):  # noqa: F811
+    told = thread._telemetry
+    thread.publisher.failures = [1, 0]
+    committed = time.time() - 2
+    thread.put(Unit([message(1), message(2)], Lsn(8), 2002, {ROUTE: 2}, committed, committed))
+    assert thread.oldest == committed
+    assert not told.enqueued
+    thread.start()
+    wait(lambda: thread.confirmed == [8])
+    assert told.enqueued == {ROUTE: 2}
+    assert (told.messages, told.bytes, told.failures) == (2, 2, {"PublishError": 2})
+    assert told.broker_failing is None
+    assert told.committed == committed
+    assert thread.oldest is None
+    assert sum(told.delays.counts) == 1
+    assert told.delays.sum > 2
+    assert [(one.kind, one.times) for one in told.errors] == [("PublishError", 2)]
+
+
+def test_what_is_given_up_is_not_counted(thread):  # noqa: F811
+    thread.put(Unit([message(1)], Lsn(8), 1, {ROUTE: 1}, 1.0, 1.0))
+    thread.discard()
+    thread.put(Unit([], Lsn(9), 0))
+    thread.start()
+    wait(lambda: thread.confirmed == [9])
+    assert not thread._telemetry.enqueued
+    assert thread._telemetry.messages == 0
+
+
+def test_delays_fall_into_the_bucket_they_are_under():
+    delays = counting.Delays()
+    for seconds in (-1, 0.005, 0.006, 1e9):
+        delays.add(seconds)
+    assert (delays.counts[0], delays.counts[1], delays.counts[-1]) == (2, 1, 1)
+
+
+def test_the_same_error_again_is_counted_and_twenty_are_kept():
+    told = Telemetry()
+    for number in range(30):
+        for _ in range(2):
+            told.note(ReplicationError(f"It failed {number}."))
+    assert [one.message for one in told.errors] == [f"It failed {n}." for n in range(10, 30)]
+    assert {one.times for one in told.errors} == {2}
+    assert told.errors[0].solution == ReplicationError.solution
+
+
+def test_nothing_follows_the_end():
+    told = Telemetry()
+    told.enter(counting.STREAMING)
+    told.enter(counting.STOPPING)
+    told.enter(counting.CONNECTING)
+    assert told.state == counting.STOPPING
+
+
+def test_times_of_postgresql_are_those_of_unix():
+    assert unix(0) == 0.0
+    assert unix(1_500_000) == 946_684_801.5
