@@ -31,8 +31,17 @@ ALLOWED = {
     "subscriptions": {"conditions", "changes", "mapped", "row_types", "errors"},
     "tasks": set(),
     "declarations": {"changes", "row_types", "subscriptions", "errors"},
+    "clients": {"errors"},
     "handlers": {
-        *("changes", "conditions", "declarations", "row_types", "subscriptions", "tasks"),
+        *(
+            "changes",
+            "clients",
+            "conditions",
+            "declarations",
+            "row_types",
+            "subscriptions",
+            "tasks",
+        ),
         "errors",
     },
     # Capture, in the direction of the data.
@@ -70,7 +79,7 @@ ALLOWED = {
     # A Celery worker, when it starts; nothing of the application's side imports it.
     "dead": {"backoff", "escaping", "letters", "messages", "publishers", "settings", "errors"},
     "publishers": {"publishers"},
-    "publishers.base": {"enqueued", "messages", "errors"},
+    "publishers.base": {"clients", "enqueued", "messages", "errors"},
     "publishers.redis": {"publishers", "enqueued", "messages"},
     "publishers.journal": {"enqueued", "messages", "errors"},
     "publishers.amqp": {"publishers", "messages", "errors"},
