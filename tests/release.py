@@ -51,7 +51,11 @@ def tree():
 
 def build():
     shutil.rmtree(DIST, ignore_errors=True)
-    return succeeds(PYTHON, "-m", "build", "--outdir", str(DIST))
+    command = [PYTHON, "-m", "build", "--outdir", str(DIST), str(ROOT)]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if ran.returncode:
+        print(ran.stdout)
+    return "python -m build failed" if ran.returncode else None
 
 
 def metadata():
