@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PROPERTIES := $(patsubst %,tests/integration/test_%.py,conditions pushdown transactions types) \
 	tests/unit/test_fuzz.py
 
-.PHONY: demo screenshots test bench soak long matrix lint types audit clean
+.PHONY: demo screenshots test bench soak long matrix lint types audit release clean
 
 # Changes becoming tasks, on servers of its own; ARGS=--once ends by itself.
 demo: $(VENV)/.stamp
@@ -50,10 +50,14 @@ audit: $(VENV)/.stamp
 types: $(VENV)/.stamp
 	$(BIN)/mypy
 
+# Whether this tree can be released: everything but the tests and the publishing, into dist/.
+release: $(VENV)/.stamp
+	@$(BIN)/python -m tests.release
+
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache
 
 $(VENV)/.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[test]'
+	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@

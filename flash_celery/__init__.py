@@ -3,6 +3,8 @@
 WAL → replication → pgoutput → transactions → routing → payload → publishers → broker → handler
 """
 
+from typing import TYPE_CHECKING
+
 from . import payload as _payload  # noqa: F401 - makes changes travel as task arguments
 from .changes import (
     Change,
@@ -36,3 +38,15 @@ __all__ = [
     "on_change",
     "on_message",
 ]
+
+if TYPE_CHECKING:
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> str:
+        """`__version__`, which nobody waits for who does not ask."""
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("flash-celery")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,8 +14,9 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, Union, overload
 
 from celery import Celery, Task, current_app
 from celery.local import PromiseProxy, Proxy
+from celery.signals import celeryd_init
 
-from . import conditions
+from . import clients, conditions
 from .changes import Changes, Delete, Insert, Operation, Update
 from .declarations import Declaration, Mistake, has_row_types, numbered, told_as
 from .errors import SubscriptionError
@@ -34,6 +35,8 @@ from .tasks import once_finalized, prepare_arguments, shared_task, stands_alone,
 
 #: How a worker receives the task, by name: only a worker imports it.
 _STRATEGY = "flash_celery.dead:strategy"
+
+celeryd_init.connect(clients.refuse)
 
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)

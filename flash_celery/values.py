@@ -8,26 +8,41 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
-from psycopg import DataError
+from psycopg import DataError, pq
+from psycopg.abc import AdaptContext
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.pq import Format
+from psycopg.types.datetime import IntervalLoader
 
 from .comparison import parse_array
 
 Loader = Callable[[bytes], Any]
 
-#: interval and interval[]; psycopg reads their `infinity` as no time at all.
-_INTERVALS = frozenset((1186, 1187))
+#: psycopg reads their `infinity` as no time at all.
+_INTERVAL, _INTERVALS = 1186, 1187
+
+
+class _Session:
+    """What psycopg's pure Python asks for how intervals are written: a session set up as ours."""
+
+    adapters = None
+
+    @property
+    def connection(self) -> _Session:
+        return self
+
+    pgconn = connection
+
+    def parameter_status(self, name: bytes) -> bytes:
+        return {b"IntervalStyle": b"postgres"}[name]
 
 
 @lru_cache(maxsize=1024)
 def loader(type_oid: int) -> Loader:
     """What turns the text of a value of this type into Python. Unknown types give `str`."""
-    load: Loader = Transformer().get_loader(type_oid, Format.TEXT).load
-    if type_oid in _INTERVALS:
-        load = _finite(load)
+    load = _loader(type_oid)
 
     def load_or_keep_text(text: bytes) -> Any:
         try:
@@ -36,6 +51,16 @@ def loader(type_oid: int) -> Loader:
             return text.decode()
 
     return load_or_keep_text
+
+
+def _loader(type_oid: int) -> Loader:
+    found = Transformer().get_loader(type_oid, Format.TEXT)
+    load: Loader = found.load
+    if type(found) is IntervalLoader:
+        load = IntervalLoader(type_oid, cast(AdaptContext, _Session())).load
+    elif type_oid == _INTERVALS and pq.__impl__ == "python":
+        load = array_loader(_loader(_INTERVAL))
+    return _finite(load) if type_oid in (_INTERVAL, _INTERVALS) else load
 
 
 def _finite(load: Loader) -> Loader:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from kombu.utils.url import maybe_sanitize_url
 
+from .. import clients
 from ..enqueued import Enqueued, Lease
 from ..errors import ConfigurationError, PublishError
 from ..messages import Message
@@ -47,8 +48,9 @@ class Publisher(Protocol):
 def connection_to(app: Any, **options: Any) -> Any:
     """A kombu connection to the app's broker, not made yet.
 
-    Raises `ConfigurationError` for a URL that cannot be right.
+    Raises `ConfigurationError` for a URL that cannot be right, and where its client is missing.
     """
+    clients.require(app)
     with _readable():
         connection = app.connection_for_write(**options)
         _ = connection.transport

@@ -17,6 +17,9 @@ HERE = Path(__file__).parent
 class Shop:
     """The project of `shop.py` on a database and a broker."""
 
+    #: Where flash-celery is installed.
+    python = sys.executable
+
     def __init__(self, database, broker, folder, **environment):
         self.database = database
         self.broker = broker
@@ -35,7 +38,7 @@ class Shop:
         }
 
     def command(self, *arguments):
-        return [sys.executable, "-m", "celery", "-A", "shop", *arguments]
+        return [self.python, "-m", "celery", "-A", "shop", *arguments]
 
     def run(self, *arguments, timeout=60, **environment):
         """A command that ends by itself."""

@@ -1,0 +1,27 @@
+import ctypes.util
+import os
+import subprocess
+import sys
+
+from tests.conftest import missing
+
+READ = """
+from datetime import timedelta
+from psycopg import pq
+from flash_celery.values import loader
+assert pq.__impl__ == "python", pq.__impl__
+assert loader(1186)(b"-1 days +02:03:04.5") == timedelta(days=-1, seconds=7384.5)
+assert loader(1186)(b"infinity") == "infinity"
+assert loader(1187)(b'{"1 day",NULL}') == [timedelta(days=1), None]
+assert loader(1187)(b"{infinity}") == "{infinity}"
+"""
+
+
+def test_psycopg_without_its_binaries_reads_intervals_too():
+    if not ctypes.util.find_library("pq"):
+        missing("libpq")
+    environment = {**os.environ, "PSYCOPG_IMPL": "python"}
+    ran = subprocess.run(
+        [sys.executable, "-c", READ], env=environment, capture_output=True, text=True
+    )
+    assert ran.stderr == ""
