@@ -34,6 +34,7 @@ from .errors import (
     SpoolError,
 )
 from .escaping import escaped
+from .holding import Holding
 from .messages import Templates
 from .outbox import Outbox
 from .progress import Progress
@@ -89,6 +90,7 @@ class Replicator:
             letters.queue(app, settings.flash_dead_queue),
         )
         self._provisioning = Provisioning(settings, subscriptions, self.control)
+        self._holding = Holding(app, settings, subscriptions, lambda: self._publishing.begun)
         self._progress = Progress()
         self._source = ""
         self._messages = len(of_tables(subscriptions)) < len(subscriptions)
@@ -220,6 +222,9 @@ class Replicator:
             Watch(connection, stream.pid, self._settings, self._progress),
             self._lease(),
             Outbox(partial(oversize.letter, self._app, self._settings.flash_dead_queue)),
+            self._holding.parking,
+            partial(self._holding.altered, connection),
+            self._holding.source,
         )
 
     def _lease(self) -> Lease:
@@ -241,10 +246,15 @@ class Replicator:
         if source != self._source:
             # Positions of another server, or another timeline of it, mean nothing here.
             self._progress, self._source = Progress(), source
-            system = source.partition("/")[0]
-            self._templates = Templates(
-                self._app, self._settings, self._subscriptions, f"{system}/{slot}"
-            )
+        self._holding.read(connection, self._templates)
+        system = source.partition("/")[0]
+        self._templates = Templates(
+            self._app,
+            self._settings,
+            self._subscriptions,
+            f"{system}/{slot}",
+            self._holding.parked,
+        )
         try:
             stream.start(
                 slot,

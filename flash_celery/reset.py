@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,14 +78,24 @@ def plan(connection: psycopg.Connection[Any], settings: Settings, slot: str) -> 
     return Plan(slot_status(connection, slot), steps, prefix)
 
 
-def run(connection: psycopg.Connection[Any], undo: Plan, force: bool) -> None:
-    """Do it. Raises `SlotInUse` if a replication worker reads the slot and `force` is not given."""
+def run(
+    connection: psycopg.Connection[Any],
+    undo: Plan,
+    force: bool,
+    unpark: Callable[[], object] = bool,
+) -> None:
+    """Do it. Raises `SlotInUse` if a replication worker reads the slot and `force` is not given.
+
+    `unpark` is called when nobody reads any more, and before it is forgotten what is paused.
+    """
     with ddl.alone(connection, undo.prefix):
         if undo.steps:
             # From here on it is no loss that the slot is gone.
             ddl.forget_slot(connection, undo.prefix)
         if undo.slot is not None:
             _drop(connection, undo.slot["name"], force)
+        if undo.steps:
+            unpark()
         ddl.apply(connection, undo.steps)
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import psycopg
 
-from . import publications
+from . import pausing, publications
 from .backpressure import is_full
 from .doctor import unhandled
 from .errors import PublishError
 from .messages import Templates
+from .publications import Record
 from .publishers.base import queue_depths
 from .settings import Settings
 from .slots import Gap
@@ -69,10 +70,12 @@ def status(
     """Everything, ready for JSON."""
     templates = Templates(app, settings, subscriptions)
     record = publications.read(connection, settings.flash_publication_slot_prefix).record
+    record = record or Record()
+    parked = pausing.parked(record, settings.source)
     broker_error = dead = None
     depths: dict[str, int | None] = {}
     try:
-        depths = queue_depths(app, [*templates.queues, settings.flash_dead_queue])
+        depths = queue_depths(app, [*templates.queues, settings.flash_dead_queue, *parked.values()])
         # The first letter makes the queue.
         dead = depths[settings.flash_dead_queue] or 0
     except PublishError as error:
@@ -83,7 +86,19 @@ def status(
         "slot": slot_status(connection, settings.flash_replication_slot),
         "slot_name": settings.flash_replication_slot,
         #: What was never read, because the slot was lost and made anew.
-        "gaps": record.gaps if record else [],
+        "gaps": record.gaps,
+        #: Since when nothing is read; None if it is.
+        "paused": record.paused.get(pausing.SOURCE),
+        "paused_handlers": [
+            {
+                "handler": handler,
+                "since": record.paused.get(handler) or record.resuming[handler],
+                "resuming": handler in record.resuming,
+                "queue": queue,
+                "parked": None if broker_error else depths[queue] or 0,
+            }
+            for handler, queue in parked.items()
+        ],
         "subscriptions": [_subscription(one, templates) for one in subscriptions],
         "queues": {name: depths.get(name) for name in templates.queues},
         "max_queue_length": settings.flash_max_queue_length,
@@ -109,6 +124,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     said = [f"source     {found['source']}"] if found["source"] else []
     said += _slot_lines(found)
     said += [f"gap        {Gap(**gap)}" for gap in found["gaps"]]
+    said += _paused_lines(found)
     said += ["", "handlers"]
     width = max((len(one["handler"]) for one in found["subscriptions"]), default=0)
     for one in found["subscriptions"]:
@@ -129,6 +145,20 @@ def lines(found: dict[str, Any]) -> list[str]:
     if found["other_sources"]:
         others = ", ".join(found["other_sources"])
         said += ["", f"other sources: {others} (flash status --source NAME)"]
+    return said
+
+
+def _paused_lines(found: dict[str, Any]) -> list[str]:
+    said = []
+    if found["paused"]:
+        said.append(f"paused     since {found['paused']}: nothing is read until `flash resume`")
+    for one in found["paused_handlers"]:
+        count = "unknown" if one["parked"] is None else one["parked"]
+        state = "goes on" if one["resuming"] else "is paused"
+        said.append(
+            f"paused     {one['handler']} {state} since {one['since']}: {count} parked in "
+            f"{one['queue']}"
+        )
     return said
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import click
 
-from . import dead, doctor, replicate, reset, status, tail
+from . import dead, doctor, pause, replicate, reset, status, tail
 
 
 @click.group(name="flash")
@@ -16,6 +16,8 @@ def flash() -> None:
 for _command in (
     replicate.replicate,
     status.status,
+    pause.pause,
+    pause.resume,
     doctor.doctor,
     reset.reset,
     tail.tail,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
@@ -32,6 +32,15 @@ class Publisher(Protocol):
         """Return once the broker has confirmed every message, each queue's in this order.
 
         Raises `PublishError` if it has not; any of them may be in the broker then.
+        """
+
+    def unpark(
+        self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
+    ) -> bool:
+        """Move some messages out of a queue, the oldest first, to where `restored` sends them.
+
+        Each is taken out once the broker has the new one. `admit` says how many may be published,
+        from the first on. Whether there may be more. Raises `PublishError`.
         """
 
     def check(self) -> None:

@@ -56,7 +56,7 @@ ALLOWED = {
     "outbox": {"enqueued", "messages", "payload", "protocol"},
     "backpressure": {"messages"},
     "publishing": {
-        *("backoff", "backpressure", "enqueued", "messages", "outbox", "protocol"),
+        *("backoff", "backpressure", "enqueued", "messages", "outbox", "parking", "protocol"),
         *("publishers", "errors"),
     },
     "letters": {
@@ -102,8 +102,12 @@ ALLOWED = {
     "oversize": {"changes", "escaping", "letters", "messages", "payload", "protocol", "rows"}
     | {"errors"},
     "watch": {"progress", "protocol", "settings", "slots", "errors"},
+    "parking": {"letters", "messages"},
+    "pausing": {"ddl", "parking", "publications", "settings", "subscriptions", "errors"},
+    "holding": {"escaping", "messages", "parking", "pausing", "publications", "settings"}
+    | {"subscriptions", "errors"},
     "session": {
-        *("catalog", "changes", "control", "enqueued", "messages", "outbox", "payload"),
+        *("catalog", "changes", "control", "enqueued", "messages", "outbox", "parking", "payload"),
         *(
             "progress",
             "protocol",
@@ -116,17 +120,21 @@ ALLOWED = {
         *("transactions", "watch", "errors"),
     },
     "replicator": {
-        *("backoff", "catalog", "control", "ddl", "enqueued", "escaping", "letters", "messages"),
-        *("outbox", "oversize", "progress", "provisioning"),
+        *("backoff", "catalog", "control", "ddl", "enqueued", "escaping", "holding", "letters"),
+        *("messages", "outbox", "oversize", "progress", "provisioning"),
         *("protocol", "publications", "publishers", "publishing", "replication", "session"),
         *("settings", "slots", "subscriptions", "watch", "errors"),
     },
     # Commands import what they do.
     "status": {
-        *("backpressure", "doctor", "messages", "publications", "publishers", "settings", "slots"),
+        *("backpressure", "doctor", "messages", "pausing", "publications", "publishers"),
+        *("settings", "slots", "subscriptions", "errors"),
+    },
+    "doctor": {
+        *("findings", "pausing", "publications", "publishers", "settings", "spool"),
         *("subscriptions", "errors"),
     },
-    "doctor": {"findings", "publishers", "settings", "spool", "subscriptions", "errors"},
+    "unparking": {"messages", "parking", "pausing", "publishers", "settings", "subscriptions"},
     "letterbox": {"letters", "publishers", "subscriptions", "errors"},
     "explain": {
         *("catalog", "preflight", "publications", "pushdown", "settings", "subscriptions"),
@@ -166,9 +174,10 @@ ALLOWED = {
         "sources",
     },
     "cli.status": {"cli", "status"},
-    "cli.doctor": {"cli", "doctor", "escaping", "explain", "findings", "preflight", "script"}
-    | {"server", "sources", "standbys"},
-    "cli.reset": {"cli", "reset"},
+    "cli.doctor": {"cli", "doctor", "escaping", "explain", "findings", "pausing", "preflight"}
+    | {"script", "server", "sources", "standbys"},
+    "cli.pause": {"cli", "parking", "pausing"},
+    "cli.reset": {"cli", "reset", "unparking"},
     "cli.tail": {"cli", "control", "subscriptions", "tail", "errors"},
     "cli.dead": {"cli", "letterbox", "tail", "errors"},
     "cli.letters": {"escaping", "letterbox", "letters", "errors"},
