@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import click
 
-from . import dead, doctor, pause, replicate, reset, status, tail
+from . import dead, doctor, pause, replicate, reset, status, tail, wait
 
 
 @click.group(name="flash")
@@ -18,6 +18,7 @@ for _command in (
     status.status,
     pause.pause,
     pause.resume,
+    wait.wait,
     doctor.doctor,
     reset.reset,
     tail.tail,

@@ -196,6 +196,13 @@ class ConnectedPublisher:
                 return int(self._channel._size(queue))
             return int(self._channel.queue_declare(queue=queue, passive=True).message_count)
 
+    def consumers(self, queue: str) -> int:
+        """How many consumers a queue has, where the broker counts them. Raises `PublishError`."""
+        if hasattr(self._channel, "_size"):
+            return 0
+        with self.errors():
+            return int(self._channel.queue_declare(queue=queue, passive=True).consumer_count)
+
     @contextmanager
     def errors(self) -> Iterator[None]:
         """Turn the transport's errors into `PublishError`."""

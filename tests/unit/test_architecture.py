@@ -134,6 +134,11 @@ ALLOWED = {
         *("findings", "pausing", "publications", "publishers", "settings", "spool"),
         *("subscriptions", "errors"),
     },
+    "outstanding": {"changes", "payload", "protocol", "publishers", "errors"},
+    "waiting": {
+        *("catalog", "handlers", "letterbox", "letters", "messages", "outstanding", "pausing"),
+        *("protocol", "settings", "slots", "errors"),
+    },
     "unparking": {"messages", "parking", "pausing", "publishers", "settings", "subscriptions"},
     "letterbox": {"letters", "publishers", "subscriptions", "errors"},
     "explain": {
@@ -176,6 +181,7 @@ ALLOWED = {
     "cli.status": {"cli", "status"},
     "cli.doctor": {"cli", "doctor", "escaping", "explain", "findings", "pausing", "preflight"}
     | {"script", "server", "sources", "standbys"},
+    "cli.wait": {"cli", "waiting", "errors"},
     "cli.pause": {"cli", "parking", "pausing"},
     "cli.reset": {"cli", "reset", "unparking"},
     "cli.tail": {"cli", "control", "subscriptions", "tail", "errors"},
