@@ -10,6 +10,7 @@ import gc
 import hashlib
 import logging
 import re
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from functools import partial
@@ -18,7 +19,7 @@ from typing import Any
 
 import psycopg
 
-from . import catalog, ddl, letters, oversize, publications, slots
+from . import catalog, ddl, history, letters, oversize, publications, slots
 from .backoff import delays
 from .control import Control, Stopped
 from .enqueued import Lease
@@ -107,6 +108,8 @@ class Replicator:
         #: Whether nothing was wrong when it was looked at, and whether the slot is lost all the
         #: same, so that it is looked at again.
         self._examined = self._doubted = False
+        #: Where the slot was, for the one that stays behind.
+        self._samples: history.Samples = deque()
         self._pauses = delays()
 
     def stop(self) -> None:
@@ -189,7 +192,10 @@ class Replicator:
                     self._provisioning.run(stream, connection, self._progress)
                     self._examined = True
                     self._start(stream, connection)
-                with closing(self._session(stream, connection)) as session:
+                with (
+                    closing(self._session(stream, connection)) as session,
+                    history.keeping(self._dsn, self._settings, self._samples),
+                ):
                     session.run()
         except psycopg.OperationalError as error:
             raise unreachable(error, self._dsn) from error
@@ -246,6 +252,7 @@ class Replicator:
         if source != self._source:
             # Positions of another server, or another timeline of it, mean nothing here.
             self._progress, self._source = Progress(), source
+            self._samples.clear()
         self._holding.read(connection, self._templates)
         system = source.partition("/")[0]
         self._templates = Templates(

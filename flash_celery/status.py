@@ -7,7 +7,7 @@ from typing import Any
 
 import psycopg
 
-from . import pausing, publications
+from . import history, pausing, publications
 from .backpressure import is_full
 from .doctor import unhandled
 from .errors import PublishError
@@ -85,6 +85,8 @@ def status(
         "other_sources": list(settings.flash_sources),
         "slot": slot_status(connection, settings.flash_replication_slot),
         "slot_name": settings.flash_replication_slot,
+        #: What `flash replay` can go back to; None if nothing is held.
+        "history": _history(connection, settings),
         #: What was never read, because the slot was lost and made anew.
         "gaps": record.gaps,
         #: Since when nothing is read; None if it is.
@@ -109,6 +111,20 @@ def status(
     }
 
 
+def _history(connection: psycopg.Connection[Any], settings: Settings) -> dict[str, Any] | None:
+    slot = slot_status(connection, history.slot_of(settings))
+    if slot is None:
+        return None
+    mark = history.oldest(connection, settings)
+    return {
+        "name": slot["name"],
+        "wal_status": slot["wal_status"],
+        "retained_bytes": slot["retained_bytes"],
+        "oldest_lsn": mark and str(mark.lsn),
+        "oldest_time": mark and mark.time.isoformat(),
+    }
+
+
 def _subscription(subscription: Subscription, templates: Templates) -> dict[str, Any]:
     return {
         "handler": subscription.handler,
@@ -123,6 +139,13 @@ def lines(found: dict[str, Any]) -> list[str]:
     """The same for people."""
     said = [f"source     {found['source']}"] if found["source"] else []
     said += _slot_lines(found)
+    if found["history"]:
+        held = found["history"]
+        since = f"{held['oldest_lsn']} ({held['oldest_time']})" if held["oldest_lsn"] else "unknown"
+        said.append(
+            f"history    {held['name']} (wal_status {held['wal_status']}) since {since}, "
+            f"{size(held['retained_bytes'])} of WAL"
+        )
     said += [f"gap        {Gap(**gap)}" for gap in found["gaps"]]
     said += _paused_lines(found)
     said += ["", "handlers"]

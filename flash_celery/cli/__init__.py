@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import click
 
-from . import dead, doctor, pause, replicate, reset, status, tail, wait
+from . import dead, doctor, pause, replay, replicate, reset, status, tail, wait
 
 
 @click.group(name="flash")
@@ -19,6 +19,7 @@ for _command in (
     pause.pause,
     pause.resume,
     wait.wait,
+    replay.replay,
     doctor.doctor,
     reset.reset,
     tail.tail,

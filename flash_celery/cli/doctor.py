@@ -25,7 +25,7 @@ def doctor(project: Project, explain: bool, as_sql: bool) -> None:
     """Check every prerequisite, and say how to mend what is missing."""
     from .. import doctor as checks
     from .. import explain as explaining
-    from .. import pausing, preflight, server, sources, standbys
+    from .. import history, pausing, preflight, server, sources, standbys
     from ..findings import OK, STOP
 
     if as_sql:
@@ -37,9 +37,10 @@ def doctor(project: Project, explain: bool, as_sql: bool) -> None:
         report = preflight.examine(connection, *subject)
         standing_by = list(standbys.findings(connection, project.settings))
         record = pausing.read(connection, project.settings)
+        held = list(history.findings(connection, project.settings))
         if explain:
             explained += explaining.explain(connection, *subject, report)
-    findings = [*report.findings, *standing_by, server.can_stream(project.settings)]
+    findings = [*report.findings, *held, *standing_by, server.can_stream(project.settings)]
     findings += checks.spool(project.settings)
     findings += sources.findings(*project.sources)
     broker = list(checks.broker(project.app, project.settings))

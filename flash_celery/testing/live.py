@@ -63,6 +63,7 @@ class Live:
             flash_publication_slot_prefix=name,
             flash_on_lost_slot="halt",
             flash_failover_slot=False,
+            flash_replay_window=0,
         )
         self._subscriptions = [one for one in subscriptions_of(app) if one.source == source]
         if not self._settings.flash_manage:

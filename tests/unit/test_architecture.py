@@ -96,7 +96,16 @@ ALLOWED = {
     },
     # The replication worker.
     "provisioning": {
-        *("catalog", "control", "ddl", "preflight", "progress", "publications", "replication"),
+        *(
+            "catalog",
+            "control",
+            "ddl",
+            "history",
+            "preflight",
+            "progress",
+            "publications",
+            "replication",
+        ),
         *("settings", "slots", "subscriptions", "errors"),
     },
     "oversize": {"changes", "escaping", "letters", "messages", "payload", "protocol", "rows"}
@@ -120,19 +129,26 @@ ALLOWED = {
         *("transactions", "watch", "errors"),
     },
     "replicator": {
-        *("backoff", "catalog", "control", "ddl", "enqueued", "escaping", "holding", "letters"),
-        *("messages", "outbox", "oversize", "progress", "provisioning"),
+        *("backoff", "catalog", "control", "ddl", "enqueued", "escaping", "history", "holding"),
+        *("letters", "messages", "outbox", "oversize", "progress", "provisioning"),
         *("protocol", "publications", "publishers", "publishing", "replication", "session"),
         *("settings", "slots", "subscriptions", "watch", "errors"),
     },
     # Commands import what they do.
     "status": {
-        *("backpressure", "doctor", "messages", "pausing", "publications", "publishers"),
-        *("settings", "slots", "subscriptions", "errors"),
+        *("backpressure", "doctor", "history", "messages", "pausing", "publications"),
+        *("publishers", "settings", "slots", "subscriptions", "errors"),
     },
     "doctor": {
         *("findings", "pausing", "publications", "publishers", "settings", "spool"),
         *("subscriptions", "errors"),
+    },
+    "history": {"catalog", "changes", "ddl", "findings", "protocol", "publications", "settings"}
+    | {"slots", "errors"},
+    "replay": {
+        *("backpressure", "changes", "history", "letters", "messages", "outbox", "oversize"),
+        *("payload", "protocol", "publications", "publishers", "replication", "routing", "rows"),
+        *("settings", "slots", "subscriptions", "transactions", "errors"),
     },
     "outstanding": {"changes", "payload", "protocol", "publishers", "errors"},
     "waiting": {
@@ -144,7 +160,7 @@ ALLOWED = {
     "explain": {
         *("catalog", "preflight", "publications", "pushdown", "settings", "subscriptions"),
     },
-    "reset": {"ddl", "identities", "publications", "settings", "status", "errors"},
+    "reset": {"ddl", "history", "identities", "publications", "settings", "status", "errors"},
     "tail": {
         *("catalog", "changes", "control", "ddl", "payload", "protocol", "publications"),
         "replication",
@@ -179,9 +195,10 @@ ALLOWED = {
         "sources",
     },
     "cli.status": {"cli", "status"},
-    "cli.doctor": {"cli", "doctor", "escaping", "explain", "findings", "pausing", "preflight"}
-    | {"script", "server", "sources", "standbys"},
+    "cli.doctor": {"cli", "doctor", "escaping", "explain", "findings", "history", "pausing"}
+    | {"preflight", "script", "server", "sources", "standbys"},
     "cli.wait": {"cli", "waiting", "errors"},
+    "cli.replay": {"cli", "pausing", "replay", "errors"},
     "cli.pause": {"cli", "parking", "pausing"},
     "cli.reset": {"cli", "reset", "unparking"},
     "cli.tail": {"cli", "control", "subscriptions", "tail", "errors"},
