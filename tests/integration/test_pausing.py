@@ -119,3 +119,25 @@ def test_a_record_from_before_there_were_pauses_is_read():
     written = json.loads(Record(slot="one").to_json())
     del written["paused"], written["resuming"]
     assert Record.of_json(json.dumps(written)) == Record(slot="one")
+
+
+def test_one_that_is_no_handler_any_more_is_remembered(flash):
+    flash.handler("items", name="kept").handler("items", name="gone").start()
+    pause(flash, "kept", "gone")
+    pause(flash, "kept", "gone", end=True)
+    flash.stop()
+    pause(flash, "kept", "gone")
+    pause(flash, "kept", "gone", end=True)
+    del flash.app.tasks["gone"]
+    flash.start()
+    flash.wait(lambda: list(record(flash).resuming) == ["gone"])
+
+
+def test_what_cannot_be_paused(flash):
+    flash.handler("items", name="shop.each")
+    with pytest.raises(CatalogError, match="start `flash replicate` first"):
+        pause(flash, "shop.each")
+    with pytest.raises(ConfigurationError, match="is no handler of this app any more"):
+        pausing.refuse_strangers(["shop.gone"], ["shop.each"], "")
+    with pytest.raises(ConfigurationError, match="is too long for a queue of its own"):
+        pause(flash, "x" * 201)
