@@ -32,6 +32,14 @@ def levels(flash, **conf):
         return [finding.level for finding in found]
 
 
+def oldest(flash):
+    """Once the slot has been made."""
+    with flash.database.connect() as connection:
+        settings = Settings.from_app(flash.app)
+        flash.wait(lambda: history.oldest(connection, settings))
+        return history.oldest(connection, settings)
+
+
 def restart(flash, **conf):
     flash.stop()
     flash.start(**conf)
@@ -45,6 +53,7 @@ def test_what_is_not_held_cannot_be_replayed(flash):
     before = datetime.now(timezone.utc)
     flash.do("INSERT INTO items VALUES (1, 'a')")
     restart(flash, flash_replay_window=3600)
+    oldest(flash)
     for since in ("0/1", str(before), "yesterday"):
         with pytest.raises(
             ConfigurationError, match=r"the oldest that can be replayed is [\dA-F]+/"
@@ -65,7 +74,7 @@ def test_what_is_not_held_cannot_be_replayed(flash):
     assert count.first.commit_lsn < count.last.commit_lsn < wanted.end
     assert levels(flash, flash_replay_window=0) == [WARNING]
     restart(flash, flash_replay_window=0)
-    assert flash.database.one(SLOTS) == 1
+    flash.wait(lambda: flash.database.one(SLOTS) == 1)
     with pytest.raises(ConfigurationError, match="Nothing that was read is held"):
         span(flash, now)
 
@@ -73,17 +82,12 @@ def test_what_is_not_held_cannot_be_replayed(flash):
 def test_it_follows_and_goes_with_a_reset(flash):
     flash.start(flash_replay_window=1)
     settings = Settings.from_app(flash.app)
-
-    def oldest():
-        with flash.database.connect() as connection:
-            return history.oldest(connection, settings)
-
-    before = oldest()
+    before = oldest(flash)
     flash.do("INSERT INTO items VALUES (1, 'a')")
     passed = Lsn.parse(flash.database.one("SELECT pg_current_wal_insert_lsn()::text"))
     flash.do("INSERT INTO items VALUES (2, 'a')")
-    flash.wait(lambda: oldest().lsn >= passed)
-    assert oldest().time > before.time
+    flash.wait(lambda: oldest(flash).lsn >= passed)
+    assert oldest(flash).time > before.time
     position = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = '{}'"
     moved = position.format(history.slot_of(settings))
     flash.wait(lambda: Lsn.parse(flash.database.one(moved)) >= passed)
@@ -99,6 +103,7 @@ def test_somebody_elses_slot_is_left_alone(flash):
     name = f"{flash.database.slot}_history"
     flash.database.execute(f"SELECT pg_create_logical_replication_slot('{name}', 'pgoutput')")
     flash.start()
+    flash.do("INSERT INTO items VALUES (1, 'a')")
     flash.stop()
     assert flash.database.one(SLOTS) == 2
     with pytest.raises(ConfigurationError, match="there is one that was not made by"):
@@ -110,12 +115,11 @@ def test_one_that_was_being_made_is_made_anew(flash):
     """The process was killed before the slot's position was noted."""
     flash.start(flash_replay_window=3600)
     settings = Settings.from_app(flash.app)
+    mark = oldest(flash)
     with flash.database.connect() as connection:
-        mark = history.oldest(connection, settings)
         history._note(connection, settings, mark._replace(lsn=history._UNKNOWN))
     with pytest.raises(ConfigurationError, match="the oldest that can be replayed"):
         span(flash, str(mark.lsn))
     flash.do("INSERT INTO items VALUES (1, 'a')")
     restart(flash)
-    with flash.database.connect() as connection:
-        assert mark.lsn < history.oldest(connection, settings).lsn < history._UNKNOWN
+    flash.wait(lambda: mark.lsn < oldest(flash).lsn < history._UNKNOWN)
