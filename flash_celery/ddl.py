@@ -91,10 +91,10 @@ def plan(
         *_restore(no_more, kept),
     ]
     if work and found.record != intended:
-        steps.append(_remember(prefix, intended))
+        steps.append(note(prefix, intended))
     steps += work
     if work or found.record != complete:
-        steps.append(_remember(prefix, complete))
+        steps.append(note(prefix, complete))
     return steps
 
 
@@ -181,7 +181,7 @@ def _alter(found: Found, prefix: str, goal: Wanted, record: Record) -> list[Step
         narrowed = {oid: what for oid, what in narrowed.items() if what}
         if parts and narrowed != record.narrowed:
             record = replace(record, narrowed=narrowed)
-            parts.append(_remember(prefix, record).statement)
+            parts.append(note(prefix, record).statement)
         if parts:
             steps.append(Step(sql.SQL("; ").join(parts), owned))
     return steps
@@ -231,7 +231,8 @@ def _restore(tables: dict[int, CatalogTable], before: dict[str, list[str]]) -> l
     return steps
 
 
-def _remember(prefix: str, record: Record) -> Step:
+def note(prefix: str, record: Record) -> Step:
+    """The statement that keeps the record."""
     name = sql.Identifier(name_of(prefix, Operation.INSERT))
     comment = sql.SQL("COMMENT ON PUBLICATION {} IS {}")
     return Step(comment.format(name, sql.Literal(record.to_json())), note=True)
@@ -245,20 +246,20 @@ def remember_slot(connection: psycopg.Connection[Any], prefix: str, slot: str) -
 def note_of_slot(connection: psycopg.Connection[Any], prefix: str, slot: str) -> list[Step]:
     """The statement that notes it, where it is not noted yet."""
     record = publications.read(connection, prefix).record or Record()
-    return [] if record.slot == slot else [_remember(prefix, replace(record, slot=slot))]
+    return [] if record.slot == slot else [note(prefix, replace(record, slot=slot))]
 
 
 def forget_slot(connection: psycopg.Connection[Any], prefix: str) -> None:
     """Note that the slot is to go: that it is missing then means nothing."""
     record = publications.read(connection, prefix).record
     if record is not None and record.slot is not None:
-        apply(connection, [_remember(prefix, replace(record, slot=None))])
+        apply(connection, [note(prefix, replace(record, slot=None))])
 
 
 def remember_gap(connection: psycopg.Connection[Any], prefix: str, gap: Gap) -> None:
     """Note what will never be read. Raises `CatalogError` if that cannot be noted."""
     record = publications.read(connection, prefix).record or Record()
-    apply(connection, [_remember(prefix, record.with_gap(gap))])
+    apply(connection, [note(prefix, record.with_gap(gap))])
 
 
 def forget(found: Found, prefix: str, identities: dict[int, CatalogTable]) -> list[Step]:

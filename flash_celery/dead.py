@@ -25,7 +25,7 @@ from .backoff import delays
 from .errors import ProcessKilled, PublishError
 from .escaping import escaped
 from .letters import Letter
-from .messages import Message
+from .messages import PARKED, Message
 from .publishers.base import Publisher
 from .settings import Settings
 
@@ -39,9 +39,14 @@ def strategy(task: Any, app: Any, consumer: Any) -> Any:
     """Celery's own strategy, for a task that handles changes."""
     _give_request(task)
     inner = default(task, app, consumer)
-    consumer.strategies.setdefault(letters.TASK, _put_back(consumer))
+    dead = _put_back(consumer, "dead letters, which no worker can run", "flash dead list")
+    consumer.strategies.setdefault(letters.TASK, dead)
+
+    put_back = _put_back(consumer, "what is parked for a paused handler", "flash status")
 
     def receive(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any) -> Any:
+        if PARKED in message.headers:
+            return put_back(message, body, ack, reject, callbacks)
         try:
             _read(message)
         except Exception as error:
@@ -85,15 +90,15 @@ def _unreadable(
         reject(logger, consumer.connection_errors, True)
 
 
-def _put_back(consumer: Any) -> Any:
-    """What a worker does that consumes the dead letters: stop doing so, and leave them there."""
+def _put_back(consumer: Any, what: str, see: str) -> Any:
+    """What a worker does that consumes what is for nobody: stop doing so, and leave it there."""
 
     def receive(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any) -> None:
         name = message.delivery_info["routing_key"]
         logger.error(
-            "The queue %s holds dead letters, which no worker can run; this worker consumes it no "
-            "longer. Take it out of -Q and of task_queues; see `flash dead list`",
-            escaped(name),
+            "The queue %s holds %s; this worker consumes it no longer. Take it out of -Q and of "
+            "task_queues; see `%s`",
+            *(escaped(name), what, see),
         )
         consumer.cancel_task_queue(name)
         reject(logger, consumer.connection_errors, True)

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
+from . import pausing
 from .errors import PublishError
 from .findings import OK, STOP, WARNING, Finding
+from .publications import Record
 from .publishers.base import ConnectedPublisher
 from .settings import Settings
 from .spool import default_directory, file_system
@@ -120,6 +122,26 @@ def workers(app: Any, subscriptions: Sequence[Subscription]) -> Iterator[Finding
         )
     else:
         yield Finding("workers", OK, "they know every handler")
+
+
+def paused(app: Any, record: Record, source: str) -> Iterator[Finding]:
+    """What is paused, and workers that consume what is parked: they would run it."""
+    if pausing.SOURCE in record.paused:
+        since = record.paused[pausing.SOURCE]
+        yield Finding("paused", WARNING, f"nothing is read since {since}; `flash resume` goes on")
+    parked = pausing.parked(record, source)
+    for handler in parked:
+        if handler in record.paused:
+            since = record.paused[handler]
+            said = f"{handler}, since {since}: `flash resume {handler}` goes on"
+            yield Finding("paused", WARNING, said)
+    active: Any = None
+    with suppress(Exception):
+        active = parked and app.control.inspect(timeout=_INSPECT_SECONDS).active_queues()
+    for worker, queues in (active or {}).items():
+        for queue in {str(one["name"]) for one in queues} & set(parked.values()):
+            said = f"{worker} consumes {queue}, which is for nobody; take it out of -Q"
+            yield Finding("paused", WARNING, said)
 
 
 def unhandled(app: Any, subscriptions: Sequence[Subscription]) -> list[str] | None:

@@ -22,7 +22,8 @@
     ├── PayloadError              a message that cannot be read
     ├── RowError                  a row that is not what a handler's `into=` says
     ├── ProcessKilled             a handler that ends its process
-    └── NoSuchLetter              a dead letter that is not there
+    ├── NoSuchLetter              a dead letter that is not there
+    └── NotDone                   what was waited for
 
 `retry` says whether waiting can help; `solution` is a sentence for whoever is on call.
 They pickle, because Celery stores the exceptions of tasks.
@@ -190,3 +191,9 @@ class NoSuchLetter(FlashError):
     """A dead letter is not, or no longer, in the queue."""
 
     solution = "`flash dead list` shows those that are."
+
+
+class NotDone(FlashError):
+    """Handlers have not done what was waited for."""
+
+    solution = "`flash status` shows the slot and the queues, `flash dead list` what has failed."

@@ -21,7 +21,7 @@ from . import payload
 from .changes import Change, Changes
 from .errors import PayloadError
 from .escaping import escaped
-from .messages import Form, Message
+from .messages import PARKED, Form, Message
 from .subscriptions import TableName
 
 VERSION = 1
@@ -36,7 +36,7 @@ _PERSISTENT = 2
 #: How many characters of a traceback and of an error are kept, and how many ids of a batch.
 _TRACEBACK, _MESSAGE, _IDS = 16_000, 2_000, 100
 #: Headers that say how a message travelled, or when it should have run.
-_NOT_KEPT = {"compression", "eta", "expires", "retries", DEATHS, FIRST_FAILED}
+_NOT_KEPT = {"compression", "eta", "expires", "retries", DEATHS, FIRST_FAILED, PARKED}
 
 
 @dataclass(frozen=True)

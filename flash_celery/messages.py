@@ -10,6 +10,7 @@ import uuid
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from kombu import compression
@@ -27,6 +28,8 @@ from .telemetry import Route, route
 #: What of a key gets into a log line.
 _ARGUMENT_LENGTH = 200
 _PERSISTENT = 2
+#: Where a parked message is to go, in its headers: its queue and priority.
+PARKED = "flash_parked"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,6 +131,7 @@ class Template:
         batch: Batch | None,
         source: str,
         most: int,
+        parking: str = "",
     ) -> None:
         #: Bytes of the largest change that is to be made into a message.
         self.most = most
@@ -154,9 +158,13 @@ class Template:
         if options.get("priority") is not None:
             properties["priority"] = options["priority"]
         headers = dict(made.headers)
+        if parking:
+            # In the order of the WAL, whatever their priority is going to be.
+            headers[PARKED] = {"queue": self.queue, "priority": properties.pop("priority", None)}
         if self._compression:
             _, headers["compression"] = compression.compress("", self._compression)
-        self._form = Form(self.queue, self.task, headers, properties, template=self.key)
+        queue = parking or self.queue
+        self._form = Form(queue, self.task, headers, properties, template=self.key)
 
     def together(self, deliveries: Sequence[Delivery]) -> Message:
         """One message for as many changes as a batch holds."""
@@ -202,11 +210,17 @@ class Template:
 class Templates:
     """The template for each subscription and operation, resolved once.
 
+    `parking` has the queues that the messages of paused handlers go to, by handler.
     Raises `ConfigurationError` or `SubscriptionError` where a task's options cannot be honoured.
     """
 
     def __init__(
-        self, app: Any, settings: Settings, subscriptions: Sequence[Subscription], source: str = ""
+        self,
+        app: Any,
+        settings: Settings,
+        subscriptions: Sequence[Subscription],
+        source: str = "",
+        parking: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         #: What it has templates for.
         self.subscriptions = subscriptions
@@ -221,13 +235,18 @@ class Templates:
                 if template is None:
                     task = app.tasks[subscription.handler]
                     most = settings.flash_max_change_size
-                    template = Template(app, task, options, subscription.batch, source, most)
+                    park = parking.get(subscription.handler, "")
+                    template = Template(app, task, options, subscription.batch, source, most, park)
                     self._by_options[shared] = template
                 self._templates[subscription.handler, subscription.number, operation] = template
 
     def __getitem__(self, key: tuple[Subscription, Operation]) -> Template:
         subscription, operation = key
         return self._templates[subscription.handler, subscription.number, operation]
+
+    def queues_for(self, handler: str) -> list[str]:
+        """The queues one handler's changes go to."""
+        return sorted({t.queue for (name, *_), t in self._templates.items() if name == handler})
 
     def queues_of(self, subscription: Subscription) -> list[str]:
         """The queues one subscription's changes go to."""

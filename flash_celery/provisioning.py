@@ -10,7 +10,7 @@ from typing import Any
 
 import psycopg
 
-from . import catalog, ddl, preflight, publications, slots
+from . import catalog, ddl, history, preflight, publications, slots
 from .control import Control, Stopped
 from .errors import SlotInUse, SlotMissing
 from .preflight import Report
@@ -85,6 +85,7 @@ class Provisioning:
                 logger.warning(_NOT_NOTED, self._slot, note[0])
         elif manage:
             ddl.remember_slot(connection, self._prefix, self._slot)
+            history.prepare(connection, self._settings)
         if not manage:
             self.leaves |= report.leaves  # nobody notes them
         if report.gap is not None:

@@ -58,6 +58,10 @@ class Record:
     narrowed: dict[str, str] = field(default_factory=dict)
     #: What was missed when a slot was lost and made anew, the last of it last.
     gaps: list[dict[str, Any]] = field(default_factory=list)
+    #: The handlers that are paused, and since when (ISO 8601); "" stands for the whole source.
+    paused: dict[str, str] = field(default_factory=dict)
+    #: The handlers whose parked changes are to go back to their queues, and since when.
+    resuming: dict[str, str] = field(default_factory=dict)
 
     @property
     def open_gap(self) -> Gap | None:
@@ -190,6 +194,15 @@ def read(connection: psycopg.Connection[Any], prefix: str) -> Found:
         if operation is Operation.INSERT:
             record = Record.of_json(comment)
     return Found(found, _alive(connection, record), version)
+
+
+def noted(connection: psycopg.Connection[Any], prefix: str) -> str:
+    """Changes whenever the record does."""
+    row = connection.execute(
+        "SELECT md5(obj_description(oid, 'pg_publication')) FROM pg_publication WHERE pubname = %s",
+        [name_of(prefix, Operation.INSERT)],
+    ).fetchone()
+    return str(row[0]) if row else ""
 
 
 def _alive(connection: psycopg.Connection[Any], record: Record | None) -> Record | None:

@@ -21,6 +21,7 @@ from .enqueued import Enqueued, Lease
 from .errors import PublishError, TakenOver
 from .messages import Message, announce
 from .outbox import MESSAGE_BYTES, Unit
+from .parking import Leaving, Parking
 from .protocol.lsn import Lsn
 from .publishers.base import Publisher
 from .telemetry import Telemetry
@@ -74,6 +75,7 @@ class Publishing(threading.Thread):
         #: What is being delivered.
         self._taken: list[Unit] = []
         self._lease = Lease("", "")
+        self._parking = Parking()
         self._claim: Callable[[Enqueued], None] | None = None
         self._changed = threading.Condition()
         self._size = 0
@@ -86,13 +88,20 @@ class Publishing(threading.Thread):
         #: When the broker was spoken to last; 0 as long as there was nothing for it.
         self._spoke = 0.0
 
-    def claim(self, lease: Lease, enqueued: Callable[[Enqueued], None]) -> None:
-        """Begin a session, which has no room before the broker has agreed; never blocks.
+    def claim(
+        self,
+        lease: Lease,
+        enqueued: Callable[[Enqueued], None],
+        parking: Parking = Parking(),  # noqa: B008 - a tuple
+    ) -> None:
+        """Begin a session, which has no room before the broker has agreed and what is to leave a
+        parking queue has left; never blocks.
 
         `enqueued` gets what the broker has already, in the publishing thread.
         """
         with self._changed:
-            self._lease, self._claim = lease, enqueued
+            self._lease, self._claim, self._parking = lease, enqueued, parking
+            self._opened = self._opened and not parking.queues
             self._changed.notify_all()
 
     def put(self, unit: Unit) -> None:
@@ -101,6 +110,11 @@ class Publishing(threading.Thread):
             self._units.append(unit)
             self._size += unit.size
             self._changed.notify_all()
+
+    @property
+    def begun(self) -> bool:
+        """Whether the session has room."""
+        return self._claim is None
 
     @property
     def has_room(self) -> bool:
@@ -186,6 +200,8 @@ class Publishing(threading.Thread):
         def attempt(_: Sequence[Message]) -> int:
             if self._may_publish(generation):
                 found = self._publisher.claim(lease)
+                for queue in self._parking.leaving:
+                    self._unpark(generation, queue)
                 with self._changed:
                     if generation == self._generation:
                         enqueued(found)
@@ -194,6 +210,22 @@ class Publishing(threading.Thread):
 
         if self._insist(generation, attempt, []):
             self._confirmed(Lsn(0))  # nothing; whoever waits for room looks again
+
+    def _unpark(self, generation: int, leaving: Leaving) -> None:
+        """Move what was parked, before anything newer is published."""
+        more, moved = True, 0
+
+        def admit(messages: list[Message]) -> int:
+            nonlocal moved
+            count = self._backpressure.admit(messages, partial(self._given_up, generation))
+            count = count if self._may_publish(generation) else 0
+            moved += count
+            return count
+
+        while more and self._may_publish(generation):
+            more = self._publisher.unpark(leaving.name, leaving.restored, admit)
+        if not more:
+            logger.info("Moved %d messages from %s, back to their queues", moved, leaving.name)
 
     def _deliver(self, generation: int, units: Sequence[Unit]) -> None:
         messages = [message for unit in units for message in unit.messages]
@@ -293,7 +325,7 @@ class Publishing(threading.Thread):
     def _open(self) -> None:
         self._spoke = time.monotonic()
         if not self._opened:
-            self._publisher.open(self._queues)
+            self._publisher.open([*self._queues, *self._parking.queues])
             self._opened = True
 
     def _works(self) -> None:

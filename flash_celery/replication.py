@@ -175,6 +175,12 @@ class ReplicationConnection:
         done = pq.ExecStatus.TUPLES_OK
         self._execute(command.format(sql.Identifier(slot)), done, _never_mind)
 
+    def copy_slot(self, slot: str, copy: str) -> None:
+        """Make a copy of a slot that ends with this connection, whoever reads the slot."""
+        statement = sql.SQL("SELECT pg_copy_logical_replication_slot({}, {}, true)")
+        names = sql.Literal(slot), sql.Literal(copy)
+        self._execute(statement.format(*names), pq.ExecStatus.TUPLES_OK, _never_mind)
+
     def keep_over_failover(self, slot: str) -> None:
         """Have standbys keep a copy of a slot that exists (PostgreSQL 17 and later)."""
         self._execute(failover_of(slot), pq.ExecStatus.COMMAND_OK)

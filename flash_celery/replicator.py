@@ -11,6 +11,7 @@ import hashlib
 import logging
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from functools import partial
@@ -19,7 +20,7 @@ from typing import Any
 
 import psycopg
 
-from . import catalog, ddl, letters, oversize, publications, slots
+from . import catalog, ddl, history, letters, oversize, publications, slots
 from .backoff import delays
 from .control import Control, Stopped
 from .enqueued import Lease
@@ -35,6 +36,7 @@ from .errors import (
     SpoolError,
 )
 from .escaping import escaped
+from .holding import Holding
 from .messages import Templates
 from .outbox import Outbox
 from .progress import Progress
@@ -96,6 +98,7 @@ class Replicator:
         self.telemetry.unconfirmed = lambda: self._publishing.oldest
         self.telemetry.stuck = lambda: time.monotonic() - self.control.turned
         self._provisioning = Provisioning(settings, subscriptions, self.control)
+        self._holding = Holding(app, settings, subscriptions, lambda: self._publishing.begun)
         self._progress = Progress()
         self._source = ""
         self._messages = len(of_tables(subscriptions)) < len(subscriptions)
@@ -112,6 +115,8 @@ class Replicator:
         #: Whether nothing was wrong when it was looked at, and whether the slot is lost all the
         #: same, so that it is looked at again.
         self._examined = self._doubted = False
+        #: Where the slot was, for the one that stays behind.
+        self._samples: history.Samples = deque()
         self._pauses = delays()
 
     def stop(self) -> None:
@@ -203,7 +208,10 @@ class Replicator:
                     self._provisioning.run(stream, connection, self._progress)
                     self._examined = True
                     self._start(stream, connection)
-                with closing(self._session(stream, connection)) as session:
+                with (
+                    closing(self._session(stream, connection)) as session,
+                    history.keeping(self._dsn, self._settings, self._samples),
+                ):
                     session.run()
         except psycopg.OperationalError as error:
             raise unreachable(error, self._dsn) from error
@@ -239,6 +247,9 @@ class Replicator:
             ),
             self._lease(),
             Outbox(partial(oversize.letter, self._app, self._settings.flash_dead_queue)),
+            self._holding.parking,
+            partial(self._holding.altered, connection),
+            self._holding.source,
             self.telemetry,
         )
 
@@ -261,10 +272,16 @@ class Replicator:
         if source != self._source:
             # Positions of another server, or another timeline of it, mean nothing here.
             self._progress, self._source = Progress(), source
-            system = source.partition("/")[0]
-            self._templates = Templates(
-                self._app, self._settings, self._subscriptions, f"{system}/{slot}"
-            )
+            self._samples.clear()
+        self._holding.read(connection, self._templates)
+        system = source.partition("/")[0]
+        self._templates = Templates(
+            self._app,
+            self._settings,
+            self._subscriptions,
+            f"{system}/{slot}",
+            self._holding.parked,
+        )
         try:
             stream.start(
                 slot,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import psycopg
 
-from . import ddl, identities, publications
+from . import ddl, history, identities, publications
 from .ddl import Step
 from .errors import CatalogError, SlotInUse
 from .settings import Settings
@@ -24,13 +25,15 @@ class Plan:
     slot: dict[str, Any] | None
     steps: list[Step]
     prefix: str
+    #: The slot that stays behind, if there is one.
+    history: dict[str, Any] | None = None
     #: Why the publications stay, if they do.
     note: str = ""
 
     @property
     def empty(self) -> bool:
         """Whether there is nothing to do."""
-        return self.slot is None and not self.steps
+        return self.slot is None and self.history is None and not self.steps
 
     def lines(self) -> list[str]:
         """What would happen, and what would be lost."""
@@ -44,6 +47,8 @@ class Plan:
             if self.slot["reader"]:
                 reader = self.slot["reader"]
                 said.append(f"  PID {reader['pid']} ({reader['client']}) reads it now")
+        if self.history is not None:
+            said.append(f"drop the slot {self.history['name']}: nothing can be replayed then")
         said += [str(step) for step in self.steps]
         return said + ([self.note] if self.note else [])
 
@@ -65,26 +70,42 @@ def plan(connection: psycopg.Connection[Any], settings: Settings, slot: str) -> 
     owner = found.record.slot if found.record else None
     if owner not in (None, slot):
         note = f"leave the publications {prefix}_…: they belong to the slot {owner}"
-        return Plan(slot_status(connection, slot), [], prefix, note)
+        return Plan(slot_status(connection, slot), [], prefix, note=note)
+    behind = None
+    if slot == settings.flash_replication_slot and history.ours(connection, settings):
+        behind = slot_status(connection, history.slot_of(settings))
+    found_slot = slot_status(connection, slot)
     steps = ddl.forget(found, prefix, identities.restorable(connection, found, prefix))
     if connection.execute("SELECT pg_is_in_recovery()").fetchone() == (True,):
         note = f"leave what a standby cannot alter; on the primary run {'; '.join(map(str, steps))}"
-        return Plan(slot_status(connection, slot), [], prefix, note if steps else "")
+        return Plan(found_slot, [], prefix, behind, note if steps else "")
     if steps and not settings.flash_manage:
         statements = "; ".join(map(str, steps))
         note = f"leave the rest, for flash_manage is off; its owner runs: {statements};"
-        return Plan(slot_status(connection, slot), [], prefix, note)
-    return Plan(slot_status(connection, slot), steps, prefix)
+        return Plan(found_slot, [], prefix, behind, note)
+    return Plan(found_slot, steps, prefix, behind)
 
 
-def run(connection: psycopg.Connection[Any], undo: Plan, force: bool) -> None:
-    """Do it. Raises `SlotInUse` if a replication worker reads the slot and `force` is not given."""
+def run(
+    connection: psycopg.Connection[Any],
+    undo: Plan,
+    force: bool,
+    unpark: Callable[[], object] = bool,
+) -> None:
+    """Do it. Raises `SlotInUse` if a replication worker reads the slot and `force` is not given.
+
+    `unpark` is called when nobody reads any more, and before it is forgotten what is paused.
+    """
     with ddl.alone(connection, undo.prefix):
         if undo.steps:
             # From here on it is no loss that the slot is gone.
             ddl.forget_slot(connection, undo.prefix)
         if undo.slot is not None:
             _drop(connection, undo.slot["name"], force)
+        if undo.history is not None:
+            _drop(connection, undo.history["name"], force)
+        if undo.steps:
+            unpark()
         ddl.apply(connection, undo.steps)
 
 

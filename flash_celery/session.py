@@ -18,6 +18,7 @@ from .enqueued import Lease
 from .errors import ReplicationError
 from .messages import Templates
 from .outbox import Outbox
+from .parking import Parking
 from .payload import Delivery
 from .progress import Progress
 from .protocol import frames
@@ -63,6 +64,9 @@ class Session:
         watch: Watch,
         lease: Lease,
         outbox: Outbox,
+        parking: Parking,
+        noted_otherwise: Callable[[], bool],
+        paused: bool = False,
         telemetry: Telemetry | None = None,
     ) -> None:
         self._stream = stream
@@ -94,6 +98,12 @@ class Session:
         #: What has arrived and waits for a spooled transaction to be replayed.
         self._runs: deque[tuple[bytes, list[bytes]]] = deque()
         self._look = tables_changed
+        self._parking = parking
+        self._noted_otherwise = noted_otherwise
+        #: Whether nothing is to be read.
+        self._paused = paused
+        #: Since when something else is noted.
+        self._since = 0.0
         self._watch = watch
         self._looked = time.monotonic()
         # Often enough for the server's own time limit.
@@ -108,12 +118,13 @@ class Session:
     def run(self) -> None:
         """Read, hand over, acknowledge.
 
-        Until somebody stops it, or a table has been made anew or got a partition: then the
-        publications need another look. Raises `ReplicationError`.
+        Until somebody stops it, pauses or resumes something, or a table has been made anew or got
+        a partition: then the publications need another look. Raises `ReplicationError`.
         """
-        self._publishing.claim(self._lease, self._outbox.skip)
-        # What came together with the answer to START_REPLICATION makes no socket readable.
-        self._receive()
+        self._publishing.claim(self._lease, self._outbox.skip, self._parking)
+        if not self._paused:
+            # What came together with the answer to START_REPLICATION makes no socket readable.
+            self._receive()
         end = None
         while True:
             self._renew_lease()
@@ -125,13 +136,13 @@ class Session:
                 if not self._transactions.open or time.monotonic() > end - limit / 2:
                     return self._drain(end)
             elif self._look_around():
-                logger.warning("A table of a handler is not what it was; looking at all of them")
                 return self._drain()
             self._turn()
 
     def _turn(self) -> None:
         behind = bool(self._runs) or self._transactions.replaying
-        reading = self._reading = self._publishing.has_room and not behind
+        reading = self._publishing.has_room and not behind and not self._paused
+        self._reading = reading
         sockets: list[Any] = [self._control, self._connection]
         ready, _, _ = select.select(
             [*sockets, self._stream] if reading else sockets, [], [], self._patience(behind)
@@ -179,14 +190,22 @@ class Session:
         self._lease.until = now + lease
 
     def _look_around(self) -> bool:
-        """Now and then: watch the slot; whether a table is not what it was at the beginning."""
+        """Now and then: watch the slot; whether something has to be looked at again."""
         now = time.monotonic()
         if now - self._looked < _LOOK_SECONDS:
             return False
         self._looked = now
         self._watch.look(self._stream.received, self._reading)
         self._telemetry.spooled = self._transactions.spooled
-        return not self._transactions.open and self._look()
+        if self._noted_otherwise():
+            # An open transaction is read to its end, as when it is stopped.
+            self._since = self._since or now
+            limit = self._settings.flash_shutdown_timeout / 2
+            return not self._transactions.open or now - self._since > limit
+        if self._transactions.open or not self._look():
+            return False
+        logger.warning("A table of a handler is not what it was; looking at all of them")
+        return True
 
     def _patience(self, behind: bool) -> float:
         """Seconds until something is due."""

@@ -64,6 +64,9 @@ class Settings:
     #: What to do when the slot was lost or dropped: `halt`, or `recreate` it at the present and
     #: record what was missed.
     flash_on_lost_slot: str = "halt"
+    #: Seconds for which what was read can be read again (`flash replay`), by a second slot; 0 for
+    #: none.
+    flash_replay_window: float = 0.0
     #: Have standbys keep a copy of the slot, so that it survives a failover (PostgreSQL 17).
     flash_failover_slot: bool = False
     #: Seconds that SIGTERM leaves for what is in flight.
@@ -166,6 +169,15 @@ class Settings:
                 "flash_on_lost_slot = 'recreate' makes a slot, which flash_manage = False leaves "
                 "to its owner; leave one of them out."
             )
+        if not 0 <= self.flash_replay_window < 366 * 86_400:
+            raise ConfigurationError(
+                "flash_replay_window is a number of seconds, or 0 for no replay."
+            )
+        if self.flash_replay_window and not self.flash_manage:
+            raise ConfigurationError(
+                "flash_replay_window makes a second slot, which flash_manage = False leaves to its "
+                "owner; leave one of them out."
+            )
         if self.flash_max_queue_length < 0:
             raise ConfigurationError(
                 "flash_max_queue_length is a number of messages, or 0 for no limit."
@@ -180,6 +192,11 @@ class Settings:
             raise ConfigurationError(
                 f"{self.called('flash_replication_slot')} may hold a-z, 0-9 and _ only, at most 63 "
                 f"of them, not {slot!r}."
+            )
+        if self.flash_replay_window and len(slot) > 63 - len("_history"):
+            raise ConfigurationError(
+                f"{self.called('flash_replication_slot')} may have 55 characters at most with "
+                "flash_replay_window, whose slot is called that and _history."
             )
         prefix = self.flash_publication_slot_prefix
         if not prefix or len(f"{prefix}_truncate".encode()) > 63:
@@ -267,6 +284,7 @@ _KINDS: dict[str, Any] = {
     "flash_status_interval": (int, float),
     "flash_heartbeat_interval": (int, float),
     "flash_on_lost_slot": str,
+    "flash_replay_window": (int, float),
     "flash_failover_slot": bool,
     "flash_shutdown_timeout": (int, float),
     "flash_http": str,

@@ -7,11 +7,12 @@ from typing import Any
 
 import psycopg
 
-from . import publications
+from . import history, pausing, publications
 from .backpressure import is_full
 from .doctor import unhandled
 from .errors import PublishError
 from .messages import Templates
+from .publications import Record
 from .publishers.base import queue_depths
 from .settings import Settings
 from .slots import Gap
@@ -68,15 +69,19 @@ def status(
 ) -> dict[str, Any]:
     """Everything, ready for JSON."""
     templates = Templates(app, settings, subscriptions)
+    found = {**declared(settings, templates), **database(connection, settings)}
+    parked = [one["queue"] for one in found["paused_handlers"]]
     broker_error = None
     depths: dict[str, int | None] = {}
     try:
-        depths = queue_depths(app, [*templates.queues, settings.flash_dead_queue])
+        depths = queue_depths(app, [*templates.queues, settings.flash_dead_queue, *parked])
     except PublishError as error:
         broker_error = str(error)
+    for one in found["paused_handlers"]:
+        # The first message makes the queue.
+        one["parked"] = (depths[one["queue"]] or 0) if depths else None
     return {
-        **declared(settings, templates),
-        **database(connection, settings),
+        **found,
         **broker(settings, templates, depths, broker_error),
         #: Handlers no running worker knows; None if no worker answers.
         "unhandled": None if broker_error else unhandled(app, subscriptions),
@@ -96,10 +101,26 @@ def declared(settings: Settings, templates: Templates) -> dict[str, Any]:
 def database(connection: psycopg.Connection[Any], settings: Settings) -> dict[str, Any]:
     """What PostgreSQL says."""
     record = publications.read(connection, settings.flash_publication_slot_prefix).record
+    record = record or Record()
     return {
         "slot": slot_status(connection, settings.flash_replication_slot),
+        #: What `flash replay` can go back to; None if nothing is held.
+        "history": _history(connection, settings),
         #: What was never read, because the slot was lost and made anew.
-        "gaps": record.gaps if record else [],
+        "gaps": record.gaps,
+        #: Since when nothing is read; None if it is.
+        "paused": record.paused.get(pausing.SOURCE),
+        #: How many are `parked` the broker knows.
+        "paused_handlers": [
+            {
+                "handler": handler,
+                "since": record.paused.get(handler) or record.resuming[handler],
+                "resuming": handler in record.resuming,
+                "queue": queue,
+                "parked": None,
+            }
+            for handler, queue in pausing.parked(record, settings.source).items()
+        ],
     }
 
 
@@ -119,6 +140,20 @@ def broker(
     }
 
 
+def _history(connection: psycopg.Connection[Any], settings: Settings) -> dict[str, Any] | None:
+    slot = slot_status(connection, history.slot_of(settings))
+    if slot is None:
+        return None
+    mark = history.oldest(connection, settings)
+    return {
+        "name": slot["name"],
+        "wal_status": slot["wal_status"],
+        "retained_bytes": slot["retained_bytes"],
+        "oldest_lsn": mark and str(mark.lsn),
+        "oldest_time": mark and mark.time.isoformat(),
+    }
+
+
 def _subscription(subscription: Subscription, templates: Templates) -> dict[str, Any]:
     return {
         "handler": subscription.handler,
@@ -133,7 +168,15 @@ def lines(found: dict[str, Any]) -> list[str]:
     """The same for people."""
     said = [f"source     {found['source']}"] if found["source"] else []
     said += slot_lines(found)
+    if found["history"]:
+        held = found["history"]
+        since = f"{held['oldest_lsn']} ({held['oldest_time']})" if held["oldest_lsn"] else "unknown"
+        said.append(
+            f"history    {held['name']} (wal_status {held['wal_status']}) since {since}, "
+            f"{size(held['retained_bytes'])} of WAL"
+        )
     said += [f"gap        {Gap(**gap)}" for gap in found["gaps"]]
+    said += _paused_lines(found)
     said += ["", "handlers"]
     width = max((len(one["handler"]) for one in found["subscriptions"]), default=0)
     for one in found["subscriptions"]:
@@ -154,6 +197,20 @@ def lines(found: dict[str, Any]) -> list[str]:
     if found["other_sources"]:
         others = ", ".join(found["other_sources"])
         said += ["", f"other sources: {others} (flash status --source NAME)"]
+    return said
+
+
+def _paused_lines(found: dict[str, Any]) -> list[str]:
+    said = []
+    if found["paused"]:
+        said.append(f"paused     since {found['paused']}: nothing is read until `flash resume`")
+    for one in found["paused_handlers"]:
+        count = "unknown" if one["parked"] is None else one["parked"]
+        state = "goes on" if one["resuming"] else "is paused"
+        said.append(
+            f"paused     {one['handler']} {state} since {one['since']}: {count} parked in "
+            f"{one['queue']}"
+        )
     return said
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import click
 
-from . import dead, doctor, replicate, reset, status, tail
+from . import dead, doctor, pause, replay, replicate, reset, status, tail, wait
 
 
 @click.group(name="flash")
@@ -16,6 +16,10 @@ def flash() -> None:
 for _command in (
     replicate.replicate,
     status.status,
+    pause.pause,
+    pause.resume,
+    wait.wait,
+    replay.replay,
     doctor.doctor,
     reset.reset,
     tail.tail,

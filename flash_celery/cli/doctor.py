@@ -25,7 +25,7 @@ def doctor(project: Project, explain: bool, as_sql: bool) -> None:
     """Check every prerequisite, and say how to mend what is missing."""
     from .. import doctor as checks
     from .. import explain as explaining
-    from .. import preflight, server, sources, standbys
+    from .. import history, pausing, preflight, server, sources, standbys
     from ..findings import OK, STOP
 
     if as_sql:
@@ -36,15 +36,18 @@ def doctor(project: Project, explain: bool, as_sql: bool) -> None:
     with project.connect() as connection:
         report = preflight.examine(connection, *subject)
         standing_by = list(standbys.findings(connection, project.settings))
+        record = pausing.read(connection, project.settings)
+        held = list(history.findings(connection, project.settings))
         if explain:
             explained += explaining.explain(connection, *subject, report)
-    findings = [*report.findings, *standing_by, server.can_stream(project.settings)]
+    findings = [*report.findings, *held, *standing_by, server.can_stream(project.settings)]
     findings += checks.spool(project.settings)
     findings += sources.findings(*project.sources)
     broker = list(checks.broker(project.app, project.settings))
     findings += broker
     if broker[0].level == OK:  # or asking for workers takes its time
         findings += checks.workers(project.app, project.subscriptions)
+    findings += checks.paused(project.app, record, project.settings.source)
     for finding in findings:
         say(checks.line(finding))
     for line in explained:

@@ -15,9 +15,11 @@ from .project import Project, command, say
 def reset(project: Project, slot: str | None, yes: bool, force: bool) -> None:
     """Drop the slot and its publications, and restore replica identities.
 
-    Changes that were not read yet are lost; the next `replicate` starts at the present.
+    Changes that were not read yet are lost; the next `replicate` starts at the present. Nothing is
+    paused then: what is parked for paused handlers goes back to their queues.
     """
     from .. import reset as resetting
+    from .. import unparking
 
     name = slot or project.settings.flash_replication_slot
     with project.connect() as connection:
@@ -25,10 +27,13 @@ def reset(project: Project, slot: str | None, yes: bool, force: bool) -> None:
         if undo.empty:
             say(undo.note or f"Nothing to reset: there is no slot {name}.")
             return
+        subject = project.app, project.settings, project.subscriptions
+        parked = unparking.find(connection, *subject) if undo.steps else []
         say("This will")
-        for line in undo.lines():
+        for line in [*map(str, parked), *undo.lines()]:
             say(f"  {line}")
         if not yes:
             click.confirm("Go on?", abort=True)
-        resetting.run(connection, undo, force)
+        source = project.settings.source
+        resetting.run(connection, undo, force, lambda: unparking.move(project.app, source, parked))
     click.echo("Done.")

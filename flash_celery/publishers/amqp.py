@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import struct
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 from amqp import RecoverableConnectionError, spec
@@ -25,6 +27,12 @@ logger = logging.getLogger(__name__)
 _WINDOW = 5000
 #: Bytes that are gathered before they are written.
 _WRITTEN_TOGETHER = 1 << 16
+
+#: Messages that are moved together, and bytes of them.
+_MOVED_MESSAGES, _MOVED_BYTES = 500, 4 << 20
+#: Seconds after which an empty queue is looked at once more: what a process that has died held of
+#: it may be on its way back.
+_SETTLE_SECONDS = 0.5
 
 _METHOD, _HEADER, _BODY = 1, 2, 3
 _FRAME = struct.Struct(">BHI")
@@ -75,6 +83,37 @@ class AmqpPublisher(ConnectedPublisher):
             error.confirmed = min(self._pending, default=self._sent + 1) - first
             raise
         self._window = _WINDOW
+
+    def unpark(
+        self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
+    ) -> bool:
+        """Move some. A process that is killed leaves them where they were, in their order.
+
+        Raises `PublishError`, also while another process moves them.
+        """
+        with self.errors(), closing(self._connection.channel()) as channel, _alone(channel, queue):
+            taken = self._take(channel, queue)
+            if not taken:
+                time.sleep(_SETTLE_SECONDS)
+                taken = self._take(channel, queue)
+            moved = [restored(channel.message_to_python(message)) for message in taken]
+            count = admit(moved) if moved else 0
+            if count:
+                self.publish(moved[:count])
+                channel.basic_ack(taken[count - 1].delivery_tag, multiple=True)
+            # What was not acknowledged goes back to its place with the channel.
+            return bool(taken)
+
+    def _take(self, channel: Any, queue: str) -> list[Any]:
+        taken: list[Any] = []
+        size = 0
+        while len(taken) < _MOVED_MESSAGES and size < _MOVED_BYTES:
+            message = channel.basic_get(queue, no_ack=False)
+            if message is None:
+                break
+            taken.append(message)
+            size += len(message.body)
+        return taken
 
     def check(self) -> None:
         """Ask for confirms once more, which is answered. Raises `PublishError`."""
@@ -196,6 +235,19 @@ class AmqpPublisher(ConnectedPublisher):
     def _on_return(self, error: Any, exchange: str, queue: str, message: Any) -> None:
         # The message is confirmed nevertheless, after this.
         self._trouble = Unroutable(f"The broker has no queue {queue}.")
+
+
+@contextmanager
+def _alone(channel: Any, queue: str) -> Iterator[None]:
+    """No other connection moves what is in the queue: it could have taken some, which nobody else
+    sees, and what comes after them would overtake them. The lock goes with the connection."""
+    lock = f"{queue}.moving"
+    channel.queue_declare(lock, exclusive=True, auto_delete=False)
+    try:
+        yield
+    finally:
+        if channel.is_open:
+            channel.queue_delete(lock)
 
 
 def _method(queue: str) -> bytes:

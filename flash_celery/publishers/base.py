@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
@@ -33,6 +33,15 @@ class Publisher(Protocol):
         """Return once the broker has confirmed every message, each queue's in this order.
 
         Raises `PublishError` if it has not; any of them may be in the broker then.
+        """
+
+    def unpark(
+        self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
+    ) -> bool:
+        """Move some messages out of a queue, the oldest first, to where `restored` sends them.
+
+        Each is taken out once the broker has the new one. `admit` says how many may be published,
+        from the first on. Whether there may be more. Raises `PublishError`.
         """
 
     def check(self) -> None:
@@ -188,6 +197,13 @@ class ConnectedPublisher:
             if hasattr(self._channel, "_size"):
                 return int(self._channel._size(queue))
             return int(self._channel.queue_declare(queue=queue, passive=True).message_count)
+
+    def consumers(self, queue: str) -> int:
+        """How many consumers a queue has, where the broker counts them. Raises `PublishError`."""
+        if hasattr(self._channel, "_size"):
+            return 0
+        with self.errors():
+            return int(self._channel.queue_declare(queue=queue, passive=True).consumer_count)
 
     @contextmanager
     def errors(self) -> Iterator[None]:

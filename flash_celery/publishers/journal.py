@@ -132,8 +132,7 @@ class Journal:
         """Run a transaction if the lease is ours, and still is when it runs."""
         with client.pipeline(transaction=True) as pipeline:
             try:
-                pipeline.watch(self._key)
-                self._check(pipeline.hget(self._key, "owner"))
+                self.watch(pipeline)
                 pipeline.multi()
                 fill(pipeline)
                 pipeline.execute()
@@ -141,6 +140,11 @@ class Journal:
                 # That is also what a connection lost meanwhile is called.
                 self._check(client.hget(self._key, "owner"))
                 raise redis.ConnectionError(str(error)) from error
+
+    def watch(self, pipeline: Any) -> None:
+        """Let the transaction to come fail if the lease is not ours then. Raises `TakenOver`."""
+        pipeline.watch(self._key)
+        self._check(pipeline.hget(self._key, "owner"))
 
     def _check(self, owner: bytes | None) -> None:
         if owner != self._lease.token.encode():

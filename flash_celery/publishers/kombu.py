@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from kombu.messaging import Producer
 
@@ -29,3 +30,19 @@ class KombuPublisher(ConnectedPublisher):
                     **message.properties,
                 )
                 self.confirmed += 1
+
+    def unpark(
+        self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
+    ) -> bool:
+        """Move the oldest one. Raises `PublishError`."""
+        with self.errors():
+            message = self._channel.basic_get(queue, no_ack=False)
+            if message is None:
+                return False
+            moved = [restored(message)]
+            if admit(moved):
+                self.publish(moved)
+                self._channel.basic_ack(message.delivery_tag)
+            else:
+                self._channel.basic_reject(message.delivery_tag, requeue=True)
+        return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..enqueued import Enqueued, Lease
@@ -38,6 +38,18 @@ class MemoryPublisher:
             if message.queue not in self.queues:
                 raise Unroutable(f"The broker has no queue {message.queue}.")
             self.queues[message.queue].append(message)
+
+    def unpark(
+        self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
+    ) -> bool:
+        """Move the oldest one. Raises `PublishError` while broken."""
+        if not self.depth(queue):
+            return False
+        moved = [restored(self.queues[queue][0])]
+        if admit(moved):
+            self.publish(moved)
+            del self.queues[queue][0]
+        return True
 
     def check(self) -> None:
         """Raises `PublishError` while broken."""

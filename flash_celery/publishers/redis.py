@@ -8,15 +8,15 @@ from __future__ import annotations
 import re
 import socket
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count, groupby
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
 import redis
-from kombu.utils.json import dumps
+from kombu.utils.json import dumps, loads
 
 from ..enqueued import Enqueued, Lease
 from ..messages import Form, Message
@@ -26,6 +26,8 @@ from .journal import Journal
 #: Messages in one LPUSH, and bytes of one.
 _PUSH_MESSAGES = 500
 _PUSH_BYTES = 4 << 20
+#: Messages that are moved in one step; a batch's may have megabytes.
+_MOVED_MESSAGES = 20
 #: Bytes that may wait unsent: the wait for a reply begins when the kernel has taken everything, and
 #: on a slow line megabytes would take longer than it may, and be sent again for ever. And when the
 #: kernel asks whether the other side is still there (seconds; seconds in between; times).
@@ -86,6 +88,34 @@ class RedisPublisher(ConnectedPublisher):
                         push(pipeline)
                         pipeline.execute()
                 self.confirmed += len(pushes)
+
+    def unpark(
+        self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
+    ) -> bool:
+        """Move some in one step, so that none is there twice. Raises `PublishError`, and
+        `TakenOver` if another session has claimed the lease."""
+        key = self._prefixed(self._channel._q_for_pri(queue, 0))
+        with (
+            self.errors(),
+            self._client() as client,
+            client.pipeline(transaction=True) as pipeline,
+        ):
+            pipeline.watch(key)
+            if self._journal is not None:
+                self._journal.watch(pipeline)
+            found = pipeline.lrange(key, -_MOVED_MESSAGES, -1)
+            to_python = self._channel.message_to_python
+            moved = [restored(to_python(loads(raw))) for raw in reversed(found)]
+            count = admit(moved) if moved else 0
+            if count:
+                expiring = {message.queue for message in moved} & self._expiring()
+                pipeline.multi()
+                self._push_all([self._push(one) for one in moved[:count]], expiring, pipeline)
+                pipeline.ltrim(key, 0, -count - 1)
+                # Another one has moved them, or the connection is gone: the next call knows.
+                with suppress(redis.WatchError):
+                    pipeline.execute()
+        return bool(found)
 
     def _push_all(self, pushes: Sequence[tuple[str, str]], queues: set[str], pipeline: Any) -> None:
         for key, run in groupby(pushes, lambda push: push[0]):

@@ -63,6 +63,7 @@ class Live:
             flash_publication_slot_prefix=name,
             flash_on_lost_slot="halt",
             flash_failover_slot=False,
+            flash_replay_window=0,
         )
         self._subscriptions = [one for one in subscriptions_of(app) if one.source == source]
         if not self._settings.flash_manage:
@@ -213,6 +214,12 @@ class _Recorder:
         """Publish, and keep."""
         self._publisher.publish(messages)
         self.messages += messages
+
+    def unpark(
+        self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
+    ) -> bool:
+        """Nothing is paused in a test's database."""
+        return self._publisher.unpark(queue, restored, admit)
 
     def check(self) -> None:
         """See that the broker answers."""

@@ -78,6 +78,10 @@ _PUBLISH = (
     "flash_celery.publishers.redis:RedisPublisher.publish",
     "flash_celery.publishers.amqp:AmqpPublisher.publish",
 )
+_UNPARK = (
+    "flash_celery.publishers.redis:RedisPublisher.unpark",
+    "flash_celery.publishers.amqp:AmqpPublisher.unpark",
+)
 _REDIS = ("redis.connection:AbstractConnection.send_packed_command",)
 _AMQP = ("amqp.transport:_AbstractTransport.write",)
 _SPOOL = ("flash_celery.spool:Spool.append",)
@@ -91,6 +95,7 @@ STEPS = {
     "pushed": Step(When.AFTER, _REDIS, _push),
     "sent": Step(When.AFTER, _AMQP, _frames),
     "confirmed": Step(When.AFTER, _PUBLISH),
+    "moved": Step(When.AFTER, _UNPARK),
     "acknowledge": Step(When.BEFORE, (f"{_STREAM}.send_status",), _further()),
     "acknowledged": Step(When.AFTER, (f"{_STREAM}.send_status",), _further()),
     # A transaction that is streamed while it is open.

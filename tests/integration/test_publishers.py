@@ -12,8 +12,10 @@ from celery import Celery
 from kombu import Queue
 
 from example_project.servers import Valkey, end_with_parent, free_port, wait_until
+from flash_celery import letters
 from flash_celery.errors import PublishError, Unroutable
-from flash_celery.messages import Form, Message
+from flash_celery.messages import PARKED, Form, Message
+from flash_celery.parking import restored
 from flash_celery.publishers import for_app
 from flash_celery.publishers.amqp import AmqpPublisher
 from flash_celery.publishers.base import queue_depths
@@ -295,3 +297,63 @@ def test_a_broker_that_does_not_come_back_confirms_nothing_more():
         publisher.open([queue])
     assert caught.value.confirmed == 0
     publisher.close()
+
+
+def test_what_is_parked_goes_back_in_order_and_as_it_was(broker):
+    """Only as much as may be published, and with the priority it had."""
+    name = f"flash.paused.{uuid4()}"
+    broker.publisher.open([broker.app.amqp.queues["first"], letters.queue(broker.app, name)])
+
+    def parked(number):
+        told = {PARKED: {"queue": "first" if number % 2 else "gone", "priority": number % 10}}
+        form = Form(name, "shop.handle", {"task": "shop.handle", **told}, {"delivery_mode": 2})
+        return Message(form, str(number), "é", f'"é{number}"')
+
+    broker.publisher.publish([parked(number) for number in range(100)])
+    rest = [30, 0]
+
+    def admit(messages):
+        count = min(len(messages), rest[0]) if rest else len(messages)
+        rest[:1] = [rest[0] - count] if rest and rest[0] > count else []
+        return count
+
+    calls = 0
+    while broker.publisher.unpark(name, partial(restored, ["first"]), admit):
+        calls += 1
+        assert calls <= 110
+    found = sorted(broker.messages("first"), key=lambda one: int(one.headers["id"]))
+    assert [one.headers["id"] for one in found] == [str(number) for number in range(100)]
+    assert [one.properties["priority"] for one in found] == [n % 10 for n in range(100)]
+    assert not any(PARKED in one.headers for one in found)
+    assert broker.publisher.depth(name) == 0
+    broker.publisher.publish([parked(number) for number in (1, 11, 21, 31)])
+    while broker.publisher.unpark(name, partial(restored, ["first"]), len):
+        pass
+    assert broker.read("first") == ["1", "11", "21", "31"]
+
+
+def test_only_one_process_moves_what_is_parked(rabbit):
+    """One that was stopped holds messages that nobody else sees."""
+    app = Celery("shop", broker=rabbit.url, set_as_current=False)
+    name = f"flash.paused.{uuid4()}"
+    queues = [app.amqp.queues["moved"], letters.queue(app, name)]
+    one, other = for_app(app), for_app(app)
+    for publisher in (one, other):
+        publisher.open(queues)
+    one.publish([message(number, name) for number in range(3)])
+    back = partial(restored, ["moved"])
+
+    def admit(messages):
+        with pytest.raises(PublishError, match="RESOURCE_LOCKED"):
+            other.unpark(name, back, len)
+        return 1
+
+    assert one.unpark(name, back, admit)
+    other.open(queues)
+    assert other.unpark(name, back, len)
+    assert not other.unpark(name, back, len)
+    assert one.depth("moved") == 3
+    for publisher in (one, other):
+        publisher.close()
+    rabbit.control("delete_queue", "moved")
+    rabbit.control("delete_queue", name)

@@ -70,7 +70,7 @@ ALLOWED = {
     "outbox": {"enqueued", "messages", "payload", "protocol", "telemetry"},
     "backpressure": {"messages", "telemetry"},
     "publishing": {
-        *("backoff", "backpressure", "enqueued", "messages", "outbox", "protocol"),
+        *("backoff", "backpressure", "enqueued", "messages", "outbox", "parking", "protocol"),
         *("publishers", "telemetry", "errors"),
     },
     "letters": {
@@ -110,14 +110,27 @@ ALLOWED = {
     },
     # The replication worker.
     "provisioning": {
-        *("catalog", "control", "ddl", "preflight", "progress", "publications", "replication"),
+        *(
+            "catalog",
+            "control",
+            "ddl",
+            "history",
+            "preflight",
+            "progress",
+            "publications",
+            "replication",
+        ),
         *("settings", "slots", "subscriptions", "errors"),
     },
     "oversize": {"changes", "escaping", "letters", "messages", "payload", "protocol", "rows"}
     | {"errors"},
     "watch": {"progress", "protocol", "settings", "slots", "telemetry", "errors"},
+    "parking": {"letters", "messages"},
+    "pausing": {"ddl", "parking", "publications", "settings", "subscriptions", "errors"},
+    "holding": {"escaping", "messages", "parking", "pausing", "publications", "settings"}
+    | {"subscriptions", "errors"},
     "session": {
-        *("catalog", "changes", "control", "enqueued", "messages", "outbox", "payload"),
+        *("catalog", "changes", "control", "enqueued", "messages", "outbox", "parking", "payload"),
         *(
             "progress",
             "protocol",
@@ -130,23 +143,39 @@ ALLOWED = {
         *("telemetry", "transactions", "watch", "errors"),
     },
     "replicator": {
-        *("backoff", "catalog", "control", "ddl", "enqueued", "escaping", "letters", "messages"),
-        *("outbox", "oversize", "progress", "provisioning"),
+        *("backoff", "catalog", "control", "ddl", "enqueued", "escaping", "history", "holding"),
+        *("letters", "messages", "outbox", "oversize", "progress", "provisioning"),
         *("protocol", "publications", "publishers", "publishing", "replication", "session"),
         *("settings", "slots", "subscriptions", "telemetry", "watch", "errors"),
     },
     # Commands import what they do.
     "status": {
-        *("backpressure", "doctor", "messages", "publications", "publishers", "settings", "slots"),
+        *("backpressure", "doctor", "history", "messages", "pausing", "publications"),
+        *("publishers", "settings", "slots", "subscriptions", "errors"),
+    },
+    "doctor": {
+        *("findings", "pausing", "publications", "publishers", "settings", "spool"),
         *("subscriptions", "errors"),
     },
     "live": {"escaping", "protocol", "settings", "slots", "status", "subscriptions", "errors"},
-    "doctor": {"findings", "publishers", "settings", "spool", "subscriptions", "errors"},
+    "history": {"catalog", "changes", "ddl", "findings", "protocol", "publications", "settings"}
+    | {"slots", "errors"},
+    "replay": {
+        *("backpressure", "changes", "history", "letters", "messages", "outbox", "oversize"),
+        *("payload", "protocol", "publications", "publishers", "replication", "routing", "rows"),
+        *("settings", "slots", "subscriptions", "transactions", "errors"),
+    },
+    "outstanding": {"changes", "payload", "protocol", "publishers", "errors"},
+    "waiting": {
+        *("catalog", "handlers", "letterbox", "letters", "messages", "outstanding", "pausing"),
+        *("protocol", "settings", "slots", "errors"),
+    },
+    "unparking": {"messages", "parking", "pausing", "publishers", "settings", "subscriptions"},
     "letterbox": {"letters", "publishers", "subscriptions", "errors"},
     "explain": {
         *("catalog", "preflight", "publications", "pushdown", "settings", "subscriptions"),
     },
-    "reset": {"ddl", "identities", "publications", "settings", "status", "errors"},
+    "reset": {"ddl", "history", "identities", "publications", "settings", "status", "errors"},
     "tail": {
         *("catalog", "changes", "control", "ddl", "payload", "protocol", "publications"),
         "replication",
@@ -203,9 +232,12 @@ ALLOWED = {
         "sources",
     },
     "cli.status": {"cli", "live", "status", "errors"},
-    "cli.doctor": {"cli", "doctor", "escaping", "explain", "findings", "preflight", "script"}
-    | {"server", "sources", "standbys"},
-    "cli.reset": {"cli", "reset"},
+    "cli.doctor": {"cli", "doctor", "escaping", "explain", "findings", "history", "pausing"}
+    | {"preflight", "script", "server", "sources", "standbys"},
+    "cli.wait": {"cli", "waiting", "errors"},
+    "cli.replay": {"cli", "pausing", "replay", "errors"},
+    "cli.pause": {"cli", "parking", "pausing"},
+    "cli.reset": {"cli", "reset", "unparking"},
     "cli.tail": {"cli", "control", "subscriptions", "tail", "errors"},
     "cli.dead": {"cli", "letterbox", "tail", "errors"},
     "cli.letters": {"escaping", "letterbox", "letters", "errors"},

@@ -1,0 +1,155 @@
+"""`flash pause` and `flash resume`: what is held back is neither lost nor overtaken."""
+
+import json
+import signal
+
+import pytest
+import redis
+
+from example_project.servers import wait_until
+from tests.acceptance.test_failpoints import of, through
+from tests.acceptance.test_faults import confirmed, insert
+
+
+def flash(shop, *arguments, code=0):
+    ran = shop.run("flash", *arguments)
+    assert ran.returncode == code, ran.stderr
+    return ran.stdout + ran.stderr
+
+
+def status(shop):
+    return json.loads(flash(shop, "status", "--json"))
+
+
+def until_noted_as_done(shop):
+    noted = "SELECT bool_or(obj_description(oid) ~ '\"resuming\": {}') FROM pg_publication"
+    wait_until(lambda: shop.database.one(noted), "it to be noted that what was parked is back")
+
+
+def numbers(notes):
+    return list(dict.fromkeys(note["key"]["id"] for note in notes if note["operation"] == "insert"))
+
+
+def count_of(shop, *queues):
+    with redis.Redis.from_url(shop.broker.url) as client:
+        return sum(client.llen(queue) for queue in queues)
+
+
+@pytest.mark.parametrize(
+    "any_shop", [pytest.param("redis", marks=pytest.mark.soak), "rabbitmq"], indirect=True
+)
+def test_a_paused_handler_gets_its_changes_later_and_in_order(any_shop):
+    shop = any_shop
+    shop.environment |= {"SHOP_BATCH": "1"}
+    shop.worker()
+    first = shop.replicate()
+    insert(shop.database, 1, 5)
+    shop.until_noted(5)
+    assert "flash.paused.shop.each" in flash(shop, "pause", "each")
+    shop.until_said(first, "its changes wait in the queue flash.paused.shop.each")
+    insert(shop.database, 6, 30)
+    shop.database.execute("DELETE FROM items WHERE id = 7")
+    shop.until_noted(30, "many")
+    confirmed(shop)
+    shop.end(first, signal.SIGKILL)
+    second = shop.replicate()
+    insert(shop.database, 31, 40)
+    shop.until_noted(40, "many")
+    confirmed(shop)
+    said = flash(shop, "status")
+    assert "shop.each is paused since" in said
+    assert "36 parked in flash.paused.shop.each" in said
+    assert len(shop.notes()) == 5
+
+    insert(shop.database, 41, 50)
+    assert "shop.each goes on." in flash(shop, "resume", "shop.each")
+    shop.until_said(second, "back to their queues")
+    insert(shop.database, 51, 60)
+    assert numbers(shop.until_noted(61)) == list(range(1, 61))
+    assert [note["key"] for note in shop.notes() if note["operation"] == "delete"] == [{"id": 7}]
+    until_noted_as_done(shop)
+    assert shop.end(second) == 0
+
+
+@pytest.mark.soak
+def test_a_sigkill_in_the_middle_of_a_resume(any_shop):
+    shop = any_shop
+    first = shop.replicate()
+    flash(shop, "pause", "each")
+    shop.until_said(first, "its changes wait")
+    insert(shop.database, 1, 100)
+    confirmed(shop)
+    shop.end(first)
+    flash(shop, "resume", "each")
+    insert(shop.database, 101, 110)
+    steps = ("half a push:2", "half a frame:1", "pushed:1", "sent:1", "moved:1", "confirmed:1")
+    last = through(shop, *of(shop, *steps))
+    confirmed(shop)
+    if shop.broker.url.startswith("redis"):
+        assert count_of(shop, "flash", "flash.paused.shop.each") == 110
+    shop.worker()
+    notes = shop.until_noted(110)
+    assert numbers(notes) == list(range(1, 111))
+    assert len({(note["id"], note["task_id"]) for note in notes}) == 110
+    until_noted_as_done(shop)
+    assert shop.end(last) == 0
+
+
+@pytest.mark.soak
+def test_a_paused_source_is_not_read_and_its_worker_stays_up(any_shop):
+    shop = any_shop
+    shop.worker()
+    first = shop.replicate()
+    said = flash(shop, "pause")
+    assert "max_slot_wal_keep_size" in said
+    shop.until_said(first, "Paused since")
+    second = shop.replicate(wait=False)
+    shop.until_said(second, "waiting until it is free")
+    before = shop.database.one("SELECT confirmed_flush_lsn FROM pg_replication_slots")
+    insert(shop.database, 1, 20)
+    assert "nothing is read until `flash resume`" in flash(shop, "status")
+    shop.end(first, signal.SIGKILL)
+    shop.until_said(second, "Paused since")
+    assert shop.database.one("SELECT confirmed_flush_lsn FROM pg_replication_slots") == before
+    assert shop.notes() == []
+    assert "Reading goes on." in flash(shop, "resume")
+    assert "Reading was not paused." in flash(shop, "resume")
+    assert numbers(shop.until_noted(20)) == list(range(1, 21))
+    assert second.log.read_text().count("Paused since") == 1
+
+
+@pytest.mark.soak
+def test_what_cannot_be_paused(shop):
+    assert "start `flash replicate` first" in flash(shop, "pause", code=2)
+    shop.end(shop.replicate())
+    assert "There is no handler eech; there are shop.each" in flash(shop, "pause", "eech", code=2)
+    assert "shop.each was not paused" in flash(shop, "resume", "each")
+    flash(shop, "pause", "each")
+    renamed = shop.run("flash", "resume", "each", SHOP_BATCH="only")
+    assert renamed.returncode == 2
+    assert "is no handler of this app any more" in renamed.stderr
+    since = status(shop)["paused_handlers"][0]["since"]
+    assert f"shop.each is paused since {since}" in flash(shop, "pause", "each")
+    assert "Still paused: shop.each." in flash(shop, "resume")
+
+
+@pytest.mark.soak
+def test_a_reset_sends_what_is_parked_to_its_queue(any_shop):
+    shop = any_shop
+    first = shop.replicate()
+    flash(shop, "pause", "each")
+    shop.until_said(first, "its changes wait")
+    insert(shop.database, 1, 30)
+    confirmed(shop)
+    mistaken = shop.worker(queues="flash.paused.shop.each")
+    if shop.broker.url.startswith("redis"):
+        shop.until_said(mistaken, "this worker consumes it no longer")
+    else:
+        shop.until_said(mistaken, "inequivalent arg")
+    shop.end(mistaken)
+    assert "paused: shop.each, since" in flash(shop, "doctor")
+    shop.end(first)
+    assert "send 30 messages of the paused handler shop.each" in flash(shop, "reset", "--yes")
+    shop.worker()
+    # (Redis takes what a worker puts back for the newest one.)
+    assert sorted(numbers(shop.until_noted(30))) == list(range(1, 31))

@@ -1,0 +1,92 @@
+"""`flash wait`: 0 means that every handler has done everything up to a position."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from example_project.servers import wait_until
+from flash_celery import on_change
+from flash_celery.errors import CatalogError, ConfigurationError, NotDone
+from flash_celery.waiting import wait_for
+from tests.acceptance.test_faults import insert
+
+
+def wait(shop, *arguments):
+    ran = shop.run("flash", "wait", *arguments)
+    return ran.returncode, ran.stdout + ran.stderr
+
+
+@pytest.fixture
+def twin(new_app):
+    """The app of the shop's processes, in this one."""
+
+    def make(shop):
+        app = new_app("shop", broker_url=shop.broker.url, flash_dsn=shop.database.dsn)
+        app.conf.flash_replication_slot = shop.database.slot
+        app.conf.flash_routes = {"public.items.delete": {"queue": "cleanup"}}
+
+        @on_change("items")
+        @app.task(name="shop.each", shared=False)
+        def each(change): ...
+
+        return app
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "any_shop", ["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)], indirect=True
+)
+def test_it_returns_when_handlers_are_done(any_shop):
+    shop = any_shop
+    shop.environment |= {"SHOP_BATCH": "1", "SHOP_SLEEP": "0.05"}
+    shop.worker("threads")
+    shop.replicate()
+    insert(shop.database, 1, 40)
+    code, said = wait(shop)
+    assert code == 0, said
+    assert len(shop.notes()) == len(shop.notes("many")) == 40
+    # Nothing is left, and the server is idle.
+    code, said = wait(shop, "each")
+    assert (code, said[:11]) == (0, "Done up to ")
+    code, said = wait(shop, "--lsn", "FFFFFFFF/0", "--timeout", "0")
+    assert (code, "Not done up to FFFFFFFF/0: the slot flash_" in said) == (1, True)
+
+
+@pytest.mark.parametrize(
+    "any_shop", ["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)], indirect=True
+)
+def test_what_waits_what_runs_and_what_has_failed(any_shop, twin):
+    shop, app = any_shop, twin(any_shop)
+    with pytest.raises(CatalogError, match="does not exist, so nothing is read"):
+        wait_for(app)
+    shop.replicate()
+    insert(shop.database, 1, 3)
+    with pytest.raises(NotDone, match=r"3 messages .*in the queue flash"):
+        wait_for(app, timeout=1)
+    before = shop.database.one("SELECT pg_current_wal_insert_lsn()::text")
+    shop.worker("threads")
+    shop.until_noted(3)
+    shop.database.execute("INSERT INTO items VALUES (4, 'wait')")
+    wait_until(shop.notes_file.with_name("notes.wait").exists, "the handler to begin")
+    with pytest.raises(NotDone, match=r"shop\.each (with a worker|is active on)"):
+        wait_for(app, timeout=1)
+    assert str(wait_for(app, before)) == before
+
+    shop.notes_file.with_name("notes.go").touch()
+    with pytest.raises(NotDone, match=r"changes for shop\.each have failed for good"):
+        wait_for(app)
+    wait_for(app, before)
+    assert shop.run("flash", "dead", "drop", "--all", "--yes").returncode == 0
+    wait_for(app, handlers=["each"])
+    assert shop.run("flash", "pause", "each").returncode == 0
+    with pytest.raises(NotDone, match=r"shop\.each is paused since"):
+        wait_for(app)
+
+
+def test_what_cannot_be_waited_for(database, twin):
+    app = twin(SimpleNamespace(database=database, broker=SimpleNamespace(url="memory://")))
+    with pytest.raises(ConfigurationError, match="'yesterday' is no position in the WAL; write"):
+        wait_for(app, "yesterday")
+    with pytest.raises(ConfigurationError, match="There is no handler eech"):
+        wait_for(app, handlers=["eech"])

@@ -1,0 +1,125 @@
+"""The slot that stays behind, and how far back a replay can go."""
+
+from datetime import datetime, timezone
+
+import pytest
+
+from flash_celery import history, replay, reset
+from flash_celery.errors import ConfigurationError
+from flash_celery.findings import OK, WARNING
+from flash_celery.handlers import subscriptions_of
+from flash_celery.protocol.lsn import Lsn
+from flash_celery.settings import Settings
+
+SLOTS = "SELECT count(*) FROM pg_replication_slots WHERE database = current_database()"
+
+
+@pytest.fixture
+def flash(flash):
+    flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, name text)")
+    return flash.handler("items")
+
+
+def span(flash, since, until=None):
+    with flash.database.connect() as connection:
+        return replay.span(connection, Settings.from_app(flash.app), since, until)
+
+
+def levels(flash, **conf):
+    flash.app.conf.update(conf)
+    with flash.database.connect() as connection:
+        found = history.findings(connection, Settings.from_app(flash.app))
+        return [finding.level for finding in found]
+
+
+def oldest(flash):
+    """Once the slot has been made."""
+    with flash.database.connect() as connection:
+        settings = Settings.from_app(flash.app)
+        flash.wait(lambda: history.oldest(connection, settings))
+        return history.oldest(connection, settings)
+
+
+def restart(flash, **conf):
+    flash.stop()
+    flash.start(**conf)
+
+
+def test_what_is_not_held_cannot_be_replayed(flash):
+    flash.start()
+    with pytest.raises(ConfigurationError, match="Nothing that was read is held"):
+        span(flash, "0/1")
+    assert levels(flash) == []
+    before = datetime.now(timezone.utc)
+    flash.do("INSERT INTO items VALUES (1, 'a')")
+    restart(flash, flash_replay_window=3600)
+    oldest(flash)
+    for since in ("0/1", str(before), "yesterday"):
+        with pytest.raises(
+            ConfigurationError, match=r"the oldest that can be replayed is [\dA-F]+/"
+        ):
+            span(flash, since)
+    for since in ("teatime", "infinity"):
+        with pytest.raises(ConfigurationError, match="neither a position nor a time"):
+            span(flash, since)
+    assert levels(flash) == [OK]
+    now = str(flash.database.one("SELECT clock_timestamp()"))
+    flash.do("INSERT INTO items VALUES (2, 'a')", "INSERT INTO items VALUES (3, 'a')")
+    count = replay.Count()
+    wanted = span(flash, now)
+    settings, subscriptions = Settings.from_app(flash.app), subscriptions_of(flash.app)
+    with flash.database.connect() as connection:
+        replay.read(connection, settings, subscriptions, "handler", wanted, count.take)
+    assert (count.changes, count.transactions) == (2, 2)
+    assert count.first.commit_lsn < count.last.commit_lsn < wanted.end
+    assert levels(flash, flash_replay_window=0) == [WARNING]
+    restart(flash, flash_replay_window=0)
+    flash.wait(lambda: flash.database.one(SLOTS) == 1)
+    with pytest.raises(ConfigurationError, match="Nothing that was read is held"):
+        span(flash, now)
+
+
+def test_it_follows_and_goes_with_a_reset(flash):
+    flash.start(flash_replay_window=1)
+    settings = Settings.from_app(flash.app)
+    before = oldest(flash)
+    flash.do("INSERT INTO items VALUES (1, 'a')")
+    passed = Lsn.parse(flash.database.one("SELECT pg_current_wal_insert_lsn()::text"))
+    flash.do("INSERT INTO items VALUES (2, 'a')")
+    flash.wait(lambda: oldest(flash).lsn >= passed)
+    assert oldest(flash).time > before.time
+    position = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = '{}'"
+    moved = position.format(history.slot_of(settings))
+    flash.wait(lambda: Lsn.parse(flash.database.one(moved)) >= passed)
+    flash.stop()
+    with flash.database.connect() as connection:
+        undo = reset.plan(connection, settings, settings.flash_replication_slot)
+        assert any("nothing can be replayed then" in line for line in undo.lines())
+        reset.run(connection, undo, force=False)
+    assert flash.database.one(SLOTS) == 0
+
+
+def test_somebody_elses_slot_is_left_alone(flash):
+    name = f"{flash.database.slot}_history"
+    flash.database.execute(f"SELECT pg_create_logical_replication_slot('{name}', 'pgoutput')")
+    flash.start()
+    flash.do("INSERT INTO items VALUES (1, 'a')")
+    flash.stop()
+    assert flash.database.one(SLOTS) == 2
+    with pytest.raises(ConfigurationError, match="there is one that was not made by"):
+        flash.start(flash_replay_window=60)
+    assert flash.database.one(SLOTS) == 2
+
+
+def test_one_that_was_being_made_is_made_anew(flash):
+    """The process was killed before the slot's position was noted."""
+    flash.start(flash_replay_window=3600)
+    settings = Settings.from_app(flash.app)
+    mark = oldest(flash)
+    with flash.database.connect() as connection:
+        history._note(connection, settings, mark._replace(lsn=history._UNKNOWN))
+    with pytest.raises(ConfigurationError, match="the oldest that can be replayed"):
+        span(flash, str(mark.lsn))
+    flash.do("INSERT INTO items VALUES (1, 'a')")
+    restart(flash)
+    flash.wait(lambda: mark.lsn < oldest(flash).lsn < history._UNKNOWN)

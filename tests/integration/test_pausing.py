@@ -1,0 +1,143 @@
+"""What is paused, in a replication worker of this process."""
+
+import json
+
+import psycopg
+import pytest
+
+from flash_celery import pausing
+from flash_celery.errors import CatalogError, ConfigurationError
+from flash_celery.publications import Record
+from flash_celery.settings import Settings
+from tests.integration.conftest import shown
+
+STREAMED = "SELECT stream_count > 0 FROM pg_stat_replication_slots WHERE slot_name = '{}'"
+
+
+@pytest.fixture
+def flash(flash):
+    flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, name text)")
+    return flash
+
+
+def pause(flash, *handlers, end=False):
+    settings = Settings.from_app(flash.app)
+    with flash.database.connect() as connection:
+        (pausing.resume if end else pausing.pause)(connection, settings, handlers)
+
+
+def record(flash):
+    with flash.database.connect() as connection:
+        return pausing.read(connection, Settings.from_app(flash.app))
+
+
+def noticed(flash, **wanted):
+    def equal():
+        return all(
+            sorted(getattr(flash.replicator._holding.record, name)) == value
+            for name, value in wanted.items()
+        )
+
+    flash.wait(equal)
+
+
+def test_handlers_are_paused_and_go_on_in_any_order(flash):
+    flash.handler("items", name="one").handler("items", "insert", name="two", batch=10).start()
+    flash.do("INSERT INTO items VALUES (1, 'a')")
+    pause(flash, "one", "two")
+    pause(flash, "one")
+    noticed(flash, paused=["one", "two"])
+    flash.do("INSERT INTO items VALUES (2, 'b')", "INSERT INTO items VALUES (3, 'c')")
+    assert shown(flash.told("one")) == ["insert 1,a"]
+    assert shown(flash.told("two")) == ["insert 1,a"]
+    pause(flash, "one", end=True)
+    pause(flash, "one")
+    pause(flash, "two", end=True)
+    flash.wait(lambda: list(record(flash).paused) == ["one"] and not record(flash).resuming)
+    flash.do("UPDATE items SET name = 'd' WHERE id = 3", "INSERT INTO items VALUES (4, 'd')")
+    assert shown(flash.told("two")) == ["insert 2,b", "insert 3,c", "insert 4,d"]
+    # It may have gone on for a moment.
+    one = shown(flash.told("one"))
+    pause(flash, "one", end=True)
+    flash.wait(lambda: not record(flash).resuming)
+    flash.do("DELETE FROM items WHERE id = 1")
+    told = [*one, *shown(flash.told("one"))]
+    assert told == ["insert 2,b", "insert 3,c", "update 3 -> 3,d", "insert 4,d", "delete 1"]
+
+
+def test_an_open_transaction_does_not_hold_a_pause_up(flash):
+    """With streaming it may be open for hours."""
+    options = "-c logical_decoding_work_mem=64kB"
+    dsn = psycopg.conninfo.make_conninfo(flash.database.dsn, options=options)
+    conf = {"flash_dsn": dsn, "flash_use_streaming": True, "flash_shutdown_timeout": 2}
+    flash.handler("items").start(**conf)
+    rows = "SELECT n, repeat('x', 100) FROM generate_series(1, 3000) AS n"
+    with flash.database.connect() as connection, connection.transaction():
+        connection.execute(f"INSERT INTO items {rows}")
+        flash.wait(lambda: flash.database.one(STREAMED.format(flash.database.slot)))
+        pause(flash, "")
+        noticed(flash, paused=[""])
+    flash.database.execute("INSERT INTO items VALUES (4000, 'b')")
+    assert flash.told() == []
+    pause(flash, "", end=True)
+    flash.do("INSERT INTO items VALUES (0, 'c')")
+    assert len(flash.told()) == 3002
+
+
+def test_who_may_not_note_it_is_told_what_to_run(flash):
+    flash.handler("items").start()
+    database = flash.database
+    database.execute("CREATE ROLE nobody_here LOGIN")
+    try:
+        dsn = psycopg.conninfo.make_conninfo(database.dsn, user="nobody_here")
+        settings = Settings.from_app(flash.app)
+        with (
+            psycopg.connect(dsn, autocommit=True) as connection,
+            pytest.raises(CatalogError, match="another role's, who must run COMMENT") as told,
+        ):
+            pausing.pause(connection, settings, ["handler"])
+        statement = str(told.value).partition("must run ")[2].rstrip(";")
+        database.execute(statement)
+        noticed(flash, paused=["handler"])
+    finally:
+        database.execute("DROP ROLE nobody_here")
+
+
+def test_names():
+    known = ["shop.tasks.send", "other.send", "shop.tasks.bill"]
+    assert pausing.named(["bill", "shop.tasks.bill", "other.send"], known) == [
+        "shop.tasks.bill",
+        "other.send",
+    ]
+    with pytest.raises(ConfigurationError, match="send may be any of other.send, shop.tasks.send"):
+        pausing.named(["send"], known)
+    with pytest.raises(ConfigurationError, match="There is no handler sent; there are "):
+        pausing.named(["sent"], known)
+
+
+def test_a_record_from_before_there_were_pauses_is_read():
+    written = json.loads(Record(slot="one").to_json())
+    del written["paused"], written["resuming"]
+    assert Record.of_json(json.dumps(written)) == Record(slot="one")
+
+
+def test_one_that_is_no_handler_any_more_is_remembered(flash):
+    flash.handler("items", name="kept").handler("items", name="gone").start()
+    pause(flash, "kept", "gone")
+    pause(flash, "kept", "gone", end=True)
+    flash.stop()
+    pause(flash, "kept", "gone")
+    pause(flash, "kept", "gone", end=True)
+    del flash.app.tasks["gone"]
+    flash.start()
+    flash.wait(lambda: list(record(flash).resuming) == ["gone"])
+
+
+def test_what_cannot_be_paused(flash):
+    flash.handler("items", name="shop.each")
+    with pytest.raises(CatalogError, match="start `flash replicate` first"):
+        pause(flash, "shop.each")
+    with pytest.raises(ConfigurationError, match="is no handler of this app any more"):
+        pausing.refuse_strangers(["shop.gone"], ["shop.each"], "")
+    with pytest.raises(ConfigurationError, match="is too long for a queue of its own"):
+        pause(flash, "x" * 201)
