@@ -9,7 +9,7 @@ import fnmatch
 import hashlib
 import uuid
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -344,15 +344,3 @@ def _declarable(app: Any, queue: str, subscription: Subscription) -> None:
             f"{subscription.handler} goes to the queue {queue!r}, which is not in task_queues; add "
             "it, or leave task_create_missing_queues on."
         ) from None
-
-
-def announce(signal: Callable[..., Any], message: Message, **more: Any) -> None:
-    """Send one of Celery's publishing signals for a message (tracing hooks listen to them)."""
-    signal(
-        sender=message.task,
-        body=message.body,
-        exchange="",
-        routing_key=message.queue,
-        headers=message.headers,
-        **more,
-    )

@@ -13,13 +13,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from celery import signals
-
+from .announcing import announce
 from .backoff import delays
 from .backpressure import Backpressure
 from .enqueued import Enqueued, Lease
 from .errors import PublishError, TakenOver, Unroutable
-from .messages import Message, announce
+from .messages import Message
 from .outbox import Unit
 from .protocol.lsn import Lsn
 from .publishers.base import Publisher
@@ -184,12 +183,12 @@ class Publishing(threading.Thread):
 
     def _deliver(self, generation: int, units: Sequence[Unit]) -> None:
         messages = [message for unit in units for message in unit.messages]
-        _before_publish(messages)
+        announced = announce(messages)
         done = not messages or self._insist(
             generation, partial(self._publish, generation), messages
         )
-        if done:
-            _after_publish(messages)
+        for one in announced:
+            one.end(published=done)
         with self._changed:
             # Room is made before anybody is woken to use it.
             self._size -= sum(unit.size for unit in units)
@@ -292,21 +291,3 @@ def _waiting(messages: Sequence[Message]) -> str:
         return "nothing waits for it yet"
     size = sum(len(message.body) for message in messages)
     return f"{len(messages)} messages of {size} bytes, the first for {messages[0].argsrepr}"
-
-
-def _before_publish(messages: Sequence[Message]) -> None:
-    if signals.before_task_publish.receivers:
-        for message in messages:
-            announce(
-                signals.before_task_publish.send,
-                message,
-                declare=[],
-                properties=message.properties,
-                retry_policy=None,
-            )
-
-
-def _after_publish(messages: Sequence[Message]) -> None:
-    if signals.after_task_publish.receivers:
-        for message in messages:
-            announce(signals.after_task_publish.send, message)

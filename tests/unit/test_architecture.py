@@ -46,8 +46,10 @@ ALLOWED = {
     },
     "outbox": {"enqueued", "messages", "payload", "protocol"},
     "backpressure": {"messages"},
+    "tracing": {"changes", "messages"},
+    "announcing": {"changes", "messages", "tracing"},
     "publishing": {
-        *("backoff", "backpressure", "enqueued", "messages", "outbox", "protocol"),
+        *("announcing", "backoff", "backpressure", "enqueued", "messages", "outbox", "protocol"),
         *("publishers", "errors"),
     },
     "letters": {
