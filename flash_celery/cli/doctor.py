@@ -40,6 +40,7 @@ def doctor(project: Project, explain: bool, as_sql: bool) -> None:
             explained += explaining.explain(connection, *subject, report)
     findings = report.findings + standing_by + preflight.can_stream(project.settings)
     findings += checks.spool(project.settings)
+    findings += checks.eager(project.app)
     findings += sources.findings(*project.sources)
     broker = list(checks.broker(project.app, project.settings))
     findings += broker

@@ -30,11 +30,14 @@ def replicate(project: Project, loglevel: str, logfile: str | None, wait_for_wor
     Creates the slot and its publications where they are missing. A second signal ends it at once.
     Of several databases each has a process of its own: --source.
     """
-    from .. import publishers, sources
+    from .. import doctor, publishers, sources
     from ..control import Stopped
     from ..replicator import Replicator
 
     sources.check(*project.sources)
+    doctor.refuse_eager(project.app)
+    # Who listens to Celery's signals asks for the current app, in the publishing thread too.
+    project.app.set_default()
     project.app.log.setup(loglevel=loglevel, logfile=logfile, redirect_stdouts=False)
     publisher = publishers.for_app(project.app, 2 * project.settings.flash_status_interval)
     replicator = Replicator(project.app, project.settings, project.subscriptions, publisher)

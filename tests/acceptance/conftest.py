@@ -17,6 +17,8 @@ HERE = Path(__file__).parent
 class Shop:
     """The project of `shop.py` on a database and a broker."""
 
+    project = "shop"
+
     def __init__(self, database, broker, folder, **environment):
         self.database = database
         self.broker = broker
@@ -35,7 +37,7 @@ class Shop:
         }
 
     def command(self, *arguments):
-        return [sys.executable, "-m", "celery", "-A", "shop", *arguments]
+        return [sys.executable, "-m", "celery", "-A", self.project, *arguments]
 
     def run(self, *arguments, timeout=60, **environment):
         """A command that ends by itself."""
@@ -70,12 +72,13 @@ class Shop:
             self.until_said(process, "Replicating the slot")
         return process
 
-    def worker(self, pool="solo", queues="flash,cleanup,batches", **environment):
+    def worker(self, pool="solo", queues="flash,cleanup,batches", options=(), **environment):
         return self.start(
             *("worker", "-Q", queues, "-P", pool, "-c", "2", "-l", "WARNING"),
             # RabbitMQ gives a name's control queue to one worker only.
             *("-n", f"worker{len(self.processes)}@%h"),
             *("--without-gossip", "--without-mingle", "--without-heartbeat"),
+            *options,
             **environment,
         )
 
