@@ -86,15 +86,17 @@ def _forgiven() -> Iterator[None]:
 
 def _read(message: Message) -> Any:
     """The body as Celery shows it to listeners: `(args, kwargs, embed)`."""
-    body: Any = message.body
-    if message.headers.get("compression"):
-        body = compression.decompress(body, message.headers["compression"])
-    return tuple(loads(body))
+    with _forgiven():
+        body: Any = message.body
+        if message.headers.get("compression"):
+            body = compression.decompress(body, message.headers["compression"])
+        return tuple(loads(body))
+    return (), {}, {}
 
 
 def _changes(body: Any) -> Sequence[Change]:
     """What a handler will be told; nothing in a dead letter."""
-    told = body[0][0]
+    told = body[0][0] if body[0] else None
     if isinstance(told, Changes):
         return told
     return [told] if isinstance(told, Change) else []

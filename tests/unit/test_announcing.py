@@ -227,3 +227,11 @@ def test_a_tracer_that_fails_holds_up_nothing(template, spans, monkeypatch, capl
     messages = template().each(delivery(1, 2))
     assert published(messages) == messages
     assert "A change could not be traced" in caplog.text
+
+
+def test_a_body_that_cannot_be_read_holds_up_nothing(app, heard, caplog):
+    headers = {"id": "1", "task": "shop.handle"}
+    message = Message.alone(Form("flash", "shop.handle", headers, {}), "no JSON")
+    assert published([message]) == [message]
+    assert heard[0][1]["body"] == ((), {}, {})
+    assert "could not be traced" in caplog.text
