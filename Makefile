@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PROPERTIES := $(patsubst %,tests/integration/test_%.py,conditions pushdown transactions types) \
 	tests/unit/test_fuzz.py
 
-.PHONY: demo screenshots test bench soak long matrix lint types audit release clean
+.PHONY: demo screenshots test bench soak long matrix celery lint types audit release clean
 
 # Changes becoming tasks, on servers of its own; ARGS=--once ends by itself.
 demo: $(VENV)/.stamp
@@ -35,6 +35,10 @@ long: $(VENV)/.stamp
 # The integration tests on PostgreSQL 14 to 18; ARGS="14 17" picks versions.
 matrix: $(VENV)/.stamp
 	$(BIN)/python tests/matrix.py $(ARGS)
+
+# What Celery's releases could break, on Celery 5.4 to 5.7; ARGS="5.4 5.6" picks releases.
+celery: $(VENV)/.stamp
+	$(BIN)/python tests/matrix_celery.py $(ARGS)
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check .

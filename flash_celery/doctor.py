@@ -7,8 +7,8 @@ from contextlib import suppress
 from typing import Any
 
 from . import pausing
-from .errors import PublishError
-from .findings import OK, STOP, WARNING, Finding
+from .errors import ConfigurationError, PublishError
+from .findings import OK, STOP, WARNING, Finding, stop
 from .publications import Record
 from .publishers.base import ConnectedPublisher
 from .settings import Settings
@@ -87,6 +87,26 @@ def _redis(publisher: ConnectedPublisher, max_queue_length: int) -> Iterator[Fin
             f"maxmemory is {memory} bytes: a large transaction can fill Redis, and its Celery "
             "workers fail then, too: set flash_max_queue_length",
         )
+
+
+def refuse_eager(app: Any) -> None:
+    """Raise `ConfigurationError` where Celery runs tasks in the process that sends them.
+
+    A worker would run a retry inside the first attempt, and forget it if it fails.
+    """
+    if app.conf.task_always_eager:
+        raise ConfigurationError(
+            "task_always_eager is on, which is for tests: workers would lose the changes whose "
+            "retries fail; turn it off where `flash replicate` and workers run."
+        )
+
+
+def eager(app: Any) -> Iterator[Finding]:
+    """The same for `doctor`."""
+    try:
+        refuse_eager(app)
+    except ConfigurationError as error:
+        yield stop("task_always_eager", error)
 
 
 def spool(settings: Settings) -> Iterator[Finding]:

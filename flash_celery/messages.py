@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -300,15 +300,3 @@ def _covered(deliveries: Sequence[Delivery]) -> Covered:
         marks[number] = transaction.commit_lsn, ordinal + len(rows) - 1, half
         transactions[transaction] = None
     return tuple(marks.items()), array("q", map(identity, transactions))
-
-
-def announce(signal: Callable[..., Any], message: Message, **more: Any) -> None:
-    """Send one of Celery's publishing signals for a message (tracing hooks listen to them)."""
-    signal(
-        sender=message.task,
-        body=message.body,
-        exchange="",
-        routing_key=message.queue,
-        headers=message.headers,
-        **more,
-    )

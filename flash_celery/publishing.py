@@ -13,13 +13,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from celery import signals
-
+from .announcing import announce
 from .backoff import delays
 from .backpressure import Backpressure
 from .enqueued import Enqueued, Lease
 from .errors import PublishError, TakenOver
-from .messages import Message, announce
+from .messages import Message
 from .outbox import MESSAGE_BYTES, Unit
 from .parking import Leaving, Parking
 from .protocol.lsn import Lsn
@@ -231,12 +230,13 @@ class Publishing(threading.Thread):
         messages = [message for unit in units for message in unit.messages]
         if self._dead is not None and any(unit.letters for unit in units):
             self._declare_dead()
-        _before_publish(messages)
+        announced = announce(messages)
         done = not messages or self._insist(
             generation, partial(self._publish, generation), messages
         )
+        for one in announced:
+            one.end(published=done)
         if done:
-            _after_publish(messages)
             self._count(units, len(messages))
         with self._changed:
             # Room is made before anybody is woken to use it.
@@ -357,21 +357,3 @@ def _waiting(messages: Sequence[Message]) -> str:
         return "nothing waits for it yet"
     size = sum(len(message.body) for message in messages)
     return f"{len(messages)} messages of {size} bytes, the first for {messages[0].argsrepr}"
-
-
-def _before_publish(messages: Sequence[Message]) -> None:
-    if signals.before_task_publish.receivers:
-        for message in messages:
-            announce(
-                signals.before_task_publish.send,
-                message,
-                declare=[],
-                properties=message.properties,
-                retry_policy=None,
-            )
-
-
-def _after_publish(messages: Sequence[Message]) -> None:
-    if signals.after_task_publish.receivers:
-        for message in messages:
-            announce(signals.after_task_publish.send, message)

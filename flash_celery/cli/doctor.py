@@ -42,6 +42,7 @@ def doctor(project: Project, explain: bool, as_sql: bool) -> None:
             explained += explaining.explain(connection, *subject, report)
     findings = [*report.findings, *held, *standing_by, server.can_stream(project.settings)]
     findings += checks.spool(project.settings)
+    findings += checks.eager(project.app)
     findings += sources.findings(*project.sources)
     broker = list(checks.broker(project.app, project.settings))
     findings += broker

@@ -44,11 +44,14 @@ def replicate(
     Creates the slot and its publications where they are missing. A second signal ends it at once.
     Of several databases each has a process of its own: --source.
     """
-    from .. import logs, publishers, sources
+    from .. import doctor, logs, publishers, sources
     from ..control import Stopped
     from ..replicator import Replicator
 
     sources.check(*project.sources)
+    doctor.refuse_eager(project.app)
+    # Who listens to Celery's signals asks for the current app, in the publishing thread too.
+    project.app.set_default()
     project.app.log.setup(loglevel=loglevel, logfile=logfile, redirect_stdouts=False)
     if log_json:
         logs.as_json(project.settings.source)

@@ -19,6 +19,7 @@ class Shop:
 
     #: Where flash-celery is installed.
     python = sys.executable
+    project = "shop"
 
     def __init__(self, database, broker, folder, **environment):
         self.database = database
@@ -38,7 +39,7 @@ class Shop:
         }
 
     def command(self, *arguments):
-        return [self.python, "-m", "celery", "-A", "shop", *arguments]
+        return [self.python, "-m", "celery", "-A", self.project, *arguments]
 
     def run(self, *arguments, timeout=60, **environment):
         """A command that ends by itself."""
@@ -73,12 +74,13 @@ class Shop:
             self.until_said(process, "Replicating the slot")
         return process
 
-    def worker(self, pool="solo", queues="flash,cleanup,batches", **environment):
+    def worker(self, pool="solo", queues="flash,cleanup,batches", options=(), **environment):
         return self.start(
             *("worker", "-Q", queues, "-P", pool, "-c", "2", "-l", "WARNING"),
             # RabbitMQ gives a name's control queue to one worker only.
             *("-n", f"worker{len(self.processes)}@%h"),
             *("--without-gossip", "--without-mingle", "--without-heartbeat"),
+            *options,
             **environment,
         )
 

@@ -262,8 +262,11 @@ class TestABrokerThatStops:
         shop.worker("prefork")
         # Either may have come more than once: it is handled at least once.
         errors = {"RuntimeError", "ValueError"}
+        # Before 5.7 kombu looks for what is unacknowledged in Redis every 100 seconds.
         wait_until(
-            lambda: {letter.error for letter in letters(shop)} == errors, "a letter for each change"
+            lambda: {letter.error for letter in letters(shop)} == errors,
+            "a letter for each change",
+            180,
         )
 
     def test_redis(self, make_shop):
@@ -292,5 +295,6 @@ def test_a_change_that_no_broker_takes_is_a_letter_that_can_be_retried(any_shop)
     shop.until_noted(1)
     assert shop.run("flash", "dead", "retry", "--all").returncode == 0
     shop.until_noted(2)
-    assert [(note["key"]["id"], note["id"]) for note in shop.notes()][1] == (1, letter.changes[0])
+    # (Of what RabbitMQ was sent together with a letter it had no queue for, it may have two.)
+    assert [(note["key"]["id"], note["id"]) for note in shop.notes()][-1] == (1, letter.changes[0])
     assert shop.end(replicate) == 0

@@ -69,9 +69,11 @@ ALLOWED = {
     },
     "outbox": {"enqueued", "messages", "payload", "protocol", "telemetry"},
     "backpressure": {"messages", "telemetry"},
+    "tracing": {"changes", "messages"},
+    "announcing": {"changes", "messages", "tracing"},
     "publishing": {
-        *("backoff", "backpressure", "enqueued", "messages", "outbox", "parking", "protocol"),
-        *("publishers", "telemetry", "errors"),
+        *("announcing", "backoff", "backpressure", "enqueued", "messages", "outbox", "parking"),
+        *("protocol", "publishers", "telemetry", "errors"),
     },
     "letters": {
         "changes",

@@ -256,7 +256,9 @@ def test_a_library_that_is_missing_is_named(app, monkeypatch, library, command, 
     monkeypatch.setitem(sys.modules, library, None)
     for parent, child in (("flash_celery", "live"), ("flash_celery", "monitoring")):
         monkeypatch.delattr(sys.modules[parent], child, raising=False)
-    app.conf.update(flash_dsn="postgresql://x@127.0.0.1:1/x", broker_url="memory://")
+    app.conf.update(
+        flash_dsn="postgresql://x@127.0.0.1:1/x", broker_url="memory://", task_always_eager=False
+    )
 
     @on_change("items")
     @app.task
