@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PROPERTIES := $(patsubst %,tests/integration/test_%.py,conditions pushdown transactions types) \
 	tests/unit/test_fuzz.py
 
-.PHONY: demo test bench soak long matrix lint types audit clean
+.PHONY: demo test bench soak long matrix docs links lint types audit clean
 
 # Changes becoming tasks, on servers of its own; ARGS=--once ends by itself.
 demo: $(VENV)/.stamp
@@ -31,6 +31,16 @@ long: $(VENV)/.stamp
 # The integration tests on PostgreSQL 14 to 18; ARGS="14 17" picks versions.
 matrix: $(VENV)/.stamp
 	$(BIN)/python tests/matrix.py $(ARGS)
+
+# Every example of the documents is run, and the site is built into build/site.
+docs: $(VENV)/.stamp
+	$(BIN)/pytest -q -m "soak or not soak" tests/docs tests/unit/test_docs.py \
+		tests/acceptance/test_tutorial.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Whether the addresses in the documents are still there; needs the network.
+links: $(VENV)/.stamp
+	$(BIN)/python -m tests.docs.links
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check .
