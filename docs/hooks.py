@@ -13,6 +13,8 @@ from flash_celery import errors, settings
 from flash_celery.cli import flash
 
 ROOT = Path(__file__).parents[1]
+#: A file that the tests write is shown with its name.
+FILE = re.compile(r"<!-- file: (\S+) -->\n(```\w+)\n")
 #: What the tests read, and readers need not see.
 NOTE = re.compile(r"[ \t]*<!-- .*? -->\n?")
 
@@ -29,7 +31,7 @@ def on_page_markdown(markdown, page, config, files):
     for name, make in TABLES.items():
         if f"<!-- code: {name} -->" in markdown:
             markdown = markdown.replace(f"<!-- code: {name} -->", make())
-    return NOTE.sub("\n", markdown)
+    return NOTE.sub("\n", FILE.sub(r'\2 title="\1"\n', markdown))
 
 
 def settings_table():

@@ -32,8 +32,9 @@ def build(folder, docs=DOCS):
     configuration = configuration.replace("site_dir: build/site", f"site_dir: {folder / 'site'}")
     configuration = configuration.replace("- docs/hooks.py", f"- {DOCS / 'hooks.py'}")
     target.write_text(configuration.replace("paths: [.]", f"paths: [{ROOT}]"))
+    # Not --quiet: then --strict counts no warning.
     return subprocess.run(
-        [Path(sys.executable).with_name("mkdocs"), "build", "--strict", "-q", "-f", target],
+        [Path(sys.executable).with_name("mkdocs"), "build", "--strict", "-f", target],
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         cwd=ROOT,
         capture_output=True,
