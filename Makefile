@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PROPERTIES := $(patsubst %,tests/integration/test_%.py,conditions pushdown transactions types) \
 	tests/unit/test_fuzz.py
 
-.PHONY: demo screenshots test bench soak long matrix celery lint types audit release clean
+.PHONY: demo screenshots test bench soak long matrix celery docs links lint types audit release clean
 
 # Changes becoming tasks, on servers of its own; ARGS=--once ends by itself.
 demo: $(VENV)/.stamp
@@ -39,6 +39,16 @@ matrix: $(VENV)/.stamp
 # What Celery's releases could break, on Celery 5.4 to 5.7; ARGS="5.4 5.6" picks releases.
 celery: $(VENV)/.stamp
 	$(BIN)/python tests/matrix_celery.py $(ARGS)
+
+# Every example of the documents is run, and the site is built into build/site.
+docs: $(VENV)/.stamp
+	$(BIN)/pytest -q -m "soak or not soak" tests/docs tests/unit/test_docs.py \
+		tests/acceptance/test_tutorial.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Whether the addresses in the documents are still there; needs the network.
+links: $(VENV)/.stamp
+	$(BIN)/python -m tests.docs.links
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check .

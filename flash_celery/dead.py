@@ -8,6 +8,7 @@ Celery imports this module for the strategy of handlers, when a worker starts.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from typing import Any
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds for which the broker is tried before a message goes back to its queue.
 _PATIENCE = 5.0
+#: What stands before the routing key of a message that RabbitMQ has held back: its delay in binary.
+_DELAY = re.compile(r"(?:[01]\.){28}")
 
 
 def strategy(task: Any, app: Any, consumer: Any) -> Any:
@@ -263,12 +266,15 @@ _sender = _Sender()
 
 def _queue_of(app: Any, delivery: Any) -> str:
     """The queue a message was in."""
-    exchange, key = delivery.get("exchange"), delivery.get("routing_key")
+    exchange, key = delivery.get("exchange"), str(delivery.get("routing_key"))
+    delay = _DELAY.match(key)
+    if delay:  # it came through the exchange of what is delayed
+        key = key[delay.end() :]
     if exchange:
         for queue in app.amqp.queues.values():
-            if queue.exchange.name == exchange and queue.routing_key == key:
+            if (delay or queue.exchange.name == exchange) and queue.routing_key == key:
                 return str(queue.name)
-    return str(key)
+    return key
 
 
 def _setting(app: Any, name: str) -> Any:

@@ -54,7 +54,8 @@ class Settings:
     flash_manage: bool = True
     #: Let PostgreSQL 15 and later leave out rows and columns that no handler wants.
     flash_push_down: bool = False
-    #: Bytes that a change may have; one that has more ends the replication worker, with its name.
+    #: Bytes that a change may have; one that has more becomes a dead letter without its largest
+    #: values.
     flash_max_change_size: int = 128 << 20
     #: Seconds between two status messages to PostgreSQL.
     flash_status_interval: float = 10.0

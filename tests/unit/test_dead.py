@@ -9,6 +9,7 @@ from celery.exceptions import Ignore, Reject, Retry, Terminated, WorkerLostError
 from celery.worker import state
 from celery.worker.request import Request
 from celery.worker.strategy import default
+from kombu import Exchange, Queue
 from kombu.exceptions import OperationalError
 from kombu.utils.json import loads
 
@@ -242,3 +243,17 @@ def test_a_long_traceback_keeps_its_end(receive, broker):
     assert len(letter.traceback) < 17_000
     assert letter.traceback.rstrip().strip('"').endswith("end")
     assert len(letter.message) < 3_000
+
+
+def test_the_queue_of_a_retry_that_rabbitmq_has_held_back(app):
+    """Celery's native delayed delivery leaves the delay in the routing key."""
+    app.conf.task_queues = [
+        Queue("slow", Exchange("slow", type="topic"), routing_key="slow.key"),
+        Queue("flash", Exchange("flash", type="topic"), routing_key="flash"),
+    ]
+    delay = ".".join(f"{5:028b}")
+    for key, name in (("flash", "flash"), ("slow.key", "slow")):
+        delayed = {"exchange": "celery_delayed_delivery", "routing_key": f"{delay}.{key}"}
+        assert dead._queue_of(app, delayed) == name
+        assert dead._queue_of(app, {"exchange": name, "routing_key": key}) == name
+    assert dead._queue_of(app, {"exchange": "", "routing_key": "1.0.flash"}) == "1.0.flash"

@@ -51,7 +51,7 @@ def test_the_examples_of_the_documents_run(app):
         @staticmethod
         def transaction(): ...
 
-    for name in ("settings.md", "semantics.md", "monitoring.md"):
+    for name in ("settings.md", "semantics.md", "monitoring.md", "operating.md", "security.md"):
         for example in examples(DOCS[name]):
             declare = {"on_change": on_change, "on_message": on_message}
             names = {"app": app, "database": database, **declare}

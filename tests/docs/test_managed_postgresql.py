@@ -1,0 +1,57 @@
+"""docs/howto/managed-postgresql.md: the roles that it makes suffice."""
+
+import psycopg
+import pytest
+
+from flash_celery import catalog, conditions, ddl, preflight, publications
+from flash_celery.replication import ReplicationConnection
+from flash_celery.settings import Settings
+from flash_celery.subscriptions import Subscription, TableName
+
+from .conftest import Page
+
+PAGE = Page("howto/managed-postgresql.md")
+PROVIDERS = ("rds", "cloudsql", "supabase", "azure")
+
+
+@pytest.fixture
+def owned(database):
+    """A table of the application's role, and what the providers have besides."""
+    database.execute(
+        "CREATE ROLE shop_owner",
+        "CREATE ROLE rds_replication",
+        "CREATE TABLE orders (id int PRIMARY KEY, status text)",
+        "ALTER TABLE orders OWNER TO shop_owner",
+    )
+    yield database
+    for role in ("flash", "shop_owner", "rds_replication"):
+        if database.one(f"SELECT count(*) FROM pg_roles WHERE rolname = '{role}'"):
+            database.execute(f"DROP OWNED BY {role} CASCADE", f"DROP ROLE {role}")
+
+
+def test_every_block_is_run():
+    assert set(PAGE.blocks) == set(PROVIDERS)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_the_role_may_do_what_replicate_does(owned, provider):
+    database = owned
+    for statement in PAGE.statements(provider):
+        here = statement.replace("DATABASE shop", f"DATABASE {database.name}")
+        # Supabase's tables belong to `postgres`, who is a superuser only here.
+        here = here.replace("DATABASE postgres", f"DATABASE {database.name}")
+        database.execute(here.replace("GRANT postgres TO", "GRANT shop_owner TO"))
+    dsn = psycopg.conninfo.make_conninfo(database.dsn, user="flash")
+    where = conditions.parse({"status": "paid"})
+    subscription = Subscription("shop.handle", TableName("public", "orders"), where=where)
+    with catalog.connect(dsn) as connection:
+        settings = Settings(flash_replication_slot=database.slot)
+        report = preflight.examine(connection, settings, [subscription])
+        report.raise_first()
+        ddl.apply(connection, report.steps)
+    if provider == "rds":
+        return  # whom a member of rds_replication may replicate as is RDS' own doing
+    stream = ReplicationConnection(dsn)
+    stream.create_slot(database.slot)
+    stream.start(database.slot, publications.names("flash_publication"))
+    stream.close()

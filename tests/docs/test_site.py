@@ -1,0 +1,125 @@
+"""The site is whole: every page and anchor is there, everything public is in it, nothing is loaded
+from elsewhere, and every example is run by a test."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import click
+import pytest
+import yaml
+
+import flash_celery
+from flash_celery import errors
+from flash_celery.settings import Settings
+from tests.unit.test_docs import README, commands, examples, flash
+
+from .conftest import DOCS, ROOT
+
+PAGES = {str(path.relative_to(DOCS)): path.read_text() for path in sorted(DOCS.rglob("*.md"))}
+TESTS = "".join(path.read_text() for path in sorted((ROOT / "tests").rglob("test_*.py")))
+EXTERNAL = re.compile(r"\]\((https?:[^)\s]*)\)")
+
+
+def build(folder, docs=DOCS):
+    configuration = (ROOT / "mkdocs.yml").read_text()
+    target = folder / "mkdocs.yml"
+    configuration = configuration.replace("docs_dir: docs", f"docs_dir: {docs}")
+    configuration = configuration.replace("site_dir: build/site", f"site_dir: {folder / 'site'}")
+    configuration = configuration.replace("- docs/hooks.py", f"- {DOCS / 'hooks.py'}")
+    target.write_text(configuration.replace("paths: [.]", f"paths: [{ROOT}]"))
+    # Not --quiet: then --strict counts no warning.
+    return subprocess.run(
+        [Path(sys.executable).with_name("mkdocs"), "build", "--strict", "-f", target],
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    built = build(folder)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return folder / "site"
+
+
+def test_everything_public_is_in_the_reference(site):
+    python = (site / "reference" / "python.html").read_text()
+    for name in flash_celery.__all__:
+        assert name == "FlashError" or f'id="flash_celery.{name}"' in python, name
+    settings = (site / "reference" / "settings.html").read_text()
+    for name in Settings.__dataclass_fields__:
+        assert not name.startswith("flash_") or f'id="{name}"' in settings, name
+    shown = (site / "reference" / "commands.html").read_text()
+    for name, command in commands(flash):
+        assert f"flash {name}" in shown
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert parameter.opts[0] in shown, parameter.name
+    kinds = (site / "reference" / "errors.html").read_text()
+    for name, kind in vars(errors).items():
+        if isinstance(kind, type) and issubclass(kind, errors.FlashError):
+            assert f'id="{name.lower()}"' in kinds, name
+
+
+def test_nothing_is_loaded_from_elsewhere(site):
+    for page in site.rglob("*.html"):
+        text = page.read_text()
+        assert "<!-- run:" not in text, page
+        assert "<!-- code:" not in text, page
+        loaded = re.findall(r"<(?:script|img|iframe|source)\b[^>]*?\ssrc=\"?([^\s\">]+)", text)
+        for tag in re.findall(r"<link\b[^>]*>", text):
+            if "canonical" not in tag:
+                loaded += re.findall(r"href=\"?([^\s\">]+)", tag)
+        assert not [one for one in loaded if re.match(r"(?:https?:)?//", one)], page
+    for style in site.rglob("*.css"):
+        assert not re.search(r"(?:@import|url\()\s*['\"]?(?:https?:)?//", style.read_text()), style
+
+
+@pytest.mark.soak  # it builds the site once more
+@pytest.mark.parametrize("link", ["tutorial.md#nowhere", "nowhere.md", "/tutorial.md"])
+def test_a_broken_link_ends_the_build(tmp_path, link):
+    shutil.copytree(DOCS, tmp_path / "docs")
+    page = tmp_path / "docs" / "index.md"
+    page.write_text(f"{page.read_text()}\n[broken]({link})\n")
+    built = build(tmp_path, tmp_path / "docs")
+    assert built.returncode != 0
+    assert link.split("#")[-1] in built.stdout + built.stderr
+
+
+def test_every_page_is_in_the_navigation():
+    text = (ROOT / "mkdocs.yml").read_text()
+    (nav,) = [part for part in re.split(r"\n(?=\w)", text) if part.startswith("nav:")]
+    listed = re.findall(r": (\S+\.md)$", nav, re.MULTILINE)
+    assert sorted({*listed} - {"changelog.md"}) == sorted(PAGES)
+    assert isinstance(yaml.safe_load(nav)["nav"], list)
+
+
+def test_links_to_elsewhere_are_well_formed():
+    """Whether somebody is at the other end is asked by `make links`; a test needs no network."""
+    for name, text in PAGES.items():
+        for url in EXTERNAL.findall(text):
+            parts = urlsplit(url)
+            assert parts.scheme == "https", (name, url)
+            assert re.fullmatch(r"[\w-]+(\.[\w-]+)+", parts.netloc), (name, url)
+            assert not re.search(r"[.,;:]$|%20|//", parts.path), (name, url)
+
+
+def test_every_page_with_examples_is_run_by_a_test():
+    for name, text in PAGES.items():
+        for example in examples(text):
+            compile(example, name, "exec")
+        if re.search(r"```(?:python|sql)\n|<!-- (?:file|run): ", text):
+            assert f'"{name}"' in TESTS or f'/ "{name}"' in TESTS, f"{name}: no test names it"
+
+
+def test_the_front_page_shows_the_readmes_handler():
+    (example,) = examples(PAGES["index.md"])
+    assert example in README
