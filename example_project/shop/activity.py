@@ -14,7 +14,7 @@ from celery.signals import task_postrun, task_prerun
 from django.conf import settings
 from django.db import connection, transaction
 
-from flash_celery import UNCHANGED, Change, Changes
+from flash_celery import UNCHANGED, Change, Changes, Operation
 
 STREAM = "shop.activity"
 #: So many events are kept, at least, and so many of them a page that is opened shows.
@@ -138,10 +138,15 @@ def _describe(change):
 
 
 def _values(change):
-    """Column, old and new value, as text: what changed of an update, else the whole row."""
-    old, new = getattr(change, "old", None) or {}, getattr(change, "new", None) or {}
-    names = [name for name in new or old if change.changed is None or name in change.changed]
-    return [[name, _text(old, name), _text(new, name)] for name in names]
+    """Column, old and new value, as text, of an update: what changed, else all that is known."""
+    if change.operation is not Operation.UPDATE:
+        return []
+    known = change.changed is not None
+    names = sorted(change.changed) if known else [name for name in change.new if name != "id"]
+    return [
+        [name, _text(change.old, name) if known else None, _text(change.new, name)]
+        for name in names
+    ]
 
 
 def _text(row, name):

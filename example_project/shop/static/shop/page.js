@@ -140,9 +140,10 @@ class Run {
 }
 
 function describe(change) {
+  // The old values are told where the replica identity keeps them.
   const changed = change.values
-    .filter(([, before, now]) => before !== null && now !== null)
-    .map(([name, before, now]) => `${name} ${before} → ${now}`);
+    .filter(([, , now]) => now !== null)
+    .map(([name, before, now]) => (before === null ? `${name} ${now}` : `${name} ${before} → ${now}`));
   const said = `${change.operation} ${change.table} ${change.key ? `#${change.key}` : ""}`;
   return changed.length ? `${said}: ${changed.join(", ")}` : said;
 }
