@@ -153,6 +153,19 @@ def test_every_variable_of_the_compose_file_is_read():
     }
 
 
+def test_the_examples_readme_has_the_same_commands_and_every_variable():
+    text = (EXAMPLE / "README.md").read_text()
+    lines = [line.strip() for line in text.splitlines()]
+    for service in ("migrate", "worker", "replicate", "web"):
+        command = COMPOSE["services"][service]["command"]
+        assert command.replace("0.0.0.0", "127.0.0.1") in lines
+    settings = (EXAMPLE / "shop" / "settings.py").read_text()
+    read = set(re.findall(r'environ\.get\(\s*"(SHOP_\w+)"', settings))
+    assert set(re.findall(r"^\| `(SHOP_\w+)`", text, re.MULTILINE)) == read
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert (EXAMPLE / target).exists(), target
+
+
 def test_every_command_of_the_compose_file_runs(shop):
     shop.database.execute(
         "INSERT INTO shop_customer (name, email) VALUES ('Ada', 'ada@example.com')",
