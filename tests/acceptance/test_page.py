@@ -135,11 +135,19 @@ def shop(request, postgres, valkey, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def driver():
+def chromium():
     if not browser.installed():
         missing("chromium with its driver")
     with browser.browser() as opened:
         yield opened
+
+
+@pytest.fixture
+def driver(chromium):
+    """With no page open, and nothing in its log of what another test did."""
+    chromium.get("about:blank")
+    chromium.get_log("browser")
+    return chromium
 
 
 def test_every_variable_of_the_compose_file_is_read():
@@ -286,6 +294,28 @@ def test_a_stream_ends_when_its_reader_is_gone(shop, driver):
         wait_until(reading, "the stream of the page")
         driver.get("about:blank")
         wait_until(lambda: reading() == 0, "the end of every stream")
+
+
+@pytest.mark.soak
+def test_the_page_outlives_its_server_and_its_connections(shop, driver):
+    import redis
+
+    browser.show(driver, shop.url)
+    press(shop, driver, "#add", "ORM", "then keep_total wrote")
+    with redis.Redis(port=shop.cache.port) as client:
+        client.client_kill_filter(_type="normal", skipme=True)
+    press(shop, driver, "#add", "ORM", "then keep_total wrote")
+    web = shop.children.pop()
+    os.killpg(web.pid, signal.SIGKILL)
+    web.wait()
+    wait_until(lambda: text(driver, "#state") == "Reconnecting", "the page to notice")
+    before = shop.last_transaction()
+    shop.database.execute("UPDATE shop_order SET total = total + 1 WHERE id = 1")
+    shop.start("web")
+    until_said(driver, before, "psql, or another program", "audit")
+    wait_until(lambda: text(driver, "#state") == "Live", "the page to be live again")
+    shown = re.findall(r"transaction \d+", text(driver, "#feed"))
+    assert len(shown) == len(set(shown))
 
 
 def test_no_other_site_presses_a_button(shop):
