@@ -5,15 +5,21 @@ BIN := $(VENV)/bin
 PROPERTIES := $(patsubst %,tests/integration/test_%.py,conditions pushdown transactions types) \
 	tests/unit/test_fuzz.py
 
-.PHONY: demo screenshots test bench soak long matrix celery docs links lint types audit release clean
+.PHONY: demo recording screenshots test bench soak long matrix celery docs links lint types audit \
+	release clean
 
-# Changes becoming tasks, on servers of its own; ARGS=--once ends by itself.
+# Changes becoming tasks, on servers of its own, and a page to make them on; ARGS=--once ends by
+# itself, ARGS='--port 8000' says where the page is.
 demo: $(VENV)/.stamp
 	@$(BIN)/python -m example_project.demo $(ARGS)
 
 # The pictures of the status page in docs/, from a run of MINUTES=5.5; needs chromium and its driver.
 screenshots: $(VENV)/.stamp
 	@$(BIN)/python -m example_project.screenshots
+
+# The recording and the pictures of the demo's page, from a run; needs chromium, its driver and psql.
+recording: $(VENV)/.stamp
+	@$(BIN)/python -m example_project.recording
 
 test: $(VENV)/.stamp
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)

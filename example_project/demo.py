@@ -1,12 +1,15 @@
 """`make demo`: changes becoming tasks, on servers of its own that leave nothing behind.
 
-With --once it ends by itself: 0 if every expected handler was told, else 1.
+It serves a page to change orders on, and shows which handlers are told. With --once it ends by
+itself, without the page: 0 if every expected handler was told, else 1.
 """
 
 import argparse
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,8 +19,9 @@ from decimal import Decimal
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
-from example_project.servers import Postgres, Valkey, end_with_parent
+from example_project.servers import Postgres, Valkey, end_with_parent, free_port, wait_until
 
 HERE = Path(__file__).parent
 PATIENCE = 60
@@ -25,22 +29,22 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 class Told:
-    """What handlers say, as it comes (`shop.activity`)."""
+    """What handlers are told, as it comes (`shop.activity`)."""
 
-    def __init__(self, url):
-        from redis import Redis
-        from shop.activity import CHANNEL
+    def __init__(self):
+        from shop import activity
 
-        self.subscriber = Redis.from_url(url).pubsub(ignore_subscribe_messages=True)
-        self.subscriber.subscribe(CHANNEL)
+        self.coming = activity.events(activity.newest(), patience=0.5)
 
-    def events(self, patience):
-        """What comes, for so many seconds."""
+    def events(self, patience=float("inf")):
+        """Handlers that start, for so many seconds."""
         deadline = time.monotonic() + patience
-        while (left := deadline - time.monotonic()) > 0:
-            message = self.subscriber.get_message(timeout=left)
-            if message is not None:
-                yield json.loads(message["data"])
+        for _, said in self.coming:
+            event = json.loads(said or "{}")
+            if event.get("kind") == "start":
+                yield event
+            if time.monotonic() > deadline:
+                return
 
     def wait_for(self, expected):
         """Show what handlers are told until each (handler, operation, table) has been seen."""
@@ -60,7 +64,7 @@ def show(event):
     for change in event["changes"]:
         what = f"{change['operation']} {change['table']} {change['key']}{change['changed']}"
         console.print(
-            f"   [green]{event['handler']:<16}[/] {what:<52} "
+            f"   [green]{event['handler']:<16}[/] {escape(what):<52} "
             f"[cyan]{event['milliseconds']:6.1f} ms[/] after the commit"
         )
 
@@ -111,9 +115,9 @@ def change_with_raw_sql():
 
 
 STEPS = [
-    ("ORM: a customer orders two products, in one transaction", order_through_the_orm),
-    ("Bulk update (no Django signal): every open order is paid", pay_with_a_bulk_update),
-    ("Raw SQL: prices and names change, an order line goes", change_with_raw_sql),
+    ("ORM", ": a customer orders two products, in one transaction", order_through_the_orm),
+    ("Bulk update", " (no Django signal): every open order is paid", pay_with_a_bulk_update),
+    ("Raw SQL", ": prices and names change, an order line goes", change_with_raw_sql),
 ]
 
 
@@ -122,7 +126,7 @@ def process(name, *command, folder):
     """A child that ends before its servers do, and never outlives us."""
     with (folder / f"{name}.log").open("w") as log:
         child = subprocess.Popen(
-            [sys.executable, "-m", "celery", "-A", "shop", *command],
+            [sys.executable, *command],
             cwd=HERE,
             stdout=log,
             stderr=log,
@@ -140,47 +144,82 @@ def process(name, *command, folder):
             child.wait()
 
 
-def run(once):
+def start(stack, port):
+    """Everything; what is read from the replication worker, and from the Celery worker."""
+    postgres = stack.enter_context(Postgres())
+    valkey = stack.enter_context(Valkey())
+    psql = "psql" if shutil.which("psql") else postgres.binaries / "psql"
+    os.environ["SHOP_DATABASE_URL"] = postgres.dsn()
+    os.environ["SHOP_BROKER_URL"] = os.environ["SHOP_CACHE_URL"] = valkey.url
+    os.environ["SHOP_PSQL"] = f"{psql} {postgres.dsn()}"
+    os.environ["DJANGO_SETTINGS_MODULE"] = "shop.settings"
+    paths = [str(HERE), str(HERE.parent)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    sys.path[:0] = paths
+    migrate()
+    celery = ("-m", "celery", "-A", "shop")
+    commands = {
+        "worker": (*celery, "worker", "-Q", "flash", "-c", "4"),
+        "replicate": (*celery, "flash", "replicate", "--wait-for-workers"),
+    }
+    if port:
+        commands["page"] = ("manage.py", "runserver", f"127.0.0.1:{port}", "--noreload")
+    children = {
+        name: stack.enter_context(process(name, *command, folder=postgres.folder))
+        for name, command in commands.items()
+    }
+    console.print(f"PostgreSQL   {postgres.dsn()}\nValkey       {valkey.url}")
+    await_slot(children["replicate"], postgres)
+    if port:
+        wait_until(lambda: answers(port, children["page"], postgres), "the page")
+        console.print(f"The page     [bold]http://127.0.0.1:{port}/[/]")
+    return postgres, children
+
+
+def run(once, port):
     with ExitStack() as stack:
         started = time.monotonic()
-        postgres = stack.enter_context(Postgres())
-        valkey = stack.enter_context(Valkey())
-        os.environ["SHOP_DATABASE_URL"] = postgres.dsn()
-        os.environ["SHOP_BROKER_URL"] = valkey.url
-        os.environ["DJANGO_SETTINGS_MODULE"] = "shop.settings"
-        paths = [str(HERE), str(HERE.parent)]
-        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-        sys.path[:0] = paths
-        migrate()
-        told = Told(valkey.url)
-        worker = stack.enter_context(
-            process("worker", "worker", "-Q", "flash", "-c", "2", folder=postgres.folder)
-        )
-        replicate = stack.enter_context(
-            process(
-                "replicate", *("flash", "replicate", "--wait-for-workers"), folder=postgres.folder
-            )
-        )
-        console.print(f"PostgreSQL   {postgres.dsn()}\nValkey       {valkey.url}")
-        await_slot(replicate, postgres)
+        postgres, children = start(stack, port)
+        told = Told()
         console.print(f"Ready after {time.monotonic() - started:.1f} s.\n")
-        complete = True
-        while complete and worker.poll() is None and replicate.poll() is None:
-            for title, step in STEPS:
-                console.print(f"[bold]{title}[/]")
-                complete = told.wait_for(step()) and complete
-                time.sleep(0 if once else 1)
-                console.print()
-            if once or not complete:
-                break
+        complete = all(take(step, told, once) for step in STEPS)
         if not complete:
-            for name in ("replicate", "worker"):
-                console.print((postgres.folder / f"{name}.log").read_text()[-3000:])
+            for name in children:
+                console.print((postgres.folder / f"{name}.log").read_text()[-3000:], markup=False)
         console.print(
             "Every change reached its handlers." if complete else "[red]Changes are missing.[/]"
         )
+        if complete and not once:
+            console.print(
+                f"\n[bold]Now you:[/] open http://127.0.0.1:{port}/, or change rows with\n"
+                f"{os.environ['SHOP_PSQL']}\nand see here what handlers are told. "
+                "Ctrl-C ends everything."
+            )
+            for event in told.events():
+                show(event)
         close_connections()
         return 0 if complete else 1
+
+
+def take(step, told, once):
+    """Show a step and what handlers are told of it; whether that was all."""
+    from shop import activity
+
+    origin, title, change = step
+    console.print(f"[bold]{origin}{title}[/]")
+    with activity.written_by(origin):
+        expected = change()
+    complete = told.wait_for(expected)
+    time.sleep(0 if once else 1)
+    console.print()
+    return complete
+
+
+def answers(port, page, postgres):
+    if page.poll() is not None:
+        raise RuntimeError(f"the page ended: {(postgres.folder / 'page.log').read_text()}")
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def migrate():
@@ -200,8 +239,6 @@ def close_connections():
 def await_slot(replicate, postgres):
     import psycopg
 
-    from example_project.servers import wait_until
-
     with psycopg.connect(postgres.dsn(), autocommit=True) as connection:
 
         def active():
@@ -214,13 +251,26 @@ def await_slot(replicate, postgres):
         wait_until(active, "the replication worker")
 
 
+def chosen_port(parser, port):
+    """The port of the page, before anything is started for it."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError):
+            parser.error(f"port {port} cannot be listened on; choose another one, or give none")
+    return port
+
+
 def main():
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--once", action="store_true", help="end when everything was handled")
+    parser.add_argument("--port", type=int, help="where the page is served; any free one")
     arguments = parser.parse_args()
+    port = None if arguments.once else chosen_port(parser, arguments.port or free_port())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        return run(arguments.once)
+        return run(arguments.once, port)
     except KeyboardInterrupt:
         console.print("\nStopped; nothing is left behind.")
         return 0

@@ -4,27 +4,34 @@ SHOP_DATABASE_URL   PostgreSQL with wal_level=logical
 SHOP_BROKER_URL     Redis, Valkey or RabbitMQ
 SHOP_CACHE_URL      Redis or Valkey; by default the broker, if it is one
 SHOP_SECRET_KEY     Django's secret key, outside development
+SHOP_PSQL           the command by which a visitor of the page can change rows from outside
 """
 
 import os
 
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 _database = conninfo_to_dict(
     os.environ.get("SHOP_DATABASE_URL", "postgresql://postgres@127.0.0.1:5432/shop")
 )
 _broker = os.environ.get("SHOP_BROKER_URL", "redis://127.0.0.1:6379/0")
 _cache = os.environ.get("SHOP_CACHE_URL", _broker)
+# A page shows no password.
+_shown = {name: value for name, value in _database.items() if name != "password"}
+PSQL = os.environ.get("SHOP_PSQL") or f'psql "{make_conninfo(**_shown)}"'
 
 SECRET_KEY = os.environ.get("SHOP_SECRET_KEY", "for development only")
 DEBUG = True
 ALLOWED_HOSTS = ["localhost", "127.0.0.1"]
 ROOT_URLCONF = "shop.urls"
 USE_TZ = True
+TIME_ZONE = "UTC"
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 MIDDLEWARE = ["django.middleware.csrf.CsrfViewMiddleware"]
-INSTALLED_APPS = ["shop", "flash_celery.django"]
+INSTALLED_APPS = ["shop", "flash_celery.django", "django.contrib.staticfiles"]
+STATIC_URL = "static/"
+TEMPLATES = [{"BACKEND": "django.template.backends.django.DjangoTemplates", "APP_DIRS": True}]
 
 DATABASES = {
     "default": {

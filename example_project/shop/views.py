@@ -1,37 +1,74 @@
-"""Orders, and a button that pays one with a bulk update, which sends no Django signal."""
+"""The page of the shop: its orders, and live beside them which handlers are told of what."""
 
-from django.http import HttpResponse
-from django.middleware.csrf import get_token
-from django.shortcuts import redirect
-from django.utils.html import format_html, format_html_join
-from django.views.decorators.http import require_POST
+import re
 
-from .models import AuditEntry, Order
+from django.conf import settings
+from django.http import Http404, StreamingHttpResponse
+from django.shortcuts import redirect, render
+from django.views.decorators.http import require_GET, require_POST
 
+from . import actions, activity
+from .models import AuditEntry, Order, Receipt, SearchEntry
 
-def orders(request):
-    rows = format_html_join(
-        "",
-        "<tr><td>{}<td>{}<td>{}<td>{}<td><form method=post action=/pay/{}>"
-        "<input type=hidden name=csrfmiddlewaretoken value={}><button>Pay</button></form>",
-        (
-            (order.pk, order.customer.name, order.status, order.total, order.pk, get_token(request))
-            for order in Order.objects.select_related("customer").order_by("-pk")[:50]
-        ),
-    )
-    audit = format_html_join(
-        "",
-        "<li>{} {} {} {}",
-        (
-            (entry.committed_at, entry.operation, entry.table, entry.key)
-            for entry in AuditEntry.objects.order_by("-pk")[:20]
-        ),
-    )
-    page = "<!doctype html><title>Shop</title><h1>Orders</h1><table>{}</table>"
-    return HttpResponse(format_html(page + "<h1>Audit</h1><ul>{}</ul>", rows, audit))
+# Nothing from elsewhere, and nobody frames it.
+POLICY = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 
 
-@require_POST
-def pay(request, order):
-    Order.objects.filter(pk=order).update(status="paid")
-    return redirect("/")
+@require_GET
+def page(request):
+    orders = Order.objects.select_related("customer").prefetch_related("lines__product")
+    shown = {
+        "orders": orders.order_by("-pk")[:20],
+        "open": Order.objects.filter(status="open").count(),
+        "audit": AuditEntry.objects.order_by("-pk")[:8],
+        "receipts": Receipt.objects.order_by("-pk")[:8],
+        "entries": SearchEntry.objects.order_by("pk")[:8],
+        "sql": [(name, *said) for name, said in actions.SQL.items()],
+        "live": activity.redis() is not None,
+        "psql": settings.PSQL,
+    }
+    answer = render(request, "shop/page.html", shown)
+    answer["Content-Security-Policy"] = POLICY
+    answer["Cache-Control"] = "no-store"
+    return answer
+
+
+def action(origin, act):
+    """A view that changes something and shows the page again."""
+
+    @require_POST
+    def view(request, **arguments):
+        with activity.written_by(origin):
+            act(**arguments)
+        return redirect("/")
+
+    return view
+
+
+def raw_sql(name):
+    if name not in actions.SQL:
+        raise Http404
+    actions.run_sql(name)
+
+
+@require_GET
+def watch(request):
+    """Server-sent events, from where the browser was (`Last-Event-ID`)."""
+    after = request.headers.get("Last-Event-ID") or request.GET.get("after", "")
+    known = after if re.fullmatch(r"\d{1,20}-\d{1,20}", after) else None
+    answer = StreamingHttpResponse(_stream(known), content_type="text/event-stream")
+    answer["Cache-Control"] = "no-store"
+    answer["X-Accel-Buffering"] = "no"
+    return answer
+
+
+def _stream(after):
+    """It ends when its reader is gone, which a write shows, or Redis is; the browser comes back."""
+    from redis import RedisError
+
+    yield "retry: 1000\n\n"
+    try:
+        for number, event in activity.events(after):
+            yield f"id: {number}\ndata: {event}\n\n" if number else ": still here\n\n"
+    except RedisError:
+        yield "event: trouble\ndata: Redis does not answer\n\n"

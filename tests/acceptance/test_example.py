@@ -1,9 +1,8 @@
-"""The example project: its demo, its compose file, and Django's own command line."""
+"""The example project: its demo, and Django's own command line."""
 
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -14,9 +13,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-import yaml
 
-from example_project.servers import end_with_parent, free_port, wait_until
+from example_project.servers import end_with_parent, wait_until
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "example_project"
@@ -70,9 +68,15 @@ def test_the_demo_ends_by_itself_with_everything_handled(folder):
 )
 def test_the_demo_leaves_nothing_behind_when_it_is_stopped(folder, number):
     process = demo(folder=folder)
+    pages = []
     for line in process.stdout:
+        if found := re.search(r"The page +(http://127\.0\.0\.1:\d+/)$", line):
+            with urllib.request.urlopen(found.group(1)) as answer:
+                pages.append(answer.read().decode())
         if "Bulk update" in line:
             break
+    (page,) = pages
+    assert "No button calls a handler" in page
     process.send_signal(number)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == (0 if number == signal.SIGINT else 143), said
@@ -80,9 +84,13 @@ def test_the_demo_leaves_nothing_behind_when_it_is_stopped(folder, number):
     assert nothing_is_left(folder)
 
 
-@pytest.fixture
-def compose():
-    return yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+def test_a_port_that_is_taken_is_said_before_anything_starts(valkey, folder):
+    process = demo("--port", str(valkey.port), folder=folder)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert f"port {valkey.port} cannot be listened on; choose another one" in said
+    assert "PostgreSQL" not in said
+    assert nothing_is_left(folder)
 
 
 @pytest.fixture
@@ -99,86 +107,6 @@ def environment(database, valkey):
         "SHOP_BROKER_URL": valkey.url,
         "SHOP_CACHE_URL": valkey.url,
     }
-
-
-def test_every_variable_of_the_compose_file_is_read(compose):
-    settings = (EXAMPLE / "shop" / "settings.py").read_text()
-    for name in compose["x-app"]["environment"]:
-        assert f'"{name}"' in settings
-    assert compose["services"]["postgres"]["command"].endswith("-c wal_level=logical")
-    assert compose["services"]["rabbitmq"]["profiles"] == ["rabbitmq"]
-    assert set(compose["services"]) == {
-        *("postgres", "redis", "rabbitmq", "migrate", "worker", "replicate", "web"),
-    }
-
-
-def test_every_command_of_the_compose_file_runs(compose, environment, tmp_path, database):
-    port = free_port()
-    children = []
-
-    def command(service):
-        words = shlex.split(compose["services"][service]["command"])
-        return [word.replace("0.0.0.0:8000", f"127.0.0.1:{port}") for word in words]
-
-    def start(service):
-        with (tmp_path / service).open("w") as log:
-            child = subprocess.Popen(
-                command(service),
-                cwd=EXAMPLE,
-                env=environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=end_with_parent(signal.SIGKILL),
-            )
-        children.append(child)
-        return lambda text: wait_until(
-            lambda: text in (tmp_path / service).read_text(), f"{text!r} of {service}"
-        )
-
-    def page():
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
-                return answer.read().decode()
-        except OSError:
-            return ""
-
-    migrated = subprocess.run(
-        command("migrate"), cwd=EXAMPLE, env=environment, capture_output=True, text=True
-    )
-    assert migrated.returncode == 0, migrated.stderr
-    try:
-        start("worker")("ready.")
-        start("replicate")("Replicating the slot")
-        start("web")
-        wait_until(page, "the page of the shop")
-        database.execute(
-            "INSERT INTO shop_customer (name, email) VALUES ('Ada', 'ada@example.com')",
-            "INSERT INTO shop_order (customer_id, status, total) VALUES (1, 'open', 5)",
-        )
-        wait_until(lambda: "insert shop_order" in page(), "the audit on the page")
-        pay(port)
-        wait_until(
-            lambda: "You paid 5.00 for order 1." in (tmp_path / "worker").read_text(), "a receipt"
-        )
-    finally:
-        for child in reversed(children):
-            os.killpg(child.pid, signal.SIGTERM)
-        for child in children:
-            child.wait(30)
-            assert child.returncode in (0, -signal.SIGTERM)
-
-
-def pay(port):
-    """Press the button of the page."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as answer:
-        cookie = answer.headers["Set-Cookie"].partition(";")[0]
-        token = re.search(r"value=\"?(\w+)", answer.read().decode()).group(1)
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/pay/1", method="POST")
-    request.data = f"csrfmiddlewaretoken={token}".encode()
-    request.add_header("Cookie", cookie)
-    with urllib.request.urlopen(request) as answer:
-        assert answer.status == 200
 
 
 def manage(environment, *arguments):
