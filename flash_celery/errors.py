@@ -21,6 +21,7 @@
     ├── ChangeTooLarge            a change that no broker would take
     ├── PayloadError              a message that cannot be read
     ├── ProcessKilled             a handler that ends its process
+    ├── NoInstance                a change that is no row of a Django model
     └── NoSuchLetter              a dead letter that is not there
 
 `retry` says whether waiting can help; `solution` is a sentence for whoever is on call.
@@ -177,6 +178,12 @@ class ProcessKilled(FlashError):
     solution = (
         "Mend the handler, then `flash dead retry`; the kernel's log says what it ran out of."
     )
+
+
+class NoInstance(FlashError):
+    """A change, or a value of it, that cannot be told as an instance of a Django model."""
+
+    solution = "Use `change.new` and `change.old`, which hold what the change holds."
 
 
 class NoSuchLetter(FlashError):
