@@ -29,7 +29,7 @@ def configured():
         django.setup()
 
 
-def use(database):
+def use(database, **options):
     """Make it DATABASES["default"]."""
     connections["default"].close()
     del connections["default"]
@@ -41,6 +41,7 @@ def use(database):
                 "USER": "postgres",
                 "HOST": "127.0.0.1",
                 "PORT": database.server.port,
+                **options,
             }
         }
         if database
