@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any, ClassVar, Generic, cast, overload
 
+from .errors import NoInstance
 from .escaping import escaped
 from .operations import Operation as Operation
 from .protocol.lsn import Lsn
@@ -117,6 +118,27 @@ class Change(Generic[RowT]):
     def changed(self) -> frozenset[str] | None:
         """The columns whose value changed, within `fields`; `None` if the old row is unknown."""
         return None
+
+    def instance(self, side: str | None = None, model: Any = None) -> Any:
+        """The row as an instance of its Django model, without a query.
+
+        Fields that the change does not tell are deferred. The instance is not saved by this.
+
+        - `side`: `"new"` or `"old"`. Default: the row after, or the one that a `Delete` took away.
+        - `model`: a model of the table. Default: the one that Django's registry has for it, and of
+          a model and its proxies the model.
+
+        Raises `NoInstance` where there is no such row, or no model for it.
+        """
+        try:
+            from .django import instances
+        except ModuleNotFoundError as error:
+            if error.name != "django":
+                raise
+            raise NoInstance(
+                "change.instance() needs Django: pip install 'flash-celery[django]'"
+            ) from None
+        return instances.instance(self, side, model)
 
     def __repr__(self) -> str:
         try:

@@ -22,6 +22,7 @@
     ├── PayloadError              a message that cannot be read
     ├── RowError                  a row that is not what a handler's `into=` says
     ├── ProcessKilled             a handler that ends its process
+    ├── NoInstance                a change that is no row of a Django model
     ├── NoSuchLetter              a dead letter that is not there
     └── NotDone                   what was waited for
 
@@ -185,6 +186,12 @@ class ProcessKilled(FlashError):
     solution = (
         "Mend the handler, then `flash dead retry`; the kernel's log says what it ran out of."
     )
+
+
+class NoInstance(FlashError):
+    """A change, or a value of it, that cannot be told as an instance of a Django model."""
+
+    solution = "Use `change.new` and `change.old`, which hold what the change holds."
 
 
 class NoSuchLetter(FlashError):

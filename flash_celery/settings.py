@@ -364,14 +364,16 @@ def _django_dsn() -> str:
     from django.conf import settings
     from django.db import connection
     from psycopg.conninfo import make_conninfo
+    from psycopg.pq import Conninfo
 
     if not settings.configured or connection.vendor != "postgresql":
         return ""
-    extra = {"cursor_factory", "context", "prepare_threshold", "server_side_binding"}
+    # The others are of psycopg or of Django.
+    known = {one.keyword.decode() for one in Conninfo.get_defaults()}
     parameters = connection.get_connection_params()
-    given: dict[str, Any] = {
-        name: value
+    given = {
+        name: str(value)
         for name, value in parameters.items()
-        if name not in extra and isinstance(value, (str, int))
+        if name in known and value is not None
     }
     return make_conninfo("", **given)

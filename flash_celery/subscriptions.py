@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import conditions, mapped
+from . import conditions, mapped, models
 from .changes import Operation
 from .errors import SubscriptionError
 from .row_types import RowType
@@ -32,9 +32,8 @@ class TableName:
             return cls._parse(table)
         if isinstance(table, TableName):
             return table
-        meta: Any = getattr(table, "_meta", None)
-        if hasattr(meta, "db_table"):
-            return cls._parse_db_table(meta.db_table)
+        if models.is_model(table):
+            return cls._parse_db_table(models.db_table(table))
         if mapped.is_mapped(table):
             return cls(*mapped.table_name(table))
         raise SubscriptionError(
@@ -54,9 +53,8 @@ class TableName:
 
     @classmethod
     def _parse_db_table(cls, db_table: str) -> TableName:
-        # Django quotes db_table as a whole, unless it is quoted already: '"sales"."orders"'.
-        quoted = db_table.startswith('"') and db_table.endswith('"')
-        return cls._parse(db_table) if quoted else cls("public", db_table)
+        known = _NAME.fullmatch(db_table)
+        return cls._parse(db_table) if known else cls("public", db_table[1:-1])
 
     def __str__(self) -> str:
         return ".".join(_quote(part) for part in (self.schema, self.name))
@@ -261,9 +259,4 @@ def column_name(name: Any, model: Any) -> str:
         return mapped.column_name(name, model)
     if not isinstance(name, str):
         raise SubscriptionError(f"a column is named by a string, not {name!r}.")
-    meta: Any = getattr(model, "_meta", None)
-    if hasattr(meta, "local_concrete_fields"):
-        for field in meta.local_concrete_fields:
-            if name in (field.name, field.attname):
-                return str(field.column)
-    return name
+    return models.column_name(name, model) if models.is_model(model) else name

@@ -13,6 +13,8 @@ from psycopg import sql
 
 from example_project.servers import Postgres, Rabbit, Valkey, free_port
 
+#: Those have a process of their own: see acceptance/test_django.py.
+collect_ignore = [] if os.environ.get("FLASH_TESTS_DJANGO") else ["django"]
 _numbers = itertools.count(1)
 
 

@@ -1,0 +1,20 @@
+"""The tests of the Django integration, in a process of their own: Django is configured once in
+each, and other tests configure it otherwise."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_django_integration():
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "tests/django", "-p", "no:cacheprovider"],
+        env={**os.environ, "FLASH_TESTS_DJANGO": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr

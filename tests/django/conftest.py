@@ -1,0 +1,97 @@
+"""A Django project of the tests' own: in this process, and as `manage.py`."""
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import django
+import pytest
+from django.conf import settings
+from django.core.management import call_command
+from django.db import connections
+
+from tests.integration.conftest import flash  # noqa: F401 - a fixture
+
+ROOT = Path(__file__).parents[2]
+PROJECT = Path(__file__).parent / "project"
+
+
+@pytest.fixture(scope="session")
+def configured():
+    """Django in this process. It stays, so DATABASES is empty again after each test."""
+    sys.path.insert(0, str(PROJECT))
+    if not settings.configured:
+        found = runpy.run_path(str(PROJECT / "bookshop" / "settings.py"))
+        settings.configure(**{name: found[name] for name in found if name.isupper()})
+        django.setup()
+
+
+def use(database, **options):
+    """Make it DATABASES["default"]."""
+    connections["default"].close()
+    del connections["default"]
+    connections.databases["default"] = connections.configure_settings(
+        {
+            "default": {
+                "ENGINE": "django.db.backends.postgresql",
+                "NAME": database.name,
+                "USER": "postgres",
+                "HOST": "127.0.0.1",
+                "PORT": database.server.port,
+                **options,
+            }
+        }
+        if database
+        else {}
+    )["default"]
+
+
+@pytest.fixture
+def migrated(configured, database):
+    """The database of the test, as the project's."""
+    use(database)
+    call_command("migrate", "sales", verbosity=0)
+    yield database
+    use(None)
+
+
+class Site:
+    """A copy of the project, and its manage.py."""
+
+    def __init__(self, folder, database):
+        self.folder = folder
+        self.database = database
+        shutil.copytree(PROJECT, folder, ignore=shutil.ignore_patterns("__pycache__"))
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "BOOKSHOP_DSN": database.dsn if database else "",
+            "BOOKSHOP_SLOT": database.slot if database else "bookshop",
+        }
+
+    def manage(self, *arguments, **environment):
+        return subprocess.run(
+            [sys.executable, "manage.py", *arguments],
+            cwd=self.folder,
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    def migration(self, name, operations, after="0001_initial"):
+        """Add a migration to the app `sales`."""
+        (self.folder / "sales" / "migrations" / f"{name}.py").write_text(
+            "from django.db import migrations, models\n\n\n"
+            "class Migration(migrations.Migration):\n"
+            f"    dependencies = [('sales', {after!r})]\n"
+            f"    operations = [{operations}]\n"
+        )
+
+
+@pytest.fixture
+def site(tmp_path, database):
+    return Site(tmp_path / "site", database)

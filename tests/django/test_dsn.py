@@ -1,0 +1,95 @@
+"""`flash_dsn` from DATABASES."""
+
+import os
+from pathlib import Path
+
+import psycopg
+import pytest
+from django.db import connections
+from psycopg.conninfo import conninfo_to_dict
+
+from flash_celery.settings import Settings
+
+from .conftest import use
+
+
+@pytest.fixture
+def default(configured, database):
+    def make(**options):
+        use(database, **options)
+        return database
+
+    yield make
+    use(None)
+
+
+def test_the_default_database_is_read(default, app):
+    database = default()
+    with psycopg.connect(Settings.from_app(app).flash_dsn) as connection:
+        assert connection.info.dbname == database.name
+
+
+def test_a_dsn_of_ones_own_goes_before(default, app):
+    default()
+    app.conf.flash_dsn = "dbname=other"
+    assert Settings.from_app(app).flash_dsn == "dbname=other"
+
+
+def test_options_of_libpq_go_along_and_those_of_django_do_not(default, app):
+    default(
+        PASSWORD="it's a \\ secret",
+        OPTIONS={
+            "sslmode": "prefer",
+            "sslrootcert": Path("/etc/ca.pem"),
+            "connect_timeout": 5,
+            "options": "-c search_path=sales,public",
+            "isolation_level": psycopg.IsolationLevel.SERIALIZABLE,
+            "server_side_binding": True,
+            "prepare_threshold": 3,
+        },
+    )
+    found = conninfo_to_dict(Settings.from_app(app).flash_dsn)
+    assert found.pop("dbname").startswith("test_")
+    assert found.pop("port")
+    assert found.pop("client_encoding") == "UTF8"
+    assert str(found.pop("connect_timeout")) == "5"
+    assert found == {
+        "user": "postgres",
+        "host": "127.0.0.1",
+        "password": "it's a \\ secret",
+        "sslmode": "prefer",
+        "sslrootcert": "/etc/ca.pem",
+        "options": "-c search_path=sales,public",
+    }
+
+
+def test_a_service_is_a_connection_too(default, app, tmp_path, monkeypatch):
+    database = default(NAME="", USER="", HOST="", PORT="", OPTIONS={"service": "shop"})
+    file = tmp_path / "services"
+    file.write_text(
+        f"[shop]\nhost=127.0.0.1\nport={database.server.port}\nuser=postgres\n"
+        f"dbname={database.name}\n"
+    )
+    monkeypatch.setitem(os.environ, "PGSERVICEFILE", str(file))
+    with psycopg.connect(Settings.from_app(app).flash_dsn) as connection:
+        assert connection.info.dbname == database.name
+
+
+def test_under_the_test_runner_it_is_the_test_database(default, app):
+    database = default(TEST={"NAME": f"{os.getpid()}_of_the_runner"})
+    connection = connections["default"]
+    connection.creation.create_test_db(verbosity=0, autoclobber=True, serialize=False)
+    try:
+        found = conninfo_to_dict(Settings.from_app(app).flash_dsn)["dbname"]
+        assert found == f"{os.getpid()}_of_the_runner"
+    finally:
+        connection.creation.destroy_test_db(database.name, verbosity=0)
+    assert conninfo_to_dict(Settings.from_app(app).flash_dsn)["dbname"] == database.name
+
+
+def test_a_named_source_is_as_it_is_given(default, app):
+    default()
+    app.conf.flash_sources = {"billing": {"dsn": "dbname=billing"}}
+    settings = Settings.from_app(app)
+    assert settings.of_source("billing").flash_dsn == "dbname=billing"
+    assert "dbname=test_" in settings.flash_dsn

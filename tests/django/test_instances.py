@@ -1,0 +1,240 @@
+"""`change.instance()`: a row as its model reads it, without a query."""
+
+import ipaddress
+import json
+import pickle
+import subprocess
+import sys
+from datetime import datetime, timezone
+from decimal import Decimal
+
+import pytest
+from django.db import connection
+from django.test.utils import CaptureQueriesContext, override_settings
+
+from flash_celery import UNCHANGED, Insert, LogicalMessage, Truncate, Update
+from flash_celery.errors import NoInstance
+from flash_celery.protocol.lsn import Lsn
+from flash_celery.rows import Column, Table, Transaction
+
+from .conftest import ROOT
+
+CUSTOMER = "INSERT INTO sales_customer (full_name) VALUES ('Ada')"
+ORDER = (
+    "INSERT INTO sales.orders (customer_id, status, total, created, details, address, tags, warmth)"
+    """ VALUES (1, 'open', 12.50, '2026-01-02 03:04:05+01', '{"a": 1.10}', '10.0.0.1',"""
+    " '{x,NULL}', 36.6)"
+)
+
+
+@pytest.fixture
+def models(configured):
+    from sales import models
+
+    return models
+
+
+@pytest.fixture
+def sales(migrated, models):
+    return models
+
+
+@pytest.fixture
+def no_query(sales):
+    def run(function, *arguments, **named):
+        with CaptureQueriesContext(connection) as queries:
+            found = function(*arguments, **named)
+        assert not queries.captured_queries
+        return found
+
+    return run
+
+
+def values(instance):
+    loaded = {field.attname for field in instance._meta.concrete_fields}
+    loaded -= instance.get_deferred_fields()
+    return {name: getattr(instance, name) for name in loaded}
+
+
+def test_an_instance_is_what_a_query_would_have_read(flash, sales, no_query):
+    flash.handler(sales.Order).handler(sales.Customer, name="customers").start()
+    flash.do(CUSTOMER, ORDER)
+    (change,) = flash.told()
+    order = no_query(change.instance)
+    read = sales.Order.objects.get()
+    assert type(order) is sales.Order
+    assert order == read
+    assert values(order) == values(read)
+    assert {name: type(value) for name, value in values(order).items()} == {
+        name: type(value) for name, value in values(read).items()
+    }
+    assert order.details == {"a": Decimal("1.10")}
+    assert type(order.details["a"]) is Decimal
+    assert type(order.warmth) is sales.Celsius
+    assert (order._state.adding, order._state.db) == (False, "default")
+    assert pickle.loads(pickle.dumps(order)).status == "open"
+    (customer,) = flash.told("customers")
+    assert no_query(customer.instance).name == "Ada"
+
+
+def test_what_the_change_does_not_tell_is_loaded_when_it_is_touched(flash, sales, no_query):
+    flash.handler(sales.Order, fields=["status"]).start()
+    flash.do(CUSTOMER, ORDER)
+    (change,) = flash.told()
+    order = no_query(change.instance)
+    assert order.get_deferred_fields() == {
+        field.attname for field in sales.Order._meta.concrete_fields
+    } - {"id", "status"}
+    assert no_query(lambda: (order.pk, order.status)) == (1, "open")
+    assert order.total == Decimal("12.50")
+    assert order.customer.name == "Ada"
+    # Django writes what was told alone, and so does not undo what others wrote since.
+    flash.database.execute("UPDATE sales.orders SET note = 'mine'")
+    order.status = "paid"
+    order.save()
+    assert flash.database.execute("SELECT status, note FROM sales.orders") == [("paid", "mine")]
+
+
+def test_a_large_value_that_did_not_change_is_deferred(flash, sales, no_query):
+    flash.handler(sales.Order, "update").start()
+    large = "(SELECT string_agg(md5(n::text), '') FROM generate_series(1, 500) n)"
+    flash.do(CUSTOMER, ORDER, f"UPDATE sales.orders SET note = {large}")
+    flash.told()
+    flash.do("UPDATE sales.orders SET status = 'paid'")
+    (change,) = flash.told()
+    assert change.new["note"] is UNCHANGED
+    order = no_query(change.instance)
+    assert order.get_deferred_fields() == {"note"}
+    assert len(order.note) == 16_000
+
+
+def test_the_row_before_is_never_filled_with_what_is_there_now(flash, sales, no_query):
+    flash.handler(sales.Order, "update|delete").start()
+    flash.do(CUSTOMER, ORDER, "UPDATE sales.orders SET status = 'paid'", "DELETE FROM sales.orders")
+    update, delete = flash.told()
+    assert no_query(update.instance).status == "paid"
+    for change, adding in ((update, False), (delete, True)):
+        old = no_query(change.instance, "old")
+        assert (old.pk, old._state.adding) == (1, adding)
+        with pytest.raises(NoInstance, match="what status of sales.Order was, .* REPLICA IDENTITY"):
+            no_query(getattr, old, "status")
+        pickle.loads(pickle.dumps(old))
+    assert no_query(delete.instance).pk == 1
+
+
+def test_the_old_row_with_a_full_identity(flash, sales, no_query):
+    flash.handler(sales.Order, "update|delete", fields=["status"]).start()
+    flash.do(CUSTOMER, ORDER, "UPDATE sales.orders SET status = 'paid', id = 7")
+    flash.do("DELETE FROM sales.orders")
+    update, delete = flash.told()
+    before = no_query(update.instance, side="old")
+    assert (before.pk, before.status) == (1, "open")
+    assert no_query(update.instance, "new").pk == 7
+    gone = no_query(delete.instance)
+    assert (gone.pk, gone.status) == (7, "paid")
+
+
+def test_proxies_and_children(flash, sales, no_query):
+    flash.handler(sales.UrgentOrder).handler(sales.Book, name="books").start()
+    flash.do(CUSTOMER, ORDER, "INSERT INTO sales_item (title) VALUES ('Emma')")
+    flash.do("INSERT INTO sales_book (item_ptr_id, pages) VALUES (1, 320)")
+    (change,) = flash.told()
+    assert type(change.instance()) is sales.Order
+    assert type(change.instance(model=sales.UrgentOrder)) is sales.UrgentOrder
+    (book,) = (change.instance() for change in flash.told("books"))
+    assert no_query(lambda: (book.pk, book.id, book.pages)) == (1, 1, 320)
+    assert book.get_deferred_fields() == {"title"}
+    assert book.title == "Emma"
+
+
+def test_a_many_to_many_table_has_a_model_too(flash, sales, no_query):
+    flash.handler(sales.Item.buyers.through).start()
+    flash.do(CUSTOMER, "INSERT INTO sales_item (title) VALUES ('Emma')")
+    flash.do("INSERT INTO sales_item_buyers (item_id, customer_id) VALUES (1, 1)")
+    (change,) = flash.told()
+    assert no_query(lambda: change.instance().customer_id) == 1
+
+
+def made(kind, name="sales_customer", schema="public", row=None, **columns):
+    columns = {"id": (20, "int8"), **columns}
+    columns = tuple(Column(one, *of, identity=True) for one, of in columns.items())
+    table = Table(schema, name, None, "f", (), columns)
+    origin = table, Transaction(Lsn(1), 1, 0), 0
+    return kind(*([row] if row is not None else []), *origin)
+
+
+def test_an_infinite_time_stays_the_servers_text(models):
+    change = made(Insert, row=[b"1", b"infinity"], created=(1184, "timestamptz"))
+    assert change.instance().created == "infinity"
+
+
+@override_settings(USE_TZ=False, TIME_ZONE="Europe/Paris")
+def test_without_time_zones_times_are_local(models):
+    change = made(Insert, row=[b"1", b"2026-07-01 10:00:00+00"], created=(1184, "timestamptz"))
+    assert change.new["created"] == datetime(2026, 7, 1, 10, tzinfo=timezone.utc)
+    assert change.instance().created == datetime(2026, 7, 1, 12)
+
+
+def test_json_and_addresses_are_what_the_fields_make_of_text(models):
+    change = made(
+        Insert,
+        name="orders",
+        schema="sales",
+        row=[b"1", json.dumps({"a": [1.5]}).encode(), b"::1"],
+        details=(3802, "jsonb"),
+        address=(869, "inet"),
+    )
+    assert change.instance().details == {"a": [Decimal("1.5")]}
+    assert change.instance().address == str(ipaddress.ip_address("::1"))
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "sentence"),
+    [
+        (lambda: made(Truncate), {}, "^truncate public.sales_customer .* has no 'new' row"),
+        (
+            lambda: made(Insert, row=[b"1"]),
+            {"side": "old"},
+            "has no 'old' row: an insert has 'new'",
+        ),
+        (lambda: made(Insert, row=[b"1"]), {"side": "mew"}, "has no 'mew' row"),
+        (lambda: made(LogicalMessage, row=b"", schema=""), {}, "^message .* has no 'new' row"),
+        (
+            lambda: made(Insert, name="else", row=[b"1"]),
+            {},
+            "No Django model has the table public.else; .* change.new and change.old",
+        ),
+        (
+            lambda: made(Insert, name="else", row=[b"1"]),
+            {"model": "Order"},
+            "sales.Order is the model of sales.orders, and this is insert public.else",
+        ),
+        (
+            lambda: made(Insert, row=[b"1"]),
+            {"model": "Stamped"},
+            "change.instance.model=….: Stamped is an abstract model",
+        ),
+    ],
+)
+def test_what_is_no_row_of_a_model(models, make, options, sentence):
+    if "model" in options:
+        options = {"model": getattr(models, options["model"])}
+    with pytest.raises(NoInstance, match=sentence):
+        make().instance(**options)
+
+
+def test_without_a_primary_key_there_is_no_instance(models):
+    columns = (Column("id", 20, "int8", identity=False),)
+    table = Table("public", "sales_customer", None, "f", ("id",), columns)
+    change = Update(None, None, [b"5"], table, Transaction(Lsn(1), 1, 0), 0)
+    assert change.instance().pk == 5
+    with pytest.raises(NoInstance, match="does not tell id, the primary key of .* its 'old' row"):
+        change.instance("old")
+
+
+def test_before_django_is_set_up_there_is_a_sentence():
+    code = (
+        "from tests.django.test_instances import made, Insert\nmade(Insert, row=[b'1']).instance()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "NoInstance: change.instance() needs Django's models, and they" in ended.stderr

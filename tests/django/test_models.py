@@ -1,0 +1,104 @@
+"""`on_change(Order)`: a model's table, and its fields as columns."""
+
+import pytest
+
+from flash_celery import on_change
+from flash_celery.errors import SubscriptionError
+from flash_celery.handlers import subscriptions_of
+from flash_celery.subscriptions import TableName, column_name
+
+
+@pytest.fixture
+def models(configured):
+    from sales import models
+
+    return models
+
+
+def test_the_table_of_a_model(models):
+    assert str(TableName.of(models.Order)) == "sales.orders"
+    assert str(TableName.of(models.UrgentOrder)) == "sales.orders"
+    assert str(TableName.of(models.Customer)) == "public.sales_customer"
+    assert str(TableName.of(models.Book)) == "public.sales_book"
+    assert str(TableName.of(models.Item.buyers.through)) == "public.sales_item_buyers"
+
+
+@pytest.mark.parametrize(
+    ("db_table", "table"),
+    [
+        ('"sales"."orders"', "sales.orders"),
+        ('sales"."orders', "sales.orders"),
+        ('"Sales"."Order lines"', 'Sales."Order lines"'),
+        ("Order lines", 'public."Order lines"'),
+        ("sales.orders", 'public."sales.orders"'),
+        ("Orders", "public.Orders"),
+    ],
+)
+def test_a_schema_in_db_table_is_read_as_django_writes_it_in_sql(models, db_table, table):
+    class Model:
+        class _meta:
+            abstract = swapped = False
+
+    Model._meta.db_table = db_table
+    assert str(TableName.of(Model)) == table
+
+
+def test_fields_are_columns(models, app):
+    @on_change(
+        models.Order,
+        fields=["customer", "status"],
+        where={"customer_id__gte": 5, "total__gt": 1, "note": None},
+        key=["pk"],
+    )
+    @app.task(name="orders", shared=False)
+    def orders(change): ...
+
+    @on_change(models.Customer, fields=["name"])
+    @app.task(name="customers", shared=False)
+    def customers(change): ...
+
+    @on_change(models.UrgentOrder, fields=["customer"], where=[{"customer": 1}, {"pk__lt": 3}])
+    @app.task(name="urgent", shared=False)
+    def urgent(change): ...
+
+    found = {one.handler: one for one in subscriptions_of(app)}
+    assert found["orders"].fields == ("customer_id", "status")
+    assert found["orders"].where.columns == {"customer_id", "total", "note"}
+    assert found["orders"].key == ("id",)
+    assert found["customers"].fields == ("full_name",)
+    assert found["urgent"].fields == ("customer_id",)
+    assert found["urgent"].where.columns == {"customer_id", "id"}
+
+
+def test_a_childs_own_fields_and_its_pointer_are_in_its_table(models):
+    assert column_name("pages", models.Book) == "pages"
+    assert column_name("item_ptr", models.Book) == column_name("pk", models.Book) == "item_ptr_id"
+    assert column_name("created", models.Order) == "created"
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "sentence"),
+    [
+        ("Order", "statsu", "sales.Order has no field 'statsu'; did you mean status?"),
+        ("UrgentOrder", "colour", "sales.Order has no field 'colour'; there are: id, created, cus"),
+        ("Book", "title", "title is a field of sales.Item, .* handle it by on_change.Item."),
+        ("Item", "buyers", "sales.Item.buyers has no column .* the `through` model"),
+        ("Item", "book", "sales.Item has no field 'book'"),
+    ],
+)
+def test_a_name_that_is_no_column_of_the_models_table(models, app, model, name, sentence):
+    @on_change(getattr(models, model), fields=[name])
+    @app.task(name="wrong", shared=False)
+    def wrong(change): ...
+
+    with pytest.raises(SubscriptionError, match=f"^wrong: {sentence}"):
+        subscriptions_of(app)
+
+
+def test_an_abstract_model_has_no_table(models, app):
+    @on_change(models.Stamped)
+    @app.task(name="wrong", shared=False)
+    def wrong(change): ...
+
+    with pytest.raises(SubscriptionError, match="wrong: Stamped is an abstract model, .* inherit"):
+        subscriptions_of(app)
