@@ -143,7 +143,10 @@ ALLOWED = {
     "cli.tail": {"cli", "control", "subscriptions", "tail", "errors"},
     "cli.dead": {"cli", "letterbox", "tail", "errors"},
     "django": set(),
-    "django.apps": set(),
+    "django.apps": {"django"},
+    "django.checks": {"catalog", "django", "errors", "handlers", "settings", "subscriptions"}
+    | {"tables"},
+    "django.history": {"subscriptions"},
     "django.instances": {"changes", "errors", "protocol", "rows", "subscriptions"},
     "django.management": set(),
     "django.management.commands": set(),
