@@ -267,11 +267,13 @@ def subscriptions_of(app: Celery) -> list[Subscription]:
     Raises `SubscriptionError` for an `on_change` that cannot be right, or two that contradict.
     """
     app.finalize()
-    found: list[Subscription] = []
-    for name in sorted(app.tasks):
-        declared = app.tasks[name].__dict__.get("flash_subscriptions", [])
-        found += _consistent(numbered(name, declared))
-    return found
+    return [one for name in sorted(app.tasks) for one in subscriptions_of_task(app.tasks[name])]
+
+
+def subscriptions_of_task(task: Any) -> list[Subscription]:
+    """Those of one task; raises as `subscriptions_of` does."""
+    declared = task.__dict__.get("flash_subscriptions", [])
+    return _consistent(numbered(task.name, declared))
 
 
 def _consistent(subscriptions: list[Subscription]) -> list[Subscription]:

@@ -14,7 +14,7 @@ def is_model(table: Any) -> bool:
 
 
 def db_table(model: Any) -> str:
-    """Its table as Django writes it in SQL: `"shop_order"`, or `"sales"."orders"`.
+    """Its table, as `Meta.db_table` says it.
 
     A proxy model has the table of what it stands for. Raises `SubscriptionError` if it has none.
     """
@@ -28,9 +28,7 @@ def db_table(model: Any) -> str:
         raise SubscriptionError(
             f"{meta.label} is swapped for {meta.swapped}, and has no table; name that model."
         )
-    table = str(meta.db_table)
-    # What is quoted already is left as it is; others close a quote in the middle: sales"."orders.
-    return table if table.startswith('"') and table.endswith('"') else f'"{table}"'
+    return str(meta.db_table)
 
 
 def column_name(name: str, model: Any) -> str:

@@ -89,7 +89,7 @@ class Settings:
         given = {name: app.conf.get(name) for name in _KINDS}
         settings = cls(**{name: value for name, value in given.items() if value is not None})
         if not settings.flash_dsn:
-            settings = cls(**{**vars(settings), "flash_dsn": _django_dsn()})
+            settings = cls(**{**vars(settings), "flash_dsn": django_dsn()})
         settings._check()
         settings._check_sources()
         return settings
@@ -219,8 +219,8 @@ class Settings:
 
     def _check_apart(self, other: Settings) -> None:
         """Slots have names of their own in a server, publications in a database."""
-        server, database = _place(self.flash_dsn)
-        servers, databases = _place(other.flash_dsn)
+        server, database = place_of(self.flash_dsn)
+        servers, databases = place_of(other.flash_dsn)
         if server != servers:
             return
         shared = ["flash_replication_slot"]
@@ -327,7 +327,7 @@ def _check_source(name: Any, given: Any) -> None:
         )
 
 
-def _place(dsn: str) -> tuple[list[Any], Any]:
+def place_of(dsn: str) -> tuple[list[Any], Any]:
     """The server that a DSN leads to and the database there, as far as its text says."""
     try:
         given = conninfo_to_dict(dsn)
@@ -357,20 +357,21 @@ def _flash_keys(conf: Any) -> set[str]:
     return found
 
 
-def _django_dsn() -> str:
-    """`DATABASES["default"]` as a connection string, where Django is in use and has one."""
+def django_dsn(alias: str = "default") -> str:
+    """A database of Django's `DATABASES` as a connection string; "" where Django is not in use, or
+    it is not PostgreSQL."""
     if "django.conf" not in sys.modules:
         return ""
     from django.conf import settings
-    from django.db import connection
+    from django.db import connections
     from psycopg.conninfo import make_conninfo
     from psycopg.pq import Conninfo
 
-    if not settings.configured or connection.vendor != "postgresql":
+    if not settings.configured or connections[alias].vendor != "postgresql":
         return ""
     # The others are of psycopg or of Django.
     known = {one.keyword.decode() for one in Conninfo.get_defaults()}
-    parameters = connection.get_connection_params()
+    parameters = connections[alias].get_connection_params()
     given = {
         name: str(value)
         for name, value in parameters.items()

@@ -33,7 +33,7 @@ class TableName:
         if isinstance(table, TableName):
             return table
         if models.is_model(table):
-            return cls._parse_db_table(models.db_table(table))
+            return cls.of_db_table(models.db_table(table))
         if mapped.is_mapped(table):
             return cls(*mapped.table_name(table))
         raise SubscriptionError(
@@ -52,9 +52,12 @@ class TableName:
         return cls("public", unquoted[0]) if len(unquoted) == 1 else cls(*unquoted)
 
     @classmethod
-    def _parse_db_table(cls, db_table: str) -> TableName:
-        known = _NAME.fullmatch(db_table)
-        return cls._parse(db_table) if known else cls("public", db_table[1:-1])
+    def of_db_table(cls, db_table: str) -> TableName:
+        """Read a `Meta.db_table` as Django does: `orders`, or with a schema `"sales"."orders"`."""
+        # Django quotes it as a whole, unless it is quoted already; so sales"."orders has a schema.
+        quoted = db_table.startswith('"') and db_table.endswith('"')
+        text = db_table if quoted else f'"{db_table}"'
+        return cls._parse(text) if _NAME.fullmatch(text) else cls("public", db_table)
 
     def __str__(self) -> str:
         return ".".join(_quote(part) for part in (self.schema, self.name))

@@ -1,11 +1,19 @@
 """The Django app."""
 
 from django.apps import AppConfig
+from django.core.checks import Tags, register
 
 
 class FlashCeleryConfig(AppConfig):
-    """Brings `manage.py flash`; it has no models and no migrations."""
+    """Brings `manage.py flash`, system checks and a page in the admin; no models, no migrations."""
 
     name = "flash_celery.django"
     label = "flash_celery"
     verbose_name = "flash-celery"
+
+    def ready(self) -> None:
+        """Register the system checks."""
+        from . import checks
+
+        register(checks.handlers, "flash_celery")
+        register(checks.database, Tags.database)

@@ -245,7 +245,10 @@ ALLOWED = {
     "cli.dead": {"cli", "letterbox", "tail", "errors"},
     "cli.letters": {"escaping", "letterbox", "letters", "errors"},
     "django": set(),
-    "django.apps": set(),
+    "django.apps": {"django"},
+    "django.checks": {"catalog", "django", "errors", "handlers", "settings", "subscriptions"}
+    | {"tables"},
+    "django.history": {"subscriptions"},
     "django.instances": {"changes", "errors", "protocol", "rows", "subscriptions"},
     "django.management": set(),
     "django.management.commands": set(),
