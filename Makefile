@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PROPERTIES := $(patsubst %,tests/integration/test_%.py,conditions pushdown transactions types) \
 	tests/unit/test_fuzz.py
 
-.PHONY: demo test bench soak long matrix lint types audit clean
+.PHONY: demo test bench soak long matrix django lint types audit clean
 
 # Changes becoming tasks, on servers of its own; ARGS=--once ends by itself.
 demo: $(VENV)/.stamp
@@ -31,6 +31,10 @@ long: $(VENV)/.stamp
 # The integration tests on PostgreSQL 14 to 18; ARGS="14 17" picks versions.
 matrix: $(VENV)/.stamp
 	$(BIN)/python tests/matrix.py $(ARGS)
+
+# The tests of the Django app on Django 4.2, 5.2 and 6; DJANGO="4.2" picks versions.
+django: $(VENV)/.stamp
+	DJANGO="$(DJANGO)" $(BIN)/python tests/matrix_django.py $(ARGS)
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check .
