@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PROPERTIES := $(patsubst %,tests/integration/test_%.py,conditions pushdown transactions types) \
 	tests/unit/test_fuzz.py
 
-.PHONY: demo recording screenshots test bench soak long matrix celery docs links lint types audit \
+.PHONY: demo recording screenshots test bench soak long matrix celery django docs links lint types audit \
 	release clean
 
 # Changes becoming tasks, on servers of its own, and a page to make them on; ARGS=--once ends by
@@ -55,6 +55,10 @@ docs: $(VENV)/.stamp
 # Whether the addresses in the documents are still there; needs the network.
 links: $(VENV)/.stamp
 	$(BIN)/python -m tests.docs.links
+
+# The tests of the Django app on Django 4.2, 5.2 and 6; DJANGO="4.2" picks versions.
+django: $(VENV)/.stamp
+	DJANGO="$(DJANGO)" $(BIN)/python tests/matrix_django.py $(ARGS)
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check .

@@ -5,15 +5,12 @@ database itself.
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 import psycopg
-from celery import current_app
 from celery.loaders.base import BaseLoader
 from django.apps import apps
 from django.core.checks import CheckMessage, Error, Warning
@@ -25,7 +22,7 @@ from ..errors import ConfigurationError, ReplicationError, SubscriptionError
 from ..handlers import subscriptions_of_task
 from ..settings import Settings, django_dsn, place_of
 from ..subscriptions import Subscription, TableName, of_tables
-from . import history
+from . import history, project
 from .history import History
 
 _CORRECT = "Correct the on_change of this handler."
@@ -35,18 +32,17 @@ _SILENCE = (
 )
 _GOES = "Name what the migration leaves, or let a release without this handler run before it."
 Found = Iterator[CheckMessage]
-#: What Celery's fixup for Django looks at.
-_SKIP = "CELERY_SKIP_CHECKS"
 
 
 def handlers(**_: Any) -> list[CheckMessage]:
     """What can be known without a connection."""
     if _celery_imports():
         return []
-    app, problem = _app()
-    if app is None:
-        return [problem] if problem else []
     found: list[CheckMessage] = []
+    try:
+        app = project.celery_app()
+    except ConfigurationError as error:
+        return [Warning(str(error), id="flash_celery.W004")]
     try:
         Settings.from_app(app)
     except ConfigurationError as error:
@@ -68,10 +64,8 @@ def database(databases: Collection[str] | None = None, **_: Any) -> list[CheckMe
     """What the databases of `check --database` say."""
     if not databases or _celery_imports():
         return []
-    app, _problem = _app()
-    if app is None:
-        return []
     try:
+        app = project.celery_app()
         settings = Settings.from_app(app)
     except ConfigurationError:
         return []  # `handlers` says so
@@ -94,41 +88,6 @@ def _celery_imports() -> bool:
     while frame is not None and frame.f_code is not BaseLoader.import_default_modules.__code__:
         frame = frame.f_back
     return frame is not None
-
-
-@contextmanager
-def _no_further_checks() -> Iterator[None]:
-    """Keep Celery from running all checks once more, within this one."""
-    before = os.environ.get(_SKIP)
-    os.environ[_SKIP] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(_SKIP) if before is None else os.environ.update({_SKIP: before})
-
-
-def _app() -> tuple[Any, CheckMessage | None]:
-    """The project's Celery app with all its tasks; or None, and what to say of it."""
-    app = current_app._get_current_object()
-    if app.main == "default" or (app.main is None and not app.conf.broker_url):
-        message = Warning(
-            "No Celery app is there, so no handlers are known.",
-            hint="Import it in the __init__.py of the project: from .celery import app",
-            id="flash_celery.W004",
-        )
-        return None, message
-    try:
-        with _no_further_checks():
-            app.loader.import_default_modules()
-        app.finalize()
-    except Exception as error:  # whatever a module of tasks raises, which other commands need not
-        message = Warning(
-            f"The handlers cannot be looked at: {type(error).__name__}: {error}",
-            hint="A module of tasks cannot be imported here.",
-            id="flash_celery.W004",
-        )
-        return None, message
-    return app, None
 
 
 def _subscriptions(app: Any, found: list[CheckMessage]) -> Iterator[Subscription]:

@@ -149,7 +149,7 @@ def test_migrations_that_cannot_be_read_stop_nothing(sales, handle, after):
 def test_handlers_that_cannot_be_imported_stop_nothing(sales, app):
     app.conf.imports = ["not_there"]
     ((id, _, text),) = said()
-    assert (id, text.partition(": M")[0]) == ("W004", "The handlers cannot be looked at")
+    assert (id, text.partition(",")[0]) == ("W004", "The tasks cannot be imported")
 
 
 def test_a_setting_that_is_wrong(sales, app):
@@ -163,14 +163,14 @@ def test_without_a_celery_app_there_is_a_hint(configured, monkeypatch):
 
     from celery import Celery
 
-    from flash_celery.django import checks
+    from flash_celery.django import checks, project
 
     default = Celery("default", set_as_current=False)
     current = SimpleNamespace(_get_current_object=lambda: default)
-    monkeypatch.setattr(checks, "current_app", current)
+    monkeypatch.setattr(project, "current_app", current)
     (message,) = checks.handlers()
     assert message.id == "flash_celery.W004"
-    assert "from .celery import app" in message.hint
+    assert "from .celery import app" in message.msg
 
 
 def test_the_database_says_what_is_not_there(sales, migrated, handle):

@@ -246,6 +246,10 @@ ALLOWED = {
     "cli.letters": {"escaping", "letterbox", "letters", "errors"},
     "django": set(),
     "django.apps": {"django"},
+    "django.admin": {"django", "errors"},
+    "django.overview": {"catalog", "errors", "escaping", "handlers", "letterbox", "letters"}
+    | {"settings", "status"},
+    "django.project": {"errors"},
     "django.checks": {"catalog", "django", "errors", "handlers", "settings", "subscriptions"}
     | {"tables"},
     "django.history": {"subscriptions"},

@@ -7,7 +7,7 @@ from psycopg.conninfo import conninfo_to_dict
 _dsn = conninfo_to_dict(os.environ.get("BOOKSHOP_DSN", ""))
 
 SECRET_KEY = "for tests"
-ROOT_URLCONF = "bookshop.urls"
+ROOT_URLCONF = "sales.urls"
 USE_TZ = True
 STATIC_URL = "static/"
 ALLOWED_HOSTS = ["*"]

