@@ -13,7 +13,7 @@ ALLOWED = {
     # Both sides.
     "escaping": set(),
     "errors": {"escaping"},
-    "settings": {"errors"},
+    "settings": {"django", "errors"},
     "protocol": set(),
     "protocol.lsn": set(),
     "protocol.messages": {"protocol"},
@@ -23,9 +23,9 @@ ALLOWED = {
     "comparison": set(),
     "conditions": {"comparison", "values", "errors"},
     "rows": {"values", "protocol"},
-    "changes": {"django", "errors", "escaping", "rows", "protocol"},
+    "changes": {"escaping", "models", "rows", "protocol"},
     "payload": {"changes", "escaping", "rows", "protocol", "errors"},
-    "models": {"errors"},
+    "models": {"django", "errors"},
     "subscriptions": {"conditions", "changes", "models", "errors"},
     "handlers": {"subscriptions", "conditions", "changes", "errors"},
     # Capture, in the direction of the data.
@@ -150,6 +150,7 @@ ALLOWED = {
     "django.project": {"errors"},
     "django.checks": {"catalog", "django", "errors", "handlers", "settings", "subscriptions"}
     | {"tables"},
+    "django.dsn": set(),
     "django.history": {"subscriptions"},
     "django.instances": {"changes", "errors", "protocol", "rows", "subscriptions"},
     "django.management": set(),
