@@ -1,11 +1,13 @@
-"""A Django model's table and columns, read from its `_meta`; Django itself is not imported."""
+"""A Django model's table and columns, read from its `_meta`; Django itself is imported only where a
+change is to be an instance.
+"""
 
 from __future__ import annotations
 
 import difflib
 from typing import Any
 
-from .errors import SubscriptionError
+from .errors import NoInstance, SubscriptionError
 
 
 def is_model(table: Any) -> bool:
@@ -61,3 +63,16 @@ def column_name(name: str, model: Any) -> str:
 
 def _names(field: Any) -> tuple[str, str, str]:
     return field.name, field.attname, field.column
+
+
+def instance(change: Any, side: str | None, model: Any) -> Any:
+    """A change's row as an instance of its model. Raises `NoInstance`, also without Django."""
+    try:
+        from .django import instances
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] != "django":
+            raise
+        raise NoInstance(
+            "change.instance() needs Django: pip install 'flash-celery[django]'"
+        ) from None
+    return instances.instance(change, side, model)

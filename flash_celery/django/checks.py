@@ -20,9 +20,10 @@ from django.db.migrations.loader import MigrationLoader
 from .. import catalog, tables
 from ..errors import ConfigurationError, ReplicationError, SubscriptionError
 from ..handlers import subscriptions_of_task
-from ..settings import Settings, django_dsn, place_of
+from ..settings import Settings, place_of
 from ..subscriptions import Subscription, TableName, of_tables
 from . import history, project
+from .dsn import dsn as databases_dsn
 from .history import History
 
 _CORRECT = "Correct the on_change of this handler."
@@ -72,7 +73,7 @@ def database(databases: Collection[str] | None = None, **_: Any) -> list[CheckMe
     found: list[CheckMessage] = []
     subscriptions = list(_subscriptions(app, []))
     for alias in databases:
-        dsn = django_dsn(alias)
+        dsn = databases_dsn(alias)
         mine = [one for one in subscriptions if dsn and _leads_to(dsn, settings, one.source)]
         if mine:
             found += _within(alias, dsn, mine)

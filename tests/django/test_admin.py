@@ -242,11 +242,12 @@ def test_of_very_many_letters_only_the_number_is_shown(project, root, monkeypatc
     assert "too many for a page" in html
 
 
-def test_another_admin_site_can_have_it(configured):
-    from django.contrib.admin import AdminSite
-
-    from flash_celery.django.admin import Status, register
-
-    site = AdminSite("ops")
-    register(site)
-    assert site.is_registered(Status)
+def test_another_admin_site_has_a_page_of_its_own(project, root):
+    bury(project, "shop.handle")
+    html = root.get(PAGE.replace("admin", "operations")).content.decode()
+    retry = RETRY.replace("admin", "operations")
+    assert f'action="{retry}"' in html
+    assert RETRY not in html
+    token = re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', html).group(1)
+    answer = root.post(retry, {"csrfmiddlewaretoken": token, "one": buttons(html)[0]})
+    assert (answer.status_code, answer.url) == (302, PAGE.replace("admin", "operations"))

@@ -78,7 +78,7 @@ def test_a_service_is_a_connection_too(default, app, tmp_path, monkeypatch):
 def test_under_the_test_runner_it_is_the_test_database(default, app):
     database = default(TEST={"NAME": f"{os.getpid()}_of_the_runner"})
     connection = connections["default"]
-    connection.creation.create_test_db(verbosity=0, autoclobber=True, serialize=False)
+    connection.creation.create_test_db(verbosity=0, autoclobber=True)
     try:
         found = conninfo_to_dict(Settings.from_app(app).flash_dsn)["dbname"]
         assert found == f"{os.getpid()}_of_the_runner"

@@ -238,3 +238,15 @@ def test_before_django_is_set_up_there_is_a_sentence():
     )
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "NoInstance: change.instance() needs Django's models, and they" in ended.stderr
+
+
+def test_without_django_there_is_a_sentence():
+    code = (
+        "import sys\n"
+        "sys.modules['django'] = None\n"
+        "from flash_celery import Truncate\n"
+        "from flash_celery.rows import Table\n"
+        "Truncate(Table('public', 't', None, 'f', (), ()), None, 0).instance()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "NoInstance: change.instance() needs Django: pip install" in ended.stderr

@@ -50,6 +50,7 @@ def site(tmp_path_factory):
     return folder / "site"
 
 
+@pytest.mark.soak  # `make docs` builds the site
 def test_everything_public_is_in_the_reference(site):
     python = (site / "reference" / "python.html").read_text()
     for name in flash_celery.__all__:
@@ -69,6 +70,7 @@ def test_everything_public_is_in_the_reference(site):
             assert f'id="{name.lower()}"' in kinds, name
 
 
+@pytest.mark.soak  # `make docs` builds the site
 def test_nothing_is_loaded_from_elsewhere(site):
     for page in site.rglob("*.html"):
         text = page.read_text()

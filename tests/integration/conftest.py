@@ -46,7 +46,11 @@ class Flash:
         self.replicator = Replicator(self.app, settings, subscriptions, self.publisher)
         self.thread = threading.Thread(target=self.run)
         self.thread.start()
-        self.wait(lambda: self.database.one(self.slot("count(*) FILTER (WHERE active)")))
+        self.wait(
+            lambda: self.database.one(
+                self.slot("count(*) FILTER (WHERE active AND confirmed_flush_lsn IS NOT NULL)")
+            )
+        )
         return self
 
     def run(self):
