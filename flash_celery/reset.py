@@ -97,6 +97,9 @@ def run(
     `unpark` is called when nobody reads any more, and before it is forgotten what is paused.
     """
     with ddl.alone(connection, undo.prefix):
+        if undo.slot is not None and not force:
+            # Before anything is noted, which its reader would see, and let go of the slot.
+            _refuse_in_use(connection, undo.slot["name"])
         if undo.steps:
             # From here on it is no loss that the slot is gone.
             ddl.forget_slot(connection, undo.prefix)
@@ -109,6 +112,17 @@ def run(
         ddl.apply(connection, undo.steps)
 
 
+def _refuse_in_use(connection: psycopg.Connection[Any], slot: str) -> None:
+    row = connection.execute(
+        "SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s", [slot]
+    ).fetchone()
+    if row is not None and row[0] is not None:
+        raise SlotInUse(
+            f"The slot {slot} is being read by PID {row[0]}; stop that replication worker, "
+            "or end it with --force."
+        )
+
+
 def _drop(connection: psycopg.Connection[Any], slot: str, force: bool) -> None:
     for _ in range(_ATTEMPTS):
         row = connection.execute(
@@ -118,10 +132,7 @@ def _drop(connection: psycopg.Connection[Any], slot: str, force: bool) -> None:
             return
         if row[0] is not None:
             if not force:
-                raise SlotInUse(
-                    f"The slot {slot} is being read by PID {row[0]}; stop that replication worker, "
-                    "or end it with --force."
-                )
+                _refuse_in_use(connection, slot)
             connection.execute("SELECT pg_terminate_backend(%s)", [row[0]])
         try:
             connection.execute("SELECT pg_drop_replication_slot(%s)", [slot])

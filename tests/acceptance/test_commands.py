@@ -124,9 +124,15 @@ def test_reset_shows_asks_and_undoes_everything(shop):
     shop.environment["SHOP_WHERE"] = "1"
     replicate = shop.replicate()
     shop.database.execute("INSERT INTO items VALUES (1, 'a')")
+    record = (
+        "SELECT obj_description(oid, 'pg_publication') FROM pg_publication "
+        "WHERE pubname = 'flash_publication_insert'"
+    )
+    before = shop.database.one(record)
     in_use = shop.run("flash", "reset", "--yes")
     assert in_use.returncode == 2
     assert "is being read by PID" in in_use.stderr
+    assert shop.database.one(record) == before
     shop.end(replicate)
     shop.database.execute("INSERT INTO items VALUES (2, 'a')")
     command = shop.command("flash", "reset")
