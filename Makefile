@@ -35,6 +35,7 @@ soak: $(VENV)/.stamp
 
 # What takes minutes or gigabytes, and the property tests with many more examples.
 long: $(VENV)/.stamp
+	$(BIN)/pip install --quiet --editable '.[long]'
 	$(BIN)/pytest -m soak $(ARGS)
 	FLASH_EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/pytest -n 2 $(PROPERTIES)
 

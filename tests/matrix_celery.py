@@ -32,7 +32,7 @@ def python_with(release):
     if made.exists() and made.read_text() == wanted:
         return python
     # As in the Makefile: everything is in the extra.
-    install = [python, "-m", "pip", "install", "--quiet", "--editable", ".[dev]"]
+    install = [python, "-m", "pip", "install", "--quiet", "--editable", ".[long]"]
     for command in (
         [sys.executable, "-m", "venv", "--clear", folder],
         [*install, *RELEASES[release]],
