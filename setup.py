@@ -1,4 +1,4 @@
-"""The description that PyPI shows: README.md, without pictures and links that lead nowhere there."""
+"""The description on PyPI: README.md, without pictures and links that lead nowhere there."""
 
 import re
 from pathlib import Path
