@@ -47,7 +47,8 @@ matrix: $(VENV)/.stamp
 celery: $(VENV)/.stamp
 	$(BIN)/python tests/matrix_celery.py $(ARGS)
 
-# Every example of the documents is run, and the site is built into build/site.
+# Every example of the documents is run, and the site is built into build/site. To search in it,
+# serve it: python3 -m http.server -b 127.0.0.1 -d build/site
 docs: $(VENV)/.stamp
 	$(BIN)/pytest -q -m "soak or not soak" tests/docs tests/unit/test_docs.py \
 		tests/acceptance/test_tutorial.py

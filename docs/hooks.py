@@ -11,6 +11,7 @@ from mkdocs.structure.files import File
 
 from flash_celery import errors, settings
 from flash_celery.cli import flash
+from flash_celery.monitoring.metrics import METRICS
 
 ROOT = Path(__file__).parents[1]
 #: A file that the tests write is shown with its name.
@@ -105,4 +106,19 @@ def _commands(context):
         yield from _commands(click.Context(inner, info_name=each, parent=context))
 
 
-TABLES = {"settings": settings_table, "errors": errors_table, "commands": commands_table}
+def metrics_table():
+    """Every metric, as Prometheus is told of it."""
+    head = "| metric | type | labels | meaning |\n|---|---|---|---|"
+    rows = [
+        f"| `{name}` | {kind} | {', '.join(f'`{label}`' for label in labels)} | {said} |"
+        for name, (kind, said, labels) in METRICS.items()
+    ]
+    return "\n".join([head, *rows])
+
+
+TABLES = {
+    "settings": settings_table,
+    "errors": errors_table,
+    "commands": commands_table,
+    "metrics": metrics_table,
+}

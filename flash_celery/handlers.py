@@ -169,7 +169,8 @@ def on_change(
       model, a SQLAlchemy mapped class or `Table`. `"billing:public.invoices"` is in the database
       `billing` of `flash_sources`.
     - `operations`: what to be told of: `Operation` flags, `"insert|update"` or names. Default: all.
-    - `fields`: deliver these columns only, and no UPDATE that changes none of them.
+    - `fields`: deliver these columns only, with their old values, and no UPDATE that
+      changes none of them.
     - `where`: deliver rows that match: a dict of lookups (AND) or a list of dicts (OR). A row that
       enters the condition is an `Insert`, one that leaves it a `Delete`.
     - `key`: columns to treat as the primary key; changing one is a `Delete` and an `Insert`.

@@ -37,6 +37,15 @@ def changelog():
     return f"CHANGELOG.md begins with [{name}]: write [{version()}] - YYYY-MM-DD in its place"
 
 
+def readme():
+    """It stands on PyPI, too."""
+    named = ("README.md", "docs/install.md", "docs/tutorial.md")
+    old = [name for name in named if "not on PyPI yet" in (ROOT / name).read_text()]
+    if old:
+        return f"{' and '.join(old)}: 'not on PyPI yet' will be wrong"
+    return None
+
+
 def tag():
     if output("git", "tag", "--list", f"v{version()}"):
         return f"v{version()} was released before: raise the version in pyproject.toml"
@@ -76,6 +85,7 @@ def documents():
 
 CHECKS = {
     "the changelog": changelog,
+    "the README": readme,
     "the tag": tag,
     "the tree": tree,
     "lint": lambda: succeeds("make", "lint"),

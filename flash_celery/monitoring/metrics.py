@@ -41,10 +41,10 @@ class Described(NamedTuple):
 
 #: Every metric of ours, by its name.
 METRICS = {
-    "flash_info": Described("gauge", "Always 1.", ("version", "slot")),
+    "flash_info": Described("gauge", "Always 1; its labels say which.", ("version", "slot")),
     "flash_state": Described("gauge", "1 for what the worker is doing, else 0.", ("state",)),
     "flash_ready": Described("gauge", "1 if changes are being read and nothing is wrong."),
-    "flash_loop_age_seconds": Described("gauge", "Since the main loop has turned."),
+    "flash_loop_age_seconds": Described("gauge", "Time since the main loop has turned."),
     "flash_changes_received_total": Described(
         "counter",
         "Changes that PostgreSQL has sent; again after a reconnection.",
@@ -60,8 +60,10 @@ METRICS = {
     ),
     "flash_transactions_total": Described("counter", "Transactions that PostgreSQL has sent."),
     "flash_messages_published_total": Described("counter", "Messages the broker has confirmed."),
-    "flash_published_bytes_total": Described("counter", "Bytes of the bodies of these messages."),
-    "flash_publish_batches_total": Described("counter", "Calls that published them."),
+    "flash_published_bytes_total": Described(
+        "counter", "Bytes of the bodies of published messages."
+    ),
+    "flash_publish_batches_total": Described("counter", "Calls that published messages."),
     "flash_publish_failures_total": Described(
         "counter", "Attempts to publish that failed and were made again.", ("error",)
     ),

@@ -140,10 +140,24 @@ def test_the_source_distribution_holds_what_is_tracked(source):
     assert [name for name, content in contents.items() if here in content] == []
 
 
-def test_it_needs_four_things(wheel):
+@pytest.fixture
+def metadata(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-        metadata = message_from_bytes(archive.read(name))
+        return message_from_bytes(archive.read(name))
+
+
+def test_the_description_is_the_readme_without_what_pypi_has_not(metadata):
+    said = metadata.get_payload(decode=True).decode()
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert "| promise | how |" in said
+    assert "The tutorial goes from" in said
+    links = re.findall(r"\]\((.*?)\)", said)
+    assert [link for link in links if not link.startswith("https://")] == []
+    assert "![" not in said
+
+
+def test_it_needs_four_things(metadata):
     needed = [one for one in metadata.get_all("Requires-Dist") if "extra ==" not in one]
     names = {re.match(r"[\w-]+", one).group() for one in needed}
     assert names - {"typing-extensions"} == {"celery", "kombu", "psycopg", "click"}

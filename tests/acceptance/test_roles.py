@@ -1,4 +1,4 @@
-"""What the roles of docs/security.md may do, and what they need not be able to."""
+"""What the roles of the documents may do, and what they need not be able to."""
 
 import re
 import subprocess
@@ -13,12 +13,13 @@ from tests.acceptance.test_commands import created_nothing, publications, slots
 from tests.conftest import missing
 from tests.integration.conftest import Flash, shown
 
-TEXT = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+TEXT = (DOCS / "security.md").read_text() + (DOCS / "operating.md").read_text()
 UNMANAGED = '{"flash_manage": false}'
 
 
 def documented(name, database):
-    """The statements of a block of the page, for this database."""
+    """The statements of a block, for this database."""
     (statements,) = re.findall(rf"<!-- run: {name} -->\n```sql\n(.*?)```", TEXT, re.DOTALL)
     return statements.replace("DATABASE shop", f'DATABASE "{database.name}"').splitlines()
 
@@ -154,8 +155,8 @@ def test_the_script_of_doctor_run_by_a_dba_is_all_it_takes(shop):
 
 def test_a_role_that_may_manage(shop):
     database = shop.database
-    database.execute(*documented("manager", database))
-    shop.environment |= {"SHOP_DSN": as_role(shop, "flash_manager"), "SHOP_WHERE": "1"}
+    database.execute(*documented("privileges", database))
+    shop.environment |= {"SHOP_DSN": as_role(shop, "flash"), "SHOP_WHERE": "1"}
     replicate = shop.replicate()
     database.execute("INSERT INTO items VALUES (1, 'paid')")
     enqueued(shop, 2)

@@ -1,13 +1,14 @@
 """docs/howto/kubernetes: manifests that Kubernetes takes, and that ask for what there is."""
 
-import dataclasses
-
 import kubernetes_validate
 import pytest
 import yaml
 
+from example_project.servers import free_port, wait_until
+from flash_celery.address import http_address
 from flash_celery.settings import Settings
 from tests.acceptance.conftest import make_shop, shop  # noqa: F401 - fixtures
+from tests.acceptance.test_monitoring import get
 
 from .conftest import DOCS, Page
 
@@ -18,7 +19,7 @@ MANIFESTS = {
     for path in sorted(FOLDER.glob("*.yaml"))
     for one in yaml.safe_load_all(path.read_text())
 }
-KNOWN = {field.name for field in dataclasses.fields(Settings)}
+PROBES = ("startupProbe", "livenessProbe", "readinessProbe")
 
 
 @pytest.mark.parametrize("version", ["1.31", kubernetes_validate.latest_version()])
@@ -51,34 +52,44 @@ def test_budgets_and_selectors_meet_their_pods():
 
 
 def test_the_app_reads_what_the_secret_and_the_manifest_hold(monkeypatch, new_app):
-    environment = dict(MANIFESTS["Secret", "shop"]["stringData"])
     _, one = container("flash-replicate")
-    environment |= {variable["name"]: variable["value"] for variable in one["env"]}
+    given = {variable["name"]: variable["value"] for variable in one["env"]}
+    environment = MANIFESTS["Secret", "shop"]["stringData"] | given
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     names = {"__name__": "shop"}
     exec(compile(PAGE.files["shop.py"], "shop.py", "exec"), names)
-    app = names["app"]
-    if "flash_http" not in KNOWN:
-        del app.conf.changes["flash_http"]
-    assert Settings.from_app(app).flash_dsn == environment["DSN"]
-    app.close()
+    settings = Settings.from_app(names["app"])
+    assert settings.flash_dsn == environment["DSN"]
+    assert settings.flash_http == environment["FLASH_HTTP"]
+    names["app"].close()
 
 
-@pytest.mark.xfail("flash_http" not in KNOWN, reason="flash_http comes with the metrics")
-def test_there_is_something_to_probe():
-    assert "flash_http" in KNOWN
+def test_the_probes_ask_where_the_worker_listens():
+    _, one = container("flash-replicate")
+    (port,) = one["ports"]
+    (listening,) = [each["value"] for each in one["env"] if each["name"] == "FLASH_HTTP"]
+    # The kubelet and Prometheus ask from outside the pod.
+    assert http_address(listening) == ("0.0.0.0", port["containerPort"])
+    assert {one[probe]["httpGet"]["port"] for probe in PROBES} == {port["name"]}
+    template = MANIFESTS["Deployment", "flash-replicate"]["spec"]["template"]
+    assert template["metadata"]["annotations"]["prometheus.io/port"] == str(port["containerPort"])
 
 
 @pytest.mark.soak  # two replication workers
 def test_a_new_version_that_waits_alters_nothing(shop):  # noqa: F811
-    """So that old and new may overlap in a RollingUpdate."""
+    """So that old and new may overlap in a RollingUpdate, and both pass their probes."""
     database = shop.database
     database.execute("CREATE TABLE others (id int PRIMARY KEY)")
     tables = "SELECT tablename FROM pg_publication_tables WHERE pubname LIKE '%_insert'"
-    old = shop.replicate()
-    new = shop.replicate(wait=False, SHOP_ALSO="others")
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    old = shop.replicate("--http", addresses[0])
+    new = shop.replicate("--http", addresses[1], wait=False, SHOP_ALSO="others")
     shop.until_said(new, "waiting until it is free")
+    _, one = container("flash-replicate")
+    for address in addresses:
+        for path in (one[probe]["httpGet"]["path"] for probe in PROBES):
+            wait_until(lambda: get(address, path)[0] == 200, path)  # noqa: B023
     assert database.execute(tables) == [("items",)]
     assert old.poll() is None
     assert shop.end(old) == 0

@@ -38,8 +38,9 @@ class Writers:
                 self.done.wait(0.005)
 
     def until(self, more):
-        goal = self.written + more
-        while self.written < goal:
+        # Of each thread, one may be committed already and not counted yet.
+        goal = self.written + more + 2 * len(self.threads)
+        while self.written <= goal:
             assert all(thread.is_alive() for thread in self.threads)
             self.done.wait(0.01)
 

@@ -1,6 +1,7 @@
 """The site is whole: every page and anchor is there, everything public is in it, nothing is loaded
 from elsewhere, and every example is run by a test."""
 
+import html
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import yaml
 
 import flash_celery
 from flash_celery import errors
+from flash_celery.monitoring.metrics import METRICS
 from flash_celery.settings import Settings
 from tests.unit.test_docs import README, commands, examples, flash
 
@@ -68,6 +70,11 @@ def test_everything_public_is_in_the_reference(site):
     for name, kind in vars(errors).items():
         if isinstance(kind, type) and issubclass(kind, errors.FlashError):
             assert f'id="{name.lower()}"' in kinds, name
+    counted = (site / "reference" / "metrics.html").read_text()
+    for name, metric in METRICS.items():
+        assert name in counted, name
+        assert metric.help in html.unescape(counted), name
+        assert all(f"<code>{label}</code>" in counted for label in metric.labels), name
 
 
 @pytest.mark.soak  # `make docs` builds the site

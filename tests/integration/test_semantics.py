@@ -202,6 +202,13 @@ def test_old_holds_what_the_identity_gives(flash, identity):
     assert (update.key, delete.key) == (key, key)
 
 
+def test_rows_that_were_there_already_are_not_told(flash):
+    flash.database.execute(ITEMS, "INSERT INTO items VALUES (1, 'a')")
+    flash.handler("items").start()
+    flash.do("INSERT INTO items VALUES (2, 'b')", "UPDATE items SET name = 'c' WHERE id = 1")
+    assert shown(flash.told()) == ["insert 2,b,-", "update 1 -> 1,c,-"]
+
+
 @pytest.mark.parametrize(
     "set_up",
     [

@@ -152,10 +152,32 @@ def test_every_command_is_documented_and_has_help(name, command):
             assert parameter.help, parameter.name
 
 
+#: Options that the documents name, of other commands than ours.
+ELSEWHERES = {"--database", "--database-flags", "--docs", "--pool"}
+
+
+def test_every_command_and_option_in_the_documents_is_there():
+    options = {
+        name: {each for one in command.params for each in one.opts}
+        for name, command in commands(flash)
+    }
+    known = set().union(*options.values(), ELSEWHERES)
+    pages = [ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
+    for text in (README, *(page.read_text() for page in pages)):
+        for named, rest in re.findall(r"\bflash ((?:[a-z]+ ?)+)([^`|\n]*)", text):
+            first, *more = named.split()
+            name = f"{first} {more[0]}" if more and f"{first} {more[0]}" in options else first
+            assert name in options, f"flash {named}"
+            said = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", rest))
+            assert said <= options[name], f"flash {named}{rest}"
+        assert set(re.findall(r"`(--[a-z][\w-]*)", text)) <= known
+
+
 def test_every_link_leads_somewhere():
-    for folder, text in [(ROOT, README), *((ROOT / "docs", text) for text in DOCS.values())]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", text):
-            assert (folder / target).exists(), target
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "example_project/README.md"]
+    for page in pages:
+        for target in re.findall(r"(?:\]\(|src(?:set)?=\")([^)#:\"]+)[)#\"]", page.read_text()):
+            assert (page.parent / target).exists(), (page, target)
 
 
 def test_the_readme_is_short():
