@@ -301,10 +301,11 @@ class Replicator:
         self._pauses = delays()
         handlers = {subscription.handler for subscription in self._subscriptions}
         logger.info(
-            "Replicating the slot %s for %s: %d handlers, queues %s",
+            "Replicating the slot %s for %s: %d %s, queues %s",
             slot,
             escaped(", ".join(publications.names(prefix))),
             len(handlers),
+            "handler" if len(handlers) == 1 else "handlers",
             ", ".join(self._templates.queues),
             extra={"slot": slot, "lsn": str(self._progress.confirmed)},
         )

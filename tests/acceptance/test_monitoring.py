@@ -225,7 +225,6 @@ def test_status_is_watched_until_ctrl_c(shop):
     assert "Aborted" not in shown
 
 
-@pytest.mark.soak
 def test_the_alerts_fire_when_they_should():
     if shutil.which("promtool") is None:
         missing("promtool (prometheus)")
