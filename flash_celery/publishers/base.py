@@ -225,14 +225,17 @@ def queue_depths(app: Any, queues: Sequence[str]) -> dict[str, int | None]:
     """
     publisher = ConnectedPublisher(app)
     depths: dict[str, int | None] = {}
-    for queue in queues:
-        publisher.open([])
-        try:
-            depths[queue] = publisher.depth(queue)
-        except PublishError as error:
-            if str(getattr(error.__cause__, "reply_code", "")) != "404":
-                raise
-            depths[queue] = None
-        finally:
-            publisher.close()
+    try:
+        for queue in queues:
+            if publisher.channel is None:
+                publisher.open([])
+            try:
+                depths[queue] = publisher.depth(queue)
+            except PublishError as error:
+                if str(getattr(error.__cause__, "reply_code", "")) != "404":
+                    raise
+                depths[queue] = None
+                publisher.close()  # the error has closed the channel
+    finally:
+        publisher.close()
     return depths

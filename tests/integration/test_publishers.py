@@ -244,6 +244,18 @@ def test_the_depth_of_a_queue(broker):
     broker.read("first")
 
 
+def test_the_depths_of_many_queues_take_the_connections_of_one(valkey):
+    app = Celery("shop", broker=valkey.url, set_as_current=False)
+    with redis.Redis(port=valkey.port) as client:
+
+        def connections(queues):
+            before = client.info()["total_connections_received"]
+            queue_depths(app, queues)
+            return client.info()["total_connections_received"] - before
+
+        assert connections(["first", "second", "third"]) == connections(["first"]) > 0
+
+
 def test_the_transport_picks_the_publisher():
     kinds = {
         "redis://": RedisPublisher,
