@@ -6,12 +6,13 @@ They keep the bytes that PostgreSQL wrote and decode a value when it is touched.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any, ClassVar, Generic, cast, overload
 
 from . import models
 from .escaping import escaped
+from .naming import counted, id_suffix, key_shown
 from .operations import Operation as Operation
 from .protocol.lsn import Lsn
 from .protocol.pgoutput import Cell
@@ -26,22 +27,6 @@ else:
 RowT = TypeVar("RowT", covariant=True, default=Row)
 
 _EPOCH = datetime(2000, 1, 1, tzinfo=timezone.utc)
-
-
-def id_suffix(half: int, number: int) -> str:
-    """The end of a change's id, which tells halves and subscriptions apart."""
-    return f"{('', '-', '+', 'm')[half]}{f'#{number}' if number else ''}"
-
-
-def key_shown(key: Iterable[tuple[str, Any]]) -> str:
-    """A key in the name of a change. Without a primary key it is the whole row: not all of it."""
-    return "".join(
-        # Most keys are numbers, which need no second look.
-        [
-            f" {name}={value}" if type(value) is int else f" {name}={value!s:.200}"
-            for name, value in key
-        ]
-    )
 
 
 class Change(Generic[RowT]):
@@ -350,7 +335,7 @@ class Changes(Sequence[Change[RowT]]):
         if not self._changes:
             return "no changes"
         first = self._changes[0]
-        return escaped(f"{len(self)} changes of {first._source.shown} @{first.commit_lsn}")
+        return escaped(f"{counted(len(self))} of {first._source.shown} @{first.commit_lsn}")
 
 
 def _fill(new: Sequence[Cell], old: Sequence[Cell]) -> Sequence[Cell]:

@@ -17,7 +17,7 @@ import amqp
 from kombu.entity import Exchange, Queue
 from kombu.utils.json import dumps, loads
 
-from . import payload
+from . import naming, payload
 from .changes import Change, Changes
 from .errors import PayloadError
 from .escaping import escaped
@@ -241,7 +241,7 @@ def split(letter: Letter) -> list[Message]:
         body = json.dumps([one, keywords, embedded])
         # Not the whole batch's id, and the same if it is sent again.
         task_id = f"{letter.id}-{number}"
-        messages.append(_message(letter, task_id, f"1 change from {change!r}"[:200], body))
+        messages.append(_message(letter, task_id, naming.batch(1, change)[:200], body))
     return messages
 
 
@@ -323,8 +323,8 @@ def _described(changes: Sequence[Change]) -> str:
     """What a message's argsrepr says, which a retry of Celery's writes anew."""
     if not changes:
         return ""
-    one = repr(changes[0])
-    return (one if len(changes) == 1 else f"{len(changes)} changes from {one}")[:200]
+    first = changes[0]
+    return (repr(first) if len(changes) == 1 else naming.batch(len(changes), first))[:200]
 
 
 def _table(change: Change) -> str:

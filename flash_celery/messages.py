@@ -15,7 +15,7 @@ from typing import Any
 
 from kombu import compression
 
-from . import payload
+from . import naming, payload
 from .changes import Operation
 from .enqueued import NOTHING, Covered, Mark, identity
 from .options import resolve
@@ -169,7 +169,7 @@ class Template:
     def together(self, deliveries: Sequence[Delivery]) -> Message:
         """One message for as many changes as a batch holds."""
         count = sum(len(delivery.rows) for delivery in deliveries)
-        argsrepr = f"{count} changes from {payload.change_of(deliveries[0])!r}"
+        argsrepr = naming.batch(count, payload.change_of(deliveries[0]))
         value = payload.encode(deliveries)
         return self._message(CHANGES, str(uuid.uuid4()), argsrepr, value, _covered(deliveries))
 

@@ -23,11 +23,10 @@ from .changes import (
     LogicalMessage,
     Truncate,
     Update,
-    id_suffix,
-    key_shown,
 )
 from .errors import PayloadError, ProtocolError
 from .escaping import escaped
+from .naming import id_suffix, key_shown
 from .protocol import pgoutput
 from .protocol.lsn import Lsn
 from .rows import Column, Row, Table, Transaction

@@ -118,7 +118,7 @@ def test_repr_names_operation_table_key_and_position():
 def test_a_change_tells_its_source():
     assert (INSERT.source, ELSEWHERE.source) == ("", "billing")
     assert repr(ELSEWHERE) == "insert billing:public.orders id=1 @0/16B3748"
-    assert repr(Changes([ELSEWHERE])) == "1 changes of billing:public.orders @0/16B3748"
+    assert repr(Changes([ELSEWHERE])) == "1 change of billing:public.orders @0/16B3748"
     assert repr(MESSAGE) == "message order.paid @0/16B3748"
     message = LogicalMessage(b"", ORDER_PAID, TRANSACTION, 0, 3)
     assert repr(message) == "message billing:order.paid @0/16B3748"

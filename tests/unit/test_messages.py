@@ -119,10 +119,13 @@ def test_the_task_id_of_one_change_is_the_same_every_time_and_nobody_elses(make)
 
 
 def test_a_batch_is_one_message(make):
-    message = make(batch=10)().together([DELIVERY, DELIVERY._replace(ordinal=4)])
+    template = make(batch=10)()
+    message = template.together([DELIVERY, DELIVERY._replace(ordinal=4)])
     (argument,), _, _ = json.loads(message.body)
     assert argument["__type__"] == "flash_celery.changes"
     assert message.headers["argsrepr"] == "2 changes from insert public.orders id=5 @0/16B3748"
+    alone = template.together([DELIVERY])
+    assert alone.headers["argsrepr"] == "1 change from insert public.orders id=5 @0/16B3748"
 
 
 ROUTES = {"public.orders.delete": {"queue": "cleanup", "priority": 9}, "public.*.*": "tables"}
