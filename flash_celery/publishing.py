@@ -19,6 +19,7 @@ from .backpressure import Backpressure
 from .enqueued import Enqueued, Lease
 from .errors import PublishError, TakenOver
 from .messages import Message
+from .outage import Outage
 from .outbox import MESSAGE_BYTES, Unit
 from .parking import Leaving, Parking
 from .protocol.lsn import Lsn
@@ -29,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 #: Bytes of message bodies that may wait; above it nothing more is read from PostgreSQL.
 IN_FLIGHT_BYTES = 16 << 20
-#: Seconds between two complaints about the same trouble.
-_REMINDER_SECONDS = 60.0
 #: Seconds between two looks at the lease.
 _LEASE_SECONDS = 0.1
 #: Bytes that one call of `publish` takes, where several units wait.
@@ -82,8 +81,7 @@ class Publishing(threading.Thread):
         self._ending = False
         self._generation = 0
         self._opened = False
-        #: Since when the broker has been failing, and when that was said last.
-        self._since = self._said = 0.0
+        self._outage = Outage(self._telemetry)
         #: When the broker was spoken to last; 0 as long as there was nothing for it.
         self._spoke = 0.0
 
@@ -293,7 +291,7 @@ class Publishing(threading.Thread):
             try:
                 self._open()
                 messages = messages[attempt(messages) :]
-                self._works()
+                self._outage.over()
                 if not messages:
                     return True
                 pauses, pause = delays(), 0.0
@@ -303,7 +301,7 @@ class Publishing(threading.Thread):
             except PublishError as error:
                 # What the broker has already is not sent again.
                 messages = messages[error.confirmed :]
-                self._fails(error, _waiting(messages))
+                self._fails(error, messages)
                 pause = next(pauses)
             if self._given_up(generation, pause):
                 return False
@@ -318,9 +316,9 @@ class Publishing(threading.Thread):
         try:
             self._open()
             self._publisher.check()
-            self._works()
+            self._outage.over()
         except PublishError as error:
-            self._fails(error, _waiting([]))
+            self._fails(error, [])
 
     def _open(self) -> None:
         self._spoke = time.monotonic()
@@ -328,32 +326,8 @@ class Publishing(threading.Thread):
             self._publisher.open([*self._queues, *self._parking.queues])
             self._opened = True
 
-    def _works(self) -> None:
-        if self._since:
-            self._since = self._said = 0.0
-            self._telemetry.broker_failing = None
-            logger.warning("The broker confirms messages again")
-
-    def _fails(self, error: PublishError, waiting: str) -> None:
-        """Let go of the connection, and complain now and then."""
+    def _fails(self, error: PublishError, waiting: Sequence[Message]) -> None:
+        """Let go of the connection."""
         self._opened = False
         self._publisher.close()
-        now = time.monotonic()
-        self._since = self._since or now
-        telemetry = self._telemetry
-        telemetry.broker_failing = telemetry.broker_failing or time.time()
-        telemetry.failures[type(error).__name__] += 1
-        telemetry.note(error)
-        if not self._said or now - self._said > _REMINDER_SECONDS:
-            self._said = now
-            logger.warning(
-                "%s Nothing is acknowledged until it works again (%.0f s so far, %s)",
-                *(error, now - self._since, waiting),
-            )
-
-
-def _waiting(messages: Sequence[Message]) -> str:
-    if not messages:
-        return "nothing waits for it yet"
-    size = sum(len(message.body) for message in messages)
-    return f"{len(messages)} messages of {size} bytes, the first for {messages[0].argsrepr}"
+        self._outage.goes_on(error, waiting)
