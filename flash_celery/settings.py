@@ -5,15 +5,12 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from itertools import combinations
 from typing import Any
 
-from psycopg import ProgrammingError
-from psycopg.conninfo import conninfo_to_dict
-
+from . import dsn
 from .address import http_address
 from .errors import ConfigurationError
 
@@ -89,7 +86,7 @@ class Settings:
         given = {name: app.conf.get(name) for name in _KINDS}
         settings = cls(**{name: value for name, value in given.items() if value is not None})
         if not settings.flash_dsn:
-            settings = cls(**{**vars(settings), "flash_dsn": _django_dsn()})
+            settings = cls(**{**vars(settings), "flash_dsn": dsn.of_django()})
         settings._check()
         settings._check_sources()
         return settings
@@ -123,33 +120,12 @@ class Settings:
         return 3 * self.flash_status_interval
 
     def _check(self) -> None:
-        for setting in fields(self):
-            expected = _KINDS.get(setting.name)
-            if expected is None:
-                continue
-            value = getattr(self, setting.name)
-            if not isinstance(value, expected) or (expected is not bool and value is True):
-                kind = " or ".join(
-                    k.__name__ for k in (expected if isinstance(expected, tuple) else (expected,))
-                )
-                # A DSN may hold a password.
-                shown = repr(value) if setting.repr else type(value).__name__
-                raise ConfigurationError(f"{setting.name} must be {kind}, not {shown}.")
-        if self.flash_replica_identity not in ("auto", "keep"):
-            raise ConfigurationError(
-                f"flash_replica_identity is 'auto' or 'keep', not {self.flash_replica_identity!r}."
-            )
-        for name in ("flash_status_interval", "flash_shutdown_timeout"):
-            if not 0 < getattr(self, name) < 86_400:
-                raise ConfigurationError(f"{name} is a number of seconds above 0.")
-        if not 0 <= self.flash_heartbeat_interval < 86_400:
-            raise ConfigurationError(
-                "flash_heartbeat_interval is a number of seconds, or 0 for no heartbeats."
-            )
-        if self.flash_on_lost_slot not in ("halt", "recreate"):
-            raise ConfigurationError(
-                f"flash_on_lost_slot is 'halt' or 'recreate', not {self.flash_on_lost_slot!r}."
-            )
+        self._check_kinds()
+        self._check_numbers()
+        for name, (one, other) in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in (one, other):
+                raise ConfigurationError(f"{name} is {one!r} or {other!r}, not {value!r}.")
         self._check_names()
         if self.flash_spool_directory and not os.access(self.flash_spool_directory, os.W_OK):
             raise ConfigurationError(
@@ -162,30 +138,52 @@ class Settings:
             raise ConfigurationError(
                 "flash_dead_queue must be a queue of its own, which no worker consumes."
             )
-        for name in ("flash_max_deaths", "flash_max_change_size"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"{name} is a number from 1 on.")
         if self.flash_on_lost_slot == "recreate" and not self.flash_manage:
             raise ConfigurationError(
                 "flash_on_lost_slot = 'recreate' makes a slot, which flash_manage = False leaves "
                 "to its owner; leave one of them out."
-            )
-        if not 0 <= self.flash_replay_window < 366 * 86_400:
-            raise ConfigurationError(
-                "flash_replay_window is a number of seconds, or 0 for no replay."
             )
         if self.flash_replay_window and not self.flash_manage:
             raise ConfigurationError(
                 "flash_replay_window makes a second slot, which flash_manage = False leaves to its "
                 "owner; leave one of them out."
             )
+        if self.flash_http:
+            http_address(self.flash_http)
+
+    def _check_kinds(self) -> None:
+        for setting in fields(self):
+            expected = _KINDS.get(setting.name)
+            if expected is None:
+                continue
+            value = getattr(self, setting.name)
+            if not isinstance(value, expected) or (expected is not bool and value is True):
+                kind = " or ".join(
+                    k.__name__ for k in (expected if isinstance(expected, tuple) else (expected,))
+                )
+                # A DSN may hold a password.
+                shown = repr(value) if setting.repr else type(value).__name__
+                raise ConfigurationError(f"{setting.name} must be {kind}, not {shown}.")
+
+    def _check_numbers(self) -> None:
+        for name in ("flash_status_interval", "flash_shutdown_timeout"):
+            if not 0 < getattr(self, name) < 86_400:
+                raise ConfigurationError(f"{name} is a number of seconds above 0.")
+        if not 0 <= self.flash_heartbeat_interval < 86_400:
+            raise ConfigurationError(
+                "flash_heartbeat_interval is a number of seconds, or 0 for no heartbeats."
+            )
+        if not 0 <= self.flash_replay_window < 366 * 86_400:
+            raise ConfigurationError(
+                "flash_replay_window is a number of seconds, or 0 for no replay."
+            )
+        for name in ("flash_max_deaths", "flash_max_change_size"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} is a number from 1 on.")
         if self.flash_max_queue_length < 0:
             raise ConfigurationError(
                 "flash_max_queue_length is a number of messages, or 0 for no limit."
             )
-
-        if self.flash_http:
-            http_address(self.flash_http)
 
     def _check_names(self) -> None:
         slot = self.flash_replication_slot
@@ -219,8 +217,8 @@ class Settings:
 
     def _check_apart(self, other: Settings) -> None:
         """Slots have names of their own in a server, publications in a database."""
-        server, database = place_of(self.flash_dsn)
-        servers, databases = place_of(other.flash_dsn)
+        server, database = dsn.place_of(self.flash_dsn)
+        servers, databases = dsn.place_of(other.flash_dsn)
         if server != servers:
             return
         shared = ["flash_replication_slot"]
@@ -244,14 +242,7 @@ class Settings:
                 "DATABASES['default'] serves)"
                 + (f", or give one of flash_sources by --source: {others}." if others else ".")
             )
-        try:
-            conninfo_to_dict(self.flash_dsn)
-        except ProgrammingError:
-            readable = False
-        else:
-            readable = not _misread(self.flash_dsn)
-        if not readable:
-            # What libpq says of it may hold the password.
+        if not dsn.is_readable(self.flash_dsn):
             raise ConfigurationError(
                 f"{self.called('flash_dsn')} is not a connection string; write "
                 "postgresql://user:password@host:5432/database, with %40 for an @ in the password "
@@ -261,35 +252,26 @@ class Settings:
 
 
 _SLOT = re.compile("[a-z0-9_]+")
+_CHOICES = {
+    "flash_replica_identity": ("auto", "keep"),
+    "flash_on_lost_slot": ("halt", "recreate"),
+}
 #: The keys of a source, by the setting that each stands for.
 _KEYS = {
     "flash_dsn": "dsn",
     "flash_replication_slot": "slot",
     "flash_publication_slot_prefix": "prefix",
 }
+#: What a value must be, by the type that its field is declared with.
+_TYPES: dict[str, Any] = {
+    "str": str,
+    "int": int,
+    "float": (int, float),
+    "bool": bool,
+    "Mapping[str, Any]": Mapping,
+}
 _KINDS: dict[str, Any] = {
-    "flash_dsn": str,
-    "flash_replication_slot": str,
-    "flash_publication_slot_prefix": str,
-    "flash_queue": str,
-    "flash_dead_queue": str,
-    "flash_max_deaths": int,
-    "flash_max_queue_length": int,
-    "flash_routes": Mapping,
-    "flash_use_streaming": bool,
-    "flash_spool_directory": str,
-    "flash_replica_identity": str,
-    "flash_manage": bool,
-    "flash_push_down": bool,
-    "flash_max_change_size": int,
-    "flash_status_interval": (int, float),
-    "flash_heartbeat_interval": (int, float),
-    "flash_on_lost_slot": str,
-    "flash_replay_window": (int, float),
-    "flash_failover_slot": bool,
-    "flash_shutdown_timeout": (int, float),
-    "flash_http": str,
-    "flash_sources": Mapping,
+    one.name: _TYPES[str(one.type)] for one in fields(Settings) if one.name != "source"
 }
 
 
@@ -327,25 +309,6 @@ def _check_source(name: Any, given: Any) -> None:
         )
 
 
-def place_of(dsn: str) -> tuple[list[Any], Any]:
-    """The server that a DSN leads to and the database there, as far as its text says."""
-    try:
-        given = conninfo_to_dict(dsn)
-    except ProgrammingError:
-        return [dsn], None  # it will be refused where it is used
-    server = [given.get(part) for part in ("service", "host", "hostaddr")]
-    return [*server, str(given.get("port", 5432))], given.get("dbname", given.get("user"))
-
-
-def _misread(dsn: str) -> bool:
-    """Whether a part of the password passes for the host, which errors name."""
-    rest = dsn.removeprefix("postgresql://").removeprefix("postgres://")
-    if rest == dsn:
-        return False
-    credentials, _, beyond = rest.partition("@")
-    return "@" in (rest if "/" in credentials else beyond).partition("?")[0]
-
-
 def _flash_keys(conf: Any) -> set[str]:
     """The `flash_…` keys somebody wrote, whatever case and namespace they were written in."""
     found = set()
@@ -355,12 +318,3 @@ def _flash_keys(conf: Any) -> set[str]:
             if name.startswith("flash_"):
                 found.add(name)
     return found
-
-
-def _django_dsn() -> str:
-    """`DATABASES["default"]` as a connection string, where Django is in use and has one."""
-    if "django.conf" not in sys.modules:
-        return ""
-    from .django.dsn import dsn
-
-    return dsn()

@@ -18,9 +18,10 @@ from django.db import connections
 from django.db.migrations.loader import MigrationLoader
 
 from .. import catalog, tables
+from ..dsn import place_of
 from ..errors import ConfigurationError, ReplicationError, SubscriptionError
 from ..handlers import subscriptions_of_task
-from ..settings import Settings, place_of
+from ..settings import Settings
 from ..subscriptions import Subscription, TableName, of_tables
 from . import history, project
 from .dsn import dsn as databases_dsn

@@ -15,7 +15,8 @@ ALLOWED = {
     "address": {"errors"},
     "logs": set(),
     "errors": {"escaping"},
-    "settings": {"address", "django", "errors"},
+    "dsn": {"django"},
+    "settings": {"address", "dsn", "errors"},
     "protocol": set(),
     "protocol.lsn": set(),
     "protocol.messages": {"protocol"},
@@ -73,9 +74,10 @@ ALLOWED = {
     "backpressure": {"messages", "telemetry"},
     "tracing": {"changes", "messages"},
     "announcing": {"changes", "messages", "tracing"},
+    "outage": {"messages", "telemetry", "errors"},
     "publishing": {
-        *("announcing", "backoff", "backpressure", "enqueued", "messages", "outbox", "parking"),
-        *("protocol", "publishers", "telemetry", "errors"),
+        *("announcing", "backoff", "backpressure", "enqueued", "messages", "outage", "outbox"),
+        *("parking", "protocol", "publishers", "telemetry", "errors"),
     },
     "letters": {
         "changes",
@@ -252,7 +254,7 @@ ALLOWED = {
     "django.overview": {"catalog", "errors", "escaping", "handlers", "letterbox", "letters"}
     | {"settings", "status"},
     "django.project": {"errors"},
-    "django.checks": {"catalog", "django", "errors", "handlers", "settings", "subscriptions"}
+    "django.checks": {"catalog", "django", "dsn", "errors", "handlers", "settings", "subscriptions"}
     | {"tables"},
     "django.dsn": set(),
     "django.history": {"subscriptions"},
