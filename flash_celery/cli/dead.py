@@ -78,43 +78,47 @@ def dead_show(project: Project, id: str, as_json: bool) -> None:
                 say(line)
 
 
+def _of_some(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A command about letters that have to be chosen; it gets their box and them."""
+
+    @click.argument("ids", nargs=-1, metavar="[ID]...")
+    @click.option("--all", "everything", is_flag=True, help="All of them.")
+    @command
+    @_filters
+    @functools.wraps(function)
+    def run(project: Project, wanted: Any, everything: bool, **options: Any) -> Any:
+        from ..errors import ConfigurationError
+
+        if wanted.everything and not everything:
+            raise ConfigurationError(
+                "Say which: ids, --handler, --table, --older, --newer or --all."
+            )
+        box = project.letters()
+        return function(box, box.find(wanted), **options)
+
+    return run
+
+
 @dead.command("retry")
-@click.argument("ids", nargs=-1, metavar="[ID]...")
-@click.option("--all", "everything", is_flag=True, help="All of them.")
+@_of_some
 @click.option("--split", is_flag=True, help="Send the changes of a batch one by one.")
-@command
-@_filters
-def dead_retry(project: Project, wanted: Any, everything: bool, split: bool) -> None:
+def dead_retry(box: Any, found: Any, split: bool) -> None:
     """Send letters back to their handler's queue, with the same task id and the same changes.
 
     A letter is taken out when the broker has its message.
     """
-    box, found = _chosen(project, wanted, everything)
     click.echo(f"{box.retry(found, split)} sent back to their handlers.")
 
 
 @dead.command("drop")
-@click.argument("ids", nargs=-1, metavar="[ID]...")
-@click.option("--all", "everything", is_flag=True, help="All of them.")
+@_of_some
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@command
-@_filters
-def dead_drop(project: Project, wanted: Any, everything: bool, yes: bool) -> None:
+def dead_drop(box: Any, found: Any, yes: bool) -> None:
     """Throw letters away: their changes are never handled."""
     from . import letters
 
-    box, found = _chosen(project, wanted, everything)
     if found and not yes:
         for line in letters.table(found):
             say(line)
         click.confirm(f"Throw {len(found)} away?", abort=True)
     click.echo(f"{box.drop(found)} thrown away.")
-
-
-def _chosen(project: Project, wanted: Any, everything: bool) -> tuple[Any, Any]:
-    from ..errors import ConfigurationError
-
-    if wanted.everything and not everything:
-        raise ConfigurationError("Say which: ids, --handler, --table, --older, --newer or --all.")
-    box = project.letters()
-    return box, box.find(wanted)
