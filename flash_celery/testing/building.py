@@ -57,21 +57,32 @@ def transaction(
     )
 
 
+#: Where `transaction` is an argument.
+_new_transaction = transaction
+
+
 class _Builder:
     """What the rows of one change have in common."""
 
-    def __init__(self, table: Any, **options: Any) -> None:
+    def __init__(
+        self,
+        table: Any,
+        source: str | None,
+        transaction: Transaction | None,
+        partition: str | None,
+        types: Mapping[Any, str] | None = None,
+        key: Iterable[Any] | None = None,
+        identity: str = "full",
+    ) -> None:
         self._model = table
-        self._source, self._name = table_of(table, options.pop("source"))
-        self._types = self._columns(options.pop("types"))
-        self._key = column_names("key", options.pop("key"), table)
-        self._identity = options.pop("identity")
-        self._partition = options.pop("partition")
-        self._transaction = options.pop("transaction") or transaction()
-        if self._identity not in _IDENTITIES:
-            raise ValueError(
-                f"identity is one of {', '.join(_IDENTITIES)}, not {self._identity!r}."
-            )
+        self._source, self._name = table_of(table, source)
+        self._types = self._columns(types)
+        self._key = column_names("key", key, table)
+        self._identity = identity
+        self._partition = partition
+        self._transaction = transaction or _new_transaction()
+        if identity not in _IDENTITIES:
+            raise ValueError(f"identity is one of {', '.join(_IDENTITIES)}, not {identity!r}.")
 
     def _columns(self, values: Mapping[Any, Any] | None) -> dict[str, Any]:
         return {column_name(name, self._model): value for name, value in (values or {}).items()}
@@ -170,15 +181,7 @@ def insert(
 
     Raises `ValueError` for what no row can be.
     """
-    build = _Builder(
-        table,
-        types=types,
-        key=key,
-        identity=identity,
-        partition=partition,
-        source=source,
-        transaction=transaction,
-    )
+    build = _Builder(table, source, transaction, partition, types, key, identity)
     row = build.row(new, columns)
     described = build.table(row)
     _all_sent(row, "insert")
@@ -204,15 +207,7 @@ def update(
     PostgreSQL does not send. With `identity="default"` the old row is what PostgreSQL keeps then:
     the key. The options are those of `insert`.
     """
-    build = _Builder(
-        table,
-        types=types,
-        key=key,
-        identity=identity,
-        partition=partition,
-        source=source,
-        transaction=transaction,
-    )
+    build = _Builder(table, source, transaction, partition, types, key, identity)
     before, after = build.row(new, old), build.row(old, new)
     described = build.table(after, before)
     now, origin = build.cells(described, after), build.origin(described)
@@ -241,15 +236,7 @@ def delete(
 
     The options are those of `insert`.
     """
-    build = _Builder(
-        table,
-        types=types,
-        key=key,
-        identity=identity,
-        partition=partition,
-        source=source,
-        transaction=transaction,
-    )
+    build = _Builder(table, source, transaction, partition, types, key, identity)
     row = build.row(old, columns)
     described = build.table(row)
     _all_sent(row, "deleted row")
@@ -269,15 +256,7 @@ def truncate(
     transaction: Transaction | None = None,
 ) -> Truncate:
     """A `Truncate`: `truncate("orders")`."""
-    build = _Builder(
-        table,
-        types=None,
-        key=None,
-        identity="full",
-        partition=partition,
-        source=source,
-        transaction=transaction,
-    )
+    build = _Builder(table, source, transaction, partition)
     return Truncate(*build.origin(build.table()))
 
 
@@ -295,9 +274,6 @@ def message(
     index = made.next_message() if isinstance(made, _Commit) else 0
     written = content.encode() if isinstance(content, str) else content
     return LogicalMessage(written, table, made, index, _MESSAGE_HALF)
-
-
-_new_transaction = transaction
 
 
 def _all_sent(row: Mapping[str, Any], what: str) -> None:
