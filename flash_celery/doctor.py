@@ -7,8 +7,9 @@ from contextlib import suppress
 from typing import Any
 
 from . import pausing
-from .errors import ConfigurationError, PublishError
+from .errors import ConfigurationError, FlashError, PublishError
 from .findings import OK, STOP, WARNING, Finding, stop
+from .messages import Templates
 from .publications import Record
 from .publishers.base import ConnectedPublisher
 from .settings import Settings
@@ -19,8 +20,9 @@ _INSPECT_SECONDS = 1.0
 _MARKS = {OK: "ok     ", WARNING: "warning", STOP: "STOP   "}
 
 
-def broker(app: Any, settings: Settings) -> Iterator[Finding]:
-    """Whether it answers, what a restart of it would lose, and what can fill it."""
+def broker(app: Any, settings: Settings, queues: Sequence[str]) -> Iterator[Finding]:
+    """Whether it answers, what a restart of it would lose, what can fill it, and whether it takes
+    these queues."""
     publisher = ConnectedPublisher(app)
     try:
         publisher.open([])
@@ -39,6 +41,9 @@ def broker(app: Any, settings: Settings) -> Iterator[Finding]:
         if publisher.driver == "redis":
             with publisher.errors():
                 yield from _redis(publisher, settings.flash_max_queue_length)
+        elif publisher.driver == "amqp":
+            with publisher.errors():
+                yield from _rabbitmq(publisher, app, queues)
     except PublishError as error:
         yield Finding("broker", WARNING, f"its settings cannot be read: {error}")
     finally:
@@ -87,6 +92,44 @@ def _redis(publisher: ConnectedPublisher, max_queue_length: int) -> Iterator[Fin
             f"maxmemory is {memory} bytes: a large transaction can fill Redis, and its Celery "
             "workers fail then, too: set flash_max_queue_length",
         )
+
+
+def _rabbitmq(publisher: ConnectedPublisher, app: Any, names: Sequence[str]) -> Iterator[Finding]:
+    from .publishers.amqp import refused
+
+    queues = [app.amqp.queues[name] for name in names]
+    classic = [
+        queue.name
+        for queue in queues
+        if (queue.queue_arguments or {}).get("x-queue-type", "classic") == "classic"
+    ]
+    if classic and app.conf.get("task_default_queue_type") == "quorum":
+        yield Finding(
+            "queue type",
+            WARNING,
+            f"classic: {', '.join(classic)}; task_default_queue_type is of Celery's own queue "
+            "alone, so set task_create_missing_queue_type = 'quorum' too (Celery 5.6), or name "
+            "them in task_queues with queue_arguments={'x-queue-type': 'quorum'}",
+        )
+    for queue in queues:
+        if reason := refused(publisher.channel, queue):
+            yield Finding(
+                "queue",
+                WARNING,
+                f"{queue.name} is there with other arguments, so neither `replicate` nor workers "
+                f"go on ({reason}); declare it as it is, or delete it once it is empty",
+            )
+
+
+def routes(
+    app: Any, settings: Settings, subscriptions: Sequence[Subscription]
+) -> tuple[list[str], Finding]:
+    """The queues that the handlers' changes go to, and whether they can."""
+    try:
+        names = Templates(app, settings, subscriptions).queues
+    except FlashError as error:
+        return [], stop("queues", error)
+    return names, Finding("queues", OK, ", ".join(names) or "none")
 
 
 def refuse_eager(app: Any) -> None:

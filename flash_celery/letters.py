@@ -32,6 +32,8 @@ DEATHS = "flash_deaths"
 #: When a task failed for good for the first time, in the headers of its message.
 FIRST_FAILED = "flash_first_failed_at"
 
+#: Either of them says that queues which nobody declares are quorum queues (Celery 5.5, 5.6).
+_QUEUE_TYPES = "task_default_queue_type", "task_create_missing_queue_type"
 _PERSISTENT = 2
 #: How many characters of a traceback and of an error are kept, and how many ids of a batch.
 _TRACEBACK, _MESSAGE, _IDS = 16_000, 2_000, 100
@@ -111,7 +113,7 @@ def queue(app: Any, name: str) -> Queue:
     delivery limit.
     """
     arguments: dict[str, Any] = {"x-overflow": "reject-publish", "x-queue-type": "classic"}
-    if getattr(app.conf, "task_default_queue_type", None) == "quorum":
+    if any(getattr(app.conf, name, None) == "quorum" for name in _QUEUE_TYPES):
         arguments |= {"x-queue-type": "quorum", "x-delivery-limit": 1_000_000_000}
     options = {"routing_key": name, "durable": True, "queue_arguments": arguments}
     return _AsItIs(name, Exchange(""), **options)  # type: ignore[no-untyped-call]

@@ -44,7 +44,9 @@ def doctor(project: Project, explain: bool, as_sql: bool) -> None:
     findings += checks.spool(project.settings)
     findings += checks.eager(project.app)
     findings += sources.findings(*project.sources)
-    broker = list(checks.broker(project.app, project.settings))
+    queues, routed = checks.routes(project.app, *subject)
+    findings.append(routed)
+    broker = list(checks.broker(project.app, project.settings, queues))
     findings += broker
     if broker[0].level == OK:  # or asking for workers takes its time
         findings += checks.workers(project.app, project.subscriptions)

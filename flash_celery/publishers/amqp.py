@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
-from amqp import RecoverableConnectionError, spec
+from amqp import Channel, ChannelError, PreconditionFailed, RecoverableConnectionError, spec
 from amqp.serialization import dumps
 
 from ..errors import NotConfirmed, PublishError, Unroutable
@@ -248,6 +248,23 @@ def _alone(channel: Any, queue: str) -> Iterator[None]:
     finally:
         if channel.is_open:
             channel.queue_delete(lock)
+
+
+def refused(channel: Any, queue: Any) -> str:
+    """Why the broker would refuse to declare a queue that it has already; "" if it would not.
+
+    Raises what the channel raises when the connection is lost.
+    """
+    if not isinstance(channel, Channel):
+        return ""  # of another client
+    try:
+        for passive in (True, False):
+            with channel.connection.channel() as asked:
+                queue(asked).queue_declare(passive=passive)
+    except ChannelError as error:
+        # (A role that may not declare it gets another error.)
+        return str(error.reply_text) if isinstance(error, PreconditionFailed) else ""
+    return ""
 
 
 def _method(queue: str) -> bytes:

@@ -178,6 +178,10 @@ def test_a_worker_with_the_recommended_settings(request, make_shop, tmp_path, br
     assert "workers: they know every handler" in found
     if broker == "redis":
         assert "comes back after 900 s" in found
+    else:
+        assert "queue type" not in found
+        listed = rabbit.control("list_queues", "--no-table-headers", "name", "type").splitlines()
+        assert {"flash\tquorum", "slow\tquorum"} <= set(listed)
     assert desk.end(worker) == 0
 
 

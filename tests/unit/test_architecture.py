@@ -161,7 +161,7 @@ ALLOWED = {
         *("publishers", "settings", "slots", "subscriptions", "errors"),
     },
     "doctor": {
-        *("findings", "pausing", "publications", "publishers", "settings", "spool"),
+        *("findings", "messages", "pausing", "publications", "publishers", "settings", "spool"),
         *("subscriptions", "errors"),
     },
     "live": {"escaping", "protocol", "settings", "slots", "status", "subscriptions", "errors"},

@@ -1,0 +1,95 @@
+"""The queues of handlers on RabbitMQ: what `doctor` says of them, and of which type they are."""
+
+import pytest
+from kombu import Queue
+
+from flash_celery import doctor, handlers, letters, on_change, parking
+from flash_celery.publishers import for_app
+from flash_celery.settings import Settings
+
+QUORUM = {"task_default_queue_type": "quorum"}
+MISSING_TOO = {**QUORUM, "task_create_missing_queue_type": "quorum"}
+DECLARED = {
+    **QUORUM,
+    "task_queues": [Queue("flash", queue_arguments={"x-queue-type": "quorum"})],
+}
+
+
+@pytest.fixture
+def project(new_app, rabbit):
+    """Makes the app of a project with one handler."""
+    rabbit.empty()
+
+    def make(**conf):
+        app = new_app(broker_url=rabbit.url, **conf)
+
+        @on_change("items")
+        @app.task(name="shop.handle", shared=False)
+        def handle(change):
+            """Nothing."""
+
+        return app
+
+    return make
+
+
+def examine(app):
+    """What `doctor` finds of the queues."""
+    settings = Settings.from_app(app)
+    names, routed = doctor.routes(app, settings, handlers.subscriptions_of(app))
+    found = [routed, *doctor.broker(app, settings, names)]
+    return [doctor.line(one) for one in found if one.subject.startswith("queue")]
+
+
+def declare(app, name="shop.handle"):
+    """Declare what `replicate` does, with one handler paused."""
+    publisher = for_app(app)
+    parked = parking.parking(app, "", [name], {}).queues
+    publisher.open([app.amqp.queues["flash"], letters.queue(app, "flash.dead"), *parked])
+    publisher.close()
+
+
+def kinds(rabbit):
+    listed = rabbit.control("list_queues", "--no-table-headers", "name", "type")
+    return dict(line.split() for line in listed.splitlines())
+
+
+def test_a_default_type_is_not_that_of_the_handlers_queues(project, rabbit):
+    app = project(**QUORUM)
+    queues, warned = examine(app)
+    assert queues == "ok       queues: flash"
+    assert warned.startswith("warning  queue type: classic: flash; task_default_queue_type is of ")
+    declare(app)
+    others = {"flash.dead": "quorum", "flash.paused.shop.handle": "quorum"}
+    assert kinds(rabbit) == {"flash": "classic", **others}
+
+
+@pytest.mark.parametrize("conf", [MISSING_TOO, DECLARED], ids=["missing", "declared"])
+def test_what_the_warning_says_makes_every_queue_a_quorum_queue(project, rabbit, conf):
+    app = project(**conf)
+    assert examine(app) == ["ok       queues: flash"]
+    declare(app)
+    assert set(kinds(rabbit).values()) == {"quorum"}
+    assert examine(app) == ["ok       queues: flash"]
+
+
+def test_the_type_of_missing_queues_is_that_of_dead_letters_too(project, rabbit):
+    app = project(task_create_missing_queue_type="quorum")
+    declare(app)
+    assert set(kinds(rabbit).values()) == {"quorum"}
+
+
+def test_a_queue_that_is_there_with_other_arguments(project):
+    declare(project())
+    _, other = examine(project(**MISSING_TOO))
+    assert other.startswith("warning  queue: flash is there with other arguments")
+    assert "inequivalent arg 'x-queue-type' for queue 'flash'" in other
+    assert examine(project()) == ["ok       queues: flash"]
+
+
+def test_a_queue_that_no_worker_may_declare_stops(project):
+    app = project(task_create_missing_queues=False)
+    (stopped,) = examine(app)
+    assert stopped.startswith(
+        "STOP     queues: shop.handle goes to the queue 'flash', which is not"
+    )
