@@ -13,6 +13,7 @@ from django.conf import settings
 from django.core.management import call_command
 from django.db import connections
 
+from example_project.servers import end_with_parent
 from tests.integration.conftest import flash  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +59,28 @@ def migrated(configured, database):
     use(None)
 
 
+class Process:
+    """A process of the project, and what it has said; it ends with the `with`."""
+
+    def __init__(self, log, *arguments, **how):
+        self._log = log
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                arguments, stdout=output, stderr=output, preexec_fn=end_with_parent(), **how
+            )
+
+    def said(self):
+        assert self._process.poll() is None, self._log.read_text()
+        return self._log.read_text()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._process.terminate()
+        self._process.wait(60)
+
+
 class Site:
     """A copy of the project, and its manage.py."""
 
@@ -81,6 +104,10 @@ class Site:
             text=True,
             timeout=120,
         )
+
+    def start(self, *arguments):
+        log = self.folder / f"{'-'.join(arguments).replace('/', '-')}.log"
+        return Process(log, sys.executable, *arguments, cwd=self.folder, env=dict(self.environment))
 
     def migration(self, name, operations, after="0001_initial"):
         """Add a migration to the app `sales`."""

@@ -1,0 +1,57 @@
+"""A Celery worker of a Django project: `change.instance()` in its child processes."""
+
+import json
+
+import pytest
+
+from example_project.servers import wait_until
+
+from .test_instances import CUSTOMER, ORDER
+
+HANDLER = """
+import json
+
+@on_change(Order, "insert|update", fields=["status"])
+@shared_task
+def tell(change):
+    order = change.instance()
+    told = {"status": order.status, "model": order._meta.label}
+    told["deferred"] = sorted(order.get_deferred_fields())[:2]
+    told["customer"] = order.customer.name  # loaded by a query
+    if order.status == "open":
+        order.status = "paid"
+        order.save()
+    else:
+        told["was"] = change.instance("old").status
+    with open(os.environ["NOTES"], "a") as notes:
+        print(json.dumps(told), file=notes)
+"""
+
+
+@pytest.fixture
+def running(site, valkey, tmp_path):
+    """The project with `replicate` and a worker; what the handler has noted."""
+    notes = tmp_path / "notes"
+    notes.touch()
+    site.environment |= {
+        "DJANGO_SETTINGS_MODULE": "bookshop.settings",
+        "BOOKSHOP_BROKER": valkey.url,
+        "HANDLERS": HANDLER,
+        "NOTES": str(notes),
+    }
+    migrated = site.manage("migrate", "sales")
+    assert migrated.returncode == 0, migrated.stderr
+    with site.start("manage.py", "flash", "replicate") as replicate:
+        wait_until(lambda: "Created the slot" in replicate.said(), "the slot")
+        worker = ("-m", "celery", "-A", "bookshop", "worker", "-Q", "flash", "-c", "2")
+        with site.start(*worker, "--pool", "prefork", "--without-mingle", "--without-gossip"):
+            yield lambda: [json.loads(line) for line in notes.read_text().splitlines()]
+
+
+def test_a_handler_reads_loads_and_saves_an_instance(running, database):
+    database.execute(CUSTOMER, ORDER)
+    first, second = wait_until(lambda: len(running()) == 2 and running(), "both changes")
+    customer = {"customer": "Ada", "model": "sales.Order", "deferred": ["address", "created"]}
+    assert first == {"status": "open", **customer}
+    assert second == {"status": "paid", "was": "open", **customer}
+    assert database.one("SELECT status FROM sales.orders") == "paid"
