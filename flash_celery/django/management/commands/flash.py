@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from argparse import REMAINDER
 from types import SimpleNamespace
 from typing import Any
 
 from celery import current_app
-from django.core.management.base import BaseCommand
+from django.core.management.base import BaseCommand, CommandError
 
 from flash_celery.cli import flash
 
@@ -14,7 +15,7 @@ from flash_celery.cli import flash
 class Command(BaseCommand):
     """Hands its arguments to the command group of flash-celery."""
 
-    help = "PostgreSQL changes as Celery tasks: replicate, status, doctor, reset, tail, dead."
+    help = "PostgreSQL changes as Celery tasks; `manage.py flash --help` lists the commands."
     requires_system_checks: list[str] = []
 
     def run_from_argv(self, argv: list[str]) -> None:
@@ -22,12 +23,14 @@ class Command(BaseCommand):
         flash.main(argv[2:], prog_name=f"{argv[0]} flash", obj=self._context())
 
     def handle(self, *args: Any, **options: Any) -> None:
-        """For `call_command("flash", "status")`."""
-        flash.main(list(args), prog_name="flash", obj=self._context(), standalone_mode=False)
+        """For `call_command("flash", "status")`. Raises `CommandError` where the command fails."""
+        code = flash.main(list(args), prog_name="flash", obj=self._context(), standalone_mode=False)
+        if code:
+            raise CommandError(f"flash {' '.join(args)} has failed.", returncode=code)
 
     def add_arguments(self, parser: Any) -> None:
         """Take whatever click takes."""
-        parser.add_argument("args", nargs="*")
+        parser.add_argument("args", nargs=REMAINDER)
 
     @staticmethod
     def _context() -> SimpleNamespace:
