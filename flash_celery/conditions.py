@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
+import psycopg
+
 from . import comparison
 from .comparison import ColumnType
 from .errors import SubscriptionError
@@ -111,18 +113,26 @@ class Lookup:
         """The user's value as the column's type, the way PostgreSQL reads an untyped literal: the
         OID of the type it is compared as, and its text."""
         if of.oid in (comparison.JSON, comparison.JSONB):
-            return comparison.JSONB, canonical(comparison.JSONB, _json(value))
+            return comparison.JSONB, canonical(comparison.JSONB, self._written(value, _json))
+        text = self._written(value, _plain)
         number = isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
         if number and of.oid in comparison.INTEGERS:
             # 1.5 is a number an integer can be compared with, and 10**12 one it can be less than.
-            return comparison.NUMERIC, canonical(comparison.NUMERIC, dump(value)[0])
+            return comparison.NUMERIC, canonical(comparison.NUMERIC, text)
         try:
-            return of.oid, canonical(of.oid, dump(value)[0])
+            return of.oid, canonical(of.oid, text)
         except SubscriptionError as error:
             raise SubscriptionError(f"{self} compares {of.name} with {value!r}: {error}") from None
 
+    def _written(self, value: Any, write: Callable[[Any], bytes]) -> bytes:
+        try:
+            return write(value)
+        except (psycopg.Error, TypeError, ValueError) as error:
+            raise SubscriptionError(f"{self} has {value!r:.100}: {error}") from None
+
     def _json_contains(self, canonical: Canonical) -> Test:
-        part = comparison.json_key(canonical(comparison.JSONB, _json(self.value)))
+        text = self._written(self.value, _json)
+        part = comparison.json_key(canonical(comparison.JSONB, text))
 
         def test(text: bytes | None) -> Verdict:
             if text is None:
@@ -149,10 +159,14 @@ class Lookup:
         return f"the lookup {self.column}{suffix}"
 
 
+def _plain(value: Any) -> bytes:
+    return dump(value)[0]
+
+
 def _json(value: Any) -> bytes:
     """A value as JSON: a string is one already if PostgreSQL's driver wraps it so."""
     plain = isinstance(value, (str, int, float, bool, list, tuple, dict, Decimal))
-    return json.dumps(value, default=float).encode() if plain else dump(value)[0]
+    return json.dumps(value, default=float).encode() if plain else _plain(value)
 
 
 def _many(name: str, values: Sequence[Any]) -> Callable[[Any], Verdict]:
@@ -273,9 +287,11 @@ def _values(key: str, name: str, value: Any) -> tuple[Any, ...]:
 
 
 def _check_pattern(key: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise SubscriptionError(f"{key} takes a pattern as a string, not {value!r}.")
     try:
         re.compile(value)
-    except (re.error, TypeError) as error:
+    except re.error as error:
         raise SubscriptionError(f"{key} is not a regular expression: {error}.") from None
     if _NESTED.search(value):
         raise SubscriptionError(

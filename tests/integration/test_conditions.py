@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import re
 from decimal import Decimal
 from functools import partial
 
@@ -408,6 +409,11 @@ def test_values_of_python_are_read_as_the_columns_type(judge, where, row, verdic
         ({"integer__startswith": "7"}, "needs a text column, and this is integer"),
         ({"text__startswith": 7}, "needs a string, not 7"),
         ({"jsonb__lt": 7}, "json has no order"),
+        ({"text": object()}, "the lookup text has <object .*>: cannot adapt type 'object'"),
+        ({"text": "a\0b"}, "the lookup text has 'a.x00b': .* cannot contain NUL"),
+        ({"integer__in": [7, object()]}, "the lookup integer__in has <object "),
+        ({"jsonb": {"since": datetime.date(2026, 1, 1)}}, "the lookup jsonb has {'since': "),
+        ({"jsonb__contains": {7}}, r"the lookup jsonb__contains has \{7\}: cannot adapt"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_and_never_just_false(judge, where, message):
@@ -481,6 +487,12 @@ def test_arrays_are_read_with_their_shape(text, bounds, items):
 @pytest.mark.parametrize("pattern", ["(a+)+", "(a*)*b", "(?:x{2,})+", "(a|b+)*"])
 def test_a_pattern_that_may_take_for_ever_is_refused(pattern):
     with pytest.raises(SubscriptionError, match="text__regex repeats a group that repeats"):
+        parse({"text__regex": pattern})
+
+
+@pytest.mark.parametrize("pattern", [None, b"a", re.compile("a")])
+def test_a_pattern_that_is_no_string_is_refused(pattern):
+    with pytest.raises(SubscriptionError, match="text__regex takes a pattern as a string, not"):
         parse({"text__regex": pattern})
 
 
