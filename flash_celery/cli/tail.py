@@ -12,7 +12,9 @@ from .project import Project, command, say
 
 @click.command()
 @click.argument("tables", nargs=-1, metavar="[TABLE]...")
-@click.option("--limit", type=int, default=None, help="End after so many changes.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=None, help="End after so many changes."
+)
 @command
 def tail(project: Project, tables: tuple[str, ...], limit: int | None) -> None:
     """Print changes as they are committed (default: of the tables that handlers name).
