@@ -13,8 +13,6 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any, get_origin
 
-from typing_extensions import NotRequired, get_type_hints
-
 from .changes import Change, Changes
 from .errors import RowError, SubscriptionError
 from .rows import UNCHANGED, Row

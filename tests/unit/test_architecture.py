@@ -282,6 +282,13 @@ def test_a_module_imports_only_what_it_may(path):
         assert set(imports(path)) <= ALLOWED[module]
 
 
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_what_only_older_pythons_install_is_imported_for_them_alone(path):
+    body = ast.parse(path.read_text()).body
+    always = [node.module for node in body if isinstance(node, ast.ImportFrom)]
+    assert "typing_extensions" not in always
+
+
 def test_importing_the_package_opens_no_way_to_a_database():
     code = "import sys, flash_celery; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
