@@ -313,6 +313,28 @@ def test_streaming_end_to_end_with_interleaved_savepoints_and_a_restart(flash):
     assert [change.index for change in changes] == [*range(10_000), *range(5001)]
 
 
+def test_a_relation_that_was_first_sent_in_a_savepoint_that_is_rolled_back(flash):
+    flash.database.execute(ITEMS)
+    options = "-c logical_decoding_work_mem=64kB"
+    flash.handler("items").start(
+        flash_use_streaming=True,
+        flash_dsn=psycopg.conninfo.make_conninfo(flash.database.dsn, options=options),
+    )
+    streamed = (
+        "SELECT stream_count > 0 FROM pg_stat_replication_slots "
+        f"WHERE slot_name = '{flash.database.slot}'"
+    )
+    with flash.database.connect() as large:
+        large.execute(
+            "BEGIN; SAVEPOINT a; "
+            "INSERT INTO items SELECT n, repeat('x', 200) FROM generate_series(1, 20000) n"
+        )
+        flash.wait(lambda: flash.database.one(streamed))
+        large.execute("ROLLBACK TO a; INSERT INTO items VALUES (30001, 'y'); COMMIT")
+    flash.do("INSERT INTO items VALUES (1, 'z')")
+    assert [change.new["id"] for change in flash.told()] == [30001, 1]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_small_transactions_do_not_wait_for_a_large_one_that_is_open(flash, streaming):
     flash.database.execute(ITEMS)
