@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import select
 import time
 from collections.abc import Callable, Sequence
@@ -45,8 +44,9 @@ def tail(
 
     Its publications live as long as it does; what a killed one left goes with the next one.
     """
-    name = f"{_PREFIX}{os.getpid()}"
     with catalog.connect(dsn) as connection:
+        # Not our own PID, which a process in another container may have too.
+        name = f"{_PREFIX}{connection.info.backend_pid}"
         # The others recognise a living tail by this name.
         connection.execute("SELECT set_config('application_name', %s, false)", [name])
         _sweep(connection, name)

@@ -1,0 +1,40 @@
+"""`flash tail` beside another one."""
+
+import threading
+
+from flash_celery.control import Control
+from flash_celery.subscriptions import TableName
+from flash_celery.tail import tail
+
+
+class Tail(threading.Thread):
+    """Follows a table until it has seen a change."""
+
+    def __init__(self, dsn):
+        super().__init__()
+        self.dsn, self.ready, self.seen, self.error = dsn, threading.Event(), [], None
+
+    def show(self, change):
+        self.seen.append(change.new["id"])
+        return False
+
+    def run(self):
+        try:
+            tail(self.dsn, [TableName("public", "items")], self.show, self.ready.set, Control())
+        except Exception as error:
+            self.error = error
+            self.ready.set()
+
+
+def test_two_with_the_same_pid_as_in_two_containers(database):
+    database.execute("CREATE TABLE items (id int PRIMARY KEY)")
+    tails = [Tail(database.dsn), Tail(database.dsn)]
+    for one in tails:
+        one.start()
+        assert one.ready.wait(30)
+    database.execute("INSERT INTO items VALUES (7)")
+    for one in tails:
+        one.join(30)
+        assert one.error is None
+        assert one.seen == [7]
+    assert database.one("SELECT count(*) FROM pg_publication") == 0
