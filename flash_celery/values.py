@@ -42,7 +42,11 @@ class _Session:
 @lru_cache(maxsize=1024)
 def loader(type_oid: int) -> Loader:
     """What turns the text of a value of this type into Python. Unknown types give `str`."""
-    load = _loader(type_oid)
+    return or_text(_loader(type_oid))
+
+
+def or_text(load: Loader) -> Loader:
+    """A loader that gives the text where it cannot represent the value."""
 
     def load_or_keep_text(text: bytes) -> Any:
         try:

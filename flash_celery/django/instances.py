@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -10,7 +10,7 @@ from django.apps import apps
 from django.conf import settings
 from django.db import DEFAULT_DB_ALIAS, connections
 from django.utils import timezone
-from psycopg import DataError, adapters
+from psycopg import adapters
 from psycopg.adapt import AdaptersMap, Transformer
 from psycopg.pq import Format
 from psycopg.types.datetime import TimestamptzLoader
@@ -22,6 +22,7 @@ from ..errors import NoInstance, SubscriptionError
 from ..protocol.pgoutput import Cell
 from ..rows import UNCHANGED, Column
 from ..subscriptions import TableName
+from ..values import Loader, or_text
 
 
 class _NaiveLoader(TimestamptzLoader):
@@ -169,18 +170,10 @@ def _adapters(use_tz: bool) -> AdaptersMap:
 
 
 @lru_cache(maxsize=1024)
-def _loader(type_oid: int, type_name: str, use_tz: bool) -> Callable[[bytes], Any]:
+def _loader(type_oid: int, type_name: str, use_tz: bool) -> Loader:
     # An extension's type has no fixed OID for psycopg to know it by.
     known = HstoreLoader(type_oid) if type_name == "hstore" else None
-    load = (known or Transformer(_adapters(use_tz)).get_loader(type_oid, Format.TEXT)).load
-
-    def load_or_keep_text(text: bytes) -> Any:
-        try:
-            return load(text)
-        except (DataError, ValueError, ArithmeticError, RecursionError):
-            return text.decode()
-
-    return load_or_keep_text
+    return or_text((known or Transformer(_adapters(use_tz)).get_loader(type_oid, Format.TEXT)).load)
 
 
 def _refuse(change: str, label: str, using: Any = None, fields: Any = None, **_: Any) -> None:

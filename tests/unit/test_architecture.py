@@ -258,7 +258,7 @@ ALLOWED = {
     | {"tables"},
     "django.dsn": set(),
     "django.history": {"subscriptions"},
-    "django.instances": {"changes", "errors", "protocol", "rows", "subscriptions"},
+    "django.instances": {"changes", "errors", "protocol", "rows", "subscriptions", "values"},
     "django.management": set(),
     "django.management.commands": set(),
     "django.management.commands.flash": set(),
