@@ -7,6 +7,7 @@ while decorating: a task that Celery still makes gets them once its app is final
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial, update_wrapper
 from itertools import count
 from types import MethodType
@@ -31,8 +32,20 @@ from .subscriptions import (
     source_of,
     table_of,
 )
-from .tasks import once_finalized, prepare_arguments, shared_task, stands_alone, task_around
+from .tasks import (
+    idle,
+    once_finalized,
+    prepare_arguments,
+    run_of,
+    shared_task,
+    stands_alone,
+    task_around,
+)
 
+_IDLE = (
+    "it is {kind}, which Celery calls and never runs, so its changes would be lost; make it an "
+    "ordinary function (asyncio.run runs async code)."
+)
 #: How a worker receives the task, by name: only a worker imports it.
 _STRATEGY = "flash_celery.dead:strategy"
 
@@ -310,6 +323,9 @@ def _declare(target: Any, declared: Declaration) -> Any:
 
 
 def _attach(task: Any, declared: Declaration) -> None:
+    run = run_of(task)
+    if kind := idle(run.__wrapped__ if isinstance(run, Handler) else run):
+        declared = replace(declared, says=Mistake(_IDLE.format(kind=kind)))
     task.__dict__.setdefault("flash_subscriptions", []).append(declared)
     if isinstance(declared.says, Subscription):
         # A change must outlive the process that handles it; the app's setting does not matter.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -60,17 +61,32 @@ def once_finalized(attach: Callable[[Celery], None]) -> None:
             attach(app)
 
 
+def run_of(task: Any) -> Any:
+    """A task's function, without what Celery has put around it for `autoretry_for`."""
+    return getattr(task, _run(task))
+
+
+def _run(task: Any) -> str:
+    return "_orig_run" if "_orig_run" in vars(task) else "run"
+
+
+def idle(function: Any) -> str:
+    """What a function is that does nothing when Celery calls it; "" for all others."""
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        return "an async function"
+    return "a generator" if inspect.isgeneratorfunction(function) else ""
+
+
 def prepare_arguments(task: Any, prepare: Callable[[Any], Any]) -> None:
     """Have a task's function called with what `prepare` makes of each argument.
 
     What it raises is the function's own failure, so it is within `autoretry_for`.
     """
-    name = "_orig_run" if "_orig_run" in vars(task) else "run"
-    run = getattr(task, name)
+    run = run_of(task)
 
     @wraps(run)
     def prepared(*args: Any, **kwargs: Any) -> Any:
         named = {key: prepare(value) for key, value in kwargs.items()}
         return run(*map(prepare, args), **named)
 
-    setattr(task, name, prepared)
+    setattr(task, _run(task), prepared)

@@ -1,3 +1,6 @@
+import asyncio
+import functools
+
 import pytest
 from celery import Celery, shared_task
 
@@ -200,3 +203,56 @@ def test_a_batch_reaches_its_handler(app):
         return [change.id for change in changes]
 
     assert handle.delay(Changes([CHANGE, CHANGE])).get() == ["0/1:0", "0/1:0"]
+
+
+async def async_function(change):
+    return change.id
+
+
+async def async_generator(change):
+    yield change.id
+
+
+def generator(change):
+    yield change.id
+
+
+def above(app, function):
+    return on_change("orders")(app.task(function))
+
+
+def below(app, function):
+    return app.task(on_change("orders")(function))
+
+
+def binding(app, function):
+    return app.task(bind=True)(on_change("orders")(function))
+
+
+def retrying(app, function):
+    return on_change("orders")(app.task(autoretry_for=(ValueError,))(function))
+
+
+def alone(app, function):
+    # Its module calls nothing else by this name.
+    function.__qualname__ = f"<locals>.{function.__name__}"
+    return on_change("orders")(function)
+
+
+@pytest.mark.parametrize("declare", [above, below, binding, retrying, alone])
+@pytest.mark.parametrize("function", [async_function, async_generator, generator])
+def test_a_function_that_celery_never_runs_is_refused(app, declare, function):
+    declare(app, function)
+    with pytest.raises(SubscriptionError, match=f"{function.__name__}: it is an? .*never runs"):
+        subscriptions_of(app)
+
+
+@pytest.mark.parametrize("declare", [above, below, retrying, alone])
+def test_an_async_function_in_one_that_runs_it_is_a_handler(app, declare):
+    @functools.wraps(async_function)
+    def handle(change):
+        return asyncio.run(async_function(change))
+
+    declare(app, handle)
+    (subscription,) = subscriptions_of(app)
+    assert app.tasks[subscription.handler].delay(CHANGE).get() == "0/1:0"
