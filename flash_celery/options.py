@@ -6,10 +6,14 @@ import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
+from kombu.serialization import prepare_accept_content
+
 from .changes import Operation
 from .errors import ConfigurationError, SubscriptionError
 from .settings import Settings
 from .subscriptions import Subscription
+
+_JSON = "application/json"
 
 
 def resolve(
@@ -28,7 +32,13 @@ def resolve(
     if options.get("serializer", "json") != "json":
         raise SubscriptionError(
             f"{subscription.handler} has serializer={options['serializer']!r}; changes travel as "
-            "JSON, so leave it out."
+            "JSON, so give it serializer='json'."
+        )
+    accepted = prepare_accept_content(app.conf.accept_content)
+    if accepted is not None and _JSON not in accepted:
+        raise ConfigurationError(
+            f"accept_content is {list(app.conf.accept_content)!r}, so workers would refuse "
+            "changes, which travel as JSON; add 'json' to it."
         )
     priority = options.get("priority")
     if priority is not None and not (isinstance(priority, int) and 0 <= priority <= 255):

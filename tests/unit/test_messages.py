@@ -175,6 +175,20 @@ def test_another_serializer_is_refused(make):
         make(task_options={"serializer": "pickle"})
 
 
+@pytest.mark.parametrize("accepted", [["pickle"], []])
+def test_workers_that_would_refuse_json_are_refused(make, accepted):
+    with pytest.raises(ConfigurationError, match="travel as JSON; add 'json' to it"):
+        make(conf={"accept_content": accepted})
+
+
+def test_an_app_that_sends_its_own_tasks_otherwise(make):
+    conf = {"task_serializer": "pickle", "accept_content": ["pickle", "json"]}
+    with pytest.raises(SubscriptionError, match=r"serializer='pickle'; .* serializer='json'\."):
+        make(conf=conf)
+    message = make(conf=conf, task_options={"serializer": "json"})().each(DELIVERY)[0]
+    assert message.content_type == "application/json"
+
+
 def test_a_queue_that_cannot_be_made_is_refused(make):
     conf = {"task_create_missing_queues": False, "task_queues": [Queue("celery")]}
     with pytest.raises(ConfigurationError, match="'flash', which is not in task_queues"):
