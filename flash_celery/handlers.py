@@ -36,6 +36,7 @@ from .tasks import (
     idle,
     once_finalized,
     prepare_arguments,
+    require_argument,
     run_of,
     shared_task,
     stands_alone,
@@ -287,7 +288,10 @@ def subscriptions_of(app: Celery) -> list[Subscription]:
 def subscriptions_of_task(task: Any) -> list[Subscription]:
     """Those of one task; raises as `subscriptions_of` does."""
     declared = task.__dict__.get("flash_subscriptions", [])
-    return _consistent(numbered(task.name, declared))
+    found = numbered(task.name, declared)
+    if found:
+        require_argument(task)
+    return _consistent(found)
 
 
 def _consistent(subscriptions: list[Subscription]) -> list[Subscription]:

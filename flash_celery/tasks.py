@@ -11,6 +11,8 @@ from typing import Any
 from celery import Celery, current_app
 from celery._state import _get_active_apps, connect_on_app_finalize
 
+from .errors import SubscriptionError
+
 
 def stands_alone(handler: Any) -> bool:
     """Whether its module still calls the handler by its name, and not a task made of it."""
@@ -75,6 +77,20 @@ def idle(function: Any) -> str:
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
         return "an async function"
     return "a generator" if inspect.isgeneratorfunction(function) else ""
+
+
+def require_argument(task: Any) -> None:
+    """Raise `SubscriptionError` if a task cannot be called with a change, as `delay` would."""
+    check = getattr(task, "__header__", None)
+    if check is None or not task.typing:
+        return
+    try:
+        check(None)
+    except TypeError as error:
+        raise SubscriptionError(
+            f"{task.name} is called with one argument, the change, and would fail: "
+            f"{str(error).partition('() ')[2]}; correct its parameters (self needs bind=True)."
+        ) from None
 
 
 def prepare_arguments(task: Any, prepare: Callable[[Any], Any]) -> None:

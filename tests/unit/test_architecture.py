@@ -34,7 +34,7 @@ ALLOWED = {
     "models": {"django", "errors"},
     "row_types": {"changes", "rows", "errors"},
     "subscriptions": {"conditions", "changes", "mapped", "models", "row_types", "errors"},
-    "tasks": set(),
+    "tasks": {"errors"},
     "declarations": {"changes", "row_types", "subscriptions", "errors"},
     "clients": {"errors"},
     "handlers": {

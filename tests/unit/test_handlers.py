@@ -256,3 +256,38 @@ def test_an_async_function_in_one_that_runs_it_is_a_handler(app, declare):
     declare(app, handle)
     (subscription,) = subscriptions_of(app)
     assert app.tasks[subscription.handler].delay(CHANGE).get() == "0/1:0"
+
+
+def no_argument(): ...
+def unbound(self, change): ...
+def two(change, reason): ...
+def keyword(change, *, reason): ...
+
+
+@pytest.mark.parametrize("declare", [above, below, retrying, alone])
+@pytest.mark.parametrize("function", [no_argument, unbound, two, keyword])
+def test_a_function_that_cannot_be_called_with_a_change_is_refused(app, declare, function):
+    declare(app, function)
+    with pytest.raises(SubscriptionError, match="called with one argument, the change, and would"):
+        subscriptions_of(app)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda change, reason=None: change.id,
+        lambda *arguments: arguments[0].id,
+        lambda change, /, **more: change.id,
+    ],
+)
+@pytest.mark.parametrize("declare", [below, alone])
+def test_a_function_may_take_more(app, declare, function):
+    function.__name__ = "handle"
+    declare(app, function)
+    (subscription,) = subscriptions_of(app)
+    assert app.tasks[subscription.handler].delay(CHANGE).get() == "0/1:0"
+
+
+def test_a_task_whose_arguments_celery_does_not_check(app):
+    on_change("orders")(app.task(typing=False)(two))
+    assert len(subscriptions_of(app)) == 1
