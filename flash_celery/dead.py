@@ -21,7 +21,7 @@ from celery.worker.request import Request
 from celery.worker.strategy import default
 from kombu.exceptions import OperationalError
 
-from . import letters, publishers
+from . import letters, publishers, unconsumed
 from .backoff import delays
 from .errors import ProcessKilled, PublishError
 from .escaping import escaped
@@ -205,7 +205,7 @@ def _bury(app: Any, letter: Letter) -> bool:
     """Whether the letter is on the broker."""
     name = _setting(app, "flash_dead_queue")
     try:
-        _sender.send(app, letters.seal(app, letter, name), letters.queue(app, name))
+        _sender.send(app, letters.seal(app, letter, name), unconsumed.queue(app, name))
     except PublishError as failed:
         logger.error(
             "%s has failed and goes back to its queue, for its dead letter cannot be stored: %s",

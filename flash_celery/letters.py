@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from typing import Any
 
-import amqp
-from kombu.entity import Exchange, Queue
 from kombu.utils.json import dumps, loads
 
 from . import naming, payload
@@ -32,8 +30,6 @@ DEATHS = "flash_deaths"
 #: When a task failed for good for the first time, in the headers of its message.
 FIRST_FAILED = "flash_first_failed_at"
 
-#: Either of them says that queues which nobody declares are quorum queues (Celery 5.5, 5.6).
-_QUEUE_TYPES = "task_default_queue_type", "task_create_missing_queue_type"
 _PERSISTENT = 2
 #: How many characters of a traceback and of an error are kept, and how many ids of a batch.
 _TRACEBACK, _MESSAGE, _IDS = 16_000, 2_000, 100
@@ -88,35 +84,6 @@ class Letter:
         """Seconds since it failed."""
         failed = datetime.fromisoformat(self.failed_at)
         return (datetime.now(timezone.utc) - failed).total_seconds()
-
-
-class _AsItIs(Queue):
-    """A queue that is declared unless it exists, with whatever arguments."""
-
-    def declare(self, nowait: bool = False, channel: Any = None) -> Any:
-        """Declare it, and see first whether it is there: RabbitMQ closes the channel over a queue
-        that has other arguments, and over one that it does not have."""
-        if not isinstance(self.channel, amqp.Channel):
-            return super().declare(nowait, channel)  # type: ignore[no-untyped-call]
-        with self.channel.connection.channel() as asked:
-            try:
-                return asked.queue_declare(self.name, passive=True)
-            except amqp.NotFound:
-                return super().declare(nowait, channel)  # type: ignore[no-untyped-call]
-
-
-def queue(app: Any, name: str) -> Queue:
-    """The queue for dead letters.
-
-    It is none of `app.amqp.queues`, for workers consume those. On RabbitMQ it refuses a letter
-    rather than drop an older one if a policy bounds it, and reading it again and again uses up no
-    delivery limit.
-    """
-    arguments: dict[str, Any] = {"x-overflow": "reject-publish", "x-queue-type": "classic"}
-    if any(getattr(app.conf, name, None) == "quorum" for name in _QUEUE_TYPES):
-        arguments |= {"x-queue-type": "quorum", "x-delivery-limit": 1_000_000_000}
-    options = {"routing_key": name, "durable": True, "queue_arguments": arguments}
-    return _AsItIs(name, Exchange(""), **options)  # type: ignore[no-untyped-call]
 
 
 def write(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from kombu.entity import Queue
 
-from . import letters
+from . import letters, unconsumed
 from .messages import PARKED, Message
 
 _PREFIX = "flash.paused."
@@ -48,7 +48,7 @@ def parking(
         Leaving(queue_of(handler, source), partial(restored, queues))
         for handler, queues in resuming.items()
     ]
-    return Parking([letters.queue(app, name) for name in names], leaving)
+    return Parking([unconsumed.queue(app, name) for name in names], leaving)
 
 
 def restored(queues: Sequence[str], message: Any) -> Message:

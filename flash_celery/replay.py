@@ -18,7 +18,7 @@ from typing import Any
 
 import psycopg
 
-from . import history, letters, oversize, publications, publishers, slots
+from . import history, oversize, publications, publishers, slots, unconsumed
 from .backpressure import Backpressure
 from .changes import Operation
 from .errors import CatalogError, ConfigurationError
@@ -228,7 +228,7 @@ def enqueue(
     # Task ids are the same as at first too.
     source = f"{system}/{settings.flash_replication_slot}"
     templates = Templates(app, settings, subscriptions, source)
-    dead = letters.queue(app, settings.flash_dead_queue)
+    dead = unconsumed.queue(app, settings.flash_dead_queue)
     outbox = Outbox(partial(oversize.letter, app, settings.flash_dead_queue))
     count = 0
     with closing(publishers.for_app(app)) as publisher:

@@ -20,7 +20,7 @@ from typing import Any
 
 import psycopg
 
-from . import catalog, ddl, history, letters, oversize, publications, slots
+from . import catalog, ddl, history, oversize, publications, slots, unconsumed
 from .backoff import delays
 from .control import Control, Stopped
 from .enqueued import Lease
@@ -91,7 +91,7 @@ class Replicator:
             self.control.fail,
             settings.flash_status_interval,
             settings.flash_max_queue_length,
-            letters.queue(app, settings.flash_dead_queue),
+            unconsumed.queue(app, settings.flash_dead_queue),
             self.telemetry,
         )
         self.telemetry.enqueued.update(dict.fromkeys(self._templates.routes, 0))

@@ -22,7 +22,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from example_project.servers import Postgres, Valkey, wait_until
-from flash_celery import letters
+from flash_celery import letters, unconsumed
 from flash_celery.letterbox import LetterBox, Wanted
 from flash_celery.payload import encode
 from flash_celery.protocol.lsn import Lsn
@@ -425,7 +425,7 @@ def test_the_servers_of_demo_and_tests_listen_on_loopback_only(request, name):
 def test_nothing_is_kept_of_a_letters_message_that_was_sent(rabbit):
     app = celery.Celery(broker=rabbit.url)
     rabbit.empty()
-    queue = letters.queue(app, "flash.dead")
+    queue = unconsumed.queue(app, "flash.dead")
     publisher = AmqpPublisher(app)
     message = type("Message", (), {"headers": {"id": "1"}, "properties": {}, "body": b"[]"})
     message.content_type = message.content_encoding = None

@@ -10,7 +10,7 @@ import pytest
 import redis
 from django.core.management import call_command
 
-from flash_celery import doctor, letters, on_change
+from flash_celery import doctor, letters, on_change, unconsumed
 from flash_celery.letterbox import LetterBox, Wanted
 from flash_celery.publishers import for_app
 from tests.conftest import Database
@@ -75,7 +75,7 @@ def root(project):
 def bury(app, *handlers, text="no", traceback="Traceback of it"):
     """Make a dead letter of each handler."""
     publisher = for_app(app)
-    publisher.open([letters.queue(app, "flash.dead")])
+    publisher.open([unconsumed.queue(app, "flash.dead")])
     for handler in handlers:
         number = next(_numbers)
         message = SimpleNamespace(

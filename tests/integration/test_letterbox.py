@@ -10,7 +10,7 @@ import redis
 from celery import Celery
 
 from example_project.servers import wait_until
-from flash_celery import letters
+from flash_celery import letters, unconsumed
 from flash_celery.letterbox import LetterBox, Wanted
 from flash_celery.monitoring.broker import Broker
 from flash_celery.publishers import for_app
@@ -57,7 +57,7 @@ def app(request):
 @pytest.fixture
 def box(app):
     publisher = for_app(app)
-    publisher.open([letters.queue(app, "flash.dead")])
+    publisher.open([unconsumed.queue(app, "flash.dead")])
     for id in IDS:
         message = SimpleNamespace(
             headers={"id": id, "task": "shop.handle"},

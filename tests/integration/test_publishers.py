@@ -12,7 +12,7 @@ from celery import Celery
 from kombu import Queue
 
 from example_project.servers import Valkey, end_with_parent, free_port, wait_until
-from flash_celery import letters
+from flash_celery import unconsumed
 from flash_celery.errors import PublishError, Unroutable
 from flash_celery.messages import PARKED, Form, Message
 from flash_celery.parking import restored
@@ -314,7 +314,7 @@ def test_a_broker_that_does_not_come_back_confirms_nothing_more():
 def test_what_is_parked_goes_back_in_order_and_as_it_was(broker):
     """Only as much as may be published, and with the priority it had."""
     name = f"flash.paused.{uuid4()}"
-    broker.publisher.open([broker.app.amqp.queues["first"], letters.queue(broker.app, name)])
+    broker.publisher.open([broker.app.amqp.queues["first"], unconsumed.queue(broker.app, name)])
 
     def parked(number):
         told = {PARKED: {"queue": "first" if number % 2 else "gone", "priority": number % 10}}
@@ -348,7 +348,7 @@ def test_only_one_process_moves_what_is_parked(rabbit):
     """One that was stopped holds messages that nobody else sees."""
     app = Celery("shop", broker=rabbit.url, set_as_current=False)
     name = f"flash.paused.{uuid4()}"
-    queues = [app.amqp.queues["moved"], letters.queue(app, name)]
+    queues = [app.amqp.queues["moved"], unconsumed.queue(app, name)]
     one, other = for_app(app), for_app(app)
     for publisher in (one, other):
         publisher.open(queues)

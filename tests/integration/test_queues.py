@@ -3,7 +3,7 @@
 import pytest
 from kombu import Queue
 
-from flash_celery import doctor, handlers, letters, on_change, parking
+from flash_celery import doctor, handlers, on_change, parking, unconsumed
 from flash_celery.publishers import for_app
 from flash_celery.settings import Settings
 
@@ -45,7 +45,7 @@ def declare(app, name="shop.handle"):
     """Declare what `replicate` does, with one handler paused."""
     publisher = for_app(app)
     parked = parking.parking(app, "", [name], {}).queues
-    publisher.open([app.amqp.queues["flash"], letters.queue(app, "flash.dead"), *parked])
+    publisher.open([app.amqp.queues["flash"], unconsumed.queue(app, "flash.dead"), *parked])
     publisher.close()
 
 

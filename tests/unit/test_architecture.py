@@ -79,6 +79,7 @@ ALLOWED = {
         *("announcing", "backoff", "backpressure", "enqueued", "messages", "outage", "outbox"),
         *("parking", "protocol", "publishers", "telemetry", "errors"),
     },
+    "unconsumed": set(),
     "letters": {
         "changes",
         "escaping",
@@ -89,7 +90,8 @@ ALLOWED = {
         "errors",
     },
     # A Celery worker, when it starts; nothing of the application's side imports it.
-    "dead": {"backoff", "escaping", "letters", "messages", "publishers", "settings", "errors"},
+    "dead": {"backoff", "escaping", "letters", "messages", "publishers", "settings", "unconsumed"}
+    | {"errors"},
     "publishers": {"publishers"},
     "publishers.base": {"clients", "enqueued", "messages", "errors"},
     "publishers.redis": {"publishers", "enqueued", "messages"},
@@ -132,7 +134,7 @@ ALLOWED = {
     "oversize": {"changes", "escaping", "letters", "messages", "payload", "protocol", "rows"}
     | {"errors"},
     "watch": {"progress", "protocol", "settings", "slots", "telemetry", "errors"},
-    "parking": {"letters", "messages"},
+    "parking": {"letters", "messages", "unconsumed"},
     "pausing": {"ddl", "parking", "publications", "settings", "subscriptions", "errors"},
     "holding": {"escaping", "messages", "parking", "pausing", "publications", "settings"}
     | {"subscriptions", "errors"},
@@ -151,9 +153,9 @@ ALLOWED = {
     },
     "replicator": {
         *("backoff", "catalog", "control", "ddl", "enqueued", "escaping", "history", "holding"),
-        *("letters", "messages", "outbox", "oversize", "progress", "provisioning"),
-        *("protocol", "publications", "publishers", "publishing", "replication", "session"),
-        *("settings", "slots", "subscriptions", "telemetry", "watch", "errors"),
+        *("messages", "outbox", "oversize", "progress", "provisioning", "protocol"),
+        *("publications", "publishers", "publishing", "replication", "session", "settings"),
+        *("slots", "subscriptions", "telemetry", "unconsumed", "watch", "errors"),
     },
     # Commands import what they do.
     "status": {
@@ -168,7 +170,7 @@ ALLOWED = {
     "history": {"catalog", "changes", "ddl", "findings", "protocol", "publications", "settings"}
     | {"slots", "errors"},
     "replay": {
-        *("backpressure", "changes", "history", "letters", "messages", "outbox", "oversize"),
+        *("backpressure", "changes", "history", "messages", "outbox", "oversize", "unconsumed"),
         *("payload", "protocol", "publications", "publishers", "replication", "routing", "rows"),
         *("settings", "slots", "subscriptions", "transactions", "errors"),
     },

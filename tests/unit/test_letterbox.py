@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from kombu.transport.memory import Channel
 
-from flash_celery import letters, on_change
+from flash_celery import letters, on_change, unconsumed
 from flash_celery.changes import Changes
 from flash_celery.cli import flash
 from flash_celery.letterbox import LetterBox, Wanted
@@ -67,7 +67,7 @@ def bury(app):
         written = letters.write(message, "flash", "ValueError", "no", "Traceback …", arguments)
         letter = replace(written, **changed)
         publisher = KombuPublisher(app)
-        publisher.open([letters.queue(app, "flash.dead")])
+        publisher.open([unconsumed.queue(app, "flash.dead")])
         publisher.publish([letters.seal(app, letter, "flash.dead")])
         publisher.close()
         return letter
