@@ -51,8 +51,7 @@ def resolve(
             break
     else:
         queue = settings.flash_queue
-    options["queue"] = getattr(queue, "name", queue)
-    _declarable(app, options["queue"], subscription)
+    options["queue"] = _declared(app, getattr(queue, "name", queue), subscription)
     return options
 
 
@@ -90,9 +89,10 @@ def _queue_bound(app: Any, options: Mapping[str, Any]) -> str | None:
     )
 
 
-def _declarable(app: Any, queue: str, subscription: Subscription) -> None:
+def _declared(app: Any, queue: str, subscription: Subscription) -> str:
+    """The name of a queue on the broker; Celery knows it by its alias too."""
     try:
-        app.amqp.queues[queue]
+        return str(app.amqp.queues[queue].name)
     except KeyError:
         raise ConfigurationError(
             f"{subscription.handler} goes to the queue {queue!r}, which is not in task_queues; add "

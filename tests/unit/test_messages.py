@@ -189,6 +189,11 @@ def test_an_app_that_sends_its_own_tasks_otherwise(make):
     assert message.content_type == "application/json"
 
 
+def test_a_queue_may_be_named_by_its_alias(make):
+    conf = {"task_queues": [Queue("shop-7f3a", alias="flash")]}
+    assert make(conf=conf)().queue == "shop-7f3a"
+
+
 def test_a_queue_that_cannot_be_made_is_refused(make):
     conf = {"task_create_missing_queues": False, "task_queues": [Queue("celery")]}
     with pytest.raises(ConfigurationError, match="'flash', which is not in task_queues"):
