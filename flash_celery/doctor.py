@@ -112,6 +112,12 @@ def _rabbitmq(publisher: ConnectedPublisher, app: Any, names: Sequence[str]) -> 
             "them in task_queues with queue_arguments={'x-queue-type': 'quorum'}",
         )
     for queue in queues:
+        if loses := _loses(queue):
+            yield Finding(
+                "queue",
+                WARNING,
+                f"{queue.name} throws away what waits in it ({', '.join(loses)}): leave that out",
+            )
         if reason := refused(publisher.channel, queue):
             yield Finding(
                 "queue",
@@ -119,6 +125,21 @@ def _rabbitmq(publisher: ConnectedPublisher, app: Any, names: Sequence[str]) -> 
                 f"{queue.name} is there with other arguments, so neither `replicate` nor workers "
                 f"go on ({reason}); declare it as it is, or delete it once it is empty",
             )
+
+
+def _loses(queue: Any) -> list[str]:
+    """What a queue was given that makes RabbitMQ forget messages."""
+    given = queue.queue_arguments or {}
+    names = ["expires", "message_ttl"]
+    if given.get("x-overflow") != "reject-publish":
+        names += ["max_length", "max_length_bytes"]
+    found = [
+        name
+        for name in names
+        if getattr(queue, name) is not None or f"x-{name.replace('_', '-')}" in given
+    ]
+    found += [name for name in ("auto_delete", "exclusive") if getattr(queue, name)]
+    return found if queue.durable else ["durable=False", *found]
 
 
 def routes(

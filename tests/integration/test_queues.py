@@ -87,6 +87,27 @@ def test_a_queue_that_is_there_with_other_arguments(project):
     assert examine(project()) == ["ok       queues: flash"]
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"durable": False}, "durable=False"),
+        ({"auto_delete": True}, "auto_delete"),
+        ({"message_ttl": 60}, "message_ttl"),
+        ({"max_length": 10}, "max_length"),
+        ({"queue_arguments": {"x-expires": 60_000, "x-max-length": 9}}, "expires, max_length"),
+    ],
+)
+def test_a_queue_that_forgets(project, options, said):
+    _, warned = examine(project(task_queues=[Queue("flash", **options)]))
+    assert warned.startswith(f"warning  queue: flash throws away what waits in it ({said})")
+
+
+def test_a_queue_that_refuses_what_it_has_no_room_for_forgets_nothing(project):
+    arguments = {"x-overflow": "reject-publish", "x-max-length": 9}
+    app = project(task_queues=[Queue("flash", queue_arguments=arguments)])
+    assert examine(app) == ["ok       queues: flash"]
+
+
 def test_a_queue_that_no_worker_may_declare_stops(project):
     app = project(task_create_missing_queues=False)
     (stopped,) = examine(app)
