@@ -80,10 +80,9 @@ class Settings:
     @classmethod
     def from_app(cls, app: Any) -> Settings:
         """Read them from `app.conf`. Raises `ConfigurationError` for what cannot be right."""
-        for name in _flash_keys(app.conf):
-            if name not in _KINDS:
-                raise ConfigurationError(f"There is no setting {name}; {_hint(name, _KINDS)}")
+        # Celery reads them when it is asked for one, and is another object from then on.
         given = {name: app.conf.get(name) for name in _KINDS}
+        _refuse_unread(app.conf)
         settings = cls(**{name: value for name, value in given.items() if value is not None})
         if not settings.flash_dsn:
             settings = cls(**{**vars(settings), "flash_dsn": dsn.of_django()})
@@ -309,12 +308,20 @@ def _check_source(name: Any, given: Any) -> None:
         )
 
 
-def _flash_keys(conf: Any) -> set[str]:
-    """The `flash_…` keys somebody wrote, whatever case and namespace they were written in."""
-    found = set()
+def _refuse_unread(conf: Any) -> None:
+    """Raise `ConfigurationError` for a setting that is none, or is spelt so that nobody reads it.
+
+    A Django project may have settings of its own that begin with FLASH_.
+    """
+    namespace = str(getattr(conf, "prefix", None) or "")
     for mapping in getattr(conf, "maps", [conf]):
         for key in mapping:
-            name = str(key).lower().removeprefix("celery_")
-            if name.startswith("flash_"):
-                found.add(name)
-    return found
+            bare = str(key).lower().removeprefix(namespace.lower()).removeprefix("celery_")
+            ours = bare in _KINDS or bare != str(key).lower() or bare == key
+            if not bare.startswith("flash_") or not ours:
+                continue
+            if bare not in _KINDS:
+                raise ConfigurationError(f"There is no setting {bare}; {_hint(bare, _KINDS)}")
+            if conf.get(bare) is None and mapping[key] is not None:
+                right = f"{namespace}{bare.upper()}" if namespace else bare
+                raise ConfigurationError(f"Nobody reads the setting {key}; write {right}.")

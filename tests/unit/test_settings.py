@@ -1,4 +1,5 @@
 import pickle
+from types import SimpleNamespace
 
 import pytest
 from celery import Celery
@@ -52,6 +53,48 @@ def test_what_cannot_be_right_is_named(app, name, value, sentence):
     app.conf[name] = value
     with pytest.raises(errors.ConfigurationError, match=sentence):
         Settings.from_app(app)
+
+
+@pytest.fixture
+def given(app):
+    """Reads the settings of a module."""
+
+    def read(namespace, **settings):
+        app.config_from_object(SimpleNamespace(**settings), namespace=namespace)
+        return Settings.from_app(app)
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("namespace", "key"),
+    [(None, "flash_queue"), ("CELERY", "CELERY_FLASH_QUEUE"), ("SHOP", "SHOP_FLASH_QUEUE")],
+)
+def test_a_typo_is_found_in_any_namespace(given, namespace, key):
+    assert given(namespace, **{key: "changes"}).flash_queue == "changes"
+    typo = key.replace("QUEUE", "QEUE").replace("queue", "qeue")
+    with pytest.raises(errors.ConfigurationError, match="did you mean flash_queue"):
+        given(namespace, **{typo: "changes"})
+
+
+@pytest.mark.parametrize(
+    ("namespace", "key", "right"),
+    [
+        (None, "FLASH_QUEUE", "flash_queue"),
+        (None, "CELERY_FLASH_QUEUE", "flash_queue"),
+        ("CELERY", "FLASH_QUEUE", "CELERY_FLASH_QUEUE"),
+        ("CELERY", "CELERY_flash_queue", "CELERY_FLASH_QUEUE"),
+        ("SHOP", "CELERY_FLASH_QUEUE", "SHOP_FLASH_QUEUE"),
+    ],
+)
+def test_a_setting_that_nobody_reads_is_refused(given, namespace, key, right):
+    with pytest.raises(errors.ConfigurationError, match=f"reads the setting {key}; write {right}"):
+        given(namespace, **{key: "changes"})
+
+
+def test_settings_of_the_project_that_begin_alike_are_nobodys(given):
+    project = {"FLASH_SALE_HOURS": 3, "CELERY_FLASH_QUEUE": "changes", "FLASH_QUEUE": "sale"}
+    assert given("CELERY", **project).flash_queue == "changes"
 
 
 def test_a_password_does_not_show(app):
