@@ -155,6 +155,24 @@ def leaves(connection: psycopg.Connection[Any], table: CatalogTable) -> list[Cat
     return [leaf for leaf in found if leaf is not None and leaf.kind != PARTITIONED]
 
 
+_ATTACHED = """
+SELECT n.nspname, c.relname FROM pg_class c
+JOIN pg_namespace n ON n.oid = c.relnamespace
+JOIN pg_attribute made ON made.attrelid = c.oid AND made.attname = 'tableoid'
+WHERE c.oid = ANY(%s::int8[]::oid[]) AND EXISTS (
+    SELECT FROM pg_partition_ancestors(c.oid) ancestor
+    JOIN pg_inherits i ON i.inhrelid = ancestor.relid WHERE age(i.xmin) < age(made.xmin))
+ORDER BY 1, 2
+"""
+
+
+def attached(connection: psycopg.Connection[Any], partitions: Iterable[int]) -> list[TableName]:
+    """Those of these partitions that were tables before, by what the catalog tells of when the
+    rows of a table were made (`tableoid`'s stay as they are) and when it became a partition."""
+    rows = connection.execute(_ATTACHED.encode(), [list(partitions)]).fetchall()
+    return [TableName(*row) for row in rows]
+
+
 _FINGERPRINT = """
 SELECT concat_ws(' | ',
     (SELECT string_agg(concat_ws(' ', c.oid, c.relreplident, leaves.list, keys.list, made.count),

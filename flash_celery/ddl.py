@@ -89,6 +89,7 @@ def plan(
         *_set_full(goal),
         *_alter(found, prefix, goal, intended),
         *_restore(no_more, kept),
+        *(_look_anew(found, prefix) if leaves.keys() - record.leaves.keys() else ()),
     ]
     if work and found.record != intended:
         steps.append(note(prefix, intended))
@@ -110,6 +111,15 @@ def _create(found: Found, prefix: str) -> list[Step]:
         for operation in OPERATIONS
         if operation not in found.publications
     ]
+
+
+def _look_anew(found: Found, prefix: str) -> list[Step]:
+    """Before PostgreSQL 15 a walsender that has met a table does not notice that it became a
+    partition, and leaves out its rows, until a publication is altered."""
+    if found.version >= 150000 or Operation.INSERT not in found.publications:
+        return []
+    statement = sql.SQL("ALTER PUBLICATION {} SET (publish_via_partition_root = false)")
+    return [Step(statement.format(sql.Identifier(name_of(prefix, Operation.INSERT))))]
 
 
 def _set_full(goal: Wanted) -> list[Step]:

@@ -15,6 +15,7 @@ from .control import Control, Stopped
 from .errors import SlotInUse, SlotMissing
 from .preflight import Report
 from .progress import Progress
+from .publications import Found, Record
 from .replication import ReplicationConnection
 from .settings import Settings
 from .slots import Gap
@@ -32,6 +33,11 @@ _ON_STANDBY = (
 _NOT_NOTED = (
     "A standby cannot note that the slot %s exists, so a loss of it would go unnoticed; on the "
     "primary run %s;"
+)
+_ATTACHED = (
+    "PostgreSQL 14 may not have sent what was written to the partition %s between its ATTACH "
+    "PARTITION and %s, for it was a table before: pass those rows to the handlers, and make "
+    "partitions with CREATE TABLE … PARTITION OF."
 )
 
 
@@ -65,6 +71,7 @@ class Provisioning:
     ) -> None:
         """Make and alter what the subscriptions need. Raises what stands in the way."""
         report = self._examine(connection, progress)
+        found = publications.read(connection, self._prefix)
         manage = self._settings.flash_manage
         if report.gap is not None:
             # Noted first: whatever happens from here on, it will not be forgotten.
@@ -90,7 +97,20 @@ class Provisioning:
             self.leaves |= report.leaves  # nobody notes them
         if report.gap is not None:
             self._close_gap(connection, report.gap)
+        if found.version < 150000:
+            self._warn_of_attached(connection, found, report)
         self.leaves |= publications.leaves_of(connection, self._prefix)
+
+    def _warn_of_attached(
+        self, connection: psycopg.Connection[Any], before: Found, report: Report
+    ) -> None:
+        """Name the partitions of which the server may have left something out."""
+        known = {name for one in before.publications.values() for name in one.tables.values()}
+        noted = self.leaves.keys() | {int(oid) for oid in (before.record or Record()).leaves}
+        new = [o for o, above in report.leaves.items() if o not in noted and known & {*above}]
+        for name in catalog.attached(connection, new):
+            _, time = slots.now(connection)
+            logger.warning(_ATTACHED, name, time)
 
     def _examine(self, connection: psycopg.Connection[Any], progress: Progress) -> Report:
         """Look at everything; from now on `altered` notices when a table changes."""

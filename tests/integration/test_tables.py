@@ -616,6 +616,35 @@ def test_a_standby_with_other_handlers_alters_nothing(flash, new_app):
         standby.stop()
 
 
+def test_a_table_with_changes_becomes_a_partition(flash, caplog):
+    """PostgreSQL 14 does not notice, until we do; what it left out by then is said."""
+    flash.database.execute(
+        "CREATE TABLE parts (id int PRIMARY KEY, name text) PARTITION BY RANGE (id)",
+        "CREATE TABLE part_0 PARTITION OF parts FOR VALUES FROM (0) TO (1)",
+        "CREATE TABLE part (id int PRIMARY KEY, name text)",
+    )
+    flash.handler("parts", name="root").start()
+    noted = "SELECT obj_description(oid) FROM pg_publication WHERE pubname LIKE '%_insert'"
+    part = flash.database.one("SELECT 'part'::regclass::oid")
+    flash.publisher.broken = True  # so that everything is decoded once it has been noticed
+    flash.database.execute(
+        "INSERT INTO parts VALUES (0, 'a')",
+        "INSERT INTO part VALUES (1, 'a')",
+        "CREATE TABLE part_2 PARTITION OF parts FOR VALUES FROM (1000) TO (2000)",
+        "ALTER TABLE parts ATTACH PARTITION part FOR VALUES FROM (1) TO (1000)",
+        "INSERT INTO parts VALUES (2, 'b')",
+    )
+    flash.wait(lambda: f'"{part}"' in flash.database.one(noted))
+    flash.publisher.broken = False
+    flash.do("INSERT INTO parts VALUES (3, 'c')")
+    said = [line for line in caplog.messages if "may not have sent" in line]
+    if flash.database.one("SHOW server_version_num") >= "150000":
+        assert (shown(flash.told("root")), said) == (["insert 0,a", "insert 2,b", "insert 3,c"], [])
+    else:
+        assert shown(flash.told("root")) == ["insert 0,a", "insert 3,c"]
+        assert [line.split(" between")[0][-11:] for line in said] == ["public.part"]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_partition_of_a_transaction_that_nobody_sees_yet(flash, streaming):
     """It is sent when its commit is in the WAL; a synchronous standby may take its time then."""
@@ -625,7 +654,10 @@ def test_a_partition_of_a_transaction_that_nobody_sees_yet(flash, streaming):
     )
     flash.handler("parts", name="root").handler("part", "delete", name="part")
     flash.start(flash_use_streaming=streaming)
-    flash.do("INSERT INTO part VALUES (1, 'a')")
+    if (
+        flash.database.one("SHOW server_version_num") >= "150000"
+    ):  # 14 would not send them: see below
+        flash.do("INSERT INTO part VALUES (1, 'a')")
 
     def write():
         rows = 40_000 if streaming else 2
