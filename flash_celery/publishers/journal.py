@@ -176,8 +176,9 @@ class Journal:
         marks = _marks(fields).values()
         since = f"from {Lsn(max(mark[0] for mark in marks))} on" if marks else "before now"
         raise ConfirmedLost(
-            "Redis does not have the last messages any more that it had confirmed (it was "
-            f"restored or emptied, or has failed over): changes committed {since} may be missing."
+            "Redis does not have the last messages any more that it had confirmed (it was restored "
+            "or emptied, evicts keys, or has failed over): changes committed "
+            f"{since} may be missing."
         )
 
     def _acknowledged(self) -> int:
