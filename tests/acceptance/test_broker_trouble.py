@@ -9,6 +9,7 @@ import pytest
 import redis
 
 from example_project.servers import Rabbit, Valkey, wait_until
+from flash_celery import payload
 from tests.acceptance.test_faults import confirmed, handled, insert
 from tests.conftest import missing
 from tests.sentinel import OPTIONS, Replicated
@@ -220,6 +221,9 @@ def test_a_coordinated_failover_through_sentinel(make_shop):
             insert(shop.database, first, first + 1999)
             mend()
         confirmed(shop)
-        shop.worker()
-        handled(shop, 1, 6000)
+        with redis.Redis(port=own.port) as client:
+            bodies = [json.loads(raw)["body"] for raw in client.lrange("flash", 0, -1)][::-1]
+        changes = [payload.decode(json.loads(body)[0][0]["__value__"])[0] for body in bodies]
+        # In order, and none twice.
+        assert [change.new["id"] for change in changes] == list(range(1, 6001))
         assert shop.end(replicate) == 0
