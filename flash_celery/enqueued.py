@@ -1,7 +1,7 @@
 """What the broker has already, so that a crash before acknowledging enqueues nothing twice.
 
-A broker that can keep a position in one step with the messages (Redis, by MULTI and EXEC) tells it
-the next session, which leaves out what PostgreSQL sends again. A position alone would not do: a
+A broker that can keep a position in one step with the messages (Redis, by a script) tells it the
+next session, which leaves out what PostgreSQL sends again. A position alone would not do: a
 database that was restored reuses its LSNs. So a change is left out only where its transaction is
 the one that was enqueued: the same commit LSN, xid and commit time.
 """

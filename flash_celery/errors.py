@@ -18,6 +18,7 @@
     │   ├── Unroutable
     │   └── NotConfirmed
     ├── TakenOver                 another session publishes now (retry)
+    ├── ConfirmedLost             the broker has lost what it had confirmed (retry)
     ├── ChangeTooLarge            a change that no broker would take
     ├── PayloadError              a message that cannot be read
     ├── RowError                  a row that is not what a handler's `into=` says
@@ -158,6 +159,17 @@ class TakenOver(FlashError):
 
     retry = True
     solution = "This one waits until the slot is free."
+
+
+class ConfirmedLost(FlashError):
+    """The broker does not have any more what it had confirmed."""
+
+    retry = True
+    solution = (
+        "What was not acknowledged yet is enqueued again by itself; for the rest run `flash replay "
+        "--since` with the position, where flash_replay_window keeps it, or rebuild what depends "
+        "on it."
+    )
 
 
 class ChangeTooLarge(FlashError):

@@ -17,7 +17,7 @@ from .announcing import announce
 from .backoff import delays
 from .backpressure import Backpressure
 from .enqueued import Enqueued, Lease
-from .errors import PublishError, TakenOver
+from .errors import ConfirmedLost, PublishError, TakenOver
 from .messages import Message
 from .outage import Outage
 from .outbox import MESSAGE_BYTES, Unit
@@ -295,7 +295,7 @@ class Publishing(threading.Thread):
                 if not messages:
                     return True
                 pauses, pause = delays(), 0.0
-            except TakenOver as error:
+            except (ConfirmedLost, TakenOver) as error:
                 self._failed(error)
                 return False
             except PublishError as error:

@@ -26,6 +26,7 @@ from .control import Control, Stopped
 from .enqueued import Lease
 from .errors import (
     ConfigurationError,
+    ConfirmedLost,
     DecodingFailed,
     FlashError,
     PublicationMismatch,
@@ -180,6 +181,8 @@ class Replicator:
             # what does not fit on our disk, PostgreSQL keeps on its own.
             self._streaming = False
             logger.warning("Going on without streaming, until the next start")
+        if isinstance(error, ConfirmedLost):
+            self._source = ""  # read again whatever PostgreSQL has not been told of
         if str(error) != said:
             kind = {"error": type(error).__name__}
             logger.warning("%s %s", error, error.solution, extra=kind)

@@ -10,7 +10,6 @@ import socket
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from itertools import count, groupby
 from json.encoder import encode_basestring_ascii
 from typing import Any
@@ -21,7 +20,7 @@ from kombu.utils.json import dumps, loads
 from ..enqueued import Enqueued, Lease
 from ..messages import Form, Message
 from .base import TIMEOUT, ConnectedPublisher
-from .journal import Journal
+from .journal import Command, Journal, in_one_step
 
 #: Messages in one LPUSH, and bytes of one.
 _PUSH_MESSAGES = 500
@@ -58,17 +57,21 @@ class RedisPublisher(ConnectedPublisher):
         self._tags = map(f"{uuid.uuid4()}-{{}}".format, count())
 
     def claim(self, lease: Lease) -> Enqueued:
-        """End the lease of every other session; what they have enqueued. Raises `PublishError`."""
+        """End the lease of every other session; what they have enqueued.
+
+        Raises `PublishError`, and `ConfirmedLost` if Redis does not have what it had confirmed.
+        """
         with self.errors(), self._client() as client:
             journal = Journal(self._prefixed(f"_flash.{lease.name}"), lease)
-            enqueued = journal.claim(client)
+            enqueued = journal.claim(client, self._journal)
         self._journal, self._ahead = journal, 0
         return enqueued
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Push them; returns with Redis' reply to the last push.
 
-        Raises `PublishError`, and `TakenOver` if another session has claimed the lease.
+        Raises `PublishError`, `TakenOver` if another session has claimed the lease, and
+        `ConfirmedLost` if Redis does not have what it had confirmed.
         """
         self.confirmed = 0
         expiring = self._expiring()
@@ -80,20 +83,18 @@ class RedisPublisher(ConnectedPublisher):
                 self._ahead -= self.confirmed
             for pushes in _chunks(map(self._push, messages[self.confirmed :])):
                 part = messages[self.confirmed : self.confirmed + len(pushes)]
-                push = partial(self._push_all, pushes, queues)
+                commands = self._commands(pushes, queues)
                 if self._journal is not None:
-                    self._journal.write(client, part, push)
+                    self._journal.write(client, part, commands)
                 else:
-                    with client.pipeline(transaction=False) as pipeline:
-                        push(pipeline)
-                        pipeline.execute()
+                    in_one_step(client, commands)
                 self.confirmed += len(pushes)
 
     def unpark(
         self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
     ) -> bool:
         """Move some in one step, so that none is there twice. Raises `PublishError`, and
-        `TakenOver` if another session has claimed the lease."""
+        `TakenOver` if another session has claimed the lease, or `ConfirmedLost`."""
         key = self._prefixed(self._channel._q_for_pri(queue, 0))
         with (
             self.errors(),
@@ -101,29 +102,35 @@ class RedisPublisher(ConnectedPublisher):
             client.pipeline(transaction=True) as pipeline,
         ):
             pipeline.watch(key)
-            if self._journal is not None:
-                self._journal.watch(pipeline)
             found = pipeline.lrange(key, -_MOVED_MESSAGES, -1)
             to_python = self._channel.message_to_python
             moved = [restored(to_python(loads(raw))) for raw in reversed(found)]
             count = admit(moved) if moved else 0
             if count:
                 expiring = {message.queue for message in moved} & self._expiring()
+                commands = self._commands([self._push(one) for one in moved[:count]], expiring)
+                # Once the new ones are there, and not otherwise.
+                commands.append(("LTRIM", key, 0, -count - 1))
                 pipeline.multi()
-                self._push_all([self._push(one) for one in moved[:count]], expiring, pipeline)
-                pipeline.ltrim(key, 0, -count - 1)
+                step = in_one_step if self._journal is None else self._journal.step
+                step(pipeline, commands)
                 # Another one has moved them, or the connection is gone: the next call knows.
                 with suppress(redis.WatchError):
-                    pipeline.execute()
+                    (refused,) = pipeline.execute()
+                    if refused and self._journal is not None:
+                        self._journal.look(client)
         return bool(found)
 
-    def _push_all(self, pushes: Sequence[tuple[str, str]], queues: set[str], pipeline: Any) -> None:
-        for key, run in groupby(pushes, lambda push: push[0]):
-            pipeline.lpush(self._prefixed(key), *[text for _, text in run])
-        for queue in queues:
+    def _commands(self, pushes: Sequence[tuple[str, str]], expiring: set[str]) -> list[Command]:
+        commands: list[Command] = [
+            ("LPUSH", self._prefixed(key), *[text for _, text in run])
+            for key, run in groupby(pushes, lambda push: push[0])
+        ]
+        for queue in expiring:
             for priority in self._channel.priority_steps:
-                key = self._channel._q_for_pri(queue, priority)
-                pipeline.pexpire(self._prefixed(key), self._channel._expires[queue])
+                key = self._prefixed(self._channel._q_for_pri(queue, priority))
+                commands.append(("PEXPIRE", key, self._channel._expires[queue]))
+        return commands
 
     @contextmanager
     def _client(self) -> Iterator[Any]:

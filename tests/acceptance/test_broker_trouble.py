@@ -9,8 +9,10 @@ import pytest
 import redis
 
 from example_project.servers import Rabbit, Valkey, wait_until
+from flash_celery import payload
 from tests.acceptance.test_faults import confirmed, handled, insert
 from tests.conftest import missing
+from tests.sentinel import OPTIONS, Replicated
 
 FAILS = "Nothing is acknowledged until it works again"
 
@@ -184,65 +186,44 @@ def test_a_sigkill_of_rabbitmq(make_shop):
         assert shop.end(replicate) == 0
 
 
-class Sentinel(Valkey):
-    """Watches a Valkey and its replica, and promotes the replica."""
-
-    def __init__(self, primary):
-        super().__init__()
-        self.primary = primary
-
-    @property
-    def command(self):
-        configuration = self.folder / "sentinel.conf"
-        configuration.write_text(
-            f"port {self.port}\nbind 127.0.0.1\ndir {self.folder}\n"
-            f"sentinel monitor shop 127.0.0.1 {self.primary.port} 1\n"
-            "sentinel down-after-milliseconds shop 1000\n"
-            "sentinel failover-timeout shop 5000\n"
-        )
-        return [*super().command[:1], str(configuration), "--sentinel"]
-
-    @property
-    def url(self):
-        return f"sentinel://127.0.0.1:{self.port}/0"
+@pytest.mark.soak
+def test_a_failover_through_sentinel(make_shop):
+    with Replicated(**{"min-replicas-to-write": 1, "min-replicas-max-lag": 2}) as own:
+        shop = make_shop(own)
+        shop.environment["SHOP_CONF"] = json.dumps({"broker_transport_options": OPTIONS})
+        replica = own.replica
+        replicate = shop.replicate()
+        insert(shop.database, 1, 100)
+        confirmed(shop)
+        with nothing_acknowledged(shop):
+            own.kill()
+            insert(shop.database, 101, 200)
+            shop.until_said(replicate, FAILS)
+        wait_until(lambda: own.port == replica.port, "the promotion")
+        with redis.Redis(port=replica.port) as client:
+            # It has no replica any more, and would refuse writes as the old one did.
+            client.config_set("min-replicas-to-write", 0)
+        confirmed(shop)
+        shop.worker()
+        handled(shop, 1, 200)
+        assert shop.end(replicate) == 0
 
 
 @pytest.mark.soak
-def test_a_failover_through_sentinel(make_shop):
-    replicated = {
-        "min-replicas-to-write": 1,
-        "min-replicas-max-lag": 2,
-        "repl-diskless-sync-delay": 0,
-    }
-    with (
-        Valkey(**replicated) as primary,
-        Valkey(replicaof=f"127.0.0.1 {primary.port}") as replica,
-        redis.Redis(port=primary.port) as client,
-        redis.Redis(port=replica.port) as other,
-    ):
-        wait_until(lambda: client.info("replication")["connected_slaves"], "the replica")
-        wait_until(
-            lambda: other.info("replication")["master_link_status"] == "up", "the replica to be fed"
-        )
-        with Sentinel(primary) as sentinel:
-            shop = make_shop(sentinel)
-            options = {"master_name": "shop"}
-            shop.environment["SHOP_CONF"] = json.dumps({"broker_transport_options": options})
-            with redis.Redis(port=sentinel.port) as watching:
-                wait_until(lambda: watching.sentinel_slaves("shop"), "Sentinel to know the replica")
-            replicate = shop.replicate()
-            insert(shop.database, 1, 100)
-            confirmed(shop)
-            # Replication is asynchronous; this is about what has arrived.
-            client.wait(1, 5000)
-            with nothing_acknowledged(shop):
-                primary.stop(signal.SIGKILL)
-                insert(shop.database, 101, 200)
-                shop.until_said(replicate, FAILS)
-            wait_until(lambda: other.info("replication")["role"] == "master", "the promotion")
-            # It has no replica any more, and would refuse writes as the old one did.
-            other.config_set("min-replicas-to-write", 0)
-            confirmed(shop)
-            shop.worker()
-            handled(shop, 1, 200)
-            assert shop.end(replicate) == 0
+def test_a_coordinated_failover_through_sentinel(make_shop):
+    """The primary takes no more writes until the replica has them all: nothing can be lost."""
+    with Replicated() as own:
+        shop = make_shop(own)
+        shop.environment["SHOP_CONF"] = json.dumps({"broker_transport_options": OPTIONS})
+        replicate = shop.replicate()
+        for first in (1, 2001, 4001):
+            mend = own.hand_over()
+            insert(shop.database, first, first + 1999)
+            mend()
+        confirmed(shop)
+        with redis.Redis(port=own.port) as client:
+            bodies = [json.loads(raw)["body"] for raw in client.lrange("flash", 0, -1)][::-1]
+        changes = [payload.decode(json.loads(body)[0][0]["__value__"])[0] for body in bodies]
+        # In order, and none twice.
+        assert [change.new["id"] for change in changes] == list(range(1, 6001))
+        assert shop.end(replicate) == 0

@@ -14,12 +14,16 @@ STRIKES = (
 )
 
 
+FAILOVERS = "Sentinel: failover", "replicate: SIGKILL", "Sentinel: failover", "Sentinel: failover"
+
+
 @pytest.mark.soak
-def test_a_short_run_loses_nothing(tmp_path):
-    faults = [next(fault for fault in FAULTS if fault.name == name) for name in STRIKES]
-    outcome = run("redis", 1, tmp_path, 0, faults, say=lambda line: None)
+@pytest.mark.parametrize(("broker", "names"), [("redis", STRIKES), ("sentinel", FAILOVERS)])
+def test_a_short_run_loses_nothing(tmp_path, broker, names):
+    faults = [next(fault for fault in FAULTS if fault.name == name) for name in names]
+    outcome = run(broker, 1, tmp_path, 0, faults, say=lambda line: None)
     assert outcome.problems == []
     assert len(outcome.ledger.committed) > 100
     table = "\n".join(report.lines(outcome))
-    for name in STRIKES:
+    for name in names:
         assert name in table

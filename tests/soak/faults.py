@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from example_project.servers import wait_until
 from tests.proxy import Way
 
 
@@ -18,10 +19,15 @@ class Fault:
     strike: Callable
     #: All is well when a change has been handled; of the others, when it is in the queue.
     recovered: str = "enqueued"
-    #: Celery's consumer on Redis may lose the message it takes just then (DESIGN.md, 7).
-    loses_on_redis: bool = False
+    #: How often Celery's consumer on Redis may lose the message it takes just then.
+    loses_on_redis: int = 0
     #: Strikes half of the time while the broker answers late, so that much is under way.
     crowded: bool = False
+    #: The brokers that it may strike: between us and those behind a Sentinel is no proxy, and the
+    #: Celery worker dies with each failover.
+    brokers: tuple = ("redis", "rabbitmq", "sentinel")
+    #: Whether recovery counts from the beginning of the harm.
+    promotes: bool = False
 
 
 def _kill_reader(stage, choose):
@@ -71,6 +77,18 @@ def _kill_broker(stage, choose):
     stage.broker.start()
 
 
+def _fail_over(stage, choose):
+    """Sentinel promotes the replica, which has everything that was confirmed.
+
+    Celery's worker does not always live through it: it ends, or stays and consumes nothing.
+    """
+    former = stage.broker.port
+    mend = choose.choice([stage.broker.hand_over, stage.broker.kill])()
+    wait_until(lambda: stage.broker.port != former, "the promotion")
+    stage.worker.send(signal.SIGKILL)
+    return mend
+
+
 def _fill_broker(stage, choose):
     """Nothing more may be stored; what is there may be read."""
     if stage.kind == "redis":
@@ -94,7 +112,7 @@ def _fill_broker(stage, choose):
 
 def _delete_queue(stage, choose):
     """Of a handler that never runs: what goes with a queue, nobody can hand over."""
-    if stage.kind == "redis":
+    if stage.kind != "rabbitmq":
         import redis
 
         with redis.Redis(port=stage.broker.port) as client:
@@ -142,26 +160,37 @@ _HARMS = {
 _STREAM = "backend_type = 'walsender'"
 _SECOND = "usename LIKE 'reader_%' AND backend_type = 'client backend'"
 
+_DIRECT = "redis", "rabbitmq"
+FAILOVER = Fault(
+    "Sentinel: failover",
+    _fail_over,
+    loses_on_redis=2,  # its Redis, and then itself
+    brokers=("sentinel",),
+    promotes=True,
+)
+
 FAULTS = [
     Fault("replicate: SIGKILL", _kill_reader, crowded=True),
     Fault("replicate: SIGTERM", _restart_reader, crowded=True),
     Fault("replicate: SIGSTOP, then SIGCONT", _stop_reader, crowded=True),
-    Fault("Celery worker: SIGKILL", _kill_worker, "handled", loses_on_redis=True),
-    Fault("Celery worker: SIGKILL of a child", _kill_child, "handled"),
+    Fault("Celery worker: SIGKILL", _kill_worker, "handled", loses_on_redis=1, brokers=_DIRECT),
+    Fault("Celery worker: SIGKILL of a child", _kill_child, "handled", brokers=_DIRECT),
     Fault("walsender terminated", partial(_terminate, _STREAM), crowded=True),
     Fault("second connection terminated", partial(_terminate, _SECOND), crowded=True),
     Fault("PostgreSQL: stop -m fast", partial(_restart_postgres, signal.SIGINT), crowded=True),
     Fault(
         "PostgreSQL: stop -m immediate", partial(_restart_postgres, signal.SIGQUIT), crowded=True
     ),
-    Fault("broker: SIGKILL", _kill_broker, loses_on_redis=True),
-    Fault("broker full", _fill_broker, loses_on_redis=True),
+    Fault("broker: SIGKILL", _kill_broker, loses_on_redis=1, brokers=_DIRECT),
+    Fault("broker full", _fill_broker, loses_on_redis=1, brokers=_DIRECT),
+    FAILOVER,
     Fault("a queue deleted", _delete_queue),
     *(
         Fault(
             f"network to {name} {how}",
             partial(_through, proxy, harm),
             crowded=proxy == "to_postgres",
+            brokers=_DIRECT if proxy == "to_broker" else Fault.brokers,
         )
         for name, proxy in (("PostgreSQL", "to_postgres"), ("broker", "to_broker"))
         for how, harm in _HARMS.items()

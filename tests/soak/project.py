@@ -8,6 +8,7 @@ import time
 from celery import Celery
 
 from flash_celery import Changes, on_change
+from tests.sentinel import OPTIONS
 from tests.soak.ledger import identify
 
 #: Changes in a task of a batch handler.
@@ -26,8 +27,9 @@ app.conf.update(
     broker_connection_max_retries=None,
     broker_connection_retry_on_startup=True,
 )
-if str(app.conf.broker_url).startswith("redis"):
+if str(app.conf.broker_url).startswith(("redis", "sentinel")):
     app.conf.broker_transport_options = {
+        **OPTIONS,
         # What a killed worker had comes back within the run.
         "visibility_timeout": 10,
         "unacked_restore_interval": 1,

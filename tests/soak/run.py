@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from example_project.servers import wait_until
 from tests.soak import check
-from tests.soak.faults import FAULTS
+from tests.soak.faults import FAILOVER, FAULTS
 from tests.soak.stage import Stage, Stalled
 
 #: Seconds in which everything must have been handled when nobody writes any more, as long as
@@ -53,7 +53,10 @@ def settings(choose):
 
 
 def run(broker, seed, folder, seconds, faults=None, say=print):
-    """`broker` is redis or rabbitmq. With `faults` just these, else random ones for `seconds`."""
+    """`broker` is redis, sentinel or rabbitmq.
+
+    With `faults` just these, else random ones for `seconds`.
+    """
     choose = random.Random(f"{seed}/{broker}")
     outcome = Outcome(broker, seed, settings(choose))
     say(f"{broker}, seed {seed}, {_shown(outcome.conf)}")
@@ -64,7 +67,7 @@ def run(broker, seed, folder, seconds, faults=None, say=print):
             writer.start()
         started = time.time()
         try:
-            for fault in faults or _random(choose, started + seconds):
+            for fault in faults or _random(choose, broker, started + seconds):
                 _strike(stage, choose, outcome, fault, say, time.time() - started)
         except (Stalled, TimeoutError) as stalled:
             outcome.problems.append(f"{stalled} after {outcome.strikes[-1].fault.name}")
@@ -78,12 +81,18 @@ def run(broker, seed, folder, seconds, faults=None, say=print):
     return outcome
 
 
-def _random(choose, end):
-    """Each kind as often as the others, in an order of its own each time."""
+def _random(choose, broker, end):
+    """Each kind as often as the others, in an order of its own each time.
+
+    Where there is a Sentinel, every second one is a failover.
+    """
+    kinds = [fault for fault in FAULTS if broker in fault.brokers]
     deck = []
     while time.time() < end:
-        deck = deck or choose.sample(FAULTS, len(FAULTS))
+        deck = deck or choose.sample(kinds, len(kinds))
         yield deck.pop()
+        if FAILOVER in kinds:
+            yield FAILOVER
 
 
 def _strike(stage, choose, outcome, fault, say, elapsed):
@@ -95,7 +104,7 @@ def _strike(stage, choose, outcome, fault, say, elapsed):
     outcome.strikes.append(strike)
     mend = fault.strike(stage, choose)
     stage.to_broker.heal()
-    mended = time.time()
+    mended = strike.at if fault.promotes else time.time()
     stage.probe(fault.recovered)
     strike.recovery = time.time() - mended
     if mend is not None:

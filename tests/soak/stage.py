@@ -8,6 +8,7 @@ import psycopg
 
 from example_project.servers import Postgres, Rabbit, Valkey, wait_until
 from tests.proxy import Proxy
+from tests.sentinel import Replicated
 from tests.soak.ledger import Ledger
 from tests.soak.processes import Process, Supervisor
 from tests.soak.witnesses import PUBLICATION, SLOT, Notes, RabbitTap, RedisTap, Truth
@@ -24,6 +25,9 @@ _LOST = 20.0
 
 class Stalled(Exception):
     """A change was not enqueued or handled in time: the worst but one that can happen."""
+
+
+BROKERS = {"redis": Valkey, "sentinel": Replicated, "rabbitmq": Rabbit}
 
 
 class Stage:
@@ -53,13 +57,13 @@ class Stage:
             # The server gives up a stopped reader soon, and streams whatever is not small.
             Postgres(fsync="on", wal_sender_timeout="5s", logical_decoding_work_mem="64kB")
         )
-        self.broker = enter(Valkey() if self.kind == "redis" else Rabbit())
+        self.broker = enter(BROKERS[self.kind]())
         self.to_postgres = enter(Proxy(self.postgres.port))
         self.to_broker = enter(Proxy(self.broker.port))
-        for server in (self.postgres, self.broker):
+        for server in (self.postgres, *getattr(self.broker, "servers", [self.broker])):
             self._stack.callback(self._keep_log, server)
         self._create()
-        tap = RedisTap if self.kind == "redis" else RabbitTap
+        tap = RabbitTap if self.kind == "rabbitmq" else RedisTap
         notes = self.folder / "notes"
         self.truth = Truth(self.ledger, self.postgres.dsn())
         self.witnesses = [
@@ -94,7 +98,10 @@ class Stage:
         self.writers = [Writer(self.postgres.dsn(), self.ledger, seed) for seed in seeds]
 
     def _ways(self, number):
-        """Both servers through their proxies; the user's name tells who reads the slot."""
+        """Both servers through their proxies; the user's name tells who reads the slot.
+
+        Not a Valkey whose address Sentinel gives.
+        """
         broker = self.broker.url.replace(str(self.broker.port), str(self.to_broker.port))
         port = self.to_postgres.port
         return {
@@ -113,7 +120,7 @@ class Stage:
 
     def _keep_log(self, server):
         for log in server.folder.glob("*.log"):
-            (self.folder / log.name).write_bytes(log.read_bytes())
+            (self.folder / f"{server.port}-{log.name}").write_bytes(log.read_bytes())
 
     def execute(self, statement, *parameters):
         """The rows of a statement, once the server takes it."""

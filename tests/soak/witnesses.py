@@ -106,11 +106,12 @@ class RedisTap(Tap):
 
     def __init__(self, ledger, broker):
         super().__init__(ledger)
-        self._port = broker.port
+        self._broker = broker
         self._noted = set()
 
     def connected(self):
-        return redis.Redis(port=self._port, socket_timeout=10)
+        # With a Sentinel it is another one's after a failover.
+        return redis.Redis(port=self._broker.port, socket_timeout=10)
 
     def look(self, connection):
         found = [json.loads(text) for text in connection.lrange(QUEUE, -_TOGETHER, -1)][::-1]

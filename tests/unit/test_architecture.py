@@ -95,7 +95,7 @@ ALLOWED = {
     "publishers": {"publishers"},
     "publishers.base": {"clients", "enqueued", "messages", "errors"},
     "publishers.redis": {"publishers", "enqueued", "messages"},
-    "publishers.journal": {"enqueued", "messages", "errors"},
+    "publishers.journal": {"enqueued", "messages", "protocol", "errors"},
     "publishers.amqp": {"publishers", "messages", "errors"},
     "publishers.kombu": {"publishers", "messages"},
     "publishers.memory": {"enqueued", "messages", "errors"},

@@ -87,7 +87,7 @@ def test_only_redis_and_only_a_killed_consumer_excuses(ledger):
     outcome = Outcome("redis", 1, {}, ledger=ledger)
     assert not check.excused(outcome, "each")
     harmless, harmful = (
-        next(fault for fault in FAULTS if fault.loses_on_redis is loses) for loses in (False, True)
+        next(fault for fault in FAULTS if fault.loses_on_redis == loses) for loses in (0, 1)
     )
     outcome.strikes = [Strike(harmless, 0.0)]
     assert not check.excused(outcome, "each")

@@ -1,0 +1,289 @@
+"""What Redis does of a push that fails, or whose reply does not come, is never taken for all of it.
+
+The position and the messages are one step: a message is there once, or is published again.
+"""
+
+import json
+
+import pytest
+import redis
+from celery import Celery
+
+from example_project.servers import Valkey, wait_until
+from flash_celery.enqueued import Lease
+from flash_celery.errors import ConfirmedLost, PublishError, TakenOver
+from flash_celery.messages import Form, Message
+from flash_celery.publishers.redis import RedisPublisher
+from tests.proxy import Proxy, Way
+
+#: Seconds until a reply counts as lost.
+PATIENCE = 1.0
+
+
+def message(number, queue="flash"):
+    covered = [(0, (number, 0, 0))], (number,)
+    return Message(Form(queue, "handler", {}, {}, template="t"), str(number), "", "{}", covered)
+
+
+def found(client, queue="flash"):
+    """The ids in a queue, the oldest first."""
+    return [int(json.loads(raw)["headers"]["id"]) for raw in client.lrange(queue, 0, -1)][::-1]
+
+
+@pytest.fixture
+def client(valkey):
+    with redis.Redis(port=valkey.port) as client:
+        client.flushall()
+        yield client
+
+
+@pytest.fixture
+def proxy(valkey):
+    with Proxy(valkey.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def new_session():
+    """Publishers, each with the lease; and what it was told that there is."""
+    publishers = []
+
+    def make(port, user=""):
+        url = f"redis://{user}127.0.0.1:{port}/0"
+        publisher = RedisPublisher(Celery("shop", broker=url, set_as_current=False), PATIENCE)
+        publishers.append(publisher)
+        publisher.open([])
+        return publisher, publisher.claim(Lease("1.slot", "same"))
+
+    yield make
+    for publisher in publishers:
+        publisher.close()
+
+
+@pytest.fixture
+def publisher(client, proxy, new_session):
+    return new_session(proxy.port)[0]
+
+
+def lose(publisher, proxy, way, messages):
+    """Publish without getting the reply, and connect anew."""
+    publisher.check()  # it has a connection
+    proxy.stall(way, new=False)
+    with pytest.raises(PublishError):
+        publisher.publish(messages)
+    publisher.open([])
+
+
+def steps(client):
+    return client.info("commandstats").get("cmdstat_eval", {"calls": 0})["calls"]
+
+
+def test_a_push_whose_reply_is_lost_is_not_done_twice(publisher, proxy, client):
+    lose(publisher, proxy, Way.TO_CLIENT, [message(1)])
+    publisher.publish([message(1), message(2)])
+    assert found(client) == [1, 2]
+
+
+def test_a_push_that_does_not_get_through_is_done_again(publisher, proxy, client):
+    publisher.publish([message(1)])
+    lose(publisher, proxy, Way.TO_SERVER, [message(2)])
+    publisher.publish([message(2)])
+    assert found(client) == [1, 2]
+
+
+def test_a_push_that_gets_through_late_counts(publisher, proxy, client):
+    lose(publisher, proxy, Way.TO_SERVER, [message(1)])
+    proxy.heal()
+    wait_until(lambda: client.llen("flash"), "the late push")
+    publisher.publish([message(1), message(2)])
+    assert found(client) == [1, 2]
+
+
+def test_a_push_that_gets_through_after_it_was_done_again_is_refused(publisher, proxy, client):
+    before = steps(client)
+    lose(publisher, proxy, Way.TO_SERVER, [message(1)])
+    publisher.publish([message(1), message(2)])
+    assert steps(client) == before + 1
+    proxy.heal()
+    wait_until(lambda: steps(client) == before + 2, "the late push")
+    assert found(client) == [1, 2]
+
+
+@pytest.mark.parametrize("then", ["is deleted", "is a queue again", "is as it was"])
+def test_a_push_that_fails_and_whose_reply_is_lost(publisher, proxy, client, then):
+    """The queue is no list for a while: whatever it is afterwards, nothing was published."""
+    client.set("flash", "not a queue")
+    before = steps(client)
+    lose(publisher, proxy, Way.TO_CLIENT, [message(1, "other"), message(2)])
+    assert steps(client) == before + 1
+    if then == "is as it was":
+        with pytest.raises(PublishError, match="WRONGTYPE") as failed:
+            publisher.publish([message(1, "other"), message(2)])
+        assert failed.value.confirmed == 0
+        publisher.open([])
+    client.delete("flash")
+    if then == "is a queue again":
+        publisher.publish([])
+        client.lpush("flash", json.dumps({"headers": {"id": "0"}}))
+    publisher.publish([message(1, "other"), message(2)])
+    assert found(client)[-1] == 2
+
+
+def test_a_push_that_fails_and_then_does_not_get_through(publisher, proxy, client):
+    """What the first attempt has left behind says nothing of the second."""
+    client.set("flash", "not a queue")
+    with pytest.raises(PublishError):
+        publisher.publish([message(1)])
+    publisher.open([])
+    client.delete("flash")
+    lose(publisher, proxy, Way.TO_SERVER, [message(1)])
+    publisher.publish([message(1)])
+    assert found(client) == [1]
+
+
+def allow(client, rules):
+    client.execute_command("ACL", "SETUSER", "shop", *rules.split())
+
+
+FAILURES = {
+    "another type": (
+        "WRONGTYPE",
+        lambda client: client.set("other", "not a queue"),
+        lambda client: client.delete("other"),
+    ),
+    "a key that the ACL does not allow": (
+        "No permission|NOPERM|no permissions",
+        lambda client: allow(client, "resetkeys ~_flash* ~flash"),
+        lambda client: allow(client, "allkeys"),
+    ),
+    "a command that the ACL does not allow": (
+        "No permission|NOPERM|no permissions",
+        lambda client: allow(client, "-lpush"),
+        lambda client: allow(client, "+lpush"),
+    ),
+    "no memory": (
+        "maxmemory",
+        lambda client: client.config_set("maxmemory", 1),
+        lambda client: client.config_set("maxmemory", 0),
+    ),
+    "a replica": (
+        "read only|READONLY",
+        lambda client: client.replicaof("127.0.0.1", "1"),
+        lambda client: client.replicaof("NO", "ONE"),
+    ),
+    "too few replicas": (
+        "NOREPLICAS|good replicas",
+        lambda client: client.config_set("min-replicas-to-write", 1),
+        lambda client: client.config_set("min-replicas-to-write", 0),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FAILURES)
+def test_a_step_that_fails_is_done_again_and_never_acknowledged(new_session, what):
+    said, harm, mend = FAILURES[what]
+    with Valkey(**{"maxmemory-policy": "noeviction"}) as own, redis.Redis(port=own.port) as client:
+        allow(client, "on >secret allkeys allchannels +@all")
+        publisher, _ = new_session(own.port, "shop:secret@")
+        messages = [message(1), message(2, "other"), message(3)]
+        harm(client)
+        with pytest.raises(PublishError, match=said) as failed:
+            publisher.publish(messages)
+        assert failed.value.confirmed == 0
+        mend(client)
+        # Whoever comes after a crash believes nothing of it, and whoever tries again neither.
+        assert client.hget("_flash.1.slot", "writes") == b"0"
+        publisher.open([])
+        publisher.publish(messages)
+        # At least once: what came before the failure is there from the first attempt as well.
+        assert found(client)[-2:] == [1, 3]
+        assert found(client, "other") == [2]
+        _, enqueued = new_session(own.port)
+        assert enqueued.until == 3
+
+
+def test_a_crash_after_a_push_that_failed(client, valkey, new_session):
+    publisher, _ = new_session(valkey.port)
+    publisher.publish([message(1)])
+    client.set("other", "not a queue")
+    with pytest.raises(PublishError):
+        publisher.publish([message(2), message(3, "other")])
+    client.delete("other")
+    _, enqueued = new_session(valkey.port)
+    assert enqueued.until == 1
+
+
+@pytest.mark.parametrize("asks", ["at once", "after a lost reply"])
+def test_what_redis_has_lost_is_not_taken_for_what_it_has(publisher, proxy, client, asks):
+    """It goes back, as a replica that is promoted does, or one that is restored."""
+    publisher.publish([message(1)])
+    kept = {key: client.dump(key) for key in client.keys("*")}
+    publisher.publish([message(2)])
+    if asks == "after a lost reply":
+        lose(publisher, proxy, Way.TO_SERVER, [message(3)])
+    client.flushall()
+    for key, value in kept.items():
+        client.restore(key, 0, value)
+    with pytest.raises(ConfirmedLost, match="committed from 0/1 on may be missing"):
+        publisher.publish([message(3)])
+    assert found(client) == [1]
+    client.flushall()
+    with pytest.raises(ConfirmedLost, match="committed before now may be missing"):
+        publisher.publish([message(3)])
+    assert found(client) == []
+
+
+@pytest.mark.parametrize("lost", ["the last push", "everything"])
+def test_the_next_session_of_a_process_finds_out_what_redis_has_lost(publisher, client, lost):
+    publisher.publish([message(1)])
+    kept = {key: client.dump(key) for key in client.keys("*")}
+    publisher.publish([message(2)])
+    client.flushall()
+    if lost == "the last push":
+        for key, value in kept.items():
+            client.restore(key, 0, value)
+    with pytest.raises(ConfirmedLost):
+        publisher.claim(Lease("1.slot", "same"))
+    # Said once; and what is there is known.
+    assert publisher.claim(Lease("1.slot", "same")).until == client.llen("flash")
+    publisher.publish([message(3)])
+    assert found(client)[-1] == 3
+
+
+def test_the_next_session_may_follow_another_ones(publisher, client, valkey, new_session):
+    publisher.publish([message(1)])
+    other, _ = new_session(valkey.port)
+    other.publish([message(2)])
+    assert publisher.claim(Lease("1.slot", "same")).until == 2
+    assert publisher.claim(Lease("1.slot", "same")).until == 2
+
+
+def test_a_stale_owner_moves_nothing_out_of_a_parking_queue(client, valkey, new_session):
+    old, _ = new_session(valkey.port)
+    old.publish([message(1, "parked")])
+    new, _ = new_session(valkey.port)
+    with pytest.raises(TakenOver):
+        old.unpark("parked", lambda raw: message(1), len)
+    assert (found(client, "parked"), found(client)) == ([1], [])
+    assert new.unpark("parked", lambda raw: message(1), len)
+    assert (found(client, "parked"), found(client)) == ([], [1])
+
+
+@pytest.mark.parametrize("leased", [True, False])
+def test_a_parked_message_stays_until_it_has_been_moved(client, valkey, new_session, leased):
+    publisher, _ = new_session(valkey.port)
+    publisher.publish([message(1, "parked"), message(2, "parked")])
+    if not leased:
+        publisher = RedisPublisher(Celery("shop", broker=valkey.url, set_as_current=False))
+        publisher.open([])
+    client.set("flash", "not a queue")
+    moved = iter([message(1), message(2)] * 2)
+    with pytest.raises(PublishError, match="WRONGTYPE"):
+        publisher.unpark("parked", lambda raw: next(moved), len)
+    assert found(client, "parked") == [1, 2]
+    client.delete("flash")
+    publisher.open([])
+    assert publisher.unpark("parked", lambda raw: next(moved), len)
+    assert not publisher.unpark("parked", lambda raw: next(moved), len)
+    assert (found(client, "parked"), found(client)) == ([], [1, 2])
+    publisher.close()
