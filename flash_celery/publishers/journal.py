@@ -37,13 +37,19 @@ _LAST = struct.Struct("=q")
 #: Writes without a reply that are remembered: one that comes through later is taken for a loss.
 _DOUBTS = 100
 #: 1 if the owner and the last write are not those that are expected. Each command comes with the
-#: number of its words.
+#: number of its words. A queue that is none is found before anything is pushed, for a script that
+#: ends in the middle undoes nothing.
 _STEP = """
 if ARGV[1] ~= '' then
     local found = redis.call('HMGET', KEYS[1], 'owner', 'writes')
     if found[1] ~= ARGV[1] or found[2] ~= ARGV[2] then return 1 end
 end
 local at = 3
+while at <= #ARGV do
+    if ARGV[at + 1] == 'LPUSH' then redis.call('LLEN', ARGV[at + 2]) end
+    at = at + tonumber(ARGV[at]) + 1
+end
+at = 3
 while at <= #ARGV do
     local last = at + tonumber(ARGV[at])
     redis.call(unpack(ARGV, at + 1, last))
