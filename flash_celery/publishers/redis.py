@@ -5,6 +5,7 @@ The channel knows the key prefix, the keys of priorities and the envelope of a m
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
 import uuid
@@ -21,6 +22,8 @@ from ..enqueued import Enqueued, Lease
 from ..messages import Form, Message
 from .base import TIMEOUT, ConnectedPublisher
 from .journal import Command, Journal, in_one_step
+
+logger = logging.getLogger(__name__)
 
 #: Messages in one LPUSH, and bytes of one.
 _PUSH_MESSAGES = 500
@@ -103,14 +106,18 @@ class RedisPublisher(ConnectedPublisher):
         ):
             pipeline.watch(key)
             found = pipeline.lrange(key, -_MOVED_MESSAGES, -1)
-            to_python = self._channel.message_to_python
-            moved = [restored(to_python(loads(raw))) for raw in reversed(found)]
+            moved = self._readable(reversed(found), restored)
             count = admit(moved) if moved else 0
+            commands: list[Command] = []
             if count:
                 expiring = {message.queue for message in moved} & self._expiring()
                 commands = self._commands([self._push(one) for one in moved[:count]], expiring)
                 # Once the new ones are there, and not otherwise.
                 commands.append(("LTRIM", key, 0, -count - 1))
+            elif found and not moved:
+                logger.error("The oldest message in %s cannot be read; it is set aside", queue)
+                commands = [("LPUSH", f"{key}.unreadable", found[-1]), ("LTRIM", key, 0, -2)]
+            if commands:
                 pipeline.multi()
                 step = in_one_step if self._journal is None else self._journal.step
                 step(pipeline, commands)
@@ -120,6 +127,16 @@ class RedisPublisher(ConnectedPublisher):
                     if refused and self._journal is not None:
                         self._journal.look(client)
         return bool(found)
+
+    def _readable(
+        self, found: Iterable[bytes], restored: Callable[[Any], Message]
+    ) -> list[Message]:
+        """The messages that go back, up to what is no message: anybody may have put it there."""
+        moved = []
+        with suppress(Exception):
+            for raw in found:
+                moved.append(restored(self._channel.message_to_python(loads(raw))))
+        return moved
 
     def _commands(self, pushes: Sequence[tuple[str, str]], expiring: set[str]) -> list[Command]:
         commands: list[Command] = [

@@ -1,5 +1,6 @@
 """What every publisher promises, on each broker and on the twin in memory."""
 
+import itertools
 from functools import partial
 from types import SimpleNamespace
 from uuid import uuid4
@@ -319,6 +320,55 @@ def test_what_is_parked_goes_back_in_order_and_as_it_was(broker):
     while broker.publisher.unpark(name, partial(restored, ["first"]), len):
         pass
     assert broker.read("first") == ["1", "11", "21", "31"]
+
+
+def test_a_parking_quorum_queue_keeps_its_order(rabbit):
+    """Whether a process has died with some of it in its hands, or there was no room for all."""
+    app = Celery("shop", broker=rabbit.url, set_as_current=False)
+    app.conf.task_default_queue_type = "quorum"
+    name = f"flash.paused.{uuid4()}"
+    queues = [app.amqp.queues["moved"], letters.queue(app, name)]
+    one, other = for_app(app), for_app(app)
+    one.open(queues)
+    one.publish([message(number, name) for number in range(1000)])
+    other.open([])
+    taken = other._take(other._connection.channel(), name)
+    assert [found.headers["id"] for found in taken] == [str(number) for number in range(len(taken))]
+    other._connection.connection.transport.sock.close()
+    rooms = itertools.cycle(range(12))
+
+    def admit(messages):
+        return min(len(messages), next(rooms))
+
+    wait_until(lambda: one.depth(name) == 1000, "what was held to be back")
+    while one.unpark(name, partial(restored, ["moved"]), admit):
+        pass
+    channel = one.channel
+    read = iter(lambda: channel.basic_get("moved", no_ack=True), None)
+    assert [found.headers["id"] for found in read] == [str(number) for number in range(1000)]
+    one.close()
+    rabbit.control("delete_queue", "moved")
+    rabbit.control("delete_queue", name)
+
+
+def test_what_nobody_can_read_is_set_aside(valkey, caplog):
+    """Anybody who can write to Redis could end the replication worker, again and again."""
+    app = Celery("shop", broker=valkey.url, set_as_current=False)
+    name = f"flash.paused.{uuid4()}"
+    publisher = for_app(app)
+    publisher.open([])
+    publisher.publish([message(1, name), message(2, name)])
+    with redis.Redis.from_url(valkey.url) as client:
+        broken = [b"\xff", b"5", b"[]", b'{"headers": 5, "properties": {}, "body": ""}']
+        client.lpush(name, *broken)
+        publisher.publish([message(3, name)])
+        while publisher.unpark(name, partial(restored, ["first"]), len):
+            pass
+        assert client.lrange(f"{name}.unreadable", 0, -1) == broken[::-1]
+        client.delete(f"{name}.unreadable")
+    publisher.close()
+    assert [one.headers["id"] for one in Broker(app).messages("first")] == ["1", "2", "3"]
+    assert caplog.text.count("cannot be read") == len(broken)
 
 
 def test_only_one_process_moves_what_is_parked(rabbit):
