@@ -19,6 +19,8 @@ from .publishers.base import ConnectedPublisher
 
 #: Seconds that workers have to answer.
 _INSPECT_SECONDS = 1.0
+#: Celery's native delayed delivery, with quorum queues: a message goes from the first to the last.
+_DELAYS = [f"celery_delayed_{level}" for level in range(27, -1, -1)]
 
 
 class Outstanding(Protocol):
@@ -150,8 +152,11 @@ def _json(raw: bytes) -> Any:
 class _Elsewhere(_Looking):
     def look(self, lsn: Lsn) -> str:
         consumers = {}
-        for queue in self._queues:
-            depth, consumers[queue] = self._state(queue)
+        # In the direction in which a message goes.
+        for queue in (*self._delays(), *self._queues):
+            depth, count = self._state(queue) or (0, 0)
+            if queue in self._queues:
+                consumers[queue] = count
             if depth:
                 return f"{depth} messages are in the queue {queue}"
         inspect = self._app.control.inspect(timeout=_INSPECT_SECONDS)
@@ -169,15 +174,25 @@ class _Elsewhere(_Looking):
                         return f"{request['name']} is {kind} on {worker}"
         return ""
 
-    def _state(self, queue: str) -> tuple[int, int]:
-        """How many messages wait, and how many consumers there are."""
+    def _delays(self) -> list[str]:
+        """The queues where RabbitMQ holds retries back (and every other task with an ETA)."""
+        if not any(
+            (queue.queue_arguments or {}).get("x-queue-type") == "quorum"
+            for queue in self._app.amqp.queues.values()
+        ):
+            return []
+        # There is none before a worker has made all.
+        return _DELAYS if self._state(_DELAYS[0]) else []
+
+    def _state(self, queue: str) -> tuple[int, int] | None:
+        """How many messages wait, and how many consumers there are; None if there is no queue."""
         try:
             return self._publisher.depth(queue), self._publisher.consumers(queue)
         except PublishError as error:
             self._publisher.open([])
             if str(getattr(error.__cause__, "reply_code", "")) != "404":
                 raise
-            return 0, 0
+            return None
 
     def _is_late(self, request: Any, lsn: Lsn) -> bool:
         if request["name"] not in self._handlers:

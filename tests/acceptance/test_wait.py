@@ -84,6 +84,31 @@ def test_what_waits_what_runs_and_what_has_failed(any_shop, twin):
         wait_for(app)
 
 
+DELAYING = """
+from kombu import Exchange, Queue
+exchange, quorum = Exchange("held.back", type="topic"), {"x-queue-type": "quorum"}
+queue = Queue("flash", exchange, routing_key="flash", queue_arguments=quorum)
+app.conf.update(task_queues=[queue], task_default_queue_type="quorum")
+"""
+
+
+@pytest.mark.soak
+def test_a_retry_that_rabbitmq_holds_back(make_shop, rabbit):
+    """With quorum queues it is neither in the handler's queue nor with a worker."""
+    rabbit.empty()
+    shop = make_shop(rabbit)
+    shop.project = "desk"
+    examples = shop.folder / "examples"
+    examples.write_text(DELAYING)
+    shop.environment["DESK_EXAMPLES"] = str(examples)
+    shop.worker("threads", queues="flash")
+    shop.replicate()
+    shop.database.execute("INSERT INTO items VALUES (1, 'retry', '600')")
+    shop.until_noted(1)
+    code, said = wait(shop, "each", "--timeout", "5")
+    assert (code, "messages are in the queue celery_delayed_" in said) == (1, True), said
+
+
 def test_what_cannot_be_waited_for(database, twin):
     app = twin(SimpleNamespace(database=database, broker=SimpleNamespace(url="memory://")))
     with pytest.raises(ConfigurationError, match="'yesterday' is no position in the WAL; write"):
