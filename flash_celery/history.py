@@ -155,20 +155,42 @@ def _now(connection: psycopg.Connection[Any], settings: Settings) -> Mark | None
 
 
 def _noted(connection: psycopg.Connection[Any], settings: Settings) -> Mark | None:
+    return _mark(_comment(connection, settings))
+
+
+def _next(connection: psycopg.Connection[Any], settings: Settings) -> Mark | None:
+    """Where the slot is to go next, as far as it was noted."""
+    noted = _comment(connection, settings)
+    return _mark(noted.get("next")) if isinstance(noted, dict) else None
+
+
+def _comment(connection: psycopg.Connection[Any], settings: Settings) -> Any:
     row = connection.execute(
         "SELECT obj_description(oid, 'pg_publication') FROM pg_publication WHERE pubname = %s",
         [name_of(settings.flash_publication_slot_prefix, Operation.TRUNCATE)],
     ).fetchone()
     try:
-        noted = json.loads((row and row[0]) or "")["flash_celery_history"]
+        return json.loads((row and row[0]) or "")["flash_celery_history"]
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _mark(noted: Any) -> Mark | None:
+    try:
         return Mark(Lsn.parse(noted["lsn"]), datetime.fromisoformat(noted["time"]))
     except (ValueError, TypeError, KeyError):
         return None
 
 
-def _note(connection: psycopg.Connection[Any], settings: Settings, mark: Mark) -> None:
-    noted = {"lsn": str(mark.lsn), "time": mark.time.isoformat()}
+def _note(
+    connection: psycopg.Connection[Any], settings: Settings, mark: Mark, then: Mark | None = None
+) -> None:
+    noted = _written(mark) | ({"next": _written(then)} if then else {})
     _keep(connection, settings, sql.Literal(json.dumps({"flash_celery_history": noted})))
+
+
+def _written(mark: Mark) -> dict[str, Any]:
+    return {"lsn": str(mark.lsn), "time": mark.time.isoformat()}
 
 
 def _keep(connection: psycopg.Connection[Any], settings: Settings, comment: sql.Composable) -> None:
@@ -178,7 +200,10 @@ def _keep(connection: psycopg.Connection[Any], settings: Settings, comment: sql.
 
 
 class _Keeper(threading.Thread):
-    """Moves the slot, on a connection of its own: that decodes WAL, and may take long."""
+    """Moves the slot, on a connection of its own: that decodes WAL, and may take long.
+
+    A session may last for months, so it connects anew whatever ends its connection.
+    """
 
     def __init__(self, dsn: str, settings: Settings, samples: Samples) -> None:
         super().__init__(name="flash-history", daemon=True)
@@ -188,23 +213,31 @@ class _Keeper(threading.Thread):
         self._pause = min(_LONGEST, max(_SHORTEST, settings.flash_replay_window / _PARTS))
         self._ending = threading.Event()
         self._connection: psycopg.Connection[Any] | None = None
+        self._said = ""
 
     def run(self) -> None:
-        try:
-            with catalog.connect(self._dsn) as self._connection:
-                while not self._ending.is_set():
-                    self._move(self._connection)
-                    self._ending.wait(self._pause)
-        except (psycopg.Error, FlashError) as error:
-            if not self._ending.is_set():
-                logger.warning(
-                    "The slot %s stays where it is until the next connection: %s",
-                    *(slot_of(self._settings), " ".join(str(error).split())),
-                )
+        while not self._ending.is_set():
+            try:
+                with catalog.connect(self._dsn) as self._connection:
+                    while not self._ending.is_set():
+                        self._move(self._connection)
+                        self._said = ""
+                        self._ending.wait(self._pause)
+            except (psycopg.Error, FlashError) as error:
+                self._failed(error)
+            self._ending.wait(self._pause)
+
+    def _failed(self, error: Exception) -> None:
+        said = " ".join(str(error).split())
+        if not self._ending.is_set() and said != self._said:
+            self._said = said
+            logger.warning("The slot %s cannot be moved now: %s", slot_of(self._settings), said)
 
     def _move(self, connection: psycopg.Connection[Any]) -> None:
         now = _now(connection, self._settings)
         if now is not None:
+            if not self._samples:
+                self._recall(connection, now)
             self._samples.append((time.monotonic(), now))
         due, before = None, time.monotonic() - self._settings.flash_replay_window
         while self._samples and self._samples[0][0] <= before:
@@ -213,10 +246,22 @@ class _Keeper(threading.Thread):
         if due is None or reached is None or due.lsn <= reached.lsn:
             return
         # Noted first: it never says that more is held than is.
-        _note(connection, self._settings, due)
+        _note(connection, self._settings, due, now)
         connection.execute(
             "SELECT pg_replication_slot_advance(%s, %s)", [slot_of(self._settings), str(due.lsn)]
         )
+
+    def _recall(self, connection: psycopg.Connection[Any], now: Mark) -> None:
+        """Go on where an earlier process was: if the window began anew with each of them, the slot
+        of one that is often restarted would never move."""
+        reached, then = _noted(connection, self._settings), _next(connection, self._settings)
+        if reached is None or now.lsn <= reached.lsn:
+            return
+        if then is not None and reached.lsn < then.lsn <= now.lsn:
+            age = (now.time - then.time).total_seconds()
+            self._samples.append((time.monotonic() - age, then))
+        else:
+            _note(connection, self._settings, reached, now)
 
     def end(self) -> None:
         """Stop, also in the middle of a statement."""

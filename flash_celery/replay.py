@@ -6,7 +6,7 @@ are counted as they were and have the same ids.
 
 from __future__ import annotations
 
-import os
+import secrets
 import select
 import time
 from collections.abc import Callable
@@ -81,6 +81,19 @@ def span(
 
     Raises `ConfigurationError` if that is not held any more, or never was.
     """
+    _refuse_unless_held(connection, settings)
+    first = _bound(connection, since)
+    _refuse_unless_held(connection, settings, first)
+    slot = slots.find(connection, settings.flash_replication_slot)
+    if slot is None or slot.confirmed is None:
+        raise CatalogError(f"The slot {settings.flash_replication_slot} does not exist.")
+    last = None if until is None else _bound(connection, until)
+    return Span(first, last, Lsn.parse(slot.confirmed))
+
+
+def _refuse_unless_held(
+    connection: psycopg.Connection[Any], settings: Settings, since: Any = None
+) -> None:
     mark = history.oldest(connection, settings)
     if mark is None:
         raise ConfigurationError(
@@ -88,17 +101,11 @@ def span(
             f"(seconds; now {settings.flash_replay_window:g}) and start `flash replicate` again to "
             "hold what comes."
         )
-    first = _bound(connection, since)
-    if first < (mark.lsn if isinstance(first, Lsn) else mark.time):
+    if since is not None and since < (mark.lsn if isinstance(since, Lsn) else mark.time):
         raise ConfigurationError(
             f"{since} is before what is held: the oldest that can be replayed is {mark}; "
             f"flash_replay_window is {settings.flash_replay_window:g} s."
         )
-    slot = slots.find(connection, settings.flash_replication_slot)
-    if slot is None or slot.confirmed is None:
-        raise CatalogError(f"The slot {settings.flash_replication_slot} does not exist.")
-    last = None if until is None else _bound(connection, until)
-    return Span(first, last, Lsn.parse(slot.confirmed))
 
 
 def _bound(connection: psycopg.Connection[Any], text: str) -> Any:
@@ -164,7 +171,7 @@ def read(
     pause: Callable[[], object] = bool,
 ) -> None:
     """Read what is wanted for a handler, whose subscriptions are among these. `pause` is called
-    after each burst. Raises `ReplicationError`."""
+    after each burst. Raises `ReplicationError`, and `ConfigurationError` for what is not held."""
     if isinstance(wanted.since, Lsn) and wanted.since >= wanted.end:
         return
 
@@ -184,8 +191,11 @@ def read(
         closing(Transactions(router, settings.flash_spool_directory)) as transactions,
     ):
         stream.introduce()
-        copy = f"flash_replay_{os.getpid()}"
+        # Containers have the same process ids, and the last copy may be there still.
+        copy = f"flash_replay_{secrets.token_hex(8)}"
         stream.copy_slot(history.slot_of(settings), copy)
+        # The slot may have moved on since it was looked at, which its copy does not.
+        _refuse_unless_held(connection, settings, wanted.since)
         stream.start(
             copy,
             publications.names(settings.flash_publication_slot_prefix),

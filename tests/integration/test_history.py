@@ -1,6 +1,6 @@
 """The slot that stays behind, and how far back a replay can go."""
 
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 
 import pytest
 
@@ -97,6 +97,59 @@ def test_it_follows_and_goes_with_a_reset(flash):
         assert any("nothing can be replayed then" in line for line in undo.lines())
         reset.run(connection, undo, force=False)
     assert flash.database.one(SLOTS) == 0
+
+
+def test_it_moves_however_often_the_worker_is_restarted(flash):
+    """Each start would begin the window anew, and the WAL of all of them be kept."""
+    flash.start(flash_replay_window=3600)
+    settings = Settings.from_app(flash.app)
+    before = oldest(flash)
+    flash.do("INSERT INTO items VALUES (1, 'a')")
+    restart(flash)
+    with flash.database.connect() as connection:
+        flash.wait(lambda: history._next(connection, settings))
+        then = history._next(connection, settings)
+        assert before.lsn < then.lsn
+        restart(flash)
+        flash.do("INSERT INTO items VALUES (2, 'a')")
+        assert history._next(connection, settings) == then
+        flash.stop()
+        an_hour_ago = then._replace(time=then.time - timedelta(hours=1))
+        history._note(connection, settings, before, an_hour_ago)
+        restart(flash)
+        flash.wait(lambda: oldest(flash) == an_hour_ago)
+        assert then.lsn < history._next(connection, settings).lsn
+
+
+def test_it_moves_on_after_its_connection_was_ended(flash):
+    """The worker's own may live for months."""
+    flash.start(flash_replay_window=1)
+    keeper = (
+        "FROM pg_stat_activity WHERE datname = current_database() "
+        "AND query ~ '^SELECT (obj_description|pg_replication_slot_advance)'"
+    )
+    oldest(flash)
+    reader = flash.database.one(flash.slot("active_pid"))
+    flash.wait(lambda: flash.database.one(f"SELECT count(*) {keeper}"))
+    flash.database.execute(f"SELECT pg_terminate_backend(pid) {keeper}")
+    flash.do("INSERT INTO items VALUES (1, 'a')")
+    passed = Lsn.parse(flash.database.one("SELECT pg_current_wal_insert_lsn()::text"))
+    flash.do("INSERT INTO items VALUES (2, 'a')")
+    flash.wait(lambda: oldest(flash).lsn >= passed)
+    assert flash.database.one(flash.slot("active_pid")) == reader
+
+
+def test_what_was_held_when_it_was_looked_for_and_is_no_more(flash):
+    """While a person reads how many changes there are."""
+    flash.start(flash_replay_window=3600)
+    before = oldest(flash)
+    flash.do("INSERT INTO items VALUES (1, 'a')")
+    wanted = span(flash, str(before.lsn))
+    settings, subscriptions = Settings.from_app(flash.app), subscriptions_of(flash.app)
+    with flash.database.connect() as connection:
+        history._note(connection, settings, before._replace(lsn=wanted.end))
+        with pytest.raises(ConfigurationError, match="is before what is held"):
+            replay.read(connection, settings, subscriptions, "handler", wanted, print)
 
 
 def test_somebody_elses_slot_is_left_alone(flash):
