@@ -14,6 +14,7 @@ import re
 import socket
 import socketserver
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -48,6 +49,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self, address: str, observer: Observer) -> None:
         host, port = http_address(address)
         self._slots = threading.Semaphore(_AT_A_TIME)
+        #: What is being answered, and until when.
+        self._open: dict[Any, float] = {}
         self._serving = False
         self.observer = observer
         self.metrics = Metrics(observer.telemetry, observer.report)
@@ -56,10 +59,11 @@ class Server(ThreadingHTTPServer):
             (family, *_, place), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             self.address_family = family
             super().__init__((str(place[0]), port), _Handler)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # a host that is no name
+            why = getattr(error, "strerror", None) or error
             raise ConfigurationError(
-                f"Nothing can listen on flash_http = {address!r}: {error.strerror}; choose another "
-                "port (flash replicate --http HOST:PORT), or leave it empty."
+                f"Nothing can listen on flash_http = {address!r}: {why}; choose another address "
+                "(flash replicate --http HOST:PORT), or leave it empty."
             ) from None
 
     def server_bind(self) -> None:
@@ -103,10 +107,21 @@ class Server(ThreadingHTTPServer):
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """The whole life of such a thread."""
+        self._open[request] = time.monotonic() + _CLIENT_SECONDS
         try:
             super().process_request_thread(request, client_address)
         finally:
+            self._open.pop(request, None)
             self._slots.release()
+
+    def service_actions(self) -> None:
+        """Cut off who takes too long, now and then: a client that says a byte every few seconds is
+        within the time limit of its socket for ever, and some of them would keep the probes out."""
+        now = time.monotonic()
+        for request, until in list(self._open.items()):
+            if now > until:
+                with suppress(OSError):  # it is done by now
+                    request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away, mostly; no reason to fill the log."""

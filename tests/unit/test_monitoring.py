@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -172,6 +173,11 @@ def test_a_bad_address_is_one_sentence(app, bad):
         Settings.from_app(app)
 
 
+def test_a_host_that_is_no_name_is_one_sentence(observer):
+    with pytest.raises(ConfigurationError, match=r"Nothing can listen on flash_http = 'a\.\.b:80'"):
+        Server("a..b:80", observer)
+
+
 def test_a_log_line_is_one_object_with_what_it_is_about():
     formatter = logs.JsonFormatter("billing")
     try:
@@ -312,4 +318,28 @@ def test_too_many_clients_are_turned_away(observer):
         for one in silent:
             one.close()
     finally:
+        server.close()
+
+
+def test_clients_that_never_come_to_an_end_are_cut_off(observer, monkeypatch):
+    """Each byte would give them as much time again."""
+    monkeypatch.setattr("flash_celery.monitoring.server._CLIENT_SECONDS", 1.0)
+    server = Server("127.0.0.1:0", observer)
+    server.start()
+    slow = [socket.create_connection(server.server_address[:2]) for _ in range(16)]
+    try:
+
+        def answered():
+            for one in slow:
+                with suppress(OSError):
+                    one.send(b"G")
+            try:
+                return urllib.request.urlopen(f"{server.url}live").status == 200
+            except OSError:
+                return False
+
+        wait_until(answered, "a place to be free")
+    finally:
+        for one in slow:
+            one.close()
         server.close()
