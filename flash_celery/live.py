@@ -75,6 +75,7 @@ def _drawn(found: dict[str, Any], speed: float | None, trouble: str) -> Renderab
     parts: list[RenderableType] = [_slot(found, speed), Text(), _queues(found), Text()]
     parts.append(_handlers(found))
     warnings = [trouble, found["broker_error"], *(str(Gap(**gap)) for gap in found["gaps"])]
+    warnings += [f"paused: {line}" for line in status.paused_lines(found)]
     if found["unhandled"]:
         warnings.append(f"no running worker knows {', '.join(found['unhandled'])}")
     elif found["unhandled"] is None and not found["broker_error"]:

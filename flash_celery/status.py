@@ -176,7 +176,7 @@ def lines(found: dict[str, Any]) -> list[str]:
             f"{size(held['retained_bytes'])} of WAL"
         )
     said += [f"gap        {Gap(**gap)}" for gap in found["gaps"]]
-    said += _paused_lines(found)
+    said += [f"paused     {line}" for line in paused_lines(found)]
     said += ["", "handlers"]
     width = max((len(one["handler"]) for one in found["subscriptions"]), default=0)
     for one in found["subscriptions"]:
@@ -200,16 +200,19 @@ def lines(found: dict[str, Any]) -> list[str]:
     return said
 
 
-def _paused_lines(found: dict[str, Any]) -> list[str]:
+def paused_lines(found: dict[str, Any]) -> list[str]:
+    """What is said of pauses, by `flash pause`."""
     said = []
     if found["paused"]:
-        said.append(f"paused     since {found['paused']}: nothing is read until `flash resume`")
+        said.append(f"since {found['paused']}: nothing is read until `flash resume`")
+    handlers = {one["handler"] for one in found["subscriptions"]}
     for one in found["paused_handlers"]:
         count = "unknown" if one["parked"] is None else one["parked"]
         state = "goes on" if one["resuming"] else "is paused"
+        if one["handler"] not in handlers:
+            state = "is no handler any more, noted"
         said.append(
-            f"paused     {one['handler']} {state} since {one['since']}: {count} parked in "
-            f"{one['queue']}"
+            f"{one['handler']} {state} since {one['since']}: {count} parked in {one['queue']}"
         )
     return said
 

@@ -30,13 +30,13 @@ class Broker:
         self._seen = 0
         self._heads: list[dict[str, Any]] = []
 
-    def depths(self) -> dict[str, int | None]:
-        """How many messages wait in each queue; None for one that is not there.
+    def depths(self, others: Sequence[str] = ()) -> dict[str, int | None]:
+        """How many messages wait in each queue, and in others; None for one that is not there.
 
         Raises `PublishError` if the broker cannot be asked.
         """
         try:
-            return {queue: self._depth(queue) for queue in self._queues}
+            return {queue: self._depth(queue) for queue in (*self._queues, *others)}
         except BaseException:
             self.close()
             raise

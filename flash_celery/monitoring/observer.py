@@ -66,10 +66,15 @@ class Observer:
         #: What was seen last. Replaced as a whole, never altered.
         self._seen_database: dict[str, Any] = {
             "slot": None,
+            "history": None,
             "gaps": [],
+            "paused": None,
+            "paused_handlers": [],
             "database_error": None,
         }
         self._seen_broker = status.broker(settings, self._templates, {}, None)
+        #: How many messages are in each parking queue.
+        self._parked: dict[str, int | None] = {}
 
     def start(self) -> None:
         """Begin to look."""
@@ -111,13 +116,14 @@ class Observer:
         depths: dict[str, int | None] = {}
         failed, newest = None, []
         try:
-            depths = self._broker.depths()
+            parked = [one["queue"] for one in self._seen_database["paused_handlers"]]
+            depths = self._broker.depths(parked)
             newest = self._broker.newest_dead(depths[self._settings.flash_dead_queue])
         except FlashError as error:
             failed = str(error)
         seen = status.broker(self._settings, self._templates, depths, failed)
         seen["dead_letters"]["newest"] = newest
-        self._seen_broker = seen
+        self._seen_broker, self._parked = seen, depths
         if failed is None and time.monotonic() - self._asked_workers > _WORKERS_SECONDS:
             self._unhandled = unhandled(self._app, self._subscriptions)
             self._asked_workers = time.monotonic()
@@ -161,6 +167,10 @@ class Observer:
             **self._declared,
             **database,
             **broker,
+            "paused_handlers": [
+                {**one, "parked": self._parked.get(one["queue"])}
+                for one in database["paused_handlers"]
+            ],
             "unhandled": self._unhandled,
             "version": self._version,
             "now": time.time(),

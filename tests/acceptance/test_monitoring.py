@@ -1,5 +1,6 @@
 """What the replication worker serves over HTTP, the page in a browser, and its log."""
 
+import io
 import json
 import os
 import pty
@@ -12,8 +13,10 @@ import urllib.error
 import urllib.request
 
 import pytest
+from rich.console import Console
 
 from example_project.servers import end_with_parent, free_port, wait_until
+from flash_celery import live
 from tests import browser
 from tests.conftest import missing
 
@@ -178,6 +181,38 @@ def test_a_standby_and_a_broker_that_is_down_are_alive_and_not_ready(shop, addre
     (error,) = json.loads(get(other, "/status.json")[1])["errors"][:1]
     assert error["solution"]
     assert shop.end(second) == 0
+
+
+def test_what_is_paused_is_shown(shop, address):
+    worker = shop.replicate("--http", address)
+    assert shop.run("flash", "pause", "each").returncode == 0
+    shop.until_said(worker, "its changes wait in the queue")
+    shop.database.execute("INSERT INTO items SELECT g FROM generate_series(1, 30) g")
+    assert shop.run("flash", "pause").returncode == 0
+
+    def shown():
+        said = json.loads(get(address, "/status.json")[1])
+        return said if said["paused"] and said["paused_handlers"][0]["parked"] == 30 else None
+
+    said = wait_until(shown, "it to be shown how much is parked")
+    assert said["ready"]
+    told = json.loads(shop.run("flash", "status", "--json").stdout)
+    assert told["paused_handlers"] == said["paused_handlers"]
+    console = Console(file=io.StringIO(), width=200)
+    console.print(live._drawn(told, None, ""))
+    drawn = console.file.getvalue()
+    assert "nothing is read until `flash resume`" in drawn
+    assert "30 parked in flash.paused.shop.each" in drawn
+    if browser.installed():
+        with browser.browser() as driver:
+            browser.show(driver, f"http://{address}/", width=390, dark=True)
+            assert browser.text(driver, "#state") == "Paused"
+            problems = browser.text(driver, "#problems")
+            assert driver.get_log("browser") == []
+        assert "nothing is read until `flash resume`" in problems
+        assert "30 parked in flash.paused.shop.each. `flash resume shop.each` goes on." in problems
+    elif os.environ.get("CI"):
+        missing("chromium with its driver")
 
 
 def test_a_port_in_use_creates_nothing(shop):

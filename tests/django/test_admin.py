@@ -9,9 +9,11 @@ import psycopg
 import pytest
 import redis
 from django.core.management import call_command
+from psycopg import sql
 
 from flash_celery import doctor, letters, on_change, unconsumed
 from flash_celery.letterbox import LetterBox, Wanted
+from flash_celery.publications import Record
 from flash_celery.publishers import for_app
 from tests.conftest import Database
 
@@ -128,6 +130,23 @@ def test_it_shows_sources_handlers_queues_and_the_slot(project, root, site_datab
         assert re.search(r"Lag</th><td>\d+ bytes", html)
     finally:
         site_database.execute(f"SELECT pg_drop_replication_slot('{site_database.slot}')")
+
+
+def test_it_shows_what_is_paused(project, root, site_database):
+    since = "2026-03-01T04:12:00+00:00"
+    record = Record(paused={"": since, "shop.handle": since}, resuming={"<b>": since})
+    comment = sql.SQL("COMMENT ON PUBLICATION flash_publication_insert IS {}")
+    site_database.execute(
+        "CREATE PUBLICATION flash_publication_insert",
+        comment.format(sql.Literal(record.to_json())),
+    )
+    try:
+        html = page(root)
+    finally:
+        site_database.execute("DROP PUBLICATION flash_publication_insert")
+    assert f"Paused since {since}: nothing is read" in html
+    assert f"shop.handle is paused since {since}: 0 parked in flash.paused.shop.handle." in html
+    assert "&lt;b&gt; goes on since" in html
 
 
 def test_the_index_of_the_admin_leads_there(root):

@@ -116,7 +116,7 @@ def lag(observer, state, behind=None, oldest=None, committed=0.0):
     telemetry.state, telemetry.committed = state, committed
     telemetry.unconfirmed = lambda: oldest
     slot = None if behind is None else SLOT | {"lag_bytes": behind}
-    observer._seen_database = {"slot": slot, "gaps": [], "database_error": None}
+    observer._seen_database = observer._seen_database | {"slot": slot}
     return observer.report()["lag_seconds"]
 
 
