@@ -63,7 +63,9 @@ class Holding:
         leaving = {one: templates.queues_for(one) for one in self._in(self.record.resuming)}
         source = self._settings.source
         self.parking = parking.parking(self._app, source, list(self.parked), leaving)
-        said, self._said = self._said, self.record.paused
+        # What is parked for one that is no handler any more goes nowhere, resumed or not.
+        stuck = {o: s for o, s in self.record.resuming.items() if o not in self._handlers}
+        said, self._said = self._said, self.record.paused | stuck
         for line in pausing.lines(said, self._said, self._handlers, source):
             logger.warning("%s", escaped(line))
 

@@ -4,7 +4,7 @@ replication worker looks there once a second.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
@@ -21,7 +21,7 @@ from .subscriptions import Subscription
 
 #: Stands for the whole source among the handlers.
 SOURCE = ""
-#: What AMQP takes for the name of a queue, without the rest of it.
+#: What AMQP takes for the name of a queue, without the rest of it but the source.
 _LONGEST_NAME = 200
 
 
@@ -50,15 +50,24 @@ def handlers(subscriptions: Iterable[Subscription]) -> list[str]:
     return sorted({one.handler for one in subscriptions})
 
 
-def refuse_strangers(wanted: Iterable[str], known: Iterable[str], source: str) -> None:
-    """Raise `ConfigurationError` for a handler that is gone: a worker would throw away what was
-    parked for it."""
-    for one in set(wanted) - {*known, SOURCE}:
-        raise ConfigurationError(
-            f"{one} is no handler of this app any more, so a worker would throw its changes away; "
-            f"declare it again, or delete the queue {queue_of(one, source)} on the broker and run "
-            "`flash reset`."
-        )
+def refuse_strangers(
+    wanted: Iterable[str],
+    known: Iterable[str],
+    source: str,
+    depths: Callable[[list[str]], Mapping[str, int | None]],
+) -> list[str]:
+    """Those that are handlers no more. Raises `ConfigurationError` where anything is parked for
+    one: a worker would throw it away."""
+    gone = sorted(set(wanted) - {*known, SOURCE})
+    parked = depths([queue_of(one, source) for one in gone]) if gone else {}
+    for one in gone:
+        if parked[queue_of(one, source)]:
+            raise ConfigurationError(
+                f"{one} is no handler of this app any more, so a worker would throw away what is "
+                f"parked for it; declare it again, or delete the queue {queue_of(one, source)} on "
+                f"the broker and run `flash resume {one}`."
+            )
+    return gone
 
 
 def read(connection: psycopg.Connection[Any], settings: Settings) -> Record:
@@ -73,16 +82,18 @@ def lines(
     """What a replication worker says when something else is paused than before."""
     said = []
     for one in now.keys() - before.keys():
+        where = queue_of(one, source)
         if one == SOURCE:
             said.append(
                 f"Paused since {now[one]}: nothing is read, and what is written meanwhile stays in "
                 "the WAL, until `flash resume`"
             )
         elif one in handlers:
-            where = queue_of(one, source)
             said.append(f"{one} is paused since {now[one]}; its changes wait in the queue {where}")
         else:
-            said.append(f"{one} is paused and no handler any more; see `flash status`")
+            said.append(
+                f"{one} is no handler any more; what was parked for it stays in the queue {where}"
+            )
     said += [f"{one or 'Reading'} goes on" for one in before.keys() - now.keys()]
     return sorted(said)
 
@@ -98,11 +109,12 @@ def pause(
     connection: psycopg.Connection[Any], settings: Settings, wanted: Sequence[str]
 ) -> dict[str, str]:
     """Note that these are paused; since when each of them is. Raises `CatalogError`."""
+    most = _LONGEST_NAME - len(settings.source.encode())
     for handler in wanted:
-        if len(handler.encode()) > _LONGEST_NAME:
+        if len(handler.encode()) > most:
             raise ConfigurationError(
                 f"The name {handler} is too long for a queue of its own; give the task a name= of "
-                f"{_LONGEST_NAME} bytes at most."
+                f"{most} bytes at most."
             )
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
 
@@ -118,18 +130,23 @@ def pause(
 
 
 def resume(
-    connection: psycopg.Connection[Any], settings: Settings, wanted: Sequence[str]
+    connection: psycopg.Connection[Any],
+    settings: Settings,
+    wanted: Sequence[str],
+    gone: Collection[str] = (),
 ) -> list[str]:
-    """Note that these go on; those of them that were paused. Raises `CatalogError`."""
+    """Note that these go on, and nothing more of those that are `gone`; those of them that were
+    paused. Raises `CatalogError`."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     were: list[str] = []
 
     def change(record: Record) -> Record:
         were[:] = [one for one in wanted if one in record.paused]
+        resuming = {**record.resuming, **{one: now for one in were if one != SOURCE}}
         return replace(
             record,
             paused={one: since for one, since in record.paused.items() if one not in were},
-            resuming={**record.resuming, **{one: now for one in were if one != SOURCE}},
+            resuming={one: since for one, since in resuming.items() if one not in gone},
         )
 
     _note(connection, settings, change)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import click
 
 from .project import Project, command, say
@@ -55,21 +57,25 @@ def resume(project: Project, handlers: tuple[str, ...], everything: bool) -> Non
     `flash replicate` does it, or the next one.
     """
     from .. import pausing
+    from ..publishers.base import queue_depths
 
-    known = pausing.handlers(project.subscriptions)
+    known, source = pausing.handlers(project.subscriptions), project.settings.source
     with project.connect() as connection:
-        paused = pausing.read(connection, project.settings).paused
+        record = pausing.read(connection, project.settings)
         if everything:
-            wanted = list(paused)
+            wanted = list(record.paused)
         else:
-            wanted = pausing.named(handlers, {*known, *paused} - {pausing.SOURCE})
-        pausing.refuse_strangers(wanted, known, project.settings.source)
+            noted = {*known, *record.paused, *record.resuming} - {pausing.SOURCE}
+            wanted = pausing.named(handlers, noted)
+        depths = partial(queue_depths, project.app)
+        gone = pausing.refuse_strangers(wanted, known, source, depths)
         wanted = wanted or [pausing.SOURCE]
-        were = pausing.resume(connection, project.settings, wanted)
+        were = pausing.resume(connection, project.settings, wanted, gone)
         left = pausing.read(connection, project.settings).paused
     for one in wanted:
         name = one or "Reading"
-        say(f"{name} goes on." if one in were else f"{name} was not paused.")
+        said = "goes on" if one in were else "was not paused"
+        say(f"{name} {'is forgotten, for it is no handler any more' if one in gone else said}.")
     if left:
         others = ", ".join(one or "reading" for one in left)
         say(f"Still paused: {others}.", err=True)

@@ -34,6 +34,12 @@ def reset(project: Project, slot: str | None, yes: bool, force: bool) -> None:
             say(f"  {line}")
         if not yes:
             click.confirm("Go on?", abort=True)
-        source = project.settings.source
-        resetting.run(connection, undo, force, lambda: unparking.move(project.app, source, parked))
+
+        def unpark() -> None:
+            # Anew: more may have been parked while somebody read what there was.
+            unparking.move(
+                project.app, project.settings.source, unparking.find(connection, *subject)
+            )
+
+        resetting.run(connection, undo, force, unpark)
     click.echo("Done.")

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 
 import pytest
 import redis
@@ -125,12 +126,40 @@ def test_what_cannot_be_paused(shop):
     assert "There is no handler eech; there are shop.each" in flash(shop, "pause", "eech", code=2)
     assert "shop.each was not paused" in flash(shop, "resume", "each")
     flash(shop, "pause", "each")
-    renamed = shop.run("flash", "resume", "each", SHOP_BATCH="only")
+    with redis.Redis.from_url(shop.broker.url) as client:
+        client.lpush("flash.paused.shop.each", "a message")
+        renamed = shop.run("flash", "resume", "each", SHOP_BATCH="only")
+        client.delete("flash.paused.shop.each")
     assert renamed.returncode == 2
     assert "is no handler of this app any more" in renamed.stderr
+    renamed = shop.run("flash", "resume", "each", SHOP_BATCH="only")
+    assert "shop.each is forgotten, for it is no handler any more" in renamed.stdout
+    assert status(shop)["paused_handlers"] == []
+    flash(shop, "pause", "each")
     since = status(shop)["paused_handlers"][0]["since"]
     assert f"shop.each is paused since {since}" in flash(shop, "pause", "each")
     assert "Still paused: shop.each." in flash(shop, "resume")
+
+
+@pytest.mark.soak
+def test_a_reset_sends_what_was_parked_while_it_asked(shop):
+    replicate = shop.replicate()
+    flash(shop, "pause", "each")
+    shop.until_said(replicate, "its changes wait")
+    with subprocess.Popen(
+        shop.command("flash", "reset", "--force"),
+        env=shop.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as reset:
+        shop.processes.append(reset)
+        assert "This will" in reset.stdout.readline()
+        insert(shop.database, 1, 30)
+        confirmed(shop)
+        assert "Done." in reset.communicate("y\n", timeout=60)[0]
+    assert count_of(shop, "flash.paused.shop.each") == 0
+    assert count_of(shop, "flash") == 30
 
 
 @pytest.mark.soak

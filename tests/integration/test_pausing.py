@@ -1,6 +1,7 @@
 """What is paused, in a replication worker of this process."""
 
 import json
+from dataclasses import replace
 
 import psycopg
 import pytest
@@ -121,7 +122,7 @@ def test_a_record_from_before_there_were_pauses_is_read():
     assert Record.of_json(json.dumps(written)) == Record(slot="one")
 
 
-def test_one_that_is_no_handler_any_more_is_remembered(flash):
+def test_one_that_is_no_handler_any_more_is_remembered(flash, caplog):
     flash.handler("items", name="kept").handler("items", name="gone").start()
     pause(flash, "kept", "gone")
     pause(flash, "kept", "gone", end=True)
@@ -131,6 +132,14 @@ def test_one_that_is_no_handler_any_more_is_remembered(flash):
     del flash.app.tasks["gone"]
     flash.start()
     flash.wait(lambda: list(record(flash).resuming) == ["gone"])
+    said = (
+        "gone is no handler any more; what was parked for it stays in the queue flash.paused.gone"
+    )
+    flash.wait(lambda: said in caplog.text)
+    settings = Settings.from_app(flash.app)
+    with flash.database.connect() as connection:
+        assert pausing.resume(connection, settings, ["gone"], gone=["gone"]) == []
+    assert not record(flash).resuming
 
 
 def test_what_cannot_be_paused(flash):
@@ -138,6 +147,12 @@ def test_what_cannot_be_paused(flash):
     with pytest.raises(CatalogError, match="start `flash replicate` first"):
         pause(flash, "shop.each")
     with pytest.raises(ConfigurationError, match="is no handler of this app any more"):
-        pausing.refuse_strangers(["shop.gone"], ["shop.each"], "")
+        pausing.refuse_strangers(
+            ["shop.gone"], ["shop.each"], "", lambda queues: dict.fromkeys(queues, 1)
+        )
     with pytest.raises(ConfigurationError, match="is too long for a queue of its own"):
         pause(flash, "x" * 201)
+    of_source = replace(Settings.from_app(flash.app), source="billing")
+    with flash.database.connect() as connection:
+        with pytest.raises(ConfigurationError, match="of 193 bytes at most"):
+            pausing.pause(connection, of_source, ["x" * 200])
