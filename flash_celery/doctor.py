@@ -10,8 +10,9 @@ from . import pausing
 from .errors import ConfigurationError, FlashError, PublishError
 from .findings import OK, STOP, WARNING, Finding, stop
 from .messages import Templates
+from .parking import queue_of
 from .publications import Record
-from .publishers.base import ConnectedPublisher
+from .publishers.base import ConnectedPublisher, queue_depths
 from .settings import Settings
 from .spool import default_directory, file_system
 from .subscriptions import Subscription
@@ -225,6 +226,21 @@ def paused(app: Any, record: Record, source: str) -> Iterator[Finding]:
     for worker, queues in (active or {}).items():
         for queue in {str(one["name"]) for one in queues} & set(parked.values()):
             said = f"{worker} consumes {queue}, which is for nobody; take it out of -Q"
+            yield Finding("paused", WARNING, said)
+
+
+def forgotten(app: Any, record: Record, source: str, handlers: Sequence[str]) -> Iterator[Finding]:
+    """What is parked for handlers that are not paused, which nobody will send back: the database
+    was restored, or a standby was promoted, that does not know of the pause."""
+    parked = pausing.parked(record, source)
+    queues = {queue_of(one, source): one for one in handlers if one not in parked}
+    for queue, depth in queue_depths(app, list(queues)).items():
+        if depth:
+            one = queues[queue]
+            said = (
+                f"{depth} messages are parked in {queue}, and {one} is not paused: `flash pause "
+                f"{one}` and `flash resume {one}` send them to their queue"
+            )
             yield Finding("paused", WARNING, said)
 
 

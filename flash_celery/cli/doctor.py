@@ -50,6 +50,8 @@ def doctor(project: Project, explain: bool, as_sql: bool) -> None:
     findings += broker
     if broker[0].level == OK:  # or asking for workers takes its time
         findings += checks.workers(project.app, project.subscriptions)
+        handlers = pausing.handlers(project.subscriptions)
+        findings += checks.forgotten(project.app, record, project.settings.source, handlers)
     findings += checks.paused(project.app, record, project.settings.source)
     for finding in findings:
         say(checks.line(finding))

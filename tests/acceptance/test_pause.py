@@ -142,6 +142,30 @@ def test_what_cannot_be_paused(shop):
 
 
 @pytest.mark.soak
+def test_a_pause_that_the_database_does_not_know_of_any_more(any_shop):
+    """It was restored, or the primary lost what a standby had not read."""
+    shop = any_shop
+    publication = "flash_publication_insert"
+    noted = f"SELECT obj_description(oid) FROM pg_publication WHERE pubname = '{publication}'"
+    replicate = shop.replicate()
+    before = shop.database.one(noted)
+    flash(shop, "pause", "each")
+    shop.until_said(replicate, "its changes wait")
+    insert(shop.database, 1, 30)
+    confirmed(shop)
+    shop.database.execute(f"COMMENT ON PUBLICATION {publication} IS '{before}'")
+    shop.until_said(replicate, "shop.each goes on")
+    said = flash(shop, "doctor")
+    assert "30 messages are parked in flash.paused.shop.each, and shop.each is not paused" in said
+    flash(shop, "pause", "each")
+    flash(shop, "resume", "each")
+    until_noted_as_done(shop)
+    shop.worker()
+    assert numbers(shop.until_noted(30)) == list(range(1, 31))
+    assert "not paused" not in flash(shop, "doctor")
+
+
+@pytest.mark.soak
 def test_a_reset_sends_what_was_parked_while_it_asked(shop):
     replicate = shop.replicate()
     flash(shop, "pause", "each")

@@ -132,9 +132,7 @@ def test_one_that_is_no_handler_any_more_is_remembered(flash, caplog):
     del flash.app.tasks["gone"]
     flash.start()
     flash.wait(lambda: list(record(flash).resuming) == ["gone"])
-    said = (
-        "gone is no handler any more; what was parked for it stays in the queue flash.paused.gone"
-    )
+    said = "gone is no handler any more; what was parked for it stays in the queue flash.paused."
     flash.wait(lambda: said in caplog.text)
     settings = Settings.from_app(flash.app)
     with flash.database.connect() as connection:
@@ -153,6 +151,8 @@ def test_what_cannot_be_paused(flash):
     with pytest.raises(ConfigurationError, match="is too long for a queue of its own"):
         pause(flash, "x" * 201)
     of_source = replace(Settings.from_app(flash.app), source="billing")
-    with flash.database.connect() as connection:
-        with pytest.raises(ConfigurationError, match="of 193 bytes at most"):
-            pausing.pause(connection, of_source, ["x" * 200])
+    with (
+        flash.database.connect() as connection,
+        pytest.raises(ConfigurationError, match="of 193 bytes at most"),
+    ):
+        pausing.pause(connection, of_source, ["x" * 200])

@@ -163,7 +163,8 @@ ALLOWED = {
         *("publishers", "settings", "slots", "subscriptions", "errors"),
     },
     "doctor": {
-        *("findings", "messages", "pausing", "publications", "publishers", "settings", "spool"),
+        *("findings", "messages", "parking", "pausing", "publications", "publishers", "settings"),
+        "spool",
         *("subscriptions", "errors"),
     },
     "live": {"escaping", "protocol", "settings", "slots", "status", "subscriptions", "errors"},
@@ -245,7 +246,7 @@ ALLOWED = {
     | {"preflight", "script", "server", "sources", "standbys"},
     "cli.wait": {"cli", "waiting", "errors"},
     "cli.replay": {"cli", "pausing", "replay", "errors"},
-    "cli.pause": {"cli", "parking", "pausing"},
+    "cli.pause": {"cli", "parking", "pausing", "publishers"},
     "cli.reset": {"cli", "reset", "unparking"},
     "cli.tail": {"cli", "control", "subscriptions", "tail", "errors"},
     "cli.dead": {"cli", "letterbox", "tail", "errors"},
