@@ -254,7 +254,7 @@ class _Keeper(threading.Thread):
     def _recall(self, connection: psycopg.Connection[Any], now: Mark) -> None:
         """Go on where an earlier process was: if the window began anew with each of them, the slot
         of one that is often restarted would never move."""
-        reached, then = _noted(connection, self._settings), _next(connection, self._settings)
+        reached, then = oldest(connection, self._settings), _next(connection, self._settings)
         if reached is None or now.lsn <= reached.lsn:
             return
         if then is not None and reached.lsn < then.lsn <= now.lsn:

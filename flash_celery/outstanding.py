@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from .changes import Change, Changes
@@ -19,6 +20,8 @@ from .publishers.base import ConnectedPublisher
 
 #: Seconds that workers have to answer.
 _INSPECT_SECONDS = 1.0
+#: With more messages than this, a queue of Redis' is not read whole if its oldest says enough.
+_LONG = 1000
 #: Celery's native delayed delivery, with quorum queues: a message goes from the first to the last.
 _DELAYS = [f"celery_delayed_{level}" for level in range(27, -1, -1)]
 
@@ -92,6 +95,8 @@ class _Looking:
 class _InRedis(_Looking):
     def look(self, lsn: Lsn) -> str:
         with self._publisher.errors():
+            if said := self._glance(lsn):
+                return said
             counts = Counter(self._late(lsn))
         if not counts:
             return ""
@@ -100,33 +105,60 @@ class _InRedis(_Looking):
         what = "message" if count == 1 else "messages"
         return f"{count} {what} for {handler} {where}{others}"
 
+    def _glance(self, lsn: Lsn) -> str:
+        """Of a long queue the oldest message may say enough; to read all takes memory, here and
+        in Redis."""
+        keys = self._keys()
+        with self._pipeline(transaction=False) as pipeline:
+            for _, key in keys:
+                pipeline.llen(key)
+                pipeline.lindex(key, -1)
+            found = pipeline.execute()
+        for (queue, _), depth, raw in zip(keys, found[::2], found[1::2], strict=True):
+            if depth > _LONG and raw and (handler := self._of(_json(raw), lsn)):
+                return f"{depth} messages are in the queue {queue}, the first for {handler}"
+        return ""
+
     def _late(self, lsn: Lsn) -> Iterator[tuple[str, str]]:
         """The handler of each message with a change up to a position, and where it is."""
-        channel = self._publisher.channel
-        prefix = getattr(channel, "global_keyprefix", "")
-        keys = [
-            (queue, f"{prefix}{channel._q_for_pri(queue, priority)}")
-            for queue in self._queues
-            for priority in channel.priority_steps
-        ]
-        with channel.conn_or_acquire() as pooled:
-            import redis
-
-            client = redis.Redis(connection_pool=pooled.connection_pool)
-            # In one step: a message that is retried moves from one to the other.
-            with client.pipeline(transaction=True) as pipeline:
-                for _, key in keys:
-                    pipeline.lrange(key, 0, -1)
-                pipeline.hvals(f"{prefix}{channel.unacked_key}")
-                *lists, taken = pipeline.execute()
+        keys = self._keys()
+        # In one step: a message that is retried moves from one to the other.
+        with self._pipeline(transaction=True) as pipeline:
+            for _, key in keys:
+                pipeline.lrange(key, 0, -1)
+            pipeline.hvals(f"{self._prefix}{self._publisher.channel.unacked_key}")
+            *lists, taken = pipeline.execute()
         for (queue, _), found in zip(keys, lists, strict=True):
             for raw in found:
                 if handler := self._of(_json(raw), lsn):
                     yield handler, f"in the queue {queue}"
         for raw in taken:
-            message, *_ = _json(raw) or [None]
-            if handler := self._of(message, lsn):
+            parts = _json(raw)
+            if isinstance(parts, list) and parts and (handler := self._of(parts[0], lsn)):
                 yield handler, "with a worker"
+
+    @property
+    def _prefix(self) -> str:
+        return getattr(self._publisher.channel, "global_keyprefix", "")
+
+    def _keys(self) -> list[tuple[str, str]]:
+        """The lists of each queue, one for each priority."""
+        channel = self._publisher.channel
+        return [
+            (queue, f"{self._prefix}{channel._q_for_pri(queue, priority)}")
+            for queue in self._queues
+            for priority in channel.priority_steps
+        ]
+
+    @contextmanager
+    def _pipeline(self, transaction: bool) -> Iterator[Any]:
+        import redis
+
+        with self._publisher.channel.conn_or_acquire() as pooled:
+            # Kombu's own client prefixes the keys of some commands.
+            client = redis.Redis(connection_pool=pooled.connection_pool)
+            with client.pipeline(transaction=transaction) as pipeline:
+                yield pipeline
 
     def _of(self, raw: Any, lsn: Lsn) -> str | None:
         """The handler, if the message is one of those."""

@@ -3,9 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+import redis
 
 from example_project.servers import wait_until
-from flash_celery import on_change
+from flash_celery import on_change, outstanding
 from flash_celery.errors import CatalogError, ConfigurationError, NotDone
 from flash_celery.waiting import wait_for
 from tests.acceptance.test_faults import insert
@@ -56,7 +57,7 @@ def test_it_returns_when_handlers_are_done(any_shop):
 @pytest.mark.parametrize(
     "any_shop", ["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)], indirect=True
 )
-def test_what_waits_what_runs_and_what_has_failed(any_shop, twin):
+def test_what_waits_what_runs_and_what_has_failed(any_shop, twin, monkeypatch):
     shop, app = any_shop, twin(any_shop)
     with pytest.raises(CatalogError, match="does not exist, so nothing is read"):
         wait_for(app)
@@ -64,6 +65,17 @@ def test_what_waits_what_runs_and_what_has_failed(any_shop, twin):
     insert(shop.database, 1, 3)
     with pytest.raises(NotDone, match=r"3 messages .*in the queue flash"):
         wait_for(app, timeout=1)
+    if shop.broker.url.startswith("redis"):
+        strange = {"a": "5", "b": "[]", "c": "{", "d": '[{"headers": 5}]'}
+        with redis.Redis.from_url(shop.broker.url) as client:
+            client.hset("unacked", mapping=strange)
+            with pytest.raises(NotDone, match=r"3 messages for shop\.each in the queue flash"):
+                wait_for(app, timeout=0)
+            client.delete("unacked")
+        with monkeypatch.context() as patch:
+            patch.setattr(outstanding, "_LONG", 2)
+            with pytest.raises(NotDone, match=r"3 messages are in the queue flash, the first for"):
+                wait_for(app, timeout=0)
     before = shop.database.one("SELECT pg_current_wal_insert_lsn()::text")
     shop.worker("threads")
     shop.until_noted(3)
