@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 #: How long a statement may wait, and others behind it.
 LOCK_TIMEOUT = "2s"
 _LOCK_ATTEMPTS = 5
+#: The attempt at which it is said that another process is waited for: after a second or so.
+_SAID_AT = 3
 
 
 @dataclass(frozen=True)
@@ -294,9 +296,12 @@ def alone(
     """Nobody else sets up these publications meanwhile: two workers may start at once."""
     key = f"flash_celery {prefix}"
     taken = "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))"
-    for pause in delays():
+    for attempt, pause in enumerate(delays()):
         if connection.execute(taken, [key]).fetchone() == (True,):
             break
+        if attempt == _SAID_AT:
+            what = f"Another process sets up, pauses or resets {prefix}_…; waiting until it is done"
+            logger.warning("%s", escaped(what))
         wait(pause)
     try:
         yield

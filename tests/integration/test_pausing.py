@@ -1,12 +1,13 @@
 """What is paused, in a replication worker of this process."""
 
 import json
+import threading
 from dataclasses import replace
 
 import psycopg
 import pytest
 
-from flash_celery import pausing
+from flash_celery import ddl, pausing
 from flash_celery.errors import CatalogError, ConfigurationError
 from flash_celery.publications import Record
 from flash_celery.settings import Settings
@@ -102,6 +103,22 @@ def test_who_may_not_note_it_is_told_what_to_run(flash):
         noticed(flash, paused=["handler"])
     finally:
         database.execute("DROP ROLE nobody_here")
+
+
+def test_whoever_has_to_wait_for_another_process_says_so(flash, caplog):
+    """It may be a `flash replicate` that waits for open transactions, for hours."""
+    flash.handler("items").start()
+    settings = Settings.from_app(flash.app)
+    with (
+        flash.database.connect() as other,
+        ddl.alone(other, settings.flash_publication_slot_prefix),
+    ):
+        waiting = threading.Thread(target=pause, args=(flash, "handler"))
+        waiting.start()
+        flash.wait(lambda: "waiting until it is done" in caplog.text)
+        assert not record(flash).paused
+    waiting.join(30)
+    assert list(record(flash).paused) == ["handler"]
 
 
 def test_names():
