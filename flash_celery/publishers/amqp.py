@@ -17,6 +17,7 @@ from typing import Any
 from amqp import Channel, ChannelError, PreconditionFailed, RecoverableConnectionError, spec
 from amqp.serialization import dumps
 
+from .. import unconsumed
 from ..errors import NotConfirmed, PublishError, Unroutable
 from ..messages import Form, Message
 from .base import ConnectedPublisher
@@ -109,8 +110,7 @@ class AmqpPublisher(ConnectedPublisher):
         taken: list[Any] = []
         size = 0
         # As the parking queue is declared.
-        quorum = getattr(self._app.conf, "task_default_queue_type", None) == "quorum"
-        most = _MOVED_OF_QUORUM if quorum else _MOVED_MESSAGES
+        most = _MOVED_OF_QUORUM if unconsumed.is_quorum(self._app) else _MOVED_MESSAGES
         while len(taken) < most and size < _MOVED_BYTES:
             message = channel.basic_get(queue, no_ack=False)
             if message is None:

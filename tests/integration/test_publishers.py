@@ -10,7 +10,7 @@ import redis
 from celery import Celery
 from kombu import Queue
 
-from example_project.servers import Valkey
+from example_project.servers import Valkey, wait_until
 from flash_celery import unconsumed
 from flash_celery.errors import PublishError, Unroutable
 from flash_celery.messages import PARKED, Form, Message
@@ -327,7 +327,7 @@ def test_a_parking_quorum_queue_keeps_its_order(rabbit):
     app = Celery("shop", broker=rabbit.url, set_as_current=False)
     app.conf.task_default_queue_type = "quorum"
     name = f"flash.paused.{uuid4()}"
-    queues = [app.amqp.queues["moved"], letters.queue(app, name)]
+    queues = [app.amqp.queues["moved"], unconsumed.queue(app, name)]
     one, other = for_app(app), for_app(app)
     one.open(queues)
     one.publish([message(number, name) for number in range(1000)])

@@ -96,7 +96,7 @@ ALLOWED = {
     "publishers.base": {"clients", "enqueued", "messages", "errors"},
     "publishers.redis": {"publishers", "enqueued", "messages"},
     "publishers.journal": {"enqueued", "messages", "protocol", "errors"},
-    "publishers.amqp": {"publishers", "messages", "errors"},
+    "publishers.amqp": {"publishers", "messages", "unconsumed", "errors"},
     "publishers.kombu": {"publishers", "messages"},
     "publishers.memory": {"enqueued", "messages", "errors"},
     # The catalog, and what is set up in it.
