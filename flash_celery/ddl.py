@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,8 +28,6 @@ logger = logging.getLogger(__name__)
 #: How long a statement may wait, and others behind it.
 LOCK_TIMEOUT = "2s"
 _LOCK_ATTEMPTS = 5
-#: The attempt at which it is said that another process is waited for: after a second or so.
-_SAID_AT = 3
 
 
 @dataclass(frozen=True)
@@ -287,27 +284,6 @@ def forget(found: Found, prefix: str, identities: dict[int, CatalogTable]) -> li
     if Operation.INSERT in found.publications:
         steps.append(Step(drop.format(sql.Identifier(name_of(prefix, Operation.INSERT)))))
     return steps
-
-
-@contextmanager
-def alone(
-    connection: psycopg.Connection[Any], prefix: str, wait: Callable[[float], object] = time.sleep
-) -> Iterator[None]:
-    """Nobody else sets up these publications meanwhile: two workers may start at once."""
-    key = f"flash_celery {prefix}"
-    taken = "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))"
-    for attempt, pause in enumerate(delays()):
-        if connection.execute(taken, [key]).fetchone() == (True,):
-            break
-        if attempt == _SAID_AT:
-            what = f"Another process sets up, pauses or resets {prefix}_…; waiting until it is done"
-            logger.warning("%s", escaped(what))
-        wait(pause)
-    try:
-        yield
-    finally:
-        if not connection.closed:
-            connection.execute("SELECT pg_advisory_unlock(hashtextextended(%s, 0))", [key])
 
 
 def apply(

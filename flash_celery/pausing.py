@@ -12,7 +12,7 @@ from typing import Any
 import psycopg
 from psycopg import errors as postgres
 
-from . import ddl, publications
+from . import ddl, publications, turns
 from .errors import CatalogError, ConfigurationError
 from .parking import queue_of
 from .publications import Record
@@ -159,7 +159,7 @@ def resumed(
     """Note that what was parked for these has gone back, unless `noted` is no longer what is noted;
     what is noted then, as far as the caller knows. Raises `CatalogError`."""
     prefix = settings.flash_publication_slot_prefix
-    with ddl.alone(connection, prefix):
+    with turns.alone(connection, prefix):
         record = publications.read(connection, prefix).record
         if record is None or publications.noted(connection, prefix) != noted:
             return noted
@@ -172,7 +172,7 @@ def _note(
     connection: psycopg.Connection[Any], settings: Settings, change: Callable[[Record], Record]
 ) -> Record:
     prefix = settings.flash_publication_slot_prefix
-    with ddl.alone(connection, prefix):
+    with turns.alone(connection, prefix):
         record = publications.read(connection, prefix).record
         if record is None:
             raise CatalogError(

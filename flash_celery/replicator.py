@@ -20,7 +20,7 @@ from typing import Any
 
 import psycopg
 
-from . import catalog, ddl, history, oversize, publications, slots, unconsumed
+from . import catalog, history, oversize, publications, slots, turns, unconsumed
 from .backoff import delays
 from .control import Control, Stopped
 from .enqueued import Lease
@@ -207,7 +207,7 @@ class Replicator:
             ):
                 self._same_server(stream, connection)
                 prefix = self._settings.flash_publication_slot_prefix
-                with ddl.alone(connection, prefix, self.control.sleep):
+                with turns.alone(connection, prefix, self.control.sleep):
                     self._examined = False
                     self._provisioning.run(stream, connection, self._progress)
                     self._examined = True

@@ -9,7 +9,7 @@ from typing import Any
 
 import psycopg
 
-from . import ddl, history, identities, publications
+from . import ddl, history, identities, publications, turns
 from .ddl import Step
 from .errors import CatalogError, SlotInUse
 from .settings import Settings
@@ -96,7 +96,7 @@ def run(
 
     `unpark` is called when nobody reads any more, and before it is forgotten what is paused.
     """
-    with ddl.alone(connection, undo.prefix):
+    with turns.alone(connection, undo.prefix):
         if undo.slot is not None and not force:
             # Before anything is noted, which its reader would see, and let go of the slot.
             _refuse_in_use(connection, undo.slot["name"])

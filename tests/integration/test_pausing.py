@@ -7,7 +7,7 @@ from dataclasses import replace
 import psycopg
 import pytest
 
-from flash_celery import ddl, pausing
+from flash_celery import pausing, turns
 from flash_celery.errors import CatalogError, ConfigurationError
 from flash_celery.publications import Record
 from flash_celery.settings import Settings
@@ -111,7 +111,7 @@ def test_whoever_has_to_wait_for_another_process_says_so(flash, caplog):
     settings = Settings.from_app(flash.app)
     with (
         flash.database.connect() as other,
-        ddl.alone(other, settings.flash_publication_slot_prefix),
+        turns.alone(other, settings.flash_publication_slot_prefix),
     ):
         waiting = threading.Thread(target=pause, args=(flash, "handler"))
         waiting.start()

@@ -6,7 +6,7 @@ from functools import partial
 import psycopg
 import pytest
 
-from flash_celery import catalog, conditions, ddl, preflight, publications, reset
+from flash_celery import catalog, conditions, ddl, preflight, publications, reset, turns
 from flash_celery.changes import Operation
 from flash_celery.errors import (
     CatalogError,
@@ -374,7 +374,7 @@ def test_concurrent_starts_set_up_once(tables):
         try:
             with (
                 catalog.connect(tables.dsn) as connection,
-                ddl.alone(connection, SETTINGS.flash_publication_slot_prefix),
+                turns.alone(connection, SETTINGS.flash_publication_slot_prefix),
             ):
                 ddl.apply(connection, plan(connection, [subscription("orders")]))
         except CatalogError as error:

@@ -108,6 +108,7 @@ ALLOWED = {
     "slots": {"progress", "errors"},
     "standbys": {"catalog", "findings", "settings", "slots", "errors"},
     "publications": {"catalog", "changes", "pushdown", "slots", "subscriptions", "errors"},
+    "turns": {"backoff", "escaping"},
     "ddl": {"backoff", "catalog", "changes", "escaping", "publications", "slots", "errors"},
     "script": {"ddl"},
     "server": {"findings", "replication", "settings", "spool", "standbys", "errors"},
@@ -135,7 +136,7 @@ ALLOWED = {
     | {"errors"},
     "watch": {"progress", "protocol", "settings", "slots", "telemetry", "errors"},
     "parking": {"letters", "messages", "unconsumed"},
-    "pausing": {"ddl", "parking", "publications", "settings", "subscriptions", "errors"},
+    "pausing": {"ddl", "parking", "publications", "settings", "subscriptions", "turns", "errors"},
     "holding": {"escaping", "messages", "parking", "pausing", "publications", "settings"}
     | {"subscriptions", "errors"},
     "session": {
@@ -152,7 +153,7 @@ ALLOWED = {
         *("telemetry", "transactions", "watch", "errors"),
     },
     "replicator": {
-        *("backoff", "catalog", "control", "ddl", "enqueued", "escaping", "history", "holding"),
+        *("backoff", "catalog", "control", "enqueued", "escaping", "history", "holding", "turns"),
         *("messages", "outbox", "oversize", "progress", "provisioning", "protocol"),
         *("publications", "publishers", "publishing", "replication", "session", "settings"),
         *("slots", "subscriptions", "telemetry", "unconsumed", "watch", "errors"),
@@ -185,7 +186,9 @@ ALLOWED = {
     "explain": {
         *("catalog", "preflight", "publications", "pushdown", "settings", "subscriptions"),
     },
-    "reset": {"ddl", "history", "identities", "publications", "settings", "status", "errors"},
+    "reset": {
+        *("ddl", "history", "identities", "publications", "settings", "status", "turns", "errors"),
+    },
     "tail": {
         *("catalog", "changes", "control", "ddl", "payload", "protocol", "publications"),
         "replication",
