@@ -63,18 +63,19 @@ class Certificates:
     def __init__(self, folder):
         self.authority, self.authority_key = folder / "authority.pem", folder / "authority.key"
         self.certificate, self.key = folder / "server.pem", folder / "server.key"
-        self._make(self.authority, self.authority_key, "a test's own authority")
+        signs = ("keyUsage=critical,keyCertSign,cRLSign",)  # Python asks for it from 3.13 on
+        self._make(self.authority, self.authority_key, "a test's own authority", signs)
         signed = ("-CA", self.authority, "-CAkey", self.authority_key)
-        extensions = ("subjectAltName=DNS:localhost", "basicConstraints=critical,CA:false")
-        named = [part for one in extensions for part in ("-addext", one)]
-        self._make(self.certificate, self.key, "localhost", *signed, *named)
+        serves = ("subjectAltName=DNS:localhost", "basicConstraints=critical,CA:false")
+        self._make(self.certificate, self.key, "localhost", serves, *signed)
 
     @staticmethod
-    def _make(certificate, key, name, *more):
+    def _make(certificate, key, name, extensions, *more):
         curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
         command = ("openssl", "req", "-x509", *curve, "-days", "2", "-subj", f"/CN={name}")
         files = ("-keyout", key, "-out", certificate)
-        subprocess.run([*command, *files, *more], check=True, capture_output=True)
+        named = [part for one in extensions for part in ("-addext", one)]
+        subprocess.run([*command, *files, *named, *more], check=True, capture_output=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """What a handler is told: transitions, fields, keys, old and new. Scenarios on a real server."""
 
+import json
 import threading
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 
@@ -408,5 +410,8 @@ def test_json_deeper_than_python_can_follow_stops_nothing(flash):
     flash.start()
     flash.do("INSERT INTO deep SELECT (repeat('[', 5000) || repeat(']', 5000))::json")
     (change,) = flash.told()
-    assert change.new["data"] == "[" * 5000 + "]" * 5000
+    wanted = "[" * 5000 + "]" * 5000
+    with suppress(RecursionError):  # from Python 3.14 on it can
+        wanted = json.loads(wanted)
+    assert change.new["data"] == wanted
     assert len(flash.told("where")) == 1
