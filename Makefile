@@ -22,7 +22,7 @@ recording: $(VENV)/.stamp
 	@$(BIN)/python -m example_project.recording
 
 test: $(VENV)/.stamp
-	$(BIN)/pytest -n 3 --dist loadfile $(ARGS)
+	$(BIN)/pytest -n 4 --dist loadfile $(ARGS)
 
 # How fast it is, beside what else there is; ARGS="--only drain --scale 0.1 --runs 1", ARGS=--list.
 bench: $(VENV)/.stamp

@@ -60,7 +60,7 @@ class RabbitQueue:
         self._connection.close()
 
 
-@pytest.fixture(params=["redis", "rabbitmq"])
+@pytest.fixture(params=["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)])
 def small_broker(request):
     """A broker with little memory, and what looks into its queue."""
     if request.param == "redis":
@@ -168,7 +168,7 @@ def test_doctor_says_that_a_redis_can_be_filled():
         said = {
             limit: [
                 finding.message
-                for finding in doctor.broker(app, Settings(flash_max_queue_length=limit))
+                for finding in doctor.broker(app, Settings(flash_max_queue_length=limit), [])
                 if finding.subject == "broker memory"
             ]
             for limit in (0, 1000)

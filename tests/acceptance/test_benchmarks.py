@@ -53,6 +53,7 @@ def results(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.soak
 def test_a_run_leaves_json_charts_and_the_page(results):
     status, found, docs = results("--only", "updates", "filter")
     assert status == 0

@@ -48,6 +48,9 @@ def insert(shop, *names):
     shop.database.execute(f"INSERT INTO items VALUES {values}")
 
 
+@pytest.mark.parametrize(
+    "any_shop", ["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)], indirect=True
+)
 def test_list_show_retry_and_drop(any_shop):
     shop = any_shop
     shop.worker("prefork")
@@ -122,6 +125,9 @@ def killed_thrice(shop):
     assert [notes[1]["id"]] == found[0].changes
 
 
+@pytest.mark.parametrize(
+    "any_shop", ["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)], indirect=True
+)
 def test_a_change_that_kills_its_process(any_shop):
     killed_thrice(any_shop)
 

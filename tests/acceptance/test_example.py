@@ -63,9 +63,8 @@ def test_the_demo_ends_by_itself_with_everything_handled(folder):
     assert nothing_is_left(folder)
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.soak), signal.SIGTERM]
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_demo_leaves_nothing_behind_when_it_is_stopped(folder, number):
     process = demo(folder=folder)
     pages = []

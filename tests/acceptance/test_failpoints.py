@@ -156,6 +156,9 @@ def test_a_sigkill_at_every_step_of_the_work(any_shop):
     assert shop.end(last) == 0
 
 
+@pytest.mark.parametrize(
+    "any_shop", ["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)], indirect=True
+)
 def test_an_owner_that_was_stopped_in_the_middle_of_publishing(any_shop):
     """Another one takes over; what the first was handing over may still arrive, where the broker
     cannot refuse it, and nothing else."""

@@ -32,6 +32,9 @@ def handled(shop, first, last, timeout=120.0):
     return notes, order
 
 
+@pytest.mark.parametrize(
+    "any_shop", ["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)], indirect=True
+)
 def test_kill_9_in_the_middle_of_10_000_changes(any_shop):
     shop = any_shop
     shop.environment["SHOP_BATCH"] = "1"
@@ -81,7 +84,9 @@ def shop_of_its_own(make_shop, own_postgres, database, valkey):
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGQUIT, signal.SIGKILL], ids=["fast", "immediate", "kill"]
+    "number",
+    [signal.SIGINT, signal.SIGQUIT, pytest.param(signal.SIGKILL, marks=pytest.mark.soak)],
+    ids=["fast", "immediate", "kill"],
 )
 def test_a_restart_of_postgresql(shop_of_its_own, own_postgres, number):
     shop = shop_of_its_own

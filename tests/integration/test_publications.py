@@ -120,7 +120,7 @@ NARROW = [
 ]
 
 
-@pytest.mark.parametrize("push_down", [False, True])
+@pytest.mark.parametrize("push_down", [pytest.param(False, marks=pytest.mark.soak), True])
 def test_writes_work_after_every_statement_of_set_up_change_and_reset(
     tables, connection, push_down
 ):
