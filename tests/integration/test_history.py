@@ -92,6 +92,7 @@ def test_it_follows_and_goes_with_a_reset(flash):
     moved = position.format(history.slot_of(settings))
     flash.wait(lambda: Lsn.parse(flash.database.one(moved)) >= passed)
     flash.stop()
+    flash.wait(lambda: flash.database.one(flash.slot("active_pid")) is None)
     with flash.database.connect() as connection:
         undo = reset.plan(connection, settings, settings.flash_replication_slot)
         assert any("nothing can be replayed then" in line for line in undo.lines())
