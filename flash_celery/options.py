@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
+from kombu.exceptions import SerializerNotInstalled
 from kombu.serialization import prepare_accept_content
 
 from .changes import Operation
@@ -34,8 +36,7 @@ def resolve(
             f"{subscription.handler} has serializer={options['serializer']!r}; changes travel as "
             "JSON, so give it serializer='json'."
         )
-    accepted = prepare_accept_content(app.conf.accept_content)
-    if accepted is not None and _JSON not in accepted:
+    if not _takes_json(app.conf.accept_content):
         raise ConfigurationError(
             f"accept_content is {list(app.conf.accept_content)!r}, so workers would refuse "
             "changes, which travel as JSON; add 'json' to it."
@@ -53,6 +54,15 @@ def resolve(
         queue = settings.flash_queue
     options["queue"] = _declared(app, getattr(queue, "name", queue), subscription)
     return options
+
+
+def _takes_json(accepted: Any) -> bool:
+    """Whether workers with this `accept_content` do; a name in it may be known to them alone."""
+    if accepted is None or {"json", _JSON} & set(accepted):
+        return True
+    with suppress(SerializerNotInstalled):
+        return _JSON in prepare_accept_content(accepted)
+    return False
 
 
 def _flash_route(

@@ -175,10 +175,15 @@ def test_another_serializer_is_refused(make):
         make(task_options={"serializer": "pickle"})
 
 
-@pytest.mark.parametrize("accepted", [["pickle"], []])
+@pytest.mark.parametrize("accepted", [["pickle"], [], ["of workers alone"]])
 def test_workers_that_would_refuse_json_are_refused(make, accepted):
     with pytest.raises(ConfigurationError, match="travel as JSON; add 'json' to it"):
         make(conf={"accept_content": accepted})
+
+
+@pytest.mark.parametrize("accepted", [None, ["application/json"], ["json", "of workers alone"]])
+def test_workers_that_take_json_among_others(make, accepted):
+    assert make(conf={"accept_content": accepted})().queue == "flash"
 
 
 def test_an_app_that_sends_its_own_tasks_otherwise(make):
