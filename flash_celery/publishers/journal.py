@@ -36,6 +36,8 @@ _MARK = "mark:"
 _LAST = struct.Struct("=q")
 #: Writes without a reply that are remembered: one that comes through later is taken for a loss.
 _DOUBTS = 100
+#: Before every mark.
+_NONE: Mark = (0, 0, 0)
 #: 1 if the owner and the last write are not those that are expected. Each command comes with the
 #: number of its words. A queue that is none is found before anything is pushed, for a script that
 #: ends in the middle undoes nothing.
@@ -79,6 +81,7 @@ class _Write(NamedTuple):
     #: How many entries of the list it dropped.
     dropped: int
     transactions: bytes
+    latest: Mark
 
 
 class Journal:
@@ -90,6 +93,8 @@ class Journal:
         #: The last write that is known to be done; each attempt has a number of its own.
         self._written = 0
         self._numbers = count(1)
+        #: The latest mark that Redis is known to have had.
+        self._latest: Mark = _NONE
         #: The last transaction of each entry of the list.
         self._entries: deque[int] = deque()
         self._transactions = b""
@@ -115,7 +120,9 @@ class Journal:
             return Enqueued({}, ())
         self._entries.extend(_LAST.unpack_from(entry)[0] for entry in entries)
         transactions = array("q", b"".join(entry[_LAST.size :] for entry in entries))
-        return Enqueued(_marks(fields), frozenset(transactions))
+        marks = _marks(fields)
+        self._latest = max(marks.values(), default=_NONE)
+        return Enqueued(marks, frozenset(transactions))
 
     def _forget(self, client: Any, fields: Sequence[bytes]) -> None:
         """What was counted otherwise, or in another history, says nothing."""
@@ -139,7 +146,7 @@ class Journal:
 
         Raises `TakenOver`, and `ConfirmedLost` if Redis does not have what it had confirmed.
         """
-        marks, last, transactions = _covered(messages)
+        marks, latest, transactions = _covered(messages)
         new = transactions if transactions != self._transactions else b""
         dropped = self._acknowledged()
         number = next(self._numbers)
@@ -147,12 +154,13 @@ class Journal:
         if dropped:
             commands.append(("LTRIM", self._list, dropped, -1))
         if new:
-            commands.append(("RPUSH", self._list, _LAST.pack(last) + new))
+            commands.append(("RPUSH", self._list, _LAST.pack(latest[0]) + new))
         # One by one: a command of a script has some thousand words at most.
         commands += [("HSET", self._key, field, mark) for field, mark in marks.items()]
         written = "writes", number, "binding", self._lease.binding
         commands.append(("HSET", self._key, *written))
-        self._doubt(number, _Write(len(messages), last if new else None, dropped, transactions))
+        last = latest[0] if new else None
+        self._doubt(number, _Write(len(messages), last, dropped, transactions, latest))
         if self.step(client, commands):
             self.look(client)
             raise redis.ConnectionError("a push whose reply did not come was done after all")
@@ -175,12 +183,17 @@ class Journal:
 
     def _missed(self, fields: dict[bytes, bytes]) -> None:
         """Raise `ConfirmedLost` if the hash, or our last write to it, is missing."""
-        owner, writes = fields.get(b"owner"), int(fields.get(b"writes", 0))
-        ours = owner == self._lease.token.encode()
-        if owner is not None and not (ours and writes not in (self._written, *self._doubts)):
+        latest = max(_marks(fields).values(), default=_NONE)
+        if fields.get(b"owner") == self._lease.token.encode():
+            lost = int(fields.get(b"writes", 0)) not in (self._written, *self._doubts)
+        else:
+            # Who has taken over goes on from our marks; what is behind them is of a session before.
+            same = fields.get(b"binding") == self._lease.binding.encode()
+            lost = b"owner" not in fields or (same and latest < self._latest)
+        if not lost:
             return
-        marks = _marks(fields).values()
-        since = f"from {Lsn(max(mark[0] for mark in marks))} on" if marks else "before now"
+        self._latest = _NONE  # it is said once
+        since = "before now" if latest == _NONE else f"from {Lsn(latest[0])} on"
         raise ConfirmedLost(
             "Redis does not have the last messages any more that it had confirmed (it was restored "
             "or emptied, evicts keys, or has failed over): changes committed "
@@ -204,6 +217,7 @@ class Journal:
         write = self._doubts[number]
         self._doubts.clear()
         self._written, self._transactions = number, write.transactions
+        self._latest = max(self._latest, write.latest)
         for _ in range(write.dropped):
             self._entries.popleft()
         if write.last is not None:
@@ -211,8 +225,8 @@ class Journal:
         return write.messages
 
 
-def _covered(messages: Sequence[Message]) -> tuple[dict[str, str], int, bytes]:
-    """The fields of the marks, the last transaction, and all of them."""
+def _covered(messages: Sequence[Message]) -> tuple[dict[str, str], Mark, bytes]:
+    """The fields of the marks, the latest of them, and all transactions."""
     marks: dict[tuple[str, int], Mark] = {}
     known: dict[int, None] = {}
     before: Collection[int] = ()
@@ -223,7 +237,7 @@ def _covered(messages: Sequence[Message]) -> tuple[dict[str, str], int, bytes]:
         if transactions is not before:  # the messages of one transaction share them
             before = transactions
             known.update(dict.fromkeys(transactions))
-    last = max((mark[0] for mark in marks.values()), default=0)
+    last = max(marks.values(), default=_NONE)
     fields = {
         f"{_MARK}{template}:{number}": ":".join(map(str, map(int, mark)))
         for (template, number), mark in marks.items()

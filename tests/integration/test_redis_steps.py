@@ -4,6 +4,7 @@ The position and the messages are one step: a message is there once, or is publi
 """
 
 import json
+from functools import partial
 
 import pytest
 import redis
@@ -247,6 +248,29 @@ def test_the_next_session_of_a_process_finds_out_what_redis_has_lost(publisher, 
     assert publisher.claim(Lease("1.slot", "same")).until == client.llen("flash")
     publisher.publish([message(3)])
     assert found(client)[-1] == 3
+
+
+@pytest.mark.parametrize("asks", ["a push", "the next session"])
+def test_a_redis_that_is_as_it_was_in_an_earlier_session_has_lost_the_last_push(
+    publisher, client, asks
+):
+    publisher.publish([message(1)])
+    kept = {key: client.dump(key) for key in client.keys("*")}
+    publisher.claim(Lease("1.slot", "same"))
+    publisher.publish([message(2)])
+    client.flushall()
+    for key, value in kept.items():
+        client.restore(key, 0, value)
+    ask = {
+        "a push": partial(publisher.publish, [message(3)]),
+        "the next session": partial(publisher.claim, Lease("1.slot", "same")),
+    }
+    with pytest.raises(ConfirmedLost, match="committed from 0/1 on may be missing"):
+        ask[asks]()
+    # Said once.
+    assert publisher.claim(Lease("1.slot", "same")).until == 1
+    publisher.publish([message(2), message(3)])
+    assert found(client) == [1, 2, 3]
 
 
 def test_the_next_session_may_follow_another_ones(publisher, client, valkey, new_session):
