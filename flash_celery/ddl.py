@@ -36,7 +36,7 @@ class Step:
 
     statement: sql.Composed
     table: CatalogTable | None = None
-    #: Whether it only notes something, and alters nothing of what is sent.
+    #: Whether `replicate` goes on without it where `flash_manage` is off: it only notes something.
     note: bool = False
 
     def __str__(self) -> str:
@@ -114,11 +114,12 @@ def _create(found: Found, prefix: str) -> list[Step]:
 
 def _look_anew(found: Found, prefix: str) -> list[Step]:
     """Before PostgreSQL 15 a walsender that has met a table does not notice that it became a
-    partition, and leaves out its rows, until a publication is altered."""
+    partition, and leaves out its rows, until a publication is altered. Most partitions never were
+    anything else, so nobody has to wait for the owner: `Provisioning` warns of the others."""
     if found.version >= 150000 or Operation.INSERT not in found.publications:
         return []
     statement = sql.SQL("ALTER PUBLICATION {} SET (publish_via_partition_root = false)")
-    return [Step(statement.format(sql.Identifier(name_of(prefix, Operation.INSERT))))]
+    return [Step(statement.format(sql.Identifier(name_of(prefix, Operation.INSERT))), note=True)]
 
 
 def _set_full(goal: Wanted) -> list[Step]:

