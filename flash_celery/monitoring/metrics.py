@@ -79,7 +79,12 @@ METRICS = {
     "flash_received_lsn": Described("gauge", "The last position that has arrived, in bytes."),
     "flash_confirmed_lsn": Described("gauge", "The position up to which all is with the broker."),
     "flash_spool_bytes": Described("gauge", "Open transactions that are spooled."),
-    "flash_paused": Described("gauge", "1 while reading pauses because a queue is full."),
+    "flash_backpressure": Described("gauge", "1 while reading pauses because a queue is full."),
+    "flash_paused": Described(
+        "gauge",
+        "1 from `flash pause` to `flash resume`; without a name, of everything.",
+        ("handler",),
+    ),
     "flash_held_back": Described("gauge", "1 while PostgreSQL waits for standbys."),
     "flash_broker_up": Described("gauge", "1 if the broker answers."),
     "flash_database_up": Described("gauge", "1 if PostgreSQL answers."),
@@ -175,14 +180,16 @@ def _worker(report: dict[str, Any]) -> dict[str, _Samples]:
         "flash_received_lsn": _one(Lsn.parse(report["received_lsn"])),
         "flash_confirmed_lsn": _one(Lsn.parse(report["confirmed_lsn"])),
         "flash_spool_bytes": _one(report["spool_bytes"]),
-        "flash_paused": _one(report["paused_since"] is not None),
+        "flash_backpressure": _one(report["paused_since"] is not None),
         "flash_held_back": _one(report["held_back_since"] is not None),
     }
 
 
 def _servers(report: dict[str, Any]) -> dict[str, _Samples]:
     down = report["broker_error"] or report["broker_failing_since"]
+    paused = {one["handler"]: 1.0 for one in report["paused_handlers"]}
     found = {
+        "flash_paused": _each({"": float(report["paused"] is not None), **paused}),
         "flash_lag_bytes": _one(report["lag_bytes"]),
         "flash_broker_up": _one(not down),
         "flash_database_up": _one(not report["database_error"]),

@@ -196,6 +196,9 @@ def test_what_is_paused_is_shown(shop, address):
 
     said = wait_until(shown, "it to be shown how much is parked")
     assert said["ready"]
+    paused = samples(get(address, "/metrics")[1])["flash_paused"]
+    handlers = {labels["handler"]: value for labels, value in paused}
+    assert handlers == {"": 1, "shop.each": 1}
     told = json.loads(shop.run("flash", "status", "--json").stdout)
     assert told["paused_handlers"] == said["paused_handlers"]
     console = Console(file=io.StringIO(), width=200)
