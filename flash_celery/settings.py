@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from itertools import combinations
+from types import ModuleType
 from typing import Any
 
 from . import dsn
@@ -311,14 +312,15 @@ def _check_source(name: Any, given: Any) -> None:
 def _refuse_unread(conf: Any) -> None:
     """Raise `ConfigurationError` for a setting that is none, or is spelt so that nobody reads it.
 
-    A Django project may have settings of its own that begin with FLASH_.
+    A Django project may have settings of its own that begin with FLASH_, and a module of settings
+    may import us.
     """
     namespace = str(getattr(conf, "prefix", None) or "")
     for mapping in getattr(conf, "maps", [conf]):
         for key in mapping:
             bare = str(key).lower().removeprefix(namespace.lower()).removeprefix("celery_")
             ours = bare in _KINDS or bare != str(key).lower() or bare == key
-            if not bare.startswith("flash_") or not ours:
+            if not bare.startswith("flash_") or not ours or isinstance(mapping[key], ModuleType):
                 continue
             if bare not in _KINDS:
                 raise ConfigurationError(f"There is no setting {bare}; {_hint(bare, _KINDS)}")

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 from celery import Celery
 
+import flash_celery
 from flash_celery import errors
 from flash_celery.settings import Settings
 
@@ -95,6 +96,10 @@ def test_a_setting_that_nobody_reads_is_refused(given, namespace, key, right):
 def test_settings_of_the_project_that_begin_alike_are_nobodys(given):
     project = {"FLASH_SALE_HOURS": 3, "CELERY_FLASH_QUEUE": "changes", "FLASH_QUEUE": "sale"}
     assert given("CELERY", **project).flash_queue == "changes"
+
+
+def test_a_module_of_settings_may_import_the_package(given):
+    assert given("", flash_celery=flash_celery, flash_queue="changes").flash_queue == "changes"
 
 
 def test_a_password_does_not_show(app):
