@@ -654,9 +654,7 @@ def test_a_partition_of_a_transaction_that_nobody_sees_yet(flash, streaming):
     )
     flash.handler("parts", name="root").handler("part", "delete", name="part")
     flash.start(flash_use_streaming=streaming)
-    if (
-        flash.database.one("SHOW server_version_num") >= "150000"
-    ):  # 14 would not send them: see below
+    if flash.database.one("SHOW server_version_num") >= "150000":  # 14 may not notice: see above
         flash.do("INSERT INTO part VALUES (1, 'a')")
 
     def write():
