@@ -62,7 +62,14 @@ def _redis(publisher: ConnectedPublisher, max_queue_length: int) -> Iterator[Fin
     settings = publisher.redis_settings(
         "appendonly", "appendfsync", "maxmemory", "maxmemory-policy"
     )
-    if settings.get("appendonly") != "yes":
+    if "appendonly" not in settings:
+        yield Finding(
+            "broker durability",
+            WARNING,
+            "Redis does not tell its settings (CONFIG GET); see to it that it has appendonly yes, "
+            "appendfsync always and maxmemory-policy noeviction",
+        )
+    elif settings["appendonly"] != "yes":
         yield Finding(
             "broker durability",
             WARNING,
@@ -132,7 +139,7 @@ def _loses(queue: Any) -> list[str]:
     """What a queue was given that makes RabbitMQ forget messages."""
     given = queue.queue_arguments or {}
     names = ["expires", "message_ttl"]
-    if given.get("x-overflow") != "reject-publish":
+    if not str(given.get("x-overflow")).startswith("reject-publish"):
         names += ["max_length", "max_length_bytes"]
     found = [
         name
@@ -234,7 +241,12 @@ def forgotten(app: Any, record: Record, source: str, handlers: Sequence[str]) ->
     was restored, or a standby was promoted, that does not know of the pause."""
     parked = pausing.parked(record, source)
     queues = {queue_of(one, source): one for one in handlers if one not in parked}
-    for queue, depth in queue_depths(app, list(queues)).items():
+    try:
+        depths = queue_depths(app, list(queues))
+    except PublishError as error:
+        yield Finding("paused", WARNING, f"what is parked cannot be counted: {error}")
+        return
+    for queue, depth in depths.items():
         if depth:
             one = queues[queue]
             said = (

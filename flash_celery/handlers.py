@@ -39,7 +39,7 @@ from .tasks import (
     require_argument,
     run_of,
     shared_task,
-    stands_alone,
+    standing_for,
     task_around,
 )
 
@@ -317,7 +317,7 @@ def _declare(target: Any, declared: Declaration) -> Any:
         _attach(target, declared)
     elif isinstance(target, Handler):
         target._declared.append(declared)
-    elif callable(target) and not isinstance(target, type):
+    elif hasattr(target, "__qualname__") and not isinstance(target, type):
         target = Handler(target)
         target._declared.append(declared)
         once_finalized(lambda app: _adopt(target, app))
@@ -344,8 +344,9 @@ def _attach(task: Any, declared: Declaration) -> None:
 def _adopt(handler: Handler[Any, Any], app: Celery) -> None:
     task = task_around(handler, app, missing_ok=True)
     if task is None:
-        if not stands_alone(handler):
+        function = standing_for(handler)
+        if function is None:
             return  # a task decorator of another app stands above
-        task = app.task(lazy=False)(handler)
+        task = app.task(lazy=False)(function)
     for declared in handler._declared:
         _attach(task, declared)

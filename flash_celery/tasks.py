@@ -8,20 +8,26 @@ from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
 
-from celery import Celery, current_app
+from celery import Celery, Task, current_app
 from celery._state import _get_active_apps, connect_on_app_finalize
+from celery.local import Proxy
 
 from .errors import SubscriptionError
 
 
-def stands_alone(handler: Any) -> bool:
-    """Whether its module still calls the handler by its name, and not a task made of it."""
+def standing_for(handler: Any) -> Any:
+    """The function to make a task of where none was made of the handler: what its module calls by
+    its name, if that only wraps it; None if that is a task already, or something else."""
     if "<locals>" in handler.__qualname__:
-        return True
+        return handler
     found: Any = sys.modules.get(handler.__module__)
     for name in handler.__qualname__.split("."):
         found = getattr(found, "__dict__", {}).get(name)
-    return found is None or found is handler
+    if isinstance(found, (Proxy, Task)):  # of another app; a proxy must not be looked into
+        return None
+    if found is None or any(layer is found for layer in _layers(handler)):
+        return handler
+    return found if any(layer is handler for layer in _layers(found)) else None
 
 
 def task_around(handler: Any, app: Any, missing_ok: bool = False) -> Any:

@@ -1,5 +1,7 @@
 import asyncio
 import functools
+import sys
+import types
 
 import pytest
 from celery import Celery, shared_task
@@ -64,6 +66,61 @@ def test_a_plain_function_becomes_one_task(app):
     assert sorted(declared(app)) == [("handle", "public.customers"), ("handle", "public.orders")]
     assert handle(CHANGE) == handle.delay(CHANGE).get() == "0/1:0"
     assert handle.name in app.tasks
+
+
+MODULE = """
+import functools
+from flash_celery import on_change
+from celery import Celery
+
+def sync(change):
+    return "sync"
+
+handler = on_change("orders")(sync)
+
+def timed(function):
+    @functools.wraps(function)
+    def run(change):
+        return "timed " + function(change)
+    return run
+
+@timed
+@on_change("customers")
+def wrapped(change):
+    return "wrapped"
+
+def told(what, change):
+    return what
+
+part = on_change("parts")(functools.update_wrapper(functools.partial(told, "part"), told))
+other = Celery("other", set_as_current=False)
+
+@other.task(shared=False)
+@on_change("others")
+def elsewhere(change): ...
+"""
+
+
+def test_a_function_that_its_module_knows_otherwise(app, monkeypatch):
+    """It is a task all the same: as what wraps it, where something does."""
+    module = types.ModuleType("a_shop")
+    monkeypatch.setitem(sys.modules, "a_shop", module)
+    exec(MODULE, module.__dict__)
+    told = {str(one.table): app.tasks[one.handler] for one in subscriptions_of(app)}
+    assert {table: task.name for table, task in told.items()} == {
+        "public.orders": "a_shop.sync",
+        "public.customers": "a_shop.wrapped",
+        "public.parts": "a_shop.told",
+    }
+    assert {task.delay(CHANGE).get() for task in told.values()} == {"sync", "timed wrapped", "part"}
+    assert module.handler.delay(CHANGE).get() == "sync"
+    assert ("elsewhere", "public.others") in declared(module.other)
+
+
+@pytest.mark.parametrize("target", [functools.partial(print), object(), Batch])
+def test_what_is_no_function_is_refused(target):
+    with pytest.raises(SubscriptionError, match="on_change decorates a task or a function, not"):
+        on_change("orders")(target)
 
 
 def test_autoretry_for(app):
