@@ -343,10 +343,8 @@ def _attach(task: Any, declared: Declaration) -> None:
 
 def _adopt(handler: Handler[Any, Any], app: Celery) -> None:
     task = task_around(handler, app, missing_ok=True)
-    if task is None:
-        function = standing_for(handler)
-        if function is None:
-            return  # a task decorator of another app stands above
+    if task is None and (function := standing_for(handler)) is not None:
         task = app.task(lazy=False)(function)
-    for declared in handler._declared:
+    # Else a task decorator of another app stands above.
+    for declared in handler._declared if task is not None else ():
         _attach(task, declared)

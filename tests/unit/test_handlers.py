@@ -115,6 +115,7 @@ def test_a_function_that_its_module_knows_otherwise(app, monkeypatch):
     assert {task.delay(CHANGE).get() for task in told.values()} == {"sync", "timed wrapped", "part"}
     assert module.handler.delay(CHANGE).get() == "sync"
     assert ("elsewhere", "public.others") in declared(module.other)
+    module.other.close()
 
 
 @pytest.mark.parametrize("target", [functools.partial(print), object(), Batch])
