@@ -88,10 +88,12 @@ def plan(
         *_set_full(goal),
         *_alter(found, prefix, goal, intended),
         *_restore(no_more, kept),
-        *(_look_anew(found, prefix) if leaves.keys() - record.leaves.keys() else ()),
     ]
-    if work and found.record != intended:
-        steps.append(note(prefix, intended))
+    looked = _look_anew(found, prefix) if leaves.keys() - record.leaves.keys() else []
+    if (work or looked) and found.record != intended:
+        # In one transaction: partitions that are noted are not looked at again.
+        parts = [*looked, note(prefix, intended).statement]
+        steps.append(Step(sql.SQL("; ").join(parts), note=True))
     steps += work
     if work or found.record != complete:
         steps.append(note(prefix, complete))
@@ -112,14 +114,14 @@ def _create(found: Found, prefix: str) -> list[Step]:
     ]
 
 
-def _look_anew(found: Found, prefix: str) -> list[Step]:
+def _look_anew(found: Found, prefix: str) -> list[sql.Composed]:
     """Before PostgreSQL 15 a walsender that has met a table does not notice that it became a
     partition, and leaves out its rows, until a publication is altered. Most partitions never were
     anything else, so nobody has to wait for the owner: `Provisioning` warns of the others."""
     if found.version >= 150000 or Operation.INSERT not in found.publications:
         return []
     statement = sql.SQL("ALTER PUBLICATION {} SET (publish_via_partition_root = false)")
-    return [Step(statement.format(sql.Identifier(name_of(prefix, Operation.INSERT))), note=True)]
+    return [statement.format(sql.Identifier(name_of(prefix, Operation.INSERT)))]
 
 
 def _set_full(goal: Wanted) -> list[Step]:
