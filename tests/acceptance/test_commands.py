@@ -163,6 +163,8 @@ def test_reset_with_force_ends_the_replication_worker(shop):
 
 
 def test_reset_of_another_slot_leaves_the_publications(shop):
+    # Whose they are is no assertion, which Python leaves out here.
+    shop.environment["PYTHONOPTIMIZE"] = "2"
     shop.end(shop.replicate())
     name = f"{shop.database.slot}_old"
     shop.database.execute(f"SELECT pg_create_logical_replication_slot('{name}', 'pgoutput')")
