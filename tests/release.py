@@ -110,7 +110,7 @@ def main():
         print(f"{name}: {found}")
     if wrong:
         return 1
-    print(f"{version()} can be released. After `make test long matrix` passed, a person runs:")
+    print(f"{version()} can be released. After `make test long matrix audit links`, a person runs:")
     print(f"  git tag -a v{version()} -m {version()}")
     print("  git push origin main --follow-tags")
     print("  .venv/bin/twine upload dist/*")

@@ -43,7 +43,7 @@ def told(valkey, queue="flash", handler="handler"):
     """The changes in a queue, the first one first, taken out."""
     with redis.Redis(port=valkey.port) as client:
         found = []
-        while raw := client.rpop(queue):
+        for raw in client.rpop(queue, 100_000) or []:
             message = json.loads(raw)
             if message["headers"]["task"] == handler:
                 found += payload.decode(json.loads(message["body"])[0][0]["__value__"])
