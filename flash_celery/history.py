@@ -59,7 +59,9 @@ def oldest(connection: psycopg.Connection[Any], settings: Settings) -> Mark | No
     """From where on everything is held; None if there is no such slot."""
     found = slots.find(connection, slot_of(settings))
     noted = _noted(connection, settings)
-    if found is None or found.reason is not None or found.confirmed is None or noted is None:
+    if found is None or found.reason is not None or found.confirmed is None:
+        return None
+    if noted is None or noted.lsn == _UNKNOWN:
         return None
     return Mark(max(noted.lsn, Lsn.parse(found.confirmed)), noted.time)
 
@@ -83,7 +85,8 @@ def findings(connection: psycopg.Connection[Any], settings: Settings) -> Iterato
         )
         yield Finding("replay", WARNING, said)
     elif mark is None:
-        said = f"{slot_of(settings)} was lost ({found.reason}); `flash replicate` makes a new one"
+        why = f"was lost ({found.reason})" if found.reason else "is being made"
+        said = f"{slot_of(settings)} {why}; `flash replicate` makes a new one when it starts"
         yield Finding("replay", WARNING, said)
     else:
         yield Finding("replay", OK, f"what is after {mark} can be replayed ({found.wal_status})")
