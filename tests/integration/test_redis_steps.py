@@ -18,7 +18,7 @@ from flash_celery.publishers.redis import RedisPublisher
 from tests.proxy import Proxy, Way
 
 #: Seconds until a reply counts as lost.
-PATIENCE = 1.0
+PATIENCE = 2.0
 
 
 def message(number, queue="flash"):
