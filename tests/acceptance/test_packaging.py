@@ -227,11 +227,12 @@ def test_without_the_redis_client_a_sentence_says_what_to_install(bare, project,
     assert "Traceback" not in ran.stderr
 
 
-@pytest.mark.parametrize(("programs", "broker"), [("bare", "rabbit"), ("with_redis", "valkey")])
-def test_a_change_reaches_its_handler(request, programs, broker, make_shop, database):
-    shop = make_shop(
-        request.getfixturevalue(broker), PYTHONPATH=str(Path(__file__).parent), SHOP_QUORUM=""
-    )
+@pytest.mark.parametrize(
+    ("programs", "any_shop"), [("bare", "rabbitmq"), ("with_redis", "redis")], indirect=["any_shop"]
+)
+def test_a_change_reaches_its_handler(request, programs, any_shop, database):
+    shop = any_shop
+    shop.environment.update(PYTHONPATH=str(Path(__file__).parent), SHOP_QUORUM="")
     shop.python = str(request.getfixturevalue(programs) / "python")
     assert shop.run("flash", "doctor").returncode == 0
     worker = shop.worker()
