@@ -96,6 +96,8 @@ class _Examination:
         self._progress = progress
         self._role = Role.of(connection)
         self._lost: Gap | None = None
+        #: What is said beside of a slot that the owner has to make.
+        self._missing = ""
         self._report = Report()
 
     def run(self) -> Report:
@@ -165,9 +167,12 @@ class _Examination:
             if self._report.slot_exists:
                 self._report.gap = open_gap  # somebody died just after it was made anew
                 return
-            if not self._settings.flash_manage:
-                return  # its owner makes it, and is told so
             gap = slots.missed(slot, None, self._progress)
+            if not self._settings.flash_manage:
+                # Its owner makes it, and is told so. It may never have been made.
+                gap = slots.until_now(self._connection, gap)
+                self._missing = f" If {slot} was there before, {gap}; rebuild what depends on them."
+                return
         if gap is None:
             return
         gap = open_gap or gap
@@ -272,6 +277,7 @@ class _Examination:
             error = CatalogError(
                 "flash_manage is off, and this is left to be run by the owner of tables and "
                 f"publications, all of it as `flash doctor --sql` prints it: {statements};"
+                f"{self._missing}"
             )
             return self._stop("publications", error)
         return self._add("publications", OK, "as they should be")

@@ -15,6 +15,7 @@ from .control import Control, Stopped
 from .errors import SlotInUse, SlotMissing
 from .preflight import Report
 from .progress import Progress
+from .protocol.lsn import Lsn
 from .publications import Found, Record
 from .replication import ReplicationConnection
 from .settings import Settings
@@ -42,6 +43,10 @@ _ATTACHED = (
 _LEFT_OUT = (
     "PostgreSQL 14 may leave out rows of the partition %s until the owner of the publications has "
     "run what `flash doctor --sql` prints."
+)
+_MOVED = (
+    "The slot %s stands at %s, and this process had read it up to %s: if no other one has read on "
+    "since, it was moved or made anew by hand, and the changes between are missing"
 )
 
 
@@ -74,6 +79,7 @@ class Provisioning:
         progress: Progress,
     ) -> None:
         """Make and alter what the subscriptions need. Raises what stands in the way."""
+        self._where_it_was(connection, progress)
         report = self._examine(connection, progress)
         found = publications.read(connection, self._prefix)
         manage = self._settings.flash_manage
@@ -104,6 +110,13 @@ class Provisioning:
         if report.gap is not None:
             self._close_gap(connection, report.gap)
         self.leaves |= publications.leaves_of(connection, self._prefix)
+
+    def _where_it_was(self, connection: psycopg.Connection[Any], progress: Progress) -> None:
+        """PostgreSQL does not tell one slot from another of the same name."""
+        found = slots.find(connection, self._slot)
+        position = Lsn.parse(found.confirmed) if found and found.confirmed else Lsn(0)
+        if position > progress.confirmed > Lsn(0):
+            logger.warning(_MOVED, self._slot, position, progress.confirmed)
 
     def _warn_of_attached(
         self, connection: psycopg.Connection[Any], before: Found, report: Report

@@ -234,7 +234,7 @@ def enqueue(
 ) -> int:
     """Enqueue what is wanted, as it was at first; how many messages. Raises `PublishError`."""
     with closing(ReplicationConnection(settings.require_dsn())) as stream:
-        system = stream.identify().partition("/")[0]
+        system = stream.identify()[0].partition("/")[0]
     # Task ids are the same as at first too.
     source = f"{system}/{settings.flash_replication_slot}"
     templates = Templates(app, settings, subscriptions, source)

@@ -130,10 +130,12 @@ class ReplicationConnection:
         """The socket, to be waited on."""
         return self._connection.socket
 
-    def identify(self) -> str:
-        """Which server and timeline this is: a position means nothing anywhere else."""
+    def identify(self) -> tuple[str, Lsn]:
+        """Which server and timeline this is, for a position means nothing anywhere else; and up to
+        where it can send."""
         result = self._execute(sql.SQL("IDENTIFY_SYSTEM"), pq.ExecStatus.TUPLES_OK)
-        return b"/".join(result.get_value(0, column) or b"" for column in (0, 1)).decode()
+        system, timeline, position = ((result.get_value(0, n) or b"").decode() for n in range(3))
+        return f"{system}/{timeline}", Lsn.parse(position)
 
     def introduce(self) -> None:
         """Learn `pid` and `server`, and have the server let go of the slot of an owner it has not

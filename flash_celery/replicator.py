@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,12 +19,11 @@ from typing import Any
 
 import psycopg
 
-from . import catalog, history, oversize, publications, slots, turns, unconsumed
+from . import catalog, history, oversize, publications, server, slots, turns, unconsumed
 from .backoff import delays
 from .control import Control, Stopped
 from .enqueued import Lease
 from .errors import (
-    ConfigurationError,
     ConfirmedLost,
     DecodingFailed,
     FlashError,
@@ -38,6 +36,7 @@ from .errors import (
 )
 from .escaping import escaped
 from .holding import Holding
+from .hopeless import refuse_hopeless
 from .messages import Templates
 from .outbox import Outbox
 from .progress import Progress
@@ -56,11 +55,9 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two looks at a slot that another replication worker reads.
 _STANDBY_PAUSE = 1.0
-#: Connection failures that waiting does not mend (libpq gives no SQLSTATE for these).
-_HOPELESS = re.compile(
-    r"authentication failed|no password supplied|does not exist|pg_hba\.conf|permission denied|"
-    r"unsupported startup parameter|not permitted to log in|invalid connection option|"
-    r"must be superuser or replication role|certificate|private key file|SSL was required"
+_RESTORED = (
+    "PostgreSQL stands at %s, and had sent what is before %s: its data was restored, and what its "
+    "slot has not been told of is read again"
 )
 
 
@@ -272,13 +269,9 @@ class Replicator:
     def _start(self, stream: ReplicationConnection, connection: psycopg.Connection[Any]) -> None:
         slot = self._settings.flash_replication_slot
         prefix = self._settings.flash_publication_slot_prefix
-        source = stream.identify()
-        if source != self._source:
-            # Positions of another server, or another timeline of it, mean nothing here.
-            self._progress, self._source = Progress(), source
-            self._samples.clear()
+        self._identify(stream, connection)
         self._holding.read(connection, self._templates)
-        system = source.partition("/")[0]
+        system = self._source.partition("/")[0]
         self._templates = Templates(
             self._app,
             self._settings,
@@ -313,6 +306,17 @@ class Replicator:
             extra={"slot": slot, "lsn": str(self._progress.confirmed)},
         )
 
+    def _identify(self, stream: ReplicationConnection, connection: psycopg.Connection[Any]) -> None:
+        """Forget positions of another server, or another history of it: they mean nothing here."""
+        source, position = stream.identify()
+        sent = self._progress.received
+        if source == self._source and position < sent and not server.is_standby(connection):
+            logger.warning(_RESTORED, position, sent)
+        elif source == self._source:
+            return
+        self._progress, self._source = Progress(), source
+        self._samples.clear()
+
     def _on_confirmed(self, position: Lsn) -> None:
         self._progress.confirm(position)
         self.control.wake()
@@ -324,20 +328,3 @@ class Replicator:
         if state == "55000" and "publication" in message:
             # PostgreSQL 18 skips a publication it does not find and sends nothing of it.
             self.control.fail(PublicationMismatch(f"{message}; run `flash reset` to start anew."))
-
-
-def refuse_hopeless(error: FlashError, settings: Settings) -> None:
-    """Raise `ConfigurationError` for a connection failure that waiting does not mend."""
-    if isinstance(error, ReplicationError) and _HOPELESS.search(str(error)):
-        raise ConfigurationError(_with_hint(str(error), settings.called("flash_dsn"))) from error
-
-
-def _with_hint(message: str, dsn: str) -> str:
-    if "unsupported startup parameter" in message:
-        return f"{message[:-1]}; this is a pooler: {dsn} must lead to PostgreSQL itself."
-    if "certificate" in message or "SSL" in message:
-        return (
-            f"{message[:-1]}; correct the host, sslmode and sslrootcert of {dsn}, or the server's "
-            "certificate."
-        )
-    return f"{message[:-1]}; correct {dsn}, or the server's roles and pg_hba.conf."

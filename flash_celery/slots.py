@@ -127,13 +127,18 @@ def missed(name: str, slot: Slot | None, progress: Progress) -> Gap:
     return Gap(name, (slot and slot.reason) or DROPPED, position, since)
 
 
+def until_now(connection: psycopg.Connection[Any], gap: Gap) -> Gap:
+    """The gap as it would be if it ended here."""
+    until, time = now(connection)
+    return replace(gap, until=until, until_time=time)
+
+
 def lost(connection: psycopg.Connection[Any], gap: Gap) -> SlotLost | SlotMissing:
     """The error that says so."""
     gone = gap.reason == DROPPED
     what = "existed and is gone" if gone else "was invalidated"
-    until, time = now(connection)
     return (SlotMissing if gone else SlotLost)(
-        f"The slot {gap.slot} {what}: {replace(gap, until=until, until_time=time)}; run "
+        f"The slot {gap.slot} {what}: {until_now(connection, gap)}; run "
         "`flash reset` to start anew at the present, and rebuild what depends on them "
         "(flash_on_lost_slot = 'recreate' starts anew by itself)."
     )

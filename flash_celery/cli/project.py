@@ -45,7 +45,7 @@ class Project:
     def connect(self) -> Any:
         from .. import catalog
         from ..errors import ReplicationError
-        from ..replicator import refuse_hopeless
+        from ..hopeless import refuse_hopeless
 
         try:
             return catalog.connect(self.settings.require_dsn())

@@ -9,6 +9,7 @@ import pytest
 import redis
 
 from example_project.servers import wait_until
+from flash_celery.errors import CatalogError
 from tests.acceptance.test_commands import created_nothing, publications, slots
 from tests.conftest import missing
 from tests.integration.conftest import Flash, shown
@@ -210,7 +211,23 @@ def test_partitions_come_and_go_where_nobody_manages(flash):
     *others, statement = set_up(flash)
     assert "COMMENT ON" in statement
     old = flash.database.one("SHOW server_version_num") < "150000"
-    assert [("SET (publish_via" in one) for one in others] == [False, True] * old
+    assert [("SET (publish_via" in one) for one in others] == [True] * old
+
+
+def test_a_slot_that_was_dropped_where_nobody_manages(flash):
+    """Its owner makes it again, and is told what that costs."""
+    flash.database.execute("CREATE TABLE items (id int PRIMARY KEY)")
+    flash.handler("items")
+    set_up(flash)
+    flash.start().do("INSERT INTO items VALUES (1)").stop()
+    drop = f"SELECT pg_drop_replication_slot('{flash.database.slot}')"
+    flash.database.execute("INSERT INTO items VALUES (2)", drop)
+    with pytest.raises(CatalogError, match="was there before, changes from .* to .* are missing"):
+        flash.start()
+    flash.error = None
+    set_up(flash)
+    flash.start().do("INSERT INTO items VALUES (3)")
+    assert shown(flash.told()) == ["insert 1", "insert 3"]
 
 
 def test_a_table_that_becomes_a_partition_where_nobody_manages(flash, caplog):

@@ -4,19 +4,21 @@ was restored, made anew or altered makes it leave out a change."""
 import json
 import shutil
 import signal
-from contextlib import suppress
+import time
+from contextlib import contextmanager, suppress
 
 import pytest
 import redis
 from celery import Celery
 
 from example_project.servers import Postgres, Valkey, wait_until
-from flash_celery import payload
+from flash_celery import payload, turns
 from flash_celery.enqueued import Lease
 from flash_celery.errors import TakenOver
 from flash_celery.messages import Form, Message
 from flash_celery.publishers.journal import Journal
 from flash_celery.publishers.redis import RedisPublisher
+from flash_celery.settings import Settings
 
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text)"
 
@@ -228,40 +230,88 @@ def test_a_redis_that_is_restored_meanwhile_is_found_out(on_redis, caplog):
         assert f"changes committed from {changes[0].commit_lsn} on may be missing" in caplog.text
 
 
-@pytest.mark.parametrize("timeline", ["the same", "new"])
-def test_a_restored_database_leaves_out_nothing(on_redis, timeline):
-    """Other transactions get the LSNs of those that were enqueued; slot and system are the same."""
+@contextmanager
+def restored_later(flash):
+    """A server of its own, with one row that was told of; and what puts its files back as they are
+    now, other than by the end of a recovery."""
+    database = flash.database
+    shared = database.server, database.dsn, database.slot
     with Postgres() as own:
-        database = on_redis.database
-        shared = database.server, database.dsn, database.slot
         database.server, database.dsn = own, own.dsn()
+        backup = own.folder / "backup"
+
+        def restore():
+            own.stop(signal.SIGQUIT)
+            shutil.rmtree(own.data)
+            shutil.copytree(backup, own.data, symlinks=True)
+            if own.as_user:
+                for path in (own.data, *own.data.rglob("*")):
+                    shutil.chown(path, own.as_user["user"], own.as_user["group"])
+
         try:
-            restored(on_redis, own, timeline)
+            database.execute(ITEMS)
+            flash.app.conf.flash_dsn = database.dsn
+            flash.handler("items").start().do("INSERT INTO items VALUES (0, 'z')").stop()
+            own.stop()
+            shutil.copytree(own.data, backup, symlinks=True)
+            own.start()
+            yield own, restore
         finally:
-            on_redis.stop()
+            flash.stop()
             database.server, database.dsn, database.slot = shared
 
 
-def restored(flash, own, timeline):
+def test_a_database_restored_while_its_worker_waits_for_it_leaves_out_nothing(flash, caplog):
+    """It is on the same timeline, so only its position tells."""
+    database = flash.database
+    with restored_later(flash) as (own, restore):
+        flash.start().do(*(f"INSERT INTO items VALUES ({n}, 'a')" for n in range(1, 200)))
+        assert ids(flash.told()) == list(range(200))
+        restore()
+        own.start()
+        flash.wait(lambda: database.one(flash.slot("active")))
+        assert "its data was restored" in caplog.text
+        flash.do(*(f"INSERT INTO items VALUES ({n}, 'b')" for n in range(1, 300)))
+        assert ids(flash.told()) == list(range(1, 300))
+
+
+def test_a_slot_made_anew_by_hand_while_its_worker_connects_again_is_said(flash, caplog):
     database = flash.database
     database.execute(ITEMS)
-    flash.app.conf.flash_dsn = database.dsn
-    flash.handler("items")
-    flash.publisher = RedisPublisher(flash.app)
-    flash.start().do("INSERT INTO items VALUES (0, 'z')").stop()
-    own.stop()
-    backup = own.folder / "backup"
-    shutil.copytree(own.data, backup, symlinks=True)
-    own.start()
+    flash.handler("items").start().do("INSERT INTO items VALUES (1, 'a')")
+    prefix = Settings.from_app(flash.app).flash_publication_slot_prefix
+    # A worker that connects meanwhile waits for its turn.
+    with database.connect() as connection, turns.alone(connection, prefix, time.sleep):
+        database.execute(
+            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots "
+            f"WHERE slot_name = '{database.slot}'"
+        )
+        flash.wait(lambda: not database.one(flash.slot("active")))
+        database.execute(
+            f"SELECT pg_drop_replication_slot('{database.slot}')",
+            "INSERT INTO items VALUES (2, 'a')",
+            f"SELECT pg_create_logical_replication_slot('{database.slot}', 'pgoutput')",
+        )
+    flash.wait(lambda: database.one(flash.slot("active")))
+    flash.do("INSERT INTO items VALUES (3, 'a')")
+    assert ids(flash.told()) == [1, 3]
+    assert "was moved or made anew by hand, and the changes between are missing" in caplog.text
+
+
+@pytest.mark.parametrize("timeline", ["the same", "new"])
+def test_a_restored_database_leaves_out_nothing(on_redis, timeline):
+    """Other transactions get the LSNs of those that were enqueued; slot and system are the same."""
+    on_redis.publisher = RedisPublisher(on_redis.app)
+    with restored_later(on_redis) as (own, restore):
+        restored(on_redis, own, restore, timeline)
+
+
+def restored(flash, own, restore, timeline):
+    database = flash.database
     crash(flash, *(f"INSERT INTO items VALUES ({n}, 'a')" for n in (1, 2, 3)), after=3)
     lost = told(flash.valkey)
     assert ids(lost) == [0, 1, 2, 3]
-    own.stop(signal.SIGQUIT)
-    shutil.rmtree(own.data)
-    shutil.copytree(backup, own.data, symlinks=True)
-    if own.as_user:
-        for path in (own.data, *own.data.rglob("*")):
-            shutil.chown(path, own.as_user["user"], own.as_user["group"])
+    restore()
     if timeline == "new":
         (own.data / "recovery.signal").touch()
         (own.data / "postgresql.auto.conf").write_text("restore_command = 'false'\n")

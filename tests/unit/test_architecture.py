@@ -53,6 +53,7 @@ ALLOWED = {
     "backoff": set(),
     # Plain numbers, which the capture side writes and `monitoring` reads.
     "telemetry": {"progress", "errors"},
+    "hopeless": {"settings", "errors"},
     "control": set(),
     "progress": {"protocol"},
     "protocol.frames": {"protocol", "errors"},
@@ -127,6 +128,7 @@ ALLOWED = {
             "history",
             "preflight",
             "progress",
+            "protocol",
             "publications",
             "replication",
         ),
@@ -154,6 +156,7 @@ ALLOWED = {
     },
     "replicator": {
         *("backoff", "catalog", "control", "enqueued", "escaping", "history", "holding", "turns"),
+        *("hopeless", "server"),
         *("messages", "outbox", "oversize", "progress", "provisioning", "protocol"),
         *("publications", "publishers", "publishing", "replication", "session", "settings"),
         *("slots", "subscriptions", "telemetry", "unconsumed", "watch", "errors"),
@@ -226,9 +229,9 @@ ALLOWED = {
         "catalog",
         "escaping",
         "handlers",
+        "hopeless",
         "letterbox",
         "logs",
-        "replicator",
         "settings",
     }
     | {"subscriptions", "errors"},
