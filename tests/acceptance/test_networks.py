@@ -73,7 +73,7 @@ def until_given_up(shop, process, side, since, timeout=60):
 
 def stream(opening):
     """Picks the replication connection."""
-    return b"replication" in opening
+    return b"replication\0" in opening
 
 
 def query(opening):

@@ -151,7 +151,7 @@ def test_a_second_connection_that_says_nothing_any_more_is_replaced(shop):
         shop.worker()
         insert(shop.database, 1, 10)
         handled(shop, 1, 10)
-        proxy.stall(only=lambda opening: b"replication" not in opening)
+        proxy.stall(only=lambda opening: b"replication\0" not in opening)
         shop.until_said(replicate, "a statement has not been answered for 6 s", timeout=30)
         insert(shop.database, 11, 20)
         proxy.heal()
