@@ -23,7 +23,7 @@ class Control:
         self.stopping = False
         #: When the loop was here last, by the monotonic clock.
         self.turned = time.monotonic()
-        #: What ended another thread.
+        #: What ended another thread, until the loop has taken it.
         self.failure: BaseException | None = None
 
     def fileno(self) -> int:
@@ -36,8 +36,8 @@ class Control:
         self.wake()
 
     def fail(self, error: BaseException) -> None:
-        """Hand an error to the loop, which raises it."""
-        self.failure = error
+        """Hand an error to the loop, which raises it. What follows from it says less."""
+        self.failure = self.failure or error
         self.wake()
 
     def check(self) -> None:

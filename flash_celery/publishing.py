@@ -297,6 +297,7 @@ class Publishing(threading.Thread):
                 pauses, pause = delays(), 0.0
             except (ConfirmedLost, TakenOver) as error:
                 self._failed(error)
+                self._given_up(generation, None)  # nothing may follow what is not there
                 return False
             except PublishError as error:
                 # What the broker has already is not sent again.
@@ -306,8 +307,9 @@ class Publishing(threading.Thread):
             if self._given_up(generation, pause):
                 return False
 
-    def _given_up(self, generation: int, seconds: float) -> bool:
-        """Whether the units of this generation are given up, now or within so many seconds."""
+    def _given_up(self, generation: int, seconds: float | None) -> bool:
+        """Whether the units of this generation are given up, now or within so many seconds; with
+        None it waits until they are."""
         with self._changed:
             return self._changed.wait_for(lambda: self._generation != generation, seconds)
 

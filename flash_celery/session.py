@@ -300,3 +300,4 @@ class Session:
             if self._stream.flush():
                 break
             select.select([], [self._stream], [], 0.05)
+        self._control.check()  # what was found out while it waited is said, too

@@ -230,6 +230,31 @@ def test_a_redis_that_is_restored_meanwhile_is_found_out(on_redis, caplog):
         assert f"changes committed from {changes[0].commit_lsn} on may be missing" in caplog.text
 
 
+def test_a_loss_that_is_found_out_while_it_stops_is_said(on_redis, caplog):
+    """Only the process that had the confirmation can know."""
+
+    class Late(RedisPublisher):
+        """Loses everything once somebody asks for the end."""
+
+        def publish(self, messages):
+            if on_redis.lost:
+                wait_until(lambda: on_redis.replicator.control.stopping, "the end")
+                with redis.Redis(port=on_redis.valkey.port) as client:
+                    client.flushall()
+            super().publish(messages)
+
+    on_redis.lost = False
+    on_redis.handler("items")
+    on_redis.publisher = Late(on_redis.app)
+    on_redis.start().do("INSERT INTO items VALUES (1, 'a')")
+    on_redis.lost = True
+    on_redis.database.execute("INSERT INTO items VALUES (2, 'b')")
+    on_redis.wait(lambda: on_redis.replicator.telemetry.unconfirmed())
+    on_redis.stop()
+    assert "may be missing" in caplog.text
+    assert on_redis.error is None
+
+
 @contextmanager
 def restored_later(flash):
     """A server of its own, with one row that was told of; and what puts its files back as they are

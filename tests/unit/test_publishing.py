@@ -8,7 +8,8 @@ from kombu import Queue
 
 from flash_celery import publishing
 from flash_celery.backpressure import Backpressure
-from flash_celery.errors import PublishError
+from flash_celery.control import Control
+from flash_celery.errors import ConfirmedLost, PublishError, TakenOver
 from flash_celery.messages import Form, Message
 from flash_celery.outbox import Unit
 from flash_celery.protocol.lsn import Lsn
@@ -273,3 +274,38 @@ def test_what_is_given_up_while_the_broker_is_being_connected_is_never_published
     wait(lambda: thread.idle)
     assert thread.publisher.queues["flash"] == []
     assert thread.confirmed == []
+
+
+def test_nothing_is_published_after_a_failure_and_the_first_one_is_kept(thread):
+    """What the broker has lost would not be said, and what follows it would be confirmed."""
+    control, errors = Control(), [ConfirmedLost("It is lost."), TakenOver("It is taken.")]
+    publish = thread.publisher.publish
+
+    def fail_first(messages):
+        if errors:
+            raise errors.pop(0)
+        publish(messages)
+
+    thread.publisher.publish = fail_first
+    thread._failed = control.fail
+    thread._together = 0
+    for number in (1, 2, 3):
+        thread.put(unit(number, 1, number))
+    thread.start()
+    wait(lambda: control.failure)
+    time.sleep(0.1)
+    with pytest.raises(ConfirmedLost):
+        control.check()
+    errors.clear()
+    thread.discard()
+    thread.put(unit(1, 1, 1))
+    wait(lambda: thread.idle)
+    assert [m.body for m in thread.publisher.queues["flash"]] == ["1"]
+    assert thread.confirmed == [1]
+    control.check()
+    control.fail(TakenOver("It is taken."))
+    control.fail(ConfirmedLost("It is lost."))
+    with pytest.raises(TakenOver):
+        control.check()
+    control.check()
+    control.close()
