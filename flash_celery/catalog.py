@@ -189,7 +189,7 @@ SELECT concat_ws(' | ',
      LEFT JOIN LATERAL (
          SELECT count(*) FROM pg_attribute
          WHERE attrelid = c.oid AND attgenerated = 'v') AS made ON true),
-    (SELECT string_agg(concat_ws(' ', p.oid, md5(to_jsonb(r)::text), named.list),
+    (SELECT string_agg(concat_ws(' ', p.oid, md5(concat(to_jsonb(p), to_jsonb(r))), named.list),
                        ',' ORDER BY p.oid, r.prrelid)
      FROM pg_publication p LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid
      LEFT JOIN LATERAL (

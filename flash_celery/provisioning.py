@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ import psycopg
 
 from . import catalog, ddl, history, preflight, publications, slots
 from .control import Control, Stopped
-from .errors import SlotInUse, SlotMissing
+from .errors import PublicationMismatch, SlotInUse, SlotMissing
 from .preflight import Report
 from .progress import Progress
 from .protocol.lsn import Lsn
@@ -65,12 +66,18 @@ class Provisioning:
         self._look: Callable[[], str] = str
         #: What stands for the tables and publications as they were looked at.
         self.fingerprint = ""
+        #: When they were last seen to be as they should.
+        self._unaltered: datetime | None = None
         #: The partitions of the handlers' tables, by OID, those that are gone included.
         self.leaves: dict[int, tuple[TableName, ...]] = {}
 
     def altered(self) -> bool:
         """Whether a table or a publication is not any more what it was at `run`."""
-        return self._look() != self.fingerprint
+        now = datetime.now(timezone.utc)
+        if self._look() != self.fingerprint:
+            return True
+        self._unaltered = now
+        return False
 
     def run(
         self,
@@ -135,12 +142,14 @@ class Provisioning:
         """Look at everything; from now on `altered` notices when a table changes."""
         tables = [subscription.table for subscription in of_tables(self._subscriptions)]
         names = publications.names(self._prefix)
+        now = datetime.now(timezone.utc)
         self._look = partial(catalog.fingerprint, connection, tables, names)
         self.fingerprint = self._look()
         report = preflight.examine(connection, self._settings, self._subscriptions, progress)
         if report.read_by is None and not report.standby and self._settings.flash_manage:
             ddl.apply(connection, report.rescue, self._control.sleep)
-        report.raise_first()
+        self._raise_first(report)
+        self._unaltered = now
         self._still_there(report)
         if report.read_by is not None:
             # What its reader has set up is not ours to alter.
@@ -149,6 +158,15 @@ class Provisioning:
                 f"{slots.holder(connection, self._slot)}."
             )
         return report
+
+    def _raise_first(self, report: Report) -> None:
+        try:
+            report.raise_first()
+        except PublicationMismatch as error:
+            if self._unaltered is None:
+                raise
+            time = self._unaltered.isoformat(" ", "seconds")
+            raise PublicationMismatch(f"{error} Nothing had been altered at {time}.") from None
 
     def _still_there(self, report: Report) -> None:
         """A slot that this process has seen is never made again in silence."""

@@ -25,6 +25,8 @@ from .subscriptions import Subscription, TableName
 OPERATIONS = (Operation.INSERT, Operation.UPDATE, Operation.DELETE, Operation.TRUNCATE)
 REWRITES = Operation.UPDATE | Operation.DELETE
 EVERYTHING = Narrowing()
+#: PostgreSQL reads publications as they were when a row was written.
+_UNDO = "undo that, or run `flash reset`; what was written since may be missing."
 #: How many gaps are remembered.
 _GAPS = 10
 
@@ -318,8 +320,8 @@ def check(found: Found, prefix: str, goal: Wanted) -> None:
         options = publication.publishes, publication.everything, publication.via_root
         if options != (frozenset({published}), False, False):
             raise PublicationMismatch(
-                f"The publication {name} is not as it was made: it must publish {published} only, "
-                "of single tables, not via their roots; run `flash reset`."
+                f"The publication {name} was altered by hand: it must publish {published} only, of "
+                f"single tables, not via their roots; {_UNDO}"
             )
     if found.record is None:
         same = all(set(p.tables) == set(goal.tables[o]) for o, p in found.publications.items())
@@ -336,12 +338,12 @@ def check(found: Found, prefix: str, goal: Wanted) -> None:
 def _check_tables(found: Found, record: Record, prefix: str, operation: Operation) -> None:
     name, (key,) = name_of(prefix, operation), operation.names()
     if operation not in found.publications:
-        raise PublicationMismatch(f"The publication {name} was dropped; run `flash reset`.")
+        raise PublicationMismatch(f"The publication {name} was dropped; {_UNDO}")
     tables = set(found.publications[operation].tables)
     before, after = set(record.previous.get(key, [])), set(record.tables.get(key, []))
     altered = (tables - before - after) | ((before & after) - tables)
     if altered:
         raise PublicationMismatch(
             f"The publication {name} was altered by hand (tables with OID "
-            f"{', '.join(map(str, sorted(altered)))}); undo that, or run `flash reset`."
+            f"{', '.join(map(str, sorted(altered)))}); {_UNDO}"
         )

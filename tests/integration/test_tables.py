@@ -582,13 +582,18 @@ def test_a_column_added_with_changes_still_to_be_read(flash):
     assert changes[-1].new["extra"] == 5
 
 
-def test_a_publication_altered_under_way_stops_the_worker(flash):
+@pytest.mark.parametrize(
+    "alteration",
+    ["DROP TABLE items", "SET (publish = '')", "SET (publish_via_partition_root = true)"],
+)
+def test_a_publication_altered_under_way_stops_the_worker(flash, alteration):
     from flash_celery.errors import PublicationMismatch
 
     flash.database.execute("CREATE TABLE items (id int PRIMARY KEY)")
     flash.handler("items").start()
-    flash.database.execute("ALTER PUBLICATION flash_publication_insert DROP TABLE items")
-    with pytest.raises(PublicationMismatch, match="altered by hand"):
+    flash.database.execute(f"ALTER PUBLICATION flash_publication_insert {alteration}")
+    lost = "altered by hand.* was written since may be missing.* Nothing had been altered at 20"
+    with pytest.raises(PublicationMismatch, match=lost):
         flash.wait(lambda: False)
 
 
