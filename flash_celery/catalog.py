@@ -181,7 +181,8 @@ SELECT concat_ws(' | ',
      JOIN pg_namespace n ON n.nspname = wanted.schema
      JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name
      LEFT JOIN LATERAL (
-         SELECT string_agg(concat(p.oid, p.relreplident), '+' ORDER BY p.oid) AS list
+         SELECT string_agg(concat(p.oid, p.relreplident, p.relpersistence),
+                           '+' ORDER BY p.oid) AS list
          FROM pg_partition_tree(c.oid) t JOIN pg_class p ON p.oid = t.relid) AS leaves ON true
      LEFT JOIN LATERAL (
          SELECT string_agg(indexrelid::text, '+' ORDER BY indexrelid) AS list FROM pg_index

@@ -39,7 +39,7 @@ def find(connection: psycopg.Connection[Any], subscription: Subscription) -> Cat
     if unlogged is not None:
         raise SubscriptionError(
             f"{who}: {unlogged} is unlogged, so its changes are not in the WAL: "
-            f"ALTER TABLE {_sql(unlogged)} SET LOGGED;"
+            f"ALTER TABLE {_sql(unlogged)} SET LOGGED; what is written until then is not told."
         )
     rewrites = subscription.captured & REWRITES
     if table.kind == catalog.PARTITIONED and rewrites and not table.primary_key:

@@ -323,15 +323,19 @@ def test_what_has_no_changes_in_the_wal_is_refused(flash, kind):
     assert flash.database.one("SELECT count(*) FROM pg_publication") == 0
 
 
-@pytest.mark.parametrize("running", [False, True])
-def test_an_unlogged_partition_is_refused_also_when_it_comes_later(flash, running):
+@pytest.mark.parametrize("how", ["before", "running", "altered"])
+def test_an_unlogged_partition_is_refused_also_when_it_comes_later(flash, how):
+    running = how != "before"
+    late = "TABLE late PARTITION OF parted FOR VALUES FROM (20) TO (30)"
     flash.database.execute(PARTED)
+    if how == "altered":
+        flash.database.execute(f"CREATE {late}")
     flash.handler("parted", "insert")
     if running:
         flash.start()
         flash.do("INSERT INTO parted VALUES (1, 1)")
     flash.database.execute(
-        "CREATE UNLOGGED TABLE late PARTITION OF parted FOR VALUES FROM (20) TO (30)"
+        "ALTER TABLE late SET UNLOGGED" if how == "altered" else f"CREATE UNLOGGED {late}"
     )
     with pytest.raises(SubscriptionError, match=r'late is unlogged.*"public"."late" SET LOGGED'):
         flash.wait(lambda: False) if running else flash.start()
