@@ -36,7 +36,6 @@ class CatalogTable:
     oid: int
     name: TableName
     kind: str
-    unlogged: bool
     #: `d` default, `n` nothing, `f` full, `i` index.
     identity: str
     #: The index of `REPLICA IDENTITY USING INDEX`.
@@ -70,8 +69,8 @@ _KEYS = sql.SQL("""(
     FROM pg_index i JOIN pg_class ic ON ic.oid = i.indexrelid
     WHERE i.indrelid = c.oid AND i.indisvalid)""")
 _TABLE = sql.SQL("""
-SELECT c.oid::int8, n.nspname, c.relname, c.relkind::text, c.relpersistence = 'u',
-       c.relreplident::text, identity.index_name,
+SELECT c.oid::int8, n.nspname, c.relname, c.relkind::text, c.relreplident::text,
+       identity.index_name,
        coalesce(key.columns, '{{}}'), coalesce(identity.columns, '{{}}'),
        pg_has_role(c.relowner, 'USAGE'),
        ARRAY(SELECT ARRAY[pn.nspname::text, p.relname::text]
@@ -144,15 +143,42 @@ def describe(connection: psycopg.Connection[Any], oid: int) -> CatalogTable | No
     return _read(connection, sql.SQL("c.oid = %s"), [oid])
 
 
+def _tree(root: str) -> str:
+    """A table and all its partitions.
+
+    pg_partition_tree() waits for whoever has locked one of them: a VACUUM FULL, a migration.
+    """
+    return f"""(
+         WITH RECURSIVE tree AS (
+             SELECT oid, relkind, relreplident, relpersistence, relname, relnamespace
+             FROM pg_class WHERE oid = {root}
+             UNION ALL
+             SELECT p.oid, p.relkind, p.relreplident, p.relpersistence, p.relname, p.relnamespace
+             FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid AND NOT i.inhdetachpending
+             JOIN pg_class p ON p.oid = i.inhrelid AND p.relispartition)
+         SELECT * FROM tree)"""  # noqa: S608 - our own words
+
+
+_LEAVES = f"SELECT oid::int8 FROM {_tree('%s')} AS t WHERE relkind <> 'p' ORDER BY 1"  # noqa: S608
+_UNLOGGED = f"""
+SELECT n.nspname, t.relname FROM {_tree("%s")} AS t JOIN pg_namespace n ON n.oid = t.relnamespace
+WHERE t.relpersistence = 'u' AND (t.relkind <> 'p' OR t.oid = %s) LIMIT 1
+"""  # noqa: S608
+
+
 def leaves(connection: psycopg.Connection[Any], table: CatalogTable) -> list[CatalogTable]:
     """The tables that hold its rows: its leaf partitions, or itself."""
     if table.kind != PARTITIONED:
         return [table]
-    rows = connection.execute(
-        "SELECT relid::oid::int8 FROM pg_partition_tree(%s) WHERE isleaf ORDER BY 1", [table.oid]
-    ).fetchall()
+    rows = connection.execute(_LEAVES.encode(), [table.oid]).fetchall()
     found = [describe(connection, oid) for (oid,) in rows]
     return [leaf for leaf in found if leaf is not None and leaf.kind != PARTITIONED]
+
+
+def unlogged(connection: psycopg.Connection[Any], table: CatalogTable) -> TableName | None:
+    """The table, or a partition of it, whose rows are not in the WAL."""
+    row = connection.execute(_UNLOGGED.encode(), [table.oid, table.oid]).fetchone()
+    return TableName(*row) if row else None
 
 
 _ATTACHED = """
@@ -173,7 +199,7 @@ def attached(connection: psycopg.Connection[Any], partitions: Iterable[int]) -> 
     return [TableName(*row) for row in rows]
 
 
-_FINGERPRINT = """
+_FINGERPRINT = f"""
 SELECT concat_ws(' | ',
     (SELECT string_agg(concat_ws(' ', c.oid, c.relreplident, leaves.list, keys.list, made.count),
                        ',' ORDER BY c.oid)
@@ -181,9 +207,9 @@ SELECT concat_ws(' | ',
      JOIN pg_namespace n ON n.nspname = wanted.schema
      JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name
      LEFT JOIN LATERAL (
-         SELECT string_agg(concat(p.oid, p.relreplident, p.relpersistence),
-                           '+' ORDER BY p.oid) AS list
-         FROM pg_partition_tree(c.oid) t JOIN pg_class p ON p.oid = t.relid) AS leaves ON true
+         SELECT string_agg(concat(t.oid, t.relreplident, t.relpersistence),
+                           '+' ORDER BY t.oid) AS list
+         FROM {_tree("c.oid")} AS t) AS leaves ON true
      LEFT JOIN LATERAL (
          SELECT string_agg(indexrelid::text, '+' ORDER BY indexrelid) AS list FROM pg_index
          WHERE indrelid = c.oid AND (indisprimary OR indisreplident)) AS keys ON true
@@ -200,7 +226,7 @@ SELECT concat_ws(' | ',
          WHERE d.classid = 'pg_publication_rel'::regclass AND d.objid = r.oid
          AND d.refclassid = 'pg_class'::regclass AND d.refobjsubid > 0) AS named ON true
      WHERE p.pubname = ANY(%s)))
-"""
+"""  # noqa: S608
 
 
 def fingerprint(
@@ -208,11 +234,33 @@ def fingerprint(
 ) -> str:
     """Changes when one of these tables is made, dropped or renamed, gets partitions or another
     key or identity, when these publications are altered, and when a column is renamed that they
-    name."""
+    name. It locks no table, so nobody who has locked one is waited for."""
     names = sorted(set(tables), key=str)
     parameters = [[n.schema for n in names], [n.name for n in names], list(publications)]
     row = connection.execute(_FINGERPRINT.encode(), parameters).fetchone()
     return str(row[0]) if row else ""
+
+
+_PUBLISHED = """
+WITH named(oid) AS (SELECT %s::oid UNION SELECT relid FROM pg_partition_ancestors(%s))
+SELECT 1 FROM pg_publication p
+WHERE (p.pubupdate OR p.pubdelete) AND p.pubname <> ALL(%s) AND (p.puballtables
+    OR EXISTS (SELECT FROM pg_publication_rel r JOIN named ON named.oid = r.prrelid
+               WHERE r.prpubid = p.oid){schemas})
+"""
+_SCHEMAS = """
+    OR EXISTS (SELECT FROM pg_publication_namespace s JOIN pg_class c ON c.relnamespace = s.pnnspid
+               JOIN named ON named.oid = c.oid WHERE s.pnpubid = p.oid)"""
+
+
+def published(connection: psycopg.Connection[Any], oid: int, apart: Sequence[str]) -> bool:
+    """Whether a publication of updates or deletes, apart from these, has the table.
+
+    (pg_publication_tables waits for whoever has locked any of all these tables.)
+    """
+    schemas = _SCHEMAS if connection.info.server_version >= 150000 else ""
+    query = _PUBLISHED.format(schemas=schemas).encode()
+    return connection.execute(query, [oid, oid, list(apart)]).fetchone() is not None
 
 
 def is_visible(connection: psycopg.Connection[Any], xid: int) -> bool:
@@ -235,13 +283,12 @@ def _read(
     row = connection.execute(query, parameters).fetchone()
     if row is None:
         return None
-    oid, schema, name, kind, unlogged, identity, index, primary, index_key, owned, ancestors = row
+    oid, schema, name, kind, identity, index, primary, index_key, owned, ancestors = row
     columns = connection.execute(_COLUMNS.encode(), [oid]).fetchall()
     return CatalogTable(
         oid,
         TableName(schema, name),
         kind,
-        unlogged,
         identity,
         index,
         tuple(primary),

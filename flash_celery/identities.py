@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,7 +74,7 @@ def restorable(
         table = catalog.describe(connection, int(text))
         if table is None or table.identity != "f" or not _has(connection, table, index):
             continue
-        if not _published_elsewhere(connection, table, prefix):
+        if not catalog.published(connection, table.oid, publications.names(prefix)):
             usable[table.oid] = table
     return usable
 
@@ -87,19 +86,5 @@ def _has(connection: psycopg.Connection[Any], table: CatalogTable, index: Sequen
         "SELECT 1 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid "
         "WHERE i.indrelid = %s AND c.relname = %s",
         [table.oid, index[0]],
-    ).fetchone()
-    return found is not None
-
-
-def _published_elsewhere(
-    connection: psycopg.Connection[Any], table: CatalogTable, prefix: str
-) -> bool:
-    spellings = [[name.schema, name.name] for name in (table.name, *table.ancestors)]
-    found = connection.execute(
-        "SELECT 1 FROM pg_publication_tables t JOIN pg_publication p USING (pubname) "
-        "WHERE (p.pubupdate OR p.pubdelete) AND p.pubname <> ALL(%s) "
-        "AND EXISTS (SELECT 1 FROM jsonb_array_elements(%s::jsonb) AS name "
-        "WHERE name->>0 = t.schemaname AND name->>1 = t.tablename)",
-        [publications.names(prefix), json.dumps(spellings)],
     ).fetchone()
     return found is not None

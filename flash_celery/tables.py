@@ -35,7 +35,7 @@ def find(connection: psycopg.Connection[Any], subscription: Subscription) -> Cat
             f"{who}: {name} is {_KINDS[table.kind]}, and only tables have changes in the WAL; "
             "name the tables it reads."
         )
-    unlogged = name if table.unlogged else _unlogged_partition(connection, table)
+    unlogged = catalog.unlogged(connection, table)
     if unlogged is not None:
         raise SubscriptionError(
             f"{who}: {unlogged} is unlogged, so its changes are not in the WAL: "
@@ -89,19 +89,6 @@ def _close(name: str, known: list[str]) -> str:
     folded = {one.casefold(): one for one in known}
     close = difflib.get_close_matches(name.casefold(), folded, n=1)
     return f"; did you mean {folded[close[0]]}?" if close else "."
-
-
-def _unlogged_partition(
-    connection: psycopg.Connection[Any], table: CatalogTable
-) -> TableName | None:
-    """A partition whose rows nobody would be told of."""
-    row = connection.execute(
-        "SELECT n.nspname, c.relname FROM pg_partition_tree(%s) JOIN pg_class c ON c.oid = relid "
-        "JOIN pg_namespace n ON n.oid = c.relnamespace "
-        "WHERE isleaf AND c.relpersistence = 'u' LIMIT 1",
-        [table.oid],
-    ).fetchone()
-    return TableName(*row) if row else None
 
 
 def quoted(table: CatalogTable) -> str:

@@ -219,7 +219,6 @@ class _Described(Catalog):
             oid=oid,
             name=TableName(source.schema, source.name),
             kind="r",
-            unlogged=False,
             identity=source.identity,
             identity_index=None,
             primary_key=source.key,

@@ -265,6 +265,32 @@ def test_publications_of_somebody_else_are_refused_and_fitting_ones_adopted(tabl
         plan(connection, [subscription("plain")])
 
 
+@pytest.mark.parametrize("others", ["ALL TABLES", "TABLE parts, orders", "TABLES IN SCHEMA public"])
+def test_looking_waits_for_nobody_who_has_locked_a_table(tables, connection, others):
+    """VACUUM FULL, CLUSTER, a migration: capture goes on, and starts."""
+    subscriptions = [subscription(name, where=WHERE) for name in ("orders", "parts")]
+    settings = replace(SETTINGS, flash_push_down=True)
+    ddl.apply(connection, plan(connection, subscriptions, settings))
+    if connection.info.server_version < 150000:
+        others = others.replace("TABLES IN SCHEMA public", "ALL TABLES")
+    tables.execute(f"CREATE PUBLICATION others FOR {others}")
+    connection.execute("SET lock_timeout = '1ms'")
+    look = partial(catalog.fingerprint, connection, [s.table for s in subscriptions])
+    before = look(publications.names("flash_publication"))
+    with tables.connect() as migration:
+        migration.execute("BEGIN")
+        for name in tables.execute(
+            "SELECT oid::regclass::text FROM pg_class WHERE relkind = 'r' "
+            "AND relnamespace = 'public'::regnamespace"
+        ):
+            migration.execute(f"LOCK TABLE {name[0]} IN ACCESS EXCLUSIVE MODE")
+        assert look(publications.names("flash_publication")) == before
+        assert plan(connection, subscriptions, settings) == []
+        # An identity that somebody else may need does not go back.
+        fewer = plan(connection, [subscription("nothing", operations=Operation.INSERT)])
+        assert [step for step in fewer if "IDENTITY" in str(step)] == []
+
+
 def test_a_lock_names_who_holds_it(tables, connection, monkeypatch):
     monkeypatch.setattr(ddl, "LOCK_TIMEOUT", "50ms")
     steps = plan(connection, [subscription("orders", where=WHERE)])
