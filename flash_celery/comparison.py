@@ -16,6 +16,16 @@ from typing import Any
 
 Key = Callable[[bytes], Any]
 
+#: What reading or comparing a value may raise: whoever writes a row chooses its values.
+UNREADABLE: tuple[type[Exception], ...] = (
+    ArithmeticError,
+    AssertionError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
 
 @dataclass(frozen=True)
 class ColumnType:

@@ -118,7 +118,10 @@ def _label(table: Table, transaction: Transaction, commit: str, row: bytes) -> s
     most = table.key_columns[-1][0] + 1 if table.key_columns else 0
     cells, _ = pgoutput.read_cells(row, pgoutput.FIRST_TUPLE, most)
     values = Row(table, cells, frozenset(table.key))
-    key = key_shown([(column, values[column]) for _, column in table.key_columns])
+    try:
+        key = key_shown([(column, values[column]) for _, column in table.key_columns])
+    except Exception:  # a value that cannot be shown, which `repr` can do without
+        return repr(change_of(Delivery(table, transaction, 0, 0, 0, [row])))
     return escaped(f"{name} {table.shown}{key} @{commit}")
 
 

@@ -261,7 +261,8 @@ class Router:
             self._warned.add(table)
             logger.warning(
                 "%s: rows that lack old values or columns (written before its replica identity was "
-                "set, or a column added) are judged by what is known of them",
+                "set, or a column added), or hold what cannot be compared here, are judged by what "
+                "is known of them",
                 escaped(str(table)),
                 extra={"table": str(table)},
             )

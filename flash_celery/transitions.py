@@ -10,6 +10,7 @@ from operator import itemgetter
 from typing import Any
 
 from .changes import Operation
+from .comparison import UNREADABLE
 from .conditions import Cells
 from .protocol.pgoutput import (
     FIRST_TUPLE,
@@ -109,10 +110,9 @@ class Transitions:
             new = [b if cell is UNCHANGED_TOAST else cell for b, cell in zip(old, new, strict=True)]
         is_in = self._verdict(new, self._everything)
         was_in = self._verdict(old, known)
-        is_in = was_in if is_in is None else is_in
         was_in = is_in if was_in is None else was_in
         if was_in is False:
-            return self._wanted([(INSERT, 0, self._insert(new))]) if is_in else []
+            return [] if is_in is False else self._wanted([(INSERT, 0, self._insert(new))])
         if is_in is False:
             return self._wanted([(DELETE, 0, self._delete(kind, old))])
         if self._differs(self._key, old, new, known):
@@ -159,7 +159,7 @@ class Transitions:
             try:
                 assert self._matches is not None
                 verdict = self._matches(lambda name: _text(cells[self._position[name]]))
-            except RecursionError:  # json nested deeper than Python can follow
+            except UNREADABLE:  # json nested deeper than Python can follow, say
                 self._unknown()
                 return None
             self._remember(values, [cells[n] for n in self._where], verdict)

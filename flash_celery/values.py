@@ -10,15 +10,17 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, cast
 
-from psycopg import DataError, pq
+from psycopg import DataError, Error, pq
 from psycopg.abc import AdaptContext
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.pq import Format
 from psycopg.types.datetime import IntervalLoader
 
-from .comparison import parse_array
+from .comparison import UNREADABLE, parse_array
 
 Loader = Callable[[bytes], Any]
+
+_UNREADABLE: tuple[type[Exception], ...] = (Error, *UNREADABLE)
 
 #: psycopg reads their `infinity` as no time at all.
 _INTERVAL, _INTERVALS = 1186, 1187
@@ -51,7 +53,7 @@ def or_text(load: Loader) -> Loader:
     def load_or_keep_text(text: bytes) -> Any:
         try:
             return load(text)
-        except (DataError, ValueError, ArithmeticError, RecursionError):
+        except _UNREADABLE:
             return text.decode()
 
     return load_or_keep_text

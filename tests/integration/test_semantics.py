@@ -415,3 +415,19 @@ def test_json_deeper_than_python_can_follow_stops_nothing(flash):
         wanted = json.loads(wanted)
     assert change.new["data"] == wanted
     assert len(flash.told("where")) == 1
+
+
+def test_a_value_that_python_cannot_read_stops_nothing(flash):
+    flash.database.execute("CREATE TABLE odd (id int, data json)")
+    flash.database.execute("ALTER TABLE odd REPLICA IDENTITY FULL")
+    flash.handler("odd").handler("odd", name="where", where={"data": {"a": 1}}).start()
+    flash.do(
+        """INSERT INTO odd VALUES (1, '1e9999999999999999999'),
+        (2, '{"": 1e-9999999999999999999}'), (3, '"\\ud800"'),
+        (4, ('1' || repeat('0', 6000))::json), (5, '{"a": 1}')"""
+    )
+    assert [change.new["id"] for change in flash.told()] == [1, 2, 3, 4, 5]
+    # What cannot be judged is told.
+    assert [change.new["id"] for change in flash.told("where")] == [1, 2, 5]
+    flash.do("UPDATE odd SET data = '1e9999999999999999999' WHERE id IN (4, 5)")
+    assert [type(change).__name__ for change in flash.told("where")] == ["Insert", "Update"]

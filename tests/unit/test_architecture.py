@@ -60,7 +60,7 @@ ALLOWED = {
     "replication": {"protocol", "errors"},
     "spool": {"errors"},
     "transactions": {"rows", "spool", "protocol", "errors"},
-    "transitions": {"changes", "conditions", "rows", "subscriptions", "protocol"},
+    "transitions": {"changes", "comparison", "conditions", "rows", "subscriptions", "protocol"},
     "routing": {
         *("catalog", "changes", "column_types", "conditions", "escaping", "payload", "protocol"),
         *("rows", "subscriptions", "telemetry", "transitions", "errors"),

@@ -13,18 +13,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kombu.utils.json import dumps, loads
+from psycopg import adapters
 
-from flash_celery import payload
+from flash_celery import comparison, conditions, payload
 from flash_celery.changes import Change, LogicalMessage
 from flash_celery.cli.letters import changes, table, whole
+from flash_celery.comparison import ColumnType
 from flash_celery.errors import PayloadError, ProtocolError
 from flash_celery.letters import seal, unseal, write
 from flash_celery.payload import TRUNCATED, Delivery, decode, encode, message_row
 from flash_celery.protocol import frames, pgoutput
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.rows import Column, Table, Transaction
+from flash_celery.subscriptions import Subscription, TableName
 from flash_celery.tail import line
 from flash_celery.transactions import Transactions, runs
+from flash_celery.transitions import Transitions
 from tests.unit.test_pgoutput import MESSAGES
 
 EXAMPLES = int(os.environ.get("FLASH_EXAMPLES", "150"))
@@ -282,3 +286,58 @@ def test_damaged_frames_are_refused(frame):
     for read in (frames.keepalive, frames.wal_end):
         with suppress(ProtocolError):
             read(frame)
+
+
+#: Types that compare, by OID and kind, and a value of each.
+COMPARED = {
+    **dict.fromkeys([(oid, "") for oid in sorted(comparison.NUMBERS | comparison.TEXTS)], b"1"),
+    (comparison.BOOLEAN, ""): b"t",
+    (comparison.BYTEA, ""): b"\\x61",
+    (comparison.INTERVAL, ""): b"1 mon",
+    (1082, ""): b"2020-01-01",
+    (1184, ""): b"0044-03-15 00:00:00.5+00 BC",
+    (1266, ""): b"10:00:00+05:30",
+    (650, ""): b"10.0.0.0/8",
+    (1700, "array"): b"[0:1]={1,NULL}",
+    (1114, "range"): b'["2020-01-01 00:00:00",)',
+    (1700, "multirange"): b"{[1,2),[3,)}",
+    (comparison.JSON, ""): b'{"a": [1, 1e5]}',
+    (comparison.JSONB, ""): b'"a"',
+}
+#: Values that are more than Python can read.
+MONSTERS = [
+    *(b"", b"NaN", b"-Infinity", b"infinity", b"5874897-12-31", b"-178000000 years", b"\xff"),
+    *(b"1e9999999999999999999", b'{"": 1e-9999999999999999999}', b"1" * 6000, b'"\\ud800"'),
+    *(b"[" * depth + b"]" * depth for depth in (300, 900, 5000)),
+]
+
+
+@settings(parent=many, max_examples=EXAMPLES * 3)
+@given(data=st.data())
+def test_no_value_ends_a_condition(data):
+    (oid, kind), text = data.draw(st.sampled_from(list(COMPARED.items())))
+    column = ColumnType(oid, "", element=ColumnType(oid, "") if kind else None, kind=kind)
+    names = ["in", "ne"] if oid in (comparison.JSON, comparison.JSONB) else ["gte", "not_in"]
+    name = data.draw(st.sampled_from(names))
+    where = conditions.parse({f"x__{name}": ["1"] if name.endswith("in") else "1"})
+    transitions = Transitions(
+        Subscription("shop.handle", TableName("public", "orders"), where=where),
+        Table("public", "orders", None, "f", ("x",), (Column("x", oid, "", True),)),
+        [pgoutput.Column(True, "x", oid, -1)],
+        where.bind({"x": column}, lambda *_: text),
+    )
+    value = data.draw(damaged(text) | st.sampled_from(MONSTERS))
+    for one in (row("I", new=[value]), row("U", "O", [text], [value])):
+        assert len(transitions.judge(one)) <= 1
+
+
+@many
+@given(
+    oid=st.sampled_from(sorted({one.oid for one in adapters.types})),
+    text=st.text(max_size=9).map(str.encode) | st.sampled_from(MONSTERS),
+)
+def test_no_value_ends_what_names_it(oid, text):
+    table = Table("public", "orders", None, "f", ("x",), (Column("x", oid, "", True),))
+    delivery = Delivery(table, TRANSACTION, 0, 0, 0, [row("I", new=[text])])
+    ((_, _, name),) = payload.encode_each(delivery)
+    assert name.isprintable()
