@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
@@ -158,6 +158,19 @@ class Lookup:
         suffix = "" if self.name == "eq" else f"__{self.name}"
         return f"the lookup {self.column}{suffix}"
 
+    def __repr__(self) -> str:
+        return f"Lookup({self.column!r}, {self.name!r}, {_lasting(self.value)})"
+
+
+def _lasting(value: Any) -> str:
+    """A value as it is called in every process: `repr` may tell of addresses, or cut it off."""
+    if isinstance(value, tuple):
+        return repr([_lasting(one) for one in value])
+    try:
+        return repr(dump(value))
+    except (psycopg.Error, NotImplementedError, TypeError, ValueError):
+        return repr(value)
+
 
 def _plain(value: Any) -> bytes:
     return dump(value)[0]
@@ -194,6 +207,10 @@ class Condition:
     """A `where`, parsed: an OR of ANDs of lookups."""
 
     alternatives: tuple[tuple[Lookup, ...], ...]
+
+    def __repr__(self) -> str:
+        # Their order says nothing, and may be that of a set.
+        return f"Condition({sorted(sorted(map(repr, part)) for part in self.alternatives)})"
 
     @property
     def columns(self) -> frozenset[str]:
@@ -279,9 +296,14 @@ def _lookup(key: str, value: Any) -> Lookup:
 def _values(key: str, name: str, value: Any) -> tuple[Any, ...]:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise SubscriptionError(f"{key} takes a list of values, not {value!r}.")
-    # A set's order differs from process to process, and what is declared must not.
-    values = tuple(sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value)
-    if name == "between" and len(values) != 2:
+    if name != "between":
+        # Their order says nothing; a set's differs from process to process, and what is declared
+        # must not.
+        return tuple(sorted(value, key=_lasting))
+    if isinstance(value, Set):
+        raise SubscriptionError(f"{key} takes two values in their order, which a set has not.")
+    values = tuple(value)
+    if len(values) != 2:
         raise SubscriptionError(f"{key} takes two values, not {len(values)}.")
     return values
 

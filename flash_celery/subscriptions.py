@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -251,6 +251,9 @@ def column_names(argument: str, names: Any, model: Any) -> tuple[str, ...] | Non
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise SubscriptionError(f"{argument} is a list of column names, not {names!r}.")
     found = tuple(dict.fromkeys(column_name(name, model) for name in names))
+    if isinstance(names, Set):
+        # Its order differs from process to process, and what is declared must not.
+        found = tuple(sorted(found))
     if not found:
         raise SubscriptionError(f"{argument} is empty; leave it out, or name a column.")
     return found
