@@ -222,6 +222,31 @@ def test_a_sigkill_after_every_statement_of_the_start(shop):
         )
 
 
+@pytest.mark.soak
+def test_a_sigkill_after_every_statement_of_making_a_lost_slot_anew(shop):
+    """There is one gap, it has an end, and what comes after its end is told."""
+    shop.environment["SHOP_CONF"] = json.dumps({"flash_on_lost_slot": "recreate"})
+    shop.end(shop.replicate())
+    shop.database.execute(f"SELECT pg_drop_replication_slot('{shop.database.slot}')")
+    steps = "statement done:1", "slot created:1", "slot noted:1", "statement:1", "started:1"
+    with Writer(shop.database) as writer:
+        last = through(shop, *steps)
+        since = len(writer.changes)
+        wait_until(lambda: len(writer.changes) > since + 10, "more changes")
+    confirmed(shop)
+    shop.worker()
+    notes = until_all(shop, writer.changes[-1])
+    told = dict.fromkeys((note["operation"], note["key"]["id"]) for note in notes)
+    told = [change for change in told if change[0] != "delete"]
+    wanted = [change for change in writer.changes if change[0] != "delete"]
+    assert told == wanted[-len(told) :]
+    status = json.loads(shop.run("flash", "status", "--json").stdout)
+    (gap,) = status["gaps"]
+    assert gap["reason"] == "dropped"
+    assert gap["until"] is not None
+    assert shop.end(last) == 0
+
+
 def until_all(shop, last):
     """The notes of items, once the last change is among them and no more come."""
     deadline = time.monotonic() + 120
