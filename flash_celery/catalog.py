@@ -201,18 +201,16 @@ def attached(connection: psycopg.Connection[Any], partitions: Iterable[int]) -> 
 
 _FINGERPRINT = f"""
 SELECT concat_ws(' | ',
-    (SELECT string_agg(concat_ws(' ', c.oid, c.relreplident, leaves.list, keys.list, made.count),
-                       ',' ORDER BY c.oid)
+    (SELECT string_agg(concat_ws(' ', c.oid, parts.list, made.count), ',' ORDER BY c.oid)
      FROM unnest(%s::text[], %s::text[]) AS wanted(schema, name)
      JOIN pg_namespace n ON n.nspname = wanted.schema
      JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name
      LEFT JOIN LATERAL (
-         SELECT string_agg(concat(t.oid, t.relreplident, t.relpersistence),
-                           '+' ORDER BY t.oid) AS list
-         FROM {_tree("c.oid")} AS t) AS leaves ON true
-     LEFT JOIN LATERAL (
-         SELECT string_agg(indexrelid::text, '+' ORDER BY indexrelid) AS list FROM pg_index
-         WHERE indrelid = c.oid AND (indisprimary OR indisreplident)) AS keys ON true
+         SELECT string_agg(concat(t.oid, t.relreplident, t.relpersistence, i.indexrelid),
+                           '+' ORDER BY t.oid, i.indexrelid) AS list
+         FROM {_tree("c.oid")} AS t
+         LEFT JOIN pg_index i ON i.indrelid = t.oid AND (i.indisprimary OR i.indisreplident)
+     ) AS parts ON true
      LEFT JOIN LATERAL (
          SELECT count(*) FROM pg_attribute
          WHERE attrelid = c.oid AND attgenerated = 'v') AS made ON true),
@@ -232,9 +230,9 @@ SELECT concat_ws(' | ',
 def fingerprint(
     connection: psycopg.Connection[Any], tables: Iterable[TableName], publications: Sequence[str]
 ) -> str:
-    """Changes when one of these tables is made, dropped or renamed, gets partitions or another
-    key or identity, when these publications are altered, and when a column is renamed that they
-    name. It locks no table, so nobody who has locked one is waited for."""
+    """Changes when one of these tables is made, dropped or renamed, gets partitions, or another
+    key or identity, also of a partition, when these publications are altered, and when a column is
+    renamed that they name. It locks no table, so nobody who has locked one is waited for."""
     names = sorted(set(tables), key=str)
     parameters = [[n.schema for n in names], [n.name for n in names], list(publications)]
     row = connection.execute(_FINGERPRINT.encode(), parameters).fetchone()

@@ -62,14 +62,8 @@ def plan(
         op.names()[0]: sorted(found.publications[op].tables) if op in found.publications else []
         for op in OPERATIONS
     }
-    kept = {
-        **record.identities,
-        **{
-            str(oid): [table.identity, *filter(None, [table.identity_index])]
-            for oid, table in goal.full.items()
-            if table.identity != "f"
-        },
-    }
+    changing = {oid: table for oid, table in goal.full.items() if table.identity != "f"}
+    kept = _kept(record, changing)
     no_more = {oid: t for oid, t in identities.items() if oid not in goal.full}
     leaves = {
         **record.leaves,
@@ -84,8 +78,7 @@ def plan(
     )
     steps = _create(found, prefix)
     work = [
-        *_widen(found, prefix, goal),
-        *_set_full(goal),
+        *_widen(found, prefix, changing),
         *_alter(found, prefix, goal, intended),
         *_restore(no_more, kept),
     ]
@@ -124,15 +117,6 @@ def _look_anew(found: Found, prefix: str) -> list[sql.Composed]:
     return [statement.format(sql.Identifier(name_of(prefix, Operation.INSERT)))]
 
 
-def _set_full(goal: Wanted) -> list[Step]:
-    statement = sql.SQL("ALTER TABLE ONLY {} REPLICA IDENTITY FULL")
-    return [
-        Step(statement.format(_identifier(table)), table)
-        for table in goal.full.values()
-        if table.identity != "f"
-    ]
-
-
 def _stale(found: Found, record: Record, goal: Wanted) -> set[int]:
     """The tables of which something else is sent than shall be."""
     return {
@@ -147,10 +131,28 @@ def _stale(found: Found, record: Record, goal: Wanted) -> set[int]:
     }
 
 
-def _widen(found: Found, prefix: str, goal: Wanted) -> list[Step]:
+def _kept(record: Record, changing: dict[int, CatalogTable]) -> dict[str, list[str]]:
+    """The identities from before, those of these tables among them."""
+    now = {
+        str(oid): [table.identity, *filter(None, [table.identity_index])]
+        for oid, table in changing.items()
+    }
+    return {**record.identities, **now}
+
+
+def _widen(found: Found, prefix: str, tables: dict[int, CatalogTable]) -> list[Step]:
     """Column lists go before an identity becomes FULL, which they would not cover."""
-    changing = {oid: table for oid, table in goal.full.items() if table.identity != "f"}
-    return _bare(found, prefix, changing)
+    statement = sql.SQL("ALTER TABLE ONLY {} REPLICA IDENTITY FULL")
+    full = [Step(statement.format(_identifier(table)), table) for table in tables.values()]
+    return [*_bare(found, prefix, tables), *full]
+
+
+def identify(found: Found, prefix: str, tables: dict[int, CatalogTable]) -> list[Step]:
+    """The statements that let the application write tables again that have lost their identity."""
+    if found.record is None or not tables:
+        return []
+    record = replace(found.record, identities=_kept(found.record, tables))
+    return [note(prefix, record), *_widen(found, prefix, tables)]
 
 
 def rescue(found: Found, prefix: str, tables: dict[int, CatalogTable]) -> list[Step]:

@@ -54,6 +54,23 @@ def refused(
     return {oid: table for oid, table in tables.items() if _virtual(table)}
 
 
+def lacking(settings: Settings, found: Found, goal: Wanted) -> dict[int, CatalogTable]:
+    """The tables, by OID, whose UPDATE and DELETE PostgreSQL refuses, for want of an identity."""
+    rewritten = {
+        name
+        for operation in publications.OPERATIONS
+        if operation & publications.REWRITES and operation in found.publications
+        for name in found.publications[operation].tables.values()
+    }
+    return {
+        oid: table
+        for oid, table in goal.full.items()
+        if settings.flash_replica_identity != "keep"
+        and not (table.identity_columns or _virtual(table))
+        and rewritten & {table.name, *table.ancestors}
+    }
+
+
 def _virtual(table: CatalogTable) -> list[str]:
     """Its virtual columns, which no replica identity may hold."""
     return [column.name for column in table.columns.values() if column.generated == "v"]

@@ -28,7 +28,7 @@ from .server import Role
 from .settings import Settings
 from .slots import Gap
 from .subscriptions import Subscription, TableName, of_tables
-from .tables import check_columns, find
+from .tables import check, check_columns, find
 
 
 @dataclass
@@ -99,6 +99,8 @@ class _Examination:
         #: What is said beside of a slot that the owner has to make.
         self._missing = ""
         self._report = Report()
+        #: The tables of handlers that are there.
+        self._found: dict[TableName, CatalogTable] = {}
 
     def run(self) -> Report:
         self._report.standby = server.is_standby(self._connection)
@@ -109,6 +111,8 @@ class _Examination:
         self._slot()
         if tables is not None:
             self._publications(tables)
+        else:
+            self._rescue()
         return self._report
 
     def _add(self, subject: str, level: str, message: str) -> None:
@@ -193,8 +197,7 @@ class _Examination:
             )
             self._stop("handlers", error)
             return None
-        tables: dict[TableName, CatalogTable] = {}
-        sound = True
+        tables, sound = self._found, True
         for subscription in self._subscriptions:
             if subscription.prefix is not None:
                 self._add(f"{subscription.handler} on {subscription.subject}", OK, "message")
@@ -202,8 +205,9 @@ class _Examination:
             subject = f"{subscription.handler} on {subscription.table}"
             try:
                 table = tables.get(subscription.table) or find(self._connection, subscription)
-                check_columns(self._connection, subscription, table)
                 tables[subscription.table] = table
+                check(self._connection, subscription, table)
+                check_columns(self._connection, subscription, table)
                 self._add(subject, OK, "|".join(subscription.operations.names()))
             except SubscriptionError as error:
                 self._stop(subject, error)
@@ -231,12 +235,30 @@ class _Examination:
             said = identities.check(self._connection, self._settings, goal)
             self._add("replica identity", OK, said)
         except FlashError as error:
+            self._identify(found, goal)
             return self._stop("publications", self._rescued(error))
         restorable = identities.restorable(self._connection, found, prefix)
         manage, slot = self._settings.flash_manage, self._settings.flash_replication_slot
         steps = ddl.plan(found, prefix, goal, restorable, None if manage else slot)
         self._report.steps, self._report.tables, self._report.goal = steps, tables, goal
         return self._may(found, steps) if manage else self._managed(steps)
+
+    def _rescue(self) -> None:
+        """What lets the application write, where something is wrong with a table."""
+        prefix = self._settings.flash_publication_slot_prefix
+        found = publications.read(self._connection, prefix)
+        refused = identities.refused(self._connection, found, prefix)
+        self._report.rescue = ddl.rescue(found, prefix, refused)
+        there = [one for one in of_tables(self._subscriptions) if one.table in self._found]
+        goal = publications.wanted(self._connection, there, self._found, found.record)
+        self._identify(found, goal)
+        if not self._settings.flash_manage:
+            self._report.script = self._report.rescue
+
+    def _identify(self, found: Found, goal: Wanted) -> None:
+        tables = identities.lacking(self._settings, found, goal)
+        prefix = self._settings.flash_publication_slot_prefix
+        self._report.rescue += ddl.identify(found, prefix, tables)
 
     def _check_slot_of(self, found: Found, prefix: str) -> None:
         slot, record = self._settings.flash_replication_slot, found.record
@@ -257,7 +279,7 @@ class _Examination:
         if self._settings.flash_manage or not self._report.rescue:
             return error
         self._report.script = self._report.rescue
-        statements = "; ".join(map(str, self._report.rescue))
+        statements = "; ".join(str(step) for step in self._report.rescue if not step.note)
         return type(error)(f"{error} Until then the owner lets the table be written: {statements};")
 
     def _managed(self, steps: Sequence[Step]) -> None:

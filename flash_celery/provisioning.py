@@ -146,18 +146,22 @@ class Provisioning:
         self._look = partial(catalog.fingerprint, connection, tables, names)
         self.fingerprint = self._look()
         report = preflight.examine(connection, self._settings, self._subscriptions, progress)
-        if report.read_by is None and not report.standby and self._settings.flash_manage:
+        if report.rescue and not report.standby and self._settings.flash_manage:
+            self._require_free(connection, report)
             ddl.apply(connection, report.rescue, self._control.sleep)
         self._raise_first(report)
         self._unaltered = now
         self._still_there(report)
+        self._require_free(connection, report)
+        return report
+
+    def _require_free(self, connection: psycopg.Connection[Any], report: Report) -> None:
+        """What the reader of the slot has set up is not ours to alter."""
         if report.read_by is not None:
-            # What its reader has set up is not ours to alter.
             raise SlotInUse(
                 f'replication slot "{self._slot}" is active for PID {report.read_by}'
                 f"{slots.holder(connection, self._slot)}."
             )
-        return report
 
     def _raise_first(self, report: Report) -> None:
         try:

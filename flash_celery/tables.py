@@ -18,7 +18,7 @@ _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
 
 
 def find(connection: psycopg.Connection[Any], subscription: Subscription) -> CatalogTable:
-    """The table of a subscription. Raises `SubscriptionError` if its changes cannot be read."""
+    """The table of a subscription. Raises `SubscriptionError` if there is none."""
     name, who = subscription.table, subscription.handler
     table = catalog.find(connection, name)
     if table is None:
@@ -35,6 +35,14 @@ def find(connection: psycopg.Connection[Any], subscription: Subscription) -> Cat
             f"{who}: {name} is {_KINDS[table.kind]}, and only tables have changes in the WAL; "
             "name the tables it reads."
         )
+    return table
+
+
+def check(
+    connection: psycopg.Connection[Any], subscription: Subscription, table: CatalogTable
+) -> None:
+    """Raise `SubscriptionError` if not all of its changes can be read."""
+    name, who = table.name, subscription.handler
     unlogged = catalog.unlogged(connection, table)
     if unlogged is not None:
         raise SubscriptionError(
@@ -48,7 +56,6 @@ def find(connection: psycopg.Connection[Any], subscription: Subscription) -> Cat
             "UPDATE and DELETE on a partition attached later: ALTER TABLE "
             f"{quoted(table)} ADD PRIMARY KEY (…); or handle its partitions one by one."
         )
-    return table
 
 
 def check_columns(

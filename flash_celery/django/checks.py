@@ -204,6 +204,7 @@ def _now(one: Subscription, problem: CheckMessage, lived: History, unapplied: in
 def _wrong_in(connection: psycopg.Connection[Any], one: Subscription) -> CheckMessage | None:
     try:
         table = tables.find(connection, one)
+        tables.check(connection, one, table)
     except SubscriptionError as error:
         return _message(Error, one.handler, error, _CORRECT, "flash_celery.E003")
     try:

@@ -347,6 +347,42 @@ def test_an_unlogged_partition_is_refused_also_when_it_comes_later(flash, how):
     assert [change.new["id"] for change in flash.told()] == ([1, 2, 3] if running else [3])
 
 
+IDENTITY = "SELECT relreplident::text FROM pg_class WHERE relname = 'part'"
+
+
+def test_a_partitioned_table_that_loses_its_key_stops_the_worker_and_not_the_application(flash):
+    flash.database.execute(
+        "CREATE TABLE parts (id int CONSTRAINT key PRIMARY KEY, note text) PARTITION BY RANGE (id)",
+        "CREATE TABLE part PARTITION OF parts FOR VALUES FROM (0) TO (10)",
+    )
+    flash.handler("parts").start()
+    flash.do("INSERT INTO parts VALUES (1, 'a')")
+    flash.database.execute("ALTER TABLE parts DROP CONSTRAINT key")
+    with pytest.raises(SubscriptionError, match="parts is partitioned and has no primary key"):
+        flash.wait(lambda: False)
+    flash.database.execute("UPDATE parts SET note = 'b'", "ALTER TABLE parts ADD PRIMARY KEY (id)")
+    flash.stop()
+    flash.error = None
+    flash.start()
+    flash.wait(lambda: flash.database.one(IDENTITY) == "d")
+    flash.do("UPDATE parts SET note = 'c'")
+    assert shown(flash.told()) == ["insert 1,a", "update 1,a -> 1,b", "update 1 -> 1,c"]
+
+
+def test_a_partition_that_loses_the_index_of_its_identity_gets_another(flash):
+    flash.database.execute(
+        "CREATE TABLE parts (id int PRIMARY KEY, note text NOT NULL) PARTITION BY RANGE (id)",
+        "CREATE TABLE part PARTITION OF parts FOR VALUES FROM (0) TO (10)",
+        "CREATE UNIQUE INDEX by_note ON part (id, note)",
+        "ALTER TABLE part REPLICA IDENTITY USING INDEX by_note",
+    )
+    flash.handler("parts").start()
+    flash.do("INSERT INTO parts VALUES (1, 'a')", "DROP INDEX by_note")
+    flash.wait(lambda: flash.database.one(IDENTITY) == "f")
+    flash.do("UPDATE parts SET note = 'b'")
+    assert shown(flash.told()) == ["insert 1,a", "update 1,a -> 1,b"]
+
+
 def test_a_virtual_column(flash):
     if flash.database.one("SHOW server_version_num") < "180000":
         return  # there are none before
