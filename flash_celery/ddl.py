@@ -65,10 +65,7 @@ def plan(
     changing = {oid: table for oid, table in goal.full.items() if table.identity != "f"}
     kept = _kept(record, changing)
     no_more = {oid: t for oid, t in identities.items() if oid not in goal.full}
-    leaves = {
-        **record.leaves,
-        **{str(o): [[a.schema, a.name] for a in t.ancestors] for o, t in goal.leaves.items()},
-    }
+    leaves = _noted(record, goal)
     intended = replace(record, tables=tables, previous=actual, identities=kept, leaves=leaves)
     complete = replace(
         intended,
@@ -91,6 +88,16 @@ def plan(
     if work or found.record != complete:
         steps.append(note(prefix, complete))
     return steps
+
+
+def _noted(record: Record, goal: Wanted) -> dict[str, list[list[str]]]:
+    """Of each partition everything that it has been a partition of."""
+    leaves = dict(record.leaves)
+    for oid, table in goal.leaves.items():
+        known = leaves.get(str(oid), [])
+        new = [[one.schema, one.name] for one in table.ancestors]
+        leaves[str(oid)] = [*known, *(one for one in new if one not in known)]
+    return leaves
 
 
 def _create(found: Found, prefix: str) -> list[Step]:

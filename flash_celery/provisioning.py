@@ -12,6 +12,7 @@ from typing import Any
 import psycopg
 
 from . import catalog, ddl, history, preflight, publications, slots
+from .ancestry import Ancestry
 from .control import Control, Stopped
 from .errors import PublicationMismatch, SlotInUse, SlotMissing
 from .preflight import Report
@@ -21,7 +22,7 @@ from .publications import Found, Record
 from .replication import ReplicationConnection
 from .settings import Settings
 from .slots import Gap
-from .subscriptions import Subscription, TableName, of_tables
+from .subscriptions import Subscription, of_tables
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +69,8 @@ class Provisioning:
         self.fingerprint = ""
         #: When they were last seen to be as they should.
         self._unaltered: datetime | None = None
-        #: The partitions of the handlers' tables, by OID, those that are gone included.
-        self.leaves: dict[int, tuple[TableName, ...]] = {}
+        #: The partitions of the handlers' tables, those that are gone included.
+        self.ancestry = Ancestry()
 
     def altered(self) -> bool:
         """Whether a table or a publication is not any more what it was at `run`."""
@@ -113,10 +114,11 @@ class Provisioning:
         if found.version < 150000:
             self._warn_of_attached(connection, found, report)
         if not manage:
-            self.leaves |= report.leaves  # nobody notes them
+            self.ancestry.note(report.leaves)  # nobody else does
         if report.gap is not None:
             self._close_gap(connection, report.gap)
-        self.leaves |= publications.leaves_of(connection, self._prefix)
+        self.ancestry.note(publications.leaves_of(connection, self._prefix))
+        self.ancestry.look(Lsn.parse(slots.now(connection)[0]), report.leaves)
 
     def _where_it_was(self, connection: psycopg.Connection[Any], progress: Progress) -> None:
         """PostgreSQL does not tell one slot from another of the same name."""
@@ -130,8 +132,12 @@ class Provisioning:
     ) -> None:
         """Name the partitions of which the server may have left something out."""
         known = {name for one in before.publications.values() for name in one.tables.values()}
-        noted = self.leaves.keys() | {int(oid) for oid in (before.record or Record()).leaves}
-        new = [o for o, above in report.leaves.items() if o not in noted and known & {*above}]
+        noted = (before.record or Record()).leaves
+        new = [
+            oid
+            for oid, above in report.leaves.items()
+            if oid not in self.ancestry and str(oid) not in noted and known & {*above}
+        ]
         for name in catalog.attached(connection, new):
             _, time = slots.now(connection)
             logger.warning(_ATTACHED, name, time)

@@ -53,8 +53,8 @@ class Record:
     previous: dict[str, list[int]] = field(default_factory=dict)
     #: Replica identities from before, by OID: `d`, `n`, or `i` and the name of the index.
     identities: dict[str, list[str]] = field(default_factory=dict)
-    #: The ancestors of each partition there has been (schema and name), by its OID: its rows may
-    #: be read after it has been detached or dropped.
+    #: All ancestors that each partition has had (schema and name), by its OID: its rows may be
+    #: read after it has been detached or dropped.
     leaves: dict[str, list[list[str]]] = field(default_factory=dict)
     #: What is sent of each table, by its OID, where that is not everything.
     narrowed: dict[str, str] = field(default_factory=dict)
@@ -267,7 +267,7 @@ def wanted(
 
 
 def leaves_of(connection: psycopg.Connection[Any], prefix: str) -> dict[int, tuple[TableName, ...]]:
-    """The ancestors of each partition there has been, by its OID."""
+    """All ancestors of each partition there has been, by its OID."""
     record = read(connection, prefix).record or Record()
     return {
         int(oid): tuple(TableName(*ancestor) for ancestor in ancestors)

@@ -19,6 +19,7 @@ from typing import Any
 import psycopg
 
 from . import history, oversize, publications, publishers, slots, unconsumed
+from .ancestry import Ancestry
 from .backpressure import Backpressure
 from .changes import Operation
 from .errors import CatalogError, ConfigurationError
@@ -27,8 +28,9 @@ from .outbox import Outbox
 from .payload import Delivery
 from .protocol import frames
 from .protocol.lsn import Lsn
+from .relations import Catalog
 from .replication import ReplicationConnection
-from .routing import Catalog, Router
+from .routing import Router
 from .rows import Transaction
 from .settings import Settings
 from .subscriptions import Subscription, of_tables
@@ -185,7 +187,7 @@ def read(
         return deliver
 
     leaves = publications.leaves_of(connection, settings.flash_publication_slot_prefix)
-    router = Router(subscriptions, Catalog(connection, leaves), destination)
+    router = Router(subscriptions, Catalog(connection, Ancestry(leaves)), destination)
     with (
         closing(ReplicationConnection(settings.require_dsn())) as stream,
         closing(Transactions(router, settings.flash_spool_directory)) as transactions,

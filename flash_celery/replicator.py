@@ -240,7 +240,7 @@ class Replicator:
             self._progress,
             self.control,
             self._settings,
-            self._provisioning.leaves,
+            self._provisioning.ancestry,
             self._provisioning.altered,
             Watch(
                 *(connection, stream.pid, self._settings, self._progress),

@@ -7,21 +7,19 @@ inside.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-import psycopg
-
-from . import catalog, column_types
 from .catalog import CatalogTable
 from .changes import Operation
 from .column_types import TEXT, TypeDescription
 from .conditions import Cells
-from .errors import ReplicationError, SubscriptionError
+from .errors import SubscriptionError
 from .escaping import escaped
 from .payload import TRUNCATED, Delivery, message_row
 from .protocol import pgoutput
+from .protocol.lsn import Lsn
+from .relations import Catalog
 from .rows import Column, Table, Transaction
 from .subscriptions import Subscription, TableName
 from .telemetry import Tally, Telemetry
@@ -34,8 +32,6 @@ Route = Callable[[Sequence[bytes], Transaction, int], None]
 #: Marks a message, whose index is not that of a row.
 _MESSAGE_HALF = 3
 _NOBODY: dict[str, Route] = {}
-#: Seconds that a transaction may take to be seen by others, and between two looks.
-_VISIBLE_SECONDS, _VISIBLE_PAUSE = 2.0, 0.002
 #: Fields of composite columns that a table's description tells of, and so each of its messages;
 #: a column that goes beyond it is text. A composite of composites can have millions.
 MOST_FIELDS = 2000
@@ -48,54 +44,6 @@ class Destinations(Protocol):
     def __call__(
         self, subscription: Subscription, operation: Operation
     ) -> Callable[[Delivery], None]: ...
-
-
-class Catalog:
-    """What the catalog says when a relation turns up in the stream."""
-
-    def __init__(
-        self,
-        connection: psycopg.Connection[Any],
-        leaves: Mapping[int, Sequence[TableName]] | None = None,
-    ) -> None:
-        self._connection = connection
-        #: What is remembered of partitions that may have been detached or dropped.
-        self._leaves = dict(leaves or {})
-
-    def settle(self, transaction: Transaction) -> None:
-        """Wait until the catalog shows what a transaction made, which may be what is looked up.
-
-        Replication tells of a commit before others see it: moments before, or as long as a
-        synchronous standby takes. Raises `ReplicationError` if that is long.
-        """
-        deadline = time.monotonic() + _VISIBLE_SECONDS
-        while not catalog.is_visible(self._connection, transaction.xid):
-            if time.monotonic() > deadline:
-                raise ReplicationError(
-                    f"PostgreSQL does not show others transaction {transaction.xid} yet, which it "
-                    "has sent (a synchronous standby does not confirm it?); connecting anew."
-                )
-            time.sleep(_VISIBLE_PAUSE)
-
-    def ancestors(self, oid: int, now: CatalogTable | None) -> Sequence[TableName]:
-        """What the table is, or was, a partition of."""
-        if now and now.ancestors:
-            self._leaves[oid] = now.ancestors
-        return self._leaves.get(oid, ())
-
-    def table(self, oid: int) -> CatalogTable | None:
-        """The table as it is now; None if it has been dropped."""
-        return catalog.describe(self._connection, oid)
-
-    def types(self, oids: Iterable[int]) -> dict[int, TypeDescription]:
-        """How values of these types are read."""
-        return column_types.describe(self._connection, oids)
-
-    def matcher(
-        self, oid: int, subscription: Subscription, types: Mapping[str, int]
-    ) -> Callable[[Cells], bool] | None:
-        """The predicate of a subscription's condition on columns of these types."""
-        return column_types.matcher(self._connection, oid, subscription, types)
 
 
 class Router:
@@ -164,7 +112,7 @@ class Router:
         self._forget(relation.oid)
         own = TableName(relation.schema, relation.name)
         described = self._catalog.table(relation.oid)
-        ancestors = self._catalog.ancestors(relation.oid, described)
+        ancestors = self._catalog.ancestors(relation.oid, described, transaction.commit_lsn)
         types = self._catalog.types([column.type_oid for column in relation.columns])
         wanted = [one for one in self._subscriptions if one.table in (own, *ancestors)]
         if not wanted:
@@ -181,7 +129,8 @@ class Router:
         for subscription in wanted:
             _require_columns(subscription, relation, described)
             table = _table(subscription, relation, described, types, bool(ancestors))
-            self._add(subscription, relation, table)
+            until = ancestors.get(subscription.table) if subscription.table != own else None
+            self._add(subscription, relation, table, until)
 
     def _forget(self, oid: int) -> None:
         number = oid.to_bytes(4, "big")
@@ -189,10 +138,16 @@ class Router:
             self._routes.pop(tag + number, None)
         self._truncates.pop(oid, None)
 
-    def _add(self, subscription: Subscription, relation: pgoutput.Relation, table: Table) -> None:
+    def _add(
+        self,
+        subscription: Subscription,
+        relation: pgoutput.Relation,
+        table: Table,
+        until: Lsn | None,
+    ) -> None:
         if Operation.TRUNCATE in subscription.operations:
             route = self._forward(subscription, Operation.TRUNCATE, table)
-            self._truncates.setdefault(relation.oid, []).append(route)
+            self._truncates.setdefault(relation.oid, []).append(_until(until, route))
         plain = not (subscription.fields or subscription.where or subscription.key)
         transitions = None
         if not plain:
@@ -209,6 +164,7 @@ class Router:
                     route = self._forward(subscription, operation, table)
                 else:
                     route = self._judge(subscription, table, transitions)
+                route = _until(until, route)
                 kind = tag + relation.oid.to_bytes(4, "big")
                 routes = self._routes.setdefault(kind, {})
                 other = routes.get(subscription.handler)
@@ -266,6 +222,18 @@ class Router:
                 escaped(str(table)),
                 extra={"table": str(table)},
             )
+
+
+def _until(position: Lsn | None, route: Route) -> Route:
+    """A partition's former table: it is told of what was committed before this position."""
+    if position is None:
+        return route
+
+    def until(rows: Sequence[bytes], transaction: Transaction, index: int) -> None:
+        if transaction.commit_lsn < position:
+            route(rows, transaction, index)
+
+    return until
 
 
 def _in_turn(first: Route, second: Route) -> Route:

@@ -6,12 +6,13 @@ import logging
 import select
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import psycopg
 from psycopg.errors import AdminShutdown
 
+from .ancestry import Ancestry
 from .changes import Operation
 from .control import Control
 from .enqueued import Lease
@@ -24,10 +25,11 @@ from .progress import Progress
 from .protocol import frames
 from .protocol.lsn import Lsn
 from .publishing import Publishing
+from .relations import Catalog
 from .replication import ReplicationConnection
-from .routing import Catalog, Router
+from .routing import Router
 from .settings import Settings
-from .subscriptions import Subscription, TableName
+from .subscriptions import Subscription
 from .telemetry import Telemetry, unix
 from .transactions import Transactions, runs
 from .watch import Watch
@@ -59,7 +61,7 @@ class Session:
         progress: Progress,
         control: Control,
         settings: Settings,
-        leaves: Mapping[int, Sequence[TableName]],
+        ancestry: Ancestry,
         tables_changed: Callable[[], bool],
         watch: Watch,
         lease: Lease,
@@ -92,7 +94,7 @@ class Session:
             return deliver
 
         router = Router(
-            templates.subscriptions, Catalog(connection, leaves), destination, self._telemetry
+            templates.subscriptions, Catalog(connection, ancestry), destination, self._telemetry
         )
         self._transactions = Transactions(router, settings.flash_spool_directory)
         #: What has arrived and waits for a spooled transaction to be replayed.

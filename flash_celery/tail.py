@@ -21,8 +21,9 @@ from .errors import SubscriptionError
 from .payload import Delivery, changes_of
 from .protocol import frames
 from .publications import REWRITES
+from .relations import Catalog
 from .replication import ReplicationConnection
-from .routing import Catalog, Router
+from .routing import Router
 from .rows import UNCHANGED
 from .subscriptions import Subscription, TableName
 from .transactions import Transactions, runs

@@ -14,6 +14,7 @@ from typing import Any
 from kombu import compression
 from kombu.utils.json import loads
 
+from ..ancestry import Ancestors
 from ..catalog import CatalogColumn, CatalogTable
 from ..changes import Change, Changes, LogicalMessage, Operation, Truncate
 from ..column_types import TypeDescription
@@ -26,7 +27,9 @@ from ..outbox import Outbox
 from ..oversize import error_of
 from ..payload import Delivery, delivery_of
 from ..protocol import pgoutput
-from ..routing import Catalog, Router
+from ..protocol.lsn import Lsn
+from ..relations import Catalog
+from ..routing import Router
 from ..settings import Settings
 from ..subscriptions import Subscription, TableName
 from .texts import canonical, column_type, name_of, oid_of, type_of
@@ -206,10 +209,10 @@ class _Described(Catalog):
     def settle(self, transaction: Any) -> None:
         """There is nothing to wait for."""
 
-    def ancestors(self, oid: int, now: CatalogTable | None) -> Sequence[TableName]:
+    def ancestors(self, oid: int, now: CatalogTable | None, position: Lsn) -> Ancestors:
         """The handler's table, of a leaf."""
         change = self._change
-        return (TableName(change.schema, change.table),) if change.partition else ()
+        return {TableName(change.schema, change.table): None} if change.partition else {}
 
     def table(self, oid: int) -> CatalogTable:
         """The table of the change; the columns that handlers name are there (`_require`)."""

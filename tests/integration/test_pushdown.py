@@ -13,7 +13,8 @@ from flash_celery import catalog, conditions, ddl, explain, preflight, publicati
 from flash_celery.errors import ReplicaIdentityMissing, SubscriptionError
 from flash_celery.handlers import subscriptions_of
 from flash_celery.payload import changes_of
-from flash_celery.routing import Catalog, Router
+from flash_celery.relations import Catalog
+from flash_celery.routing import Router
 from flash_celery.settings import Settings
 from flash_celery.subscriptions import Subscription, TableName, operations_of
 from flash_celery.transactions import Transactions, runs

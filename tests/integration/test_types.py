@@ -12,7 +12,8 @@ from psycopg.types.json import Jsonb
 from flash_celery import catalog, payload
 from flash_celery.changes import Operation
 from flash_celery.protocol import pgoutput
-from flash_celery.routing import Catalog, Router
+from flash_celery.relations import Catalog
+from flash_celery.routing import Router
 from flash_celery.subscriptions import Subscription, TableName
 from flash_celery.transactions import Transactions, runs
 

@@ -61,9 +61,14 @@ ALLOWED = {
     "spool": {"errors"},
     "transactions": {"rows", "spool", "protocol", "errors"},
     "transitions": {"changes", "comparison", "conditions", "rows", "subscriptions", "protocol"},
+    "ancestry": {"protocol", "subscriptions"},
+    "relations": {
+        *("ancestry", "catalog", "column_types", "conditions", "protocol", "rows", "slots"),
+        *("subscriptions", "errors"),
+    },
     "routing": {
         *("catalog", "changes", "column_types", "conditions", "escaping", "payload", "protocol"),
-        *("rows", "subscriptions", "telemetry", "transitions", "errors"),
+        *("relations", "rows", "subscriptions", "telemetry", "transitions", "errors"),
     },
     "enqueued": {"payload", "protocol", "rows"},
     "options": {"changes", "settings", "subscriptions", "errors"},
@@ -122,6 +127,7 @@ ALLOWED = {
     # The replication worker.
     "provisioning": {
         *(
+            "ancestry",
             "catalog",
             "control",
             "ddl",
@@ -142,6 +148,7 @@ ALLOWED = {
     "holding": {"escaping", "messages", "parking", "pausing", "publications", "settings"}
     | {"subscriptions", "errors"},
     "session": {
+        *("ancestry", "relations"),
         *("catalog", "changes", "control", "enqueued", "messages", "outbox", "parking", "payload"),
         *(
             "progress",
@@ -175,6 +182,7 @@ ALLOWED = {
     "history": {"catalog", "changes", "ddl", "findings", "protocol", "publications", "settings"}
     | {"slots", "errors"},
     "replay": {
+        *("ancestry", "relations"),
         *("backpressure", "changes", "history", "messages", "outbox", "oversize", "unconsumed"),
         *("payload", "protocol", "publications", "publishers", "replication", "routing", "rows"),
         *("settings", "slots", "subscriptions", "transactions", "errors"),
@@ -193,6 +201,7 @@ ALLOWED = {
         *("ddl", "history", "identities", "publications", "settings", "status", "turns", "errors"),
     },
     "tail": {
+        "relations",
         *("catalog", "changes", "control", "ddl", "payload", "protocol", "publications"),
         "replication",
         *("routing", "rows", "subscriptions", "transactions", "errors"),
@@ -214,7 +223,7 @@ ALLOWED = {
     "testing.texts": {"comparison", "errors", "protocol", "rows", "values"},
     "testing.building": {"testing", "changes", "protocol", "rows", "subscriptions"},
     "testing.applying": {
-        "oversize",
+        *("ancestry", "oversize", "relations"),
         *("testing", "catalog", "changes", "column_types", "comparison", "conditions", "handlers"),
         *("messages", "outbox", "payload", "protocol", "routing", "settings", "subscriptions"),
         "errors",

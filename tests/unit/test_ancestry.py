@@ -1,0 +1,48 @@
+"""What a row's partition was a partition of when it was written, as far as that is known."""
+
+import pytest
+
+from flash_celery.ancestry import Ancestry
+from flash_celery.protocol.lsn import Lsn
+from flash_celery.subscriptions import TableName
+
+A, B, C = (TableName("public", name) for name in "abc")
+
+
+def belongs(ancestry, position):
+    """To what a row belongs that was committed there."""
+    ancestors = ancestry.at(1, Lsn(position)).items()
+    return {str(name)[-1] for name, until in ancestors if until is None or position < until}
+
+
+def looked_at(noted, *looks):
+    ancestry = Ancestry({1: noted} if noted else {})
+    for position, *ancestors in looks:
+        ancestry.saw(1, Lsn(position), ancestors)
+    return ancestry
+
+
+@pytest.mark.parametrize(
+    ("ancestry", "expected"),
+    [
+        (looked_at([]), {7: set()}),
+        (looked_at([A]), {7: {"a"}}),
+        (looked_at([A], (10, A)), {7: {"a"}, 10: {"a"}}),
+        (looked_at([A], (10,)), {7: {"a"}, 10: set()}),
+        (looked_at([A], (10, B)), {7: {"a", "b"}, 10: {"b"}}),
+        (looked_at([A, B], (10, A)), {7: {"a", "b"}, 10: {"a"}}),
+        (looked_at([], (10, A)), {7: {"a"}, 10: {"a"}}),
+        (looked_at([A], (5, B), (8, B), (20, C)), {3: {"a", "b"}, 7: {"b", "c"}, 20: {"c"}}),
+        (looked_at([A], (10,), (20, B)), {7: {"a"}, 15: {"b"}}),
+        (looked_at([], (10, A), (20,)), {7: {"a"}, 15: {"a"}, 20: set()}),
+    ],
+)
+def test_a_row_belongs_to_what_was_seen_before_it_and_after_it(ancestry, expected):
+    assert {position: belongs(ancestry, position) for position in expected} == expected
+
+
+def test_a_partition_that_is_gone_is_nothing_from_the_look_on():
+    ancestry = Ancestry({1: [A], 2: [B]})
+    ancestry.look(Lsn(10), {2: [B]})
+    assert (belongs(ancestry, 9), belongs(ancestry, 10)) == ({"a"}, set())
+    assert (ancestry.latest(1), ancestry.latest(2)) == (frozenset(), {B})
