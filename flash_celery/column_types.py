@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 from psycopg import pq, sql
 
-from .comparison import ColumnType
+from .comparison import ColumnType, UnknownLabel
 from .conditions import Cells
 from .errors import SubscriptionError
 from .subscriptions import Subscription
@@ -174,9 +174,32 @@ def matcher(
 ) -> Callable[[Cells], bool] | None:
     """The predicate of a subscription's condition on a table (by OID) whose columns have these
     types, if it has one. Raises `SubscriptionError` for a condition that cannot be judged exactly.
+
+    What PostgreSQL says of a type is asked again for each label of an enum that is new: no message
+    tells of them. The predicate raises one of `UNREADABLE` for a row that it cannot judge.
     """
     condition = subscription.where
     if condition is None:
         return None
-    columns = {name: compared(connection, table, name, types[name]) for name in condition.columns}
-    return condition.bind(columns, partial(canonical, connection))
+
+    def bind() -> Callable[[Cells], bool]:
+        columns = {one: compared(connection, table, one, types[one]) for one in condition.columns}
+        return condition.bind(columns, partial(canonical, connection))
+
+    bound, asked = bind(), set[bytes]()
+
+    def matches(cells: Cells) -> bool:
+        nonlocal bound
+        try:
+            return bound(cells)
+        except UnknownLabel as unknown:
+            if unknown.label in asked:
+                raise
+            asked.add(unknown.label)
+            try:
+                bound = bind()
+            except SubscriptionError:  # what it compares with is no label any more
+                raise unknown from None
+        return matches(cells)
+
+    return matches

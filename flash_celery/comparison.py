@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -82,9 +82,26 @@ def _key(of: ColumnType) -> Key | None:
         make = {"array": _array_key, "range": _range_key, "multirange": _multirange_key}[of.kind]
         return make(element)
     if of.kind == "enum":
-        positions = {label.encode(): place for place, label in enumerate(of.labels)}
-        return lambda text: positions.get(text, -1)
+        return _label_key({label.encode(): place for place, label in enumerate(of.labels)})
     return _SCALARS.get(of.oid)
+
+
+class UnknownLabel(LookupError):
+    """A value of an enum that was not among its labels when they were read."""
+
+    def __init__(self, label: bytes) -> None:
+        super().__init__(label)
+        self.label = label
+
+
+def _label_key(positions: Mapping[bytes, int]) -> Key:
+    def key(text: bytes) -> Any:
+        place = positions.get(text)
+        if place is None:
+            raise UnknownLabel(text)
+        return place
+
+    return key
 
 
 def _number(text: bytes) -> Any:

@@ -499,3 +499,24 @@ def test_a_pattern_that_is_no_string_is_refused(pattern):
 def test_a_pattern_looks_at_the_beginning_of_a_long_value(judge):
     assert judge({"text__regex": "b"}, {"text": b"a" * 9_999 + b"b"}) is True
     assert judge({"text__regex": "b"}, {"text": b"a" * 10_000 + b"b"}) is False
+
+
+def test_labels_that_are_made_and_renamed_meanwhile_are_known(flash):
+    flash.database.execute(
+        "CREATE TYPE level AS ENUM ('low', 'high', 'off')",
+        "CREATE TABLE items (id int PRIMARY KEY, level level, levels level[])",
+    )
+    flash.handler("items", "insert", where={"level__between": ["low", "high"]})
+    flash.handler("items", "insert", name="some", where={"levels__lt": ["high"]})
+    flash.handler("items", "insert", name="renamed", where={"level": "off"}).start()
+    flash.do("INSERT INTO items VALUES (1, 'high', '{low}')")
+    flash.do("ALTER TYPE level ADD VALUE 'mid' BEFORE 'high'", "ALTER TYPE level ADD VALUE 'top'")
+    flash.do("INSERT INTO items VALUES (2, 'mid', '{mid}'), (3, 'top', '{top}'), (4, 'off', NULL)")
+    assert [change.new["id"] for change in flash.told()] == [1, 2]
+    assert [change.new["id"] for change in flash.told("some")] == [1, 2]
+    assert [change.new["id"] for change in flash.told("renamed")] == [4]
+    flash.do("ALTER TYPE level RENAME VALUE 'off' TO 'none'")
+    flash.do("INSERT INTO items VALUES (5, 'none', NULL), (6, 'low', NULL), (7, 'none', NULL)")
+    # 'off' is nothing that PostgreSQL could compare with: what cannot be judged is told.
+    assert [change.new["id"] for change in flash.told("renamed")] == [5, 7]
+    assert [change.new["id"] for change in flash.told()] == [6]
