@@ -173,7 +173,9 @@ def matcher(
     types: Mapping[str, int],
 ) -> Callable[[Cells], bool] | None:
     """The predicate of a subscription's condition on a table (by OID) whose columns have these
-    types, if it has one. Raises `SubscriptionError` for a condition that cannot be judged exactly.
+    types, if it has one, and if it fits them: rows may be from before a column or its type was
+    altered. Raises `SubscriptionError` for a condition that cannot be judged exactly of columns as
+    they are now.
 
     What PostgreSQL says of a type is asked again for each label of an enum that is new: no message
     tells of them. The predicate raises one of `UNREADABLE` for a row that it cannot judge.
@@ -186,7 +188,14 @@ def matcher(
         columns = {one: compared(connection, table, one, types[one]) for one in condition.columns}
         return condition.bind(columns, partial(canonical, connection))
 
-    bound, asked = bind(), set[bytes]()
+    try:
+        bound = bind()
+    except SubscriptionError:
+        now: dict[str, int] = dict(connection.execute(_FIELDS.encode(), [table]).fetchall())
+        if all(types[name] == now.get(name) for name in condition.columns):
+            raise
+        return None
+    asked = set[bytes]()
 
     def matches(cells: Cells) -> bool:
         nonlocal bound

@@ -561,6 +561,25 @@ def test_a_type_dropped_since_is_text(flash):
     assert shown(flash.told()) == ["insert 1,ok"]
 
 
+def test_rows_of_types_that_a_condition_does_not_fit_any_more_are_told(flash):
+    flash.database.execute(
+        "CREATE TYPE mood AS ENUM ('ok')", "CREATE TABLE items (id int PRIMARY KEY, m mood, n int)"
+    )
+    flash.handler("items", "insert", where={"m": "ok"})
+    flash.handler("items", "insert", name="number", where={"n__isnull": True}).start()
+    flash.stop()
+    flash.database.execute(
+        "INSERT INTO items VALUES (1, 'ok', 7)",
+        "ALTER TABLE items ALTER m TYPE text, ALTER n TYPE text",
+        "DROP TYPE mood",
+        "INSERT INTO items VALUES (2, 'bad', 'seven'), (3, 'ok', 'six')",
+    )
+    again(flash, name="number", where={"n": "seven"})
+    flash.do("SELECT 1")
+    assert shown(flash.told()) == ["insert 1,ok,7", "insert 3,ok,six"]
+    assert shown(flash.told("number")) == ["insert 1,ok,7", "insert 2,bad,seven"]
+
+
 @pytest.mark.parametrize(
     "gone", ["DROP TABLE parted_1", "ALTER TABLE parted DETACH PARTITION parted_1"]
 )
@@ -621,12 +640,12 @@ def test_a_partition_that_was_detached_is_a_table_of_its_own(flash):
     )
 
 
-def again(flash, **options):
+def again(flash, name="handler", **options):
     """A new version of the handler."""
     from flash_celery import on_change
 
     flash.stop()
-    task = flash.app.tasks["handler"]
+    task = flash.app.tasks[name]
     task.__dict__.pop("flash_subscriptions")
     on_change("items", **options)(task)
     flash.start()
