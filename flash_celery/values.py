@@ -6,7 +6,7 @@ What a loader cannot represent (`infinity`, dates BC, years above 9999) stays th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, cast
 
@@ -79,29 +79,33 @@ def _finite(load: Loader) -> Loader:
 
 
 # A field is quoted if it is empty or holds something special; without anything it is NULL.
-_FIELD = re.compile(rb'(?:"((?:[^"\\]|""|\\\\)*)"|([^,"]*))(?:,|$)', re.DOTALL)
+_FIELD = re.compile(rb'(?:"((?:[^"\\]|""|\\\\)*)"|([^,"]*))(,|\Z)', re.DOTALL)
 _DOUBLED = re.compile(rb'(["\\])\1')
 
 
 def record_loader(names: Sequence[str], loaders: Sequence[Loader]) -> Loader:
     """What turns the text of a composite value into a dict by field name.
 
+    A value with other fields than these is of before or after an ALTER TYPE, and stays text.
     Source: PostgreSQL documentation, chapter "Composite Types".
     """
 
     def load(text: bytes) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        place = 1
-        for name, load_field in zip(names, loaders, strict=True):
-            field = _FIELD.match(text, place, len(text) - 1)
-            assert field is not None
-            place = field.end()
-            quoted, bare = field.groups()
-            cell = bare or None if quoted is None else _DOUBLED.sub(rb"\1", quoted)
-            found[name] = None if cell is None else load_field(cell)
-        return found
+        fields = zip(names, loaders, _record(text), strict=True)
+        return {name: None if cell is None else read(cell) for name, read, cell in fields}
 
-    return load
+    return or_text(load)
+
+
+def _record(text: bytes) -> Iterator[bytes | None]:
+    place, comma = 1, b","
+    while comma:
+        field = _FIELD.match(text, place, len(text) - 1)
+        if field is None:
+            raise ValueError(text)
+        place = field.end()
+        quoted, bare, comma = field.groups()
+        yield bare or None if quoted is None else _DOUBLED.sub(rb"\1", quoted)
 
 
 def array_loader(load: Loader) -> Loader:

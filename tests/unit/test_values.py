@@ -3,6 +3,9 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+from flash_celery.values import array_loader, loader, record_loader
 from tests.conftest import missing
 
 READ = """
@@ -25,3 +28,20 @@ def test_psycopg_without_its_binaries_reads_intervals_too():
         [sys.executable, "-c", READ], env=environment, capture_output=True, text=True
     )
     assert ran.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (b'(1,"a,""b\\\\")', {"l": 1, "r": 'a,"b\\'}),
+        (b"(,)", {"l": None, "r": None}),
+        (b'(,"")', {"l": None, "r": ""}),
+        *((one, one.decode()) for one in (b"(1,a,3)", b"(1,a,)", b"(1)", b"()", b"", b'(1,")')),
+    ],
+)
+def test_a_composite_of_other_fields_than_its_type_has_now_is_text(text, value):
+    load = record_loader(["l", "r"], [loader(23), loader(25)])
+    assert load(text) == value
+    assert array_loader(load)(
+        b'{"' + text.replace(b"\\", rb"\\").replace(b'"', rb"\"") + b'"}'
+    ) == [value]
