@@ -227,16 +227,38 @@ SELECT concat_ws(' | ',
 """  # noqa: S608
 
 
+# The attributes of composite types that these tables have columns of, and what those are made of;
+# types that come with PostgreSQL (OIDs below 16384) stay as they are.
+_ATTRIBUTES = """
+WITH RECURSIVE used(oid) AS (
+    SELECT a.atttypid FROM unnest(%s::text[], %s::text[]) AS wanted(schema, name)
+    JOIN pg_namespace n ON n.nspname = wanted.schema
+    JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name
+    JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND a.atttypid >= 16384
+    UNION
+    SELECT made.oid FROM used JOIN pg_type t ON t.oid = used.oid
+    LEFT JOIN pg_attribute a ON a.attrelid = t.typrelid AND a.attnum > 0
+    CROSS JOIN LATERAL (VALUES (t.typbasetype), (t.typelem), (a.atttypid)) AS made(oid)
+    WHERE made.oid >= 16384)
+SELECT md5(string_agg(concat_ws(' ', a.attrelid, a.attnum, a.attname, a.atttypid),
+                      ',' ORDER BY a.attrelid, a.attnum))
+FROM used JOIN pg_type t ON t.oid = used.oid
+JOIN pg_attribute a ON a.attrelid = t.typrelid AND a.attnum > 0
+"""
+
+
 def fingerprint(
     connection: psycopg.Connection[Any], tables: Iterable[TableName], publications: Sequence[str]
 ) -> str:
     """Changes when one of these tables is made, dropped or renamed, gets partitions, or another
-    key or identity, also of a partition, when these publications are altered, and when a column is
-    renamed that they name. It locks no table, so nobody who has locked one is waited for."""
+    key or identity, also of a partition, when these publications are altered, when a column is
+    renamed that they name, and when a composite type is altered that a column is of. It locks no
+    table, so nobody who has locked one is waited for."""
     names = sorted(set(tables), key=str)
     parameters = [[n.schema for n in names], [n.name for n in names], list(publications)]
     row = connection.execute(_FINGERPRINT.encode(), parameters).fetchone()
-    return str(row[0]) if row else ""
+    made = connection.execute(_ATTRIBUTES.encode(), parameters[:2]).fetchone()
+    return str([*(row or ()), *(made or ())])
 
 
 _PUBLISHED = """

@@ -561,6 +561,33 @@ def test_a_type_dropped_since_is_text(flash):
     assert shown(flash.told()) == ["insert 1,ok"]
 
 
+def test_a_composite_type_that_is_altered_meanwhile_is_followed(flash):
+    flash.database.execute(
+        "CREATE TYPE inner_pair AS (l int, r text)",
+        "CREATE DOMAIN pairs AS inner_pair[]",
+        "CREATE TYPE pair AS (l int, many pairs)",
+        "CREATE TABLE items (id serial PRIMARY KEY, p pair)",
+    )
+    flash.handler("items", "insert").start()
+    flash.do("INSERT INTO items (p) VALUES (ROW(1, ARRAY[ROW(1, 'a')::inner_pair]))")
+    assert flash.told()[0].new["p"] == {"l": 1, "many": [{"l": 1, "r": "a"}]}
+
+    def described(value, row, otherwise):
+        flash.do(f"INSERT INTO items (p) VALUES ({row})")
+        (change,) = flash.told()
+        assert change.new["p"] in (value, otherwise)
+        return change.new["p"] == value
+
+    flash.database.execute("ALTER TYPE inner_pair ADD ATTRIBUTE x int")
+    expected = {"l": 1, "many": [{"l": 1, "r": "a", "x": 3}]}
+    row = "ROW(1, ARRAY[ROW(1, 'a', 3)::inner_pair])"
+    flash.wait(lambda: described(expected, row, {"l": 1, "many": ["(1,a,3)"]}))
+    flash.database.execute("ALTER TYPE inner_pair DROP ATTRIBUTE l")
+    expected = {"l": 1, "many": [{"r": "a", "x": 3}]}
+    row = "ROW(1, ARRAY[ROW('a', 3)::inner_pair])"
+    flash.wait(lambda: described(expected, row, {"l": 1, "many": ["(a,3)"]}))
+
+
 def test_rows_of_types_that_a_condition_does_not_fit_any_more_are_told(flash):
     flash.database.execute(
         "CREATE TYPE mood AS ENUM ('ok')", "CREATE TABLE items (id int PRIMARY KEY, m mood, n int)"
