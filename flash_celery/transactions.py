@@ -20,7 +20,9 @@ from .spool import Spool, default_directory
 
 _BEGIN, _COMMIT = b"BC"
 _ROWS = frozenset(b"IUD")
-_STREAM_CONTROL = frozenset(b"SEcA")
+#: What is not kept with a block's messages: its control, and an Origin, which bears no xid (chapter
+#: "Logical Replication Message Formats") and of which nothing is told.
+_NOT_KEPT = frozenset(b"SEcAO")
 _NOTHING = Transaction(Lsn(0), 0, 0)
 #: What a message starts with: of a row its operation and relation, in a stream its transaction.
 _KIND = itemgetter(slice(0, 5))
@@ -98,7 +100,7 @@ class Transactions:
 
         Raises `ProtocolError` for what cannot follow what came before.
         """
-        if self._block is not None and kind[0] not in _STREAM_CONTROL:
+        if self._block is not None and kind[0] not in _NOT_KEPT:
             # Its xid stands after the tag, and nowhere else in what it will be replayed as.
             messages = [message[:1] + message[5:] for message in run]
             self._block.append(int.from_bytes(kind[1:], "big"), messages)

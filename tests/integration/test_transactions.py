@@ -313,6 +313,30 @@ def test_streaming_end_to_end_with_interleaved_savepoints_and_a_restart(flash):
     assert [change.index for change in changes] == [*range(10_000), *range(5001)]
 
 
+def test_streamed_transactions_of_another_server_are_told(flash):
+    small_memory = "-c logical_decoding_work_mem=64kB"
+    dsn = psycopg.conninfo.make_conninfo(flash.database.dsn, options=small_memory)
+    flash.database.execute(ITEMS)
+    flash.handler("items", "insert").start(flash_use_streaming=True, flash_dsn=dsn)
+    for name in ("b", "bé", "elsewhere"):
+        with flash.database.connect() as connection:
+            connection.execute("SELECT pg_replication_origin_create(%s)", [name])
+            connection.execute("SELECT pg_replication_origin_session_setup(%s)", [name])
+            with connection.transaction():
+                connection.execute("SELECT pg_replication_origin_xact_setup('0/1234', now())")
+                connection.execute(
+                    "INSERT INTO items SELECT n, repeat('x', 200) FROM generate_series(1, 2000) n"
+                )
+            connection.execute("SELECT pg_replication_origin_session_reset()")
+            connection.execute("SELECT pg_replication_origin_drop(%s)", [name])
+        flash.do("TRUNCATE items")
+        assert len(flash.told()) == 2000
+    streams = "SELECT stream_txns FROM pg_stat_replication_slots WHERE slot_name = %s"
+    flash.stop()
+    with flash.database.connect() as connection:
+        assert connection.execute(streams, [flash.database.slot]).fetchone()[0] > 0
+
+
 def test_a_relation_that_was_first_sent_in_a_savepoint_that_is_rolled_back(flash):
     flash.database.execute(ITEMS)
     options = "-c logical_decoding_work_mem=64kB"
