@@ -141,6 +141,8 @@ class PublishError(FlashError):
 
     retry = True
     confirmed = 0
+    #: Bytes of the largest message that it takes, where one that has more is what was wrong.
+    most = 0
     solution = "They are sent again by themselves; check that the broker runs and has room."
 
 
@@ -173,7 +175,8 @@ class ConfirmedLost(FlashError):
 
 
 class ChangeTooLarge(FlashError):
-    """A change has more bytes than `flash_max_change_size` allows; it becomes a dead letter."""
+    """A change has more bytes than `flash_max_change_size` or the broker allows; it becomes a dead
+    letter."""
 
     solution = (
         "Leave the large column out (`fields=`), or raise the setting and the broker's own limit."

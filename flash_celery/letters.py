@@ -216,8 +216,13 @@ def split(letter: Letter) -> list[Message]:
 
 def contents(letter: Letter) -> list[Change]:
     """Its changes. Raises `PayloadError` where they cannot be read."""
+    return changes_in(letter.body)
+
+
+def changes_in(body: str | bytes) -> list[Change]:
+    """The changes in a message's body. Raises `PayloadError` where they cannot be read."""
     try:
-        value = json.loads(letter.body)[0][0]["__value__"]
+        value = json.loads(body)[0][0]["__value__"]
     except (KeyError, IndexError, RecursionError, TypeError, ValueError):
         raise PayloadError("No changes can be read from its message.") from None
     return payload.decode(value)

@@ -244,6 +244,11 @@ class Templates:
         subscription, operation = key
         return self._templates[subscription.handler, subscription.number, operation]
 
+    def of(self, message: Message) -> Template | None:
+        """What has made a message, or stands behind the dead letter in its place."""
+        made = (one for one in self._by_options.values() if one.key == message.form.template)
+        return next(made, None)
+
     def queues_for(self, handler: str) -> list[str]:
         """The queues one handler's changes go to."""
         return sorted({t.queue for (name, *_), t in self._templates.items() if name == handler})

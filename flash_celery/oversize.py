@@ -15,7 +15,7 @@ from . import letters, payload
 from .changes import Change, Delete, Insert, LogicalMessage, Update
 from .errors import ChangeTooLarge
 from .escaping import escaped
-from .messages import Message, Template
+from .messages import Message, Template, Templates
 from .payload import Delivery
 from .protocol.pgoutput import Cell
 from .rows import UNCHANGED
@@ -29,12 +29,73 @@ def letter(app: Any, queue: str, template: Template, delivery: Delivery) -> Mess
     `flash dead retry` hands the change over with `UNCHANGED` where a value was too large.
     """
     error = error_of(template, delivery)
+    _say(error)
+    return _letter(app, queue, template, delivery, error, template.most)
+
+
+def fitting(
+    app: Any, queue: str, templates: Templates, messages: Sequence[Message], most: int
+) -> list[Message]:
+    """The messages, with others for those that have more bytes than the broker takes: smaller
+    batches, and a dead letter for a change that is too large alone.
+
+    One stays as it is where not even the letter would be taken.
+    """
+    fits: list[Message] = []
+    for message in messages:
+        template = templates.of(message) if len(message.body) > most else None
+        if template is None:  # it fits, or it is of an earlier session, which is given up
+            fits.append(message)
+            continue
+        deliveries = [payload.delivery_of(change) for change in _changes_in(message)]
+        if len(deliveries) == 1:
+            fits.append(_fitting(app, queue, template, deliveries[0], most) or message)
+            continue
+        half = len(deliveries) // 2
+        smaller = [template.together(part) for part in (deliveries[:half], deliveries[half:])]
+        fits += fitting(app, queue, templates, smaller, most)
+    return fits
+
+
+def _fitting(
+    app: Any, queue: str, template: Template, delivery: Delivery, most: int
+) -> Message | None:
+    """The letter for the one change of a delivery, with no more bytes than that."""
+    error = _error(template, delivery, f"the broker takes messages of {most}")
+    kept = most
+    while kept:
+        sealed = _letter(app, queue, template, delivery, error, kept)
+        if len(sealed.body) <= most:
+            _say(error)
+            return sealed
+        kept //= 2
+    return None
+
+
+def _changes_in(message: Message) -> list[Change]:
+    if message.task == letters.TASK:
+        return letters.contents(letters.unseal(message.body))
+    return letters.changes_in(_plain(message))
+
+
+def _plain(message: Message) -> str | bytes:
+    """The body as a worker receives it."""
+    packed = message.form.headers.get("compression")
+    return compression.decompress(message.body, packed) if packed else message.body
+
+
+def _say(error: ChangeTooLarge) -> None:
     logger.error("%s. It is a dead letter now (`flash dead list`)", escaped(str(error)))
-    excess = sum(map(len, delivery.rows)) - template.most
+
+
+def _letter(
+    app: Any, queue: str, template: Template, delivery: Delivery, error: ChangeTooLarge, most: int
+) -> Message:
+    """The letter with a change of so many bytes at most."""
+    excess = sum(map(len, delivery.rows)) - most
     rest = _without_the_largest(payload.change_of(delivery), excess)
     (message,) = template.each(payload.delivery_of(rest))
-    if "compression" in message.headers:  # a letter holds what a worker would have received
-        message.body = compression.decompress(message.body, message.headers["compression"])
+    message.body = _plain(message)
     kind = type(error).__name__
     kept = letters.write(message, template.queue, kind, f"{error}. {error.solution}", "", [rest])
     sealed = letters.seal(app, kept, queue)
@@ -46,10 +107,14 @@ def letter(app: Any, queue: str, template: Template, delivery: Delivery) -> Mess
 
 def error_of(template: Template, delivery: Delivery) -> ChangeTooLarge:
     """What is wrong with the one change of a delivery."""
+    return _error(template, delivery, f"flash_max_change_size is {template.most}")
+
+
+def _error(template: Template, delivery: Delivery, limit: str) -> ChangeTooLarge:
     size = sum(map(len, delivery.rows))
     return ChangeTooLarge(
-        f"{payload.change_of(delivery)!r} has {size} bytes, and flash_max_change_size is "
-        f"{template.most}; a retry tells {template.task} of it without its largest values"
+        f"{payload.change_of(delivery)!r} has {size} bytes, and {limit}; a retry tells "
+        f"{template.task} of it without its largest values"
     )
 
 

@@ -42,6 +42,7 @@ class Publishing(threading.Thread):
     A broker that has had nothing to do for `idle_seconds` is asked whether it is still there.
     `dead` is the queue of what no broker would take: it may be longer than `max_queue_length`, and
     is declared once there is something for it, so that nothing that is wrong with it is in the way.
+    `fitting` puts others for messages with more bytes than the broker takes.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Publishing(threading.Thread):
         max_queue_length: int = 0,
         dead: Any = None,
         telemetry: Telemetry | None = None,
+        fitting: Callable[[Sequence[Message], int], Sequence[Message]] = lambda some, _: some,
     ) -> None:
         super().__init__(name="flash-publishing", daemon=True)
         self._publisher = publisher
@@ -66,6 +68,9 @@ class Publishing(threading.Thread):
         self._together = 0 if max_queue_length else _TOGETHER_BYTES
         self._queues = queues
         self._dead = dead
+        self._fitting = fitting
+        #: Bytes of the largest message that the broker takes, once it has refused one.
+        self._most = 0
         self._confirmed = confirmed
         self._failed = failed
         self._idle_seconds = idle_seconds
@@ -225,13 +230,12 @@ class Publishing(threading.Thread):
             logger.info("Moved %d messages from %s, back to their queues", moved, leaving.name)
 
     def _deliver(self, generation: int, units: Sequence[Unit]) -> None:
-        messages = [message for unit in units for message in unit.messages]
+        messages = self._fitted([message for unit in units for message in unit.messages])
         if self._dead is not None and any(unit.letters for unit in units):
             self._declare_dead()
         announced = announce(messages)
-        done = not messages or self._insist(
-            generation, partial(self._publish, generation), messages
-        )
+        attempt = partial(self._publish, generation)
+        done = not messages or self._insist(generation, attempt, messages)
         for one in announced:
             one.end(published=done)
         if done:
@@ -244,6 +248,15 @@ class Publishing(threading.Thread):
                 self._confirmed(units[-1].position)
             self._working, self._taken = False, []
             self._changed.notify_all()
+
+    def _fitted(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The same messages, with others for those that are known to be too large."""
+        most = self._most
+        if not most or all(len(message.body) <= most for message in messages):
+            return messages
+        if self._dead is not None:
+            self._declare_dead()
+        return self._fitting(messages, most)
 
     def _declare_dead(self) -> None:
         """Connect anew, now also with the queue for dead letters."""
@@ -303,6 +316,7 @@ class Publishing(threading.Thread):
                 # What the broker has already is not sent again.
                 messages = messages[error.confirmed :]
                 self._fails(error, messages)
+                messages = self._fitted(messages)
                 pause = next(pauses)
             if self._given_up(generation, pause):
                 return False
@@ -329,7 +343,7 @@ class Publishing(threading.Thread):
             self._opened = True
 
     def _fails(self, error: PublishError, waiting: Sequence[Message]) -> None:
-        """Let go of the connection."""
-        self._opened = False
+        """Let go of the connection, and of what was known of the broker."""
+        self._opened, self._most = False, error.most
         self._publisher.close()
         self._outage.goes_on(error, waiting)

@@ -22,7 +22,7 @@ from . import history, oversize, publications, publishers, slots, unconsumed
 from .ancestry import Ancestry
 from .backpressure import Backpressure
 from .changes import Operation
-from .errors import CatalogError, ConfigurationError
+from .errors import CatalogError, ConfigurationError, PublishError
 from .messages import Templates
 from .outbox import Outbox
 from .payload import Delivery
@@ -242,9 +242,11 @@ def enqueue(
     templates = Templates(app, settings, subscriptions, source)
     dead = unconsumed.queue(app, settings.flash_dead_queue)
     outbox = Outbox(partial(oversize.letter, app, settings.flash_dead_queue))
+    fitted = partial(oversize.fitting, app, settings.flash_dead_queue, templates)
     count = 0
     with closing(publishers.for_app(app)) as publisher:
-        publisher.open([*(app.amqp.queues[name] for name in templates.queues_for(handler)), dead])
+        queues = [*(app.amqp.queues[name] for name in templates.queues_for(handler)), dead]
+        publisher.open(queues)
         limit = Backpressure(settings.flash_max_queue_length, publisher.depth, dead.name)
 
         def take(subscription: Subscription, operation: Operation, delivery: Delivery) -> None:
@@ -258,7 +260,15 @@ def enqueue(
             messages = outbox.collect(everything, float("inf")).messages
             while messages:
                 some = limit.admit(messages, _patiently)
-                publisher.publish(messages[:some])
+                try:
+                    publisher.publish(messages[:some])
+                except PublishError as error:
+                    # Others for those that are too large for the broker, if that was what failed.
+                    fits = fitted(messages, error.most) if error.most else messages
+                    if fits == messages:
+                        raise
+                    publisher.open(queues)
+                    some, messages = error.confirmed, fits
                 messages = messages[some:]
                 count += some
 

@@ -91,6 +91,9 @@ class Replicator:
             settings.flash_max_queue_length,
             unconsumed.queue(app, settings.flash_dead_queue),
             self.telemetry,
+            lambda messages, most: oversize.fitting(
+                *(app, settings.flash_dead_queue, self._templates, messages, most)
+            ),
         )
         self.telemetry.enqueued.update(dict.fromkeys(self._templates.routes, 0))
         self.telemetry.unconfirmed = lambda: self._publishing.oldest

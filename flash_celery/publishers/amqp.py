@@ -7,6 +7,7 @@ chapter "Transport" for the frames.
 from __future__ import annotations
 
 import logging
+import re
 import struct
 import time
 import uuid
@@ -35,6 +36,9 @@ _MOVED_MESSAGES, _MOVED_BYTES, _MOVED_OF_QUORUM = 500, 4 << 20, 9
 #: Seconds after which an empty queue is looked at once more: what a process that has died held of
 #: it may be on its way back.
 _SETTLE_SECONDS = 0.5
+
+#: What RabbitMQ says of a message whose body is too large; the second number is its limit.
+_TOO_LARGE = re.compile(r"message size \d+ is larger than (?:configured )?max size (\d+)")
 
 _METHOD, _HEADER, _BODY = 1, 2, 3
 _FRAME = struct.Struct(">BHI")
@@ -83,6 +87,9 @@ class AmqpPublisher(ConnectedPublisher):
             # Nothing may overtake a message that was refused: one at a time until it is taken.
             self._window = 1
             error.confirmed = min(self._pending, default=self._sent + 1) - first
+            if isinstance(error.__cause__, PreconditionFailed):
+                limit = _TOO_LARGE.search(str(error))
+                error.most = int(limit[1]) if limit else 0
             raise
         self._window = _WINDOW
 

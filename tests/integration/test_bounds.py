@@ -1,14 +1,19 @@
 """What a client of the database can make large stays bounded (docs/security.md)."""
 
+import re
 import threading
 import time
 
+import amqp
 import psutil
 import pytest
 
-from flash_celery import letters, on_message
+from flash_celery import UNCHANGED, Operation, history, letters, on_message, replay
 from flash_celery.column_types import DEEPEST
+from flash_celery.handlers import subscriptions_of
+from flash_celery.publishers import for_app
 from flash_celery.routing import MOST_FIELDS
+from flash_celery.settings import Settings
 
 from .conftest import shown
 
@@ -104,6 +109,71 @@ def test_a_message_too_large_is_a_dead_letter(flash):
     (sealed,) = flash.publisher.queues["flash.dead"]
     (change,) = letters.contents(letters.unseal(sealed.body))
     assert (change.prefix, change.content) == ("big", b"")
+
+
+@pytest.fixture
+def small(rabbit):
+    """RabbitMQ takes messages of 20,000 bytes at most."""
+    limit = "application:set_env(rabbit, max_message_size, {0})"
+    # Where later releases keep it.
+    limit += ", persistent_term:put(max_message_size, {0})"
+    rabbit.empty()
+    before = rabbit.evaluate("element(2, application:get_env(rabbit, max_message_size))")
+    rabbit.evaluate(limit.format(20_000))
+    yield rabbit
+    rabbit.evaluate(limit.format(re.search(r"\d+", before)[0]))
+
+
+def received(rabbit, queue):
+    """Bodies of the messages in a queue, taken out."""
+    with amqp.Connection(host=f"127.0.0.1:{rabbit.port}") as connection:
+        channel = connection.channel()
+        found = iter(lambda: channel.basic_get(queue, no_ack=True), None)
+        return [message.body for message in found]
+
+
+@pytest.mark.parametrize("options", [{}, {"batch": 1000}], ids=["each", "batched"])
+def test_what_rabbitmq_takes_no_message_of_stops_nobody(flash, small, options):
+    flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, note text, other text)")
+    flash.app.conf.broker_url = small.url
+    flash.handler("items", **options)
+    flash.publisher = for_app(flash.app)
+    flash.start(flash_replay_window=3600)
+    settings, subscriptions = Settings.from_app(flash.app), subscriptions_of(flash.app)
+    with flash.database.connect() as connection:
+        flash.wait(lambda: history.oldest(connection, settings))
+    before = str(flash.database.one("SELECT clock_timestamp()"))
+    flash.do(
+        "INSERT INTO items SELECT n, CASE n WHEN 50 THEN repeat('x', 15000) ELSE 'a' END, "
+        "repeat('y', 1000) FROM generate_series(1, 100) AS n",
+        "UPDATE items SET note = repeat('x', 30000) WHERE id = 7",
+        "UPDATE items SET note = 'b' WHERE id = 8",
+        "INSERT INTO items SELECT n, 'a', repeat('y', 400 * (n - 1000)) "
+        "FROM generate_series(1001, 1060) AS n",
+    )
+    assert flash.replicator.telemetry.failures == {"PublishError": 1}
+    flash.stop()
+    bodies = received(small, "flash")
+    changes = [change for body in bodies for change in letters.changes_in(body)]
+    ids = dict.fromkeys(change.new["id"] for change in changes)  # some may have come twice
+    told = [n for n in range(1, 101) if n != 50]
+    large = [n for n in range(1001, 1061) if n not in ids]
+    assert 1 < len(large) < 30
+    assert list(ids) == [*told, *range(1001, large[0])]
+    assert [c.new["id"] for c in changes if c.operation is Operation.UPDATE] == [8]
+    assert len(bodies) < len(changes) or not options
+    found = [letters.unseal(sealed) for sealed in received(small, "flash.dead")]
+    assert {letter.error for letter in found} == {"ChangeTooLarge"}
+    assert "and the broker takes messages of 20000;" in found[0].message
+    rest = [change for letter in found for change in letters.contents(letter)]
+    assert [change.new["id"] for change in rest] == [50, 7, *large]
+    assert (rest[1].new["note"], rest[1].new["other"]) == (UNCHANGED, "y" * 1000)
+    with flash.database.connect() as connection:
+        wanted = replay.span(connection, settings, before, None)
+        replay.enqueue(flash.app, connection, settings, subscriptions, "handler", wanted)
+    again = [change for body in received(small, "flash") for change in letters.changes_in(body)]
+    assert dict.fromkeys(change.id for change in again) == dict.fromkeys(c.id for c in changes)
+    assert len(received(small, "flash.dead")) == len(found)
 
 
 def test_tables_dropped_and_made_again_leave_nothing_behind(flash):

@@ -1,0 +1,81 @@
+"""What stands for a message that is too large for its broker."""
+
+import random
+
+import pytest
+
+from flash_celery import UNCHANGED, letters, on_change
+from flash_celery.changes import Operation
+from flash_celery.handlers import subscriptions_of
+from flash_celery.messages import Templates
+from flash_celery.oversize import fitting, letter
+from flash_celery.payload import Delivery
+from flash_celery.protocol.lsn import Lsn
+from flash_celery.protocol.pgoutput import encode_row
+from flash_celery.rows import Column, Table, Transaction
+from flash_celery.settings import Settings
+
+COLUMNS = tuple(Column(name, 25, "text", name == "id") for name in ("id", "note", "other"))
+TABLE = Table("public", "orders", None, "d", ("id",), COLUMNS)
+#: Text that hardly packs.
+LONG = bytes(random.Random(1).choices(b"abcdefghijklmnopqrstuvwxyz", k=10_000))
+
+
+@pytest.fixture
+def templates(app):
+    @on_change("orders", batch=10)
+    @app.task(name="shop.handle", shared=False)
+    def handle(change):
+        pass
+
+    def make(**conf):
+        app.conf.update(broker_url="memory://", **conf)
+        app.finalize()
+        return Templates(app, Settings.from_app(app), subscriptions_of(app))
+
+    return make
+
+
+def delivery(*rows):
+    written = [encode_row("I", 0, None, None, list(row)) for row in rows]
+    return Delivery(TABLE, Transaction(Lsn(0x16B3748), 7, 0), 3, 0, 0, written)
+
+
+def test_smaller_batches_and_letters_in_the_place_of_a_batch(templates, app):
+    all_of_them = templates(task_compression="zlib")
+    template = all_of_them[all_of_them.subscriptions[0], Operation.INSERT]
+    rows = [(b"%d" % n, LONG if n == 2 else b"a", b"b") for n in range(5)]
+    small, large = template.together([delivery(rows[0])]), template.together([delivery(*rows)])
+    most = len(large.body) - 1
+    one, first, second, third = fitting(app, "flash.dead", all_of_them, [small, large], 3000)
+    assert one is small
+    assert len(large.body) > 3000
+    assert all(len(message.body) <= 3000 for message in (first, second, third))
+    assert (first.queue, second.queue, third.queue) == ("flash", "flash.dead", "flash")
+    kept = letters.unseal(second.body)
+    (change,) = letters.contents(kept)
+    assert (change.new["id"], change.new["note"], change.new["other"]) == ("2", UNCHANGED, "b")
+    assert (change.id, kept.error, kept.queue) == ("0/16B3748:5", "ChangeTooLarge", "flash")
+    assert second.form.template == template.key
+    halves = fitting(app, "flash.dead", all_of_them, [large], most)
+    assert [message.queue for message in halves] == ["flash", "flash"]
+
+
+def test_a_letter_that_is_too_large_too(templates, app):
+    all_of_them = templates(flash_max_change_size=25_000)
+    template = all_of_them[all_of_them.subscriptions[0], Operation.INSERT]
+    sealed = letter(app, "flash.dead", template, delivery((b"1", LONG + LONG, LONG)))
+    assert len(sealed.body) > len(LONG)
+    (smaller,) = fitting(app, "flash.dead", all_of_them, [sealed], 5000)
+    assert len(smaller.body) <= 5000
+    (change,) = letters.contents(letters.unseal(smaller.body))
+    assert change.new == {"id": "1", "note": UNCHANGED, "other": UNCHANGED}
+    assert change.id == "0/16B3748:3"
+
+
+def test_a_broker_that_takes_not_even_a_letter_is_told_nothing_else(templates, app, caplog):
+    all_of_them = templates()
+    template = all_of_them[all_of_them.subscriptions[0], Operation.INSERT]
+    message = template.together([delivery((b"1", LONG, b"b"))])
+    assert fitting(app, "flash.dead", all_of_them, [message], 500) == [message]
+    assert "dead letter" not in caplog.text
