@@ -335,9 +335,9 @@ class Rabbit(Server):
 
     def queues(self) -> list[str]:
         """Their names."""
-        names = '[Name || {_, _, _, Name} <- rabbit_amqqueue:list_names(<<"/">>)]'
-        found = re.findall("#Bin<(.*?)>", self.evaluate(names))
-        return [bytes(map(int, name.split(","))).decode() for name in found]
+        # It would cut binaries short.
+        names = '[binary_to_list(Name) || {_, _, _, Name} <- rabbit_amqqueue:list_names(<<"/">>)]'
+        return re.findall('"(.*?)"', self.evaluate(names))
 
     def empty(self) -> None:
         """Delete every queue."""
