@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from .errors import PublishError
 from .messages import Message
@@ -38,6 +40,19 @@ class Outage:
                 "%s Nothing is acknowledged until it works again (%.0f s so far, %s)",
                 *(error, now - self._since, _described(waiting)),
             )
+
+    @contextmanager
+    def announced(self, seconds: float) -> Iterator[None]:
+        """Say so if this takes longer, and nothing has failed that is said already."""
+        said = (f"The broker has not answered for {seconds:g} s; waiting for it",)
+        timer = threading.Timer(seconds, logger.warning, said)
+        timer.daemon = True
+        if not self._since:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def over(self) -> None:
         """It works."""

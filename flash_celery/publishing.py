@@ -339,7 +339,8 @@ class Publishing(threading.Thread):
     def _open(self) -> None:
         self._spoke = time.monotonic()
         if not self._opened:
-            self._publisher.open([*self._queues, *self._parking.queues])
+            with self._outage.announced(self._idle_seconds):
+                self._publisher.open([*self._queues, *self._parking.queues])
             self._opened = True
 
     def _fails(self, error: PublishError, waiting: Sequence[Message]) -> None:

@@ -108,21 +108,26 @@ class ConnectedPublisher:
         """Connect and declare the queues. Raises `PublishError`."""
         self.close()
         self.confirmed = 0  # what an earlier call got through says nothing of the next one
-        options = {
-            **self.transport_options,
-            **dict.fromkeys(self.timeouts, self.timeout),
-            **self._app.conf.broker_transport_options,
-        }
         self._connection = connection_to(
             self._app,
-            transport_options=options,
+            transport_options=self.options(),
             connect_timeout=self._app.conf.broker_connection_timeout,
         )
+        # Each host once, or those of Sentinel, which are one to kombu: who opens it tries again.
+        hosts = 1 if self._connection.transport_cls == "sentinel" else len(self._connection.alt)
         with self.errors(), _readable():
+            self._connection.ensure_connection(
+                max_retries=max(hosts, 1) - 1, reraise_as_library_errors=False
+            )
             self._channel = self._connection.channel()
         with self.errors():
             for queue in queues:
                 queue(self._channel).declare()
+
+    def options(self) -> dict[str, Any]:
+        """What the transport is told."""
+        timeouts = dict.fromkeys(self.timeouts, self.timeout)
+        return {**self.transport_options, **timeouts, **self._app.conf.broker_transport_options}
 
     def claim(self, lease: Lease) -> Enqueued:
         """Begin a session; this broker keeps no position."""
@@ -205,6 +210,10 @@ class ConnectedPublisher:
         with self.errors():
             return int(self._channel.queue_declare(queue=queue, passive=True).consumer_count)
 
+    def reason(self, error: BaseException) -> str:
+        """What the transport says of it, without the full stop."""
+        return str(error).rstrip(".") or type(error).__name__
+
     @contextmanager
     def errors(self) -> Iterator[None]:
         """Turn the transport's errors into `PublishError`."""
@@ -212,8 +221,7 @@ class ConnectedPublisher:
         try:
             yield
         except known as error:
-            reason = str(error).rstrip(".") or type(error).__name__
-            failed = PublishError(f"The broker {self.url} failed: {reason}.")
+            failed = PublishError(f"The broker {self.url} failed: {self.reason(error)}.")
             failed.confirmed = self.confirmed
             raise failed from error
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import redis
 from kombu.utils.json import dumps, loads
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from ..enqueued import Enqueued, Lease
 from ..messages import Form, Message
@@ -36,6 +38,8 @@ _MOVED_MESSAGES = 20
 _TCP = {"TCP_NOTSENT_LOWAT": 1 << 17, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 #: Those that this system knows.
 _TCP_OPTIONS = {getattr(socket, name): n for name, n in _TCP.items() if hasattr(socket, name)}
+#: How an error of redis-py's begins that tells of a Sentinel.
+_CLIENT = re.compile(r"<redis\.client\.Redis\(")
 #: What differs between the messages of a form; found in the text that kombu makes of a sample.
 _VARYING = ("id", "argsrepr", "body", "tag")
 
@@ -58,6 +62,20 @@ class RedisPublisher(ConnectedPublisher):
         self._forms: dict[Form, tuple[str, str]] = {}
         # Unique among all messages; a UUID for each would take longer than the rest of it.
         self._tags = map(f"{uuid.uuid4()}-{{}}".format, count())
+
+    def options(self) -> dict[str, Any]:
+        """The same, also for the connections to Sentinel, which redis-py would try many times."""
+        options = super().options()
+        sockets = {name: value for name, value in options.items() if name.startswith("socket_")}
+        given = options.get("sentinel_kwargs") or {}
+        return {**options, "sentinel_kwargs": {**sockets, "retry": Retry(NoBackoff(), 0), **given}}
+
+    def reason(self, error: BaseException) -> str:
+        """The same. Of Sentinels redis-py shows the client with all its settings."""
+        reason = super().reason(error)
+        text, silent = _CLIENT.subn("", reason)
+        what = text.partition(" : ")[0]
+        return f"{what}, and {silent} of its Sentinels gave no answer" if silent else reason
 
     def claim(self, lease: Lease) -> Enqueued:
         """End the lease of every other session; what they have enqueued.

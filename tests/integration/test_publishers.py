@@ -3,6 +3,7 @@
 import itertools
 from functools import partial
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
@@ -21,6 +22,7 @@ from flash_celery.publishers.base import queue_depths
 from flash_celery.publishers.kombu import KombuPublisher
 from flash_celery.publishers.memory import MemoryPublisher
 from flash_celery.publishers.redis import RedisPublisher
+from tests.proxy import Proxy
 from tests.sentinel import OPTIONS, Sentinel
 
 
@@ -174,6 +176,45 @@ def test_a_broker_that_is_not_there_is_a_publish_error_without_the_password(unre
     with pytest.raises(PublishError, match=r"127\.0\.0\.1:1") as caught:
         publisher.open([unreachable.amqp.queues["flash"]])
     assert "s3cret" not in str(caught.value)
+    publisher.close()
+
+
+@pytest.mark.parametrize("given", [{}, {"sentinel_kwargs": {"password": "s3cret"}}])
+def test_a_sentinel_that_says_nothing_is_asked_once(sentinel, given):
+    """Where redis-py and kombu try again and again, nothing is logged for minutes."""
+    with Proxy(urlsplit(sentinel).port) as proxy:
+        app = Celery("shop", broker=f"sentinel://127.0.0.1:{proxy.port}/0", set_as_current=False)
+        app.conf.broker_transport_options = {**OPTIONS, **given}
+        publisher = for_app(app, timeout=0.5)
+        proxy.stall()
+        with pytest.raises(PublishError, match="and 1 of its Sentinels gave no answer") as caught:
+            publisher.open([app.amqp.queues["first"]])
+        assert proxy.accepted == 1
+        assert "s3cret" not in str(caught.value)
+        proxy.heal()
+        if not given:
+            publisher.open([app.amqp.queues["first"]])
+        publisher.close()
+
+
+def test_a_redis_that_says_nothing_is_asked_once(valkey):
+    with Proxy(valkey.port) as proxy:
+        app = Celery("shop", broker=f"redis://127.0.0.1:{proxy.port}/0", set_as_current=False)
+        publisher = for_app(app, timeout=0.5)
+        proxy.stall()
+        with pytest.raises(PublishError):
+            publisher.open([app.amqp.queues["first"]])
+        assert proxy.accepted == 1
+
+
+@pytest.mark.parametrize("kind", ["valkey", "rabbit"])
+def test_every_host_of_a_url_is_tried(kind, request):
+    url = request.getfixturevalue(kind).url
+    dead = f"{url.partition(':')[0]}://127.0.0.1:1"
+    app = Celery("shop", broker=f"{dead};{dead};{url}", set_as_current=False)
+    publisher = for_app(app)
+    publisher.open([])
+    publisher.check()
     publisher.close()
 
 

@@ -309,3 +309,17 @@ def test_nothing_is_published_after_a_failure_and_the_first_one_is_kept(thread):
         control.check()
     control.check()
     control.close()
+
+
+def test_a_broker_that_takes_its_time_is_said_to(thread, caplog):
+    connect = thread.publisher.open
+
+    def open_late(queues):
+        wait(lambda: "has not answered for 0.02 s" in caplog.text)
+        connect(queues)
+
+    thread.publisher.open = open_late
+    thread.put(unit(0, 1, 1))
+    thread.start()
+    wait(lambda: thread.idle)
+    assert thread.confirmed == [1]
