@@ -6,6 +6,7 @@ folder, listens on 127.0.0.1 only, and ends with the process that started it.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import ctypes
 import importlib.util
@@ -335,9 +336,12 @@ class Rabbit(Server):
 
     def queues(self) -> list[str]:
         """Their names."""
-        # It would cut binaries short.
-        names = '[binary_to_list(Name) || {_, _, _, Name} <- rabbit_amqqueue:list_names(<<"/">>)]'
-        return re.findall('"(.*?)"', self.evaluate(names))
+        # Of bytes it shows some, or none.
+        shown = (
+            '[base64:encode_to_string(N) || {_, _, _, N} <- rabbit_amqqueue:list_names(<<"/">>)]'
+        )
+        found = re.findall('"(.*?)"', self.evaluate(shown))
+        return [base64.b64decode(name).decode() for name in found]
 
     def empty(self) -> None:
         """Delete every queue."""
