@@ -48,6 +48,15 @@ class Ancestry:
         """What was seen last; None if it has not been looked at."""
         return self._looks[oid][-1][1] if oid in self._looks else None
 
+    def ever(self, oid: int) -> frozenset[TableName]:
+        """Everything that it is known to have been a partition of."""
+        looks = (found for _, found in self._looks.get(oid, ()))
+        return self._noted.get(oid, frozenset[TableName]()).union(*looks)
+
+    def names(self) -> set[TableName]:
+        """What any of them is noted to have been a partition of."""
+        return set().union(*self._noted.values())
+
     def at(self, oid: int, position: Lsn) -> Ancestors:
         """What rows of a transaction that committed there belong to.
 

@@ -65,7 +65,7 @@ def plan(
     changing = {oid: table for oid, table in goal.full.items() if table.identity != "f"}
     kept = _kept(record, changing)
     no_more = {oid: t for oid, t in identities.items() if oid not in goal.full}
-    leaves = _noted(record, goal)
+    leaves = _noted(record, found, goal)
     intended = replace(record, tables=tables, previous=actual, identities=kept, leaves=leaves)
     complete = replace(
         intended,
@@ -90,13 +90,16 @@ def plan(
     return steps
 
 
-def _noted(record: Record, goal: Wanted) -> dict[str, list[list[str]]]:
-    """Of each partition everything that it has been a partition of."""
+def _noted(record: Record, found: Found, goal: Wanted) -> dict[str, list[list[str]]]:
+    """Of each partition everything that it has been a partition of, and of a table that is not
+    published any more itself: there may be rows of it that have not been read."""
+    noted = [(oid, name) for oid, table in goal.leaves.items() for name in table.ancestors]
+    for publication in found.publications.values():
+        noted += [one for one in publication.tables.items() if not goal.published(one[0])]
     leaves = dict(record.leaves)
-    for oid, table in goal.leaves.items():
-        known = leaves.get(str(oid), [])
-        new = [[one.schema, one.name] for one in table.ancestors]
-        leaves[str(oid)] = [*known, *(one for one in new if one not in known)]
+    for oid, name in noted:
+        known, new = leaves.get(str(oid), []), [name.schema, name.name]
+        leaves[str(oid)] = known if new in known else [*known, new]
     return leaves
 
 

@@ -53,8 +53,8 @@ class Record:
     previous: dict[str, list[int]] = field(default_factory=dict)
     #: Replica identities from before, by OID: `d`, `n`, or `i` and the name of the index.
     identities: dict[str, list[str]] = field(default_factory=dict)
-    #: All ancestors that each partition has had (schema and name), by its OID: its rows may be
-    #: read after it has been detached or dropped.
+    #: All ancestors that each partition has had (schema and name), by its OID, and the table
+    #: itself where it is published no more: rows may be read after all that.
     leaves: dict[str, list[list[str]]] = field(default_factory=dict)
     #: What is sent of each table, by its OID, where that is not everything.
     narrowed: dict[str, str] = field(default_factory=dict)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import psycopg
@@ -14,12 +15,22 @@ from .catalog import CatalogTable
 from .column_types import TypeDescription
 from .conditions import Cells
 from .errors import ReplicationError
+from .escaping import escaped
+from .protocol import pgoutput
 from .protocol.lsn import Lsn
 from .rows import Transaction
-from .subscriptions import Subscription
+from .subscriptions import Subscription, TableName
+
+logger = logging.getLogger(__name__)
 
 #: Seconds that a transaction may take to be seen by others, and between two looks.
 _VISIBLE_SECONDS, _VISIBLE_PAUSE = 2.0, 0.002
+_GONE = "Rows of %s arrive that were written for a handler that is gone"
+_GUESSED = "Rows of %s arrive, which came and went as a partition unseen; they are told as %s's"
+_NOBODY = (
+    "Rows of %s are told to nobody: it came and went as a partition unseen, and of which table "
+    "cannot be known any more; rebuild what depends on them"
+)
 
 
 class Catalog:
@@ -46,12 +57,57 @@ class Catalog:
                 )
             time.sleep(_VISIBLE_PAUSE)
 
-    def ancestors(self, oid: int, now: CatalogTable | None, position: Lsn) -> Ancestors:
-        """What rows of a transaction that committed at this position belong to."""
+    def ancestors(
+        self,
+        relation: pgoutput.Relation,
+        now: CatalogTable | None,
+        position: Lsn,
+        handled: frozenset[TableName],
+    ) -> Ancestors:
+        """What rows of a transaction that committed at this position belong to, beside the table
+        itself; `handled` are the tables of handlers."""
         found = frozenset(now.ancestors if now else ())
-        if found != (self._ancestry.latest(oid) or frozenset()):
-            self._ancestry.saw(oid, Lsn.parse(slots.now(self._connection)[0]), found)
-        return self._ancestry.at(oid, position)
+        if found != (self._ancestry.latest(relation.oid) or frozenset()):
+            position_now = Lsn.parse(slots.now(self._connection)[0])
+            self._ancestry.saw(relation.oid, position_now, found)
+        ancestors = self._ancestry.at(relation.oid, position)
+        own = TableName(relation.schema, relation.name)
+        if handled.isdisjoint((own, *ancestors)):
+            return dict.fromkeys(self._unseen(relation, own, found, handled))
+        return ancestors
+
+    def _unseen(
+        self,
+        relation: pgoutput.Relation,
+        own: TableName,
+        now: frozenset[TableName],
+        handled: frozenset[TableName],
+    ) -> Collection[TableName]:
+        """Whose rows these are: PostgreSQL sends them, so somebody's they were.
+
+        A table that was published by itself is noted under its own name when that ends.
+        """
+        ever = self._ancestry.ever(relation.oid)
+        if ever & handled and own not in ever:
+            return ever & handled
+        candidates = [] if ever or now & self._ancestry.names() else self._partitioned(handled)
+        if not candidates:
+            return _say(logging.WARNING, _GONE, own)
+        columns = {(column.name, column.type_oid) for column in relation.columns}
+        fitting = {
+            table.name: table.ancestors
+            for table in candidates
+            if columns <= {(column.name, column.type_oid) for column in table.columns.values()}
+        }
+        roots = [name for name, above in fitting.items() if fitting.keys().isdisjoint(above)]
+        if len(roots) != 1:
+            return _say(logging.ERROR, _NOBODY, own)
+        _say(logging.WARNING, _GUESSED, own, escaped(str(roots[0])))
+        return roots
+
+    def _partitioned(self, names: Iterable[TableName]) -> list[CatalogTable]:
+        tables = (catalog.find(self._connection, name) for name in sorted(names, key=str))
+        return [table for table in tables if table and table.kind == catalog.PARTITIONED]
 
     def table(self, oid: int) -> CatalogTable | None:
         """The table as it is now; None if it has been dropped."""
@@ -66,3 +122,8 @@ class Catalog:
     ) -> Callable[[Cells], bool] | None:
         """The predicate of a subscription's condition on columns of these types."""
         return column_types.matcher(self._connection, oid, subscription, types)
+
+
+def _say(level: int, message: str, table: TableName, *more: object) -> tuple[()]:
+    logger.log(level, message, escaped(str(table)), *more, extra={"table": str(table)})
+    return ()

@@ -60,6 +60,7 @@ class Router:
         telemetry: Telemetry | None = None,
     ) -> None:
         self._subscriptions = subscriptions
+        self._handled = frozenset(one.table for one in subscriptions)
         self._catalog = catalog
         self._destination = destination
         self._telemetry = telemetry or Telemetry()
@@ -112,15 +113,11 @@ class Router:
         self._forget(relation.oid)
         own = TableName(relation.schema, relation.name)
         described = self._catalog.table(relation.oid)
-        ancestors = self._catalog.ancestors(relation.oid, described, transaction.commit_lsn)
+        ancestors = self._catalog.ancestors(
+            relation, described, transaction.commit_lsn, self._handled
+        )
         types = self._catalog.types([column.type_oid for column in relation.columns])
         wanted = [one for one in self._subscriptions if one.table in (own, *ancestors)]
-        if not wanted:
-            logger.warning(
-                "Rows of %s arrive that were written for a handler that is gone",
-                escaped(str(own)),
-                extra={"table": str(own)},
-            )
         # Partitions, of which there may be thousands, are counted as their table.
         counted = str(wanted[0].table if wanted else own)
         for operation, tag in (*_TAGS.items(), (Operation.TRUNCATE, b"T")):

@@ -27,7 +27,6 @@ from ..outbox import Outbox
 from ..oversize import error_of
 from ..payload import Delivery, delivery_of
 from ..protocol import pgoutput
-from ..protocol.lsn import Lsn
 from ..relations import Catalog
 from ..routing import Router
 from ..settings import Settings
@@ -209,7 +208,7 @@ class _Described(Catalog):
     def settle(self, transaction: Any) -> None:
         """There is nothing to wait for."""
 
-    def ancestors(self, oid: int, now: CatalogTable | None, position: Lsn) -> Ancestors:
+    def ancestors(self, *_: Any) -> Ancestors:
         """The handler's table, of a leaf."""
         change = self._change
         return {TableName(change.schema, change.table): None} if change.partition else {}

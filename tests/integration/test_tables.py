@@ -653,6 +653,59 @@ def test_a_row_is_told_to_what_its_partition_was_part_of_when_it_was_written(fla
         assert told == (["insert 1"], [])
 
 
+LATE = (
+    "CREATE TABLE late PARTITION OF one FOR VALUES FROM (100) TO (200)",
+    "INSERT INTO one VALUES (101)",
+)
+
+
+@pytest.mark.parametrize(
+    "unseen",
+    [
+        (*LATE, "DROP TABLE late"),
+        (*LATE, "ALTER TABLE one DETACH PARTITION late"),
+        ("; ".join((*LATE, "ALTER TABLE one DETACH PARTITION late")),),
+    ],
+    ids=["dropped", "detached", "in one transaction"],
+)
+@pytest.mark.parametrize("alike", [False, True])
+def test_rows_of_a_partition_that_came_and_went_unseen(flash, unseen, alike, caplog):
+    """They are the only table's that it can have been part of; or else that is said."""
+    flash.database.execute(TWO_TREES, "CREATE TABLE plain (id int PRIMARY KEY)")
+    flash.handler("one", "insert").handler("plain", "insert", name="plain")
+    if alike:
+        flash.handler("two", "insert", name="two")
+    flash.start().stop()
+    flash.database.execute(*unseen)
+    flash.start()
+    flash.do("INSERT INTO one VALUES (1)")
+    assert shown(flash.told()) == (["insert 1"] if alike else ["insert 101", "insert 1"])
+    assert flash.told("two") == []
+    said = [r.levelname for r in caplog.records if "public.late" in r.message]
+    assert said == (["ERROR"] if alike else ["WARNING"])
+
+
+def test_rows_of_a_handler_that_is_gone_are_nobody_elses(flash, new_app, caplog):
+    from .conftest import Flash
+
+    flash.database.execute(TWO_TREES, "CREATE TABLE plain (id int PRIMARY KEY)")
+    flash.handler("one", "insert").handler("plain", "insert", name="plain")
+    flash.handler("two", "insert", name="two").start().stop()
+    flash.database.execute(
+        "INSERT INTO plain VALUES (1)",
+        "CREATE TABLE late PARTITION OF two FOR VALUES FROM (0) TO (100)",
+        "INSERT INTO two VALUES (1)",
+    )
+    fewer = Flash(flash.database, new_app("fewer")).handler("one", "insert").start()
+    try:
+        fewer.do("INSERT INTO one VALUES (2)")
+    finally:
+        fewer.stop()
+    assert shown(fewer.told()) == ["insert 2"]
+    said = [line for line in caplog.messages if "for a handler that is gone" in line]
+    assert [line.split()[2] for line in said] == ["public.plain", "public.late"]
+
+
 def test_a_partition_that_was_detached_is_a_table_of_its_own(flash):
     flash.database.execute(TWO_TREES)
     flash.handler("one", "insert", name="one").handler("leaf", "insert", name="leaf").start()

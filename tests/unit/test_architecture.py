@@ -63,8 +63,8 @@ ALLOWED = {
     "transitions": {"changes", "comparison", "conditions", "rows", "subscriptions", "protocol"},
     "ancestry": {"protocol", "subscriptions"},
     "relations": {
-        *("ancestry", "catalog", "column_types", "conditions", "protocol", "rows", "slots"),
-        *("subscriptions", "errors"),
+        *("ancestry", "catalog", "column_types", "conditions", "escaping", "protocol", "rows"),
+        *("slots", "subscriptions", "errors"),
     },
     "routing": {
         *("catalog", "changes", "column_types", "conditions", "escaping", "payload", "protocol"),
