@@ -41,6 +41,8 @@ class CatalogTable:
     #: The index of `REPLICA IDENTITY USING INDEX`.
     identity_index: str | None
     primary_key: tuple[str, ...]
+    #: What `REPLICA IDENTITY DEFAULT` is: the primary key, unless it is deferrable.
+    default_identity: tuple[str, ...]
     index_key: tuple[str, ...]
     owned: bool
     columns: dict[str, CatalogColumn]
@@ -51,7 +53,7 @@ class CatalogTable:
     def identity_columns(self) -> frozenset[str]:
         """The columns whose old values an UPDATE or DELETE writes to the WAL."""
         columns: dict[str, Iterable[str]] = {
-            "d": self.primary_key,
+            "d": self.default_identity,
             "i": self.index_key,
             "f": self.columns,
             "n": (),
@@ -61,7 +63,8 @@ class CatalogTable:
 
 # The columns of a table's primary key and of its identity's index.
 _KEYS = sql.SQL("""(
-    SELECT i.indisprimary AS is_primary, i.indisreplident AS is_identity, ic.relname AS index_name,
+    SELECT i.indisprimary AS is_primary, i.indimmediate AS is_immediate,
+           i.indisreplident AS is_identity, ic.relname AS index_name,
            ARRAY(SELECT a.attname::text
                  FROM unnest(i.indkey::int2[]) WITH ORDINALITY AS k(number, place)
                  JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.number
@@ -71,14 +74,16 @@ _KEYS = sql.SQL("""(
 _TABLE = sql.SQL("""
 SELECT c.oid::int8, n.nspname, c.relname, c.relkind::text, c.relreplident::text,
        identity.index_name,
-       coalesce(key.columns, '{{}}'), coalesce(identity.columns, '{{}}'),
+       coalesce(key.columns, '{{}}'),
+       coalesce(CASE WHEN key.is_immediate THEN key.columns END, '{{}}'),
+       coalesce(identity.columns, '{{}}'),
        pg_has_role(c.relowner, 'USAGE'),
        ARRAY(SELECT ARRAY[pn.nspname::text, p.relname::text]
              FROM pg_partition_ancestors(c.oid) WITH ORDINALITY AS up(oid, place)
              JOIN pg_class p ON p.oid = up.oid JOIN pg_namespace pn ON pn.oid = p.relnamespace
              WHERE up.oid <> c.oid ORDER BY place)
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-LEFT JOIN LATERAL (SELECT columns FROM {keys} AS k WHERE is_primary) AS key ON true
+LEFT JOIN LATERAL (SELECT columns, is_immediate FROM {keys} AS k WHERE is_primary) AS key ON true
 LEFT JOIN LATERAL (SELECT columns, index_name FROM {keys} AS k WHERE is_identity) AS identity
     ON true
 WHERE {condition} AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
@@ -303,7 +308,7 @@ def _read(
     row = connection.execute(query, parameters).fetchone()
     if row is None:
         return None
-    oid, schema, name, kind, identity, index, primary, index_key, owned, ancestors = row
+    oid, schema, name, kind, identity, index, primary, usable, other, owned, ancestors = row
     columns = connection.execute(_COLUMNS.encode(), [oid]).fetchall()
     return CatalogTable(
         oid,
@@ -312,7 +317,8 @@ def _read(
         identity,
         index,
         tuple(primary),
-        tuple(index_key),
+        tuple(usable),
+        tuple(other),
         owned,
         {name: CatalogColumn(name, *described) for name, *described in columns},
         tuple(TableName(*ancestor) for ancestor in ancestors),

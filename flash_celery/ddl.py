@@ -172,7 +172,7 @@ def rescue(found: Found, prefix: str, tables: dict[int, CatalogTable]) -> list[S
     usable = {
         oid: table
         for oid, table in tables.items()
-        if table.primary_key or record.identities[str(oid)][0] == "i"
+        if table.default_identity or record.identities[str(oid)][0] == "i"
     }
     return [*_bare(found, prefix, usable), *_restore(usable, record.identities)]
 

@@ -285,7 +285,7 @@ def needs_full(table: CatalogTable, subscriptions: Iterable[Subscription], befor
         return False
     # Without an identity PostgreSQL refuses UPDATE and DELETE of a published table.
     identity = table.identity_columns if table.identity == before else frozenset[str]()
-    identity = frozenset(table.primary_key) if before == "d" else identity
+    identity = frozenset(table.default_identity) if before == "d" else identity
     # A handler is told the key of what is gone.
     told = any(one.captured & Operation.DELETE and not one.key for one in subscriptions)
     if not identity or (told and not identity.issuperset(table.primary_key)):

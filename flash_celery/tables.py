@@ -50,10 +50,11 @@ def check(
             f"ALTER TABLE {_sql(unlogged)} SET LOGGED; what is written until then is not told."
         )
     rewrites = subscription.captured & REWRITES
-    if table.kind == catalog.PARTITIONED and rewrites and not table.primary_key:
+    if table.kind == catalog.PARTITIONED and rewrites and not table.default_identity:
+        kind = " but a deferrable one" if table.primary_key else ""
         raise SubscriptionError(
-            f"{who}: {name} is partitioned and has no primary key, so PostgreSQL would refuse "
-            "UPDATE and DELETE on a partition attached later: ALTER TABLE "
+            f"{who}: {name} is partitioned and has no primary key{kind}, so PostgreSQL would "
+            "refuse UPDATE and DELETE on a partition attached later: ALTER TABLE "
             f"{quoted(table)} ADD PRIMARY KEY (…); or handle its partitions one by one."
         )
 

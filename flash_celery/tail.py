@@ -83,7 +83,7 @@ def _plan(
     for table in tables:
         leaves = catalog.leaves(connection, table)
         whole = all(leaf.identity_columns for leaf in leaves) and (
-            table.kind == catalog.ORDINARY or bool(table.primary_key)
+            table.kind == catalog.ORDINARY or bool(table.default_identity)
         )
         kinds["all" if whole else "inserts"].append(table)
         operations = Operation.ALL if whole else Operation.ALL & ~REWRITES

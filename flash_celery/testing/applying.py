@@ -224,6 +224,7 @@ class _Described(Catalog):
             identity=source.identity,
             identity_index=None,
             primary_key=source.key,
+            default_identity=source.key,
             index_key=(),
             owned=True,
             columns={name: CatalogColumn(name, type_oid, "") for name, type_oid in oids.items()},

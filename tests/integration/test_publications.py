@@ -29,6 +29,7 @@ TABLES = {
     "indexed": "CREATE TABLE indexed (id int NOT NULL, status text);"
     "CREATE UNIQUE INDEX by_id ON indexed (id);"
     "ALTER TABLE indexed REPLICA IDENTITY USING INDEX by_id",
+    "deferred": "CREATE TABLE deferred (id int PRIMARY KEY DEFERRABLE, status text)",
     "whole": "CREATE TABLE whole (id int, status text); ALTER TABLE whole REPLICA IDENTITY FULL",
     "made": "CREATE TABLE made (id int PRIMARY KEY, status text, "
     "loud text GENERATED ALWAYS AS (upper(status)) STORED)",
@@ -181,6 +182,7 @@ def test_full_is_set_only_where_it_is_needed(tables, connection):
     subscriptions = [
         subscription("orders"),
         subscription("plain"),
+        subscription("deferred"),
         subscription("parts", where=conditions.parse({"id__lt": 5})),
         subscription("made", fields=("status",)),
         subscription("indexed", operations=Operation.INSERT, where=WHERE),
@@ -190,7 +192,8 @@ def test_full_is_set_only_where_it_is_needed(tables, connection):
     assert found["orders"] == "d"
     assert found["part_1"] == "d"
     assert (found["plain"], found["made"], found["indexed"]) == ("f", "f", "f")
-    assert published(connection)["truncate"] == ["made", "orders", "parts", "plain"]
+    assert found["deferred"] == "f"  # a key that may be checked later is no identity
+    assert published(connection)["truncate"] == ["deferred", "made", "orders", "parts", "plain"]
     assert "indexed" in published(connection)["update"]
     assert "indexed" not in published(connection)["delete"]
     assert plan(connection, subscriptions) == []
@@ -326,6 +329,7 @@ def test_a_lock_that_goes_away_is_waited_for(tables, connection, monkeypatch):
         (subscription("seen"), "seen is a view"),
         (subscription("quick"), "unlogged.* ALTER TABLE .*SET LOGGED"),
         (subscription("keyless"), "partitioned and has no primary key"),
+        (subscription("deferred_parts"), "has no primary key but a deferrable one"),
     ],
 )
 def test_what_cannot_work_is_refused_naming_the_handler(tables, connection, declared, message):
@@ -333,6 +337,7 @@ def test_what_cannot_work_is_refused_naming_the_handler(tables, connection, decl
         "CREATE VIEW seen AS SELECT * FROM orders",
         "CREATE UNLOGGED TABLE quick (id int PRIMARY KEY)",
         "CREATE TABLE keyless (id int) PARTITION BY RANGE (id)",
+        "CREATE TABLE deferred_parts (id int PRIMARY KEY DEFERRABLE) PARTITION BY RANGE (id)",
     )
     with pytest.raises(SubscriptionError, match=f"shop.handle: .*{message}"):
         plan(connection, [declared])
