@@ -17,7 +17,7 @@ from typing import Any
 
 import psycopg
 
-from . import comparison
+from . import comparison, patterns
 from .comparison import ColumnType
 from .errors import SubscriptionError
 from .values import dump
@@ -44,13 +44,10 @@ _TEXT: dict[str, Callable[[str, str], bool]] = {
     "endswith": str.endswith,
     "contains": lambda value, part: part in value,
     "icontains": lambda value, part: _ascii_lower(part) in _ascii_lower(value),
-    "regex": lambda value, pattern: re.search(pattern, value[:REGEX_REACH]) is not None,
+    "regex": patterns.found,
 }
 _MANY = ("in", "not_in", "between")
 LOOKUPS = (*_EQUAL, *_ORDER, *_MANY, "isnull", *_TEXT)
-
-#: Characters of a value that `__regex` looks at.
-REGEX_REACH = 10_000
 
 
 def _ascii_lower(text: str) -> str:
@@ -315,11 +312,8 @@ def _check_pattern(key: str, value: Any) -> None:
         re.compile(value)
     except re.error as error:
         raise SubscriptionError(f"{key} is not a regular expression: {error}.") from None
-    if _NESTED.search(value):
+    if not patterns.reach(value):
         raise SubscriptionError(
-            f"{key} repeats a group that repeats, which may take for ever; write it without."
+            f"{key} repeats a group that repeats, or that has something optional or alternatives "
+            "in it, which may take for ever (or has comments, (?x)); write it without."
         )
-
-
-#: `(a+)+` and its like: their time grows with a power of the value's length.
-_NESTED = re.compile(r"[*+}]\??[^()|\[\]]*\)(?:[*+]|\{\d+,)")

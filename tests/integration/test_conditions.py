@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from flash_celery import catalog, column_types
+from flash_celery import catalog, column_types, patterns
 from flash_celery.comparison import parse_array
 from flash_celery.conditions import parse
 from flash_celery.errors import SubscriptionError
@@ -484,7 +484,21 @@ def test_arrays_are_read_with_their_shape(text, bounds, items):
     assert parse_array(text) == (bounds, items)
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+", "(a*)*b", "(?:x{2,})+", "(a|b+)*"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *("(a+)+", "(a*)*b", "(?:x{2,})+", "(a|b+)*", "^(a|b|ab)*c$", "((a+)b?)+", "(a+|b)+"),
+        *(
+            "(a+[)]?)+",
+            "(a?){40}",
+            "((?=a+)a)*",
+            "(a+){2,}",
+            "(?i:(a|a))*?",
+            "(?x:(a+) +)",
+            "(a+)(?#()+",
+        ),
+    ],
+)
 def test_a_pattern_that_may_take_for_ever_is_refused(pattern):
     with pytest.raises(SubscriptionError, match="text__regex repeats a group that repeats"):
         parse({"text__regex": pattern})
@@ -499,6 +513,38 @@ def test_a_pattern_that_is_no_string_is_refused(pattern):
 def test_a_pattern_looks_at_the_beginning_of_a_long_value(judge):
     assert judge({"text__regex": "b"}, {"text": b"a" * 9_999 + b"b"}) is True
     assert judge({"text__regex": "b"}, {"text": b"a" * 10_000 + b"b"}) is False
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reach"),
+    [
+        *((one, 10_000) for one in ("", "paid|open", "a.*b", "^a.*b.*$", "[](+*]+x", r"\(+", "a{")),
+        *(
+            (one, 10_000)
+            for one in (r"^(\d{1,3}\.){3}\d{1,3}$", "(?:ab)*", "(?P<n>a)(?P=n)", "(ab){}")
+        ),
+        ("x.*y.*?z", 842),
+        (r"(.*)\1", 842),
+        ("^a.*b.*c.*d$", 842),
+        ("a.*b.*c.*d", 219),
+        ("(.*a){20}", 11),
+    ],
+)
+def test_a_pattern_is_judged_where_it_cannot_take_long(judge, pattern, reach):
+    assert patterns.reach(pattern) == reach
+    re.compile(pattern)
+    judge({"text__regex": pattern}, {"text": b"a" * reach})
+    if reach < patterns.REACH:
+        with pytest.raises(ValueError, match="too many for the pattern"):
+            judge({"text__regex": pattern}, {"text": b"a" * (reach + 1)})
+
+
+def test_a_value_that_a_pattern_may_take_long_for_is_told(flash):
+    flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, note text)")
+    flash.handler("items", "insert", where={"note__regex": "x.*y.*z"}).start()
+    flash.do("INSERT INTO items SELECT n, repeat('xy', n) FROM generate_series(420, 422) n")
+    flash.do("INSERT INTO items VALUES (1, 'x, y, z'), (2, 'x')")
+    assert [change.new["id"] for change in flash.told()] == [422, 1]
 
 
 def test_labels_that_are_made_and_renamed_meanwhile_are_known(flash):

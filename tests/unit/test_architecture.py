@@ -24,7 +24,8 @@ ALLOWED = {
     # The application's side: declare, decode, handle.
     "values": {"comparison"},
     "comparison": set(),
-    "conditions": {"comparison", "values", "errors"},
+    "patterns": set(),
+    "conditions": {"comparison", "patterns", "values", "errors"},
     "rows": {"values", "protocol"},
     "operations": set(),
     "naming": set(),
