@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .protocol.lsn import Lsn
 from .protocol.pgoutput import UNCHANGED_TOAST, Cell
-from .values import Loader, array_loader, loader, record_loader
+from .values import Loader, array_loader, field_loader, loader, record_loader
 
 #: A TOASTed value that the UPDATE did not touch and PostgreSQL did not send. Never `None`.
 UNCHANGED = UNCHANGED_TOAST
@@ -44,7 +44,8 @@ class Column:
         """What turns the column's text into Python."""
         if not self.fields:
             return loader(self.type_oid)
-        load = record_loader([one.name for one in self.fields], [one.load for one in self.fields])
+        loaders = [one.load if one.fields else field_loader(one.type_oid) for one in self.fields]
+        load = record_loader([one.name for one in self.fields], loaders)
         return array_loader(load) if self.array else load
 
 

@@ -16,7 +16,7 @@ from psycopg.adapt import PyFormat, Transformer
 from psycopg.pq import Format
 from psycopg.types.datetime import IntervalLoader
 
-from .comparison import UNREADABLE, parse_array
+from .comparison import NUMBERS, UNREADABLE, parse_array
 
 Loader = Callable[[bytes], Any]
 
@@ -45,6 +45,12 @@ class _Session:
 def loader(type_oid: int) -> Loader:
     """What turns the text of a value of this type into Python. Unknown types give `str`."""
     return or_text(_loader(type_oid))
+
+
+def field_loader(type_oid: int) -> Loader:
+    """The same for a field of a composite: what is no number where one belongs raises, for it
+    belongs to another field."""
+    return _loader(type_oid) if type_oid in NUMBERS else loader(type_oid)
 
 
 def or_text(load: Loader) -> Loader:
@@ -86,7 +92,8 @@ _DOUBLED = re.compile(rb'(["\\])\1')
 def record_loader(names: Sequence[str], loaders: Sequence[Loader]) -> Loader:
     """What turns the text of a composite value into a dict by field name.
 
-    A value with other fields than these is of before or after an ALTER TYPE, and stays text.
+    A value with other fields than these, or of which one is not as it should be, is of before or
+    after an ALTER TYPE, and stays text.
     Source: PostgreSQL documentation, chapter "Composite Types".
     """
 

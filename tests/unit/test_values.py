@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from flash_celery.values import array_loader, loader, record_loader
+from flash_celery.values import array_loader, field_loader, record_loader
 from tests.conftest import missing
 
 READ = """
@@ -37,10 +37,11 @@ def test_psycopg_without_its_binaries_reads_intervals_too():
         (b"(,)", {"l": None, "r": None}),
         (b'(,"")', {"l": None, "r": ""}),
         *((one, one.decode()) for one in (b"(1,a,3)", b"(1,a,)", b"(1)", b"()", b"", b'(1,")')),
+        (b"(a,3)", "(a,3)"),
     ],
 )
 def test_a_composite_of_other_fields_than_its_type_has_now_is_text(text, value):
-    load = record_loader(["l", "r"], [loader(23), loader(25)])
+    load = record_loader(["l", "r"], [field_loader(23), field_loader(25)])
     assert load(text) == value
     assert array_loader(load)(
         b'{"' + text.replace(b"\\", rb"\\").replace(b'"', rb"\"") + b'"}'
