@@ -177,6 +177,9 @@ def test_a_pool_of_threads_with_a_result_backend(shop):
     assert worker.poll() is None
 
 
+@pytest.mark.parametrize(
+    "any_shop", ["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)], indirect=True
+)
 def test_a_message_that_cannot_be_read_is_kept(any_shop):
     shop = any_shop
     shop.worker()
@@ -193,6 +196,9 @@ def test_a_message_that_cannot_be_read_is_kept(any_shop):
     assert "version 99" in dead(shop, "show", letter.id).stdout
 
 
+@pytest.mark.parametrize(
+    "any_shop", [pytest.param("redis", marks=pytest.mark.soak), "rabbitmq"], indirect=True
+)
 def test_a_letter_that_cannot_be_stored_goes_back(any_shop):
     """The queue for dead letters takes none for a while; its change comes again until it does."""
     shop = any_shop
@@ -215,6 +221,9 @@ def test_a_letter_that_cannot_be_stored_goes_back(any_shop):
     assert letter.error == "MemoryError"
 
 
+@pytest.mark.parametrize(
+    "any_shop", [pytest.param("redis", marks=pytest.mark.soak), "rabbitmq"], indirect=True
+)
 def test_a_worker_that_consumes_the_dead_letters_leaves_them_there(any_shop):
     shop = any_shop
     worker = shop.worker()
@@ -287,6 +296,9 @@ class TestABrokerThatStops:
         self.fails(shop, lambda: rabbit.control("stop_app"), lambda: rabbit.control("start_app"))
 
 
+@pytest.mark.parametrize(
+    "any_shop", ["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)], indirect=True
+)
 def test_a_change_that_no_broker_takes_is_a_letter_that_can_be_retried(any_shop):
     """`replicate` writes it, with what is left of the change, and goes on."""
     shop = any_shop

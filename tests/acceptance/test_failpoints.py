@@ -147,7 +147,7 @@ ACKNOWLEDGING = ("acknowledge", "acknowledged")
 def test_a_sigkill_at_every_step_of_the_work(any_shop):
     shop = any_shop
     shop.end(shop.replicate())
-    with Writer(shop.database) as writer:
+    with Writer(shop.database, pause=0.05) as writer:
         last = through(shop, *of(shop, *(f"{name}:2" for name in (*WORK, *ACKNOWLEDGING))))
     confirmed(shop)
     enqueued_once(shop, writer)
@@ -156,9 +156,7 @@ def test_a_sigkill_at_every_step_of_the_work(any_shop):
     assert shop.end(last) == 0
 
 
-@pytest.mark.parametrize(
-    "any_shop", ["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)], indirect=True
-)
+@pytest.mark.soak  # as test_slot.py and test_exactly_once.py do it in short
 def test_an_owner_that_was_stopped_in_the_middle_of_publishing(any_shop):
     """Another one takes over; what the first was handing over may still arrive, where the broker
     cannot refuse it, and nothing else."""

@@ -85,7 +85,11 @@ def shop_of_its_own(make_shop, own_postgres, database, valkey):
 
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGINT, signal.SIGQUIT, pytest.param(signal.SIGKILL, marks=pytest.mark.soak)],
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.soak),
+        signal.SIGQUIT,
+        pytest.param(signal.SIGKILL, marks=pytest.mark.soak),
+    ],
     ids=["fast", "immediate", "kill"],
 )
 def test_a_restart_of_postgresql(shop_of_its_own, own_postgres, number):

@@ -51,7 +51,7 @@ def enqueued(client, count):
 @pytest.mark.parametrize(
     "rows", [300_000, pytest.param(5_000_000, marks=pytest.mark.soak)], ids=["300k", "5M"]
 )
-@pytest.mark.parametrize("mode", ["whole", "streamed"])
+@pytest.mark.parametrize("mode", ["whole", pytest.param("streamed", marks=pytest.mark.soak)])
 def test_a_commit_of_many_rows_in_bounded_memory(shop, mode, rows):
     shop.environment["SHOP_BATCH"] = "only"
     if mode == "streamed":

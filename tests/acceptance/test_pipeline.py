@@ -65,6 +65,9 @@ def test_batches_conditions_and_fields(shop):
     assert shop.until_noted(253)
 
 
+@pytest.mark.parametrize(
+    "any_shop", ["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)], indirect=True
+)
 def test_a_batch_is_retried_as_a_whole(any_shop):
     any_shop.environment |= {"SHOP_RETRY": "1"}
     any_shop.replicate()

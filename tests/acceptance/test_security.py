@@ -373,7 +373,7 @@ class Evil:
         return open, (str(self.path), "w")
 
 
-@pytest.mark.parametrize("encoding", ["binary", "base64"])
+@pytest.mark.parametrize("encoding", ["binary", pytest.param("base64", marks=pytest.mark.soak)])
 def test_a_pickle_is_never_opened(shop, tmp_path, encoding):
     trap = tmp_path / "unpickled"
     content = pickle.dumps([[Evil(trap)], {}, EMBEDDED], 0).decode("latin-1")
