@@ -649,8 +649,9 @@ def test_a_row_is_told_to_what_its_partition_was_part_of_when_it_was_written(fla
     told = shown(flash.told("one")), shown(flash.told("two"))
     if handled:  # nobody has looked between the first two: better both than neither
         assert told == (["insert 1", "insert 2"], ["insert 1", "insert 2", "insert 3"])
-    else:
-        assert told == (["insert 1"], [])
+    else:  # PostgreSQL 14 does not notice that the second one is nobody's
+        old = flash.database.one("SHOW server_version_num") < "150000"
+        assert told == (["insert 1", "insert 2"] if old else ["insert 1"], [])
 
 
 LATE = (
