@@ -41,6 +41,8 @@ class Ancestry:
     def saw(self, oid: int, position: Lsn, ancestors: Iterable[TableName]) -> None:
         """What one of them is, in the catalog of a moment before this position."""
         looks, found = self._looks.setdefault(oid, []), frozenset(ancestors)
+        while looks and looks[-1][0] > position:
+            looks.pop()  # the server was restored: this is yet to come again
         if not looks or looks[-1][1] != found:
             looks.append((position, found))
 

@@ -34,6 +34,8 @@ def looked_at(noted, *looks):
         (looked_at([], (10, A)), {7: {"a"}, 10: {"a"}}),
         (looked_at([A], (5, B), (8, B), (20, C)), {3: {"a", "b"}, 7: {"b", "c"}, 20: {"c"}}),
         (looked_at([A], (10,), (20, B)), {7: {"a"}, 15: {"b"}}),
+        # The server was restored: the first look is not of what is there now.
+        (looked_at([], (20, B), (5, A)), {7: {"a"}, 20: {"a"}}),
         (looked_at([], (10, A), (20,)), {7: {"a"}, 15: {"a"}, 20: set()}),
     ],
 )
