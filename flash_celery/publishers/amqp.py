@@ -21,7 +21,7 @@ from amqp.serialization import dumps
 from .. import unconsumed
 from ..errors import NotConfirmed, PublishError, Unroutable
 from ..messages import Form, Message
-from .base import ConnectedPublisher
+from .base import TIMEOUT, ConnectedPublisher
 
 logger = logging.getLogger(__name__)
 
@@ -54,16 +54,24 @@ class AmqpPublisher(ConnectedPublisher):
 
     # We wait for confirms ourselves; kombu would wait for each one.
     timeouts = "read_timeout", "write_timeout"
-    #: Messages that may be unconfirmed at a time.
-    _window = _WINDOW
+
+    def __init__(self, app: Any, timeout: float = TIMEOUT) -> None:
+        super().__init__(app, timeout)
+        #: Queues that refuse a message and take a later one, if they can: one at a time for them.
+        self._refusing: set[str] = set()
 
     def open(self, queues: Sequence[Any]) -> None:
         """Connect, declare the queues and ask for confirms. Raises `PublishError`."""
         super().open(queues)
+        self._refusing.update(queue.name for queue in queues if _may_refuse(queue))
+        #: Messages that are sent together: no more than were sent before, so that few overtake the
+        #: first one that a queue refuses, which nobody can foresee.
+        self._window = 1
         self._sent = self._acknowledged = 0
         self._forms: dict[Form, tuple[bytes, bytes, int]] = {}
         self._pending: set[int] = set()
         self._trouble: NotConfirmed | Unroutable | None = None
+        self._refused: list[int] = []
         self._blocked = False
         broker = self._channel.connection
         broker.on_blocked, broker.on_unblocked = self._on_blocked, self._on_unblocked
@@ -76,22 +84,45 @@ class AmqpPublisher(ConnectedPublisher):
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Publish them and wait for every confirm. Raises `NotConfirmed` or `Unroutable`."""
-        first = self._sent + 1
+        first, done = self._sent + 1, 0
         try:
             with self.errors():
-                for start in range(0, len(messages), self._window):
-                    self._send(messages[start : start + self._window])
-                    self._wait(self._window // 2)
+                while done < len(messages):
+                    some = self._together(messages[done : done + self._window])
+                    self._send(some)
+                    self._wait(0 if self._refusing else self._window // 2)
+                    done += len(some)
+                    self._window = min(self._window + len(some), _WINDOW)
                 self._wait(0)
         except PublishError as error:
-            # Nothing may overtake a message that was refused: one at a time until it is taken.
-            self._window = 1
+            self._one_at_a_time({messages[tag - first].queue for tag in self._refused})
             error.confirmed = min(self._pending, default=self._sent + 1) - first
             if isinstance(error.__cause__, PreconditionFailed):
                 limit = _TOO_LARGE.search(str(error))
                 error.most = int(limit[1]) if limit else 0
             raise
-        self._window = _WINDOW
+
+    def _together(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The first of them, with one for each queue that refuses messages."""
+        if not self._refusing:
+            return messages
+        found = set()
+        for count, message in enumerate(messages):
+            if message.queue in found:
+                return messages[:count]
+            if message.queue in self._refusing:
+                found.add(message.queue)
+        return messages
+
+    def _one_at_a_time(self, queues: set[str]) -> None:
+        for queue in queues - self._refusing:
+            self._refusing.add(queue)
+            logger.warning(
+                "The queue %s has refused a message, as a policy with reject-publish makes it do. "
+                "From now on it gets one at a time, so that none overtakes another; "
+                "flash_max_queue_length bounds a queue without that",
+                queue,
+            )
 
     def unpark(
         self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
@@ -241,7 +272,8 @@ class AmqpPublisher(ConnectedPublisher):
             self._pending.discard(tag)
 
     def _on_nack(self, tag: int, multiple: bool) -> None:
-        self._trouble = NotConfirmed(f"The broker refused message {tag}: its queue has no room.")
+        self._refused += [one for one in self._pending if one <= tag] if multiple else [tag]
+        self._trouble = NotConfirmed("The broker refused a message: its queue has no room.")
 
     def _on_return(self, error: Any, exchange: str, queue: str, message: Any) -> None:
         # The message is confirmed nevertheless, after this.
@@ -276,6 +308,15 @@ def refused(channel: Any, queue: Any) -> str:
         # (A role that may not declare it gets another error.)
         return str(error.reply_text) if isinstance(error, PreconditionFailed) else ""
     return ""
+
+
+def _may_refuse(queue: Any) -> bool:
+    """Whether the arguments of a queue bound it, and say that it then refuses messages."""
+    arguments = queue.queue_arguments or {}
+    given = arguments.get("x-max-length"), arguments.get("x-max-length-bytes")
+    bounds = (*given, queue.max_length, queue.max_length_bytes)
+    refuses = str(arguments.get("x-overflow", "")).startswith("reject-publish")
+    return refuses and any(bound is not None for bound in bounds)
 
 
 def _method(queue: str) -> bytes:

@@ -1,11 +1,15 @@
 """What every publisher promises, on each broker and on the twin in memory."""
 
 import itertools
+import json
+import threading
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 from uuid import uuid4
 
+import amqp
 import pytest
 import redis
 from celery import Celery
@@ -315,6 +319,78 @@ def test_a_queue_that_refuses_keeps_order_and_gets_nothing_twice(rabbit):
     assert sorted(set(read)) == list(range(60))
     # What had been accepted beyond the first refusal comes again; after that nothing does.
     assert len(read) <= 60 + 10
+
+
+@contextmanager
+def consuming(rabbit, queue):
+    """Numbers of the messages that a consumer takes meanwhile, in their order."""
+    read, end = [], threading.Event()
+
+    def take(found):
+        read.append(int(found.headers["id"]))
+        found.channel.basic_ack(found.delivery_tag)
+
+    def consume():
+        with amqp.Connection(host=f"127.0.0.1:{rabbit.port}") as connection:
+            channel = connection.channel()
+            channel.basic_qos(0, 5, False)
+            channel.basic_consume(queue, callback=take)
+            while not end.is_set():
+                with suppress(TimeoutError):
+                    connection.drain_events(timeout=0.1)
+
+    thread = threading.Thread(target=consume)
+    thread.start()
+    try:
+        yield read
+    finally:
+        end.set()
+        thread.join()
+
+
+BOUNDS = {"max-length": 20, "overflow": "reject-publish"}
+
+
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+def test_no_message_overtakes_one_that_is_refused(rabbit, kind):
+    arguments = {f"x-{name}": value for name, value in BOUNDS.items()}
+    queue = Queue("short", durable=True, queue_arguments={**arguments, "x-queue-type": kind})
+    publisher = for_app(Celery("shop", broker=rabbit.url, set_as_current=False))
+    publisher.open([queue])
+    left = messages = [message(number, "short") for number in range(500)]
+    with consuming(rabbit, "short") as read:
+        while left:
+            try:
+                publisher.publish(left)
+                left = []
+            except PublishError as error:
+                left = left[error.confirmed :]
+                publisher.open([queue])
+        wait_until(lambda: len(set(read)) == len(messages), "all of them")
+    publisher.channel.queue_delete("short")
+    publisher.close()
+    assert read == list(range(len(messages)))
+
+
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+def test_few_are_on_their_way_when_a_queue_with_a_policy_refuses_its_first(rabbit, kind, caplog):
+    """Nobody is told of a policy. They could overtake it where a consumer makes room meanwhile."""
+    rabbit.control("set_policy", "short", "^short$", json.dumps(BOUNDS), "--apply-to", "queues")
+    queue = Queue("short", durable=True, queue_arguments={"x-queue-type": kind})
+    publisher = for_app(Celery("shop", broker=rabbit.url, set_as_current=False))
+    publisher.open([queue])
+    with pytest.raises(PublishError, match="no room") as caught:
+        publisher.publish([message(number, "short") for number in range(1000)])
+    assert caught.value.confirmed < publisher._sent < 100
+    for _ in range(2):
+        publisher.open([queue])
+        with pytest.raises(PublishError, match="no room") as caught:
+            publisher.publish([message(number, "short") for number in range(1000)])
+        assert (caught.value.confirmed, publisher._sent) == (0, 1)
+    assert caplog.text.count("From now on it gets one at a time") == 1
+    publisher.channel.queue_delete("short")
+    publisher.close()
+    rabbit.control("clear_policy", "short")
 
 
 def test_a_broker_that_does_not_come_back_confirms_nothing_more():
