@@ -53,6 +53,11 @@ def resolve(
     else:
         queue = settings.flash_queue
     options["queue"] = _declared(app, getattr(queue, "name", queue), subscription)
+    if options["queue"] == settings.flash_dead_queue:
+        raise ConfigurationError(
+            f"{subscription.handler} goes to the queue {options['queue']!r}, which is for dead "
+            "letters and consumed by no worker; name another one."
+        )
     return options
 
 
@@ -87,12 +92,16 @@ def _task_route(app: Any, task: Any, options: Mapping[str, Any]) -> dict[str, An
 
 def _queue_bound(app: Any, options: Mapping[str, Any]) -> str | None:
     """The queue that an exchange and routing key lead to."""
-    key = options.get("routing_key")
+    key, exchange = options.get("routing_key"), options.get("exchange")
+    exchange = getattr(exchange, "name", exchange)
+    if exchange and not key:  # Celery would send it to no queue at all
+        raise ConfigurationError(
+            f"exchange={exchange!r} leads to no queue without a routing_key; name a queue= instead."
+        )
     if not key:
         return None
     for queue in app.amqp.queues.values():
-        exchange = options.get("exchange") or queue.exchange.name
-        if queue.routing_key == key and queue.exchange.name == getattr(exchange, "name", exchange):
+        if queue.routing_key == key and queue.exchange.name == (exchange or queue.exchange.name):
             return str(queue.name)
     raise ConfigurationError(
         f"No queue of task_queues is bound with routing_key={key!r}; name a queue= instead."

@@ -170,6 +170,28 @@ def test_a_routing_key_leads_to_its_queue(make):
         make(task_options={"routing_key": "nowhere"})
 
 
+@pytest.mark.parametrize("where", ["task_routes", "flash_routes"])
+def test_an_exchange_alone_leads_nowhere(make, where):
+    """Celery would send the task to no queue, and say nothing."""
+    pattern = {"task_routes": "shop.*", "flash_routes": "public.*"}[where]
+    with pytest.raises(ConfigurationError, match="exchange='bills' leads to no queue without"):
+        make(conf={where: {pattern: {"exchange": "bills"}}})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"queue": "flash.dead"},
+        {"task_options": {"queue": "flash.dead"}},
+        {"conf": {"flash_routes": {"public.*": "flash.dead"}}},
+        {"conf": {"task_routes": {"shop.*": "graves"}, "flash_dead_queue": "graves"}},
+    ],
+)
+def test_the_queue_of_dead_letters_is_for_no_changes(make, options):
+    with pytest.raises(ConfigurationError, match=r"shop\.handle goes to the queue .* dead letters"):
+        make(**options)
+
+
 def test_another_serializer_is_refused(make):
     with pytest.raises(SubscriptionError, match=r"shop\.handle has serializer='pickle'"):
         make(task_options={"serializer": "pickle"})
