@@ -9,6 +9,7 @@ the one that was enqueued: the same commit LSN, xid and commit time.
 from __future__ import annotations
 
 import math
+import time
 import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,13 @@ Mark: TypeAlias = tuple[int, int, int]
 #: identities of the transactions.
 Covered: TypeAlias = tuple[Collection[tuple[int, Mark]], Collection[int]]
 NOTHING: Covered = (), ()
+#: Linux' monotonic clock stands still while the host is suspended, and leases run out meanwhile.
+_CLOCK: int | None = getattr(time, "CLOCK_BOOTTIME", None)
+
+
+def now() -> float:
+    """Seconds on the clock of leases, which goes on while the host is suspended."""
+    return time.monotonic() if _CLOCK is None else time.clock_gettime(_CLOCK)
 
 
 def identity(transaction: Transaction) -> int:
@@ -47,7 +55,7 @@ class Lease:
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     #: What PostgreSQL was told: nothing before it is sent again.
     acknowledged: Lsn = Lsn(0)  # noqa: RUF009 - an int
-    #: Until when (`time.monotonic`) nobody else can have the slot; the session prolongs it.
+    #: Until when, by `now`, nobody else can have the slot; the session prolongs it.
     until: float = math.inf
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from .announcing import announce
 from .backoff import delays
 from .backpressure import Backpressure
-from .enqueued import Enqueued, Lease
+from .enqueued import Enqueued, Lease, now
 from .errors import ConfirmedLost, PublishError, TakenOver
 from .messages import Message
 from .outage import Outage
@@ -284,7 +284,7 @@ class Publishing(threading.Thread):
         """Wait for the lease, as late as can be; False if the work is given up."""
         pause = 0.0
         while not self._given_up(generation, pause):
-            if time.monotonic() < self._lease.until:
+            if now() < self._lease.until:
                 return True
             pause = _LEASE_SECONDS
         return False

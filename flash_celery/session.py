@@ -12,6 +12,7 @@ from typing import Any
 import psycopg
 from psycopg.errors import AdminShutdown
 
+from . import enqueued
 from .ancestry import Ancestry
 from .changes import Operation
 from .control import Control
@@ -110,7 +111,8 @@ class Session:
         self._looked = time.monotonic()
         # Often enough for the server's own time limit.
         self._interval = min(settings.flash_status_interval, stream.timeout / _SILENT_INTERVALS)
-        self._heard = self._told = self._awake = time.monotonic()
+        self._heard = self._told = time.monotonic()
+        self._awake = enqueued.now()
         self._reading = True
         self._told_position = Lsn(0)
         self._handed = Lsn(0)
@@ -181,15 +183,14 @@ class Session:
     def _renew_lease(self) -> None:
         """Nobody else is given the slot for some time. A process that was stopped has lost it,
         whatever its socket looks like, and may not even publish what it has."""
-        now = time.monotonic()
+        before, self._awake = self._awake, enqueued.now()
         lease = self._stream.timeout / 2
-        if now - self._awake > lease:
+        if self._awake - before > lease:
             raise ReplicationError(
-                f"This process did not run for {now - self._awake:.0f} s, and another may read the "
-                "slot now; connecting anew."
+                f"This process did not run for {self._awake - before:.0f} s, and another may read "
+                "the slot now; connecting anew."
             )
-        self._awake = now
-        self._lease.until = now + lease
+        self._lease.until = self._awake + lease
 
     def _look_around(self) -> bool:
         """Now and then: watch the slot; whether something has to be looked at again."""
