@@ -219,8 +219,8 @@ SELECT concat_ws(' | ',
      LEFT JOIN LATERAL (
          SELECT count(*) FROM pg_attribute
          WHERE attrelid = c.oid AND attgenerated = 'v') AS made ON true),
-    (SELECT string_agg(concat_ws(' ', p.oid, md5(concat(to_jsonb(p), to_jsonb(r))), named.list),
-                       ',' ORDER BY p.oid, r.prrelid)
+    (SELECT string_agg(concat_ws(' ', p.oid, md5(concat(to_jsonb(p), to_jsonb(r))), named.list,
+                                 {{schemas}}), ',' ORDER BY p.oid, r.prrelid)
      FROM pg_publication p LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid
      LEFT JOIN LATERAL (
          SELECT string_agg(concat(a.attnum, a.attname), '+' ORDER BY a.attnum) AS list
@@ -230,6 +230,10 @@ SELECT concat_ws(' | ',
          AND d.refclassid = 'pg_class'::regclass AND d.refobjsubid > 0) AS named ON true
      WHERE p.pubname = ANY(%s)))
 """  # noqa: S608
+
+
+_OF_SCHEMAS = """(SELECT string_agg(s.pnnspid::text, '+' ORDER BY s.pnnspid)
+                   FROM pg_publication_namespace s WHERE s.pnpubid = p.oid)"""
 
 
 # The attributes of composite types that these tables have columns of, and what those are made of;
@@ -261,7 +265,9 @@ def fingerprint(
     table, so nobody who has locked one is waited for."""
     names = sorted(set(tables), key=str)
     parameters = [[n.schema for n in names], [n.name for n in names], list(publications)]
-    row = connection.execute(_FINGERPRINT.encode(), parameters).fetchone()
+    schemas = _OF_SCHEMAS if connection.info.server_version >= 150000 else "NULL"
+    query = _FINGERPRINT.format(schemas=schemas).encode()
+    row = connection.execute(query, parameters).fetchone()
     made = connection.execute(_ATTRIBUTES.encode(), parameters[:2]).fetchone()
     return str([*(row or ()), *(made or ())])
 

@@ -154,7 +154,8 @@ class Wanted:
         return operation in narrowing.filters, None if columns is None else frozenset(columns)
 
 
-# Since 15 a publication narrows what it sends of a table.
+# Since 15 a publication narrows what it sends of a table, and has whole schemas.
+_MANY = "EXISTS (SELECT FROM pg_publication_namespace s WHERE s.pnpubid = p.oid)"
 _SHAPE = """r.prqual IS NOT NULL,
     (SELECT json_agg(a.attname) FROM pg_attribute a
      WHERE a.attrelid = r.prrelid AND a.attnum = ANY(r.prattrs::int2[]))"""
@@ -163,9 +164,9 @@ _SHAPE = """r.prqual IS NOT NULL,
 def read(connection: psycopg.Connection[Any], prefix: str) -> Found:
     """The publications under a prefix."""
     version = connection.info.server_version
-    shape = _SHAPE if version >= pushdown.SINCE else "false, NULL"
+    shape, many = (_SHAPE, _MANY) if version >= pushdown.SINCE else ("false, NULL", "false")
     query = """
-        SELECT p.pubname, p.puballtables, p.pubviaroot,
+        SELECT p.pubname, p.puballtables OR {many}, p.pubviaroot,
                ARRAY_REMOVE(ARRAY[CASE WHEN pubinsert THEN 'insert' END,
                                   CASE WHEN pubupdate THEN 'update' END,
                                   CASE WHEN pubdelete THEN 'delete' END,
@@ -176,7 +177,7 @@ def read(connection: psycopg.Connection[Any], prefix: str) -> Found:
                 JOIN pg_namespace n ON n.oid = c.relnamespace WHERE r.prpubid = p.oid),
                obj_description(p.oid, 'pg_publication')
         FROM pg_publication p WHERE p.pubname = ANY(%s)
-        """.replace("{shape}", shape)
+        """.replace("{shape}", shape).replace("{many}", many)
     rows = connection.execute(query.encode(), [names(prefix)]).fetchall()
     found: dict[Operation, Publication] = {}
     record = None
