@@ -219,8 +219,8 @@ SELECT concat_ws(' | ',
      LEFT JOIN LATERAL (
          SELECT count(*) FROM pg_attribute
          WHERE attrelid = c.oid AND attgenerated = 'v') AS made ON true),
-    (SELECT string_agg(concat_ws(' ', p.oid, md5(concat(to_jsonb(p), to_jsonb(r))), named.list,
-                                 {{schemas}}), ',' ORDER BY p.oid, r.prrelid)
+    (SELECT string_agg(concat_ws(' ', p.oid, hashtextextended(concat(to_jsonb(p), to_jsonb(r)), 0),
+                                 named.list, {{schemas}}), ',' ORDER BY p.oid, r.prrelid)
      FROM pg_publication p LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid
      LEFT JOIN LATERAL (
          SELECT string_agg(concat(a.attnum, a.attname), '+' ORDER BY a.attnum) AS list
@@ -249,8 +249,8 @@ WITH RECURSIVE used(oid) AS (
     LEFT JOIN pg_attribute a ON a.attrelid = t.typrelid AND a.attnum > 0
     CROSS JOIN LATERAL (VALUES (t.typbasetype), (t.typelem), (a.atttypid)) AS made(oid)
     WHERE made.oid >= 16384)
-SELECT md5(string_agg(concat_ws(' ', a.attrelid, a.attnum, a.attname, a.atttypid),
-                      ',' ORDER BY a.attrelid, a.attnum))
+SELECT hashtextextended(string_agg(concat_ws(' ', a.attrelid, a.attnum, a.attname, a.atttypid),
+                                   ',' ORDER BY a.attrelid, a.attnum), 0)
 FROM used JOIN pg_type t ON t.oid = used.oid
 JOIN pg_attribute a ON a.attrelid = t.typrelid AND a.attnum > 0
 """

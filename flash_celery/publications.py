@@ -201,7 +201,8 @@ def read(connection: psycopg.Connection[Any], prefix: str) -> Found:
 def noted(connection: psycopg.Connection[Any], prefix: str) -> str:
     """Changes whenever the record does."""
     row = connection.execute(
-        "SELECT md5(obj_description(oid, 'pg_publication')) FROM pg_publication WHERE pubname = %s",
+        "SELECT hashtextextended(obj_description(oid, 'pg_publication'), 0) FROM pg_publication "
+        "WHERE pubname = %s",
         [name_of(prefix, Operation.INSERT)],
     ).fetchone()
     return str(row[0]) if row else ""
