@@ -200,11 +200,9 @@ def read(connection: psycopg.Connection[Any], prefix: str) -> Found:
 
 def noted(connection: psycopg.Connection[Any], prefix: str) -> str:
     """Changes whenever the record does."""
-    row = connection.execute(
-        "SELECT hashtextextended(obj_description(oid, 'pg_publication'), 0) FROM pg_publication "
-        "WHERE pubname = %s",
-        [name_of(prefix, Operation.INSERT)],
-    ).fetchone()
+    query = b"""SELECT hashtextextended(obj_description(oid, 'pg_publication'), 0)
+                FROM pg_publication WHERE pubname = %s"""
+    row = connection.execute(query, [name_of(prefix, Operation.INSERT)]).fetchone()
     return str(row[0]) if row else ""
 
 
