@@ -291,13 +291,14 @@ def test_a_database_restored_while_its_worker_waits_for_it_leaves_out_nothing(fl
     database = flash.database
     with restored_later(flash) as (own, restore):
         flash.start().do(*(f"INSERT INTO items VALUES ({n}, 'a')" for n in range(1, 200)))
-        assert ids(flash.told()) == list(range(200))
+        # Before PostgreSQL 17 a server that is stopped forgets what was acknowledged last.
+        assert ids(flash.told())[-199:] == list(range(1, 200))
         restore()
         own.start()
         flash.wait(lambda: database.one(flash.slot("active")))
         assert "its data was restored" in caplog.text
         flash.do(*(f"INSERT INTO items VALUES ({n}, 'b')" for n in range(1, 300)))
-        assert ids(flash.told()) == list(range(1, 300))
+        assert ids(flash.told())[-299:] == list(range(1, 300))
 
 
 def test_a_slot_made_anew_by_hand_while_its_worker_connects_again_is_said(flash, caplog):
