@@ -211,8 +211,8 @@ SELECT concat_ws(' | ',
      JOIN pg_namespace n ON n.nspname = wanted.schema
      JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name
      LEFT JOIN LATERAL (
-         SELECT string_agg(concat(t.oid, t.relreplident, t.relpersistence, i.indexrelid),
-                           '+' ORDER BY t.oid, i.indexrelid) AS list
+         SELECT string_agg(concat_ws(' ', t.oid, t.relreplident, t.relpersistence, i.indkey,
+                                     i.indimmediate), '+' ORDER BY t.oid, i.indisprimary) AS list
          FROM {_tree("c.oid")} AS t
          LEFT JOIN pg_index i ON i.indrelid = t.oid AND (i.indisprimary OR i.indisreplident)
      ) AS parts ON true

@@ -36,8 +36,10 @@ class Control:
         self.wake()
 
     def fail(self, error: BaseException) -> None:
-        """Hand an error to the loop, which raises it. What follows from it says less."""
-        self.failure = self.failure or error
+        """Hand an error to the loop, which raises it. What follows from it says less, but for one
+        that waiting does not mend."""
+        if self.failure is None or not getattr(error, "retry", False):
+            self.failure = error
         self.wake()
 
     def check(self) -> None:

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 #: Characters of a value that a pattern looks at.
 REACH = 10_000
-#: Ways that may be tried for one value: some seconds at worst.
-_MOST = 10**8
+#: Ways that may be tried for one value: a tenth of a second at worst, for a hundred rows are judged
+#: in a turn (`transactions.runs`), and PostgreSQL waits for its end.
+_MOST = 10**7
 #: More repetitions than this are as many as there may ever be.
 _MANY = 1000
 

@@ -87,7 +87,6 @@ class Provisioning:
         progress: Progress,
     ) -> None:
         """Make and alter what the subscriptions need. Raises what stands in the way."""
-        self._where_it_was(connection, progress)
         report = self._examine(connection, progress)
         found = publications.read(connection, self._prefix)
         manage = self._settings.flash_manage
@@ -120,8 +119,9 @@ class Provisioning:
         self.ancestry.note(publications.leaves_of(connection, self._prefix))
         self.ancestry.look(Lsn.parse(slots.now(connection)[0]), report.leaves)
 
-    def _where_it_was(self, connection: psycopg.Connection[Any], progress: Progress) -> None:
-        """PostgreSQL does not tell one slot from another of the same name."""
+    def compare(self, connection: psycopg.Connection[Any], progress: Progress) -> None:
+        """Say so if the slot stands behind what this process has read: PostgreSQL does not tell one
+        slot from another of the same name."""
         found = slots.find(connection, self._slot)
         position = Lsn.parse(found.confirmed) if found and found.confirmed else Lsn(0)
         if position > progress.confirmed > Lsn(0):
@@ -155,6 +155,7 @@ class Provisioning:
         if report.rescue and not report.standby and self._settings.flash_manage:
             self._require_free(connection, report)
             ddl.apply(connection, report.rescue, self._control.sleep)
+            self.fingerprint = self._look()
         self._raise_first(report)
         self._unaltered = now
         self._still_there(report)

@@ -67,10 +67,13 @@ class Catalog:
         """What rows of a transaction that committed at this position belong to, beside the table
         itself; `handled` are the tables of handlers."""
         found = frozenset(now.ancestors if now else ())
-        if found != (self._ancestry.latest(relation.oid) or frozenset()):
+        seen = self._ancestry.latest(relation.oid) or frozenset()
+        if found != seen:
             position_now = Lsn.parse(slots.now(self._connection)[0])
             self._ancestry.saw(relation.oid, position_now, found)
-        ancestors = self._ancestry.at(relation.oid, position)
+        # A commit that others do not see yet may lie before a look that has not seen it either.
+        unseen = dict.fromkeys(found - seen)
+        ancestors = {**self._ancestry.at(relation.oid, position), **unseen}
         own = TableName(relation.schema, relation.name)
         if handled.isdisjoint((own, *ancestors)):
             return dict.fromkeys(self._unseen(relation, own, found, handled))
@@ -90,7 +93,8 @@ class Catalog:
         ever = self._ancestry.ever(relation.oid)
         if ever & handled and own not in ever:
             return ever & handled
-        candidates = [] if ever or now & self._ancestry.names() else self._partitioned(handled)
+        known = ever or relation.oid in self._ancestry or now & self._ancestry.names()
+        candidates = [] if known else self._partitioned(handled)
         if not candidates:
             return _say(logging.WARNING, _GONE, own)
         columns = {(column.name, column.type_oid) for column in relation.columns}

@@ -116,6 +116,8 @@ class Replicator:
         #: Whether nothing was wrong when it was looked at, and whether the slot is lost all the
         #: same, so that it is looked at again.
         self._examined = self._doubted = False
+        #: Whether somebody had the slot since it was read here.
+        self._waited = False
         #: Where the slot was, for the one that stays behind.
         self._samples: history.Samples = deque()
         self._pauses = delays()
@@ -171,6 +173,7 @@ class Replicator:
     def _retry(self, error: FlashError, said: str) -> str:
         """Wait before the next attempt; what has been said is not said again."""
         self.telemetry.note(error)
+        self._waited |= isinstance(error, SlotInUse)
         if not error.retry and not self._comes_again(error):
             raise error
         self.telemetry.enter(STANDBY if isinstance(error, SlotInUse) else CONNECTING)
@@ -273,6 +276,8 @@ class Replicator:
         slot = self._settings.flash_replication_slot
         prefix = self._settings.flash_publication_slot_prefix
         self._identify(stream, connection)
+        if not self._waited:
+            self._provisioning.compare(connection, self._progress)
         self._holding.read(connection, self._templates)
         system = self._source.partition("/")[0]
         self._templates = Templates(
@@ -296,7 +301,7 @@ class Replicator:
         self.telemetry.progress = self._progress
         self.telemetry.enter(STREAMING)
         self._streamed = True
-        self._doubted = False
+        self._doubted = self._waited = False
         self._pauses = delays()
         handlers = {subscription.handler for subscription in self._subscriptions}
         logger.info(

@@ -26,8 +26,8 @@ _NOT_KEPT = frozenset(b"SEcAO")
 _NOTHING = Transaction(Lsn(0), 0, 0)
 #: What a message starts with: of a row its operation and relation, in a stream its transaction.
 _KIND = itemgetter(slice(0, 5))
-#: The longest run.
-_TOGETHER = 500
+#: The longest run, which the loop waits for.
+_TOGETHER = 100
 
 
 class Rows(Protocol):

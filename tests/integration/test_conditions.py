@@ -518,16 +518,17 @@ def test_a_pattern_looks_at_the_beginning_of_a_long_value(judge):
 @pytest.mark.parametrize(
     ("pattern", "reach"),
     [
-        *((one, 10_000) for one in ("", "paid|open", "a.*b", "^a.*b.*$", "[](+*]+x", r"\(+", "a{")),
         *(
             (one, 10_000)
-            for one in (r"^(\d{1,3}\.){3}\d{1,3}$", "(?:ab)*", "(?P<n>a)(?P=n)", "(ab){}")
+            for one in ("", "paid|open", "^a.*b", r"^(\d{1,3}\.){3}\d{1,3}$", "(ab){}")
         ),
-        ("x.*y.*?z", 842),
-        (r"(.*)\1", 842),
-        ("^a.*b.*c.*d$", 842),
-        ("a.*b.*c.*d", 219),
-        ("(.*a){20}", 11),
+        *((one, 4_471) for one in ("a.*b", "^a.*b.*$", "[](+*]+x", r"\(+", "(?:ab)*")),
+        ("(?P<n>a)(?P=n)", 4_471),
+        ("x.*y.*?z", 390),
+        (r"(.*)\1", 390),
+        ("^a.*b.*c.*d$", 390),
+        ("a.*b.*c.*d", 122),
+        ("(.*a){20}", 9),
     ],
 )
 def test_a_pattern_is_judged_where_it_cannot_take_long(judge, pattern, reach):
@@ -542,9 +543,9 @@ def test_a_pattern_is_judged_where_it_cannot_take_long(judge, pattern, reach):
 def test_a_value_that_a_pattern_may_take_long_for_is_told(flash):
     flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, note text)")
     flash.handler("items", "insert", where={"note__regex": "x.*y.*z"}).start()
-    flash.do("INSERT INTO items SELECT n, repeat('xy', n) FROM generate_series(420, 422) n")
+    flash.do("INSERT INTO items SELECT n, repeat('xy', n) FROM generate_series(194, 196) n")
     flash.do("INSERT INTO items VALUES (1, 'x, y, z'), (2, 'x')")
-    assert [change.new["id"] for change in flash.told()] == [422, 1]
+    assert [change.new["id"] for change in flash.told()] == [196, 1]
 
 
 def test_labels_that_are_made_and_renamed_meanwhile_are_known(flash):

@@ -707,6 +707,23 @@ def test_rows_of_a_handler_that_is_gone_are_nobody_elses(flash, new_app, caplog)
     assert [line.split()[2] for line in said] == ["public.plain", "public.late"]
 
 
+def test_rows_of_a_table_that_was_dropped_are_no_partitions(flash, new_app, caplog):
+    """Its columns are those of a partitioned table, and dropping took it out of publications."""
+    from .conftest import Flash
+
+    flash.database.execute(TWO_TREES, "CREATE TABLE plain (id int PRIMARY KEY)")
+    flash.handler("one", "insert").handler("plain", "insert", name="plain").start().stop()
+    flash.database.execute("INSERT INTO plain VALUES (1)", "DROP TABLE plain")
+    for name in ("fewer", "again"):
+        fewer = Flash(flash.database, new_app(name)).handler("one", "insert").start()
+        try:
+            fewer.do("INSERT INTO one VALUES (2)", "DELETE FROM one")
+            assert shown(fewer.told()) == ["insert 2"]
+        finally:
+            fewer.stop()
+    assert "Rows of public.plain arrive that were written for a handler that is gone" in caplog.text
+
+
 def test_a_partition_that_was_detached_is_a_table_of_its_own(flash):
     flash.database.execute(TWO_TREES)
     flash.handler("one", "insert", name="one").handler("leaf", "insert", name="leaf").start()
