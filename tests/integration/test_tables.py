@@ -891,3 +891,25 @@ def test_a_partition_of_a_transaction_that_nobody_sees_yet(flash, streaming):
         writer.join(20)
     flash.do("SELECT 1")
     assert [change.new["id"] for change in flash.told("root")][:2] == [2, 3]
+
+
+def test_a_partition_moved_by_a_transaction_that_nobody_sees_yet(flash):
+    """Its commit lies before the look at the start, which sees the partition where it was."""
+    flash.database.execute(TWO_TREES)
+    flash.handler("one", "insert", name="one").handler("two", "insert", name="two").start().stop()
+    standbys = "synchronous_standby_names"
+    flash.database.execute(f"ALTER SYSTEM SET {standbys} = 'nobody'", "SELECT pg_reload_conf()")
+    move = "; ".join((*MOVE, "INSERT INTO two VALUES (5)"))
+    writer = threading.Thread(target=flash.database.execute, args=[move])
+    try:
+        flash.wait(lambda: flash.database.one(f"SHOW {standbys}") == "nobody")
+        writer.start()
+        waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+        flash.wait(lambda: flash.database.one(waits))
+        flash.start(flash_dsn=f"{flash.database.dsn}?options=-csynchronous_commit%3Dlocal")
+        time.sleep(0.5)
+    finally:
+        flash.database.execute(f"ALTER SYSTEM RESET {standbys}", "SELECT pg_reload_conf()")
+        writer.join(20)
+    flash.do("INSERT INTO two VALUES (6)")
+    assert [change.new["id"] for change in flash.told("two")] == [5, 6]
