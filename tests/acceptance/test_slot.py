@@ -219,6 +219,24 @@ def test_a_slot_that_is_lost_ends_it_with_what_is_missing(scarce):
 
 
 @pytest.mark.soak
+def test_a_slot_that_nobody_has_read_for_too_long_ends_the_start(scarce):
+    """PostgreSQL 18 invalidates it at a checkpoint, and says why."""
+    shop = scarce()
+    if int(shop.database.one("SHOW server_version_num")) < 180000:
+        pytest.skip("PostgreSQL has idle_replication_slot_timeout from 18 on")
+    shop.end(shop.replicate())
+    timeout = "ALTER SYSTEM SET idle_replication_slot_timeout = '1s'"
+    shop.database.execute(timeout, "SELECT pg_reload_conf()")
+    wait_until(
+        lambda: shop.database.execute("CHECKPOINT") or one_of_the_slot(shop, "invalidation_reason"),
+        "PostgreSQL to invalidate the slot",
+    )
+    ended = shop.run("flash", "replicate")
+    assert ended.returncode == 2
+    assert f"are missing ({shop.database.slot}: idle_timeout); run `flash reset`" in ended.stderr
+
+
+@pytest.mark.soak
 def test_a_slot_that_is_lost_is_made_anew_where_that_is_wanted_and_the_gap_is_reported(scarce):
     shop = scarce(flash_on_lost_slot="recreate")
     replicate = shop.replicate()
