@@ -207,8 +207,7 @@ def noted(connection: psycopg.Connection[Any], prefix: str) -> str:
 
 
 def _alive(connection: psycopg.Connection[Any], record: Record | None) -> Record | None:
-    """The record without tables that have been dropped, which left their publications too; rows of
-    them may still be read, and are no partition's."""
+    """The record without tables that were dropped; rows of these may be read, as no partition's."""
     if record is None:
         return None
     known = {int(oid) for oid in record.identities}.union(
@@ -222,10 +221,9 @@ def _alive(connection: psycopg.Connection[Any], record: Record | None) -> Record
     def living(tables: dict[str, list[int]]) -> dict[str, list[int]]:
         return {name: [oid for oid in oids if oid in alive] for name, oids in tables.items()}
 
-    dropped = {str(oid): record.leaves.get(str(oid), []) for oid in known - alive}
     return replace(
         record,
-        leaves=record.leaves | dropped,
+        leaves={str(oid): [] for oid in known - alive} | record.leaves,
         tables=living(record.tables),
         previous=living(record.previous),
         identities={o: was for o, was in record.identities.items() if int(o) in alive},
