@@ -5,8 +5,8 @@ WAL → replication → pgoutput → transactions → routing → payload → pu
 
 from typing import TYPE_CHECKING
 
-from . import payload as _payload  # noqa: F401 - makes changes travel as task arguments
-from .changes import (
+from .changes import payload as _payload  # noqa: F401 - makes changes travel as task arguments
+from .changes.change import (
     Change,
     Changes,
     Delete,
@@ -16,11 +16,11 @@ from .changes import (
     Truncate,
     Update,
 )
+from .changes.rows import UNCHANGED
 from .errors import FlashError
-from .handlers import on_change, on_message
+from .handlers.decorators import on_change, on_message
+from .handlers.subscriptions import Batch
 from .protocol.lsn import Lsn
-from .rows import UNCHANGED
-from .subscriptions import Batch
 
 __all__ = [
     "UNCHANGED",
@@ -37,14 +37,21 @@ __all__ = [
     "Update",
     "on_change",
     "on_message",
+    "wait_for",
 ]
 
 if TYPE_CHECKING:
+    from .commands.wait import wait_for
+
     __version__: str
 else:
 
-    def __getattr__(name: str) -> str:
-        """`__version__`, which nobody waits for who does not ask."""
+    def __getattr__(name: str) -> object:
+        """Load `wait_for` and `__version__` when they are asked for: both are slow to import."""
+        if name == "wait_for":
+            from .commands.wait import wait_for
+
+            return wait_for
         if name == "__version__":
             from importlib.metadata import version
 

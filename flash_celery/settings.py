@@ -12,7 +12,6 @@ from types import ModuleType
 from typing import Any
 
 from . import dsn
-from .address import http_address
 from .errors import ConfigurationError
 
 
@@ -327,3 +326,15 @@ def _refuse_unread(conf: Any) -> None:
             if conf.get(bare) is None and mapping[key] is not None:
                 right = f"{namespace}{bare.upper()}" if namespace else bare
                 raise ConfigurationError(f"Nobody reads the setting {key}; write {right}.")
+
+
+def http_address(address: str) -> tuple[str, int]:
+    """Host and port of `flash_http`. Raises `ConfigurationError`."""
+    host, _, port = address.rpartition(":")
+    host = host[1:-1] if host[:1] == "[" and host[-1:] == "]" else host
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ConfigurationError(
+            f"flash_http must be host:port, such as '127.0.0.1:9187' ('0.0.0.0:9187' for every "
+            f"address of this machine), not {address!r}."
+        )
+    return host, int(port)

@@ -22,7 +22,7 @@ def _filters(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(project: Project, *args: Any, **options: Any) -> Any:
-        from ..letterbox import Wanted
+        from ..dead_letters.queue import Wanted
 
         names = ("ids", "handler", "table", "older", "newer")
         given = {name: options.pop(name) for name in names if name in options}
@@ -64,8 +64,8 @@ def dead_list(project: Project, wanted: Any, as_json: bool) -> None:
 @command
 def dead_show(project: Project, id: str, as_json: bool) -> None:
     """Show a letter with its traceback and its changes; the first 8 characters of its id do."""
-    from .. import tail
-    from ..letterbox import Wanted
+    from ..commands import tail
+    from ..dead_letters.queue import Wanted
     from . import letters
 
     box = project.letters()

@@ -23,10 +23,11 @@ from .project import STOPPED, Project, command, say
 @command
 def doctor(project: Project, explain: bool, as_sql: bool) -> None:
     """Check every prerequisite, and say how to mend what is missing."""
-    from .. import doctor as checks
-    from .. import explain as explaining
-    from .. import history, pausing, preflight, server, sources, standbys
-    from ..findings import OK, STOP
+    from ..commands import doctor as checks
+    from ..commands import explain as explaining
+    from ..commands import sources
+    from ..provisioning import pauses, preflight, replay_slot, server_checks, standby_checks
+    from ..provisioning.findings import OK, STOP
 
     if as_sql:
         _script(project)
@@ -35,12 +36,12 @@ def doctor(project: Project, explain: bool, as_sql: bool) -> None:
     explained: list[str] = []
     with project.connect() as connection:
         report = preflight.examine(connection, *subject)
-        standing_by = list(standbys.findings(connection, project.settings))
-        record = pausing.read(connection, project.settings)
-        held = list(history.findings(connection, project.settings))
+        standing_by = list(standby_checks.findings(connection, project.settings))
+        record = pauses.read(connection, project.settings)
+        held = list(replay_slot.findings(connection, project.settings))
         if explain:
             explained += explaining.explain(connection, *subject, report)
-    findings = [*report.findings, *held, *standing_by, server.can_stream(project.settings)]
+    findings = [*report.findings, *held, *standing_by, server_checks.can_stream(project.settings)]
     findings += checks.spool(project.settings)
     findings += checks.eager(project.app)
     findings += sources.findings(*project.sources)
@@ -50,7 +51,7 @@ def doctor(project: Project, explain: bool, as_sql: bool) -> None:
     findings += broker
     if broker[0].level == OK:  # or asking for workers takes its time
         findings += checks.workers(project.app, project.subscriptions)
-        handlers = pausing.handlers(project.subscriptions)
+        handlers = pauses.handlers(project.subscriptions)
         findings += checks.forgotten(project.app, record, project.settings.source, handlers)
     findings += checks.paused(project.app, record, project.settings.source)
     for finding in findings:
@@ -65,8 +66,8 @@ def _script(project: Project) -> None:
     import sys
     from dataclasses import replace
 
-    from .. import preflight, script
     from ..escaping import escaped
+    from ..provisioning import preflight, script
 
     settings = replace(project.settings, flash_manage=False)
     with project.connect() as connection:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .. import letters
+from ..dead_letters import letters
+from ..dead_letters.letters import Letter
+from ..dead_letters.queue import SHORT, UNITS
 from ..errors import PayloadError
 from ..escaping import escaped
-from ..letterbox import SHORT, UNITS
-from ..letters import Letter
 
 
 def table(found: Sequence[Letter]) -> list[str]:

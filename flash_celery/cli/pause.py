@@ -23,16 +23,16 @@ def pause(project: Project, handlers: tuple[str, ...]) -> None:
 
     What is in a handler's own queue already is still run: pausing stops what comes after it.
     """
-    from .. import pausing
-    from ..parking import queue_of
+    from ..provisioning import pauses
+    from ..provisioning.pauses import queue_of
 
-    known = pausing.handlers(project.subscriptions)
-    wanted = pausing.named(handlers, known) or [pausing.SOURCE]
+    known = pauses.handlers(project.subscriptions)
+    wanted = pauses.named(handlers, known) or [pauses.SOURCE]
     with project.connect() as connection:
-        since = pausing.pause(connection, project.settings, wanted)
+        since = pauses.pause(connection, project.settings, wanted)
         limit = connection.execute("SHOW max_slot_wal_keep_size").fetchone()
     for one in wanted:
-        if one != pausing.SOURCE:
+        if one != pauses.SOURCE:
             where = queue_of(one, project.settings.source)
             say(f"{one} is paused since {since[one]}; its changes wait in the queue {where}.")
             continue
@@ -56,22 +56,22 @@ def resume(project: Project, handlers: tuple[str, ...], everything: bool) -> Non
     Their parked changes go back to their queues first, in order, before anything newer; a running
     `flash replicate` does it, or the next one.
     """
-    from .. import pausing
-    from ..publishers.base import queue_depths
+    from ..provisioning import pauses
+    from ..publishing.brokers.base import queue_depths
 
-    known, source = pausing.handlers(project.subscriptions), project.settings.source
+    known, source = pauses.handlers(project.subscriptions), project.settings.source
     with project.connect() as connection:
-        record = pausing.read(connection, project.settings)
+        record = pauses.read(connection, project.settings)
         if everything:
             wanted = list(record.paused)
         else:
-            noted = {*known, *record.paused, *record.resuming} - {pausing.SOURCE}
-            wanted = pausing.named(handlers, noted)
+            noted = {*known, *record.paused, *record.resuming} - {pauses.SOURCE}
+            wanted = pauses.named(handlers, noted)
         depths = partial(queue_depths, project.app)
-        gone = pausing.refuse_strangers(wanted, known, source, depths)
-        wanted = wanted or [pausing.SOURCE]
-        were = pausing.resume(connection, project.settings, wanted, gone)
-        left = pausing.read(connection, project.settings).paused
+        gone = pauses.refuse_strangers(wanted, known, source, depths)
+        wanted = wanted or [pauses.SOURCE]
+        were = pauses.resume(connection, project.settings, wanted, gone)
+        left = pauses.read(connection, project.settings).paused
     for one in wanted:
         name = one or "Reading"
         said = "goes on" if one in were else "was not paused"

@@ -24,7 +24,7 @@ class Project:
 
     def __init__(self, app: Any, source: str | None) -> None:
         from ..errors import ConfigurationError
-        from ..handlers import subscriptions_of
+        from ..handlers.decorators import subscriptions_of
         from ..settings import Settings
 
         if app.main == "default" or (app.main is None and not app.conf.broker_url):
@@ -43,9 +43,9 @@ class Project:
         self.subscriptions = [one for one in everything if one.source == self.settings.source]
 
     def connect(self) -> Any:
-        from .. import catalog
         from ..errors import ReplicationError
-        from ..hopeless import refuse_hopeless
+        from ..postgres import catalog
+        from ..postgres.hopeless import refuse_hopeless
 
         try:
             return catalog.connect(self.settings.require_dsn())
@@ -56,15 +56,16 @@ class Project:
     def table(self, name: str) -> Any:
         """A table of this source, with or without its name."""
         from ..errors import SubscriptionError
-        from ..subscriptions import TableName, split_source
+        from ..handlers.subscriptions import split_source
+        from ..table_name import TableName
 
         source, table = split_source(name)
         if source not in (None, self.settings.source):
             raise SubscriptionError(f"{name} is of another source; say --source {source}.")
-        return TableName.of(table)
+        return TableName.parse(table)
 
     def letters(self) -> Any:
-        from ..letterbox import LetterBox
+        from ..dead_letters.queue import LetterBox
 
         return LetterBox(self.app, self.settings.flash_dead_queue)
 

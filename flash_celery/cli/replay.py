@@ -23,14 +23,14 @@ def replay(
     what flash_replay_window holds can be replayed. Nothing else is told, and the slot stays where
     it is.
     """
-    from .. import pausing
-    from .. import replay as replaying
+    from ..commands import replay as replaying
     from ..errors import ConfigurationError
+    from ..provisioning import pauses
 
     settings, subscriptions = project.settings, project.subscriptions
-    (name,) = pausing.named([handler], pausing.handlers(subscriptions))
+    (name,) = pauses.named([handler], pauses.handlers(subscriptions))
     with project.connect() as connection:
-        if name in pausing.read(connection, settings).paused:
+        if name in pauses.read(connection, settings).paused:
             raise ConfigurationError(f"{name} is paused; `flash resume {name}` first.")
         wanted = replaying.span(connection, settings, since, until)
         count = replaying.Count()

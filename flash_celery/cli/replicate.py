@@ -44,9 +44,11 @@ def replicate(
     Creates the slot and its publications where they are missing. A second signal ends it at once.
     Of several databases each has a process of its own: --source.
     """
-    from .. import doctor, logs, publishers, sources
-    from ..control import Stopped
-    from ..replicator import Replicator
+    from .. import logs
+    from ..commands import doctor, sources
+    from ..publishing import brokers
+    from ..worker.control import Stopped
+    from ..worker.replicator import Replicator
 
     sources.check(*project.sources)
     doctor.refuse_eager(project.app)
@@ -55,7 +57,7 @@ def replicate(
     project.app.log.setup(loglevel=loglevel, logfile=logfile, redirect_stdouts=False)
     if log_json:
         logs.as_json(project.settings.source)
-    publisher = publishers.for_app(project.app, 2 * project.settings.flash_status_interval)
+    publisher = brokers.for_app(project.app, 2 * project.settings.flash_status_interval)
     replicator = Replicator(project.app, project.settings, project.subscriptions, publisher)
     address = project.settings.flash_http if http is None else http
     server = _server(project, address, replicator.telemetry) if address else None
@@ -104,8 +106,8 @@ def _server(project: Project, address: str, telemetry: Any) -> Any:
 
 
 def _workers_know(project: Project) -> bool:
-    from .. import doctor
-    from ..findings import OK
+    from ..commands import doctor
+    from ..provisioning.findings import OK
 
     findings = list(doctor.workers(project.app, project.subscriptions))
     return all(finding.level == OK for finding in findings)

@@ -18,8 +18,8 @@ def reset(project: Project, slot: str | None, yes: bool, force: bool) -> None:
     Changes that were not read yet are lost; the next `replicate` starts at the present. Nothing is
     paused then: what is parked for paused handlers goes back to their queues.
     """
-    from .. import reset as resetting
-    from .. import unparking
+    from ..commands import reset as resetting
+    from ..commands import unpark as unparking
 
     name = slot or project.settings.flash_replication_slot
     with project.connect() as connection:

@@ -23,7 +23,7 @@ from .project import Project, command, say
 @command
 def status(project: Project, as_json: bool, watch: bool, interval: float) -> None:
     """Show the slot, its lag, the handlers and their queues."""
-    from .. import status as report
+    from ..commands import status as report
 
     if watch:
         _watch(project, as_json, interval)
@@ -43,7 +43,7 @@ def _watch(project: Project, as_json: bool, interval: float) -> None:
     if as_json:
         raise ConfigurationError("--watch is for people; leave --json out, or ask in a loop.")
     try:
-        from .. import live
+        from ..commands import status_watch
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "rich":
             raise
@@ -52,4 +52,4 @@ def _watch(project: Project, as_json: bool, interval: float) -> None:
             "status`."
         ) from None
     subject = project.app, project.settings, project.subscriptions
-    live.watch(project.connect, *subject, interval)
+    status_watch.watch(project.connect, *subject, interval)

@@ -21,10 +21,10 @@ def tail(project: Project, tables: tuple[str, ...], limit: int | None) -> None:
 
     Enqueues nothing and leaves nothing: its slot is temporary.
     """
-    from .. import tail as tailing
-    from ..control import Control
+    from ..commands import tail as tailing
     from ..errors import SubscriptionError
-    from ..subscriptions import of_tables
+    from ..handlers.subscriptions import of_tables
+    from ..worker.control import Control
 
     wanted = list(dict.fromkeys(project.table(name) for name in tables))
     wanted = wanted or list(dict.fromkeys(one.table for one in of_tables(project.subscriptions)))

@@ -24,7 +24,7 @@ def wait(project: Project, handlers: tuple[str, ...], lsn: str | None, timeout: 
     Exits with 0 then, and otherwise with 1 and what is not done. It does not wait in vain for a
     handler that is paused, or for a change that has failed for good (a dead letter).
     """
-    from .. import waiting
+    from ..commands import wait as waiting
     from ..errors import NotDone
 
     try:

@@ -17,15 +17,17 @@ from django.core.checks import CheckMessage, Error, Warning
 from django.db import connections
 from django.db.migrations.loader import MigrationLoader
 
-from .. import catalog, tables
 from ..dsn import place_of
 from ..errors import ConfigurationError, ReplicationError, SubscriptionError
-from ..handlers import subscriptions_of_task
+from ..handlers.decorators import subscriptions_of_task
+from ..handlers.subscriptions import Subscription, of_tables, table_name
+from ..postgres import catalog
+from ..provisioning import table_checks
 from ..settings import Settings
-from ..subscriptions import Subscription, TableName, of_tables
-from . import history, project
+from ..table_name import TableName
+from . import migration_history, project
 from .dsn import dsn as databases_dsn
-from .history import History
+from .migration_history import History
 
 _CORRECT = "Correct the on_change of this handler."
 _SILENCE = (
@@ -110,7 +112,7 @@ def _history(subscriptions: Sequence[Subscription]) -> History:
     wanted: dict[TableName, set[str]] = {}
     for one in subscriptions:
         wanted.setdefault(one.table, set()).update(one.columns)
-    return history.read(wanted) if wanted else History()
+    return migration_history.read(wanted) if wanted else History()
 
 
 def _models() -> dict[TableName, set[str]]:
@@ -120,7 +122,7 @@ def _models() -> dict[TableName, set[str]]:
         meta = model._meta
         if not meta.proxy and not meta.swapped:
             columns = {field.column for field in meta.local_concrete_fields}
-            found.setdefault(TableName.of(model), set()).update(columns)
+            found.setdefault(table_name(model), set()).update(columns)
     return found
 
 
@@ -203,12 +205,12 @@ def _now(one: Subscription, problem: CheckMessage, lived: History, unapplied: in
 
 def _wrong_in(connection: psycopg.Connection[Any], one: Subscription) -> CheckMessage | None:
     try:
-        table = tables.find(connection, one)
-        tables.check(connection, one, table)
+        table = table_checks.find(connection, one)
+        table_checks.check(connection, one, table)
     except SubscriptionError as error:
         return _message(Error, one.handler, error, _CORRECT, "flash_celery.E003")
     try:
-        tables.check_columns(connection, one, table)
+        table_checks.check_columns(connection, one, table)
     except SubscriptionError as error:
         return _message(Error, one.handler, error, _CORRECT, "flash_celery.E004")
     return None

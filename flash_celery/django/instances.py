@@ -17,12 +17,13 @@ from psycopg.types.datetime import TimestamptzLoader
 from psycopg.types.hstore import HstoreLoader
 from psycopg.types.string import TextLoader
 
-from ..changes import Change, Delete, Insert, Update
+from ..changes.change import Change, Delete, Insert, Update
+from ..changes.rows import UNCHANGED, Column
 from ..errors import NoInstance, SubscriptionError
+from ..handlers.subscriptions import table_name
 from ..protocol.pgoutput import Cell
-from ..rows import UNCHANGED, Column
-from ..subscriptions import TableName
-from ..values import Loader, or_text
+from ..table_name import TableName
+from ..values.loading import Loader, or_text
 
 
 class _NaiveLoader(TimestamptzLoader):
@@ -116,14 +117,14 @@ def _model_of(change: Change[Any]) -> Any:
 def _models(schema: str, name: str) -> list[Any]:
     """The models of a table; those that only look at it stand back behind the one that makes it."""
     found = [one for one in apps.get_models(include_auto_created=True) if not one._meta.proxy]
-    found = [one for one in found if TableName.of(one) == TableName(schema, name)]
+    found = [one for one in found if table_name(one) == TableName(schema, name)]
     return [one for one in found if one._meta.managed] or found
 
 
 def _checked(change: Change[Any], model: Any) -> Any:
     """A model of the user's choice. Raises `NoInstance` if it is not of the change's table."""
     try:
-        table = TableName.of(model)
+        table = table_name(model)
     except SubscriptionError as error:
         raise NoInstance(f"change.instance(model=…): {error}") from None
     if table != TableName(change.schema, change.table):

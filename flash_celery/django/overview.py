@@ -7,12 +7,13 @@ from typing import Any
 
 import psycopg
 
-from .. import catalog, status
+from ..commands import status
+from ..dead_letters.letters import Letter
+from ..dead_letters.queue import LetterBox, Wanted
 from ..errors import FlashError
 from ..escaping import escaped
-from ..handlers import subscriptions_of
-from ..letterbox import LetterBox, Wanted
-from ..letters import Letter
+from ..handlers.decorators import subscriptions_of
+from ..postgres import catalog
 from ..settings import Settings
 
 #: Seconds that PostgreSQL may take for a statement.

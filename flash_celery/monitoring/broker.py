@@ -8,9 +8,9 @@ from typing import Any
 
 from kombu.utils.json import loads
 
-from .. import letters
+from ..dead_letters import letters
 from ..errors import PayloadError, PublishError
-from ..publishers.base import ConnectedPublisher
+from ..publishing.brokers.base import ConnectedPublisher
 
 #: Seconds before a queue that was not there is asked for again: it costs a connection.
 _MISSING_SECONDS = 60.0

@@ -16,17 +16,18 @@ from typing import Any
 
 import psycopg
 
-from .. import catalog, status
-from ..doctor import unhandled
+from ..commands import status
+from ..commands.doctor import unhandled
 from ..errors import FlashError
 from ..escaping import escaped
-from ..messages import Templates
+from ..handlers.subscriptions import Subscription
+from ..messages.templates import Templates
+from ..postgres import catalog
 from ..settings import Settings
-from ..subscriptions import Subscription
 from ..telemetry import CONNECTING, STOPPING, STREAMING, Telemetry
 from . import health
 from .broker import Broker
-from .history import STEP, Counts, History
+from .samples import STEP, Counts, History
 
 logger = logging.getLogger(__name__)
 

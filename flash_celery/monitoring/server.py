@@ -22,8 +22,8 @@ from importlib import resources
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from ..address import http_address
 from ..errors import ConfigurationError
+from ..settings import http_address
 from . import health
 from .metrics import Metrics
 from .observer import Observer

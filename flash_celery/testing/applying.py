@@ -14,23 +14,24 @@ from typing import Any
 from kombu import compression
 from kombu.utils.json import loads
 
-from ..ancestry import Ancestors
-from ..catalog import CatalogColumn, CatalogTable
-from ..changes import Change, Changes, LogicalMessage, Operation, Truncate
-from ..column_types import TypeDescription
-from ..comparison import ColumnType
-from ..conditions import Cells, Condition
+from ..capture.partition_history import Ancestors
+from ..capture.relations import Catalog
+from ..capture.router import Router
+from ..changes.change import Change, Changes, LogicalMessage, Operation, Truncate
+from ..changes.payload import Delivery, delivery_of
+from ..conditions.lookups import Cells, Condition
+from ..dead_letters.oversize import error_of
 from ..errors import SubscriptionError
-from ..handlers import subscriptions_of
-from ..messages import Message, Template, Templates
-from ..outbox import Outbox
-from ..oversize import error_of
-from ..payload import Delivery, delivery_of
+from ..handlers.decorators import subscriptions_of
+from ..handlers.subscriptions import Subscription
+from ..messages.batcher import Outbox
+from ..messages.templates import Message, Template, Templates
+from ..postgres.catalog import CatalogColumn, CatalogTable
+from ..postgres.column_types import TypeDescription
 from ..protocol import pgoutput
-from ..relations import Catalog
-from ..routing import Router
 from ..settings import Settings
-from ..subscriptions import Subscription, TableName
+from ..table_name import TableName
+from ..values.comparison import ColumnType
 from .texts import canonical, column_type, name_of, oid_of, type_of
 
 _OID = 0  # what `payload.delivery_of` writes
@@ -236,17 +237,11 @@ class _Described(Catalog):
         return {oid: TypeDescription(oid, name_of(oid)) for oid in oids}
 
     def matcher(
-        self, oid: int, subscription: Subscription, types: Mapping[str, int]
+        self, oid: int, condition: Condition, types: Mapping[str, int]
     ) -> Callable[[Cells], bool] | None:
         """The condition, its constants read as psycopg reads them."""
-        condition = subscription.where
-        if condition is None:
-            return None
-        try:
-            compared = {name: self._compared(name, condition) for name in condition.columns}
-            return condition.bind(compared, canonical)
-        except SubscriptionError as error:
-            raise SubscriptionError(f"{subscription.handler}: {error}") from None
+        compared = {name: self._compared(name, condition) for name in condition.columns}
+        return condition.bind(compared, canonical)
 
     def _compared(self, name: str, condition: Condition) -> ColumnType:
         """A NULL says nothing of its type, and compares as what it is compared with."""

@@ -7,11 +7,12 @@ from datetime import datetime, timedelta, timezone
 from itertools import count
 from typing import Any
 
-from ..changes import Delete, Insert, LogicalMessage, Truncate, Update
+from ..changes.change import Delete, Insert, LogicalMessage, Truncate, Update
+from ..changes.rows import UNCHANGED, Column, Table, Transaction
+from ..handlers.subscriptions import column_name, column_names, prefix_of, table_of
 from ..protocol.lsn import Lsn
 from ..protocol.pgoutput import Cell
-from ..rows import UNCHANGED, Column, Table, Transaction
-from ..subscriptions import TableName, column_name, column_names, prefix_of, table_of
+from ..table_name import TableName
 from .texts import name_of, oid_of, text_of, type_of
 
 _IDENTITIES = {"full": "f", "default": "d", "nothing": "n"}
@@ -118,7 +119,7 @@ class _Builder:
     def _leaf(self) -> str | None:
         if self._partition is None:
             return None
-        leaf = TableName.of(self._partition)
+        leaf = TableName.parse(self._partition)
         return f"{leaf.schema}.{leaf.name}"
 
     def _column(self, name: str, rows: Iterable[Mapping[str, Any]], identity: bool) -> Column:

@@ -15,16 +15,18 @@ from typing import Any
 import psycopg
 from celery import signals
 
-from .. import catalog, publishers, reset
-from ..enqueued import Enqueued as Known
-from ..enqueued import Lease
+from ..commands import reset
 from ..errors import ConfigurationError
-from ..handlers import subscriptions_of
-from ..messages import Message
-from ..publishers.base import Publisher
-from ..publishers.memory import MemoryPublisher
-from ..replicator import Replicator
+from ..handlers.decorators import subscriptions_of
+from ..messages.deduplication import Enqueued as Known
+from ..messages.deduplication import Lease
+from ..messages.templates import Message
+from ..postgres import catalog
+from ..publishing import brokers
+from ..publishing.brokers.base import Publisher
+from ..publishing.brokers.memory import MemoryPublisher
 from ..settings import Settings
+from ..worker.replicator import Replicator
 from .applying import Enqueued, Run, read, run
 
 #: What slots and publications of tests begin with, so that nothing else is swept away.
@@ -71,7 +73,7 @@ class Live:
                 "A test makes publications of its own, which flash_manage = False forbids; leave "
                 "it out of the settings of the tests."
             )
-        self._publisher = _Recorder(publishers.for_app(app) if broker else MemoryPublisher())
+        self._publisher = _Recorder(brokers.for_app(app) if broker else MemoryPublisher())
         self._broker = broker
         self._done: set[str] = set()
         self._ran = 0

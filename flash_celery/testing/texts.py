@@ -19,11 +19,11 @@ from psycopg import ProgrammingError
 from psycopg.postgres import types as registry
 from psycopg.types.json import Json, Jsonb
 
-from ..comparison import BOOLEAN, BYTEA, JSON, JSONB, TEXTS, ColumnType
+from ..changes.rows import UNCHANGED
 from ..errors import SubscriptionError
 from ..protocol.pgoutput import Cell
-from ..rows import UNCHANGED
-from ..values import dump, loader
+from ..values.comparison import BOOLEAN, BYTEA, JSON, JSONB, TEXTS, ColumnType
+from ..values.loading import dump, loader
 
 _INT4, _INT8 = 1 << 31, 1 << 63
 _TYPES: dict[type, str] = {

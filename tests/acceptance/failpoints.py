@@ -19,9 +19,9 @@ from enum import Enum, auto
 
 import celery.__main__
 
-import flash_celery.publishers.amqp
-import flash_celery.publishers.redis
-import flash_celery.replicator  # noqa: F401 - imported for all of them
+import flash_celery.publishing.brokers.amqp
+import flash_celery.publishing.brokers.redis
+import flash_celery.worker.replicator  # noqa: F401 - imported for all of them
 from example_project.servers import end_with_parent
 
 #: The method of AMQP that publishes: class 60, method 40.
@@ -73,18 +73,18 @@ def _further():
     return counts
 
 
-_STREAM = "flash_celery.replication:ReplicationConnection"
+_STREAM = "flash_celery.postgres.stream:ReplicationConnection"
 _PUBLISH = (
-    "flash_celery.publishers.redis:RedisPublisher.publish",
-    "flash_celery.publishers.amqp:AmqpPublisher.publish",
+    "flash_celery.publishing.brokers.redis:RedisPublisher.publish",
+    "flash_celery.publishing.brokers.amqp:AmqpPublisher.publish",
 )
 _UNPARK = (
-    "flash_celery.publishers.redis:RedisPublisher.unpark",
-    "flash_celery.publishers.amqp:AmqpPublisher.unpark",
+    "flash_celery.publishing.brokers.redis:RedisPublisher.unpark",
+    "flash_celery.publishing.brokers.amqp:AmqpPublisher.unpark",
 )
 _REDIS = ("redis.connection:AbstractConnection.send_packed_command",)
 _AMQP = ("amqp.transport:_AbstractTransport.write",)
-_SPOOL = ("flash_celery.spool:Spool.append",)
+_SPOOL = ("flash_celery.capture.spool:Spool.append",)
 
 STEPS = {
     # What is read, and what becomes of it.
@@ -101,13 +101,13 @@ STEPS = {
     # A transaction that is streamed while it is open.
     "spool": Step(When.BEFORE, _SPOOL),
     "spooled": Step(When.AFTER, _SPOOL),
-    "replayed": Step(When.AFTER, ("flash_celery.transactions:Transactions.replay",)),
+    "replayed": Step(When.AFTER, ("flash_celery.capture.transactions:Transactions.replay",)),
     # Start-up.
-    "statement": Step(When.BEFORE, ("flash_celery.ddl:_run",)),
-    "statement done": Step(When.AFTER, ("flash_celery.ddl:_run",)),
+    "statement": Step(When.BEFORE, ("flash_celery.provisioning.ddl:_run",)),
+    "statement done": Step(When.AFTER, ("flash_celery.provisioning.ddl:_run",)),
     "slot": Step(When.BEFORE, (f"{_STREAM}.create_slot",)),
     "slot created": Step(When.AFTER, (f"{_STREAM}.create_slot",)),
-    "slot noted": Step(When.AFTER, ("flash_celery.ddl:remember_slot",)),
+    "slot noted": Step(When.AFTER, ("flash_celery.provisioning.ddl:remember_slot",)),
     "started": Step(When.AFTER, (f"{_STREAM}.start",)),
 }
 

@@ -11,7 +11,7 @@ import redis
 from celery import Celery
 
 from example_project.servers import Valkey, wait_until
-from flash_celery import doctor
+from flash_celery.commands import doctor
 from flash_celery.settings import Settings
 from tests.acceptance.test_faults import confirmed, handled, insert
 

@@ -9,7 +9,7 @@ import pytest
 import redis
 
 from example_project.servers import Rabbit, Valkey, wait_until
-from flash_celery import payload
+from flash_celery.changes import payload
 from tests.acceptance.test_faults import confirmed, handled, insert
 from tests.conftest import missing
 from tests.sentinel import OPTIONS, Replicated

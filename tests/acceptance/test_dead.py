@@ -11,7 +11,7 @@ from celery import Celery
 from kombu import Exchange, Queue
 
 from example_project.servers import Valkey, wait_until
-from flash_celery.letterbox import LetterBox, Wanted
+from flash_celery.dead_letters.queue import LetterBox, Wanted
 
 
 def box(shop):

@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from example_project.servers import Valkey, wait_until
-from flash_celery import payload
+from flash_celery.changes import payload
 
 LIMIT = 150_000_000
 STREAMED = "SELECT stream_txns > 0 FROM pg_stat_replication_slots WHERE slot_name = '{}'"

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from example_project.servers import end_with_parent, free_port, wait_until
-from flash_celery import live
+from flash_celery.commands import status_watch
 from tests import browser
 from tests.conftest import missing
 
@@ -202,7 +202,7 @@ def test_what_is_paused_is_shown(shop, address):
     told = json.loads(shop.run("flash", "status", "--json").stdout)
     assert told["paused_handlers"] == said["paused_handlers"]
     console = Console(file=io.StringIO(), width=200)
-    console.print(live._drawn(told, None, ""))
+    console.print(status_watch._drawn(told, None, ""))
     drawn = console.file.getvalue()
     assert "nothing is read until `flash resume`" in drawn
     assert "30 parked in flash.paused.shop.each" in drawn

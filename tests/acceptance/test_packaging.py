@@ -24,8 +24,8 @@ OPTIONAL = {
     "django": "flash_celery.django",
     "prometheus_client": "flash_celery.monitoring",
     "pytest": "flash_celery.pytest_plugin",
-    "redis": "flash_celery.publishers",
-    "rich": "flash_celery.live",
+    "redis": "flash_celery.publishing.brokers",
+    "rich": "flash_celery.commands.status_watch",
 }
 SHOP = """
 import os

@@ -175,9 +175,9 @@ def flash(database, new_app):
 
 def set_up(flash):
     """What the owner does, through the script."""
-    from flash_celery import preflight, script
-    from flash_celery.catalog import connect
-    from flash_celery.handlers import subscriptions_of
+    from flash_celery.handlers.decorators import subscriptions_of
+    from flash_celery.postgres.catalog import connect
+    from flash_celery.provisioning import preflight, script
     from flash_celery.settings import Settings
 
     flash.app.finalize()

@@ -22,14 +22,15 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from example_project.servers import Postgres, Valkey, wait_until
-from flash_celery import letters, unconsumed
-from flash_celery.letterbox import LetterBox, Wanted
-from flash_celery.payload import encode
+from flash_celery.changes.payload import encode
+from flash_celery.changes.rows import Column, Table, Transaction
+from flash_celery.dead_letters import letters
+from flash_celery.dead_letters.queue import LetterBox, Wanted
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
-from flash_celery.publishers.amqp import AmqpPublisher
-from flash_celery.rows import Column, Table, Transaction
-from flash_celery.subscriptions import TableName
+from flash_celery.publishing import declared_queues
+from flash_celery.publishing.brokers.amqp import AmqpPublisher
+from flash_celery.table_name import TableName
 from tests.acceptance.test_commands import created_nothing, publications
 from tests.acceptance.test_roles import psql
 
@@ -425,7 +426,7 @@ def test_the_servers_of_demo_and_tests_listen_on_loopback_only(request, name):
 def test_nothing_is_kept_of_a_letters_message_that_was_sent(rabbit):
     app = celery.Celery(broker=rabbit.url)
     rabbit.empty()
-    queue = unconsumed.queue(app, "flash.dead")
+    queue = declared_queues.queue(app, "flash.dead")
     publisher = AmqpPublisher(app)
     message = type("Message", (), {"headers": {"id": "1"}, "properties": {}, "body": b"[]"})
     message.content_type = message.content_encoding = None

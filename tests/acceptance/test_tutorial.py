@@ -105,13 +105,15 @@ def test_the_privileges_for_a_dba_suffice(database):
     try:
         for statement in statements.strip().splitlines():
             database.execute(statement.replace("DATABASE shop", f"DATABASE {database.name}"))
-        from flash_celery import catalog, conditions, ddl, preflight, publications
-        from flash_celery.replication import ReplicationConnection
+        from flash_celery.conditions import lookups
+        from flash_celery.handlers.subscriptions import Subscription, TableName
+        from flash_celery.postgres import catalog
+        from flash_celery.postgres.stream import ReplicationConnection
+        from flash_celery.provisioning import ddl, preflight, publications
         from flash_celery.settings import Settings
-        from flash_celery.subscriptions import Subscription, TableName
 
         dsn = psycopg.conninfo.make_conninfo(database.dsn, user="flash")
-        where = conditions.parse({"status": "paid"})
+        where = lookups.parse({"status": "paid"})
         subscription = Subscription("shop.handle", TableName("public", "orders"), where=where)
         settings = Settings(flash_replication_slot=database.slot)
         with catalog.connect(dsn) as connection:

@@ -11,10 +11,13 @@ import redis
 from django.core.management import call_command
 from psycopg import sql
 
-from flash_celery import doctor, letters, on_change, unconsumed
-from flash_celery.letterbox import LetterBox, Wanted
-from flash_celery.publications import Record
-from flash_celery.publishers import for_app
+from flash_celery import on_change
+from flash_celery.commands import doctor
+from flash_celery.dead_letters import letters
+from flash_celery.dead_letters.queue import LetterBox, Wanted
+from flash_celery.provisioning.publications import Record
+from flash_celery.publishing import declared_queues
+from flash_celery.publishing.brokers import for_app
 from tests.conftest import Database
 
 from .conftest import use
@@ -77,7 +80,7 @@ def root(project):
 def bury(app, *handlers, text="no", traceback="Traceback of it"):
     """Make a dead letter of each handler."""
     publisher = for_app(app)
-    publisher.open([unconsumed.queue(app, "flash.dead")])
+    publisher.open([declared_queues.queue(app, "flash.dead")])
     for handler in handlers:
         number = next(_numbers)
         message = SimpleNamespace(

@@ -13,9 +13,9 @@ from django.db import connection
 from django.test.utils import CaptureQueriesContext, override_settings
 
 from flash_celery import UNCHANGED, Insert, LogicalMessage, Truncate, Update
+from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.errors import NoInstance
 from flash_celery.protocol.lsn import Lsn
-from flash_celery.rows import Column, Table, Transaction
 
 from .conftest import ROOT
 
@@ -245,7 +245,7 @@ def test_without_django_there_is_a_sentence():
         "import sys\n"
         "sys.modules['django'] = None\n"
         "from flash_celery import Truncate\n"
-        "from flash_celery.rows import Table\n"
+        "from flash_celery.changes.rows import Table\n"
         "Truncate(Table('public', 't', None, 'f', (), ()), None, 0).instance()"
     )
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -4,8 +4,8 @@ import pytest
 
 from flash_celery import on_change
 from flash_celery.errors import SubscriptionError
-from flash_celery.handlers import subscriptions_of
-from flash_celery.subscriptions import TableName, column_name
+from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.subscriptions import column_name, table_name
 
 
 @pytest.fixture
@@ -16,11 +16,11 @@ def models(configured):
 
 
 def test_the_table_of_a_model(models):
-    assert str(TableName.of(models.Order)) == "sales.orders"
-    assert str(TableName.of(models.UrgentOrder)) == "sales.orders"
-    assert str(TableName.of(models.Customer)) == "public.sales_customer"
-    assert str(TableName.of(models.Book)) == "public.sales_book"
-    assert str(TableName.of(models.Item.buyers.through)) == "public.sales_item_buyers"
+    assert str(table_name(models.Order)) == "sales.orders"
+    assert str(table_name(models.UrgentOrder)) == "sales.orders"
+    assert str(table_name(models.Customer)) == "public.sales_customer"
+    assert str(table_name(models.Book)) == "public.sales_book"
+    assert str(table_name(models.Item.buyers.through)) == "public.sales_item_buyers"
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_a_schema_in_db_table_is_read_as_django_writes_it_in_sql(models, db_tabl
             abstract = swapped = False
 
     Model._meta.db_table = db_table
-    assert str(TableName.of(Model)) == table
+    assert str(table_name(Model)) == table
 
 
 def test_fields_are_columns(models, app):

@@ -5,8 +5,7 @@ import pytest
 import yaml
 
 from example_project.servers import free_port, wait_until
-from flash_celery.address import http_address
-from flash_celery.settings import Settings
+from flash_celery.settings import Settings, http_address
 from tests.acceptance.conftest import make_shop, shop  # noqa: F401 - fixtures
 from tests.acceptance.test_monitoring import get
 

@@ -3,10 +3,13 @@
 import psycopg
 import pytest
 
-from flash_celery import catalog, conditions, ddl, preflight, publications
-from flash_celery.replication import ReplicationConnection
+from flash_celery.conditions import lookups
+from flash_celery.handlers.subscriptions import Subscription
+from flash_celery.postgres import catalog
+from flash_celery.postgres.stream import ReplicationConnection
+from flash_celery.provisioning import ddl, preflight, publications
 from flash_celery.settings import Settings
-from flash_celery.subscriptions import Subscription, TableName
+from flash_celery.table_name import TableName
 
 from .conftest import Page
 
@@ -42,7 +45,7 @@ def test_the_role_may_do_what_replicate_does(owned, provider):
         here = here.replace("DATABASE postgres", f"DATABASE {database.name}")
         database.execute(here.replace("GRANT postgres TO", "GRANT shop_owner TO"))
     dsn = psycopg.conninfo.make_conninfo(database.dsn, user="flash")
-    where = conditions.parse({"status": "paid"})
+    where = lookups.parse({"status": "paid"})
     subscription = Subscription("shop.handle", TableName("public", "orders"), where=where)
     with catalog.connect(dsn) as connection:
         settings = Settings(flash_replication_slot=database.slot)

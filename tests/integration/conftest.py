@@ -6,11 +6,12 @@ import time
 
 import pytest
 
-from flash_celery import on_change, payload
-from flash_celery.handlers import subscriptions_of
-from flash_celery.publishers.memory import MemoryPublisher
-from flash_celery.replicator import Replicator
+from flash_celery import on_change
+from flash_celery.changes import payload
+from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.publishing.brokers.memory import MemoryPublisher
 from flash_celery.settings import Settings
+from flash_celery.worker.replicator import Replicator
 
 
 class Flash:

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from flash_celery import catalog, column_types, patterns
-from flash_celery.comparison import parse_array
-from flash_celery.conditions import parse
+from flash_celery.conditions import regex_cost
+from flash_celery.conditions.lookups import parse
 from flash_celery.errors import SubscriptionError
-from flash_celery.subscriptions import TableName
+from flash_celery.postgres import catalog, column_types
+from flash_celery.table_name import TableName
+from flash_celery.values.comparison import parse_array
 
 #: `make long` asks for many more.
 EXAMPLES = int(os.environ.get("FLASH_EXAMPLES", "300"))
@@ -532,10 +533,10 @@ def test_a_pattern_looks_at_the_beginning_of_a_long_value(judge):
     ],
 )
 def test_a_pattern_is_judged_where_it_cannot_take_long(judge, pattern, reach):
-    assert patterns.reach(pattern) == reach
+    assert regex_cost.reach(pattern) == reach
     re.compile(pattern)
     judge({"text__regex": pattern}, {"text": b"a" * reach})
-    if reach < patterns.REACH:
+    if reach < regex_cost.REACH:
         with pytest.raises(ValueError, match="too many for the pattern"):
             judge({"text__regex": pattern}, {"text": b"a" * (reach + 1)})
 

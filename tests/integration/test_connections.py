@@ -4,9 +4,9 @@ from contextlib import closing
 
 import pytest
 
-from flash_celery import catalog
 from flash_celery.errors import ReplicationError
-from flash_celery.replication import ReplicationConnection
+from flash_celery.postgres import catalog
+from flash_celery.postgres.stream import ReplicationConnection
 from tests.proxy import Proxy
 
 

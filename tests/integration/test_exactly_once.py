@@ -12,12 +12,13 @@ import redis
 from celery import Celery
 
 from example_project.servers import Postgres, Valkey, wait_until
-from flash_celery import payload, turns
-from flash_celery.enqueued import Lease
+from flash_celery.changes import payload
 from flash_celery.errors import TakenOver
-from flash_celery.messages import Form, Message
-from flash_celery.publishers.journal import Journal
-from flash_celery.publishers.redis import RedisPublisher
+from flash_celery.messages.deduplication import Lease
+from flash_celery.messages.templates import Form, Message
+from flash_celery.provisioning import advisory_lock
+from flash_celery.publishing.brokers.redis import RedisPublisher
+from flash_celery.publishing.brokers.redis_position import Journal
 from flash_celery.settings import Settings
 
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text)"
@@ -307,7 +308,7 @@ def test_a_slot_made_anew_by_hand_while_its_worker_connects_again_is_said(flash,
     flash.handler("items").start().do("INSERT INTO items VALUES (1, 'a')")
     prefix = Settings.from_app(flash.app).flash_publication_slot_prefix
     # A worker that connects meanwhile waits for its turn.
-    with database.connect() as connection, turns.alone(connection, prefix, time.sleep):
+    with database.connect() as connection, advisory_lock.alone(connection, prefix, time.sleep):
         database.execute(
             "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots "
             f"WHERE slot_name = '{database.slot}'"

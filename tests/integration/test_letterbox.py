@@ -10,10 +10,11 @@ import redis
 from celery import Celery
 
 from example_project.servers import wait_until
-from flash_celery import letters, unconsumed
-from flash_celery.letterbox import LetterBox, Wanted
+from flash_celery.dead_letters import letters
+from flash_celery.dead_letters.queue import LetterBox, Wanted
 from flash_celery.monitoring.broker import Broker
-from flash_celery.publishers import for_app
+from flash_celery.publishing import declared_queues
+from flash_celery.publishing.brokers import for_app
 
 #: More than are read from Redis at a time.
 COUNT = 45
@@ -22,7 +23,7 @@ IDS = [f"letter-{number:02}" for number in range(COUNT)]
 READ_AND_BE_KILLED = """
 import os, signal, sys
 from celery import Celery
-from flash_celery.letterbox import LetterBox
+from flash_celery.dead_letters.queue import LetterBox
 app = Celery(broker=sys.argv[1])
 app.conf.update(eval(sys.argv[2]))
 with LetterBox(app, "flash.dead")._open() as read:
@@ -57,7 +58,7 @@ def app(request):
 @pytest.fixture
 def box(app):
     publisher = for_app(app)
-    publisher.open([unconsumed.queue(app, "flash.dead")])
+    publisher.open([declared_queues.queue(app, "flash.dead")])
     for id in IDS:
         message = SimpleNamespace(
             headers={"id": id, "task": "shop.handle"},

@@ -7,9 +7,9 @@ from dataclasses import replace
 import psycopg
 import pytest
 
-from flash_celery import pausing, turns
 from flash_celery.errors import CatalogError, ConfigurationError
-from flash_celery.publications import Record
+from flash_celery.provisioning import advisory_lock, pauses
+from flash_celery.provisioning.publications import Record
 from flash_celery.settings import Settings
 from tests.integration.conftest import shown
 
@@ -25,12 +25,12 @@ def flash(flash):
 def pause(flash, *handlers, end=False):
     settings = Settings.from_app(flash.app)
     with flash.database.connect() as connection:
-        (pausing.resume if end else pausing.pause)(connection, settings, handlers)
+        (pauses.resume if end else pauses.pause)(connection, settings, handlers)
 
 
 def record(flash):
     with flash.database.connect() as connection:
-        return pausing.read(connection, Settings.from_app(flash.app))
+        return pauses.read(connection, Settings.from_app(flash.app))
 
 
 def noticed(flash, **wanted):
@@ -97,7 +97,7 @@ def test_who_may_not_note_it_is_told_what_to_run(flash):
             psycopg.connect(dsn, autocommit=True) as connection,
             pytest.raises(CatalogError, match="another role's, who must run COMMENT") as told,
         ):
-            pausing.pause(connection, settings, ["handler"])
+            pauses.pause(connection, settings, ["handler"])
         statement = str(told.value).partition("must run ")[2].rstrip(";")
         database.execute(statement)
         noticed(flash, paused=["handler"])
@@ -111,7 +111,7 @@ def test_whoever_has_to_wait_for_another_process_says_so(flash, caplog):
     settings = Settings.from_app(flash.app)
     with (
         flash.database.connect() as other,
-        turns.alone(other, settings.flash_publication_slot_prefix),
+        advisory_lock.alone(other, settings.flash_publication_slot_prefix),
     ):
         waiting = threading.Thread(target=pause, args=(flash, "handler"))
         waiting.start()
@@ -123,14 +123,14 @@ def test_whoever_has_to_wait_for_another_process_says_so(flash, caplog):
 
 def test_names():
     known = ["shop.tasks.send", "other.send", "shop.tasks.bill"]
-    assert pausing.named(["bill", "shop.tasks.bill", "other.send"], known) == [
+    assert pauses.named(["bill", "shop.tasks.bill", "other.send"], known) == [
         "shop.tasks.bill",
         "other.send",
     ]
     with pytest.raises(ConfigurationError, match="send may be any of other.send, shop.tasks.send"):
-        pausing.named(["send"], known)
+        pauses.named(["send"], known)
     with pytest.raises(ConfigurationError, match="There is no handler sent; there are "):
-        pausing.named(["sent"], known)
+        pauses.named(["sent"], known)
 
 
 def test_a_record_from_before_there_were_pauses_is_read():
@@ -153,7 +153,7 @@ def test_one_that_is_no_handler_any_more_is_remembered(flash, caplog):
     flash.wait(lambda: said in caplog.text)
     settings = Settings.from_app(flash.app)
     with flash.database.connect() as connection:
-        assert pausing.resume(connection, settings, ["gone"], gone=["gone"]) == []
+        assert pauses.resume(connection, settings, ["gone"], gone=["gone"]) == []
     assert not record(flash).resuming
 
 
@@ -162,7 +162,7 @@ def test_what_cannot_be_paused(flash):
     with pytest.raises(CatalogError, match="start `flash replicate` first"):
         pause(flash, "shop.each")
     with pytest.raises(ConfigurationError, match="is no handler of this app any more"):
-        pausing.refuse_strangers(
+        pauses.refuse_strangers(
             ["shop.gone"], ["shop.each"], "", lambda queues: dict.fromkeys(queues, 1)
         )
     with pytest.raises(ConfigurationError, match="is too long for a queue of its own"):
@@ -172,4 +172,4 @@ def test_what_cannot_be_paused(flash):
         flash.database.connect() as connection,
         pytest.raises(ConfigurationError, match="of 193 bytes at most"),
     ):
-        pausing.pause(connection, of_source, ["x" * 200])
+        pauses.pause(connection, of_source, ["x" * 200])

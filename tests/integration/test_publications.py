@@ -7,8 +7,9 @@ from functools import partial
 import psycopg
 import pytest
 
-from flash_celery import catalog, conditions, ddl, preflight, publications, reset, turns
-from flash_celery.changes import Operation
+from flash_celery.changes.change import Operation
+from flash_celery.commands import reset
+from flash_celery.conditions import lookups
 from flash_celery.errors import (
     CatalogError,
     ConfigurationError,
@@ -18,8 +19,11 @@ from flash_celery.errors import (
     SubscriptionError,
     TableLocked,
 )
+from flash_celery.handlers.subscriptions import Subscription
+from flash_celery.postgres import catalog
+from flash_celery.provisioning import advisory_lock, ddl, preflight, publications
 from flash_celery.settings import Settings
-from flash_celery.subscriptions import Subscription, TableName
+from flash_celery.table_name import TableName
 
 TABLES = {
     "orders": "CREATE TABLE orders (id int PRIMARY KEY, status text)",
@@ -40,7 +44,7 @@ TABLES = {
     "parent": "CREATE TABLE parent (id int PRIMARY KEY, status text);"
     "CREATE TABLE child () INHERITS (parent)",
 }
-WHERE = conditions.parse({"status": "paid"})
+WHERE = lookups.parse({"status": "paid"})
 SETTINGS = Settings(flash_replication_slot="flash_setup")
 
 
@@ -113,7 +117,7 @@ EVERYTHING = [subscription(table, where=WHERE) for table in TABLES]
 CHEAP = [subscription(table, operations=Operation.INSERT) for table in TABLES]
 #: Column lists, also of tables that are published for updates.
 NARROW = [
-    subscription("orders", fields=("id",), where=conditions.parse({"id__lt": 5})),
+    subscription("orders", fields=("id",), where=lookups.parse({"id__lt": 5})),
     subscription("indexed", fields=("id",)),
     subscription("nothing", operations=Operation.INSERT, fields=("status",), where=WHERE),
     subscription("made", operations=Operation.INSERT, fields=("id",)),
@@ -183,7 +187,7 @@ def test_full_is_set_only_where_it_is_needed(tables, connection):
         subscription("orders"),
         subscription("plain"),
         subscription("deferred"),
-        subscription("parts", where=conditions.parse({"id__lt": 5})),
+        subscription("parts", where=lookups.parse({"id__lt": 5})),
         subscription("made", fields=("status",)),
         subscription("indexed", operations=Operation.INSERT, where=WHERE),
     ]
@@ -324,8 +328,8 @@ def test_a_lock_that_goes_away_is_waited_for(tables, connection, monkeypatch):
         ),
         (subscription("orders", fields=("stat",)), "no column stat; did you mean status"),
         (subscription("orders", key=("Id",)), "no column Id; did you mean id"),
-        (subscription("orders", where=conditions.parse({"id": "x"})), "the lookup id compares int"),
-        (subscription("orders", where=conditions.parse({"id__regex": "x"})), "needs a text column"),
+        (subscription("orders", where=lookups.parse({"id": "x"})), "the lookup id compares int"),
+        (subscription("orders", where=lookups.parse({"id__regex": "x"})), "needs a text column"),
         (subscription("seen"), "seen is a view"),
         (subscription("quick"), "unlogged.* ALTER TABLE .*SET LOGGED"),
         (subscription("keyless"), "partitioned and has no primary key"),
@@ -424,7 +428,7 @@ def test_concurrent_starts_set_up_once(tables):
         try:
             with (
                 catalog.connect(tables.dsn) as connection,
-                turns.alone(connection, SETTINGS.flash_publication_slot_prefix),
+                advisory_lock.alone(connection, SETTINGS.flash_publication_slot_prefix),
             ):
                 ddl.apply(connection, plan(connection, [subscription("orders")]))
         except CatalogError as error:

@@ -16,16 +16,16 @@ from celery import Celery
 from kombu import Queue
 
 from example_project.servers import Valkey, wait_until
-from flash_celery import unconsumed
 from flash_celery.errors import PublishError, Unroutable
-from flash_celery.messages import PARKED, Form, Message
-from flash_celery.parking import restored
-from flash_celery.publishers import for_app
-from flash_celery.publishers.amqp import AmqpPublisher
-from flash_celery.publishers.base import queue_depths
-from flash_celery.publishers.kombu import KombuPublisher
-from flash_celery.publishers.memory import MemoryPublisher
-from flash_celery.publishers.redis import RedisPublisher
+from flash_celery.messages.templates import PARKED, Form, Message
+from flash_celery.publishing import declared_queues
+from flash_celery.publishing.brokers import for_app
+from flash_celery.publishing.brokers.amqp import AmqpPublisher
+from flash_celery.publishing.brokers.base import queue_depths
+from flash_celery.publishing.brokers.kombu import KombuPublisher
+from flash_celery.publishing.brokers.memory import MemoryPublisher
+from flash_celery.publishing.brokers.redis import RedisPublisher
+from flash_celery.publishing.parking import restored
 from tests.proxy import Proxy
 from tests.sentinel import OPTIONS, Sentinel
 
@@ -409,7 +409,9 @@ def test_a_broker_that_does_not_come_back_confirms_nothing_more():
 def test_what_is_parked_goes_back_in_order_and_as_it_was(broker):
     """Only as much as may be published, and with the priority it had."""
     name = f"flash.paused.{uuid4()}"
-    broker.publisher.open([broker.app.amqp.queues["first"], unconsumed.queue(broker.app, name)])
+    broker.publisher.open(
+        [broker.app.amqp.queues["first"], declared_queues.queue(broker.app, name)]
+    )
 
     def parked(number):
         told = {PARKED: {"queue": "first" if number % 2 else "gone", "priority": number % 10}}
@@ -444,7 +446,7 @@ def test_a_parking_quorum_queue_keeps_its_order(rabbit):
     app = Celery("shop", broker=rabbit.url, set_as_current=False)
     app.conf.task_default_queue_type = "quorum"
     name = f"flash.paused.{uuid4()}"
-    queues = [app.amqp.queues["moved"], unconsumed.queue(app, name)]
+    queues = [app.amqp.queues["moved"], declared_queues.queue(app, name)]
     one, other = for_app(app), for_app(app)
     one.open(queues)
     one.publish([message(number, name) for number in range(1000)])
@@ -492,7 +494,7 @@ def test_only_one_process_moves_what_is_parked(rabbit):
     """One that was stopped holds messages that nobody else sees."""
     app = Celery("shop", broker=rabbit.url, set_as_current=False)
     name = f"flash.paused.{uuid4()}"
-    queues = [app.amqp.queues["moved"], unconsumed.queue(app, name)]
+    queues = [app.amqp.queues["moved"], declared_queues.queue(app, name)]
     one, other = for_app(app), for_app(app)
     for publisher in (one, other):
         publisher.open(queues)

@@ -9,15 +9,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flash_celery import catalog, conditions, ddl, explain, preflight, publications, pushdown
+from flash_celery.capture.relations import Catalog
+from flash_celery.capture.router import Router
+from flash_celery.capture.transactions import Transactions, runs
+from flash_celery.changes.payload import changes_of
+from flash_celery.commands import explain
+from flash_celery.conditions import lookups
 from flash_celery.errors import ReplicaIdentityMissing, SubscriptionError
-from flash_celery.handlers import subscriptions_of
-from flash_celery.payload import changes_of
-from flash_celery.relations import Catalog
-from flash_celery.routing import Router
+from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.subscriptions import Subscription, operations_of
+from flash_celery.postgres import catalog
+from flash_celery.provisioning import ddl, narrowing, preflight, publications
 from flash_celery.settings import Settings
-from flash_celery.subscriptions import Subscription, TableName, operations_of
-from flash_celery.transactions import Transactions, runs
+from flash_celery.table_name import TableName
 
 from .conftest import shown
 
@@ -29,7 +33,7 @@ ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text, total numeric, note 
 @pytest.fixture(autouse=True)
 def since(postgres):
     with psycopg.connect(postgres.dsn()) as connection:
-        if connection.info.server_version < pushdown.SINCE:
+        if connection.info.server_version < narrowing.SINCE:
             pytest.skip("PostgreSQL filters from 15 on")
 
 
@@ -428,7 +432,7 @@ def test_the_same_is_told_with_push_down_and_without(pushed, declared, script):
             table,
             operations_of(one["operations"]),
             one.get("fields") and tuple(one["fields"]),
-            conditions.parse(one.get("where")),
+            lookups.parse(one.get("where")),
             one.get("key") and tuple(one["key"]),
         )
         for number, one in enumerate(declared)

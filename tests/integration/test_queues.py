@@ -3,8 +3,11 @@
 import pytest
 from kombu import Queue
 
-from flash_celery import doctor, handlers, on_change, parking, unconsumed
-from flash_celery.publishers import for_app
+from flash_celery import on_change
+from flash_celery.commands import doctor
+from flash_celery.handlers import decorators
+from flash_celery.publishing import declared_queues, parking
+from flash_celery.publishing.brokers import for_app
 from flash_celery.settings import Settings
 
 QUORUM = {"task_default_queue_type": "quorum"}
@@ -36,7 +39,7 @@ def project(new_app, rabbit):
 def examine(app):
     """What `doctor` finds of the queues."""
     settings = Settings.from_app(app)
-    names, routed = doctor.routes(app, settings, handlers.subscriptions_of(app))
+    names, routed = doctor.routes(app, settings, decorators.subscriptions_of(app))
     found = [routed, *doctor.broker(app, settings, names)]
     return [doctor.line(one) for one in found if one.subject.startswith("queue")]
 
@@ -45,7 +48,7 @@ def declare(app, name="shop.handle"):
     """Declare what `replicate` does, with one handler paused."""
     publisher = for_app(app)
     parked = parking.parking(app, "", [name], {}).queues
-    publisher.open([app.amqp.queues["flash"], unconsumed.queue(app, "flash.dead"), *parked])
+    publisher.open([app.amqp.queues["flash"], declared_queues.queue(app, "flash.dead"), *parked])
     publisher.close()
 
 

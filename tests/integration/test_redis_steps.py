@@ -11,10 +11,10 @@ import redis
 from celery import Celery
 
 from example_project.servers import Valkey, wait_until
-from flash_celery.enqueued import Lease
 from flash_celery.errors import ConfirmedLost, PublishError, TakenOver
-from flash_celery.messages import Form, Message
-from flash_celery.publishers.redis import RedisPublisher
+from flash_celery.messages.deduplication import Lease
+from flash_celery.messages.templates import Form, Message
+from flash_celery.publishing.brokers.redis import RedisPublisher
 from tests.proxy import Proxy, Way
 
 #: Seconds until a reply counts as lost.

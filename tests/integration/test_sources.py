@@ -6,7 +6,7 @@ import pytest
 
 from flash_celery import Insert, LogicalMessage, Update, on_change, on_message
 from flash_celery.errors import PublishError
-from flash_celery.publishers.memory import MemoryPublisher
+from flash_celery.publishing.brokers.memory import MemoryPublisher
 
 from .conftest import Flash, shown
 

@@ -2,9 +2,9 @@
 
 import threading
 
-from flash_celery.control import Control
-from flash_celery.subscriptions import TableName
-from flash_celery.tail import tail
+from flash_celery.commands.tail import tail
+from flash_celery.table_name import TableName
+from flash_celery.worker.control import Control
 
 
 class Tail(threading.Thread):

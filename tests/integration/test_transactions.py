@@ -8,11 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from flash_celery.capture.spool import Spool
+from flash_celery.capture.transactions import Transactions, runs
 from flash_celery.errors import PublishError
 from flash_celery.protocol import pgoutput
-from flash_celery.publishers.memory import MemoryPublisher
-from flash_celery.spool import Spool
-from flash_celery.transactions import Transactions, runs
+from flash_celery.publishing.brokers.memory import MemoryPublisher
 
 from .conftest import shown
 

@@ -9,13 +9,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg.types.json import Jsonb
 
-from flash_celery import catalog, payload
-from flash_celery.changes import Operation
+from flash_celery.capture.relations import Catalog
+from flash_celery.capture.router import Router
+from flash_celery.capture.transactions import Transactions, runs
+from flash_celery.changes import payload
+from flash_celery.changes.change import Operation
+from flash_celery.handlers.subscriptions import Subscription
+from flash_celery.postgres import catalog
 from flash_celery.protocol import pgoutput
-from flash_celery.relations import Catalog
-from flash_celery.routing import Router
-from flash_celery.subscriptions import Subscription, TableName
-from flash_celery.transactions import Transactions, runs
+from flash_celery.table_name import TableName
 
 from .test_conditions import VALUES as TEXTS
 from .test_conditions import words

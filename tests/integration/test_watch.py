@@ -9,15 +9,17 @@ import psycopg
 import pytest
 
 from example_project.servers import wait_until
-from flash_celery import catalog, watch
 from flash_celery.errors import ConfigurationError, ReplicationError
-from flash_celery.preflight import examine
+from flash_celery.handlers.subscriptions import Subscription
+from flash_celery.postgres import catalog
+from flash_celery.postgres.stream import ReplicationConnection
 from flash_celery.progress import Progress
 from flash_celery.protocol.lsn import Lsn
-from flash_celery.replication import ReplicationConnection
+from flash_celery.provisioning.preflight import examine
 from flash_celery.settings import Settings
-from flash_celery.subscriptions import Subscription, TableName
-from flash_celery.watch import Watch
+from flash_celery.table_name import TableName
+from flash_celery.worker import slot_watch
+from flash_celery.worker.slot_watch import Watch
 
 
 class Clock:
@@ -168,7 +170,7 @@ def test_each_state_of_the_slot_is_said_once_and_better_ones_after_a_while(
 ):
     states = [1, 1, 2, 3, 2, 3, 2, 1, 1, 0, 0, 1, 0, 0, 0]
     left = iter(states)
-    monkeypatch.setattr(watch, "_danger", lambda *_: next(left))
+    monkeypatch.setattr(slot_watch, "_danger", lambda *_: next(left))
     caplog.set_level(logging.WARNING)
     for _ in states:
         clock.now += 25
@@ -193,7 +195,7 @@ def test_each_state_of_the_slot_is_said_once_and_better_ones_after_a_while(
     ],
 )
 def test_how_much_danger_a_slot_is_in(wal_status, safe, limit, danger):
-    assert watch._danger(wal_status, safe, limit) == danger
+    assert slot_watch._danger(wal_status, safe, limit) == danger
 
 
 def test_a_failover_slot_needs_postgresql_17(database, connection):

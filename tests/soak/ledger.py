@@ -5,7 +5,7 @@ import zlib
 from itertools import count
 from typing import NamedTuple
 
-from flash_celery.changes import UNCHANGED, Delete, Truncate, Update
+from flash_celery.changes.change import UNCHANGED, Delete, Truncate, Update
 
 #: Of a transaction's commit, and of the change in it: what `change.id` is made of.
 Identity = tuple[int, int]

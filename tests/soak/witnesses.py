@@ -9,7 +9,7 @@ import amqp
 import psycopg
 import redis
 
-from flash_celery import payload
+from flash_celery.changes import payload
 from tests.soak.ledger import committed
 
 SLOT = PUBLICATION = "soak_audit"

@@ -1,5 +1,6 @@
 """What a user's editor knows of handlers. Each line with a comment is checked by mypy --strict:
 `# reveals: …` is what is revealed, `# error: …` what is refused."""
+# fmt: off
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,8 +57,8 @@ def matched(change: Insert[Order] | Update[Order] | Delete[Order]) -> None:
 
 @on_change("orders", into=Order, batch=10)
 def batched(changes: Changes[Order]) -> None:
-    reveal_type(changes[0])  # reveals: flash_celery.changes.Change[tests.typing.handlers.Order]
-    reveal_type(changes[1:])  # reveals: flash_celery.changes.Changes[tests.typing.handlers.Order]
+    reveal_type(changes[0])  # reveals: flash_celery.changes.change.Change[tests.typing.handlers.Order]
+    reveal_type(changes[1:])  # reveals: flash_celery.changes.change.Changes[tests.typing.handlers.Order]
     for change in changes:
         if isinstance(change, Insert):
             reveal_type(change.commit_lsn)  # reveals: flash_celery.protocol.lsn.Lsn
@@ -111,10 +112,10 @@ def plain(change: Change) -> str:
 
 @on_change("orders", "insert")
 def plain_insert(change: Insert) -> Mapping[str, Any]:
-    reveal_type(change)  # reveals: flash_celery.changes.Insert[flash_celery.rows.Row]
+    reveal_type(change)  # reveals: flash_celery.changes.change.Insert[flash_celery.changes.rows.Row]
     return change.new
 
 
 @on_change("orders", batch=2)
 def plain_batch(changes: Changes) -> None:
-    reveal_type(changes[0])  # reveals: flash_celery.changes.Change[flash_celery.rows.Row]
+    reveal_type(changes[0])  # reveals: flash_celery.changes.change.Change[flash_celery.changes.rows.Row]

@@ -2,9 +2,9 @@
 
 import pytest
 
-from flash_celery.ancestry import Ancestry
+from flash_celery.capture.partition_history import Ancestry
 from flash_celery.protocol.lsn import Lsn
-from flash_celery.subscriptions import TableName
+from flash_celery.table_name import TableName
 
 A, B, C = (TableName("public", name) for name in "abc")
 

@@ -14,17 +14,18 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from flash_celery import announcing, on_change
-from flash_celery.changes import Changes, Insert, Operation
-from flash_celery.handlers import subscriptions_of
-from flash_celery.messages import Form, Message, Templates
-from flash_celery.outbox import Unit
-from flash_celery.payload import Delivery
+from flash_celery import on_change
+from flash_celery.changes.change import Changes, Insert, Operation
+from flash_celery.changes.payload import Delivery
+from flash_celery.changes.rows import Column, Table, Transaction
+from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.messages.batcher import Unit
+from flash_celery.messages.templates import Form, Message, Templates
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
-from flash_celery.publishers.memory import MemoryPublisher
-from flash_celery.publishing import Publishing
-from flash_celery.rows import Column, Table, Transaction
+from flash_celery.publishing import signals as announcing
+from flash_celery.publishing.brokers.memory import MemoryPublisher
+from flash_celery.publishing.thread import Publishing
 from flash_celery.settings import Settings
 
 TABLE = Table("public", "orders", None, "d", ("id",), (Column("id", 23, "integer", True),))

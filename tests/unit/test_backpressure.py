@@ -4,9 +4,9 @@ import logging
 
 import pytest
 
-from flash_celery.backpressure import Backpressure, is_full
 from flash_celery.errors import PublishError
-from flash_celery.messages import Form, Message
+from flash_celery.messages.templates import Form, Message
+from flash_celery.publishing.backpressure import Backpressure, is_full
 
 FORMS = {queue: Form(queue, "handle", {}, {}) for queue in ("flash", "cleanup")}
 

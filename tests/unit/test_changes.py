@@ -15,8 +15,7 @@ from flash_celery import (
     Truncate,
     Update,
 )
-from flash_celery.errors import PayloadError
-from flash_celery.payload import (
+from flash_celery.changes.payload import (
     TRUNCATED,
     Delivery,
     changes_of,
@@ -25,9 +24,10 @@ from flash_celery.payload import (
     encode_each,
     message_row,
 )
+from flash_celery.changes.rows import Column, Table, Transaction
+from flash_celery.errors import PayloadError
 from flash_celery.protocol import pgoutput
 from flash_celery.protocol.lsn import Lsn
-from flash_celery.rows import Column, Table, Transaction
 
 COLUMNS = (
     Column("id", 20, "int8", identity=True),

@@ -13,12 +13,14 @@ from kombu import Exchange, Queue
 from kombu.exceptions import OperationalError
 from kombu.utils.json import loads
 
-from flash_celery import dead, letters, on_change, publishers
-from flash_celery.payload import encode
+from flash_celery import on_change
+from flash_celery.changes.payload import encode
+from flash_celery.changes.rows import Column, Table, Transaction
+from flash_celery.dead_letters import failed_tasks, letters
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
-from flash_celery.publishers.memory import MemoryPublisher
-from flash_celery.rows import Column, Table, Transaction
+from flash_celery.publishing import brokers
+from flash_celery.publishing.brokers.memory import MemoryPublisher
 
 TABLE = Table("public", "items", None, "d", ("id",), (Column("id", 20, "int8", identity=True),))
 DELIVERY = (TABLE, Transaction(Lsn(16), 1, 0), 0, 0, 0, [encode_row("I", 0, None, None, [b"5"])])
@@ -27,9 +29,9 @@ DELIVERY = (TABLE, Transaction(Lsn(16), 1, 0), 0, 0, 0, [encode_row("I", 0, None
 @pytest.fixture
 def broker(monkeypatch):
     broker = MemoryPublisher()
-    monkeypatch.setattr(publishers, "for_app", lambda app: broker)
-    monkeypatch.setattr(dead, "_sender", dead._Sender())
-    monkeypatch.setattr(dead, "_PATIENCE", 0)
+    monkeypatch.setattr(brokers, "for_app", lambda app: broker)
+    monkeypatch.setattr(failed_tasks, "_sender", failed_tasks._Sender())
+    monkeypatch.setattr(failed_tasks, "_PATIENCE", 0)
     return broker
 
 
@@ -47,7 +49,7 @@ def receive(app):
 
             app.finalize()
         task = app.tasks["shop.handle"]
-        dead._give_request(task)
+        failed_tasks._give_request(task)
         value = f'{{"__type__":"flash_celery.change","__value__":{encode([DELIVERY])}}}'
         body = f'[[{value}],{{}},{{"callbacks":null}}]'
         message = SimpleNamespace(
@@ -230,7 +232,7 @@ def test_only_handlers_get_the_strategy_and_none_of_their_own_loses_it(app):
         name: app.tasks[name].Strategy for name in ("shop.handle", "shop.own", "shop.other")
     }
     assert strategies == {
-        "shop.handle": "flash_celery.dead:strategy",
+        "shop.handle": "flash_celery.dead_letters.failed_tasks:strategy",
         "shop.own": "celery.worker.strategy:default ",
         "shop.other": f"{default.__module__}:{default.__name__}",
     }
@@ -254,6 +256,6 @@ def test_the_queue_of_a_retry_that_rabbitmq_has_held_back(app):
     delay = ".".join(f"{5:028b}")
     for key, name in (("flash", "flash"), ("slow.key", "slow")):
         delayed = {"exchange": "celery_delayed_delivery", "routing_key": f"{delay}.{key}"}
-        assert dead._queue_of(app, delayed) == name
-        assert dead._queue_of(app, {"exchange": name, "routing_key": key}) == name
-    assert dead._queue_of(app, {"exchange": "", "routing_key": "1.0.flash"}) == "1.0.flash"
+        assert failed_tasks._queue_of(app, delayed) == name
+        assert failed_tasks._queue_of(app, {"exchange": name, "routing_key": key}) == name
+    assert failed_tasks._queue_of(app, {"exchange": "", "routing_key": "1.0.flash"}) == "1.0.flash"

@@ -9,13 +9,13 @@ import pytest
 from kombu.utils.json import loads
 
 from flash_celery import on_change, on_message
-from flash_celery.changes import Change, Insert, LogicalMessage, Update
+from flash_celery.changes.change import Change, Insert, LogicalMessage, Update
+from flash_celery.changes.payload import TRUNCATED, VERSION, Delivery, encode
+from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.cli import flash
-from flash_celery.conditions import LOOKUPS
-from flash_celery.handlers import subscriptions_of
-from flash_celery.payload import TRUNCATED, VERSION, Delivery, encode
+from flash_celery.conditions.lookups import LOOKUPS
+from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.protocol.lsn import Lsn
-from flash_celery.rows import Column, Table, Transaction
 from flash_celery.settings import Settings
 
 ROOT = Path(__file__).parents[2]

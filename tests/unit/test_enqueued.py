@@ -2,10 +2,10 @@
 
 import pytest
 
-from flash_celery.enqueued import Enqueued, identity
-from flash_celery.payload import Delivery
+from flash_celery.changes.payload import Delivery
+from flash_celery.changes.rows import Transaction
+from flash_celery.messages.deduplication import Enqueued, identity
 from flash_celery.protocol.lsn import Lsn
-from flash_celery.rows import Transaction
 
 
 def delivery(lsn=100, rows="abcd", ordinal=0, half=0, number=0, committed_at=1):

@@ -1,12 +1,12 @@
 import pytest
 
-from flash_celery.changes import Changes, Insert
+from flash_celery.changes.change import Changes, Insert
+from flash_celery.changes.payload import Delivery, encode_each
+from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.errors import CatalogError
 from flash_celery.escaping import escaped
-from flash_celery.payload import Delivery, encode_each
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
-from flash_celery.rows import Column, Table, Transaction
 
 HOSTILE = 'a"\n[2026-01-01] ERROR forged\r\x1b]0;title\x07\x1b[2J\u202etxt\u2028\x9b31m\x7f\0%s{}'
 

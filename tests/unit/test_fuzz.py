@@ -15,20 +15,23 @@ from hypothesis import strategies as st
 from kombu.utils.json import dumps, loads
 from psycopg import adapters
 
-from flash_celery import comparison, conditions, payload
-from flash_celery.changes import Change, LogicalMessage
+from flash_celery.capture.transactions import Transactions, runs
+from flash_celery.capture.transitions import Transitions
+from flash_celery.changes import payload
+from flash_celery.changes.change import Change, LogicalMessage
+from flash_celery.changes.payload import TRUNCATED, Delivery, decode, encode, message_row
+from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.cli.letters import changes, table, whole
-from flash_celery.comparison import ColumnType
+from flash_celery.commands.tail import line
+from flash_celery.conditions import lookups
+from flash_celery.dead_letters.letters import seal, unseal, write
 from flash_celery.errors import PayloadError, ProtocolError
-from flash_celery.letters import seal, unseal, write
-from flash_celery.payload import TRUNCATED, Delivery, decode, encode, message_row
+from flash_celery.handlers.subscriptions import Subscription
 from flash_celery.protocol import frames, pgoutput
 from flash_celery.protocol.lsn import Lsn
-from flash_celery.rows import Column, Table, Transaction
-from flash_celery.subscriptions import Subscription, TableName
-from flash_celery.tail import line
-from flash_celery.transactions import Transactions, runs
-from flash_celery.transitions import Transitions
+from flash_celery.table_name import TableName
+from flash_celery.values import comparison
+from flash_celery.values.comparison import ColumnType
 from tests.unit.test_pgoutput import MESSAGES
 
 EXAMPLES = int(os.environ.get("FLASH_EXAMPLES", "150"))
@@ -319,7 +322,7 @@ def test_no_value_ends_a_condition(data):
     column = ColumnType(oid, "", element=ColumnType(oid, "") if kind else None, kind=kind)
     names = ["in", "ne"] if oid in (comparison.JSON, comparison.JSONB) else ["gte", "not_in"]
     name = data.draw(st.sampled_from(names))
-    where = conditions.parse({f"x__{name}": ["1"] if name.endswith("in") else "1"})
+    where = lookups.parse({f"x__{name}": ["1"] if name.endswith("in") else "1"})
     transitions = Transitions(
         Subscription("shop.handle", TableName("public", "orders"), where=where),
         Table("public", "orders", None, "f", ("x",), (Column("x", oid, "", True),)),

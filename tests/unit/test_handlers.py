@@ -7,10 +7,10 @@ import pytest
 from celery import Celery, shared_task
 
 from flash_celery import Batch, Changes, Insert, Operation, on_change, on_message
+from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.errors import SubscriptionError
-from flash_celery.handlers import subscriptions_of
+from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.protocol.lsn import Lsn
-from flash_celery.rows import Column, Table, Transaction
 
 CHANGE = Insert(
     [b"1"],

@@ -8,15 +8,17 @@ import pytest
 from click.testing import CliRunner
 from kombu.transport.memory import Channel
 
-from flash_celery import letters, on_change, unconsumed
-from flash_celery.changes import Changes
+from flash_celery import on_change
+from flash_celery.changes.change import Changes
+from flash_celery.changes.payload import Delivery, change_of, encode
+from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.cli import flash
-from flash_celery.letterbox import LetterBox, Wanted
-from flash_celery.payload import Delivery, change_of, encode
+from flash_celery.dead_letters import letters
+from flash_celery.dead_letters.queue import LetterBox, Wanted
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
-from flash_celery.publishers.kombu import KombuPublisher
-from flash_celery.rows import Column, Table, Transaction
+from flash_celery.publishing import declared_queues
+from flash_celery.publishing.brokers.kombu import KombuPublisher
 
 COLUMNS = Column("id", 20, "int8", identity=True), Column("name", 25, "text", identity=False)
 TABLE = Table("public", "items", None, "d", ("id",), COLUMNS)
@@ -67,7 +69,7 @@ def bury(app):
         written = letters.write(message, "flash", "ValueError", "no", "Traceback …", arguments)
         letter = replace(written, **changed)
         publisher = KombuPublisher(app)
-        publisher.open([unconsumed.queue(app, "flash.dead")])
+        publisher.open([declared_queues.queue(app, "flash.dead")])
         publisher.publish([letters.seal(app, letter, "flash.dead")])
         publisher.close()
         return letter

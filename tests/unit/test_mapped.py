@@ -13,10 +13,12 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.sql import quoted_name
 
-from flash_celery import conditions, on_change
+from flash_celery import on_change
+from flash_celery.conditions import lookups
 from flash_celery.errors import SubscriptionError
-from flash_celery.handlers import subscriptions_of
-from flash_celery.subscriptions import TableName, column_name, column_names
+from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.subscriptions import column_name, column_names, table_name
+from flash_celery.table_name import TableName
 
 
 class Base(DeclarativeBase): ...
@@ -69,20 +71,20 @@ LINES = Table("lines", MetaData(), Column("id", BigInteger, key="number"), Colum
 
 
 def test_the_table_of_a_class():
-    assert str(TableName.of(Order)) == "sales.orders"
-    assert str(TableName.of(Manager)) == "public.managers"
-    assert str(TableName.of(Intern)) == str(TableName.of(Employee)) == "public.employees"
-    assert str(TableName.of(Imperative)) == 'Old."Plain orders"'
-    assert str(TableName.of(LINES)) == "public.lines"
+    assert str(table_name(Order)) == "sales.orders"
+    assert str(table_name(Manager)) == "public.managers"
+    assert str(table_name(Intern)) == str(table_name(Employee)) == "public.employees"
+    assert str(table_name(Imperative)) == 'Old."Plain orders"'
+    assert str(table_name(LINES)) == "public.lines"
 
 
 def test_a_name_is_what_the_catalog_has():
     quoted = Table(quoted_name("Orders", True), MetaData(), schema=quoted_name("Sales", True))
     folded = Table(quoted_name("Orders", False), MetaData())
-    assert TableName.of(quoted) == TableName("Sales", "Orders")
-    assert TableName.of(folded) == TableName("public", "orders")
+    assert table_name(quoted) == TableName("Sales", "Orders")
+    assert table_name(folded) == TableName("public", "orders")
     # Names are part of what a replication worker is known by.
-    assert repr(TableName.of(quoted)) == repr(TableName("Sales", "Orders"))
+    assert repr(table_name(quoted)) == repr(TableName("Sales", "Orders"))
 
 
 def test_attributes_and_columns_by_either_name():
@@ -106,7 +108,7 @@ def test_attributes_and_columns_by_either_name():
 
 def test_conditions_name_attributes_too():
     where = [{"status": "paid", "order_total__gte": 100}, {Order.status: None}, {Order.id: 5}]
-    parsed = conditions.parse(where, lambda name: column_name(name, Order))
+    parsed = lookups.parse(where, lambda name: column_name(name, Order))
     shown = [[(one.column, one.name) for one in part] for part in parsed.alternatives]
     assert shown == [
         [("order_status", "eq"), ("total", "gte")],
@@ -134,7 +136,7 @@ class Unmapped:
 )
 def test_a_class_without_a_table_is_refused(table, sentence):
     with pytest.raises(SubscriptionError, match=sentence):
-        TableName.of(table)
+        table_name(table)
 
 
 def test_a_class_that_is_mapped_to_a_join_is_refused():
@@ -142,7 +144,7 @@ def test_a_class_that_is_mapped_to_a_join_is_refused():
 
     registry().map_imperatively(Joined, Employee.__table__.join(Manager.__table__))
     with pytest.raises(SubscriptionError, match="Joined is mapped to a join"):
-        TableName.of(Joined)
+        table_name(Joined)
 
 
 @pytest.mark.parametrize(

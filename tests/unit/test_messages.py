@@ -7,14 +7,14 @@ import pytest
 from kombu import Queue
 
 from flash_celery import on_change, on_message
-from flash_celery.changes import Operation
+from flash_celery.changes.change import Operation
+from flash_celery.changes.payload import Delivery
+from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.errors import ConfigurationError, SubscriptionError
-from flash_celery.handlers import subscriptions_of
-from flash_celery.messages import Templates
-from flash_celery.payload import Delivery
+from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.messages.templates import Templates
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
-from flash_celery.rows import Column, Table, Transaction
 from flash_celery.settings import Settings
 
 # Celery would rather see queue= and routing_key= in task_routes; they work all the same.

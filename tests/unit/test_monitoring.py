@@ -18,15 +18,14 @@ from click.testing import CliRunner
 
 from example_project.servers import wait_until
 from flash_celery import logs, on_change
-from flash_celery.address import http_address
 from flash_celery.cli import flash
 from flash_celery.errors import ConfigurationError
 from flash_celery.monitoring import health
-from flash_celery.monitoring.history import Counts, History
 from flash_celery.monitoring.metrics import METRICS, Metrics
 from flash_celery.monitoring.observer import Observer
+from flash_celery.monitoring.samples import Counts, History
 from flash_celery.monitoring.server import Server
-from flash_celery.settings import Settings
+from flash_celery.settings import Settings, http_address
 from flash_celery.telemetry import CONNECTING, STANDBY, STREAMING, Telemetry, route
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -259,7 +258,7 @@ def test_every_alert_says_what_to_do():
 def test_a_library_that_is_missing_is_named(app, monkeypatch, library, command, extra):
     for name in list(sys.modules):
         if name.split(".")[0] == library or name.startswith(
-            ("flash_celery.monitoring", "flash_celery.live")
+            ("flash_celery.monitoring", "flash_celery.commands.status_watch")
         ):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, library, None)

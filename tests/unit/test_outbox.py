@@ -1,14 +1,15 @@
 """Batches and positions."""
 
-from flash_celery import on_change, payload
-from flash_celery.changes import Operation
-from flash_celery.handlers import subscriptions_of
-from flash_celery.messages import Templates
-from flash_celery.outbox import Outbox
-from flash_celery.payload import Delivery
+from flash_celery import on_change
+from flash_celery.changes import payload
+from flash_celery.changes.change import Operation
+from flash_celery.changes.payload import Delivery
+from flash_celery.changes.rows import Column, Table, Transaction
+from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.messages.batcher import Outbox
+from flash_celery.messages.templates import Templates
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
-from flash_celery.rows import Column, Table, Transaction
 from flash_celery.settings import Settings
 
 TABLE = Table("public", "orders", None, "d", ("id",), (Column("id", 23, "integer", True),))
@@ -96,7 +97,7 @@ def test_a_waiting_batch_leaves_at_the_end(app):
 
 
 def test_a_batch_is_bounded_in_bytes(app, monkeypatch):
-    monkeypatch.setattr("flash_celery.outbox.BATCH_BYTES", 100)
+    monkeypatch.setattr("flash_celery.messages.batcher.BATCH_BYTES", 100)
     outbox, batch = Outbox(None), template(app, batch=10)
     for number in range(1, 5):
         outbox.add(batch, delivery(number, size=40))
@@ -136,7 +137,7 @@ def test_a_run_of_rows_is_cut_where_a_batch_is_full(app):
 
 
 def test_a_row_with_more_bytes_than_a_batch_travels_alone(app, monkeypatch):
-    monkeypatch.setattr("flash_celery.outbox.BATCH_BYTES", 100)
+    monkeypatch.setattr("flash_celery.messages.batcher.BATCH_BYTES", 100)
     outbox, batch = Outbox(None), template(app, batch=10)
     outbox.add(batch, rows(1, 1, 500, 1, 1, 500, 500))
     outbox.add(batch, rows(1)._replace(ordinal=7))

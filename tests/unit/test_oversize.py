@@ -4,15 +4,16 @@ import random
 
 import pytest
 
-from flash_celery import UNCHANGED, letters, on_change
-from flash_celery.changes import Operation
-from flash_celery.handlers import subscriptions_of
-from flash_celery.messages import Templates
-from flash_celery.oversize import fitting, letter
-from flash_celery.payload import Delivery
+from flash_celery import UNCHANGED, on_change
+from flash_celery.changes.change import Operation
+from flash_celery.changes.payload import Delivery
+from flash_celery.changes.rows import Column, Table, Transaction
+from flash_celery.dead_letters import letters
+from flash_celery.dead_letters.oversize import fitting, letter
+from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.messages.templates import Templates
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
-from flash_celery.rows import Column, Table, Transaction
 from flash_celery.settings import Settings
 
 COLUMNS = tuple(Column(name, 25, "text", name == "id") for name in ("id", "note", "other"))

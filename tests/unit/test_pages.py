@@ -5,9 +5,9 @@ from decimal import Decimal
 from pathlib import Path
 
 from flash_celery import Delete, Insert, Update
-from flash_celery.handlers import subscriptions_of
+from flash_celery.changes.rows import Column, Table, Transaction
+from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.protocol.lsn import Lsn
-from flash_celery.rows import Column, Table, Transaction
 
 DOCS = Path(__file__).parents[2] / "docs"
 

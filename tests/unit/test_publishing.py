@@ -6,16 +6,16 @@ import time
 import pytest
 from kombu import Queue
 
-from flash_celery import publishing
-from flash_celery.backpressure import Backpressure
-from flash_celery.control import Control
-from flash_celery.enqueued import now
 from flash_celery.errors import ConfirmedLost, PublishError, TakenOver
-from flash_celery.messages import Form, Message
-from flash_celery.outbox import Unit
+from flash_celery.messages.batcher import Unit
+from flash_celery.messages.deduplication import now
+from flash_celery.messages.templates import Form, Message
 from flash_celery.protocol.lsn import Lsn
-from flash_celery.publishers.memory import MemoryPublisher
-from flash_celery.publishing import Publishing
+from flash_celery.publishing import thread as publishing
+from flash_celery.publishing.backpressure import Backpressure
+from flash_celery.publishing.brokers.memory import MemoryPublisher
+from flash_celery.publishing.thread import Publishing
+from flash_celery.worker.control import Control
 
 
 class Flaky(MemoryPublisher):

@@ -14,11 +14,11 @@ from kombu.utils.json import dumps, loads
 from typing_extensions import NotRequired
 
 from flash_celery import UNCHANGED, Batch, Changes, Delete, Insert, Truncate, Update, on_change
+from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.errors import RowError, SubscriptionError
-from flash_celery.handlers import subscriptions_of
+from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.row_types import RowType
 from flash_celery.protocol.lsn import Lsn
-from flash_celery.row_types import RowType
-from flash_celery.rows import Column, Table, Transaction
 
 
 def table(name="orders", identity="f", **flags):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from flash_celery import doctor
+from flash_celery.capture.spool import Spool, default_directory, file_system
+from flash_celery.commands import doctor
 from flash_celery.settings import Settings
-from flash_celery.spool import Spool, default_directory, file_system
 
 MOUNTS = r"""21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
 22 21 0:20 / /dev/shm rw,nosuid - tmpfs tmpfs rw
@@ -109,7 +109,7 @@ def test_a_million_savepoints_that_were_rolled_back_take_little_memory():
 FULL = """
 import resource, signal, sys
 from flash_celery.errors import SpoolError
-from flash_celery.spool import Spool
+from flash_celery.capture.spool import Spool
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))

@@ -8,15 +8,17 @@ from django.conf import settings
 from sqlalchemy import BigInteger, Column, MetaData, Table
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from flash_celery import Operation, conditions
+from flash_celery import Operation
+from flash_celery.conditions import lookups
 from flash_celery.errors import SubscriptionError
-from flash_celery.subscriptions import (
-    TableName,
+from flash_celery.handlers.subscriptions import (
     column_names,
     operations_of,
     prefix_of,
+    table_name,
     table_of,
 )
+from flash_celery.table_name import TableName
 
 
 @pytest.mark.parametrize(
@@ -32,15 +34,15 @@ from flash_celery.subscriptions import (
     ],
 )
 def test_table_names_in_every_spelling(text, schema, name):
-    table = TableName.of(text)
+    table = table_name(text)
     assert (table.schema, table.name) == (schema, name)
-    assert TableName.of(str(table)) == table
+    assert table_name(str(table)) == table
 
 
 @pytest.mark.parametrize("text", ["", "a.b.c", "order lines", '"open', "a.", 'x"y', "a:b"])
 def test_what_is_no_table_name_is_refused(text):
     with pytest.raises(SubscriptionError, match="is not a table name"):
-        TableName.of(text)
+        table_name(text)
 
 
 @pytest.mark.parametrize(
@@ -90,8 +92,8 @@ from psycopg import adapters
 from psycopg.types.json import Jsonb
 from psycopg.types.string import StrDumper
 from flash_celery import on_change
-from flash_celery.handlers import subscriptions_of
-from flash_celery.messages import Templates
+from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.messages.templates import Templates
 from flash_celery.settings import Settings
 
 class Colour:
@@ -137,7 +139,7 @@ def test_names_in_a_set_have_an_order_of_their_own(names):
 
 def test_a_set_has_no_ends():
     with pytest.raises(SubscriptionError, match="total__between takes two values in their order"):
-        conditions.parse({"total__between": {5, 10}})
+        lookups.parse({"total__between": {5, 10}})
 
 
 def test_sqlalchemy_classes_and_tables():
@@ -149,8 +151,8 @@ def test_sqlalchemy_classes_and_tables():
         id: Mapped[int] = mapped_column(primary_key=True)
 
     lines = Table("Order lines", MetaData(), Column("id", BigInteger))
-    assert str(TableName.of(Order)) == "sales.orders"
-    assert str(TableName.of(lines)) == 'public."Order lines"'
+    assert str(table_name(Order)) == "sales.orders"
+    assert str(table_name(lines)) == 'public."Order lines"'
 
 
 def test_django_models_and_their_fields():
@@ -170,8 +172,8 @@ def test_django_models_and_their_fields():
             app_label = "shop"
             db_table = '"sales"."orders"'
 
-    assert str(TableName.of(Order)) == "sales.orders"
-    assert str(TableName.of(Customer)) == "public.shop_customer"
+    assert str(table_name(Order)) == "sales.orders"
+    assert str(table_name(Customer)) == "public.shop_customer"
     assert column_names("fields", ["customer"], Order) == ("customer_id",)
 
 

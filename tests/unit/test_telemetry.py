@@ -4,9 +4,9 @@ import time
 
 from flash_celery import telemetry as counting
 from flash_celery.errors import ReplicationError
-from flash_celery.outbox import Outbox, Unit
+from flash_celery.handlers.subscriptions import Batch
+from flash_celery.messages.batcher import Outbox, Unit
 from flash_celery.protocol.lsn import Lsn
-from flash_celery.subscriptions import Batch
 from flash_celery.telemetry import Telemetry, route, unix
 
 from .test_outbox import Clock, delivery, template

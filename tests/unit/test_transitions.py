@@ -2,18 +2,19 @@
 
 import pytest
 
-from flash_celery import conditions
-from flash_celery.changes import Operation
-from flash_celery.comparison import ColumnType
+from flash_celery.capture.transitions import Transitions
+from flash_celery.changes.change import Operation
+from flash_celery.changes.rows import Column, Table
+from flash_celery.conditions import lookups
+from flash_celery.handlers.subscriptions import Subscription
 from flash_celery.protocol import pgoutput
 from flash_celery.protocol.pgoutput import UNCHANGED_TOAST, Row, read_row
-from flash_celery.rows import Column, Table
-from flash_celery.subscriptions import Subscription, TableName
-from flash_celery.transitions import Transitions
+from flash_celery.table_name import TableName
+from flash_celery.values.comparison import ColumnType
 
 TYPES = {"id": 23, "status": 25, "note": 25}
 INSERT, UPDATE, DELETE = Operation.INSERT, Operation.UPDATE, Operation.DELETE
-PAID = conditions.parse({"status": "paid"})
+PAID = lookups.parse({"status": "paid"})
 
 
 def transitions(identity="f", kept=("id", "status", "note"), unknown=lambda: None, **more):
@@ -148,7 +149,7 @@ def test_a_condition_and_a_key_together():
 
 
 def test_a_row_leaving_a_condition_on_its_identity_is_known_by_its_key():
-    judge = transitions("d", where=conditions.parse({"id__lt": 5}))
+    judge = transitions("d", where=lookups.parse({"id__lt": 5}))
     left = judge.update(update("7 paid a", "1 - -", kind="K"))
     assert shown(left) == ["delete 1 - -"]
 
@@ -171,7 +172,7 @@ def test_a_message_is_judged_as_its_row_is():
 
 
 def test_what_is_remembered_of_verdicts_is_bounded():
-    judge = transitions(where=conditions.parse({"note__startswith": "a", "id__lt": 9999}))
+    judge = transitions(where=lookups.parse({"note__startswith": "a", "id__lt": 9999}))
     for number in range(5000):
         assert len(judge.judge(message("I", None, f"{number} open a{number}"))) == 1
     assert judge.judge(message("I", None, "9999 open a")) == []

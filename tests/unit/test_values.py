@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from flash_celery.values import array_loader, field_loader, record_loader
+from flash_celery.values.loading import array_loader, field_loader, record_loader
 from tests.conftest import missing
 
 READ = """
 from datetime import timedelta
 from psycopg import pq
-from flash_celery.values import loader
+from flash_celery.values.loading import loader
 assert pq.__impl__ == "python", pq.__impl__
 assert loader(1186)(b"-1 days +02:03:04.5") == timedelta(days=-1, seconds=7384.5)
 assert loader(1186)(b"infinity") == "infinity"

@@ -1,0 +1,1 @@
+"""WAL to rows of committed transactions, and rows to deliveries."""

@@ -1,0 +1,1 @@
+"""What a handler receives, and its wire format."""

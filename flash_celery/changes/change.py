@@ -1,0 +1,353 @@
+"""What a handler is told: `Insert`, `Update`, `Delete`, `Truncate`, and `Changes` for batches.
+
+They keep the bytes that PostgreSQL wrote and decode a value when it is touched.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timedelta, timezone
+from typing import Any, ClassVar, Generic, cast, overload
+
+from ..errors import NoInstance
+from ..escaping import escaped
+from ..protocol.lsn import Lsn
+from ..protocol.pgoutput import Cell
+from .labels import counted, id_suffix, key_shown
+from .operations import Operation as Operation
+from .rows import UNCHANGED, Row, Table, Transaction
+
+if sys.version_info >= (3, 13):
+    from typing import TypeVar
+else:
+    from typing_extensions import TypeVar
+
+#: What `old` and `new` are: a `Row`, or the class that `on_change(into=)` names.
+RowT = TypeVar("RowT", covariant=True, default=Row)
+
+_EPOCH = datetime(2000, 1, 1, tzinfo=timezone.utc)
+
+
+class Change(Generic[RowT]):
+    """One committed change of one row (or table), told to one handler.
+
+    `change.id` is unique per delivery to a handler and the same at every redelivery;
+    `commit_lsn` tells an older change from a newer one.
+    """
+
+    operation: ClassVar[Operation]
+    __slots__ = ("_source", "_typed", "half", "index", "number", "transaction")
+
+    def __init__(
+        self, source: Table, transaction: Transaction, index: int, half: int = 0, number: int = 0
+    ) -> None:
+        self._source = source
+        #: By `old` and `new`: the row as a class of the handler's, or why there is none.
+        self._typed: Mapping[str, Any] | None = None
+        self.transaction = transaction
+        #: Which row message of its transaction it was, from 0.
+        self.index = index
+        #: 1 and 2 are the Delete and the Insert of one UPDATE that changed the `key=`;
+        #: 3 is a message, and `index` counts the transaction's messages.
+        self.half = half
+        #: Which of the handler's subscriptions it was delivered for.
+        self.number = number
+
+    @property
+    def source(self) -> str:
+        """The database: a name in `flash_sources`, or `""` for the one of `flash_dsn`."""
+        return self._source.source
+
+    @property
+    def schema(self) -> str:
+        """Schema of the handler's table."""
+        return self._source.schema
+
+    @property
+    def table(self) -> str:
+        """Name of the handler's table, without its schema."""
+        return self._source.name
+
+    @property
+    def partition(self) -> str | None:
+        """The leaf the row is in (`schema.name`), or `None` if the table is not partitioned."""
+        return self._source.partition
+
+    @property
+    def commit_lsn(self) -> Lsn:
+        """Where in the WAL the transaction committed."""
+        return self.transaction.commit_lsn
+
+    @property
+    def xid(self) -> int:
+        """The transaction's id."""
+        return self.transaction.xid
+
+    @property
+    def committed_at(self) -> datetime:
+        """When it committed, by the database server's clock (UTC)."""
+        return _EPOCH + timedelta(microseconds=self.transaction.committed_at)
+
+    @property
+    def id(self) -> str:
+        """Unique per delivery to a handler, the same at every redelivery."""
+        return f"{self.commit_lsn}:{self.index}{id_suffix(self.half, self.number)}"
+
+    @property
+    def key(self) -> Mapping[str, Any]:
+        """The row's key: the subscription's `key=`, else primary key, else replica identity."""
+        return {}
+
+    @property
+    def changed(self) -> frozenset[str] | None:
+        """The columns whose value changed, within `fields`; `None` if the old row is unknown."""
+        return None
+
+    def instance(self, side: str | None = None, model: Any = None) -> Any:
+        """The row as an instance of its Django model, without a query.
+
+        Fields that the change does not tell are deferred. The instance is not saved by this.
+
+        - `side`: `"new"` or `"old"`. Default: the row after, or the one that a `Delete` took away.
+        - `model`: a model of the table. Default: the one that Django knows for it, and no proxy.
+        Raises `NoInstance` where there is no such row, or no model for it.
+        """
+        try:
+            from ..django import instances
+        except ModuleNotFoundError as error:
+            if str(error.name).partition(".")[0] != "django":
+                raise
+            raise NoInstance(
+                "change.instance() needs Django: pip install 'flash-celery[django]'"
+            ) from None
+        return instances.instance(self, side, model)
+
+    def __repr__(self) -> str:
+        try:
+            key = key_shown(self.key.items())
+        except Exception:
+            # Whoever names a change, the replication worker above all, must not fail on its values.
+            key = " with a key that cannot be decoded"
+        name = self.operation.names()[0]
+        return escaped(f"{name} {self._source.shown}{key} @{self.commit_lsn}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Change):
+            return NotImplemented
+        mine = (type(self), self._source.shown, self.id, dict(self._sides()))
+        return mine == (type(other), other._source.shown, other.id, dict(other._sides()))
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._source.shown, self.id))
+
+    def _sides(self) -> Iterator[tuple[str, Row]]:
+        """Its rows as they came, `old` and `new`."""
+        return iter(())
+
+    def _told(self, side: str, row: Row) -> RowT:
+        told = (self._typed or {}).get(side, row)
+        if isinstance(told, Exception):
+            raise told
+        return cast(RowT, told)
+
+    def _key_from(self, cells: Sequence[Cell]) -> Mapping[str, Any]:
+        return Row(self._source, cells, frozenset(self._source.key))
+
+
+class Insert(Change[RowT]):
+    """A row came into the table, or into the subscription's condition."""
+
+    operation = Operation.INSERT
+    __match_args__ = ("new",)
+    __slots__ = ("_new",)
+
+    def __init__(self, new: Sequence[Cell], *origin: Any) -> None:
+        super().__init__(*origin)
+        self._new = new
+
+    @property
+    def new(self) -> RowT:
+        """The row."""
+        return self._told("new", self._new_row())
+
+    @property
+    def key(self) -> Mapping[str, Any]:
+        """The row's key."""
+        return self._key_from(self._new)
+
+    def _sides(self) -> Iterator[tuple[str, Row]]:
+        yield "new", self._new_row()
+
+    def _new_row(self) -> Row:
+        return Row(self._source, self._new, self._source.delivered)
+
+
+class Update(Change[RowT]):
+    """A row changed."""
+
+    operation = Operation.UPDATE
+    __match_args__ = ("old", "new")
+    __slots__ = ("_new", "_old", "_old_kind")
+
+    def __init__(
+        self, old_kind: str | None, old: Sequence[Cell] | None, new: Sequence[Cell], *origin: Any
+    ) -> None:
+        super().__init__(*origin)
+        self._old_kind = old_kind
+        self._old = old
+        self._new = _fill(new, old) if old_kind == "O" and old is not None else new
+
+    @property
+    def old(self) -> RowT:
+        """The row before: exactly the columns that the replica identity lets us know."""
+        return self._told("old", self._old_row())
+
+    @property
+    def new(self) -> RowT:
+        """The row after; a value PostgreSQL did not send is `UNCHANGED`."""
+        return self._told("new", self._new_row())
+
+    @property
+    def key(self) -> Mapping[str, Any]:
+        """The row's key, after the change."""
+        return self._key_from(self._new)
+
+    @property
+    def changed(self) -> frozenset[str] | None:
+        """The columns whose value changed, within `fields`; `None` if the old row is unknown."""
+        source = self._source
+        if not source.delivered <= self._old_known():
+            return None
+        if self._old is None:
+            return frozenset()
+        return frozenset(
+            name
+            for name in source.delivered
+            if self._new[source.positions[name]] is not UNCHANGED
+            and self._new[source.positions[name]] != self._old[source.positions[name]]
+        )
+
+    def _old_known(self) -> frozenset[str]:
+        if self._old_kind == "O":
+            return frozenset(self._source.positions)
+        if self._old is None and self._source.identity not in "di":
+            return frozenset()
+        # Without an old tuple, an identity of key columns did not change (protocol chapter
+        # "Logical Replication Message Formats", Update).
+        return self._source.identity_columns
+
+    def _sides(self) -> Iterator[tuple[str, Row]]:
+        yield "old", self._old_row()
+        yield "new", self._new_row()
+
+    def _old_row(self) -> Row:
+        cells = self._new if self._old is None else self._old
+        return Row(self._source, cells, self._old_known() & self._source.delivered)
+
+    def _new_row(self) -> Row:
+        return Row(self._source, self._new, self._source.delivered)
+
+
+class Delete(Change[RowT]):
+    """A row left the table, or the subscription's condition."""
+
+    operation = Operation.DELETE
+    __match_args__ = ("old",)
+    __slots__ = ("_old", "_old_kind")
+
+    def __init__(self, old_kind: str, old: Sequence[Cell], *origin: Any) -> None:
+        super().__init__(*origin)
+        self._old_kind = old_kind
+        self._old = old
+
+    @property
+    def old(self) -> RowT:
+        """The row that is gone: exactly the columns that are known."""
+        return self._told("old", self._old_row())
+
+    @property
+    def key(self) -> Mapping[str, Any]:
+        """The row's key."""
+        return self._key_from(self._old)
+
+    def _sides(self) -> Iterator[tuple[str, Row]]:
+        yield "old", self._old_row()
+
+    def _old_row(self) -> Row:
+        source = self._source
+        known = source.delivered if self._old_kind == "O" else source.identity_columns
+        return Row(source, self._old, known & source.delivered)
+
+
+class Truncate(Change[RowT]):
+    """The table was emptied by TRUNCATE."""
+
+    operation = Operation.TRUNCATE
+    __slots__ = ()
+
+
+class LogicalMessage(Change[Row]):
+    """What `pg_logical_emit_message(true, prefix, content)` wrote in a transaction."""
+
+    operation = Operation.MESSAGE
+    __match_args__ = ("prefix", "content")
+    __slots__ = ("content",)
+
+    def __init__(self, content: bytes, *origin: Any) -> None:
+        super().__init__(*origin)
+        #: What was written; text is in the database's encoding.
+        self.content = content
+
+    @property
+    def prefix(self) -> str:
+        """What the message is about."""
+        return self._source.name
+
+    def __repr__(self) -> str:
+        return escaped(f"message {self._source.shown} @{self.commit_lsn}")
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) and self.content == getattr(other, "content", None)
+
+    __hash__ = Change.__hash__
+
+
+class Changes(Sequence[Change[RowT]]):
+    """The changes of one task of a batch handler, in commit order."""
+
+    __slots__ = ("_changes",)
+
+    def __init__(self, changes: Sequence[Change[RowT]]) -> None:
+        self._changes = tuple(changes)
+
+    @overload
+    def __getitem__(self, index: int) -> Change[RowT]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Changes[RowT]: ...
+    def __getitem__(self, index: int | slice) -> Change[RowT] | Changes[RowT]:
+        if isinstance(index, slice):
+            return Changes(self._changes[index])
+        return self._changes[index]
+
+    def __len__(self) -> int:
+        return len(self._changes)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Changes) and self._changes == other._changes
+
+    def __hash__(self) -> int:
+        return hash(self._changes)
+
+    def __repr__(self) -> str:
+        if not self._changes:
+            return "no changes"
+        first = self._changes[0]
+        return escaped(f"{counted(len(self))} of {first._source.shown} @{first.commit_lsn}")
+
+
+def _fill(new: Sequence[Cell], old: Sequence[Cell]) -> Sequence[Cell]:
+    """Values that PostgreSQL left out because they did not change, taken from the old row."""
+    if UNCHANGED not in new:
+        return new
+    return [before if cell is UNCHANGED else cell for before, cell in zip(old, new, strict=True)]

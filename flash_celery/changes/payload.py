@@ -1,0 +1,321 @@
+"""Changes ⇄ the JSON that travels in a task message. Version 1; see docs/wire-format.md.
+
+Rows travel as PostgreSQL wrote them, with a description of their table: the replication worker
+forwards, the Celery worker decodes.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from binascii import a2b_base64, b2a_base64
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
+
+from kombu.utils.json import register_type
+
+from ..errors import PayloadError, ProtocolError
+from ..escaping import escaped
+from ..protocol import pgoutput
+from ..protocol.lsn import Lsn
+from .change import Change, Changes, Delete, Insert, LogicalMessage, Truncate, Update
+from .labels import id_suffix, key_shown
+from .rows import Column, Row, Table, Transaction
+
+VERSION = 1
+#: Changes in one message; the bytes of a batch bound it long before (`outbox.BATCH_BYTES`).
+MOST_CHANGES = 1_000_000
+CHANGE = "flash_celery.change"
+CHANGES = "flash_celery.changes"
+
+#: The row of a TRUNCATE, which has none.
+TRUNCATED = b"T"
+_MESSAGE = struct.Struct("!cI")
+#: Microseconds from 2000-01-01 UTC to the first and after the last moment a datetime can be.
+_FIRST, _LAST = -63_082_281_600_000_000, 252_455_616_000_000_000
+#: A description that is longer is read each time: what is kept of them is bounded.
+_KEPT_DESCRIPTION = 1 << 16
+T = TypeVar("T")
+_NAMES = {b"I": "insert", b"U": "update", b"D": "delete"}
+
+
+class Delivery(NamedTuple):
+    """Neighbouring changes for one subscription, their rows still as PostgreSQL wrote them."""
+
+    table: Table
+    transaction: Transaction
+    #: Which row message of its transaction the first one is.
+    ordinal: int
+    half: int
+    number: int
+    rows: Sequence[bytes]
+
+
+def message_row(content: bytes) -> bytes:
+    """The row of a logical message."""
+    return _MESSAGE.pack(b"M", len(content)) + content
+
+
+def encode(deliveries: Iterable[Delivery]) -> str:
+    """The JSON value for these changes."""
+    tables: dict[Table, int] = {}
+    transactions: dict[Transaction, int] = {}
+    runs: list[list[int]] = []
+    rows: list[bytes] = []
+    last, following = None, 0
+    for table, transaction, ordinal, half, number, some in deliveries:
+        table_number = tables.setdefault(table, len(tables))
+        place = transactions.setdefault(transaction, len(transactions))
+        same = table_number, place, half, number
+        # What follows in the same transaction and table joins a run; halves share their index.
+        if same == last and ordinal == following and not half:
+            runs[-1][3] += len(some)
+        else:
+            runs.append([table_number, place, ordinal, len(some), half, number])
+        last, following = same, ordinal + len(some)
+        rows += some
+    return (
+        f'{{"v":{VERSION},"tables":[{",".join(map(_table_json, tables))}],'
+        f'"transactions":[{",".join(map(_transaction_json, transactions))}],'
+        # Lists of numbers look the same in Python, and this takes half the time of dumps.
+        f'"runs":{str(runs).replace(" ", "")},'
+        f'"rows":"{b2a_base64(b"".join(rows), newline=False).decode()}"}}'
+    )
+
+
+def encode_each(delivery: Delivery) -> Iterator[tuple[str, str, str]]:
+    """The JSON value for each change alone, its id, and what it is called in a log."""
+    table, transaction, ordinal, half, number, rows = delivery
+    head = (
+        f'{{"v":{VERSION},"tables":[{_table_json(table)}],'
+        f'"transactions":[{_transaction_json(transaction)}],"runs":[[0,0,'
+    )
+    middle = f',1,{half},{number}]],"rows":"'
+    commit, end = str(transaction.commit_lsn), id_suffix(half, number)
+    for index, row in enumerate(rows, ordinal):
+        yield (
+            f'{head}{index}{middle}{b2a_base64(row, newline=False).decode()}"}}',
+            f"{commit}:{index}{end}",
+            _label(table, transaction, commit, row),
+        )
+
+
+def _label(table: Table, transaction: Transaction, commit: str, row: bytes) -> str:
+    """The `repr` of the change. Mostly its key stands in the first tuple of the row, near the
+    start; the rest of the row is not read then."""
+    name = _NAMES.get(row[:1])
+    if name is None or (name == "update" and row[5:6] != b"N"):
+        return repr(change_of(Delivery(table, transaction, 0, 0, 0, [row])))
+    most = table.key_columns[-1][0] + 1 if table.key_columns else 0
+    cells, _ = pgoutput.read_cells(row, pgoutput.FIRST_TUPLE, most)
+    values = Row(table, cells, frozenset(table.key))
+    try:
+        key = key_shown([(column, values[column]) for _, column in table.key_columns])
+    except Exception:  # a value that cannot be shown, which `repr` can do without
+        return repr(change_of(Delivery(table, transaction, 0, 0, 0, [row])))
+    return escaped(f"{name} {table.shown}{key} @{commit}")
+
+
+def _table_json(table: Table) -> str:
+    """A table's description, built once per table."""
+    cached = table.__dict__.get("_json")
+    if cached is None:
+        cached = json.dumps(
+            {
+                "schema": table.schema,
+                "name": table.name,
+                "partition": table.partition,
+                "identity": table.identity,
+                "key": table.key,
+                "columns": [_column(column) for column in table.columns],
+                **({"source": table.source} if table.source else {}),
+            },
+            separators=(",", ":"),
+        )
+        table.__dict__["_json"] = cached
+    return str(cached)
+
+
+def _column(column: Column) -> list[Any]:
+    """What a composite is made of follows where there is one."""
+    plain = [column.name, column.type_oid, column.type_name]
+    flags = [int(column.identity), int(column.delivered)]
+    if not column.fields:
+        return [*plain, *flags]
+    return [*plain, *flags, [_column(field) for field in column.fields], int(column.array)]
+
+
+def _column_of(
+    name: str,
+    type_oid: int,
+    type_name: str,
+    identity: int,
+    delivered: int,
+    fields: Sequence[Any] = (),
+    array: int = 0,
+) -> Column:
+    inner = tuple(_column_of(*field) for field in fields)
+    plain = _a(str, name), _a(int, type_oid), _a(str, type_name)
+    return Column(*plain, bool(identity), bool(delivered), inner, bool(array))
+
+
+def _a(kind: type[T], value: Any) -> T:
+    """The value, if it is of this very type: a message may be anybody's."""
+    if type(value) is not kind:
+        raise TypeError(f"{value!r:.50} where {kind.__name__} belongs")
+    return value
+
+
+def _below(limit: int, value: Any, least: int = 0) -> int:
+    if not least <= _a(int, value) < limit:
+        raise ValueError(f"{value} is not in {least} to {limit - 1}")
+    return int(value)
+
+
+def _transaction_json(transaction: Transaction) -> str:
+    commit_lsn, xid, committed_at = transaction
+    return f'["{commit_lsn!s}",{xid},{committed_at},{{}}]'
+
+
+def decode(value: Any) -> list[Change]:
+    """The changes in a JSON value. Raises `PayloadError` if it is of another version or damaged."""
+    try:
+        version = value["v"]
+        if version != VERSION:
+            shown = f"{version!r:.20}"
+            raise PayloadError(f"This message has version {shown}; version {VERSION} is known.")
+        return _decode(value)
+    except _DAMAGED as error:
+        raise PayloadError(f"This is not a message of flash-celery: {error!r:.200}.") from error
+
+
+def _one(value: Any) -> Change:
+    """The change of a message of one."""
+    changes = decode(value)
+    if len(changes) != 1:
+        raise PayloadError(f"This message has {len(changes)} changes where one belongs.")
+    return changes[0]
+
+
+#: What reading anything at all may raise.
+_DAMAGED = (
+    *(AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError),
+    *(struct.error, ProtocolError),
+)
+
+
+def _read_table(description: str) -> Table:
+    table = json.loads(description)
+    columns = tuple(_column_of(*column) for column in _a(list, table["columns"]))
+    names = {column.name for column in columns}
+    key = tuple(_a(str, name) for name in _a(list, table["key"]))
+    if len(names) != len(columns) or not names.issuperset(key):
+        raise ValueError("the columns are not those of a table")
+    if _a(str, table["identity"]) not in ("d", "i", "f", "n"):
+        raise ValueError(f"the replica identity {table['identity']:.50}")
+    return Table(
+        _a(str, table["schema"]),
+        _a(str, table["name"]),
+        None if table["partition"] is None else _a(str, table["partition"]),
+        table["identity"],
+        key,
+        columns,
+        _a(str, table.get("source", "")),
+    )
+
+
+#: The next messages find the table with its loaders made.
+_kept_table = lru_cache(maxsize=256)(_read_table)
+
+
+def _table_of(description: str) -> Table:
+    """The table of a description."""
+    read = _kept_table if len(description) <= _KEPT_DESCRIPTION else _read_table
+    return read(description)
+
+
+def _transaction_of(lsn: Any, xid: Any, committed_at: Any, _: Any) -> Transaction:
+    return Transaction(
+        Lsn.parse(_a(str, lsn)), _below(1 << 32, xid), _below(_LAST, committed_at, _FIRST)
+    )
+
+
+def _decode(value: Any) -> list[Change]:
+    tables = [_table_of(json.dumps(table)) for table in value["tables"]]
+    transactions = [_transaction_of(*transaction) for transaction in value["transactions"]]
+    rows = a2b_base64(value["rows"])
+    found: list[Change] = []
+    place, left = 0, MOST_CHANGES
+    for table, transaction, index, count, half, number in value["runs"]:
+        source = tables[_below(len(tables), table)]
+        of = transactions[_below(len(transactions), transaction)]
+        left -= _below(left + 1, count)
+        same = _below(4, half), _below(1 << 31, number)
+        for position in range(_below(1 << 63, index), index + count):
+            change, place = _change(rows, place, (source, of, position, *same))
+            if not _fits(change, len(source.columns)):
+                raise ValueError("a row has other columns than its table")
+            found.append(change)
+    if place != len(rows):
+        raise ValueError(f"{len(rows) - place} bytes of rows are too many")
+    return found
+
+
+def _fits(change: Change, width: int) -> bool:
+    cells = getattr(change, "_old", None), getattr(change, "_new", None)
+    return all(row is None or len(row) == width for row in cells)
+
+
+def _change(rows: bytes, place: int, origin: tuple[Any, ...]) -> tuple[Change, int]:
+    if rows[place : place + 1] == TRUNCATED:
+        return Truncate(*origin), place + 1
+    if rows[place : place + 1] == b"M":
+        start = place + _MESSAGE.size
+        end = start + _MESSAGE.unpack(rows[place:start])[1]
+        return LogicalMessage(rows[start:end], *origin), end
+    row, place = pgoutput.read_row(rows, place)
+    if row.operation == "I":
+        return Insert(row.new or [], *origin), place
+    if row.operation == "U":
+        return Update(row.old_kind, row.old, row.new or [], *origin), place
+    return Delete(row.old_kind or "K", row.old or [], *origin), place
+
+
+def change_of(delivery: Delivery) -> Change:
+    """The first change of a delivery, as its handler will see it."""
+    table, transaction, index, half, number, rows = delivery
+    return _change(rows[0], 0, (table, transaction, index, half, number))[0]
+
+
+def changes_of(delivery: Delivery) -> list[Change]:
+    """The changes a delivery carries."""
+    table, transaction, ordinal, half, number, rows = delivery
+    return [
+        _change(row, 0, (table, transaction, index, half, number))[0]
+        for index, row in enumerate(rows, ordinal)
+    ]
+
+
+def delivery_of(change: Change) -> Delivery:
+    """A change as the replication worker delivered it, to pass it on to another task."""
+    row = TRUNCATED
+    if isinstance(change, Insert):
+        row = pgoutput.encode_row("I", 0, None, None, change._new)
+    elif isinstance(change, Update):
+        row = pgoutput.encode_row("U", 0, change._old_kind, change._old, change._new)
+    elif isinstance(change, Delete):
+        row = pgoutput.encode_row("D", 0, change._old_kind, change._old, None)
+    elif isinstance(change, LogicalMessage):
+        row = message_row(change.content)
+    return Delivery(
+        change._source, change.transaction, change.index, change.half, change.number, [row]
+    )
+
+
+def _encode_changes(changes: Iterable[Change]) -> Any:
+    return json.loads(encode([delivery_of(change) for change in changes]))
+
+
+register_type(Change, CHANGE, lambda change: _encode_changes([change]), _one)
+register_type(Changes, CHANGES, _encode_changes, lambda value: Changes(decode(value)))

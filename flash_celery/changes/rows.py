@@ -1,0 +1,157 @@
+"""Tables, transactions and rows as a handler sees them; a value is decoded when it is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from ..protocol.lsn import Lsn
+from ..protocol.pgoutput import UNCHANGED_TOAST, Cell
+from ..values.loading import Loader, array_loader, field_loader, loader, record_loader
+
+#: A TOASTed value that the UPDATE did not touch and PostgreSQL did not send. Never `None`.
+UNCHANGED = UNCHANGED_TOAST
+
+
+def _reduce(described: Column | Table) -> tuple[Any, ...]:
+    """How a description travels between processes: without what was derived from it, loaders
+    among them."""
+    return type(described), tuple(getattr(described, one.name) for one in fields(described))
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column as a handler sees it; `type_oid` is the base type of a domain, text for an enum."""
+
+    name: str
+    type_oid: int
+    type_name: str
+    #: Part of the replica identity.
+    identity: bool
+    #: Within the subscription's `fields`; the others travel for the key's sake.
+    delivered: bool = True
+    #: The fields of a composite type, or of the elements of an array of one.
+    fields: tuple[Column, ...] = ()
+    #: Whether it is such an array.
+    array: bool = False
+
+    __reduce__ = _reduce
+
+    @cached_property
+    def load(self) -> Loader:
+        """What turns the column's text into Python."""
+        if not self.fields:
+            return loader(self.type_oid)
+        loaders = [one.load if one.fields else field_loader(one.type_oid) for one in self.fields]
+        load = record_loader([one.name for one in self.fields], loaders)
+        return array_loader(load) if self.array else load
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """The table of a change, described well enough to decode its rows without the database."""
+
+    schema: str
+    name: str
+    #: The leaf the row is in, as `schema.name`, where the handler's table is partitioned.
+    partition: str | None
+    #: PostgreSQL's replica identity: `d` default, `i` index, `f` full, `n` nothing.
+    identity: str
+    key: tuple[str, ...]
+    columns: tuple[Column, ...]
+    #: The database it is in: a name in `flash_sources`, "" for the default one.
+    source: str = ""
+
+    __reduce__ = _reduce
+
+    @cached_property
+    def positions(self) -> dict[str, int]:
+        """Where in a row each column is."""
+        return {column.name: number for number, column in enumerate(self.columns)}
+
+    @cached_property
+    def loaders(self) -> list[Callable[[Any], Any]]:
+        """What turns the text of each column into Python."""
+        return [column.load for column in self.columns]
+
+    @cached_property
+    def key_columns(self) -> list[tuple[int, str]]:
+        """The columns of the key and where they are, in the order of the row."""
+        return [(n, one.name) for n, one in enumerate(self.columns) if one.name in self.key]
+
+    @cached_property
+    def delivered(self) -> frozenset[str]:
+        """The columns a handler may see."""
+        return frozenset(column.name for column in self.columns if column.delivered)
+
+    @cached_property
+    def identity_columns(self) -> frozenset[str]:
+        """The columns whose old values PostgreSQL keeps."""
+        return frozenset(column.name for column in self.columns if column.identity)
+
+    @property
+    def full_name(self) -> str:
+        """`schema.name`, unquoted."""
+        return f"{self.schema}.{self.name}"
+
+    @cached_property
+    def shown(self) -> str:
+        """What people call it: `billing:public.invoices`; of a message the prefix."""
+        name = self.full_name if self.schema else self.name
+        return f"{self.source}:{name}" if self.source else name
+
+
+class Transaction(NamedTuple):
+    """The transaction that made a change."""
+
+    commit_lsn: Lsn
+    xid: int
+    #: Microseconds since 2000-01-01 UTC, as PostgreSQL counts.
+    committed_at: int
+
+
+class Row(Mapping[str, Any]):
+    """A read-only mapping of column name to Python value, decoded when touched."""
+
+    __slots__ = ("_cells", "_known", "_table")
+
+    def __init__(self, table: Table, cells: Sequence[Cell], known: frozenset[str]) -> None:
+        self._table = table
+        self._cells = cells
+        self._known = known
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._known:
+            raise KeyError(self._why_unknown(name))
+        position = self._table.positions[name]
+        cell = self._cells[position]
+        if cell is None or cell is UNCHANGED:
+            return cell
+        return self._table.loaders[position](cell)
+
+    def __iter__(self) -> Iterator[str]:
+        if len(self._known) == len(self._table.positions):
+            return iter(self._table.positions)
+        return (column.name for column in self._table.columns if column.name in self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def _why_unknown(self, name: str) -> str:
+        table = self._table
+        if name not in table.positions:
+            return (
+                f"{table.full_name} has no column {name!r} in this change; those outside `fields` "
+                "do not travel"
+            )
+        if name not in table.delivered:
+            return f"{name!r} is not among the fields of this subscription"
+        return (
+            f"the old value of {name!r} is not in the WAL; it is after "
+            f"ALTER TABLE {table.full_name} REPLICA IDENTITY FULL"
+        )

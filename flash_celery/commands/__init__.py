@@ -1,0 +1,1 @@
+"""What each `flash` command does; `cli` has their options and output."""

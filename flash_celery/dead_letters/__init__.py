@@ -1,0 +1,1 @@
+"""What failed for good: kept, listed, and sent again."""

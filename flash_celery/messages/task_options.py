@@ -1,0 +1,119 @@
+"""Which options a change's task is enqueued with, and to which one queue it goes."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from kombu.exceptions import SerializerNotInstalled
+from kombu.serialization import prepare_accept_content
+
+from ..changes.change import Operation
+from ..errors import ConfigurationError, SubscriptionError
+from ..handlers.subscriptions import Subscription
+from ..settings import Settings
+
+_JSON = "application/json"
+
+
+def resolve(
+    app: Any, settings: Settings, subscription: Subscription, operation: Operation
+) -> dict[str, Any]:
+    """The options of the task for this operation, with the name of its one queue.
+
+    `on_change(queue=)` wins, then the task's own options, `flash_routes`, `task_routes`.
+    """
+    task = app.tasks[subscription.handler]
+    own = {name: value for name, value in task._get_exec_options().items() if value is not None}
+    named = {"queue": subscription.queue} if subscription.queue else {}
+    routed = _flash_route(settings.flash_routes, subscription, operation)
+    by_celery = _task_route(app, task, own)
+    options = {**by_celery, **routed, **own, **named}
+    if options.get("serializer", "json") != "json":
+        raise SubscriptionError(
+            f"{subscription.handler} has serializer={options['serializer']!r}; changes travel as "
+            "JSON, so give it serializer='json'."
+        )
+    if not _takes_json(app.conf.accept_content):
+        raise ConfigurationError(
+            f"accept_content is {list(app.conf.accept_content)!r}, so workers would refuse "
+            "changes, which travel as JSON; add 'json' to it."
+        )
+    priority = options.get("priority")
+    if priority is not None and not (isinstance(priority, int) and 0 <= priority <= 255):
+        raise ConfigurationError(
+            f"{subscription.handler} gets the priority {priority!r}; it is a number from 0 to 255."
+        )
+    for layer in (named, own, routed, by_celery):
+        queue = layer.get("queue") or _queue_bound(app, layer)
+        if queue:
+            break
+    else:
+        queue = settings.flash_queue
+    options["queue"] = _declared(app, getattr(queue, "name", queue), subscription)
+    if options["queue"] == settings.flash_dead_queue:
+        raise ConfigurationError(
+            f"{subscription.handler} goes to the queue {options['queue']!r}, which is for dead "
+            "letters and consumed by no worker; name another one."
+        )
+    return options
+
+
+def _takes_json(accepted: Any) -> bool:
+    """Whether workers with this `accept_content` do; a name in it may be known to them alone."""
+    if accepted is None or {"json", _JSON} & set(accepted):
+        return True
+    with suppress(SerializerNotInstalled):
+        return _JSON in prepare_accept_content(accepted)
+    return False
+
+
+def _flash_route(
+    routes: Mapping[str, Any], subscription: Subscription, operation: Operation
+) -> dict[str, Any]:
+    table = subscription.table
+    parts = (table.schema, table.name, *operation.names())
+    of = f"{subscription.source}:" if subscription.source else ""
+    name = of + ".".join(filter(None, parts))
+    for pattern, options in routes.items():
+        if fnmatch.fnmatchcase(name, pattern):
+            return {"queue": options} if isinstance(options, str) else dict(options)
+    return {}
+
+
+def _task_route(app: Any, task: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    route = app.amqp.router.lookup_route(task.name, (), {}, dict(options), task)
+    if not route:
+        return {}
+    return {"queue": route} if isinstance(route, str) else dict(route)
+
+
+def _queue_bound(app: Any, options: Mapping[str, Any]) -> str | None:
+    """The queue that an exchange and routing key lead to."""
+    key, exchange = options.get("routing_key"), options.get("exchange")
+    exchange = getattr(exchange, "name", exchange)
+    if exchange and not key:  # Celery would send it to no queue at all
+        raise ConfigurationError(
+            f"exchange={exchange!r} leads to no queue without a routing_key; name a queue= instead."
+        )
+    if not key:
+        return None
+    for queue in app.amqp.queues.values():
+        if queue.routing_key == key and queue.exchange.name == (exchange or queue.exchange.name):
+            return str(queue.name)
+    raise ConfigurationError(
+        f"No queue of task_queues is bound with routing_key={key!r}; name a queue= instead."
+    )
+
+
+def _declared(app: Any, queue: str, subscription: Subscription) -> str:
+    """The name of a queue on the broker; Celery knows it by its alias too."""
+    try:
+        return str(app.amqp.queues[queue].name)
+    except KeyError:
+        raise ConfigurationError(
+            f"{subscription.handler} goes to the queue {queue!r}, which is not in task_queues; add "
+            "it, or leave task_create_missing_queues on."
+        ) from None

@@ -1,0 +1,1 @@
+"""Talk to a PostgreSQL server: connections, the replication stream, the catalog, slots."""

@@ -1,0 +1,331 @@
+"""Tables as PostgreSQL's catalog describes them, read over an ordinary connection."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from ..table_name import TableName
+from .stream import pinned, unreachable
+
+#: Values of pg_class.relkind (chapter "System Catalogs").
+ORDINARY, PARTITIONED, VIEW, MATERIALIZED_VIEW, FOREIGN = "r", "p", "v", "m", "f"
+
+
+@dataclass(frozen=True)
+class CatalogColumn:
+    """A column."""
+
+    name: str
+    type_oid: int
+    #: "", "s" stored or "v" virtual.
+    generated: str
+    #: Its number in the table, which a renaming leaves as it is.
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class CatalogTable:
+    """A table, partitioned or not."""
+
+    oid: int
+    name: TableName
+    kind: str
+    #: `d` default, `n` nothing, `f` full, `i` index.
+    identity: str
+    #: The index of `REPLICA IDENTITY USING INDEX`.
+    identity_index: str | None
+    primary_key: tuple[str, ...]
+    #: What `REPLICA IDENTITY DEFAULT` is: the primary key, unless it is deferrable.
+    default_identity: tuple[str, ...]
+    index_key: tuple[str, ...]
+    owned: bool
+    columns: dict[str, CatalogColumn]
+    #: From the parent to the root, where it is a partition.
+    ancestors: tuple[TableName, ...]
+
+    @property
+    def identity_columns(self) -> frozenset[str]:
+        """The columns whose old values an UPDATE or DELETE writes to the WAL."""
+        columns: dict[str, Iterable[str]] = {
+            "d": self.default_identity,
+            "i": self.index_key,
+            "f": self.columns,
+            "n": (),
+        }
+        return frozenset(columns[self.identity])
+
+
+# The columns of a table's primary key and of its identity's index.
+_KEYS = sql.SQL("""(
+    SELECT i.indisprimary AS is_primary, i.indimmediate AS is_immediate,
+           i.indisreplident AS is_identity, ic.relname AS index_name,
+           ARRAY(SELECT a.attname::text
+                 FROM unnest(i.indkey::int2[]) WITH ORDINALITY AS k(number, place)
+                 JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.number
+                 WHERE k.place <= i.indnkeyatts ORDER BY k.place) AS columns
+    FROM pg_index i JOIN pg_class ic ON ic.oid = i.indexrelid
+    WHERE i.indrelid = c.oid AND i.indisvalid)""")
+_TABLE = sql.SQL("""
+SELECT c.oid::int8, n.nspname, c.relname, c.relkind::text, c.relreplident::text,
+       identity.index_name,
+       coalesce(key.columns, '{{}}'),
+       coalesce(CASE WHEN key.is_immediate THEN key.columns END, '{{}}'),
+       coalesce(identity.columns, '{{}}'),
+       pg_has_role(c.relowner, 'USAGE'),
+       ARRAY(SELECT ARRAY[pn.nspname::text, p.relname::text]
+             FROM pg_partition_ancestors(c.oid) WITH ORDINALITY AS up(oid, place)
+             JOIN pg_class p ON p.oid = up.oid JOIN pg_namespace pn ON pn.oid = p.relnamespace
+             WHERE up.oid <> c.oid ORDER BY place)
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+LEFT JOIN LATERAL (SELECT columns, is_immediate FROM {keys} AS k WHERE is_primary) AS key ON true
+LEFT JOIN LATERAL (SELECT columns, index_name FROM {keys} AS k WHERE is_identity) AS identity
+    ON true
+WHERE {condition} AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
+""")
+_COLUMNS = """
+SELECT attname, atttypid::int8, attgenerated::text, attnum FROM pg_attribute
+WHERE attrelid = %s AND attnum > 0 AND NOT attisdropped ORDER BY attnum
+"""
+
+
+class _Connection(psycopg.Connection[Any]):
+    """A connection whose statements have an end, also where the server says nothing any more.
+
+    (`statement_timeout` is the server's, and whoever is cut off from it does not hear of it.)
+    """
+
+    #: Seconds that a statement may take.
+    patience = float("inf")
+
+    def wait(self, gen: Generator[Any, Any, Any], *how: Any, **more: Any) -> Any:
+        """Wait for a statement, as psycopg does. Raises `OperationalError` when it takes long."""
+        return super().wait(self._impatient(gen), *how, **more)
+
+    def _impatient(self, generator: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+        deadline = time.monotonic() + self.patience
+        try:
+            wanted = next(generator)
+            while True:
+                ready = yield wanted
+                if not ready and time.monotonic() > deadline:
+                    self.close()
+                    raise psycopg.OperationalError(
+                        f"a statement has not been answered for {self.patience:.0f} s"
+                    )
+                wanted = generator.send(ready)
+        except StopIteration as done:
+            return done.value
+
+
+def connect(dsn: str, patience: float = float("inf")) -> psycopg.Connection[Any]:
+    """The ordinary connection beside the replication connection.
+
+    A statement may take `patience` seconds, then the connection is closed.
+    Raises `ReplicationError` if the server cannot be reached.
+    """
+    try:
+        connection = _Connection.connect(pinned(dsn), autocommit=True)
+    except psycopg.OperationalError as error:
+        raise unreachable(error, dsn) from None
+    connection.patience = patience
+    return connection
+
+
+def find(connection: psycopg.Connection[Any], name: TableName) -> CatalogTable | None:
+    """A table, view or foreign table by its name."""
+    condition = sql.SQL("n.nspname = %s AND c.relname = %s")
+    return _read(connection, condition, [name.schema, name.name])
+
+
+def describe(connection: psycopg.Connection[Any], oid: int) -> CatalogTable | None:
+    """A table by its OID; None if it has been dropped."""
+    return _read(connection, sql.SQL("c.oid = %s"), [oid])
+
+
+def _tree(root: str) -> str:
+    """A table and all its partitions.
+
+    pg_partition_tree() waits for whoever has locked one of them: a VACUUM FULL, a migration.
+    """
+    return f"""(
+         WITH RECURSIVE tree AS (
+             SELECT oid, relkind, relreplident, relpersistence, relname, relnamespace
+             FROM pg_class WHERE oid = {root}
+             UNION ALL
+             SELECT p.oid, p.relkind, p.relreplident, p.relpersistence, p.relname, p.relnamespace
+             FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid AND NOT i.inhdetachpending
+             JOIN pg_class p ON p.oid = i.inhrelid AND p.relispartition)
+         SELECT * FROM tree)"""  # noqa: S608 - our own words
+
+
+_LEAVES = f"SELECT oid::int8 FROM {_tree('%s')} AS t WHERE relkind <> 'p' ORDER BY 1"  # noqa: S608
+_UNLOGGED = f"""
+SELECT n.nspname, t.relname FROM {_tree("%s")} AS t JOIN pg_namespace n ON n.oid = t.relnamespace
+WHERE t.relpersistence = 'u' AND (t.relkind <> 'p' OR t.oid = %s) LIMIT 1
+"""  # noqa: S608
+
+
+def leaves(connection: psycopg.Connection[Any], table: CatalogTable) -> list[CatalogTable]:
+    """The tables that hold its rows: its leaf partitions, or itself."""
+    if table.kind != PARTITIONED:
+        return [table]
+    rows = connection.execute(_LEAVES.encode(), [table.oid]).fetchall()
+    found = [describe(connection, oid) for (oid,) in rows]
+    return [leaf for leaf in found if leaf is not None and leaf.kind != PARTITIONED]
+
+
+def unlogged(connection: psycopg.Connection[Any], table: CatalogTable) -> TableName | None:
+    """The table, or a partition of it, whose rows are not in the WAL."""
+    row = connection.execute(_UNLOGGED.encode(), [table.oid, table.oid]).fetchone()
+    return TableName(*row) if row else None
+
+
+_ATTACHED = """
+SELECT n.nspname, c.relname FROM pg_class c
+JOIN pg_namespace n ON n.oid = c.relnamespace
+JOIN pg_attribute made ON made.attrelid = c.oid AND made.attname = 'tableoid'
+WHERE c.oid = ANY(%s::int8[]::oid[]) AND EXISTS (
+    SELECT FROM pg_partition_ancestors(c.oid) ancestor
+    JOIN pg_inherits i ON i.inhrelid = ancestor.relid WHERE age(i.xmin) < age(made.xmin))
+ORDER BY 1, 2
+"""
+
+
+def attached(connection: psycopg.Connection[Any], partitions: Iterable[int]) -> list[TableName]:
+    """Those of these partitions that were tables before, by what the catalog tells of when the
+    rows of a table were made (`tableoid`'s stay as they are) and when it became a partition."""
+    rows = connection.execute(_ATTACHED.encode(), [list(partitions)]).fetchall()
+    return [TableName(*row) for row in rows]
+
+
+_FINGERPRINT = f"""
+SELECT concat_ws(' | ',
+    (SELECT string_agg(concat_ws(' ', c.oid, parts.list, made.count), ',' ORDER BY c.oid)
+     FROM unnest(%s::text[], %s::text[]) AS wanted(schema, name)
+     JOIN pg_namespace n ON n.nspname = wanted.schema
+     JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name
+     LEFT JOIN LATERAL (
+         SELECT string_agg(concat_ws(' ', t.oid, t.relreplident, t.relpersistence, i.indkey,
+                                     i.indimmediate), '+' ORDER BY t.oid, i.indisprimary) AS list
+         FROM {_tree("c.oid")} AS t
+         LEFT JOIN pg_index i ON i.indrelid = t.oid AND (i.indisprimary OR i.indisreplident)
+     ) AS parts ON true
+     LEFT JOIN LATERAL (
+         SELECT count(*) FROM pg_attribute
+         WHERE attrelid = c.oid AND attgenerated = 'v') AS made ON true),
+    (SELECT string_agg(concat_ws(' ', p.oid, hashtextextended(concat(to_jsonb(p), to_jsonb(r)), 0),
+                                 named.list, {{schemas}}), ',' ORDER BY p.oid, r.prrelid)
+     FROM pg_publication p LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid
+     LEFT JOIN LATERAL (
+         SELECT string_agg(concat(a.attnum, a.attname), '+' ORDER BY a.attnum) AS list
+         FROM pg_depend d
+         JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
+         WHERE d.classid = 'pg_publication_rel'::regclass AND d.objid = r.oid
+         AND d.refclassid = 'pg_class'::regclass AND d.refobjsubid > 0) AS named ON true
+     WHERE p.pubname = ANY(%s)))
+"""  # noqa: S608
+
+
+_OF_SCHEMAS = """(SELECT string_agg(s.pnnspid::text, '+' ORDER BY s.pnnspid)
+                   FROM pg_publication_namespace s WHERE s.pnpubid = p.oid)"""
+
+
+# The attributes of composite types that these tables have columns of, and what those are made of;
+# types that come with PostgreSQL (OIDs below 16384) stay as they are.
+_ATTRIBUTES = """
+WITH RECURSIVE used(oid) AS (
+    SELECT a.atttypid FROM unnest(%s::text[], %s::text[]) AS wanted(schema, name)
+    JOIN pg_namespace n ON n.nspname = wanted.schema
+    JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name
+    JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND a.atttypid >= 16384
+    UNION
+    SELECT made.oid FROM used JOIN pg_type t ON t.oid = used.oid
+    LEFT JOIN pg_attribute a ON a.attrelid = t.typrelid AND a.attnum > 0
+    CROSS JOIN LATERAL (VALUES (t.typbasetype), (t.typelem), (a.atttypid)) AS made(oid)
+    WHERE made.oid >= 16384)
+SELECT hashtextextended(string_agg(concat_ws(' ', a.attrelid, a.attnum, a.attname, a.atttypid),
+                                   ',' ORDER BY a.attrelid, a.attnum), 0)
+FROM used JOIN pg_type t ON t.oid = used.oid
+JOIN pg_attribute a ON a.attrelid = t.typrelid AND a.attnum > 0
+"""
+
+
+def fingerprint(
+    connection: psycopg.Connection[Any], tables: Iterable[TableName], publications: Sequence[str]
+) -> str:
+    """Changes when one of these tables is made, dropped or renamed, gets partitions, or another
+    key or identity, also of a partition, when these publications are altered, when a column is
+    renamed that they name, and when a composite type is altered that a column is of. It locks no
+    table, so nobody who has locked one is waited for."""
+    names = sorted(set(tables), key=str)
+    parameters = [[n.schema for n in names], [n.name for n in names], list(publications)]
+    schemas = _OF_SCHEMAS if connection.info.server_version >= 150000 else "NULL"
+    query = _FINGERPRINT.format(schemas=schemas).encode()
+    row = connection.execute(query, parameters).fetchone()
+    made = connection.execute(_ATTRIBUTES.encode(), parameters[:2]).fetchone()
+    return str([*(row or ()), *(made or ())])
+
+
+_PUBLISHED = """
+WITH named(oid) AS (SELECT %s::oid UNION SELECT relid FROM pg_partition_ancestors(%s))
+SELECT 1 FROM pg_publication p
+WHERE (p.pubupdate OR p.pubdelete) AND p.pubname <> ALL(%s) AND (p.puballtables
+    OR EXISTS (SELECT FROM pg_publication_rel r JOIN named ON named.oid = r.prrelid
+               WHERE r.prpubid = p.oid){schemas})
+"""
+_SCHEMAS = """
+    OR EXISTS (SELECT FROM pg_publication_namespace s JOIN pg_class c ON c.relnamespace = s.pnnspid
+               JOIN named ON named.oid = c.oid WHERE s.pnpubid = p.oid)"""
+
+
+def published(connection: psycopg.Connection[Any], oid: int, apart: Sequence[str]) -> bool:
+    """Whether a publication of updates or deletes, apart from these, has the table.
+
+    (pg_publication_tables waits for whoever has locked any of all these tables.)
+    """
+    schemas = _SCHEMAS if connection.info.server_version >= 150000 else ""
+    query = _PUBLISHED.format(schemas=schemas).encode()
+    return connection.execute(query, [oid, oid, list(apart)]).fetchone() is not None
+
+
+def is_visible(connection: psycopg.Connection[Any], xid: int) -> bool:
+    """Whether others see what a transaction did, which replication may tell of before.
+
+    Source: PostgreSQL documentation, "System Information Functions" (pg_current_snapshot).
+    """
+    row = connection.execute("SELECT pg_current_snapshot()::text").fetchone()
+    assert row is not None
+    _, latest, running = row[0].split(":")
+    # Replication tells the lower 32 bits; they are of the transaction next to the latest ones.
+    full = int(latest) + (xid - int(latest) + (1 << 31)) % (1 << 32) - (1 << 31)
+    return full < int(latest) and str(full) not in running.split(",")
+
+
+def _read(
+    connection: psycopg.Connection[Any], condition: sql.SQL, parameters: list[Any]
+) -> CatalogTable | None:
+    query = _TABLE.format(keys=_KEYS, condition=condition)
+    row = connection.execute(query, parameters).fetchone()
+    if row is None:
+        return None
+    oid, schema, name, kind, identity, index, primary, usable, other, owned, ancestors = row
+    columns = connection.execute(_COLUMNS.encode(), [oid]).fetchall()
+    return CatalogTable(
+        oid,
+        TableName(schema, name),
+        kind,
+        identity,
+        index,
+        tuple(primary),
+        tuple(usable),
+        tuple(other),
+        owned,
+        {name: CatalogColumn(name, *described) for name, *described in columns},
+        tuple(TableName(*ancestor) for ancestor in ancestors),
+    )

@@ -1,0 +1,1 @@
+"""Set PostgreSQL up: publications, replica identities, and the checks that come first."""

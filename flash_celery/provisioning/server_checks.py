@@ -1,0 +1,171 @@
+"""The server and the role: whether logical replication is possible there at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from ..errors import CatalogError, ConfigurationError, ReplicationError
+from ..postgres.stream import ReplicationConnection
+from ..settings import Settings
+from . import standby_checks
+from .findings import OK, STOP, WARNING, Finding, stop
+
+_OLDEST = 140000
+#: Files and sockets that a replication worker has open beside its spools.
+_OTHER_FILES = 100
+_ROLE = """
+SELECT current_user::text, current_database()::text,
+       rolreplication OR rolsuper OR EXISTS (
+           SELECT 1 FROM pg_roles g
+           WHERE g.rolname = 'rds_replication' AND pg_has_role(g.oid, 'MEMBER')),
+       has_database_privilege(current_database(), 'CREATE')
+FROM pg_roles WHERE rolname = current_user
+"""
+
+
+@dataclass(frozen=True)
+class Role:
+    """Who is connected to which database, and what that role may do there."""
+
+    name: str
+    database: str
+    replicates: bool
+    creates: bool
+
+    @classmethod
+    def of(cls, connection: psycopg.Connection[Any]) -> Role:
+        """The role of a connection."""
+        row = connection.execute(_ROLE).fetchone()
+        assert row is not None
+        return cls(*row)
+
+    def __str__(self) -> str:
+        """Its name as SQL has it."""
+        return sql.Identifier(self.name).as_string(None)
+
+    def finding(self) -> Finding:
+        """Whether it may replicate."""
+        if self.replicates:
+            return Finding("role", OK, f"{self.name} may replicate")
+        error = CatalogError(
+            f"The role {self.name} may not replicate: ALTER ROLE {self} REPLICATION; "
+            f"(on RDS: GRANT rds_replication TO {self};)"
+        )
+        return stop("role", error)
+
+
+def findings(connection: psycopg.Connection[Any], settings: Settings) -> Iterator[Finding]:
+    """Its version, whether it is a standby, and its settings."""
+    version, shown = connection.info.server_version, _setting(connection, "server_version")
+    if version < _OLDEST:
+        error = ConfigurationError(f"PostgreSQL {shown} is too old; 14 to 18 are supported.")
+        yield stop("server", error)
+        return
+    yield Finding("server", OK, f"PostgreSQL {shown}")
+    if is_standby(connection):
+        yield from standby_checks.reading(connection, settings)
+    elif settings.flash_failover_slot and version < standby_checks.FAILOVER_SINCE:
+        error = ConfigurationError(
+            f"flash_failover_slot needs PostgreSQL 17 or later, and this is {shown}: leave it "
+            "out; after a failover the slot is gone."
+        )
+        yield stop("failover", error)
+    yield from _wal(connection)
+
+
+def is_standby(connection: psycopg.Connection[Any]) -> bool:
+    """Whether it cannot be written."""
+    return connection.execute("SELECT pg_is_in_recovery()").fetchone() == (True,)
+
+
+def _wal(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
+    level = _setting(connection, "wal_level")
+    if level != "logical":
+        error = ConfigurationError(
+            f"wal_level is {level}, and reading changes needs logical: "
+            "ALTER SYSTEM SET wal_level = 'logical'; then restart PostgreSQL."
+        )
+        yield stop("wal_level", error)
+    else:
+        yield Finding("wal_level", OK, "logical")
+    if _setting(connection, "server_encoding") == "SQL_ASCII":
+        yield Finding(
+            "encoding",
+            WARNING,
+            "SQL_ASCII: a change with text that is not UTF-8 will stop replication; dump the "
+            "database and restore it into one with ENCODING 'UTF8'",
+        )
+    kept = _setting(connection, "max_slot_wal_keep_size")
+    if kept == "-1":
+        yield Finding(
+            "max_slot_wal_keep_size",
+            WARNING,
+            "unlimited: while nothing reads the slot, WAL piles up until the disk is full; a "
+            "limit (ALTER SYSTEM SET max_slot_wal_keep_size = '50GB') loses the slot instead",
+        )
+    else:
+        yield Finding("max_slot_wal_keep_size", OK, kept)
+
+
+def open_files(connection: psycopg.Connection[Any], settings: Settings) -> Iterator[Finding]:
+    """A streamed transaction that is not small is a file as long as it is open."""
+    limit = _most_files()
+    if not settings.flash_use_streaming or not limit:
+        return
+    names = "max_connections", "max_prepared_transactions"
+    most = sum(int(_setting(connection, name)) for name in names)
+    if limit < most + _OTHER_FILES:
+        message = (
+            f"{limit} may be open, and up to {most} transactions ({' and '.join(names)}) "
+            f"may be spooled at once: ulimit -n {most + _OTHER_FILES} (systemd: LimitNOFILE)"
+        )
+        yield Finding("files", WARNING, message)
+
+
+def room_for_a_slot(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
+    """Whether one more slot can be made, and read."""
+    for setting, used in (
+        ("max_replication_slots", "pg_replication_slots"),
+        ("max_wal_senders", "pg_stat_replication"),
+    ):
+        limit = int(_setting(connection, setting))
+        query = sql.SQL("SELECT count(*) FROM {}").format(sql.Identifier(used))
+        (taken,) = connection.execute(query).fetchone() or (0,)
+        if taken >= limit:
+            error = ConfigurationError(
+                f"All {limit} of {setting} are in use; drop one, or "
+                f"ALTER SYSTEM SET {setting} = {limit + 5}; then restart PostgreSQL."
+            )
+            yield stop(setting, error)
+        else:
+            yield Finding(setting, OK, f"{taken} of {limit} in use")
+
+
+def can_stream(settings: Settings) -> Finding:
+    """Whether a replication connection can be made; poolers do not carry one."""
+    try:
+        ReplicationConnection(settings.require_dsn()).close()
+    except ReplicationError as error:
+        dsn = settings.called("flash_dsn")
+        hint = f"; {dsn} must lead to PostgreSQL itself, not to a pooler, and pg_hba.conf let it"
+        return Finding("replication connection", STOP, f"{str(error)[:-1]}{hint}", error)
+    return Finding("replication connection", OK, "can be made")
+
+
+def _setting(connection: psycopg.Connection[Any], name: str) -> str:
+    row = connection.execute("SELECT current_setting(%s, true)", [name]).fetchone()
+    return str(row[0] if row else None)
+
+
+def _most_files() -> int:
+    """How many files this process may have open; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return max(0, resource.getrlimit(resource.RLIMIT_NOFILE)[0])

@@ -1,0 +1,1 @@
+"""Messages to the broker, on a thread of its own."""

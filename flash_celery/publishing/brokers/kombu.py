@@ -1,0 +1,48 @@
+"""Any other transport of kombu's: one message at a time through its producer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kombu.messaging import Producer
+
+from ...messages.templates import Message
+from .base import ConnectedPublisher
+
+
+class KombuPublisher(ConnectedPublisher):
+    """A message counts as confirmed when the transport's publish returns."""
+
+    def publish(self, messages: Sequence[Message]) -> None:
+        """Publish one after another. Raises `PublishError`."""
+        self.confirmed = 0
+        with self.errors():
+            producer = Producer(self._channel, auto_declare=False)
+            for message in messages:
+                producer.publish(
+                    message.body,
+                    routing_key=message.queue,
+                    exchange="",
+                    content_type=message.content_type,
+                    content_encoding=message.content_encoding,
+                    headers=dict(message.headers),
+                    **message.properties,
+                )
+                self.confirmed += 1
+
+    def unpark(
+        self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
+    ) -> bool:
+        """Move the oldest one. Raises `PublishError`."""
+        with self.errors():
+            message = self._channel.basic_get(queue, no_ack=False)
+            if message is None:
+                return False
+            moved = [restored(message)]
+            if admit(moved):
+                self.publish(moved)
+                self._channel.basic_ack(message.delivery_tag)
+            else:
+                self._channel.basic_reject(message.delivery_tag, requeue=True)
+        return True

@@ -1,0 +1,67 @@
+"""A broker in a list, for tests: the same promises without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ...errors import PublishError, Unroutable
+from ...messages.deduplication import Enqueued, Lease
+from ...messages.templates import Message
+
+
+class MemoryPublisher:
+    """Keeps what was published in `queues`; `broken` makes it refuse."""
+
+    def __init__(self) -> None:
+        self.queues: dict[str, list[Message]] = {}
+        self.broken = False
+        self._open = False
+
+    def open(self, queues: Sequence[Any]) -> None:
+        """Declare the queues. Raises `PublishError` while broken."""
+        if self.broken:
+            raise PublishError("The broker in memory is broken.")
+        self._open = True
+        for queue in queues:
+            self.queues.setdefault(queue.name, [])
+
+    def claim(self, lease: Lease) -> Enqueued:
+        """Begin a session; nothing is known of earlier ones."""
+        return Enqueued({}, ())
+
+    def publish(self, messages: Sequence[Message]) -> None:
+        """Keep them. Raises `PublishError` while broken, `Unroutable` for an unknown queue."""
+        if self.broken or not self._open:
+            raise PublishError("The broker in memory is broken.")
+        for message in messages:
+            if message.queue not in self.queues:
+                raise Unroutable(f"The broker has no queue {message.queue}.")
+            self.queues[message.queue].append(message)
+
+    def unpark(
+        self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
+    ) -> bool:
+        """Move the oldest one. Raises `PublishError` while broken."""
+        if not self.depth(queue):
+            return False
+        moved = [restored(self.queues[queue][0])]
+        if admit(moved):
+            self.publish(moved)
+            del self.queues[queue][0]
+        return True
+
+    def check(self) -> None:
+        """Raises `PublishError` while broken."""
+        if self.broken:
+            raise PublishError("The broker in memory is broken.")
+
+    def depth(self, queue: str) -> int:
+        """How many messages are in a queue. Raises `PublishError` while broken."""
+        if self.broken or not self._open:
+            raise PublishError("The broker in memory is broken.")
+        return len(self.queues.get(queue, ()))
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._open = False

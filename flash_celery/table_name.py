@@ -1,0 +1,54 @@
+"""A table's schema and name."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .errors import SubscriptionError
+
+
+@dataclass(frozen=True)
+class TableName:
+    """A table's schema and name, as the catalog spells them."""
+
+    schema: str
+    name: str
+
+    @classmethod
+    def parse(cls, text: str) -> TableName:
+        """Parse a name in SQL's spelling: `orders`, `sales.orders`, `"Sales"."Order lines"`.
+
+        A name without a schema is in `public`. Only quoted names may have dots, colons, spaces or
+        quotes in them. Case is kept either way: `Orders` is `"Orders"`. Raises `SubscriptionError`.
+        """
+        if not _NAME.fullmatch(text):
+            raise SubscriptionError(
+                f"{text!r} is not a table name; "
+                'write orders, sales.orders or "Sales"."Order lines".'
+            )
+        parts = [part for part in _PART.findall(text) if part]
+        unquoted = [p[1:-1].replace('""', '"') if p.startswith('"') else p for p in parts]
+        return cls("public", unquoted[0]) if len(unquoted) == 1 else cls(*unquoted)
+
+    @classmethod
+    def of_db_table(cls, db_table: str) -> TableName:
+        """Read a `Meta.db_table` as Django does: `orders`, or with a schema `"sales"."orders"`."""
+        # Django quotes it as a whole, unless it is quoted already; so sales"."orders has a schema.
+        quoted = db_table.startswith('"') and db_table.endswith('"')
+        text = db_table if quoted else f'"{db_table}"'
+        return cls.parse(text) if _NAME.fullmatch(text) else cls("public", db_table)
+
+    def __str__(self) -> str:
+        return ".".join(_quote(part) for part in (self.schema, self.name))
+
+
+_UNIT = r'(?:"(?:[^"]|"")+"|[^\s".:]+)'
+_NAME = re.compile(rf"{_UNIT}(?:\.{_UNIT})?")
+_PART = re.compile(_UNIT)
+
+
+def _quote(identifier: str) -> str:
+    if re.fullmatch(r"[^\s\".:]+", identifier):
+        return identifier
+    return '"' + identifier.replace('"', '""') + '"'

@@ -1,0 +1,1 @@
+"""PostgreSQL's text to Python values, and how values compare."""

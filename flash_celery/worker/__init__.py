@@ -1,0 +1,1 @@
+"""The replication worker: the process that wires capture to publishing."""
