@@ -17,6 +17,7 @@ from flash_celery.conditions.lookups import LOOKUPS
 from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.settings import Settings
+from tests.docs.claims import proofs, unproved, written_tests
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -93,33 +94,27 @@ def test_every_attribute_and_lookup_is_documented():
             assert f"__{lookup}" in DOCS["semantics.md"], lookup
 
 
-def claims(text):
-    """Each paragraph, table and bullet, and the tests that prove it: comments right after it."""
-    found = []
-    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    for block in re.split(r"\n\s*\n|\n(?=- )", text):
-        tests = re.findall(r"<!-- test: (\w+) -->", block)
-        said = re.sub(r"<!--.*?-->|^#.*", "", block, flags=re.MULTILINE).strip()
-        if said:
-            found.append((said, tests))
-        elif tests:
-            found[-1][1].extend(tests)
-    return found
-
-
-def written_tests():
-    written = set()
-    for path in (ROOT / "tests").rglob("test_*.py"):
-        written.update(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
-    return written
-
-
 def test_every_claim_of_the_semantics_has_a_test():
-    found = claims(DOCS["semantics.md"])
-    assert len(found) > 15
-    for said, tests in found:
-        assert tests, f"Say which test proves it, <!-- test: its_name --> below: {said}"
-    assert {test for _, tests in found for test in tests} <= written_tests()
+    assert unproved(DOCS["semantics.md"], proofs("semantics.md")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("# One\n\nIt is\nblue.\n\n- It is round.\n\n| a | b |\n|---|---|\n| c | d |", None),
+        ("# One\n\nIt is blue.\n\n- It is round.\n\n| a | b |\n|---|---|\n| e | d |", "'One': e"),
+        ("# One\n\nIt is blue.\n- It is round.\n- It is old.\n\n# Two", "It is old."),
+        ("# One\n\nIt is blue.\n\nIt is blue, too.\n\n- It is round.", "two claims"),
+        ("# One\n\nIt was blue.\n\n- It is round.", "no claim 'It is blue'"),
+        ("# Two\n\nIt is blue.\n\n- It is round.", "no claim 'It is blue' under 'One'"),
+    ],
+)
+def test_a_claim_and_its_entry_need_each_other(text, problem):
+    name = "test_a_claim_and_its_entry_need_each_other"
+    entries = {"One": {"It is blue": [name], "It is round": [name], "c": [name]}}
+    found = "\n".join(unproved(text, entries))
+    assert problem in found if problem else not found
+    assert "not there: {'test_nothing'}" in str(unproved(text, {"One": {"c": ["test_nothing"]}}))
 
 
 def test_every_row_of_what_happens_when_has_a_test():
