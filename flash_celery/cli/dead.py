@@ -18,15 +18,15 @@ def dead() -> None:
 
 
 def _filters(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say which letters; the command gets a `Wanted`."""
+    """The options that say which letters; the command gets a `DeadLetterFilter`."""
 
     @functools.wraps(function)
     def run(project: Project, *args: Any, **options: Any) -> Any:
-        from ..dead_letters.queue import Wanted
+        from ..dead_letters.queue import DeadLetterFilter
 
         names = ("ids", "handler", "table", "older", "newer")
         given = {name: options.pop(name) for name in names if name in options}
-        return function(project, Wanted.of(**given), *args, **options)
+        return function(project, DeadLetterFilter.parse(**given), *args, **options)
 
     age = "AGE is seconds, or a number with s, m, h or d."
     for option in (
@@ -54,8 +54,10 @@ def dead_list(project: Project, wanted: Any, as_json: bool) -> None:
         return
     for line in letters.table(found) if found else ["no dead letters"]:
         say(line)
-    if box.strangers:
-        click.echo(f"{box.strangers} other messages are in the queue; they stay there.", err=True)
+    if box.other_messages:
+        click.echo(
+            f"{box.other_messages} other messages are in the queue; they stay there.", err=True
+        )
 
 
 @dead.command("show")
@@ -65,11 +67,11 @@ def dead_list(project: Project, wanted: Any, as_json: bool) -> None:
 def dead_show(project: Project, id: str, as_json: bool) -> None:
     """Show a letter with its traceback and its changes; the first 8 characters of its id do."""
     from ..commands import tail
-    from ..dead_letters.queue import Wanted
+    from ..dead_letters.queue import DeadLetterFilter
     from . import letters
 
     box = project.letters()
-    for letter in box.read(box.find(Wanted((id,)))):
+    for letter in box.read(box.find(DeadLetterFilter((id,)))):
         if as_json:
             decoded = {"decoded": letters.changes(letter, tail.line)}
             click.echo(json.dumps(letters.as_json(letter) | decoded, indent=2))
@@ -89,7 +91,7 @@ def _of_some(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(project: Project, wanted: Any, everything: bool, **options: Any) -> Any:
         from ..errors import ConfigurationError
 
-        if wanted.everything and not everything:
+        if wanted.matches_all and not everything:
             raise ConfigurationError(
                 "Say which: ids, --handler, --table, --older, --newer or --all."
             )

@@ -7,13 +7,13 @@ from dataclasses import asdict
 from typing import Any
 
 from ..dead_letters import letters
-from ..dead_letters.letters import Letter
-from ..dead_letters.queue import SHORT, UNITS
+from ..dead_letters.letters import DeadLetter
+from ..dead_letters.queue import AGE_UNITS, ID_PREFIX_LENGTH
 from ..errors import PayloadError
 from ..escaping import escaped
 
 
-def table(found: Sequence[Letter]) -> list[str]:
+def table(found: Sequence[DeadLetter]) -> list[str]:
     """Letters for people, one a line."""
     rows = [("id", "age", "handler", "change", "error")]
     for one in found:
@@ -27,20 +27,20 @@ def table(found: Sequence[Letter]) -> list[str]:
     return said
 
 
-def _short(letter: Letter, found: Sequence[Letter]) -> str:
-    short = letter.id[:SHORT]
+def _short(letter: DeadLetter, found: Sequence[DeadLetter]) -> str:
+    short = letter.id[:ID_PREFIX_LENGTH]
     alone = len({other.id for other in found if other.id.startswith(short)}) == 1
     return short if alone else letter.id
 
 
 def _age(seconds: float) -> str:
-    for unit, size in reversed(UNITS.items()):
+    for unit, size in reversed(AGE_UNITS.items()):
         if seconds >= size:
             return f"{seconds / size:.0f}{unit}"
     return "0s"
 
 
-def whole(letter: Letter, line: Callable[[Any], str]) -> list[str]:
+def whole(letter: DeadLetter, line: Callable[[Any], str]) -> list[str]:
     """Everything about one letter, for people; `line` says what a change is."""
     facts = {
         "id": letter.id,
@@ -63,10 +63,10 @@ def whole(letter: Letter, line: Callable[[Any], str]) -> list[str]:
     return said
 
 
-def changes(letter: Letter, line: Callable[[Any], str]) -> list[str]:
+def changes(letter: DeadLetter, line: Callable[[Any], str]) -> list[str]:
     """What it was about, each change in a line; what cannot be decoded is said so."""
     try:
-        found = letters.contents(letter)
+        found = letters.changes_of(letter)
     except PayloadError as error:
         return [letter.argsrepr, str(error)]
     said = []
@@ -78,7 +78,7 @@ def changes(letter: Letter, line: Callable[[Any], str]) -> list[str]:
     return said
 
 
-def as_json(letter: Letter) -> dict[str, Any]:
+def as_json(letter: DeadLetter) -> dict[str, Any]:
     """A letter without its message, ready for JSON."""
     found = asdict(letter)
     for name in ("headers", "body", "binary", "content_type", "content_encoding"):

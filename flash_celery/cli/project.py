@@ -65,9 +65,9 @@ class Project:
         return TableName.parse(table)
 
     def letters(self) -> Any:
-        from ..dead_letters.queue import LetterBox
+        from ..dead_letters.queue import DeadLetterQueue
 
-        return LetterBox(self.app, self.settings.flash_dead_queue)
+        return DeadLetterQueue(self.app, self.settings.flash_dead_queue)
 
 
 def _complain(message: str, as_json: bool) -> None:

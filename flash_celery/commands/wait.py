@@ -12,7 +12,7 @@ import psycopg
 from psycopg import errors as postgres
 
 from ..dead_letters import letters
-from ..dead_letters.queue import LetterBox, Wanted
+from ..dead_letters.queue import DeadLetterFilter, DeadLetterQueue
 from ..errors import CatalogError, ConfigurationError, NotDone, PayloadError
 from ..handlers.decorators import subscriptions_of
 from ..messages.templates import Templates
@@ -119,10 +119,10 @@ class _Wait:
 
     def _no_letters(self) -> None:
         """Raise `NotDone` for changes that have failed for good."""
-        box = LetterBox(self.app, self.settings.flash_dead_queue)
+        box = DeadLetterQueue(self.app, self.settings.flash_dead_queue)
         if not box.count():
             return
-        mine = [one for one in box.find(Wanted()) if one.handler in self.handlers]
+        mine = [one for one in box.find(DeadLetterFilter()) if one.handler in self.handlers]
         read = (one for one in box.read(mine) if self._concerns(one))
         if dead := sorted({one.handler for one in read}):
             raise NotDone(
@@ -130,9 +130,9 @@ class _Wait:
                 "see `flash dead list`, and retry or drop them."
             )
 
-    def _concerns(self, letter: letters.Letter) -> bool:
+    def _concerns(self, letter: letters.DeadLetter) -> bool:
         try:
-            changes = letters.contents(letter)
+            changes = letters.changes_of(letter)
         except PayloadError:
             return True  # nobody knows
         lsn = oldest(changes, self.settings.source)

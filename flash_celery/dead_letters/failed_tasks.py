@@ -1,8 +1,25 @@
-"""What a Celery worker does with a handler's task that fails for good: it becomes a dead letter.
+"""What happens to a handler's task that fails for good: a Celery worker makes it a dead letter.
 
-The worker's main process writes it, in the place where Celery acknowledges messages: a message is
-acknowledged once its letter is on the broker, and goes back to its queue if it cannot be put there.
-Celery imports this module for the strategy of handlers, when a worker starts.
+The flow, all of it in the main process of a Celery worker:
+
+1. When the worker starts, Celery calls `strategy` for each task with an `on_change` or `on_message`
+   (`handlers.decorators` sets the task's `Strategy`). It makes `HandlerRequest` the task's class of
+   requests, and checks each message before Celery decodes it.
+2. Celery runs the task. While `autoretry_for` or `retry()` still retries it, nothing happens here.
+3. When it has failed for good, Celery calls `HandlerRequest.on_failure`, which publishes the dead
+   letter to the queue `flash_dead_queue` and waits for the broker's confirm.
+4. Only then is the task's message acknowledged. If the broker cannot store the dead letter, the
+   message is requeued, and the task runs again. So a failed task can leave two dead letters, but
+   never none.
+
+Two cases take another way:
+
+- The worker process that runs the task dies (killed, out of memory). The message is published again
+  with a counter in its headers; after `flash_max_deaths` deaths the task becomes a dead letter.
+- The message cannot be read (forged, or of an unknown content type). Celery would discard it, or
+  end the worker; it becomes a dead letter at once.
+
+`queue` reads the dead letters and retries them. A task with a `Strategy` of its own has none.
 """
 
 from __future__ import annotations
@@ -29,48 +46,53 @@ from ..publishing import brokers, declared_queues
 from ..publishing.brokers.base import Publisher
 from ..settings import Settings
 from . import letters
-from .letters import Letter
+from .letters import DeadLetter
 
 logger = logging.getLogger(__package__)
 
-#: Seconds for which the broker is tried before a message goes back to its queue.
-_PATIENCE = 5.0
-#: What stands before the routing key of a message that RabbitMQ has held back: its delay in binary.
+#: Seconds to retry publishing before the task's message is requeued.
+_PUBLISH_SECONDS = 5.0
+#: What Celery's native delayed delivery (RabbitMQ) puts before a routing key: the delay in binary.
 _DELAY = re.compile(r"(?:[01]\.){28}")
+#: What Celery raises for malformed headers, which would end the worker.
+_MALFORMED = (InvalidTaskError, AttributeError, LookupError, OverflowError, TypeError, ValueError)
+#: The errors of a task whose worker process has ended.
+_PROCESS_ENDED = (WorkerLostError, SystemExit, KeyboardInterrupt)
 
 
 def strategy(task: Any, app: Any, consumer: Any) -> Any:
-    """Celery's own strategy, for a task that handles changes."""
-    _give_request(task)
-    inner = default(task, app, consumer)
-    dead = _put_back(consumer, "dead letters, which no worker can run", "flash dead list")
-    consumer.strategies.setdefault(letters.TASK, dead)
+    """Return the function with which a worker receives the messages of a handler's task.
 
-    put_back = _put_back(consumer, "what is parked for a paused handler", "flash status")
+    Celery calls this for `task.Strategy` when a worker starts. The function does what Celery's own
+    does, and makes a dead letter of a message that it cannot read.
+    """
+    _set_request_class(task)
+    receive_valid = default(task, app, consumer)
+    stop_dead = _stop_consuming(
+        consumer, "dead letters, which no worker can run", "flash dead list"
+    )
+    stop_held = _stop_consuming(consumer, "held messages of a paused handler", "flash status")
+    consumer.strategies.setdefault(letters.TASK, stop_dead)
 
     def receive(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any) -> Any:
         if PARKED in message.headers:
-            return put_back(message, body, ack, reject, callbacks)
+            return stop_held(message, body, ack, reject, callbacks)
         try:
-            _read(message)
+            _check(message)
         except Exception as error:
-            return _unreadable(app, consumer, message, error, ack, reject)
+            return _on_unreadable(app, consumer, message, error, ack, reject)
         try:
-            return inner(message, body, ack, reject, callbacks)
+            return receive_valid(message, body, ack, reject, callbacks)
         except _MALFORMED as error:
             if message.acknowledged:
-                raise  # it had been read
-            return _unreadable(app, consumer, message, error, ack, reject)
+                raise  # the message was read; the error is not about it
+            return _on_unreadable(app, consumer, message, error, ack, reject)
 
     return receive
 
 
-#: What Celery raises on headers that nobody wrote who means well. It would end the worker.
-_MALFORMED = (InvalidTaskError, AttributeError, LookupError, OverflowError, TypeError, ValueError)
-
-
-def _read(message: Any) -> None:
-    """Raise here what would end in Celery throwing the message away, or in the worker's end."""
+def _check(message: Any) -> None:
+    """Raise for a message that would make Celery discard it or end the worker."""
     if "args" not in message.payload:
         _, keywords, _ = message.payload
         if not isinstance(keywords, dict):
@@ -80,29 +102,37 @@ def _read(message: Any) -> None:
             raise InvalidTaskError(f"invalid time limit {limit!r:.50}")
 
 
-def _unreadable(
+def _on_unreadable(
     app: Any, consumer: Any, message: Any, error: Exception, ack: Any, reject: Any
 ) -> None:
-    text = ExceptionInfo().traceback
-    where = _queue_of(app, message.delivery_info)
-    letter = letters.write(
-        *(message, where, type(error).__name__, str(error), text), worker=str(consumer.hostname)
+    letter = letters.from_message(
+        message,
+        _queue_of(app, message.delivery_info),
+        error=type(error).__name__,
+        text=str(error),
+        traceback=ExceptionInfo().traceback,
+        worker=str(consumer.hostname),
     )
-    if _bury(app, letter):
+    if _store(app, letter):
         ack(logger, consumer.connection_errors)
     else:
         reject(logger, consumer.connection_errors, True)
 
 
-def _put_back(consumer: Any, what: str, see: str) -> Any:
-    """What a worker does that consumes what is for nobody: stop doing so, and leave it there."""
+def _stop_consuming(consumer: Any, content: str, command: str) -> Any:
+    """Return a function that requeues the message and stops consuming its queue.
+
+    Workers must not consume dead letters or held messages.
+    """
 
     def receive(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any) -> None:
         name = message.delivery_info["routing_key"]
         logger.error(
-            "The queue %s holds %s; this worker consumes it no longer. Take it out of -Q and of "
-            "task_queues; see `%s`",
-            *(escaped(name), what, see),
+            "The queue %s holds %s; this worker has stopped consuming it. Remove the queue from -Q "
+            "and from task_queues; see `%s`",
+            escaped(name),
+            content,
+            command,
         )
         consumer.cancel_task_queue(name)
         reject(logger, consumer.connection_errors, True)
@@ -110,8 +140,8 @@ def _put_back(consumer: Any, what: str, see: str) -> Any:
     return receive
 
 
-def _give_request(task: Any) -> None:
-    """Put ours around the task's own class of requests."""
+def _set_request_class(task: Any) -> None:
+    """Put `HandlerRequest` in front of the task's own class of requests."""
     own = symbol_by_name(task.Request)
     if not issubclass(own, HandlerRequest):
         bases = (HandlerRequest,) if own is Request else (HandlerRequest, own)
@@ -119,114 +149,127 @@ def _give_request(task: Any) -> None:
 
 
 class HandlerRequest(Request):  # type: ignore[misc] # Celery ships no types
-    """A task that a worker has received; its failures become dead letters."""
+    """A task that a worker has received; it becomes a dead letter when it fails for good."""
 
     def on_failure(
         self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
     ) -> Any:
-        """Celery calls this when a task has failed or its process has died, before it acknowledges.
+        """Store the dead letter, then do what Celery does.
 
-        `return_ok` says whether the process lived to record the failure.
+        Celery calls this before it acknowledges the message, when the task has failed or its worker
+        process has died. `return_ok` tells the two apart: the process lived to record the failure.
         """
         error = exc_info.exception
         if isinstance(error, ExceptionWithTraceback):
             error = error.exc
         if isinstance(error, Reject) and isinstance(error.reason, OperationalError):
-            # What Celery raises where it cannot send a retry. It would throw the task away.
+            # Celery could not send a retry and would discard the task.
             self.reject(requeue=True)
-        if self._is_no_failure(error):
+        if not self._failed_for_good(error):
             return super().on_failure(exc_info, send_failed_event, return_ok)
-        lost = isinstance(error, (WorkerLostError, SystemExit, KeyboardInterrupt))
-        if lost and self.task.acks_late:
+        if isinstance(error, _PROCESS_ENDED) and self.task.acks_late:
             deaths = letters.deaths_of(self.message.headers) + 1
             if deaths < _setting(self.app, "flash_max_deaths"):
-                return self._try_again(deaths, error)
-            error = ProcessKilled(f"Its process died {deaths} times, the last time so: {error}")
+                return self._run_again(deaths, error)
+            error = ProcessKilled(
+                f"Its worker process has died {deaths} times, most recently with: {error}"
+            )
             exc_info = _raised(error)
             self.message.headers[letters.DEATHS] = deaths
-        self._bury(error, exc_info.traceback)
+        self._store_dead_letter(error, exc_info.traceback)
         if isinstance(error, MemoryError):
-            # Celery would end the worker, and the next one that gets the task.
+            # Celery would end the worker, then the next one that receives the task.
             exc_info = _raised(RuntimeError(f"MemoryError: {error}"))
         return super().on_failure(exc_info, send_failed_event, return_ok)
 
-    def _is_no_failure(self, error: BaseException) -> bool:
+    def _failed_for_good(self, error: BaseException) -> bool:
         if isinstance(error, (Terminated, Reject, Ignore, Retry)):
-            return True
-        if isinstance(error, (WorkerLostError, SystemExit, KeyboardInterrupt)):
-            # The worker is being stopped, or the task was revoked, or it had succeeded before.
-            # (Celery keeps exit codes there, and 0 is one.)
-            asked = state.should_stop, state.should_terminate
-            stopped = any(code is not None and code is not False for code in asked)
-            stored = getattr(self, "_success_was_stored", bool)  # since Celery 5.7
-            return bool(stopped or self._already_cancelled or self._already_revoked or stored())
-        return False
+            return False
+        if isinstance(error, _PROCESS_ENDED):
+            # Celery keeps exit codes in these two, and 0 is one: the worker is being stopped.
+            exit_codes = (state.should_stop, state.should_terminate)
+            if any(code is not None and code is not False for code in exit_codes):
+                return False
+            return not (self._already_cancelled or self._already_revoked or self._succeeded())
+        return True
+
+    def _succeeded(self) -> bool:
+        """Return whether the task had succeeded before its process ended."""
+        # Celery has the method since 5.7.
+        return bool(hasattr(self, "_success_was_stored") and self._success_was_stored())
 
     @property
-    def _where(self) -> str:
+    def _queue(self) -> str:
         return _queue_of(self.app, self.delivery_info)
 
-    def _try_again(self, deaths: int, error: BaseException) -> None:
-        """Send the message once more, with what it has done in its headers."""
+    def _run_again(self, deaths: int, error: BaseException) -> None:
+        """Publish the message once more, with the number of deaths in its headers."""
         state.task_ready(self)
         logger.error(
-            "%s has ended its process, for the %d. time; it is tried again: %s",
-            *(_shown(self.name, self.id, self.argsrepr), deaths, escaped(str(error))),
+            "The worker process that ran %s has died (death %d of this task); it runs again: %s",
+            _described(self.name, self.id, self.argsrepr),
+            deaths,
+            escaped(str(error)),
         )
-        message = received_again(self.message, self._where, {letters.DEATHS: deaths})
+        message = received_again(self.message, self._queue, {letters.DEATHS: deaths})
         try:
             _sender.send(self.app, message, self.app.amqp.queues[message.queue])
-        except PublishError as failed:
-            logger.error("It goes back to its queue uncounted, for the broker fails: %s", failed)
+        except PublishError as publish_error:
+            logger.error(
+                "The broker has failed, so its message is requeued and the death not counted: %s",
+                publish_error,
+            )
             self.reject(requeue=True)
         else:
             self.acknowledge()
             self.send_event("task-rejected", requeue=True)
 
-    def _bury(self, error: BaseException, traceback: str) -> None:
-        letter = letters.write(
+    def _store_dead_letter(self, error: BaseException, traceback: str) -> None:
+        """Store the dead letter and acknowledge the message, or requeue the message.
+
+        `Request.on_failure`, which runs next, leaves a message alone that is acknowledged.
+        """
+        letter = letters.from_message(
             self.message,
-            self._where,
-            # An exception that cannot be pickled comes in a wrapper.
-            getattr(error, "exc_cls_name", type(error).__name__),
-            str(error),
-            str(traceback),
-            self.args,
-            self.time_start,
-            str(self.hostname),
+            self._queue,
+            # billiard wraps an exception that cannot be pickled.
+            error=getattr(error, "exc_cls_name", type(error).__name__),
+            text=str(error),
+            traceback=str(traceback),
+            arguments=self.args,
+            started_at=self.time_start,
+            worker=str(self.hostname),
         )
-        # What follows finds the message dealt with.
-        if _bury(self.app, letter):
+        if _store(self.app, letter):
             self.acknowledge()
         else:
             self.reject(requeue=True)
 
 
-def _bury(app: Any, letter: Letter) -> bool:
-    """Whether the letter is on the broker."""
+def _store(app: Any, letter: DeadLetter) -> bool:
+    """Publish a dead letter; return whether the broker has confirmed it."""
     name = _setting(app, "flash_dead_queue")
+    task = _described(letter.handler, letter.id, letter.argsrepr)
     try:
-        _sender.send(app, letters.seal(app, letter, name), declared_queues.queue(app, name))
-    except PublishError as failed:
+        _sender.send(app, letters.encode(app, letter, name), declared_queues.queue(app, name))
+    except PublishError as error:
         logger.error(
-            "%s has failed and goes back to its queue, for its dead letter cannot be stored: %s",
-            *(_shown(letter.handler, letter.id, letter.argsrepr), failed),
+            "%s has failed; its message is requeued, because its dead letter cannot be stored: %s",
+            task,
+            error,
         )
         return False
-    logger.error(
-        "%s is a dead letter now: %s",
-        *(_shown(letter.handler, letter.id, letter.argsrepr), escaped(letter.summary)),
-    )
+    logger.error("%s is a dead letter now: %s", task, escaped(letter.summary))
     return True
 
 
-def _shown(handler: object, task_id: object, argsrepr: object) -> str:
-    """A task in a log line; the message says these, whoever wrote it."""
+def _described(handler: object, task_id: object, argsrepr: object) -> str:
+    """Describe a task for the log; its message may be forged, so all of it is escaped."""
     return escaped(f"{handler}[{task_id}] ({argsrepr})")
 
 
 class _Sender:
-    """Publishes for the worker. The pool of threads calls it from several of them."""
+    """A publisher that a worker process keeps open; the threads of a thread pool share it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -235,12 +278,16 @@ class _Sender:
         self._declared: set[str] = set()
 
     def send(self, app: Any, message: Message, queue: Any) -> None:
-        """Return once the broker has confirmed it. Raises `PublishError` after some attempts."""
-        deadline = time.monotonic() + _PATIENCE
+        """Publish a message and wait for the broker's confirm; retry for 5 seconds.
+
+        Raises:
+            PublishError: The broker has not confirmed it.
+        """
+        deadline = time.monotonic() + _PUBLISH_SECONDS
         with self._lock:
             for pause in delays(0.1, 1.0):
                 try:
-                    self._once(app, message, queue)
+                    self._publish(app, message, queue)
                     return
                 except PublishError:
                     self._close()
@@ -248,7 +295,7 @@ class _Sender:
                         raise
                 time.sleep(pause)
 
-    def _once(self, app: Any, message: Message, queue: Any) -> None:
+    def _publish(self, app: Any, message: Message, queue: Any) -> None:
         if self._publisher is None or self._app is not app or queue.name not in self._declared:
             self._close()
             self._app, self._publisher = app, brokers.for_app(app)
@@ -265,25 +312,27 @@ class _Sender:
 _sender = _Sender()
 
 
-def _queue_of(app: Any, delivery: Any) -> str:
-    """The queue a message was in."""
-    exchange, key = delivery.get("exchange"), str(delivery.get("routing_key"))
-    delay = _DELAY.match(key)
-    if delay:  # it came through the exchange of what is delayed
-        key = key[delay.end() :]
+def _queue_of(app: Any, delivery_info: Any) -> str:
+    """Return the name of the queue that a message was in."""
+    exchange = delivery_info.get("exchange")
+    routing_key = str(delivery_info.get("routing_key"))
+    delay = _DELAY.match(routing_key)
+    if delay:  # the message came through Celery's exchange of delayed messages
+        routing_key = routing_key[delay.end() :]
     if exchange:
         for queue in app.amqp.queues.values():
-            if (delay or queue.exchange.name == exchange) and queue.routing_key == key:
+            if (delay or queue.exchange.name == exchange) and queue.routing_key == routing_key:
                 return str(queue.name)
-    return key
+    return routing_key
 
 
 def _setting(app: Any, name: str) -> Any:
-    """One setting, unchecked: a mistake in another one must not keep a letter from its queue."""
+    """Read one setting without checking the others: a mistake there must not lose a dead letter."""
     return app.conf.get(name) or getattr(Settings, name)
 
 
 def _raised(error: BaseException) -> Any:
+    """Raise the error and return billiard's description of it, with a traceback."""
     try:
         raise error
     except BaseException:

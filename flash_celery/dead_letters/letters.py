@@ -1,7 +1,10 @@
-"""Dead letters: what is kept of a task that failed for good, as a message of the queue for them.
+"""The format of a dead letter: the record of a task that failed for good.
 
-The queue holds messages of a task that nobody runs: a worker that consumes the queue by mistake
-puts them back (see `dead`). Version 1; docs/reliability.md says what is in one.
+A dead letter holds the task's message as the worker received it, so that the task can be retried
+unchanged, and the error. It travels as the only argument of a message for the task
+`flash_celery.dead`. No app has a task of that name: a worker that consumes the dead-letter queue by
+mistake requeues the messages (see `failed_tasks`). This is version 1 of the format;
+docs/reliability.md describes the fields.
 """
 
 from __future__ import annotations
@@ -23,52 +26,63 @@ from ..messages.templates import PARKED, Form, Message
 from ..table_name import TableName
 
 VERSION = 1
-#: The name in the headers of the messages. No app has a task of this name.
+#: The task name in the headers of a dead letter's message. No app has a task of this name.
 TASK = "flash_celery.dead"
-#: How often the process of a task has died, in the headers of its message.
+#: The header of a task message that counts the worker processes that died while running the task.
 DEATHS = "flash_deaths"
-#: When a task failed for good for the first time, in the headers of its message.
+#: The header of a task message with the time at which the task first failed for good.
 FIRST_FAILED = "flash_first_failed_at"
 
 _PERSISTENT = 2
-#: How many characters of a traceback and of an error are kept, and how many ids of a batch.
-_TRACEBACK, _MESSAGE, _IDS = 16_000, 2_000, 100
-#: Headers that say how a message travelled, or when it should have run.
-_NOT_KEPT = {"compression", "eta", "expires", "retries", DEATHS, FIRST_FAILED, PARKED}
+#: The most characters kept of a traceback.
+_MAX_TRACEBACK = 16_000
+#: The most characters kept of an error's text.
+_MAX_ERROR_TEXT = 2_000
+#: The most change ids kept of a batch.
+_MAX_CHANGE_IDS = 100
+#: The most characters kept of an `argsrepr`.
+_MAX_ARGSREPR = 200
+#: Headers of one delivery (its schedule, its transport), which a retry must not repeat.
+_DROPPED_HEADERS = {"compression", "eta", "expires", "retries", DEATHS, FIRST_FAILED, PARKED}
 
 
 @dataclass(frozen=True)
-class Letter:
-    """A task that failed for good, with its message as it was received."""
+class DeadLetter:
+    """A task that failed for good, with its message as the worker received it."""
 
+    #: The task's id.
     id: str
+    #: The task's name.
     handler: str
-    #: The queue it came from, and its priority there.
+    #: The queue the message came from, and the message's priority there.
     queue: str
     priority: int | None
-    #: Type of the exception, what it says, and the traceback.
+    #: The exception's class name, text and traceback.
     error: str
     message: str
     traceback: str
-    #: Times are ISO 8601, UTC. `started_at` is of the last attempt.
+    #: Times are ISO 8601 in UTC. `started_at` is when the last attempt started.
     failed_at: str
     first_failed_at: str
     started_at: str | None
-    #: Retries before it failed, and processes it has ended.
+    #: How many times Celery retried the task before it failed.
     retries: int
+    #: How many worker processes died while running the task.
     deaths: int
+    #: Host name of the worker.
     worker: str
-    #: What the changes are; empty where the message cannot be read.
+    #: The tables and ids of the changes; empty if the message cannot be read.
     tables: list[str]
     changes: list[str]
+    #: The number of changes; `changes` lists the first 100.
     count: int
     commit_lsn: str | None
     committed_at: str | None
     argsrepr: str
-    #: The message.
+    #: The headers and the body of the task's message.
     headers: dict[str, Any] = field(repr=False)
     body: str = field(repr=False)
-    #: Whether the body is in base64, for it is no text.
+    #: Whether `body` is in base64, because it is not UTF-8 text.
     binary: bool
     content_type: str
     content_encoding: str
@@ -76,41 +90,53 @@ class Letter:
     @property
     def summary(self) -> str:
         """The error in one line."""
-        first = self.message.strip().splitlines()[:1]
-        return f"{self.error}: {first[0]}" if first else self.error
+        first_lines = self.message.strip().splitlines()[:1]
+        return f"{self.error}: {first_lines[0]}" if first_lines else self.error
 
     @property
     def age(self) -> float:
-        """Seconds since it failed."""
+        """Seconds since the task failed."""
         failed = datetime.fromisoformat(self.failed_at)
         return (datetime.now(timezone.utc) - failed).total_seconds()
 
 
-def write(
+def from_message(
     message: Any,
-    where: str,
+    queue: str,
+    *,
     error: str,
     text: str,
     traceback: str,
     arguments: Any = (),
     started_at: float | None = None,
     worker: str = "",
-) -> Letter:
-    """A letter about a message that a worker received from the queue `where`."""
+) -> DeadLetter:
+    """Make a dead letter of a task message that a worker received.
+
+    Args:
+        message: The message as kombu delivers it.
+        queue: The queue that it came from.
+        error: The class name of the exception.
+        text: The exception's text; shortened to 2,000 characters.
+        traceback: The traceback; shortened to 16,000 characters.
+        arguments: The task's positional arguments, if they could be decoded.
+        started_at: When the last attempt started, in seconds since 1970.
+        worker: Host name of the worker.
+    """
     headers, properties = message.headers, message.properties or {}
     priority = properties.get("priority")
     now = _iso(datetime.now(timezone.utc))
-    changes = _changes(arguments)
+    changes = _changes_among(arguments)
     tables = dict.fromkeys(_table(change) for change in changes)
-    body, binary = _text(message.body)
-    return Letter(
+    body, binary = _as_text(message.body)
+    return DeadLetter(
         id=_task_id(headers.get("id")),
         handler=str(headers.get("task")),
-        queue=where,
+        queue=queue,
         priority=priority if isinstance(priority, int) else None,
         error=error,
-        message=_bounded(text, _MESSAGE),
-        traceback=_bounded(traceback, _TRACEBACK),
+        message=_shortened(text, _MAX_ERROR_TEXT),
+        traceback=_shortened(traceback, _MAX_TRACEBACK),
         failed_at=now,
         first_failed_at=str(headers.get(FIRST_FAILED) or now)[:40],
         started_at=None
@@ -120,15 +146,15 @@ def write(
         deaths=deaths_of(headers),
         worker=worker,
         tables=list(tables),
-        changes=[change.id for change in changes[:_IDS]],
+        changes=[change.id for change in changes[:_MAX_CHANGE_IDS]],
         count=len(changes),
         commit_lsn=str(changes[0].commit_lsn) if changes else None,
         committed_at=_iso(changes[0].committed_at) if changes else None,
-        argsrepr=_described(changes) or escaped(str(headers.get("argsrepr") or "")[:200]),
+        argsrepr=_argsrepr(changes) or escaped(str(headers.get("argsrepr") or "")[:_MAX_ARGSREPR]),
         headers={
             name: value
             for name, value in headers.items()
-            if name not in _NOT_KEPT and not name.startswith("x-")
+            if name not in _DROPPED_HEADERS and not name.startswith("x-")
         },
         body=body,
         binary=binary,
@@ -137,50 +163,53 @@ def write(
     )
 
 
-def seal(app: Any, letter: Letter, name: str) -> Message:
-    """The message that keeps a letter in the queue `name`."""
-    made = app.amqp.as_task_v2(
+def encode(app: Any, letter: DeadLetter, queue: str) -> Message:
+    """Return the message that stores a dead letter in the queue of this name."""
+    task_message = app.amqp.as_task_v2(
         letter.id,
         TASK,
-        argsrepr=escaped(f"{letter.handler}: {_bounded(letter.summary, 200)}"),
+        argsrepr=escaped(f"{letter.handler}: {_shortened(letter.summary, 200)}"),
         kwargsrepr="{}",
         ignore_result=True,
     )
-    body = dumps([[{"v": VERSION, **asdict(letter)}], {}, made.body[2]])
-    properties = {**made.properties, "delivery_mode": _PERSISTENT}
-    return Message.alone(Form(name, TASK, made.headers, properties), body)
+    body = dumps([[{"v": VERSION, **asdict(letter)}], {}, task_message.body[2]])
+    properties = {**task_message.properties, "delivery_mode": _PERSISTENT}
+    return Message.alone(Form(queue, TASK, task_message.headers, properties), body)
 
 
-def unseal(body: str | bytes) -> Letter:
-    """The letter in a message's body. Raises `PayloadError` if it is none, or of another version.
+def decode(body: str | bytes) -> DeadLetter:
+    """Return the dead letter in a message's body.
 
-    Nothing in it is decoded: the changes may be what could not be.
+    The changes in it stay encoded: they may be the reason why the task failed.
+
+    Raises:
+        PayloadError: The body is not a dead letter, or has another version.
     """
     try:
         value = loads(body)[0][0]
         if value.pop("v") != VERSION:
-            raise PayloadError("This dead letter is of another version of flash-celery.")
-        return _checked(Letter(**value))
+            raise PayloadError("This dead letter was written by another version of flash-celery.")
+        return _checked(DeadLetter(**value))
     except PayloadError:
         raise
-    except Exception as error:  # whatever the readers of kombu's types raise
+    except Exception as error:  # kombu's decoders of custom types may raise anything
         raise PayloadError(f"This is not a dead letter: {error!r:.200}.") from error
 
 
-def _checked(letter: Letter) -> Letter:
-    """The letter, if everything in it is of its type: the queue may hold anybody's."""
-    for one in fields(Letter):
-        value = getattr(letter, one.name)
-        if not isinstance(value, _KINDS[str(one.type)]):
-            raise TypeError(f"{one.name} is {value!r:.50}")
-    if not all(isinstance(one, str) for one in (*letter.tables, *letter.changes)):
-        raise TypeError("tables and changes are names")
+def _checked(letter: DeadLetter) -> DeadLetter:
+    """Return the letter if each field has its type: anyone may have written to the queue."""
+    for dataclass_field in fields(DeadLetter):
+        value = getattr(letter, dataclass_field.name)
+        if not isinstance(value, _FIELD_TYPES[str(dataclass_field.type)]):
+            raise TypeError(f"{dataclass_field.name} is {value!r:.50}")
+    if not all(isinstance(name, str) for name in (*letter.tables, *letter.changes)):
+        raise TypeError("tables and changes must be strings")
     if datetime.fromisoformat(letter.failed_at).tzinfo is None:
-        raise ValueError("failed_at is in no time zone")
+        raise ValueError("failed_at has no time zone")
     return letter
 
 
-_KINDS: dict[str, Any] = {
+_FIELD_TYPES: dict[str, Any] = {
     "str": str,
     "str | None": (str, type(None)),
     "int": int,
@@ -191,36 +220,49 @@ _KINDS: dict[str, Any] = {
 }
 
 
-def again(letter: Letter) -> Message:
-    """The message for its queue, to be handled afresh: the same task id and the same changes."""
+def retry_message(letter: DeadLetter) -> Message:
+    """Return the task's message for its queue, with the same task id and no retries used."""
     body = b64decode(letter.body) if letter.binary else letter.body
-    return _message(letter, letter.id, letter.argsrepr, body)
+    return _task_message(letter, letter.id, letter.argsrepr, body)
 
 
-def split(letter: Letter) -> list[Message]:
-    """The same, with a message for each change of a batch. Raises `PayloadError`."""
-    changes = contents(letter)
+def split_retry_messages(letter: DeadLetter) -> list[Message]:
+    """Return the messages that retry each change of a batch in a task of its own.
+
+    Raises:
+        PayloadError: The changes cannot be read.
+    """
+    changes = changes_of(letter)
     if len(changes) < 2:
-        return [again(letter)]
+        return [retry_message(letter)]
     arguments, keywords, embedded = json.loads(letter.body)
     messages = []
-    for number, change in enumerate(changes):
+    for position, change in enumerate(changes):
         value = json.loads(payload.encode([payload.delivery_of(change)]))
-        one = [{"__type__": payload.CHANGES, "__value__": value}, *arguments[1:]]
-        body = json.dumps([one, keywords, embedded])
-        # Not the whole batch's id, and the same if it is sent again.
-        task_id = f"{letter.id}-{number}"
-        messages.append(_message(letter, task_id, labels.batch(1, change)[:200], body))
+        batch_of_one = {"__type__": payload.CHANGES, "__value__": value}
+        body = json.dumps([[batch_of_one, *arguments[1:]], keywords, embedded])
+        # Different from the batch's id, and the same each time the letter is split.
+        task_id = f"{letter.id}-{position}"
+        argsrepr = labels.batch(1, change)[:_MAX_ARGSREPR]
+        messages.append(_task_message(letter, task_id, argsrepr, body))
     return messages
 
 
-def contents(letter: Letter) -> list[Change]:
-    """Its changes. Raises `PayloadError` where they cannot be read."""
+def changes_of(letter: DeadLetter) -> list[Change]:
+    """Return the changes of the failed task.
+
+    Raises:
+        PayloadError: They cannot be read.
+    """
     return changes_in(letter.body)
 
 
 def changes_in(body: str | bytes) -> list[Change]:
-    """The changes in a message's body. Raises `PayloadError` where they cannot be read."""
+    """Return the changes in the body of a task message.
+
+    Raises:
+        PayloadError: They cannot be read.
+    """
     try:
         value = json.loads(body)[0][0]["__value__"]
     except (KeyError, IndexError, RecursionError, TypeError, ValueError):
@@ -228,7 +270,7 @@ def changes_in(body: str | bytes) -> list[Change]:
     return payload.decode(value)
 
 
-def _message(letter: Letter, task_id: str, argsrepr: str, body: str | bytes) -> Message:
+def _task_message(letter: DeadLetter, task_id: str, argsrepr: str, body: str | bytes) -> Message:
     headers = {
         **letter.headers,
         "id": task_id,
@@ -243,12 +285,19 @@ def _message(letter: Letter, task_id: str, argsrepr: str, body: str | bytes) -> 
     properties: dict[str, Any] = {"correlation_id": task_id, "delivery_mode": _PERSISTENT}
     if letter.priority is not None:
         properties["priority"] = letter.priority
-    kind = letter.content_type, letter.content_encoding
-    return Message.alone(Form(letter.queue, letter.handler, headers, properties, *kind), body)
+    form = Form(
+        letter.queue,
+        letter.handler,
+        headers,
+        properties,
+        letter.content_type,
+        letter.content_encoding,
+    )
+    return Message.alone(form, body)
 
 
 def deaths_of(headers: Mapping[str, Any]) -> int:
-    """How often the process of a task has died, as its message says."""
+    """Return how many worker processes have died while running a task, by its headers."""
     return _count(headers.get(DEATHS))
 
 
@@ -257,34 +306,36 @@ def _count(value: Any) -> int:
 
 
 def _task_id(value: Any) -> str:
-    """The id, or as much of it as AMQP takes for a correlation id."""
+    """Return the id as ASCII, cut to what AMQP accepts as a correlation id."""
     return str(value).encode("ascii", "backslashreplace").decode()[:200]
 
 
-def _changes(arguments: Any) -> list[Change]:
-    found: list[Change] = []
-    # Of a forged message they may be anything.
+def _changes_among(arguments: Any) -> list[Change]:
+    changes: list[Change] = []
+    # The arguments of a forged message may have any type.
     for argument in arguments if isinstance(arguments, (list, tuple)) else ():
         if isinstance(argument, Change):
-            found.append(argument)
+            changes.append(argument)
         elif isinstance(argument, Changes):
-            found += argument
-    return found
+            changes += argument
+    return changes
 
 
-def _described(changes: Sequence[Change]) -> str:
-    """What a message's argsrepr says, which a retry of Celery's writes anew."""
+def _argsrepr(changes: Sequence[Change]) -> str:
+    """Return the `argsrepr` of the first attempt; Celery's retries overwrite the header."""
     if not changes:
         return ""
     first = changes[0]
-    return (repr(first) if len(changes) == 1 else labels.batch(len(changes), first))[:200]
+    described = repr(first) if len(changes) == 1 else labels.batch(len(changes), first)
+    return described[:_MAX_ARGSREPR]
 
 
 def _table(change: Change) -> str:
     return str(TableName(change.schema, change.table)) if change.schema else change.table
 
 
-def _text(body: Any) -> tuple[str, bool]:
+def _as_text(body: Any) -> tuple[str, bool]:
+    """Return the body as text, and whether the text is base64."""
     if isinstance(body, str):
         return body, False
     try:
@@ -293,8 +344,8 @@ def _text(body: Any) -> tuple[str, bool]:
         return b64encode(body).decode(), True
 
 
-def _bounded(text: str, limit: int) -> str:
-    """Its beginning and its end; of a traceback the end says most."""
+def _shortened(text: str, limit: int) -> str:
+    """Cut the middle out of a long text; a traceback's end matters most."""
     if len(text) <= limit:
         return text
     head = limit // 4

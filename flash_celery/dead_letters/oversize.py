@@ -75,7 +75,7 @@ def _fitting(
 
 def _changes_in(message: Message) -> list[Change]:
     if message.task == letters.TASK:
-        return letters.contents(letters.unseal(message.body))
+        return letters.changes_of(letters.decode(message.body))
     return letters.changes_in(_plain(message))
 
 
@@ -97,9 +97,15 @@ def _letter(
     rest = _without_the_largest(payload.change_of(delivery), excess)
     (message,) = template.each(payload.delivery_of(rest))
     message.body = _plain(message)
-    kind = type(error).__name__
-    kept = letters.write(message, template.queue, kind, f"{error}. {error.solution}", "", [rest])
-    sealed = letters.seal(app, kept, queue)
+    kept = letters.from_message(
+        message,
+        template.queue,
+        error=type(error).__name__,
+        text=f"{error}. {error.solution}",
+        traceback="",
+        arguments=[rest],
+    )
+    sealed = letters.encode(app, kept, queue)
     # To the journal it is this change, which is enqueued once.
     sealed.form = replace(sealed.form, template=template.key)
     sealed.covered = message.covered

@@ -1,7 +1,7 @@
-"""The queue of dead letters, as `flash dead` reads it.
+"""The dead-letter queue: find, read, retry and drop dead letters, for `flash dead`.
 
-Nothing is taken out before it is done with: whoever is killed in the middle leaves the letters
-there.
+A dead letter is removed only after the command has finished with it, so a command that is killed
+loses none.
 """
 
 from __future__ import annotations
@@ -20,66 +20,78 @@ from ..publishing import brokers
 from ..publishing.brokers.base import ConnectedPublisher, queue_depths
 from ..table_name import TableName
 from . import letters
-from .letters import Letter
+from .letters import DeadLetter
 
-#: Letters that Redis is asked for at a time. A batch's may have megabytes.
-_CHUNK = 20
-#: The longest that a queue is given to put back what was given back to it.
-_SETTLE_SECONDS = 5.0
-#: Seconds of what an age is given in.
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-#: Bodies, each with what takes its message out.
-_Messages = Generator[tuple[Any, Callable[[], object]], None, None]
-#: As much of an id names a letter.
-SHORT = 8
+#: Seconds in each unit of an age.
+AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+#: The first characters of an id, as many as it takes to name a dead letter.
+ID_PREFIX_LENGTH = 8
+
+#: Messages read from Redis at a time; the message of a batch may have megabytes.
+_REDIS_CHUNK = 20
+#: The most seconds to wait until RabbitMQ has requeued the messages that a command read.
+_REQUEUE_SECONDS = 5.0
+
+#: Message bodies, each with a function that removes its message from the queue.
+_Bodies = Generator[tuple[Any, Callable[[], object]], None, None]
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Which letters a command is about."""
+class DeadLetterFilter:
+    """The dead letters a command is about: those that match every field that is set."""
 
+    #: Ids, or the first 8 or more characters of ids.
     ids: tuple[str, ...] = ()
+    #: The task's name, or the last part of it.
     handler: str | None = None
+    #: The table of a change, or the prefix of a logical message.
     table: str | None = None
+    #: The least and the greatest age in seconds.
     older: float | None = None
     newer: float | None = None
 
     @classmethod
-    def of(
+    def parse(
         cls,
         ids: Sequence[str] = (),
         handler: str | None = None,
         table: str | None = None,
         older: str | None = None,
         newer: str | None = None,
-    ) -> Wanted:
-        """Read what the command line says. Raises `ConfigurationError`."""
-        return cls(tuple(ids), handler, table, _seconds(older), _seconds(newer))
+    ) -> DeadLetterFilter:
+        """Parse the options of the command line, where an age is text such as `15m`.
+
+        Raises:
+            ConfigurationError: An age cannot be parsed.
+        """
+        return cls(tuple(ids), handler, table, _parse_age(older), _parse_age(newer))
 
     @property
-    def everything(self) -> bool:
-        """Whether it leaves nothing out."""
-        return self == Wanted()
+    def matches_all(self) -> bool:
+        """Whether no field is set."""
+        return self == DeadLetterFilter()
 
-    def __contains__(self, letter: Letter) -> bool:
-        if self.ids and not any(_named(letter, one) for one in self.ids):
+    def matches(self, letter: DeadLetter) -> bool:
+        """Return whether the dead letter is one of those."""
+        if self.ids and not any(_has_id(letter, id) for id in self.ids):
             return False
-        # A handler may be called by the last part of its name.
         if self.handler and self.handler not in (letter.handler, letter.handler.split(".")[-1]):
             return False
-        if self.table and not {self.table, _table(self.table)} & set(letter.tables):
+        if self.table and not {self.table, _full_table_name(self.table)} & set(letter.tables):
             return False
         if self.older is not None and letter.age < self.older:
             return False
         return self.newer is None or letter.age <= self.newer
 
 
-def _named(letter: Letter, text: str) -> bool:
-    return letter.id == text or (len(text) >= SHORT and letter.id.startswith(text))
+def _has_id(letter: DeadLetter, text: str) -> bool:
+    """Return whether the text is the letter's id, or a long enough beginning of it."""
+    return letter.id == text or (len(text) >= ID_PREFIX_LENGTH and letter.id.startswith(text))
 
 
-def _the_one(text: str, found: Sequence[Letter]) -> str:
-    ids = {letter.id for letter in found if _named(letter, text)}
+def _complete_id(text: str, matching: Sequence[DeadLetter]) -> str:
+    """Return the one id that the text stands for. Raise `NoSuchLetter` for none or several."""
+    ids = {letter.id for letter in matching if _has_id(letter, text)}
     if text in ids:
         return text
     if not ids:
@@ -89,76 +101,90 @@ def _the_one(text: str, found: Sequence[Letter]) -> str:
     return ids.pop()
 
 
-def _table(name: str) -> str:
+def _full_table_name(name: str) -> str:
     try:
         return str(TableName.parse(name))
     except SubscriptionError:
-        return name  # the prefix of messages need not be a table's name
+        return name  # the prefix of a logical message need not be a valid table name
 
 
-def _seconds(age: str | None) -> float | None:
+def _parse_age(age: str | None) -> float | None:
     if age is None:
         return None
-    number, unit = (age[:-1], age[-1:]) if age[-1:] in UNITS else (age, "s")
+    number, unit = (age[:-1], age[-1:]) if age[-1:] in AGE_UNITS else (age, "s")
     try:
-        return float(number) * UNITS[unit]
+        return float(number) * AGE_UNITS[unit]
     except ValueError:
         raise ConfigurationError(
-            f"{age!r} is no age; write seconds, or a number with s, m, h or d, as in 90, 15m or 2d."
+            f"{age!r} is not an age; write seconds, or a number with s, m, h or d, as in 90, 15m "
+            "or 2d."
         ) from None
 
 
-class LetterBox:
+class DeadLetterQueue:
     """The queue of an app's dead letters."""
 
     def __init__(self, app: Any, name: str) -> None:
         self._app = app
         self._name = name
-        #: Messages in the queue that are no dead letters, at the last reading.
-        self.strangers = 0
+        #: The number of messages that are not dead letters, found in the last reading.
+        self.other_messages = 0
 
     def count(self) -> int:
-        """How many letters there are. Raises `PublishError` if the broker cannot be asked."""
+        """Return the number of messages in the queue.
+
+        Raises:
+            PublishError: The broker does not answer.
+        """
         return queue_depths(self._app, [self._name])[self._name] or 0
 
-    def find(self, wanted: Wanted) -> list[Letter]:
-        """The letters that are wanted, the oldest first, without their messages.
+    def find(self, filter: DeadLetterFilter) -> list[DeadLetter]:
+        """Return the dead letters that match, oldest first, without `headers` and `body`.
 
-        Raises `NoSuchLetter` for an id that none has, or several.
+        Leaving the messages out bounds the memory; see `read`.
+
+        Raises:
+            NoSuchLetter: An id of the filter is that of no dead letter, or of several.
         """
-        found = []
-        with self._open() as read:
-            for letter, _ in read:
-                if letter in wanted:
-                    found.append(replace(letter, headers={}, body=""))
-        # A quorum queue shuffles what was given back to it.
-        found.sort(key=lambda letter: letter.failed_at)
-        if not wanted.ids:
-            return found
-        ids = {_the_one(text, found) for text in wanted.ids}
-        return [letter for letter in found if letter.id in ids]
+        matching = []
+        with self._open() as entries:
+            for letter, _ in entries:
+                if filter.matches(letter):
+                    matching.append(replace(letter, headers={}, body=""))
+        # A quorum queue does not keep the order of requeued messages.
+        matching.sort(key=lambda letter: letter.failed_at)
+        if not filter.ids:
+            return matching
+        ids = {_complete_id(text, matching) for text in filter.ids}
+        return [letter for letter in matching if letter.id in ids]
 
-    def read(self, found: Iterable[Letter]) -> list[Letter]:
-        """The same letters with their messages."""
-        keys = {_key(letter) for letter in found}
-        with self._open() as read:
-            return [letter for letter, _ in read if _key(letter) in keys]
+    def read(self, chosen: Iterable[DeadLetter]) -> list[DeadLetter]:
+        """Return the dead letters that `find` returned, now with `headers` and `body`."""
+        keys = {_key(letter) for letter in chosen}
+        with self._open() as entries:
+            return [letter for letter, _ in entries if _key(letter) in keys]
 
-    def drop(self, found: Sequence[Letter]) -> int:
-        """Take them out for good; how many were there still."""
-        return self._each(found, lambda letter: None)
+    def drop(self, chosen: Sequence[DeadLetter]) -> int:
+        """Delete dead letters; return how many were still in the queue."""
+        return self._process(chosen, lambda letter: None)
 
-    def retry(self, found: Sequence[Letter], split: bool) -> int:
-        """Send them to their handlers' queues; how many.
+    def retry(self, chosen: Sequence[DeadLetter], split: bool) -> int:
+        """Send dead letters back to the queues they came from; return how many.
 
-        One is taken out when the broker has confirmed its message. Raises `ConfigurationError`
-        where it would be thrown away there.
+        Each is removed once the broker has confirmed the task's message.
+
+        Args:
+            chosen: The dead letters, as `find` returns them.
+            split: Whether to send each change of a batch in a message of its own.
+
+        Raises:
+            ConfigurationError: The app does not have the task or the queue.
         """
-        names = sorted({letter.queue for letter in found})
-        for handler in sorted({letter.handler for letter in found} - set(self._app.tasks)):
+        names = sorted({letter.queue for letter in chosen})
+        for handler in sorted({letter.handler for letter in chosen} - set(self._app.tasks)):
             raise ConfigurationError(
-                f"{handler} is no task of this app, so a worker would throw its change away; "
-                "`flash dead drop` does that if you mean it."
+                f"{handler} is not a task of this app, so a worker would discard its change; to "
+                "discard it on purpose, use `flash dead drop`."
             )
         try:
             queues = [self._app.amqp.queues[name] for name in names]
@@ -167,63 +193,65 @@ class LetterBox:
         with closing(brokers.for_app(self._app)) as publisher:
             publisher.open(queues)
 
-            def send(letter: Letter) -> None:
-                whole = [letters.again(letter)]
-                publisher.publish(letters.split(letter) if split else whole)
+            def send(letter: DeadLetter) -> None:
+                if split:
+                    publisher.publish(letters.split_retry_messages(letter))
+                else:
+                    publisher.publish([letters.retry_message(letter)])
 
-            return self._each(found, send)
+            return self._process(chosen, send)
 
-    def _each(self, found: Sequence[Letter], act: Callable[[Letter], None]) -> int:
-        keys = {_key(letter) for letter in found}
-        done = 0
-        with self._open() as read:
-            for letter, remove in read:
+    def _process(self, chosen: Sequence[DeadLetter], action: Callable[[DeadLetter], None]) -> int:
+        """Call the action for each of these dead letters, then remove it; return how many."""
+        keys = {_key(letter) for letter in chosen}
+        processed = 0
+        with self._open() as entries:
+            for letter, remove in entries:
                 if _key(letter) in keys:
-                    act(letter)
+                    action(letter)
                     remove()
-                    done += 1
-        return done
+                    processed += 1
+        return processed
 
     @contextmanager
-    def _open(self) -> Iterator[Iterator[tuple[Letter, Callable[[], object]]]]:
-        """The letters, the oldest first, each with what takes it out."""
-        self.strangers = 0
+    def _open(self) -> Iterator[Iterator[tuple[DeadLetter, Callable[[], object]]]]:
+        """Yield the dead letters, oldest first, each with a function that removes it."""
+        self.other_messages = 0
         connection = ConnectedPublisher(self._app)
-        # Those that come meanwhile are not read: a retried one that fails at once would come again
-        # and again.
+        # Read no more than are there now: a retried task may fail at once and come back, forever.
         count = self.count()
         connection.open([])
         try:
             with connection.errors():
-                read = _lists if connection.driver == "redis" else _gets
-                messages = read(connection.channel, self._name, count)
-                with closing(messages):
-                    yield self._letters(messages)
+                read = _read_redis if connection.driver == "redis" else _read_amqp
+                with closing(read(connection.channel, self._name, count)) as bodies:
+                    yield self._decoded(bodies)
         finally:
             connection.close()
 
-    def _letters(self, messages: _Messages) -> Iterator[tuple[Letter, Callable[[], object]]]:
-        for body, remove in messages:
+    def _decoded(self, bodies: _Bodies) -> Iterator[tuple[DeadLetter, Callable[[], object]]]:
+        for body, remove in bodies:
             try:
-                yield letters.unseal(body), remove
+                yield letters.decode(body), remove
             except PayloadError:
-                self.strangers += 1
+                self.other_messages += 1
 
 
-def _key(letter: Letter) -> tuple[str, str]:
+def _key(letter: DeadLetter) -> tuple[str, str]:
+    """Identify a dead letter; a task that is retried and fails again makes another one."""
     return letter.id, letter.failed_at
 
 
-def _gets(channel: Any, name: str, count: int) -> _Messages:
-    """Take messages without acknowledging them, and give back what was not removed.
+def _read_amqp(channel: Any, name: str, count: int) -> _Bodies:
+    """Get messages without acknowledging them, and requeue those that were not removed.
 
-    RabbitMQ has them all again if this process dies, a classic queue where they were.
+    If this process dies, RabbitMQ requeues them all; a classic queue keeps their order.
     """
-    held: dict[Any, None] = {}
+    unacknowledged: dict[Any, None] = {}
 
     def remove(tag: Any) -> None:
         channel.basic_ack(tag)
-        del held[tag]
+        del unacknowledged[tag]
 
     try:
         for _ in range(count):
@@ -232,29 +260,33 @@ def _gets(channel: Any, name: str, count: int) -> _Messages:
                 return
             if hasattr(channel, "message_to_python"):
                 message = channel.message_to_python(message)
-            held[message.delivery_tag] = None
+            unacknowledged[message.delivery_tag] = None
             yield message.body, partial(remove, message.delivery_tag)
     finally:
-        for tag in held:
+        for tag in unacknowledged:
             channel.basic_reject(tag, requeue=True)
-        if held:
-            _settle(channel, name, len(held))
+        if unacknowledged:
+            _wait_until_requeued(channel, name, len(unacknowledged))
 
 
-def _settle(channel: Any, name: str, count: int) -> None:
-    """Wait until a quorum queue has what was given back to it, which it does in its own time.
+def _wait_until_requeued(channel: Any, name: str, count: int) -> None:
+    """Wait until the rejected messages are in the queue again.
 
-    Whoever reads next would find it empty. Another reader may have taken them, so not for ever.
+    A quorum queue requeues them asynchronously, and the next reader would find it empty. The wait
+    has a limit, because another reader may have taken the messages.
     """
-    deadline = time.monotonic() + _SETTLE_SECONDS
+    deadline = time.monotonic() + _REQUEUE_SECONDS
     while time.monotonic() < deadline:
         if channel.queue_declare(name, passive=True).message_count >= count:
             return
         time.sleep(0.01)
 
 
-def _lists(channel: Any, name: str, count: int) -> _Messages:
-    """Read Redis' list and leave it as it is. New letters come at its head."""
+def _read_redis(channel: Any, name: str, count: int) -> _Bodies:
+    """Read the list of the queue from its tail and leave it as it is; new messages come in front.
+
+    kombu keeps the messages of a queue in a Redis list, the oldest at its tail.
+    """
     key = channel._q_for_pri(name, 0)
     with channel.conn_or_acquire() as client:
         prefix = getattr(channel, "global_keyprefix", "")
@@ -262,7 +294,7 @@ def _lists(channel: Any, name: str, count: int) -> _Messages:
             key = prefix + key
         kept = 0
         while count > 0:
-            chunk = client.lrange(key, -kept - min(_CHUNK, count), -kept - 1)
+            chunk = client.lrange(key, -kept - min(_REDIS_CHUNK, count), -kept - 1)
             if not chunk:
                 return
             for raw in reversed(chunk):
@@ -272,14 +304,14 @@ def _lists(channel: Any, name: str, count: int) -> _Messages:
                     nonlocal removed
                     removed += client.lrem(key, -1, raw)
 
-                yield _body(channel, raw), remove
+                yield _body_of(channel, raw), remove
                 kept += 1 - removed
                 count -= 1
 
 
-def _body(channel: Any, raw: bytes) -> Any:
-    """The body of what Redis' list holds, which may be anybody's."""
+def _body_of(channel: Any, raw: bytes) -> Any:
+    """Return the body of a message in a Redis list, or b"" if kombu cannot read the message."""
     try:
         return channel.message_to_python(loads(raw)).body
-    except Exception:
-        return b""  # no letter
+    except Exception:  # anyone may have written to the list
+        return b""

@@ -8,8 +8,8 @@ from typing import Any
 import psycopg
 
 from ..commands import status
-from ..dead_letters.letters import Letter
-from ..dead_letters.queue import LetterBox, Wanted
+from ..dead_letters.letters import DeadLetter
+from ..dead_letters.queue import DeadLetterFilter, DeadLetterQueue
 from ..errors import FlashError
 from ..escaping import escaped
 from ..handlers.decorators import subscriptions_of
@@ -48,7 +48,7 @@ def dead_letters(app: Any) -> dict[str, Any]:
     """The oldest dead letters and how many there are. Raises `FlashError`."""
     box = _box(app)
     count = box.count()
-    found = box.find(Wanted()) if count <= READ else []
+    found = box.find(DeadLetterFilter()) if count <= READ else []
     said = [shown({"name": _name(one), **vars(one), "summary": one.summary}) for one in found]
     return {"count": count, "letters": said[:SHOWN], "too_many": count > READ}
 
@@ -59,16 +59,18 @@ def retry(app: Any, names: Collection[str]) -> tuple[int, int]:
     Raises `FlashError`.
     """
     box = _box(app)
-    found: Sequence[Letter] = [one for one in box.find(Wanted()) if _name(one) in names]
+    found: Sequence[DeadLetter] = [
+        one for one in box.find(DeadLetterFilter()) if _name(one) in names
+    ]
     sent = box.retry(found, split=False) if found else 0
     return sent, len(names) - sent
 
 
-def _box(app: Any) -> LetterBox:
-    return LetterBox(app, Settings.from_app(app).flash_dead_queue)
+def _box(app: Any) -> DeadLetterQueue:
+    return DeadLetterQueue(app, Settings.from_app(app).flash_dead_queue)
 
 
-def _name(letter: Letter) -> str:
+def _name(letter: DeadLetter) -> str:
     """What tells a letter from a later one of the same task."""
     return escaped(f"{letter.id} {letter.failed_at}")
 

@@ -93,7 +93,7 @@ class Broker:
 
 def _head(channel: Any, raw: Any) -> dict[str, Any] | None:
     try:
-        letter = letters.unseal(channel.message_to_python(loads(raw)).body)
+        letter = letters.decode(channel.message_to_python(loads(raw)).body)
     except (PayloadError, ValueError, KeyError, TypeError, AttributeError):
         return None  # whatever somebody has put there
     return {

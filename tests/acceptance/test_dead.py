@@ -11,15 +11,15 @@ from celery import Celery
 from kombu import Exchange, Queue
 
 from example_project.servers import Valkey, wait_until
-from flash_celery.dead_letters.queue import LetterBox, Wanted
+from flash_celery.dead_letters.queue import DeadLetterFilter, DeadLetterQueue
 
 
 def box(shop):
-    return LetterBox(Celery(broker=shop.broker.url), "flash.dead")
+    return DeadLetterQueue(Celery(broker=shop.broker.url), "flash.dead")
 
 
 def letters(shop):
-    return sorted(box(shop).find(Wanted()), key=lambda letter: letter.changes)
+    return sorted(box(shop).find(DeadLetterFilter()), key=lambda letter: letter.changes)
 
 
 def until_dead(shop, count):
@@ -232,7 +232,7 @@ def test_a_worker_that_consumes_the_dead_letters_leaves_them_there(any_shop):
     found = until_dead(shop, 3)
     mistaken = shop.worker(queues="flash.dead")
     if shop.broker.url.startswith("redis"):
-        shop.until_said(mistaken, "this worker consumes it no longer")
+        shop.until_said(mistaken, "this worker has stopped consuming it")
     else:
         shop.until_said(mistaken, "inequivalent arg")
     shop.end(mistaken)
@@ -254,7 +254,7 @@ def test_a_queue_that_somebody_else_declared_is_put_back_too(make_shop, rabbit):
     insert(shop, "memory", "memory", "memory")
     found = until_dead(shop, 3)
     mistaken = shop.worker(queues="flash.dead")
-    shop.until_said(mistaken, "this worker consumes it no longer")
+    shop.until_said(mistaken, "this worker has stopped consuming it")
     shop.end(mistaken, signal.SIGKILL)
     assert letters(shop) == found
 

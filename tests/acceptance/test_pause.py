@@ -196,7 +196,7 @@ def test_a_reset_sends_what_is_parked_to_its_queue(any_shop):
     confirmed(shop)
     mistaken = shop.worker(queues="flash.paused.shop.each")
     if shop.broker.url.startswith("redis"):
-        shop.until_said(mistaken, "this worker consumes it no longer")
+        shop.until_said(mistaken, "this worker has stopped consuming it")
     else:
         shop.until_said(mistaken, "inequivalent arg")
     shop.end(mistaken)

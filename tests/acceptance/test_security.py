@@ -25,7 +25,7 @@ from example_project.servers import Postgres, Valkey, wait_until
 from flash_celery.changes.payload import encode
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.dead_letters import letters
-from flash_celery.dead_letters.queue import LetterBox, Wanted
+from flash_celery.dead_letters.queue import DeadLetterFilter, DeadLetterQueue
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
 from flash_celery.publishing import declared_queues
@@ -236,8 +236,8 @@ def test_hostile_names_and_values_do_no_harm(shop, number):
     (note,) = shop.until_noted(1)
     assert note["new"]["name"] == note["new"]["note"] == HOSTILE
     assert note["new"]["kind"] == NAMES[number]
-    box = LetterBox(celery.Celery(broker=shop.broker.url), "flash.dead")
-    (letter,) = wait_until(lambda: box.find(Wanted()), "a dead letter")
+    box = DeadLetterQueue(celery.Celery(broker=shop.broker.url), "flash.dead")
+    (letter,) = wait_until(lambda: box.find(DeadLetterFilter()), "a dead letter")
     assert tail.wait(30) == 0
     output = [process.log.read_text() for process in (replicate, tail)]
     for command in (
@@ -344,11 +344,11 @@ def test_a_worker_outlives_forged_messages_and_keeps_them(any_shop, pool):
         shop.until_noted(1)
     except AssertionError:
         raise AssertionError(worker.log.read_text()[-6000:]) from None
-    box = LetterBox(celery.Celery(broker=shop.broker.url), "flash.dead")
+    box = DeadLetterQueue(celery.Celery(broker=shop.broker.url), "flash.dead")
     try:
         wait_until(lambda: box.count() >= len(FORGERIES), "a letter for each of them", 30)
     except TimeoutError:
-        kept = {letter.id for letter in box.find(Wanted())}
+        kept = {letter.id for letter in box.find(DeadLetterFilter())}
         raise AssertionError(f"{kept} {worker.log.read_text()[-6000:]}") from None
     assert worker.poll() is None
     assert shop.end(worker) == 0
@@ -384,10 +384,13 @@ def test_a_pickle_is_never_opened(shop, tmp_path, encoding):
     shop.replicate()
     shop.database.execute("INSERT INTO items VALUES (1, 'a')")
     shop.until_noted(1)
-    box = LetterBox(celery.Celery(broker=shop.broker.url), "flash.dead")
+    box = DeadLetterQueue(celery.Celery(broker=shop.broker.url), "flash.dead")
     wait_until(lambda: box.count() == 2, "their letters")
-    assert {letter.error for letter in box.find(Wanted())} <= {"ContentDisallowed", "DecodeError"}
-    assert shop.run("flash", "dead", "show", box.find(Wanted())[0].id).returncode == 0
+    assert {letter.error for letter in box.find(DeadLetterFilter())} <= {
+        "ContentDisallowed",
+        "DecodeError",
+    }
+    assert shop.run("flash", "dead", "show", box.find(DeadLetterFilter())[0].id).returncode == 0
     assert worker.poll() is None
     assert not trap.exists()
 
@@ -433,8 +436,10 @@ def test_nothing_is_kept_of_a_letters_message_that_was_sent(rabbit):
     with closing(publisher):
         publisher.open([queue])
         for _ in range(3):
-            letter = letters.write(message, "flash", "ValueError", "bad", "")
-            publisher.publish([letters.seal(app, letter, "flash.dead")])
+            letter = letters.from_message(
+                message, "flash", error="ValueError", text="bad", traceback=""
+            )
+            publisher.publish([letters.encode(app, letter, "flash.dead")])
         assert publisher._forms == {}
         assert publisher.depth("flash.dead") == 3
 

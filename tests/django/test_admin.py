@@ -14,7 +14,7 @@ from psycopg import sql
 from flash_celery import on_change
 from flash_celery.commands import doctor
 from flash_celery.dead_letters import letters
-from flash_celery.dead_letters.queue import LetterBox, Wanted
+from flash_celery.dead_letters.queue import DeadLetterFilter, DeadLetterQueue
 from flash_celery.provisioning.publications import Record
 from flash_celery.publishing import declared_queues
 from flash_celery.publishing.brokers import for_app
@@ -90,10 +90,12 @@ def bury(app, *handlers, text="no", traceback="Traceback of it"):
             content_type="application/json",
             content_encoding="utf-8",
         )
-        letter = letters.write(message, "flash", "ValueError", text, traceback)
-        publisher.publish([letters.seal(app, letter, "flash.dead")])
+        letter = letters.from_message(
+            message, "flash", error="ValueError", text=text, traceback=traceback
+        )
+        publisher.publish([letters.encode(app, letter, "flash.dead")])
     publisher.close()
-    return LetterBox(app, "flash.dead")
+    return DeadLetterQueue(app, "flash.dead")
 
 
 def page(client):
@@ -180,13 +182,13 @@ def test_a_letter_of_an_unknown_handler_stays(project, root):
     box = bury(project, "shop.gone")
     html = press(root, one=buttons(page(root))[0])
 
-    assert "hop.gone is no task of this app" in html
+    assert "hop.gone is not a task of this app" in html
     assert box.count() == 1
 
 
 def test_who_may_see_it_and_who_may_send_back(project):
     box = bury(project, "shop.handle")
-    (name,) = (f"{letter.id} {letter.failed_at}" for letter in box.find(Wanted()))
+    (name,) = (f"{letter.id} {letter.failed_at}" for letter in box.find(DeadLetterFilter()))
     for client in (sign_in(), sign_in("view_status", staff=False)):
         assert client.get(PAGE).status_code in (302, 403)
         assert client.post(RETRY, {"one": name}).status_code in (302, 403)

@@ -88,10 +88,10 @@ def test_a_change_too_large_is_a_dead_letter_and_stops_nobody(flash, options):
     )
     told = [f"{c.operation.names()[0]} {c.key['id']}" for c in flash.told()]
     assert told == ["insert 1", "insert 2"]
-    found = [letters.unseal(sealed.body) for sealed in flash.publisher.queues["flash.dead"]]
+    found = [letters.decode(sealed.body) for sealed in flash.publisher.queues["flash.dead"]]
     assert [letter.error for letter in found] == ["ChangeTooLarge"] * 4
     assert found[0].message.startswith("insert public.items id=3 @")
-    changes = [change for letter in found for change in letters.contents(letter)]
+    changes = [change for letter in found for change in letters.changes_of(letter)]
     assert shown(changes) == [
         *("insert 3,a,UNCHANGED", "insert 4,a,UNCHANGED"),
         "update 3,a,UNCHANGED -> 3,b,UNCHANGED",
@@ -110,7 +110,7 @@ def test_a_message_too_large_is_a_dead_letter(flash):
     flash.do(emit.format(2000), emit.format(10))
     assert [change.content for change in flash.told()] == [b"x" * 10]
     (sealed,) = flash.publisher.queues["flash.dead"]
-    (change,) = letters.contents(letters.unseal(sealed.body))
+    (change,) = letters.changes_of(letters.decode(sealed.body))
     assert (change.prefix, change.content) == ("big", b"")
 
 
@@ -165,10 +165,10 @@ def test_what_rabbitmq_takes_no_message_of_stops_nobody(flash, small, options):
     assert list(ids) == [*told, *range(1001, large[0])]
     assert [c.new["id"] for c in changes if c.operation is Operation.UPDATE] == [8]
     assert len(bodies) < len(changes) or not options
-    found = [letters.unseal(sealed) for sealed in received(small, "flash.dead")]
+    found = [letters.decode(sealed) for sealed in received(small, "flash.dead")]
     assert {letter.error for letter in found} == {"ChangeTooLarge"}
     assert "and the broker takes messages of 20000;" in found[0].message
-    rest = [change for letter in found for change in letters.contents(letter)]
+    rest = [change for letter in found for change in letters.changes_of(letter)]
     assert [change.new["id"] for change in rest] == [50, 7, *large]
     assert (rest[1].new["note"], rest[1].new["other"]) == (UNCHANGED, "y" * 1000)
     with flash.database.connect() as connection:

@@ -11,7 +11,7 @@ from celery import Celery
 
 from example_project.servers import wait_until
 from flash_celery.dead_letters import letters
-from flash_celery.dead_letters.queue import LetterBox, Wanted
+from flash_celery.dead_letters.queue import DeadLetterFilter, DeadLetterQueue
 from flash_celery.monitoring.broker import Broker
 from flash_celery.publishing import declared_queues
 from flash_celery.publishing.brokers import for_app
@@ -23,10 +23,10 @@ IDS = [f"letter-{number:02}" for number in range(COUNT)]
 READ_AND_BE_KILLED = """
 import os, signal, sys
 from celery import Celery
-from flash_celery.dead_letters.queue import LetterBox
+from flash_celery.dead_letters.queue import DeadLetterQueue
 app = Celery(broker=sys.argv[1])
 app.conf.update(eval(sys.argv[2]))
-with LetterBox(app, "flash.dead")._open() as read:
+with DeadLetterQueue(app, "flash.dead")._open() as read:
     for _, (letter, remove) in zip(range(30), read):
         if letter.id == "letter-07":
             remove()
@@ -67,10 +67,10 @@ def box(app):
             content_type="application/json",
             content_encoding="utf-8",
         )
-        letter = letters.write(message, "flash", "ValueError", "no", "")
-        publisher.publish([letters.seal(app, letter, "flash.dead")])
+        letter = letters.from_message(message, "flash", error="ValueError", text="no", traceback="")
+        publisher.publish([letters.encode(app, letter, "flash.dead")])
     publisher.close()
-    return LetterBox(app, "flash.dead")
+    return DeadLetterQueue(app, "flash.dead")
 
 
 def ids(box):
@@ -90,16 +90,16 @@ def test_they_stay_in_their_order_whoever_reads_them_and_is_killed(app, box):
     assert [id for id in left if id != "letter-07"] == [id for id in IDS if id != "letter-07"]
     # A quorum queue counts deliveries; RabbitMQ 4 gives up after 20 unless it is told otherwise.
     for _ in range(25):
-        box.find(Wanted())
+        box.find(DeadLetterFilter())
     assert ids(box) == left
 
 
 def test_some_are_taken_out_of_the_middle(app, box):
-    some = [letter for letter in box.find(Wanted()) if letter.id[-1] in "05"]
+    some = [letter for letter in box.find(DeadLetterFilter()) if letter.id[-1] in "05"]
     assert box.drop(some) == 9
     assert ids(box) == [id for id in IDS if id[-1] not in "05"]
     assert box.drop(some) == 0
-    assert box.drop(box.find(Wanted())) == COUNT - 9
+    assert box.drop(box.find(DeadLetterFilter())) == COUNT - 9
     assert ids(box) == []
 
 

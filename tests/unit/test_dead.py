@@ -31,7 +31,7 @@ def broker(monkeypatch):
     broker = MemoryPublisher()
     monkeypatch.setattr(brokers, "for_app", lambda app: broker)
     monkeypatch.setattr(failed_tasks, "_sender", failed_tasks._Sender())
-    monkeypatch.setattr(failed_tasks, "_PATIENCE", 0)
+    monkeypatch.setattr(failed_tasks, "_PUBLISH_SECONDS", 0)
     return broker
 
 
@@ -49,7 +49,7 @@ def receive(app):
 
             app.finalize()
         task = app.tasks["shop.handle"]
-        failed_tasks._give_request(task)
+        failed_tasks._set_request_class(task)
         value = f'{{"__type__":"flash_celery.change","__value__":{encode([DELIVERY])}}}'
         body = f'[[{value}],{{}},{{"callbacks":null}}]'
         message = SimpleNamespace(
@@ -85,7 +85,7 @@ def failure(error):
 
 def letter_of(broker):
     (message,) = broker.queues["flash.dead"]
-    return letters.unseal(message.body)
+    return letters.decode(message.body)
 
 
 def test_a_failure_is_a_letter_before_it_is_acknowledged(receive, broker):
@@ -110,7 +110,7 @@ def test_a_failure_is_a_letter_before_it_is_acknowledged(receive, broker):
     (message,) = broker.queues["flash.dead"]
     assert message.headers["task"] == letters.TASK not in request.app.tasks
 
-    again = letters.again(letter)
+    again = letters.retry_message(letter)
     assert again.body == request.message.body.decode()
     assert again.headers["id"] == "1"
     assert again.headers["retries"] == 0
@@ -176,7 +176,7 @@ def test_a_process_that_dies_is_counted_and_at_last_a_letter(receive, broker, er
     assert broker.queues["flash"] == []
     letter = letter_of(broker)
     assert (letter.error, letter.deaths) == ("ProcessKilled", 3)
-    assert letters.DEATHS not in letters.again(letter).headers
+    assert letters.DEATHS not in letters.retry_message(letter).headers
 
 
 def test_a_worker_that_is_being_stopped_counts_nothing(receive, broker, monkeypatch):

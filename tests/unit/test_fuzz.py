@@ -24,7 +24,7 @@ from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.cli.letters import changes, table, whole
 from flash_celery.commands.tail import line
 from flash_celery.conditions import lookups
-from flash_celery.dead_letters.letters import seal, unseal, write
+from flash_celery.dead_letters import letters
 from flash_celery.errors import PayloadError, ProtocolError
 from flash_celery.handlers.subscriptions import Subscription
 from flash_celery.protocol import frames, pgoutput
@@ -204,8 +204,10 @@ def letter(app):
         content_type=None,
         content_encoding=None,
     )
-    made = write(message, "flash", "ValueError", "bad", "Traceback\n  line")
-    return json.loads(seal(app, made, "flash.dead").body)
+    made = letters.from_message(
+        message, "flash", error="ValueError", text="bad", traceback="Traceback\n  line"
+    )
+    return json.loads(letters.encode(app, made, "flash.dead").body)
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +224,7 @@ def sealed():
 def test_a_mutated_dead_letter_is_shown_or_passed_over(sealed, data):
     value = data.draw(mutated(sealed))
     with suppress(PayloadError):
-        found = unseal(json.dumps(value))
+        found = letters.decode(json.dumps(value))
         assert table([found])
         assert whole(found, line)
         assert changes(found, line)
@@ -238,7 +240,9 @@ def test_a_letter_can_be_written_about_any_headers(headers):
         content_type=None,
         content_encoding=None,
     )
-    made = write(message, "flash", "ValueError", "bad", "", headers.get("id"))
+    made = letters.from_message(
+        message, "flash", error="ValueError", text="bad", traceback="", arguments=headers.get("id")
+    )
     assert len(made.id) <= 200
     assert made.retries >= 0
 

@@ -14,7 +14,7 @@ from flash_celery.changes.payload import Delivery, change_of, encode
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.cli import flash
 from flash_celery.dead_letters import letters
-from flash_celery.dead_letters.queue import LetterBox, Wanted
+from flash_celery.dead_letters.queue import DeadLetterFilter, DeadLetterQueue
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
 from flash_celery.publishing import declared_queues
@@ -47,7 +47,7 @@ def app(new_app):
 
 @pytest.fixture
 def box(app):
-    return LetterBox(app, "flash.dead")
+    return DeadLetterQueue(app, "flash.dead")
 
 
 @pytest.fixture
@@ -66,11 +66,18 @@ def bury(app):
         )
         changes = [change_of(one) for one in deliveries]
         arguments = changes if kind == "change" else [Changes(changes)]
-        written = letters.write(message, "flash", "ValueError", "no", "Traceback …", arguments)
+        written = letters.from_message(
+            message,
+            "flash",
+            error="ValueError",
+            text="no",
+            traceback="Traceback …",
+            arguments=arguments,
+        )
         letter = replace(written, **changed)
         publisher = KombuPublisher(app)
         publisher.open([declared_queues.queue(app, "flash.dead")])
-        publisher.publish([letters.seal(app, letter, "flash.dead")])
+        publisher.publish([letters.encode(app, letter, "flash.dead")])
         publisher.close()
         return letter
 
@@ -87,7 +94,7 @@ def run(app):
 
 
 def ids(box, **filters):
-    return [letter.id for letter in box.find(Wanted.of(**filters))]
+    return [letter.id for letter in box.find(DeadLetterFilter.parse(**filters))]
 
 
 def sent(app):
@@ -138,7 +145,7 @@ def test_commands(app, box, bury, run):
         (["show", "01234567"], "01234567 may be any of 0123456789, 0123456789-0"),
         (["retry", "9"], "There is no dead letter 9"),
         (["drop"], "Say which"),
-        (["list", "--older", "soon"], "'soon' is no age"),
+        (["list", "--older", "soon"], "'soon' is not an age"),
     ):
         ended = run(*arguments)
         assert ended.exit_code == 2
@@ -165,7 +172,7 @@ def test_what_a_worker_would_throw_away_is_not_sent(box, bury, run):
     bury("a1", task="shop.gone")
     ended = run("retry", "--all")
     assert ended.exit_code == 2
-    assert "shop.gone is no task of this app" in ended.output
+    assert "shop.gone is not a task of this app" in ended.output
     assert ids(box) == ["a1"]
 
 
@@ -173,7 +180,7 @@ def test_other_messages_in_the_queue_stay(app, box, bury, run):
     bury("a1")
     app.send_task("shop.handle", [1], queue="flash.dead")
     assert ids(box) == ["a1"]
-    assert box.strangers == 1
+    assert box.other_messages == 1
     assert "1 other messages" in run("list").output
     run("drop", "--all", "--yes")
     assert box.count() == 1
@@ -181,10 +188,10 @@ def test_other_messages_in_the_queue_stay(app, box, bury, run):
 
 def test_a_letter_that_fails_again_at_once_is_not_sent_again(box, bury):
     bury("a1")
-    found = box.find(Wanted())
+    found = box.find(DeadLetterFilter())
 
     def fails_again(letter):
         bury("a1", failed_at=found[0].failed_at)
 
-    assert box._each(found, fails_again) == 1
+    assert box._process(found, fails_again) == 1
     assert ids(box) == ["a1"]

@@ -53,8 +53,8 @@ def test_smaller_batches_and_letters_in_the_place_of_a_batch(templates, app):
     assert len(large.body) > 3000
     assert all(len(message.body) <= 3000 for message in (first, second, third))
     assert (first.queue, second.queue, third.queue) == ("flash", "flash.dead", "flash")
-    kept = letters.unseal(second.body)
-    (change,) = letters.contents(kept)
+    kept = letters.decode(second.body)
+    (change,) = letters.changes_of(kept)
     assert (change.new["id"], change.new["note"], change.new["other"]) == ("2", UNCHANGED, "b")
     assert (change.id, kept.error, kept.queue) == ("0/16B3748:5", "ChangeTooLarge", "flash")
     assert second.form.template == template.key
@@ -69,7 +69,7 @@ def test_a_letter_that_is_too_large_too(templates, app):
     assert len(sealed.body) > len(LONG)
     (smaller,) = fitting(app, "flash.dead", all_of_them, [sealed], 5000)
     assert len(smaller.body) <= 5000
-    (change,) = letters.contents(letters.unseal(smaller.body))
+    (change,) = letters.changes_of(letters.decode(smaller.body))
     assert change.new == {"id": "1", "note": UNCHANGED, "other": UNCHANGED}
     assert change.id == "0/16B3748:3"
 
