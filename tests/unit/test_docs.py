@@ -94,8 +94,17 @@ def test_every_attribute_and_lookup_is_documented():
             assert f"__{lookup}" in DOCS["semantics.md"], lookup
 
 
-def test_every_claim_of_the_semantics_has_a_test():
-    assert unproved(DOCS["semantics.md"], proofs("semantics.md")) == []
+def test_every_lookup_is_in_the_reference():
+    text = (ROOT / "docs" / "reference" / "lookups.md").read_text()
+    table, _, _ = text.partition("## Types")
+    assert {f"__{lookup}" for lookup in LOOKUPS if lookup != "eq"} == {
+        name for row in table.splitlines() for name in re.findall(r"`(__\w+)`", row)
+    }
+
+
+@pytest.mark.parametrize("page", ["semantics.md", "reference/lookups.md"])
+def test_every_claim_has_a_test(page):
+    assert unproved((ROOT / "docs" / page).read_text(), proofs(page)) == []
 
 
 @pytest.mark.parametrize(
