@@ -141,7 +141,7 @@ def process(name, *command, folder):
             child.wait(15)
         except subprocess.TimeoutExpired:
             child.kill()
-            child.wait()
+            child.wait(30)
 
 
 def start(stack, port):

@@ -76,7 +76,7 @@ def demo():
         yield f"http://127.0.0.1:{port}", re.search(r"PostgreSQL +(\S+)", said).group(1)
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate()
+        process.communicate(timeout=60)
 
 
 class Film:
@@ -104,7 +104,9 @@ class Film:
             self.driver.execute_script(TYPE, prompt + statement[:length] + "▏")
             self.roll(0.05)
         command = ["psql", "--no-psqlrc", dsn, "-c", statement]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        said = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=120
+        ).stdout
         self.driver.execute_script(TYPE, f"{prompt}{statement}\n{said}shop=# ▏")
         self.roll(seconds)
 

@@ -74,7 +74,7 @@ class Server:
                 self.process.wait(30)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-                self.process.wait()
+                self.process.wait(30)
             self.process = None
 
     def __enter__(self):
@@ -148,7 +148,13 @@ class Postgres(Server):
             command = [self.binaries / "initdb", "-D", self.data, "-A", "trust", "-N"]
             command += ["-U", "postgres", "-E", "UTF8", "--locale=C"]
             made = subprocess.run(
-                command, capture_output=True, text=True, cwd="/", check=False, **self.as_user
+                command,
+                capture_output=True,
+                text=True,
+                cwd="/",
+                check=False,
+                timeout=120,
+                **self.as_user,
             )
             if made.returncode:
                 raise RuntimeError(f"initdb: {made.stderr}")
@@ -203,7 +209,13 @@ class Standby(Postgres):
             command = [self.binaries / "pg_basebackup", "-D", self.data, "-d", self.primary.dsn()]
             command += ["--create-slot", "--slot", self.slot, "--checkpoint=fast", "--no-sync"]
             made = subprocess.run(
-                command, capture_output=True, text=True, cwd="/", check=False, **self.as_user
+                command,
+                capture_output=True,
+                text=True,
+                cwd="/",
+                check=False,
+                timeout=120,
+                **self.as_user,
             )
             if made.returncode:
                 raise RuntimeError(f"pg_basebackup: {made.stderr}")
@@ -314,7 +326,7 @@ class Rabbit(Server):
         """Run `rabbitmqctl`."""
         command = [self.binaries / "rabbitmqctl", "--quiet", *arguments]
         done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, check=True
+            command, env=self.environment, capture_output=True, text=True, check=True, timeout=120
         )
         return done.stdout
 
@@ -329,6 +341,7 @@ class Rabbit(Server):
             capture_output=True,
             text=True,
             check=True,
+            timeout=120,
         ).stdout
         if not answer.startswith("{ok"):
             raise RuntimeError(f"RabbitMQ answers {expression}: {answer}")
@@ -372,7 +385,12 @@ class Rabbit(Server):
     def _unmapped(self) -> bool:
         """End Erlang's port mapper, which outlives its node and must have noticed its end."""
         done = subprocess.run(
-            ["epmd", "-kill"], env=self.environment, capture_output=True, text=True, check=False
+            ["epmd", "-kill"],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
         )
         return "Killed" in done.stdout or "Cannot connect" in done.stderr
 

@@ -3,6 +3,7 @@
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 
 import celery
@@ -16,6 +17,28 @@ from example_project.servers import Postgres, Rabbit, Valkey, free_port
 #: Those have a process of their own: see acceptance/test_django.py.
 collect_ignore = [] if os.environ.get("FLASH_TESTS_DJANGO") else ["django"]
 _numbers = itertools.count(1)
+
+
+#: Seconds for a test that takes minutes or gigabytes; the others' limit is in pyproject.toml.
+SOAK_TIMEOUT = 3600
+
+
+def pytest_configure():
+    """Give this process, and so its children, the default handlers of SIGINT and SIGQUIT.
+
+    A script's shell starts what runs in the background with both ignored, and children inherit
+    that: they would never end when a test interrupts them.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN:
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("soak") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SOAK_TIMEOUT))
 
 
 def missing(what):
@@ -75,7 +98,9 @@ class Certificates:
         command = ("openssl", "req", "-x509", *curve, "-days", "2", "-subj", f"/CN={name}")
         files = ("-keyout", key, "-out", certificate)
         named = [part for one in extensions for part in ("-addext", one)]
-        subprocess.run([*command, *files, *named, *more], check=True, capture_output=True)
+        subprocess.run(
+            [*command, *files, *named, *more], check=True, capture_output=True, timeout=120
+        )
 
 
 @pytest.fixture(scope="session")

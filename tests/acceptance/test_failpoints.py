@@ -41,7 +41,8 @@ class Writer:
 
     def stop(self):
         self._ending.set()
-        self._thread.join()
+        self._thread.join(60)
+        assert not self._thread.is_alive()
         if self.error is not None:
             raise self.error
 
@@ -293,7 +294,8 @@ def test_a_sigkill_while_a_transaction_is_spooled_and_replayed(shop):
         through(shop, "spool:2", "spooled:3", "replayed:1", "replayed:2", "confirmed:1")
     finally:
         ending.set()
-        thread.join()
+        thread.join(60)
+    assert not thread.is_alive()
     confirmed(shop)
     shop.worker(queues="batches")
     count = next(rows) - 1

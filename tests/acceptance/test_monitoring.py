@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import socket
@@ -64,7 +65,7 @@ def test_ten_thousand_rows_are_counted_shown_and_not_logged(shop, address):
     options = ("--log-json", "--http", address)
     worker = shop.replicate(*options, SHOP_ALSO=evil, SHOP_BATCH="1")
     # Clients that say nothing neither hold it up nor, later, its end.
-    idle = [socket.create_connection(address.split(":")) for _ in range(3)]
+    idle = [socket.create_connection(address.split(":"), timeout=10) for _ in range(3)]
     shop.database.execute(
         "INSERT INTO items SELECT g, 'x', 'y' FROM generate_series(1, 10000) g",
         *(f"UPDATE items SET name = 'z' WHERE id = {number}" for number in range(1, 51)),
@@ -99,7 +100,9 @@ def test_ten_thousand_rows_are_counted_shown_and_not_logged(shop, address):
     assert count[1] > 0
     if shutil.which("promtool"):
         text = get(address, "/metrics")[1].encode()
-        checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True)
+        checked = subprocess.run(
+            ["promtool", "check", "metrics"], input=text, capture_output=True, timeout=120
+        )
         assert not checked.returncode, checked.stderr
 
     assert get(address, "/live")[0] == 200
@@ -232,6 +235,13 @@ def test_a_port_in_use_creates_nothing(shop):
     )
 
 
+def read_terminal(screen, seconds=60):
+    """Return the next output of a process on a terminal; fail if there is none for so long."""
+    ready, _, _ = select.select([screen], [], [], seconds)
+    assert ready, f"no output in {seconds} s"
+    return os.read(screen, 65536).decode()
+
+
 def test_status_is_watched_until_ctrl_c(shop):
     shop.database.execute("INSERT INTO items VALUES (1)")
     screen, terminal = pty.openpty()
@@ -247,13 +257,13 @@ def test_status_is_watched_until_ctrl_c(shop):
     os.close(terminal)
     shown = ""
     while shown.count("Ctrl-C ends it") < 2:
-        shown += os.read(screen, 65536).decode()
+        shown += read_terminal(screen)
     assert "does not exist yet" in shown
     assert "shop.each" in shown
     process.send_signal(signal.SIGINT)
     while True:
         try:
-            left = os.read(screen, 65536).decode()
+            left = read_terminal(screen)
         except OSError:  # it has ended
             break
         shown += left
@@ -266,5 +276,9 @@ def test_status_is_watched_until_ctrl_c(shop):
 def test_the_alerts_fire_when_they_should():
     if shutil.which("promtool") is None:
         missing("promtool (prometheus)")
-    subprocess.run(["promtool", "check", "rules", "docs/monitoring/alerts.yml"], check=True)
-    subprocess.run(["promtool", "test", "rules", "tests/acceptance/alerts.yml"], check=True)
+    subprocess.run(
+        ["promtool", "check", "rules", "docs/monitoring/alerts.yml"], check=True, timeout=120
+    )
+    subprocess.run(
+        ["promtool", "test", "rules", "tests/acceptance/alerts.yml"], check=True, timeout=120
+    )

@@ -54,8 +54,10 @@ print(json.dumps(refused))
 """
 
 
-def run(*command, **more):
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, **more)
+def run(*command, timeout=600, **more):
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=timeout, **more
+    )
 
 
 def done(*command, **more):

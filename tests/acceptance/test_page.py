@@ -69,6 +69,7 @@ class Shop:
             env=self.environment,
             capture_output=True,
             text=True,
+            timeout=120,
         )
         assert migrated.returncode == 0, migrated.stderr
         for service in ("worker", "replicate", "web"):
@@ -186,13 +187,13 @@ def test_every_command_of_the_compose_file_runs(shop):
 
 def pay(url):
     """Press the button of the page, without a browser that runs scripts."""
-    with urllib.request.urlopen(url) as answer:
+    with urllib.request.urlopen(url, timeout=30) as answer:
         cookie = answer.headers["Set-Cookie"].partition(";")[0]
         token = re.search(r"value=\"?(\w+)", answer.read().decode()).group(1)
     request = urllib.request.Request(f"{url}/pay/1", method="POST")
     request.data = f"csrfmiddlewaretoken={token}".encode()
     request.add_header("Cookie", cookie)
-    with urllib.request.urlopen(request) as answer:
+    with urllib.request.urlopen(request, timeout=30) as answer:
         assert answer.status == 200
 
 
@@ -307,7 +308,7 @@ def test_the_page_outlives_its_server_and_its_connections(shop, driver):
     press(shop, driver, "#add", "ORM", "then keep_total wrote")
     web = shop.children.pop()
     os.killpg(web.pid, signal.SIGKILL)
-    web.wait()
+    web.wait(30)
     wait_until(lambda: text(driver, "#state") == "Reconnecting", "the page to notice")
     before = shop.last_transaction()
     shop.database.execute("UPDATE shop_order SET total = total + 1 WHERE id = 1")
@@ -322,7 +323,7 @@ def test_no_other_site_presses_a_button(shop):
     def status(path, method):
         request = urllib.request.Request(shop.url + path, method=method)
         try:
-            with urllib.request.urlopen(request) as answer:
+            with urllib.request.urlopen(request, timeout=30) as answer:
                 return answer.status
         except urllib.error.HTTPError as error:
             error.close()
@@ -330,5 +331,5 @@ def test_no_other_site_presses_a_button(shop):
 
     assert status("/add", "POST") == 403
     assert status("/add", "GET") == 405
-    with urllib.request.urlopen(shop.url) as answer:
+    with urllib.request.urlopen(shop.url, timeout=30) as answer:
         assert "default-src 'self'" in answer.headers["Content-Security-Policy"]

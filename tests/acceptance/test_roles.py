@@ -67,7 +67,7 @@ def psql(shop, script, dsn):
     if not binary.exists():
         missing("psql")
     command = [binary, "-X", "-q", "-d", dsn]
-    ran = subprocess.run(command, input=script.encode(), capture_output=True, cwd="/")
+    ran = subprocess.run(command, input=script.encode(), capture_output=True, cwd="/", timeout=120)
     ran.stderr = ran.stderr.decode()
     return ran
 

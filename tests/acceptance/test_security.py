@@ -174,6 +174,7 @@ def test_django_says_no_password_either(strict):
             },
             capture_output=True,
             text=True,
+            timeout=120,
         )
         assert ended.returncode == 2
         assert ended.stderr.startswith("Error: "), ended.stderr
@@ -447,7 +448,9 @@ def test_nothing_is_kept_of_a_letters_message_that_was_sent(rabbit):
 def test_doctor_compares_open_transactions_with_open_files(shop):
     few = ["sh", "-c", 'ulimit -n 150; exec "$@"', "sh", *shop.command("flash", "doctor")]
     conf = {"SHOP_CONF": '{"flash_use_streaming": true}'}
-    ran = subprocess.run(few, env=shop.environment | conf, capture_output=True, text=True)
+    ran = subprocess.run(
+        few, env=shop.environment | conf, capture_output=True, text=True, timeout=120
+    )
     assert "warning  files: 150 may be open, and up to 210 transactions" in ran.stdout
-    ran = subprocess.run(few, env=shop.environment, capture_output=True, text=True)
+    ran = subprocess.run(few, env=shop.environment, capture_output=True, text=True, timeout=120)
     assert "files:" not in ran.stdout

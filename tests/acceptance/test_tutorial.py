@@ -88,7 +88,7 @@ def test_the_tutorial(follow, database, tmp_path):
         said("worker", line)
     # 7. Pull the plug.
     replicate.kill()
-    replicate.wait()
+    replicate.wait(30)
     database.execute("INSERT INTO orders (total) VALUES (5)")
     follow("replicate")
     said("worker", "order 2 over 5.00")

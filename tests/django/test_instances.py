@@ -236,7 +236,9 @@ def test_before_django_is_set_up_there_is_a_sentence():
     code = (
         "from tests.django.test_instances import made, Insert\nmade(Insert, row=[b'1']).instance()"
     )
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert "NoInstance: change.instance() needs Django's models, and they" in ended.stderr
 
 
@@ -248,5 +250,7 @@ def test_without_django_there_is_a_sentence():
         "from flash_celery.changes.rows import Table\n"
         "Truncate(Table('public', 't', None, 'f', (), ()), None, 0).instance()"
     )
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert "NoInstance: change.instance() needs Django: pip install" in ended.stderr

@@ -106,7 +106,7 @@ class Reader:
         for child in self.children:
             if child.poll() is None:
                 child.kill()
-            child.wait()
+            child.wait(30)
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ class Writers:
     def __exit__(self, *_):
         self.done.set()
         for thread in self.threads:
-            thread.join()
+            thread.join(30)
 
 
 @pytest.fixture
@@ -171,6 +171,7 @@ print(one.subject, one.operations.names(), send_receipt.name)
         },
         capture_output=True,
         text=True,
+        timeout=120,
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("public.shop_order ('insert',)")

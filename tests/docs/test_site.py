@@ -42,6 +42,7 @@ def build(folder, docs=DOCS):
         cwd=ROOT,
         capture_output=True,
         text=True,
+        timeout=300,
     )
 
 

@@ -635,6 +635,7 @@ def test_a_field_that_is_renamed_stops_the_worker_and_loses_nothing(flash):
     )
     with pytest.raises(SubscriptionError, match=r"handler .*slug"):
         flash.wait(lambda: False)
-    flash.thread.join()
+    flash.thread.join(30)
+    assert not flash.thread.is_alive()
     assert shown(flash.told()) == ["insert a"]
     assert flash.database.one(flash.slot("count(*)")) == 1

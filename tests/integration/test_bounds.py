@@ -228,6 +228,6 @@ def test_a_huge_message_that_nobody_handles_passes(flash):
         "INSERT INTO items VALUES (2)",
     )
     done.set()
-    watcher.join()
+    watcher.join(30)
     assert [change.key["id"] for change in flash.told()] == [1, 2]
     assert most - before < 5 * size

@@ -83,7 +83,7 @@ def ids(box):
 def test_they_stay_in_their_order_whoever_reads_them_and_is_killed(app, box):
     assert ids(box) == IDS
     command = [sys.executable, "-c", READ_AND_BE_KILLED, app.conf.broker_url, repr(app.test_conf)]
-    assert subprocess.run(command).returncode == -signal.SIGKILL
+    assert subprocess.run(command, timeout=120).returncode == -signal.SIGKILL
     # RabbitMQ puts them back when it sees that the reader is gone.
     wait_until(lambda: box.count() >= COUNT - 1, "the letters to be back")
     left = ids(box)

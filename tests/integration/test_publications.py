@@ -438,7 +438,8 @@ def test_concurrent_starts_set_up_once(tables):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
     assert errors == []
     with catalog.connect(tables.dsn) as connection:
         assert plan(connection, [subscription("orders")]) == []

@@ -345,7 +345,7 @@ def consuming(rabbit, queue):
         yield read
     finally:
         end.set()
-        thread.join()
+        thread.join(30)
 
 
 BOUNDS = {"max-length": 20, "overflow": "reject-publish"}

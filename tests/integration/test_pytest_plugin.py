@@ -224,10 +224,10 @@ def test_hangs(flash_live):
     deadline = time.monotonic() + 60
     while not (project.folder / "ready").exists():
         assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.communicate(timeout=60)
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=60)
     assert len(project.left()) == 6
     said = project.run("def test_nothing(flash_live): ...")
     assert "1 passed" in said, said

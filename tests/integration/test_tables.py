@@ -506,7 +506,8 @@ def test_a_column_of_a_handler_that_disappears_stops_the_worker_and_loses_nothin
     flash.database.execute(f"ALTER TABLE items {ddl}", "INSERT INTO items VALUES (2)")
     with pytest.raises(SubscriptionError, match=r"handler .*name"):
         flash.wait(lambda: False)
-    flash.thread.join()
+    flash.thread.join(30)
+    assert not flash.thread.is_alive()
     assert shown(flash.told()) == ["insert 1,a"]
     assert flash.database.one(flash.slot("count(*)")) == 1
 

@@ -81,7 +81,7 @@ class Process:
             return self._process.wait(30)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            return self._process.wait()
+            return self._process.wait(30)
 
 
 class Vital(NamedTuple):

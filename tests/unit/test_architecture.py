@@ -90,7 +90,9 @@ def test_typing_extensions_is_imported_on_old_pythons_only(path):
 
 def test_importing_the_package_loads_no_capture_side_and_no_optional_package():
     code = "import sys, flash_celery; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    ).stdout
     loaded = set(loaded.split())
     assert {"flash_celery.changes.payload", "flash_celery.handlers.decorators"} <= loaded
     capture_side = ORDER[ORDER.index("postgres") :]

@@ -285,10 +285,10 @@ def test_probes_and_page_say_when_the_loop_is_stuck(observer):
     server = Server("127.0.0.1:0", observer)
     server.start()
     try:
-        assert urllib.request.urlopen(f"{server.url}live").status == 200
+        assert urllib.request.urlopen(f"{server.url}live", timeout=30).status == 200
         stuck[0] = 90.0
         with pytest.raises(urllib.error.HTTPError) as failed:
-            urllib.request.urlopen(f"{server.url}live")
+            urllib.request.urlopen(f"{server.url}live", timeout=30)
         with failed.value as answer:
             assert answer.status == 503
             assert json.load(answer) == {"live": False, "stuck_seconds": 90.0}
@@ -301,15 +301,15 @@ def test_too_many_clients_are_turned_away(observer):
     server.start()
     place = server.server_address[:2]
     try:
-        silent = [socket.create_connection(place) for _ in range(16)]
-        with socket.create_connection(place) as one:
+        silent = [socket.create_connection(place, timeout=10) for _ in range(16)]
+        with socket.create_connection(place, timeout=10) as one:
             one.settimeout(5)
             assert one.recv(1) == b""
         silent.pop().close()
 
         def answered():
             try:
-                return urllib.request.urlopen(f"{server.url}live").status == 200
+                return urllib.request.urlopen(f"{server.url}live", timeout=30).status == 200
             except OSError:
                 return False
 
@@ -325,7 +325,7 @@ def test_clients_that_never_come_to_an_end_are_cut_off(observer, monkeypatch):
     monkeypatch.setattr("flash_celery.monitoring.server._CLIENT_SECONDS", 1.0)
     server = Server("127.0.0.1:0", observer)
     server.start()
-    slow = [socket.create_connection(server.server_address[:2]) for _ in range(16)]
+    slow = [socket.create_connection(server.server_address[:2], timeout=10) for _ in range(16)]
     try:
 
         def answered():
@@ -333,7 +333,7 @@ def test_clients_that_never_come_to_an_end_are_cut_off(observer, monkeypatch):
                 with suppress(OSError):
                     one.send(b"G")
             try:
-                return urllib.request.urlopen(f"{server.url}live").status == 200
+                return urllib.request.urlopen(f"{server.url}live", timeout=30).status == 200
             except OSError:
                 return False
 

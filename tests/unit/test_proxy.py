@@ -31,7 +31,7 @@ def echo():
         thread.start()
         yield server.server_address[1]
         server.shutdown()
-        thread.join()
+        thread.join(30)
 
 
 @pytest.fixture
@@ -146,6 +146,6 @@ def test_it_refuses_and_leads_elsewhere(proxy):
             thread.start()
             with client(proxy, b"elsewhere") as moved:
                 assert moved.recv(100) == b"elsewhere"
-            thread.join()
+            thread.join(30)
         end.sendall(b"still here")
         assert end.recv(100) == b"still here"

@@ -127,6 +127,6 @@ print("closed")
 def test_a_spool_is_closed_where_the_disk_takes_no_more(tmp_path):
     """What is buffered is written when the file is closed, and fails again."""
     code = [sys.executable, "-c", FULL, str(tmp_path)]
-    ran = subprocess.run(code, capture_output=True, text=True)
+    ran = subprocess.run(code, capture_output=True, text=True, timeout=120)
     assert "cannot be spooled" in ran.stdout
     assert ran.stdout.endswith("closed\n"), ran.stderr

@@ -126,7 +126,9 @@ def test_what_is_declared_is_the_same_in_every_process():
         # What differs moves everything that the process makes.
         code = f"kept = [object() for _ in range({seed} * 1000)]\n" + DECLARED % number
         environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
-        return subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+        return subprocess.check_output(
+            [sys.executable, "-c", code], env=environment, text=True, timeout=120
+        )
 
     assert declared(1) == declared(2)
     assert declared(1) != declared(1, 2)

@@ -24,6 +24,7 @@ def found():
         capture_output=True,
         text=True,
         cwd=ROOT,
+        timeout=240,
     )
     assert run.returncode in (0, 1), run.stdout + run.stderr
     for line in run.stdout.splitlines():

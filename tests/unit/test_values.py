@@ -25,7 +25,7 @@ def test_psycopg_without_its_binaries_reads_intervals_too():
         missing("libpq")
     environment = {**os.environ, "PSYCOPG_IMPL": "python"}
     ran = subprocess.run(
-        [sys.executable, "-c", READ], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", READ], env=environment, capture_output=True, text=True, timeout=120
     )
     assert ran.stderr == ""
 
