@@ -31,7 +31,8 @@ test: $(VENV)/.stamp
 bench: $(VENV)/.stamp
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-# Writers, handlers and random faults, and then the reckoning; MINUTES=30, BROKER=redis, SEED=5.
+# Writers, handlers and random faults, and then the reckoning; MINUTES=30, BROKER=redis, SEED=5,
+# ARGS=--docs for the results in docs/soak.md.
 soak: $(VENV)/.stamp
 	@$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),30) $(if $(SEED),--seed $(SEED)) \
 		$(if $(BROKER),--broker $(BROKER)) $(ARGS)

@@ -4,7 +4,7 @@ A dead letter holds the task's message as the worker received it, so that the ta
 unchanged, and the error. It travels as the only argument of a message for the task
 `flash_celery.dead`. No app has a task of that name: a worker that consumes the dead-letter queue by
 mistake requeues the messages (see `failed_tasks`). This is version 1 of the format;
-docs/reliability.md describes the fields.
+docs/howto/dead-letters.md describes the fields.
 """
 
 from __future__ import annotations

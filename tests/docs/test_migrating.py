@@ -155,7 +155,7 @@ def test_the_handler_that_was_a_receiver_is_declared(database):
 import django
 django.setup()
 from celery import Celery
-from flash_celery.handlers import subscriptions_of
+from flash_celery.handlers.decorators import subscriptions_of
 app = Celery("shop", set_as_current=True)
 {page.files["receipts.py"]}
 (one,) = subscriptions_of(app)

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import click
 import pytest
 import yaml
+from markdown.extensions.toc import slugify
 
 import flash_celery
 from flash_celery import errors
@@ -112,6 +113,46 @@ def test_every_page_is_in_the_navigation():
     listed = re.findall(r": (\S+\.md)$", nav, re.MULTILINE)
     assert sorted({*listed} - {"changelog.md"}) == sorted(PAGES)
     assert isinstance(yaml.safe_load(nav)["nav"], list)
+
+
+def test_every_anchor_is_there():
+    """In the README too, which `mkdocs build` does not read."""
+    read = {DOCS / name: text for name, text in PAGES.items()} | {ROOT / "README.md": README}
+    anchors = {page: anchors_of(text) for page, text in read.items()}
+    checked = 0
+    for page, text in read.items():
+        for target, anchor in re.findall(r"\]\(([^):]*)#([^)]+)\)", text):
+            path = (page.parent / target).resolve() if target else page
+            if path in anchors and "reference" not in path.parts:  # those are made from the code
+                assert anchor in anchors[path], (page, target, anchor)
+                checked += 1
+    assert checked > 50
+
+
+def test_the_old_anchors_of_the_reliability_page_are_there():
+    """Pages elsewhere may link to what has a page of its own now."""
+    anchors = anchors_of(PAGES["reliability.md"])
+    for anchor in (
+        "what-happens-when",
+        "redis-that-fails-over",
+        "a-broker-that-says-nothing",
+        "a-queue-that-refuses-messages",
+        "once-into-redis",
+        "no-silent-stall",
+        "dead-letters",
+        "a-change-that-kills-its-process",
+        "a-change-that-no-broker-takes",
+        "full-queues",
+        "under-random-faults",
+    ):
+        assert anchor in anchors, anchor
+
+
+def anchors_of(text):
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    slugs = {slugify(re.sub(r"\]\([^)]*\)|[`\[]", "", heading), "-") for heading in headings}
+    return slugs | set(re.findall(r'<a id="([^"]+)">', text))
 
 
 def test_links_to_elsewhere_are_well_formed():

@@ -29,6 +29,7 @@ def main():
         choices=RUNS,
         help="else redis half the time (a third of it through Sentinel), and rabbitmq",
     )
+    parser.add_argument("--docs", action="store_true", help="rewrite the results in docs/soak.md")
     parser.add_argument("--keep", action="store_true", help="leave logs and notes in any case")
     given = parser.parse_args()
     logging.disable()  # of the libraries that witnesses use
@@ -46,6 +47,10 @@ def main():
         for line in report.lines(outcome):
             _say(line)
     _say("\n" + ", ".join(f"{name} {value}" for name, value in machine().items()))
+    if given.docs:
+        command = f"make soak MINUTES={given.minutes:g} SEED={seed}"
+        text = report.rewrite(report.DOCUMENT.read_text(), command, machine(), outcomes)
+        report.DOCUMENT.write_text(text)
     wrong = [f"{o.broker}: {problem}" for o in outcomes for problem in o.problems]
     for problem in wrong:
         _say(f"WRONG: {problem}")

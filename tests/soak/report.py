@@ -1,7 +1,9 @@
 """The table: a line for each kind of fault."""
 
+import re
 from bisect import bisect_right
 from collections import Counter
+from pathlib import Path
 from statistics import median
 
 from tests.soak import check
@@ -18,6 +20,35 @@ _HEAD = (
     "recovery p50",
     "max",
 )
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "soak.md"
+#: What a section of docs/soak.md is called.
+_TITLES = {"redis": "Valkey", "sentinel": "Valkey, through Sentinel", "rabbitmq": "RabbitMQ"}
+
+
+def rewrite(text, command, machine, outcomes):
+    """Return docs/soak.md with these results instead of its own."""
+    block = [f"`{command}` on {', '.join(f'{name} {value}' for name, value in machine.items())}."]
+    for outcome in outcomes:
+        block += ["", f"### {_TITLES[outcome.broker]}", ""]
+        table, remarks = split(lines(outcome))
+        block += [*table, "", *(f"- {remark}" for remark in remarks)]
+    text, found = re.subn(
+        r"(<!-- soak -->\n).*(<!-- /soak -->)",
+        lambda match: "\n".join([match[1], *block, "", match[2]]),
+        text,
+        flags=re.DOTALL,
+    )
+    if not found:
+        raise ValueError("docs/soak.md has no block for the results")
+    return text
+
+
+def split(report):
+    """Return the lines of the table, and the remarks below it."""
+    report = list(report)
+    blank = report.index("")
+    return report[:blank], report[blank + 1 :]
 
 
 def lines(outcome):

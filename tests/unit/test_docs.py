@@ -17,7 +17,7 @@ from flash_celery.conditions.lookups import LOOKUPS
 from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.settings import Settings
-from tests.docs.claims import proofs, unproved, written_tests
+from tests.docs.claims import proofs, unproved
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -127,15 +127,10 @@ def test_a_claim_and_its_entry_need_each_other(text, problem):
 
 
 def test_every_row_of_what_happens_when_has_a_test():
-    _, _, text = DOCS["reliability.md"].partition("## What happens when")
-    text, _, _ = text.partition("\n\nCelery's")
-    rows = [row for row in text.splitlines() if row.startswith("| ") and "**" not in row][1:]
-    assert len(rows) > 20
-    written = written_tests()
-    for row in rows:
-        names = re.findall(r"`(test_\w+)`", row)
-        assert names, row
-        assert set(names) <= written, row
+    heading = "What happens when"
+    entries = proofs("reliability.md")
+    assert len(entries[heading]) > 20
+    assert unproved(DOCS["reliability.md"], entries, tables_of=heading) == []
 
 
 def commands(group, name=""):

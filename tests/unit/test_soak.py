@@ -1,5 +1,6 @@
 """The soak run finds what it is there to find."""
 
+import re
 import struct
 
 import pytest
@@ -119,3 +120,25 @@ def test_the_report_has_a_line_for_each_kind_of_fault(ledger):
     assert cells[stop.name] == ["1", "2", "1", "0", "0", "0", "2.0 s", "2.0 s"]
     assert "3 changes of 3 transactions in 60 s; 1 lost, 0 out of order" in lines[-2]
     assert lines[-1] == "not handled: 1 changes of each, 0 changes of many"
+
+
+def test_the_report_is_written_into_the_documents(ledger):
+    page = report.DOCUMENT.read_text()
+    text = report.rewrite(
+        page, "make soak", {"Python": "3.11"}, [Outcome("redis", 1, {}, ledger=ledger)]
+    )
+    start, end = "<!-- soak -->", "<!-- /soak -->"
+    assert text.partition(start)[0] == page.partition(start)[0]
+    assert text.partition(end)[2] == page.partition(end)[2]
+    (block,) = re.findall(f"{start}\n(.*){end}", text, re.DOTALL)
+    assert block.startswith("\n`make soak` on Python 3.11.\n\n### Valkey\n\n| fault ")
+    assert block.endswith(
+        "|\n\n- 3 changes of 3 transactions in 0 s; 0 lost, 0 out of order; "
+        "handled 3 (each), 3 (many)\n\n"
+    )
+    # The results that are there have the same shape.
+    (block,) = re.findall(f"{start}\n(.*){end}", page, re.DOTALL)
+    head = next(report.lines(Outcome("redis", 1, {}, ledger=ledger))).split()
+    tables = [line for line in block.splitlines() if line.startswith("| fault")]
+    assert len(tables) == block.count("### ") == 3
+    assert all(table.split() == head for table in tables)
