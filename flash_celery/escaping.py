@@ -17,3 +17,8 @@ def escaped(text: str) -> str:
     return "".join(
         one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
     )
+
+
+def one_line(error: object) -> str:
+    """Return the text of an error on one line; those of PostgreSQL have several."""
+    return " ".join(str(error).split())

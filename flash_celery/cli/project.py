@@ -96,6 +96,7 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
         from psycopg import Error
 
         from ..errors import FlashError
+        from ..escaping import one_line
 
         as_json = bool(kwargs.get("log_json"))
         try:
@@ -103,7 +104,7 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
         except FlashError as error:
             _complain(str(error), as_json)
         except Error as error:
-            _complain(f"PostgreSQL: {' '.join(str(error).split())}", as_json)
+            _complain(f"PostgreSQL: {one_line(error)}", as_json)
         return context.exit(BAD_INPUT)
 
     return run

@@ -15,11 +15,11 @@ from .project import Project, command, say
 def reset(project: Project, slot: str | None, yes: bool, force: bool) -> None:
     """Drop the slot and its publications, and restore replica identities.
 
-    Changes that were not read yet are lost; the next `replicate` starts at the present. Nothing is
-    paused then: what is parked for paused handlers goes back to their queues.
+    Changes that were not read yet are lost; the next `replicate` starts at the present. No handler
+    is paused then: held messages of paused handlers go back to their queues.
     """
+    from ..commands import requeue as requeuing
     from ..commands import reset as resetting
-    from ..commands import unpark as unparking
 
     name = slot or project.settings.flash_replication_slot
     with project.connect() as connection:
@@ -28,18 +28,18 @@ def reset(project: Project, slot: str | None, yes: bool, force: bool) -> None:
             say(undo.note or f"Nothing to reset: there is no slot {name}.")
             return
         subject = project.app, project.settings, project.subscriptions
-        parked = unparking.find(connection, *subject) if undo.steps else []
+        held = requeuing.find(connection, *subject) if undo.steps else []
         say("This will")
-        for line in [*map(str, parked), *undo.lines()]:
+        for line in [*map(str, held), *undo.lines()]:
             say(f"  {line}")
         if not yes:
             click.confirm("Go on?", abort=True)
 
-        def unpark() -> None:
-            # Anew: more may have been parked while somebody read what there was.
-            unparking.move(
-                project.app, project.settings.source, unparking.find(connection, *subject)
+        def requeue() -> None:
+            # Ask again: more messages may be held since the list was printed.
+            requeuing.requeue(
+                project.app, project.settings.source, requeuing.find(connection, *subject)
             )
 
-        resetting.run(connection, undo, force, unpark)
+        resetting.run(connection, undo, force, requeue)
     click.echo("Done.")

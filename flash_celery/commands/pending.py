@@ -16,7 +16,8 @@ from ..changes.change import Change, Changes
 from ..changes.payload import CHANGE, CHANGES
 from ..errors import PublishError
 from ..protocol.lsn import Lsn
-from ..publishing.brokers.base import ConnectedPublisher
+from ..publishing.brokers import redis_keys
+from ..publishing.brokers.base import ConnectedPublisher, is_missing_queue
 
 #: Seconds that workers have to answer.
 _INSPECT_SECONDS = 1.0
@@ -126,7 +127,8 @@ class _InRedis(_Looking):
         with self._pipeline(transaction=True) as pipeline:
             for _, key in keys:
                 pipeline.lrange(key, 0, -1)
-            pipeline.hvals(f"{self._prefix}{self._publisher.channel.unacked_key}")
+            channel = self._publisher.channel
+            pipeline.hvals(redis_keys.prefixed(channel, channel.unacked_key))
             *lists, taken = pipeline.execute()
         for (queue, _), found in zip(keys, lists, strict=True):
             for raw in found:
@@ -137,28 +139,22 @@ class _InRedis(_Looking):
             if isinstance(parts, list) and parts and (handler := self._of(parts[0], lsn)):
                 yield handler, "with a worker"
 
-    @property
-    def _prefix(self) -> str:
-        return getattr(self._publisher.channel, "global_keyprefix", "")
-
     def _keys(self) -> list[tuple[str, str]]:
         """The lists of each queue, one for each priority."""
         channel = self._publisher.channel
         return [
-            (queue, f"{self._prefix}{channel._q_for_pri(queue, priority)}")
+            (queue, redis_keys.queue_key(channel, queue, priority))
             for queue in self._queues
             for priority in channel.priority_steps
         ]
 
     @contextmanager
     def _pipeline(self, transaction: bool) -> Iterator[Any]:
-        import redis
-
-        with self._publisher.channel.conn_or_acquire() as pooled:
-            # Kombu's own client prefixes the keys of some commands.
-            client = redis.Redis(connection_pool=pooled.connection_pool)
-            with client.pipeline(transaction=transaction) as pipeline:
-                yield pipeline
+        with (
+            redis_keys.literal_client(self._publisher.channel) as client,
+            client.pipeline(transaction=transaction) as pipeline,
+        ):
+            yield pipeline
 
     def _of(self, raw: Any, lsn: Lsn) -> str | None:
         """The handler, if the message is one of those."""
@@ -222,7 +218,7 @@ class _Elsewhere(_Looking):
             return self._publisher.depth(queue), self._publisher.consumers(queue)
         except PublishError as error:
             self._publisher.open([])
-            if str(getattr(error.__cause__, "reply_code", "")) != "404":
+            if not is_missing_queue(error):
                 raise
             return None
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import FlashError
-from ..escaping import escaped
+from ..escaping import escaped, one_line
 from ..handlers.subscriptions import Subscription
 from ..postgres.slots import Gap
 from ..protocol.lsn import Lsn
@@ -43,7 +43,7 @@ def watch(
                 found, trouble = next(look), ""
             except (FlashError, psycopg.Error) as error:
                 look = _looks(connect, app, settings, subscriptions)
-                trouble = " ".join(str(error).split())
+                trouble = one_line(error)
             speed = _speed(before, found, now - since)
             drawn.update(_drawn(found, speed, trouble), refresh=True)
             if not trouble:

@@ -17,6 +17,7 @@ from kombu.utils.json import loads
 
 from ..errors import ConfigurationError, NoSuchLetter, PayloadError, SubscriptionError
 from ..publishing import brokers
+from ..publishing.brokers import redis_keys
 from ..publishing.brokers.base import ConnectedPublisher, queue_depths
 from ..table_name import TableName
 from . import letters
@@ -287,11 +288,8 @@ def _read_redis(channel: Any, name: str, count: int) -> _Bodies:
 
     kombu keeps the messages of a queue in a Redis list, the oldest at its tail.
     """
-    key = channel._q_for_pri(name, 0)
-    with channel.conn_or_acquire() as client:
-        prefix = getattr(channel, "global_keyprefix", "")
-        if prefix and "LRANGE" not in getattr(client, "PREFIXED_SIMPLE_COMMANDS", ()):
-            key = prefix + key
+    key = redis_keys.queue_key(channel, name)
+    with redis_keys.literal_client(channel) as client:
         kept = 0
         while count > 0:
             chunk = client.lrange(key, -kept - min(_REDIS_CHUNK, count), -kept - 1)

@@ -11,7 +11,7 @@ from ..commands import status
 from ..dead_letters.letters import DeadLetter
 from ..dead_letters.queue import DeadLetterFilter, DeadLetterQueue
 from ..errors import FlashError
-from ..escaping import escaped
+from ..escaping import escaped, one_line
 from ..handlers.decorators import subscriptions_of
 from ..postgres import catalog
 from ..settings import Settings
@@ -35,7 +35,7 @@ def sources(app: Any) -> list[dict[str, Any]]:
             with catalog.connect(one.require_dsn(), _PATIENCE) as connection:
                 found.append(status.status(connection, app, one, mine))
         except (FlashError, psycopg.Error) as error:
-            found.append({"source": one.source, "error": " ".join(str(error).split())})
+            found.append({"source": one.source, "error": one_line(error)})
     for each in found:
         slot = each.get("slot")
         if slot:

@@ -52,7 +52,7 @@ class Lease:
     name: str
     #: A digest of everything that decides which changes there are and how they are counted.
     binding: str
-    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    fencing_token: str = field(default_factory=lambda: uuid.uuid4().hex)
     #: What PostgreSQL was told: nothing before it is sent again.
     acknowledged: Lsn = Lsn(0)  # noqa: RUF009 - an int
     #: Until when, by `now`, nobody else can have the slot; the session prolongs it.

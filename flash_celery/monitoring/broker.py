@@ -10,7 +10,8 @@ from kombu.utils.json import loads
 
 from ..dead_letters import letters
 from ..errors import PayloadError, PublishError
-from ..publishing.brokers.base import ConnectedPublisher
+from ..publishing.brokers import redis_keys
+from ..publishing.brokers.base import ConnectedPublisher, is_missing_queue
 
 #: Seconds before a queue that was not there is asked for again: it costs a connection.
 _MISSING_SECONDS = 60.0
@@ -69,22 +70,18 @@ class Broker:
         try:
             return self._publisher.depth(queue)
         except PublishError as error:
-            if str(getattr(error.__cause__, "reply_code", "")) != "404":
+            if not is_missing_queue(error):
                 raise
         self._missing[queue] = time.monotonic() + _MISSING_SECONDS
         self.close()  # the error has closed the channel
         return None
 
     def _read(self) -> list[dict[str, Any]]:
-        import redis
-
         channel, found = self._publisher.channel, []
-        key = f"{getattr(channel, 'global_keyprefix', '')}{channel._q_for_pri(self._dead, 0)}"
-        with self._publisher.errors(), channel.conn_or_acquire() as client:
-            # Kombu's own client prefixes the keys of some commands, not of all in all versions.
-            plain = redis.Redis(connection_pool=client.connection_pool)
+        key = redis_keys.queue_key(channel, self._dead)
+        with self._publisher.errors(), redis_keys.literal_client(channel) as client:
             for place in range(_HEADS):  # one by one, for a batch may have megabytes
-                item = plain.lindex(key, place)
+                item = client.lindex(key, place)
                 if item is None:
                     break
                 found.append(_head(channel, item))

@@ -19,7 +19,7 @@ import psycopg
 from ..commands import status
 from ..commands.doctor import unhandled
 from ..errors import FlashError
-from ..escaping import escaped
+from ..escaping import escaped, one_line
 from ..handlers.subscriptions import Subscription
 from ..messages.templates import Templates
 from ..postgres import catalog
@@ -109,7 +109,7 @@ class Observer:
             if self._connection is not None:
                 self._connection.close()
             self._connection = None
-            seen = {"slot": None, "database_error": escaped(" ".join(str(error).split()))}
+            seen = {"slot": None, "database_error": escaped(one_line(error))}
         self._seen_database = self._seen_database | seen
         self._sample()
 

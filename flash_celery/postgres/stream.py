@@ -21,6 +21,7 @@ from ..errors import (
     SlotLost,
     SlotMissing,
 )
+from ..escaping import one_line
 from ..protocol import frames
 from ..protocol.lsn import Lsn
 
@@ -78,7 +79,7 @@ def without_password(text: str, dsn: str) -> str:
 
 def unreachable(error: psycopg.Error, dsn: str) -> ReplicationError:
     """A failed connection, as an error that may be shown."""
-    text = " ".join(without_password(str(error), dsn).split()).rstrip(".")
+    text = one_line(without_password(str(error), dsn)).rstrip(".")
     return ReplicationError(f"The connection to PostgreSQL failed: {text}.")
 
 

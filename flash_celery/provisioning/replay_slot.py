@@ -21,6 +21,7 @@ from psycopg import sql
 
 from ..changes.change import Operation
 from ..errors import ConfigurationError, FlashError
+from ..escaping import one_line
 from ..postgres import catalog, slots
 from ..protocol.lsn import Lsn
 from ..settings import Settings
@@ -232,7 +233,7 @@ class _Keeper(threading.Thread):
             self._ending.wait(self._pause)
 
     def _failed(self, error: Exception) -> None:
-        said = " ".join(str(error).split())
+        said = one_line(error)
         if not self._ending.is_set() and said != self._said:
             self._said = said
             logger.warning("The slot %s cannot be moved now: %s", slot_of(self._settings), said)

@@ -22,8 +22,8 @@ from ..protocol.lsn import Lsn
 from ..telemetry import Telemetry
 from .backpressure import Backpressure
 from .brokers.base import Publisher
+from .hold_queues import DrainingQueue, HoldQueues
 from .outage import Outage
-from .parking import Leaving, Parking
 from .signals import announce
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Publishing(threading.Thread):
         #: What is being delivered.
         self._taken: list[Unit] = []
         self._lease = Lease("", "")
-        self._parking = Parking()
+        self._hold_queues = HoldQueues()
         self._claim: Callable[[Enqueued], None] | None = None
         self._changed = threading.Condition()
         self._size = 0
@@ -94,7 +94,7 @@ class Publishing(threading.Thread):
         self,
         lease: Lease,
         enqueued: Callable[[Enqueued], None],
-        parking: Parking = Parking(),  # noqa: B008 - a tuple
+        hold_queues: HoldQueues = HoldQueues(),  # noqa: B008 - a tuple
     ) -> None:
         """Begin a session, which has no room before the broker has agreed and what is to leave a
         parking queue has left; never blocks.
@@ -102,8 +102,8 @@ class Publishing(threading.Thread):
         `enqueued` gets what the broker has already, in the publishing thread.
         """
         with self._changed:
-            self._lease, self._claim, self._parking = lease, enqueued, parking
-            self._opened = self._opened and not parking.queues
+            self._lease, self._claim, self._hold_queues = lease, enqueued, hold_queues
+            self._opened = self._opened and not hold_queues.queues
             self._changed.notify_all()
 
     def put(self, unit: Unit) -> None:
@@ -202,8 +202,8 @@ class Publishing(threading.Thread):
         def attempt(_: Sequence[Message]) -> int:
             if self._may_publish(generation):
                 found = self._publisher.claim(lease)
-                for queue in self._parking.leaving:
-                    self._unpark(generation, queue)
+                for queue in self._hold_queues.draining:
+                    self._requeue(generation, queue)
                 with self._changed:
                     if generation == self._generation:
                         enqueued(found)
@@ -213,8 +213,8 @@ class Publishing(threading.Thread):
         if self._insist(generation, attempt, []):
             self._confirmed(Lsn(0))  # nothing; whoever waits for room looks again
 
-    def _unpark(self, generation: int, leaving: Leaving) -> None:
-        """Move what was parked, before anything newer is published."""
+    def _requeue(self, generation: int, queue: DrainingQueue) -> None:
+        """Requeue held messages, before anything newer is published."""
         more, moved = True, 0
 
         def admit(messages: list[Message]) -> int:
@@ -225,9 +225,9 @@ class Publishing(threading.Thread):
             return count
 
         while more and self._may_publish(generation):
-            more = self._publisher.unpark(leaving.name, leaving.restored, admit)
+            more = self._publisher.requeue(queue.name, queue.restored, admit)
         if not more:
-            logger.info("Moved %d messages from %s, back to their queues", moved, leaving.name)
+            logger.info("Moved %d messages from %s, back to their queues", moved, queue.name)
 
     def _deliver(self, generation: int, units: Sequence[Unit]) -> None:
         messages = self._fitted([message for unit in units for message in unit.messages])
@@ -340,7 +340,7 @@ class Publishing(threading.Thread):
         self._spoke = time.monotonic()
         if not self._opened:
             with self._outage.announced(self._idle_seconds):
-                self._publisher.open([*self._queues, *self._parking.queues])
+                self._publisher.open([*self._queues, *self._hold_queues.queues])
             self._opened = True
 
     def _fails(self, error: PublishError, waiting: Sequence[Message]) -> None:

@@ -217,11 +217,11 @@ class _Recorder:
         self._publisher.publish(messages)
         self.messages += messages
 
-    def unpark(
+    def requeue(
         self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
     ) -> bool:
         """Nothing is paused in a test's database."""
-        return self._publisher.unpark(queue, restored, admit)
+        return self._publisher.requeue(queue, restored, admit)
 
     def check(self) -> None:
         """See that the broker answers."""

@@ -14,8 +14,7 @@ from ..handlers.subscriptions import Subscription
 from ..messages.templates import Templates
 from ..provisioning import pauses, publications
 from ..provisioning.publications import Record
-from ..publishing import parking
-from ..publishing.parking import Parking
+from ..publishing.hold_queues import HoldQueues, hold_queues
 from ..settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ class Holding:
         #: What was noted before the session.
         self.record = Record()
         #: What the session does about it.
-        self.parking = Parking()
+        self.hold_queues = HoldQueues()
 
     @property
     def source(self) -> bool:
@@ -61,9 +60,9 @@ class Holding:
         """Read what is noted, and say it if it is something else than before."""
         self._noted = publications.noted(connection, self._settings.flash_publication_slot_prefix)
         self.record = pauses.read(connection, self._settings)
-        leaving = {one: templates.queues_for(one) for one in self._in(self.record.resuming)}
+        resuming = {one: templates.queues_for(one) for one in self._in(self.record.resuming)}
         source = self._settings.source
-        self.parking = parking.parking(self._app, source, list(self.parked), leaving)
+        self.hold_queues = hold_queues(self._app, source, list(self.parked), resuming)
         # What is parked for one that is no handler any more goes nowhere, resumed or not.
         stuck = {o: s for o, s in self.record.resuming.items() if o not in self._handlers}
         said, self._said = self._said, self.record.paused | stuck
@@ -75,8 +74,8 @@ class Holding:
         prefix = self._settings.flash_publication_slot_prefix
         if publications.noted(connection, prefix) != self._noted:
             return True
-        if self.parking.leaving and self._moved():
-            self.parking = Parking()
+        if self.hold_queues.draining and self._moved():
+            self.hold_queues = HoldQueues()
             # Not those that are no handlers any more: what is parked for them is still there.
             resuming = self._in(self.record.resuming)
             try:

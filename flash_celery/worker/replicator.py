@@ -257,7 +257,7 @@ class Replicator:
             ),
             self._lease(),
             Outbox(partial(oversize.letter, self._app, self._settings.flash_dead_queue)),
-            self._holding.parking,
+            self._holding.hold_queues,
             partial(self._holding.altered, connection),
             self._holding.source,
             self.telemetry,

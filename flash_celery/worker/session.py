@@ -28,7 +28,7 @@ from ..postgres.stream import ReplicationConnection
 from ..progress import Progress
 from ..protocol import frames
 from ..protocol.lsn import Lsn
-from ..publishing.parking import Parking
+from ..publishing.hold_queues import HoldQueues
 from ..publishing.thread import Publishing
 from ..settings import Settings
 from ..telemetry import Telemetry, unix
@@ -67,7 +67,7 @@ class Session:
         watch: Watch,
         lease: Lease,
         outbox: Outbox,
-        parking: Parking,
+        hold_queues: HoldQueues,
         noted_otherwise: Callable[[], bool],
         paused: bool = False,
         telemetry: Telemetry | None = None,
@@ -101,7 +101,7 @@ class Session:
         #: What has arrived and waits for a spooled transaction to be replayed.
         self._runs: deque[tuple[bytes, list[bytes]]] = deque()
         self._look = tables_changed
-        self._parking = parking
+        self._hold_queues = hold_queues
         self._noted_otherwise = noted_otherwise
         #: Whether nothing is to be read.
         self._paused = paused
@@ -125,7 +125,7 @@ class Session:
         Until somebody stops it, pauses or resumes something, or a table has been made anew or got
         a partition: then the publications need another look. Raises `ReplicationError`.
         """
-        self._publishing.claim(self._lease, self._outbox.skip, self._parking)
+        self._publishing.claim(self._lease, self._outbox.skip, self._hold_queues)
         if not self._paused:
             # What came together with the answer to START_REPLICATION makes no socket readable.
             self._receive()

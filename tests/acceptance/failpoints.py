@@ -78,9 +78,9 @@ _PUBLISH = (
     "flash_celery.publishing.brokers.redis:RedisPublisher.publish",
     "flash_celery.publishing.brokers.amqp:AmqpPublisher.publish",
 )
-_UNPARK = (
-    "flash_celery.publishing.brokers.redis:RedisPublisher.unpark",
-    "flash_celery.publishing.brokers.amqp:AmqpPublisher.unpark",
+_REQUEUE = (
+    "flash_celery.publishing.brokers.redis:RedisPublisher.requeue",
+    "flash_celery.publishing.brokers.amqp:AmqpPublisher.requeue",
 )
 _REDIS = ("redis.connection:AbstractConnection.send_packed_command",)
 _AMQP = ("amqp.transport:_AbstractTransport.write",)
@@ -95,7 +95,7 @@ STEPS = {
     "pushed": Step(When.AFTER, _REDIS, _push),
     "sent": Step(When.AFTER, _AMQP, _frames),
     "confirmed": Step(When.AFTER, _PUBLISH),
-    "moved": Step(When.AFTER, _UNPARK),
+    "moved": Step(When.AFTER, _REQUEUE),
     "acknowledge": Step(When.BEFORE, (f"{_STREAM}.send_status",), _further()),
     "acknowledged": Step(When.AFTER, (f"{_STREAM}.send_status",), _further()),
     # A transaction that is streamed while it is open.

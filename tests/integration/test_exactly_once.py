@@ -18,7 +18,7 @@ from flash_celery.messages.deduplication import Lease
 from flash_celery.messages.templates import Form, Message
 from flash_celery.provisioning import advisory_lock
 from flash_celery.publishing.brokers.redis import RedisPublisher
-from flash_celery.publishing.brokers.redis_position import Journal
+from flash_celery.publishing.brokers.redis_position import RedisPosition
 from flash_celery.settings import Settings
 
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text)"
@@ -129,7 +129,7 @@ def test_the_halves_of_a_key_change(on_redis):
 
 def test_a_reply_that_does_not_come(on_redis, monkeypatch):
     """Redis has done it, and the connection is gone: it is asked before anything is sent again."""
-    step, lost = Journal.step, []
+    step, lost = RedisPosition.compare_and_set, []
 
     def cut(self, client, commands):
         found = step(self, client, commands)
@@ -139,7 +139,7 @@ def test_a_reply_that_does_not_come(on_redis, monkeypatch):
         return found
 
     on_redis.handler("items")
-    monkeypatch.setattr(Journal, "step", cut)
+    monkeypatch.setattr(RedisPosition, "compare_and_set", cut)
     on_redis.publisher = RedisPublisher(on_redis.app)
     on_redis.start()
     for number in range(1, 6):  # each is pushed by itself

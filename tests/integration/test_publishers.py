@@ -25,7 +25,7 @@ from flash_celery.publishing.brokers.base import queue_depths
 from flash_celery.publishing.brokers.kombu import KombuPublisher
 from flash_celery.publishing.brokers.memory import MemoryPublisher
 from flash_celery.publishing.brokers.redis import RedisPublisher
-from flash_celery.publishing.parking import restored
+from flash_celery.publishing.hold_queues import restored
 from tests.proxy import Proxy
 from tests.sentinel import OPTIONS, Sentinel
 
@@ -427,7 +427,7 @@ def test_what_is_parked_goes_back_in_order_and_as_it_was(broker):
         return count
 
     calls = 0
-    while broker.publisher.unpark(name, partial(restored, ["first"]), admit):
+    while broker.publisher.requeue(name, partial(restored, ["first"]), admit):
         calls += 1
         assert calls <= 110
     found = sorted(broker.messages("first"), key=lambda one: int(one.headers["id"]))
@@ -436,7 +436,7 @@ def test_what_is_parked_goes_back_in_order_and_as_it_was(broker):
     assert not any(PARKED in one.headers for one in found)
     assert broker.publisher.depth(name) == 0
     broker.publisher.publish([parked(number) for number in (1, 11, 21, 31)])
-    while broker.publisher.unpark(name, partial(restored, ["first"]), len):
+    while broker.publisher.requeue(name, partial(restored, ["first"]), len):
         pass
     assert broker.read("first") == ["1", "11", "21", "31"]
 
@@ -460,7 +460,7 @@ def test_a_parking_quorum_queue_keeps_its_order(rabbit):
         return min(len(messages), next(rooms))
 
     wait_until(lambda: one.depth(name) == 1000, "what was held to be back")
-    while one.unpark(name, partial(restored, ["moved"]), admit):
+    while one.requeue(name, partial(restored, ["moved"]), admit):
         pass
     channel = one.channel
     read = iter(lambda: channel.basic_get("moved", no_ack=True), None)
@@ -481,7 +481,7 @@ def test_what_nobody_can_read_is_set_aside(valkey, caplog):
         broken = [b"\xff", b"5", b"[]", b'{"headers": 5, "properties": {}, "body": ""}']
         client.lpush(name, *broken)
         publisher.publish([message(3, name)])
-        while publisher.unpark(name, partial(restored, ["first"]), len):
+        while publisher.requeue(name, partial(restored, ["first"]), len):
             pass
         assert client.lrange(f"{name}.unreadable", 0, -1) == broken[::-1]
         client.delete(f"{name}.unreadable")
@@ -503,13 +503,13 @@ def test_only_one_process_moves_what_is_parked(rabbit):
 
     def admit(messages):
         with pytest.raises(PublishError, match="RESOURCE_LOCKED"):
-            other.unpark(name, back, len)
+            other.requeue(name, back, len)
         return 1
 
-    assert one.unpark(name, back, admit)
+    assert one.requeue(name, back, admit)
     other.open(queues)
-    assert other.unpark(name, back, len)
-    assert not other.unpark(name, back, len)
+    assert other.requeue(name, back, len)
+    assert not other.requeue(name, back, len)
     assert one.depth("moved") == 3
     for publisher in (one, other):
         publisher.close()

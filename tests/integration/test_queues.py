@@ -6,8 +6,9 @@ from kombu import Queue
 from flash_celery import on_change
 from flash_celery.commands import doctor
 from flash_celery.handlers import decorators
-from flash_celery.publishing import declared_queues, parking
+from flash_celery.publishing import declared_queues
 from flash_celery.publishing.brokers import for_app
+from flash_celery.publishing.hold_queues import hold_queues
 from flash_celery.settings import Settings
 
 QUORUM = {"task_default_queue_type": "quorum"}
@@ -47,8 +48,8 @@ def examine(app):
 def declare(app, name="shop.handle"):
     """Declare what `replicate` does, with one handler paused."""
     publisher = for_app(app)
-    parked = parking.parking(app, "", [name], {}).queues
-    publisher.open([app.amqp.queues["flash"], declared_queues.queue(app, "flash.dead"), *parked])
+    held = hold_queues(app, "", [name], {}).queues
+    publisher.open([app.amqp.queues["flash"], declared_queues.queue(app, "flash.dead"), *held])
     publisher.close()
 
 

@@ -286,9 +286,9 @@ def test_a_stale_owner_moves_nothing_out_of_a_parking_queue(client, valkey, new_
     old.publish([message(1, "parked")])
     new, _ = new_session(valkey.port)
     with pytest.raises(TakenOver):
-        old.unpark("parked", lambda raw: message(1), len)
+        old.requeue("parked", lambda raw: message(1), len)
     assert (found(client, "parked"), found(client)) == ([1], [])
-    assert new.unpark("parked", lambda raw: message(1), len)
+    assert new.requeue("parked", lambda raw: message(1), len)
     assert (found(client, "parked"), found(client)) == ([], [1])
 
 
@@ -302,11 +302,11 @@ def test_a_parked_message_stays_until_it_has_been_moved(client, valkey, new_sess
     client.set("flash", "not a queue")
     moved = iter([message(1), message(2)] * 2)
     with pytest.raises(PublishError, match="WRONGTYPE"):
-        publisher.unpark("parked", lambda raw: next(moved), len)
+        publisher.requeue("parked", lambda raw: next(moved), len)
     assert found(client, "parked") == [1, 2]
     client.delete("flash")
     publisher.open([])
-    assert publisher.unpark("parked", lambda raw: next(moved), len)
-    assert not publisher.unpark("parked", lambda raw: next(moved), len)
+    assert publisher.requeue("parked", lambda raw: next(moved), len)
+    assert not publisher.requeue("parked", lambda raw: next(moved), len)
     assert (found(client, "parked"), found(client)) == ([], [1, 2])
     publisher.close()

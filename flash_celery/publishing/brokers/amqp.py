@@ -124,7 +124,7 @@ class AmqpPublisher(ConnectedPublisher):
                 queue,
             )
 
-    def unpark(
+    def requeue(
         self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
     ) -> bool:
         """Move some. A process that is killed leaves them where they were, in their order.

@@ -1,4 +1,4 @@
-"""What a publisher promises, and the connection that each of them has."""
+"""What a publisher promises (`Publisher`), and the kombu connection most of them share."""
 
 from __future__ import annotations
 
@@ -13,109 +13,113 @@ from ...errors import ConfigurationError, PublishError
 from ...messages.deduplication import Enqueued, Lease
 from ...messages.templates import Message
 
-#: Seconds without an answer after which a broker counts as gone, by default.
+#: Default seconds without an answer after which a broker counts as unreachable.
 TIMEOUT = 20.0
 
 
 class Publisher(Protocol):
-    """Puts messages into queues of the broker."""
+    """Publishes messages to queues of the broker. Only the publishing thread uses it."""
 
     def open(self, queues: Sequence[Any]) -> None:
         """Connect and declare the queues. Raises `PublishError`."""
 
     def claim(self, lease: Lease) -> Enqueued:
-        """Begin a session: what the broker knows that earlier ones have enqueued.
+        """Begin a session, and return what the broker knows of what earlier ones have enqueued.
 
-        Where it can, it takes nothing more from them. Raises `PublishError`.
+        A broker that can refuses everything that earlier sessions publish from here on. Raises
+        `PublishError`.
         """
 
     def publish(self, messages: Sequence[Message]) -> None:
-        """Return once the broker has confirmed every message, each queue's in this order.
+        """Publish messages, each queue's in this order; return once the broker confirmed them all.
 
-        Raises `PublishError` if it has not; any of them may be in the broker then.
+        Raises `PublishError` otherwise. Its `confirmed` counts the confirmed messages, from the
+        first one; the broker may have any of the others.
         """
 
-    def unpark(
+    def requeue(
         self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
     ) -> bool:
-        """Move some messages out of a queue, the oldest first, to where `restored` sends them.
+        """Move some messages from a hold queue to their own queues, the oldest first.
 
-        Each is taken out once the broker has the new one. `admit` says how many may be published,
-        from the first on. Whether there may be more. Raises `PublishError`.
+        `restored` returns the message to publish for a held one, which is removed once the broker
+        has confirmed the new one. `admit` returns how many of the new messages may be published,
+        counted from the first. Return whether the queue may hold more. Raises `PublishError`.
         """
 
     def check(self) -> None:
-        """See that the broker answers, where the transport can. Raises `PublishError`."""
+        """Check that the broker answers, if the transport can. Raises `PublishError`."""
 
     def depth(self, queue: str) -> int:
-        """How many messages wait in a queue. Raises `PublishError`."""
+        """Return how many messages wait in a queue. Raises `PublishError`."""
 
     def close(self) -> None:
         """Disconnect; never raises."""
 
 
 def connection_to(app: Any, **options: Any) -> Any:
-    """A kombu connection to the app's broker, not made yet.
+    """Return a kombu connection to the app's broker, not opened yet.
 
-    Raises `ConfigurationError` for a URL that cannot be right, and where its client is missing.
+    Raises `ConfigurationError` for an invalid URL, or if the client library is not installed.
     """
     redis_extra.require(app)
-    with _readable():
+    with _url_errors():
         connection = app.connection_for_write(**options)
         _ = connection.transport
-        given = f"{app.conf.broker_write_url} {app.conf.broker_url}"
-        if "@" in str(connection.virtual_host) and "%40" not in given:
-            raise ValueError  # a part of the password, which errors would name
+        urls = f"{app.conf.broker_write_url} {app.conf.broker_url}"
+        if "@" in str(connection.virtual_host) and "%40" not in urls:
+            raise ValueError  # it is a part of the password, which errors would show
     return connection
 
 
 @contextmanager
-def _readable() -> Iterator[None]:
-    """Turn what kombu says of a broker URL into an error without the URL, or parts of it."""
+def _url_errors() -> Iterator[None]:
+    """Turn kombu's errors about a broker URL into one that shows no part of the URL."""
     try:
         yield
     except OSError:
-        raise  # a certificate that does not verify is a ValueError too
+        raise  # a certificate that fails verification is also a ValueError
     except (TypeError, ValueError):
         raise ConfigurationError(
-            "broker_url is not a broker's URL; write redis://:password@host:6379/0 or "
+            "broker_url is not the URL of a broker; write redis://:password@host:6379/0 or "
             "amqp://user:password@host:5672/vhost, with %40 for an @ in the password, %2F for a /, "
             "%3F for a ? and %23 for a #."
         ) from None
     except (ImportError, KeyError) as error:
         raise ConfigurationError(
-            f"broker_url names a transport that is not there: {error}."
+            f"broker_url names a transport that is not installed: {error}."
         ) from None
 
 
 class ConnectedPublisher:
     """A publisher with a kombu connection of its own."""
 
-    #: Transport options, and those that are set to `timeout`; the app's own go before.
+    #: Transport options; those of the app take precedence.
     transport_options: Mapping[str, Any] = {}
+    #: Names of the transport options that are set to `timeout`.
     timeouts: Sequence[str] = ()
 
     def __init__(self, app: Any, timeout: float = TIMEOUT) -> None:
         self._app = app
-        #: Seconds without an answer after which the broker counts as gone.
+        #: Seconds without an answer after which the broker counts as unreachable.
         self.timeout = timeout
         self._connection: Any = None
         self._channel: Any = None
-        #: How many messages of the present call the broker has, from the first on.
+        #: How many messages of the current call the broker has confirmed, from the first one.
         self.confirmed = 0
 
     def open(self, queues: Sequence[Any]) -> None:
         """Connect and declare the queues. Raises `PublishError`."""
         self.close()
-        self.confirmed = 0  # what an earlier call got through says nothing of the next one
+        self.confirmed = 0  # the count of an earlier call is not the next one's
         self._connection = connection_to(
             self._app,
             transport_options=self.options(),
             connect_timeout=self._app.conf.broker_connection_timeout,
         )
-        # Each host once, or those of Sentinel, which are one to kombu: who opens it tries again.
+        # Try each host once (kombu counts all Sentinels as one); the caller tries again.
         hosts = 1 if self._connection.transport_cls == "sentinel" else len(self._connection.alt)
-        with self.errors(), _readable():
+        with self.errors(), _url_errors():
             self._connection.ensure_connection(
                 max_retries=max(hosts, 1) - 1, reraise_as_library_errors=False
             )
@@ -125,16 +129,16 @@ class ConnectedPublisher:
                 queue(self._channel).declare()
 
     def options(self) -> dict[str, Any]:
-        """What the transport is told."""
+        """Return the options of the transport."""
         timeouts = dict.fromkeys(self.timeouts, self.timeout)
         return {**self.transport_options, **timeouts, **self._app.conf.broker_transport_options}
 
     def claim(self, lease: Lease) -> Enqueued:
-        """Begin a session; this broker keeps no position."""
+        """Begin a session. Nothing is known of earlier ones: this broker keeps no position."""
         return Enqueued({}, ())
 
     def check(self) -> None:
-        """Nothing, where the transport has no question to ask."""
+        """Do nothing: the transport has no request for this."""
 
     def close(self) -> None:
         """Disconnect; never raises."""
@@ -144,7 +148,7 @@ class ConnectedPublisher:
                 connection.release()
 
     def prepared(self, message: Message) -> Any:
-        """The message as the transport sends it."""
+        """Return the message in the form that the transport sends."""
         properties = dict(message.properties)
         return self._channel.prepare_message(
             message.body,
@@ -157,77 +161,102 @@ class ConnectedPublisher:
 
     @property
     def channel(self) -> Any:
-        """The open channel, for what only one transport can do."""
+        """The open channel, for features of a single transport."""
         return self._channel
 
     @property
     def url(self) -> str:
         """The broker's address, without a password."""
-        shown = str(maybe_sanitize_url(self._connection.as_uri()))
-        return shown.replace("//:**@", "//")  # a password where there is none
+        url = str(maybe_sanitize_url(self._connection.as_uri()))
+        return url.replace("//:**@", "//")  # kombu shows a password even if there is none
 
     @property
     def unverified(self) -> bool:
-        """Whether TLS is spoken with whoever answers: with rediss:// alone kombu does so."""
-        given = self._connection.ssl
-        asked = given if isinstance(given, dict) else {}
-        found = [asked[name] for name in ("ssl_cert_reqs", "cert_reqs") if name in asked]
-        return any(not one or str(one).lower() in ("none", "cert_none") for one in found)
+        """Whether TLS is used without verifying the certificate, kombu's default for rediss://."""
+        options = self._connection.ssl if isinstance(self._connection.ssl, dict) else {}
+        levels = [options[name] for name in ("ssl_cert_reqs", "cert_reqs") if name in options]
+        return any(not level or str(level).lower() in ("none", "cert_none") for level in levels)
 
     @property
     def driver(self) -> str:
-        """`redis`, `amqp` or another of kombu's."""
+        """The type of kombu's transport: `redis`, `amqp` or another."""
         return str(self._connection.transport.driver_type)
 
     @property
     def visibility_timeout(self) -> float:
-        """Seconds after which Redis' consumers give an unacknowledged message to another."""
+        """Seconds after which kombu redelivers an unacknowledged message on Redis."""
         return float(self._channel.visibility_timeout)
 
     def redis_settings(self, *names: str) -> dict[str, str]:
-        """What CONFIG GET says."""
+        """Return settings of the Redis server, by CONFIG GET."""
         with self._channel.conn_or_acquire() as client:
-            found: dict[str, str] = {}
+            values: dict[str, str] = {}
             for name in names:
-                found.update(client.config_get(name))
-            return found
+                values.update(client.config_get(name))
+            return values
 
     def depth(self, queue: str) -> int:
-        """How many messages wait in a queue. Raises `PublishError`.
+        """Return how many messages wait in a queue.
 
-        A list of Redis' that is not there is an empty one; elsewhere it is an error.
+        A missing queue is empty on Redis; elsewhere it is a `PublishError` (`is_missing_queue`).
+        Raises `PublishError`.
         """
         self.confirmed = 0
         with self.errors():
-            if hasattr(self._channel, "_size"):
+            if self._is_virtual:
                 return int(self._channel._size(queue))
             return int(self._channel.queue_declare(queue=queue, passive=True).message_count)
 
     def consumers(self, queue: str) -> int:
-        """How many consumers a queue has, where the broker counts them. Raises `PublishError`."""
-        if hasattr(self._channel, "_size"):
+        """Return how many consumers a queue has; 0 if the broker does not count them.
+
+        Raises `PublishError`.
+        """
+        if self._is_virtual:
             return 0
         with self.errors():
             return int(self._channel.queue_declare(queue=queue, passive=True).consumer_count)
 
+    @property
+    def _is_virtual(self) -> bool:
+        """Whether kombu emulates AMQP for this broker, as for Redis."""
+        return hasattr(self._channel, "_size")
+
     def reason(self, error: BaseException) -> str:
-        """What the transport says of it, without the full stop."""
+        """Return the transport's message for an error, without the full stop."""
         return str(error).rstrip(".") or type(error).__name__
 
     @contextmanager
     def errors(self) -> Iterator[None]:
         """Turn the transport's errors into `PublishError`."""
-        known = (*self._connection.connection_errors, *self._connection.channel_errors, OSError)
+        transport_errors = (
+            *self._connection.connection_errors,
+            *self._connection.channel_errors,
+            OSError,
+        )
         try:
             yield
-        except known as error:
-            failed = PublishError(f"The broker {self.url} failed: {self.reason(error)}.")
-            failed.confirmed = self.confirmed
-            raise failed from error
+        except transport_errors as error:
+            failure = PublishError(f"The broker {self.url} failed: {self.reason(error)}.")
+            failure.confirmed = self.confirmed
+            raise failure from error
+
+
+def is_missing_queue(error: PublishError) -> bool:
+    """Return whether an error is the broker's reply that a queue does not exist (AMQP's 404).
+
+    The broker has closed the channel then.
+    """
+    return str(getattr(error.__cause__, "reply_code", "")) == "404"
+
+
+def admit_all(messages: Sequence[Message]) -> int:
+    """Admit all messages: the `admit` of `Publisher.requeue` where no limit applies."""
+    return len(messages)
 
 
 def queue_depths(app: Any, queues: Sequence[str]) -> dict[str, int | None]:
-    """How many messages wait in each queue; None for a queue that does not exist.
+    """Return how many messages wait in each queue; None for a queue that does not exist.
 
     Raises `PublishError` if the broker cannot be asked.
     """
@@ -240,10 +269,10 @@ def queue_depths(app: Any, queues: Sequence[str]) -> dict[str, int | None]:
             try:
                 depths[queue] = publisher.depth(queue)
             except PublishError as error:
-                if str(getattr(error.__cause__, "reply_code", "")) != "404":
+                if not is_missing_queue(error):
                     raise
                 depths[queue] = None
-                publisher.close()  # the error has closed the channel
+                publisher.close()
     finally:
         publisher.close()
     return depths

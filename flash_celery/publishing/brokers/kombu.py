@@ -31,7 +31,7 @@ class KombuPublisher(ConnectedPublisher):
                 )
                 self.confirmed += 1
 
-    def unpark(
+    def requeue(
         self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
     ) -> bool:
         """Move the oldest one. Raises `PublishError`."""

@@ -39,7 +39,7 @@ class MemoryPublisher:
                 raise Unroutable(f"The broker has no queue {message.queue}.")
             self.queues[message.queue].append(message)
 
-    def unpark(
+    def requeue(
         self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
     ) -> bool:
         """Move the oldest one. Raises `PublishError` while broken."""

@@ -1,14 +1,16 @@
-"""What Redis keeps beside the messages: how far they go, and who may publish more of them.
+"""The position of a session in Redis. It is written only here, in one step with the messages.
 
-A hash has the owner's token, the binding, the number of the last write and the last change of each
-template; a list has the transactions that PostgreSQL may send again. Both are written in one step
-with the messages, and only while the token is ours and the last write is the one that we know of: a
-process that was stopped, and whose slot another one has by now, publishes nothing when it wakes,
-and nor does a write that was given up and comes through late.
+Strategy: a hash has the fencing token of the session that may publish (field `owner`), the
+sequence number of its last write (field `writes`), the binding, and the high-water marks of each
+template. A list has the transactions that PostgreSQL may send again. Each write is one
+compare-and-set: a script pushes the messages and moves the position if token and sequence number
+are the expected ones, and does nothing otherwise. So a process that was stopped while another took
+over its slot publishes nothing when it continues, and neither does a write that was given up and
+arrives late.
 
-The step is a script. In `MULTI` and `EXEC` a command that fails (a queue's key is of another type,
-an ACL changes) does not keep the next ones from being done, and the position would be written
-without the messages; a script ends there.
+It is a script because in `MULTI` and `EXEC` a command that fails (a queue's key is of another type,
+an ACL changed) does not keep the next ones from being executed: the position would be written
+without the messages. A script ends at the first error.
 
 Source: Redis documentation, "Transactions" and "Scripting with Lua".
 """
@@ -29,18 +31,20 @@ from ...messages.deduplication import Enqueued, Lease, Mark
 from ...messages.templates import Message
 from ...protocol.lsn import Lsn
 
-#: A name, a key and arguments.
+#: A command of Redis: its name, a key and further arguments.
 Command: TypeAlias = Sequence[Any]
 
+#: Prefix of the hash fields with marks.
 _MARK = "mark:"
+#: The head of an entry of the list: the commit LSN of its last transaction.
 _LAST = struct.Struct("=q")
-#: Writes without a reply that are remembered: one that comes through later is taken for a loss.
-_DOUBTS = 100
-#: Before every mark.
+#: Writes without a reply that are remembered. An older one that is executed later counts as a loss.
+_MAX_UNANSWERED = 100
+#: The mark before every other.
 _NONE: Mark = (0, 0, 0)
-#: 1 if the owner and the last write are not those that are expected. Each command comes with the
-#: number of its words. A queue that is none is found before anything is pushed, for a script that
-#: ends in the middle undoes nothing.
+#: Returns 1, and does nothing, if the fencing token or the sequence number is not the expected one.
+#: Each command is preceded by the number of its words. LLEN fails on a key that is not a list
+#: before anything is pushed, since a script that ends early undoes nothing.
 _STEP = """
 if ARGV[1] ~= '' then
     local found = redis.call('HMGET', KEYS[1], 'owner', 'writes')
@@ -61,163 +65,178 @@ end
 
 
 def in_one_step(
-    client: Any, commands: Sequence[Command], key: str = "", token: str = "", writes: int = 0
+    client: Any,
+    commands: Sequence[Command],
+    key: str = "",
+    fencing_token: str = "",
+    sequence_number: int = 0,
 ) -> Any:
-    """Do the commands in order, up to the first that fails, and nothing in between them.
+    """Execute commands in order and atomically, up to the first that fails.
 
-    With a token only if the hash at `key` has it and this number of writes; else the answer is 1.
+    With a fencing token they are executed only if the hash at `key` has that token and sequence
+    number; otherwise 1 is returned.
     """
     keys = dict.fromkeys([key] * bool(key) + [command[1] for command in commands])
     words = [word for command in commands for word in (len(command), *command)]
-    return client.eval(_STEP, len(keys), *keys, token, writes, *words)
+    return client.eval(_STEP, len(keys), *keys, fencing_token, sequence_number, *words)
 
 
 class _Write(NamedTuple):
-    """What is known once Redis has done it."""
+    """A write to Redis, and what is true once Redis has executed it."""
 
+    #: How many messages it pushes.
     messages: int
-    #: The last transaction it added, if it added one.
+    #: The commit LSN of the last transaction in the entry that it appends to the list, if any.
     last: int | None
-    #: How many entries of the list it dropped.
+    #: How many entries of the list it drops.
     dropped: int
+    #: The transactions of its messages, packed.
     transactions: bytes
-    latest: Mark
+    #: The highest mark among its messages.
+    highest: Mark
 
 
-class Journal:
-    """The position of one lease, beside the queues."""
+class RedisPosition:
+    """The position of one session. It belongs to the publishing thread, like the publisher."""
 
     def __init__(self, key: str, lease: Lease) -> None:
         self._key, self._list = key, f"{key}.transactions"
         self._lease = lease
-        #: The last write that is known to be done; each attempt has a number of its own.
-        self._written = 0
+        #: The sequence number of the last write that Redis has confirmed.
+        self._sequence_number = 0
+        #: Sequence numbers for the next writes; each attempt takes one.
         self._numbers = count(1)
-        #: The latest mark that Redis is known to have had.
-        self._latest: Mark = _NONE
-        #: The last transaction of each entry of the list.
+        #: The highest mark that Redis has confirmed.
+        self._highest: Mark = _NONE
+        #: The commit LSN of the last transaction in each entry of the list.
         self._entries: deque[int] = deque()
+        #: The transactions of the last write, packed.
         self._transactions = b""
-        #: The writes since the last one that is known to be done, by number: those whose reply did
-        #: not come, all of them beginning with the same message.
-        self._doubts: dict[int, _Write] = {}
+        #: Writes since the last confirmed one whose reply was lost, by sequence number. All begin
+        #: with the same message, so Redis has executed one of them at most.
+        self._unanswered: dict[int, _Write] = {}
 
-    def claim(self, client: Any, before: Journal | None = None) -> Enqueued:
-        """End the lease of every other session; what they have enqueued.
+    def claim(self, client: Any, previous: RedisPosition | None = None) -> Enqueued:
+        """End the lease of every other session, and return what they have enqueued.
 
-        `before` is of the last session in this process. Raises `ConfirmedLost` if no other one has
-        begun since, and Redis does not have what it had confirmed.
+        `previous` is the position of this process's last session. Raises `ConfirmedLost` if Redis
+        has lost something that it had confirmed to that session.
         """
         with client.pipeline(transaction=True) as pipeline:
             pipeline.hgetall(self._key)
             pipeline.lrange(self._list, 0, -1)
-            pipeline.hset(self._key, mapping={"owner": self._lease.token, "writes": 0})
+            pipeline.hset(self._key, mapping={"owner": self._lease.fencing_token, "writes": 0})
             fields, entries, _ = pipeline.execute()
-        if before is not None and before._key == self._key:
-            before._missed(fields)
+        if previous is not None and previous._key == self._key:
+            previous._raise_if_lost(fields)
         if fields.get(b"binding") != self._lease.binding.encode():
-            self._forget(client, list(fields))
+            self._reset(client, list(fields))
             return Enqueued({}, ())
         self._entries.extend(_LAST.unpack_from(entry)[0] for entry in entries)
         transactions = array("q", b"".join(entry[_LAST.size :] for entry in entries))
         marks = _marks(fields)
-        self._latest = max(marks.values(), default=_NONE)
+        self._highest = max(marks.values(), default=_NONE)
         return Enqueued(marks, frozenset(transactions))
 
-    def _forget(self, client: Any, fields: Sequence[bytes]) -> None:
-        """What was counted otherwise, or in another history, says nothing."""
+    def _reset(self, client: Any, fields: Sequence[bytes]) -> None:
+        """Delete the position of another binding: its changes were counted differently."""
         stale = [field for field in fields if field not in (b"owner", b"writes")]
         commands: list[Command] = [("HDEL", self._key, field) for field in stale]
-        if self.step(client, [("DEL", self._list), *commands]):
-            self.look(client)
+        if self.compare_and_set(client, [("DEL", self._list), *commands]):
+            self.check(client)
 
-    def settle(self, client: Any) -> int:
-        """How many messages got through by a write whose reply did not come.
+    def recover_reply(self, client: Any) -> int:
+        """Return how many messages Redis has got by a write whose reply was lost.
 
-        Raises `TakenOver`, and `ConfirmedLost` if Redis does not have what it had confirmed.
+        Raises `TakenOver`, and `ConfirmedLost` if Redis has lost what it had confirmed.
         """
-        if not self._doubts:
+        if not self._unanswered:
             return 0
-        number = self.look(client)
-        return self._done(number) if number != self._written else 0
+        number = self.check(client)
+        return self._confirm(number) if number != self._sequence_number else 0
 
     def write(self, client: Any, messages: Sequence[Message], pushes: Sequence[Command]) -> None:
-        """Push messages and move the position in one step.
+        """Push messages and move the position in one step. `pushes` has the commands that push.
 
-        Raises `TakenOver`, and `ConfirmedLost` if Redis does not have what it had confirmed.
+        Raises `TakenOver`, and `ConfirmedLost` if Redis has lost what it had confirmed.
         """
-        marks, latest, transactions = _covered(messages)
+        marks, highest, transactions = _covered(messages)
         new = transactions if transactions != self._transactions else b""
-        dropped = self._acknowledged()
+        dropped = self._acknowledged_entries()
         number = next(self._numbers)
         commands = [*pushes]
         if dropped:
             commands.append(("LTRIM", self._list, dropped, -1))
         if new:
-            commands.append(("RPUSH", self._list, _LAST.pack(latest[0]) + new))
-        # One by one: a command of a script has some thousand words at most.
+            commands.append(("RPUSH", self._list, _LAST.pack(highest[0]) + new))
+        # One command each: Lua unpacks some thousand words at most.
         commands += [("HSET", self._key, field, mark) for field, mark in marks.items()]
-        written = "writes", number, "binding", self._lease.binding
-        commands.append(("HSET", self._key, *written))
-        last = latest[0] if new else None
-        self._doubt(number, _Write(len(messages), last, dropped, transactions, latest))
-        if self.step(client, commands):
-            self.look(client)
-            raise redis.ConnectionError("a push whose reply did not come was done after all")
-        self._done(number)
+        fields = "writes", number, "binding", self._lease.binding
+        commands.append(("HSET", self._key, *fields))
+        last = highest[0] if new else None
+        self._expect(number, _Write(len(messages), last, dropped, transactions, highest))
+        if self.compare_and_set(client, commands):
+            self.check(client)
+            raise redis.ConnectionError("a push whose reply was lost was executed after all")
+        self._confirm(number)
 
-    def step(self, client: Any, commands: Sequence[Command]) -> Any:
-        """Do the commands if the lease is ours and our last write is Redis'; else see `look`."""
-        return in_one_step(client, commands, self._key, self._lease.token, self._written)
+    def compare_and_set(self, client: Any, commands: Sequence[Command]) -> Any:
+        """Execute commands if fencing token and sequence number in Redis are ours.
 
-    def look(self, client: Any) -> int:
-        """The last write that Redis has: the last known one, or one that is in doubt.
+        Otherwise return 1; `check` finds out why.
+        """
+        token, number = self._lease.fencing_token, self._sequence_number
+        return in_one_step(client, commands, self._key, token, number)
 
-        Raises `TakenOver`, and `ConfirmedLost` if it is neither.
+    def check(self, client: Any) -> int:
+        """Return the sequence number in Redis: of the last confirmed or of an unanswered write.
+
+        Raises `ConfirmedLost` if it is neither, and `TakenOver` if another session has claimed the
+        lease.
         """
         fields = client.hgetall(self._key)
-        self._missed(fields)
-        if fields[b"owner"] != self._lease.token.encode():
+        self._raise_if_lost(fields)
+        if fields[b"owner"] != self._lease.fencing_token.encode():
             raise TakenOver("Another replication worker publishes what is read from this slot.")
         return int(fields[b"writes"])
 
-    def _missed(self, fields: dict[bytes, bytes]) -> None:
-        """Raise `ConfirmedLost` if the hash, or our last write to it, is missing."""
-        latest = max(_marks(fields).values(), default=_NONE)
-        if fields.get(b"owner") == self._lease.token.encode():
-            lost = int(fields.get(b"writes", 0)) not in (self._written, *self._doubts)
+    def _raise_if_lost(self, fields: dict[bytes, bytes]) -> None:
+        """Raise `ConfirmedLost` if the hash lacks a write that Redis had confirmed."""
+        highest = max(_marks(fields).values(), default=_NONE)
+        if fields.get(b"owner") == self._lease.fencing_token.encode():
+            expected = self._sequence_number, *self._unanswered
+            lost = int(fields.get(b"writes", 0)) not in expected
         else:
-            # Who has taken over goes on from our marks; what is behind them is of a session before.
-            same = fields.get(b"binding") == self._lease.binding.encode()
-            lost = b"owner" not in fields or (same and latest < self._latest)
+            # A session that took over continues from our marks, so lower ones are of an older one.
+            same_binding = fields.get(b"binding") == self._lease.binding.encode()
+            lost = b"owner" not in fields or (same_binding and highest < self._highest)
         if not lost:
             return
-        self._latest = _NONE  # it is said once
-        since = "before now" if latest == _NONE else f"from {Lsn(latest[0])} on"
+        self._highest = _NONE  # so that a loss is reported once
+        since = "before now" if highest == _NONE else f"from {Lsn(highest[0])} on"
         raise ConfirmedLost(
-            "Redis does not have the last messages any more that it had confirmed (it was restored "
-            "or emptied, evicts keys, or has failed over): changes committed "
-            f"{since} may be missing."
+            "Redis has lost the last messages that it had confirmed (it was restored or emptied, "
+            f"evicts keys, or has failed over): changes committed {since} may be missing."
         )
 
-    def _acknowledged(self) -> int:
-        """How many entries, from the first on, PostgreSQL does not send again."""
-        for number, last in enumerate(self._entries):
+    def _acknowledged_entries(self) -> int:
+        """Return how many entries, from the first, PostgreSQL will not send again."""
+        for index, last in enumerate(self._entries):
             if last >= self._lease.acknowledged:
-                return number
+                return index
         return len(self._entries)
 
-    def _doubt(self, number: int, write: _Write) -> None:
-        if len(self._doubts) >= _DOUBTS:
-            del self._doubts[min(self._doubts)]
-        self._doubts[number] = write
+    def _expect(self, number: int, write: _Write) -> None:
+        if len(self._unanswered) >= _MAX_UNANSWERED:
+            del self._unanswered[min(self._unanswered)]
+        self._unanswered[number] = write
 
-    def _done(self, number: int) -> int:
-        """Note what is so now; how many messages the write had."""
-        write = self._doubts[number]
-        self._doubts.clear()
-        self._written, self._transactions = number, write.transactions
-        self._latest = max(self._latest, write.latest)
+    def _confirm(self, number: int) -> int:
+        """Record that Redis has executed a write; return how many messages it pushed."""
+        write = self._unanswered[number]
+        self._unanswered.clear()
+        self._sequence_number, self._transactions = number, write.transactions
+        self._highest = max(self._highest, write.highest)
         for _ in range(write.dropped):
             self._entries.popleft()
         if write.last is not None:
@@ -226,23 +245,23 @@ class Journal:
 
 
 def _covered(messages: Sequence[Message]) -> tuple[dict[str, str], Mark, bytes]:
-    """The fields of the marks, the latest of them, and all transactions."""
+    """Return hash fields with the marks of messages, the highest mark, and their transactions."""
     marks: dict[tuple[str, int], Mark] = {}
-    known: dict[int, None] = {}
-    before: Collection[int] = ()
+    distinct: dict[int, None] = {}
+    previous: Collection[int] = ()
     for message in messages:
-        latest, transactions = message.covered
-        for number, mark in latest:
+        message_marks, transactions = message.covered
+        for number, mark in message_marks:
             marks[message.form.template, number] = mark
-        if transactions is not before:  # the messages of one transaction share them
-            before = transactions
-            known.update(dict.fromkeys(transactions))
-    last = max(marks.values(), default=_NONE)
+        if transactions is not previous:  # the messages of one transaction share the object
+            previous = transactions
+            distinct.update(dict.fromkeys(transactions))
+    highest = max(marks.values(), default=_NONE)
     fields = {
         f"{_MARK}{template}:{number}": ":".join(map(str, map(int, mark)))
         for (template, number), mark in marks.items()
     }
-    return fields, last, array("q", known).tobytes()
+    return fields, highest, array("q", distinct).tobytes()
 
 
 def _marks(fields: dict[bytes, bytes]) -> dict[tuple[str, int], Mark]:
