@@ -93,8 +93,8 @@ def _server(project: Project, address: str, telemetry: Any) -> Any:
     from ..errors import ConfigurationError
 
     try:
+        from ..monitoring.http_server import HttpServer
         from ..monitoring.observer import Observer
-        from ..monitoring.server import Server
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "prometheus_client":
             raise
@@ -102,7 +102,7 @@ def _server(project: Project, address: str, telemetry: Any) -> Any:
             "flash_http needs prometheus_client: pip install 'flash-celery[metrics]'."
         ) from None
     observer = Observer(project.app, project.settings, project.subscriptions, telemetry)
-    return Server(address, observer)
+    return HttpServer(address, observer)
 
 
 def _workers_know(project: Project) -> bool:

@@ -23,17 +23,17 @@ from .project import Project, command, say
 @command
 def status(project: Project, as_json: bool, watch: bool, interval: float) -> None:
     """Show the slot, its lag, the handlers and their queues."""
-    from ..commands import status as report
+    from ..commands.status import as_text, examine
 
     if watch:
         _watch(project, as_json, interval)
         return
     with project.connect() as connection:
-        found = report.status(connection, project.app, project.settings, project.subscriptions)
+        report = examine(connection, project.app, project.settings, project.subscriptions)
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        click.echo(json.dumps(report.as_json(), indent=2))
     else:
-        for line in report.lines(found):
+        for line in as_text(report):
             say(line)
 
 
@@ -43,7 +43,7 @@ def _watch(project: Project, as_json: bool, interval: float) -> None:
     if as_json:
         raise ConfigurationError("--watch is for people; leave --json out, or ask in a loop.")
     try:
-        from ..commands import status_watch
+        from ..commands.status_watch import watch
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "rich":
             raise
@@ -52,4 +52,4 @@ def _watch(project: Project, as_json: bool, interval: float) -> None:
             "status`."
         ) from None
     subject = project.app, project.settings, project.subscriptions
-    status_watch.watch(project.connect, *subject, interval)
+    watch(project.connect, *subject, interval)

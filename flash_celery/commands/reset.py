@@ -13,7 +13,7 @@ from ..errors import CatalogError, SlotInUse
 from ..provisioning import advisory_lock, ddl, identities, publications, replay_slot
 from ..provisioning.ddl import Step
 from ..settings import Settings
-from .status import size, slot_status
+from .status import SlotStatus, size, slot_status
 
 _ATTEMPTS = 50
 
@@ -22,11 +22,11 @@ _ATTEMPTS = 50
 class Plan:
     """What there is to undo."""
 
-    slot: dict[str, Any] | None
+    slot: SlotStatus | None
     steps: list[Step]
     prefix: str
     #: The slot that stays behind, if there is one.
-    history: dict[str, Any] | None = None
+    history: SlotStatus | None = None
     #: Why the publications stay, if they do.
     note: str = ""
 
@@ -39,16 +39,15 @@ class Plan:
         """What would happen, and what would be lost."""
         said = []
         if self.slot is not None:
-            said.append(f"drop the slot {self.slot['name']}")
+            said.append(f"drop the slot {self.slot.name}")
             said.append(
-                f"  {size(self.slot['lag_bytes'])} of WAL after {self.slot['confirmed_lsn']} have "
+                f"  {size(self.slot.lag_bytes)} of WAL after {self.slot.confirmed_lsn} have "
                 "not been read and never will be"
             )
-            if self.slot["reader"]:
-                reader = self.slot["reader"]
-                said.append(f"  PID {reader['pid']} ({reader['client']}) reads it now")
+            if reader := self.slot.reader:
+                said.append(f"  PID {reader.pid} ({reader.client}) reads it now")
         if self.history is not None:
-            said.append(f"drop the slot {self.history['name']}: nothing can be replayed then")
+            said.append(f"drop the slot {self.history.name}: nothing can be replayed then")
         said += [str(step) for step in self.steps]
         return said + ([self.note] if self.note else [])
 
@@ -99,14 +98,14 @@ def run(
     with advisory_lock.alone(connection, undo.prefix):
         if undo.slot is not None and not force:
             # Before anything is noted, which its reader would see, and let go of the slot.
-            _refuse_in_use(connection, undo.slot["name"])
+            _refuse_in_use(connection, undo.slot.name)
         if undo.steps:
             # From here on it is no loss that the slot is gone.
             ddl.forget_slot(connection, undo.prefix)
         if undo.slot is not None:
-            _drop(connection, undo.slot["name"], force)
+            _drop(connection, undo.slot.name, force)
         if undo.history is not None:
-            _drop(connection, undo.history["name"], force)
+            _drop(connection, undo.history.name, force)
         if undo.steps:
             unpark()
         ddl.apply(connection, undo.steps)

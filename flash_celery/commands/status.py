@@ -1,11 +1,16 @@
-"""What `flash status` shows: the slot, its lag, and where the handlers' changes go."""
+"""What `flash status` reports: the slot and its lag, the handlers, their queues and dead letters.
+
+The field names of the dataclasses are the keys of `flash status --json` and of `/status.json`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import psycopg
+from psycopg.rows import dict_row
 
 from ..errors import PublishError
 from ..handlers.subscriptions import Subscription
@@ -19,12 +24,15 @@ from ..settings import Settings
 from .doctor import unhandled
 
 _SLOT = """
-SELECT s.plugin, s.active, s.wal_status, s.confirmed_flush_lsn::text, s.restart_lsn::text,
-       pg_wal_lsn_diff(now.lsn, s.confirmed_flush_lsn)::int8,
-       pg_wal_lsn_diff(now.lsn, s.restart_lsn)::int8,
-       s.safe_wal_size, s.active_pid, r.application_name, coalesce(host(r.client_addr), 'local'),
-       extract(epoch FROM r.flush_lag)::float8,
-       extract(epoch FROM clock_timestamp() - {inactive})::float8
+SELECT s.plugin, s.active, s.wal_status,
+       s.confirmed_flush_lsn::text AS confirmed_lsn, s.restart_lsn::text AS restart_lsn,
+       pg_wal_lsn_diff(now.lsn, s.confirmed_flush_lsn)::int8 AS lag_bytes,
+       CASE WHEN s.active THEN coalesce(extract(epoch FROM r.flush_lag)::float8, 0)
+            ELSE extract(epoch FROM clock_timestamp() - {inactive_since})::float8
+       END AS lag_seconds,
+       pg_wal_lsn_diff(now.lsn, s.restart_lsn)::int8 AS retained_bytes,
+       s.safe_wal_size,
+       s.active_pid AS pid, r.application_name, coalesce(host(r.client_addr), 'local') AS client
 FROM pg_replication_slots s
 CROSS JOIN LATERAL (SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()
                                 ELSE pg_current_wal_insert_lsn() END AS lsn) AS now
@@ -33,228 +41,351 @@ WHERE s.slot_name = %s
 """
 
 
-def slot_status(connection: psycopg.Connection[Any], slot: str) -> dict[str, Any] | None:
-    """The slot as the server sees it; None if there is none. Sizes in bytes, times in seconds."""
-    # Since 17 the server knows how long nobody has read.
-    inactive = "s.inactive_since" if connection.info.server_version >= 170000 else "NULL::timestamp"
-    query = _SLOT.replace("{inactive}", inactive)
-    row = connection.execute(query.encode(), [slot]).fetchone()
-    if row is None:
-        return None
-    plugin, active, wal_status, confirmed, restart, lag, retained, safe, pid, name, client = row[
-        :11
-    ]
-    flush_lag, inactive_for = row[11:]
-    lag_seconds = (flush_lag or 0.0) if active else inactive_for
-    return {
-        "name": slot,
-        "plugin": plugin,
-        "active": active,
-        "wal_status": wal_status,
-        "confirmed_lsn": confirmed,
-        "restart_lsn": restart,
-        "lag_bytes": lag,
-        "lag_seconds": lag_seconds,
-        "retained_bytes": retained,
-        "safe_wal_size": safe,
-        "reader": {"pid": pid, "application_name": name, "client": client} if active else None,
-    }
+@dataclass(frozen=True)
+class Reader:
+    """The connection that reads a slot."""
+
+    pid: int
+    application_name: str | None
+    client: str
 
 
-def status(
+@dataclass(frozen=True)
+class SlotStatus:
+    """A replication slot as the server sees it. Sizes are bytes of WAL."""
+
+    name: str
+    plugin: str
+    active: bool
+    wal_status: str | None
+    confirmed_lsn: str | None
+    restart_lsn: str | None
+    lag_bytes: int | None
+    #: Seconds; None for a slot without a reader before PostgreSQL 17.
+    lag_seconds: float | None
+    retained_bytes: int | None
+    #: WAL that may be written before the slot is lost; None without a limit.
+    safe_wal_size: int | None
+    reader: Reader | None
+
+
+@dataclass(frozen=True)
+class ReplaySlotStatus:
+    """The slot that `flash replay` reads from."""
+
+    name: str
+    wal_status: str | None
+    retained_bytes: int | None
+    #: The oldest commit that can be replayed; None if unknown.
+    oldest_lsn: str | None
+    oldest_time: str | None
+
+
+@dataclass(frozen=True)
+class PausedHandler:
+    """A handler that is paused, or whose held messages are still being requeued."""
+
+    handler: str
+    since: str
+    resuming: bool
+    queue: str
+    #: Messages in the hold queue; None if the broker did not answer.
+    parked: int | None = None
+
+
+@dataclass(frozen=True)
+class HandlerStatus:
+    """One subscription of a handler."""
+
+    handler: str
+    table: str
+    operations: list[str]
+    fields: list[str] | None
+    queues: list[str]
+
+
+@dataclass(frozen=True)
+class DeadLetterStatus:
+    """The dead-letter queue; `count` is None if the broker did not answer."""
+
+    queue: str
+    count: int | None
+
+
+@dataclass(frozen=True)
+class ProjectStatus:
+    """What the project declares."""
+
+    source: str
+    other_sources: list[str]
+    slot_name: str
+    subscriptions: list[HandlerStatus]
+
+
+@dataclass(frozen=True)
+class DatabaseStatus:
+    """What PostgreSQL reports."""
+
+    slot: SlotStatus | None = None
+    #: None if nothing can be replayed.
+    history: ReplaySlotStatus | None = None
+    #: Changes that were never read because their slot was lost; the fields of `Gap`.
+    gaps: list[dict[str, Any]] = field(default_factory=list)
+    #: When the whole source was paused; None if it is not.
+    paused: str | None = None
+    paused_handlers: list[PausedHandler] = field(default_factory=list)
+
+    def with_held(self, depths: Mapping[str, int | None]) -> DatabaseStatus:
+        """Return this status with the number of held messages, by hold queue."""
+        handlers = [replace(one, parked=depths.get(one.queue)) for one in self.paused_handlers]
+        return replace(self, paused_handlers=handlers)
+
+
+@dataclass(frozen=True)
+class BrokerStatus:
+    """What the broker reports: the length of each queue, None if unknown."""
+
+    queues: dict[str, int | None]
+    max_queue_length: int
+    dead_letters: DeadLetterStatus
+    broker_error: str | None
+
+
+@dataclass(frozen=True)
+class StatusReport:
+    """Everything that `flash status` shows."""
+
+    project: ProjectStatus
+    database: DatabaseStatus
+    broker: BrokerStatus
+    #: Handlers that no running Celery worker has registered; None if no worker answered.
+    unhandled: list[str] | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the report as `flash status --json` prints it."""
+        return {
+            **asdict(self.project),
+            **asdict(self.database),
+            **asdict(self.broker),
+            "unhandled": self.unhandled,
+        }
+
+
+def examine(
     connection: psycopg.Connection[Any],
     app: Any,
     settings: Settings,
     subscriptions: Sequence[Subscription],
-) -> dict[str, Any]:
-    """Everything, ready for JSON."""
+) -> StatusReport:
+    """Ask PostgreSQL, the broker and the Celery workers, and return their answers.
+
+    A broker that does not answer is part of the report. Raises `psycopg.Error` if PostgreSQL fails.
+    """
     templates = Templates(app, settings, subscriptions)
-    found = {**declared(settings, templates), **database(connection, settings)}
-    parked = [one["queue"] for one in found["paused_handlers"]]
-    broker_error = None
-    depths: dict[str, int | None] = {}
+    project = project_status(settings, templates)
+    database = database_status(connection, settings)
+    hold_queues = [handler.queue for handler in database.paused_handlers]
+    error, depths = None, {}
     try:
-        depths = queue_depths(app, [*templates.queues, settings.flash_dead_queue, *parked])
-    except PublishError as error:
-        broker_error = str(error)
-    for one in found["paused_handlers"]:
-        # The first message makes the queue.
-        one["parked"] = (depths[one["queue"]] or 0) if depths else None
-    return {
-        **found,
-        **broker(settings, templates, depths, broker_error),
-        #: Handlers no running worker knows; None if no worker answers.
-        "unhandled": None if broker_error else unhandled(app, subscriptions),
-    }
+        depths = queue_depths(app, [*templates.queues, settings.flash_dead_queue, *hold_queues])
+    except PublishError as failure:
+        error = str(failure)
+    else:
+        # A hold queue is created by its first message.
+        database = database.with_held({queue: depths[queue] or 0 for queue in hold_queues})
+    return StatusReport(
+        project,
+        database,
+        broker_status(settings, templates, depths, error),
+        None if error else unhandled(app, subscriptions),
+    )
 
 
-def declared(settings: Settings, templates: Templates) -> dict[str, Any]:
-    """What the project says."""
-    return {
-        "source": settings.source,
-        "other_sources": list(settings.flash_sources),
-        "slot_name": settings.flash_replication_slot,
-        "subscriptions": [_subscription(one, templates) for one in templates.subscriptions],
-    }
+def project_status(settings: Settings, templates: Templates) -> ProjectStatus:
+    """Return what the project declares."""
+    return ProjectStatus(
+        source=settings.source,
+        other_sources=list(settings.flash_sources),
+        slot_name=settings.flash_replication_slot,
+        subscriptions=[
+            HandlerStatus(
+                handler=subscription.handler,
+                table=subscription.subject,
+                operations=list(subscription.operations.names()),
+                fields=None if subscription.fields is None else list(subscription.fields),
+                queues=templates.queues_of(subscription),
+            )
+            for subscription in templates.subscriptions
+        ],
+    )
 
 
-def database(connection: psycopg.Connection[Any], settings: Settings) -> dict[str, Any]:
-    """What PostgreSQL says."""
+def database_status(connection: psycopg.Connection[Any], settings: Settings) -> DatabaseStatus:
+    """Return what PostgreSQL reports. The numbers of held messages stay unknown."""
     record = publications.read(connection, settings.flash_publication_slot_prefix).record
     record = record or Record()
-    return {
-        "slot": slot_status(connection, settings.flash_replication_slot),
-        #: What `flash replay` can go back to; None if nothing is held.
-        "history": _history(connection, settings),
-        #: What was never read, because the slot was lost and made anew.
-        "gaps": record.gaps,
-        #: Since when nothing is read; None if it is.
-        "paused": record.paused.get(pauses.SOURCE),
-        #: How many are `parked` the broker knows.
-        "paused_handlers": [
-            {
-                "handler": handler,
-                "since": record.paused.get(handler) or record.resuming[handler],
-                "resuming": handler in record.resuming,
-                "queue": queue,
-                "parked": None,
-            }
+    return DatabaseStatus(
+        slot=slot_status(connection, settings.flash_replication_slot),
+        history=_replay_slot_status(connection, settings),
+        gaps=record.gaps,
+        paused=record.paused.get(pauses.SOURCE),
+        paused_handlers=[
+            PausedHandler(
+                handler=handler,
+                since=record.paused.get(handler) or record.resuming[handler],
+                resuming=handler in record.resuming,
+                queue=queue,
+            )
             for handler, queue in pauses.parked(record, settings.source).items()
         ],
-    }
+    )
 
 
-def broker(
-    settings: Settings, templates: Templates, depths: dict[str, int | None], error: str | None
-) -> dict[str, Any]:
-    """What the broker says: the depths of its queues, None for one that is not there, or an error
-    instead."""
-    dead = settings.flash_dead_queue
-    # The first letter makes the queue.
-    count = (depths[dead] or 0) if dead in depths else None
-    return {
-        "queues": {name: depths.get(name) for name in templates.queues},
-        "max_queue_length": settings.flash_max_queue_length,
-        "dead_letters": {"queue": dead, "count": count},
-        "broker_error": error,
-    }
+def slot_status(connection: psycopg.Connection[Any], slot: str) -> SlotStatus | None:
+    """Return the status of a slot, or None if it does not exist."""
+    # Before 17 the server does not record how long a slot has had no reader.
+    since_17 = connection.info.server_version >= 170000
+    query = _SLOT.replace("{inactive_since}", "s.inactive_since" if since_17 else "NULL::timestamp")
+    row = connection.cursor(row_factory=dict_row).execute(query.encode(), [slot]).fetchone()
+    if row is None:
+        return None
+    reader = Reader(row.pop("pid"), row.pop("application_name"), row.pop("client"))
+    return SlotStatus(name=slot, reader=reader if row["active"] else None, **row)
 
 
-def _history(connection: psycopg.Connection[Any], settings: Settings) -> dict[str, Any] | None:
+def _replay_slot_status(
+    connection: psycopg.Connection[Any], settings: Settings
+) -> ReplaySlotStatus | None:
     slot = slot_status(connection, replay_slot.slot_of(settings))
     if slot is None:
         return None
-    mark = replay_slot.oldest(connection, settings)
-    return {
-        "name": slot["name"],
-        "wal_status": slot["wal_status"],
-        "retained_bytes": slot["retained_bytes"],
-        "oldest_lsn": mark and str(mark.lsn),
-        "oldest_time": mark and mark.time.isoformat(),
-    }
+    oldest = replay_slot.oldest(connection, settings)
+    return ReplaySlotStatus(
+        name=slot.name,
+        wal_status=slot.wal_status,
+        retained_bytes=slot.retained_bytes,
+        oldest_lsn=str(oldest.lsn) if oldest else None,
+        oldest_time=oldest.time.isoformat() if oldest else None,
+    )
 
 
-def _subscription(subscription: Subscription, templates: Templates) -> dict[str, Any]:
-    return {
-        "handler": subscription.handler,
-        "table": subscription.subject,
-        "operations": list(subscription.operations.names()),
-        "fields": subscription.fields and list(subscription.fields),
-        "queues": templates.queues_of(subscription),
-    }
+def broker_status(
+    settings: Settings, templates: Templates, depths: Mapping[str, int | None], error: str | None
+) -> BrokerStatus:
+    """Return the queues' lengths from `depths`, which is empty where the broker gave `error`."""
+    dead_queue = settings.flash_dead_queue
+    # The dead-letter queue is created by its first message.
+    dead_count = (depths[dead_queue] or 0) if dead_queue in depths else None
+    return BrokerStatus(
+        queues={name: depths.get(name) for name in templates.queues},
+        max_queue_length=settings.flash_max_queue_length,
+        dead_letters=DeadLetterStatus(dead_queue, dead_count),
+        broker_error=error,
+    )
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-    """The same for people."""
-    said = [f"source     {found['source']}"] if found["source"] else []
-    said += slot_lines(found)
-    if found["history"]:
-        held = found["history"]
-        since = f"{held['oldest_lsn']} ({held['oldest_time']})" if held["oldest_lsn"] else "unknown"
-        said.append(
-            f"history    {held['name']} (wal_status {held['wal_status']}) since {since}, "
-            f"{size(held['retained_bytes'])} of WAL"
+def as_text(report: StatusReport) -> list[str]:
+    """Return the lines that `flash status` prints."""
+    project, database, broker = report.project, report.database, report.broker
+    lines = [f"source     {project.source}"] if project.source else []
+    lines += slot_lines(project.slot_name, database.slot)
+    if database.history:
+        lines.append(_replay_slot_line(database.history))
+    lines += [f"gap        {Gap(**gap)}" for gap in database.gaps]
+    lines += [f"paused     {line}" for line in pause_lines(report)]
+    lines += ["", "handlers"]
+    width = max((len(row.handler) for row in project.subscriptions), default=0)
+    for row in project.subscriptions:
+        operations, queues = "|".join(row.operations), ", ".join(row.queues)
+        lines.append(f"  {row.handler:<{width}}  {row.table}  {operations}  → {queues}")
+    lines += ["", "queues"]
+    for name, depth in broker.queues.items():
+        lines.append(f"  {name}  {waiting(depth, broker.max_queue_length)}")
+    lines.append(f"  {broker.dead_letters.queue}  {dead_letters(broker.dead_letters)}")
+    if broker.broker_error:
+        lines.append(f"  {broker.broker_error}")
+    else:
+        lines += [line for problem in worker_problems(report) for line in ("", problem)]
+    if project.other_sources:
+        others = ", ".join(project.other_sources)
+        lines += ["", f"other sources: {others} (flash status --source NAME)"]
+    return lines
+
+
+def slot_lines(name: str, slot: SlotStatus | None) -> list[str]:
+    """Return the lines about the slot; each begins with its label and two spaces."""
+    if slot is None:
+        return [f"slot       {name} does not exist yet; `flash replicate` creates it"]
+    reader = slot.reader
+    worker = (
+        f"PID {reader.pid} ({reader.application_name}, {reader.client})" if reader else "no worker"
+    )
+    seconds = "unknown" if slot.lag_seconds is None else f"{slot.lag_seconds:.1f} s"
+    lines = [
+        f"slot       {slot.name} ({slot.plugin}, wal_status {slot.wal_status})",
+        f"read by    {worker}",
+        f"confirmed  {slot.confirmed_lsn}",
+        f"lag        {size(slot.lag_bytes)}, {seconds}",
+        f"retained   {size(slot.retained_bytes)} of WAL",
+    ]
+    if slot.safe_wal_size is not None:
+        lines.append(f"safe for   {size(slot.safe_wal_size)} more before the slot is lost")
+    return lines
+
+
+def _replay_slot_line(slot: ReplaySlotStatus) -> str:
+    oldest = f"{slot.oldest_lsn} ({slot.oldest_time})" if slot.oldest_lsn else "unknown"
+    return (
+        f"history    {slot.name} (wal_status {slot.wal_status}) since {oldest}, "
+        f"{size(slot.retained_bytes)} of WAL"
+    )
+
+
+def pause_lines(report: StatusReport) -> list[str]:
+    """Return one line for the source if it is paused, and one for each paused handler."""
+    lines = []
+    if report.database.paused:
+        lines.append(f"since {report.database.paused}: nothing is read until `flash resume`")
+    handlers = {row.handler for row in report.project.subscriptions}
+    for paused in report.database.paused_handlers:
+        state = "resuming" if paused.resuming else "paused"
+        if paused.handler not in handlers:
+            state = f"no longer a handler, {state}"
+        count = "unknown" if paused.parked is None else paused.parked
+        lines.append(
+            f"{paused.handler} ({state} since {paused.since}): {count} held in {paused.queue}"
         )
-    said += [f"gap        {Gap(**gap)}" for gap in found["gaps"]]
-    said += [f"paused     {line}" for line in paused_lines(found)]
-    said += ["", "handlers"]
-    width = max((len(one["handler"]) for one in found["subscriptions"]), default=0)
-    for one in found["subscriptions"]:
-        operations, queues = "|".join(one["operations"]), ", ".join(one["queues"])
-        said.append(f"  {one['handler']:<{width}}  {one['table']}  {operations}  → {queues}")
-    said += ["", "queues"]
-    for name, depth in found["queues"].items():
-        said.append(f"  {name}  {waiting(depth, found['max_queue_length'])}")
-    letters = found["dead_letters"]
-    count = "unknown" if letters["count"] is None else f"{letters['count']} dead letters"
-    said.append(f"  {letters['queue']}  {count}")
-    if found["broker_error"]:
-        said.append(f"  {found['broker_error']}")
-    elif found["unhandled"] is None:
-        said += ["", "no Celery worker answers"]
-    elif found["unhandled"]:
-        said += ["", f"no running worker knows {', '.join(found['unhandled'])}"]
-    if found["other_sources"]:
-        others = ", ".join(found["other_sources"])
-        said += ["", f"other sources: {others} (flash status --source NAME)"]
-    return said
+    return lines
 
 
-def paused_lines(found: dict[str, Any]) -> list[str]:
-    """What is said of pauses, by `flash pause`."""
-    said = []
-    if found["paused"]:
-        said.append(f"since {found['paused']}: nothing is read until `flash resume`")
-    handlers = {one["handler"] for one in found["subscriptions"]}
-    for one in found["paused_handlers"]:
-        count = "unknown" if one["parked"] is None else one["parked"]
-        state = "goes on" if one["resuming"] else "is paused"
-        if one["handler"] not in handlers:
-            state = "is no handler any more, noted"
-        said.append(
-            f"{one['handler']} {state} since {one['since']}: {count} parked in {one['queue']}"
-        )
-    return said
+def worker_problems(report: StatusReport) -> list[str]:
+    """Return what is wrong with the Celery workers; nothing while the broker cannot be asked."""
+    if report.broker.broker_error:
+        return []
+    if report.unhandled is None:
+        return ["no Celery worker answers"]
+    if report.unhandled:
+        return [f"no running worker knows {', '.join(report.unhandled)}"]
+    return []
 
 
 def waiting(depth: int | None, limit: int) -> str:
-    """How many messages wait in a queue, readably."""
+    """Return the length of a queue as text, with its limit if it has one (0 means none)."""
     if depth is None:
         return "unknown"
     if not limit:
         return f"{depth} waiting"
-    full = ": full, reading pauses" if is_full(depth, limit) else ""
+    full = ": full, reading is paused" if is_full(depth, limit) else ""
     return f"{depth} waiting, at most {limit}{full}"
 
 
-def slot_lines(found: dict[str, Any]) -> list[str]:
-    """What is said of the slot; each line begins with its subject."""
-    slot = found["slot"]
-    if slot is None:
-        name = found["slot_name"]
-        return [f"slot       {name} does not exist yet; `flash replicate` creates it"]
-    reader = slot["reader"]
-    who = (
-        f"PID {reader['pid']} ({reader['application_name']}, {reader['client']})"
-        if reader
-        else "nobody"
-    )
-    seconds = slot["lag_seconds"]
-    lag = f"{size(slot['lag_bytes'])}, {'unknown' if seconds is None else f'{seconds:.1f} s'}"
-    said = [
-        f"slot       {slot['name']} ({slot['plugin']}, wal_status {slot['wal_status']})",
-        f"read by    {who}",
-        f"confirmed  {slot['confirmed_lsn']}",
-        f"lag        {lag}",
-        f"retained   {size(slot['retained_bytes'])} of WAL",
-    ]
-    if slot["safe_wal_size"] is not None:
-        said.append(f"safe for   {size(slot['safe_wal_size'])} more until the slot is lost")
-    return said
+def dead_letters(status: DeadLetterStatus) -> str:
+    """Return the number of dead letters as text."""
+    return "unknown" if status.count is None else f"{status.count} dead letters"
 
 
 def size(count: int | None) -> str:
-    """Bytes, readably."""
+    """Return a number of bytes as text, such as `1.5 MB`."""
     if count is None:
         return "unknown"
     number = float(count)

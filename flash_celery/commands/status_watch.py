@@ -1,4 +1,4 @@
-"""`flash status --watch`: the same report, drawn anew every few seconds."""
+"""`flash status --watch`: the report of `flash status`, redrawn every few seconds."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ..postgres.slots import Gap
 from ..protocol.lsn import Lsn
 from ..settings import Settings
 from . import status
+from .status import SlotStatus, StatusReport
 
 
 def watch(
@@ -31,104 +32,113 @@ def watch(
 ) -> None:
     """Show the report every `interval` seconds, until Ctrl-C.
 
-    What fails at the first look is raised; later it is shown, and tried again.
+    An error of the first report is raised. A later one is shown under the last report that
+    succeeded, and the next report uses a new connection.
     """
-    look = _looks(connect, app, settings, subscriptions)
-    found, before, since = next(look), None, 0.0
+    reports = _reports(connect, app, settings, subscriptions)
+    report, previous, previous_time = next(reports), None, 0.0
     console = Console(highlight=False)
-    with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as drawn:
+    with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as screen:
         while True:
             now = time.monotonic()
+            problem = ""
             try:
-                found, trouble = next(look), ""
+                report = next(reports)
             except (FlashError, psycopg.Error) as error:
-                look = _looks(connect, app, settings, subscriptions)
-                trouble = one_line(error)
-            speed = _speed(before, found, now - since)
-            drawn.update(_drawn(found, speed, trouble), refresh=True)
-            if not trouble:
-                before, since = found, now
+                reports = _reports(connect, app, settings, subscriptions)
+                problem = one_line(error)
+            speed = _speed(previous, report, now - previous_time)
+            screen.update(render(report, speed, problem), refresh=True)
+            if not problem:
+                previous, previous_time = report, now
             time.sleep(max(0.1, interval - (time.monotonic() - now)))
 
 
-def _looks(
+def _reports(
     connect: Callable[[], psycopg.Connection[Any]],
     app: Any,
     settings: Settings,
     subscriptions: Sequence[Subscription],
-) -> Iterator[dict[str, Any]]:
-    """Reports, all by one connection."""
+) -> Iterator[StatusReport]:
+    """Yield reports that share one connection."""
     with connect() as connection:
         while True:
-            yield status.status(connection, app, settings, subscriptions)
+            yield status.examine(connection, app, settings, subscriptions)
 
 
-def _speed(before: dict[str, Any] | None, now: dict[str, Any], seconds: float) -> float | None:
-    """Bytes of WAL that are confirmed in a second."""
-    if not (before and before["slot"] and now["slot"] and seconds > 0):
+def _speed(previous: StatusReport | None, now: StatusReport, seconds: float) -> float | None:
+    """Return the bytes of WAL confirmed per second, or None if unknown."""
+    before = previous.database.slot if previous else None
+    after = now.database.slot
+    if before is None or after is None or seconds <= 0:
         return None
-    since, until = (Lsn.parse(one["slot"]["confirmed_lsn"]) for one in (before, now))
-    return max(0.0, (until - since) / seconds)
+    if before.confirmed_lsn is None or after.confirmed_lsn is None:
+        return None
+    confirmed = Lsn.parse(after.confirmed_lsn) - Lsn.parse(before.confirmed_lsn)
+    return max(0.0, confirmed / seconds)
 
 
-def _drawn(found: dict[str, Any], speed: float | None, trouble: str) -> RenderableType:
-    parts: list[RenderableType] = [_slot(found, speed), Text(), _queues(found), Text()]
-    parts.append(_handlers(found))
-    warnings = [trouble, found["broker_error"], *(str(Gap(**gap)) for gap in found["gaps"])]
-    warnings += [f"paused: {line}" for line in status.paused_lines(found)]
-    if found["unhandled"]:
-        warnings.append(f"no running worker knows {', '.join(found['unhandled'])}")
-    elif found["unhandled"] is None and not found["broker_error"]:
-        warnings.append("no Celery worker answers")
+def render(report: StatusReport, speed: float | None, problem: str) -> RenderableType:
+    """Return the screen: slot, queues, handlers, and warnings.
+
+    `speed` is in bytes per second, `problem` why the report is not the newest ("" if it is).
+    """
+    parts: list[RenderableType] = [_slot(report, speed), Text(), _queues(report), Text()]
+    parts.append(_handlers(report))
+    warnings = [problem, report.broker.broker_error or ""]
+    warnings += [str(Gap(**gap)) for gap in report.database.gaps]
+    warnings += [f"paused: {line}" for line in status.pause_lines(report)]
+    warnings += status.worker_problems(report)
     for warning in filter(None, warnings):
         parts += [Text(), Text(escaped(warning), style="yellow")]
-    parts += [Text(), Text(f"{time.strftime('%H:%M:%S')}  Ctrl-C ends it", style="dim")]
+    parts += [Text(), Text(f"{time.strftime('%H:%M:%S')}  Press Ctrl-C to end", style="dim")]
     return Group(*parts)
 
 
-def _slot(found: dict[str, Any], speed: float | None) -> RenderableType:
+def _slot(report: StatusReport, speed: float | None) -> RenderableType:
+    slot = report.database.slot
     table = Table.grid(padding=(0, 2))
-    for line in status.slot_lines(found):
-        name, value = line.split("  ", 1)
-        table.add_row(Text(name, style="dim"), _text(value.strip(), _style(name, found["slot"])))
+    for line in status.slot_lines(report.project.slot_name, slot):
+        label, value = line.split("  ", 1)
+        table.add_row(Text(label, style="dim"), _text(value.strip(), _style(label, slot)))
     if speed is not None:
         table.add_row(Text("confirms", style="dim"), f"{status.size(round(speed))}/s")
     return table
 
 
-def _style(name: str, slot: dict[str, Any] | None) -> str:
+def _style(label: str, slot: SlotStatus | None) -> str:
     if slot is None:
         return "yellow"
-    if name == "slot":
-        return {"reserved": "green", "extended": "yellow"}.get(slot["wal_status"], "bold red")
-    return "yellow" if name == "read by" and not slot["reader"] else ""
+    if label == "slot":
+        return {"reserved": "green", "extended": "yellow"}.get(slot.wal_status or "", "bold red")
+    return "yellow" if label == "read by" and not slot.reader else ""
 
 
-def _queues(found: dict[str, Any]) -> Table:
+def _queues(report: StatusReport) -> Table:
     table = _table("queue", "waiting")
-    for name, depth in found["queues"].items():
-        table.add_row(_text(name), status.waiting(depth, found["max_queue_length"]))
-    letters = found["dead_letters"]
-    count = "unknown" if letters["count"] is None else f"{letters['count']} dead letters"
-    table.add_row(_text(letters["queue"]), Text(count, style="red" if letters["count"] else ""))
+    for name, depth in report.broker.queues.items():
+        table.add_row(_text(name), status.waiting(depth, report.broker.max_queue_length))
+    letters = report.broker.dead_letters
+    style = "red" if letters.count else ""
+    table.add_row(_text(letters.queue), Text(status.dead_letters(letters), style=style))
     return table
 
 
-def _handlers(found: dict[str, Any]) -> Table:
+def _handlers(report: StatusReport) -> Table:
     table = _table("handler", "table", "operations", "queues")
-    for one in found["subscriptions"]:
-        row = one["handler"], one["table"], "|".join(one["operations"]), ", ".join(one["queues"])
-        table.add_row(*map(_text, row))
+    for row in report.project.subscriptions:
+        cells = row.handler, row.table, "|".join(row.operations), ", ".join(row.queues)
+        table.add_row(*map(_text, cells))
     return table
 
 
-def _table(*heads: str) -> Table:
+def _table(*headings: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for head in heads:
-        table.add_column(head)
+    for heading in headings:
+        table.add_column(heading)
     return table
 
 
 def _text(value: str, style: str = "") -> Text:
-    """What it names, anybody may have chosen who can write to the database."""
+    """Return a cell; names come from the database, so escape sequences are made visible."""
     return Text(escaped(value), style=style)

@@ -33,14 +33,15 @@ def sources(app: Any) -> list[dict[str, Any]]:
         mine = [each for each in subscriptions if each.source == one.source]
         try:
             with catalog.connect(one.require_dsn(), _PATIENCE) as connection:
-                found.append(status.status(connection, app, one, mine))
+                report = status.examine(connection, app, one, mine)
         except (FlashError, psycopg.Error) as error:
             found.append({"source": one.source, "error": one_line(error)})
-    for each in found:
-        slot = each.get("slot")
-        if slot:
-            slot |= {"lag": status.size(slot["lag_bytes"])}
-            slot |= {"retained": status.size(slot["retained_bytes"])}
+            continue
+        source = report.as_json()
+        if slot := report.database.slot:
+            source["slot"]["lag"] = status.size(slot.lag_bytes)
+            source["slot"]["retained"] = status.size(slot.retained_bytes)
+        found.append(source)
     return [shown(each) for each in found]
 
 

@@ -1,4 +1,4 @@
-"""What waits in the broker, asked on a connection of its own."""
+"""The queues of the broker, read on a connection of its own."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from ..errors import PayloadError, PublishError
 from ..publishing.brokers import redis_keys
 from ..publishing.brokers.base import ConnectedPublisher, is_missing_queue
 
-#: Seconds before a queue that was not there is asked for again: it costs a connection.
+#: Seconds before a missing queue is asked for again: each question costs a connection.
 _MISSING_SECONDS = 60.0
-#: Dead letters that are shown, the newest.
-_HEADS = 5
+#: How many of the newest dead letters are shown.
+_NEWEST = 5
 
 
 class Broker:
-    """Belongs to one thread."""
+    """A connection to the broker that is made when it is needed. One thread uses it."""
 
-    def __init__(self, app: Any, queues: Sequence[str], dead: str) -> None:
+    def __init__(self, app: Any, queues: Sequence[str], dead_queue: str) -> None:
         self._publisher = ConnectedPublisher(app)
-        self._queues = [*queues, dead]
-        self._dead = dead
+        self._queues = [*queues, dead_queue]
+        self._dead_queue = dead_queue
         self._opened = False
-        self._missing: dict[str, float] = {}
-        self._seen = 0
-        self._heads: list[dict[str, Any]] = []
+        #: When a missing queue may be asked for again.
+        self._missing_until: dict[str, float] = {}
+        self._dead_count = 0
+        self._newest_dead: list[dict[str, Any]] = []
 
     def depths(self, others: Sequence[str] = ()) -> dict[str, int | None]:
-        """How many messages wait in each queue, and in others; None for one that is not there.
+        """Return the number of messages in each queue and in `others`; None for a missing queue.
 
-        Raises `PublishError` if the broker cannot be asked.
+        Raises `PublishError` if the broker does not answer.
         """
         try:
             return {queue: self._depth(queue) for queue in (*self._queues, *others)}
@@ -43,18 +44,19 @@ class Broker:
             raise
 
     def newest_dead(self, count: int | None) -> list[dict[str, Any]]:
-        """The newest dead letters of so many, without their messages.
+        """Return the newest of `count` dead letters, without their messages.
 
-        Only Redis lets somebody look at a queue without taking from it. Raises `PublishError`.
+        Only Redis can read a queue without taking messages from it; other brokers yield an empty
+        list. Raises `PublishError`.
         """
-        if count != self._seen and self._opened and self._publisher.driver == "redis":
+        if count != self._dead_count and self._opened and self._publisher.driver == "redis":
             try:
-                self._heads = self._read()
+                self._newest_dead = self._read_newest_dead()
             except BaseException:
                 self.close()
                 raise
-            self._seen = count or 0
-        return self._heads if count else []
+            self._dead_count = count or 0
+        return self._newest_dead if count else []
 
     def close(self) -> None:
         """Disconnect; never raises."""
@@ -62,7 +64,7 @@ class Broker:
         self._opened = False
 
     def _depth(self, queue: str) -> int | None:
-        if time.monotonic() < self._missing.get(queue, 0.0):
+        if time.monotonic() < self._missing_until.get(queue, 0.0):
             return None
         if not self._opened:
             self._publisher.open([])
@@ -72,27 +74,29 @@ class Broker:
         except PublishError as error:
             if not is_missing_queue(error):
                 raise
-        self._missing[queue] = time.monotonic() + _MISSING_SECONDS
+        self._missing_until[queue] = time.monotonic() + _MISSING_SECONDS
         self.close()  # the error has closed the channel
         return None
 
-    def _read(self) -> list[dict[str, Any]]:
-        channel, found = self._publisher.channel, []
-        key = redis_keys.queue_key(channel, self._dead)
+    def _read_newest_dead(self) -> list[dict[str, Any]]:
+        channel = self._publisher.channel
+        newest = []
+        key = redis_keys.queue_key(channel, self._dead_queue)
         with self._publisher.errors(), redis_keys.literal_client(channel) as client:
-            for place in range(_HEADS):  # one by one, for a batch may have megabytes
-                item = client.lindex(key, place)
-                if item is None:
+            for position in range(_NEWEST):  # one by one, because a batch may have megabytes
+                message = client.lindex(key, position)
+                if message is None:
                     break
-                found.append(_head(channel, item))
-        return [one for one in found if one is not None]
+                newest.append(_summary(channel, message))
+        return [summary for summary in newest if summary is not None]
 
 
-def _head(channel: Any, raw: Any) -> dict[str, Any] | None:
+def _summary(channel: Any, message: Any) -> dict[str, Any] | None:
+    """Return what the page shows of a dead letter, or None for a message that is none."""
     try:
-        letter = letters.decode(channel.message_to_python(loads(raw)).body)
+        letter = letters.decode(channel.message_to_python(loads(message)).body)
     except (PayloadError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # whatever somebody has put there
+        return None
     return {
         "id": letter.id,
         "handler": letter.handler,

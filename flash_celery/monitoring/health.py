@@ -1,75 +1,83 @@
-"""Whether the replication worker lives, and whether it does its work."""
+"""Whether the replication worker is alive (`/live`), and whether it does its work (`/ready`)."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
 
+from ..commands.status import SlotStatus
 from ..settings import Settings
 from ..telemetry import STANDBY, STREAMING
+from .report import WorkerReport
 
-#: The shortest time, in seconds, after which a loop that does not turn counts as dead: whatever it
-#: waits for has an end before.
+#: The least number of seconds after which a stuck main loop counts as dead. Everything that it
+#: waits for has a shorter timeout.
 _STUCK_SECONDS = 60.0
 _BROKER_ERRORS = ("PublishError", "Unroutable", "NotConfirmed")
 
 
 def patience(settings: Settings) -> float:
-    """Seconds that the main loop may take for a turn: a server that says nothing is given up after
-    `longest_silence`, and one statement may follow another."""
+    """Return the seconds that one iteration of the main loop may take.
+
+    A silent server is given up after `longest_silence`; an iteration may run several statements.
+    """
     return max(_STUCK_SECONDS, 3 * settings.longest_silence)
 
 
-def live(report: dict[str, Any], limit: float) -> bool:
-    """Whether the main loop turns; a restart helps if it does not."""
-    return bool(report["stuck_seconds"] < limit)
+def is_live(report: WorkerReport, limit: float) -> bool:
+    """Return whether the main loop is running; if not, a restart helps."""
+    return report.stuck_seconds < limit
 
 
-def problems(report: dict[str, Any]) -> list[str]:
-    """What keeps changes from being enqueued, or will soon; nothing if all is well."""
-    found = []
-    state = report["state"]
-    if state == STANDBY:
-        found.append(f"Standby for {_since(report['state_since'])}: another worker reads the slot.")
-    elif state != STREAMING:
-        why = _last(report, broker=False)
-        found.append(f"Not reading ({state}) for {_since(report['state_since'])}.{why}")
-    if report["broker_failing_since"]:
-        why = _last(report, broker=True)
-        found.append(f"The broker has failed for {_since(report['broker_failing_since'])}.{why}")
-    if report["held_back_since"]:
-        found.append(
+def problems(report: WorkerReport) -> list[str]:
+    """Return what keeps changes from being enqueued, now or soon; an empty list if all is well."""
+    sentences = []
+    if report.state == STANDBY:
+        sentences.append(
+            f"Standing by for {_age(report.state_since)}: another worker reads the slot."
+        )
+    elif report.state != STREAMING:
+        sentences.append(
+            f"Not reading ({report.state}) for {_age(report.state_since)}."
+            f"{_last_error(report, broker=False)}"
+        )
+    if report.broker_failing_since:
+        sentences.append(
+            f"The broker has failed for {_age(report.broker_failing_since)}."
+            f"{_last_error(report, broker=True)}"
+        )
+    if report.held_back_since:
+        sentences.append(
             "PostgreSQL holds changes back until the standbys of synchronized_standby_slots have "
-            "them; start these standbys, or take them out of that setting."
+            "them; start these standbys, or remove them from that setting."
         )
-    slot = report["slot"]
-    if slot and slot["wal_status"] in ("unreserved", "lost"):
-        found.append(
-            f"The slot {slot['name']} is {slot['wal_status']}: raise max_slot_wal_keep_size."
+    slot = report.database.slot
+    if slot and slot.wal_status in ("unreserved", "lost"):
+        sentences.append(
+            f"The slot {slot.name} is {slot.wal_status}: raise max_slot_wal_keep_size."
         )
-    elif slot and slot["safe_wal_size"] is not None and _running_out(slot):
-        found.append(
-            f"The slot {slot['name']} has used up more than half of max_slot_wal_keep_size."
-        )
-    return found
+    elif slot and _is_running_out(slot):
+        sentences.append(f"The slot {slot.name} has used more than half of max_slot_wal_keep_size.")
+    return sentences
 
 
-def only_standby(report: dict[str, Any]) -> bool:
-    """Whether it is ready to take over, though another worker does the work."""
-    return report["state"] == STANDBY and len(report["problems"]) == 1
+def is_hot_spare(report: WorkerReport) -> bool:
+    """Return whether the worker waits for another to let go of the slot, and is otherwise well."""
+    return report.state == STANDBY and len(problems(report)) == 1
 
 
-def _running_out(slot: dict[str, Any]) -> bool:
-    return bool(slot["safe_wal_size"] < slot["retained_bytes"])
+def _is_running_out(slot: SlotStatus) -> bool:
+    if slot.safe_wal_size is None or slot.retained_bytes is None:
+        return False
+    return slot.safe_wal_size < slot.retained_bytes
 
 
-def _last(report: dict[str, Any], broker: bool) -> str:
-    """The last error of the broker, or of anything else."""
-    for error in report["errors"]:
+def _last_error(report: WorkerReport, broker: bool) -> str:
+    """Return the last error of the broker, or the last other one, after a space."""
+    for error in report.errors:
         if (error["kind"] in _BROKER_ERRORS) == broker:
             return f" {error['message']}"
     return ""
 
 
-def _since(moment: float) -> str:
+def _age(moment: float) -> str:
     return f"{max(0.0, time.time() - moment):.0f} s"

@@ -1,7 +1,7 @@
-"""What there is to see of a replication worker, gathered beside it: nothing waits for it.
+"""Gathers what a replication worker shows of itself, in threads of its own.
 
-Each of two threads looks every few seconds, one at PostgreSQL and the worker's own counters, one at
-the broker. Whatever fails in them is shown and tried again.
+One thread asks PostgreSQL and reads the worker's counters, the other asks the broker, every few
+seconds. Replication waits for neither; an error in them is reported and the question repeated.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 from importlib import metadata
 from typing import Any
 
@@ -18,6 +18,7 @@ import psycopg
 
 from ..commands import status
 from ..commands.doctor import unhandled
+from ..commands.status import DatabaseStatus
 from ..errors import FlashError
 from ..escaping import escaped, one_line
 from ..handlers.subscriptions import Subscription
@@ -27,22 +28,23 @@ from ..settings import Settings
 from ..telemetry import CONNECTING, STOPPING, STREAMING, Telemetry
 from . import health
 from .broker import Broker
-from .samples import STEP, Counts, History
+from .report import WorkerReport
+from .samples import STEP, Counts, LastHour
 
 logger = logging.getLogger(__name__)
 
 #: Seconds between two questions to all Celery workers.
 _WORKERS_SECONDS = 30.0
-#: Seconds between two looks as long as there is no slot.
+#: Seconds between two polls while the slot does not exist: it is about to be created.
 _START_SECONDS = 1.0
 #: Seconds that a statement may take.
 _PATIENCE = 10.0
-#: Bytes of WAL that a server writes by itself; with so few left, nothing is behind.
+#: Bytes of WAL that an idle server writes by itself; a smaller lag counts as none.
 _IDLE_BYTES = 1024
 
 
 class Observer:
-    """`report` may be called from any thread, `start` and `close` once."""
+    """The source of all reports. Any thread may call `report`; call `start` and `close` once."""
 
     def __init__(
         self,
@@ -55,170 +57,169 @@ class Observer:
         self._settings = settings
         self._subscriptions = subscriptions
         self.telemetry = telemetry
-        self.history = History()
+        self.last_hour = LastHour()
+        self._patience = health.patience(settings)
         self._templates = Templates(app, settings, subscriptions)
         self._broker = Broker(app, self._templates.queues, settings.flash_dead_queue)
         self._connection: psycopg.Connection[Any] | None = None
         self._version = metadata.version("flash-celery")
-        self._ending = threading.Event()
-        self._asked_workers = float("-inf")
+        self._closing = threading.Event()
+        self._workers_asked_at = float("-inf")
         self._unhandled: list[str] | None = None
-        self._declared = status.declared(settings, self._templates)
-        #: What was seen last. Replaced as a whole, never altered.
-        self._seen_database: dict[str, Any] = {
-            "slot": None,
-            "history": None,
-            "gaps": [],
-            "paused": None,
-            "paused_handlers": [],
-            "database_error": None,
-        }
-        self._seen_broker = status.broker(settings, self._templates, {}, None)
-        #: How many messages are in each parking queue.
-        self._parked: dict[str, int | None] = {}
+        self._project = status.project_status(settings, self._templates)
+        # The last answers. Each is replaced as a whole, because other threads read them.
+        self._database = DatabaseStatus()
+        self._database_error: str | None = None
+        self._broker_status = status.broker_status(settings, self._templates, {}, None)
+        self._newest_dead: list[dict[str, Any]] = []
+        self._depths: dict[str, int | None] = {}
 
     def start(self) -> None:
-        """Begin to look."""
-        for look in (self._look_at_database, self._look_at_broker):
-            name = f"flash-monitoring{look.__name__}"
-            threading.Thread(target=self._again, args=(look,), name=name, daemon=True).start()
+        """Start polling."""
+        for poll in (self._poll_database, self._poll_broker):
+            name = f"flash-monitoring{poll.__name__}"
+            threading.Thread(target=self._repeat, args=(poll,), name=name, daemon=True).start()
 
     def close(self) -> None:
-        """Look no more; a thread that is just waiting for a server ends with the process."""
-        self._ending.set()
+        """Stop polling; a thread that waits for a server just then ends with the process."""
+        self._closing.set()
 
-    def _again(self, look: Callable[[], None]) -> None:
-        said = ""
+    def _repeat(self, poll: Callable[[], None]) -> None:
+        last_logged = ""
         while True:
             try:
-                look()
+                poll()
             except Exception as error:
-                if repr(error) != said:
-                    said = repr(error)
-                    logger.exception("Monitoring failed, which replication does not notice")
-            # The slot may be about to be made.
-            if self._ending.wait(STEP if self._seen_database["slot"] else _START_SECONDS):
+                if repr(error) != last_logged:
+                    last_logged = repr(error)
+                    logger.exception("Monitoring failed; replication is not affected")
+            if self._closing.wait(STEP if self._database.slot else _START_SECONDS):
                 return
 
-    def _look_at_database(self) -> None:
+    def _poll_database(self) -> None:
         try:
             if self._connection is None:
                 self._connection = catalog.connect(self._settings.require_dsn(), _PATIENCE)
-            seen = status.database(self._connection, self._settings) | {"database_error": None}
+            self._database = status.database_status(self._connection, self._settings)
+            self._database_error = None
         except (FlashError, psycopg.Error) as error:
             if self._connection is not None:
                 self._connection.close()
             self._connection = None
-            seen = {"slot": None, "database_error": escaped(one_line(error))}
-        self._seen_database = self._seen_database | seen
-        self._sample()
+            self._database_error = escaped(one_line(error))
+            self._database = replace(self._database, slot=None)
+        self._add_sample()
 
-    def _look_at_broker(self) -> None:
+    def _poll_broker(self) -> None:
         depths: dict[str, int | None] = {}
-        failed, newest = None, []
+        error, newest = None, []
         try:
-            parked = [one["queue"] for one in self._seen_database["paused_handlers"]]
-            depths = self._broker.depths(parked)
+            hold_queues = [handler.queue for handler in self._database.paused_handlers]
+            depths = self._broker.depths(hold_queues)
             newest = self._broker.newest_dead(depths[self._settings.flash_dead_queue])
-        except FlashError as error:
-            failed = str(error)
-        seen = status.broker(self._settings, self._templates, depths, failed)
-        seen["dead_letters"]["newest"] = newest
-        self._seen_broker, self._parked = seen, depths
-        if failed is None and time.monotonic() - self._asked_workers > _WORKERS_SECONDS:
+        except FlashError as failure:
+            error = str(failure)
+        self._broker_status = status.broker_status(self._settings, self._templates, depths, error)
+        self._newest_dead, self._depths = newest, depths
+        if error is None and time.monotonic() - self._workers_asked_at > _WORKERS_SECONDS:
             self._unhandled = unhandled(self._app, self._subscriptions)
-            self._asked_workers = time.monotonic()
+            self._workers_asked_at = time.monotonic()
 
-    def _sample(self) -> None:
-        depths = [depth for depth in self._seen_broker["queues"].values() if depth is not None]
+    def _add_sample(self) -> None:
+        depths = [depth for depth in self._broker_status.queues.values() if depth is not None]
         waiting = sum(depths) if depths else None
-        self.history.add(self._counts(), self._lag_bytes(), self._lag_seconds(), waiting)
+        self.last_hour.add(self._counts(), self._lag_bytes(), self._lag_seconds(), waiting)
 
     def _counts(self) -> Counts:
-        # Copied at once: the worker goes on counting.
+        # `dict` copies the counter at once: the worker goes on counting.
         return Counts(time.time(), self.telemetry.received, dict(self.telemetry.enqueued))
 
     def _lag_bytes(self) -> int | None:
-        slot = self._seen_database["slot"]
-        return slot["lag_bytes"] if slot else None
+        slot = self._database.slot
+        return slot.lag_bytes if slot else None
 
     def _lag_seconds(self) -> float | None:
-        """How old the oldest change may be that the broker has not confirmed; 0 if there is none.
+        """Return how old the oldest unconfirmed change may be; 0 if there is none.
 
-        None where another process reads the slot, or nothing is known yet.
+        None if another process reads the slot, or nothing is known yet.
         """
         telemetry, now = self.telemetry, time.time()
         if telemetry.state not in (STREAMING, CONNECTING, STOPPING):
             return None
         oldest = telemetry.unconfirmed()
-        waits = max(0.0, now - oldest) if oldest else 0.0
-        behind = self._lag_bytes()
-        if behind is not None and behind < _IDLE_BYTES:
-            return round(waits, 3)
-        at = telemetry.progress.confirmed_at
-        known = max(telemetry.committed, at.timestamp() if at else 0.0)
-        return round(max(waits, now - known), 3) if known else waits or None
+        unconfirmed = max(0.0, now - oldest) if oldest else 0.0
+        lag_bytes = self._lag_bytes()
+        if lag_bytes is not None and lag_bytes < _IDLE_BYTES:
+            return round(unconfirmed, 3)
+        confirmed_at = telemetry.progress.confirmed_at
+        handled = max(telemetry.committed, confirmed_at.timestamp() if confirmed_at else 0.0)
+        return round(max(unconfirmed, now - handled), 3) if handled else unconfirmed or None
 
-    def report(self) -> dict[str, Any]:
-        """Everything, ready for JSON: what `flash status --json` has, and what only the worker
-        knows. Sizes in bytes, times in seconds, moments in seconds of Unix."""
-        telemetry, database, broker = self.telemetry, self._seen_database, self._seen_broker
+    def report(self) -> WorkerReport:
+        """Return what is known now, without asking a server."""
+        telemetry = self.telemetry
         progress = telemetry.progress
-        found = {
-            **self._declared,
-            **database,
-            **broker,
-            "paused_handlers": [
-                {**one, "parked": self._parked.get(one["queue"])}
-                for one in database["paused_handlers"]
-            ],
-            "unhandled": self._unhandled,
-            "version": self._version,
-            "now": time.time(),
-            "started": telemetry.started,
-            "state": telemetry.state,
-            "state_since": telemetry.state_since,
-            "stuck_seconds": round(telemetry.stuck(), 3),
-            "lag_bytes": self._lag_bytes(),
-            "lag_seconds": self._lag_seconds(),
-            "received_lsn": str(progress.received),
-            "confirmed_lsn": str(progress.confirmed),
-            "broker_failing_since": telemetry.broker_failing,
-            "paused_since": telemetry.paused,
-            "full_queue": telemetry.full_queue,
-            "held_back_since": telemetry.held_back,
-            "reconnections": telemetry.reconnections,
-            "transactions": telemetry.transactions,
-            "messages": telemetry.messages,
-            "message_bytes": telemetry.bytes,
-            "publish_failures": sum(dict(telemetry.failures).values()),
-            "spool_bytes": telemetry.spooled,
-            "unjudged": dict(telemetry.unjudged),
-            "errors": [asdict(one) for one in reversed(list(telemetry.errors))],
-        }
-        limit = health.patience(self._settings)
-        found["live"] = health.live(found, limit)
-        found["problems"] = health.problems(found)
-        found["ready"] = not found["problems"]
-        return found
+        return WorkerReport(
+            project=self._project,
+            database=self._database.with_held(self._depths),
+            database_error=self._database_error,
+            broker=self._broker_status,
+            newest_dead=self._newest_dead,
+            unhandled=self._unhandled,
+            version=self._version,
+            now=time.time(),
+            started=telemetry.started,
+            state=telemetry.state,
+            state_since=telemetry.state_since,
+            stuck_seconds=round(telemetry.stuck(), 3),
+            lag_bytes=self._lag_bytes(),
+            lag_seconds=self._lag_seconds(),
+            received_lsn=str(progress.received),
+            confirmed_lsn=str(progress.confirmed),
+            broker_failing_since=telemetry.broker_failing,
+            paused_since=telemetry.paused,
+            full_queue=telemetry.full_queue,
+            held_back_since=telemetry.held_back,
+            reconnections=telemetry.reconnections,
+            transactions=telemetry.transactions,
+            messages=telemetry.messages,
+            message_bytes=telemetry.bytes,
+            publish_failures=sum(dict(telemetry.failures).values()),
+            spool_bytes=telemetry.spooled,
+            unjudged=dict(telemetry.unjudged),
+            errors=[asdict(error) for error in reversed(list(telemetry.errors))],
+        )
+
+    def is_live(self, report: WorkerReport) -> bool:
+        """Return whether the main loop of the worker is running."""
+        return health.is_live(report, self._patience)
 
     def page(self) -> dict[str, Any]:
-        """The report, with rates and the last hour, for the status page."""
-        now = self._counts()
-        received, enqueued = self.history.rates(now)
-        changes = [
-            {
-                "table": table,
-                "operation": operation,
-                "received": count,
-                "per_second": received[table, operation],
-            }
-            for (table, operation), count in sorted(now.received.items())
-            if count
-        ]
-        handlers = [
-            {**asdict(route), "enqueued": count, "per_second": enqueued[route]}
-            for route, count in sorted(now.enqueued.items(), key=lambda one: astuple(one[0]))
-        ]
-        history = {"step": STEP, "samples": self.history.samples}
-        return self.report() | {"changes": changes, "enqueued": handlers, "history": history}
+        """Return `/status.json`: the report, its health, and rates and samples of the last hour."""
+        report = self.report()
+        problems = health.problems(report)
+        counts = self._counts()
+        received_rates, enqueued_rates = self.last_hour.rates(counts)
+        return {
+            **report.as_json(),
+            "live": self.is_live(report),
+            "problems": problems,
+            "ready": not problems,
+            "changes": [
+                {
+                    "table": table,
+                    "operation": operation,
+                    "received": count,
+                    "per_second": received_rates[table, operation],
+                }
+                for (table, operation), count in sorted(counts.received.items())
+                if count
+            ],
+            "enqueued": [
+                {**asdict(route), "enqueued": count, "per_second": enqueued_rates[route]}
+                for route, count in sorted(
+                    counts.enqueued.items(), key=lambda item: astuple(item[0])
+                )
+            ],
+            "history": {"step": STEP, "samples": self.last_hour.samples},
+        }

@@ -1,4 +1,4 @@
-"""What the numbers were, for the last hour: for charts, and for rates."""
+"""The numbers of the last hour, sampled every few seconds, for charts and rates."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
-#: Seconds between two samples, and how many are kept.
+#: Seconds between two samples.
 STEP = 5.0
+#: How many samples are kept: an hour of them.
 _SAMPLES = 720
-#: Samples that a rate is taken over: a minute's.
+#: How many samples a rate spans: a minute, with both ends.
 _RATE_SAMPLES = 13
 
 K = TypeVar("K")
 
 
 class Sample(NamedTuple):
-    """One moment. None where nobody knew."""
+    """The numbers at one moment; None where unknown."""
 
     #: Seconds of Unix.
     time: float
     lag_bytes: int | None
     lag_seconds: float | None
-    #: Changes a second since the last sample.
+    #: Changes per second since the previous sample.
     received: float
     enqueued: float
     #: Messages in all queues.
@@ -30,15 +31,15 @@ class Sample(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Counters at a moment."""
+    """The counters at one moment (seconds of Unix)."""
 
     time: float
     received: Mapping[Any, int]
     enqueued: Mapping[Any, int]
 
 
-class History:
-    """Written by one thread, read by any."""
+class LastHour:
+    """Samples and counters of the last hour. One thread adds them, any thread may read."""
 
     def __init__(self) -> None:
         self._samples: deque[Sample] = deque(maxlen=_SAMPLES)
@@ -51,26 +52,29 @@ class History:
         lag_seconds: float | None,
         waiting: int | None,
     ) -> None:
-        """Keep the present; counts of an hour ago go."""
-        before = self._counts[-1] if self._counts else counts
+        """Add a sample; the one of an hour ago is dropped."""
+        previous = self._counts[-1] if self._counts else counts
         self._counts.append(counts)
-        received, enqueued = (
-            _per_second(sum(new.values()) - sum(old.values()), before, counts)
-            for new, old in (
-                (counts.received, before.received),
-                (counts.enqueued, before.enqueued),
+        received = sum(counts.received.values()) - sum(previous.received.values())
+        enqueued = sum(counts.enqueued.values()) - sum(previous.enqueued.values())
+        self._samples.append(
+            Sample(
+                counts.time,
+                lag_bytes,
+                lag_seconds,
+                _per_second(received, previous, counts),
+                _per_second(enqueued, previous, counts),
+                waiting,
             )
         )
-        sample = Sample(counts.time, lag_bytes, lag_seconds, received, enqueued, waiting)
-        self._samples.append(sample)
 
     @property
     def samples(self) -> list[Sample]:
-        """The oldest first."""
+        """The samples, oldest first."""
         return list(self._samples)
 
     def rates(self, now: Counts) -> tuple[dict[Any, float], dict[Any, float]]:
-        """Received and enqueued a second over the last minute, by what is counted."""
+        """Return changes received and enqueued per second over the last minute, by their keys."""
         counts = list(self._counts)
         before = counts[0] if counts else now
         return (

@@ -104,7 +104,7 @@ def test_slow_handlers_have_a_short_queue(any_shop):
     insert(shop.database, 1, 200)
     shop.until_said(replicate, "50 messages wait in the queue flash")
     status = shop.run("flash", "status").stdout
-    assert re.search(r"flash +50 waiting, at most 50: full, reading pauses", status), status
+    assert re.search(r"flash +50 waiting, at most 50: full, reading is paused", status), status
     shop.worker()
     _, order = handled(shop, 1, 200)
     assert order == list(range(1, 201))

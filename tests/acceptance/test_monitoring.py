@@ -12,12 +12,25 @@ import socket
 import subprocess
 import urllib.error
 import urllib.request
+from dataclasses import fields, replace
 
 import pytest
 from rich.console import Console
 
 from example_project.servers import end_with_parent, free_port, wait_until
 from flash_celery.commands import status_watch
+from flash_celery.commands.status import (
+    BrokerStatus,
+    DatabaseStatus,
+    DeadLetterStatus,
+    HandlerStatus,
+    PausedHandler,
+    ProjectStatus,
+    Reader,
+    ReplaySlotStatus,
+    SlotStatus,
+    StatusReport,
+)
 from tests import browser
 from tests.conftest import missing
 
@@ -186,6 +199,27 @@ def test_a_standby_and_a_broker_that_is_down_are_alive_and_not_ready(shop, addre
     assert shop.end(second) == 0
 
 
+def report_of(told):
+    """Read back what `flash status --json` printed."""
+    parts = [
+        part(**{field.name: told[field.name] for field in fields(part)})
+        for part in (ProjectStatus, DatabaseStatus, BrokerStatus)
+    ]
+    project, database, broker = parts
+    slot = database.slot and SlotStatus(**database.slot)
+    return StatusReport(
+        replace(project, subscriptions=[HandlerStatus(**one) for one in project.subscriptions]),
+        replace(
+            database,
+            slot=slot and replace(slot, reader=slot.reader and Reader(**slot.reader)),
+            history=database.history and ReplaySlotStatus(**database.history),
+            paused_handlers=[PausedHandler(**one) for one in database.paused_handlers],
+        ),
+        replace(broker, dead_letters=DeadLetterStatus(**broker.dead_letters)),
+        told["unhandled"],
+    )
+
+
 def test_what_is_paused_is_shown(shop, address):
     worker = shop.replicate("--http", address)
     assert shop.run("flash", "pause", "each").returncode == 0
@@ -203,12 +237,13 @@ def test_what_is_paused_is_shown(shop, address):
     handlers = {labels["handler"]: value for labels, value in paused}
     assert handlers == {"": 1, "shop.each": 1}
     told = json.loads(shop.run("flash", "status", "--json").stdout)
+    assert list(report_of(told).as_json().items()) == list(told.items())
     assert told["paused_handlers"] == said["paused_handlers"]
     console = Console(file=io.StringIO(), width=200)
-    console.print(status_watch._drawn(told, None, ""))
+    console.print(status_watch.render(report_of(told), None, ""))
     drawn = console.file.getvalue()
     assert "nothing is read until `flash resume`" in drawn
-    assert "30 parked in flash.paused.shop.each" in drawn
+    assert "30 held in flash.paused.shop.each" in drawn
     if browser.installed():
         with browser.browser() as driver:
             browser.show(driver, f"http://{address}/", width=390, dark=True)
@@ -216,7 +251,10 @@ def test_what_is_paused_is_shown(shop, address):
             problems = browser.text(driver, "#problems")
             assert driver.get_log("browser") == []
         assert "nothing is read until `flash resume`" in problems
-        assert "30 parked in flash.paused.shop.each. `flash resume shop.each` goes on." in problems
+        assert (
+            "30 held in flash.paused.shop.each. Resume it with `flash resume shop.each`."
+            in problems
+        )
     elif os.environ.get("CI"):
         missing("chromium with its driver")
 
@@ -227,7 +265,7 @@ def test_a_port_in_use_creates_nothing(shop):
         ran = shop.run("flash", "replicate", "--http", address, "--log-json")
     assert ran.returncode == 2
     (line,) = ran.stderr.splitlines()
-    said = f"Nothing can listen on flash_http = '{address}': Address already in use; "
+    said = f"Cannot listen on flash_http = '{address}': Address already in use; "
     assert json.loads(line)["message"].startswith(said)
     assert not shop.database.one("SELECT count(*) FROM pg_publication")
     assert not shop.database.one(

@@ -58,8 +58,8 @@ def test_a_paused_handler_gets_its_changes_later_and_in_order(any_shop):
     shop.until_noted(40, "many")
     confirmed(shop)
     said = flash(shop, "status")
-    assert "shop.each is paused since" in said
-    assert "36 parked in flash.paused.shop.each" in said
+    assert "shop.each (paused since" in said
+    assert "36 held in flash.paused.shop.each" in said
     assert len(shop.notes()) == 5
 
     insert(shop.database, 41, 50)

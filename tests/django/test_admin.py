@@ -131,7 +131,7 @@ def test_it_shows_sources_handlers_queues_and_the_slot(project, root, site_datab
     try:
         html = page(root)
         assert f"{site_database.slot} (wal_status reserved)" in html
-        assert "<strong>nobody</strong>" in html
+        assert "<strong>no worker</strong>" in html
         assert re.search(r"Lag</th><td>\d+ bytes", html)
     finally:
         site_database.execute(f"SELECT pg_drop_replication_slot('{site_database.slot}')")
@@ -150,8 +150,8 @@ def test_it_shows_what_is_paused(project, root, site_database):
     finally:
         site_database.execute("DROP PUBLICATION flash_publication_insert")
     assert f"Paused since {since}: nothing is read" in html
-    assert f"shop.handle is paused since {since}: 0 parked in flash.paused.shop.handle." in html
-    assert "&lt;b&gt; goes on since" in html
+    assert f"shop.handle (paused since {since}): 0 held in flash.paused.shop.handle." in html
+    assert "&lt;b&gt; (resuming since" in html
 
 
 def test_the_index_of_the_admin_leads_there(root):

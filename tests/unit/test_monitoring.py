@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,34 +20,45 @@ from click.testing import CliRunner
 from example_project.servers import wait_until
 from flash_celery import logs, on_change
 from flash_celery.cli import flash
+from flash_celery.commands.status import SlotStatus
 from flash_celery.errors import ConfigurationError
 from flash_celery.monitoring import health
+from flash_celery.monitoring.http_server import HttpServer
 from flash_celery.monitoring.metrics import METRICS, Metrics
 from flash_celery.monitoring.observer import Observer
-from flash_celery.monitoring.samples import Counts, History
-from flash_celery.monitoring.server import Server
+from flash_celery.monitoring.samples import Counts, LastHour
 from flash_celery.settings import Settings, http_address
 from flash_celery.telemetry import CONNECTING, STANDBY, STREAMING, Telemetry, route
 
 DOCS = Path(__file__).parents[2] / "docs"
-SLOT = {"name": "flash", "wal_status": "reserved", "safe_wal_size": None, "retained_bytes": 5}
+SLOT = SlotStatus(
+    name="flash",
+    plugin="pgoutput",
+    active=True,
+    wal_status="reserved",
+    confirmed_lsn="0/5",
+    restart_lsn="0/1",
+    lag_bytes=0,
+    lag_seconds=0.0,
+    retained_bytes=5,
+    safe_wal_size=None,
+    reader=None,
+)
 
 
-def report(**more):
-    now = time.time()
-    found = {
-        "state": STREAMING,
-        "state_since": now,
-        "errors": [],
-        "broker_failing_since": None,
-        "held_back_since": None,
-        "slot": SLOT,
-        "stuck_seconds": 0.0,
-    }
-    return found | more
+@pytest.fixture
+def report(observer):
+    """Make the report of a worker that streams."""
+
+    def make(slot=SLOT, **more):
+        streaming = {"state": STREAMING, "state_since": time.time(), "stuck_seconds": 0.0}
+        database = replace(observer.report().database, slot=slot)
+        return replace(observer.report(), database=database, **streaming | more)
+
+    return make
 
 
-def test_a_worker_that_streams_and_lacks_nothing_is_ready():
+def test_a_worker_that_streams_and_lacks_nothing_is_ready(report):
     assert health.problems(report()) == []
     assert health.problems(report(slot=None)) == []
 
@@ -58,16 +70,16 @@ def test_a_worker_that_streams_and_lacks_nothing_is_ready():
         ({"state": STANDBY}, "another worker reads the slot"),
         ({"broker_failing_since": 1.0}, "The broker has failed for"),
         ({"held_back_since": 1.0}, "synchronized_standby_slots"),
-        ({"slot": SLOT | {"wal_status": "unreserved"}}, "max_slot_wal_keep_size"),
-        ({"slot": SLOT | {"safe_wal_size": 4}}, "more than half"),
+        ({"slot": replace(SLOT, wal_status="unreserved")}, "max_slot_wal_keep_size"),
+        ({"slot": replace(SLOT, safe_wal_size=4)}, "more than half"),
     ],
 )
-def test_whatever_is_wrong_is_said(trouble, said):
+def test_whatever_is_wrong_is_said(report, trouble, said):
     (problem,) = health.problems(report(**trouble))
     assert said in problem
 
 
-def test_each_trouble_comes_with_its_own_error():
+def test_each_trouble_comes_with_its_own_error(report):
     errors = [
         {"kind": "NotConfirmed", "message": "No room."},
         {"kind": "ReplicationError", "message": "No server."},
@@ -77,23 +89,21 @@ def test_each_trouble_comes_with_its_own_error():
     assert found[1].endswith(" No room.")
 
 
-def test_a_standby_is_ready_to_take_over_unless_something_else_is_wrong():
+def test_a_standby_is_ready_to_take_over_unless_something_else_is_wrong(report):
     for more, ready in (({}, True), ({"broker_failing_since": 1.0}, False)):
-        found = report(state=STANDBY, **more)
-        found["problems"] = health.problems(found)
-        assert health.only_standby(found) is ready
+        assert health.is_hot_spare(report(state=STANDBY, **more)) is ready
 
 
-def test_a_loop_that_does_not_turn_is_dead():
+def test_a_loop_that_does_not_turn_is_dead(report):
     limit = health.patience(Settings())
     assert limit == 90
-    assert health.live(report(stuck_seconds=limit - 1), limit)
-    assert not health.live(report(stuck_seconds=limit), limit)
+    assert health.is_live(report(stuck_seconds=limit - 1), limit)
+    assert not health.is_live(report(stuck_seconds=limit), limit)
     assert health.patience(Settings(flash_status_interval=1)) == 60
 
 
 def test_rates_are_of_the_last_minute_and_samples_of_the_last_hour():
-    history = History()
+    history = LastHour()
     for place in range(1000):
         counts = Counts(5.0 * place, {"a": 10 * place}, {"b": 5 * place})
         history.add(counts, 1, 2.0, 3)
@@ -114,9 +124,9 @@ def lag(observer, state, behind=None, oldest=None, committed=0.0):
     telemetry = observer.telemetry
     telemetry.state, telemetry.committed = state, committed
     telemetry.unconfirmed = lambda: oldest
-    slot = None if behind is None else SLOT | {"lag_bytes": behind}
-    observer._seen_database = observer._seen_database | {"slot": slot}
-    return observer.report()["lag_seconds"]
+    slot = None if behind is None else replace(SLOT, lag_bytes=behind)
+    observer._database = replace(observer._database, slot=slot)
+    return observer.report().lag_seconds
 
 
 def test_the_lag_is_zero_only_if_nothing_is_left(observer):
@@ -134,8 +144,8 @@ def test_a_server_that_is_away_is_shown_without_a_password(app):
     app.conf.flash_dsn = "postgresql://x:secret@127.0.0.1:1/x"
     app.conf.broker_url = "redis://:secret@127.0.0.1:1/0"
     observer = Observer(app, Settings.from_app(app), [], Telemetry())
-    observer._look_at_database()
-    observer._look_at_broker()
+    observer._poll_database()
+    observer._poll_broker()
     page = observer.page()
     assert "127.0.0.1" in page["database_error"]
     assert "127.0.0.1" in page["broker_error"]
@@ -173,8 +183,8 @@ def test_a_bad_address_is_one_sentence(app, bad):
 
 
 def test_a_host_that_is_no_name_is_one_sentence(observer):
-    with pytest.raises(ConfigurationError, match=r"Nothing can listen on flash_http = 'a\.\.b:80'"):
-        Server("a..b:80", observer)
+    with pytest.raises(ConfigurationError, match=r"Cannot listen on flash_http = 'a\.\.b:80'"):
+        HttpServer("a..b:80", observer)
 
 
 def test_a_log_line_is_one_object_with_what_it_is_about():
@@ -262,7 +272,10 @@ def test_a_library_that_is_missing_is_named(app, monkeypatch, library, command, 
         ):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, library, None)
-    for parent, child in (("flash_celery", "live"), ("flash_celery", "monitoring")):
+    for parent, child in (
+        ("flash_celery.commands", "status_watch"),
+        ("flash_celery", "monitoring"),
+    ):
         monkeypatch.delattr(sys.modules[parent], child, raising=False)
     app.conf.update(
         flash_dsn="postgresql://x@127.0.0.1:1/x", broker_url="memory://", task_always_eager=False
@@ -282,7 +295,7 @@ def test_probes_and_page_say_when_the_loop_is_stuck(observer):
     stuck = [0.0]
     observer.telemetry.stuck = lambda: stuck[0]
     observer.telemetry.enter(STREAMING)
-    server = Server("127.0.0.1:0", observer)
+    server = HttpServer("127.0.0.1:0", observer)
     server.start()
     try:
         assert urllib.request.urlopen(f"{server.url}live", timeout=30).status == 200
@@ -297,7 +310,7 @@ def test_probes_and_page_say_when_the_loop_is_stuck(observer):
 
 
 def test_too_many_clients_are_turned_away(observer):
-    server = Server("127.0.0.1:0", observer)
+    server = HttpServer("127.0.0.1:0", observer)
     server.start()
     place = server.server_address[:2]
     try:
@@ -322,8 +335,8 @@ def test_too_many_clients_are_turned_away(observer):
 
 def test_clients_that_never_come_to_an_end_are_cut_off(observer, monkeypatch):
     """Each byte would give them as much time again."""
-    monkeypatch.setattr("flash_celery.monitoring.server._CLIENT_SECONDS", 1.0)
-    server = Server("127.0.0.1:0", observer)
+    monkeypatch.setattr("flash_celery.monitoring.http_server._CLIENT_SECONDS", 1.0)
+    server = HttpServer("127.0.0.1:0", observer)
     server.start()
     slow = [socket.create_connection(server.server_address[:2], timeout=10) for _ in range(16)]
     try:

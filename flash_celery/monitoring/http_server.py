@@ -1,7 +1,7 @@
 """The HTTP port of the replication worker: /metrics, /live, /ready, /status.json and a page.
 
-It reads, and changes nothing. Its threads are daemons with a limit to their number and to the time
-that a client may take.
+It changes nothing. Each request has a daemon thread; the number of threads and the time that a
+client may take are limited.
 """
 
 from __future__ import annotations
@@ -30,129 +30,136 @@ from .observer import Observer
 
 logger = logging.getLogger(__name__)
 
-#: Requests that are answered at a time; what comes on top is turned away.
-_AT_A_TIME = 16
-#: Seconds that a client may take to say what it wants, or to take the answer.
+#: Requests answered at a time; further connections are closed.
+_CONCURRENT_REQUESTS = 16
+#: Seconds that a client may take for its request and for the answer.
 _CLIENT_SECONDS = 10.0
 _TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
-#: What `prometheus_client` writes.
+#: The format that `prometheus_client` writes.
 _EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Server(ThreadingHTTPServer):
-    """Listens once it is made. `start` and `close` it."""
+class HttpServer(ThreadingHTTPServer):
+    """A server that listens from its creation on, and answers from `start` to `close`.
+
+    `address` is host:port. Raises `ConfigurationError` if that address cannot be used.
+    """
 
     daemon_threads = True
     block_on_close = False
 
     def __init__(self, address: str, observer: Observer) -> None:
         host, port = http_address(address)
-        self._slots = threading.Semaphore(_AT_A_TIME)
-        #: What is being answered, and until when.
-        self._open: dict[Any, float] = {}
+        self._free_threads = threading.Semaphore(_CONCURRENT_REQUESTS)
+        #: The deadline of each request that is being answered.
+        self._deadlines: dict[Any, float] = {}
         self._serving = False
         self.observer = observer
         self.metrics = Metrics(observer.telemetry, observer.report)
-        self.page, self.policy = _page()
+        self.page, self.policy = _load_page()
         try:
-            (family, *_, place), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            (family, *_, socket_address), *_ = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM
+            )
             self.address_family = family
-            super().__init__((str(place[0]), port), _Handler)
-        except (OSError, UnicodeError) as error:  # a host that is no name
-            why = getattr(error, "strerror", None) or error
+            super().__init__((str(socket_address[0]), port), _Handler)
+        except (OSError, UnicodeError) as error:  # UnicodeError: the host is not a valid name
+            reason = getattr(error, "strerror", None) or error
             raise ConfigurationError(
-                f"Nothing can listen on flash_http = {address!r}: {why}; choose another address "
+                f"Cannot listen on flash_http = {address!r}: {reason}; choose another address "
                 "(flash replicate --http HOST:PORT), or leave it empty."
             ) from None
 
     def server_bind(self) -> None:
-        """Bind, without HTTPServer's question to the DNS for our own name."""
+        """Bind without asking the DNS for this machine's name, as HTTPServer does."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = "localhost", self.server_address[1]
 
     @property
     def url(self) -> str:
-        """Where it is."""
-        host, port = self.server_address[:2]
-        shown = f"[{host!s}]" if ":" in str(host) else host
-        return f"http://{shown!s}:{port}/"
+        """The address of the status page."""
+        host, port = str(self.server_address[0]), self.server_address[1]
+        return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
     def start(self) -> None:
-        """Look and answer, in threads of its own."""
+        """Start to observe and to answer, in background threads."""
         self.observer.start()
-        serve = threading.Thread(target=self.serve_forever, args=(0.1,), name="flash-http")
-        serve.daemon = True
-        serve.start()
+        threading.Thread(
+            target=self.serve_forever, args=(0.1,), name="flash-http", daemon=True
+        ).start()
         self._serving = True
         logger.info("Status page, metrics and probes on %s", self.url)
 
     def close(self) -> None:
-        """Answer no more."""
+        """Stop to observe and to answer."""
         self.observer.close()
-        if self._serving:  # or it would wait for ever
+        if self._serving:  # `shutdown` waits indefinitely for a server that never served
             self.shutdown()
         self.server_close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer it in a thread, if there are not too many."""
-        if not self._slots.acquire(blocking=False):
+        """Answer a request in a thread of its own, or close it if there are too many."""
+        if not self._free_threads.acquire(blocking=False):
             self.shutdown_request(request)
             return
         try:
             super().process_request(request, client_address)
-        except BaseException:  # no thread could be started
-            self._slots.release()
+        except BaseException:  # the thread could not be started
+            self._free_threads.release()
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """The whole life of such a thread."""
-        self._open[request] = time.monotonic() + _CLIENT_SECONDS
+        """Answer a request, and give the thread's place back."""
+        self._deadlines[request] = time.monotonic() + _CLIENT_SECONDS
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._open.pop(request, None)
-            self._slots.release()
+            self._deadlines.pop(request, None)
+            self._free_threads.release()
 
     def service_actions(self) -> None:
-        """Cut off who takes too long, now and then: a client that says a byte every few seconds is
-        within the time limit of its socket for ever, and some of them would keep the probes out."""
+        """Cut off clients that take too long; the server calls this every 0.1 s.
+
+        A client that sends a byte every few seconds never exceeds its socket's timeout, and a few
+        of them would keep the probes out.
+        """
         now = time.monotonic()
-        for request, until in list(self._open.items()):
-            if now > until:
-                with suppress(OSError):  # it is done by now
+        for request, deadline in list(self._deadlines.items()):
+            if now > deadline:
+                with suppress(OSError):  # it has just ended
                     request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away, mostly; no reason to fill the log."""
+        """Log at level DEBUG: most of these are clients that went away."""
         logger.debug("A request failed", exc_info=True)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One request."""
+    """The handler of one request."""
 
-    server: Server
+    server: HttpServer
     timeout = _CLIENT_SECONDS
     server_version, sys_version = "flash-celery", ""
 
     def do_GET(self) -> None:
-        """Answer."""
-        given = urlsplit(self.path)
-        answer = _ANSWERS.get(given.path)
+        """Answer with the page, the metrics, a probe, or 404."""
+        url = urlsplit(self.path)
+        answer = _ANSWERS.get(url.path)
         if answer is None:
-            self._send(404, _TEXT, "There are /, /status.json, /metrics, /live and /ready.\n")
+            self._send(404, _TEXT, "Try /, /status.json, /metrics, /live or /ready.\n")
             return
-        self._send(*answer(self.server, parse_qs(given.query)))
+        self._send(*answer(self.server, parse_qs(url.query)))
 
     def do_HEAD(self) -> None:
-        """Answer without a body."""
+        """Answer as to GET, without a body."""
         self.do_GET()
 
-    def _send(self, status: int, kind: str, body: str | bytes) -> None:
+    def _send(self, status: int, content_type: str, body: str | bytes) -> None:
         data = body.encode() if isinstance(body, str) else body
         self.send_response(status)
         for name, value in (
-            ("Content-Type", kind),
+            ("Content-Type", content_type),
             ("Content-Length", str(len(data))),
             ("Cache-Control", "no-store"),
             ("Content-Security-Policy", self.server.policy),
@@ -162,46 +169,47 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            with suppress(OSError):  # it has gone away
+            with suppress(OSError):  # the client has gone
                 self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: a probe comes every few seconds."""
+        """Log nothing: probes come every few seconds."""
 
 
 _Query = dict[str, list[str]]
 _Answer = tuple[int, str, str | bytes]
 
 
-def _live(server: Server, query: _Query) -> _Answer:
+def _live(server: HttpServer, query: _Query) -> _Answer:
     report = server.observer.report()
-    stuck = report["stuck_seconds"]
-    body = {"live": report["live"], "stuck_seconds": stuck}
-    return (200 if report["live"] else 503), _JSON, json.dumps(body)
+    live = server.observer.is_live(report)
+    body = {"live": live, "stuck_seconds": report.stuck_seconds}
+    return (200 if live else 503), _JSON, json.dumps(body)
 
 
-def _ready(server: Server, query: _Query) -> _Answer:
+def _ready(server: HttpServer, query: _Query) -> _Answer:
     report = server.observer.report()
-    ready = report["ready"]
+    problems = health.problems(report)
+    ready = not problems
     if query.get("standby") == ["ok"]:
-        ready = ready or health.only_standby(report)
-    body = {"ready": ready, "state": report["state"], "reasons": report["problems"]}
+        ready = ready or health.is_hot_spare(report)
+    body = {"ready": ready, "state": report.state, "reasons": problems}
     return (200 if ready else 503), _JSON, json.dumps(body)
 
 
-def _metrics(server: Server, query: _Query) -> _Answer:
+def _metrics(server: HttpServer, query: _Query) -> _Answer:
     return 200, _EXPOSITION, server.metrics.text()
 
 
-def _status(server: Server, query: _Query) -> _Answer:
+def _status(server: HttpServer, query: _Query) -> _Answer:
     return 200, _JSON, json.dumps(server.observer.page())
 
 
-def _index(server: Server, query: _Query) -> _Answer:
+def _index(server: HttpServer, query: _Query) -> _Answer:
     return 200, "text/html; charset=utf-8", server.page
 
 
-_ANSWERS: dict[str, Callable[[Server, _Query], _Answer]] = {
+_ANSWERS: dict[str, Callable[[HttpServer, _Query], _Answer]] = {
     "/": _index,
     "/status.json": _status,
     "/metrics": _metrics,
@@ -210,8 +218,8 @@ _ANSWERS: dict[str, Callable[[Server, _Query], _Answer]] = {
 }
 
 
-def _page() -> tuple[str, str]:
-    """The page, and a policy that lets run what is in it and nothing else."""
+def _load_page() -> tuple[str, str]:
+    """Return the page, and the content security policy that allows its own scripts only."""
     page = resources.files(__package__).joinpath("page.html").read_text("utf-8")
     hashes = {
         tag: " ".join(
