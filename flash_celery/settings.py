@@ -109,6 +109,11 @@ class Settings:
             flash_sources={},
         )
 
+    @property
+    def replay_slot(self) -> str:
+        """The name of the second slot, from which `flash replay` reads."""
+        return f"{self.flash_replication_slot}{_REPLAY_SLOT_SUFFIX}"
+
     def called(self, setting: str) -> str:
         """How the user of this source spells the DSN, slot or prefix."""
         return f"flash_sources[{self.source!r}][{_KEYS[setting]!r}]" if self.source else setting
@@ -191,7 +196,7 @@ class Settings:
                 f"{self.called('flash_replication_slot')} may hold a-z, 0-9 and _ only, at most 63 "
                 f"of them, not {slot!r}."
             )
-        if self.flash_replay_window and len(slot) > 63 - len("_history"):
+        if self.flash_replay_window and len(slot) > 63 - len(_REPLAY_SLOT_SUFFIX):
             raise ConfigurationError(
                 f"{self.called('flash_replication_slot')} may have 55 characters at most with "
                 "flash_replay_window, whose slot is called that and _history."
@@ -251,6 +256,7 @@ class Settings:
 
 
 _SLOT = re.compile("[a-z0-9_]+")
+_REPLAY_SLOT_SUFFIX = "_history"
 _CHOICES = {
     "flash_replica_identity": ("auto", "keep"),
     "flash_on_lost_slot": ("halt", "recreate"),

@@ -26,6 +26,7 @@ def doctor(project: Project, explain: bool, as_sql: bool) -> None:
     from ..commands import doctor as checks
     from ..commands import explain as explaining
     from ..commands import sources
+    from ..postgres.source import Source
     from ..provisioning import pauses, preflight, replay_slot, server_checks, standby_checks
     from ..provisioning.findings import OK, STOP
 
@@ -35,10 +36,11 @@ def doctor(project: Project, explain: bool, as_sql: bool) -> None:
     subject = project.settings, project.subscriptions
     explained: list[str] = []
     with project.connect() as connection:
-        report = preflight.examine(connection, *subject)
-        standing_by = list(standby_checks.findings(connection, project.settings))
-        record = pauses.read(connection, project.settings)
-        held = list(replay_slot.findings(connection, project.settings))
+        source = Source(connection, project.settings)
+        report = preflight.examine(source, project.subscriptions)
+        standing_by = list(standby_checks.findings(source))
+        record = pauses.read(source)
+        held = list(replay_slot.findings(source))
         if explain:
             explained += explaining.explain(connection, *subject, report)
     findings = [*report.findings, *held, *standing_by, server_checks.can_stream(project.settings)]
@@ -67,11 +69,12 @@ def _script(project: Project) -> None:
     from dataclasses import replace
 
     from ..escaping import escaped
+    from ..postgres.source import Source
     from ..provisioning import preflight, script
 
     settings = replace(project.settings, flash_manage=False)
     with project.connect() as connection:
-        report = preflight.examine(connection, settings, project.subscriptions)
+        report = preflight.examine(Source(connection, settings), project.subscriptions)
     if not report.script:
         report.raise_first()
     terminal = sys.stdout.isatty()

@@ -23,13 +23,14 @@ def pause(project: Project, handlers: tuple[str, ...]) -> None:
 
     What is in a handler's own queue already is still run: pausing stops what comes after it.
     """
+    from ..postgres.source import Source
     from ..provisioning import pauses
     from ..provisioning.pauses import queue_of
 
     known = pauses.handlers(project.subscriptions)
     wanted = pauses.named(handlers, known) or [pauses.SOURCE]
     with project.connect() as connection:
-        since = pauses.pause(connection, project.settings, wanted)
+        since = pauses.pause(Source(connection, project.settings), wanted)
         limit = connection.execute("SHOW max_slot_wal_keep_size").fetchone()
     for one in wanted:
         if one != pauses.SOURCE:
@@ -56,12 +57,14 @@ def resume(project: Project, handlers: tuple[str, ...], everything: bool) -> Non
     Their parked changes go back to their queues first, in order, before anything newer; a running
     `flash replicate` does it, or the next one.
     """
+    from ..postgres.source import Source
     from ..provisioning import pauses
     from ..publishing.brokers.base import queue_depths
 
     known, source = pauses.handlers(project.subscriptions), project.settings.source
     with project.connect() as connection:
-        record = pauses.read(connection, project.settings)
+        at = Source(connection, project.settings)
+        record = pauses.read(at)
         if everything:
             wanted = list(record.paused)
         else:
@@ -70,8 +73,8 @@ def resume(project: Project, handlers: tuple[str, ...], everything: bool) -> Non
         depths = partial(queue_depths, project.app)
         gone = pauses.refuse_strangers(wanted, known, source, depths)
         wanted = wanted or [pauses.SOURCE]
-        were = pauses.resume(connection, project.settings, wanted, gone)
-        left = pauses.read(connection, project.settings).paused
+        were = pauses.resume(at, wanted, gone)
+        left = pauses.read(at).paused
     for one in wanted:
         name = one or "Reading"
         said = "goes on" if one in were else "was not paused"

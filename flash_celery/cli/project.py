@@ -44,13 +44,12 @@ class Project:
 
     def connect(self) -> Any:
         from ..errors import ReplicationError
-        from ..postgres import catalog
-        from ..postgres.hopeless import refuse_hopeless
+        from ..postgres.connection import connect, raise_if_fatal
 
         try:
-            return catalog.connect(self.settings.require_dsn())
+            return connect(self.settings.require_dsn())
         except ReplicationError as error:
-            refuse_hopeless(error, self.settings)
+            raise_if_fatal(error, self.settings)
             raise
 
     def table(self, name: str) -> Any:

@@ -25,12 +25,13 @@ def replay(
     """
     from ..commands import replay as replaying
     from ..errors import ConfigurationError
+    from ..postgres.source import Source
     from ..provisioning import pauses
 
     settings, subscriptions = project.settings, project.subscriptions
     (name,) = pauses.named([handler], pauses.handlers(subscriptions))
     with project.connect() as connection:
-        if name in pauses.read(connection, settings).paused:
+        if name in pauses.read(Source(connection, settings)).paused:
             raise ConfigurationError(f"{name} is paused; `flash resume {name}` first.")
         wanted = replaying.span(connection, settings, since, until)
         count = replaying.Count()

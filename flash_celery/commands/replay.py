@@ -31,6 +31,7 @@ from ..handlers.subscriptions import Subscription, of_tables
 from ..messages.batcher import Outbox
 from ..messages.templates import Templates
 from ..postgres import slots
+from ..postgres.source import Source
 from ..postgres.stream import ReplicationConnection
 from ..protocol import frames
 from ..protocol.lsn import Lsn
@@ -99,7 +100,7 @@ def span(
 def _refuse_unless_held(
     connection: psycopg.Connection[Any], settings: Settings, since: Any = None
 ) -> None:
-    mark = replay_slot.oldest(connection, settings)
+    mark = replay_slot.oldest(Source(connection, settings))
     if mark is None:
         raise ConfigurationError(
             "Nothing that was read is held, so nothing can be replayed; set flash_replay_window "
@@ -189,7 +190,7 @@ def read(
 
         return deliver
 
-    leaves = publications.leaves_of(connection, settings.flash_publication_slot_prefix)
+    leaves = publications.leaves_of(Source(connection, settings))
     router = Router(subscriptions, Catalog(connection, Ancestry(leaves)), destination)
     with (
         closing(ReplicationConnection(settings.require_dsn())) as stream,
@@ -198,7 +199,7 @@ def read(
         stream.introduce()
         # Containers have the same process ids, and the last copy may be there still.
         copy = f"flash_replay_{secrets.token_hex(8)}"
-        stream.copy_slot(replay_slot.slot_of(settings), copy)
+        stream.copy_slot(settings.replay_slot, copy)
         # The slot may have moved on since it was looked at, which its copy does not.
         _refuse_unless_held(connection, settings, wanted.since)
         stream.start(

@@ -13,6 +13,7 @@ import psycopg
 
 from ..handlers.subscriptions import Subscription
 from ..messages.templates import Templates
+from ..postgres.source import Source
 from ..provisioning import pauses
 from ..publishing import brokers
 from ..publishing.brokers.base import admit_all, queue_depths
@@ -51,7 +52,7 @@ def find(
 
     Raises `PublishError` if handlers are paused and the broker cannot be asked.
     """
-    queues = pauses.parked(pauses.read(connection, settings), settings.source)
+    queues = pauses.parked(pauses.read(Source(connection, settings)), settings.source)
     if not queues:
         return []
     depths = queue_depths(app, list(queues.values()))

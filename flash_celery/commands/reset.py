@@ -10,6 +10,8 @@ from typing import Any
 import psycopg
 
 from ..errors import CatalogError, SlotInUse
+from ..postgres.connection import is_standby
+from ..postgres.source import Source
 from ..provisioning import advisory_lock, ddl, identities, publications, replay_slot
 from ..provisioning.ddl import Step
 from ..settings import Settings
@@ -24,7 +26,7 @@ class Plan:
 
     slot: SlotStatus | None
     steps: list[Step]
-    prefix: str
+    source: Source
     #: The slot that stays behind, if there is one.
     history: SlotStatus | None = None
     #: Why the publications stay, if they do.
@@ -54,7 +56,7 @@ class Plan:
 
 def plan(connection: psycopg.Connection[Any], settings: Settings, slot: str) -> Plan:
     """Look; change nothing. Raises `CatalogError` for a slot that is not ours to drop."""
-    prefix = settings.flash_publication_slot_prefix
+    source, prefix = Source(connection, settings), settings.flash_publication_slot_prefix
     row = connection.execute(
         "SELECT plugin, database, current_database() FROM pg_replication_slots "
         "WHERE slot_name = %s",
@@ -65,24 +67,24 @@ def plan(connection: psycopg.Connection[Any], settings: Settings, slot: str) -> 
             f"The slot {slot} is of the plugin {row[0]} and the database {row[1]}, so it is not "
             "flash-celery's; drop it with pg_drop_replication_slot if you must."
         )
-    found = publications.read(connection, prefix)
+    found = publications.read(source)
     owner = found.record.slot if found.record else None
     if owner not in (None, slot):
         note = f"leave the publications {prefix}_…: they belong to the slot {owner}"
-        return Plan(slot_status(connection, slot), [], prefix, note=note)
+        return Plan(slot_status(connection, slot), [], source, note=note)
     behind = None
-    if slot == settings.flash_replication_slot and replay_slot.ours(connection, settings):
-        behind = slot_status(connection, replay_slot.slot_of(settings))
+    if slot == settings.flash_replication_slot and replay_slot.ours(source):
+        behind = slot_status(connection, settings.replay_slot)
     found_slot = slot_status(connection, slot)
-    steps = ddl.forget(found, prefix, identities.restorable(connection, found, prefix))
-    if connection.execute("SELECT pg_is_in_recovery()").fetchone() == (True,):
+    steps = ddl.forget(found, identities.restorable(connection, found))
+    if is_standby(connection):
         note = f"leave what a standby cannot alter; on the primary run {'; '.join(map(str, steps))}"
-        return Plan(found_slot, [], prefix, behind, note if steps else "")
+        return Plan(found_slot, [], source, behind, note if steps else "")
     if steps and not settings.flash_manage:
         statements = "; ".join(map(str, steps))
         note = f"leave the rest, for flash_manage is off; its owner runs: {statements};"
-        return Plan(found_slot, [], prefix, behind, note)
-    return Plan(found_slot, steps, prefix, behind)
+        return Plan(found_slot, [], source, behind, note)
+    return Plan(found_slot, steps, source, behind)
 
 
 def run(
@@ -95,13 +97,13 @@ def run(
 
     `unpark` is called when nobody reads any more, and before it is forgotten what is paused.
     """
-    with advisory_lock.alone(connection, undo.prefix):
+    with advisory_lock.held(undo.source):
         if undo.slot is not None and not force:
             # Before anything is noted, which its reader would see, and let go of the slot.
             _refuse_in_use(connection, undo.slot.name)
         if undo.steps:
             # From here on it is no loss that the slot is gone.
-            ddl.forget_slot(connection, undo.prefix)
+            ddl.forget_slot(undo.source)
         if undo.slot is not None:
             _drop(connection, undo.slot.name, force)
         if undo.history is not None:

@@ -15,7 +15,8 @@ from psycopg.rows import dict_row
 from ..errors import PublishError
 from ..handlers.subscriptions import Subscription
 from ..messages.templates import Templates
-from ..postgres.slots import Gap
+from ..postgres.slots import POSITION, Gap
+from ..postgres.source import Source
 from ..provisioning import pauses, publications, replay_slot
 from ..provisioning.publications import Record
 from ..publishing.backpressure import is_full
@@ -23,22 +24,21 @@ from ..publishing.brokers.base import queue_depths
 from ..settings import Settings
 from .doctor import unhandled
 
-_SLOT = """
+_SLOT = f"""
 SELECT s.plugin, s.active, s.wal_status,
        s.confirmed_flush_lsn::text AS confirmed_lsn, s.restart_lsn::text AS restart_lsn,
        pg_wal_lsn_diff(now.lsn, s.confirmed_flush_lsn)::int8 AS lag_bytes,
        CASE WHEN s.active THEN coalesce(extract(epoch FROM r.flush_lag)::float8, 0)
-            ELSE extract(epoch FROM clock_timestamp() - {inactive_since})::float8
+            ELSE extract(epoch FROM clock_timestamp() - {{inactive_since}})::float8
        END AS lag_seconds,
        pg_wal_lsn_diff(now.lsn, s.restart_lsn)::int8 AS retained_bytes,
        s.safe_wal_size,
        s.active_pid AS pid, r.application_name, coalesce(host(r.client_addr), 'local') AS client
 FROM pg_replication_slots s
-CROSS JOIN LATERAL (SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()
-                                ELSE pg_current_wal_insert_lsn() END AS lsn) AS now
+CROSS JOIN LATERAL (SELECT {POSITION} AS lsn) AS now
 LEFT JOIN pg_stat_replication r ON r.pid = s.active_pid
 WHERE s.slot_name = %s
-"""
+"""  # noqa: S608
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def project_status(settings: Settings, templates: Templates) -> ProjectStatus:
 
 def database_status(connection: psycopg.Connection[Any], settings: Settings) -> DatabaseStatus:
     """Return what PostgreSQL reports. The numbers of held messages stay unknown."""
-    record = publications.read(connection, settings.flash_publication_slot_prefix).record
+    record = publications.read(Source(connection, settings)).record
     record = record or Record()
     return DatabaseStatus(
         slot=slot_status(connection, settings.flash_replication_slot),
@@ -256,10 +256,10 @@ def slot_status(connection: psycopg.Connection[Any], slot: str) -> SlotStatus | 
 def _replay_slot_status(
     connection: psycopg.Connection[Any], settings: Settings
 ) -> ReplaySlotStatus | None:
-    slot = slot_status(connection, replay_slot.slot_of(settings))
+    slot = slot_status(connection, settings.replay_slot)
     if slot is None:
         return None
-    oldest = replay_slot.oldest(connection, settings)
+    oldest = replay_slot.oldest(Source(connection, settings))
     return ReplaySlotStatus(
         name=slot.name,
         wal_status=slot.wal_status,

@@ -22,6 +22,7 @@ from ..errors import SubscriptionError
 from ..handlers.subscriptions import Subscription
 from ..postgres import catalog
 from ..postgres.catalog import CatalogTable
+from ..postgres.connection import connect
 from ..postgres.stream import ReplicationConnection
 from ..protocol import frames
 from ..provisioning.ddl import Step, apply
@@ -46,7 +47,7 @@ def tail(
 
     Its publications live as long as it does; what a killed one left goes with the next one.
     """
-    with catalog.connect(dsn) as connection:
+    with connect(dsn) as connection:
         # Not our own PID, which a process in another container may have too.
         name = f"{_PREFIX}{connection.info.backend_pid}"
         # The others recognise a living tail by this name.

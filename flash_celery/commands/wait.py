@@ -16,7 +16,9 @@ from ..dead_letters.queue import DeadLetterFilter, DeadLetterQueue
 from ..errors import CatalogError, ConfigurationError, NotDone, PayloadError
 from ..handlers.decorators import subscriptions_of
 from ..messages.templates import Templates
-from ..postgres import catalog, slots
+from ..postgres import slots
+from ..postgres.connection import connect
+from ..postgres.source import Source
 from ..protocol.lsn import Lsn
 from ..provisioning import pauses
 from ..settings import Settings
@@ -72,7 +74,7 @@ class _Wait:
                 f"The slot {self.settings.flash_replication_slot} does not exist, so nothing is "
                 "read; start `flash replicate`."
             )
-        record = pauses.read(self.connection, self.settings)
+        record = pauses.read(Source(self.connection, self.settings))
         for handler in self.handlers:
             if handler in record.paused:
                 raise NotDone(
@@ -104,7 +106,7 @@ class _Wait:
 
     def _back(self) -> str:
         """Whether what was parked is back in its queues."""
-        resuming = pauses.read(self.connection, self.settings).resuming
+        resuming = pauses.read(Source(self.connection, self.settings)).resuming
         left = [one for one in self.handlers if one in resuming]
         return f"what was parked for {', '.join(left)} is on its way to its queue" if left else ""
 
@@ -162,7 +164,7 @@ def wait_for(
     known = pauses.handlers(one for one in subscriptions_of(app) if one.source == settings.source)
     wanted = pauses.named(handlers, known) if handlers else known
     deadline = time.monotonic() + timeout
-    with catalog.connect(settings.require_dsn(), settings.longest_silence) as connection:
+    with connect(settings.require_dsn(), settings.longest_silence) as connection:
         position = _position(connection, lsn)
         _Wait(app, settings, connection, wanted, position, deadline).run()
     return position

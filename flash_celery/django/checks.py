@@ -21,7 +21,7 @@ from ..dsn import place_of
 from ..errors import ConfigurationError, ReplicationError, SubscriptionError
 from ..handlers.decorators import subscriptions_of_task
 from ..handlers.subscriptions import Subscription, of_tables, table_name
-from ..postgres import catalog
+from ..postgres.connection import connect
 from ..provisioning import table_checks
 from ..settings import Settings
 from ..table_name import TableName
@@ -172,7 +172,7 @@ def _leads_to(dsn: str, settings: Settings, source: str) -> bool:
 def _within(alias: str, dsn: str, subscriptions: Sequence[Subscription]) -> list[CheckMessage]:
     """What the database says of the tables and columns that handlers name."""
     try:
-        with catalog.connect(dsn) as connection:
+        with connect(dsn) as connection:
             wrong = [(one, _wrong_in(connection, one)) for one in subscriptions]
     except (ReplicationError, psycopg.Error) as error:
         text = f"The tables of the handlers cannot be looked at: {error}"

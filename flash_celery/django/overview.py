@@ -13,7 +13,7 @@ from ..dead_letters.queue import DeadLetterFilter, DeadLetterQueue
 from ..errors import FlashError
 from ..escaping import escaped, one_line
 from ..handlers.decorators import subscriptions_of
-from ..postgres import catalog
+from ..postgres.connection import connect
 from ..settings import Settings
 
 #: Seconds that PostgreSQL may take for a statement.
@@ -32,7 +32,7 @@ def sources(app: Any) -> list[dict[str, Any]]:
     for one in [*default, *map(settings.of_source, settings.flash_sources)]:
         mine = [each for each in subscriptions if each.source == one.source]
         try:
-            with catalog.connect(one.require_dsn(), _PATIENCE) as connection:
+            with connect(one.require_dsn(), _PATIENCE) as connection:
                 report = status.examine(connection, app, one, mine)
         except (FlashError, psycopg.Error) as error:
             found.append({"source": one.source, "error": one_line(error)})

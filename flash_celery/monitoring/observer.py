@@ -23,7 +23,7 @@ from ..errors import FlashError
 from ..escaping import escaped, one_line
 from ..handlers.subscriptions import Subscription
 from ..messages.templates import Templates
-from ..postgres import catalog
+from ..postgres.connection import connect
 from ..settings import Settings
 from ..telemetry import CONNECTING, STOPPING, STREAMING, Telemetry
 from . import health
@@ -99,7 +99,7 @@ class Observer:
     def _poll_database(self) -> None:
         try:
             if self._connection is None:
-                self._connection = catalog.connect(self._settings.require_dsn(), _PATIENCE)
+                self._connection = connect(self._settings.require_dsn(), _PATIENCE)
             self._database = status.database_status(self._connection, self._settings)
             self._database_error = None
         except (FlashError, psycopg.Error) as error:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,6 @@ import psycopg
 from psycopg import sql
 
 from ..table_name import TableName
-from .stream import pinned, unreachable
 
 #: Values of pg_class.relkind (chapter "System Catalogs").
 ORDINARY, PARTITIONED, VIEW, MATERIALIZED_VIEW, FOREIGN = "r", "p", "v", "m", "f"
@@ -92,49 +90,6 @@ _COLUMNS = """
 SELECT attname, atttypid::int8, attgenerated::text, attnum FROM pg_attribute
 WHERE attrelid = %s AND attnum > 0 AND NOT attisdropped ORDER BY attnum
 """
-
-
-class _Connection(psycopg.Connection[Any]):
-    """A connection whose statements have an end, also where the server says nothing any more.
-
-    (`statement_timeout` is the server's, and whoever is cut off from it does not hear of it.)
-    """
-
-    #: Seconds that a statement may take.
-    patience = float("inf")
-
-    def wait(self, gen: Generator[Any, Any, Any], *how: Any, **more: Any) -> Any:
-        """Wait for a statement, as psycopg does. Raises `OperationalError` when it takes long."""
-        return super().wait(self._impatient(gen), *how, **more)
-
-    def _impatient(self, generator: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-        deadline = time.monotonic() + self.patience
-        try:
-            wanted = next(generator)
-            while True:
-                ready = yield wanted
-                if not ready and time.monotonic() > deadline:
-                    self.close()
-                    raise psycopg.OperationalError(
-                        f"a statement has not been answered for {self.patience:.0f} s"
-                    )
-                wanted = generator.send(ready)
-        except StopIteration as done:
-            return done.value
-
-
-def connect(dsn: str, patience: float = float("inf")) -> psycopg.Connection[Any]:
-    """The ordinary connection beside the replication connection.
-
-    A statement may take `patience` seconds, then the connection is closed.
-    Raises `ReplicationError` if the server cannot be reached.
-    """
-    try:
-        connection = _Connection.connect(pinned(dsn), autocommit=True)
-    except psycopg.OperationalError as error:
-        raise unreachable(error, dsn) from None
-    connection.patience = patience
-    return connection
 
 
 def find(connection: psycopg.Connection[Any], name: TableName) -> CatalogTable | None:

@@ -7,10 +7,10 @@ import select
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import psycopg
-from psycopg import conninfo, pq, sql
+from psycopg import pq, sql
 
 from ..errors import (
     CatalogError,
@@ -21,23 +21,11 @@ from ..errors import (
     SlotLost,
     SlotMissing,
 )
-from ..escaping import one_line
 from ..protocol import frames
 from ..protocol.lsn import Lsn
+from .connection import pinned, unreachable, without_password
 
-#: The session is pinned as PostgreSQL's own subscriber pins it, so that text means one thing.
-PINNED = (
-    "-c datestyle=ISO -c intervalstyle=postgres -c extra_float_digits=3 -c timezone=UTC "
-    "-c client_encoding=UTF8"
-)
 T = TypeVar("T")
-
-_KEEPALIVE = {
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 4,
-    "tcp_user_timeout": 30_000,
-}
 
 #: Seconds that the server may take to answer a command.
 _PATIENCE = 30.0
@@ -53,34 +41,6 @@ _UNDEFINED_OBJECT = "42704"
 _OBJECT_NOT_IN_STATE = "55000"
 _NOT_UTF8 = "22021"
 _INTERNAL = "XX000"
-
-
-def pinned(dsn: str, **parameters: Any) -> str:
-    """The DSN with our session settings; the user's own `options` are kept."""
-    given = conninfo.conninfo_to_dict(dsn)
-    parameters.setdefault("application_name", "flash_celery")
-    parameters.setdefault("connect_timeout", given.get("connect_timeout", 10))
-    # A connection that nobody answers is noticed within a minute, also by the kernel.
-    for name, value in _KEEPALIVE.items():
-        parameters.setdefault(name, given.get(name, value))
-    parameters["options"] = f"{given.get('options', '')} {PINNED}".strip()
-    return conninfo.make_conninfo(dsn, **parameters)
-
-
-def without_password(text: str, dsn: str) -> str:
-    """An error of libpq's, with the password of the DSN struck out wherever it got in."""
-    try:
-        password = conninfo.conninfo_to_dict(dsn).get("password")
-    except psycopg.Error:
-        password = None
-    shown = re.sub(r"(?i)(password=)\S+|(//[^:/@\s]*:)[^@\s]+@", r"\1\2…", text)
-    return shown.replace(str(password), "…") if password else shown
-
-
-def unreachable(error: psycopg.Error, dsn: str) -> ReplicationError:
-    """A failed connection, as an error that may be shown."""
-    text = one_line(without_password(str(error), dsn)).rstrip(".")
-    return ReplicationError(f"The connection to PostgreSQL failed: {text}.")
 
 
 #: A number without a unit is in milliseconds; 0 would be for ever.

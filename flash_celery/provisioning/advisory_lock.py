@@ -1,4 +1,4 @@
-"""One process at a time sets up, pauses or resets what is under a prefix."""
+"""The advisory lock: one process at a time sets up, pauses or resets a source."""
 
 from __future__ import annotations
 
@@ -6,32 +6,31 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
-
-import psycopg
 
 from ..backoff import delays
 from ..escaping import escaped
+from ..postgres.source import Source
 
 logger = logging.getLogger(__name__)
 
-#: The attempt at which it is said that another process is waited for: after a second or so.
-_SAID_AT = 3
+#: The attempt that logs that another process holds the lock: after about a second.
+_LOG_AT_ATTEMPT = 3
+_WAITING = "Another process is setting up, pausing or resetting %s_…; waiting until it is done"
 
 
 @contextmanager
-def alone(
-    connection: psycopg.Connection[Any], prefix: str, wait: Callable[[float], object] = time.sleep
-) -> Iterator[None]:
-    """Nobody else sets up these publications meanwhile: two workers may start at once."""
-    key = f"flash_celery {prefix}"
-    taken = "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))"
+def held(source: Source, wait: Callable[[float], object] = time.sleep) -> Iterator[None]:
+    """Wait for the lock of the source's publications, and hold it: two workers may start at once.
+
+    `wait` is called with the seconds to sleep between two attempts, and may raise to give up.
+    """
+    connection, key = source.connection, f"flash_celery {source.prefix}"
+    acquire = "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))"
     for attempt, pause in enumerate(delays()):
-        if connection.execute(taken, [key]).fetchone() == (True,):
+        if connection.execute(acquire, [key]).fetchone() == (True,):
             break
-        if attempt == _SAID_AT:
-            what = f"Another process sets up, pauses or resets {prefix}_…; waiting until it is done"
-            logger.warning("%s", escaped(what))
+        if attempt == _LOG_AT_ATTEMPT:
+            logger.warning(_WAITING, escaped(source.prefix))
         wait(pause)
     try:
         yield

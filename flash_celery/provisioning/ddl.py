@@ -20,6 +20,7 @@ from ..errors import CatalogError, TableLocked
 from ..escaping import escaped
 from ..postgres.catalog import CatalogTable
 from ..postgres.slots import Gap
+from ..postgres.source import Source
 from . import publications
 from .publications import OPERATIONS, Found, Record, Wanted, name_of
 
@@ -45,7 +46,6 @@ class Step:
 
 def plan(
     found: Found,
-    prefix: str,
     goal: Wanted,
     identities: dict[int, CatalogTable],
     slot: str | None = None,
@@ -73,20 +73,20 @@ def plan(
         identities={oid: was for oid, was in kept.items() if int(oid) not in no_more},
         narrowed={str(oid): what for oid in goal.narrowed if (what := goal.narrowing(oid))},
     )
-    steps = _create(found, prefix)
+    steps = _create(found)
     work = [
-        *_widen(found, prefix, changing),
-        *_alter(found, prefix, goal, intended),
+        *_widen(found, changing),
+        *_alter(found, goal, intended),
         *_restore(no_more, kept),
     ]
-    looked = _look_anew(found, prefix) if leaves.keys() - record.leaves.keys() else []
+    looked = _look_anew(found) if leaves.keys() - record.leaves.keys() else []
     if (work or looked) and found.record != intended:
         # In one transaction: partitions that are noted are not looked at again.
-        parts = [*looked, note(prefix, intended).statement]
+        parts = [*looked, note(found.prefix, intended).statement]
         steps.append(Step(sql.SQL("; ").join(parts), note=True))
     steps += work
     if work or found.record != complete:
-        steps.append(note(prefix, complete))
+        steps.append(note(found.prefix, complete))
     return steps
 
 
@@ -103,13 +103,13 @@ def _noted(record: Record, found: Found, goal: Wanted) -> dict[str, list[list[st
     return leaves
 
 
-def _create(found: Found, prefix: str) -> list[Step]:
+def _create(found: Found) -> list[Step]:
     # A generated column that is not published may not be part of the identity, and FULL has all.
     generated = ", publish_generated_columns = stored" if found.version >= 180000 else ""
     return [
         Step(
             sql.SQL("CREATE PUBLICATION {} WITH (publish = {}" + generated + ")").format(
-                sql.Identifier(name_of(prefix, operation)), sql.Literal(operation.names()[0])
+                sql.Identifier(name_of(found.prefix, operation)), sql.Literal(operation.names()[0])
             )
         )
         for operation in OPERATIONS
@@ -117,14 +117,14 @@ def _create(found: Found, prefix: str) -> list[Step]:
     ]
 
 
-def _look_anew(found: Found, prefix: str) -> list[sql.Composed]:
+def _look_anew(found: Found) -> list[sql.Composed]:
     """Before PostgreSQL 15 a walsender that has met a table does not notice that it became a
     partition, and leaves out its rows, until a publication is altered. Most partitions never were
     anything else, so nobody has to wait for the owner: `Provisioning` warns of the others."""
     if found.version >= 150000 or Operation.INSERT not in found.publications:
         return []
     statement = sql.SQL("ALTER PUBLICATION {} SET (publish_via_partition_root = false)")
-    return [statement.format(sql.Identifier(name_of(prefix, Operation.INSERT)))]
+    return [statement.format(sql.Identifier(name_of(found.prefix, Operation.INSERT)))]
 
 
 def _stale(found: Found, record: Record, goal: Wanted) -> set[int]:
@@ -150,22 +150,22 @@ def _kept(record: Record, changing: dict[int, CatalogTable]) -> dict[str, list[s
     return {**record.identities, **now}
 
 
-def _widen(found: Found, prefix: str, tables: dict[int, CatalogTable]) -> list[Step]:
+def _widen(found: Found, tables: dict[int, CatalogTable]) -> list[Step]:
     """Column lists go before an identity becomes FULL, which they would not cover."""
     statement = sql.SQL("ALTER TABLE ONLY {} REPLICA IDENTITY FULL")
     full = [Step(statement.format(_identifier(table)), table) for table in tables.values()]
-    return [*_bare(found, prefix, tables), *full]
+    return [*_bare(found, tables), *full]
 
 
-def identify(found: Found, prefix: str, tables: dict[int, CatalogTable]) -> list[Step]:
+def identify(found: Found, tables: dict[int, CatalogTable]) -> list[Step]:
     """The statements that let the application write tables again that have lost their identity."""
     if found.record is None or not tables:
         return []
     record = replace(found.record, identities=_kept(found.record, tables))
-    return [note(prefix, record), *_widen(found, prefix, tables)]
+    return [note(found.prefix, record), *_widen(found, tables)]
 
 
-def rescue(found: Found, prefix: str, tables: dict[int, CatalogTable]) -> list[Step]:
+def rescue(found: Found, tables: dict[int, CatalogTable]) -> list[Step]:
     """The statements that let the application write tables again whose FULL identity PostgreSQL
     does not bear any more. Their changes go on, with less of the old rows."""
     record = found.record or Record()
@@ -174,10 +174,10 @@ def rescue(found: Found, prefix: str, tables: dict[int, CatalogTable]) -> list[S
         for oid, table in tables.items()
         if table.default_identity or record.identities[str(oid)][0] == "i"
     }
-    return [*_bare(found, prefix, usable), *_restore(usable, record.identities)]
+    return [*_bare(found, usable), *_restore(usable, record.identities)]
 
 
-def _bare(found: Found, prefix: str, tables: dict[int, CatalogTable]) -> list[Step]:
+def _bare(found: Found, tables: dict[int, CatalogTable]) -> list[Step]:
     """No filters and column lists, which an identity must cover."""
     steps = []
     for oid, table in tables.items():
@@ -185,13 +185,13 @@ def _bare(found: Found, prefix: str, tables: dict[int, CatalogTable]) -> list[St
         for operation, publication in found.publications.items():
             if publication.shapes.get(oid, (False, None)) != (False, None):
                 name = _identifier(table)
-                parts += [_drop(prefix, operation, name), _add(prefix, operation, name)]
+                parts += [_drop(found.prefix, operation, name), _add(found.prefix, operation, name)]
         if parts:
             steps.append(Step(sql.SQL("; ").join(parts), table))
     return steps
 
 
-def _alter(found: Found, prefix: str, goal: Wanted, record: Record) -> list[Step]:
+def _alter(found: Found, goal: Wanted, record: Record) -> list[Step]:
     """All publications of a table in one transaction: PostgreSQL cannot decode rows of a table
     whose column lists differ. What was narrowed is noted in the same."""
     steps = []
@@ -200,19 +200,19 @@ def _alter(found: Found, prefix: str, goal: Wanted, record: Record) -> list[Step
     oids += [oid for publication in found.publications.values() for oid in publication.tables]
     # A table that shall be sent whole comes first: another may share its rows from then on.
     for oid in sorted(dict.fromkeys(oids), key=lambda one: bool(goal.narrowing(one))):
-        parts, owned = _alter_table(found, prefix, goal, oid, oid in stale)
+        parts, owned = _alter_table(found, goal, oid, oid in stale)
         narrowed = {**record.narrowed, str(oid): goal.narrowing(oid)}
         narrowed = {oid: what for oid, what in narrowed.items() if what}
         if parts and narrowed != record.narrowed:
             record = replace(record, narrowed=narrowed)
-            parts.append(note(prefix, record).statement)
+            parts.append(note(found.prefix, record).statement)
         if parts:
             steps.append(Step(sql.SQL("; ").join(parts), owned))
     return steps
 
 
 def _alter_table(
-    found: Found, prefix: str, goal: Wanted, oid: int, stale: bool
+    found: Found, goal: Wanted, oid: int, stale: bool
 ) -> tuple[list[sql.Composed], CatalogTable | None]:
     parts, owned = [], None
     for operation in OPERATIONS:
@@ -220,10 +220,10 @@ def _alter_table(
         there = publication.tables.get(oid) if publication else None
         wanted = goal.tables[operation].get(oid)
         if there is not None and (wanted is None or stale):
-            parts.append(_drop(prefix, operation, sql.Identifier(there.schema, there.name)))
+            parts.append(_drop(found.prefix, operation, sql.Identifier(there.schema, there.name)))
         if wanted is not None and (there is None or stale):
             clause = goal.clause(operation, oid)
-            parts.append(_add(prefix, operation, _identifier(wanted), clause))
+            parts.append(_add(found.prefix, operation, _identifier(wanted), clause))
             owned = wanted
     return parts, owned
 
@@ -262,42 +262,44 @@ def note(prefix: str, record: Record) -> Step:
     return Step(comment.format(name, sql.Literal(record.to_json())), note=True)
 
 
-def remember_slot(connection: psycopg.Connection[Any], prefix: str, slot: str) -> None:
+def remember_slot(source: Source) -> None:
     """Note that the slot exists: should it be missing later, something has been lost."""
-    apply(connection, note_of_slot(connection, prefix, slot))
+    apply(source.connection, note_of_slot(source))
 
 
-def note_of_slot(connection: psycopg.Connection[Any], prefix: str, slot: str) -> list[Step]:
+def note_of_slot(source: Source) -> list[Step]:
     """The statement that notes it, where it is not noted yet."""
-    record = publications.read(connection, prefix).record or Record()
-    return [] if record.slot == slot else [note(prefix, replace(record, slot=slot))]
+    record = publications.read(source).record or Record()
+    if record.slot == source.slot:
+        return []
+    return [note(source.prefix, replace(record, slot=source.slot))]
 
 
-def forget_slot(connection: psycopg.Connection[Any], prefix: str) -> None:
+def forget_slot(source: Source) -> None:
     """Note that the slot is to go: that it is missing then means nothing."""
-    record = publications.read(connection, prefix).record
+    record = publications.read(source).record
     if record is not None and record.slot is not None:
-        apply(connection, [note(prefix, replace(record, slot=None))])
+        apply(source.connection, [note(source.prefix, replace(record, slot=None))])
 
 
-def remember_gap(connection: psycopg.Connection[Any], prefix: str, gap: Gap) -> None:
+def remember_gap(source: Source, gap: Gap) -> None:
     """Note what will never be read. Raises `CatalogError` if that cannot be noted."""
-    record = publications.read(connection, prefix).record or Record()
-    apply(connection, [note(prefix, record.with_gap(gap))])
+    record = publications.read(source).record or Record()
+    apply(source.connection, [note(source.prefix, record.with_gap(gap))])
 
 
-def forget(found: Found, prefix: str, identities: dict[int, CatalogTable]) -> list[Step]:
+def forget(found: Found, identities: dict[int, CatalogTable]) -> list[Step]:
     """The statements that undo everything; the record goes last."""
     drop = sql.SQL("DROP PUBLICATION {}")
     steps = [
-        Step(drop.format(sql.Identifier(name_of(prefix, operation))))
+        Step(drop.format(sql.Identifier(name_of(found.prefix, operation))))
         for operation in OPERATIONS[1:]
         if operation in found.publications
     ]
     if found.record is not None:
         steps += _restore(identities, found.record.identities)
     if Operation.INSERT in found.publications:
-        steps.append(Step(drop.format(sql.Identifier(name_of(prefix, Operation.INSERT)))))
+        steps.append(Step(drop.format(sql.Identifier(name_of(found.prefix, Operation.INSERT)))))
     return steps
 
 

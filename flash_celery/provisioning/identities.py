@@ -10,21 +10,21 @@ import psycopg
 from ..errors import ReplicaIdentityMissing
 from ..postgres import catalog
 from ..postgres.catalog import CatalogTable
+from ..postgres.source import Source
 from ..settings import Settings
 from . import publications
 from .publications import Found, Wanted
 from .table_checks import quoted
 
 
-def check(connection: psycopg.Connection[Any], settings: Settings, goal: Wanted) -> str:
+def check(source: Source, goal: Wanted) -> str:
     """What will be done about them, in words.
 
     Raises `ReplicaIdentityMissing` where one has to be FULL that cannot be, or may not.
     """
+    keep = source.settings.flash_replica_identity == "keep"
     for table in goal.full.values():
-        lists = publications.lists_columns_of(
-            connection, table, settings.flash_publication_slot_prefix
-        )
+        lists = publications.lists_columns_of(source, table)
         if lists is not None and table.identity != "f":
             raise ReplicaIdentityMissing(
                 f"{table.name} needs REPLICA IDENTITY FULL, and PostgreSQL would refuse its "
@@ -38,7 +38,7 @@ def check(connection: psycopg.Connection[Any], settings: Settings, goal: Wanted)
                 f"UPDATE and DELETE because of the virtual column {virtual[0]}; give it a "
                 "primary key and leave out fields=, where= and key= beyond it."
             )
-        if settings.flash_replica_identity == "keep" and table.identity != "f":
+        if keep and table.identity != "f":
             raise ReplicaIdentityMissing(
                 f"{table.name} needs its old values in the WAL, and flash_replica_identity is "
                 f"'keep': ALTER TABLE {quoted(table)} REPLICA IDENTITY FULL;"
@@ -47,11 +47,9 @@ def check(connection: psycopg.Connection[Any], settings: Settings, goal: Wanted)
     return f"FULL will be set on {', '.join(changing)}" if changing else "sufficient"
 
 
-def refused(
-    connection: psycopg.Connection[Any], found: Found, prefix: str
-) -> dict[int, CatalogTable]:
+def refused(connection: psycopg.Connection[Any], found: Found) -> dict[int, CatalogTable]:
     """The tables, by OID, whose FULL identity is ours and makes PostgreSQL refuse writes."""
-    tables = restorable(connection, found, prefix)
+    tables = restorable(connection, found)
     return {oid: table for oid, table in tables.items() if _virtual(table)}
 
 
@@ -77,9 +75,7 @@ def _virtual(table: CatalogTable) -> list[str]:
     return [column.name for column in table.columns.values() if column.generated == "v"]
 
 
-def restorable(
-    connection: psycopg.Connection[Any], found: Found, prefix: str
-) -> dict[int, CatalogTable]:
+def restorable(connection: psycopg.Connection[Any], found: Found) -> dict[int, CatalogTable]:
     """The tables whose identity we set and may set back, by OID.
 
     Not those that somebody has altered since, nor those another publication of updates or deletes
@@ -92,7 +88,7 @@ def restorable(
         table = catalog.describe(connection, int(text))
         if table is None or table.identity != "f" or not _has(connection, table, index):
             continue
-        if not catalog.published(connection, table.oid, publications.names(prefix)):
+        if not catalog.published(connection, table.oid, publications.names(found.prefix)):
             usable[table.oid] = table
     return usable
 

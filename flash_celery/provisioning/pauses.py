@@ -7,14 +7,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
-from typing import Any
 
-import psycopg
 from psycopg import errors as postgres
 
 from ..errors import CatalogError, ConfigurationError
 from ..handlers.subscriptions import Subscription
-from ..settings import Settings
+from ..postgres.connection import is_standby
+from ..postgres.source import Source
 from . import advisory_lock, ddl, publications
 from .publications import Record
 
@@ -75,10 +74,9 @@ def refuse_strangers(
     return gone
 
 
-def read(connection: psycopg.Connection[Any], settings: Settings) -> Record:
+def read(source: Source) -> Record:
     """What is noted."""
-    prefix = settings.flash_publication_slot_prefix
-    return publications.read(connection, prefix).record or Record()
+    return publications.read(source).record or Record()
 
 
 def lines(
@@ -110,11 +108,9 @@ def parked(record: Record, source: str) -> dict[str, str]:
     }
 
 
-def pause(
-    connection: psycopg.Connection[Any], settings: Settings, wanted: Sequence[str]
-) -> dict[str, str]:
+def pause(source: Source, wanted: Sequence[str]) -> dict[str, str]:
     """Note that these are paused; since when each of them is. Raises `CatalogError`."""
-    most = _LONGEST_NAME - len(settings.source.encode())
+    most = _LONGEST_NAME - len(source.settings.source.encode())
     for handler in wanted:
         if len(handler.encode()) > most:
             raise ConfigurationError(
@@ -130,13 +126,12 @@ def pause(
             resuming={one: since for one, since in record.resuming.items() if one not in wanted},
         )
 
-    record = _note(connection, settings, change)
+    record = _note(source, change)
     return {one: record.paused[one] for one in wanted}
 
 
 def resume(
-    connection: psycopg.Connection[Any],
-    settings: Settings,
+    source: Source,
     wanted: Sequence[str],
     gone: Collection[str] = (),
 ) -> list[str]:
@@ -154,47 +149,41 @@ def resume(
             resuming={one: since for one, since in resuming.items() if one not in gone},
         )
 
-    _note(connection, settings, change)
+    _note(source, change)
     return were
 
 
-def resumed(
-    connection: psycopg.Connection[Any], settings: Settings, handlers: Sequence[str], noted: str
-) -> str:
+def resumed(source: Source, handlers: Sequence[str], noted: str) -> str:
     """Note that what was parked for these has gone back, unless `noted` is no longer what is noted;
     what is noted then, as far as the caller knows. Raises `CatalogError`."""
-    prefix = settings.flash_publication_slot_prefix
-    with advisory_lock.alone(connection, prefix):
-        record = publications.read(connection, prefix).record
-        if record is None or publications.noted(connection, prefix) != noted:
+    with advisory_lock.held(source):
+        record = publications.read(source).record
+        if record is None or publications.noted(source) != noted:
             return noted
         left = {one: since for one, since in record.resuming.items() if one not in handlers}
-        _keep(connection, ddl.note(prefix, replace(record, resuming=left)))
-        return publications.noted(connection, prefix)
+        _keep(source, ddl.note(source.prefix, replace(record, resuming=left)))
+        return publications.noted(source)
 
 
-def _note(
-    connection: psycopg.Connection[Any], settings: Settings, change: Callable[[Record], Record]
-) -> Record:
-    prefix = settings.flash_publication_slot_prefix
-    with advisory_lock.alone(connection, prefix):
-        record = publications.read(connection, prefix).record
+def _note(source: Source, change: Callable[[Record], Record]) -> Record:
+    with advisory_lock.held(source):
+        record = publications.read(source).record
         if record is None:
             raise CatalogError(
-                f"Nothing is noted of the publications {prefix}_… yet, so nothing can be paused; "
-                "start `flash replicate` first."
+                f"Nothing is noted of the publications {source.prefix}_… yet, so nothing can be "
+                "paused; start `flash replicate` first."
             )
         changed = change(record)
         if changed != record:
-            _keep(connection, ddl.note(prefix, changed))
+            _keep(source, ddl.note(source.prefix, changed))
     return changed
 
 
-def _keep(connection: psycopg.Connection[Any], step: ddl.Step) -> None:
-    if connection.execute("SELECT pg_is_in_recovery()").fetchone() == (True,):
+def _keep(source: Source, step: ddl.Step) -> None:
+    if is_standby(source.connection):
         raise CatalogError(f"A standby can note nothing; on the primary run {step};")
     try:
-        ddl.apply(connection, [step])
+        ddl.apply(source.connection, [step])
     except CatalogError as error:
         if isinstance(error.__cause__, postgres.InsufficientPrivilege):
             raise CatalogError(

@@ -6,19 +6,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import psycopg
 from psycopg import sql
 
 from ..errors import CatalogError, ConfigurationError, FlashError, SubscriptionError
 from ..handlers.subscriptions import Subscription, of_tables
 from ..postgres import slots
 from ..postgres.catalog import CatalogTable
+from ..postgres.connection import is_standby
 from ..postgres.slots import Gap
+from ..postgres.source import Source
 from ..postgres.stream import failover_of
 from ..progress import Progress
-from ..settings import Settings
 from ..table_name import TableName
 from . import ddl, identities, publications, script, server_checks
 from .ddl import Step
@@ -67,8 +66,7 @@ class Report:
 
 
 def examine(
-    connection: psycopg.Connection[Any],
-    settings: Settings,
+    source: Source,
     subscriptions: Sequence[Subscription],
     progress: Progress | None = None,
 ) -> Report:
@@ -76,22 +74,22 @@ def examine(
 
     `progress` is how far this process has read the slot, where it has.
     """
-    return _Examination(connection, settings, subscriptions, progress or Progress()).run()
+    return _Examination(source, subscriptions, progress or Progress()).run()
 
 
 class _Examination:
     def __init__(
         self,
-        connection: psycopg.Connection[Any],
-        settings: Settings,
+        source: Source,
         subscriptions: Sequence[Subscription],
         progress: Progress,
     ) -> None:
-        self._connection = connection
-        self._settings = settings
+        self._source = source
+        self._connection = source.connection
+        self._settings = source.settings
         self._subscriptions = subscriptions
         self._progress = progress
-        self._role = Role.of(connection)
+        self._role = Role.of(source.connection)
         self._lost: Gap | None = None
         #: What is said beside of a slot that the owner has to make.
         self._missing = ""
@@ -100,9 +98,9 @@ class _Examination:
         self._found: dict[TableName, CatalogTable] = {}
 
     def run(self) -> Report:
-        self._report.standby = server_checks.is_standby(self._connection)
-        self._report.findings += server_checks.findings(self._connection, self._settings)
-        self._report.findings += server_checks.open_files(self._connection, self._settings)
+        self._report.standby = is_standby(self._connection)
+        self._report.findings += server_checks.findings(self._source)
+        self._report.findings += server_checks.open_files(self._source)
         self._report.findings.append(self._role.finding())
         tables = self._tables()
         self._slot()
@@ -119,7 +117,7 @@ class _Examination:
         self._report.findings.append(stop(subject, error))
 
     def _slot(self) -> None:
-        slot = self._settings.flash_replication_slot
+        slot = self._source.slot
         found = slots.find(self._connection, slot)
         self._report.slot_exists = found is not None
         if found is None:
@@ -161,7 +159,7 @@ class _Examination:
 
     def _missed(self, found: Found) -> None:
         """What to do about a slot that was lost, or dropped by somebody else than `flash reset`."""
-        slot, record = self._settings.flash_replication_slot, found.record
+        slot, record = self._source.slot, found.record
         open_gap = record.open_gap if record else None
         gap = self._lost
         if gap is None and record and record.slot == slot:
@@ -212,8 +210,7 @@ class _Examination:
         return tables if sound else None
 
     def _publications(self, tables: dict[TableName, CatalogTable]) -> None:
-        prefix = self._settings.flash_publication_slot_prefix
-        found = publications.read(self._connection, prefix)
+        found = publications.read(self._source)
         self._missed(found)
         for each in found.record.gaps if found.record else []:
             self._add("gap", WARNING, f"{Gap(**each)}; rebuild what depends on them")
@@ -225,27 +222,26 @@ class _Examination:
             self._settings.flash_push_down,
         )
         try:
-            refused = identities.refused(self._connection, found, prefix)
-            self._report.rescue = ddl.rescue(found, prefix, refused)
-            publications.check(found, prefix, goal)
-            self._check_slot_of(found, prefix)
-            said = identities.check(self._connection, self._settings, goal)
+            refused = identities.refused(self._connection, found)
+            self._report.rescue = ddl.rescue(found, refused)
+            publications.check(found, goal)
+            self._check_slot_of(found)
+            said = identities.check(self._source, goal)
             self._add("replica identity", OK, said)
         except FlashError as error:
             self._identify(found, goal)
             return self._stop("publications", self._rescued(error))
-        restorable = identities.restorable(self._connection, found, prefix)
-        manage, slot = self._settings.flash_manage, self._settings.flash_replication_slot
-        steps = ddl.plan(found, prefix, goal, restorable, None if manage else slot)
+        restorable = identities.restorable(self._connection, found)
+        manage, slot = self._settings.flash_manage, self._source.slot
+        steps = ddl.plan(found, goal, restorable, None if manage else slot)
         self._report.steps, self._report.tables, self._report.goal = steps, tables, goal
         return self._may(found, steps) if manage else self._managed(steps)
 
     def _rescue(self) -> None:
         """What lets the application write, where something is wrong with a table."""
-        prefix = self._settings.flash_publication_slot_prefix
-        found = publications.read(self._connection, prefix)
-        refused = identities.refused(self._connection, found, prefix)
-        self._report.rescue = ddl.rescue(found, prefix, refused)
+        found = publications.read(self._source)
+        refused = identities.refused(self._connection, found)
+        self._report.rescue = ddl.rescue(found, refused)
         there = [one for one in of_tables(self._subscriptions) if one.table in self._found]
         goal = publications.wanted(self._connection, there, self._found, found.record)
         self._identify(found, goal)
@@ -254,11 +250,10 @@ class _Examination:
 
     def _identify(self, found: Found, goal: Wanted) -> None:
         tables = identities.lacking(self._settings, found, goal)
-        prefix = self._settings.flash_publication_slot_prefix
-        self._report.rescue += ddl.identify(found, prefix, tables)
+        self._report.rescue += ddl.identify(found, tables)
 
-    def _check_slot_of(self, found: Found, prefix: str) -> None:
-        slot, record = self._settings.flash_replication_slot, found.record
+    def _check_slot_of(self, found: Found) -> None:
+        slot, record, prefix = self._source.slot, found.record, found.prefix
         if record and record.slot and record.slot != slot:
             raise ConfigurationError(
                 f"The publications {prefix}_… belong to the slot {record.slot}; a second slot "
@@ -285,7 +280,7 @@ class _Examination:
         So is the slot: one that is gone cannot be told from one that never was by a role that may
         note nothing, and none is made again in silence.
         """
-        slot = self._settings.flash_replication_slot
+        slot = self._source.slot
         left = [*self._report.rescue, *(steps if not all(step.note for step in steps) else ())]
         self._report.script = [*self._report.rescue, *steps]
         if not self._report.slot_exists:

@@ -20,6 +20,7 @@ from ..handlers.subscriptions import Subscription
 from ..postgres import catalog
 from ..postgres.catalog import CatalogTable
 from ..postgres.slots import Gap
+from ..postgres.source import Source
 from ..table_name import TableName
 from . import narrowing as pushdown
 from .narrowing import Narrowing
@@ -112,6 +113,7 @@ class Publication:
 class Found:
     """What there is under a prefix."""
 
+    prefix: str
     publications: dict[Operation, Publication]
     record: Record | None
     version: int
@@ -163,8 +165,9 @@ _SHAPE = """r.prqual IS NOT NULL,
      WHERE a.attrelid = r.prrelid AND a.attnum = ANY(r.prattrs::int2[]))"""
 
 
-def read(connection: psycopg.Connection[Any], prefix: str) -> Found:
-    """The publications under a prefix."""
+def read(source: Source) -> Found:
+    """Read the publications of a source."""
+    connection, prefix = source.connection, source.prefix
     version = connection.info.server_version
     shape, many = (_SHAPE, _MANY) if version >= pushdown.SINCE else ("false, NULL", "false")
     query = """
@@ -197,14 +200,14 @@ def read(connection: psycopg.Connection[Any], prefix: str) -> Found:
         )
         if operation is Operation.INSERT:
             record = Record.of_json(comment)
-    return Found(found, _alive(connection, record), version)
+    return Found(prefix, found, _alive(connection, record), version)
 
 
-def noted(connection: psycopg.Connection[Any], prefix: str) -> str:
+def noted(source: Source) -> str:
     """Changes whenever the record does."""
     query = b"""SELECT hashtextextended(obj_description(oid, 'pg_publication'), 0)
                 FROM pg_publication WHERE pubname = %s"""
-    row = connection.execute(query, [name_of(prefix, Operation.INSERT)]).fetchone()
+    row = source.connection.execute(query, [name_of(source.prefix, Operation.INSERT)]).fetchone()
     return str(row[0]) if row else ""
 
 
@@ -269,9 +272,9 @@ def wanted(
     return Wanted(published, full, leaves, narrowed)
 
 
-def leaves_of(connection: psycopg.Connection[Any], prefix: str) -> dict[int, tuple[TableName, ...]]:
+def leaves_of(source: Source) -> dict[int, tuple[TableName, ...]]:
     """All ancestors of each partition there has been, by its OID."""
-    record = read(connection, prefix).record or Record()
+    record = read(source).record or Record()
     return {
         int(oid): tuple(TableName(*ancestor) for ancestor in ancestors)
         for oid, ancestors in record.leaves.items()
@@ -300,25 +303,24 @@ def needs_full(table: CatalogTable, subscriptions: Iterable[Subscription], befor
     )
 
 
-def lists_columns_of(
-    connection: psycopg.Connection[Any], table: CatalogTable, prefix: str
-) -> str | None:
+def lists_columns_of(source: Source, table: CatalogTable) -> str | None:
     """Somebody else's publication of updates or deletes that has a column list of the table."""
+    connection = source.connection
     if connection.info.server_version < pushdown.SINCE:
         return None
     row = connection.execute(
         "SELECT p.pubname FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid "
         "WHERE r.prrelid = %s AND r.prattrs IS NOT NULL AND (p.pubupdate OR p.pubdelete) "
         "AND p.pubname <> ALL(%s) ORDER BY 1 LIMIT 1",
-        [table.oid, names(prefix)],
+        [table.oid, names(source.prefix)],
     ).fetchone()
     return str(row[0]) if row else None
 
 
-def check(found: Found, prefix: str, goal: Wanted) -> None:
+def check(found: Found, goal: Wanted) -> None:
     """Raise `PublicationMismatch` if somebody else has altered the publications."""
     for operation, publication in found.publications.items():
-        name = name_of(prefix, operation)
+        name = name_of(found.prefix, operation)
         (published,) = operation.names()
         options = publication.publishes, publication.everything, publication.via_root
         if options != (frozenset({published}), False, False):
@@ -330,16 +332,16 @@ def check(found: Found, prefix: str, goal: Wanted) -> None:
         same = all(set(p.tables) == set(goal.tables[o]) for o, p in found.publications.items())
         if not found.empty and not (same and len(found.publications) == len(OPERATIONS)):
             raise PublicationMismatch(
-                f"The publications {prefix}_… were made by somebody else; choose another "
+                f"The publications {found.prefix}_… were made by somebody else; choose another "
                 "flash_publication_slot_prefix, or drop them: `flash reset`."
             )
         return
     for operation in OPERATIONS:
-        _check_tables(found, found.record, prefix, operation)
+        _check_tables(found, found.record, operation)
 
 
-def _check_tables(found: Found, record: Record, prefix: str, operation: Operation) -> None:
-    name, (key,) = name_of(prefix, operation), operation.names()
+def _check_tables(found: Found, record: Record, operation: Operation) -> None:
+    name, (key,) = name_of(found.prefix, operation), operation.names()
     if operation not in found.publications:
         raise PublicationMismatch(f"The publication {name} was dropped; {_UNDO}")
     tables = set(found.publications[operation].tables)

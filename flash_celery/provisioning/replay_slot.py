@@ -22,7 +22,8 @@ from psycopg import sql
 from ..changes.change import Operation
 from ..errors import ConfigurationError, FlashError
 from ..escaping import one_line
-from ..postgres import catalog, slots
+from ..postgres import slots
+from ..postgres.source import Source, connected
 from ..protocol.lsn import Lsn
 from ..settings import Settings
 from . import ddl
@@ -52,15 +53,10 @@ class Mark(NamedTuple):
 Samples = deque[tuple[float, Mark]]
 
 
-def slot_of(settings: Settings) -> str:
-    """The name of the second slot."""
-    return f"{settings.flash_replication_slot}_history"
-
-
-def oldest(connection: psycopg.Connection[Any], settings: Settings) -> Mark | None:
+def oldest(source: Source) -> Mark | None:
     """From where on everything is held; None if there is no such slot."""
-    found = slots.find(connection, slot_of(settings))
-    noted = _noted(connection, settings)
+    found = slots.find(source.connection, source.replay_slot)
+    noted = _noted(source)
     if found is None or found.reason is not None or found.confirmed is None:
         return None
     if noted is None or noted.lsn == _UNKNOWN:
@@ -68,42 +64,42 @@ def oldest(connection: psycopg.Connection[Any], settings: Settings) -> Mark | No
     return Mark(max(noted.lsn, Lsn.parse(found.confirmed)), noted.time)
 
 
-def ours(connection: psycopg.Connection[Any], settings: Settings) -> bool:
+def ours(source: Source) -> bool:
     """Whether the slot is there, and was made here."""
-    found = slots.find(connection, slot_of(settings))
-    return found is not None and _noted(connection, settings) is not None
+    found = slots.find(source.connection, source.replay_slot)
+    return found is not None and _noted(source) is not None
 
 
-def findings(connection: psycopg.Connection[Any], settings: Settings) -> Iterator[Finding]:
+def findings(source: Source) -> Iterator[Finding]:
     """How far back one can go, and whether the slot keeps WAL for nobody."""
-    found = slots.find(connection, slot_of(settings))
-    if found is None or _noted(connection, settings) is None:
+    found = slots.find(source.connection, source.replay_slot)
+    if found is None or _noted(source) is None:
         return
-    mark = oldest(connection, settings)
-    if not settings.flash_replay_window:
+    mark = oldest(source)
+    if not source.settings.flash_replay_window:
         said = (
-            f"{slot_of(settings)} keeps WAL, and flash_replay_window is 0; `flash replicate` drops "
-            "it when it starts"
+            f"{source.replay_slot} keeps WAL, and flash_replay_window is 0; `flash replicate` "
+            "drops it when it starts"
         )
         yield Finding("replay", WARNING, said)
     elif mark is None:
         why = f"was lost ({found.reason})" if found.reason else "is being made"
-        said = f"{slot_of(settings)} {why}; `flash replicate` makes a new one when it starts"
+        said = f"{source.replay_slot} {why}; `flash replicate` makes a new one when it starts"
         yield Finding("replay", WARNING, said)
     else:
         yield Finding("replay", OK, f"what is after {mark} can be replayed ({found.wal_status})")
 
 
-def prepare(connection: psycopg.Connection[Any], settings: Settings) -> None:
+def prepare(source: Source) -> None:
     """Make the slot where it is wanted and missing, and drop it where it is not wanted any more.
 
     Raises `ConfigurationError` for a slot that is somebody else's, or if the server has none left.
     """
-    name = slot_of(settings)
-    found, noted = slots.find(connection, name), _noted(connection, settings)
-    if not settings.flash_replay_window:
+    name = source.replay_slot
+    found, noted = slots.find(source.connection, name), _noted(source)
+    if not source.settings.flash_replay_window:
         if noted is not None:
-            forget(connection, settings)
+            forget(source)
             logger.info("Dropped the slot %s, for flash_replay_window is 0", name)
         return
     if found is not None:
@@ -116,63 +112,63 @@ def prepare(connection: psycopg.Connection[Any], settings: Settings) -> None:
             logger.warning("The slot %s was lost (%s); a new one begins now", name, found.reason)
         elif noted.lsn != _UNKNOWN:
             return
-        slots.drop(connection, name)
-    _make(connection, settings)
+        slots.drop(source.connection, name)
+    _make(source)
 
 
-def forget(connection: psycopg.Connection[Any], settings: Settings) -> None:
+def forget(source: Source) -> None:
     """Drop the slot, and what is noted of it."""
-    slots.drop(connection, slot_of(settings))
-    _keep(connection, settings, sql.SQL("NULL"))
+    slots.drop(source.connection, source.replay_slot)
+    _keep(source, sql.SQL("NULL"))
 
 
-def _make(connection: psycopg.Connection[Any], settings: Settings) -> None:
-    now = _now(connection, settings)
+def _make(source: Source) -> None:
+    now = _now(source)
     if now is None:
         return
     # So that it is known whose the slot is, whenever this process ends.
-    _note(connection, settings, now._replace(lsn=_UNKNOWN))
+    _note(source, now._replace(lsn=_UNKNOWN))
     try:
-        connection.execute(
+        source.connection.execute(
             "SELECT pg_copy_logical_replication_slot(%s, %s, false)",
-            [settings.flash_replication_slot, slot_of(settings)],
+            [source.slot, source.replay_slot],
         )
     except psycopg.errors.ConfigurationLimitExceeded:
         raise ConfigurationError(
             "flash_replay_window needs a second slot, and all of max_replication_slots are in use; "
             "drop one, raise that setting of the server, or set flash_replay_window = 0."
         ) from None
-    found = slots.find(connection, slot_of(settings))
+    found = slots.find(source.connection, source.replay_slot)
     assert found is not None
     assert found.confirmed is not None
-    _note(connection, settings, now._replace(lsn=Lsn.parse(found.confirmed)))
-    logger.info("Created the slot %s; what is read from now on can be replayed", slot_of(settings))
+    _note(source, now._replace(lsn=Lsn.parse(found.confirmed)))
+    logger.info("Created the slot %s; what is read from now on can be replayed", source.replay_slot)
 
 
-def _now(connection: psycopg.Connection[Any], settings: Settings) -> Mark | None:
+def _now(source: Source) -> Mark | None:
     """Where the first slot is now. What is committed later is after it."""
-    row = connection.execute(
+    row = source.connection.execute(
         "SELECT confirmed_flush_lsn::text, clock_timestamp() FROM pg_replication_slots "
         "WHERE slot_name = %s AND confirmed_flush_lsn IS NOT NULL",
-        [settings.flash_replication_slot],
+        [source.slot],
     ).fetchone()
     return Mark(Lsn.parse(row[0]), row[1]) if row else None
 
 
-def _noted(connection: psycopg.Connection[Any], settings: Settings) -> Mark | None:
-    return _mark(_comment(connection, settings))
+def _noted(source: Source) -> Mark | None:
+    return _mark(_comment(source))
 
 
-def _next(connection: psycopg.Connection[Any], settings: Settings) -> Mark | None:
+def _next(source: Source) -> Mark | None:
     """Where the slot is to go next, as far as it was noted."""
-    noted = _comment(connection, settings)
+    noted = _comment(source)
     return _mark(noted.get("next")) if isinstance(noted, dict) else None
 
 
-def _comment(connection: psycopg.Connection[Any], settings: Settings) -> Any:
-    row = connection.execute(
+def _comment(source: Source) -> Any:
+    row = source.connection.execute(
         "SELECT obj_description(oid, 'pg_publication') FROM pg_publication WHERE pubname = %s",
-        [name_of(settings.flash_publication_slot_prefix, Operation.TRUNCATE)],
+        [name_of(source.prefix, Operation.TRUNCATE)],
     ).fetchone()
     try:
         return json.loads((row and row[0]) or "")["flash_celery_history"]
@@ -187,21 +183,19 @@ def _mark(noted: Any) -> Mark | None:
         return None
 
 
-def _note(
-    connection: psycopg.Connection[Any], settings: Settings, mark: Mark, then: Mark | None = None
-) -> None:
+def _note(source: Source, mark: Mark, then: Mark | None = None) -> None:
     noted = _written(mark) | ({"next": _written(then)} if then else {})
-    _keep(connection, settings, sql.Literal(json.dumps({"flash_celery_history": noted})))
+    _keep(source, sql.Literal(json.dumps({"flash_celery_history": noted})))
 
 
 def _written(mark: Mark) -> dict[str, Any]:
     return {"lsn": str(mark.lsn), "time": mark.time.isoformat()}
 
 
-def _keep(connection: psycopg.Connection[Any], settings: Settings, comment: sql.Composable) -> None:
-    name = name_of(settings.flash_publication_slot_prefix, Operation.TRUNCATE)
+def _keep(source: Source, comment: sql.Composable) -> None:
+    name = name_of(source.prefix, Operation.TRUNCATE)
     statement = sql.SQL("COMMENT ON PUBLICATION {} IS {}")
-    ddl.apply(connection, [Step(statement.format(sql.Identifier(name), comment), note=True)])
+    ddl.apply(source.connection, [Step(statement.format(sql.Identifier(name), comment), note=True)])
 
 
 class _Keeper(threading.Thread):
@@ -210,9 +204,8 @@ class _Keeper(threading.Thread):
     A session may last for months, so it connects anew whatever ends its connection.
     """
 
-    def __init__(self, dsn: str, settings: Settings, samples: Samples) -> None:
+    def __init__(self, settings: Settings, samples: Samples) -> None:
         super().__init__(name="flash-history", daemon=True)
-        self._dsn = dsn
         self._settings = settings
         self._samples = samples
         self._pause = min(_LONGEST, max(_SHORTEST, settings.flash_replay_window / _PARTS))
@@ -223,9 +216,10 @@ class _Keeper(threading.Thread):
     def run(self) -> None:
         while not self._ending.is_set():
             try:
-                with catalog.connect(self._dsn) as self._connection:
+                with connected(self._settings) as source:
+                    self._connection = source.connection
                     while not self._ending.is_set():
-                        self._move(self._connection)
+                        self._move(source)
                         self._said = ""
                         self._ending.wait(self._pause)
             except (psycopg.Error, FlashError) as error:
@@ -236,37 +230,37 @@ class _Keeper(threading.Thread):
         said = one_line(error)
         if not self._ending.is_set() and said != self._said:
             self._said = said
-            logger.warning("The slot %s cannot be moved now: %s", slot_of(self._settings), said)
+            logger.warning("The slot %s cannot be moved now: %s", self._settings.replay_slot, said)
 
-    def _move(self, connection: psycopg.Connection[Any]) -> None:
-        now = _now(connection, self._settings)
+    def _move(self, source: Source) -> None:
+        now = _now(source)
         if now is not None:
             if not self._samples:
-                self._recall(connection, now)
+                self._recall(source, now)
             self._samples.append((time.monotonic(), now))
         due, before = None, time.monotonic() - self._settings.flash_replay_window
         while self._samples and self._samples[0][0] <= before:
             due = self._samples.popleft()[1]
-        reached = oldest(connection, self._settings)
+        reached = oldest(source)
         if due is None or reached is None or due.lsn <= reached.lsn:
             return
         # Noted first: it never says that more is held than is.
-        _note(connection, self._settings, due, now)
-        connection.execute(
-            "SELECT pg_replication_slot_advance(%s, %s)", [slot_of(self._settings), str(due.lsn)]
+        _note(source, due, now)
+        source.connection.execute(
+            "SELECT pg_replication_slot_advance(%s, %s)", [self._settings.replay_slot, str(due.lsn)]
         )
 
-    def _recall(self, connection: psycopg.Connection[Any], now: Mark) -> None:
+    def _recall(self, source: Source, now: Mark) -> None:
         """Go on where an earlier process was: if the window began anew with each of them, the slot
         of one that is often restarted would never move."""
-        reached, then = oldest(connection, self._settings), _next(connection, self._settings)
+        reached, then = oldest(source), _next(source)
         if reached is None or now.lsn <= reached.lsn:
             return
         if then is not None and reached.lsn < then.lsn <= now.lsn:
             age = (now.time - then.time).total_seconds()
             self._samples.append((time.monotonic() - age, then))
         else:
-            _note(connection, self._settings, reached, now)
+            _note(source, reached, now)
 
     def end(self) -> None:
         """Stop, also in the middle of a statement."""
@@ -278,12 +272,12 @@ class _Keeper(threading.Thread):
 
 
 @contextmanager
-def keeping(dsn: str, settings: Settings, samples: Samples) -> Iterator[None]:
+def keeping(settings: Settings, samples: Samples) -> Iterator[None]:
     """Keep the second slot the window behind the first, as long as that is read."""
     if not settings.flash_replay_window:
         yield
         return
-    keeper = _Keeper(dsn, settings, samples)
+    keeper = _Keeper(settings, samples)
     keeper.start()
     try:
         yield

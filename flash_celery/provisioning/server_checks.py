@@ -10,6 +10,8 @@ import psycopg
 from psycopg import sql
 
 from ..errors import CatalogError, ConfigurationError, ReplicationError
+from ..postgres.connection import is_standby
+from ..postgres.source import Source
 from ..postgres.stream import ReplicationConnection
 from ..settings import Settings
 from . import standby_checks
@@ -59,8 +61,9 @@ class Role:
         return stop("role", error)
 
 
-def findings(connection: psycopg.Connection[Any], settings: Settings) -> Iterator[Finding]:
+def findings(source: Source) -> Iterator[Finding]:
     """Its version, whether it is a standby, and its settings."""
+    connection, settings = source.connection, source.settings
     version, shown = connection.info.server_version, _setting(connection, "server_version")
     if version < _OLDEST:
         error = ConfigurationError(f"PostgreSQL {shown} is too old; 14 to 18 are supported.")
@@ -68,7 +71,7 @@ def findings(connection: psycopg.Connection[Any], settings: Settings) -> Iterato
         return
     yield Finding("server", OK, f"PostgreSQL {shown}")
     if is_standby(connection):
-        yield from standby_checks.reading(connection, settings)
+        yield from standby_checks.reading(source)
     elif settings.flash_failover_slot and version < standby_checks.FAILOVER_SINCE:
         error = ConfigurationError(
             f"flash_failover_slot needs PostgreSQL 17 or later, and this is {shown}: leave it "
@@ -76,11 +79,6 @@ def findings(connection: psycopg.Connection[Any], settings: Settings) -> Iterato
         )
         yield stop("failover", error)
     yield from _wal(connection)
-
-
-def is_standby(connection: psycopg.Connection[Any]) -> bool:
-    """Whether it cannot be written."""
-    return connection.execute("SELECT pg_is_in_recovery()").fetchone() == (True,)
 
 
 def _wal(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
@@ -112,13 +110,13 @@ def _wal(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
         yield Finding("max_slot_wal_keep_size", OK, kept)
 
 
-def open_files(connection: psycopg.Connection[Any], settings: Settings) -> Iterator[Finding]:
+def open_files(source: Source) -> Iterator[Finding]:
     """A streamed transaction that is not small is a file as long as it is open."""
     limit = _most_files()
-    if not settings.flash_use_streaming or not limit:
+    if not source.settings.flash_use_streaming or not limit:
         return
     names = "max_connections", "max_prepared_transactions"
-    most = sum(int(_setting(connection, name)) for name in names)
+    most = sum(int(_setting(source.connection, name)) for name in names)
     if limit < most + _OTHER_FILES:
         message = (
             f"{limit} may be open, and up to {most} transactions ({' and '.join(names)}) "

@@ -9,8 +9,9 @@ import psycopg
 from psycopg import conninfo
 
 from ..errors import ConfigurationError, ReplicationError
-from ..postgres import catalog, slots
-from ..settings import Settings
+from ..postgres import slots
+from ..postgres.connection import connect, is_standby
+from ..postgres.source import Source
 from .findings import OK, WARNING, Finding, stop
 
 #: Since then a standby can be read, and standbys can keep a copy of a slot.
@@ -28,8 +29,9 @@ _MUST_BE = {
 }
 
 
-def reading(connection: psycopg.Connection[Any], settings: Settings) -> Iterator[Finding]:
+def reading(source: Source) -> Iterator[Finding]:
     """What reading this standby itself needs."""
+    connection, settings = source.connection, source.settings
     wrong = ""
     if connection.info.server_version < READ_SINCE:
         wrong = "before PostgreSQL 16 only a primary can be read"
@@ -53,18 +55,19 @@ def reading(connection: psycopg.Connection[Any], settings: Settings) -> Iterator
         yield Finding("standby", OK, "read, and never written")
 
 
-def findings(connection: psycopg.Connection[Any], settings: Settings) -> Iterator[Finding]:
+def findings(source: Source) -> Iterator[Finding]:
     """Look at the primary, and at every standby that the DSN names beside it."""
+    connection, settings = source.connection, source.settings
     if not settings.flash_failover_slot or connection.info.server_version < FAILOVER_SINCE:
         return
-    if connection.execute("SELECT pg_is_in_recovery()").fetchone() == (True,):
+    if is_standby(connection):
         return  # which stops `replicate`
     yield from _primary(connection)
     dsn = settings.require_dsn()
     for place, each in _hosts(dsn):
         try:
-            with catalog.connect(each, settings.longest_silence) as standby:
-                if standby.execute("SELECT pg_is_in_recovery()").fetchone() == (True,):
+            with connect(each, settings.longest_silence) as standby:
+                if is_standby(standby):
                     yield from _standby(standby, place, settings.flash_replication_slot)
         except ReplicationError as error:
             yield Finding(f"failover to {place}", WARNING, str(error))

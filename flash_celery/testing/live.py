@@ -21,7 +21,7 @@ from ..handlers.decorators import subscriptions_of
 from ..messages.deduplication import Enqueued as Known
 from ..messages.deduplication import Lease
 from ..messages.templates import Message
-from ..postgres import catalog
+from ..postgres.connection import connect
 from ..publishing import brokers
 from ..publishing.brokers.base import Publisher
 from ..publishing.brokers.memory import MemoryPublisher
@@ -124,7 +124,7 @@ class Live:
     def _start(self) -> None:
         _refuse_transaction()
         settings = self._settings
-        self._control = catalog.connect(settings.require_dsn())
+        self._control = connect(settings.require_dsn())
         self._undo.callback(self._control.close)
         self._until(self._is_alone, "another test is done with its own in this database")
         _sweep(self._control, settings)
@@ -274,7 +274,7 @@ def _drop(connection: psycopg.Connection[Any], settings: Settings) -> None:
 
 def _clear(settings: Settings) -> None:
     """Drop it over a new connection: a test may have ended the other one."""
-    with catalog.connect(settings.require_dsn()) as connection:
+    with connect(settings.require_dsn()) as connection:
         _drop(connection, settings)
 
 

@@ -12,6 +12,7 @@ from ..errors import CatalogError
 from ..escaping import escaped
 from ..handlers.subscriptions import Subscription
 from ..messages.templates import Templates
+from ..postgres.source import Source
 from ..provisioning import pauses, publications
 from ..provisioning.publications import Record
 from ..publishing.hold_queues import HoldQueues, hold_queues
@@ -58,8 +59,9 @@ class Holding:
 
     def read(self, connection: psycopg.Connection[Any], templates: Templates) -> None:
         """Read what is noted, and say it if it is something else than before."""
-        self._noted = publications.noted(connection, self._settings.flash_publication_slot_prefix)
-        self.record = pauses.read(connection, self._settings)
+        noted_at = Source(connection, self._settings)
+        self._noted = publications.noted(noted_at)
+        self.record = pauses.read(noted_at)
         resuming = {one: templates.queues_for(one) for one in self._in(self.record.resuming)}
         source = self._settings.source
         self.hold_queues = hold_queues(self._app, source, list(self.parked), resuming)
@@ -71,15 +73,15 @@ class Holding:
 
     def altered(self, connection: psycopg.Connection[Any]) -> bool:
         """Whether somebody has paused or resumed something. What has been resumed is noted here."""
-        prefix = self._settings.flash_publication_slot_prefix
-        if publications.noted(connection, prefix) != self._noted:
+        source = Source(connection, self._settings)
+        if publications.noted(source) != self._noted:
             return True
         if self.hold_queues.draining and self._moved():
             self.hold_queues = HoldQueues()
             # Not those that are no handlers any more: what is parked for them is still there.
             resuming = self._in(self.record.resuming)
             try:
-                self._noted = pauses.resumed(connection, self._settings, resuming, self._noted)
+                self._noted = pauses.resumed(source, resuming, self._noted)
             except CatalogError as error:
                 logger.warning("That %s go on cannot be noted: %s", ", ".join(resuming), error)
         return False

@@ -37,12 +37,13 @@ from ..handlers.subscriptions import Subscription, of_tables
 from ..messages.batcher import Outbox
 from ..messages.deduplication import Lease
 from ..messages.templates import Templates
-from ..postgres import catalog, slots
-from ..postgres.hopeless import refuse_hopeless
-from ..postgres.stream import ReplicationConnection, unreachable
+from ..postgres import slots
+from ..postgres.connection import connect, is_standby, raise_if_fatal, unreachable
+from ..postgres.source import Source
+from ..postgres.stream import ReplicationConnection
 from ..progress import Progress
 from ..protocol.lsn import Lsn
-from ..provisioning import advisory_lock, publications, replay_slot, server_checks
+from ..provisioning import advisory_lock, publications, replay_slot
 from ..publishing import declared_queues
 from ..publishing.brokers.base import Publisher
 from ..publishing.thread import Publishing
@@ -181,7 +182,7 @@ class Replicator:
             raise error
         self.telemetry.enter(STANDBY if isinstance(error, SlotInUse) else CONNECTING)
         if not self._streamed:
-            refuse_hopeless(error, self._settings)
+            raise_if_fatal(error, self._settings)
         if self._streaming and isinstance(error, (DecodingFailed, SpoolError)):
             # A TRUNCATE in a savepoint that is rolled back cannot be decoded while it is open; and
             # what does not fit on our disk, PostgreSQL keeps on its own.
@@ -208,19 +209,19 @@ class Replicator:
         try:
             patience = self._settings.longest_silence
             with (
-                catalog.connect(self._dsn, patience) as connection,
+                connect(self._dsn, patience) as connection,
                 closing(ReplicationConnection(self._dsn, self._on_notice, patience)) as stream,
             ):
                 self._same_server(stream, connection)
-                prefix = self._settings.flash_publication_slot_prefix
-                with advisory_lock.alone(connection, prefix, self.control.sleep):
+                source = Source(connection, self._settings)
+                with advisory_lock.held(source, self.control.sleep):
                     self._examined = False
                     self._provisioning.run(stream, connection, self._progress)
                     self._examined = True
                     self._start(stream, connection)
                 with (
                     closing(self._session(stream, connection)) as session,
-                    replay_slot.keeping(self._dsn, self._settings, self._samples),
+                    replay_slot.keeping(self._settings, self._samples),
                 ):
                     session.run()
         except psycopg.OperationalError as error:
@@ -321,7 +322,7 @@ class Replicator:
         """Forget positions of another server, or another history of it: they mean nothing here."""
         source, position = stream.identify()
         sent = self._progress.received
-        if source == self._source and position < sent and not server_checks.is_standby(connection):
+        if source == self._source and position < sent and not is_standby(connection):
             logger.warning(_RESTORED, position, sent)
         elif source == self._source:
             return

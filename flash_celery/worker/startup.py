@@ -16,6 +16,7 @@ from ..errors import PublicationMismatch, SlotInUse, SlotMissing
 from ..handlers.subscriptions import Subscription, of_tables
 from ..postgres import catalog, slots
 from ..postgres.slots import Gap
+from ..postgres.source import Source
 from ..postgres.stream import ReplicationConnection
 from ..progress import Progress
 from ..protocol.lsn import Lsn
@@ -63,7 +64,6 @@ class Provisioning:
         self._subscriptions = subscriptions
         self._control = control
         self._slot = settings.flash_replication_slot
-        self._prefix = settings.flash_publication_slot_prefix
         self._seen_slot = False
         self._look: Callable[[], str] = str
         #: What stands for the tables and publications as they were looked at.
@@ -88,36 +88,37 @@ class Provisioning:
         progress: Progress,
     ) -> None:
         """Make and alter what the subscriptions need. Raises what stands in the way."""
-        report = self._examine(connection, progress)
-        found = publications.read(connection, self._prefix)
+        source = Source(connection, self._settings)
+        report = self._examine(source, progress)
+        found = publications.read(source)
         manage = self._settings.flash_manage
         if report.gap is not None:
             # Noted first: whatever happens from here on, it will not be forgotten.
-            ddl.remember_gap(connection, self._prefix, report.gap)
+            ddl.remember_gap(source, report.gap)
             if report.slot_lost:
                 slots.drop(connection, self._slot)
-            report = self._examine(connection, progress)
+            report = self._examine(source, progress)
         while report.steps and manage:
             ddl.apply(connection, report.steps, self._control.sleep)
-            report = self._examine(connection, progress)
+            report = self._examine(source, progress)
         if not report.slot_exists:
             self._create_slot(stream, report)
         elif report.slot_stays_behind and manage:
             stream.keep_over_failover(self._slot)
             logger.info("Standbys keep a copy of the slot %s from now on", self._slot)
         if report.standby:
-            if note := ddl.note_of_slot(connection, self._prefix, self._slot):
+            if note := ddl.note_of_slot(source):
                 logger.warning(_NOT_NOTED, self._slot, note[0])
         elif manage:
-            ddl.remember_slot(connection, self._prefix, self._slot)
-            replay_slot.prepare(connection, self._settings)
+            ddl.remember_slot(source)
+            replay_slot.prepare(source)
         if found.version < 150000:
             self._warn_of_attached(connection, found, report)
         if not manage:
             self.ancestry.note(report.leaves)  # nobody else does
         if report.gap is not None:
-            self._close_gap(connection, report.gap)
-        self.ancestry.note(publications.leaves_of(connection, self._prefix))
+            self._close_gap(source, report.gap)
+        self.ancestry.note(publications.leaves_of(source))
         self.ancestry.look(Lsn.parse(slots.now(connection)[0]), report.leaves)
 
     def compare(self, connection: psycopg.Connection[Any], progress: Progress) -> None:
@@ -145,22 +146,22 @@ class Provisioning:
             if not self._settings.flash_manage:
                 logger.warning(_LEFT_OUT, name)
 
-    def _examine(self, connection: psycopg.Connection[Any], progress: Progress) -> Report:
+    def _examine(self, source: Source, progress: Progress) -> Report:
         """Look at everything; from now on `altered` notices when a table changes."""
         tables = [subscription.table for subscription in of_tables(self._subscriptions)]
-        names = publications.names(self._prefix)
+        names = publications.names(source.prefix)
         now = datetime.now(timezone.utc)
-        self._look = partial(catalog.fingerprint, connection, tables, names)
+        self._look = partial(catalog.fingerprint, source.connection, tables, names)
         self.fingerprint = self._look()
-        report = preflight.examine(connection, self._settings, self._subscriptions, progress)
+        report = preflight.examine(source, self._subscriptions, progress)
         if report.rescue and not report.standby and self._settings.flash_manage:
-            self._require_free(connection, report)
-            ddl.apply(connection, report.rescue, self._control.sleep)
+            self._require_free(source.connection, report)
+            ddl.apply(source.connection, report.rescue, self._control.sleep)
             self.fingerprint = self._look()
         self._raise_first(report)
         self._unaltered = now
         self._still_there(report)
-        self._require_free(connection, report)
+        self._require_free(source.connection, report)
         return report
 
     def _require_free(self, connection: psycopg.Connection[Any], report: Report) -> None:
@@ -206,10 +207,10 @@ class Provisioning:
         fields = {"slot": self._slot, "lsn": str(position)}
         logger.info("Created the slot %s at %s", self._slot, position, extra=fields)
 
-    def _close_gap(self, connection: psycopg.Connection[Any], gap: Gap) -> None:
+    def _close_gap(self, source: Source, gap: Gap) -> None:
         """The slot is there again: what lies between is noted for good, and said."""
-        slot = slots.find(connection, gap.slot)
-        _, time = slots.now(connection)
+        slot = slots.find(source.connection, gap.slot)
+        _, time = slots.now(source.connection)
         gap = replace(gap, until=slot.confirmed if slot else None, until_time=time)
-        ddl.remember_gap(connection, self._prefix, gap)
+        ddl.remember_gap(source, gap)
         logger.error("%s; rebuild what depends on them. `flash status` shows them again", gap)

@@ -177,13 +177,14 @@ def set_up(flash):
     """What the owner does, through the script."""
     from flash_celery.handlers.decorators import subscriptions_of
     from flash_celery.postgres.catalog import connect
+    from flash_celery.postgres.source import Source
     from flash_celery.provisioning import preflight, script
     from flash_celery.settings import Settings
 
     flash.app.finalize()
     settings, subscriptions = Settings.from_app(flash.app), subscriptions_of(flash.app)
     with connect(flash.database.dsn) as connection:
-        report = preflight.examine(connection, settings, subscriptions)
+        report = preflight.examine(Source(connection, settings), subscriptions)
     statements = [line for line in script.lines(report.script) if line.startswith("BEGIN")]
     flash.database.execute(*statements)
     return statements

@@ -107,7 +107,8 @@ def test_the_privileges_for_a_dba_suffice(database):
             database.execute(statement.replace("DATABASE shop", f"DATABASE {database.name}"))
         from flash_celery.conditions import lookups
         from flash_celery.handlers.subscriptions import Subscription, TableName
-        from flash_celery.postgres import catalog
+        from flash_celery.postgres.connection import connect
+        from flash_celery.postgres.source import Source
         from flash_celery.postgres.stream import ReplicationConnection
         from flash_celery.provisioning import ddl, preflight, publications
         from flash_celery.settings import Settings
@@ -116,8 +117,8 @@ def test_the_privileges_for_a_dba_suffice(database):
         where = lookups.parse({"status": "paid"})
         subscription = Subscription("shop.handle", TableName("public", "orders"), where=where)
         settings = Settings(flash_replication_slot=database.slot)
-        with catalog.connect(dsn) as connection:
-            report = preflight.examine(connection, settings, [subscription])
+        with connect(dsn) as connection:
+            report = preflight.examine(Source(connection, settings), [subscription])
             report.raise_first()
             ddl.apply(connection, report.steps)
         stream = ReplicationConnection(dsn)

@@ -5,7 +5,8 @@ import pytest
 
 from flash_celery.conditions import lookups
 from flash_celery.handlers.subscriptions import Subscription
-from flash_celery.postgres import catalog
+from flash_celery.postgres.connection import connect
+from flash_celery.postgres.source import Source
 from flash_celery.postgres.stream import ReplicationConnection
 from flash_celery.provisioning import ddl, preflight, publications
 from flash_celery.settings import Settings
@@ -47,9 +48,9 @@ def test_the_role_may_do_what_replicate_does(owned, provider):
     dsn = psycopg.conninfo.make_conninfo(database.dsn, user="flash")
     where = lookups.parse({"status": "paid"})
     subscription = Subscription("shop.handle", TableName("public", "orders"), where=where)
-    with catalog.connect(dsn) as connection:
+    with connect(dsn) as connection:
         settings = Settings(flash_replication_slot=database.slot)
-        report = preflight.examine(connection, settings, [subscription])
+        report = preflight.examine(Source(connection, settings), [subscription])
         report.raise_first()
         ddl.apply(connection, report.steps)
     if provider == "rds":

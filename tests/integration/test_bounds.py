@@ -14,6 +14,7 @@ from flash_celery.commands import replay
 from flash_celery.dead_letters import letters
 from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.postgres.column_types import DEEPEST
+from flash_celery.postgres.source import Source
 from flash_celery.provisioning import replay_slot
 from flash_celery.publishing.brokers import for_app
 from flash_celery.settings import Settings
@@ -144,7 +145,7 @@ def test_what_rabbitmq_takes_no_message_of_stops_nobody(flash, small, options):
     flash.start(flash_replay_window=3600)
     settings, subscriptions = Settings.from_app(flash.app), subscriptions_of(flash.app)
     with flash.database.connect() as connection:
-        flash.wait(lambda: replay_slot.oldest(connection, settings))
+        flash.wait(lambda: replay_slot.oldest(Source(connection, settings)))
     before = str(flash.database.one("SELECT clock_timestamp()"))
     flash.do(
         "INSERT INTO items SELECT n, CASE n WHEN 50 THEN repeat('x', 15000) ELSE 'a' END, "

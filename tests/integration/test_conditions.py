@@ -16,6 +16,7 @@ from flash_celery.conditions import regex_cost
 from flash_celery.conditions.lookups import parse
 from flash_celery.errors import SubscriptionError
 from flash_celery.postgres import catalog, column_types
+from flash_celery.postgres.connection import connect
 from flash_celery.table_name import TableName
 from flash_celery.values.comparison import parse_array
 
@@ -68,7 +69,7 @@ UNORDERED = {"json", "jsonb"}
 def connection(postgres):
     with psycopg.connect(postgres.dsn(), autocommit=True) as admin:
         admin.execute(f"CREATE DATABASE {DATABASE}")
-        with catalog.connect(postgres.dsn(DATABASE)) as connection:
+        with connect(postgres.dsn(DATABASE)) as connection:
             columns = ", ".join(f'"{name}" {kind}' for name, kind in TYPES.items())
             connection.execute("CREATE TYPE mood AS ENUM ('sad', 'ok', 'Happy', 'angry')")
             connection.execute("CREATE DOMAIN small AS int; CREATE DOMAIN positive AS small")

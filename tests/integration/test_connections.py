@@ -2,10 +2,11 @@
 
 from contextlib import closing
 
+import psycopg
 import pytest
 
 from flash_celery.errors import ReplicationError
-from flash_celery.postgres import catalog
+from flash_celery.postgres.connection import connect
 from flash_celery.postgres.stream import ReplicationConnection
 from tests.proxy import Proxy
 
@@ -18,9 +19,9 @@ def test_a_command_that_is_not_answered_has_an_end(database):
             with pytest.raises(ReplicationError, match="has not answered a command"):
                 stream.identify()
         proxy.heal()
-        with catalog.connect(dsn, 0.5) as connection:
+        with connect(dsn, 0.5) as connection:
             proxy.stall()
-            with pytest.raises(catalog.psycopg.OperationalError, match="has not been answered"):
+            with pytest.raises(psycopg.OperationalError, match="has not been answered"):
                 connection.execute("SELECT 1")
             assert connection.closed
 

@@ -4,7 +4,6 @@ was restored, made anew or altered makes it leave out a change."""
 import json
 import shutil
 import signal
-import time
 from contextlib import contextmanager, suppress
 
 import pytest
@@ -16,6 +15,7 @@ from flash_celery.changes import payload
 from flash_celery.errors import TakenOver
 from flash_celery.messages.deduplication import Lease
 from flash_celery.messages.templates import Form, Message
+from flash_celery.postgres.source import Source
 from flash_celery.provisioning import advisory_lock
 from flash_celery.publishing.brokers.redis import RedisPublisher
 from flash_celery.publishing.brokers.redis_position import RedisPosition
@@ -306,9 +306,9 @@ def test_a_slot_made_anew_by_hand_while_its_worker_connects_again_is_said(flash,
     database = flash.database
     database.execute(ITEMS)
     flash.handler("items").start().do("INSERT INTO items VALUES (1, 'a')")
-    prefix = Settings.from_app(flash.app).flash_publication_slot_prefix
+    settings = Settings.from_app(flash.app)
     # A worker that connects meanwhile waits for its turn.
-    with database.connect() as connection, advisory_lock.alone(connection, prefix, time.sleep):
+    with database.connect() as connection, advisory_lock.held(Source(connection, settings)):
         database.execute(
             "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots "
             f"WHERE slot_name = '{database.slot}'"

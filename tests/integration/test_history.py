@@ -7,6 +7,7 @@ import pytest
 from flash_celery.commands import replay, reset
 from flash_celery.errors import ConfigurationError
 from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.postgres.source import Source
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.provisioning import replay_slot
 from flash_celery.provisioning.findings import OK, WARNING
@@ -29,7 +30,7 @@ def span(flash, since, until=None):
 def levels(flash, **conf):
     flash.app.conf.update(conf)
     with flash.database.connect() as connection:
-        found = replay_slot.findings(connection, Settings.from_app(flash.app))
+        found = replay_slot.findings(Source(connection, Settings.from_app(flash.app)))
         return [finding.level for finding in found]
 
 
@@ -37,8 +38,8 @@ def oldest(flash):
     """Once the slot has been made."""
     with flash.database.connect() as connection:
         settings = Settings.from_app(flash.app)
-        flash.wait(lambda: replay_slot.oldest(connection, settings))
-        return replay_slot.oldest(connection, settings)
+        flash.wait(lambda: replay_slot.oldest(Source(connection, settings)))
+        return replay_slot.oldest(Source(connection, settings))
 
 
 def restart(flash, **conf):
@@ -90,7 +91,7 @@ def test_it_follows_and_goes_with_a_reset(flash):
     flash.wait(lambda: oldest(flash).lsn >= passed)
     assert oldest(flash).time > before.time
     position = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = '{}'"
-    moved = position.format(replay_slot.slot_of(settings))
+    moved = position.format(settings.replay_slot)
     flash.wait(lambda: Lsn.parse(flash.database.one(moved)) >= passed)
     flash.stop()
     flash.wait(lambda: flash.database.one(flash.slot("active_pid")) is None)
@@ -109,18 +110,18 @@ def test_it_moves_however_often_the_worker_is_restarted(flash):
     flash.do("INSERT INTO items VALUES (1, 'a')")
     restart(flash)
     with flash.database.connect() as connection:
-        flash.wait(lambda: replay_slot._next(connection, settings))
-        then = replay_slot._next(connection, settings)
+        flash.wait(lambda: replay_slot._next(Source(connection, settings)))
+        then = replay_slot._next(Source(connection, settings))
         assert before.lsn < then.lsn
         restart(flash)
         flash.do("INSERT INTO items VALUES (2, 'a')")
-        assert replay_slot._next(connection, settings) == then
+        assert replay_slot._next(Source(connection, settings)) == then
         flash.stop()
         an_hour_ago = then._replace(time=then.time - timedelta(hours=1))
-        replay_slot._note(connection, settings, before, an_hour_ago)
+        replay_slot._note(Source(connection, settings), before, an_hour_ago)
         restart(flash)
         flash.wait(lambda: oldest(flash) == an_hour_ago)
-        assert then.lsn < replay_slot._next(connection, settings).lsn
+        assert then.lsn < replay_slot._next(Source(connection, settings)).lsn
 
 
 def test_it_moves_on_after_its_connection_was_ended(flash):
@@ -150,7 +151,7 @@ def test_what_was_held_when_it_was_looked_for_and_is_no_more(flash):
     wanted = span(flash, str(before.lsn))
     settings, subscriptions = Settings.from_app(flash.app), subscriptions_of(flash.app)
     with flash.database.connect() as connection:
-        replay_slot._note(connection, settings, before._replace(lsn=wanted.end))
+        replay_slot._note(Source(connection, settings), before._replace(lsn=wanted.end))
         with pytest.raises(ConfigurationError, match="is before what is held"):
             replay.read(connection, settings, subscriptions, "handler", wanted, print)
 
@@ -173,7 +174,7 @@ def test_one_that_was_being_made_is_made_anew(flash):
     settings = Settings.from_app(flash.app)
     mark = oldest(flash)
     with flash.database.connect() as connection:
-        replay_slot._note(connection, settings, mark._replace(lsn=replay_slot._UNKNOWN))
+        replay_slot._note(Source(connection, settings), mark._replace(lsn=replay_slot._UNKNOWN))
     with pytest.raises(ConfigurationError, match="Nothing that was read is held"):
         span(flash, str(mark.lsn))
     assert levels(flash) == [WARNING]

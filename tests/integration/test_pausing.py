@@ -8,6 +8,7 @@ import psycopg
 import pytest
 
 from flash_celery.errors import CatalogError, ConfigurationError
+from flash_celery.postgres.source import Source
 from flash_celery.provisioning import advisory_lock, pauses
 from flash_celery.provisioning.publications import Record
 from flash_celery.settings import Settings
@@ -25,12 +26,12 @@ def flash(flash):
 def pause(flash, *handlers, end=False):
     settings = Settings.from_app(flash.app)
     with flash.database.connect() as connection:
-        (pauses.resume if end else pauses.pause)(connection, settings, handlers)
+        (pauses.resume if end else pauses.pause)(Source(connection, settings), handlers)
 
 
 def record(flash):
     with flash.database.connect() as connection:
-        return pauses.read(connection, Settings.from_app(flash.app))
+        return pauses.read(Source(connection, Settings.from_app(flash.app)))
 
 
 def noticed(flash, **wanted):
@@ -97,7 +98,7 @@ def test_who_may_not_note_it_is_told_what_to_run(flash):
             psycopg.connect(dsn, autocommit=True) as connection,
             pytest.raises(CatalogError, match="another role's, who must run COMMENT") as told,
         ):
-            pauses.pause(connection, settings, ["handler"])
+            pauses.pause(Source(connection, settings), ["handler"])
         statement = str(told.value).partition("must run ")[2].rstrip(";")
         database.execute(statement)
         noticed(flash, paused=["handler"])
@@ -111,7 +112,7 @@ def test_whoever_has_to_wait_for_another_process_says_so(flash, caplog):
     settings = Settings.from_app(flash.app)
     with (
         flash.database.connect() as other,
-        advisory_lock.alone(other, settings.flash_publication_slot_prefix),
+        advisory_lock.held(Source(other, settings)),
     ):
         waiting = threading.Thread(target=pause, args=(flash, "handler"))
         waiting.start()
@@ -153,7 +154,7 @@ def test_one_that_is_no_handler_any_more_is_remembered(flash, caplog):
     flash.wait(lambda: said in caplog.text)
     settings = Settings.from_app(flash.app)
     with flash.database.connect() as connection:
-        assert pauses.resume(connection, settings, ["gone"], gone=["gone"]) == []
+        assert pauses.resume(Source(connection, settings), ["gone"], gone=["gone"]) == []
     assert not record(flash).resuming
 
 
@@ -172,4 +173,4 @@ def test_what_cannot_be_paused(flash):
         flash.database.connect() as connection,
         pytest.raises(ConfigurationError, match="of 193 bytes at most"),
     ):
-        pauses.pause(connection, of_source, ["x" * 200])
+        pauses.pause(Source(connection, of_source), ["x" * 200])

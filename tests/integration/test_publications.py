@@ -21,6 +21,8 @@ from flash_celery.errors import (
 )
 from flash_celery.handlers.subscriptions import Subscription
 from flash_celery.postgres import catalog
+from flash_celery.postgres.connection import connect
+from flash_celery.postgres.source import Source
 from flash_celery.provisioning import advisory_lock, ddl, preflight, publications
 from flash_celery.settings import Settings
 from flash_celery.table_name import TableName
@@ -60,7 +62,7 @@ def tables(database):
 
 @pytest.fixture
 def connection(database):
-    with catalog.connect(database.dsn) as connection:
+    with connect(database.dsn) as connection:
         yield connection
 
 
@@ -89,7 +91,7 @@ def identities(database):
 
 
 def plan(connection, subscriptions, settings=SETTINGS):
-    report = preflight.examine(connection, settings, subscriptions)
+    report = preflight.examine(Source(connection, settings), subscriptions)
     report.raise_first()
     return report.steps
 
@@ -106,7 +108,7 @@ def killed_after_every_step(connection, database, subscriptions, settings=SETTIN
 
 
 def published(connection):
-    found = publications.read(connection, "flash_publication")
+    found = publications.read(Source(connection, SETTINGS))
     return {
         operation.names()[0]: sorted(table.name for table in publication.tables.values())
         for operation, publication in found.publications.items()
@@ -136,7 +138,7 @@ def test_writes_work_after_every_statement_of_set_up_change_and_reset(
     if push_down:
         assert killed(NARROW) > 6
         narrowed = connection.info.server_version >= 150000
-        assert bool(publications.read(connection, "flash_publication").record.narrowed) is narrowed
+        assert bool(publications.read(Source(connection, SETTINGS)).record.narrowed) is narrowed
     assert killed(EVERYTHING) > 10
     names = sorted(TABLES)
     assert published(connection) == dict.fromkeys(("insert", "update", "delete", "truncate"), names)
@@ -224,8 +226,8 @@ def test_other_prefixes_are_left_alone(tables, connection):
     ddl.apply(connection, plan(connection, [subscription("orders")], other))
     ddl.apply(connection, plan(connection, [subscription("orders")]))
     reset.run(connection, reset.plan(connection, SETTINGS, "flash_setup"), force=False)
-    assert publications.read(connection, "flash_publication").publications == {}
-    assert len(publications.read(connection, "flash_publication_b").publications) == 4
+    assert publications.read(Source(connection, SETTINGS)).publications == {}
+    assert len(publications.read(Source(connection, other)).publications) == 4
 
 
 def test_a_table_dropped_and_made_again_is_published_again(tables, connection):
@@ -345,7 +347,7 @@ def test_what_cannot_work_is_refused_naming_the_handler(tables, connection, decl
     )
     with pytest.raises(SubscriptionError, match=f"shop.handle: .*{message}"):
         plan(connection, [declared])
-    assert publications.read(connection, "flash_publication").publications == {}
+    assert publications.read(Source(connection, SETTINGS)).publications == {}
 
 
 def test_keep_alters_nothing_and_says_what_is_missing(tables, connection):
@@ -367,7 +369,7 @@ def test_slots_that_are_not_ours_are_refused(tables, connection):
     tables.execute(drop)
     ddl.apply(connection, plan(connection, declared))
     tables.execute(create)
-    ddl.remember_slot(connection, "flash_publication", "flash_setup")
+    ddl.remember_slot(Source(connection, SETTINGS))
     assert plan(connection, declared) == []
     with pytest.raises(ConfigurationError, match="belong to the slot flash_setup"):
         plan(connection, declared, Settings(flash_replication_slot="another"))
@@ -402,7 +404,7 @@ def role(tables):
 
 def test_the_least_privileges_suffice(tables, role):
     tables.execute("ALTER TABLE orders OWNER TO shop")
-    with catalog.connect(role) as connection:
+    with connect(role) as connection:
         ddl.apply(connection, plan(connection, [subscription("orders", where=WHERE)]))
         assert plan(connection, [subscription("orders", where=WHERE)]) == []
     tables.execute("ALTER TABLE orders OWNER TO postgres")
@@ -410,7 +412,7 @@ def test_the_least_privileges_suffice(tables, role):
 
 def test_missing_privileges_are_named(tables, role):
     declared = [subscription("orders")]
-    with catalog.connect(role) as connection:
+    with connect(role) as connection:
         with pytest.raises(CatalogError, match="does not own orders|does not own public.orders"):
             plan(connection, declared)
         tables.execute(f"REVOKE CREATE ON DATABASE {tables.name} FROM shop")
@@ -427,8 +429,8 @@ def test_concurrent_starts_set_up_once(tables):
     def start():
         try:
             with (
-                catalog.connect(tables.dsn) as connection,
-                advisory_lock.alone(connection, SETTINGS.flash_publication_slot_prefix),
+                connect(tables.dsn) as connection,
+                advisory_lock.held(Source(connection, SETTINGS)),
             ):
                 ddl.apply(connection, plan(connection, [subscription("orders")]))
         except CatalogError as error:
@@ -441,5 +443,5 @@ def test_concurrent_starts_set_up_once(tables):
         thread.join(30)
     assert not any(thread.is_alive() for thread in threads)
     assert errors == []
-    with catalog.connect(tables.dsn) as connection:
+    with connect(tables.dsn) as connection:
         assert plan(connection, [subscription("orders")]) == []

@@ -19,6 +19,8 @@ from flash_celery.errors import ReplicaIdentityMissing, SubscriptionError
 from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.handlers.subscriptions import Subscription, operations_of
 from flash_celery.postgres import catalog
+from flash_celery.postgres.connection import connect
+from flash_celery.postgres.source import Source
 from flash_celery.provisioning import ddl, narrowing, preflight, publications
 from flash_celery.settings import Settings
 from flash_celery.table_name import TableName
@@ -149,10 +151,10 @@ def test_a_filter_altered_by_hand_is_mended(flash):
 def explained(flash, **conf):
     flash.app.conf.update(conf)
     flash.app.finalize()
-    subject = Settings.from_app(flash.app), subscriptions_of(flash.app)
-    with catalog.connect(flash.database.dsn) as connection:
-        report = preflight.examine(connection, *subject)
-        return list(explain.explain(connection, *subject, report))
+    settings, subscriptions = Settings.from_app(flash.app), subscriptions_of(flash.app)
+    with connect(flash.database.dsn) as connection:
+        report = preflight.examine(Source(connection, settings), subscriptions)
+        return list(explain.explain(connection, settings, subscriptions, report))
 
 
 def test_doctor_explains_who_leaves_out_what(flash):
@@ -362,7 +364,7 @@ PREFIXES = {"flash_whole": False, "flash_pushed": True}
 def pushed(postgres):
     with psycopg.connect(postgres.dsn(), autocommit=True) as admin:
         admin.execute("CREATE DATABASE pushed")
-        with catalog.connect(postgres.dsn("pushed")) as connection:
+        with connect(postgres.dsn("pushed")) as connection:
             for prefix in PREFIXES:
                 set_up(connection, prefix, [])
             connection.execute("SELECT pg_create_logical_replication_slot('pushed', 'pgoutput')")
@@ -375,11 +377,12 @@ def set_up(connection, prefix, subscriptions):
     """As `replicate` does, for publications with this prefix."""
     while True:
         tables = {one.table: catalog.find(connection, one.table) for one in subscriptions}
-        found = publications.read(connection, prefix)
+        source = Source(connection, Settings(flash_publication_slot_prefix=prefix))
+        found = publications.read(source)
         goal = publications.wanted(
             connection, subscriptions, tables, found.record, PREFIXES[prefix]
         )
-        steps = ddl.plan(found, prefix, goal, {})
+        steps = ddl.plan(found, goal, {})
         if not steps:
             return goal
         ddl.apply(connection, steps)

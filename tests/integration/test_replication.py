@@ -7,7 +7,8 @@ import psycopg
 import pytest
 
 from flash_celery.errors import ReplicationError, SlotInUse, SlotMissing
-from flash_celery.postgres.stream import ReplicationConnection, without_password
+from flash_celery.postgres.connection import without_password
+from flash_celery.postgres.stream import ReplicationConnection
 from flash_celery.protocol import frames, pgoutput
 from flash_celery.protocol.lsn import Lsn
 
@@ -145,7 +146,7 @@ def test_a_password_is_struck_out_wherever_it_is(text, dsn):
 
 
 def test_the_session_reads_as_postgresqls_own_subscriber_does(table):
-    from flash_celery.postgres.stream import pinned
+    from flash_celery.postgres.connection import pinned
 
     dsn = psycopg.conninfo.make_conninfo(table.dsn, options="-c statement_timeout=7s")
     with psycopg.connect(pinned(dsn)) as connection:

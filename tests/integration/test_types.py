@@ -15,7 +15,7 @@ from flash_celery.capture.transactions import Transactions, runs
 from flash_celery.changes import payload
 from flash_celery.changes.change import Operation
 from flash_celery.handlers.subscriptions import Subscription
-from flash_celery.postgres import catalog
+from flash_celery.postgres.connection import connect
 from flash_celery.protocol import pgoutput
 from flash_celery.table_name import TableName
 
@@ -120,7 +120,7 @@ class Reader:
 def reader(postgres):
     with psycopg.connect(postgres.dsn(), autocommit=True) as admin:
         admin.execute("CREATE DATABASE types")
-        with catalog.connect(postgres.dsn("types")) as connection:
+        with connect(postgres.dsn("types")) as connection:
             connection.execute(SET_UP)
             columns = ", ".join(f'"{name}" {kind}' for name, (kind, _) in TYPES.items())
             connection.execute(

@@ -11,7 +11,8 @@ import pytest
 from example_project.servers import wait_until
 from flash_celery.errors import ConfigurationError, ReplicationError
 from flash_celery.handlers.subscriptions import Subscription
-from flash_celery.postgres import catalog
+from flash_celery.postgres.connection import connect
+from flash_celery.postgres.source import Source
 from flash_celery.postgres.stream import ReplicationConnection
 from flash_celery.progress import Progress
 from flash_celery.protocol.lsn import Lsn
@@ -46,7 +47,7 @@ def stream(database):
 
 @pytest.fixture
 def connection(database):
-    with catalog.connect(database.dsn) as connection:
+    with connect(database.dsn) as connection:
         yield connection
 
 
@@ -201,7 +202,9 @@ def test_how_much_danger_a_slot_is_in(wal_status, safe, limit, danger):
 def test_a_failover_slot_needs_postgresql_17(database, connection):
     database.execute("CREATE TABLE items (id int PRIMARY KEY)")
     settings = Settings(flash_replication_slot=database.slot, flash_failover_slot=True)
-    report = examine(connection, settings, [Subscription("h", TableName("public", "items"))])
+    report = examine(
+        Source(connection, settings), [Subscription("h", TableName("public", "items"))]
+    )
     if connection.info.server_version >= 170000:
         report.raise_first()
     else:
@@ -217,9 +220,9 @@ def test_what_the_owner_runs_keeps_the_slot_over_a_failover(database, connection
     settings = Settings(flash_manage=False, **names)
     subscriptions = [Subscription("h", TableName("public", "items"))]
     kept = f"SELECT failover FROM pg_replication_slots WHERE slot_name = '{database.slot}'"
-    database.execute(*map(str, examine(connection, settings, subscriptions).script))
+    database.execute(*map(str, examine(Source(connection, settings), subscriptions).script))
     assert database.one(kept)
-    report = examine(connection, settings, subscriptions)
+    report = examine(Source(connection, settings), subscriptions)
     assert not report.script
     database.execute(
         f"SELECT pg_drop_replication_slot('{database.slot}')",
@@ -227,7 +230,7 @@ def test_what_the_owner_runs_keeps_the_slot_over_a_failover(database, connection
     )
     (warning,) = [
         finding.message
-        for finding in examine(connection, settings, subscriptions).findings
+        for finding in examine(Source(connection, settings), subscriptions).findings
         if "ALTER_REPLICATION_SLOT" in finding.message
     ]
     command = re.search("ALTER_REPLICATION_SLOT .* true[)]", warning)[0]

@@ -1,0 +1,48 @@
+"""A source: one database, and the names of our slot and publications in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+
+from ..settings import Settings
+from .connection import connect
+
+
+@dataclass(frozen=True)
+class Source:
+    """An ordinary connection to the database of a source, and the settings of that source."""
+
+    connection: psycopg.Connection[Any]
+    settings: Settings
+
+    @property
+    def slot(self) -> str:
+        """The name of the replication slot."""
+        return self.settings.flash_replication_slot
+
+    @property
+    def replay_slot(self) -> str:
+        """The name of the replay slot, which trails the replication slot."""
+        return self.settings.replay_slot
+
+    @property
+    def prefix(self) -> str:
+        """The prefix of the publications' names."""
+        return self.settings.flash_publication_slot_prefix
+
+
+@contextmanager
+def connected(settings: Settings, patience: float = float("inf")) -> Iterator[Source]:
+    """Connect to a source, and close the connection afterwards.
+
+    A statement that takes longer than `patience` seconds closes the connection early.
+    Raises `ConfigurationError` without a usable DSN, `ReplicationError` if the server cannot be
+    reached.
+    """
+    with connect(settings.require_dsn(), patience) as connection:
+        yield Source(connection, settings)
