@@ -1,8 +1,11 @@
-"""What the site has beyond its pages: the changelog, and tables made from the code."""
+"""What the site takes from the code: tables, the picture of the packages, the changelog."""
 
+import ast
 import dataclasses
+import html
 import inspect
 import re
+import runpy
 from pathlib import Path
 from typing import get_type_hints
 
@@ -14,31 +17,31 @@ from flash_celery.cli import flash
 from flash_celery.monitoring.metrics import METRICS
 
 ROOT = Path(__file__).parents[1]
-#: A file that the tests write is shown with its name.
+#: The name of a file that tests write. The site shows it above the block.
 FILE = re.compile(r"<!-- file: (\S+) -->\n(```\w+)\n")
-#: What the tests read, and readers need not see.
+#: Comments for the tests.
 NOTE = re.compile(r"[ \t]*<!-- .*? -->\n?")
 
 
 def on_files(files, config):
-    """The changelog stands beside the code; a page of the site is made of it."""
+    """Add CHANGELOG.md, which is outside of docs/, as a page."""
     text = (ROOT / "CHANGELOG.md").read_text().replace("](docs/", "](")
     files.append(File.generated(config, "changelog.md", content=text))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Fill in what comes from the code, and take out the tests' own notes."""
-    for name, make in TABLES.items():
+    """Replace each `<!-- code: … -->` by its part, and remove the comments for the tests."""
+    for name, make in PARTS.items():
         if f"<!-- code: {name} -->" in markdown:
             markdown = markdown.replace(f"<!-- code: {name} -->", make())
     return NOTE.sub("\n", FILE.sub(r'\2 title="\1"\n', markdown))
 
 
 def settings_table():
-    """Every setting, as `settings.py` declares it."""
-    said = comments(inspect.getsource(settings.Settings))
-    kinds = get_type_hints(settings.Settings)
+    """Return every setting, as `settings.py` declares it."""
+    comments = attribute_comments(inspect.getsource(settings.Settings))
+    types = get_type_hints(settings.Settings)
     lines = []
     for field in dataclasses.fields(settings.Settings):
         if not field.name.startswith("flash_"):
@@ -46,48 +49,49 @@ def settings_table():
         default = field.default
         if default is dataclasses.MISSING:
             default = field.default_factory()
-        kind = getattr(kinds[field.name], "__name__", str(kinds[field.name]))
+        type_name = getattr(types[field.name], "__name__", str(types[field.name]))
         django = f"CELERY_{field.name.upper()}"
         lines += [
             f"### `{field.name}`",
-            said[field.name],
-            f"*Type* `{kind}` · *default* `{default!r}` · *in Django* `{django}`",
+            comments[field.name],
+            f"*Type* `{type_name}` · *default* `{default!r}` · *in Django* `{django}`",
         ]
     return "\n\n".join(lines)
 
 
-def comments(source):
-    """The `#:` comment above each attribute."""
-    found, lines = {}, []
+def attribute_comments(source):
+    """Return the `#:` comment above each attribute."""
+    comments, lines = {}, []
     for line in map(str.strip, source.splitlines()):
         if line.startswith("#:"):
             lines.append(line[2:].strip())
         elif lines:
-            found[line.partition(":")[0]] = " ".join(lines)
+            comments[line.partition(":")[0]] = " ".join(lines)
             lines = []
-    return found
+    return comments
 
 
 def errors_table():
-    """Every error, with what to do about it."""
+    """Return every error, with its solution."""
     return "\n\n".join(_errors(errors.FlashError))
 
 
-def _errors(kind):
-    parent = kind.__mro__[1]
-    yield f"### {kind.__name__}"
-    yield inspect.getdoc(kind)
-    if kind.solution:
-        yield f"*What to do:* {kind.solution}"
+def _errors(error_class):
+    parent = error_class.__mro__[1]
+    yield f"### {error_class.__name__}"
+    yield inspect.getdoc(error_class)
+    if error_class.solution:
+        yield f"*What to do:* {error_class.solution}"
     if parent is not Exception:
-        tried = "Waiting can help: it is tried again." if kind.retry else "It is not tried again."
-        yield f"{tried} A kind of [{parent.__name__}](#{parent.__name__.lower()})."
-    for child in kind.__subclasses__():
+        retried = "is" if error_class.retry else "is not"
+        link = f"[{parent.__name__}](#{parent.__name__.lower()})"
+        yield f"The operation {retried} retried. A subclass of {link}."
+    for child in error_class.__subclasses__():
         yield from _errors(child)
 
 
 def commands_table():
-    """Every command, as `--help` shows it."""
+    """Return every command, as `--help` shows it."""
     return "\n\n".join(_commands(click.Context(flash, info_name="celery -A shop flash")))
 
 
@@ -97,28 +101,71 @@ def _commands(context):
     yield f"{'##' if context.parent is None else '###'} {name}"
     yield inspect.cleandoc(command.help)
     yield f"    {context.command_path} {' '.join(command.collect_usage_pieces(context))}"
-    options = [one for one in command.params if isinstance(one, click.Option)]
-    rows = [one.get_help_record(context) for one in options]
+    options = [param for param in command.params if isinstance(param, click.Option)]
+    rows = [option.get_help_record(context) for option in options]
     if rows:
-        shown = [f"| `{names}` | {said.replace('|', chr(92) + '|')} |" for names, said in rows]
-        yield "\n".join(["| | |", "|---|---|", *shown])
-    for each, inner in getattr(command, "commands", {}).items():
-        yield from _commands(click.Context(inner, info_name=each, parent=context))
+        lines = [f"| `{names}` | {text.replace('|', chr(92) + '|')} |" for names, text in rows]
+        yield "\n".join(["| | |", "|---|---|", *lines])
+    for child_name, child in getattr(command, "commands", {}).items():
+        yield from _commands(click.Context(child, info_name=child_name, parent=context))
 
 
 def metrics_table():
-    """Every metric, as Prometheus is told of it."""
+    """Return every metric, as Prometheus reads it."""
     head = "| metric | type | labels | meaning |\n|---|---|---|---|"
     rows = [
-        f"| `{name}` | {kind} | {', '.join(f'`{label}`' for label in labels)} | {said} |"
-        for name, (kind, said, labels) in METRICS.items()
+        f"| `{name}` | {kind} | {', '.join(f'`{label}`' for label in labels)} | {text} |"
+        for name, (kind, text, labels) in METRICS.items()
     ]
     return "\n".join([head, *rows])
 
 
-TABLES = {
+#: Pixels of a row of the picture, and of a column.
+_ROW, _COLUMN = 26, 20
+
+
+def packages_picture():
+    """Return an SVG of the packages in their order, with a dot for each import.
+
+    The order is that of tests/unit/test_architecture.py, which holds the code to it. The name of a
+    package is on the diagonal, so the dots of a row are below the names of what it imports.
+    """
+    architecture = runpy.run_path(str(ROOT / "tests" / "unit" / "test_architecture.py"))
+    folder = architecture["PACKAGE"]
+    packages = [name for name in architecture["ORDER"] if (folder / name).is_dir()]
+    shapes = []
+    for row, package in enumerate(packages):
+        y = row * _ROW + _ROW / 2
+        imports = {
+            name
+            for path in (folder / package).rglob("*.py")
+            for name, _ in architecture["imported_packages"](path)
+        }
+        for column, name in enumerate(packages[:row]):
+            x = column * _COLUMN + _COLUMN / 2
+            if name in imports:
+                title = f"<title>{package} imports {name}</title>"
+                shapes.append(f'<circle cx="{x}" cy="{y}" r="4">{title}</circle>')
+            else:
+                shapes.append(f'<circle cx="{x}" cy="{y}" r="1" opacity="0.4"/>')
+        text = ast.get_docstring(ast.parse((folder / package / "__init__.py").read_text()))
+        sentence = " ".join(text.replace("`", "").split()).partition(". ")[0].rstrip(".")
+        shapes.append(
+            f'<text x="{row * _COLUMN + 4}" y="{y + 4}"><tspan font-weight="bold">{package}'
+            f'</tspan><tspan dx="10" opacity="0.7">{html.escape(sentence)}</tspan></text>'
+        )
+    width, height = len(packages) * _COLUMN + 560, len(packages) * _ROW
+    return (
+        f'<svg role="img" aria-label="The packages and what they import" fill="currentColor" '
+        f'viewBox="0 0 {width} {height}" style="width: 100%; font-size: 13px">'
+        f"{''.join(shapes)}</svg>"
+    )
+
+
+PARTS = {
     "settings": settings_table,
     "errors": errors_table,
     "commands": commands_table,
     "metrics": metrics_table,
+    "packages": packages_picture,
 }

@@ -4,6 +4,7 @@ from elsewhere, and every example is run by a test."""
 import html
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import flash_celery
 from flash_celery import errors
 from flash_celery.monitoring.metrics import METRICS
 from flash_celery.settings import Settings
+from tests.unit.test_architecture import ORDER, PACKAGE
 from tests.unit.test_docs import README, commands, examples, flash
 
 from .conftest import DOCS, ROOT
@@ -105,6 +107,14 @@ def test_a_broken_link_ends_the_build(tmp_path, link):
     built = build(tmp_path, tmp_path / "docs")
     assert built.returncode != 0
     assert link.split("#")[-1] in built.stdout + built.stderr
+
+
+def test_the_picture_of_the_packages_has_each_of_them_and_its_imports():
+    picture = runpy.run_path(str(DOCS / "hooks.py"))["packages_picture"]()
+    for name in ORDER:
+        assert (f">{name}</tspan>" in picture) == (PACKAGE / name).is_dir(), name
+    assert "worker imports capture<" in picture
+    assert "capture imports worker<" not in picture
 
 
 def test_every_page_is_in_the_navigation():

@@ -19,6 +19,8 @@ from flash_celery.protocol.lsn import Lsn
 from flash_celery.settings import Settings
 from tests.docs.claims import proofs, unproved
 
+from .test_architecture import ORDER, PACKAGE
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -177,6 +179,18 @@ def test_every_link_leads_somewhere():
     for page in pages:
         for target in re.findall(r"(?:\]\(|src(?:set)?=\")([^)#:\"]+)[)#\"]", page.read_text()):
             assert (page.parent / target).exists(), (page, target)
+
+
+def test_contributing_lists_the_packages_in_their_order():
+    _, _, text = (ROOT / "CONTRIBUTING.md").read_text().partition("| package ")
+    listed = re.findall(r"^\| `(\w+)/` \|", text.partition("\n\n")[0], re.MULTILINE)
+    assert listed == [name for name in ORDER if (PACKAGE / name).is_dir()]
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_every_module_that_a_page_names_is_there(page):
+    for name in re.findall(r"`([\w/]+(?:\.py|/))`", (ROOT / page).read_text()):
+        assert (PACKAGE / name).exists() or (ROOT / name).exists(), name
 
 
 def test_the_readme_is_short():
