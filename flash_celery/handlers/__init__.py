@@ -1,1 +1,1 @@
-"""`@on_change` and `@on_message`: how handlers are declared, and read back from an app's tasks."""
+"""`@on_change` and `@on_message`: declare handlers, and read the declarations of an app's tasks."""

@@ -1,4 +1,4 @@
-"""Which Celery task a function has become, and when there is one."""
+"""Find the Celery task that a decorated function has become, or when it will be one."""
 
 from __future__ import annotations
 
@@ -15,40 +15,43 @@ from celery.local import Proxy
 from ..errors import SubscriptionError
 
 
-def standing_for(handler: Any) -> Any:
-    """The function to make a task of where none was made of the handler: what its module calls by
-    its name, if that only wraps it; None if that is a task already, or something else."""
+def function_for_task(handler: Any) -> Any:
+    """Return the function to make a task of, for a handler under no task decorator.
+
+    That is the function which the handler's module has under its name, if it only wraps the
+    handler: decorators above `on_change` are kept. Return None if the module has a task there (of
+    another app), or something unrelated.
+    """
     if "<locals>" in handler.__qualname__:
         return handler
     found: Any = sys.modules.get(handler.__module__)
     for name in handler.__qualname__.split("."):
         found = getattr(found, "__dict__", {}).get(name)
-    if isinstance(found, (Proxy, Task)):  # of another app; a proxy must not be looked into
+    if isinstance(found, (Proxy, Task)):  # of another app; asking a proxy would create the task
         return None
     if found is None or any(layer is found for layer in _layers(handler)):
         return handler
     return found if any(layer is handler for layer in _layers(found)) else None
 
 
-def task_around(handler: Any, app: Any, missing_ok: bool = False) -> Any:
-    """The app's task whose function is this handler."""
+def find_task(handler: Any, app: Any) -> Any:
+    """Return the app's task whose function is this handler, or None."""
     for task in list(app._tasks.values() if app.finalized else app.tasks.values()):
         if any(layer is handler for layer in _layers(type(task).__dict__.get("__wrapped__"))):
             return task
-    if missing_ok:
-        return None
-    raise AttributeError(f"{handler!r} is not a task of {app!r}")
+    return None
 
 
 def _layers(function: Any) -> Iterator[Any]:
+    """Yield a function, the function it wraps, and so on."""
     while function is not None:
         function = function.__func__ if isinstance(function, staticmethod) else function
         yield function
         function = getattr(function, "__wrapped__", None)
 
 
-def shared_task(proxy: Any, app: Celery) -> Any:
-    """What a `shared_task` is in this app; its proxy answers for the current one."""
+def resolve_shared_task(proxy: Any, app: Celery) -> Any:
+    """Return the task of a `shared_task` in this app; its proxy resolves to the current app's."""
     before = current_app._get_current_object()
     app.set_current()
     try:
@@ -57,36 +60,40 @@ def shared_task(proxy: Any, app: Celery) -> Any:
         before.set_current()
 
 
-def once_finalized(attach: Callable[[Celery], None]) -> None:
-    """Do something in every app, present and future, when its tasks exist."""
+def when_finalized(callback: Callable[[Celery], None]) -> None:
+    """Call the callback with each app, present or future, once its tasks exist."""
 
     def connect(app: Celery) -> None:
-        app.on_after_finalize.connect(lambda **_: attach(app), weak=False)
+        app.on_after_finalize.connect(lambda **_: callback(app), weak=False)
 
     connect_on_app_finalize(connect)
     for app in list(_get_active_apps()):
         if app.finalized:
-            attach(app)
+            callback(app)
 
 
-def run_of(task: Any) -> Any:
-    """A task's function, without what Celery has put around it for `autoretry_for`."""
-    return getattr(task, _run(task))
+def run_method(task: Any) -> Any:
+    """Return a task's function, without the wrapper that Celery adds for `autoretry_for`."""
+    return getattr(task, _run_attribute(task))
 
 
-def _run(task: Any) -> str:
+def _run_attribute(task: Any) -> str:
     return "_orig_run" if "_orig_run" in vars(task) else "run"
 
 
-def idle(function: Any) -> str:
-    """What a function is that does nothing when Celery calls it; "" for all others."""
+def lazy_kind(function: Any) -> str:
+    """Return "an async function" or "a generator", whose body does not run when Celery calls it.
+
+    Return "" for all other functions.
+    """
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
         return "an async function"
     return "a generator" if inspect.isgeneratorfunction(function) else ""
 
 
 def require_argument(task: Any) -> None:
-    """Raise `SubscriptionError` if a task cannot be called with a change, as `delay` would."""
+    """Raise `SubscriptionError` unless a task can be called with one argument, the change."""
+    # The check that `delay` makes of a task with typing=True.
     check = getattr(task, "__header__", None)
     if check is None or not task.typing:
         return
@@ -99,16 +106,16 @@ def require_argument(task: Any) -> None:
         ) from None
 
 
-def prepare_arguments(task: Any, prepare: Callable[[Any], Any]) -> None:
-    """Have a task's function called with what `prepare` makes of each argument.
+def convert_arguments(task: Any, convert: Callable[[Any], Any]) -> None:
+    """Make a task convert each of its arguments before it calls its function.
 
-    What it raises is the function's own failure, so it is within `autoretry_for`.
+    An error of the conversion counts as the function's own, so `autoretry_for` applies to it.
     """
-    run = run_of(task)
+    run = run_method(task)
 
     @wraps(run)
-    def prepared(*args: Any, **kwargs: Any) -> Any:
-        named = {key: prepare(value) for key, value in kwargs.items()}
-        return run(*map(prepare, args), **named)
+    def run_converted(*args: Any, **kwargs: Any) -> Any:
+        converted = {name: convert(value) for name, value in kwargs.items()}
+        return run(*map(convert, args), **converted)
 
-    setattr(task, _run(task), prepared)
+    setattr(task, _run_attribute(task), run_converted)

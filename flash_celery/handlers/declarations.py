@@ -1,4 +1,4 @@
-"""What decorators said of a task, and what follows from it for what the task is told."""
+"""Turn the decorators on a task into its subscriptions, and its arguments into their row types."""
 
 from __future__ import annotations
 
@@ -16,55 +16,78 @@ from .subscriptions import Subscription
 
 
 @dataclass(frozen=True)
-class Mistake:
-    """What is wrong with a declaration, until it is known whose it is."""
-
-    sentence: str
-
-
-@dataclass(frozen=True)
 class Declaration:
-    """What a decorator said, and when: Celery finalizes shared tasks in no particular order."""
+    """One decorator on a task."""
 
-    place: int
-    says: Subscription | Mistake
+    #: The decorator's place among all of the process: Celery finalizes shared tasks in any order.
+    order: int
+    #: None if the decorator's arguments are wrong.
+    subscription: Subscription | None
+    #: What is wrong with the arguments; raised later, when the task's name is known.
+    error: str = ""
 
 
-def numbered(handler: str, declarations: Iterable[Declaration]) -> list[Subscription]:
-    """The subscriptions of a task, numbered as they were declared: the number is part of an id."""
-    found: list[Subscription] = []
-    for one in sorted(declarations, key=lambda one: one.place):
-        if isinstance(one.says, Mistake):
-            raise SubscriptionError(f"{handler}: {one.says.sentence}")
-        found.append(replace(one.says, handler=handler, number=len(found)))
-    return found
+def _in_order(declarations: Iterable[Declaration]) -> list[Declaration]:
+    return sorted(declarations, key=lambda declaration: declaration.order)
+
+
+def number_subscriptions(handler: str, declarations: Iterable[Declaration]) -> list[Subscription]:
+    """Return the subscriptions of a task, numbered in the order of its decorators.
+
+    A subscription's number is part of the ids of its tasks.
+
+    Raises:
+        SubscriptionError: The arguments of a decorator are wrong.
+    """
+    subscriptions: list[Subscription] = []
+    for declaration in _in_order(declarations):
+        if declaration.subscription is None:
+            raise SubscriptionError(f"{handler}: {declaration.error}")
+        subscriptions.append(
+            replace(declaration.subscription, handler=handler, number=len(subscriptions))
+        )
+    return subscriptions
 
 
 def has_row_types(declarations: Iterable[Declaration]) -> bool:
-    """Whether one of them has `into=`."""
-    return any(isinstance(one.says, Subscription) and one.says.into for one in declarations)
+    """Return whether a decorator has `into=`."""
+    return any(
+        declaration.subscription is not None and declaration.subscription.into is not None
+        for declaration in declarations
+    )
 
 
-def told_as(
-    handler: Any, declarations: Iterable[Declaration], told: Any, keep: bool = False
+def convert_rows(
+    handler: Any, declarations: Iterable[Declaration], argument: Any, keep: bool = False
 ) -> Any:
-    """A change as the subscription says that it was delivered for; anything else as it is.
+    """Convert the rows of a change to the `into=` class of its subscription.
 
-    Of a task that is called with it the function is told what the task is: `keep`.
+    An argument that is not a change (or `Changes`) is returned as it is.
+
+    Args:
+        handler: The task, or the function under `@on_change`; its name is for the error.
+        declarations: The decorators on it.
+        argument: An argument of the task.
+        keep: Whether to leave a change alone that was converted before (one handler calls another).
+
+    Raises:
+        RowError: A row does not fit its class.
     """
 
     def row_type(change: Change[Any]) -> RowType | None:
-        place = change.source, change.schema, change.table
-        says = [one.says for one in sorted(declarations, key=lambda one: one.place)]
-        mine = {
-            number: one
-            for number, one in enumerate(says)
-            if isinstance(one, Subscription)
-            and (one.source, one.table.schema, one.table.name) == place
-        }
-        # Its number, unless the code is another than when it was enqueued, or a test made it.
-        found = mine.get(change.number) or next(iter(mine.values()), None)
-        return found.into if found else None
+        table = (change.source, change.schema, change.table)
+        matching: dict[int, Subscription] = {}
+        for number, declaration in enumerate(_in_order(declarations)):
+            subscription = declaration.subscription
+            if subscription is not None and table == (
+                subscription.source,
+                subscription.table.schema,
+                subscription.table.name,
+            ):
+                matching[number] = subscription
+        # The number differs if the code has changed since the task was enqueued, or in a test.
+        subscription = matching.get(change.number) or next(iter(matching.values()), None)
+        return subscription.into if subscription else None
 
     name = handler.name if isinstance(handler, Task) else handler.__qualname__
-    return row_types.typed(told, row_type, name, keep)
+    return row_types.convert(argument, row_type, name, keep)

@@ -1,7 +1,7 @@
 """`@on_change` and `@on_message`: declare that a task handles changes of a table, or messages.
 
-Subscriptions hang on the tasks themselves, so the registry is Celery's own. Nothing is evaluated
-while decorating: a task that Celery still makes gets them once its app is finalized.
+The declarations are stored on the tasks themselves, so there is no registry besides Celery's. Tasks
+that Celery creates later (`shared_task`, lazy tasks) get theirs once the app is finalized.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from ..changes.change import Changes, Delete, Insert, Operation, Update
 from ..conditions import lookups
 from ..errors import SubscriptionError
 from .celery_tasks import (
-    idle,
-    once_finalized,
-    prepare_arguments,
+    convert_arguments,
+    find_task,
+    function_for_task,
+    lazy_kind,
     require_argument,
-    run_of,
-    shared_task,
-    standing_for,
-    task_around,
+    resolve_shared_task,
+    run_method,
+    when_finalized,
 )
-from .declarations import Declaration, Mistake, has_row_types, numbered, told_as
+from .declarations import Declaration, convert_rows, has_row_types, number_subscriptions
 from .row_types import RowType
 from .subscriptions import (
     Batch,
@@ -44,11 +44,11 @@ from .subscriptions import (
     table_of,
 )
 
-_IDLE = (
-    "it is {kind}, which Celery calls and never runs, so its changes would be lost; make it an "
+_LAZY = (
+    "it is {kind}, which Celery calls but never runs, so its changes would be lost; make it an "
     "ordinary function (asyncio.run runs async code)."
 )
-#: How a worker receives the task, by name: only a worker imports it.
+#: How a worker receives a handler's task. It is a name, so that only workers import the module.
 _STRATEGY = "flash_celery.dead_letters.failed_tasks:strategy"
 
 celeryd_init.connect(redis_extra.refuse)
@@ -58,21 +58,21 @@ R = TypeVar("R", covariant=True)
 
 
 class TaskLike(Protocol):
-    """A Celery task, as far as its type goes."""
+    """A Celery task, for type checkers."""
 
     @property
     def delay(self) -> Callable[..., Any]:
-        """Every task can be called later."""
+        """Enqueue the task."""
 
 
 T = TypeVar("T", bound=TaskLike)
 
 
 class Handler(Generic[P, R]):
-    """A function under `@on_change`: a task of its own, unless a task decorator stands above.
+    """A plain function under `@on_change`; it becomes a task unless a task decorator is above it.
 
-    It calls as the function does and binds as a method does; whatever else is asked of it
-    (`delay`, `apply_async`, `name`, `retry`, …) is asked of its task in the current app.
+    Calling it calls the function, and it binds like a method. All other attributes (`delay`,
+    `apply_async`, `name`, `retry`, …) are those of its task in the current app.
     """
 
     __wrapped__: Callable[P, R]
@@ -81,15 +81,15 @@ class Handler(Generic[P, R]):
         update_wrapper(self, function)
         # Celery reads the signature of a callable from its __call__.
         self.__dict__["__call__"] = function
-        self.__dict__["_declared"] = []
+        self.__dict__["_declarations"] = []
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if not has_row_types(self._declared):
+        if not has_row_types(self._declarations):
             return self.__wrapped__(*args, **kwargs)
-        prepare = partial(told_as, self, self._declared, keep=True)
-        told: Any = map(prepare, args)
-        named: Any = {name: prepare(value) for name, value in kwargs.items()}
-        return self.__wrapped__(*told, **named)
+        convert = partial(convert_rows, self, self._declarations, keep=True)
+        arguments: Any = map(convert, args)
+        keywords: Any = {name: convert(value) for name, value in kwargs.items()}
+        return self.__wrapped__(*arguments, **keywords)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else MethodType(self.__wrapped__, instance)
@@ -97,13 +97,16 @@ class Handler(Generic[P, R]):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(task_around(self, current_app), name)
+        task = find_task(self, current_app)
+        if task is None:
+            raise AttributeError(f"{self!r} is not a task of {current_app!r}")
+        return getattr(task, name)
 
     def __repr__(self) -> str:
         return f"<handler {self.__module__}.{self.__qualname__}>"
 
 
-_places = count()
+_order = count()
 
 
 class _Decorator(Protocol):
@@ -113,25 +116,25 @@ class _Decorator(Protocol):
     def __call__(self, target: Callable[P, R]) -> Handler[P, R]: ...
 
 
-Told = TypeVar("Told", covariant=True)
-#: A function that takes some change with rows of this type, or a bound task's.
-_Tells = Union[  # noqa: UP007 - evaluated at run time on 3.10
-    Callable[[Insert[Told]], R],
-    Callable[[Update[Told]], R],
-    Callable[[Delete[Told]], R],
-    Callable[[Changes[Told]], R],
-    Callable[[Any, Insert[Told]], R],
-    Callable[[Any, Update[Told]], R],
-    Callable[[Any, Delete[Told]], R],
-    Callable[[Any, Changes[Told]], R],
+RowT = TypeVar("RowT", covariant=True)
+#: A function that takes a change with rows of this type, maybe after `self` (a bound task).
+_TakesChange = Union[  # noqa: UP007 - evaluated at run time on 3.10
+    Callable[[Insert[RowT]], R],
+    Callable[[Update[RowT]], R],
+    Callable[[Delete[RowT]], R],
+    Callable[[Changes[RowT]], R],
+    Callable[[Any, Insert[RowT]], R],
+    Callable[[Any, Update[RowT]], R],
+    Callable[[Any, Delete[RowT]], R],
+    Callable[[Any, Changes[RowT]], R],
 ]
 
 
-class _TypedDecorator(Protocol[Told]):
+class _TypedDecorator(Protocol[RowT]):
     @overload
     def __call__(self, target: T) -> T: ...
     @overload
-    def __call__(self, target: _Tells[Told, R]) -> Handler[..., R]: ...
+    def __call__(self, target: _TakesChange[RowT, R]) -> Handler[..., R]: ...
 
 
 @overload
@@ -156,12 +159,12 @@ def on_change(
     fields: Any = ...,
     where: Any = ...,
     key: Any = ...,
-    into: type[Told],
+    into: type[RowT],
     batch: Any = ...,
     queue: str | None = ...,
     acks_late: bool = ...,
     source: str | None = ...,
-) -> _TypedDecorator[Told]: ...
+) -> _TypedDecorator[RowT]: ...
 def on_change(
     table: Any,
     operations: Any = Operation.ALL,
@@ -177,28 +180,39 @@ def on_change(
 ) -> Any:
     """Run a task for committed changes of a table.
 
-    Goes above or below `@shared_task` / `@app.task`, or on a plain function, which then is a task
-    by itself; may be stacked. The task gets one argument, the change (a `Changes` with `batch`).
+    Put it above or below `@shared_task` or `@app.task`, or on a plain function, which then becomes
+    a task. Decorators can be stacked. The task receives one argument: an `Insert`, `Update`,
+    `Delete` or `Truncate`; with `batch`, a `Changes`.
 
-    - `table`: `"orders"` (schema `public`), `"sales.orders"`, `'"Sales"."Order lines"'`, a Django
-      model, a SQLAlchemy mapped class or `Table`. `"billing:public.invoices"` is in the database
-      `billing` of `flash_sources`.
-    - `operations`: what to be told of: `Operation` flags, `"insert|update"` or names. Default: all.
-    - `fields`: deliver these columns only, with their old values, and no UPDATE that
-      changes none of them.
-    - `where`: deliver rows that match: a dict of lookups (AND) or a list of dicts (OR). A row that
-      enters the condition is an `Insert`, one that leaves it a `Delete`.
-    - `key`: columns to treat as the primary key; changing one is a `Delete` and an `Insert`.
-    - `into`: what `old` and `new` are: a dataclass, a pydantic model, a msgspec Struct or a
-      TypedDict. A row that does not fit fails the task with a `RowError`.
-    - `batch`: a number or `Batch(size, wait)`: one task for up to so many changes.
-    - `queue`: send them here. Default: the task's own queue, `flash_routes`, `task_routes`,
-      `flash_queue`, in this order.
-    - `acks_late`: `False` lets a change be lost if its worker dies in the handler.
-    - `source`: the database, as `"billing:…"` says it, for a table that is no string.
+    A wrong argument raises nothing here, so that a web process which only imports its tasks starts;
+    `flash replicate` and `flash doctor` report it and name the handler.
 
-    Arguments that cannot be right raise nothing here, so that a web process which only imports its
-    tasks starts; `replicate` and `doctor` refuse them, naming the handler.
+    Args:
+        table: `"orders"` (in the schema `public`), `"sales.orders"`, `'"Sales"."Order lines"'`, a
+            Django model, or a SQLAlchemy mapped class or `Table`. `"billing:public.invoices"` is in
+            the database `billing` of `flash_sources`.
+        operations: The operations to deliver: `Operation` flags, a string such as
+            `"insert|update"`, or a list of names. Default: all.
+        fields: Names of columns (or of model fields). Deliver only these columns, and no UPDATE
+            that changes none of them. Their old values are delivered too. Default: all columns.
+        where: Deliver rows that match: a dict of lookups (all must match) or a list of dicts (one
+            must match). A row that starts to match is an `Insert`, a row that stops is a `Delete`.
+            Default: all rows.
+        key: Names of the columns to treat as the primary key; a change of one is a `Delete` and an
+            `Insert`. Default: the table's primary key.
+        into: The class of `old` and `new`: a dataclass, a pydantic model, a msgspec Struct or a
+            TypedDict. A row that does not fit fails the task with a `RowError`. Default: mappings.
+        batch: The most changes of one task, as a number or a `Batch(size, wait)`. Default: one task
+            for each change.
+        queue: The name of the queue. Default: the task's own queue, `flash_routes`, `task_routes`,
+            `flash_queue`, in this order.
+        acks_late: Whether Celery acknowledges the message after the handler has run. With `False` a
+            change is lost if its worker dies in the handler. Default: `True`.
+        source: The database, a name in `flash_sources`, for a table that is not given as a string.
+            Default: the database of `flash_dsn`.
+
+    Raises:
+        SubscriptionError: The decorated object is neither a task nor a function.
     """
 
     def declare() -> Subscription:
@@ -229,17 +243,24 @@ def on_message(
     acks_late: bool = True,
     source: str | None = None,
 ) -> _Decorator:
-    """Run a task for messages that transactions wrote into the WAL.
+    """Run a task for messages that transactions write to the WAL.
 
-    `SELECT pg_logical_emit_message(true, 'order.paid', '{"id": 1}')` commits or rolls back with its
-    transaction; the task gets it as a `LogicalMessage`, in its place among the transaction's
-    changes. Messages that are not transactional (`false`) are nobody's.
+    `SELECT pg_logical_emit_message(true, 'order.paid', '{"id": 1}')` writes a message that commits
+    or rolls back with its transaction. The task receives a `LogicalMessage`, in commit order with
+    the changes of the transaction. Non-transactional messages (`false`) are not delivered. (Source:
+    PostgreSQL documentation, chapter "System Administration Functions".)
 
-    - `prefix`: the messages with exactly this prefix.
-    - `source`: the database, a name in `flash_sources`. Default: the one of `flash_dsn`.
-    - `batch`, `queue`, `acks_late`: as for `on_change`, with which it may be stacked.
+    Can be stacked with `on_change`.
 
-    Source: PostgreSQL documentation, chapter "System Administration Functions".
+    Args:
+        prefix: Deliver the messages with exactly this prefix.
+        batch: As for `on_change`.
+        queue: As for `on_change`.
+        acks_late: As for `on_change`.
+        source: The database, a name in `flash_sources`. Default: the database of `flash_dsn`.
+
+    Raises:
+        SubscriptionError: The decorated object is neither a task nor a function.
     """
 
     def declare() -> Subscription:
@@ -267,85 +288,101 @@ def _row_type_of(into: Any, fields: tuple[str, ...] | None) -> RowType | None:
 
 def _decorator(declare: Callable[[], Subscription]) -> _Decorator:
     def decorate(target: Any) -> Any:
-        says: Subscription | Mistake
         try:
-            says = declare()
+            declaration = Declaration(next(_order), declare())
         except SubscriptionError as error:
-            says = Mistake(str(error))
-        return _declare(target, Declaration(next(_places), says))
+            declaration = Declaration(next(_order), None, str(error))
+        return _declare(target, declaration)
 
     return decorate
 
 
 def subscriptions_of(app: Celery) -> list[Subscription]:
-    """Every subscription of the app's tasks.
+    """Return the subscriptions of all tasks of the app, sorted by the tasks' names.
 
-    Raises `SubscriptionError` for an `on_change` that cannot be right, or two that contradict.
+    Raises:
+        SubscriptionError: A decorator's arguments are wrong, or those of two decorators on one task
+            contradict each other.
     """
     app.finalize()
-    return [one for name in sorted(app.tasks) for one in subscriptions_of_task(app.tasks[name])]
+    return [
+        subscription
+        for name in sorted(app.tasks)
+        for subscription in subscriptions_of_task(app.tasks[name])
+    ]
 
 
 def subscriptions_of_task(task: Any) -> list[Subscription]:
-    """Those of one task; raises as `subscriptions_of` does."""
-    declared = task.__dict__.get("flash_subscriptions", [])
-    found = numbered(task.name, declared)
-    if found:
+    """Return the subscriptions of one task.
+
+    Raises:
+        SubscriptionError: As for `subscriptions_of`, or the task does not take one argument.
+    """
+    declarations = task.__dict__.get("flash_subscriptions", [])
+    subscriptions = number_subscriptions(task.name, declarations)
+    if subscriptions:
         require_argument(task)
-    return _consistent(found)
-
-
-def _consistent(subscriptions: list[Subscription]) -> list[Subscription]:
-    for other in subscriptions[1:]:
-        first = subscriptions[0]
-        for what in ("batch", "queue", "acks_late"):
-            if getattr(first, what) != getattr(other, what):
-                raise SubscriptionError(
-                    f"{first.handler} is declared twice, with a contradiction: {what}= is "
-                    f"{getattr(first, what)!r} for {first.subject} and {getattr(other, what)!r} "
-                    f"for {other.subject}; give both the same."
-                )
+        _require_consistency(subscriptions)
     return subscriptions
 
 
-def _declare(target: Any, declared: Declaration) -> Any:
-    # type() and not isinstance: a proxy answers for its task, and would have to make it.
+def _require_consistency(subscriptions: list[Subscription]) -> None:
+    """Raise `SubscriptionError` if two decorators on one task contradict each other."""
+    first, *others = subscriptions
+    for other in others:
+        for argument in ("batch", "queue", "acks_late"):
+            if getattr(first, argument) != getattr(other, argument):
+                raise SubscriptionError(
+                    f"{first.handler} is declared twice, with a contradiction: {argument}= is "
+                    f"{getattr(first, argument)!r} for {first.subject} and "
+                    f"{getattr(other, argument)!r} for {other.subject}; give both the same."
+                )
+
+
+def _declare(target: Any, declaration: Declaration) -> Any:
+    # type() and not isinstance(), which would make a proxy create its task.
     if type(target) is PromiseProxy:
-        target.__then__(lambda: _attach(target._get_current_object(), declared))
+        target.__then__(lambda: _attach(target._get_current_object(), declaration))
     elif type(target) is Proxy:
-        once_finalized(lambda app: _attach(shared_task(target, app), declared))
+        when_finalized(lambda app: _attach(resolve_shared_task(target, app), declaration))
     elif isinstance(target, Task):
-        _attach(target, declared)
+        _attach(target, declaration)
     elif isinstance(target, Handler):
-        target._declared.append(declared)
+        target._declarations.append(declaration)
     elif hasattr(target, "__qualname__") and not isinstance(target, type):
         target = Handler(target)
-        target._declared.append(declared)
-        once_finalized(lambda app: _adopt(target, app))
+        target._declarations.append(declaration)
+        when_finalized(lambda app: _attach_to_task_of(target, app))
     else:
         raise SubscriptionError(f"on_change decorates a task or a function, not {target!r}.")
     return target
 
 
-def _attach(task: Any, declared: Declaration) -> None:
-    run = run_of(task)
-    if kind := idle(run.__wrapped__ if isinstance(run, Handler) else run):
-        declared = replace(declared, says=Mistake(_IDLE.format(kind=kind)))
-    task.__dict__.setdefault("flash_subscriptions", []).append(declared)
-    if isinstance(declared.says, Subscription):
-        # A change must outlive the process that handles it; the app's setting does not matter.
-        task.acks_late = task.reject_on_worker_lost = declared.says.acks_late
-        if task.Strategy == Task.Strategy:
-            task.Strategy = _STRATEGY
-        if declared.says.into is not None and "_flash_told_as" not in task.__dict__:
-            task.__dict__["_flash_told_as"] = True
-            prepare_arguments(task, partial(told_as, task, task.__dict__["flash_subscriptions"]))
+def _attach(task: Any, declaration: Declaration) -> None:
+    """Store a declaration on its task, and set the options that it implies."""
+    run = run_method(task)
+    if kind := lazy_kind(run.__wrapped__ if isinstance(run, Handler) else run):
+        declaration = replace(declaration, subscription=None, error=_LAZY.format(kind=kind))
+    task.__dict__.setdefault("flash_subscriptions", []).append(declaration)
+    subscription = declaration.subscription
+    if subscription is None:
+        return
+    # A change must survive the process that handles it, so the app's setting is overridden.
+    task.acks_late = task.reject_on_worker_lost = subscription.acks_late
+    if task.Strategy == Task.Strategy:
+        task.Strategy = _STRATEGY
+    if subscription.into is not None and "_flash_converts_rows" not in task.__dict__:
+        task.__dict__["_flash_converts_rows"] = True
+        convert_arguments(task, partial(convert_rows, task, task.__dict__["flash_subscriptions"]))
 
 
-def _adopt(handler: Handler[Any, Any], app: Celery) -> None:
-    task = task_around(handler, app, missing_ok=True)
-    if task is None and (function := standing_for(handler)) is not None:
+def _attach_to_task_of(handler: Handler[Any, Any], app: Celery) -> None:
+    """Attach a plain function's declarations to its task in the app; create the task if needed."""
+    task = find_task(handler, app)
+    if task is None:
+        function = function_for_task(handler)
+        if function is None:
+            return  # it is a task of another app
         task = app.task(lazy=False)(function)
-    # Else a task decorator of another app stands above.
-    for declared in handler._declared if task is not None else ():
-        _attach(task, declared)
+    for declaration in handler._declarations:
+        _attach(task, declaration)

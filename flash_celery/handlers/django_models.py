@@ -1,5 +1,6 @@
-"""A Django model's table and columns, read from its `_meta`; Django itself is imported only where a
-change is to be an instance.
+"""Convert a Django model to the name of its table, and its fields to the names of their columns.
+
+Everything is read from the model's `_meta`; Django is not imported here.
 """
 
 from __future__ import annotations
@@ -8,17 +9,19 @@ import difflib
 from typing import Any
 
 from ..errors import SubscriptionError
+from ..table_name import TableName
 
 
 def is_model(table: Any) -> bool:
-    """Whether it is a Django model."""
+    """Return whether the object is a Django model."""
     return hasattr(getattr(table, "_meta", None), "db_table")
 
 
-def db_table(model: Any) -> str:
-    """Its table, as `Meta.db_table` says it.
+def table_name(model: Any) -> TableName:
+    """Return the name of a model's table; for a proxy model, that of the model it stands for.
 
-    A proxy model has the table of what it stands for. Raises `SubscriptionError` if it has none.
+    Raises:
+        SubscriptionError: The model is abstract or swapped, and so has no table.
     """
     meta = model._meta
     if meta.abstract:
@@ -30,14 +33,18 @@ def db_table(model: Any) -> str:
         raise SubscriptionError(
             f"{meta.label} is swapped for {meta.swapped}, and has no table; name that model."
         )
-    return str(meta.db_table)
+    return TableName.of_db_table(str(meta.db_table))
 
 
 def column_name(name: str, model: Any) -> str:
-    """The column of a field, which may be named as the field (`customer`), its attribute
-    (`customer_id`), its column, or `pk`.
+    """Return the name of a field's column.
 
-    Raises `SubscriptionError` for what is no column of the model's own table.
+    Args:
+        name: The field (`customer`), its attribute (`customer_id`), its column, or `pk`.
+        model: The model the handler is on.
+
+    Raises:
+        SubscriptionError: The model's own table has no such column.
     """
     meta = model._meta.concrete_model._meta if model._meta.concrete_model else model._meta
     for field in meta.local_concrete_fields:
@@ -47,17 +54,17 @@ def column_name(name: str, model: Any) -> str:
         if name in _names(field):
             parent = field.model._meta.label
             raise SubscriptionError(
-                f"{name} is a field of {parent}, whose rows are in the table of its own, not in "
-                f"that of {meta.label}; handle it by on_change({field.model.__name__})."
+                f"{name} is a field of {parent}, which has a table of its own, so it is not in the "
+                f"table of {meta.label}; handle it with on_change({field.model.__name__})."
             )
     if name in {field.name for field in (*meta.many_to_many, *meta.private_fields)}:
         raise SubscriptionError(
             f"{meta.label}.{name} has no column in the table of {meta.label}; handle the model, or "
             "the `through` model, whose table has it."
         )
-    known = [field.name for field in meta.local_concrete_fields]
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(known)}."
+    field_names = [field.name for field in meta.local_concrete_fields]
+    similar = difflib.get_close_matches(name, field_names, n=1)
+    hint = f"did you mean {similar[0]}?" if similar else f"there are: {', '.join(field_names)}."
     raise SubscriptionError(f"{meta.label} has no field {name!r}; {hint}")
 
 

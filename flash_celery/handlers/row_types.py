@@ -1,7 +1,7 @@
-"""`into=`: rows as a class of the user's own, checked before the handler runs.
+"""Convert rows to the class given by `into=`, before the handler runs.
 
-A dataclass, a pydantic model, a msgspec Struct or a TypedDict. pydantic and msgspec are looked for
-among what the user has imported, and do the conversion.
+The class is a dataclass, a pydantic model, a msgspec Struct or a TypedDict. pydantic and msgspec
+convert to their own classes; they are used only if the user's code has imported them.
 """
 
 from __future__ import annotations
@@ -22,48 +22,53 @@ if sys.version_info >= (3, 11):
 else:
     from typing_extensions import NotRequired, get_type_hints
 
-#: Characters of a reason that are told; a reason may quote what was in the row.
-_REASON_LENGTH = 300
+#: The most characters of a reason in an error. The reason may quote values of the row.
+_MAX_REASON = 300
 
 
 @dataclass(frozen=True)
 class Field:
-    """A field of the class, and the column it is filled from."""
+    """A field of the class, and the column that it is filled from."""
 
     name: str
     column: str
     required: bool
-    #: Whether its default is `UNCHANGED`: the only one that says what an unknown value is.
-    unknown: bool = False
+    #: Whether its default is `UNCHANGED`. No other default may stand for a value that was not sent.
+    accepts_unknown: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class RowType:
-    """How rows become objects of a class."""
+    """A conversion of rows to objects of one class."""
 
     name: str
     fields: tuple[Field, ...]
-    #: Values by column → an object; raises whatever the class does.
+    #: Makes an object of values by column; may raise any exception.
     make: Callable[[dict[str, Any]], Any]
-    #: Whether a value that is not known may simply be missing.
+    #: Whether an optional field may be absent from the object if its value was not sent.
     partial: bool = False
 
     @classmethod
     def of(cls, into: Any) -> RowType:
-        """Read the `into=` of an `on_change`. Raises `SubscriptionError` for any other class."""
-        pydantic, msgspec = (sys.modules.get(name) for name in ("pydantic", "msgspec"))
+        """Return the conversion to the class given by the `into=` of an `on_change`.
+
+        Raises:
+            SubscriptionError: It is not such a class.
+        """
+        pydantic: Any = sys.modules.get("pydantic")
+        msgspec: Any = sys.modules.get("msgspec")
         name = getattr(into, "__name__", "")
-        if not isinstance(into, type):
-            pass
-        elif pydantic is not None and issubclass(into, pydantic.BaseModel):
-            return cls(name, tuple(_of_pydantic(into)), _pydantic_make(into))
-        elif msgspec is not None and issubclass(into, msgspec.Struct):
-            fields = tuple(_of_msgspec(msgspec, into))
-            return cls(name, fields, lambda values: msgspec.convert(values, into))
-        elif dataclasses.is_dataclass(into):
-            return cls(name, tuple(_of_dataclass(into)), lambda values: into(**values))
-        elif hasattr(into, "__required_keys__"):
-            return cls(name, tuple(_of_typed_dict(into)), dict, partial=True)
+        if isinstance(into, type):
+            row_class: Any = into
+            if pydantic is not None and issubclass(into, pydantic.BaseModel):
+                return cls(name, tuple(_pydantic_fields(into)), row_class.model_validate)
+            if msgspec is not None and issubclass(into, msgspec.Struct):
+                fields = tuple(_msgspec_fields(msgspec, into))
+                return cls(name, fields, lambda values: msgspec.convert(values, into))
+            if dataclasses.is_dataclass(into):
+                return cls(name, tuple(_dataclass_fields(into)), lambda values: row_class(**values))
+            if hasattr(into, "__required_keys__"):
+                return cls(name, tuple(_typed_dict_fields(into)), dict, partial=True)
         raise SubscriptionError(
             "into is a dataclass, a pydantic model, a msgspec Struct or a TypedDict, not "
             f"{into!r:.100}."
@@ -71,16 +76,21 @@ class RowType:
 
     def require(self, delivered: Iterable[str]) -> None:
         """Raise `SubscriptionError` if a field without a default is not among these columns."""
-        known = set(delivered)
+        delivered = set(delivered)
         for field in self.fields:
-            if field.required and field.column not in known:
+            if field.required and field.column not in delivered:
                 raise SubscriptionError(
                     f"into={self.name} needs the column {field.column}, which is not among the "
                     "fields; name it there, or give it a default."
                 )
 
     def read(self, row: Row) -> Any:
-        """An object for the row. Raises `RowError`, and `_Unknown` where a value is not known."""
+        """Return an object for the row.
+
+        Raises:
+            RowError: The row does not fit the class.
+            _NotSent: PostgreSQL did not send a value that the object needs.
+        """
         values: dict[str, Any] = {}
         for field in self.fields:
             value = row.get(field.column, UNCHANGED)
@@ -88,12 +98,12 @@ class RowType:
                 values[field.column] = value
             elif field.column not in row._table.delivered:
                 self._missing(field, row)
-            elif not field.unknown and not (self.partial and not field.required):
-                raise _Unknown(field.column, row)
+            elif not field.accepts_unknown and not (self.partial and not field.required):
+                raise _NotSent(field.column, row)
         try:
             return self.make(values)
         except Exception as error:
-            # Without the cause: its text, and so every traceback, may hold the whole row.
+            # Without the cause: its text, and so the traceback, may hold the whole row.
             raise RowError(_reason(error)) from None
 
     @staticmethod
@@ -104,62 +114,79 @@ class RowType:
             )
 
 
-class _Unknown(Exception):
-    """PostgreSQL did not send a value."""
+class _NotSent(Exception):
+    """A value that PostgreSQL did not send."""
 
     def __init__(self, column: str, row: Row) -> None:
         super().__init__(
-            f"the value of {column} was not sent; it is after ALTER TABLE {row._table.full_name} "
-            f"REPLICA IDENTITY FULL (or give {column} the default UNCHANGED)"
+            f"the value of {column} was not sent; run ALTER TABLE {row._table.full_name} "
+            f"REPLICA IDENTITY FULL, or give {column} the default UNCHANGED"
         )
 
 
-def typed(
-    told: Any, row_type: Callable[[Change[Any]], RowType | None], handler: str, keep: bool = False
+def convert(
+    argument: Any,
+    row_type: Callable[[Change[Any]], RowType | None],
+    handler: str,
+    keep: bool = False,
 ) -> Any:
-    """A change, or the changes of a batch, with `old` and `new` of the handler's own class.
+    """Return a change, or the changes of a batch, with `old` and `new` converted.
 
-    Anything else is as it was, and with `keep` what has been typed is too. Raises `RowError` for a
-    row that does not fit; a value that is not known raises it where the row is asked for.
+    If PostgreSQL did not send a value that a class needs, `old` or `new` raises `RowError` when the
+    handler reads it. Any other argument is returned as it is.
+
+    Args:
+        argument: An argument of the handler.
+        row_type: Returns the conversion for a change, or None to leave its rows as mappings.
+        handler: The handler's name, for the error.
+        keep: Whether to leave changes alone that were converted before.
+
+    Raises:
+        RowError: A row does not fit its class.
     """
-    if isinstance(told, Changes):
-        return Changes([typed(change, row_type, handler, keep) for change in told])
-    if not isinstance(told, Change) or (keep and told._typed is not None):
-        return told
-    into = row_type(told)
-    found = copy(told)
-    found._typed = {} if into is None else _sides(told, into, handler)
-    return found
+    if isinstance(argument, Changes):
+        return Changes([convert(change, row_type, handler, keep) for change in argument])
+    if not isinstance(argument, Change) or (keep and argument._typed is not None):
+        return argument
+    into = row_type(argument)
+    converted = copy(argument)
+    converted._typed = {} if into is None else _converted_sides(argument, into, handler)
+    return converted
 
 
-def _sides(change: Change[Any], into: RowType, handler: str) -> dict[str, Any]:
+def _converted_sides(change: Change[Any], into: RowType, handler: str) -> dict[str, Any]:
+    """Return `old` and `new` as objects; as an error where a value was not sent."""
     sides: dict[str, Any] = {}
     for side, row in change._sides():
         try:
             sides[side] = into.read(row)
         except RowError as error:
-            raise _named(handler, change, side, into, str(error)) from None
-        except _Unknown as error:
-            sides[side] = _named(handler, change, side, into, str(error))
+            raise _row_error(handler, change, side, into, error) from None
+        except _NotSent as error:
+            sides[side] = _row_error(handler, change, side, into, error)
     return sides
 
 
-def _named(handler: str, change: Change[Any], side: str, into: RowType, reason: str) -> RowError:
-    return RowError(f"{handler}: {side} of {change!r} is no {into.name}: {reason}.")
+def _row_error(
+    handler: str, change: Change[Any], side: str, into: RowType, reason: Exception
+) -> RowError:
+    return RowError(f"{handler}: {side} of {change!r} is not a valid {into.name}: {reason}.")
 
 
 def _reason(error: Exception) -> str:
     errors = getattr(error, "errors", None)
     if type(error).__name__ == "ValidationError" and callable(errors):  # pydantic's
-        each = errors(include_url=False, include_input=False, include_context=False)
-        said = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in each)
+        details = errors(include_url=False, include_input=False, include_context=False)
+        reason = "; ".join(
+            f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in details
+        )
     else:
-        said = str(error) or type(error).__name__
-    said = said.rstrip(".")
-    return said if len(said) <= _REASON_LENGTH else f"{said[:_REASON_LENGTH]}…"
+        reason = str(error) or type(error).__name__
+    reason = reason.rstrip(".")
+    return reason if len(reason) <= _MAX_REASON else f"{reason[:_MAX_REASON]}…"
 
 
-def _of_dataclass(into: Any) -> Iterator[Field]:
+def _dataclass_fields(into: Any) -> Iterator[Field]:
     absent = dataclasses.MISSING
     for field in dataclasses.fields(into):
         if field.init:
@@ -167,31 +194,26 @@ def _of_dataclass(into: Any) -> Iterator[Field]:
             yield Field(field.name, field.name, required, field.default is UNCHANGED)
 
 
-def _pydantic_make(into: Any) -> Callable[[dict[str, Any]], Any]:
-    made: Callable[[dict[str, Any]], Any] = into.model_validate
-    return made
-
-
-def _of_pydantic(into: Any) -> Iterator[Field]:
+def _pydantic_fields(into: Any) -> Iterator[Field]:
     by_name = into.model_config.get("validate_by_alias") is False
     for name, field in into.model_fields.items():
         alias = None if by_name else field.validation_alias or field.alias
         if alias is not None and not isinstance(alias, str):
             raise SubscriptionError(
-                f"into={into.__name__}: the alias of {name} is no column's name; give it one "
-                "that is a string."
+                f"into={into.__name__}: the alias of {name} is not a column's name; make it a "
+                "string."
             )
         yield Field(name, alias or name, field.is_required(), field.default is UNCHANGED)
 
 
-def _of_msgspec(msgspec: Any, into: Any) -> Iterator[Field]:
+def _msgspec_fields(msgspec: Any, into: Any) -> Iterator[Field]:
     for field in msgspec.structs.fields(into):
         yield Field(field.name, field.encode_name, field.required, field.default is UNCHANGED)
 
 
-def _of_typed_dict(into: Any) -> Iterator[Field]:
+def _typed_dict_fields(into: Any) -> Iterator[Field]:
     try:
-        # Where annotations are strings, only this finds what is NotRequired.
+        # `__required_keys__` misses NotRequired in annotations that are strings.
         hints = get_type_hints(into, include_extras=True)
     except Exception:
         hints = {}

@@ -1,7 +1,7 @@
-"""SQLAlchemy's mapped classes and tables → the names PostgreSQL knows them by.
+"""Convert SQLAlchemy's mapped classes and tables to PostgreSQL's names of tables and columns.
 
-SQLAlchemy is not imported, and no mapper is configured: relationships may name classes that do not
-exist yet where a handler is declared.
+SQLAlchemy is not imported, and no mapper is configured: where a handler is declared, the classes
+that relationships name may not exist yet.
 """
 
 from __future__ import annotations
@@ -9,92 +9,101 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import SubscriptionError
+from ..table_name import TableName
 
 
-def is_mapped(what: Any) -> bool:
-    """Whether it is a SQLAlchemy class, mapped or not yet, or a `Table`."""
-    return _is_table(what) or (
-        isinstance(what, type)
+def is_mapped(model: Any) -> bool:
+    """Return whether the object is a SQLAlchemy class, mapped or to be mapped, or a `Table`."""
+    return _is_table(model) or (
+        isinstance(model, type)
         and (
-            hasattr(what, "__mapper__") or (hasattr(what, "registry") and hasattr(what, "metadata"))
+            hasattr(model, "__mapper__")
+            or (hasattr(model, "registry") and hasattr(model, "metadata"))
         )
     )
 
 
-def table_name(what: Any) -> tuple[str, str]:
-    """Schema and name of its table; without a schema `public`.
+def table_name(model: Any) -> TableName:
+    """Return the name of a class's table; a table without a schema is in `public`.
 
-    A class of joined-table inheritance has a table of its own, one of single-table inheritance its
-    parent's. Raises `SubscriptionError` for a class without a table.
+    With joined-table inheritance each class has a table of its own; with single-table inheritance
+    a class has its parent's.
+
+    Raises:
+        SubscriptionError: The class has no table.
     """
-    table = _table(what)
-    return _spelled(table.schema) or "public", _spelled(table.name)
+    table = _table(model)
+    return TableName(_catalog_name(table.schema) or "public", _catalog_name(table.name))
 
 
 def is_attribute(name: Any) -> bool:
-    """Whether it is an attribute of a mapped class, or a `Column`."""
+    """Return whether the object is an attribute of a mapped class, or a `Column`."""
     return hasattr(name, "key") and (_owner(name) is not None or _is_table(_table_of(name)))
 
 
-def column_name(name: Any, what: Any) -> str:
-    """The column of an attribute, given by its name or itself; any other name as it is.
+def column_name(name: Any, model: Any) -> str:
+    """Return the name of an attribute's column.
 
-    `what` is the class or table that the handler is on. Raises `SubscriptionError` for an attribute
-    of another one.
+    Args:
+        name: The attribute or `Column`, or its name; any other name is returned as it is.
+        model: The class or table the handler is on.
+
+    Raises:
+        SubscriptionError: The attribute belongs to another class or table.
     """
     attribute = None if isinstance(name, str) else name
-    owner = what if attribute is None else _owner(attribute) or _table_of(attribute)
+    owner = model if attribute is None else _owner(attribute) or _table_of(attribute)
     if not is_mapped(owner):
         return str(name)
-    column = _column(name if attribute is None else attribute, owner, what)
+    column = _column(name if attribute is None else attribute, owner, model)
     if column is None:
         return str(name)
-    if is_mapped(what) and column.table is not _table(what):
+    if is_mapped(model) and column.table is not _table(model):
         raise SubscriptionError(
-            f"{name} is a column of {_shown(column.table)}, and the handler is on "
-            f"{_shown(_table(what))}; declare one on that table too."
+            f"{name} is a column of {_full_name(column.table)}, and the handler is on "
+            f"{_full_name(_table(model))}; declare one on that table too."
         )
-    return _spelled(column.name)
+    return _catalog_name(column.name)
 
 
-def _column(name: Any, owner: Any, what: Any) -> Any:
-    """The column, that of the handler's own table where an attribute stands for several."""
+def _column(name: Any, owner: Any, model: Any) -> Any:
+    """Return the column, preferring the model's own table if an attribute has several columns."""
     if not isinstance(name, str) and _owner(name) is None:
         return name
     key = name if isinstance(name, str) else name.key
     mapper = getattr(owner, "__mapper__", None)
     columns = _table(owner).columns if mapper is None else mapper.columns
-    found = columns.get(key)
-    if found is None or not is_mapped(what) or found.table is _table(what):
-        return found
-    own = _table(what).columns
-    return next((one for one in own if one.name == found.name), found)
+    column = columns.get(key)
+    if column is None or not is_mapped(model) or column.table is _table(model):
+        return column
+    own_columns = _table(model).columns
+    return next((own for own in own_columns if own.name == column.name), column)
 
 
-def _table(what: Any) -> Any:
-    if _is_table(what):
-        return what
-    mapper = what.__dict__.get("__mapper__")
+def _table(model: Any) -> Any:
+    if _is_table(model):
+        return model
+    mapper = model.__dict__.get("__mapper__")
     table = getattr(mapper, "local_table", None)
     if mapper is None:
         raise SubscriptionError(
-            f"{what.__name__} is not mapped to a table (abstract, or not mapped yet); name a class "
-            "that is."
+            f"{model.__name__} is not mapped to a table (abstract, or not mapped yet); name a "
+            "class that is."
         )
     if not _is_table(table):
         raise SubscriptionError(
-            f"{what.__name__} is mapped to a join or a query; name the tables it reads."
+            f"{model.__name__} is mapped to a join or a query; name the tables it reads."
         )
     return table
 
 
-def _is_table(what: Any) -> bool:
+def _is_table(model: Any) -> bool:
     parts = ("name", "schema", "columns", "indexes")  # an alias or a query has no indexes
-    return not isinstance(what, type) and all(hasattr(what, part) for part in parts)
+    return not isinstance(model, type) and all(hasattr(model, part) for part in parts)
 
 
 def _owner(attribute: Any) -> Any:
-    """The class of a mapped attribute."""
+    """Return the class of a mapped attribute, or None."""
     owner = getattr(attribute, "class_", None)
     return owner if isinstance(owner, type) else None
 
@@ -103,12 +112,13 @@ def _table_of(column: Any) -> Any:
     return getattr(column, "table", None)
 
 
-def _shown(table: Any) -> str:
-    return ".".join(table_name(table))
+def _full_name(table: Any) -> str:
+    name = table_name(table)
+    return f"{name.schema}.{name.name}"
 
 
-def _spelled(name: Any) -> str:
-    """A name as the catalog spells it; SQLAlchemy leaves `quote=False` to PostgreSQL to fold."""
+def _catalog_name(name: Any) -> str:
+    """Return a name as PostgreSQL's catalog has it: it folds names that are not quoted."""
     if name is None:
         return ""
     return str(name).lower() if getattr(name, "quote", None) is False else str(name)

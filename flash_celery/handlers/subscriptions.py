@@ -1,4 +1,4 @@
-"""What `on_change` and `on_message` declare: what a handler is told of."""
+"""The subscriptions that `on_change` and `on_message` declare, and how their arguments are read."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from ..table_name import TableName
 from . import django_models, sqlalchemy_models
 from .row_types import RowType
 
-_SOURCED = re.compile(r'((?:"[^"]*"|[^":])*):(.*)', re.DOTALL)
+_SOURCE_AND_TABLE = re.compile(r'((?:"[^"]*"|[^":])*):(.*)', re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """How many changes one task of a batch handler gets, and how long it may wait for them.
+    """The size of a batch handler's tasks.
 
-    `size` is the most changes in a task; `wait` is how many seconds a batch that is not full may be
-    held. With 0 it holds whatever had arrived together.
+    Attributes:
+        size: The most changes in a task; at least 1.
+        wait: The most seconds to wait until a batch is full, 0 to 3600. With 0 (the default) a
+            batch has the changes that arrived together.
     """
 
     size: int
@@ -30,29 +32,33 @@ class Batch:
 
     @classmethod
     def of(cls, batch: Any) -> Batch | None:
-        """Read the `batch=` of an `on_change`."""
-        if batch is None or isinstance(batch, Batch):
-            found = batch
-        elif isinstance(batch, int) and not isinstance(batch, bool):
-            found = cls(batch)
-        else:
+        """Read the `batch=` of an `on_change`: None, a number or a `Batch`.
+
+        Raises:
+            SubscriptionError: It is something else, or out of range.
+        """
+        if batch is None:
+            return None
+        if isinstance(batch, int) and not isinstance(batch, bool):
+            batch = cls(batch)
+        if not isinstance(batch, Batch):
             raise SubscriptionError(f"batch is a number of changes or a Batch, not {batch!r}.")
-        if found is not None and (found.size < 1 or not 0 <= found.wait <= 3600):
+        if batch.size < 1 or not 0 <= batch.wait <= 3600:
             raise SubscriptionError(
-                f"{found} cannot be: size is at least 1, wait is 0 to 3600 seconds."
+                f"{batch} is out of range: size is at least 1, wait is 0 to 3600 seconds."
             )
-        return found
+        return batch
 
 
 @dataclass(frozen=True)
 class Subscription:
     """One `on_change` or `on_message` of one handler."""
 
-    #: Name of the task that runs.
+    #: The name of the task.
     handler: str
-    #: Of an `on_message`, no schema and the prefix.
+    #: The table; for an `on_message`, an empty schema and the prefix.
     table: TableName
-    #: What may be delivered; what the server must send is `captured`.
+    #: The operations to deliver. The server must send those of `captured`.
     operations: Operation = Operation.ALL
     fields: tuple[str, ...] | None = None
     where: lookups.Condition | None = None
@@ -60,29 +66,32 @@ class Subscription:
     batch: Batch | None = None
     queue: str | None = None
     acks_late: bool = True
-    #: Which of its task's subscriptions this is, from 0.
+    #: Its position among the subscriptions of its task, from 0.
     number: int = 0
-    #: The database it is about: a name in `flash_sources`, "" for the default one.
+    #: The database: a name in `flash_sources`, or "" for the one of `flash_dsn`.
     source: str = ""
-    #: What its rows are told as; not part of what was enqueued.
+    #: The class of the rows; the task's message does not depend on it.
     into: RowType | None = field(default=None, repr=False)
 
     @property
     def prefix(self) -> str | None:
-        """The prefix of the logical messages it is for; None for the changes of a table."""
+        """The prefix of the logical messages; None if it is for the changes of a table."""
         return self.table.name if self.operations is Operation.MESSAGE else None
 
     @property
     def subject(self) -> str:
-        """What it is for, in words."""
-        of = f"{self.source}:" if self.source else ""
-        return f"{of}{self.table}" if self.prefix is None else f"messages {of}{self.prefix!r}"
+        """Its table or messages, in words."""
+        source = f"{self.source}:" if self.source else ""
+        if self.prefix is None:
+            return f"{source}{self.table}"
+        return f"messages {source}{self.prefix!r}"
 
     @property
     def captured(self) -> Operation:
-        """The operations the server must send so that every delivery can be made.
+        """The operations the server must send to make every delivery possible.
 
-        A row enters or leaves a condition, and changes its key, by an UPDATE.
+        These include UPDATE if a condition or a key is set: an UPDATE can make a row enter or leave
+        the condition, and change its key.
         """
         captured = self.operations
         rows = Operation.INSERT | Operation.UPDATE | Operation.DELETE
@@ -93,79 +102,93 @@ class Subscription:
         return captured
 
     def old_columns(self, operation: Operation) -> frozenset[str]:
-        """The columns whose old value is needed to judge an operation of the server's, or to tell
-        of it."""
+        """Return the columns whose old values the handler or its condition needs.
+
+        Args:
+            operation: The operation that the server sends.
+        """
         if operation not in self.captured & (Operation.UPDATE | Operation.DELETE):
             return frozenset()
-        # An UPDATE may be told as an Update or as a Delete.
-        told = Operation.DELETE | operation
-        fields = self.fields if self.operations & told else None
+        # An UPDATE may be delivered as an Update or as a Delete.
+        delivered = Operation.DELETE | operation
+        fields = self.fields if self.operations & delivered else None
         key = self.key if operation is Operation.UPDATE else None
         where = self.where.columns if self.where is not None else frozenset()
         return where | frozenset(fields or ()) | frozenset(key or ())
 
     @property
     def columns(self) -> frozenset[str]:
-        """Every column it names."""
+        """Every column that its `where`, `fields` and `key` name."""
         where = self.where.columns if self.where is not None else frozenset()
         return where | frozenset(self.fields or ()) | frozenset(self.key or ())
 
 
 def of_tables(subscriptions: Iterable[Subscription]) -> list[Subscription]:
-    """Those that are for the changes of a table."""
-    return [one for one in subscriptions if one.prefix is None]
+    """Return the subscriptions to tables, without those to logical messages."""
+    return [subscription for subscription in subscriptions if subscription.prefix is None]
 
 
 def prefix_of(prefix: Any) -> TableName:
-    """Read the prefix of an `on_message`."""
+    """Read the `prefix` of an `on_message`."""
     if not isinstance(prefix, str) or not prefix:
         raise SubscriptionError(f"on_message takes the prefix of the messages, not {prefix!r}.")
     return TableName("", prefix)
 
 
 def split_source(table: str) -> tuple[str | None, str]:
-    """The source and the table of `"billing:public.invoices"`; None where no source is named.
+    """Split `"billing:public.invoices"` at the first colon outside quotes.
 
-    It ends at the first colon outside quotes.
+    Return the source, or None if there is no colon, and the table.
     """
-    sourced = _SOURCED.fullmatch(table)
+    sourced = _SOURCE_AND_TABLE.fullmatch(table)
     if sourced is None:
         return None, table
     if not sourced[1]:
-        raise SubscriptionError(f"{table!r} names no source before its colon.")
+        raise SubscriptionError(f"{table!r} has no source before its colon.")
     return sourced[1], sourced[2]
 
 
 def table_of(table: Any, source: Any) -> tuple[str, TableName]:
-    """Read the `table` and `source=` of an `on_change`: which database, and which table there."""
-    spelled, table = split_source(table) if isinstance(table, str) else (None, table)
-    given = source_of(source)
-    if None not in (spelled, source) and spelled != given:
+    """Read the `table` and `source=` of an `on_change`; return the source and the table's name.
+
+    Raises:
+        SubscriptionError: One of them is wrong, or they name different sources.
+    """
+    prefix, table = split_source(table) if isinstance(table, str) else (None, table)
+    argument = source_of(source)
+    if None not in (prefix, source) and prefix != argument:
         raise SubscriptionError(
-            f"{spelled}:{table} is of the source {spelled!r}, and source= says {given!r}; name one."
+            f"{prefix}:{table} is in the source {prefix!r}, but source= is {argument!r}; name one "
+            "source."
         )
-    return spelled or given, table_name(table)
+    return prefix or argument, table_name(table)
 
 
 def table_name(table: Any) -> TableName:
-    """The name of a table, given in SQL's spelling, as a Django model, or as a SQLAlchemy class or
-    `Table`. Raises `SubscriptionError` for anything else.
+    """Return the name of a table.
+
+    Args:
+        table: Its name in SQL's spelling, a `TableName`, a Django model, or a SQLAlchemy class or
+            `Table`.
+
+    Raises:
+        SubscriptionError: It is something else, or has no table.
     """
     if isinstance(table, str):
         return TableName.parse(table)
     if isinstance(table, TableName):
         return table
     if django_models.is_model(table):
-        return TableName.of_db_table(django_models.db_table(table))
+        return django_models.table_name(table)
     if sqlalchemy_models.is_mapped(table):
-        return TableName(*sqlalchemy_models.table_name(table))
+        return sqlalchemy_models.table_name(table)
     raise SubscriptionError(
         f"on_change takes a table's name, a Django model or a SQLAlchemy table, not {table!r}."
     )
 
 
 def source_of(source: Any) -> str:
-    """Read `source=`; without it the default one."""
+    """Read `source=`; None is the default source, ""."""
     if source is not None and not isinstance(source, str):
         raise SubscriptionError(f"source= is a name in flash_sources, not {source!r}.")
     return source or ""
@@ -174,56 +197,69 @@ def source_of(source: Any) -> str:
 def operations_of(operations: Any) -> Operation:
     """Read `operations`: flags, `"insert|update"`, or an iterable of either."""
     if isinstance(operations, Operation):
-        found = operations
+        flags = operations
     elif isinstance(operations, str):
-        found = _operations_named(operations.split("|"))
+        flags = _parse_operations(operations.split("|"))
     elif isinstance(operations, Iterable):
-        found = Operation(0)
+        flags = Operation(0)
         for operation in operations:
-            found |= operations_of(operation)
+            flags |= operations_of(operation)
     else:
         raise SubscriptionError(f"operations are names or Operation flags, not {operations!r}.")
-    if not found:
-        raise SubscriptionError("on_change has no operation; leave it out to get all of them.")
-    if Operation.MESSAGE in found:
-        raise SubscriptionError("a logical message has no table; declare it by on_message(prefix).")
-    return found
+    if not flags:
+        raise SubscriptionError("operations= names no operation; omit it to get all of them.")
+    if Operation.MESSAGE in flags:
+        raise SubscriptionError("a logical message has no table; use on_message(prefix).")
+    return flags
 
 
-def _operations_named(names: Iterable[str]) -> Operation:
-    found = Operation(0)
+def _parse_operations(names: Iterable[str]) -> Operation:
+    flags = Operation(0)
     for name in names:
         try:
-            found |= Operation[name.strip().upper()]
+            flags |= Operation[name.strip().upper()]
         except KeyError:
             raise SubscriptionError(
                 f"there is no operation {name.strip()!r}; there are: insert, update, delete, "
                 "truncate, all."
             ) from None
-    return found
+    return flags
 
 
 def column_names(argument: str, names: Any, model: Any) -> tuple[str, ...] | None:
-    """Read `fields=` or `key=`; names of a model's fields or attributes become its columns."""
+    """Read `fields=` or `key=`, and convert names of a model's fields or attributes to columns.
+
+    Args:
+        argument: `"fields"` or `"key"`, for the error.
+        names: The names, or None.
+        model: The `table` of the `on_change`.
+
+    Raises:
+        SubscriptionError: They are not a list of names, or the model has no such field.
+    """
     if names is None:
         return None
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise SubscriptionError(f"{argument} is a list of column names, not {names!r}.")
-    found = tuple(dict.fromkeys(column_name(name, model) for name in names))
+    columns = tuple(dict.fromkeys(column_name(name, model) for name in names))
     if isinstance(names, Set):
-        # Its order differs from process to process, and what is declared must not.
-        found = tuple(sorted(found))
-    if not found:
-        raise SubscriptionError(f"{argument} is empty; leave it out, or name a column.")
-    return found
+        # A set's order differs between processes; a subscription must be the same in all of them.
+        columns = tuple(sorted(columns))
+    if not columns:
+        raise SubscriptionError(f"{argument} is empty; omit it, or name a column.")
+    return columns
 
 
 def column_name(name: Any, model: Any) -> str:
-    """The column of a model's field or attribute; any other name as it is."""
+    """Return the column of a model's field or attribute; any other name as it is.
+
+    Raises:
+        SubscriptionError: It is not a string or an attribute, or the model has no such field.
+    """
     if sqlalchemy_models.is_attribute(name) or (
         isinstance(name, str) and sqlalchemy_models.is_mapped(model)
     ):
         return sqlalchemy_models.column_name(name, model)
     if not isinstance(name, str):
-        raise SubscriptionError(f"a column is named by a string, not {name!r}.")
+        raise SubscriptionError(f"a column's name is a string, not {name!r}.")
     return django_models.column_name(name, model) if django_models.is_model(model) else name

@@ -81,7 +81,7 @@ def test_a_childs_own_fields_and_its_pointer_are_in_its_table(models):
     [
         ("Order", "statsu", "sales.Order has no field 'statsu'; did you mean status?"),
         ("UrgentOrder", "colour", "sales.Order has no field 'colour'; there are: id, created, cus"),
-        ("Book", "title", "title is a field of sales.Item, .* handle it by on_change.Item."),
+        ("Book", "title", "title is a field of sales.Item, .* handle it with on_change.Item."),
         ("Item", "buyers", "sales.Item.buyers has no column .* the `through` model"),
         ("Item", "book", "sales.Item has no field 'book'"),
     ],

@@ -187,7 +187,7 @@ def test_a_row_that_does_not_fit_is_a_dead_letter(celery_worker, flash_live, sql
     said = []
     while not any("painted: new of insert public.orders id=4" in one for one in said):
         said.append(str(vars(letters.get(timeout=20))))
-    assert "is no Row: the column colour is not in this change" in said[-1]
+    assert "is not a valid Row: the column colour is not in this change" in said[-1]
 """)
     assert "2 passed" in said, said
     assert project.left() == []

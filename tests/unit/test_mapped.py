@@ -158,7 +158,7 @@ def test_a_class_that_is_mapped_to_a_join_is_refused():
         (Manager.name, Manager, "is a column of public.employees"),
         (Order.status, Manager, "Order.status is a column of sales.orders"),
         (LINES.c.note, Order, "lines.note is a column of public.lines"),
-        (5, Order, "a column is named by a string"),
+        (5, Order, "a column's name is a string"),
     ],
 )
 def test_an_attribute_of_another_table_is_refused(name, table, sentence):

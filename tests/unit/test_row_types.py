@@ -147,7 +147,7 @@ def test_a_row_that_does_not_fit_says_why_and_not_what_it_holds(into, cells, rea
     with pytest.raises(RowError, match=reason) as caught:
         read(into, insert(cells))
     said = str(caught.value)
-    assert f"new of insert public.orders id=5 @0/16B3748 is no {into.__name__}: " in said
+    assert f"new of insert public.orders id=5 @0/16B3748 is not a valid {into.__name__}: " in said
     assert "test_row_types" in said or "lambda" in said
     assert "secret" not in said
     assert caught.value.__suppress_context__
@@ -250,7 +250,7 @@ def test_an_alias_that_is_no_name_is_refused():
     class Nested(pydantic.BaseModel):
         status: str = pydantic.Field(validation_alias=pydantic.AliasPath("a", 0))
 
-    with pytest.raises(SubscriptionError, match="the alias of status is no column's name"):
+    with pytest.raises(SubscriptionError, match="the alias of status is not a column's name"):
         RowType.of(Nested)
 
 

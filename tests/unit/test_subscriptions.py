@@ -73,9 +73,9 @@ def test_a_source_is_a_keyword_too():
 @pytest.mark.parametrize(
     ("table", "source", "sentence"),
     [
-        ("billing:orders", "shipping", "is of the source 'billing', and source= says 'shipping'"),
-        ("billing:orders", "", "is of the source 'billing', and source= says ''"),
-        (":orders", None, "names no source before its colon"),
+        ("billing:orders", "shipping", "is in the source 'billing', but source= is 'shipping'"),
+        ("billing:orders", "", "is in the source 'billing', but source= is ''"),
+        (":orders", None, "has no source before its colon"),
         ("billing:", None, "'' is not a table name"),
         ("billing:a:b", None, "'a:b' is not a table name"),
         ("orders", 5, "source= is a name in flash_sources, not 5"),
