@@ -33,7 +33,7 @@ _NOBODY = (
 )
 
 
-class Catalog:
+class RelationCatalog:
     """The catalog, over an ordinary connection, and what is remembered of it."""
 
     def __init__(

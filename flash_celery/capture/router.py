@@ -23,55 +23,59 @@ from ..protocol import pgoutput
 from ..protocol.lsn import Lsn
 from ..table_name import TableName
 from ..telemetry import Tally, Telemetry
-from .relations import Catalog
+from .relations import RelationCatalog
 from .transitions import Transitions
 
 logger = logging.getLogger(__name__)
 
+#: Takes changes for one subscription.
+Receiver = Callable[[Delivery], object]
 #: Takes neighbouring rows, their transaction and the index of the first.
-Route = Callable[[Sequence[bytes], Transaction, int], None]
+RunReceiver = Callable[[Sequence[bytes], Transaction, int], None]
 #: Marks a message, whose index is not that of a row.
 _MESSAGE_HALF = 3
-_NOBODY: dict[str, Route] = {}
+_NOBODY: dict[str, RunReceiver] = {}
 #: Fields of composite columns that a table's description tells of, and so each of its messages;
 #: a column that goes beyond it is text. A composite of composites can have millions.
 MOST_FIELDS = 2000
 _TAGS = {Operation.INSERT: b"I", Operation.UPDATE: b"U", Operation.DELETE: b"D"}
 
 
-class Destinations(Protocol):
-    """Knows what takes the deliveries of an operation to a subscription."""
+class Sink(Protocol):
+    """Where deliveries go."""
 
-    def __call__(
-        self, subscription: Subscription, operation: Operation
-    ) -> Callable[[Delivery], None]: ...
+    def receiver(self, subscription: Subscription, operation: Operation) -> Receiver:
+        """Return what takes the deliveries of an operation to a subscription.
+
+        It is looked up once per relation and called once per delivery, in the order of the WAL.
+        """
 
 
 class Router:
     """Routes the rows of one replication connection.
 
-    Each destination is given its changes in the order of the WAL.
+    Each receiver of the sink gets its changes in the order of the WAL.
     """
 
     def __init__(
         self,
         subscriptions: Sequence[Subscription],
-        catalog: Catalog,
-        destination: Destinations,
+        catalog: RelationCatalog,
+        sink: Sink,
         telemetry: Telemetry | None = None,
     ) -> None:
         self._subscriptions = subscriptions
         self._handled = frozenset(one.table for one in subscriptions)
         self._catalog = catalog
-        self._destination = destination
+        self._sink = sink
         self._telemetry = telemetry or Telemetry()
         #: What rows are counted under, by their first five bytes.
         self._kinds: dict[bytes, Tally] = {}
         self._unknown = Tally()
         #: By the first five bytes of a row, and by handler.
-        self._routes: dict[bytes, dict[str, Route]] = {}
-        self._truncates: dict[int, list[Route]] = {}
-        self._messages: dict[str, list[Route]] = {}
+        self._routes: dict[bytes, dict[str, RunReceiver]] = {}
+        self._truncates: dict[int, list[RunReceiver]] = {}
+        self._messages: dict[str, list[RunReceiver]] = {}
         for subscription in subscriptions:
             if subscription.prefix is not None:
                 source = subscription.source
@@ -183,8 +187,8 @@ class Router:
 
     def _forward(
         self, subscription: Subscription, operation: Operation, table: Table, half: int = 0
-    ) -> Route:
-        deliver, number = self._destination(subscription, operation), subscription.number
+    ) -> RunReceiver:
+        deliver, number = self._sink.receiver(subscription, operation), subscription.number
 
         def forward(rows: Sequence[bytes], transaction: Transaction, index: int) -> None:
             deliver(Delivery(table, transaction, index, half, number, rows))
@@ -196,10 +200,10 @@ class Router:
         subscription: Subscription,
         table: Table,
         transitions: Transitions,
-    ) -> Route:
+    ) -> RunReceiver:
         judge, number = transitions.judge, subscription.number
         deliver = {
-            one: self._destination(subscription, one)
+            one: self._sink.receiver(subscription, one)
             for one in _TAGS
             if one in subscription.operations
         }
@@ -225,7 +229,7 @@ class Router:
             )
 
 
-def _until(position: Lsn | None, route: Route) -> Route:
+def _until(position: Lsn | None, route: RunReceiver) -> RunReceiver:
     """A partition's former table: it is told of what was committed before this position."""
     if position is None:
         return route
@@ -237,7 +241,7 @@ def _until(position: Lsn | None, route: Route) -> Route:
     return until
 
 
-def _in_turn(first: Route, second: Route) -> Route:
+def _in_turn(first: RunReceiver, second: RunReceiver) -> RunReceiver:
     """Two subscriptions of one handler: it is told of each row before the next one."""
 
     def both(rows: Sequence[bytes], transaction: Transaction, index: int) -> None:

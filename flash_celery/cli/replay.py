@@ -35,7 +35,7 @@ def replay(
             raise ConfigurationError(f"{name} is paused; `flash resume {name}` first.")
         wanted = replaying.span(connection, settings, since, until)
         count = replaying.Count()
-        replaying.read(connection, settings, subscriptions, name, wanted, count.take)
+        replaying.read(connection, settings, subscriptions, name, wanted, count)
         say(f"{name}: {count}.")
         if dry_run or not count.changes:
             return

@@ -19,21 +19,20 @@ from typing import Any
 import psycopg
 
 from ..capture.partition_history import Ancestry
-from ..capture.relations import Catalog
-from ..capture.router import Router
-from ..capture.transactions import Transactions, runs
+from ..capture.pipeline import Pipeline
+from ..capture.relations import RelationCatalog
+from ..capture.router import Receiver, Sink
 from ..changes.change import Operation
 from ..changes.payload import Delivery
 from ..changes.rows import Transaction
 from ..dead_letters import oversize
 from ..errors import CatalogError, ConfigurationError, PublishError
 from ..handlers.subscriptions import Subscription, of_tables
-from ..messages.batcher import Outbox
+from ..messages.batcher import Batcher, BatcherSink
 from ..messages.templates import Templates
 from ..postgres import slots
 from ..postgres.source import Source
 from ..postgres.stream import ReplicationConnection
-from ..protocol import frames
 from ..protocol.lsn import Lsn
 from ..provisioning import publications, replay_slot
 from ..publishing import brokers, declared_queues
@@ -45,7 +44,6 @@ _ASK_SECONDS = 1.0
 #: Bytes that are published together.
 _UNIT_BYTES = 1 << 20
 _EPOCH = datetime(2000, 1, 1, tzinfo=timezone.utc)
-_Take = Callable[[Subscription, Operation, Delivery], object]
 
 
 @dataclass(frozen=True)
@@ -132,15 +130,18 @@ def _bound(connection: psycopg.Connection[Any], text: str) -> Any:
 
 @dataclass
 class Count:
-    """What would be enqueued."""
+    """The sink that only counts what would be enqueued."""
 
     changes: int = 0
     transactions: int = 0
     first: Transaction | None = None
     last: Transaction | None = None
 
-    def take(self, subscription: Subscription, operation: Operation, delivery: Delivery) -> None:
-        """Count some changes."""
+    def receiver(self, subscription: Subscription, operation: Operation) -> Receiver:
+        """Return what counts the changes of a delivery."""
+        return self._add
+
+    def _add(self, delivery: Delivery) -> None:
         self.changes += len(delivery.rows)
         if delivery.transaction != self.last:
             self.transactions += 1
@@ -167,34 +168,55 @@ def _patiently(seconds: float) -> bool:
     return False
 
 
+class _Selection:
+    """The sink that passes on the changes of one handler in a span of transactions."""
+
+    def __init__(self, sink: Sink, handler: str, span: Span) -> None:
+        self._sink = sink
+        self._handler = handler
+        self._span = span
+
+    def receiver(self, subscription: Subscription, operation: Operation) -> Receiver:
+        """Return what passes on deliveries, or what discards those for another handler."""
+        if subscription.handler != self._handler:
+            return self._discard
+        return partial(self._pass_on, self._sink.receiver(subscription, operation))
+
+    def _pass_on(self, receive: Receiver, delivery: Delivery) -> None:
+        if delivery.transaction in self._span:
+            receive(delivery)
+
+    def _discard(self, delivery: Delivery) -> None:
+        """Other handlers have received it already."""
+
+
 def read(
     connection: psycopg.Connection[Any],
     settings: Settings,
     subscriptions: list[Subscription],
     handler: str,
     wanted: Span,
-    take: _Take,
+    sink: Sink,
     pause: Callable[[], object] = bool,
 ) -> None:
-    """Read what is wanted for a handler, whose subscriptions are among these. `pause` is called
-    after each burst. Raises `ReplicationError`, and `ConfigurationError` for what is not held."""
+    """Read what is wanted for a handler, whose subscriptions are among these, into a sink.
+
+    `pause` is called after each run. Raises `ReplicationError`, and `ConfigurationError` for what
+    is not held.
+    """
     if isinstance(wanted.since, Lsn) and wanted.since >= wanted.end:
         return
 
-    def destination(subscription: Subscription, operation: Operation) -> Callable[[Delivery], None]:
-        mine = subscription.handler == handler
-
-        def deliver(delivery: Delivery) -> None:
-            if mine and delivery.transaction in wanted:
-                take(subscription, operation, delivery)
-
-        return deliver
-
     leaves = publications.leaves_of(Source(connection, settings))
-    router = Router(subscriptions, Catalog(connection, Ancestry(leaves)), destination)
+    pipeline = Pipeline(
+        subscriptions,
+        RelationCatalog(connection, Ancestry(leaves)),
+        _Selection(sink, handler, wanted),
+        settings.flash_spool_directory,
+    )
     with (
         closing(ReplicationConnection(settings.require_dsn())) as stream,
-        closing(Transactions(router, settings.flash_spool_directory)) as transactions,
+        closing(pipeline),
     ):
         stream.introduce()
         # Containers have the same process ids, and the last copy may be there still.
@@ -208,26 +230,26 @@ def read(
             wanted.since if isinstance(wanted.since, Lsn) else Lsn(0),
             messages=len(of_tables(subscriptions)) < len(subscriptions),
         )
-        _follow(stream, transactions, wanted.end, pause)
+        _follow(stream, pipeline, wanted.end, pause)
 
 
 def _follow(
     stream: ReplicationConnection,
-    transactions: Transactions,
+    pipeline: Pipeline,
     end: Lsn,
     pause: Callable[[], object],
 ) -> None:
     asked = 0.0
-    while transactions.open or stream.received < end:
+    while pipeline.transactions.open or stream.received < end:
         if time.monotonic() - asked > _ASK_SECONDS:
             asked = time.monotonic()
             # As received, so that the server says at once where it is.
             stream.send_status(stream.received, stream.received, stream.received, reply=True)
         select.select([stream], [], [], _ASK_SECONDS)
-        for kind, run in runs(stream.receive()):
-            if kind[0] != frames.KEEPALIVE:
-                transactions.receive(kind, run)
-                pause()
+        pipeline.feed(stream.receive())
+        while pipeline.pending:
+            pipeline.advance()
+            pause()
 
 
 def enqueue(
@@ -245,7 +267,7 @@ def enqueue(
     source = f"{system}/{settings.flash_replication_slot}"
     templates = Templates(app, settings, subscriptions, source)
     dead = declared_queues.queue(app, settings.flash_dead_queue)
-    outbox = Outbox(partial(oversize.letter, app, settings.flash_dead_queue))
+    batcher = Batcher(partial(oversize.letter, app, settings.flash_dead_queue))
     fitted = partial(oversize.fitting, app, settings.flash_dead_queue, templates)
     count = 0
     with closing(brokers.for_app(app)) as publisher:
@@ -253,15 +275,12 @@ def enqueue(
         publisher.open(queues)
         limit = Backpressure(settings.flash_max_queue_length, publisher.depth, dead.name)
 
-        def take(subscription: Subscription, operation: Operation, delivery: Delivery) -> None:
-            outbox.add(templates[subscription, operation], delivery)
-
         def publish(everything: bool = False) -> None:
             nonlocal count
-            if outbox.size < _UNIT_BYTES and not everything:
+            if batcher.size < _UNIT_BYTES and not everything:
                 return
             # Batches wait until they are full.
-            messages = outbox.collect(everything, float("inf")).messages
+            messages = batcher.collect(everything, float("inf")).messages
             while messages:
                 some = limit.admit(messages, _patiently)
                 try:
@@ -276,6 +295,7 @@ def enqueue(
                 messages = messages[some:]
                 count += some
 
-        read(connection, settings, subscriptions, handler, wanted, take, publish)
+        sink = BatcherSink(batcher, templates)
+        read(connection, settings, subscriptions, handler, wanted, sink, publish)
         publish(everything=True)
     return count

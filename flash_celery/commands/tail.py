@@ -12,9 +12,9 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from ..capture.relations import Catalog
-from ..capture.router import Router
-from ..capture.transactions import Transactions, runs
+from ..capture.pipeline import Pipeline
+from ..capture.relations import RelationCatalog
+from ..capture.router import Receiver
 from ..changes.change import Change, Delete, Insert, Operation, Update
 from ..changes.payload import Delivery, changes_of
 from ..changes.rows import UNCHANGED
@@ -24,7 +24,6 @@ from ..postgres import catalog
 from ..postgres.catalog import CatalogTable
 from ..postgres.connection import connect
 from ..postgres.stream import ReplicationConnection
-from ..protocol import frames
 from ..provisioning.ddl import Step, apply
 from ..provisioning.publications import REWRITES
 from ..table_name import TableName
@@ -102,6 +101,20 @@ def _plan(
     return steps, subscriptions
 
 
+class _ChangesSink:
+    """The sink that keeps changes until they are shown."""
+
+    def __init__(self) -> None:
+        self.changes: list[Change] = []
+
+    def receiver(self, subscription: Subscription, operation: Operation) -> Receiver:
+        """Return what keeps the changes of a delivery."""
+        return self._keep
+
+    def _keep(self, delivery: Delivery) -> None:
+        self.changes += changes_of(delivery)
+
+
 def _follow(
     stream: ReplicationConnection,
     connection: psycopg.Connection[Any],
@@ -109,31 +122,24 @@ def _follow(
     show: Callable[[Change], bool],
     control: Control,
 ) -> None:
-    pending: list[Change] = []
-
-    def destination(subscription: Subscription, operation: Operation) -> Callable[[Delivery], None]:
-        return lambda delivery: pending.extend(changes_of(delivery))
-
-    router = Router(subscriptions, Catalog(connection), destination)
-    transactions = Transactions(router)
+    sink = _ChangesSink()
+    pipeline = Pipeline(subscriptions, RelationCatalog(connection), sink)
     told = time.monotonic()
     sockets: list[Any] = [stream, control]
     while not control.stopping:
         select.select(sockets, [], [], _STATUS_SECONDS)
-        asked = False
-        for kind, run in runs(stream.receive()):
-            if kind[0] == frames.KEEPALIVE:
-                asked |= any(frames.keepalive(frame).reply for frame in run)
-            else:
-                transactions.receive(kind, run)
-            for change in pending:
+        pipeline.feed(stream.receive())
+        while pipeline.pending:
+            pipeline.advance()
+            for change in sink.changes:
                 if not show(change):
                     return
-            pending.clear()
+            sink.changes.clear()
         position = stream.received
-        if asked or time.monotonic() - told >= _STATUS_SECONDS:
+        if pipeline.reply_requested or time.monotonic() - told >= _STATUS_SECONDS:
             stream.send_status(position, position, position)
             told = time.monotonic()
+            pipeline.reply_requested = False
 
 
 def _names(connection: psycopg.Connection[Any], name: str) -> list[str]:

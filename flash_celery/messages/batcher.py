@@ -6,13 +6,17 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
+from ..capture.router import Receiver
+from ..changes.change import Operation
 from ..changes.payload import Delivery
+from ..handlers.subscriptions import Subscription
 from ..protocol.lsn import Lsn
 from ..telemetry import Route
-from .deduplication import Enqueued
-from .templates import Message, Template
+from .deduplication import Deduplicator
+from .templates import Message, Template, Templates
 
 #: Bytes of rows in one batch; a single row may have more.
 BATCH_BYTES = 4 << 20
@@ -20,7 +24,7 @@ BATCH_BYTES = 4 << 20
 MESSAGE_BYTES = 1000
 
 
-class Unit(NamedTuple):
+class PublishBatch(NamedTuple):
     """Messages, and the position that may be acknowledged once they are confirmed."""
 
     messages: list[Message]
@@ -74,7 +78,7 @@ class _Batch:
         return rows, size
 
 
-class Outbox:
+class Batcher:
     """Collects what one session has read, in order.
 
     `too_large` makes the message that stands for a change which no broker would take.
@@ -92,21 +96,21 @@ class Outbox:
         self.size = 0
         self._batches: dict[Template, _Batch] = {}
         self._committed = Lsn(0)
-        self._enqueued: Enqueued | None = None
+        self._deduplicator: Deduplicator | None = None
         self._counts: defaultdict[Route, int] = defaultdict(int)
         self._letters = False
 
-    def skip(self, enqueued: Enqueued) -> None:
+    def deduplicate(self, deduplicator: Deduplicator) -> None:
         """Leave out what earlier sessions have enqueued."""
-        self._enqueued = enqueued
+        self._deduplicator = deduplicator
 
     def add(self, template: Template, delivery: Delivery, route: Route | None = None) -> None:
         """Take changes for one task, to be counted under `route`."""
-        if self._enqueued is not None:
-            rest = self._enqueued.rest(template.key, delivery)
-            if rest is None:
+        if self._deduplicator is not None:
+            remaining = self._deduplicator.filter(template.key, delivery)
+            if remaining is None:
                 return
-            delivery = rest
+            delivery = remaining
         if max(map(len, delivery.rows)) > template.most:
             self._sift(template, delivery, route)
         else:
@@ -149,8 +153,8 @@ class Outbox:
     def commit(self, position: Lsn) -> None:
         """Everything up to here has been added."""
         self._committed = position
-        if self._enqueued is not None and position > self._enqueued.until:
-            self._enqueued = None
+        if self._deduplicator is not None and position > self._deduplicator.watermark:
+            self._deduplicator = None
 
     def collect(
         self,
@@ -158,7 +162,7 @@ class Outbox:
         held: float = 0.0,
         committed: float = 0.0,
         latest: float = 0.0,
-    ) -> Unit:
+    ) -> PublishBatch:
         """What can leave now: batches only if they were due `held` seconds ago, or `everything`.
 
         `committed` and `latest` are when its oldest and its last change were.
@@ -169,7 +173,7 @@ class Outbox:
                 self._release(template)
         since = [batch.since for batch in self._batches.values()]
         position = min([self._committed, *since])
-        unit = Unit(
+        unit = PublishBatch(
             *(self._messages, position, self.size, self._counts, committed, latest, self._letters)
         )
         self._messages, self.size, self._counts = [], 0, defaultdict(int)
@@ -191,3 +195,17 @@ class Outbox:
         for message in messages:
             self._messages.append(message)
             self.size += len(message.body) + MESSAGE_BYTES
+
+
+class BatcherSink:
+    """The sink of a pipeline whose deliveries become the messages of a batcher."""
+
+    def __init__(self, batcher: Batcher, templates: Templates) -> None:
+        self._batcher = batcher
+        self._templates = templates
+
+    def receiver(self, subscription: Subscription, operation: Operation) -> Receiver:
+        """Return what adds deliveries to the batcher, with the template for them."""
+        template = self._templates[subscription, operation]
+        route = self._templates.route(subscription, operation)
+        return partial(self._batcher.add, template, route=route)

@@ -21,10 +21,10 @@ from ..protocol.lsn import Lsn
 
 #: The last change that one subscription of a template was told of: its transaction's commit LSN,
 #: its ordinal and half. Plain tuples, for there is one in every message.
-Mark: TypeAlias = tuple[int, int, int]
+Watermark: TypeAlias = tuple[int, int, int]
 #: Which changes are in a message: the last one of each subscription, by its number, and the
 #: identities of the transactions.
-Covered: TypeAlias = tuple[Collection[tuple[int, Mark]], Collection[int]]
+Covered: TypeAlias = tuple[Collection[tuple[int, Watermark]], Collection[int]]
 NOTHING: Covered = (), ()
 #: Linux' monotonic clock stands still while the host is suspended, and leases run out meanwhile.
 _CLOCK: int | None = getattr(time, "CLOCK_BOOTTIME", None)
@@ -59,19 +59,19 @@ class Lease:
     until: float = math.inf
 
 
-class Enqueued:
+class Deduplicator:
     """What earlier sessions have enqueued and may not have acknowledged."""
 
     def __init__(
-        self, marks: Mapping[tuple[str, int], Mark], transactions: Collection[int]
+        self, marks: Mapping[tuple[str, int], Watermark], transactions: Collection[int]
     ) -> None:
         self._marks = marks
         self._transactions = transactions
         #: No change of a later transaction is among them.
-        self.until = max((mark[0] for mark in marks.values()), default=0)
+        self.watermark = max((mark[0] for mark in marks.values()), default=0)
 
-    def rest(self, template: str, delivery: Delivery) -> Delivery | None:
-        """What of a delivery is not enqueued yet; None if everything is."""
+    def filter(self, template: str, delivery: Delivery) -> Delivery | None:
+        """Return the part of a delivery that is not enqueued yet; None if all of it is."""
         mark = self._marks.get((template, delivery.number))
         transaction = delivery.transaction
         if mark is None or transaction.commit_lsn > mark[0]:

@@ -22,7 +22,7 @@ from ..changes.rows import Transaction
 from ..handlers.subscriptions import Batch, Subscription
 from ..settings import Settings
 from ..telemetry import Route, route
-from .deduplication import NOTHING, Covered, Mark, identity
+from .deduplication import NOTHING, Covered, Watermark, identity
 from .task_options import resolve
 
 #: What of a key gets into a log line.
@@ -299,7 +299,7 @@ def _each_covered(delivery: Delivery) -> list[Covered]:
 
 def _covered(deliveries: Sequence[Delivery]) -> Covered:
     """In little memory: a batch may hold thousands of transactions."""
-    marks: dict[int, Mark] = {}
+    marks: dict[int, Watermark] = {}
     transactions: dict[Transaction, None] = {}
     for _, transaction, ordinal, half, number, rows in deliveries:
         marks[number] = transaction.commit_lsn, ordinal + len(rows) - 1, half

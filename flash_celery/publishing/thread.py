@@ -15,8 +15,8 @@ from typing import Any
 
 from ..backoff import delays
 from ..errors import ConfirmedLost, PublishError, TakenOver
-from ..messages.batcher import MESSAGE_BYTES, Unit
-from ..messages.deduplication import Enqueued, Lease, now
+from ..messages.batcher import MESSAGE_BYTES, PublishBatch
+from ..messages.deduplication import Deduplicator, Lease, now
 from ..messages.templates import Message
 from ..protocol.lsn import Lsn
 from ..telemetry import Telemetry
@@ -74,12 +74,12 @@ class Publishing(threading.Thread):
         self._confirmed = confirmed
         self._failed = failed
         self._idle_seconds = idle_seconds
-        self._units: deque[Unit] = deque()
+        self._units: deque[PublishBatch] = deque()
         #: What is being delivered.
-        self._taken: list[Unit] = []
+        self._taken: list[PublishBatch] = []
         self._lease = Lease("", "")
         self._hold_queues = HoldQueues()
-        self._claim: Callable[[Enqueued], None] | None = None
+        self._claim: Callable[[Deduplicator], None] | None = None
         self._changed = threading.Condition()
         self._size = 0
         self._working = False
@@ -93,7 +93,7 @@ class Publishing(threading.Thread):
     def claim(
         self,
         lease: Lease,
-        enqueued: Callable[[Enqueued], None],
+        enqueued: Callable[[Deduplicator], None],
         hold_queues: HoldQueues = HoldQueues(),  # noqa: B008 - a tuple
     ) -> None:
         """Begin a session, which has no room before the broker has agreed and what is to leave a
@@ -106,7 +106,7 @@ class Publishing(threading.Thread):
             self._opened = self._opened and not hold_queues.queues
             self._changed.notify_all()
 
-    def put(self, unit: Unit) -> None:
+    def put(self, unit: PublishBatch) -> None:
         """Take a unit; never blocks."""
         with self._changed:
             self._units.append(unit)
@@ -176,7 +176,7 @@ class Publishing(threading.Thread):
                 self._working = False
                 self._changed.notify_all()
 
-    def _next(self) -> tuple[int, list[Unit]] | None:
+    def _next(self) -> tuple[int, list[PublishBatch]] | None:
         """What to deliver; nothing where a claim comes first, or there is none for a while."""
         with self._changed:
             self._changed.wait_for(
@@ -229,7 +229,7 @@ class Publishing(threading.Thread):
         if not more:
             logger.info("Moved %d messages from %s, back to their queues", moved, queue.name)
 
-    def _deliver(self, generation: int, units: Sequence[Unit]) -> None:
+    def _deliver(self, generation: int, units: Sequence[PublishBatch]) -> None:
         messages = self._fitted([message for unit in units for message in unit.messages])
         if self._dead is not None and any(unit.letters for unit in units):
             self._declare_dead()
@@ -264,7 +264,7 @@ class Publishing(threading.Thread):
         self._opened = False
         self._publisher.close()
 
-    def _count(self, units: Sequence[Unit], messages: int) -> None:
+    def _count(self, units: Sequence[PublishBatch], messages: int) -> None:
         telemetry = self._telemetry
         telemetry.messages += messages
         telemetry.bytes += sum(unit.size for unit in units) - MESSAGE_BYTES * messages

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from kombu import compression
 from kombu.utils.json import loads
 
 from ..capture.partition_history import Ancestors
-from ..capture.relations import Catalog
+from ..capture.relations import RelationCatalog
 from ..capture.router import Router
-from ..changes.change import Change, Changes, LogicalMessage, Operation, Truncate
+from ..changes.change import Change, Changes, LogicalMessage, Truncate
 from ..changes.payload import Delivery, delivery_of
 from ..conditions.lookups import Cells, Condition
 from ..dead_letters.oversize import error_of
 from ..errors import SubscriptionError
 from ..handlers.decorators import subscriptions_of
 from ..handlers.subscriptions import Subscription
-from ..messages.batcher import Outbox
+from ..messages.batcher import Batcher, BatcherSink
 from ..messages.templates import Message, Template, Templates
 from ..postgres.catalog import CatalogColumn, CatalogTable
 from ..postgres.column_types import TypeDescription
@@ -101,27 +100,22 @@ class Flash:
         change lacks a column that a handler names, or a condition only PostgreSQL can judge, and
         `ChangeTooLarge` for what would become a dead letter.
         """
-        outbox = Outbox(_refuse)
+        batcher = Batcher(_refuse)
         for change in changes:
-            self._route(change, outbox)
-        return [read(message) for message in outbox.collect(everything=True).messages]
+            self._route(change, batcher)
+        return [read(message) for message in batcher.collect(everything=True).messages]
 
     def apply(self, *changes: Change[Any]) -> list[Run]:
         """Run each of them in this process, as `task.apply` does, and say what came of it."""
         return [run(self._app, one) for one in self.enqueued(*changes)]
 
-    def _route(self, change: Change[Any], outbox: Outbox) -> None:
+    def _route(self, change: Change[Any], batcher: Batcher) -> None:
         wanted = [one for one in self._subscriptions if one.source == change.source]
         mine = [one for one in wanted if _is_about(one, change)]
         for subscription in mine:
             _require(subscription, change)
 
-        def destination(
-            subscription: Subscription, operation: Operation
-        ) -> Callable[[Delivery], None]:
-            return partial(outbox.add, self._templates[subscription, operation])
-
-        router = Router(mine, _Described(change, mine), destination)
+        router = Router(mine, _Described(change, mine), BatcherSink(batcher, self._templates))
         delivery = delivery_of(change)
         (row,), transaction, index = delivery.rows, delivery.transaction, delivery.ordinal
         if isinstance(change, LogicalMessage):
@@ -199,7 +193,7 @@ def _relation(change: Change[Any]) -> pgoutput.Relation:
     return pgoutput.Relation(None, _OID, schema, name, source.identity, tuple(columns))
 
 
-class _Described(Catalog):
+class _Described(RelationCatalog):
     """A catalog that knows what a change tells of its table."""
 
     def __init__(self, change: Change[Any], subscriptions: Iterable[Subscription]) -> None:

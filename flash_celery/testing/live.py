@@ -18,8 +18,7 @@ from celery import signals
 from ..commands import reset
 from ..errors import ConfigurationError
 from ..handlers.decorators import subscriptions_of
-from ..messages.deduplication import Enqueued as Known
-from ..messages.deduplication import Lease
+from ..messages.deduplication import Deduplicator, Lease
 from ..messages.templates import Message
 from ..postgres.connection import connect
 from ..publishing import brokers
@@ -208,7 +207,7 @@ class _Recorder:
         """Connect."""
         self._publisher.open(queues)
 
-    def claim(self, lease: Lease) -> Known:
+    def claim(self, lease: Lease) -> Deduplicator:
         """Begin a session."""
         return self._publisher.claim(lease)
 

@@ -20,6 +20,8 @@ from typing import Any
 import psycopg
 
 from ..backoff import delays
+from ..capture.pipeline import Pipeline
+from ..capture.relations import RelationCatalog
 from ..dead_letters import oversize
 from ..errors import (
     ConfirmedLost,
@@ -34,7 +36,7 @@ from ..errors import (
 )
 from ..escaping import escaped
 from ..handlers.subscriptions import Subscription, of_tables
-from ..messages.batcher import Outbox
+from ..messages.batcher import Batcher, BatcherSink
 from ..messages.deduplication import Lease
 from ..messages.templates import Templates
 from ..postgres import slots
@@ -242,22 +244,29 @@ class Replicator:
     def _session(
         self, stream: ReplicationConnection, connection: psycopg.Connection[Any]
     ) -> Session:
+        batcher = Batcher(partial(oversize.letter, self._app, self._settings.flash_dead_queue))
+        pipeline = Pipeline(
+            self._templates.subscriptions,
+            RelationCatalog(connection, self._provisioning.ancestry),
+            BatcherSink(batcher, self._templates),
+            self._settings.flash_spool_directory,
+            self.telemetry,
+        )
         return Session(
             stream,
             connection,
-            self._templates,
+            pipeline,
             self._publishing,
             self._progress,
             self.control,
             self._settings,
-            self._provisioning.ancestry,
             self._provisioning.altered,
             Watch(
                 *(connection, stream.pid, self._settings, self._progress),
                 telemetry=self.telemetry,
             ),
             self._lease(),
-            Outbox(partial(oversize.letter, self._app, self._settings.flash_dead_queue)),
+            batcher,
             self._holding.hold_queues,
             partial(self._holding.altered, connection),
             self._holding.source,

@@ -5,28 +5,19 @@ from __future__ import annotations
 import logging
 import select
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import psycopg
 from psycopg.errors import AdminShutdown
 
-from ..capture.partition_history import Ancestry
-from ..capture.relations import Catalog
-from ..capture.router import Router
-from ..capture.transactions import Transactions, runs
-from ..changes.change import Operation
-from ..changes.payload import Delivery
+from ..capture.pipeline import Pipeline
 from ..errors import ReplicationError
-from ..handlers.subscriptions import Subscription
 from ..messages import deduplication
-from ..messages.batcher import Outbox
+from ..messages.batcher import Batcher
 from ..messages.deduplication import Lease
-from ..messages.templates import Templates
 from ..postgres.stream import ReplicationConnection
 from ..progress import Progress
-from ..protocol import frames
 from ..protocol.lsn import Lsn
 from ..publishing.hold_queues import HoldQueues
 from ..publishing.thread import Publishing
@@ -57,16 +48,15 @@ class Session:
         self,
         stream: ReplicationConnection,
         connection: psycopg.Connection[Any],
-        templates: Templates,
+        pipeline: Pipeline,
         publishing: Publishing,
         progress: Progress,
         control: Control,
         settings: Settings,
-        ancestry: Ancestry,
         tables_changed: Callable[[], bool],
         watch: Watch,
         lease: Lease,
-        outbox: Outbox,
+        batcher: Batcher,
         hold_queues: HoldQueues,
         noted_otherwise: Callable[[], bool],
         paused: bool = False,
@@ -80,26 +70,10 @@ class Session:
         self._settings = settings
         self._lease = lease
         self._telemetry = telemetry or Telemetry()
-        self._outbox = outbox
-        self._outbox.commit(progress.confirmed)
-
-        def destination(
-            subscription: Subscription, operation: Operation
-        ) -> Callable[[Delivery], None]:
-            route = templates.route(subscription, operation)
-            template, add = templates[subscription, operation], self._outbox.add
-
-            def deliver(delivery: Delivery) -> None:
-                add(template, delivery, route)
-
-            return deliver
-
-        router = Router(
-            templates.subscriptions, Catalog(connection, ancestry), destination, self._telemetry
-        )
-        self._transactions = Transactions(router, settings.flash_spool_directory)
-        #: What has arrived and waits for a spooled transaction to be replayed.
-        self._runs: deque[tuple[bytes, list[bytes]]] = deque()
+        self._batcher = batcher
+        self._batcher.commit(progress.confirmed)
+        self._pipeline = pipeline
+        self._transactions = pipeline.transactions
         self._look = tables_changed
         self._hold_queues = hold_queues
         self._noted_otherwise = noted_otherwise
@@ -125,7 +99,7 @@ class Session:
         Until somebody stops it, pauses or resumes something, or a table has been made anew or got
         a partition: then the publications need another look. Raises `ReplicationError`.
         """
-        self._publishing.claim(self._lease, self._outbox.skip, self._hold_queues)
+        self._publishing.claim(self._lease, self._batcher.deduplicate, self._hold_queues)
         if not self._paused:
             # What came together with the answer to START_REPLICATION makes no socket readable.
             self._receive()
@@ -144,7 +118,7 @@ class Session:
             self._turn()
 
     def _turn(self) -> None:
-        behind = bool(self._runs) or self._transactions.replaying
+        behind = self._pipeline.pending
         reading = self._publishing.has_room and not behind and not self._paused
         self._reading = reading
         sockets: list[Any] = [self._control, self._connection]
@@ -177,7 +151,7 @@ class Session:
 
     def _receive(self) -> None:
         self._heard = time.monotonic()
-        self._runs.extend(runs(self._stream.receive()))
+        self._pipeline.feed(self._stream.receive())
         self._progress.receive(self._stream.received)
 
     def _renew_lease(self) -> None:
@@ -215,36 +189,20 @@ class Session:
         if behind and self._publishing.has_room:
             return 0.0
         due = min(self._told + self._interval, self._looked + _LOOK_SECONDS)
-        if self._outbox.due is not None:
-            due = min(due, self._outbox.due + self._held)
+        if self._batcher.due is not None:
+            due = min(due, self._batcher.due + self._held)
         return max(0.0, due - time.monotonic())
 
     def _work(self) -> bool:
         """Take what has arrived, a unit's worth of it; whether the server asks for an answer."""
-        arrived, transactions, outbox = self._runs, self._transactions, self._outbox
-        asked = False
+        pipeline, batcher = self._pipeline, self._batcher
+        pipeline.reply_requested = False
         ends = time.monotonic() + _TURN_SECONDS
-        while outbox.size < _UNIT_BYTES and time.monotonic() < ends:
-            if transactions.replaying:
-                end = transactions.replay()
-            elif arrived:
-                kind, run = arrived.popleft()
-                if kind[0] == frames.KEEPALIVE:
-                    for one in run:
-                        asked = self._keepalive(frames.keepalive(one)) or asked
-                    continue
-                end = transactions.receive(kind, run)
-            else:
-                break
-            if end is not None:
-                outbox.commit(end)
-        return asked
-
-    def _keepalive(self, keepalive: frames.Keepalive) -> bool:
-        if not self._transactions.open:
-            # Everything committed before this position has been sent.
-            self._outbox.commit(keepalive.wal_end)
-        return keepalive.reply
+        while pipeline.pending and batcher.size < _UNIT_BYTES and time.monotonic() < ends:
+            position = pipeline.advance()
+            if position is not None:
+                batcher.commit(position)
+        return pipeline.reply_requested
 
     @property
     def _held(self) -> float:
@@ -254,11 +212,11 @@ class Session:
     def close(self) -> None:
         """Let go of what was spooled."""
         self._telemetry.spooled, self._telemetry.held_back = 0, None
-        self._transactions.close()
+        self._pipeline.close()
 
     def _hand_over(self, everything: bool = False) -> None:
         transactions = self._transactions
-        unit = self._outbox.collect(
+        unit = self._batcher.collect(
             *(everything, self._held, unix(transactions.oldest), unix(transactions.committed_at))
         )
         transactions.oldest = transactions.committed_at if transactions.open else 0

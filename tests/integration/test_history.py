@@ -71,7 +71,7 @@ def test_what_is_not_held_cannot_be_replayed(flash):
     wanted = span(flash, now)
     settings, subscriptions = Settings.from_app(flash.app), subscriptions_of(flash.app)
     with flash.database.connect() as connection:
-        replay.read(connection, settings, subscriptions, "handler", wanted, count.take)
+        replay.read(connection, settings, subscriptions, "handler", wanted, count)
     assert (count.changes, count.transactions) == (2, 2)
     assert count.first.commit_lsn < count.last.commit_lsn < wanted.end
     assert levels(flash, flash_replay_window=0) == [WARNING]
@@ -153,7 +153,7 @@ def test_what_was_held_when_it_was_looked_for_and_is_no_more(flash):
     with flash.database.connect() as connection:
         replay_slot._note(Source(connection, settings), before._replace(lsn=wanted.end))
         with pytest.raises(ConfigurationError, match="is before what is held"):
-            replay.read(connection, settings, subscriptions, "handler", wanted, print)
+            replay.read(connection, settings, subscriptions, "handler", wanted, replay.Count())
 
 
 def test_somebody_elses_slot_is_left_alone(flash):

@@ -3,13 +3,14 @@
 import itertools
 import os
 from functools import partial
+from types import SimpleNamespace
 
 import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flash_celery.capture.relations import Catalog
+from flash_celery.capture.relations import RelationCatalog
 from flash_celery.capture.router import Router
 from flash_celery.capture.transactions import Transactions, runs
 from flash_celery.changes.payload import changes_of
@@ -392,7 +393,7 @@ def read(connection, prefix, subscriptions):
     """What the handlers are told, without the numbers of rows, and how many rows were sent."""
     told = []
 
-    def destination(subscription, operation):
+    def receiver(subscription, operation):
         return partial(deliver, subscription.handler, operation)
 
     def deliver(handler, operation, delivery):
@@ -402,7 +403,8 @@ def read(connection, prefix, subscriptions):
             origin = change.xid, change.commit_lsn, change.half
             told.append((handler, operation, dict(change.key), rows, change.changed, origin))
 
-    transactions = Transactions(Router(subscriptions, Catalog(connection), destination))
+    sink = SimpleNamespace(receiver=receiver)
+    transactions = Transactions(Router(subscriptions, RelationCatalog(connection), sink))
     messages = [
         data
         for (data,) in connection.execute(

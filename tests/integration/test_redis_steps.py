@@ -199,7 +199,7 @@ def test_a_step_that_fails_is_done_again_and_never_acknowledged(new_session, wha
         assert found(client) == [1, 3]  # nothing is there from the first attempt
         assert found(client, "other") == [2]
         _, enqueued = new_session(own.port)
-        assert enqueued.until == 3
+        assert enqueued.watermark == 3
 
 
 def test_a_crash_after_a_push_that_failed(client, valkey, new_session):
@@ -210,7 +210,7 @@ def test_a_crash_after_a_push_that_failed(client, valkey, new_session):
         publisher.publish([message(2), message(3, "other")])
     client.delete("other")
     _, enqueued = new_session(valkey.port)
-    assert enqueued.until == 1
+    assert enqueued.watermark == 1
 
 
 @pytest.mark.parametrize("asks", ["at once", "after a lost reply"])
@@ -245,7 +245,7 @@ def test_the_next_session_of_a_process_finds_out_what_redis_has_lost(publisher, 
     with pytest.raises(ConfirmedLost):
         publisher.claim(Lease("1.slot", "same"))
     # Said once; and what is there is known.
-    assert publisher.claim(Lease("1.slot", "same")).until == client.llen("flash")
+    assert publisher.claim(Lease("1.slot", "same")).watermark == client.llen("flash")
     publisher.publish([message(3)])
     assert found(client)[-1] == 3
 
@@ -268,7 +268,7 @@ def test_a_redis_that_is_as_it_was_in_an_earlier_session_has_lost_the_last_push(
     with pytest.raises(ConfirmedLost, match="committed from 0/1 on may be missing"):
         ask[asks]()
     # Said once.
-    assert publisher.claim(Lease("1.slot", "same")).until == 1
+    assert publisher.claim(Lease("1.slot", "same")).watermark == 1
     publisher.publish([message(2), message(3)])
     assert found(client) == [1, 2, 3]
 
@@ -277,8 +277,8 @@ def test_the_next_session_may_follow_another_ones(publisher, client, valkey, new
     publisher.publish([message(1)])
     other, _ = new_session(valkey.port)
     other.publish([message(2)])
-    assert publisher.claim(Lease("1.slot", "same")).until == 2
-    assert publisher.claim(Lease("1.slot", "same")).until == 2
+    assert publisher.claim(Lease("1.slot", "same")).watermark == 2
+    assert publisher.claim(Lease("1.slot", "same")).watermark == 2
 
 
 def test_a_stale_owner_moves_nothing_out_of_a_parking_queue(client, valkey, new_session):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import psycopg
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg.types.json import Jsonb
 
-from flash_celery.capture.relations import Catalog
+from flash_celery.capture.relations import RelationCatalog
 from flash_celery.capture.router import Router
 from flash_celery.capture.transactions import Transactions, runs
 from flash_celery.changes import payload
@@ -99,8 +100,8 @@ class Reader:
         subscription = Subscription("test", TableName("public", "everything"))
         router = Router(
             [subscription],
-            Catalog(connection),
-            lambda one, operation: self.found.append,
+            RelationCatalog(connection),
+            SimpleNamespace(receiver=lambda subscription, operation: self.found.append),
         )
         self.transactions = Transactions(router)
 

@@ -19,7 +19,7 @@ from flash_celery.changes.change import Changes, Insert, Operation
 from flash_celery.changes.payload import Delivery
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.handlers.decorators import subscriptions_of
-from flash_celery.messages.batcher import Unit
+from flash_celery.messages.batcher import PublishBatch
 from flash_celery.messages.templates import Form, Message, Templates
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
@@ -101,7 +101,7 @@ def spans(app):
 def published(messages, publisher=None):
     publisher, ended = publisher or MemoryPublisher(), []
     thread = Publishing(publisher, [Queue("flash")], lambda position: thread.end(), ended.append)
-    thread.put(Unit(messages, Lsn(1), 1))
+    thread.put(PublishBatch(messages, Lsn(1), 1))
     thread.start()
     thread.join(10)
     assert not ended
@@ -202,7 +202,7 @@ def test_given_up_units_say_so(template, heard):
     publisher = MemoryPublisher()
     publisher.broken = True
     thread = Publishing(publisher, [Queue("flash")], lambda _: None, lambda _: None)
-    thread.put(Unit(template().each(delivery(1)), Lsn(1), 1))
+    thread.put(PublishBatch(template().each(delivery(1)), Lsn(1), 1))
     thread.start()
     deadline = time.monotonic() + 10
     while not heard and time.monotonic() < deadline:

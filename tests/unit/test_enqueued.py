@@ -4,7 +4,7 @@ import pytest
 
 from flash_celery.changes.payload import Delivery
 from flash_celery.changes.rows import Transaction
-from flash_celery.messages.deduplication import Enqueued, identity
+from flash_celery.messages.deduplication import Deduplicator, identity
 from flash_celery.protocol.lsn import Lsn
 
 
@@ -13,7 +13,7 @@ def delivery(lsn=100, rows="abcd", ordinal=0, half=0, number=0, committed_at=1):
 
 
 def enqueued(mark, *known, number=0):
-    return Enqueued({("one", number): mark}, {identity(one.transaction) for one in known})
+    return Deduplicator({("one", number): mark}, {identity(one.transaction) for one in known})
 
 
 def left(found):
@@ -38,17 +38,17 @@ def left(found):
 )
 def test_what_is_left(mark, given, rest):
     one = delivery(**given)
-    assert left(enqueued(mark, one).rest("one", one)) == rest
+    assert left(enqueued(mark, one).filter("one", one)) == rest
 
 
 def test_another_template_or_subscription_is_another_matter():
     one = delivery()
     known = enqueued((200, 0, 0), one)
-    assert known.rest("two", one) == one
-    assert known.rest("one", delivery(number=1)).rows == list("abcd")
+    assert known.filter("two", one) == one
+    assert known.filter("one", delivery(number=1)).rows == list("abcd")
 
 
 @pytest.mark.parametrize("given", [{"lsn": 99}, {"committed_at": 2}])
 def test_a_transaction_of_another_history_is_enqueued(given):
     known = enqueued((200, 0, 0), delivery())
-    assert left(known.rest("one", delivery(**given))) == (0, "abcd")
+    assert left(known.filter("one", delivery(**given))) == (0, "abcd")

@@ -6,7 +6,7 @@ from flash_celery.changes.change import Operation
 from flash_celery.changes.payload import Delivery
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.handlers.decorators import subscriptions_of
-from flash_celery.messages.batcher import Outbox
+from flash_celery.messages.batcher import Batcher
 from flash_celery.messages.templates import Templates
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
@@ -47,7 +47,7 @@ def ids(message):
 
 
 def test_each_change_is_a_message_in_order(app):
-    outbox, one = Outbox(None), template(app)
+    outbox, one = Batcher(None), template(app)
     for number in (1, 2, 3):
         outbox.add(one, delivery(number))
         outbox.commit(Lsn(number * 16 + 8))
@@ -58,7 +58,7 @@ def test_each_change_is_a_message_in_order(app):
 
 
 def test_a_batch_holds_what_came_together(app):
-    outbox, batch = Outbox(None), template(app, batch=2)
+    outbox, batch = Batcher(None), template(app, batch=2)
     for number in (1, 2, 3):
         outbox.add(batch, delivery(number))
         outbox.commit(Lsn(number * 16 + 8))
@@ -71,7 +71,7 @@ def test_a_batch_that_waits_holds_the_position_before_its_first_change(app):
     from flash_celery import Batch
 
     clock = Clock()
-    outbox, batch = Outbox(None, clock), template(app, batch=Batch(10, wait=5))
+    outbox, batch = Batcher(None, clock), template(app, batch=Batch(10, wait=5))
     outbox.commit(Lsn(8))
     outbox.add(batch, delivery(1))
     outbox.commit(Lsn(24))
@@ -91,21 +91,21 @@ def test_a_batch_that_waits_holds_the_position_before_its_first_change(app):
 def test_a_waiting_batch_leaves_at_the_end(app):
     from flash_celery import Batch
 
-    outbox, batch = Outbox(None, Clock()), template(app, batch=Batch(10, wait=5))
+    outbox, batch = Batcher(None, Clock()), template(app, batch=Batch(10, wait=5))
     outbox.add(batch, delivery(1))
     assert len(outbox.collect(everything=True).messages) == 1
 
 
 def test_a_batch_is_bounded_in_bytes(app, monkeypatch):
     monkeypatch.setattr("flash_celery.messages.batcher.BATCH_BYTES", 100)
-    outbox, batch = Outbox(None), template(app, batch=10)
+    outbox, batch = Batcher(None), template(app, batch=10)
     for number in range(1, 5):
         outbox.add(batch, delivery(number, size=40))
     assert [len(ids(message)) for message in outbox.collect().messages] == [1, 1, 1, 1]
 
 
 def test_rows_of_an_open_transaction_do_not_move_the_position(app):
-    outbox, one = Outbox(None), template(app)
+    outbox, one = Batcher(None), template(app)
     outbox.commit(Lsn(8))
     outbox.add(one, delivery(1))
     unit = outbox.collect()
@@ -125,7 +125,7 @@ def told(message):
 
 
 def test_a_run_of_rows_is_cut_where_a_batch_is_full(app):
-    outbox, batch = Outbox(None), template(app, batch=4)
+    outbox, batch = Batcher(None), template(app, batch=4)
     outbox.add(batch, rows(1, 1, 1))
     outbox.add(batch, rows(*[1] * 7)._replace(ordinal=3))
     messages = outbox.collect().messages
@@ -138,7 +138,7 @@ def test_a_run_of_rows_is_cut_where_a_batch_is_full(app):
 
 def test_a_row_with_more_bytes_than_a_batch_travels_alone(app, monkeypatch):
     monkeypatch.setattr("flash_celery.messages.batcher.BATCH_BYTES", 100)
-    outbox, batch = Outbox(None), template(app, batch=10)
+    outbox, batch = Batcher(None), template(app, batch=10)
     outbox.add(batch, rows(1, 1, 500, 1, 1, 500, 500))
     outbox.add(batch, rows(1)._replace(ordinal=7))
     messages = outbox.collect().messages
@@ -154,7 +154,7 @@ def test_a_row_with_more_bytes_than_a_batch_travels_alone(app, monkeypatch):
 
 def test_a_batch_may_be_held_beyond_its_time(app):
     clock = Clock()
-    outbox, batch = Outbox(None, clock), template(app, batch=10)
+    outbox, batch = Batcher(None, clock), template(app, batch=10)
     outbox.add(batch, delivery(1))
     assert outbox.collect(held=0.5).messages == []
     outbox.add(batch, delivery(2))

@@ -7,7 +7,7 @@ import pytest
 from kombu import Queue
 
 from flash_celery.errors import ConfirmedLost, PublishError, TakenOver
-from flash_celery.messages.batcher import Unit
+from flash_celery.messages.batcher import PublishBatch
 from flash_celery.messages.deduplication import now
 from flash_celery.messages.templates import Form, Message
 from flash_celery.protocol.lsn import Lsn
@@ -48,7 +48,7 @@ def message(number):
 
 def unit(first, count, position):
     messages = [message(n) for n in range(first, first + count)]
-    return Unit(messages, Lsn(position), count)
+    return PublishBatch(messages, Lsn(position), count)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def wait(ready):
 def test_units_are_confirmed_in_order(thread):
     for number in range(3):
         thread.put(unit(number * 10, 10, number + 1))
-    thread.put(Unit([], Lsn(9), 0))
+    thread.put(PublishBatch([], Lsn(9), 0))
     thread.start()
     wait(lambda: thread.idle)
     assert [m.body for m in thread.publisher.queues["flash"]] == [str(n) for n in range(30)]
@@ -158,7 +158,7 @@ def test_a_connection_that_died_while_nothing_was_published_is_made_anew(thread,
     thread.publisher.broken = True
     wait(lambda: "Nothing is acknowledged until it works again" in caplog.text)
     # The slot still follows what is for nobody, and nothing is in flight.
-    thread.put(Unit([], Lsn(5), 0))
+    thread.put(PublishBatch([], Lsn(5), 0))
     wait(lambda: thread.confirmed == [1, 5])
     assert thread.idle
     thread.publisher.broken = False
@@ -169,7 +169,7 @@ def test_a_connection_that_died_while_nothing_was_published_is_made_anew(thread,
 
 def test_a_broker_that_nothing_was_for_is_not_asked(thread, monkeypatch):
     monkeypatch.setattr(thread.publisher, "check", lambda: 1 / 0)
-    thread.put(Unit([], Lsn(5), 0))
+    thread.put(PublishBatch([], Lsn(5), 0))
     thread.start()
     wait(lambda: thread.confirmed == [5])
     time.sleep(0.1)

@@ -5,7 +5,7 @@ import time
 from flash_celery import telemetry as counting
 from flash_celery.errors import ReplicationError
 from flash_celery.handlers.subscriptions import Batch
-from flash_celery.messages.batcher import Outbox, Unit
+from flash_celery.messages.batcher import Batcher, PublishBatch
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.telemetry import Telemetry, route, unix
 
@@ -16,7 +16,7 @@ ROUTE = route("public.orders", "insert", "handle", "flash")
 
 
 def test_a_unit_says_how_many_changes_of_each_kind_it_has(app):
-    outbox, one = Outbox(None), template(app)
+    outbox, one = Batcher(None), template(app)
     for number in (1, 2):
         outbox.add(one, delivery(number), ROUTE)
     unit = outbox.collect(committed=5.0, latest=6.0)
@@ -26,7 +26,7 @@ def test_a_unit_says_how_many_changes_of_each_kind_it_has(app):
 
 def test_what_a_batch_holds_back_counts_when_it_leaves(app):
     clock = Clock()
-    outbox, batch = Outbox(None, clock), template(app, batch=Batch(2, wait=5))
+    outbox, batch = Batcher(None, clock), template(app, batch=Batch(2, wait=5))
     for number in (1, 2, 3):
         outbox.add(batch, delivery(number), ROUTE)
     assert outbox.collect().counts == {ROUTE: 2}
@@ -38,7 +38,9 @@ def test_only_what_the_broker_has_confirmed_is_counted(thread):  # noqa: F811
     told = thread._telemetry
     thread.publisher.failures = [1, 0]
     committed = time.time() - 2
-    thread.put(Unit([message(1), message(2)], Lsn(8), 2002, {ROUTE: 2}, committed, committed))
+    thread.put(
+        PublishBatch([message(1), message(2)], Lsn(8), 2002, {ROUTE: 2}, committed, committed)
+    )
     assert thread.oldest == committed
     assert not told.enqueued
     thread.start()
@@ -54,9 +56,9 @@ def test_only_what_the_broker_has_confirmed_is_counted(thread):  # noqa: F811
 
 
 def test_what_is_given_up_is_not_counted(thread):  # noqa: F811
-    thread.put(Unit([message(1)], Lsn(8), 1, {ROUTE: 1}, 1.0, 1.0))
+    thread.put(PublishBatch([message(1)], Lsn(8), 1, {ROUTE: 1}, 1.0, 1.0))
     thread.discard()
-    thread.put(Unit([], Lsn(9), 0))
+    thread.put(PublishBatch([], Lsn(9), 0))
     thread.start()
     wait(lambda: thread.confirmed == [9])
     assert not thread._telemetry.enqueued

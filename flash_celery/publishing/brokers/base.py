@@ -10,7 +10,7 @@ from kombu.utils.url import maybe_sanitize_url
 
 from ... import redis_extra
 from ...errors import ConfigurationError, PublishError
-from ...messages.deduplication import Enqueued, Lease
+from ...messages.deduplication import Deduplicator, Lease
 from ...messages.templates import Message
 
 #: Default seconds without an answer after which a broker counts as unreachable.
@@ -23,7 +23,7 @@ class Publisher(Protocol):
     def open(self, queues: Sequence[Any]) -> None:
         """Connect and declare the queues. Raises `PublishError`."""
 
-    def claim(self, lease: Lease) -> Enqueued:
+    def claim(self, lease: Lease) -> Deduplicator:
         """Begin a session, and return what the broker knows of what earlier ones have enqueued.
 
         A broker that can refuses everything that earlier sessions publish from here on. Raises
@@ -133,9 +133,9 @@ class ConnectedPublisher:
         timeouts = dict.fromkeys(self.timeouts, self.timeout)
         return {**self.transport_options, **timeouts, **self._app.conf.broker_transport_options}
 
-    def claim(self, lease: Lease) -> Enqueued:
+    def claim(self, lease: Lease) -> Deduplicator:
         """Begin a session. Nothing is known of earlier ones: this broker keeps no position."""
-        return Enqueued({}, ())
+        return Deduplicator({}, ())
 
     def check(self) -> None:
         """Do nothing: the transport has no request for this."""

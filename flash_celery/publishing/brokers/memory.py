@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...errors import PublishError, Unroutable
-from ...messages.deduplication import Enqueued, Lease
+from ...messages.deduplication import Deduplicator, Lease
 from ...messages.templates import Message
 
 
@@ -26,9 +26,9 @@ class MemoryPublisher:
         for queue in queues:
             self.queues.setdefault(queue.name, [])
 
-    def claim(self, lease: Lease) -> Enqueued:
+    def claim(self, lease: Lease) -> Deduplicator:
         """Begin a session; nothing is known of earlier ones."""
-        return Enqueued({}, ())
+        return Deduplicator({}, ())
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Keep them. Raises `PublishError` while broken, `Unroutable` for an unknown queue."""

@@ -20,7 +20,7 @@ from kombu.utils.json import dumps, loads
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from ...messages.deduplication import Enqueued, Lease
+from ...messages.deduplication import Deduplicator, Lease
 from ...messages.templates import Form, Message
 from .base import TIMEOUT, ConnectedPublisher
 from .redis_keys import literal_client, prefixed, queue_key
@@ -81,7 +81,7 @@ class RedisPublisher(ConnectedPublisher):
         summary = text.partition(" : ")[0]
         return f"{summary}, and {silent} of its Sentinels gave no answer" if silent else reason
 
-    def claim(self, lease: Lease) -> Enqueued:
+    def claim(self, lease: Lease) -> Deduplicator:
         """End the lease of every other session, and return what they have enqueued.
 
         Raises `PublishError`, and `ConfirmedLost` if Redis has lost what it had confirmed.

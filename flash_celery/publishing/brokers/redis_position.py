@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeAlias
 import redis
 
 from ...errors import ConfirmedLost, TakenOver
-from ...messages.deduplication import Enqueued, Lease, Mark
+from ...messages.deduplication import Deduplicator, Lease, Watermark
 from ...messages.templates import Message
 from ...protocol.lsn import Lsn
 
@@ -41,7 +41,7 @@ _LAST = struct.Struct("=q")
 #: Writes without a reply that are remembered. An older one that is executed later counts as a loss.
 _MAX_UNANSWERED = 100
 #: The mark before every other.
-_NONE: Mark = (0, 0, 0)
+_NONE: Watermark = (0, 0, 0)
 #: Returns 1, and does nothing, if the fencing token or the sequence number is not the expected one.
 #: Each command is preceded by the number of its words. LLEN fails on a key that is not a list
 #: before anything is pushed, since a script that ends early undoes nothing.
@@ -93,7 +93,7 @@ class _Write(NamedTuple):
     #: The transactions of its messages, packed.
     transactions: bytes
     #: The highest mark among its messages.
-    highest: Mark
+    highest: Watermark
 
 
 class RedisPosition:
@@ -107,7 +107,7 @@ class RedisPosition:
         #: Sequence numbers for the next writes; each attempt takes one.
         self._numbers = count(1)
         #: The highest mark that Redis has confirmed.
-        self._highest: Mark = _NONE
+        self._highest: Watermark = _NONE
         #: The commit LSN of the last transaction in each entry of the list.
         self._entries: deque[int] = deque()
         #: The transactions of the last write, packed.
@@ -116,7 +116,7 @@ class RedisPosition:
         #: with the same message, so Redis has executed one of them at most.
         self._unanswered: dict[int, _Write] = {}
 
-    def claim(self, client: Any, previous: RedisPosition | None = None) -> Enqueued:
+    def claim(self, client: Any, previous: RedisPosition | None = None) -> Deduplicator:
         """End the lease of every other session, and return what they have enqueued.
 
         `previous` is the position of this process's last session. Raises `ConfirmedLost` if Redis
@@ -131,12 +131,12 @@ class RedisPosition:
             previous._raise_if_lost(fields)
         if fields.get(b"binding") != self._lease.binding.encode():
             self._reset(client, list(fields))
-            return Enqueued({}, ())
+            return Deduplicator({}, ())
         self._entries.extend(_LAST.unpack_from(entry)[0] for entry in entries)
         transactions = array("q", b"".join(entry[_LAST.size :] for entry in entries))
         marks = _marks(fields)
         self._highest = max(marks.values(), default=_NONE)
-        return Enqueued(marks, frozenset(transactions))
+        return Deduplicator(marks, frozenset(transactions))
 
     def _reset(self, client: Any, fields: Sequence[bytes]) -> None:
         """Delete the position of another binding: its changes were counted differently."""
@@ -244,9 +244,9 @@ class RedisPosition:
         return write.messages
 
 
-def _covered(messages: Sequence[Message]) -> tuple[dict[str, str], Mark, bytes]:
+def _covered(messages: Sequence[Message]) -> tuple[dict[str, str], Watermark, bytes]:
     """Return hash fields with the marks of messages, the highest mark, and their transactions."""
-    marks: dict[tuple[str, int], Mark] = {}
+    marks: dict[tuple[str, int], Watermark] = {}
     distinct: dict[int, None] = {}
     previous: Collection[int] = ()
     for message in messages:
@@ -264,12 +264,12 @@ def _covered(messages: Sequence[Message]) -> tuple[dict[str, str], Mark, bytes]:
     return fields, highest, array("q", distinct).tobytes()
 
 
-def _marks(fields: dict[bytes, bytes]) -> dict[tuple[str, int], Mark]:
+def _marks(fields: dict[bytes, bytes]) -> dict[tuple[str, int], Watermark]:
     texts = ((name.decode(), value.decode()) for name, value in fields.items())
     return dict(_mark(name, value) for name, value in texts if name.startswith(_MARK))
 
 
-def _mark(name: str, value: str) -> tuple[tuple[str, int], Mark]:
+def _mark(name: str, value: str) -> tuple[tuple[str, int], Watermark]:
     template, number = name.removeprefix(_MARK).split(":")
     commit_lsn, ordinal, half = map(int, value.split(":"))
     return (template, int(number)), (commit_lsn, ordinal, half)

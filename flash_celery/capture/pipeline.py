@@ -1,0 +1,80 @@
+"""The way of a change through the capture side: from the bytes of a stream to a sink.
+
+`flash replicate`, `flash replay` and `flash tail` differ only in where their stream begins and
+which `Sink` takes the deliveries.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+from ..handlers.subscriptions import Subscription
+from ..protocol import frames
+from ..protocol.lsn import Lsn
+from ..telemetry import Telemetry
+from .relations import RelationCatalog
+from .router import Router, Sink
+from .transactions import Transactions, runs
+
+
+class Pipeline:
+    """Assembles the transactions of one stream and routes their rows to a sink.
+
+    :param subscriptions: all subscriptions to the stream's database.
+    :param catalog: describes the relations of the stream.
+    :param sink: takes the deliveries.
+    :param spool_directory: where large open transactions are kept. Default: `/var/tmp`.
+    :param telemetry: counts rows and messages.
+    """
+
+    def __init__(
+        self,
+        subscriptions: Sequence[Subscription],
+        catalog: RelationCatalog,
+        sink: Sink,
+        spool_directory: str = "",
+        telemetry: Telemetry | None = None,
+    ) -> None:
+        router = Router(subscriptions, catalog, sink, telemetry)
+        self.transactions = Transactions(router, spool_directory)
+        #: Runs that have arrived; they wait while a spooled transaction is replayed.
+        self._arrived: deque[tuple[bytes, list[bytes]]] = deque()
+        #: Whether the server has asked for a status update; the owner of the stream resets it.
+        self.reply_requested = False
+
+    def feed(self, messages: Iterable[bytes]) -> None:
+        """Queue what `ReplicationConnection.receive` returned.
+
+        Raises `ProtocolError` for an empty message.
+        """
+        self._arrived.extend(runs(messages))
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is something to `advance` through."""
+        return bool(self._arrived) or self.transactions.replaying
+
+    def advance(self) -> Lsn | None:
+        """Deliver the next run of messages.
+
+        Returns the position up to which everything has been delivered, if this run moved it.
+        Raises `IndexError` unless `pending`, and `ProtocolError` for what is not pgoutput.
+        """
+        transactions = self.transactions
+        if transactions.replaying:
+            return transactions.replay()
+        kind, run = self._arrived.popleft()
+        if kind[0] == frames.KEEPALIVE:
+            return self._keepalive(run)
+        return transactions.receive(kind, run)
+
+    def close(self) -> None:
+        """Close the spools of open transactions; the server will send them again."""
+        self.transactions.close()
+
+    def _keepalive(self, run: Sequence[bytes]) -> Lsn | None:
+        keepalives = [frames.keepalive(frame) for frame in run]
+        self.reply_requested |= any(keepalive.reply for keepalive in keepalives)
+        # Between transactions, everything committed before the server's position has been sent.
+        return None if self.transactions.open else keepalives[-1].wal_end
