@@ -35,12 +35,16 @@ class Project:
         app.loader.import_default_modules()
         app.finalize()
         self.app = app
-        default = Settings.from_app(app)
-        self.settings = default if source is None else default.of_source(source)
-        everything = subscriptions_of(app)
-        #: What `sources` looks at.
-        self.sources = default, everything, self.settings.source
-        self.subscriptions = [one for one in everything if one.source == self.settings.source]
+        self.default_settings = Settings.from_app(app)
+        self.settings = (
+            self.default_settings if source is None else self.default_settings.of_source(source)
+        )
+        self.all_subscriptions = subscriptions_of(app)
+        self.subscriptions = [
+            subscription
+            for subscription in self.all_subscriptions
+            if subscription.source == self.settings.source
+        ]
 
     def connect(self) -> Any:
         from ..errors import ReplicationError

@@ -22,7 +22,7 @@ from ..provisioning.publications import Record
 from ..publishing.backpressure import is_full
 from ..publishing.brokers.base import queue_depths
 from ..settings import Settings
-from .doctor import unhandled
+from .worker_checks import unhandled
 
 _SLOT = f"""
 SELECT s.plugin, s.active, s.wal_status,

@@ -22,7 +22,7 @@ from ..postgres.source import Source
 from ..protocol.lsn import Lsn
 from ..provisioning import pauses
 from ..settings import Settings
-from .pending import Outstanding, oldest, outstanding
+from .pending_changes import Outstanding, oldest, outstanding
 
 #: Seconds between two looks; the second one in a row that finds nothing decides.
 _LOOK_SECONDS = 0.2

@@ -17,8 +17,8 @@ from typing import Any
 import psycopg
 
 from ..commands import status
-from ..commands.doctor import unhandled
 from ..commands.status import DatabaseStatus
+from ..commands.worker_checks import unhandled
 from ..errors import FlashError
 from ..escaping import escaped, one_line
 from ..handlers.subscriptions import Subscription

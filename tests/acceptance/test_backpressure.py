@@ -11,7 +11,7 @@ import redis
 from celery import Celery
 
 from example_project.servers import Valkey, wait_until
-from flash_celery.commands import doctor
+from flash_celery.commands import broker_checks
 from flash_celery.settings import Settings
 from tests.acceptance.test_faults import confirmed, handled, insert
 
@@ -168,7 +168,9 @@ def test_doctor_says_that_a_redis_can_be_filled():
         said = {
             limit: [
                 finding.message
-                for finding in doctor.broker(app, Settings(flash_max_queue_length=limit), [])
+                for finding in broker_checks.findings(
+                    app, Settings(flash_max_queue_length=limit), []
+                )
                 if finding.subject == "broker memory"
             ]
             for limit in (0, 1000)

@@ -91,7 +91,7 @@ def test_doctor_finds_everything_well(shop):
     doctor = shop.run("flash", "doctor", "--explain")
     assert doctor.returncode == 0, doctor.stdout + doctor.stderr
     assert "\npublic.items\n  PostgreSQL       sends each insert\n" in doctor.stdout
-    assert "  the worker       shop.each: passes rows on as they are\n" in doctor.stdout
+    assert "  the worker       shop.each: passes rows on unchanged\n" in doctor.stdout
     for text in (
         "ok       server: PostgreSQL",
         "ok       wal_level: logical",

@@ -156,7 +156,7 @@ def test_a_pause_that_the_database_does_not_know_of_any_more(any_shop):
     shop.database.execute(f"COMMENT ON PUBLICATION {publication} IS '{before}'")
     shop.until_said(replicate, "shop.each goes on")
     said = flash(shop, "doctor")
-    assert "30 messages are parked in flash.paused.shop.each, and shop.each is not paused" in said
+    assert "30 messages are held in flash.paused.shop.each, and shop.each is not paused" in said
     flash(shop, "pause", "each")
     flash(shop, "resume", "each")
     until_noted_as_done(shop)

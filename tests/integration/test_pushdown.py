@@ -14,7 +14,7 @@ from flash_celery.capture.relations import RelationCatalog
 from flash_celery.capture.router import Router
 from flash_celery.capture.transactions import Transactions, runs
 from flash_celery.changes.payload import changes_of
-from flash_celery.commands import explain
+from flash_celery.commands.doctor_explain import explain_tables
 from flash_celery.conditions import lookups
 from flash_celery.errors import ReplicaIdentityMissing, SubscriptionError
 from flash_celery.handlers.decorators import subscriptions_of
@@ -155,7 +155,7 @@ def explained(flash, **conf):
     settings, subscriptions = Settings.from_app(flash.app), subscriptions_of(flash.app)
     with connect(flash.database.dsn) as connection:
         report = preflight.examine(Source(connection, settings), subscriptions)
-        return list(explain.explain(connection, settings, subscriptions, report))
+        return list(explain_tables(connection, settings, subscriptions, report))
 
 
 def test_doctor_explains_who_leaves_out_what(flash):
@@ -169,10 +169,10 @@ public.items
   PostgreSQL       sends each insert
   PostgreSQL       sends each update
   PostgreSQL       sends each delete
-  PostgreSQL       sends no truncate, for nobody handles it
+  PostgreSQL       sends no truncate, because no handler needs it
   PostgreSQL       sends the columns: all
-  the worker       first: judges where (name, note)
-  the worker       second: cuts rows to name; looks whether name changed
+  the worker       first: evaluates where (name, note)
+  the worker       second: reduces rows to name; checks whether name changed
   not pushed down  columns: first wants every column
   not pushed down  insert: second wants every row
   not pushed down  update: second wants every row
@@ -183,10 +183,10 @@ public.others
   PostgreSQL       sends each update where ("a"::numeric > '5'::numeric) OR \
 ("id"::numeric < '5'::numeric)
   PostgreSQL       sends each delete where "id"::numeric < '5'::numeric
-  PostgreSQL       sends no truncate, for nobody handles it
+  PostgreSQL       sends no truncate, because no handler needs it
   PostgreSQL       sends the columns: all
-  the worker       fourth: judges where (id); cuts rows to id
-  the worker       third: judges where (a); cuts rows to a
+  the worker       fourth: evaluates where (id); reduces rows to id
+  the worker       third: evaluates where (a); reduces rows to a
   not pushed down  columns: under REPLICA IDENTITY FULL all are sent""".replace("\\\n", "")
     assert "\n".join(explained(flash, flash_push_down=True)) == expected
     off = "\n".join(explained(flash, flash_push_down=False))

@@ -4,7 +4,7 @@ import pytest
 from kombu import Queue
 
 from flash_celery import on_change
-from flash_celery.commands import doctor
+from flash_celery.commands import broker_checks, doctor
 from flash_celery.handlers import decorators
 from flash_celery.publishing import declared_queues
 from flash_celery.publishing.brokers import for_app
@@ -40,9 +40,9 @@ def project(new_app, rabbit):
 def examine(app):
     """What `doctor` finds of the queues."""
     settings = Settings.from_app(app)
-    names, routed = doctor.routes(app, settings, decorators.subscriptions_of(app))
-    found = [routed, *doctor.broker(app, settings, names)]
-    return [doctor.line(one) for one in found if one.subject.startswith("queue")]
+    names, routed = broker_checks.route_finding(app, settings, decorators.subscriptions_of(app))
+    found = [routed, *broker_checks.findings(app, settings, names)]
+    return [doctor.as_text(one) for one in found if one.subject.startswith("queue")]
 
 
 def declare(app, name="shop.handle"):

@@ -57,7 +57,7 @@ def test_the_default_directory_is_no_memory():
 
 
 def found(**settings):
-    return [(one.level, one.message) for one in doctor.spool(Settings(**settings))]
+    return [(one.level, one.message) for one in doctor.spool_findings(Settings(**settings))]
 
 
 def test_doctor_warns_of_a_spool_in_memory():

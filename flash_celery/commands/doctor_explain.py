@@ -1,4 +1,4 @@
-"""What `flash doctor --explain` says: who leaves out what, PostgreSQL or the replication worker."""
+"""What `flash doctor --explain` adds: which changes PostgreSQL filters, and which the worker."""
 
 from __future__ import annotations
 
@@ -9,35 +9,34 @@ import psycopg
 
 from ..handlers.subscriptions import Subscription, of_tables
 from ..postgres.catalog import CatalogTable
-from ..provisioning import narrowing as pushdown
-from ..provisioning.narrowing import Narrowing
+from ..provisioning.narrowing import Narrowing, narrowings
 from ..provisioning.preflight import Report
 from ..provisioning.publications import OPERATIONS, Wanted
 from ..settings import Settings
 
 
-def explain(
+def explain_tables(
     connection: psycopg.Connection[Any],
     settings: Settings,
     subscriptions: Sequence[Subscription],
     report: Report,
 ) -> Iterator[str]:
-    """A few lines for each table that handlers name; nothing where something stops `replicate`."""
+    """Yield a few lines for each table of a handler; nothing if `replicate` cannot start."""
     goal = report.goal
     if goal is None:
         return
-    on_tables = of_tables(subscriptions)
-    narrowings = pushdown.narrowings(connection, report.tables, on_tables, goal.full)
+    table_subscriptions = of_tables(subscriptions)
+    narrowing_of = narrowings(connection, report.tables, table_subscriptions, goal.full)
     for name, table in report.tables.items():
-        of_it = [one for one in on_tables if one.table == name]
-        narrowing = narrowings[table.oid]
+        narrowing = narrowing_of[table.oid]
         yield ""
         yield str(name)
         yield from _sent(table, goal, narrowing if settings.flash_push_down else Narrowing())
         if not settings.flash_push_down:
-            yield from _could(table, goal, narrowing)
-        for one in of_it:
-            yield f"  the worker       {one.handler}: {_judged(one)}"
+            yield from _would_be_sent(table, goal, narrowing)
+        for subscription in table_subscriptions:
+            if subscription.table == name:
+                yield f"  the worker       {subscription.handler}: {_left_to_worker(subscription)}"
         for reason in narrowing.left:
             yield f"  not pushed down  {reason}"
 
@@ -46,7 +45,7 @@ def _sent(table: CatalogTable, goal: Wanted, narrowing: Narrowing) -> Iterator[s
     for operation in OPERATIONS:
         (name,) = operation.names()
         if operation not in goal.published(table.oid):
-            yield f"  PostgreSQL       sends no {name}, for nobody handles it"
+            yield f"  PostgreSQL       sends no {name}, because no handler needs it"
         elif operation in narrowing.filters:
             filter_ = narrowing.filters[operation].as_string(None)
             yield f"  PostgreSQL       sends each {name} where {filter_}"
@@ -56,20 +55,20 @@ def _sent(table: CatalogTable, goal: Wanted, narrowing: Narrowing) -> Iterator[s
     yield f"  PostgreSQL       sends the columns: {columns}"
 
 
-def _could(table: CatalogTable, goal: Wanted, narrowing: Narrowing) -> Iterator[str]:
-    """What flash_push_down would change."""
-    plain = list(_sent(table, goal, Narrowing()))
+def _would_be_sent(table: CatalogTable, goal: Wanted, narrowing: Narrowing) -> Iterator[str]:
+    """Yield the lines that flash_push_down would change."""
+    without = list(_sent(table, goal, Narrowing()))
     for line in _sent(table, goal, narrowing):
-        if line not in plain:
+        if line not in without:
             yield line.replace("PostgreSQL       sends", "flash_push_down  would send")
 
 
-def _judged(subscription: Subscription) -> str:
-    said = []
+def _left_to_worker(subscription: Subscription) -> str:
+    steps = []
     if subscription.where is not None:
-        said.append(f"judges where ({', '.join(sorted(subscription.where.columns))})")
+        steps.append(f"evaluates where ({', '.join(sorted(subscription.where.columns))})")
     if subscription.fields is not None:
-        said.append(f"cuts rows to {', '.join(subscription.fields)}")
+        steps.append(f"reduces rows to {', '.join(subscription.fields)}")
     if subscription.key is not None:
-        said.append(f"looks whether {', '.join(subscription.key)} changed")
-    return "; ".join(said) or "passes rows on as they are"
+        steps.append(f"checks whether {', '.join(subscription.key)} changed")
+    return "; ".join(steps) or "passes rows on unchanged"

@@ -1,4 +1,4 @@
-"""Whether the handlers and `flash_sources` fit together: a process is about one source."""
+"""Checks that the handlers and `flash_sources` fit together: a process serves one source."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from ..provisioning.findings import OK, STOP, Finding
 from ..settings import Settings
 
 
-def check(settings: Settings, subscriptions: Sequence[Subscription], source: str) -> None:
+def refuse_mismatch(settings: Settings, subscriptions: Sequence[Subscription], source: str) -> None:
     """Raise `SubscriptionError` if a handler names an unknown source, or none names this one.
 
-    `settings` are the default source's, `subscriptions` those of all sources.
+    `settings` are those of the default source, `subscriptions` those of all sources. `source` is
+    the one that this process serves; "" is the default source.
     """
-    for one in subscriptions:
+    for subscription in subscriptions:
         try:
-            if one.source:
-                settings.of_source(one.source)
+            if subscription.source:
+                settings.of_source(subscription.source)
         except ConfigurationError as error:
-            raise SubscriptionError(f"{one.handler}: {error}") from None
-    named = sorted({one.source for one in subscriptions})
+            raise SubscriptionError(f"{subscription.handler}: {error}") from None
+    named = sorted({subscription.source for subscription in subscriptions})
     if source in named:
         return
     if source:
         raise SubscriptionError(
-            f'No handler names the source {source}; declare one by on_change("{source}:…"), or '
+            f'No handler names the source {source}; declare one with on_change("{source}:…"), or '
             "import the module that does."
         )
     if named:
         raise SubscriptionError(
-            "Every handler names a source, so there is nothing to do without one; "
+            "Every handler names a source, so the default source has none; "
             f"choose by --source: {', '.join(named)}."
         )
 
@@ -39,9 +40,9 @@ def check(settings: Settings, subscriptions: Sequence[Subscription], source: str
 def findings(
     settings: Settings, subscriptions: Sequence[Subscription], source: str
 ) -> Iterator[Finding]:
-    """The same for `doctor`, and which other sources there are."""
+    """Yield the error of `refuse_mismatch` as a finding, and list the other sources."""
     try:
-        check(settings, subscriptions, source)
+        refuse_mismatch(settings, subscriptions, source)
     except SubscriptionError as error:
         yield Finding("sources", STOP, str(error), error)
     if not source and settings.flash_sources:

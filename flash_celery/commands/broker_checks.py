@@ -1,0 +1,159 @@
+"""Checks of the broker: what a restart would lose, what can fill it, and the handlers' queues."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..errors import FlashError, PublishError
+from ..handlers.subscriptions import Subscription
+from ..messages.templates import Templates
+from ..provisioning.findings import OK, WARNING, Finding, stop
+from ..publishing.brokers.base import ConnectedPublisher
+from ..settings import Settings
+
+
+def findings(app: Any, settings: Settings, queues: Sequence[str]) -> Iterator[Finding]:
+    """Connect to the broker and check it. The first finding states whether it answers.
+
+    `queues` are the names of the handlers' queues.
+    """
+    publisher = ConnectedPublisher(app)
+    try:
+        publisher.open([])
+    except PublishError as error:
+        yield Finding("broker", WARNING, f"{error} `replicate` waits until it answers")
+        return
+    try:
+        yield Finding("broker", OK, publisher.url)
+        if publisher.unverified:
+            yield Finding(
+                "broker TLS",
+                WARNING,
+                "the broker's certificate is not verified, so any server may impersonate it; give "
+                "broker_use_ssl an authority and CERT_REQUIRED (docs/security.md)",
+            )
+        if publisher.driver == "redis":
+            with publisher.errors():
+                yield from _redis(publisher, settings.flash_max_queue_length)
+        elif publisher.driver == "amqp":
+            with publisher.errors():
+                yield from _rabbitmq(publisher, app, queues)
+    except PublishError as error:
+        yield Finding("broker", WARNING, f"its settings cannot be read: {error}")
+    finally:
+        publisher.close()
+
+
+def _redis(publisher: ConnectedPublisher, max_queue_length: int) -> Iterator[Finding]:
+    timeout = publisher.visibility_timeout
+    yield Finding(
+        "visibility_timeout",
+        OK,
+        f"a task whose worker was killed comes back after {timeout:g} s "
+        "(broker_transport_options); it must be longer than any handler runs",
+    )
+    settings = publisher.redis_settings(
+        "appendonly", "appendfsync", "maxmemory", "maxmemory-policy"
+    )
+    yield _redis_durability(settings)
+    policy = settings.get("maxmemory-policy")
+    if policy not in (None, "noeviction"):
+        yield Finding(
+            "broker eviction",
+            WARNING,
+            f"maxmemory-policy is {policy}: Redis may delete queues when it is full: "
+            "CONFIG SET maxmemory-policy noeviction",
+        )
+    memory = int(settings.get("maxmemory") or 0)
+    if memory and not max_queue_length:
+        yield Finding(
+            "broker memory",
+            WARNING,
+            f"maxmemory is {memory} bytes: a large transaction can fill Redis, and its Celery "
+            "workers fail then, too: set flash_max_queue_length",
+        )
+
+
+def _redis_durability(settings: dict[str, str]) -> Finding:
+    subject = "broker durability"
+    if "appendonly" not in settings:
+        return Finding(
+            subject,
+            WARNING,
+            "Redis does not report its settings (CONFIG GET); make sure that it has appendonly "
+            "yes, appendfsync always and maxmemory-policy noeviction",
+        )
+    if settings["appendonly"] != "yes":
+        return Finding(
+            subject,
+            WARNING,
+            "appendonly is off: a restart of Redis loses queued tasks: CONFIG SET appendonly yes",
+        )
+    if settings.get("appendfsync") != "always":
+        return Finding(
+            subject,
+            WARNING,
+            f"appendfsync is {settings.get('appendfsync')}: a crash of Redis loses the last second "
+            "of tasks: CONFIG SET appendfsync always",
+        )
+    return Finding(subject, OK, "appendonly, appendfsync always")
+
+
+def _rabbitmq(publisher: ConnectedPublisher, app: Any, names: Sequence[str]) -> Iterator[Finding]:
+    from ..publishing.brokers.amqp import refused
+
+    queues = [app.amqp.queues[name] for name in names]
+    classic = [
+        queue.name
+        for queue in queues
+        if (queue.queue_arguments or {}).get("x-queue-type", "classic") == "classic"
+    ]
+    if classic and app.conf.get("task_default_queue_type") == "quorum":
+        yield Finding(
+            "queue type",
+            WARNING,
+            f"classic: {', '.join(classic)}; task_default_queue_type applies to Celery's own queue "
+            "only, so also set task_create_missing_queue_type = 'quorum' (Celery 5.6), or name "
+            "them in task_queues with queue_arguments={'x-queue-type': 'quorum'}",
+        )
+    for queue in queues:
+        if options := _lossy_options(queue):
+            yield Finding(
+                "queue",
+                WARNING,
+                f"{queue.name} discards waiting messages ({', '.join(options)}): remove that",
+            )
+        if reason := refused(publisher.channel, queue):
+            yield Finding(
+                "queue",
+                WARNING,
+                f"{queue.name} exists with other arguments, so neither `replicate` nor workers can "
+                f"use it ({reason}); declare it with those, or delete it once it is empty",
+            )
+
+
+def _lossy_options(queue: Any) -> list[str]:
+    """Return the options of a queue that make RabbitMQ discard messages."""
+    arguments = queue.queue_arguments or {}
+    names = ["expires", "message_ttl"]
+    if not str(arguments.get("x-overflow")).startswith("reject-publish"):
+        names += ["max_length", "max_length_bytes"]
+    options = [
+        name
+        for name in names
+        if getattr(queue, name) is not None or f"x-{name.replace('_', '-')}" in arguments
+    ]
+    options += [name for name in ("auto_delete", "exclusive") if getattr(queue, name)]
+    return options if queue.durable else ["durable=False", *options]
+
+
+def route_finding(
+    app: Any, settings: Settings, subscriptions: Sequence[Subscription]
+) -> tuple[list[str], Finding]:
+    """Return the names of the handlers' queues, and whether all changes can be routed to them."""
+    try:
+        names = Templates(app, settings, subscriptions).queues
+    except FlashError as error:
+        return [], stop("queues", error)
+    return names, Finding("queues", OK, ", ".join(names) or "none")

@@ -1,0 +1,116 @@
+"""Checks of the Celery workers: the handlers they know, and the hold queues they must not read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from ..errors import ConfigurationError, PublishError
+from ..handlers.subscriptions import Subscription
+from ..provisioning import pauses
+from ..provisioning.findings import OK, WARNING, Finding, stop
+from ..provisioning.publications import Record
+from ..publishing.brokers.base import queue_depths
+
+#: Seconds that workers have to answer.
+_INSPECT_SECONDS = 1.0
+
+
+def findings(app: Any, subscriptions: Sequence[Subscription]) -> Iterator[Finding]:
+    """Check that running workers have registered every handler: they discard unknown tasks."""
+    missing = unhandled(app, subscriptions)
+    if missing is None:
+        yield Finding(
+            "workers", WARNING, "no Celery worker answers; changes will wait in the queue"
+        )
+    elif missing:
+        yield Finding(
+            "workers",
+            WARNING,
+            f"no running worker knows {', '.join(missing)}; start workers with this code first, "
+            "because a worker discards tasks it does not know",
+        )
+    else:
+        yield Finding("workers", OK, "they know every handler")
+
+
+def unhandled(app: Any, subscriptions: Sequence[Subscription]) -> list[str] | None:
+    """Return the handlers that no running worker has registered; None if no worker answers."""
+    replies = None
+    with suppress(Exception):
+        replies = app.control.inspect(timeout=_INSPECT_SECONDS).registered()
+    if not replies:
+        return None
+    # A task may be followed by its options, in brackets.
+    registered = {str(task).split(" ")[0] for tasks in replies.values() for task in tasks}
+    return sorted({subscription.handler for subscription in subscriptions} - registered)
+
+
+def refuse_eager(app: Any) -> None:
+    """Raise `ConfigurationError` if Celery runs tasks in the process that sends them.
+
+    A worker would run a retry inside the first attempt, and lose the change if it fails.
+    """
+    if app.conf.task_always_eager:
+        raise ConfigurationError(
+            "task_always_eager is on, which is for tests: workers would lose the changes whose "
+            "retries fail; turn it off where `flash replicate` and workers run."
+        )
+
+
+def eager_findings(app: Any) -> Iterator[Finding]:
+    """Yield the error of `refuse_eager` as a finding."""
+    try:
+        refuse_eager(app)
+    except ConfigurationError as error:
+        yield stop("task_always_eager", error)
+
+
+def paused_findings(app: Any, record: Record, source: str) -> Iterator[Finding]:
+    """Report what is paused, and workers that consume a hold queue: they run held messages."""
+    if pauses.SOURCE in record.paused:
+        since = record.paused[pauses.SOURCE]
+        yield Finding(
+            "paused", WARNING, f"nothing is read since {since}; resume with `flash resume`"
+        )
+    hold_queues = pauses.parked(record, source)
+    for handler in hold_queues:
+        if handler in record.paused:
+            message = (
+                f"{handler}, since {record.paused[handler]}; resume with `flash resume {handler}`"
+            )
+            yield Finding("paused", WARNING, message)
+    replies: Any = None
+    with suppress(Exception):
+        replies = hold_queues and app.control.inspect(timeout=_INSPECT_SECONDS).active_queues()
+    for worker, queues in (replies or {}).items():
+        for queue in {str(queue["name"]) for queue in queues} & set(hold_queues.values()):
+            message = f"{worker} consumes {queue}, which no worker should; remove it from -Q"
+            yield Finding("paused", WARNING, message)
+
+
+def abandoned_messages(
+    app: Any, record: Record, source: str, handlers: Sequence[str]
+) -> Iterator[Finding]:
+    """Report messages held for handlers that are not paused: no process will requeue them.
+
+    The record of the pause is gone because the database was restored, or a standby promoted.
+    """
+    recorded = pauses.parked(record, source)
+    handler_of = {
+        pauses.queue_of(handler, source): handler for handler in handlers if handler not in recorded
+    }
+    try:
+        depths = queue_depths(app, list(handler_of))
+    except PublishError as error:
+        yield Finding("paused", WARNING, f"held messages cannot be counted: {error}")
+        return
+    for queue, depth in depths.items():
+        if depth:
+            handler = handler_of[queue]
+            message = (
+                f"{depth} messages are held in {queue}, and {handler} is not paused; run `flash "
+                f"pause {handler}` and `flash resume {handler}` to requeue them"
+            )
+            yield Finding("paused", WARNING, message)
