@@ -8,7 +8,7 @@ PROPERTIES := $(patsubst %,tests/integration/test_%.py,conditions pushdown trans
 # The tests start hundreds of processes, each of which would compile the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo recording screenshots test bench soak long matrix celery django docs links lint types audit \
+.PHONY: demo recording screenshots test unit bench soak long matrix celery django docs links lint types audit \
 	release clean
 
 # Changes becoming tasks, on servers of its own, and a page to make them on; ARGS=--once ends by
@@ -24,8 +24,13 @@ screenshots: $(VENV)/.stamp
 recording: $(VENV)/.stamp
 	@$(BIN)/python -m example_project.recording
 
+# All tests but the long ones; ARGS="tests/integration -x" picks some.
 test: $(VENV)/.stamp
-	$(BIN)/pytest -n 4 --dist loadfile $(ARGS)
+	$(BIN)/pytest -n 4 --dist loadfile $(if $(CI),--durations=20) $(ARGS)
+
+# The tests that need no servers and no other processes, in seconds.
+unit: $(VENV)/.stamp
+	$(BIN)/pytest -n 2 $(ARGS) tests/unit
 
 # How fast it is, beside what else there is; ARGS="--only drain --scale 0.1 --runs 1", ARGS=--list.
 bench: $(VENV)/.stamp

@@ -17,10 +17,8 @@ RELEASES = {
     "5.6": ["celery~=5.6.0", "kombu[redis]~=5.6.0"],
     "5.7": ["celery~=5.7.0", "kombu[redis]~=5.7.0"],
 }
-TESTS = [
-    "tests/unit",
-    *(f"tests/acceptance/test_{name}.py" for name in ("pipeline", "commands", "dead", "celery")),
-]
+ACCEPTANCE = ("celery", "commands", "dead", "declarations", "pipeline", "typing")
+TESTS = ["tests/unit", *(f"tests/acceptance/test_{name}.py" for name in ACCEPTANCE)]
 
 
 def python_with(release):
