@@ -1,1 +1,1 @@
-"""flash-celery in Django: put `flash_celery.django` in INSTALLED_APPS for `manage.py flash`."""
+"""The Django app: put `flash_celery.django` in INSTALLED_APPS for `manage.py flash` and checks."""

@@ -1,7 +1,7 @@
-"""A page in Django's admin: sources, lag, handlers, dead letters. Its autodiscovery imports this.
+"""A page in Django's admin: sources, lag, handlers and dead letters.
 
-The page needs a model to be listed in the admin, and this one is in a registry of its own: it has
-no table, no migration and no content type.
+Django's autodiscovery imports this module. The admin lists only models, so the page has one. It is
+in a registry of its own: it has no table, no migration and no content type.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Status(models.Model):
-    """What the page is listed as."""
+    """The model for which the admin lists the page."""
 
     class Meta:
         apps = Apps()
@@ -35,13 +35,13 @@ class Status(models.Model):
 
 
 class StatusAdmin(admin.ModelAdmin):
-    """The page, for superusers and whoever has `flash_celery.view_status`.
+    """The page, for superusers and users with the permission `flash_celery.view_status`.
 
-    Sending dead letters back needs `flash_celery.change_status`.
+    Retrying dead letters takes the permission `flash_celery.change_status`.
     """
 
     def get_urls(self) -> list[Any]:
-        """The page, and where its form goes."""
+        """Return the URLs of the page and of its form."""
         view = self.admin_site.admin_view
         name = "flash_celery_status"
         return [
@@ -50,15 +50,15 @@ class StatusAdmin(admin.ModelAdmin):
         ]
 
     def has_add_permission(self, request: Any) -> bool:
-        """There is nothing to add."""
+        """Return False: there is nothing to add."""
         return False
 
     def has_delete_permission(self, request: Any, obj: Any = None) -> bool:
-        """There is nothing to delete."""
+        """Return False: there is nothing to delete."""
         return False
 
     def changelist_view(self, request: Any, extra_context: Any = None) -> Any:
-        """The page. What cannot be asked is said on it."""
+        """Render the page. If PostgreSQL or the broker is down, the page shows the error."""
         if not self.has_view_permission(request):
             raise PermissionDenied
         request.current_app = self.admin_site.name
@@ -67,13 +67,13 @@ class StatusAdmin(admin.ModelAdmin):
             "title": "flash-celery",
             "opts": self.opts,
             "may_retry": self.has_change_permission(request),
-            "shown": overview.SHOWN,
+            "max_shown": overview.MAX_SHOWN,
             **(extra_context or {}),
         }
         try:
             app = project.celery_app()
             context["sources"] = overview.sources(app)
-            # A broker that does not answer is not asked once more.
+            # Do not wait a second time for a broker that has not answered.
             if not any(source.get("broker_error") for source in context["sources"]):
                 context["dead"] = overview.dead_letters(app)
         except FlashError as error:
@@ -81,7 +81,7 @@ class StatusAdmin(admin.ModelAdmin):
         return TemplateResponse(request, "flash_celery/status.html", context)
 
     def retry_view(self, request: Any) -> Any:
-        """Send the chosen dead letters back to their handlers."""
+        """Send the selected dead letters back to their handlers."""
         if not self.has_change_permission(request):
             raise PermissionDenied
         names = set(request.POST.getlist("one") or request.POST.getlist("letter"))
@@ -90,17 +90,18 @@ class StatusAdmin(admin.ModelAdmin):
         except FlashError as error:
             self.message_user(request, str(error), messages.ERROR)
         else:
-            said = f"{sent} sent back to their handlers" if names else "No letter is chosen"
-            more = f"; {gone} were there no more" if gone else ""
+            text = f"{sent} sent back to their handlers" if names else "No dead letter is selected"
+            if gone:
+                text += f"; {gone} no longer in the queue"
             level = messages.SUCCESS if sent else messages.WARNING
-            self.message_user(request, f"{said}{more}.", level)
+            self.message_user(request, f"{text}.", level)
             _logger.info("%s sent %d dead letters back", request.user.pk, sent)
         page = "admin:flash_celery_status_changelist"
         return redirect(reverse(page, current_app=self.admin_site.name))
 
 
 def register(site: Any) -> None:
-    """Put the page into an admin site; the default one has it."""
+    """Add the page to an admin site; the default site has it already."""
     site.register(Status, StatusAdmin)
 
 

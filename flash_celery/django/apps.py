@@ -5,7 +5,7 @@ from django.core.checks import Tags, register
 
 
 class FlashCeleryConfig(AppConfig):
-    """Brings `manage.py flash`, system checks and a page in the admin; no models, no migrations."""
+    """The app: `manage.py flash`, system checks, a page in the admin; no models or migrations."""
 
     name = "flash_celery.django"
     label = "flash_celery"

@@ -1,4 +1,4 @@
-"""`manage.py check`: whether the handlers fit the models, the migrations, and with `--database` the
+"""System checks: whether the handlers fit the models and migrations, and with `--database` the
 database itself.
 """
 
@@ -26,23 +26,24 @@ from ..provisioning import table_checks
 from ..settings import Settings
 from ..table_name import TableName
 from . import migration_history, project
-from .dsn import dsn as databases_dsn
-from .migration_history import History
+from .dsn import dsn as dsn_of_database
+from .migration_history import MigrationHistory
 
-_CORRECT = "Correct the on_change of this handler."
-_SILENCE = (
-    "If Django does not know all of the table, `manage.py check --database default` looks into the "
-    "database, and SILENCED_SYSTEM_CHECKS ends this warning."
+_CORRECT_HINT = "Correct the on_change of this handler."
+_UNKNOWN_HINT = (
+    "If the table is not Django's, add the id of this warning to SILENCED_SYSTEM_CHECKS; "
+    "`manage.py check --database default` checks the database itself."
 )
-_GOES = "Name what the migration leaves, or let a release without this handler run before it."
-Found = Iterator[CheckMessage]
+_REMOVED_HINT = "Correct the handler, or deploy a release without it before you run the migration."
+
+Messages = Iterator[CheckMessage]
 
 
 def handlers(**_: Any) -> list[CheckMessage]:
-    """What can be known without a connection."""
-    if _celery_imports():
+    """Check the handlers against the models and the migrations, without a connection."""
+    if _celery_is_importing():
         return []
-    found: list[CheckMessage] = []
+    messages: list[CheckMessage] = []
     try:
         app = project.celery_app()
     except ConfigurationError as error:
@@ -50,43 +51,48 @@ def handlers(**_: Any) -> list[CheckMessage]:
     try:
         Settings.from_app(app)
     except ConfigurationError as error:
-        found.append(Warning(str(error), hint=error.solution, id="flash_celery.W005"))
-    subscriptions = list(_subscriptions(app, found))
+        messages.append(Warning(str(error), hint=error.solution, id="flash_celery.W005"))
+    subscriptions = list(_subscriptions(app, messages))
     try:
-        lived = _history(subscriptions)
-    except Exception as error:  # conflicting migrations, which makemigrations is to merge
-        text = f"The migrations cannot be looked at: {type(error).__name__}: {error}"
-        found.append(Warning(text, id="flash_celery.W004"))
-        lived = History()
-    known = _models()
-    for one in subscriptions:
-        found += _without_connection(one, lived, known)
-    return found
+        history = _history(subscriptions)
+    except Exception as error:  # such as conflicting migrations
+        text = f"The migrations cannot be read: {type(error).__name__}: {error}"
+        messages.append(Warning(text, id="flash_celery.W004"))
+        history = MigrationHistory()
+    model_columns = _model_columns()
+    for subscription in subscriptions:
+        messages += _check_models(subscription, history, model_columns)
+    return messages
 
 
 def database(databases: Collection[str] | None = None, **_: Any) -> list[CheckMessage]:
-    """What the databases of `check --database` say."""
-    if not databases or _celery_imports():
+    """Check the handlers against the databases of `check --database`."""
+    if not databases or _celery_is_importing():
         return []
     try:
         app = project.celery_app()
         settings = Settings.from_app(app)
     except ConfigurationError:
-        return []  # `handlers` says so
-    found: list[CheckMessage] = []
+        return []  # `handlers` reports it
+    messages: list[CheckMessage] = []
     subscriptions = list(_subscriptions(app, []))
     for alias in databases:
-        dsn = databases_dsn(alias)
-        mine = [one for one in subscriptions if dsn and _leads_to(dsn, settings, one.source)]
-        if mine:
-            found += _within(alias, dsn, mine)
-    return found
+        dsn = dsn_of_database(alias)
+        matching = [
+            subscription
+            for subscription in subscriptions
+            if dsn and _is_database_of(dsn, settings, subscription.source)
+        ]
+        if matching:
+            messages += _check_database(alias, dsn, matching)
+    return messages
 
 
-def _celery_imports() -> bool:
-    """Whether Celery itself asks, in the middle of importing the tasks that are to be looked at.
+def _celery_is_importing() -> bool:
+    """Return whether Celery runs the checks while it imports the tasks.
 
-    Its fixup for Django runs all checks then, in every worker, and throws away what they say.
+    Celery's fixup for Django does so in every worker and discards the result. The tasks to check
+    are not complete at that time.
     """
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code is not BaseLoader.import_default_modules.__code__:
@@ -94,123 +100,144 @@ def _celery_imports() -> bool:
     return frame is not None
 
 
-def _subscriptions(app: Any, found: list[CheckMessage]) -> Iterator[Subscription]:
-    """Those of tables; what is wrong with a declaration is found."""
+def _subscriptions(app: Any, messages: list[CheckMessage]) -> Iterator[Subscription]:
+    """Yield the subscriptions to tables; append a message for each wrong declaration."""
     for name in sorted(app.tasks):
         try:
             yield from of_tables(subscriptions_of_task(app.tasks[name]))
         except SubscriptionError as error:
-            found.append(_message(Error, name, error, _CORRECT, "flash_celery.E001"))
+            messages.append(_message(Error, name, error, _CORRECT_HINT, "flash_celery.E001"))
 
 
-def _message(kind: Any, handler: str, error: object, hint: str | None, id: str) -> CheckMessage:
-    """A message about a handler."""
-    return kind(str(error).removeprefix(f"{handler}: "), hint=hint, obj=handler, id=id)
+def _message(
+    level: type[CheckMessage], handler: str, error: object, hint: str | None, id: str
+) -> CheckMessage:
+    """Make a message about a handler."""
+    return level(str(error).removeprefix(f"{handler}: "), hint=hint, obj=handler, id=id)
 
 
-def _history(subscriptions: Sequence[Subscription]) -> History:
-    wanted: dict[TableName, set[str]] = {}
-    for one in subscriptions:
-        wanted.setdefault(one.table, set()).update(one.columns)
-    return migration_history.read(wanted) if wanted else History()
+def _history(subscriptions: Sequence[Subscription]) -> MigrationHistory:
+    columns: dict[TableName, set[str]] = {}
+    for subscription in subscriptions:
+        columns.setdefault(subscription.table, set()).update(subscription.columns)
+    return migration_history.read(columns) if columns else MigrationHistory()
 
 
-def _models() -> dict[TableName, set[str]]:
-    """The tables that models have, with the columns they know."""
-    found: dict[TableName, set[str]] = {}
+def _model_columns() -> dict[TableName, set[str]]:
+    """Return the tables of all models, with the columns that the models have."""
+    columns: dict[TableName, set[str]] = {}
     for model in apps.get_models(include_auto_created=True):
         meta = model._meta
         if not meta.proxy and not meta.swapped:
-            columns = {field.column for field in meta.local_concrete_fields}
-            found.setdefault(table_name(model), set()).update(columns)
-    return found
+            columns.setdefault(table_name(model), set()).update(
+                field.column for field in meta.local_concrete_fields
+            )
+    return columns
 
 
-def _without_connection(
-    one: Subscription, lived: History, known: Mapping[TableName, set[str]]
-) -> Found:
-    yield from _taken_away(one, lived)
-    if one.source or (one.table, None) in lived.lost:
-        return  # what Django does not know may be in another database
-    if one.table not in known and (one.table, None) not in lived.present:
-        close = _close(str(one.table), map(str, known))
-        text = f"No model has the table {one.table}{close}"
-        yield _message(Warning, one.handler, text, _SILENCE, "flash_celery.W001")
+def _check_models(
+    subscription: Subscription,
+    history: MigrationHistory,
+    model_columns: Mapping[TableName, set[str]],
+) -> Messages:
+    handler, table = subscription.handler, subscription.table
+    yield from _check_removed(subscription, history)
+    if subscription.source or (table, None) in history.removed:
+        return  # another database may have tables that Django does not know
+    if table not in model_columns and (table, None) not in history.present:
+        suggestion = _did_you_mean(str(table), map(str, model_columns))
+        text = f"No model has the table {table}{suggestion}"
+        yield _message(Warning, handler, text, _UNKNOWN_HINT, "flash_celery.W001")
         return
-    columns = known.get(one.table, set())
-    for column in sorted(one.columns - columns):
-        place = one.table, column
-        if place not in lived.present and place not in lived.lost:
-            text = f"No model of {one.table} has the column {column}{_close(column, columns)}"
-            yield _message(Warning, one.handler, text, _SILENCE, "flash_celery.W002")
+    columns = model_columns.get(table, set())
+    for column in sorted(subscription.columns - columns):
+        if (table, column) not in history.present and (table, column) not in history.removed:
+            suggestion = _did_you_mean(column, columns)
+            text = f"No model of {table} has the column {column}{suggestion}"
+            yield _message(Warning, handler, text, _UNKNOWN_HINT, "flash_celery.W002")
 
 
-def _taken_away(one: Subscription, lived: History) -> Found:
-    """What a migration takes away, the table or else columns of it."""
-    table_lost = (one.table, None) in lived.lost
-    for column in [None] if table_lost else sorted(one.columns):
-        if (one.table, column) in lived.lost:
-            what = f"the table {one.table}" if column is None else f"{one.table}.{column}"
-            text = f"The migration {lived.lost[one.table, column]} takes away {what}"
-            yield _message(Error, one.handler, f"{text}.", _GOES, "flash_celery.E002")
+def _check_removed(subscription: Subscription, history: MigrationHistory) -> Messages:
+    """Report the migration that removes the table, or else those that remove columns of it."""
+    table = subscription.table
+    table_removed = (table, None) in history.removed
+    for column in [None] if table_removed else sorted(subscription.columns):
+        migration = history.removed.get((table, column))
+        if migration is not None:
+            removed = f"the table {table}" if column is None else f"{table}.{column}"
+            text = f"The migration {migration} removes {removed}."
+            yield _message(Error, subscription.handler, text, _REMOVED_HINT, "flash_celery.E002")
 
 
-def _close(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else "."
+def _did_you_mean(name: str, names: Iterable[str]) -> str:
+    similar = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {similar[0]}?" if similar else "."
 
 
-def _leads_to(dsn: str, settings: Settings, source: str) -> bool:
-    """Whether a source is the database of this DSN."""
+def _is_database_of(dsn: str, settings: Settings, source: str) -> bool:
+    """Return whether the DSN leads to the database of a source."""
     try:
-        given = settings.of_source(source) if source else settings
+        source_settings = settings.of_source(source) if source else settings
     except ConfigurationError:
-        return False  # `flash doctor` says that there is no such source
-    return place_of(given.flash_dsn) == place_of(dsn)
+        return False  # `flash doctor` reports that there is no such source
+    return place_of(source_settings.flash_dsn) == place_of(dsn)
 
 
-def _within(alias: str, dsn: str, subscriptions: Sequence[Subscription]) -> list[CheckMessage]:
-    """What the database says of the tables and columns that handlers name."""
+def _check_database(
+    alias: str, dsn: str, subscriptions: Sequence[Subscription]
+) -> list[CheckMessage]:
     try:
         with connect(dsn) as connection:
-            wrong = [(one, _wrong_in(connection, one)) for one in subscriptions]
+            problems = [
+                (subscription, _problem(connection, subscription)) for subscription in subscriptions
+            ]
     except (ReplicationError, psycopg.Error) as error:
-        text = f"The tables of the handlers cannot be looked at: {error}"
+        text = f"The tables of the handlers cannot be checked: {error}"
         return [Warning(text, obj=alias, id="flash_celery.W003")]
     try:
-        lived = _history(subscriptions)
+        history = _history(subscriptions)
         applied = MigrationLoader(connections[alias], ignore_no_migrations=True).applied_migrations
-    except Exception:  # `handlers` says so
+    except Exception:  # `handlers` reports it
         return []
-    unapplied = sum(node not in applied for node in lived.plan)
+    unapplied = sum(migration not in applied for migration in history.plan)
     return [
         message
-        for one, problem in wrong
+        for subscription, problem in problems
         if problem is not None
-        for message in _now(one, problem, lived, unapplied)
+        for message in _considering_migrations(subscription, problem, history, unapplied)
     ]
 
 
-def _now(one: Subscription, problem: CheckMessage, lived: History, unapplied: int) -> Found:
-    """What is to be said of a problem while so many migrations are not applied."""
-    if any(True for _ in _taken_away(one, lived)):
-        return  # `handlers` names the migration
+def _considering_migrations(
+    subscription: Subscription, problem: CheckMessage, history: MigrationHistory, unapplied: int
+) -> Messages:
+    """Report a problem as an error only if no migration that is still to run may solve it.
+
+    `manage.py migrate` runs the checks first, and an error would stop it.
+    """
+    if any(True for _ in _check_removed(subscription, history)):
+        return  # `handlers` reports the migration
     if not unapplied:
         yield problem
-    elif not all((one.table, column) in lived.present for column in (None, *one.columns)):
-        # A migration may make it in SQL, and must not be stopped before it does.
+        return
+    table = subscription.table
+    if not all((table, column) in history.present for column in (None, *subscription.columns)):
+        # A migration with RunSQL may create it.
         hint = f"Run the migrations first; {unapplied} are not applied."
-        yield _message(Warning, one.handler, problem.msg, hint, "flash_celery.W006")
+        yield _message(Warning, subscription.handler, problem.msg, hint, "flash_celery.W006")
 
 
-def _wrong_in(connection: psycopg.Connection[Any], one: Subscription) -> CheckMessage | None:
+def _problem(
+    connection: psycopg.Connection[Any], subscription: Subscription
+) -> CheckMessage | None:
+    handler = subscription.handler
     try:
-        table = table_checks.find(connection, one)
-        table_checks.check(connection, one, table)
+        table = table_checks.find(connection, subscription)
+        table_checks.check(connection, subscription, table)
     except SubscriptionError as error:
-        return _message(Error, one.handler, error, _CORRECT, "flash_celery.E003")
+        return _message(Error, handler, error, _CORRECT_HINT, "flash_celery.E003")
     try:
-        table_checks.check_columns(connection, one, table)
+        table_checks.check_columns(connection, subscription, table)
     except SubscriptionError as error:
-        return _message(Error, one.handler, error, _CORRECT, "flash_celery.E004")
+        return _message(Error, handler, error, _CORRECT_HINT, "flash_celery.E004")
     return None

@@ -1,4 +1,4 @@
-"""Databases of Django's `DATABASES` as connection strings."""
+"""Convert databases of Django's `DATABASES` to connection strings."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ from psycopg.pq import Conninfo
 
 
 def dsn(alias: str = DEFAULT_DB_ALIAS) -> str:
-    """The connection string of a database; "" where Django has no settings, or another database."""
+    """Return the connection string of a database, with its password.
+
+    Args:
+        alias: The name in `DATABASES`.
+
+    Return "" if Django has no settings, or the database is not PostgreSQL.
+    """
     if not settings.configured or connections[alias].vendor != "postgresql":
         return ""
-    # The others are of psycopg or of Django.
-    known = {one.keyword.decode() for one in Conninfo.get_defaults()}
-    parameters = connections[alias].get_connection_params()
-    given = {
+    # Django's parameters include some that psycopg or Django itself reads, not libpq.
+    keywords = {option.keyword.decode() for option in Conninfo.get_defaults()}
+    parameters = {
         name: str(value)
-        for name, value in parameters.items()
-        if name in known and value is not None
+        for name, value in connections[alias].get_connection_params().items()
+        if name in keywords and value is not None
     }
-    return make_conninfo("", **given)
+    return make_conninfo("", **parameters)

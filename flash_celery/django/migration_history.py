@@ -1,5 +1,7 @@
-"""What a project's migrations make of tables and columns: which are there in the end, and which
-migration took one away. It is read from the files; `RunSQL` and `RunPython` say nothing of it.
+"""Read from a project's migrations which tables and columns exist in the end.
+
+For each that does not, it finds the migration that removed it. The migrations' files are read, not
+a database; what `RunSQL` and `RunPython` do is unknown.
 """
 
 from __future__ import annotations
@@ -16,79 +18,92 @@ from django.db.migrations.state import ModelState, ProjectState
 
 from ..table_name import TableName
 
-#: The bytes of a name in PostgreSQL.
+#: The most bytes of a name in PostgreSQL.
 _NAME_LENGTH = 63
-#: A table, or with a name a column of it.
-Place = tuple[TableName, str | None]
+#: A table and the name of a column of it; None for the table itself.
+TableOrColumn = tuple[TableName, str | None]
 
 
 @dataclass
-class History:
-    """What became of some tables and columns in the course of all migrations."""
+class MigrationHistory:
+    """What all migrations together do to some tables and columns."""
 
-    #: Those that are there in the end.
-    present: set[Place] = field(default_factory=set)
-    #: Those that are not, and what took them away: `shop.0002_tidy (Remove field …)`.
-    lost: dict[Place, str] = field(default_factory=dict)
+    #: The tables and columns that exist after the last migration.
+    present: set[TableOrColumn] = field(default_factory=set)
+    #: Those that were removed, each with the migration: `shop.0002_tidy (Remove field …)`.
+    removed: dict[TableOrColumn, str] = field(default_factory=dict)
     #: All migrations, by app and name, each after those it depends on.
     plan: list[tuple[str, str]] = field(default_factory=list)
 
 
-def read(wanted: Mapping[TableName, Collection[str]]) -> History:
-    """The history of the tables and columns that are wanted."""
+def read(columns: Mapping[TableName, Collection[str]]) -> MigrationHistory:
+    """Return the history of these tables, and of these columns of them."""
     loader = MigrationLoader(None, ignore_no_migrations=True)
     leaves = (loader.graph.forwards_plan(leaf) for leaf in sorted(loader.graph.leaf_nodes()))
-    state, found = ProjectState(), History(plan=list(dict.fromkeys(chain(*leaves))))
-    for label, name in found.plan:
-        migration = loader.graph.nodes[label, name]
-        for operation in migration.operations:
-            before = set(_places(state, wanted, label, managed=True))
+    state = ProjectState()
+    history = MigrationHistory(plan=list(dict.fromkeys(chain(*leaves))))
+    for label, name in history.plan:
+        for operation in loader.graph.nodes[label, name].operations:
+            before = set(_existing(state, columns, label, managed=True))
             operation.state_forwards(label, state)
-            after = set(_places(state, wanted, label))
-            if not (isinstance(operation, SeparateDatabaseAndState) and _only_state(operation)):
-                what = f"{label}.{name} ({operation.describe()})"
-                found.lost |= dict.fromkeys(before - after, what)
-            for place in after:
-                found.lost.pop(place, None)
-    found.present = set(_places(state, wanted))
-    return found
+            after = set(_existing(state, columns, label))
+            if not _changes_only_state(operation):
+                description = f"{label}.{name} ({operation.describe()})"
+                history.removed |= dict.fromkeys(before - after, description)
+            for table_or_column in after:
+                history.removed.pop(table_or_column, None)
+    history.present = set(_existing(state, columns))
+    return history
 
 
-def _only_state(operation: Any) -> bool:
-    """Whether it does nothing to the database."""
+def _changes_only_state(operation: Any) -> bool:
+    """Return whether an operation leaves the database as it is."""
+    if not isinstance(operation, SeparateDatabaseAndState):
+        return False
     return not operation.database_operations
 
 
-def _places(
+def _existing(
     state: ProjectState,
-    wanted: Mapping[TableName, Collection[str]],
+    columns: Mapping[TableName, Collection[str]],
     label: str | None = None,
     managed: bool = False,
-) -> Iterator[Place]:
-    """The wanted tables and columns of the models, of one app or of all."""
+) -> Iterator[TableOrColumn]:
+    """Yield those of the tables and columns that models of the state have.
+
+    Args:
+        state: The models at some point of the migrations.
+        columns: The tables and columns in question.
+        label: The app; None for all apps.
+        managed: Whether to leave out models whose tables Django does not manage.
+    """
     for model in list(state.models.values()):
         options = model.options
         if label not in (None, model.app_label) or options.get("proxy"):
             continue
         if managed and not options.get("managed", True):
             continue
-        for table, columns in _tables(model):
-            if table in wanted:
+        for table, table_columns in _tables(model):
+            if table in columns:
                 yield table, None
-                there = wanted[table] if columns is None else columns & set(wanted[table])
-                yield from ((table, column) for column in there)
+                if table_columns is None:
+                    existing = set(columns[table])
+                else:
+                    existing = table_columns & set(columns[table])
+                yield from ((table, column) for column in existing)
 
 
 def _tables(model: ModelState) -> Iterator[tuple[TableName, set[str] | None]]:
-    """The tables of a model, with their columns; None where they are what Django makes them."""
+    """Yield the tables of a model with their columns, which are None for a many-to-many table."""
     default = truncate_name(f"{model.app_label}_{model.name.lower()}", _NAME_LENGTH)
     db_table = model.options.get("db_table") or default
-    columns = {"id"} if not any(one.primary_key for one in model.fields.values()) else set()
+    has_key = any(declared.primary_key for declared in model.fields.values())
+    columns = set() if has_key else {"id"}
     for name, declared in model.fields.items():
         if declared.many_to_many:
             if declared.remote_field.through is None:
-                made = truncate_name(f"{strip_quotes(db_table)}_{name}", _NAME_LENGTH)
-                yield TableName.of_db_table(declared.db_table or made), None
+                link_table = truncate_name(f"{strip_quotes(db_table)}_{name}", _NAME_LENGTH)
+                yield TableName.of_db_table(declared.db_table or link_table), None
             continue
         bound = declared.clone()
         bound.set_attributes_from_name(name)

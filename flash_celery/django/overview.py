@@ -1,8 +1,8 @@
-"""What the page in the admin shows: `flash status` of every source, and the dead letters."""
+"""The content of the page in the admin: the status of every source, and the dead letters."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import psycopg
@@ -16,70 +16,88 @@ from ..handlers.decorators import subscriptions_of
 from ..postgres.connection import connect
 from ..settings import Settings
 
+#: The most dead letters on the page.
+MAX_SHOWN = 100
+#: The most dead letters in a queue that the page reads; reading more takes too long for a page.
+MAX_READ = 2_000
+
 #: Seconds that PostgreSQL may take for a statement.
-_PATIENCE = 5.0
-#: Dead letters on the page, and in the queue; of more the page says the number only, for reading
-#: them all takes its time.
-SHOWN, READ = 100, 2_000
+_STATEMENT_TIMEOUT = 5.0
 
 
 def sources(app: Any) -> list[dict[str, Any]]:
-    """Each source with its status, or with the `error` that keeps it from being known."""
+    """Return the status of each source; for a database that is down, its name and the `error`.
+
+    All text in it is escaped for a page.
+    """
     settings = Settings.from_app(app)
     subscriptions = subscriptions_of(app)
     default = [settings] if settings.flash_dsn or not settings.flash_sources else []
-    found = []
-    for one in [*default, *map(settings.of_source, settings.flash_sources)]:
-        mine = [each for each in subscriptions if each.source == one.source]
+    reports: list[dict[str, Any]] = []
+    for source_settings in [*default, *map(settings.of_source, settings.flash_sources)]:
+        source = source_settings.source
+        matching = [subscription for subscription in subscriptions if subscription.source == source]
         try:
-            with connect(one.require_dsn(), _PATIENCE) as connection:
-                report = status.examine(connection, app, one, mine)
+            with connect(source_settings.require_dsn(), _STATEMENT_TIMEOUT) as connection:
+                report = status.examine(connection, app, source_settings, matching)
         except (FlashError, psycopg.Error) as error:
-            found.append({"source": one.source, "error": one_line(error)})
+            reports.append({"source": source, "error": one_line(error)})
             continue
-        source = report.as_json()
+        fields = report.as_json()
         if slot := report.database.slot:
-            source["slot"]["lag"] = status.size(slot.lag_bytes)
-            source["slot"]["retained"] = status.size(slot.retained_bytes)
-        found.append(source)
-    return [shown(each) for each in found]
+            fields["slot"]["lag"] = status.size(slot.lag_bytes)
+            fields["slot"]["retained"] = status.size(slot.retained_bytes)
+        reports.append(fields)
+    return [_escape_all(report) for report in reports]
 
 
 def dead_letters(app: Any) -> dict[str, Any]:
-    """The oldest dead letters and how many there are. Raises `FlashError`."""
-    box = _box(app)
-    count = box.count()
-    found = box.find(DeadLetterFilter()) if count <= READ else []
-    said = [shown({"name": _name(one), **vars(one), "summary": one.summary}) for one in found]
-    return {"count": count, "letters": said[:SHOWN], "too_many": count > READ}
+    """Return the number of dead letters and the oldest of them.
+
+    Raises:
+        FlashError: A setting is wrong, or the broker does not answer.
+    """
+    queue = _dead_letter_queue(app)
+    count = queue.count()
+    too_many = count > MAX_READ
+    letters = [] if too_many else queue.find(DeadLetterFilter())[:MAX_SHOWN]
+    return {
+        "count": count,
+        "letters": [
+            _escape_all({"name": _name(letter), **vars(letter), "summary": letter.summary})
+            for letter in letters
+        ],
+        "too_many": too_many,
+    }
 
 
 def retry(app: Any, names: Collection[str]) -> tuple[int, int]:
-    """Send the letters of these names back; how many, and how many were there no more.
+    """Send dead letters back to their handlers, by the names that the page gives them.
 
-    Raises `FlashError`.
+    Return how many were sent, and how many were not in the queue any more.
+
+    Raises:
+        FlashError: A setting is wrong, or the broker does not answer.
     """
-    box = _box(app)
-    found: Sequence[DeadLetter] = [
-        one for one in box.find(DeadLetterFilter()) if _name(one) in names
-    ]
-    sent = box.retry(found, split=False) if found else 0
+    queue = _dead_letter_queue(app)
+    chosen = [letter for letter in queue.find(DeadLetterFilter()) if _name(letter) in names]
+    sent = queue.retry(chosen, split=False) if chosen else 0
     return sent, len(names) - sent
 
 
-def _box(app: Any) -> DeadLetterQueue:
+def _dead_letter_queue(app: Any) -> DeadLetterQueue:
     return DeadLetterQueue(app, Settings.from_app(app).flash_dead_queue)
 
 
 def _name(letter: DeadLetter) -> str:
-    """What tells a letter from a later one of the same task."""
+    """Name a dead letter, so that another one of the same task has another name."""
     return escaped(f"{letter.id} {letter.failed_at}")
 
 
-def shown(found: Any) -> Any:
-    """The same with every text as it may be shown."""
-    if isinstance(found, str):
-        return "\n".join(map(escaped, found.split("\n")))
-    if isinstance(found, dict):
-        return {name: shown(value) for name, value in found.items()}
-    return [shown(one) for one in found] if isinstance(found, (list, tuple)) else found
+def _escape_all(value: Any) -> Any:
+    """Escape all text in a value, line by line; Django escapes HTML, but not control characters."""
+    if isinstance(value, str):
+        return "\n".join(map(escaped, value.split("\n")))
+    if isinstance(value, dict):
+        return {name: _escape_all(item) for name, item in value.items()}
+    return [_escape_all(item) for item in value] if isinstance(value, (list, tuple)) else value

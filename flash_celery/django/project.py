@@ -12,17 +12,21 @@ from celery import current_app
 
 from ..errors import ConfigurationError
 
-#: What Celery's fixup for Django looks at.
-_SKIP = "CELERY_SKIP_CHECKS"
+#: The environment variable that stops Celery's fixup for Django from running the system checks.
+_SKIP_CHECKS = "CELERY_SKIP_CHECKS"
 
 
 def celery_app() -> Any:
-    """The app, its tasks imported. Raises `ConfigurationError` if it or they cannot be had."""
+    """Return the project's Celery app, with its tasks imported.
+
+    Raises:
+        ConfigurationError: There is no app, or its tasks cannot be imported.
+    """
     app = current_app._get_current_object()
     if app.main == "default" or (app.main is None and not app.conf.broker_url):
         raise ConfigurationError(
-            "No Celery app is there, so no handlers are known; import it in the __init__.py of the "
-            "project: from .celery import app."
+            "There is no Celery app, so the handlers are unknown; import it in the __init__.py of "
+            "the project: from .celery import app."
         )
     _import_tasks(app)
     return app
@@ -31,25 +35,25 @@ def celery_app() -> Any:
 @lru_cache(maxsize=8)
 def _import_tasks(app: Any) -> None:
     try:
-        with _no_checks():
+        with _checks_skipped():
             app.loader.import_default_modules()
         app.finalize()
-    except Exception as error:  # whatever a module of tasks raises, which a web process need not
+    except Exception as error:  # a module of tasks may raise anything
         raise ConfigurationError(
-            f"The tasks cannot be imported, so no handlers are known: {type(error).__name__}: "
+            f"The tasks cannot be imported, so the handlers are unknown: {type(error).__name__}: "
             f"{error}."
         ) from error
 
 
 @contextmanager
-def _no_checks() -> Iterator[None]:
-    """Celery runs all of Django's checks when it imports the tasks; not now."""
-    before = os.environ.get(_SKIP)
-    os.environ[_SKIP] = "1"
+def _checks_skipped() -> Iterator[None]:
+    """Stop Celery from running all of Django's checks when it imports the tasks."""
+    before = os.environ.get(_SKIP_CHECKS)
+    os.environ[_SKIP_CHECKS] = "1"
     try:
         yield
     finally:
         if before is None:
-            del os.environ[_SKIP]
+            del os.environ[_SKIP_CHECKS]
         else:
-            os.environ[_SKIP] = before
+            os.environ[_SKIP_CHECKS] = before

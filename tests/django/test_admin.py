@@ -170,9 +170,9 @@ def test_one_letter_and_the_chosen_ones_are_sent_back(project, root):
     assert "1 sent back to their handlers." in html
     assert buttons(html) == [names[0], *names[2:]]
     html = press(root, letter=[names[0], names[3], names[1]])
-    assert "2 sent back to their handlers; 1 were there no more." in html
+    assert "2 sent back to their handlers; 1 no longer in the queue." in html
     assert buttons(html) == [names[2]]
-    assert "No letter is chosen." in press(root)
+    assert "No dead letter is selected." in press(root)
     assert box.count() == 1
     with redis.Redis.from_url(project.conf.broker_url) as client:
         assert client.llen("flash") == 3
@@ -255,15 +255,15 @@ def test_of_very_many_letters_only_the_number_is_shown(project, root, monkeypatc
     from flash_celery.django import overview
 
     bury(project, "shop.handle", "shop.handle", "shop.handle")
-    monkeypatch.setattr(overview, "SHOWN", 2)
+    monkeypatch.setattr(overview, "MAX_SHOWN", 2)
     html = page(root)
     assert len(buttons(html)) == 2
-    assert "The 2 oldest" in html
-    monkeypatch.setattr(overview, "READ", 2)
+    assert "the 2 oldest" in html
+    monkeypatch.setattr(overview, "MAX_READ", 2)
     html = page(root)
     assert not buttons(html)
     assert "Dead letters: 3" in html
-    assert "too many for a page" in html
+    assert "Too many for this page" in html
 
 
 def test_another_admin_site_has_a_page_of_its_own(project, root):

@@ -118,7 +118,7 @@ def test_a_migration_that_takes_away_what_a_handler_names(sales, handle, after, 
     ])  # fmt: skip
     assert text.startswith("The migration sales.0002_tidy (")
     what = gone if gone.endswith(".status") else f"the table {gone}"
-    assert text.endswith(f") takes away {what}.")
+    assert text.endswith(f") removes {what}.")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_migrations_that_cannot_be_read_stop_nothing(sales, handle, after):
     after("migrations.RemoveField('order', 'nothing')")
     ((id, _, text),) = said()
     assert id == "W004"
-    assert text.startswith("The migrations cannot be looked at: ")
+    assert text.startswith("The migrations cannot be read: ")
 
 
 def test_handlers_that_cannot_be_imported_stop_nothing(sales, app):
@@ -215,7 +215,7 @@ def test_a_database_that_is_down_is_said_so(sales, handle, configured, database)
     try:
         handle(sales.Order)
         ((id, text),) = said_within()
-        assert (id, text[:43]) == ("W003", "The tables of the handlers cannot be looked")
+        assert (id, text[:44]) == ("W003", "The tables of the handlers cannot be checked")
         assert "hunter2" not in text
     finally:
         use(None)

@@ -1,4 +1,4 @@
-"""`manage.py flash …`: the same commands as `celery -A proj flash …`."""
+"""`manage.py flash …`, with the same commands as `celery -A proj flash …`."""
 
 from __future__ import annotations
 
@@ -13,23 +13,27 @@ from flash_celery.cli import flash
 
 
 class Command(BaseCommand):
-    """Hands its arguments to the command group of flash-celery."""
+    """A command that passes its arguments to the command group of flash-celery."""
 
     help = "PostgreSQL changes as Celery tasks; `manage.py flash --help` lists the commands."
     requires_system_checks: list[str] = []
 
     def run_from_argv(self, argv: list[str]) -> None:
-        """Let click read the arguments, and say the help."""
+        """Let click parse the arguments and print the help."""
         flash.main(argv[2:], prog_name=f"{argv[0]} flash", obj=self._context())
 
     def handle(self, *args: Any, **options: Any) -> None:
-        """For `call_command("flash", "status")`. Raises `CommandError` where the command fails."""
+        """Run the command for `call_command("flash", "status")`.
+
+        Raises:
+            CommandError: The command has failed.
+        """
         code = flash.main(list(args), prog_name="flash", obj=self._context(), standalone_mode=False)
         if code:
             raise CommandError(f"flash {' '.join(args)} has failed.", returncode=code)
 
     def add_arguments(self, parser: Any) -> None:
-        """Take whatever click takes."""
+        """Accept all arguments; click parses them."""
         parser.add_argument("args", nargs=REMAINDER)
 
     @staticmethod
