@@ -120,8 +120,11 @@ def metrics_table():
     return "\n".join([head, *rows])
 
 
-#: Pixels of a row of the picture, and of a column.
-_ROW, _COLUMN = 26, 20
+#: Pixels of the picture of the packages.
+_WIDTH = 720
+_ROW = 26
+_COLUMN = 18
+_CHARACTER = 7
 
 
 def packages_picture():
@@ -149,15 +152,18 @@ def packages_picture():
             else:
                 shapes.append(f'<circle cx="{x}" cy="{y}" r="1" opacity="0.4"/>')
         text = ast.get_docstring(ast.parse((folder / package / "__init__.py").read_text()))
-        sentence = " ".join(text.replace("`", "").split()).partition(". ")[0].rstrip(".")
+        sentence = " ".join(text.replace("`", "").split())
+        sentence = re.split(r"[.;] ", sentence)[0].rstrip(".")
+        room = _WIDTH - row * _COLUMN - (len(package) + 5) * _CHARACTER
+        if len(sentence) * _CHARACTER > room:
+            sentence = sentence.partition(": ")[0]
         shapes.append(
             f'<text x="{row * _COLUMN + 4}" y="{y + 4}"><tspan font-weight="bold">{package}'
             f'</tspan><tspan dx="10" opacity="0.7">{html.escape(sentence)}</tspan></text>'
         )
-    width, height = len(packages) * _COLUMN + 560, len(packages) * _ROW
     return (
         f'<svg role="img" aria-label="The packages and what they import" fill="currentColor" '
-        f'viewBox="0 0 {width} {height}" style="width: 100%; font-size: 13px">'
+        f'viewBox="0 0 {_WIDTH} {len(packages) * _ROW}" style="width: 100%; font-size: 14px">'
         f"{''.join(shapes)}</svg>"
     )
 
