@@ -1,4 +1,4 @@
-"""For the tests of those who use flash-celery: build changes, run handlers, see what is enqueued.
+"""Tools for your tests: build changes, run handlers on them, and inspect the enqueued tasks.
 
 Nothing here needs a broker; only `Live` needs a database. See docs/testing.md.
 """

@@ -1,7 +1,7 @@
-"""What the handlers of an app would be told of changes, and running them; no broker, no database.
+"""Find out which tasks changes would enqueue, and run them, without a broker or a database.
 
-The changes take the way they take in the replication worker: routing, transitions and conditions,
-batches, and the task messages, whose JSON is read again.
+The changes take the same path as in the replication worker: routing, transitions and conditions,
+batches, and the encoding of task messages, which are then decoded as in a Celery worker.
 """
 
 from __future__ import annotations
@@ -33,26 +33,33 @@ from ..table_name import TableName
 from ..values.comparison import ColumnType
 from .texts import canonical, column_type, name_of, oid_of, type_of
 
-_OID = 0  # what `payload.delivery_of` writes
+#: The OID of the table in rows that `payload.delivery_of` encodes.
+_OID = 0
+#: The OID of the type text.
 _TEXT = 25
 
 
 @dataclass(frozen=True)
 class Enqueued:
-    """A task message as the replication worker would enqueue it."""
+    """A task as the replication worker would enqueue it.
 
-    #: Name of the task.
+    Attributes:
+        handler: The task's name.
+        told: The task's argument: a change, or `Changes` for a batch handler.
+        queue: The name of its queue.
+        priority: Its priority, or None.
+        task_id: The task's id.
+    """
+
     handler: str
-    #: What it is called with: a change, or of a batch handler `Changes`.
     told: Any
     queue: str
     priority: int | None
-    #: The id of the task.
     task_id: str
 
     @property
     def changes(self) -> list[Change]:
-        """The changes it carries."""
+        """The changes in its argument."""
         return list(self.told) if isinstance(self.told, Changes) else [self.told]
 
     @property
@@ -63,22 +70,33 @@ class Enqueued:
 
 @dataclass(frozen=True)
 class Run:
-    """A task that was run."""
+    """A task that was run.
+
+    Attributes:
+        handler: The task's name.
+        told: The task's argument. Its `old` and `new` are mappings, also with `into=`: the task
+            converts them when it runs.
+        result: The return value; None if the task raised an error.
+        error: The error it raised, which may be Celery's `Retry`; None if it succeeded.
+    """
 
     handler: str
-    #: What it was called with, `old` and `new` as mappings (a class of `into=` is the handler's).
     told: Any
-    #: What it returned.
     result: Any
-    #: What it raised, retries included; None if it succeeded.
     error: BaseException | None
 
 
 class Flash:
     """The handlers of an app.
 
-    `matching`, `enqueued` and `apply` take changes as `flash_celery.testing` builds them, in commit
-    order. Raises what `flash replicate` does for an `on_change` or a setting that cannot be right.
+    `matching`, `enqueued` and `apply` take changes that `flash_celery.testing` builds, in commit
+    order.
+
+    Args:
+        app: The Celery app.
+
+    Raises:
+        FlashError: An `on_change` or a setting is wrong, as for `flash replicate`.
     """
 
     def __init__(self, app: Any) -> None:
@@ -90,15 +108,21 @@ class Flash:
         self._templates = Templates(app, self._settings, self._subscriptions)
 
     def matching(self, *changes: Change[Any]) -> list[tuple[str, Any]]:
-        """The name of each handler that would be told, and what; runs nothing."""
-        return [(one.handler, one.told) for one in self.enqueued(*changes)]
+        """Return the name of each handler that would receive something, and its argument.
+
+        Runs nothing; raises as `enqueued` does.
+        """
+        return [(task.handler, task.told) for task in self.enqueued(*changes)]
 
     def enqueued(self, *changes: Change[Any]) -> list[Enqueued]:
-        """The messages that the replication worker would enqueue; runs nothing.
+        """Return the tasks that the replication worker would enqueue; runs nothing.
 
-        A batch holds what one call has for it, up to its size. Raises `SubscriptionError` if a
-        change lacks a column that a handler names, or a condition only PostgreSQL can judge, and
-        `ChangeTooLarge` for what would become a dead letter.
+        A batch has the matching changes of one call, up to its size.
+
+        Raises:
+            SubscriptionError: A change has no value for a column that a handler names, or only
+                PostgreSQL can evaluate a condition.
+            ChangeTooLarge: A change would become a dead letter.
         """
         batcher = Batcher(_refuse)
         for change in changes:
@@ -106,16 +130,22 @@ class Flash:
         return [read(message) for message in batcher.collect(everything=True).messages]
 
     def apply(self, *changes: Change[Any]) -> list[Run]:
-        """Run each of them in this process, as `task.apply` does, and say what came of it."""
-        return [run(self._app, one) for one in self.enqueued(*changes)]
+        """Run the tasks of the changes in this process, as `task.apply` does.
+
+        Errors of handlers are in the result; raises as `enqueued` does.
+        """
+        return [run(self._app, task) for task in self.enqueued(*changes)]
 
     def _route(self, change: Change[Any], batcher: Batcher) -> None:
-        wanted = [one for one in self._subscriptions if one.source == change.source]
-        mine = [one for one in wanted if _is_about(one, change)]
-        for subscription in mine:
-            _require(subscription, change)
+        matching = [
+            subscription for subscription in self._subscriptions if _is_about(subscription, change)
+        ]
+        for subscription in matching:
+            _require_columns(subscription, change)
 
-        router = Router(mine, _Described(change, mine), BatcherSink(batcher, self._templates))
+        router = Router(
+            matching, _ChangeCatalog(change, matching), BatcherSink(batcher, self._templates)
+        )
         delivery = delivery_of(change)
         (row,), transaction, index = delivery.rows, delivery.transaction, delivery.ordinal
         if isinstance(change, LogicalMessage):
@@ -133,41 +163,44 @@ def _refuse(template: Template, delivery: Delivery) -> Message:
 
 
 def read(message: Message) -> Enqueued:
-    """A message as its worker reads it."""
+    """Decode a task message as a Celery worker does."""
     body = message.body
     if encoding := message.headers.get("compression"):
         body = compression.decompress(body, encoding).decode()
-    (told,), *_ = loads(body)
+    (argument,), *_ = loads(body)
     priority = message.properties.get("priority")
-    return Enqueued(message.task, told, message.queue, priority, message.id)
+    return Enqueued(message.task, argument, message.queue, priority, message.id)
 
 
 def run(app: Any, enqueued: Enqueued) -> Run:
-    """Run the task of a message in this process."""
+    """Run a task in this process."""
     task = app.tasks[enqueued.handler]
-    done = task.apply(args=[enqueued.told], task_id=enqueued.task_id, throw=False)
-    error = (
-        done.result if isinstance(done.result, BaseException) and not done.successful() else None
-    )
-    return Run(enqueued.handler, enqueued.told, None if error else done.result, error)
+    outcome = task.apply(args=[enqueued.told], task_id=enqueued.task_id, throw=False)
+    if isinstance(outcome.result, BaseException) and not outcome.successful():
+        return Run(enqueued.handler, enqueued.told, None, outcome.result)
+    return Run(enqueued.handler, enqueued.told, outcome.result, None)
 
 
 def _is_about(subscription: Subscription, change: Change[Any]) -> bool:
+    """Return whether a subscription is to the table (or partition) or the prefix of a change."""
+    if subscription.source != change.source:
+        return False
     if isinstance(change, LogicalMessage):
         return subscription.prefix == change.prefix
-    names = {(change.schema, change.table), *([_leaf(change)] if change.partition else [])}
-    return (subscription.table.schema, subscription.table.name) in names and (
-        subscription.prefix is None
-    )
+    names = {(change.schema, change.table)}
+    if change.partition:
+        names.add(_partition_name(change.partition))
+    table = subscription.table
+    return subscription.prefix is None and (table.schema, table.name) in names
 
 
-def _leaf(change: Change[Any]) -> tuple[str, str]:
-    schema, _, name = (change.partition or "").partition(".")
+def _partition_name(partition: str) -> tuple[str, str]:
+    schema, _, name = partition.partition(".")
     return schema, name
 
 
-def _require(subscription: Subscription, change: Change[Any]) -> None:
-    """A row of the real table has all its columns; one that a test made may lack some."""
+def _require_columns(subscription: Subscription, change: Change[Any]) -> None:
+    """Raise `SubscriptionError` if a column is missing, as can happen only in a change of a test."""
     if isinstance(change, (LogicalMessage, Truncate)):
         return
     missing = sorted(subscription.columns - change._source.positions.keys())
@@ -183,9 +216,11 @@ def _message(change: LogicalMessage) -> pgoutput.LogicalMessage:
 
 
 def _relation(change: Change[Any]) -> pgoutput.Relation:
-    """The table, or the leaf the row is in, as PostgreSQL would tell of it."""
+    """Return the Relation message that PostgreSQL would send for the table or the partition."""
     source = change._source
-    schema, name = _leaf(change) if change.partition else (source.schema, source.name)
+    schema, name = source.schema, source.name
+    if change.partition:
+        schema, name = _partition_name(change.partition)
     columns = [
         pgoutput.Column(column.identity, column.name, column.type_oid, -1)
         for column in source.columns
@@ -193,25 +228,30 @@ def _relation(change: Change[Any]) -> pgoutput.Relation:
     return pgoutput.Relation(None, _OID, schema, name, source.identity, tuple(columns))
 
 
-class _Described(RelationCatalog):
-    """A catalog that knows what a change tells of its table."""
+class _ChangeCatalog(RelationCatalog):
+    """A catalog of one table, read from a change of it."""
 
     def __init__(self, change: Change[Any], subscriptions: Iterable[Subscription]) -> None:
         self._change = change
-        self._named = {name for one in subscriptions for name in one.columns}
+        self._subscribed_columns = {
+            name for subscription in subscriptions for name in subscription.columns
+        }
 
     def settle(self, transaction: Any) -> None:
-        """There is nothing to wait for."""
+        """Return at once: there is no catalog to wait for."""
 
     def ancestors(self, *_: Any) -> Ancestors:
-        """The handler's table, of a leaf."""
+        """Return the change's table as the parent of its partition."""
         change = self._change
         return {TableName(change.schema, change.table): None} if change.partition else {}
 
     def table(self, oid: int) -> CatalogTable:
-        """The table of the change; the columns that handlers name are there (`_require`)."""
+        """Return the change's table, which has the columns that handlers name (`_require_columns`)."""
         source = self._change._source
-        oids = {**dict.fromkeys(self._named, _TEXT), **{c.name: c.type_oid for c in source.columns}}
+        oids = {
+            **dict.fromkeys(self._subscribed_columns, _TEXT),
+            **{c.name: c.type_oid for c in source.columns},
+        }
         return CatalogTable(
             oid=oid,
             name=TableName(source.schema, source.name),
@@ -227,27 +267,29 @@ class _Described(RelationCatalog):
         )
 
     def types(self, oids: Iterable[int]) -> dict[int, TypeDescription]:
-        """The built-in types."""
+        """Return the built-in types."""
         return {oid: TypeDescription(oid, name_of(oid)) for oid in oids}
 
     def matcher(
         self, oid: int, condition: Condition, types: Mapping[str, int]
     ) -> Callable[[Cells], bool] | None:
-        """The condition, its constants read as psycopg reads them."""
+        """Return the condition, with its constants as psycopg reads them."""
         compared = {name: self._compared(name, condition) for name in condition.columns}
         return condition.bind(compared, canonical)
 
     def _compared(self, name: str, condition: Condition) -> ColumnType:
-        """A NULL says nothing of its type, and compares as what it is compared with."""
+        """Return how a column compares; a NULL has the type of the value it is compared with."""
         source = self._change._source
         position = source.positions[name]
         rows = (getattr(self._change, side, None) for side in ("_old", "_new"))
         if any(isinstance(row[position], bytes) for row in rows if row is not None):
             return column_type(source.columns[position].type_oid)
-        lookups = [one for part in condition.alternatives for one in part if one.column == name]
-        values = [v for one in lookups for v in _values(one.value)]
-        known = [one for one in values if one is not None and not isinstance(one, bool)]
-        return column_type(oid_of(type_of(known[0])) if known else _TEXT)
+        for alternative in condition.alternatives:
+            for lookup in alternative:
+                for value in _values(lookup.value) if lookup.column == name else ():
+                    if value is not None and not isinstance(value, bool):
+                        return column_type(oid_of(type_of(value)))
+        return column_type(_TEXT)
 
 
 def _values(value: Any) -> Sequence[Any]:

@@ -1,4 +1,4 @@
-"""Changes as the replication worker would deliver them, from Python values."""
+"""Build changes from Python values, as the replication worker would deliver them."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _numbers = count(1)
 
 
 class _Commit(Transaction):
-    """A transaction that counts what was made in it."""
+    """A transaction that counts the changes built in it."""
 
     rows = 0
     messages = 0
 
     def next_row(self) -> int:
-        """The index of one more row."""
+        """Return the index of the next row."""
         self.rows += 1
         return self.rows - 1
 
     def next_message(self) -> int:
-        """The index of one more message."""
+        """Return the index of the next message."""
         self.messages += 1
         return self.messages - 1
 
@@ -44,9 +44,14 @@ def transaction(
     xid: int | None = None,
     committed_at: datetime | None = None,
 ) -> Transaction:
-    """A transaction to build several changes in (`transaction=`); each is later than those before.
+    """Build a transaction, to pass to several changes as `transaction=`.
 
-    `commit_lsn` is a number or `"16/B374D848"`; `committed_at` an aware datetime, by default now.
+    Each transaction commits later than those built before it.
+
+    Args:
+        commit_lsn: Its position in the WAL, as a number or as text (`"16/B374D848"`).
+        xid: Its id in PostgreSQL.
+        committed_at: An aware datetime. Default: now.
     """
     number = next(_numbers)
     lsn = Lsn.parse(commit_lsn) if isinstance(commit_lsn, str) else commit_lsn
@@ -58,12 +63,12 @@ def transaction(
     )
 
 
-#: Where `transaction` is an argument.
+#: The function, for functions with an argument of the same name.
 _new_transaction = transaction
 
 
 class _Builder:
-    """What the rows of one change have in common."""
+    """The table and transaction of a change, built from the arguments of `insert` and others."""
 
     def __init__(
         self,
@@ -88,70 +93,73 @@ class _Builder:
     def _columns(self, values: Mapping[Any, Any] | None) -> dict[str, Any]:
         return {column_name(name, self._model): value for name, value in (values or {}).items()}
 
-    def row(self, *given: Mapping[Any, Any] | None) -> dict[str, Any]:
-        """Values by column."""
-        return {name: value for one in given for name, value in self._columns(one).items()}
+    def row(self, *parts: Mapping[Any, Any] | None) -> dict[str, Any]:
+        """Return the values by column; later parts override earlier ones."""
+        return {name: value for part in parts for name, value in self._columns(part).items()}
 
     def table(self, *rows: Mapping[str, Any]) -> Table:
-        """The table of these rows."""
+        """Return the table of these rows."""
         names = list(dict.fromkeys(name for row in rows for name in row))
-        for named, what in ((self._types, "types"), (self._key or (), "key")):
-            for name in named:
+        for argument, columns in (("types", self._types), ("key", self._key or ())):
+            for name in columns:
                 if rows and name not in names:
-                    raise ValueError(f"{what} names {name}, which has no value in {self._name}.")
+                    raise ValueError(
+                        f"{argument} names {name}, which has no value in {self._name}."
+                    )
         key = self._key or (("id",) if "id" in names or not rows else tuple(names))
         if self._identity == "default" and rows and not self._key and "id" not in names:
             raise ValueError(
                 f"identity='default' is the primary key of {self._name}; name it: key=."
             )
         full = self._identity == "full"
-        keyed = key if self._identity == "default" else ()
+        identity_columns = key if self._identity == "default" else ()
         return Table(
             self._name.schema,
             self._name.name,
-            self._leaf(),
+            self._partition_name(),
             _IDENTITIES[self._identity],
             key if rows else (),
-            tuple(self._column(name, rows, full or name in keyed) for name in names),
+            tuple(self._column(name, rows, full or name in identity_columns) for name in names),
             self._source,
         )
 
-    def _leaf(self) -> str | None:
+    def _partition_name(self) -> str | None:
         if self._partition is None:
             return None
-        leaf = TableName.parse(self._partition)
-        return f"{leaf.schema}.{leaf.name}"
+        partition = TableName.parse(self._partition)
+        return f"{partition.schema}.{partition.name}"
 
     def _column(self, name: str, rows: Iterable[Mapping[str, Any]], identity: bool) -> Column:
-        values = [row[name] for row in rows if row.get(name, UNCHANGED) is not UNCHANGED]
-        known = [value for value in values if value is not None]
-        oid = oid_of(self._types.get(name) or _widest(known))
+        values = [
+            row[name] for row in rows if row.get(name) is not None and row[name] is not UNCHANGED
+        ]
+        oid = oid_of(self._types.get(name) or _widest_type(values))
         return Column(name, oid, name_of(oid), identity)
 
     def origin(self, table: Table) -> tuple[Table, Transaction, int]:
-        """What every change begins with."""
-        made = self._transaction
-        return table, made, made.next_row() if isinstance(made, _Commit) else 0
+        """Return the first arguments of each change's constructor."""
+        commit = self._transaction
+        return table, commit, commit.next_row() if isinstance(commit, _Commit) else 0
 
     @staticmethod
     def cells(table: Table, row: Mapping[str, Any]) -> list[Cell]:
-        """A row as PostgreSQL would write it."""
+        """Return a row as PostgreSQL would write it."""
         return [text_of(row.get(column.name), column.type_oid) for column in table.columns]
 
     @staticmethod
     def key_cells(table: Table, row: Mapping[str, Any]) -> list[Cell]:
-        """An old row of an identity of key columns."""
-        known = {name: row[name] for name in row if name in table.identity_columns}
-        return _Builder.cells(table, known)
+        """Return an old row as PostgreSQL would write it under REPLICA IDENTITY DEFAULT."""
+        key = {name: row[name] for name in row if name in table.identity_columns}
+        return _Builder.cells(table, key)
 
 
-def _widest(values: list[Any]) -> str:
-    """The type of the values of one column: old and new numbers may differ in size."""
-    found = {type_of(value) for value in values} or {"text"}
+def _widest_type(values: list[Any]) -> str:
+    """Return the type of a column, whose old and new number may differ in size."""
+    types = {type_of(value) for value in values} or {"text"}
     for name in ("numeric", "int8", "numeric[]", "int8[]"):
-        if name in found:
+        if name in types:
             return name
-    return sorted(found)[0]
+    return min(types)
 
 
 def insert(
@@ -167,26 +175,29 @@ def insert(
     transaction: Transaction | None = None,
     **columns: Any,
 ) -> Insert:
-    """An `Insert`: `insert("public.orders", id=1, status="paid")`.
+    """Build an `Insert`: `insert("public.orders", id=1, status="paid")`.
 
-    - `table`: what `on_change` takes; `source` is a name in `flash_sources`.
-    - `new`, `columns`: the row; in a dict where a column is called as an option of this function.
-    - `types`: PostgreSQL's types by column (`{"id": "int8"}`) where they are not those of the
-      Python values: int4 (int8, numeric if larger), text, numeric, float8, bool, timestamptz,
-      timestamp, date, time, interval, uuid, bytea, an array for a list, jsonb for a dict, text for
-      None.
-    - `key`: the primary key. Default: the column `id`, or without one all columns.
-    - `identity`: the replica identity: `full`, `default` (the key) or `nothing`.
-    - `partition`: the leaf that the row is in.
-    - `transaction`: of `flash_celery.testing.transaction()`. Default: one of its own.
+    Args:
+        table: The table, as `on_change` takes it.
+        new: The row as a dict, for columns that have the name of an argument of this function.
+        types: PostgreSQL's types by column (`{"id": "int8"}`). Default: the types of the Python
+            values, as docs/testing.md lists them.
+        key: The columns of the primary key. Default: the column `id`; without one, all columns.
+        identity: The replica identity: `"full"` (the default), `"default"` (the primary key) or
+            `"nothing"`.
+        partition: The name of the partition that the row is in.
+        source: The database, a name in `flash_sources`. Default: the one of `flash_dsn`.
+        transaction: The transaction, from `flash_celery.testing.transaction()`. Default: a new one.
+        **columns: The row.
 
-    Raises `ValueError` for what no row can be.
+    Raises:
+        ValueError: PostgreSQL could not send such a row.
     """
-    build = _Builder(table, source, transaction, partition, types, key, identity)
-    row = build.row(new, columns)
-    described = build.table(row)
-    _all_sent(row, "insert")
-    return Insert(build.cells(described, row), *build.origin(described))
+    builder = _Builder(table, source, transaction, partition, types, key, identity)
+    row = builder.row(new, columns)
+    row_table = builder.table(row)
+    _require_values(row, "insert")
+    return Insert(builder.cells(row_table, row), *builder.origin(row_table))
 
 
 def update(
@@ -202,22 +213,33 @@ def update(
     source: str | None = None,
     transaction: Transaction | None = None,
 ) -> Update:
-    """An `Update`: `update("orders", old={"id": 1, "status": "new"}, new={"status": "paid"})`.
+    """Build an `Update`: `update("orders", {"id": 1, "status": "new"}, {"status": "paid"})`.
 
-    What only one of them names is the same in both. `UNCHANGED` in `new` is a large value that
-    PostgreSQL does not send. With `identity="default"` the old row is what PostgreSQL keeps then:
-    the key. The options are those of `insert`.
+    Args:
+        table: The table, as `on_change` takes it.
+        old: The row before. With `identity="default"` only its key is delivered.
+        new: The row after. A column that only one of the two rows names is the same in both.
+            `UNCHANGED` stands for a large value that PostgreSQL does not send.
+        types: As for `insert`.
+        key: As for `insert`.
+        identity: As for `insert`.
+        partition: As for `insert`.
+        source: As for `insert`.
+        transaction: As for `insert`.
+
+    Raises:
+        ValueError: PostgreSQL could not send such rows.
     """
-    build = _Builder(table, source, transaction, partition, types, key, identity)
-    before, after = build.row(new, old), build.row(old, new)
-    described = build.table(after, before)
-    now, origin = build.cells(described, after), build.origin(described)
-    if described.identity == "f":
-        _all_sent(before, "old row")
-        return Update("O", build.cells(described, before), now, *origin)
-    if any(before[name] != after[name] for name in described.identity_columns):
-        return Update("K", build.key_cells(described, before), now, *origin)
-    return Update(None, None, now, *origin)
+    builder = _Builder(table, source, transaction, partition, types, key, identity)
+    before, after = builder.row(new, old), builder.row(old, new)
+    row_table = builder.table(after, before)
+    new_cells, origin = builder.cells(row_table, after), builder.origin(row_table)
+    if row_table.identity == "f":
+        _require_values(before, "old row")
+        return Update("O", builder.cells(row_table, before), new_cells, *origin)
+    if any(before[name] != after[name] for name in row_table.identity_columns):
+        return Update("K", builder.key_cells(row_table, before), new_cells, *origin)
+    return Update(None, None, new_cells, *origin)
 
 
 def delete(
@@ -233,19 +255,31 @@ def delete(
     transaction: Transaction | None = None,
     **columns: Any,
 ) -> Delete:
-    """A `Delete` of the row with these values; with `identity="default"` its key alone is known.
+    """Build a `Delete`: `delete("orders", id=1, status="paid")`.
 
-    The options are those of `insert`.
+    Args:
+        table: The table, as `on_change` takes it.
+        old: The row as a dict, for columns that have the name of an argument of this function.
+        types: As for `insert`.
+        key: As for `insert`.
+        identity: As for `insert`. With `"default"` only the key is delivered.
+        partition: As for `insert`.
+        source: As for `insert`.
+        transaction: As for `insert`.
+        **columns: The row.
+
+    Raises:
+        ValueError: PostgreSQL could not send such a row.
     """
-    build = _Builder(table, source, transaction, partition, types, key, identity)
-    row = build.row(old, columns)
-    described = build.table(row)
-    _all_sent(row, "deleted row")
-    if described.identity == "n":
+    builder = _Builder(table, source, transaction, partition, types, key, identity)
+    row = builder.row(old, columns)
+    row_table = builder.table(row)
+    _require_values(row, "deleted row")
+    if row_table.identity == "n":
         raise ValueError("PostgreSQL refuses a DELETE in a published table without an identity.")
-    if described.identity == "f":
-        return Delete("O", build.cells(described, row), *build.origin(described))
-    return Delete("K", build.key_cells(described, row), *build.origin(described))
+    if row_table.identity == "f":
+        return Delete("O", builder.cells(row_table, row), *builder.origin(row_table))
+    return Delete("K", builder.key_cells(row_table, row), *builder.origin(row_table))
 
 
 def truncate(
@@ -256,9 +290,16 @@ def truncate(
     source: str | None = None,
     transaction: Transaction | None = None,
 ) -> Truncate:
-    """A `Truncate`: `truncate("orders")`."""
-    build = _Builder(table, source, transaction, partition)
-    return Truncate(*build.origin(build.table()))
+    """Build a `Truncate`: `truncate("orders")`.
+
+    Args:
+        table: The table, as `on_change` takes it.
+        partition: As for `insert`.
+        source: As for `insert`.
+        transaction: As for `insert`.
+    """
+    builder = _Builder(table, source, transaction, partition)
+    return Truncate(*builder.origin(builder.table()))
 
 
 def message(
@@ -269,20 +310,28 @@ def message(
     source: str | None = None,
     transaction: Transaction | None = None,
 ) -> LogicalMessage:
-    """A `LogicalMessage`: `message("order.paid", b"1")`."""
+    """Build a `LogicalMessage`: `message("order.paid", b"1")`.
+
+    Args:
+        prefix: The prefix that an `on_message` names.
+        content: The content, as bytes or as text in UTF-8. Default: empty.
+        source: As for `insert`.
+        transaction: As for `insert`.
+    """
     table = Table("", prefix_of(prefix).name, None, "n", (), (), source or "")
-    made = transaction or _new_transaction()
-    index = made.next_message() if isinstance(made, _Commit) else 0
-    written = content.encode() if isinstance(content, str) else content
-    return LogicalMessage(written, table, made, index, _MESSAGE_HALF)
+    commit = transaction or _new_transaction()
+    index = commit.next_message() if isinstance(commit, _Commit) else 0
+    encoded = content.encode() if isinstance(content, str) else content
+    return LogicalMessage(encoded, table, commit, index, _MESSAGE_HALF)
 
 
-def _all_sent(row: Mapping[str, Any], what: str) -> None:
+def _require_values(row: Mapping[str, Any], description: str) -> None:
+    """Raise `ValueError` if the row is empty or has a value that PostgreSQL would have sent."""
     if not row:
-        raise ValueError(f"The {what} has no columns; name them: id=1, status='paid'.")
+        raise ValueError(f"The {description} has no columns; name them: id=1, status='paid'.")
     for name, value in row.items():
         if value is UNCHANGED:
             raise ValueError(
-                f"{name} is UNCHANGED, which only the new row of an update can hold; in full its "
-                "old value is known, so say it in old=."
+                f"{name} is UNCHANGED, which only the new row of an update can have; with "
+                "identity='full' PostgreSQL sends the old value, so give it in old=."
             )

@@ -1,4 +1,4 @@
-"""A replication worker for a test: the user's own database, and names that are nobody else's."""
+"""Run a replication worker in a test, on the test's database, with unique names."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ from ..settings import Settings
 from ..worker.replicator import Replicator
 from .applying import Enqueued, Run, read, run
 
-#: What slots and publications of tests begin with, so that nothing else is swept away.
+#: The prefix of the names of tests' slots and publications, by which leftovers are found.
 PREFIX = "flash_test_"
-_PAUSE = 0.01
-#: Names of tasks' states in which a task runs again.
-_NOT_YET = ("RETRY", "REJECTED")
-_TRANSACTIONS = """
+#: Seconds between two checks whether something has happened.
+_POLL_INTERVAL = 0.01
+#: The states of a task that will run again.
+_UNFINISHED_STATES = ("RETRY", "REJECTED")
+_OPEN_TRANSACTIONS = """
 SELECT pid, coalesce(nullif(application_name, ''), 'a session'), state FROM pg_stat_activity
 WHERE datname = current_database() AND pid <> pg_backend_pid() AND xact_start IS NOT NULL
 AND backend_xid IS NOT NULL ORDER BY xact_start
@@ -41,12 +42,21 @@ AND backend_xid IS NOT NULL ORDER BY xact_start
 
 
 class Live:
-    """A replication worker in a thread, with a slot and publications of its own.
+    """A replication worker in a thread, with its own slot and publications.
 
-    Handlers run in the thread that calls `wait_for`. With `broker` their tasks go to the app's
-    broker instead, and a Celery worker in this process runs them (the fixture `celery_worker`).
-    As a context manager it starts, and afterwards drops all it has made, replica identities given
-    back. `source` is a name in `flash_sources`; `timeout` is in seconds.
+    Use it as a context manager: it starts the worker, and at the end drops the slot and the
+    publications and restores replica identities. The handlers run in the thread that calls
+    `wait_for`.
+
+    Args:
+        app: The Celery app.
+        broker: Whether tasks go to the app's broker, and a Celery worker in this process runs them
+            (the fixture `celery_worker`).
+        source: The database, a name in `flash_sources`. Default: the one of `flash_dsn`.
+        timeout: The most seconds to wait for anything.
+
+    Raises:
+        ConfigurationError: A setting is wrong, or forbids a worker in a test.
     """
 
     def __init__(
@@ -66,16 +76,20 @@ class Live:
             flash_failover_slot=False,
             flash_replay_window=0,
         )
-        self._subscriptions = [one for one in subscriptions_of(app) if one.source == source]
+        self._subscriptions = [
+            subscription for subscription in subscriptions_of(app) if subscription.source == source
+        ]
         if not self._settings.flash_manage:
             raise ConfigurationError(
-                "A test makes publications of its own, which flash_manage = False forbids; leave "
-                "it out of the settings of the tests."
+                "A test creates its own publications, which flash_manage = False forbids; remove "
+                "it from the settings of the tests."
             )
         self._publisher = _Recorder(brokers.for_app(app) if broker else MemoryPublisher())
         self._broker = broker
-        self._done: set[str] = set()
-        self._ran = 0
+        #: The ids of the tasks that a Celery worker has finished.
+        self._finished: set[str] = set()
+        #: How many of the publisher's messages `wait_for` has run.
+        self._run_count = 0
         self._error: BaseException | None = None
         self._undo = ExitStack()
 
@@ -97,27 +111,35 @@ class Live:
 
     @property
     def enqueued(self) -> list[Enqueued]:
-        """Every task that has been enqueued, in order."""
+        """All tasks that have been enqueued, in order."""
         return [read(message) for message in list(self._publisher.messages)]
 
     def wait_for(self) -> list[Run]:
-        """Wait until every change committed so far is handled; what was run for them.
+        """Wait until all changes committed so far are handled.
 
-        What handlers write themselves is waited for by the next call. With `broker` it is the
-        worker that runs them, and the list is empty. Raises `TimeoutError` when it takes long, and
-        what stopped the replication worker.
+        Changes that the handlers write are handled by the next call.
+
+        Returns:
+            The tasks that were run, in order. With `broker` a Celery worker runs them, and the list
+            is empty.
+
+        Raises:
+            TimeoutError: It took longer than `timeout` seconds.
+            FlashError: The replication worker has stopped with this error.
         """
         _refuse_transaction()
         position = self._one("SELECT pg_current_wal_insert_lsn()")
         self._until(lambda: self._is_past(position), "the changes committed so far are enqueued")
         if not self._broker:
             return self._run()
-        wanted = {message.id for message in list(self._publisher.messages)}
-        self._until(lambda: wanted <= self._done, "a Celery worker of this process has run them")
+        enqueued = {message.id for message in list(self._publisher.messages)}
+        self._until(
+            lambda: enqueued <= self._finished, "a Celery worker of this process has run them"
+        )
         return []
 
     def close(self) -> None:
-        """Stop, and drop everything; does nothing the second time."""
+        """Stop the worker, and drop everything that it has created. May be called twice."""
         self._undo.close()
 
     def _start(self) -> None:
@@ -125,7 +147,7 @@ class Live:
         settings = self._settings
         self._control = connect(settings.require_dsn())
         self._undo.callback(self._control.close)
-        self._until(self._is_alone, "another test is done with its own in this database")
+        self._until(self._lock, "another test has finished with this database")
         _sweep(self._control, settings)
         if self._broker:
             signals.task_postrun.connect(self._on_task, weak=False)
@@ -133,9 +155,9 @@ class Live:
         replicator = Replicator(self._app, settings, self._subscriptions, self._publisher)
         thread = threading.Thread(target=self._replicate, args=[replicator], name="flash-live")
         self._undo.callback(_clear, settings)
-        self._undo.callback(_end, replicator, thread, settings)
+        self._undo.callback(_stop, replicator, thread, settings)
         thread.start()
-        self._until(self._is_read, "the replication worker has made its slot")
+        self._until(self._is_reading, "the replication worker has created its slot")
 
     def _replicate(self, replicator: Replicator) -> None:
         try:
@@ -144,60 +166,64 @@ class Live:
             self._error = error
 
     def _on_task(self, task_id: str = "", state: str = "", **_: Any) -> None:
-        if state not in _NOT_YET:
-            self._done.add(task_id)
+        if state not in _UNFINISHED_STATES:
+            self._finished.add(task_id)
 
     def _run(self) -> list[Run]:
-        found = []
-        while self._ran < len(self._publisher.messages):
-            message = self._publisher.messages[self._ran]
-            self._ran += 1
-            found.append(run(self._app, read(message)))
-        return found
+        runs = []
+        while self._run_count < len(self._publisher.messages):
+            message = self._publisher.messages[self._run_count]
+            self._run_count += 1
+            runs.append(run(self._app, read(message)))
+        return runs
 
-    def _is_alone(self) -> bool:
-        """One at a time in a database: each would be told what the others do, and give back the
-        replica identities that they need. The server lets go when the process ends."""
+    def _lock(self) -> bool:
+        """Try to take the advisory lock of the database; it is released with the connection.
+
+        Only one test at a time may use a database: it would receive the changes of the others, and
+        restore the replica identities that they need.
+        """
         return bool(self._one("SELECT pg_try_advisory_lock(hashtext(%s))", PREFIX))
 
-    def _is_read(self) -> bool:
+    def _is_reading(self) -> bool:
         return bool(self._slot("active"))
 
     def _is_past(self, position: str) -> bool:
         return bool(self._slot("confirmed_flush_lsn >= %s", position))
 
-    def _slot(self, what: str, *parameters: Any) -> Any:
-        query = f"SELECT {what} FROM pg_replication_slots WHERE slot_name = %s"  # noqa: S608
+    def _slot(self, expression: str, *parameters: Any) -> Any:
+        query = f"SELECT {expression} FROM pg_replication_slots WHERE slot_name = %s"  # noqa: S608
         return self._one(query, *parameters, self._settings.flash_replication_slot)
 
     def _one(self, query: str, *parameters: Any) -> Any:
         row = self._control.execute(query.encode(), parameters).fetchone()
         return row[0] if row else None
 
-    def _until(self, ready: Callable[[], bool], what: str) -> None:
+    def _until(self, ready: Callable[[], bool], event: str) -> None:
         deadline = time.monotonic() + self._timeout
         while not ready():
             if self._error is not None:
                 raise self._error
             if time.monotonic() > deadline:
                 raise TimeoutError(
-                    f"{self._timeout:.0f} s are over before {what}{self._held_by()}."
+                    f"{self._timeout:.0f} s have passed before {event}{self._open_transactions()}."
                 )
-            time.sleep(_PAUSE)
+            time.sleep(_POLL_INTERVAL)
 
-    def _held_by(self) -> str:
-        open_ones = self._control.execute(_TRANSACTIONS).fetchall()
-        if not open_ones:
+    def _open_transactions(self) -> str:
+        """Describe the open transactions for an error: their changes are not delivered yet."""
+        sessions = self._control.execute(_OPEN_TRANSACTIONS).fetchall()
+        if not sessions:
             return ""
-        shown = ", ".join(f"{name} (PID {pid}, {state})" for pid, name, state in open_ones)
+        described = ", ".join(f"{name} (PID {pid}, {state})" for pid, name, state in sessions)
         return (
-            f"; transactions are open, whose changes are told when they commit: {shown}. A test "
-            "must commit what handlers are to see"
+            f"; transactions are open, whose changes are delivered when they commit: {described}. "
+            "A test must commit the changes that handlers are to receive"
         )
 
 
 class _Recorder:
-    """A publisher that keeps what it has published."""
+    """A publisher that keeps the messages it has published."""
 
     def __init__(self, publisher: Publisher) -> None:
         self._publisher = publisher
@@ -208,26 +234,26 @@ class _Recorder:
         self._publisher.open(queues)
 
     def claim(self, lease: Lease) -> Deduplicator:
-        """Begin a session."""
+        """Start a session."""
         return self._publisher.claim(lease)
 
     def publish(self, messages: Sequence[Message]) -> None:
-        """Publish, and keep."""
+        """Publish messages, and keep them."""
         self._publisher.publish(messages)
         self.messages += messages
 
     def requeue(
         self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
     ) -> bool:
-        """Nothing is paused in a test's database."""
+        """Requeue held messages; a test's database has none."""
         return self._publisher.requeue(queue, restored, admit)
 
     def check(self) -> None:
-        """See that the broker answers."""
+        """Check that the broker answers."""
         self._publisher.check()
 
     def depth(self, queue: str) -> int:
-        """How many messages wait; nobody takes them from a list, so there none does."""
+        """Return the length of a queue; 0 without a broker, where no worker empties the queues."""
         return 0 if isinstance(self._publisher, MemoryPublisher) else self._publisher.depth(queue)
 
     def close(self) -> None:
@@ -236,7 +262,7 @@ class _Recorder:
 
 
 def _refuse_transaction() -> None:
-    """Django's tests are in a transaction that never commits, unless they say otherwise."""
+    """Raise `ConfigurationError` in a Django test that runs in a transaction and never commits."""
     if "django.db" not in sys.modules:
         return
     from django.conf import settings
@@ -248,12 +274,12 @@ def _refuse_transaction() -> None:
         if connection.vendor == "postgresql" and connection.in_atomic_block:
             raise ConfigurationError(
                 "The test runs in a transaction that is rolled back, so its changes are never "
-                "told: use TransactionTestCase, or @pytest.mark.django_db(transaction=True)."
+                "delivered: use TransactionTestCase, or @pytest.mark.django_db(transaction=True)."
             )
 
 
 def _sweep(connection: psycopg.Connection[Any], settings: Settings) -> None:
-    """Drop what tests left whose process was killed: a slot that nobody reads keeps WAL."""
+    """Drop the slots and publications of tests that were killed; unread slots keep WAL."""
     rows = connection.execute(
         "SELECT slot_name::text FROM pg_replication_slots "
         "WHERE database = current_database() AND starts_with(slot_name::text, %(prefix)s) "
@@ -262,8 +288,8 @@ def _sweep(connection: psycopg.Connection[Any], settings: Settings) -> None:
         {"prefix": PREFIX},
     ).fetchall()
     for (name,) in rows:
-        left = {"flash_replication_slot": name, "flash_publication_slot_prefix": name}
-        _drop(connection, replace(settings, **left))
+        names = {"flash_replication_slot": name, "flash_publication_slot_prefix": name}
+        _drop(connection, replace(settings, **names))
 
 
 def _drop(connection: psycopg.Connection[Any], settings: Settings) -> None:
@@ -272,11 +298,11 @@ def _drop(connection: psycopg.Connection[Any], settings: Settings) -> None:
 
 
 def _clear(settings: Settings) -> None:
-    """Drop it over a new connection: a test may have ended the other one."""
+    """Drop the slot and publications over a new connection: the test may have ended the other."""
     with connect(settings.require_dsn()) as connection:
         _drop(connection, settings)
 
 
-def _end(replicator: Replicator, thread: threading.Thread, settings: Settings) -> None:
+def _stop(replicator: Replicator, thread: threading.Thread, settings: Settings) -> None:
     replicator.stop()
     thread.join(settings.flash_shutdown_timeout + 5)

@@ -1,7 +1,7 @@
-"""Python values → the text PostgreSQL writes for them, and types by name, without a database.
+"""Convert Python values to the text PostgreSQL sends for them, and look up types, without a server.
 
-psycopg's dumpers write what PostgreSQL reads, and this what it writes where that differs: what a
-replication worker would get.
+psycopg's dumpers write text that PostgreSQL reads. A replication worker receives text that
+PostgreSQL writes; this module handles the types for which the two differ.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from ..protocol.pgoutput import Cell
 from ..values.comparison import BOOLEAN, BYTEA, JSON, JSONB, TEXTS, ColumnType
 from ..values.loading import dump, loader
 
-_INT4, _INT8 = 1 << 31, 1 << 63
+_INT4_END = 1 << 31
+_INT8_END = 1 << 63
 _TYPES: dict[type, str] = {
     bool: "bool",
     float: "float8",
@@ -39,33 +40,40 @@ _TYPES: dict[type, str] = {
     Json: "json",
     Jsonb: "jsonb",
 }
-_TIMESTAMP, _TIMESTAMPTZ = 1114, 1184
-#: What PostgreSQL reads as booleans.
+#: The OIDs of the types.
+_TIMESTAMP = 1114
+_TIMESTAMPTZ = 1184
+#: Text that PostgreSQL reads as a boolean.
 _BOOLEANS = {
     **dict.fromkeys(("t", "true", "y", "yes", "on", "1"), b"t"),
     **dict.fromkeys(("f", "false", "n", "no", "off", "0"), b"f"),
 }
-#: An element of an array that stands without quotes.
-_BARE = re.compile(r'[^\s"\\{},]+')
+#: An array element that needs no quotes.
+_UNQUOTED = re.compile(r'[^\s"\\{},]+')
 
 
 def type_of(value: Any) -> str:
-    """The name of the type for a Python value. Raises `ValueError` where none is known."""
+    """Return the name of the type for a Python value.
+
+    Raises:
+        ValueError: No type is known.
+    """
     if value is None or value is UNCHANGED:
         return "text"
     if isinstance(value, enum.Enum):
         return type_of(value.value)
     if isinstance(value, int) and not isinstance(value, bool):
-        fitting = (("int4", _INT4), ("int8", _INT8))
-        return next((name for name, end in fitting if -end <= value < end), "numeric")
+        if -_INT4_END <= value < _INT4_END:
+            return "int4"
+        return "int8" if -_INT8_END <= value < _INT8_END else "numeric"
     if isinstance(value, datetime):
         return "timestamp" if value.tzinfo is None else "timestamptz"
     if isinstance(value, time):
         return "time" if value.tzinfo is None else "timetz"
     if isinstance(value, (list, tuple)):
         return _type_of_array(list(_flat(value)))
-    for kind, name in _TYPES.items():
-        if isinstance(value, kind):
+    for python_type, name in _TYPES.items():
+        if isinstance(value, python_type):
             return name
     try:
         info = registry.get(dump(value)[1])
@@ -85,30 +93,36 @@ def _flat(values: Any) -> Iterator[Any]:
 
 
 def _type_of_array(elements: list[Any]) -> str:
-    """One of ints is as wide as its widest; a list that holds a dict is JSON."""
-    found = {type_of(element) for element in elements} or {"text"}
-    if "jsonb" in found:
+    """Return the type of a list: for integers the widest of their types, jsonb if it has a dict."""
+    types = {type_of(element) for element in elements} or {"text"}
+    if "jsonb" in types:
         return "jsonb"
-    widest = [name for name in ("numeric", "int8", "int4") if name in found]
-    if widest and found <= {"numeric", "int8", "int4"}:
-        return f"{widest[0]}[]"
-    if len(found) > 1:
-        raise ValueError(f"A list of {' and '.join(sorted(found))} is no array; name its type.")
-    return f"{found.pop()}[]"
+    numbers = [name for name in ("numeric", "int8", "int4") if name in types]
+    if numbers and types <= {"numeric", "int8", "int4"}:
+        return f"{numbers[0]}[]"
+    if len(types) > 1:
+        raise ValueError(
+            f"A list of {' and '.join(sorted(types))} is not an array; name its type by types=."
+        )
+    return f"{types.pop()}[]"
 
 
 def oid_of(name: str) -> int:
-    """The OID of a built-in type. Raises `ValueError` for any other name."""
+    """Return the OID of a built-in type.
+
+    Raises:
+        ValueError: There is no such type.
+    """
     try:
         return registry.get_oid(name)
     except KeyError:
         raise ValueError(
-            f"There is no built-in type {name!r}; an enum travels as text, a domain as its base."
+            f"There is no built-in type {name!r}; an enum is text, a domain is its base type."
         ) from None
 
 
 def name_of(oid: int) -> str:
-    """The name PostgreSQL shows for a type."""
+    """Return the name that PostgreSQL shows for a type, such as "bigint" for int8."""
     info = registry.get(oid)
     if info is None:
         return "unknown"
@@ -116,7 +130,7 @@ def name_of(oid: int) -> str:
 
 
 def column_type(oid: int) -> ColumnType:
-    """How values of a built-in type compare; text as in the collation C."""
+    """Return how values of a built-in type compare; text as in the collation C."""
     info = registry.get(oid)
     array = info is not None and oid == info.array_oid
     element = column_type(info.oid) if info is not None and array else None
@@ -124,7 +138,7 @@ def column_type(oid: int) -> ColumnType:
 
 
 def text_of(value: Any, oid: int) -> Cell:
-    """What PostgreSQL writes for a value of this type; a `str` is that text already."""
+    """Return the text that PostgreSQL sends for a value of this type; a `str` is that text."""
     if value is None or value is UNCHANGED:
         return UNCHANGED if value is UNCHANGED else None
     if isinstance(value, (Json, Jsonb)):
@@ -138,8 +152,10 @@ def text_of(value: Any, oid: int) -> Cell:
         return _array(value, info.oid)
     if isinstance(value, datetime) and oid in (_TIMESTAMP, _TIMESTAMPTZ):
         return _timestamp(value, oid)
-    write = next((write for kind, write in _WRITERS.items() if isinstance(value, kind)), None)
-    return dump(value)[0] if write is None else write(value).encode()
+    for python_type, write in _WRITERS.items():
+        if isinstance(value, python_type):
+            return write(value).encode()
+    return dump(value)[0]
 
 
 def _json(value: Any) -> Any:
@@ -156,7 +172,7 @@ def _array(values: Any, oid: int) -> bytes:
         text = cell.decode() if isinstance(cell, bytes) else None
         if text is None:
             parts.append("NULL")
-        elif _BARE.fullmatch(text) and text.upper() != "NULL":
+        elif _UNQUOTED.fullmatch(text) and text.upper() != "NULL":
             parts.append(text)
         else:
             parts.append('"' + re.sub(r'(["\\])', r"\\\1", text) + '"')
@@ -172,35 +188,35 @@ def _timestamp(value: datetime, oid: int) -> bytes:
 
 
 def _fraction(text: str) -> str:
-    """A time without the zeros at its end, as PostgreSQL writes it."""
+    """Remove trailing zeros of the fraction of a second, as PostgreSQL does."""
     return text.rstrip("0") if "." in text else text
 
 
 def _time(value: time) -> str:
-    shown = _fraction(value.replace(tzinfo=None).isoformat())
+    text = _fraction(value.replace(tzinfo=None).isoformat())
     offset = value.utcoffset()
     if offset is None:
-        return shown
+        return text
     minutes = round(offset.total_seconds() / 60)
     hours, rest = divmod(abs(minutes), 60)
-    return f"{shown}{'-' if minutes < 0 else '+'}{hours:02}{f':{rest:02}' if rest else ''}"
+    return f"{text}{'-' if minutes < 0 else '+'}{hours:02}{f':{rest:02}' if rest else ''}"
 
 
 def _interval(value: timedelta) -> str:
-    """Days and time each with a sign of their own."""
+    """Write days and time, each with its own sign, as PostgreSQL does."""
     days, rest = value.days, timedelta(seconds=value.seconds, microseconds=value.microseconds)
     sign = ""
     if days < 0 and rest:
         days, rest, sign = days + 1, timedelta(days=1) - rest, "-"
     minutes, seconds = divmod(rest.seconds, 60)
-    shown = _fraction(f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}.{rest.microseconds:06}")
+    clock = _fraction(f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}.{rest.microseconds:06}")
     parts = [f"{days} day{'' if days == 1 else 's'}"] if days else []
-    return " ".join([*parts, f"{sign}{shown.rstrip('.')}"] if rest or not days else parts)
+    return " ".join([*parts, f"{sign}{clock.rstrip('.')}"] if rest or not days else parts)
 
 
 def _float(value: float) -> str:
-    shown = {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}.get(repr(value), repr(value))
-    return shown.removesuffix(".0")
+    text = {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}.get(repr(value), repr(value))
+    return text.removesuffix(".0")
 
 
 _WRITERS: dict[type, Callable[[Any], str]] = {
@@ -218,26 +234,29 @@ _WRITERS: dict[type, Callable[[Any], str]] = {
 
 
 def canonical(oid: int, text: bytes) -> bytes:
-    """A constant of a condition as PostgreSQL would write it as a value of this type.
+    """Return a constant of a condition as PostgreSQL would write it as a value of this type.
 
-    Raises `SubscriptionError` for what only PostgreSQL can read.
+    Raises:
+        SubscriptionError: Only PostgreSQL can read the constant.
     """
-    said = text.decode()
+    constant = text.decode()
     if oid in TEXTS:
         return text
-    if oid == BOOLEAN and said.strip().lower() in _BOOLEANS:
-        return _BOOLEANS[said.strip().lower()]
+    if oid == BOOLEAN and constant.strip().lower() in _BOOLEANS:
+        return _BOOLEANS[constant.strip().lower()]
     if oid == BYTEA:
         return text if text.startswith(b"\\x") else b"\\x" + text.hex().encode()
     if oid in (_TIMESTAMP, _TIMESTAMPTZ):
-        said = f"{said} 00:00:00" if re.fullmatch(r"\d{4}-\d\d-\d\d", said) else said
-        zone = re.search(r"[+-]\d\d(:?\d\d)?$|Z$", said[10:])
-        said += "+00" if oid == _TIMESTAMPTZ and not zone else ""
-    value = loader(oid)(said.encode())
+        if re.fullmatch(r"\d{4}-\d\d-\d\d", constant):
+            constant = f"{constant} 00:00:00"
+        zone = re.search(r"[+-]\d\d(:?\d\d)?$|Z$", constant[10:])
+        if oid == _TIMESTAMPTZ and not zone:
+            constant += "+00"
+    value = loader(oid)(constant.encode())
     if oid == BOOLEAN or isinstance(value, str):
         raise SubscriptionError(
-            f"flash_celery.testing cannot read {said!r} as {name_of(oid)}, as PostgreSQL may; give "
-            "a Python value of that type."
+            f"flash_celery.testing cannot read {constant!r} as {name_of(oid)}, though PostgreSQL "
+            "may; give a Python value of that type."
         )
     cell = text_of(value, oid)
     assert isinstance(cell, bytes)

@@ -206,7 +206,7 @@ def test_no_app(flash):
     pass
 """)
     assert "1 passed, 1 error" in said, said
-    assert "Which Celery app? Write flash_app = shop.celery:app" in said, said
+    assert "The Celery app is unknown: write flash_app = shop.celery:app" in said, said
     said = project.run("def test_no_module(flash): ...", "-o", "flash_app=nowhere:app")
     assert "flash_app = nowhere:app cannot be imported" in said, said
 
@@ -325,7 +325,7 @@ def test_a_transaction_that_stays_open_is_named(shop, database):
 
 
 def test_two_on_one_database_wait_for_each_other(shop, database):
-    with Live(shop), pytest.raises(TimeoutError, match="before another test is done"):
+    with Live(shop), pytest.raises(TimeoutError, match="before another test has finished"):
         Live(shop, timeout=0.3).__enter__()
 
 

@@ -189,7 +189,7 @@ def test_models_name_tables_and_columns():
         (lambda: insert("orders", nr=1, identity="default"), "name it: key="),
         (lambda: insert("orders", id=UNCHANGED), "id is UNCHANGED"),
         (lambda: update("orders", new={"id": 1, "note": UNCHANGED}), "note is UNCHANGED"),
-        (lambda: insert("orders", tags=[1, "a"]), "is no array"),
+        (lambda: insert("orders", tags=[1, "a"]), "is not an array"),
         (lambda: delete("orders", id=1, identity="nothing"), "refuses a DELETE"),
     ],
 )
