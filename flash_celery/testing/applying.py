@@ -200,7 +200,7 @@ def _partition_name(partition: str) -> tuple[str, str]:
 
 
 def _require_columns(subscription: Subscription, change: Change[Any]) -> None:
-    """Raise `SubscriptionError` if a column is missing, as can happen only in a change of a test."""
+    """Raise `SubscriptionError` if a column is missing, which happens only in tests."""
     if isinstance(change, (LogicalMessage, Truncate)):
         return
     missing = sorted(subscription.columns - change._source.positions.keys())
@@ -246,7 +246,7 @@ class _ChangeCatalog(RelationCatalog):
         return {TableName(change.schema, change.table): None} if change.partition else {}
 
     def table(self, oid: int) -> CatalogTable:
-        """Return the change's table, which has the columns that handlers name (`_require_columns`)."""
+        """Return the change's table, with the columns that handlers name."""
         source = self._change._source
         oids = {
             **dict.fromkeys(self._subscribed_columns, _TEXT),
