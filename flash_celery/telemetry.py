@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
+from .acknowledgement import Progress
 from .errors import FlashError
-from .progress import Progress
 
 #: Errors that are kept.
 _ERRORS = 20

@@ -36,7 +36,8 @@ class Pipeline:
         spool_directory: str = "",
         telemetry: Telemetry | None = None,
     ) -> None:
-        router = Router(subscriptions, catalog, sink, telemetry)
+        self.telemetry = telemetry or Telemetry()
+        router = Router(subscriptions, catalog, sink, self.telemetry)
         self.transactions = Transactions(router, spool_directory)
         #: Runs that have arrived; they wait while a spooled transaction is replayed.
         self._arrived: deque[tuple[bytes, list[bytes]]] = deque()

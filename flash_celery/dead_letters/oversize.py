@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any
 
@@ -22,6 +22,27 @@ from ..protocol.pgoutput import Cell
 from . import letters
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Oversize:
+    """Replaces what is too large for the broker, with the templates of one session."""
+
+    app: Any
+    #: The name of the dead-letter queue.
+    queue: str
+    templates: Templates
+
+    def letter(self, template: Template, delivery: Delivery) -> Message:
+        """Return the dead letter for the one change of a delivery; see `letter`."""
+        return letter(self.app, self.queue, template, delivery)
+
+    def fitting(self, messages: Sequence[Message], limit: int) -> list[Message]:
+        """Return the messages, with smaller ones for those of more than `limit` bytes.
+
+        See `fitting`.
+        """
+        return fitting(self.app, self.queue, self.templates, messages, limit)
 
 
 def letter(app: Any, queue: str, template: Template, delivery: Delivery) -> Message:

@@ -7,8 +7,8 @@ from typing import Any
 
 import psycopg
 
+from ..acknowledgement import Progress
 from ..errors import SlotLost, SlotMissing
-from ..progress import Progress
 
 _SLOT = """
 SELECT plugin, database, temporary, wal_status, active_pid, confirmed_flush_lsn::text,

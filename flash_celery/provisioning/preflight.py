@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from psycopg import sql
 
+from ..acknowledgement import Progress
 from ..errors import CatalogError, ConfigurationError, FlashError, SubscriptionError
 from ..handlers.subscriptions import Subscription, of_tables
 from ..postgres import slots
@@ -17,7 +18,6 @@ from ..postgres.connection import is_standby
 from ..postgres.slots import Gap
 from ..postgres.source import Source
 from ..postgres.stream import failover_of
-from ..progress import Progress
 from ..table_name import TableName
 from . import ddl, identities, publications, script, server_checks
 from .ddl import Step

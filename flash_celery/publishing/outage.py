@@ -1,4 +1,4 @@
-"""An outage of the broker: since when, and what is said of it now and then."""
+"""An outage of the broker: how long it lasts, and what the log reports of it."""
 
 from __future__ import annotations
 
@@ -14,40 +14,42 @@ from ..telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two complaints about the same trouble.
+#: Seconds between two log messages about one outage.
 _REMINDER_SECONDS = 60.0
 
 
 class Outage:
-    """From the first error to the first call that works."""
+    """The state of the broker: an outage lasts from the first error to the first success."""
 
     def __init__(self, telemetry: Telemetry) -> None:
         self._telemetry = telemetry
-        #: Since when it lasts, and when that was said last; 0 if there is none.
-        self._since = self._said = 0.0
+        #: When the outage began and when it was logged last, by the monotonic clock; 0 for none.
+        self._began_at = self._logged_at = 0.0
 
-    def goes_on(self, error: PublishError, waiting: Sequence[Message]) -> None:
-        """It failed once more, with these messages."""
+    def record(self, error: PublishError, unconfirmed: Sequence[Message]) -> None:
+        """Record a failure, and log it now and then, with the messages that wait."""
         now = time.monotonic()
-        self._since = self._since or now
+        self._began_at = self._began_at or now
         telemetry = self._telemetry
         telemetry.broker_failing = telemetry.broker_failing or time.time()
         telemetry.failures[type(error).__name__] += 1
         telemetry.note(error)
-        if not self._said or now - self._said > _REMINDER_SECONDS:
-            self._said = now
+        if not self._logged_at or now - self._logged_at > _REMINDER_SECONDS:
+            self._logged_at = now
             logger.warning(
                 "%s Nothing is acknowledged until it works again (%.0f s so far, %s)",
-                *(error, now - self._since, _described(waiting)),
+                error,
+                now - self._began_at,
+                _described(unconfirmed),
             )
 
     @contextmanager
-    def announced(self, seconds: float) -> Iterator[None]:
-        """Say so if this takes longer, and nothing has failed that is said already."""
-        said = (f"The broker has not answered for {seconds:g} s; waiting for it",)
-        timer = threading.Timer(seconds, logger.warning, said)
+    def warn_if_slow(self, seconds: float) -> Iterator[None]:
+        """Warn if the block takes longer than `seconds`, unless an outage was logged."""
+        text = f"The broker has not answered for {seconds:g} s; waiting for it"
+        timer = threading.Timer(seconds, logger.warning, [text])
         timer.daemon = True
-        if not self._since:
+        if not self._began_at:
             timer.start()
         try:
             yield
@@ -55,15 +57,15 @@ class Outage:
             timer.cancel()
 
     def over(self) -> None:
-        """It works."""
-        if self._since:
-            self._since = self._said = 0.0
+        """Record that the broker works."""
+        if self._began_at:
+            self._began_at = self._logged_at = 0.0
             self._telemetry.broker_failing = None
             logger.warning("The broker confirms messages again")
 
 
 def _described(messages: Sequence[Message]) -> str:
     if not messages:
-        return "nothing waits for it yet"
+        return "no message waits for it yet"
     size = sum(len(message.body) for message in messages)
     return f"{len(messages)} messages of {size} bytes, the first for {messages[0].argsrepr}"

@@ -1,6 +1,17 @@
-"""The publishing thread: units in order to the broker, tried until the broker has confirmed them.
+"""The publishing thread: batches in order to the broker, retried until the broker confirms them.
 
-It is a thread so that the replication worker answers PostgreSQL while the broker is slow or down.
+Which thread owns what:
+
+- The publishing thread owns the publisher (the connection to the broker), and everything below that
+  only its own methods use. It never touches PostgreSQL.
+- The reading thread (`worker.session`) owns the stream, the pipeline and the batcher. It calls
+  `claim`, `put` and `discard`, which never block on the broker.
+- Both share the waiting batches, the claim and the generation, guarded by `_changed`.
+
+What comes back to the reading thread is one `Deduplicator` for each claim, which it picks up from
+`deduplicator`, and acknowledgements. Only `_confirm` makes one, with the position of a batch whose
+messages the broker has confirmed, and only while the session that put the batch still lasts: a
+position of an earlier session may belong to another server.
 """
 
 from __future__ import annotations
@@ -10,15 +21,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
+from ..acknowledgement import Progress
 from ..backoff import delays
 from ..errors import ConfirmedLost, PublishError, TakenOver
 from ..messages.batcher import MESSAGE_BYTES, PublishBatch
 from ..messages.deduplication import Deduplicator, Lease, now
 from ..messages.templates import Message
-from ..protocol.lsn import Lsn
 from ..telemetry import Telemetry
 from .backpressure import Backpressure
 from .brokers.base import Publisher
@@ -28,100 +40,133 @@ from .signals import announce
 
 logger = logging.getLogger(__name__)
 
-#: Bytes of message bodies that may wait; above it nothing more is read from PostgreSQL.
+#: Bytes of unconfirmed message bodies above which nothing more is read from PostgreSQL.
 IN_FLIGHT_BYTES = 16 << 20
-#: Seconds between two looks at the lease.
+#: Seconds between two checks of a lease that has run out.
 _LEASE_SECONDS = 0.1
-#: Bytes that one call of `publish` takes, where several units wait.
+#: Bytes that one call of `publish` takes if several batches wait.
 _TOGETHER_BYTES = 8 << 20
 
 
-class Publishing(threading.Thread):
-    """Owns the publisher. `confirmed` and `failed` are called in this thread.
+class ReadingThread(Protocol):
+    """What the publishing thread asks of the reading thread; both may be called from any thread."""
 
-    A broker that has had nothing to do for `idle_seconds` is asked whether it is still there.
-    `dead` is the queue of what no broker would take: it may be longer than `max_queue_length`, and
-    is declared once there is something for it, so that nothing that is wrong with it is in the way.
-    `fitting` puts others for messages with more bytes than the broker takes.
+    def wake(self) -> None:
+        """End the wait of the reading thread, since something has changed."""
+
+    def fail(self, error: BaseException) -> None:
+        """Have the reading thread raise an error."""
+
+
+class Oversize(Protocol):
+    """Replaces messages that the broker refuses for their size."""
+
+    def fitting(self, messages: Sequence[Message], limit: int) -> Sequence[Message]:
+        """Return the messages, with smaller ones for those of more than `limit` bytes."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a session needs of the broker before it may publish, and where it is acknowledged."""
+
+    lease: Lease
+    #: Receives the positions that the broker has confirmed.
+    progress: Progress = field(default_factory=Progress)
+    hold_queues: HoldQueues = field(default_factory=HoldQueues)
+    #: None leaves messages that are too large as they are.
+    oversize: Oversize | None = None
+
+
+class PublishingThread(threading.Thread):
+    """Publishes the batches of one session after another.
+
+    :param queues: the queues to declare.
+    :param reader: is woken when a batch is confirmed or a claim accepted, and gets fatal errors.
+    :param idle_seconds: check the connection after so many seconds without a message.
+    :param max_queue_length: publish no more while a queue has so many messages; 0 for no limit.
+    :param dead_letter_queue: has no limit. It is declared with the first dead letter, so that a
+        problem with it does not stop other messages.
     """
 
     def __init__(
         self,
         publisher: Publisher,
         queues: Sequence[Any],
-        confirmed: Callable[[Lsn], None],
-        failed: Callable[[BaseException], None],
+        reader: ReadingThread,
         idle_seconds: float = 10.0,
         max_queue_length: int = 0,
-        dead: Any = None,
+        dead_letter_queue: Any = None,
         telemetry: Telemetry | None = None,
-        fitting: Callable[[Sequence[Message], int], Sequence[Message]] = lambda some, _: some,
     ) -> None:
         super().__init__(name="flash-publishing", daemon=True)
         self._publisher = publisher
+        self._queues = queues
+        self._reader = reader
+        self._idle_seconds = idle_seconds
+        #: The queue that is still to be declared; None once it has been.
+        self._dead_letter_queue = dead_letter_queue
         self._telemetry = telemetry or Telemetry()
-        unlimited = "" if dead is None else str(dead.name)
+        unlimited = "" if dead_letter_queue is None else str(dead_letter_queue.name)
         self._backpressure = Backpressure(
             max_queue_length, publisher.depth, unlimited, self._telemetry
         )
-        # What waits for room is acknowledged unit by unit.
+        # With a limit each batch is published alone, so that it is acknowledged once it has room.
         self._together = 0 if max_queue_length else _TOGETHER_BYTES
-        self._queues = queues
-        self._dead = dead
-        self._fitting = fitting
-        #: Bytes of the largest message that the broker takes, once it has refused one.
-        self._most = 0
-        self._confirmed = confirmed
-        self._failed = failed
-        self._idle_seconds = idle_seconds
-        self._units: deque[PublishBatch] = deque()
-        #: What is being delivered.
-        self._taken: list[PublishBatch] = []
-        self._lease = Lease("", "")
-        self._hold_queues = HoldQueues()
-        self._claim: Callable[[Deduplicator], None] | None = None
-        self._changed = threading.Condition()
-        self._size = 0
-        self._working = False
-        self._ending = False
-        self._generation = 0
-        self._opened = False
         self._outage = Outage(self._telemetry)
-        #: When the broker was spoken to last; 0 as long as there was nothing for it.
-        self._spoke = 0.0
+        #: Bytes of the largest message that the broker takes; 0 until it has refused one.
+        self._largest = 0
+        #: Whether the publisher is connected and has declared the queues of the session.
+        self._opened = False
+        #: When the broker was used last, by the monotonic clock; 0 before the first time.
+        self._last_used = 0.0
+        #: Guards the attributes below, which both threads use.
+        self._changed = threading.Condition()
+        self._session = Claim(Lease("", ""))
+        #: Whether the claim of the session has not been accepted yet.
+        self._claiming = False
+        self._deduplicator: Deduplicator | None = None
+        self._waiting: deque[PublishBatch] = deque()
+        #: The batches that are being published.
+        self._current: list[PublishBatch] = []
+        self._publishing = False
+        #: Bytes of all batches that are not confirmed.
+        self._size = 0
+        #: Counts the calls of `discard`; work of an earlier generation is given up.
+        self._generation = 0
+        self._ending = False
 
-    def claim(
-        self,
-        lease: Lease,
-        enqueued: Callable[[Deduplicator], None],
-        hold_queues: HoldQueues = HoldQueues(),  # noqa: B008 - a tuple
-    ) -> None:
-        """Begin a session, which has no room before the broker has agreed and what is to leave a
-        parking queue has left; never blocks.
+    def claim(self, claim: Claim) -> None:
+        """Begin a session; never blocks.
 
-        `enqueued` gets what the broker has already, in the publishing thread.
+        There is no room for its batches until the broker has accepted the claim and draining hold
+        queues are empty. Then `deduplicator` has what the broker knows of earlier sessions.
         """
         with self._changed:
-            self._lease, self._claim, self._hold_queues = lease, enqueued, hold_queues
-            self._opened = self._opened and not hold_queues.queues
+            self._session, self._claiming, self._deduplicator = claim, True, None
+            self._opened = self._opened and not claim.hold_queues.queues
             self._changed.notify_all()
 
-    def put(self, unit: PublishBatch) -> None:
-        """Take a unit; never blocks."""
+    def put(self, batch: PublishBatch) -> None:
+        """Take a batch; never blocks."""
         with self._changed:
-            self._units.append(unit)
-            self._size += unit.size
+            self._waiting.append(batch)
+            self._size += batch.size
             self._changed.notify_all()
 
     @property
-    def begun(self) -> bool:
-        """Whether the session has room."""
-        return self._claim is None
+    def deduplicator(self) -> Deduplicator | None:
+        """What the broker has of earlier sessions; None until the claim is accepted."""
+        return self._deduplicator
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the claim is accepted and the draining hold queues are empty."""
+        return not self._claiming
 
     @property
     def has_room(self) -> bool:
-        """Whether more may be read."""
-        return self._claim is None and self._size < IN_FLIGHT_BYTES
+        """Whether the reading thread may read on."""
+        return not self._claiming and self._size < IN_FLIGHT_BYTES
 
     @property
     def busy(self) -> bool:
@@ -130,96 +175,102 @@ class Publishing(threading.Thread):
 
     @property
     def idle(self) -> bool:
-        """Whether every unit has been confirmed."""
+        """Whether every batch has been confirmed."""
         with self._changed:
-            return not self._units and not self._working
+            return not self._waiting and not self._publishing
 
-    @property
-    def oldest(self) -> float | None:
-        """When the oldest change that is not confirmed was committed; None if there is none."""
+    def oldest_commit(self) -> float | None:
+        """Return the commit time of the oldest unconfirmed change, in Unix seconds, if any."""
         with self._changed:
-            waiting = [unit.committed for unit in (*self._taken, *self._units) if unit.messages]
-        return min(filter(None, waiting), default=None)
+            batches = (*self._current, *self._waiting)
+            committed = [batch.committed for batch in batches if batch.messages]
+        return min(filter(None, committed), default=None)
 
     def discard(self) -> None:
-        """Give up what is not confirmed: PostgreSQL will send it again. Never blocks."""
+        """Give up all unconfirmed batches: PostgreSQL will send their changes again. Never blocks.
+
+        One that is being published may still get to the broker, but it is not acknowledged.
+        """
         with self._changed:
-            self._size -= sum(unit.size for unit in self._units)
-            self._units.clear()
-            self._claim = None
+            self._size -= sum(batch.size for batch in self._waiting)
+            self._waiting.clear()
+            self._claiming, self._deduplicator = False, None
             self._generation += 1
             self._changed.notify_all()
 
     def end(self) -> None:
-        """Stop; what is not confirmed is given up."""
+        """Stop, and give up all unconfirmed batches. Never blocks."""
         with self._changed:
             self._ending = True
             self._generation += 1
             self._changed.notify_all()
 
     def run(self) -> None:
-        """Publish until the end."""
+        """Publish until `end`."""
         try:
-            while work := self._next():
-                generation, units = work
-                if units:
-                    self._deliver(generation, units)
-                elif self._claim is not None:
+            while (work := self._next()) is not None:
+                generation, batches = work
+                if batches:
+                    self._deliver(generation, batches)
+                elif self._claiming:
                     self._begin(generation)
-                if self._spoke and time.monotonic() - self._spoke >= self._idle_seconds:
+                if self._last_used and time.monotonic() - self._last_used >= self._idle_seconds:
                     self._check()
         except BaseException as error:
-            self._failed(error)
+            self._reader.fail(error)
         finally:
             self._publisher.close()
             with self._changed:
-                self._working = False
+                self._publishing = False
                 self._changed.notify_all()
 
     def _next(self) -> tuple[int, list[PublishBatch]] | None:
-        """What to deliver; nothing where a claim comes first, or there is none for a while."""
+        """Wait for work, and return its generation and the batches to publish; None to end.
+
+        There are no batches if there is a claim, which comes first, or nothing to do for a while.
+        """
         with self._changed:
             self._changed.wait_for(
-                lambda: self._units or self._claim or self._ending, self._idle_seconds
+                lambda: self._waiting or self._claiming or self._ending, self._idle_seconds
             )
             if self._ending:
                 return None
-            if self._claim is not None or not self._units:
+            if self._claiming or not self._waiting:
                 return self._generation, []
-            self._working = True
-            taken = self._taken = [self._units.popleft()]
-            size = taken[0].size
-            while self._units and size + self._units[0].size <= self._together:
-                size += self._units[0].size
-                taken.append(self._units.popleft())
-            return self._generation, taken
+            self._publishing = True
+            batches = self._current = [self._waiting.popleft()]
+            size = batches[0].size
+            while self._waiting and size + self._waiting[0].size <= self._together:
+                size += self._waiting[0].size
+                batches.append(self._waiting.popleft())
+            return self._generation, batches
 
     def _begin(self, generation: int) -> None:
-        lease, enqueued = self._lease, self._claim
-        if enqueued is None:
-            return  # discarded meanwhile
+        """Claim the lease, then requeue held messages; only then new messages may follow."""
+        session = self._session
 
         def attempt(_: Sequence[Message]) -> int:
             if self._may_publish(generation):
-                found = self._publisher.claim(lease)
-                for queue in self._hold_queues.draining:
+                deduplicator = self._publisher.claim(session.lease)
+                for queue in session.hold_queues.draining:
                     self._requeue(generation, queue)
                 with self._changed:
                     if generation == self._generation:
-                        enqueued(found)
-                        self._claim = None
+                        # Before there is room: the reading thread picks it up before it reads.
+                        self._deduplicator = deduplicator
+                        self._claiming = False
             return 0
 
-        if self._insist(generation, attempt, []):
-            self._confirmed(Lsn(0))  # nothing; whoever waits for room looks again
+        if self._publish_with_retry(generation, attempt, []):
+            self._reader.wake()
 
     def _requeue(self, generation: int, queue: DrainingQueue) -> None:
-        """Requeue held messages, before anything newer is published."""
+        """Move held messages to their queues, until the hold queue is empty."""
         more, moved = True, 0
 
-        def admit(messages: list[Message]) -> int:
+        def admit(messages: Sequence[Message]) -> int:
             nonlocal moved
-            count = self._backpressure.admit(messages, partial(self._given_up, generation))
+            count = self._backpressure.admit(messages, partial(self._is_given_up, generation))
             count = count if self._may_publish(generation) else 0
             moved += count
             return count
@@ -227,53 +278,58 @@ class Publishing(threading.Thread):
         while more and self._may_publish(generation):
             more = self._publisher.requeue(queue.name, queue.restored, admit)
         if not more:
-            logger.info("Moved %d messages from %s, back to their queues", moved, queue.name)
+            logger.info("Moved %d held messages from %s to their queues", moved, queue.name)
 
-    def _deliver(self, generation: int, units: Sequence[PublishBatch]) -> None:
-        messages = self._fitted([message for unit in units for message in unit.messages])
-        if self._dead is not None and any(unit.letters for unit in units):
-            self._declare_dead()
+    def _deliver(self, generation: int, batches: Sequence[PublishBatch]) -> None:
+        messages = self._fitted([message for batch in batches for message in batch.messages])
+        if self._dead_letter_queue is not None and any(batch.letters for batch in batches):
+            self._declare_dead_letter_queue()
         announced = announce(messages)
         attempt = partial(self._publish, generation)
-        done = not messages or self._insist(generation, attempt, messages)
-        for one in announced:
-            one.end(published=done)
+        done = not messages or self._publish_with_retry(generation, attempt, messages)
+        for announcement in announced:
+            announcement.end(published=done)
         if done:
-            self._count(units, len(messages))
+            self._count(batches, len(messages))
         with self._changed:
-            # Room is made before anybody is woken to use it.
-            self._size -= sum(unit.size for unit in units)
-            # A unit that was given up says nothing: its position may be of another server.
+            # Make room before the reading thread is woken to use it.
+            self._size -= sum(batch.size for batch in batches)
             if done and generation == self._generation:
-                self._confirmed(units[-1].position)
-            self._working, self._taken = False, []
+                self._confirm(batches[-1])
+            self._publishing, self._current = False, []
             self._changed.notify_all()
 
-    def _fitted(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """The same messages, with others for those that are known to be too large."""
-        most = self._most
-        if not most or all(len(message.body) <= most for message in messages):
-            return messages
-        if self._dead is not None:
-            self._declare_dead()
-        return self._fitting(messages, most)
+    def _confirm(self, batch: PublishBatch) -> None:
+        """Acknowledge a batch and all before it: the broker has confirmed their messages."""
+        self._session.progress.confirm(batch.position)
+        self._reader.wake()
 
-    def _declare_dead(self) -> None:
-        """Connect anew, now also with the queue for dead letters."""
-        self._queues, self._dead = [*self._queues, self._dead], None
+    def _fitted(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Return the messages, with others for those that the broker is known to refuse."""
+        limit, oversize = self._largest, self._session.oversize
+        if not limit or oversize is None or all(len(message.body) <= limit for message in messages):
+            return messages
+        if self._dead_letter_queue is not None:
+            self._declare_dead_letter_queue()
+        return oversize.fitting(messages, limit)
+
+    def _declare_dead_letter_queue(self) -> None:
+        """Have the next attempt connect again, and declare this queue too."""
+        self._queues, self._dead_letter_queue = [*self._queues, self._dead_letter_queue], None
         self._opened = False
         self._publisher.close()
 
-    def _count(self, units: Sequence[PublishBatch], messages: int) -> None:
+    def _count(self, batches: Sequence[PublishBatch], messages: int) -> None:
         telemetry = self._telemetry
         telemetry.messages += messages
-        telemetry.bytes += sum(unit.size for unit in units) - MESSAGE_BYTES * messages
-        for unit in units:
-            telemetry.confirm(unit.counts, unit.committed if unit.messages else 0.0, unit.latest)
+        telemetry.bytes += sum(batch.size for batch in batches) - MESSAGE_BYTES * messages
+        for batch in batches:
+            committed = batch.committed if batch.messages else 0.0
+            telemetry.confirm(batch.counts, committed, batch.latest)
 
     def _publish(self, generation: int, messages: Sequence[Message]) -> int:
-        """Publish as many as there is room for; how many."""
-        count = self._backpressure.admit(messages, partial(self._given_up, generation))
+        """Publish as many messages as there is room for, and return how many."""
+        count = self._backpressure.admit(messages, partial(self._is_given_up, generation))
         if not self._may_publish(generation):
             return 0
         self._publisher.publish(messages[:count])
@@ -281,23 +337,26 @@ class Publishing(threading.Thread):
         return count
 
     def _may_publish(self, generation: int) -> bool:
-        """Wait for the lease, as late as can be; False if the work is given up."""
+        """Wait until the lease is valid; return False if the work is given up.
+
+        Called immediately before each request, since the process may be stopped at any time.
+        """
         pause = 0.0
-        while not self._given_up(generation, pause):
-            if now() < self._lease.until:
+        while not self._is_given_up(generation, pause):
+            if now() < self._session.lease.until:
                 return True
             pause = _LEASE_SECONDS
         return False
 
-    def _insist(
+    def _publish_with_retry(
         self,
         generation: int,
         attempt: Callable[[Sequence[Message]], int],
         messages: Sequence[Message],
     ) -> bool:
-        """Attempt it until the broker has confirmed everything; False if it is given up.
+        """Call `attempt` until the broker has confirmed all messages; return False if given up.
 
-        An attempt says how many messages it got through, from the first on.
+        An attempt returns how many messages were confirmed, counted from the first.
         """
         pauses = delays()
         while True:
@@ -309,42 +368,44 @@ class Publishing(threading.Thread):
                     return True
                 pauses, pause = delays(), 0.0
             except (ConfirmedLost, TakenOver) as error:
-                self._failed(error)
-                self._given_up(generation, None)  # nothing may follow what is not there
+                self._reader.fail(error)
+                # Publish nothing after the messages that are missing.
+                self._is_given_up(generation, None)
                 return False
             except PublishError as error:
-                # What the broker has already is not sent again.
                 messages = messages[error.confirmed :]
-                self._fails(error, messages)
+                self._handle_failure(error, messages)
                 messages = self._fitted(messages)
                 pause = next(pauses)
-            if self._given_up(generation, pause):
+            if self._is_given_up(generation, pause):
                 return False
 
-    def _given_up(self, generation: int, seconds: float | None) -> bool:
-        """Whether the units of this generation are given up, now or within so many seconds; with
-        None it waits until they are."""
+    def _is_given_up(self, generation: int, seconds: float | None) -> bool:
+        """Return whether work of this generation is given up, now or within so many seconds.
+
+        With None, wait until it is.
+        """
         with self._changed:
             return self._changed.wait_for(lambda: self._generation != generation, seconds)
 
     def _check(self) -> None:
-        """Nothing waits for the broker: find out now whether its connection is a dead one."""
+        """Find out whether the connection still works, before a message needs it."""
         try:
             self._open()
             self._publisher.check()
             self._outage.over()
         except PublishError as error:
-            self._fails(error, [])
+            self._handle_failure(error, [])
 
     def _open(self) -> None:
-        self._spoke = time.monotonic()
+        self._last_used = time.monotonic()
         if not self._opened:
-            with self._outage.announced(self._idle_seconds):
-                self._publisher.open([*self._queues, *self._hold_queues.queues])
+            with self._outage.warn_if_slow(self._idle_seconds):
+                self._publisher.open([*self._queues, *self._session.hold_queues.queues])
             self._opened = True
 
-    def _fails(self, error: PublishError, waiting: Sequence[Message]) -> None:
-        """Let go of the connection, and of what was known of the broker."""
-        self._opened, self._most = False, error.most
+    def _handle_failure(self, error: PublishError, unconfirmed: Sequence[Message]) -> None:
+        """Close the connection, and forget the limit of a broker that may be another one next."""
+        self._opened, self._largest = False, error.most
         self._publisher.close()
-        self._outage.goes_on(error, waiting)
+        self._outage.record(error, unconfirmed)

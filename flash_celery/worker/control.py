@@ -1,4 +1,4 @@
-"""How threads and signal handlers talk to the replication worker's loop: stop, failure, wake."""
+"""How other threads and signal handlers reach the main loop: stop it, wake it, raise errors."""
 
 from __future__ import annotations
 
@@ -9,72 +9,78 @@ from contextlib import suppress
 
 
 class Stopped(Exception):
-    """Somebody asked for the end while nothing was under way."""
+    """The end was requested while no session was running."""
 
 
 class Control:
-    """Waited on with `select`; every method may be called from any thread."""
+    """Waited on with `select` by the main loop. Any thread may call `stop`, `fail` and `wake`."""
 
     def __init__(self) -> None:
         self._receiver, self.waker = socket.socketpair()
         self._receiver.setblocking(False)
         self.waker.setblocking(False)
-        #: Whether somebody asked for the end.
+        #: Whether the end was requested.
         self.stopping = False
-        #: When the loop was here last, by the monotonic clock.
-        self.turned = time.monotonic()
-        #: What ended another thread, until the loop has taken it.
+        #: The error of another thread that the main loop has not raised yet.
         self.failure: BaseException | None = None
+        #: When the main loop was last seen here, by the monotonic clock.
+        self._seen_at = time.monotonic()
 
     def fileno(self) -> int:
-        """Readable when somebody has called `wake`."""
+        """Return a file descriptor that is readable after `wake`."""
         return self._receiver.fileno()
 
     def stop(self) -> None:
-        """Ask for the end."""
+        """Request the end."""
         self.stopping = True
         self.wake()
 
     def fail(self, error: BaseException) -> None:
-        """Hand an error to the loop, which raises it. What follows from it says less, but for one
-        that waiting does not mend."""
+        """Have the main loop raise an error.
+
+        The first error wins, unless a later one cannot be retried.
+        """
         if self.failure is None or not getattr(error, "retry", False):
             self.failure = error
         self.wake()
 
     def check(self) -> None:
-        """Raise what ended another thread, once. The loop does so in each of its turns."""
-        self.turned = time.monotonic()
+        """Raise the error of another thread, once. The main loop calls it in each iteration."""
+        self._seen_at = time.monotonic()
         failure, self.failure = self.failure, None
         if failure is not None:
             raise failure
 
+    def seconds_stuck(self) -> float:
+        """Return how long ago the main loop was seen here."""
+        return time.monotonic() - self._seen_at
+
     def wake(self) -> None:
-        """End the wait of the loop."""
-        with suppress(OSError):  # a full pipe wakes as well; a closed one needs not
+        """End the wait of the main loop."""
+        with suppress(OSError):  # a full pipe wakes it too; a closed one has no reader
             self.waker.send(b"\0")
 
     def rest(self, seconds: float) -> None:
-        """Wait until `wake`, at most so long."""
-        self.turned = time.monotonic()
+        """Wait until `wake`, or for so many seconds."""
+        self._seen_at = time.monotonic()
         select.select([self], [], [], seconds)
-        self.awake()
+        self.forget_wakes()
 
     def sleep(self, seconds: float) -> None:
-        """Wait whatever wakes. Raises `Stopped` if somebody asks for the end meanwhile."""
+        """Wait for so many seconds, even if woken. Raises `Stopped` if the end is requested."""
         deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
+        while (remaining := deadline - time.monotonic()) > 0:
             if self.stopping:
                 raise Stopped
-            self.rest(left)
+            self.rest(remaining)
 
-    def awake(self) -> None:
-        """Forget the wakes so far."""
+    def forget_wakes(self) -> None:
+        """Drop the wakes so far, so that the next wait lasts."""
         with suppress(BlockingIOError):
             while self._receiver.recv(4096):
                 pass
 
     def close(self) -> None:
-        """Release the sockets."""
+        """Close the sockets."""
         self._receiver.close()
         self.waker.close()

@@ -1,12 +1,10 @@
-"""What is paused, as a replication worker sees it: read before each session, watched in it."""
+"""Pauses as the replication worker sees them: read before each session, watched during it."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
-
-import psycopg
 
 from ..errors import CatalogError
 from ..escaping import escaped
@@ -16,72 +14,82 @@ from ..postgres.source import Source
 from ..provisioning import pauses, publications
 from ..provisioning.publications import Record
 from ..publishing.hold_queues import HoldQueues, hold_queues
-from ..settings import Settings
+from ..publishing.thread import PublishingThread
 
 logger = logging.getLogger(__name__)
 
 
-class Holding:
-    """Lives as long as the replication worker. `moved` says whether what was to leave its parking
-    queue has left it."""
+class Pauses:
+    """The pauses of one source. It lives as long as the replication worker."""
 
     def __init__(
-        self,
-        app: Any,
-        settings: Settings,
-        subscriptions: Sequence[Subscription],
-        moved: Callable[[], bool],
+        self, app: Any, subscriptions: Sequence[Subscription], publishing: PublishingThread
     ) -> None:
         self._app = app
-        self._settings = settings
         self._handlers = pauses.handlers(subscriptions)
-        self._moved = moved
-        self._noted = ""
-        self._said: dict[str, str] = {}
-        #: What was noted before the session.
+        self._publishing = publishing
+        #: The record as text, as it was read last.
+        self._recorded = ""
+        #: What the log has reported as paused, and since when.
+        self._last_logged: dict[str, str] = {}
+        #: The record that the session is based on.
         self.record = Record()
-        #: What the session does about it.
+        #: The hold queues of the session.
         self.hold_queues = HoldQueues()
 
     @property
-    def source(self) -> bool:
-        """Whether nothing is to be read."""
+    def whole_source(self) -> bool:
+        """Whether the source itself is paused, so that nothing is read."""
         return pauses.SOURCE in self.record.paused
 
-    @property
-    def parked(self) -> dict[str, str]:
-        """The queues for what comes for handlers that are paused."""
-        source = self._settings.source
-        return {one: pauses.queue_of(one, source) for one in self._in(self.record.paused)}
+    def queues_by_handler(self, source: Source) -> dict[str, str]:
+        """Return the hold queue of each paused handler."""
+        return {
+            handler: pauses.queue_of(handler, source.settings.source)
+            for handler in self._handlers_in(self.record.paused)
+        }
 
-    def _in(self, noted: dict[str, str]) -> list[str]:
-        return [one for one in self._handlers if one in noted]
+    def _handlers_in(self, names: Collection[str]) -> list[str]:
+        return [handler for handler in self._handlers if handler in names]
 
-    def read(self, connection: psycopg.Connection[Any], templates: Templates) -> None:
-        """Read what is noted, and say it if it is something else than before."""
-        noted_at = Source(connection, self._settings)
-        self._noted = publications.noted(noted_at)
-        self.record = pauses.read(noted_at)
-        resuming = {one: templates.queues_for(one) for one in self._in(self.record.resuming)}
-        source = self._settings.source
-        self.hold_queues = hold_queues(self._app, source, list(self.parked), resuming)
-        # What is parked for one that is no handler any more goes nowhere, resumed or not.
-        stuck = {o: s for o, s in self.record.resuming.items() if o not in self._handlers}
-        said, self._said = self._said, self.record.paused | stuck
-        for line in pauses.lines(said, self._said, self._handlers, source):
+    def read(self, source: Source, templates: Templates) -> None:
+        """Read the record before a session, and log what is paused or resumed since the last."""
+        self._recorded = publications.noted(source)
+        self.record = pauses.read(source)
+        paused, resuming = (
+            self._handlers_in(names) for names in (self.record.paused, self.record.resuming)
+        )
+        name = source.settings.source
+        destinations = {handler: templates.queues_for(handler) for handler in resuming}
+        self.hold_queues = hold_queues(self._app, name, paused, destinations)
+        # Messages held for a handler that the app has no more stay where they are, resumed or not.
+        stuck = {
+            handler: since
+            for handler, since in self.record.resuming.items()
+            if handler not in self._handlers
+        }
+        before, self._last_logged = self._last_logged, self.record.paused | stuck
+        for line in pauses.lines(before, self._last_logged, self._handlers, name):
             logger.warning("%s", escaped(line))
 
-    def altered(self, connection: psycopg.Connection[Any]) -> bool:
-        """Whether somebody has paused or resumed something. What has been resumed is noted here."""
-        source = Source(connection, self._settings)
-        if publications.noted(source) != self._noted:
+    def changed(self, source: Source) -> bool:
+        """Return whether the record has changed since `read`, as by `flash pause`.
+
+        Once the held messages of resumed handlers are requeued, this records that first.
+        """
+        if publications.noted(source) != self._recorded:
             return True
-        if self.hold_queues.draining and self._moved():
+        if self.hold_queues.draining and self._publishing.has_begun:
             self.hold_queues = HoldQueues()
-            # Not those that are no handlers any more: what is parked for them is still there.
-            resuming = self._in(self.record.resuming)
+            # Not of handlers that the app has no more: their messages are still held.
+            resuming = self._handlers_in(self.record.resuming)
             try:
-                self._noted = pauses.resumed(source, resuming, self._noted)
+                self._recorded = pauses.resumed(source, resuming, self._recorded)
             except CatalogError as error:
-                logger.warning("That %s go on cannot be noted: %s", ", ".join(resuming), error)
+                logger.warning(
+                    "Cannot record that %s resumed, so the next session checks their hold queues "
+                    "again: %s",
+                    ", ".join(resuming),
+                    error,
+                )
         return False

@@ -1,7 +1,18 @@
-"""The replication worker: PostgreSQL in, broker out, and only what is confirmed acknowledged.
+"""The replication worker: PostgreSQL in, broker out, and acknowledge only what is confirmed.
 
-It reads in the main thread and publishes in another, so that PostgreSQL gets its answers while the
-broker is slow or down.
+Which thread owns what:
+
+- The main thread runs `Replicator.run`: it connects, sets up the source, runs one session after
+  another, and decides what to do about errors.
+- The publishing thread owns the connection to the broker, and lives as long as the replicator. It
+  reaches this thread only through `Control` and the `Progress` of the session's claim.
+- A signal handler may call `stop` and `give_up`.
+- With `flash_replay_window` a thread of `provisioning.replay_slot` moves the replay slot, on a
+  connection of its own.
+
+Who may advance an LSN: the publishing thread alone, through `acknowledgement.Progress.confirm`. A
+session reports the confirmed position to PostgreSQL. This module only replaces the whole `Progress`
+when the server's history is another one, because positions of one history mean nothing in another.
 """
 
 from __future__ import annotations
@@ -9,20 +20,20 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
-from functools import partial
+from enum import IntEnum
 from importlib import metadata
 from typing import Any
 
 import psycopg
 
+from ..acknowledgement import Progress
 from ..backoff import delays
 from ..capture.pipeline import Pipeline
 from ..capture.relations import RelationCatalog
-from ..dead_letters import oversize
+from ..dead_letters.oversize import Oversize
 from ..errors import (
     ConfirmedLost,
     DecodingFailed,
@@ -40,37 +51,47 @@ from ..messages.batcher import Batcher, BatcherSink
 from ..messages.deduplication import Lease
 from ..messages.templates import Templates
 from ..postgres import slots
-from ..postgres.connection import connect, is_standby, raise_if_fatal, unreachable
-from ..postgres.source import Source
+from ..postgres.connection import is_standby, raise_if_fatal, unreachable
+from ..postgres.source import Source, connected
 from ..postgres.stream import ReplicationConnection
-from ..progress import Progress
-from ..protocol.lsn import Lsn
 from ..provisioning import advisory_lock, publications, replay_slot
 from ..publishing import declared_queues
 from ..publishing.brokers.base import Publisher
-from ..publishing.thread import Publishing
+from ..publishing.thread import Claim, PublishingThread
 from ..settings import Settings
 from ..telemetry import CONNECTING, STANDBY, STOPPING, STREAMING, WAITING, Telemetry
 from .control import Control, Stopped
-from .pauses import Holding
+from .pauses import Pauses
 from .session import Session
-from .slot_watch import Watch
-from .startup import Provisioning
+from .slot_watch import SlotWatch
+from .startup import Startup
+from .supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two looks at a slot that another replication worker reads.
-_STANDBY_PAUSE = 1.0
+#: Seconds between two attempts to read a slot that another replication worker reads.
+_HOT_SPARE_PAUSE = 1.0
 _RESTORED = (
-    "PostgreSQL stands at %s, and had sent what is before %s: its data was restored, and what its "
-    "slot has not been told of is read again"
+    "PostgreSQL stands at %s, but had sent WAL up to %s: its data was restored. Reading again "
+    "everything after the confirmed position of its slot"
 )
 
 
-class Replicator:
-    """Runs until `stop`. Raises what waiting cannot mend.
+class Phase(IntEnum):
+    """How far the replicator has got with its current connections."""
 
-    `run` belongs to one thread; `stop` may be called from any, and from a signal handler.
+    CONNECTING = 0
+    #: It checks the source, and sets it up.
+    PREFLIGHT = 1
+    #: The preflight has passed.
+    STARTING = 2
+    STREAMING = 3
+
+
+class Replicator:
+    """Replicates until `stop`, and reconnects after errors. Raises errors that retrying cannot fix.
+
+    `run` belongs to one thread; any other, and a signal handler, may call `stop`.
     """
 
     def __init__(
@@ -86,266 +107,268 @@ class Replicator:
         self._subscriptions = subscriptions
         self.control = Control()
         self.telemetry = Telemetry()
+        #: For their queues only. Those of a session also name the server and the hold queues.
         self._templates = Templates(app, settings, subscriptions)
-        queues = [app.amqp.queues[name] for name in self._templates.queues]
-        self._publishing = Publishing(
+        self._publishing = PublishingThread(
             publisher,
-            queues,
-            self._on_confirmed,
-            self.control.fail,
+            [app.amqp.queues[name] for name in self._templates.queues],
+            self.control,
             settings.flash_status_interval,
             settings.flash_max_queue_length,
             declared_queues.queue(app, settings.flash_dead_queue),
             self.telemetry,
-            lambda messages, most: oversize.fitting(
-                *(app, settings.flash_dead_queue, self._templates, messages, most)
-            ),
         )
         self.telemetry.enqueued.update(dict.fromkeys(self._templates.routes, 0))
-        self.telemetry.unconfirmed = lambda: self._publishing.oldest
-        self.telemetry.stuck = lambda: time.monotonic() - self.control.turned
-        self._provisioning = Provisioning(settings, subscriptions, self.control)
-        self._holding = Holding(app, settings, subscriptions, lambda: self._publishing.begun)
+        self.telemetry.unconfirmed = self._publishing.oldest_commit
+        self.telemetry.stuck = self.control.seconds_stuck
+        self._startup = Startup(settings, subscriptions, self.control)
+        self._pauses = Pauses(app, subscriptions, self._publishing)
         self._progress = Progress()
-        self._source = ""
-        self._messages = len(of_tables(subscriptions)) < len(subscriptions)
-        self._streaming = settings.flash_use_streaming and not self._messages
-        if settings.flash_use_streaming and self._messages:
-            # It streams a message under its transaction's xid, never its savepoint's.
+        #: The server and its history that `_progress` is about; "" to begin a new one.
+        self._history = ""
+        self._has_messages = len(of_tables(subscriptions)) < len(subscriptions)
+        self._use_streaming = settings.flash_use_streaming and not self._has_messages
+        if settings.flash_use_streaming and self._has_messages:
+            # PostgreSQL streams a message under the xid of its transaction, not of its savepoint.
             logger.warning(
-                "flash_use_streaming is off: PostgreSQL does not tell of a message in an open "
-                "transaction that its savepoint is rolled back, and a handler is on messages"
+                "flash_use_streaming is off: a handler is on messages, and PostgreSQL does not "
+                "report that the savepoint of a message in an open transaction was rolled back"
             )
-        self._streamed = False
-        #: What PostgreSQL has said last, and may say again and again.
-        self._noticed = ""
-        #: Whether nothing was wrong when it was looked at, and whether the slot is lost all the
-        #: same, so that it is looked at again.
-        self._examined = self._doubted = False
-        #: Whether somebody had the slot since it was read here.
-        self._waited = False
-        #: Where the slot was, for the one that stays behind.
+        self._phase = Phase.CONNECTING
+        #: Whether a session has streamed since the start.
+        self._has_streamed = False
+        #: Whether the preflight is repeated because the slot was lost after it had passed.
+        self._rechecking = False
+        #: Whether another worker has had the slot since it was read here.
+        self._slot_was_in_use = False
+        #: The error and the notice of PostgreSQL that were logged last, which may come repeatedly.
+        self._last_logged_error = self._last_logged_notice = ""
+        #: Past positions of the slot, from which the replay slot is advanced.
         self._samples: replay_slot.Samples = deque()
-        self._pauses = delays()
+        self._delays = delays()
 
     def stop(self) -> None:
-        """Stop reading, finish what is in flight, and return from `run`."""
+        """Stop reading, wait for what is in flight, and return from `run`."""
         self.telemetry.enter(STOPPING)
         self.control.stop()
 
     def give_up(self) -> None:
-        """End `run` or `wait_until` wherever it is, by an exception in a signal handler.
+        """End `run` or `wait_until` immediately. Raises `Stopped`; for a signal handler.
 
-        Set-up may be ended anywhere, as by a SIGKILL; what is in flight then is sent again.
+        As after a SIGKILL, set-up goes on where it ended and unconfirmed changes are sent again.
         """
-        logger.warning("It takes longer than flash_shutdown_timeout to stop; giving up")
+        logger.warning("Stopping takes longer than flash_shutdown_timeout; giving up")
         raise Stopped
 
     def run(self) -> None:
-        """Replicate until stopped; connections are made again for ever."""
+        """Replicate until stopped. Raises errors that retrying cannot fix."""
         self._publishing.start()
-        said = ""
-        # The app's own objects are here to stay; looking at them for garbage again and again took
-        # a fifth of the time of small transactions.
+        # The app's own objects stay; to check them for garbage repeatedly took a fifth of the time
+        # of small transactions.
         gc.collect()
         gc.freeze()
         try:
             while not self.control.stopping:
                 try:
-                    self._connected()
+                    self._connect_and_replicate()
                     self._publishing.discard()  # the next session reads it again
                 except FlashError as error:
-                    said = self._retry(error, said)
+                    self._prepare_retry(error)
         except Stopped:
             pass
         finally:
             self._publishing.end()
-            # What had to be waited for has been; a thread in a dead socket ends with the process.
+            # Sessions wait for the broker; a thread stuck in a socket ends with the process.
             self._publishing.join(1.0)
             gc.unfreeze()
             self.control.close()
-            if self._streamed:  # an error that ends the start says enough
+            if self._has_streamed:  # otherwise an error ended the start, and it is logged
                 confirmed = self._progress.confirmed
                 logger.info("Ended; confirmed up to %s", confirmed, extra={"lsn": str(confirmed)})
 
-    def wait_until(self, ready: Callable[[], bool], what: str) -> None:
-        """Ask again and again before `run`, unless somebody calls `stop`."""
-        logger.info("Waiting for %s", what)
+    def wait_until(self, ready: Callable[[], bool], awaited: str) -> None:
+        """Call `ready` until it returns true, before `run`. Returns early after `stop`.
+
+        `awaited` names for the log what is waited for.
+        """
+        logger.info("Waiting for %s", awaited)
         self.telemetry.enter(WAITING)
         with suppress(Stopped):
             while not ready():
-                self.control.sleep(next(self._pauses))
+                self.control.sleep(next(self._delays))
 
-    def _retry(self, error: FlashError, said: str) -> str:
-        """Wait before the next attempt; what has been said is not said again."""
+    def _prepare_retry(self, error: FlashError) -> None:
+        """Log an error unless it is the last one again, and wait. Raises it if it is fatal."""
         self.telemetry.note(error)
-        self._waited |= isinstance(error, SlotInUse)
-        if not error.retry and not self._comes_again(error):
+        slot_in_use = isinstance(error, SlotInUse)
+        self._slot_was_in_use |= slot_in_use
+        if not error.retry and not self._should_recheck(error):
             raise error
-        self.telemetry.enter(STANDBY if isinstance(error, SlotInUse) else CONNECTING)
-        if not self._streamed:
+        self.telemetry.enter(STANDBY if slot_in_use else CONNECTING)
+        if not self._has_streamed:
             raise_if_fatal(error, self._settings)
-        if self._streaming and isinstance(error, (DecodingFailed, SpoolError)):
-            # A TRUNCATE in a savepoint that is rolled back cannot be decoded while it is open; and
-            # what does not fit on our disk, PostgreSQL keeps on its own.
-            self._streaming = False
-            logger.warning("Going on without streaming, until the next start")
+        if self._use_streaming and isinstance(error, (DecodingFailed, SpoolError)):
+            # A TRUNCATE in a savepoint that is rolled back cannot be decoded while the transaction
+            # is open; and PostgreSQL keeps on its disk what does not fit on ours.
+            self._use_streaming = False
+            logger.warning("Continuing without flash_use_streaming until the next start")
         if isinstance(error, ConfirmedLost):
-            self._source = ""  # read again whatever PostgreSQL has not been told of
-        if str(error) != said:
-            kind = {"error": type(error).__name__}
-            logger.warning("%s %s", error, error.solution, extra=kind)
+            self._history = ""  # read everything again after the slot's confirmed position
+        if str(error) != self._last_logged_error:
+            self._last_logged_error = str(error)
+            error_class = {"error": type(error).__name__}
+            logger.warning("%s %s", error, error.solution, extra=error_class)
         self._publishing.discard()
-        self.control.sleep(_STANDBY_PAUSE if isinstance(error, SlotInUse) else next(self._pauses))
-        return str(error)
+        self.control.sleep(_HOT_SPARE_PAUSE if slot_in_use else next(self._delays))
 
-    def _comes_again(self, error: FlashError) -> bool:
-        """Whether a slot was lost after it had been examined: the next examination knows more."""
-        doubted, self._doubted = self._doubted, isinstance(error, SlotLost | SlotMissing)
-        return self._doubted and not doubted and self._examined
+    def _should_recheck(self, error: FlashError) -> bool:
+        """Return whether the slot was lost after a preflight had passed, for the first time.
 
-    def _connected(self) -> None:
-        """One pair of connections, from set-up to their end."""
+        The next preflight then finds out more about it.
+        """
+        was_rechecking = self._rechecking
+        self._rechecking = isinstance(error, SlotLost | SlotMissing)
+        return self._rechecking and not was_rechecking and self._phase >= Phase.STARTING
+
+    def _connect_and_replicate(self) -> None:
+        """Use one pair of connections, from set-up to the end of their session."""
+        self._phase = Phase.CONNECTING
         if self.telemetry.state != STANDBY:
             self.telemetry.enter(CONNECTING)
         try:
             patience = self._settings.longest_silence
             with (
-                connect(self._dsn, patience) as connection,
+                connected(self._settings, patience) as source,
                 closing(ReplicationConnection(self._dsn, self._on_notice, patience)) as stream,
             ):
-                self._same_server(stream, connection)
-                source = Source(connection, self._settings)
+                self._require_same_server(stream, source)
                 with advisory_lock.held(source, self.control.sleep):
-                    self._examined = False
-                    self._provisioning.run(stream, connection, self._progress)
-                    self._examined = True
-                    self._start(stream, connection)
+                    self._phase = Phase.PREFLIGHT
+                    self._startup.run(source, stream, self._progress)
+                    self._phase = Phase.STARTING
+                    templates = self._start(stream, source)
                 with (
-                    closing(self._session(stream, connection)) as session,
+                    closing(self._session(stream, source, templates)) as session,
                     replay_slot.keeping(self._settings, self._samples),
                 ):
                     session.run()
         except psycopg.OperationalError as error:
             raise unreachable(error, self._dsn) from error
 
-    def _same_server(
-        self, stream: ReplicationConnection, connection: psycopg.Connection[Any]
-    ) -> None:
-        """A DSN of several hosts may lead to one after the other."""
+    def _require_same_server(self, stream: ReplicationConnection, source: Source) -> None:
+        """Raise `ReplicationError` if the two connections lead to different servers.
+
+        A DSN with several hosts may choose another one for each connection.
+        """
         stream.introduce()
-        row = connection.execute("SELECT pg_postmaster_start_time()::text").fetchone()
+        row = source.connection.execute("SELECT pg_postmaster_start_time()::text").fetchone()
         if row != (stream.server,):
             raise ReplicationError(
-                "Two connections to PostgreSQL lead to two servers; connecting anew (a DSN of "
+                "Two connections to PostgreSQL lead to two servers; reconnecting (a DSN with "
                 "several hosts needs target_session_attrs=read-write)."
             )
 
-    def _session(
-        self, stream: ReplicationConnection, connection: psycopg.Connection[Any]
-    ) -> Session:
-        batcher = Batcher(partial(oversize.letter, self._app, self._settings.flash_dead_queue))
-        pipeline = Pipeline(
-            self._templates.subscriptions,
-            RelationCatalog(connection, self._provisioning.ancestry),
-            BatcherSink(batcher, self._templates),
-            self._settings.flash_spool_directory,
-            self.telemetry,
-        )
-        return Session(
-            stream,
-            connection,
-            pipeline,
-            self._publishing,
-            self._progress,
-            self.control,
-            self._settings,
-            self._provisioning.altered,
-            Watch(
-                *(connection, stream.pid, self._settings, self._progress),
-                telemetry=self.telemetry,
-            ),
-            self._lease(),
-            batcher,
-            self._holding.hold_queues,
-            partial(self._holding.altered, connection),
-            self._holding.source,
-            self.telemetry,
-        )
-
-    def _lease(self) -> Lease:
-        system = self._source.partition("/")[0]
-        parts = [
-            metadata.version("flash-celery"),
-            self._source,
-            self._provisioning.fingerprint,
-            *self._templates.keys,
-        ]
-        parts += map(repr, self._subscriptions)
-        binding = hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
-        return Lease(f"{system}.{self._settings.flash_replication_slot}", binding)
-
-    def _start(self, stream: ReplicationConnection, connection: psycopg.Connection[Any]) -> None:
-        slot = self._settings.flash_replication_slot
-        prefix = self._settings.flash_publication_slot_prefix
-        self._identify(stream, connection)
-        if not self._waited:
-            self._provisioning.compare(connection, self._progress)
-        self._holding.read(connection, self._templates)
-        system = self._source.partition("/")[0]
-        self._templates = Templates(
-            self._app,
-            self._settings,
-            self._subscriptions,
-            f"{system}/{slot}",
-            self._holding.parked,
-        )
+    def _start(self, stream: ReplicationConnection, source: Source) -> Templates:
+        """Start streaming, and return the templates of the session."""
+        self._forget_other_history(stream, source)
+        if not self._slot_was_in_use:
+            self._startup.warn_if_slot_moved(source, self._progress)
+        templates = self._read_pauses(source)
+        names = publications.names(source.prefix)
         try:
             stream.start(
-                slot,
-                publications.names(prefix),
+                source.slot,
+                names,
                 self._progress.confirmed,
-                self._streaming,
-                messages=self._messages,
+                self._use_streaming,
+                messages=self._has_messages,
             )
         except SlotInUse as error:
-            raise SlotInUse(f"{str(error)[:-1]}{slots.holder(connection, slot)}.") from None
-        self.telemetry.reconnections += self._streamed
+            holder = slots.holder(source.connection, source.slot)
+            raise SlotInUse(f"{str(error)[:-1]}{holder}.") from None
+        self.telemetry.reconnections += self._has_streamed
         self.telemetry.progress = self._progress
         self.telemetry.enter(STREAMING)
-        self._streamed = True
-        self._doubted = self._waited = False
-        self._pauses = delays()
+        self._phase = Phase.STREAMING
+        self._has_streamed = True
+        self._rechecking = self._slot_was_in_use = False
+        self._delays = delays()
         handlers = {subscription.handler for subscription in self._subscriptions}
         logger.info(
             "Replicating the slot %s for %s: %d %s, queues %s",
-            slot,
-            escaped(", ".join(publications.names(prefix))),
+            source.slot,
+            escaped(", ".join(names)),
             len(handlers),
             "handler" if len(handlers) == 1 else "handlers",
-            ", ".join(self._templates.queues),
-            extra={"slot": slot, "lsn": str(self._progress.confirmed)},
+            ", ".join(templates.queues),
+            extra={"slot": source.slot, "lsn": str(self._progress.confirmed)},
         )
+        return templates
 
-    def _identify(self, stream: ReplicationConnection, connection: psycopg.Connection[Any]) -> None:
-        """Forget positions of another server, or another history of it: they mean nothing here."""
-        source, position = stream.identify()
-        sent = self._progress.received
-        if source == self._source and position < sent and not is_standby(connection):
-            logger.warning(_RESTORED, position, sent)
-        elif source == self._source:
-            return
-        self._progress, self._source = Progress(), source
+    def _forget_other_history(self, stream: ReplicationConnection, source: Source) -> None:
+        """Begin a new `Progress` if the server, or the history of its data, is another one."""
+        history, position = stream.identify()
+        received = self._progress.received
+        if history == self._history:
+            if position >= received or is_standby(source.connection):
+                return
+            logger.warning(_RESTORED, position, received)
+        self._progress, self._history = Progress(), history
         self._samples.clear()
 
-    def _on_confirmed(self, position: Lsn) -> None:
-        self._progress.confirm(position)
-        self.control.wake()
+    @property
+    def _system(self) -> str:
+        """The system identifier of the server."""
+        return self._history.partition("/")[0]
+
+    def _read_pauses(self, source: Source) -> Templates:
+        """Read what is paused, and return templates that send held messages to hold queues."""
+        self._pauses.read(source, self._templates)
+        return Templates(
+            self._app,
+            self._settings,
+            self._subscriptions,
+            f"{self._system}/{source.slot}",
+            self._pauses.queues_by_handler(source),
+        )
+
+    def _session(
+        self, stream: ReplicationConnection, source: Source, templates: Templates
+    ) -> Session:
+        oversize = Oversize(self._app, self._settings.flash_dead_queue, templates)
+        batcher = Batcher(oversize.letter)
+        pipeline = Pipeline(
+            self._subscriptions,
+            RelationCatalog(source.connection, self._startup.ancestry),
+            BatcherSink(batcher, templates),
+            self._settings.flash_spool_directory,
+            self.telemetry,
+        )
+        hold_queues = self._pauses.hold_queues
+        claim = Claim(self._lease(source, templates), self._progress, hold_queues, oversize)
+        watch = SlotWatch(source, stream.pid, self._progress, telemetry=self.telemetry)
+        supervisor = Supervisor(source, self._startup, self._pauses, watch)
+        return Session(
+            stream, source, pipeline, batcher, self._publishing, claim, self.control, supervisor
+        )
+
+    def _lease(self, source: Source, templates: Templates) -> Lease:
+        """Return a lease, bound to everything that decides how changes are counted."""
+        parts = [
+            metadata.version("flash-celery"),
+            self._history,
+            self._startup.fingerprint,
+            *templates.keys,
+        ]
+        parts += map(repr, self._subscriptions)
+        binding = hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+        return Lease(f"{self._system}.{source.slot}", binding)
 
     def _on_notice(self, state: str, message: str) -> None:
-        if message != self._noticed:
-            self._noticed = message
+        if message != self._last_logged_notice:
+            self._last_logged_notice = message
             logger.warning("PostgreSQL: %s", escaped(message))
         if state == "55000" and "publication" in message:
-            # PostgreSQL 18 skips a publication it does not find and sends nothing of it.
-            self.control.fail(PublicationMismatch(f"{message}; run `flash reset` to start anew."))
+            # PostgreSQL 18 skips a publication that it does not find, and sends nothing of it.
+            error = PublicationMismatch(f"{message}; run `flash reset` to start again.")
+            self.control.fail(error)

@@ -1,242 +1,270 @@
-"""One connection's worth of replication: frames in, units to the publishing thread, status back."""
+"""One session: the life of one replication stream, from START_REPLICATION to its end.
+
+Which thread owns what: a session belongs to the reading thread, the main thread of `flash
+replicate`, as do the stream, the source's connection, the pipeline and the batcher. It hands
+batches to the publishing thread (`PublishingThread.put`) and never waits for the broker, so that
+PostgreSQL gets its answers while the broker is slow or down.
+
+Who may advance an LSN: nothing here decides that. The publishing thread moves `Progress.confirmed`
+once the broker has confirmed a batch, and wakes this loop, which sends that position to PostgreSQL
+(`_send_status`). Every position goes through the batcher and the publishing thread in order, also
+those of transactions without messages.
+"""
 
 from __future__ import annotations
 
 import logging
 import select
 import time
-from collections.abc import Callable
+from enum import Enum, auto
 from typing import Any
 
-import psycopg
 from psycopg.errors import AdminShutdown
 
 from ..capture.pipeline import Pipeline
 from ..errors import ReplicationError
 from ..messages import deduplication
 from ..messages.batcher import Batcher
-from ..messages.deduplication import Lease
+from ..postgres.source import Source
 from ..postgres.stream import ReplicationConnection
-from ..progress import Progress
 from ..protocol.lsn import Lsn
-from ..publishing.hold_queues import HoldQueues
-from ..publishing.thread import Publishing
-from ..settings import Settings
-from ..telemetry import Telemetry, unix
+from ..publishing.thread import Claim, PublishingThread
+from ..telemetry import unix
 from .control import Control
-from .slot_watch import Watch
+from .supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
-#: Bytes of messages that one unit gathers while a burst is read.
-_UNIT_BYTES = 1 << 20
-#: Seconds between two looks at the tables in the catalog.
-_LOOK_SECONDS = 1.0
-#: Seconds of work before the server is looked after again.
-_TURN_SECONDS = 0.5
-#: Seconds that a batch may fill up further while the broker is busy with what came before it.
+#: Bytes of messages above which a batch is handed over, though more has arrived.
+_BATCH_BYTES = 1 << 20
+#: Seconds of work after which the sockets are polled again.
+_WORK_SECONDS = 0.5
+#: Seconds that a due batch may fill up further while earlier ones are being published.
 _HELD_SECONDS = 0.02
-#: How many status intervals may pass without a byte from the server, which is asked for an answer
-#: in each.
+#: Status intervals without a byte from the server until it counts as silent. Each status requests a
+#: reply.
 _SILENT_INTERVALS = 3
 
 
+class State(Enum):
+    """What a session is doing."""
+
+    #: It waits until the broker has accepted the claim and held messages are requeued.
+    CLAIMING = auto()
+    #: It reads the stream whenever the publishing thread has room.
+    READING = auto()
+    #: The whole source is paused: it reads nothing, and answers PostgreSQL.
+    PAUSED = auto()
+
+
 class Session:
-    """The life of one stream: read, hand over, acknowledge what is confirmed."""
+    """Reads one stream, hands batches over, and acknowledges what the broker has confirmed."""
 
     def __init__(
         self,
         stream: ReplicationConnection,
-        connection: psycopg.Connection[Any],
+        source: Source,
         pipeline: Pipeline,
-        publishing: Publishing,
-        progress: Progress,
-        control: Control,
-        settings: Settings,
-        tables_changed: Callable[[], bool],
-        watch: Watch,
-        lease: Lease,
         batcher: Batcher,
-        hold_queues: HoldQueues,
-        noted_otherwise: Callable[[], bool],
-        paused: bool = False,
-        telemetry: Telemetry | None = None,
+        publishing: PublishingThread,
+        claim: Claim,
+        control: Control,
+        supervisor: Supervisor,
     ) -> None:
         self._stream = stream
-        self._connection = connection
-        self._publishing = publishing
-        self._progress = progress
-        self._control = control
-        self._settings = settings
-        self._lease = lease
-        self._telemetry = telemetry or Telemetry()
-        self._batcher = batcher
-        self._batcher.commit(progress.confirmed)
+        self._connection = source.connection
         self._pipeline = pipeline
         self._transactions = pipeline.transactions
-        self._look = tables_changed
-        self._hold_queues = hold_queues
-        self._noted_otherwise = noted_otherwise
-        #: Whether nothing is to be read.
-        self._paused = paused
-        #: Since when something else is noted.
-        self._since = 0.0
-        self._watch = watch
-        self._looked = time.monotonic()
+        self._telemetry = pipeline.telemetry
+        self._batcher = batcher
+        self._publishing = publishing
+        self._claim = claim
+        self._lease = claim.lease
+        self._progress = claim.progress
+        self._control = control
+        self._supervisor = supervisor
+        self._state = State.CLAIMING
+        self._shutdown_timeout = source.settings.flash_shutdown_timeout
         # Often enough for the server's own time limit.
-        self._interval = min(settings.flash_status_interval, stream.timeout / _SILENT_INTERVALS)
-        self._heard = self._told = time.monotonic()
-        self._awake = deduplication.now()
-        self._reading = True
-        self._told_position = Lsn(0)
-        self._handed = Lsn(0)
-        #: How many transactions have been counted.
+        self._status_interval = min(
+            source.settings.flash_status_interval, stream.timeout / _SILENT_INTERVALS
+        )
+        self._received_at = self._status_sent_at = time.monotonic()
+        #: By the clock of leases, unlike the other times.
+        self._lease_renewed_at = deduplication.now()
+        #: Whether the last loop iteration waited for the stream.
+        self._listening = True
+        #: The position acknowledged last, and the last one handed to the publishing thread.
+        self._acknowledged = self._handed_over = Lsn(0)
+        #: How many transactions the telemetry has counted.
         self._counted = 0
+        batcher.commit(self._progress.confirmed)
 
     def run(self) -> None:
-        """Read, hand over, acknowledge.
+        """Replicate until stopped, or until the supervisor has a reason to begin a new session.
 
-        Until somebody stops it, pauses or resumes something, or a table has been made anew or got
-        a partition: then the publications need another look. Raises `ReplicationError`.
+        Raises `ReplicationError` if the connection has to be replaced.
         """
-        self._publishing.claim(self._lease, self._batcher.deduplicate, self._hold_queues)
-        if not self._paused:
-            # What came together with the answer to START_REPLICATION makes no socket readable.
+        self._publishing.claim(self._claim)
+        if not self._supervisor.paused:
+            # Frames that came with the answer to START_REPLICATION make no socket readable.
             self._receive()
-        end = None
+        deadline = None
         while True:
             self._renew_lease()
             self._control.check()
             if self._control.stopping:
-                # An open transaction is read to its end, so that it need not be sent again.
-                limit = self._settings.flash_shutdown_timeout
-                end = end or time.monotonic() + limit
-                if not self._transactions.open or time.monotonic() > end - limit / 2:
-                    return self._drain(end)
-            elif self._look_around():
+                # Read an open transaction to its end, so that it need not be sent again.
+                deadline = deadline or time.monotonic() + self._shutdown_timeout
+                late = time.monotonic() > deadline - self._shutdown_timeout / 2
+                if late or not self._transactions.open:
+                    return self._drain(deadline)
+            elif self._must_end():
                 return self._drain()
-            self._turn()
+            self._iterate()
 
-    def _turn(self) -> None:
+    def close(self) -> None:
+        """Remove the spools of open transactions."""
+        self._telemetry.spooled, self._telemetry.held_back = 0, None
+        self._pipeline.close()
+
+    def _must_end(self) -> bool:
+        """Ask the supervisor, if it is time to; return whether a new session has to begin."""
+        now = time.monotonic()
+        if now < self._supervisor.next_check:
+            return False
+        self._telemetry.spooled = self._transactions.spooled
+        reason = self._supervisor.check(
+            now, self._stream.received, self._listening, self._transactions.open
+        )
+        if reason is None:
+            return False
+        logger.log(reason.level, reason.sentence)
+        return True
+
+    def _iterate(self) -> None:
+        """Wait until there is something to do, and do it."""
         behind = self._pipeline.pending
-        reading = self._publishing.has_room and not behind and not self._paused
-        self._reading = reading
+        listening = self._state is State.READING and not behind and self._publishing.has_room
+        self._listening = listening
         sockets: list[Any] = [self._control, self._connection]
         ready, _, _ = select.select(
-            [*sockets, self._stream] if reading else sockets, [], [], self._patience(behind)
+            [*sockets, self._stream] if listening else sockets, [], [], self._timeout(behind)
         )
         if self._control in ready:
-            self._control.awake()
+            self._control.forget_wakes()
         if self._connection in ready:
             self._check_connection()
         if self._stream in ready:
             self._receive()
-        asked = self._work() if self._publishing.has_room else False
+        if self._state is State.CLAIMING:
+            self._accept_claim()
+        reply_requested = self._can_work and self._work()
         self._hand_over()
         now = time.monotonic()
-        if not reading:
-            self._heard = now  # nobody listened
-        overdue = now - self._told >= self._interval
-        if asked or overdue or self._progress.confirmed != self._told_position:
-            self._tell(reply=overdue)
-        if now - self._heard > _SILENT_INTERVALS * self._interval:
-            self._silent(now - self._heard)
+        if not listening:
+            self._received_at = now  # bytes of the server may wait unread
+        overdue = now - self._status_sent_at >= self._status_interval
+        if reply_requested or overdue or self._progress.confirmed != self._acknowledged:
+            self._send_status(request_reply=overdue)
+        if now - self._received_at > _SILENT_INTERVALS * self._status_interval:
+            self._check_silence(now - self._received_at)
 
-    def _silent(self, seconds: float) -> None:
-        if not self._watch.busy():
-            raise ReplicationError(
-                f"PostgreSQL has been silent for {seconds:.0f} s; connecting anew."
-            )
-        self._heard += self._interval
+    def _accept_claim(self) -> None:
+        """Pick up the deduplicator once the claim is accepted.
 
-    def _receive(self) -> None:
-        self._heard = time.monotonic()
-        self._pipeline.feed(self._stream.receive())
-        self._progress.receive(self._stream.received)
+        Nothing may be added to the batcher before. The publishing thread sets it before there is
+        room, and never changes it again in this session.
+        """
+        deduplicator = self._publishing.deduplicator
+        if deduplicator is not None:
+            self._batcher.deduplicate(deduplicator)
+            self._state = State.PAUSED if self._supervisor.paused else State.READING
 
-    def _renew_lease(self) -> None:
-        """Nobody else is given the slot for some time. A process that was stopped has lost it,
-        whatever its socket looks like, and may not even publish what it has."""
-        before, self._awake = self._awake, deduplication.now()
-        lease = self._stream.timeout / 2
-        if self._awake - before > lease:
-            raise ReplicationError(
-                f"This process did not run for {self._awake - before:.0f} s, and another may read "
-                "the slot now; connecting anew."
-            )
-        self._lease.until = self._awake + lease
+    @property
+    def _can_work(self) -> bool:
+        return self._state is not State.CLAIMING and self._publishing.has_room
 
-    def _look_around(self) -> bool:
-        """Now and then: watch the slot; whether something has to be looked at again."""
-        now = time.monotonic()
-        if now - self._looked < _LOOK_SECONDS:
-            return False
-        self._looked = now
-        self._watch.look(self._stream.received, self._reading)
-        self._telemetry.spooled = self._transactions.spooled
-        if self._noted_otherwise():
-            # An open transaction is read to its end, as when it is stopped.
-            self._since = self._since or now
-            limit = self._settings.flash_shutdown_timeout / 2
-            return not self._transactions.open or now - self._since > limit
-        if self._transactions.open or not self._look():
-            return False
-        logger.warning("A table of a handler is not what it was; looking at all of them")
-        return True
-
-    def _patience(self, behind: bool) -> float:
-        """Seconds until something is due."""
+    def _timeout(self, behind: bool) -> float:
+        """Return the seconds until something is due."""
         if behind and self._publishing.has_room:
             return 0.0
-        due = min(self._told + self._interval, self._looked + _LOOK_SECONDS)
+        due = min(self._status_sent_at + self._status_interval, self._supervisor.next_check)
         if self._batcher.due is not None:
             due = min(due, self._batcher.due + self._held)
         return max(0.0, due - time.monotonic())
 
+    @property
+    def _held(self) -> float:
+        """Seconds that batches wait after they are due, which delays nothing while others are
+        published."""
+        return _HELD_SECONDS if self._publishing.busy else 0.0
+
+    def _receive(self) -> None:
+        self._received_at = time.monotonic()
+        self._pipeline.feed(self._stream.receive())
+        self._progress.receive(self._stream.received)
+
     def _work(self) -> bool:
-        """Take what has arrived, a unit's worth of it; whether the server asks for an answer."""
+        """Process what has arrived, up to a full batch; return whether the server wants a reply."""
         pipeline, batcher = self._pipeline, self._batcher
         pipeline.reply_requested = False
-        ends = time.monotonic() + _TURN_SECONDS
-        while pipeline.pending and batcher.size < _UNIT_BYTES and time.monotonic() < ends:
+        deadline = time.monotonic() + _WORK_SECONDS
+        while pipeline.pending and batcher.size < _BATCH_BYTES and time.monotonic() < deadline:
             position = pipeline.advance()
             if position is not None:
                 batcher.commit(position)
         return pipeline.reply_requested
 
-    @property
-    def _held(self) -> float:
-        """Seconds that batches wait beyond their time: nothing is lost while others go first."""
-        return _HELD_SECONDS if self._publishing.busy else 0.0
-
-    def close(self) -> None:
-        """Let go of what was spooled."""
-        self._telemetry.spooled, self._telemetry.held_back = 0, None
-        self._pipeline.close()
-
     def _hand_over(self, everything: bool = False) -> None:
+        """Give the publishing thread the messages that are ready, and the position after them."""
         transactions = self._transactions
-        unit = self._batcher.collect(
-            *(everything, self._held, unix(transactions.oldest), unix(transactions.committed_at))
+        batch = self._batcher.collect(
+            everything=everything,
+            held=self._held,
+            committed=unix(transactions.oldest),
+            latest=unix(transactions.committed_at),
         )
         transactions.oldest = transactions.committed_at if transactions.open else 0
         self._telemetry.transactions += transactions.count - self._counted
         self._counted = transactions.count
-        if unit.messages or unit.position > self._handed:
-            self._handed = max(self._handed, unit.position)
-            self._publishing.put(unit)
+        if batch.messages or batch.position > self._handed_over:
+            self._handed_over = max(self._handed_over, batch.position)
+            self._publishing.put(batch)
 
-    def _tell(self, reply: bool = False) -> None:
+    def _send_status(self, request_reply: bool = False) -> None:
+        """Acknowledge what the broker has confirmed."""
         confirmed = self._progress.confirmed
-        self._stream.send_status(self._progress.received, confirmed, confirmed, reply)
-        self._told, self._told_position = time.monotonic(), confirmed
+        self._stream.send_status(self._progress.received, confirmed, confirmed, request_reply)
+        self._status_sent_at, self._acknowledged = time.monotonic(), confirmed
         self._lease.acknowledged = confirmed
 
-    def _check_connection(self) -> None:
-        """It has something to say, which is the end of it, or of the server.
+    def _renew_lease(self) -> None:
+        """Extend the lease: PostgreSQL gives no other worker the slot for some time.
 
-        A server that shuts down waits for its consumers, and one whose broker is down would hold
-        it up for ever.
+        Raises `ReplicationError` if this process did not run for so long that it may have lost the
+        slot. Then it must not even publish what it has, even if its connection looks intact.
+        """
+        before, self._lease_renewed_at = self._lease_renewed_at, deduplication.now()
+        duration = self._stream.timeout / 2
+        stopped = self._lease_renewed_at - before
+        if stopped > duration:
+            raise ReplicationError(
+                f"This process did not run for {stopped:.0f} s, and another worker may read the "
+                "slot now; reconnecting."
+            )
+        self._lease.until = self._lease_renewed_at + duration
+
+    def _check_silence(self, seconds: float) -> None:
+        if not self._supervisor.server_is_busy():
+            raise ReplicationError(f"PostgreSQL has been silent for {seconds:.0f} s; reconnecting.")
+        self._received_at += self._status_interval
+
+    def _check_connection(self) -> None:
+        """Read what the server sent on the second connection: that it, or the server, ends.
+
+        A server that shuts down waits for its consumers. One whose broker is down would hold it up
+        forever.
         """
         try:
             self._connection.execute("SELECT 1")
@@ -245,20 +273,20 @@ class Session:
             raise ReplicationError("PostgreSQL is shutting down.") from None
 
     def _drain(self, deadline: float | None = None) -> None:
-        """Wait for what is in flight, as long as allowed, and say how far everything is safe."""
+        """Wait until the broker has confirmed everything handed over, and acknowledge it."""
         self._hand_over(everything=True)
-        deadline = deadline or time.monotonic() + self._settings.flash_shutdown_timeout
+        deadline = deadline or time.monotonic() + self._shutdown_timeout
         while not self._publishing.idle and self._control.failure is None:
-            left = deadline - time.monotonic()
-            if left <= 0:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
                 logger.warning("Not everything was confirmed in time; it will be sent again.")
                 break
-            self._control.rest(min(left, 0.1))
+            self._control.rest(min(remaining, 0.1))
             self._renew_lease()
-            self._tell()
-        self._tell()
+            self._send_status()
+        self._send_status()
         for _ in range(20):
             if self._stream.flush():
                 break
             select.select([], [self._stream], [], 0.05)
-        self._control.check()  # what was found out while it waited is said, too
+        self._control.check()  # an error while draining must not get lost

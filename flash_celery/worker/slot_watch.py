@@ -1,7 +1,7 @@
-"""Watches the slot from the second connection: a stream that looks sound may not be.
+"""Watch the slot from the second connection, since a stream that looks healthy may not be.
 
-A socket can be open and nobody behind it, the server can have given the slot to somebody else, hold
-changes back, or be about to remove WAL that the slot needs.
+A socket can be open with no server behind it; the server can have given the slot to another worker,
+hold changes back, or be about to remove WAL that the slot needs.
 """
 
 from __future__ import annotations
@@ -9,43 +9,44 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from enum import IntEnum
+from typing import NamedTuple
 
-import psycopg
 from psycopg import errors as postgres
 
+from ..acknowledgement import Progress
 from ..errors import ReplicationError
 from ..postgres.slots import POSITION
-from ..progress import Progress
+from ..postgres.source import Source
 from ..protocol.lsn import Lsn
-from ..settings import Settings
 from ..telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
-#: Bytes of WAL that the stream has not brought yet, below which a server counts as idle, so that
-#: heartbeats do not keep it awake: what it writes by itself after one (a checkpoint, its list of
-#: running transactions) has fewer.
+#: A server counts as idle with fewer bytes of WAL than these that the stream has not brought yet.
+#: After a heartbeat it writes fewer by itself (a checkpoint, its list of running transactions), so
+#: that heartbeats do not keep it awake.
 _IDLE_BYTES = 1024
-#: Seconds that something must have been better before it is said to be.
+#: Seconds that an improvement must last before it is logged.
 _CALM_SECONDS = 60.0
-#: The slot is in danger with less than this part of `max_slot_wal_keep_size` left.
+#: The slot is in danger if less than this fraction of `max_slot_wal_keep_size` is left.
 _LOW = 0.5
-#: Types of wait events of a process that waits for us, or for something to do; or is no more.
+#: Stands for the type of wait event of a process that does not exist.
 _GONE = "gone"
+#: Types of wait events of a process that waits for us or for work, or does not exist.
 _IDLE = ("Activity", "Client", _GONE)
-#: What PostgreSQL calls it when it waits for the standbys of `synchronized_standby_slots`.
+#: PostgreSQL's wait event for the standbys of `synchronized_standby_slots`.
 _HELD_BACK = "WaitForStandbyConfirmation"
 
-# A standby knows no time but that of the last commit it has applied.
-_LOOK = f"""
+# A standby knows only the time of the last commit that it has applied.
+_STATE = f"""
 SELECT s.active_pid, s.wal_status, s.safe_wal_size, {POSITION}::text, pg_is_in_recovery(),
        CASE WHEN pg_is_in_recovery() THEN pg_last_xact_replay_timestamp()
             ELSE clock_timestamp() END,
        pg_size_bytes(current_setting('max_slot_wal_keep_size'))
 FROM (SELECT) AS here LEFT JOIN pg_replication_slots s ON s.slot_name = %s
 """  # noqa: S608 - our own words
-# In no transaction, so that nothing waits for it to be on disk.
+# Not transactional, so that nothing waits until it is on disk.
 _BEAT = "SELECT pg_logical_emit_message(false, 'flash.heartbeat', ''::text)::text"
 
 
@@ -54,63 +55,68 @@ class _Heartbeat(NamedTuple):
     written: float
 
 
-class Watch:
-    """One stream's guard. `look` now and then."""
+class SlotWatch:
+    """The watch over one stream's slot; `pid` is the server's process for the stream."""
 
     def __init__(
         self,
-        connection: psycopg.Connection[Any],
+        source: Source,
         pid: int,
-        settings: Settings,
         progress: Progress,
         clock: Callable[[], float] = time.monotonic,
         telemetry: Telemetry | None = None,
     ) -> None:
-        self._connection = connection
+        self._connection = source.connection
         self._pid = pid
-        self._slot = settings.flash_replication_slot
-        self._interval = settings.flash_heartbeat_interval
-        self._patience = settings.longest_silence
+        self._slot = source.slot
+        #: Seconds between heartbeats; 0 for none.
+        self._interval = source.settings.flash_heartbeat_interval
+        self._patience = source.settings.longest_silence
         self._progress = progress
         self._clock = clock
         self._telemetry = telemetry or Telemetry()
+        #: The position that the stream had brought at the last check.
         self._received = Lsn(0)
-        self._moved = clock()
+        #: When that position last moved, or the session was not listening.
+        self._moved_at = clock()
+        #: The heartbeat that has not come back yet.
         self._heartbeat: _Heartbeat | None = None
-        #: When the last one was written, also one that has come back.
-        self._written = clock()
-        self._danger = 0
-        self._better = clock()
+        #: When the last heartbeat was written.
+        self._beaten_at = clock()
+        #: The danger that the log reported last, and when the slot was last in as much of it.
+        self._danger = _Danger.NONE
+        self._in_danger_at = clock()
         self._held_back = False
 
-    def look(self, received: Lsn, reading: bool) -> None:
-        """Look at the slot; write a heartbeat where one is due, and judge the last one.
+    def check(self, received: Lsn, listening: bool) -> None:
+        """Check the slot and the last heartbeat, and write a heartbeat if one is due.
 
-        `received` is the position of what the stream has brought last; where we are not `reading`,
-        it cannot bring anything. Raises `ReplicationError` if a new stream is needed.
+        :param received: the last position that the stream has brought.
+        :param listening: whether the session waits for the stream; if not, it brings nothing.
+
+        Raises `ReplicationError` if a new stream is needed.
         """
-        row = self._connection.execute(_LOOK.encode(), [self._slot]).fetchone()
+        row = self._connection.execute(_STATE.encode(), [self._slot]).fetchone()
         assert row is not None
-        reader, wal_status, safe, text, standby, said, limit = row
+        reader, wal_status, safe_bytes, text, standby, server_time, limit = row
         if reader != self._pid:
             raise ReplicationError(
                 f"The slot {self._slot} is not read by this worker's connection (PID {self._pid}) "
-                f"any more, but by {f'PID {reader}' if reader else 'nobody'}; connecting anew."
+                f"any more, but by {f'PID {reader}' if reader else 'no process'}; reconnecting."
             )
         position = Lsn.parse(text)
-        self._progress.mark(position, said)
-        self._warn(_danger(wal_status, safe, limit), safe)
-        self._judge(received, reading)
+        self._progress.mark(position, server_time)
+        self._warn(_danger(wal_status, safe_bytes, limit), safe_bytes)
+        self._check_heartbeat(received, listening)
         now = self._clock()
-        due = self._interval and not standby and now - self._written >= self._interval
+        due = self._interval and not standby and now - self._beaten_at >= self._interval
         if due and received and position - received >= _IDLE_BYTES:
             self._beat(now)
 
-    def _judge(self, received: Lsn, reading: bool) -> None:
-        """Whether the heartbeat has come back, or something else at least."""
+    def _check_heartbeat(self, received: Lsn, listening: bool) -> None:
         now = self._clock()
-        if received != self._received or not reading:
-            self._received, self._moved = received, now
+        if received != self._received or not listening:
+            self._received, self._moved_at = received, now
         if self._heartbeat is None:
             return
         if received >= self._heartbeat.position:
@@ -119,34 +125,35 @@ class Watch:
                 self._held_back = False
                 self._telemetry.held_back = None
                 logger.warning("PostgreSQL sends changes again")
-        elif now - max(self._moved, self._heartbeat.written) > self._patience:
+        elif now - max(self._moved_at, self._heartbeat.written) > self._patience:
             self._overdue(now - self._heartbeat.written)
 
-    def busy(self) -> bool:
-        """Whether the server's process waits for nobody: it decodes, and has no time to answer.
+    def server_is_busy(self) -> bool:
+        """Return whether the server's process is decoding, so that it has no time to answer.
 
-        While it goes through a large transaction of other tables PostgreSQL answers only each
-        half of `wal_sender_timeout`, and before 16 it may not at all (a materialized view).
+        While it decodes a large transaction of other tables PostgreSQL answers only twice in each
+        `wal_sender_timeout`, and before version 16 it may not answer at all (a materialized view).
         """
-        kind, _ = self._waits_for()
-        return kind not in _IDLE
+        event_type, _ = self._wait_event()
+        return event_type not in _IDLE
 
-    def _waits_for(self) -> tuple[str | None, str | None]:
+    def _wait_event(self) -> tuple[str | None, str | None]:
+        """Return type and name of the wait event of the server's process."""
         row = self._connection.execute(
             "SELECT wait_event_type, wait_event FROM pg_stat_activity WHERE pid = %s", [self._pid]
         ).fetchone()
         return row or (_GONE, None)
 
     def _overdue(self, seconds: float) -> None:
-        kind, event = self._waits_for()
-        if event != _HELD_BACK and kind in _IDLE:
+        event_type, event = self._wait_event()
+        if event != _HELD_BACK and event_type in _IDLE:
             assert self._heartbeat is not None
             raise ReplicationError(
-                f"What was written at {self._heartbeat.position} has not come through the stream "
-                f"for {seconds:.0f} s; connecting anew."
+                f"The heartbeat written at {self._heartbeat.position} has not come through the "
+                f"stream for {seconds:.0f} s; reconnecting."
             )
-        # Once it is ready, it has as much time again.
-        self._moved = self._clock()
+        # The server works or waits for standbys, so it gets the same time again.
+        self._moved_at = self._clock()
         if event == _HELD_BACK and not self._held_back:
             self._held_back = True
             self._telemetry.held_back = time.time()
@@ -163,39 +170,48 @@ class Watch:
         except (postgres.InsufficientPrivilege, postgres.ReadOnlySqlTransaction) as error:
             self._interval = 0
             logger.warning(
-                "No heartbeats, only keepalives: %s; GRANT EXECUTE ON FUNCTION "
+                "Cannot write heartbeats, only keepalives: %s; GRANT EXECUTE ON FUNCTION "
                 "pg_logical_emit_message to this role, or set flash_heartbeat_interval = 0",
                 error.diag.message_primary,
             )
             return
         assert row is not None
-        self._heartbeat, self._written = _Heartbeat(Lsn.parse(row[0]), now), now
+        self._heartbeat, self._beaten_at = _Heartbeat(Lsn.parse(row[0]), now), now
 
-    def _warn(self, danger: int, safe: int | None) -> None:
-        """Say it at once when it gets worse, and when it has been better for a while."""
+    def _warn(self, danger: _Danger, safe_bytes: int | None) -> None:
+        """Log a greater danger at once, and a smaller one once it has lasted for a while."""
         now = self._clock()
         if danger >= self._danger:
-            self._better = now
-        if danger > self._danger or now - self._better > _CALM_SECONDS:
-            self._danger, self._better = danger, now
-            logger.warning(_SAID[danger], self._slot, *([safe] if danger == _RUNNING_OUT else []))
+            self._in_danger_at = now
+        if danger > self._danger or now - self._in_danger_at > _CALM_SECONDS:
+            self._danger, self._in_danger_at = danger, now
+            bytes_left = [safe_bytes] if danger is _Danger.RUNNING_OUT else []
+            logger.warning(_WARNINGS[danger], self._slot, *bytes_left)
 
 
-_EXTENDED, _RUNNING_OUT, _UNRESERVED = 1, 2, 3
-_SAID = {
-    0: "The slot %s keeps no more WAL than max_wal_size again",
-    _EXTENDED: "The slot %s keeps more WAL than max_wal_size (wal_status extended); something "
-    "holds it up: the broker, the handlers' queue, or a long transaction",
-    _RUNNING_OUT: "The slot %s is lost after %s bytes more of WAL (safe_wal_size): mend what holds "
-    "it up, or raise max_slot_wal_keep_size",
-    _UNRESERVED: "The slot %s is about to be lost (wal_status unreserved): PostgreSQL removes WAL "
-    "that it needs at the next checkpoint; raise max_slot_wal_keep_size now",
+class _Danger(IntEnum):
+    """How close the slot is to being lost."""
+
+    NONE = 0
+    EXTENDED = 1
+    RUNNING_OUT = 2
+    UNRESERVED = 3
+
+
+_WARNINGS = {
+    _Danger.NONE: "The slot %s keeps no more WAL than max_wal_size again",
+    _Danger.EXTENDED: "The slot %s keeps more WAL than max_wal_size (wal_status extended); "
+    "something holds it up: the broker, the handlers' queue, or a long transaction",
+    _Danger.RUNNING_OUT: "The slot %s is lost after %s bytes more of WAL (safe_wal_size): fix what "
+    "holds it up, or raise max_slot_wal_keep_size",
+    _Danger.UNRESERVED: "The slot %s is about to be lost (wal_status unreserved): PostgreSQL "
+    "removes WAL that it needs at the next checkpoint; raise max_slot_wal_keep_size now",
 }
 
 
-def _danger(wal_status: str | None, safe: int | None, limit: int) -> int:
+def _danger(wal_status: str | None, safe_bytes: int | None, limit: int) -> _Danger:
     if wal_status in ("unreserved", "lost"):
-        return _UNRESERVED
-    if safe is not None and limit > 0 and safe < limit * _LOW:
-        return _RUNNING_OUT
-    return _EXTENDED if wal_status == "extended" else 0
+        return _Danger.UNRESERVED
+    if safe_bytes is not None and limit > 0 and safe_bytes < limit * _LOW:
+        return _Danger.RUNNING_OUT
+    return _Danger.EXTENDED if wal_status == "extended" else _Danger.NONE

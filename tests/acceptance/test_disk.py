@@ -28,7 +28,7 @@ def test_a_disk_without_room_for_the_spool(shop, tmp_path):
     with shop.database.connect() as connection:
         connection.execute(f"BEGIN; {MANY.format(1, 20_000)}")
         shop.until_said(replicate, "A large transaction cannot be spooled")
-        shop.until_said(replicate, "Going on without streaming")
+        shop.until_said(replicate, "Continuing without flash_use_streaming")
         # Others do not wait for it.
         shop.database.execute(MANY.format(30_001, 30_100))
         with redis.Redis(port=shop.broker.port) as client:

@@ -127,7 +127,7 @@ def test_changes_held_back_for_a_standby_that_is_away_are_said_to_be(shop, prima
     handled(shop, 1, 100)
     assert replicate.log.read_text().count("holds changes back") == 1
     assert replicate.log.read_text().count("does not have active_pid") == 1
-    assert "connecting anew" not in replicate.log.read_text()
+    assert "reconnecting" not in replicate.log.read_text()
 
 
 def test_doctor_says_what_a_standby_lacks_for_a_failover(shop, primary):

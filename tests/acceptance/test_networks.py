@@ -221,5 +221,5 @@ def test_a_server_that_is_busy_with_other_tables_is_not_taken_for_dead(shop):
     )
     insert(shop.database, 1, 10)
     confirmed(shop)
-    assert "connecting anew" not in replicate.log.read_text()
+    assert "reconnecting" not in replicate.log.read_text()
     assert shop.end(replicate) == 0

@@ -322,7 +322,7 @@ def test_a_slot_made_anew_by_hand_while_its_worker_connects_again_is_said(flash,
     flash.wait(lambda: database.one(flash.slot("active")))
     flash.do("INSERT INTO items VALUES (3, 'a')")
     assert ids(flash.told()) == [1, 3]
-    assert "was moved or made anew by hand, and the changes between are missing" in caplog.text
+    assert "was moved or recreated by hand, and the changes between are missing" in caplog.text
 
 
 @pytest.mark.parametrize("timeline", ["the same", "new"])

@@ -37,7 +37,7 @@ def record(flash):
 def noticed(flash, **wanted):
     def equal():
         return all(
-            sorted(getattr(flash.replicator._holding.record, name)) == value
+            sorted(getattr(flash.replicator._pauses.record, name)) == value
             for name, value in wanted.items()
         )
 

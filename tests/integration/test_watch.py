@@ -9,18 +9,18 @@ import psycopg
 import pytest
 
 from example_project.servers import wait_until
+from flash_celery.acknowledgement import Progress
 from flash_celery.errors import ConfigurationError, ReplicationError
 from flash_celery.handlers.subscriptions import Subscription
 from flash_celery.postgres.connection import connect
 from flash_celery.postgres.source import Source
 from flash_celery.postgres.stream import ReplicationConnection
-from flash_celery.progress import Progress
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.provisioning.preflight import examine
 from flash_celery.settings import Settings
 from flash_celery.table_name import TableName
 from flash_celery.worker import slot_watch
-from flash_celery.worker.slot_watch import Watch
+from flash_celery.worker.slot_watch import SlotWatch
 
 
 class Clock:
@@ -59,7 +59,7 @@ def progress():
 @pytest.fixture
 def guard(database, stream, connection, clock, progress):
     settings = Settings(flash_replication_slot=database.slot)
-    return Watch(connection, stream.pid, settings, progress, clock)
+    return SlotWatch(Source(connection, settings), stream.pid, progress, clock)
 
 
 def position(database):
@@ -67,40 +67,40 @@ def position(database):
 
 
 def test_a_heartbeat_that_does_not_come_back_ends_the_stream(database, guard, clock):
-    guard.look(Lsn(1), reading=True)
+    guard.check(Lsn(1), listening=True)
     database.execute("INSERT INTO items SELECT generate_series(1, 1000)")
     clock.now += 10
-    guard.look(Lsn(1), reading=True)  # writes it
+    guard.check(Lsn(1), listening=True)  # writes it
     clock.now += 29
-    guard.look(Lsn(1), reading=True)
+    guard.check(Lsn(1), listening=True)
     # What it has written has to be decoded; a server that is at work has more time.
-    wait_until(lambda: not guard.busy(), "the server to be idle")
+    wait_until(lambda: not guard.server_is_busy(), "the server to be idle")
     clock.now += 2
     with pytest.raises(ReplicationError, match="has not come through the stream for 31 s"):
-        guard.look(Lsn(1), reading=True)
+        guard.check(Lsn(1), listening=True)
 
 
 def test_a_stream_that_brings_something_or_is_not_read_is_not_judged(database, guard, clock):
-    guard.look(Lsn(1), reading=True)
+    guard.check(Lsn(1), listening=True)
     database.execute("INSERT INTO items SELECT generate_series(1, 1000)")
     clock.now += 10
-    guard.look(Lsn(1), reading=True)
+    guard.check(Lsn(1), listening=True)
     for received in range(2, 10):
         clock.now += 20
-        guard.look(Lsn(received), reading=True)
+        guard.check(Lsn(received), listening=True)
     for _ in range(5):
         clock.now += 40
-        guard.look(Lsn(9), reading=False)
-    guard.look(position(database), reading=True)
+        guard.check(Lsn(9), listening=False)
+    guard.check(position(database), listening=True)
     clock.now += 100
-    guard.look(Lsn(9), reading=True)
+    guard.check(Lsn(9), listening=True)
 
 
 def test_a_heartbeat_comes_back_as_a_position_whatever_is_published(database, stream, guard, clock):
-    guard.look(Lsn(1), reading=True)
+    guard.check(Lsn(1), listening=True)
     database.execute("CREATE TABLE other AS SELECT generate_series(1, 1000)")
     clock.now += 10
-    guard.look(Lsn(1), reading=True)
+    guard.check(Lsn(1), listening=True)
     written = position(database)
     start = stream.received
     for _ in range(500):
@@ -113,11 +113,11 @@ def test_a_heartbeat_comes_back_as_a_position_whatever_is_published(database, st
 
 
 def test_an_idle_server_is_not_kept_awake(database, guard, clock):
-    guard.look(Lsn(1), reading=True)
+    guard.check(Lsn(1), listening=True)
     before = position(database)
     for _ in range(20):
         clock.now += 10
-        guard.look(position(database), reading=True)
+        guard.check(position(database), listening=True)
     # What it notes by itself now and then has less than this.
     assert position(database) - before < 1024
 
@@ -135,34 +135,34 @@ def test_a_role_that_may_write_no_heartbeat_is_told_once(
         for _ in range(4):
             database.execute("INSERT INTO items SELECT generate_series(1, 1000)")
             clock.now += 40
-            guard.look(Lsn(1), reading=True)
-        assert caplog.text.count("No heartbeats, only keepalives: permission denied") == 1
+            guard.check(Lsn(1), listening=True)
+        assert caplog.text.count("Cannot write heartbeats, only keepalives: permission denied") == 1
     finally:
         connection.execute("RESET ROLE")
         database.execute("DROP ROLE humble")
 
 
 def test_a_slot_that_somebody_else_reads_or_nobody_ends_the_stream(database, stream, guard):
-    guard.look(Lsn(1), reading=True)
+    guard.check(Lsn(1), listening=True)
     stream.close()
     active = "FROM pg_replication_slots WHERE active AND database = current_database()"
     while database.execute(f"SELECT 1 {active}"):
         pass
-    with pytest.raises(ReplicationError, match="any more, but by nobody; connecting anew"):
-        guard.look(Lsn(1), reading=True)
+    with pytest.raises(ReplicationError, match="any more, but by no process; reconnecting"):
+        guard.check(Lsn(1), listening=True)
 
 
 def test_what_was_committed_before_a_time_is_known_to_be_handled(database, guard, progress):
-    guard.look(Lsn(1), reading=True)
+    guard.check(Lsn(1), listening=True)
     assert progress.confirmed_at is None
     between = database.one("SELECT clock_timestamp()")
     progress.confirm(position(database))
-    guard.look(Lsn(1), reading=True)
+    guard.check(Lsn(1), listening=True)
     assert progress.confirmed_at < between
     database.execute("INSERT INTO items VALUES (1)")
     later = database.one("SELECT clock_timestamp()")
-    guard.look(Lsn(1), reading=True)
-    guard.look(Lsn(1), reading=True)
+    guard.check(Lsn(1), listening=True)
+    guard.check(Lsn(1), listening=True)
     assert progress.confirmed_at < later
 
 
@@ -175,7 +175,7 @@ def test_each_state_of_the_slot_is_said_once_and_better_ones_after_a_while(
     caplog.set_level(logging.WARNING)
     for _ in states:
         clock.now += 25
-        guard.look(Lsn(0), reading=False)
+        guard.check(Lsn(0), listening=False)
     said = [record.getMessage() for record in caplog.records]
     kinds = ["more WAL than max_wal_size (", "lost after", "about to be lost", "again"]
     assert [next(kind for kind in kinds if kind in line) for line in said] == [

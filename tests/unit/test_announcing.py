@@ -15,17 +15,19 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from flash_celery import on_change
+from flash_celery.acknowledgement import Progress
 from flash_celery.changes.change import Changes, Insert, Operation
 from flash_celery.changes.payload import Delivery
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.messages.batcher import PublishBatch
+from flash_celery.messages.deduplication import Lease
 from flash_celery.messages.templates import Form, Message, Templates
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
 from flash_celery.publishing import signals as announcing
 from flash_celery.publishing.brokers.memory import MemoryPublisher
-from flash_celery.publishing.thread import Publishing
+from flash_celery.publishing.thread import Claim, PublishingThread
 from flash_celery.settings import Settings
 
 TABLE = Table("public", "orders", None, "d", ("id",), (Column("id", 23, "integer", True),))
@@ -98,13 +100,27 @@ def spans(app):
     exporter.shutdown()
 
 
+class Reader(Progress):
+    """The reading thread, and the progress of its session; what happens is in `calls`."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+        self.fail = self.calls.append
+
+    def wake(self):
+        self.calls.append("wake")
+
+
 def published(messages, publisher=None):
-    publisher, ended = publisher or MemoryPublisher(), []
-    thread = Publishing(publisher, [Queue("flash")], lambda position: thread.end(), ended.append)
+    publisher, reader = publisher or MemoryPublisher(), Reader()
+    thread = PublishingThread(publisher, [Queue("flash")], reader)
+    thread._session = Claim(Lease("", ""), reader)
+    reader.wake = thread.end
     thread.put(PublishBatch(messages, Lsn(1), 1))
     thread.start()
     thread.join(10)
-    assert not ended
+    assert not reader.calls
     return publisher.queues["flash"]
 
 
@@ -201,7 +217,7 @@ def test_a_message_that_is_given_up_ends_its_spans_and_is_announced_again(templa
 def test_given_up_units_say_so(template, heard):
     publisher = MemoryPublisher()
     publisher.broken = True
-    thread = Publishing(publisher, [Queue("flash")], lambda _: None, lambda _: None)
+    thread = PublishingThread(publisher, [Queue("flash")], Reader())
     thread.put(PublishBatch(template().each(delivery(1)), Lsn(1), 1))
     thread.start()
     deadline = time.monotonic() + 10

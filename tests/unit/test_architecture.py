@@ -20,7 +20,7 @@ ORDER = [
     "table_name",
     "redis_extra",
     "protocol",
-    "progress",
+    "acknowledgement",
     "telemetry",
     "values",
     "conditions",

@@ -8,13 +8,13 @@ from kombu import Queue
 
 from flash_celery.errors import ConfirmedLost, PublishError, TakenOver
 from flash_celery.messages.batcher import PublishBatch
-from flash_celery.messages.deduplication import now
+from flash_celery.messages.deduplication import Lease, now
 from flash_celery.messages.templates import Form, Message
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.publishing import thread as publishing
 from flash_celery.publishing.backpressure import Backpressure
 from flash_celery.publishing.brokers.memory import MemoryPublisher
-from flash_celery.publishing.thread import Publishing
+from flash_celery.publishing.thread import Claim, PublishingThread
 from flash_celery.worker.control import Control
 
 
@@ -51,14 +51,27 @@ def unit(first, count, position):
     return PublishBatch(messages, Lsn(position), count)
 
 
+class Reader:
+    """The reading thread, and the progress of its session."""
+
+    def __init__(self, confirm=None):
+        self.confirmed = []
+        self.failed = []
+        self.confirm = confirm or self.confirmed.append
+        self.fail = self.failed.append
+
+    def wake(self):
+        """Nothing waits."""
+
+
 @pytest.fixture
 def thread(monkeypatch):
     monkeypatch.setattr(publishing, "delays", lambda: iter(lambda: 0.01, None))
     publisher = Flaky()
-    confirmed = []
-    failed = []
-    thread = Publishing(publisher, [Queue("flash")], confirmed.append, failed.append, 0.02)
-    thread.publisher, thread.confirmed, thread.failed = publisher, confirmed, failed
+    reader = Reader()
+    thread = PublishingThread(publisher, [Queue("flash")], reader, 0.02)
+    thread._session = Claim(Lease("", ""), reader)
+    thread.publisher, thread.confirmed, thread.failed = publisher, reader.confirmed, reader.failed
     yield thread
     thread.end()
     if thread.is_alive():
@@ -240,22 +253,22 @@ def test_a_broker_that_fails_when_asked_loses_nothing_and_gets_nothing_twice(bou
 
 
 def test_nothing_is_published_without_a_lease(thread):
-    thread._lease.until = now() - 1
+    thread._session.lease.until = now() - 1
     thread.put(unit(0, 3, 1))
     thread.start()
     assert not thread.publisher.tried.wait(0.5)
-    thread._lease.until = now() + 60
+    thread._session.lease.until = now() + 60
     wait(lambda: thread.idle)
     assert thread.confirmed == [1]
 
 
 def test_what_is_given_up_while_there_is_no_lease_is_never_published(thread):
-    thread._lease.until = now() - 1
+    thread._session.lease.until = now() - 1
     thread.put(unit(0, 3, 1))
     thread.start()
     time.sleep(0.1)
     thread.discard()
-    thread._lease.until = now() + 60
+    thread._session.lease.until = now() + 60
     thread.put(unit(10, 1, 2))
     wait(lambda: thread.idle)
     assert [m.body for m in thread.publisher.queues["flash"]] == ["10"]
@@ -288,7 +301,7 @@ def test_nothing_is_published_after_a_failure_and_the_first_one_is_kept(thread):
         publish(messages)
 
     thread.publisher.publish = fail_first
-    thread._failed = control.fail
+    thread._reader = control
     thread._together = 0
     for number in (1, 2, 3):
         thread.put(unit(number, 1, number))
@@ -330,12 +343,12 @@ def test_a_lease_runs_out_while_the_host_is_suspended(thread, monkeypatch):
     """The monotonic clock of Linux stands still then, and another one may have the slot."""
     stands_still = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: stands_still)
-    thread._lease.until = now() + 0.2
+    thread._session.lease.until = now() + 0.2
     time.sleep(0.3)
     thread.put(unit(0, 3, 1))
     thread.start()
     assert not thread.publisher.tried.wait(0.5)
     monkeypatch.undo()
-    thread._lease.until = now() + 60
+    thread._session.lease.until = now() + 60
     wait(lambda: thread.idle)
     assert thread.confirmed == [1]

@@ -41,7 +41,7 @@ def test_only_what_the_broker_has_confirmed_is_counted(thread):  # noqa: F811
     thread.put(
         PublishBatch([message(1), message(2)], Lsn(8), 2002, {ROUTE: 2}, committed, committed)
     )
-    assert thread.oldest == committed
+    assert thread.oldest_commit() == committed
     assert not told.enqueued
     thread.start()
     wait(lambda: thread.confirmed == [8])
@@ -49,7 +49,7 @@ def test_only_what_the_broker_has_confirmed_is_counted(thread):  # noqa: F811
     assert (told.messages, told.bytes, told.failures) == (2, 2, {"PublishError": 2})
     assert told.broker_failing is None
     assert told.committed == committed
-    assert thread.oldest is None
+    assert thread.oldest_commit() is None
     assert sum(told.delays.counts) == 1
     assert told.delays.sum > 2
     assert [(one.kind, one.times) for one in told.errors] == [("PublishError", 2)]
