@@ -185,7 +185,7 @@ class SlotWatch:
             self._in_danger_at = now
         if danger > self._danger or now - self._in_danger_at > _CALM_SECONDS:
             self._danger, self._in_danger_at = danger, now
-            bytes_left = [safe_bytes] if danger is _Danger.RUNNING_OUT else []
+            bytes_left = [safe_bytes] if danger == _Danger.RUNNING_OUT else []
             logger.warning(_WARNINGS[danger], self._slot, *bytes_left)
 
 
