@@ -14,49 +14,53 @@ from .project import Project, command, say
 
 @click.group()
 def dead() -> None:
-    """Dead letters: changes whose handler has failed for good."""
+    """List, retry or drop dead letters: changes whose handler has failed for good."""
 
 
 def _filters(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say which letters; the command gets a `DeadLetterFilter`."""
+    """Add the options that select dead letters; the command receives a `DeadLetterFilter`."""
 
     @functools.wraps(function)
     def run(project: Project, *args: Any, **options: Any) -> Any:
         from ..dead_letters.queue import DeadLetterFilter
 
         names = ("ids", "handler", "table", "older", "newer")
-        given = {name: options.pop(name) for name in names if name in options}
-        return function(project, DeadLetterFilter.parse(**given), *args, **options)
+        criteria = {name: options.pop(name) for name in names if name in options}
+        return function(project, DeadLetterFilter.parse(**criteria), *args, **options)
 
-    age = "AGE is seconds, or a number with s, m, h or d."
+    age = "AGE is a number of seconds, or a number followed by s, m, h or d."
     for option in (
-        click.option("--newer", metavar="AGE", help="That failed in this time."),
-        click.option("--older", metavar="AGE", help=f"That failed before this time. {age}"),
-        click.option("--table", help="Of this table (or with this prefix of messages)."),
-        click.option("--handler", help="Of this handler: its name, or the last part of it."),
+        click.option("--newer", metavar="AGE", help="Only those that failed less than AGE ago."),
+        click.option(
+            "--older", metavar="AGE", help=f"Only those that failed more than AGE ago. {age}"
+        ),
+        click.option("--table", help="Only those of this table (or prefix of messages)."),
+        click.option("--handler", help="Only those of this handler: its name, or the last part."),
     ):
         run = option(run)
     return run
 
 
 @dead.command("list")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON (times in UTC, age in s).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (times in UTC, age in seconds).")
 @command
 @_filters
-def dead_list(project: Project, wanted: Any, as_json: bool) -> None:
-    """Show the dead letters, the oldest first."""
-    from . import letters
+def dead_list(project: Project, criteria: Any, as_json: bool) -> None:
+    """List the dead letters, oldest first."""
+    from . import dead_letters
 
-    box = project.letters()
-    found = box.find(wanted)
+    queue = project.dead_letters()
+    found = queue.find(criteria)
     if as_json:
-        click.echo(json.dumps([letters.as_json(letter) for letter in found], indent=2))
+        click.echo(json.dumps([dead_letters.as_json(letter) for letter in found], indent=2))
         return
-    for line in letters.table(found) if found else ["no dead letters"]:
+    for line in dead_letters.as_table(found) if found else ["no dead letters"]:
         say(line)
-    if box.other_messages:
+    if queue.other_messages:
         click.echo(
-            f"{box.other_messages} other messages are in the queue; they stay there.", err=True
+            f"The queue also holds {queue.other_messages} messages that are not dead letters; they "
+            "are left there.",
+            err=True,
         )
 
 
@@ -65,62 +69,64 @@ def dead_list(project: Project, wanted: Any, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @command
 def dead_show(project: Project, id: str, as_json: bool) -> None:
-    """Show a letter with its traceback and its changes; the first 8 characters of its id do."""
-    from ..commands import tail
-    from ..dead_letters.queue import DeadLetterFilter
-    from . import letters
+    """Show a dead letter with its traceback and its changes.
 
-    box = project.letters()
-    for letter in box.read(box.find(DeadLetterFilter((id,)))):
+    The first 8 characters of its id are enough.
+    """
+    from ..dead_letters.queue import DeadLetterFilter
+    from . import dead_letters
+
+    queue = project.dead_letters()
+    for letter in queue.read(queue.find(DeadLetterFilter((id,)))):
         if as_json:
-            decoded = {"decoded": letters.changes(letter, tail.line)}
-            click.echo(json.dumps(letters.as_json(letter) | decoded, indent=2))
+            decoded = {"decoded": dead_letters.change_lines(letter)}
+            click.echo(json.dumps(dead_letters.as_json(letter) | decoded, indent=2))
         else:
-            for line in letters.whole(letter, tail.line):
+            for line in dead_letters.as_text(letter):
                 say(line)
 
 
-def _of_some(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A command about letters that have to be chosen; it gets their box and them."""
+def _on_selection(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a command about selected dead letters; it receives their queue and the letters."""
 
     @click.argument("ids", nargs=-1, metavar="[ID]...")
-    @click.option("--all", "everything", is_flag=True, help="All of them.")
+    @click.option("--all", "everything", is_flag=True, help="Select all of them.")
     @command
     @_filters
     @functools.wraps(function)
-    def run(project: Project, wanted: Any, everything: bool, **options: Any) -> Any:
+    def run(project: Project, criteria: Any, everything: bool, **options: Any) -> Any:
         from ..errors import ConfigurationError
 
-        if wanted.matches_all and not everything:
+        if criteria.matches_all and not everything:
             raise ConfigurationError(
-                "Say which: ids, --handler, --table, --older, --newer or --all."
+                "Select dead letters by ids, --handler, --table, --older, --newer or --all."
             )
-        box = project.letters()
-        return function(box, box.find(wanted), **options)
+        queue = project.dead_letters()
+        return function(queue, queue.find(criteria), **options)
 
     return run
 
 
 @dead.command("retry")
-@_of_some
+@_on_selection
 @click.option("--split", is_flag=True, help="Send the changes of a batch one by one.")
-def dead_retry(box: Any, found: Any, split: bool) -> None:
-    """Send letters back to their handler's queue, with the same task id and the same changes.
+def dead_retry(queue: Any, selected: Any, split: bool) -> None:
+    """Send dead letters back to their handler's queue, with the same task id and changes.
 
-    A letter is taken out when the broker has its message.
+    A dead letter is removed once the broker has its message.
     """
-    click.echo(f"{box.retry(found, split)} sent back to their handlers.")
+    click.echo(f"{queue.retry(selected, split)} sent back to their handlers.")
 
 
 @dead.command("drop")
-@_of_some
-@click.option("--yes", is_flag=True, help="Do not ask.")
-def dead_drop(box: Any, found: Any, yes: bool) -> None:
-    """Throw letters away: their changes are never handled."""
-    from . import letters
+@_on_selection
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
+def dead_drop(queue: Any, selected: Any, yes: bool) -> None:
+    """Delete dead letters: their changes are never handled."""
+    from .dead_letters import as_table
 
-    if found and not yes:
-        for line in letters.table(found):
+    if selected and not yes:
+        for line in as_table(selected):
             say(line)
-        click.confirm(f"Throw {len(found)} away?", abort=True)
-    click.echo(f"{box.drop(found)} thrown away.")
+        click.confirm(f"Delete {len(selected)}?", abort=True)
+    click.echo(f"{queue.drop(selected)} deleted.")

@@ -30,9 +30,8 @@ def doctor(project: Project, explain: bool, as_sql: bool) -> None:
         _print_script(project)
         return
     diagnosis = diagnose(
-        project.connect,
+        project.connected,
         project.app,
-        project.settings,
         project.subscriptions,
         project.default_settings,
         project.all_subscriptions,
@@ -51,12 +50,11 @@ def _print_script(project: Project) -> None:
     from dataclasses import replace
 
     from ..escaping import escaped
-    from ..postgres.source import Source
     from ..provisioning import preflight, script
 
     settings = replace(project.settings, flash_manage=False)
-    with project.connect() as connection:
-        report = preflight.examine(Source(connection, settings), project.subscriptions)
+    with project.connected() as source:
+        report = preflight.examine(replace(source, settings=settings), project.subscriptions)
     if not report.script:
         report.raise_first()
     terminal = sys.stdout.isatty()

@@ -13,72 +13,73 @@ from .project import Project, command, say
 @click.argument("handlers", nargs=-1, metavar="[HANDLER]...")
 @command
 def pause(project: Project, handlers: tuple[str, ...]) -> None:
-    """Hold changes back, of these handlers or of all, until `flash resume`.
+    """Hold back changes, for some handlers or for all, until `flash resume`.
 
-    A running `flash replicate` notices within about a second; one that starts later, too.
+    A running `flash replicate` reacts within about a second. The pause outlives every process.
 
-    Without HANDLER nothing is read any more, and what is written waits in the WAL, on PostgreSQL's
-    disk. With HANDLER (a name, or the last part of it) the others go on, and the changes for these
-    wait on the broker, in the queue flash.paused.HANDLER.
+    Without HANDLER nothing is read, and changes wait in the WAL, on PostgreSQL's disk. With HANDLER
+    (its name, or the last part of it) only the changes for that handler are held, on the broker, in
+    the queue flash.paused.HANDLER.
 
-    What is in a handler's own queue already is still run: pausing stops what comes after it.
+    Workers still run the tasks that are in a handler's own queue already.
     """
-    from ..postgres.source import Source
     from ..provisioning import pauses
-    from ..provisioning.pauses import queue_of
 
-    known = pauses.handlers(project.subscriptions)
-    wanted = pauses.named(handlers, known) or [pauses.SOURCE]
-    with project.connect() as connection:
-        since = pauses.pause(Source(connection, project.settings), wanted)
-        limit = connection.execute("SHOW max_slot_wal_keep_size").fetchone()
-    for one in wanted:
-        if one != pauses.SOURCE:
-            where = queue_of(one, project.settings.source)
-            say(f"{one} is paused since {since[one]}; its changes wait in the queue {where}.")
-            continue
-        say(f"Paused since {since[one]}; changes wait in the WAL.")
-        bound = (
-            "nothing bounds it (max_slot_wal_keep_size = -1), so a long pause fills the disk"
-            if limit == ("-1",)
-            else f"after max_slot_wal_keep_size = {limit and limit[0]} of it the slot is lost"
-        )
-        say(f"PostgreSQL keeps the WAL until `flash resume`, and {bound}.", err=True)
+    names = pauses.named(handlers, pauses.handlers(project.subscriptions)) or [pauses.SOURCE]
+    with project.connected() as source:
+        since = pauses.pause(source, names)
+        row = source.connection.execute("SHOW max_slot_wal_keep_size").fetchone()
+    for name in names:
+        if name == pauses.SOURCE:
+            say(f"Paused since {since[name]}; changes wait in the WAL.")
+            say(f"PostgreSQL keeps the WAL until `flash resume`, {_wal_limit(row)}.", err=True)
+        else:
+            queue = pauses.queue_of(name, project.settings.source)
+            say(f"{name} is paused since {since[name]}; its changes wait in the queue {queue}.")
+
+
+def _wal_limit(row: tuple[str] | None) -> str:
+    """Return what a long pause leads to; `row` holds max_slot_wal_keep_size."""
+    (limit,) = row or ("unknown",)
+    if limit == "-1":
+        return "without a limit (max_slot_wal_keep_size = -1), so a long pause fills the disk"
+    return f"and the slot is lost after max_slot_wal_keep_size = {limit} of it"
 
 
 @click.command()
 @click.argument("handlers", nargs=-1, metavar="[HANDLER]...")
-@click.option("--all", "everything", is_flag=True, help="Whatever is paused.")
+@click.option("--all", "everything", is_flag=True, help="Resume reading and every paused handler.")
 @command
 def resume(project: Project, handlers: tuple[str, ...], everything: bool) -> None:
-    """Go on after `flash pause`.
+    """Continue after `flash pause`.
 
-    Without HANDLER reading goes on; handlers that were paused by name go on by name, or by --all.
-    Their parked changes go back to their queues first, in order, before anything newer; a running
-    `flash replicate` does it, or the next one.
+    Without HANDLER reading continues; handlers that were paused by name are resumed by name, or by
+    --all. Their held messages return to their queues first, in order and before newer changes; the
+    running `flash replicate` does that, or the next one.
     """
-    from ..postgres.source import Source
     from ..provisioning import pauses
     from ..publishing.brokers.base import queue_depths
 
-    known, source = pauses.handlers(project.subscriptions), project.settings.source
-    with project.connect() as connection:
-        at = Source(connection, project.settings)
-        record = pauses.read(at)
+    handler_names = pauses.handlers(project.subscriptions)
+    with project.connected() as source:
+        record = pauses.read(source)
         if everything:
-            wanted = list(record.paused)
+            names = list(record.paused)
         else:
-            noted = {*known, *record.paused, *record.resuming} - {pauses.SOURCE}
-            wanted = pauses.named(handlers, noted)
+            resumable = {*handler_names, *record.paused, *record.resuming} - {pauses.SOURCE}
+            names = pauses.named(handlers, resumable)
         depths = partial(queue_depths, project.app)
-        gone = pauses.refuse_strangers(wanted, known, source, depths)
-        wanted = wanted or [pauses.SOURCE]
-        were = pauses.resume(at, wanted, gone)
-        left = pauses.read(at).paused
-    for one in wanted:
-        name = one or "Reading"
-        said = "goes on" if one in were else "was not paused"
-        say(f"{name} {'is forgotten, for it is no handler any more' if one in gone else said}.")
-    if left:
-        others = ", ".join(one or "reading" for one in left)
+        removed = pauses.refuse_strangers(names, handler_names, project.settings.source, depths)
+        names = names or [pauses.SOURCE]
+        resumed = pauses.resume(source, names, removed)
+        still_paused = pauses.read(source).paused
+    for name in names:
+        if name in removed:
+            say(f"{name} is no longer a handler; its pause is forgotten.")
+        elif name in resumed:
+            say(f"{name or 'Reading'} continues.")
+        else:
+            say(f"{name or 'Reading'} was not paused.")
+    if still_paused:
+        others = ", ".join(name or "reading" for name in still_paused)
         say(f"Still paused: {others}.", err=True)

@@ -1,19 +1,22 @@
-"""What every command starts from: the project of `-A`, and errors as one sentence."""
+"""The base of every command: the project of `-A`, and errors printed as one sentence."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
-#: Exit codes: a mistake that the message names; `doctor` found what stops `replicate`.
-BAD_INPUT, STOPPED = 2, 1
+#: The exit code for a mistake that the message names.
+BAD_INPUT = 2
+#: The exit code of `doctor` if `replicate` would not start, and of `wait` if work is not done.
+STOPPED = 1
 
 
 def say(line: str, err: bool = False) -> None:
-    """Print one line. What it names, anybody may have chosen who can write to the database."""
+    """Print one line, with escape sequences made visible: names in it come from the database."""
     from ..escaping import escaped
 
     click.echo(escaped(line), err=err)
@@ -29,7 +32,7 @@ class Project:
 
         if app.main == "default" or (app.main is None and not app.conf.broker_url):
             raise ConfigurationError(
-                "No app is given; write `celery -A your_project flash …`, where your_project is "
+                "Celery has no app; write `celery -A your_project flash …`, where your_project is "
                 "the module of the Celery app."
             )
         app.loader.import_default_modules()
@@ -46,34 +49,46 @@ class Project:
             if subscription.source == self.settings.source
         ]
 
-    def connect(self) -> Any:
+    @contextmanager
+    def connected(self) -> Iterator[Any]:
+        """Connect to PostgreSQL and yield a `postgres.source.Source`.
+
+        Raises `ReplicationError` if the server cannot be reached, with the fix where it is known.
+        """
         from ..errors import ReplicationError
         from ..postgres.connection import connect, raise_if_fatal
+        from ..postgres.source import Source
 
         try:
-            return connect(self.settings.require_dsn())
+            connection = connect(self.settings.require_dsn())
         except ReplicationError as error:
             raise_if_fatal(error, self.settings)
             raise
+        with connection:
+            yield Source(connection, self.settings)
 
     def table(self, name: str) -> Any:
-        """A table of this source, with or without its name."""
+        """Parse the name of a table of this source; the source's name may precede it.
+
+        Raises `SubscriptionError` for a table of another source.
+        """
         from ..errors import SubscriptionError
         from ..handlers.subscriptions import split_source
         from ..table_name import TableName
 
         source, table = split_source(name)
         if source not in (None, self.settings.source):
-            raise SubscriptionError(f"{name} is of another source; say --source {source}.")
+            raise SubscriptionError(f"{name} belongs to another source; use --source {source}.")
         return TableName.parse(table)
 
-    def letters(self) -> Any:
+    def dead_letters(self) -> Any:
+        """Return the dead-letter queue."""
         from ..dead_letters.queue import DeadLetterQueue
 
         return DeadLetterQueue(self.app, self.settings.flash_dead_queue)
 
 
-def _complain(message: str, as_json: bool) -> None:
+def _print_error(message: str, as_json: bool) -> None:
     if not as_json:
         say(f"Error: {message}", err=True)
         return
@@ -85,13 +100,13 @@ def _complain(message: str, as_json: bool) -> None:
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command its project, and turn errors into one sentence."""
+    """Pass a command its project, print errors as one sentence, and add --source."""
 
     @click.option(
         "--source",
         metavar="NAME",
         default=None,
-        help="One of flash_sources.  [default: the database of flash_dsn]",
+        help="A name in flash_sources.  [default: the database of flash_dsn]",
     )
     @click.pass_context
     @functools.wraps(function)
@@ -105,9 +120,9 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(Project(context.obj.app, source), *args, **kwargs)
         except FlashError as error:
-            _complain(str(error), as_json)
+            _print_error(str(error), as_json)
         except Error as error:
-            _complain(f"PostgreSQL: {one_line(error)}", as_json)
+            _print_error(f"PostgreSQL: {one_line(error)}", as_json)
         return context.exit(BAD_INPUT)
 
     return run

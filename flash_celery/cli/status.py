@@ -11,25 +11,25 @@ from .project import Project, command, say
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (sizes in bytes, times in s).")
-@click.option("--watch", is_flag=True, help="Show it again and again, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Redraw the report until Ctrl-C.")
 @click.option(
     "--interval",
     type=click.FloatRange(min=0.1),
     default=2.0,
     show_default=True,
     metavar="SECONDS",
-    help="Between two looks of --watch.",
+    help="Time between two reports of --watch.",
 )
 @command
 def status(project: Project, as_json: bool, watch: bool, interval: float) -> None:
-    """Show the slot, its lag, the handlers and their queues."""
+    """Show the slot and its lag, the handlers and their queues."""
     from ..commands.status import as_text, examine
 
     if watch:
         _watch(project, as_json, interval)
         return
-    with project.connect() as connection:
-        report = examine(connection, project.app, project.settings, project.subscriptions)
+    with project.connected() as source:
+        report = examine(source, project.app, project.subscriptions)
     if as_json:
         click.echo(json.dumps(report.as_json(), indent=2))
     else:
@@ -41,7 +41,9 @@ def _watch(project: Project, as_json: bool, interval: float) -> None:
     from ..errors import ConfigurationError
 
     if as_json:
-        raise ConfigurationError("--watch is for people; leave --json out, or ask in a loop.")
+        raise ConfigurationError(
+            "--watch draws on a terminal; leave out --json, or run it in a loop."
+        )
     try:
         from ..commands.status_watch import watch
     except ModuleNotFoundError as error:
@@ -51,5 +53,4 @@ def _watch(project: Project, as_json: bool, interval: float) -> None:
             "--watch needs rich: pip install 'flash-celery[watch]', or `watch celery … flash "
             "status`."
         ) from None
-    subject = project.app, project.settings, project.subscriptions
-    watch(project.connect, *subject, interval)
+    watch(project.connected, project.app, project.subscriptions, interval)

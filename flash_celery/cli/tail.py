@@ -13,43 +13,46 @@ from .project import Project, command, say
 @click.command()
 @click.argument("tables", nargs=-1, metavar="[TABLE]...")
 @click.option(
-    "--limit", type=click.IntRange(min=1), default=None, help="End after so many changes."
+    "--limit", type=click.IntRange(min=1), default=None, help="End after this many changes."
 )
 @command
 def tail(project: Project, tables: tuple[str, ...], limit: int | None) -> None:
-    """Print changes as they are committed (default: of the tables that handlers name).
+    """Print changes as they are committed (default: of the tables that have handlers).
 
-    Enqueues nothing and leaves nothing: its slot is temporary.
+    Enqueues nothing, and leaves nothing behind: its slot is temporary.
     """
-    from ..commands import tail as tailing
+    from ..commands.tail import as_text, follow
     from ..errors import SubscriptionError
     from ..handlers.subscriptions import of_tables
     from ..worker.control import Control
 
-    wanted = list(dict.fromkeys(project.table(name) for name in tables))
-    wanted = wanted or list(dict.fromkeys(one.table for one in of_tables(project.subscriptions)))
-    if not wanted:
-        raise SubscriptionError("No handler names a table; say which to follow: flash tail TABLE.")
-    shown = 0
+    if tables:
+        names = dict.fromkeys(project.table(name) for name in tables)
+    else:
+        names = dict.fromkeys(
+            subscription.table for subscription in of_tables(project.subscriptions)
+        )
+    if not names:
+        raise SubscriptionError("No handler names a table; choose one: flash tail TABLE.")
+    count = 0
 
     def show(change: Any) -> bool:
-        nonlocal shown
-        shown += 1
-        say(tailing.line(change))
-        return limit is None or shown < limit
+        nonlocal count
+        count += 1
+        say(as_text(change))
+        return limit is None or count < limit
 
     def ready() -> None:
-        names = ", ".join(map(str, wanted))
-        say(f"Following {names}; Ctrl-C ends it.", err=True)
+        say(f"Following {', '.join(map(str, names))}; press Ctrl-C to end.", err=True)
 
     control = Control()
 
     def stop(number: int, frame: Any) -> None:
-        for known in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(known, signal.default_int_handler)
+        for stopping_signal in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(stopping_signal, signal.default_int_handler)
         control.stop()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    for stopping_signal in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stopping_signal, stop)
     dsn = project.settings.require_dsn()
-    tailing.tail(dsn, wanted, show, ready, control, project.settings.source)
+    follow(dsn, list(names), show, ready, control, project.settings.source)

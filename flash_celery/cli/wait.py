@@ -9,26 +9,31 @@ from .project import STOPPED, Project, command, say
 
 @click.command()
 @click.argument("handlers", nargs=-1, metavar="[HANDLER]...")
-@click.option("--lsn", metavar="LSN", help="Up to here.  [default: where the server is now]")
+@click.option(
+    "--lsn",
+    metavar="LSN",
+    help="The position to wait for.  [default: the present one]",
+)
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0),
     default=60.0,
     show_default=True,
-    help="Seconds after which it is given up.",
+    help="Seconds to wait at most.",
 )
 @command
 def wait(project: Project, handlers: tuple[str, ...], lsn: str | None, timeout: float) -> None:
-    """Wait until these handlers, or all, have done what was committed up to now (or LSN).
+    """Wait until handlers have handled everything committed up to now (or LSN).
 
-    Exits with 0 then, and otherwise with 1 and what is not done. It does not wait in vain for a
-    handler that is paused, or for a change that has failed for good (a dead letter).
+    Without HANDLER, wait for all of them. Exits with 0 then; after the timeout with 1, naming what
+    is not done. Also exits with 1, at once, if a handler is paused or a change has failed for good
+    (a dead letter).
     """
-    from ..commands import wait as waiting
+    from ..commands.wait import wait_for
     from ..errors import NotDone
 
     try:
-        position = waiting.wait_for(project.app, lsn, timeout, handlers, project.settings.source)
+        position = wait_for(project.app, lsn, timeout, handlers, project.settings.source)
     except NotDone as error:
         say(str(error), err=True)
         click.get_current_context().exit(STOPPED)

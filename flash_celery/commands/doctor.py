@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
-
-import psycopg
 
 from ..capture.spool import default_directory, file_system
 from ..handlers.subscriptions import Subscription
@@ -35,9 +34,8 @@ class Diagnosis:
 
 
 def diagnose(
-    connect: Callable[[], psycopg.Connection[Any]],
+    connect: Callable[[], AbstractContextManager[Source]],
     app: Any,
-    settings: Settings,
     subscriptions: Sequence[Subscription],
     default: Settings,
     all_subscriptions: Sequence[Subscription],
@@ -45,11 +43,11 @@ def diagnose(
 ) -> Diagnosis:
     """Check PostgreSQL, the settings, the broker and the Celery workers; change nothing.
 
-    `settings` and `subscriptions` are those of one source, `default` the settings of the default
-    source. Raises `FlashError` or `psycopg.Error` if PostgreSQL cannot be asked.
+    `subscriptions` are those of the source, `default` the settings of the default source. Raises
+    `FlashError` or `psycopg.Error` if PostgreSQL cannot be asked.
     """
-    with connect() as connection:
-        source = Source(connection, settings)
+    with connect() as source:
+        settings = source.settings
         report = preflight.examine(source, subscriptions)
         findings = [
             *report.findings,
@@ -57,9 +55,7 @@ def diagnose(
             *standby_checks.findings(source),
         ]
         record = pauses.read(source)
-        explanation = (
-            list(explain_tables(connection, settings, subscriptions, report)) if explain else []
-        )
+        explanation = list(explain_tables(source, subscriptions, report)) if explain else []
     findings.append(server_checks.can_stream(settings))
     findings += spool_findings(settings)
     findings += worker_checks.eager_findings(app)

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
-
-import psycopg
 
 from ..handlers.subscriptions import Subscription, of_tables
 from ..postgres.catalog import CatalogTable
+from ..postgres.source import Source
 from ..provisioning.narrowing import Narrowing, narrowings
 from ..provisioning.preflight import Report
 from ..provisioning.publications import OPERATIONS, Wanted
-from ..settings import Settings
 
 
 def explain_tables(
-    connection: psycopg.Connection[Any],
-    settings: Settings,
-    subscriptions: Sequence[Subscription],
-    report: Report,
+    source: Source, subscriptions: Sequence[Subscription], report: Report
 ) -> Iterator[str]:
     """Yield a few lines for each table of a handler; nothing if `replicate` cannot start."""
     goal = report.goal
     if goal is None:
         return
+    push_down = source.settings.flash_push_down
     table_subscriptions = of_tables(subscriptions)
-    narrowing_of = narrowings(connection, report.tables, table_subscriptions, goal.full)
+    narrowing_of = narrowings(source.connection, report.tables, table_subscriptions, goal.full)
     for name, table in report.tables.items():
         narrowing = narrowing_of[table.oid]
         yield ""
         yield str(name)
-        yield from _sent(table, goal, narrowing if settings.flash_push_down else Narrowing())
-        if not settings.flash_push_down:
+        yield from _sent(table, goal, narrowing if push_down else Narrowing())
+        if not push_down:
             yield from _would_be_sent(table, goal, narrowing)
         for subscription in table_subscriptions:
             if subscription.table == name:

@@ -1,7 +1,7 @@
-"""Which changes are still in a handler's queue, or with a worker that runs it.
+"""Find changes that wait in a handler's queue, or that a worker is running: for `flash wait`.
 
-On Redis the queues and what workers have taken (`unacked`) can be read, so the answer is exact. On
-other brokers a queue has to be empty, and the workers are asked.
+Redis lets us read its queues and the messages that workers hold (`unacked`), so the answer is
+exact. On other brokers the queues must be empty, and the workers are asked.
 """
 
 from __future__ import annotations
@@ -21,60 +21,64 @@ from ..publishing.brokers.base import ConnectedPublisher, is_missing_queue
 
 #: Seconds that workers have to answer.
 _INSPECT_SECONDS = 1.0
-#: With more messages than this, a queue of Redis' is not read whole if its oldest says enough.
-_LONG = 1000
-#: Celery's native delayed delivery, with quorum queues: a message goes from the first to the last.
-_DELAYS = [f"celery_delayed_{level}" for level in range(27, -1, -1)]
+#: A queue of Redis with more messages is not read whole if its oldest message is pending.
+_LONG_QUEUE = 1000
+#: The queues of Celery's native delayed delivery, in the order in which a message passes them.
+_DELAY_QUEUES = [f"celery_delayed_{level}" for level in range(27, -1, -1)]
 
 
-class Outstanding(Protocol):
-    """Looks at the broker again and again."""
+class PendingChanges(Protocol):
+    """The changes that a broker and its workers still have."""
 
-    def look(self, lsn: Lsn) -> str:
-        """What is not done of the changes committed up to a position; "" if nothing is known.
+    def first_up_to(self, lsn: Lsn) -> str:
+        """Describe a change committed up to a position that is not handled yet, and where it is.
 
-        Raises `PublishError`.
+        Returns "" if none is found. Raises `PublishError` if the broker does not answer.
         """
 
     def close(self) -> None:
         """Disconnect."""
 
 
-def outstanding(
+def pending_changes(
     app: Any, source: str, handlers: Collection[str], queues: Sequence[str]
-) -> Outstanding:
-    """What looks for these handlers' changes in these queues."""
+) -> PendingChanges:
+    """Connect to the broker, to find changes of a source for these handlers in these queues.
+
+    Raises `PublishError` if the broker does not answer.
+    """
     publisher = ConnectedPublisher(app)
     publisher.open([])
-    kind = _InRedis if publisher.driver == "redis" else _Elsewhere
-    return kind(app, publisher, source, handlers, queues)
+    if publisher.driver == "redis":
+        return _InRedis(app, publisher, source, handlers, queues)
+    return _OnOtherBrokers(app, publisher, source, handlers, queues)
 
 
 def oldest(changes: Iterable[Change], source: str) -> Lsn | None:
-    """The first commit LSN of those of a source; None if there is none."""
-    return min((one.commit_lsn for one in changes if one.source == source), default=None)
+    """Return the lowest commit LSN of the changes of a source, or None if it has none."""
+    return min((change.commit_lsn for change in changes if change.source == source), default=None)
 
 
 def _oldest_in(body: Any, source: str) -> Lsn | None:
-    """The same of a message's body, whose rows are not decoded; 0 if it cannot be read."""
+    """Return the same for a message's body, without decoding its rows; 0 if it is malformed."""
     try:
-        found = [
-            one["__value__"]
-            for one in json.loads(body)[0]
-            if isinstance(one, dict) and one.get("__type__") in (CHANGE, CHANGES)
+        values = [
+            argument["__value__"]
+            for argument in json.loads(body)[0]
+            if isinstance(argument, dict) and argument.get("__type__") in (CHANGE, CHANGES)
         ]
         lsns = [
             Lsn.parse(lsn)
-            for value in found
+            for value in values
             if any(table.get("source", "") == source for table in value["tables"])
             for lsn, *_ in value["transactions"]
         ]
-    except Exception:  # whatever anybody has put there
+    except Exception:  # any process may put anything into a queue
         return Lsn(0)
     return min(lsns, default=None)
 
 
-class _Looking:
+class _OnBroker:
     def __init__(
         self,
         app: Any,
@@ -93,54 +97,56 @@ class _Looking:
         self._publisher.close()
 
 
-class _InRedis(_Looking):
-    def look(self, lsn: Lsn) -> str:
+class _InRedis(_OnBroker):
+    def first_up_to(self, lsn: Lsn) -> str:
         with self._publisher.errors():
-            if said := self._glance(lsn):
-                return said
-            counts = Counter(self._late(lsn))
+            if reason := self._oldest_of_long_queue(lsn):
+                return reason
+            counts = Counter(self._pending(lsn))
         if not counts:
             return ""
         (handler, where), count = counts.most_common(1)[0]
         others = f" (and {counts.total() - count} others)" if len(counts) > 1 else ""
-        what = "message" if count == 1 else "messages"
-        return f"{count} {what} for {handler} {where}{others}"
+        noun = "message" if count == 1 else "messages"
+        return f"{count} {noun} for {handler} {where}{others}"
 
-    def _glance(self, lsn: Lsn) -> str:
-        """Of a long queue the oldest message may say enough; to read all takes memory, here and
-        in Redis."""
+    def _oldest_of_long_queue(self, lsn: Lsn) -> str:
+        """Describe a long queue whose oldest message is pending; return "" if there is none.
+
+        Reading such a queue whole takes memory, here and in Redis.
+        """
         keys = self._keys()
         with self._pipeline(transaction=False) as pipeline:
             for _, key in keys:
                 pipeline.llen(key)
                 pipeline.lindex(key, -1)
-            found = pipeline.execute()
-        for (queue, _), depth, raw in zip(keys, found[::2], found[1::2], strict=True):
-            if depth > _LONG and raw and (handler := self._of(_json(raw), lsn)):
+            results = pipeline.execute()
+        for (queue, _), depth, raw in zip(keys, results[::2], results[1::2], strict=True):
+            if depth > _LONG_QUEUE and raw and (handler := self._handler_of(_parsed(raw), lsn)):
                 return f"{depth} messages are in the queue {queue}, the first for {handler}"
         return ""
 
-    def _late(self, lsn: Lsn) -> Iterator[tuple[str, str]]:
-        """The handler of each message with a change up to a position, and where it is."""
+    def _pending(self, lsn: Lsn) -> Iterator[tuple[str, str]]:
+        """Yield the handler of each message with a change up to a position, and its place."""
         keys = self._keys()
-        # In one step: a message that is retried moves from one to the other.
+        # In one transaction, because a retried message moves between the keys.
         with self._pipeline(transaction=True) as pipeline:
             for _, key in keys:
                 pipeline.lrange(key, 0, -1)
             channel = self._publisher.channel
             pipeline.hvals(redis_keys.prefixed(channel, channel.unacked_key))
-            *lists, taken = pipeline.execute()
-        for (queue, _), found in zip(keys, lists, strict=True):
-            for raw in found:
-                if handler := self._of(_json(raw), lsn):
+            *lists, unacked = pipeline.execute()
+        for (queue, _), messages in zip(keys, lists, strict=True):
+            for raw in messages:
+                if handler := self._handler_of(_parsed(raw), lsn):
                     yield handler, f"in the queue {queue}"
-        for raw in taken:
-            parts = _json(raw)
-            if isinstance(parts, list) and parts and (handler := self._of(parts[0], lsn)):
+        for raw in unacked:
+            parts = _parsed(raw)
+            if isinstance(parts, list) and parts and (handler := self._handler_of(parts[0], lsn)):
                 yield handler, "with a worker"
 
     def _keys(self) -> list[tuple[str, str]]:
-        """The lists of each queue, one for each priority."""
+        """Return each queue with the key of its list; it has one list for each priority."""
         channel = self._publisher.channel
         return [
             (queue, redis_keys.queue_key(channel, queue, priority))
@@ -156,31 +162,31 @@ class _InRedis(_Looking):
         ):
             yield pipeline
 
-    def _of(self, raw: Any, lsn: Lsn) -> str | None:
-        """The handler, if the message is one of those."""
+    def _handler_of(self, raw: Any, lsn: Lsn) -> str | None:
+        """Return the handler of a message with a change up to a position, else None."""
         try:
             handler = str(raw["headers"]["task"])
             if handler not in self._handlers:
                 return None
             body = self._publisher.channel.message_to_python(raw).body
         except (KeyError, TypeError, ValueError):
-            return None  # no task of ours
-        found = _oldest_in(body, self._source)
-        return handler if found is not None and found <= lsn else None
+            return None  # not a task of a handler
+        first = _oldest_in(body, self._source)
+        return handler if first is not None and first <= lsn else None
 
 
-def _json(raw: bytes) -> Any:
-    """What Redis holds, which may be anybody's."""
+def _parsed(raw: bytes) -> Any:
+    """Parse a message; None if it is not JSON, because other programs may use the queue."""
     try:
         return json.loads(raw)
     except ValueError:
         return None
 
 
-class _Elsewhere(_Looking):
-    def look(self, lsn: Lsn) -> str:
+class _OnOtherBrokers(_OnBroker):
+    def first_up_to(self, lsn: Lsn) -> str:
         consumers = {}
-        # In the direction in which a message goes.
+        # In the order in which a message passes them, so that none is missed.
         for queue in (*self._delays(), *self._queues):
             depth, count = self._state(queue) or (0, 0)
             if queue in self._queues:
@@ -190,30 +196,33 @@ class _Elsewhere(_Looking):
         inspect = self._app.control.inspect(timeout=_INSPECT_SECONDS)
         active = inspect.active_queues() or {}
         for queue, count in consumers.items():
-            answered = sum(queue in {one["name"] for one in each} for each in active.values())
+            answered = sum(
+                queue in {active_queue["name"] for active_queue in active_queues}
+                for active_queues in active.values()
+            )
             if answered < count:
                 return f"{count - answered} of {count} workers on the queue {queue} do not answer"
         inspect = self._app.control.inspect(timeout=_INSPECT_SECONDS, limit=len(active) or None)
-        for kind in ("scheduled", "reserved", "active"):
-            for worker, requests in (getattr(inspect, kind)() or {}).items():
+        for state in ("scheduled", "reserved", "active"):
+            for worker, requests in (getattr(inspect, state)() or {}).items():
                 for request in requests:
                     request = request.get("request", request)
-                    if self._is_late(request, lsn):
-                        return f"{request['name']} is {kind} on {worker}"
+                    if self._is_pending(request, lsn):
+                        return f"{request['name']} is {state} on {worker}"
         return ""
 
     def _delays(self) -> list[str]:
-        """The queues where RabbitMQ holds retries back (and every other task with an ETA)."""
+        """Return the queues in which RabbitMQ delays retries (and every other task with an ETA)."""
         if not any(
             (queue.queue_arguments or {}).get("x-queue-type") == "quorum"
             for queue in self._app.amqp.queues.values()
         ):
             return []
-        # There is none before a worker has made all.
-        return _DELAYS if self._state(_DELAYS[0]) else []
+        # The first worker creates all of them at once.
+        return _DELAY_QUEUES if self._state(_DELAY_QUEUES[0]) else []
 
     def _state(self, queue: str) -> tuple[int, int] | None:
-        """How many messages wait, and how many consumers there are; None if there is no queue."""
+        """Return the numbers of waiting messages and consumers, or None if the queue is missing."""
         try:
             return self._publisher.depth(queue), self._publisher.consumers(queue)
         except PublishError as error:
@@ -222,7 +231,7 @@ class _Elsewhere(_Looking):
                 raise
             return None
 
-    def _is_late(self, request: Any, lsn: Lsn) -> bool:
+    def _is_pending(self, request: Any, lsn: Lsn) -> bool:
         if request["name"] not in self._handlers:
             return False
         changes: list[Change] = []
@@ -231,5 +240,5 @@ class _Elsewhere(_Looking):
                 changes.append(argument)
             elif isinstance(argument, Changes):
                 changes += argument
-        found = oldest(changes, self._source)
-        return found is not None and found <= lsn
+        first = oldest(changes, self._source)
+        return first is not None and first <= lsn

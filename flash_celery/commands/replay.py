@@ -1,7 +1,7 @@
-"""Read again what was read, for one handler: `flash replay`.
+"""Read past changes again for one handler: `flash replay`.
 
-The changes come through a copy of the slot that stays behind, with the same publications, so they
-are counted as they were and have the same ids.
+The changes are read from a copy of the replay slot, through the same publications, so they have the
+ids that they had at first.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -37,88 +37,87 @@ from ..protocol.lsn import Lsn
 from ..provisioning import publications, replay_slot
 from ..publishing import brokers, declared_queues
 from ..publishing.backpressure import Backpressure
+from ..publishing.brokers.base import Publisher
 from ..settings import Settings
 
-#: Seconds between two questions how far the server is.
-_ASK_SECONDS = 1.0
+#: Seconds between two requests for the server's position.
+_STATUS_SECONDS = 1.0
 #: Bytes that are published together.
-_UNIT_BYTES = 1 << 20
+_BATCH_BYTES = 1 << 20
 _EPOCH = datetime(2000, 1, 1, tzinfo=timezone.utc)
 
 
 @dataclass(frozen=True)
 class Span:
-    """Which transactions: by their commit, both ends included."""
+    """A range of transactions by their commit, both bounds included."""
 
     since: Lsn | datetime
     until: Lsn | datetime | None
-    #: The first slot's position: what is committed from here on comes in the ordinary way.
+    #: The replication slot's position. Transactions committed from here on are not replayed: the
+    #: replication worker delivers them.
     end: Lsn
 
     def __contains__(self, transaction: Transaction) -> bool:
-        if transaction.commit_lsn >= self.end or _after(self.since, transaction):
+        if transaction.commit_lsn >= self.end or _is_after(self.since, transaction):
             return False
-        return self.until is None or not _before(self.until, transaction)
+        return self.until is None or not _is_before(self.until, transaction)
 
 
 def _microseconds(time: datetime) -> int:
     return (time - _EPOCH) // timedelta(microseconds=1)
 
 
-def _after(bound: Lsn | datetime, transaction: Transaction) -> bool:
-    """Whether a bound is after a transaction."""
+def _is_after(bound: Lsn | datetime, transaction: Transaction) -> bool:
     if isinstance(bound, Lsn):
         return bound > transaction.commit_lsn
     return _microseconds(bound) > transaction.committed_at
 
 
-def _before(bound: Lsn | datetime, transaction: Transaction) -> bool:
+def _is_before(bound: Lsn | datetime, transaction: Transaction) -> bool:
     if isinstance(bound, Lsn):
         return bound < transaction.commit_lsn
     return _microseconds(bound) < transaction.committed_at
 
 
-def span(
-    connection: psycopg.Connection[Any], settings: Settings, since: str, until: str | None
-) -> Span:
-    """Read what the command line says, as positions or as PostgreSQL reads times (in UTC).
+def parse_span(source: Source, since: str, until: str | None) -> Span:
+    """Parse the bounds, which are LSNs or times as PostgreSQL reads them (UTC without a zone).
 
-    Raises `ConfigurationError` if that is not held any more, or never was.
+    Raises `ConfigurationError` for a bound that is neither, and for changes that are no longer
+    retained; `CatalogError` without a replication slot.
     """
-    _refuse_unless_held(connection, settings)
-    first = _bound(connection, since)
-    _refuse_unless_held(connection, settings, first)
-    slot = slots.find(connection, settings.flash_replication_slot)
+    _refuse_unless_retained(source)
+    first = _parse_bound(source, since)
+    _refuse_unless_retained(source, first)
+    slot = slots.find(source.connection, source.slot)
     if slot is None or slot.confirmed is None:
-        raise CatalogError(f"The slot {settings.flash_replication_slot} does not exist.")
-    last = None if until is None else _bound(connection, until)
+        raise CatalogError(f"The slot {source.slot} does not exist.")
+    last = None if until is None else _parse_bound(source, until)
     return Span(first, last, Lsn.parse(slot.confirmed))
 
 
-def _refuse_unless_held(
-    connection: psycopg.Connection[Any], settings: Settings, since: Any = None
-) -> None:
-    mark = replay_slot.oldest(Source(connection, settings))
-    if mark is None:
+def _refuse_unless_retained(source: Source, since: Any = None) -> None:
+    """Raise `ConfigurationError` if changes since an LSN or a time are no longer retained."""
+    window = source.settings.flash_replay_window
+    oldest = replay_slot.oldest(source)
+    if oldest is None:
         raise ConfigurationError(
-            "Nothing that was read is held, so nothing can be replayed; set flash_replay_window "
-            f"(seconds; now {settings.flash_replay_window:g}) and start `flash replicate` again to "
-            "hold what comes."
+            "No past changes are retained, so nothing can be replayed; set flash_replay_window "
+            f"(seconds; now {window:g}) and restart `flash replicate` to retain future changes."
         )
-    if since is not None and since < (mark.lsn if isinstance(since, Lsn) else mark.time):
+    if since is not None and since < (oldest.lsn if isinstance(since, Lsn) else oldest.time):
         raise ConfigurationError(
-            f"{since} is before what is held: the oldest that can be replayed is {mark}; "
-            f"flash_replay_window is {settings.flash_replay_window:g} s."
+            f"Changes since {since} are no longer retained: the oldest that can be replayed is "
+            f"{oldest}; flash_replay_window is {window:g} s."
         )
 
 
-def _bound(connection: psycopg.Connection[Any], text: str) -> Any:
+def _parse_bound(source: Source, text: str) -> Any:
     try:
         return Lsn.parse(text)
     except ValueError:
         pass
     try:
-        row = connection.execute("SELECT %s::text::timestamptz", [text]).fetchone()
+        row = source.connection.execute("SELECT %s::text::timestamptz", [text]).fetchone()
     except psycopg.DataError:
         raise ConfigurationError(
             f"{text!r} is neither a position nor a time; write one such as 0/16B3748, or "
@@ -153,19 +152,13 @@ class Count:
             return "no changes"
         return (
             f"{self.changes} changes of {self.transactions} transactions, from "
-            f"{_shown(self.first)} to {_shown(self.last)}"
+            f"{_commit(self.first)} to {_commit(self.last)}"
         )
 
 
-def _shown(one: Transaction) -> str:
-    time = _EPOCH + timedelta(microseconds=one.committed_at)
-    return f"{one.commit_lsn} ({time:%Y-%m-%d %H:%M:%S} UTC)"
-
-
-def _patiently(seconds: float) -> bool:
-    """How to wait for room in a queue."""
-    time.sleep(seconds)
-    return False
+def _commit(transaction: Transaction) -> str:
+    time = _EPOCH + timedelta(microseconds=transaction.committed_at)
+    return f"{transaction.commit_lsn} ({time:%Y-%m-%d %H:%M:%S} UTC)"
 
 
 class _Selection:
@@ -187,31 +180,29 @@ class _Selection:
             receive(delivery)
 
     def _discard(self, delivery: Delivery) -> None:
-        """Other handlers have received it already."""
+        """Deliver nothing: other handlers have received it already."""
 
 
-def read(
-    connection: psycopg.Connection[Any],
-    settings: Settings,
-    subscriptions: list[Subscription],
+def read_changes(
+    source: Source,
+    subscriptions: Sequence[Subscription],
     handler: str,
-    wanted: Span,
+    span: Span,
     sink: Sink,
-    pause: Callable[[], object] = bool,
+    after_run: Callable[[], object] | None = None,
 ) -> None:
-    """Read what is wanted for a handler, whose subscriptions are among these, into a sink.
+    """Read the changes of a span for a handler into a sink.
 
-    `pause` is called after each run. Raises `ReplicationError`, and `ConfigurationError` for what
-    is not held.
+    `subscriptions` are those of the source, `after_run` is called after each run of rows. Raises
+    `ReplicationError`, and `ConfigurationError` for changes that are no longer retained.
     """
-    if isinstance(wanted.since, Lsn) and wanted.since >= wanted.end:
+    if isinstance(span.since, Lsn) and span.since >= span.end:
         return
-
-    leaves = publications.leaves_of(Source(connection, settings))
+    settings = source.settings
     pipeline = Pipeline(
         subscriptions,
-        RelationCatalog(connection, Ancestry(leaves)),
-        _Selection(sink, handler, wanted),
+        RelationCatalog(source.connection, Ancestry(publications.leaves_of(source))),
+        _Selection(sink, handler, span),
         settings.flash_spool_directory,
     )
     with (
@@ -219,83 +210,114 @@ def read(
         closing(pipeline),
     ):
         stream.introduce()
-        # Containers have the same process ids, and the last copy may be there still.
+        # A random name: processes in two containers may have the same id, and the copy of a killed
+        # process may still exist.
         copy = f"flash_replay_{secrets.token_hex(8)}"
-        stream.copy_slot(settings.replay_slot, copy)
-        # The slot may have moved on since it was looked at, which its copy does not.
-        _refuse_unless_held(connection, settings, wanted.since)
+        stream.copy_slot(source.replay_slot, copy)
+        # The replay slot may have moved on since it was checked; its copy does not move.
+        _refuse_unless_retained(source, span.since)
         stream.start(
             copy,
-            publications.names(settings.flash_publication_slot_prefix),
-            wanted.since if isinstance(wanted.since, Lsn) else Lsn(0),
+            publications.names(source.prefix),
+            span.since if isinstance(span.since, Lsn) else Lsn(0),
             messages=len(of_tables(subscriptions)) < len(subscriptions),
         )
-        _follow(stream, pipeline, wanted.end, pause)
+        _follow(stream, pipeline, span.end, after_run)
 
 
 def _follow(
     stream: ReplicationConnection,
     pipeline: Pipeline,
     end: Lsn,
-    pause: Callable[[], object],
+    after_run: Callable[[], object] | None,
 ) -> None:
-    asked = 0.0
+    """Feed the pipeline until the stream has passed `end` and no transaction is open."""
+    last_status = 0.0
     while pipeline.transactions.open or stream.received < end:
-        if time.monotonic() - asked > _ASK_SECONDS:
-            asked = time.monotonic()
-            # As received, so that the server says at once where it is.
+        if time.monotonic() - last_status > _STATUS_SECONDS:
+            last_status = time.monotonic()
+            # The reply states the server's position, also when it has nothing to send.
             stream.send_status(stream.received, stream.received, stream.received, reply=True)
-        select.select([stream], [], [], _ASK_SECONDS)
+        select.select([stream], [], [], _STATUS_SECONDS)
         pipeline.feed(stream.receive())
         while pipeline.pending:
             pipeline.advance()
-            pause()
+            if after_run is not None:
+                after_run()
 
 
-def enqueue(
-    app: Any,
-    connection: psycopg.Connection[Any],
-    settings: Settings,
-    subscriptions: list[Subscription],
-    handler: str,
-    wanted: Span,
+def enqueue_changes(
+    app: Any, source: Source, subscriptions: Sequence[Subscription], handler: str, span: Span
 ) -> int:
-    """Enqueue what is wanted, as it was at first; how many messages. Raises `PublishError`."""
+    """Enqueue the changes of a span for a handler again, with the task ids that they had at first.
+
+    Returns the number of messages. Raises `PublishError`, and what `read_changes` raises.
+    """
+    settings = source.settings
     with closing(ReplicationConnection(settings.require_dsn())) as stream:
         system = stream.identify()[0].partition("/")[0]
-    # Task ids are the same as at first too.
-    source = f"{system}/{settings.flash_replication_slot}"
-    templates = Templates(app, settings, subscriptions, source)
-    dead = declared_queues.queue(app, settings.flash_dead_queue)
-    batcher = Batcher(partial(oversize.letter, app, settings.flash_dead_queue))
-    fitted = partial(oversize.fitting, app, settings.flash_dead_queue, templates)
-    count = 0
+    templates = Templates(app, settings, subscriptions, f"{system}/{source.slot}")
     with closing(brokers.for_app(app)) as publisher:
-        queues = [*(app.amqp.queues[name] for name in templates.queues_for(handler)), dead]
-        publisher.open(queues)
-        limit = Backpressure(settings.flash_max_queue_length, publisher.depth, dead.name)
+        enqueuer = _Enqueuer(app, settings, templates, handler, publisher)
+        read_changes(
+            source, subscriptions, handler, span, enqueuer.sink, enqueuer.publish_full_batch
+        )
+        enqueuer.publish()
+    return enqueuer.count
 
-        def publish(everything: bool = False) -> None:
-            nonlocal count
-            if batcher.size < _UNIT_BYTES and not everything:
-                return
-            # Batches wait until they are full.
-            messages = batcher.collect(everything, float("inf")).messages
-            while messages:
-                some = limit.admit(messages, _patiently)
-                try:
-                    publisher.publish(messages[:some])
-                except PublishError as error:
-                    # Others for those that are too large for the broker, if that was what failed.
-                    fits = fitted(messages, error.most) if error.most else messages
-                    if fits == messages:
-                        raise
-                    publisher.open(queues)
-                    some, messages = error.confirmed, fits
-                messages = messages[some:]
-                count += some
 
-        sink = BatcherSink(batcher, templates)
-        read(connection, settings, subscriptions, handler, wanted, sink, publish)
-        publish(everything=True)
-    return count
+class _Enqueuer:
+    """A batcher whose messages are published in this thread."""
+
+    def __init__(
+        self,
+        app: Any,
+        settings: Settings,
+        templates: Templates,
+        handler: str,
+        publisher: Publisher,
+    ) -> None:
+        dead_queue = declared_queues.queue(app, settings.flash_dead_queue)
+        self.count = 0
+        self._batcher = Batcher(partial(oversize.letter, app, settings.flash_dead_queue))
+        self.sink = BatcherSink(self._batcher, templates)
+        self._fitting = partial(oversize.fitting, app, settings.flash_dead_queue, templates)
+        self._publisher = publisher
+        names = templates.queues_for(handler)
+        self._queues = [*(app.amqp.queues[name] for name in names), dead_queue]
+        publisher.open(self._queues)
+        self._backpressure = Backpressure(
+            settings.flash_max_queue_length, publisher.depth, dead_queue.name
+        )
+
+    def publish_full_batch(self) -> None:
+        """Publish what has been collected if it is enough to publish together."""
+        if self._batcher.size >= _BATCH_BYTES:
+            self._publish(everything=False)
+
+    def publish(self) -> None:
+        """Publish everything that has been collected."""
+        self._publish(everything=True)
+
+    def _publish(self, everything: bool) -> None:
+        # Unless everything is published, the messages of batch handlers wait until they are full.
+        messages = self._batcher.collect(everything, float("inf")).messages
+        while messages:
+            admitted = self._backpressure.admit(messages, _wait)
+            try:
+                self._publisher.publish(messages[:admitted])
+            except PublishError as error:
+                # If a message was too large for the broker, publish smaller ones in its place.
+                smaller = self._fitting(messages, error.most) if error.most else messages
+                if smaller == messages:
+                    raise
+                self._publisher.open(self._queues)
+                admitted, messages = error.confirmed, smaller
+            messages = messages[admitted:]
+            self.count += admitted
+
+
+def _wait(seconds: float) -> bool:
+    """Wait for room in a queue. Returns False: nothing interrupts the wait."""
+    time.sleep(seconds)
+    return False

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
-import psycopg
-
 from ..handlers.subscriptions import Subscription
 from ..messages.templates import Templates
 from ..postgres.source import Source
@@ -18,7 +16,6 @@ from ..provisioning import pauses
 from ..publishing import brokers
 from ..publishing.brokers.base import admit_all, queue_depths
 from ..publishing.hold_queues import hold_queues
-from ..settings import Settings
 
 
 class HeldMessages(NamedTuple):
@@ -42,21 +39,18 @@ class HeldMessages(NamedTuple):
         )
 
 
-def find(
-    connection: psycopg.Connection[Any],
-    app: Any,
-    settings: Settings,
-    subscriptions: Sequence[Subscription],
+def find_held(
+    source: Source, app: Any, subscriptions: Sequence[Subscription]
 ) -> list[HeldMessages]:
     """Return the held messages of each handler that has any.
 
     Raises `PublishError` if handlers are paused and the broker cannot be asked.
     """
-    queues = pauses.parked(pauses.read(Source(connection, settings)), settings.source)
+    queues = pauses.parked(pauses.read(source), source.settings.source)
     if not queues:
         return []
     depths = queue_depths(app, list(queues.values()))
-    templates = Templates(app, settings, subscriptions)
+    templates = Templates(app, source.settings, subscriptions)
     return [
         HeldMessages(handler, queue, count, templates.queues_for(handler))
         for handler, queue in queues.items()
@@ -64,7 +58,7 @@ def find(
     ]
 
 
-def requeue(app: Any, source: str, held: Sequence[HeldMessages]) -> None:
+def requeue_held(app: Any, source: str, held: Sequence[HeldMessages]) -> None:
     """Send held messages back to their queues, each handler's in order. Raises `PublishError`."""
     resuming = {
         messages.handler: messages.destinations for messages in held if messages.destinations

@@ -1,4 +1,4 @@
-"""What `flash reset` does: drop the slot and its publications, and give identities back."""
+"""What `flash reset` does: drop the slot and its publications, and restore replica identities."""
 
 from __future__ import annotations
 
@@ -14,49 +14,54 @@ from ..postgres.connection import is_standby
 from ..postgres.source import Source
 from ..provisioning import advisory_lock, ddl, identities, publications, replay_slot
 from ..provisioning.ddl import Step
-from ..settings import Settings
 from .status import SlotStatus, size, slot_status
 
+#: How often a slot is dropped again, 0.1 s apart, that a worker keeps reacquiring.
 _ATTEMPTS = 50
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What there is to undo."""
+    """What a reset would undo."""
 
-    slot: SlotStatus | None
-    steps: list[Step]
     source: Source
-    #: The slot that stays behind, if there is one.
-    history: SlotStatus | None = None
-    #: Why the publications stay, if they do.
+    slot: SlotStatus | None
+    #: Statements about publications and tables.
+    steps: list[Step]
+    replay_slot: SlotStatus | None = None
+    #: What is left as it is, and why; "" if nothing is.
     note: str = ""
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to do."""
-        return self.slot is None and self.history is None and not self.steps
+        """Whether there is nothing to undo."""
+        return self.slot is None and self.replay_slot is None and not self.steps
 
     def lines(self) -> list[str]:
-        """What would happen, and what would be lost."""
-        said = []
+        """Return what would happen, and what would be lost."""
+        lines = []
         if self.slot is not None:
-            said.append(f"drop the slot {self.slot.name}")
-            said.append(
+            lines.append(f"drop the slot {self.slot.name}")
+            lines.append(
                 f"  {size(self.slot.lag_bytes)} of WAL after {self.slot.confirmed_lsn} have "
                 "not been read and never will be"
             )
             if reader := self.slot.reader:
-                said.append(f"  PID {reader.pid} ({reader.client}) reads it now")
-        if self.history is not None:
-            said.append(f"drop the slot {self.history.name}: nothing can be replayed then")
-        said += [str(step) for step in self.steps]
-        return said + ([self.note] if self.note else [])
+                lines.append(f"  PID {reader.pid} ({reader.client}) is reading it")
+        if self.replay_slot is not None:
+            lines.append(
+                f"drop the slot {self.replay_slot.name}: past changes can no longer be replayed"
+            )
+        lines += [str(step) for step in self.steps]
+        return lines + ([self.note] if self.note else [])
 
 
-def plan(connection: psycopg.Connection[Any], settings: Settings, slot: str) -> Plan:
-    """Look; change nothing. Raises `CatalogError` for a slot that is not ours to drop."""
-    source, prefix = Source(connection, settings), settings.flash_publication_slot_prefix
+def plan_reset(source: Source, slot: str) -> Plan:
+    """Return what dropping this slot would undo; change nothing.
+
+    Raises `CatalogError` for a slot that flash-celery did not create.
+    """
+    connection = source.connection
     row = connection.execute(
         "SELECT plugin, database, current_database() FROM pg_replication_slots "
         "WHERE slot_name = %s",
@@ -64,56 +69,53 @@ def plan(connection: psycopg.Connection[Any], settings: Settings, slot: str) -> 
     ).fetchone()
     if row is not None and (row[0] != "pgoutput" or row[1] != row[2]):
         raise CatalogError(
-            f"The slot {slot} is of the plugin {row[0]} and the database {row[1]}, so it is not "
-            "flash-celery's; drop it with pg_drop_replication_slot if you must."
+            f"The slot {slot} belongs to the plugin {row[0]} and the database {row[1]}, so it is "
+            "not flash-celery's; drop it with pg_drop_replication_slot if you must."
         )
-    found = publications.read(source)
-    owner = found.record.slot if found.record else None
+    published = publications.read(source)
+    status = slot_status(connection, slot)
+    owner = published.record.slot if published.record else None
     if owner not in (None, slot):
-        note = f"leave the publications {prefix}_…: they belong to the slot {owner}"
-        return Plan(slot_status(connection, slot), [], source, note=note)
-    behind = None
-    if slot == settings.flash_replication_slot and replay_slot.ours(source):
-        behind = slot_status(connection, settings.replay_slot)
-    found_slot = slot_status(connection, slot)
-    steps = ddl.forget(found, identities.restorable(connection, found))
+        note = f"leave the publications {source.prefix}_…: they belong to the slot {owner}"
+        return Plan(source, status, [], note=note)
+    replay_status = None
+    if slot == source.slot and replay_slot.ours(source):
+        replay_status = slot_status(connection, source.replay_slot)
+    steps = ddl.forget(published, identities.restorable(connection, published))
+    statements = "; ".join(map(str, steps))
     if is_standby(connection):
-        note = f"leave what a standby cannot alter; on the primary run {'; '.join(map(str, steps))}"
-        return Plan(found_slot, [], source, behind, note if steps else "")
-    if steps and not settings.flash_manage:
-        statements = "; ".join(map(str, steps))
-        note = f"leave the rest, for flash_manage is off; its owner runs: {statements};"
-        return Plan(found_slot, [], source, behind, note)
-    return Plan(found_slot, steps, source, behind)
+        note = f"leave what a standby cannot alter; on the primary run {statements}"
+        return Plan(source, status, [], replay_status, note if steps else "")
+    if steps and not source.settings.flash_manage:
+        note = f"leave the rest, because flash_manage is off; its owner runs: {statements};"
+        return Plan(source, status, [], replay_status, note)
+    return Plan(source, status, steps, replay_status)
 
 
-def run(
-    connection: psycopg.Connection[Any],
-    undo: Plan,
-    force: bool,
-    unpark: Callable[[], object] = bool,
-) -> None:
-    """Do it. Raises `SlotInUse` if a replication worker reads the slot and `force` is not given.
+def run_reset(plan: Plan, force: bool, requeue: Callable[[], object] | None = None) -> None:
+    """Carry out a plan.
 
-    `unpark` is called when nobody reads any more, and before it is forgotten what is paused.
+    With `force`, end the worker that reads the slot; without, raise `SlotInUse` if there is one.
+    `requeue` is called once the slot is gone, before the record of paused handlers is deleted.
     """
-    with advisory_lock.held(undo.source):
-        if undo.slot is not None and not force:
-            # Before anything is noted, which its reader would see, and let go of the slot.
-            _refuse_in_use(connection, undo.slot.name)
-        if undo.steps:
-            # From here on it is no loss that the slot is gone.
-            ddl.forget_slot(undo.source)
-        if undo.slot is not None:
-            _drop(connection, undo.slot.name, force)
-        if undo.history is not None:
-            _drop(connection, undo.history.name, force)
-        if undo.steps:
-            unpark()
-        ddl.apply(connection, undo.steps)
+    source, connection = plan.source, plan.source.connection
+    with advisory_lock.held(source):
+        if plan.slot is not None and not force:
+            # First: a worker that reads the slot would notice a changed record and let it go.
+            _refuse_if_in_use(connection, plan.slot.name)
+        if plan.steps:
+            # From here on a missing slot does not count as a loss.
+            ddl.forget_slot(source)
+        if plan.slot is not None:
+            _drop_slot(connection, plan.slot.name, force)
+        if plan.replay_slot is not None:
+            _drop_slot(connection, plan.replay_slot.name, force)
+        if plan.steps and requeue is not None:
+            requeue()
+        ddl.apply(connection, plan.steps)
 
 
-def _refuse_in_use(connection: psycopg.Connection[Any], slot: str) -> None:
+def _refuse_if_in_use(connection: psycopg.Connection[Any], slot: str) -> None:
     row = connection.execute(
         "SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s", [slot]
     ).fetchone()
@@ -124,7 +126,7 @@ def _refuse_in_use(connection: psycopg.Connection[Any], slot: str) -> None:
         )
 
 
-def _drop(connection: psycopg.Connection[Any], slot: str, force: bool) -> None:
+def _drop_slot(connection: psycopg.Connection[Any], slot: str, force: bool) -> None:
     for _ in range(_ATTEMPTS):
         row = connection.execute(
             "SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s", [slot]
@@ -133,7 +135,7 @@ def _drop(connection: psycopg.Connection[Any], slot: str, force: bool) -> None:
             return
         if row[0] is not None:
             if not force:
-                _refuse_in_use(connection, slot)
+                _refuse_if_in_use(connection, slot)
             connection.execute("SELECT pg_terminate_backend(%s)", [row[0]])
         try:
             connection.execute("SELECT pg_drop_replication_slot(%s)", [slot])
@@ -142,4 +144,4 @@ def _drop(connection: psycopg.Connection[Any], slot: str, force: bool) -> None:
             time.sleep(0.1)
         except psycopg.errors.UndefinedObject:
             return
-    raise SlotInUse(f"The slot {slot} is taken again and again; stop its replication workers.")
+    raise SlotInUse(f"Another worker keeps reacquiring the slot {slot}; stop it, then reset again.")

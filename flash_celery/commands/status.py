@@ -171,19 +171,15 @@ class StatusReport:
         }
 
 
-def examine(
-    connection: psycopg.Connection[Any],
-    app: Any,
-    settings: Settings,
-    subscriptions: Sequence[Subscription],
-) -> StatusReport:
+def examine(source: Source, app: Any, subscriptions: Sequence[Subscription]) -> StatusReport:
     """Ask PostgreSQL, the broker and the Celery workers, and return their answers.
 
     A broker that does not answer is part of the report. Raises `psycopg.Error` if PostgreSQL fails.
     """
+    settings = source.settings
     templates = Templates(app, settings, subscriptions)
     project = project_status(settings, templates)
-    database = database_status(connection, settings)
+    database = database_status(source)
     hold_queues = [handler.queue for handler in database.paused_handlers]
     error, depths = None, {}
     try:
@@ -220,13 +216,12 @@ def project_status(settings: Settings, templates: Templates) -> ProjectStatus:
     )
 
 
-def database_status(connection: psycopg.Connection[Any], settings: Settings) -> DatabaseStatus:
+def database_status(source: Source) -> DatabaseStatus:
     """Return what PostgreSQL reports. The numbers of held messages stay unknown."""
-    record = publications.read(Source(connection, settings)).record
-    record = record or Record()
+    record = publications.read(source).record or Record()
     return DatabaseStatus(
-        slot=slot_status(connection, settings.flash_replication_slot),
-        history=_replay_slot_status(connection, settings),
+        slot=slot_status(source.connection, source.slot),
+        history=_replay_slot_status(source),
         gaps=record.gaps,
         paused=record.paused.get(pauses.SOURCE),
         paused_handlers=[
@@ -236,7 +231,7 @@ def database_status(connection: psycopg.Connection[Any], settings: Settings) -> 
                 resuming=handler in record.resuming,
                 queue=queue,
             )
-            for handler, queue in pauses.parked(record, settings.source).items()
+            for handler, queue in pauses.parked(record, source.settings.source).items()
         ],
     )
 
@@ -253,13 +248,11 @@ def slot_status(connection: psycopg.Connection[Any], slot: str) -> SlotStatus | 
     return SlotStatus(name=slot, reader=reader if row["active"] else None, **row)
 
 
-def _replay_slot_status(
-    connection: psycopg.Connection[Any], settings: Settings
-) -> ReplaySlotStatus | None:
-    slot = slot_status(connection, settings.replay_slot)
+def _replay_slot_status(source: Source) -> ReplaySlotStatus | None:
+    slot = slot_status(source.connection, source.replay_slot)
     if slot is None:
         return None
-    oldest = replay_slot.oldest(Source(connection, settings))
+    oldest = replay_slot.oldest(source)
     return ReplaySlotStatus(
         name=slot.name,
         wal_status=slot.wal_status,

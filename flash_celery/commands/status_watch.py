@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import psycopg
@@ -17,16 +17,15 @@ from ..errors import FlashError
 from ..escaping import escaped, one_line
 from ..handlers.subscriptions import Subscription
 from ..postgres.slots import Gap
+from ..postgres.source import Source
 from ..protocol.lsn import Lsn
-from ..settings import Settings
 from . import status
 from .status import SlotStatus, StatusReport
 
 
 def watch(
-    connect: Callable[[], psycopg.Connection[Any]],
+    connect: Callable[[], AbstractContextManager[Source]],
     app: Any,
-    settings: Settings,
     subscriptions: Sequence[Subscription],
     interval: float,
 ) -> None:
@@ -35,7 +34,7 @@ def watch(
     An error of the first report is raised. A later one is shown under the last report that
     succeeded, and the next report uses a new connection.
     """
-    reports = _reports(connect, app, settings, subscriptions)
+    reports = _reports(connect, app, subscriptions)
     report, previous, previous_time = next(reports), None, 0.0
     console = Console(highlight=False)
     with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as screen:
@@ -45,7 +44,7 @@ def watch(
             try:
                 report = next(reports)
             except (FlashError, psycopg.Error) as error:
-                reports = _reports(connect, app, settings, subscriptions)
+                reports = _reports(connect, app, subscriptions)
                 problem = one_line(error)
             speed = _speed(previous, report, now - previous_time)
             screen.update(render(report, speed, problem), refresh=True)
@@ -55,15 +54,14 @@ def watch(
 
 
 def _reports(
-    connect: Callable[[], psycopg.Connection[Any]],
+    connect: Callable[[], AbstractContextManager[Source]],
     app: Any,
-    settings: Settings,
     subscriptions: Sequence[Subscription],
 ) -> Iterator[StatusReport]:
     """Yield reports that share one connection."""
-    with connect() as connection:
+    with connect() as source:
         while True:
-            yield status.examine(connection, app, settings, subscriptions)
+            yield status.examine(source, app, subscriptions)
 
 
 def _speed(previous: StatusReport | None, now: StatusReport, seconds: float) -> float | None:

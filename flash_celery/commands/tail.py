@@ -1,4 +1,4 @@
-"""What `flash tail` does: print changes as they are committed, from a slot that ends with it."""
+"""What `flash tail` does: follow the changes of tables, through a temporary slot."""
 
 from __future__ import annotations
 
@@ -30,11 +30,13 @@ from ..table_name import TableName
 from ..worker.control import Control
 
 _PREFIX = "flash_tail_"
+#: Seconds between two reports of our position.
 _STATUS_SECONDS = 5.0
-_LONGEST_VALUE = 60
+#: Characters of a value that are printed.
+_VALUE_LENGTH = 60
 
 
-def tail(
+def follow(
     dsn: str,
     tables: Sequence[TableName],
     show: Callable[[Change], bool],
@@ -42,19 +44,22 @@ def tail(
     control: Control,
     source: str = "",
 ) -> None:
-    """Call `show` with each change until it returns False or `control` is told to stop.
+    """Call `show` with each new change, until it returns False or `control` is stopped.
 
-    Its publications live as long as it does; what a killed one left goes with the next one.
+    - `ready` is called once changes are being followed.
+    - `source` is the name that the changes carry ("" for the default source).
+
+    The slot and its publications are dropped at the end; those of a killed process by the next.
+    Raises `SubscriptionError` for an unknown table, and `ReplicationError`.
     """
     with connect(dsn) as connection:
-        # Not our own PID, which a process in another container may have too.
+        # The server's PID, because processes in two containers may have the same one.
         name = f"{_PREFIX}{connection.info.backend_pid}"
-        # The others recognise a living tail by this name.
+        # By this name `_drop_abandoned` of other processes sees that ours is alive.
         connection.execute("SELECT set_config('application_name', %s, false)", [name])
-        _sweep(connection, name)
-        found = [_find(connection, table) for table in tables]
-        steps, subscriptions = _plan(connection, name, found)
-        subscriptions = [replace(one, source=source) for one in subscriptions]
+        _drop_abandoned(connection, name)
+        catalog_tables = [_find(connection, table) for table in tables]
+        steps, subscriptions = _plan(connection, name, catalog_tables, source)
         try:
             apply(connection, steps)
             publications = _names(connection, name)
@@ -62,7 +67,7 @@ def tail(
                 stream.create_temporary_slot(name)
                 stream.start(name, publications)
                 ready()
-                _follow(stream, connection, subscriptions, show, control)
+                _read(stream, connection, subscriptions, show, control)
         finally:
             _drop(connection, _names(connection, name))
 
@@ -70,34 +75,38 @@ def tail(
 def _find(connection: psycopg.Connection[Any], name: TableName) -> CatalogTable:
     table = catalog.find(connection, name)
     if table is None or table.kind not in (catalog.ORDINARY, catalog.PARTITIONED):
-        raise SubscriptionError(f"There is no table {name} in the database to follow.")
+        raise SubscriptionError(f"The database has no table {name} to follow.")
     return table
 
 
 def _plan(
-    connection: psycopg.Connection[Any], name: str, tables: Sequence[CatalogTable]
+    connection: psycopg.Connection[Any], name: str, tables: Sequence[CatalogTable], source: str
 ) -> tuple[list[Step], list[Subscription]]:
-    """Publications of these tables. Without an identity a table is not published for updates, for
-    PostgreSQL would refuse them."""
+    """Return the statements that create the publications, and a subscription for each table.
+
+    A table without a replica identity is published for inserts and truncates only: PostgreSQL would
+    reject its updates and deletes otherwise.
+    """
     steps, subscriptions = [], []
-    kinds: dict[str, list[CatalogTable]] = {"all": [], "inserts": []}
+    members: dict[str, list[CatalogTable]] = {"all": [], "inserts": []}
     for table in tables:
         leaves = catalog.leaves(connection, table)
-        whole = all(leaf.identity_columns for leaf in leaves) and (
+        has_identity = all(leaf.identity_columns for leaf in leaves) and (
             table.kind == catalog.ORDINARY or bool(table.default_identity)
         )
-        kinds["all" if whole else "inserts"].append(table)
-        operations = Operation.ALL if whole else Operation.ALL & ~REWRITES
-        subscriptions.append(Subscription("tail", table.name, operations))
+        members["all" if has_identity else "inserts"].append(table)
+        operations = Operation.ALL if has_identity else Operation.ALL & ~REWRITES
+        subscription = Subscription("tail", table.name, operations)
+        subscriptions.append(replace(subscription, source=source))
     published = {"all": "insert, update, delete, truncate", "inserts": "insert, truncate"}
-    for kind, members in kinds.items():
-        if members:
-            listed = sql.SQL(", ").join(
-                sql.Identifier(table.name.schema, table.name.name) for table in members
+    create = sql.SQL("CREATE PUBLICATION {} FOR TABLE ONLY {} WITH (publish = {})")
+    for suffix, published_tables in members.items():
+        if published_tables:
+            names = sql.SQL(", ").join(
+                sql.Identifier(table.name.schema, table.name.name) for table in published_tables
             )
-            create = sql.SQL("CREATE PUBLICATION {} FOR TABLE ONLY {} WITH (publish = {})")
-            publication = sql.Identifier(f"{name}_{kind}")
-            steps.append(Step(create.format(publication, listed, sql.Literal(published[kind]))))
+            publication = sql.Identifier(f"{name}_{suffix}")
+            steps.append(Step(create.format(publication, names, sql.Literal(published[suffix]))))
     return steps, subscriptions
 
 
@@ -115,7 +124,7 @@ class _ChangesSink:
         self.changes += changes_of(delivery)
 
 
-def _follow(
+def _read(
     stream: ReplicationConnection,
     connection: psycopg.Connection[Any],
     subscriptions: Sequence[Subscription],
@@ -124,7 +133,7 @@ def _follow(
 ) -> None:
     sink = _ChangesSink()
     pipeline = Pipeline(subscriptions, RelationCatalog(connection), sink)
-    told = time.monotonic()
+    last_status = time.monotonic()
     sockets: list[Any] = [stream, control]
     while not control.stopping:
         select.select(sockets, [], [], _STATUS_SECONDS)
@@ -136,9 +145,9 @@ def _follow(
                     return
             sink.changes.clear()
         position = stream.received
-        if pipeline.reply_requested or time.monotonic() - told >= _STATUS_SECONDS:
+        if pipeline.reply_requested or time.monotonic() - last_status >= _STATUS_SECONDS:
             stream.send_status(position, position, position)
-            told = time.monotonic()
+            last_status = time.monotonic()
             pipeline.reply_requested = False
 
 
@@ -150,8 +159,8 @@ def _names(connection: psycopg.Connection[Any], name: str) -> list[str]:
     return [row[0] for row in rows]
 
 
-def _sweep(connection: psycopg.Connection[Any], own: str) -> None:
-    """Drop what a killed tail has left."""
+def _drop_abandoned(connection: psycopg.Connection[Any], own: str) -> None:
+    """Drop the publications of killed processes, and older ones of our own name."""
     rows = connection.execute(
         "SELECT pubname FROM pg_publication WHERE pubname ~ %s AND NOT EXISTS ("
         "SELECT 1 FROM pg_stat_activity a WHERE a.datname = current_database() "
@@ -167,15 +176,15 @@ def _drop(connection: psycopg.Connection[Any], publications: Sequence[str]) -> N
         apply(connection, [Step(drop)])
 
 
-def line(change: Change) -> str:
-    """A change for people: what it is, and what is new about it."""
-    when = change.committed_at.strftime("%H:%M:%S.%f")[:-3]
-    shown = ""
+def as_text(change: Change) -> str:
+    """Return a change as one line: its time, its row, and its values or the ones that changed."""
+    committed = change.committed_at.strftime("%H:%M:%S.%f")[:-3]
+    values = ""
     if isinstance(change, Insert):
-        shown = ", ".join(f"{name}={_value(value)}" for name, value in change.new.items())
+        values = ", ".join(f"{name}={_value(value)}" for name, value in change.new.items())
     elif isinstance(change, Update):
         old, new = change.old, change.new
-        shown = ", ".join(
+        values = ", ".join(
             f"{name}: {_value(old[name])} → {_value(new[name])}"
             if name in old
             else f"{name}={_value(new[name])}"
@@ -183,10 +192,10 @@ def line(change: Change) -> str:
             if new[name] is not UNCHANGED and (name not in old or old[name] != new[name])
         )
     elif isinstance(change, Delete):
-        shown = ", ".join(f"{name}={_value(value)}" for name, value in change.old.items())
-    return f"{when}  {change!r}  {shown}".rstrip()
+        values = ", ".join(f"{name}={_value(value)}" for name, value in change.old.items())
+    return f"{committed}  {change!r}  {values}".rstrip()
 
 
 def _value(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= _LONGEST_VALUE else f"{shown[: _LONGEST_VALUE - 1]}…"
+    text = repr(value)
+    return text if len(text) <= _VALUE_LENGTH else f"{text[: _VALUE_LENGTH - 1]}…"

@@ -1,4 +1,4 @@
-"""Wait until every handler has done what was committed up to a position: `flash wait`."""
+"""Wait until handlers have handled everything up to a position: `flash wait` and `wait_for`."""
 
 from __future__ import annotations
 
@@ -17,127 +17,135 @@ from ..errors import CatalogError, ConfigurationError, NotDone, PayloadError
 from ..handlers.decorators import subscriptions_of
 from ..messages.templates import Templates
 from ..postgres import slots
-from ..postgres.connection import connect
-from ..postgres.source import Source
+from ..postgres.source import Source, connected
 from ..protocol.lsn import Lsn
 from ..provisioning import pauses
 from ..settings import Settings
-from .pending_changes import Outstanding, oldest, outstanding
+from .pending_changes import PendingChanges, oldest, pending_changes
 
-#: Seconds between two looks; the second one in a row that finds nothing decides.
-_LOOK_SECONDS = 0.2
-#: Seconds between two messages that move an idle server's slot.
-_BEAT_SECONDS = 1.0
-# In no transaction, and for nobody, as the replication worker's own.
-_BEAT = b"SELECT pg_logical_emit_message(false, 'flash.heartbeat', ''::text)"
+#: Seconds between two checks.
+_CHECK_SECONDS = 0.2
+#: Seconds between two heartbeats, which move the slot of an idle server.
+_HEARTBEAT_SECONDS = 1.0
+# Non-transactional, and with the replication worker's prefix, so that no handler receives it.
+_HEARTBEAT = b"SELECT pg_logical_emit_message(false, 'flash.heartbeat', ''::text)"
 
 
 @dataclass
 class _Wait:
-    """One wait: for whom, up to where, and until when."""
+    """A wait for handlers to finish everything up to a position, until a deadline (monotonic)."""
 
     app: Any
-    settings: Settings
-    connection: psycopg.Connection[Any]
+    source: Source
     handlers: Sequence[str]
     lsn: Lsn
     deadline: float
-    beats: bool = True
-    beaten: float = 0.0
+    can_write: bool = True
+    last_heartbeat: float = 0.0
 
     def run(self) -> None:
         """Return when everything is done. Raises `NotDone`, `CatalogError` or `PublishError`."""
-        self._until(self._read)
-        self._until(self._back)
-        templates = Templates(self.app, self.settings, self._subscriptions)
-        queues = sorted({name for one in self.handlers for name in templates.queues_for(one)})
-        with closing(outstanding(self.app, self.settings.source, self.handlers, queues)) as found:
-            self._until(lambda: self._handled(found))
-        self._no_letters()
+        self._until(self._unread)
+        self._until(self._being_requeued)
+        templates = Templates(self.app, self.source.settings, self._subscriptions)
+        queues = {queue for name in self.handlers for queue in templates.queues_for(name)}
+        source = self.source.settings.source
+        with closing(pending_changes(self.app, source, self.handlers, sorted(queues))) as pending:
+            self._until(lambda: self._unhandled(pending))
+        self._refuse_dead_letters()
 
     @property
     def _subscriptions(self) -> list[Any]:
-        return [one for one in subscriptions_of(self.app) if one.source == self.settings.source]
+        source = self.source.settings.source
+        return [
+            subscription
+            for subscription in subscriptions_of(self.app)
+            if subscription.source == source
+        ]
 
-    def _until(self, missing: Callable[[], str]) -> None:
-        """Look until nothing is missing. Raises `NotDone` with the last answer."""
-        while said := missing():
+    def _until(self, find_unfinished: Callable[[], str]) -> None:
+        """Check until nothing is unfinished. Raises `NotDone` with the last reason."""
+        while reason := find_unfinished():
             if time.monotonic() > self.deadline:
-                raise NotDone(f"Not done up to {self.lsn}: {said}.")
-            time.sleep(_LOOK_SECONDS)
+                raise NotDone(f"Not done up to {self.lsn}: {reason}.")
+            time.sleep(_CHECK_SECONDS)
 
-    def _read(self) -> str:
-        """Whether everything is enqueued: the slot's position says so."""
-        slot = slots.find(self.connection, self.settings.flash_replication_slot)
+    def _unread(self) -> str:
+        """Return why not everything is enqueued, or "" once the slot has passed the position."""
+        slot = slots.find(self.source.connection, self.source.slot)
         if slot is None or slot.confirmed is None:
             raise CatalogError(
-                f"The slot {self.settings.flash_replication_slot} does not exist, so nothing is "
-                "read; start `flash replicate`."
+                f"The slot {self.source.slot} does not exist, so nothing is read; start `flash "
+                "replicate`."
             )
-        record = pauses.read(Source(self.connection, self.settings))
+        paused = pauses.read(self.source).paused
         for handler in self.handlers:
-            if handler in record.paused:
+            if handler in paused:
                 raise NotDone(
-                    f"{handler} is paused since {record.paused[handler]}; `flash resume {handler}` "
-                    "goes on."
+                    f"{handler} is paused since {paused[handler]}; resume it with `flash resume "
+                    f"{handler}`."
                 )
         if Lsn.parse(slot.confirmed) >= self.lsn:
             return ""
-        if pauses.SOURCE in record.paused:
-            since = record.paused[pauses.SOURCE]
-            raise NotDone(f"Nothing is read since {since}; `flash resume` goes on.")
-        self._beat()
-        reader = "" if slot.active_pid else ", and nobody reads it; start `flash replicate`"
-        return f"the slot {self.settings.flash_replication_slot} is at {slot.confirmed}{reader}"
+        if pauses.SOURCE in paused:
+            since = paused[pauses.SOURCE]
+            raise NotDone(f"Nothing is read since {since}; resume with `flash resume`.")
+        self._send_heartbeat()
+        reader = "" if slot.active_pid else ", and no worker reads it; start `flash replicate`"
+        return f"the slot {self.source.slot} is at {slot.confirmed}{reader}"
 
-    def _beat(self) -> None:
-        """Have an idle server send its position."""
-        if not self.beats or time.monotonic() - self.beaten < _BEAT_SECONDS:
+    def _send_heartbeat(self) -> None:
+        """Write a message to the WAL, so that an idle server sends its position."""
+        if not self.can_write or time.monotonic() - self.last_heartbeat < _HEARTBEAT_SECONDS:
             return
-        self.beaten = time.monotonic()
+        self.last_heartbeat = time.monotonic()
         try:
-            self.connection.execute(_BEAT)
+            self.source.connection.execute(_HEARTBEAT)
         except (
             postgres.InsufficientPrivilege,
             postgres.ObjectNotInPrerequisiteState,
             postgres.ReadOnlySqlTransaction,
         ):
-            self.beats = False
+            self.can_write = False
 
-    def _back(self) -> str:
-        """Whether what was parked is back in its queues."""
-        resuming = pauses.read(Source(self.connection, self.settings)).resuming
-        left = [one for one in self.handlers if one in resuming]
-        return f"what was parked for {', '.join(left)} is on its way to its queue" if left else ""
+    def _being_requeued(self) -> str:
+        """Return whose held messages are on their way back to their queue, or ""."""
+        resuming = pauses.read(self.source).resuming
+        handlers = [handler for handler in self.handlers if handler in resuming]
+        return f"held messages for {', '.join(handlers)} are being requeued" if handlers else ""
 
-    def _handled(self, found: Outstanding) -> str:
-        """Whether nothing is in a queue or with a worker; what is on its way there is seen by the
-        second look."""
-        said = found.look(self.lsn)
-        if not said:
-            time.sleep(_LOOK_SECONDS)
-            said = found.look(self.lsn)
-        return said
+    def _unhandled(self, pending: PendingChanges) -> str:
+        """Return what a queue or a worker still has, or "".
 
-    def _no_letters(self) -> None:
+        A message that moves between them may be missed once, so check twice before the "".
+        """
+        reason = pending.first_up_to(self.lsn)
+        if not reason:
+            time.sleep(_CHECK_SECONDS)
+            reason = pending.first_up_to(self.lsn)
+        return reason
+
+    def _refuse_dead_letters(self) -> None:
         """Raise `NotDone` for changes that have failed for good."""
-        box = DeadLetterQueue(self.app, self.settings.flash_dead_queue)
-        if not box.count():
+        queue = DeadLetterQueue(self.app, self.source.settings.flash_dead_queue)
+        if not queue.count():
             return
-        mine = [one for one in box.find(DeadLetterFilter()) if one.handler in self.handlers]
-        read = (one for one in box.read(mine) if self._concerns(one))
-        if dead := sorted({one.handler for one in read}):
+        candidates = [
+            letter for letter in queue.find(DeadLetterFilter()) if letter.handler in self.handlers
+        ]
+        failed = {letter.handler for letter in queue.read(candidates) if self._concerns(letter)}
+        if failed:
             raise NotDone(
-                f"Not done up to {self.lsn}: changes for {', '.join(dead)} have failed for good; "
-                "see `flash dead list`, and retry or drop them."
+                f"Not done up to {self.lsn}: changes for {', '.join(sorted(failed))} have failed "
+                "for good; see `flash dead list`, and retry or drop them."
             )
 
     def _concerns(self, letter: letters.DeadLetter) -> bool:
         try:
             changes = letters.changes_of(letter)
         except PayloadError:
-            return True  # nobody knows
-        lsn = oldest(changes, self.settings.source)
+            return True  # its position is unknown
+        lsn = oldest(changes, self.source.settings.source)
         return lsn is not None and lsn <= self.lsn
 
 
@@ -148,25 +156,30 @@ def wait_for(
     handlers: Collection[str] | None = None,
     source: str = "",
 ) -> Lsn:
-    """Return once handlers have done everything that was committed up to a position.
+    """Return once handlers have handled everything that was committed up to a position.
 
-    - `lsn`: the position, such as `"0/16B3748"`. Default: where the server is now.
-    - `timeout`: seconds after which it is given up.
+    - `lsn`: the position, such as `"0/16B3748"`. Default: the server's present position.
+    - `timeout`: seconds to wait at most.
     - `handlers`: their names, or the last parts of them. Default: all.
     - `source`: a name in `flash_sources`. Default: the database of `flash_dsn`.
 
-    Returns the position. Raises `NotDone` (what is not done, and where it is) when the time is up,
-    and at once for a handler that is paused or whose change is a dead letter; `ConfigurationError`
-    for a name or position that cannot be right; `PublishError` if the broker cannot be asked.
+    Returns the position. Raises `NotDone` (with what is not done, and where it is) after the
+    timeout, and at once for a handler that is paused or whose change is a dead letter;
+    `ConfigurationError` for an unknown name or invalid position; `PublishError` if the broker does
+    not answer.
     """
     settings = Settings.from_app(app)
     settings = settings.of_source(source) if source else settings
-    known = pauses.handlers(one for one in subscriptions_of(app) if one.source == settings.source)
-    wanted = pauses.named(handlers, known) if handlers else known
+    known = pauses.handlers(
+        subscription
+        for subscription in subscriptions_of(app)
+        if subscription.source == settings.source
+    )
+    names = pauses.named(handlers, known) if handlers else known
     deadline = time.monotonic() + timeout
-    with connect(settings.require_dsn(), settings.longest_silence) as connection:
-        position = _position(connection, lsn)
-        _Wait(app, settings, connection, wanted, position, deadline).run()
+    with connected(settings, settings.longest_silence) as database:
+        position = _position(database.connection, lsn)
+        _Wait(app, database, names, position, deadline).run()
     return position
 
 

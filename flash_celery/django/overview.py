@@ -13,7 +13,7 @@ from ..dead_letters.queue import DeadLetterFilter, DeadLetterQueue
 from ..errors import FlashError
 from ..escaping import escaped, one_line
 from ..handlers.decorators import subscriptions_of
-from ..postgres.connection import connect
+from ..postgres.source import connected
 from ..settings import Settings
 
 #: The most dead letters on the page.
@@ -38,8 +38,8 @@ def sources(app: Any) -> list[dict[str, Any]]:
         source = source_settings.source
         matching = [subscription for subscription in subscriptions if subscription.source == source]
         try:
-            with connect(source_settings.require_dsn(), _STATEMENT_TIMEOUT) as connection:
-                report = status.examine(connection, app, source_settings, matching)
+            with connected(source_settings, _STATEMENT_TIMEOUT) as database:
+                report = status.examine(database, app, matching)
         except (FlashError, psycopg.Error) as error:
             reports.append({"source": source, "error": one_line(error)})
             continue

@@ -24,6 +24,7 @@ from ..escaping import escaped, one_line
 from ..handlers.subscriptions import Subscription
 from ..messages.templates import Templates
 from ..postgres.connection import connect
+from ..postgres.source import Source
 from ..settings import Settings
 from ..telemetry import CONNECTING, STOPPING, STREAMING, Telemetry
 from . import health
@@ -100,7 +101,7 @@ class Observer:
         try:
             if self._connection is None:
                 self._connection = connect(self._settings.require_dsn(), _PATIENCE)
-            self._database = status.database_status(self._connection, self._settings)
+            self._database = status.database_status(Source(self._connection, self._settings))
             self._database_error = None
         except (FlashError, psycopg.Error) as error:
             if self._connection is not None:

@@ -15,12 +15,13 @@ from typing import Any
 import psycopg
 from celery import signals
 
-from ..commands import reset
+from ..commands.reset import plan_reset, run_reset
 from ..errors import ConfigurationError
 from ..handlers.decorators import subscriptions_of
 from ..messages.deduplication import Deduplicator, Lease
 from ..messages.templates import Message
 from ..postgres.connection import connect
+from ..postgres.source import Source
 from ..publishing import brokers
 from ..publishing.brokers.base import Publisher
 from ..publishing.brokers.memory import MemoryPublisher
@@ -294,7 +295,7 @@ def _sweep(connection: psycopg.Connection[Any], settings: Settings) -> None:
 
 def _drop(connection: psycopg.Connection[Any], settings: Settings) -> None:
     slot = settings.flash_replication_slot
-    reset.run(connection, reset.plan(connection, settings, slot), force=True)
+    run_reset(plan_reset(Source(connection, settings), slot), force=True)
 
 
 def _clear(settings: Settings) -> None:

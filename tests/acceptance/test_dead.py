@@ -86,7 +86,7 @@ def test_list_show_retry_and_drop(any_shop):
     assert kept.returncode == 1
     assert "insert public.items id=5" in kept.stdout
     assert letters(shop) == found
-    assert dead(shop, "drop", dropped.id, "--yes").stdout == "1 thrown away.\n"
+    assert dead(shop, "drop", dropped.id, "--yes").stdout == "1 deleted.\n"
     assert letters(shop) == found[:2]
 
     # Not mended yet: it fails again, and is known to have failed before.

@@ -294,7 +294,7 @@ def test_status_is_watched_until_ctrl_c(shop):
     shop.processes.append(process)
     os.close(terminal)
     shown = ""
-    while shown.count("Ctrl-C ends it") < 2:
+    while shown.count("Press Ctrl-C to end") < 2:
         shown += read_terminal(screen)
     assert "does not exist yet" in shown
     assert "shop.each" in shown

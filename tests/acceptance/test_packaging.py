@@ -209,7 +209,7 @@ def test_the_commands_are_celerys_own(request, programs, project):
     assert "replicate" in done(celery, "-A", "shop", "flash", "--help", cwd=project)
     ran = run(celery, "flash", "status", cwd=project)
     assert (ran.returncode, len(ran.stderr.splitlines())) == (2, 1)
-    assert "No app is given" in ran.stderr
+    assert "Celery has no app" in ran.stderr
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_a_paused_handler_gets_its_changes_later_and_in_order(any_shop):
     assert len(shop.notes()) == 5
 
     insert(shop.database, 41, 50)
-    assert "shop.each goes on." in flash(shop, "resume", "shop.each")
+    assert "shop.each continues." in flash(shop, "resume", "shop.each")
     shop.until_said(second, "back to their queues")
     insert(shop.database, 51, 60)
     assert numbers(shop.until_noted(61)) == list(range(1, 61))
@@ -113,7 +113,7 @@ def test_a_paused_source_is_not_read_and_its_worker_stays_up(any_shop):
     shop.until_said(second, "Paused since")
     assert shop.database.one("SELECT confirmed_flush_lsn FROM pg_replication_slots") == before
     assert shop.notes() == []
-    assert "Reading goes on." in flash(shop, "resume")
+    assert "Reading continues." in flash(shop, "resume")
     assert "Reading was not paused." in flash(shop, "resume")
     assert numbers(shop.until_noted(20)) == list(range(1, 21))
     assert second.log.read_text().count("Paused since") == 1
@@ -133,7 +133,7 @@ def test_what_cannot_be_paused(shop):
     assert renamed.returncode == 2
     assert "is no handler of this app any more" in renamed.stderr
     renamed = shop.run("flash", "resume", "each", SHOP_BATCH="only")
-    assert "shop.each is forgotten, for it is no handler any more" in renamed.stdout
+    assert "shop.each is no longer a handler; its pause is forgotten" in renamed.stdout
     assert status(shop)["paused_handlers"] == []
     flash(shop, "pause", "each")
     since = status(shop)["paused_handlers"][0]["since"]

@@ -86,7 +86,7 @@ def test_tail_follows_a_source(shops, billing):
     assert "insert billing:public.items id=1 @" in tail.log.read_text()
     elsewhere = shops.run("flash", "tail", "billing:items")
     assert elsewhere.returncode == 2
-    refused(elsewhere, "billing:items is of another source; say --source billing")
+    refused(elsewhere, "billing:items belongs to another source; use --source billing")
 
 
 NOT_THERE = {

@@ -74,7 +74,7 @@ def test_what_waits_what_runs_and_what_has_failed(any_shop, twin, monkeypatch):
                 wait_for(app, timeout=0)
             client.delete("unacked")
         with monkeypatch.context() as patch:
-            patch.setattr(pending_changes, "_LONG", 2)
+            patch.setattr(pending_changes, "_LONG_QUEUE", 2)
             with pytest.raises(NotDone, match=r"3 messages are in the queue flash, the first for"):
                 wait_for(app, timeout=0)
     before = shop.database.one("SELECT pg_current_wal_insert_lsn()::text")

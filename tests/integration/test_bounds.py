@@ -173,8 +173,9 @@ def test_what_rabbitmq_takes_no_message_of_stops_nobody(flash, small, options):
     assert [change.new["id"] for change in rest] == [50, 7, *large]
     assert (rest[1].new["note"], rest[1].new["other"]) == (UNCHANGED, "y" * 1000)
     with flash.database.connect() as connection:
-        wanted = replay.span(connection, settings, before, None)
-        replay.enqueue(flash.app, connection, settings, subscriptions, "handler", wanted)
+        at = Source(connection, settings)
+        wanted = replay.parse_span(at, before, None)
+        replay.enqueue_changes(flash.app, at, subscriptions, "handler", wanted)
     again = [change for body in received(small, "flash") for change in letters.changes_in(body)]
     assert dict.fromkeys(change.id for change in again) == dict.fromkeys(c.id for c in changes)
     assert len(received(small, "flash.dead")) == len(found)

@@ -4,7 +4,8 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from flash_celery.commands import replay, reset
+from flash_celery.commands import replay
+from flash_celery.commands.reset import plan_reset, run_reset
 from flash_celery.errors import ConfigurationError
 from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.postgres.source import Source
@@ -24,7 +25,7 @@ def flash(flash):
 
 def span(flash, since, until=None):
     with flash.database.connect() as connection:
-        return replay.span(connection, Settings.from_app(flash.app), since, until)
+        return replay.parse_span(Source(connection, Settings.from_app(flash.app)), since, until)
 
 
 def levels(flash, **conf):
@@ -49,7 +50,7 @@ def restart(flash, **conf):
 
 def test_what_is_not_held_cannot_be_replayed(flash):
     flash.start()
-    with pytest.raises(ConfigurationError, match="Nothing that was read is held"):
+    with pytest.raises(ConfigurationError, match="No past changes are retained"):
         span(flash, "0/1")
     assert levels(flash) == []
     before = datetime.now(timezone.utc)
@@ -71,13 +72,14 @@ def test_what_is_not_held_cannot_be_replayed(flash):
     wanted = span(flash, now)
     settings, subscriptions = Settings.from_app(flash.app), subscriptions_of(flash.app)
     with flash.database.connect() as connection:
-        replay.read(connection, settings, subscriptions, "handler", wanted, count)
+        at = Source(connection, settings)
+        replay.read_changes(at, subscriptions, "handler", wanted, count)
     assert (count.changes, count.transactions) == (2, 2)
     assert count.first.commit_lsn < count.last.commit_lsn < wanted.end
     assert levels(flash, flash_replay_window=0) == [WARNING]
     restart(flash, flash_replay_window=0)
     flash.wait(lambda: flash.database.one(SLOTS) == 1)
-    with pytest.raises(ConfigurationError, match="Nothing that was read is held"):
+    with pytest.raises(ConfigurationError, match="No past changes are retained"):
         span(flash, now)
 
 
@@ -96,9 +98,9 @@ def test_it_follows_and_goes_with_a_reset(flash):
     flash.stop()
     flash.wait(lambda: flash.database.one(flash.slot("active_pid")) is None)
     with flash.database.connect() as connection:
-        undo = reset.plan(connection, settings, settings.flash_replication_slot)
-        assert any("nothing can be replayed then" in line for line in undo.lines())
-        reset.run(connection, undo, force=False)
+        undo = plan_reset(Source(connection, settings), settings.flash_replication_slot)
+        assert any("past changes can no longer be replayed" in line for line in undo.lines())
+        run_reset(undo, force=False)
     assert flash.database.one(SLOTS) == 0
 
 
@@ -118,7 +120,8 @@ def test_it_moves_however_often_the_worker_is_restarted(flash):
         assert replay_slot._next(Source(connection, settings)) == then
         flash.stop()
         an_hour_ago = then._replace(time=then.time - timedelta(hours=1))
-        replay_slot._note(Source(connection, settings), before, an_hour_ago)
+        at = Source(connection, settings)
+        replay_slot._note(at, before, an_hour_ago)
         restart(flash)
         flash.wait(lambda: oldest(flash) == an_hour_ago)
         assert then.lsn < replay_slot._next(Source(connection, settings)).lsn
@@ -151,9 +154,10 @@ def test_what_was_held_when_it_was_looked_for_and_is_no_more(flash):
     wanted = span(flash, str(before.lsn))
     settings, subscriptions = Settings.from_app(flash.app), subscriptions_of(flash.app)
     with flash.database.connect() as connection:
-        replay_slot._note(Source(connection, settings), before._replace(lsn=wanted.end))
-        with pytest.raises(ConfigurationError, match="is before what is held"):
-            replay.read(connection, settings, subscriptions, "handler", wanted, replay.Count())
+        at = Source(connection, settings)
+        replay_slot._note(at, before._replace(lsn=wanted.end))
+        with pytest.raises(ConfigurationError, match="are no longer retained"):
+            replay.read_changes(at, subscriptions, "handler", wanted, replay.Count())
 
 
 def test_somebody_elses_slot_is_left_alone(flash):
@@ -175,7 +179,7 @@ def test_one_that_was_being_made_is_made_anew(flash):
     mark = oldest(flash)
     with flash.database.connect() as connection:
         replay_slot._note(Source(connection, settings), mark._replace(lsn=replay_slot._UNKNOWN))
-    with pytest.raises(ConfigurationError, match="Nothing that was read is held"):
+    with pytest.raises(ConfigurationError, match="No past changes are retained"):
         span(flash, str(mark.lsn))
     assert levels(flash) == [WARNING]
     flash.do("INSERT INTO items VALUES (1, 'a')")

@@ -8,7 +8,7 @@ import psycopg
 import pytest
 
 from flash_celery.changes.change import Operation
-from flash_celery.commands import reset
+from flash_celery.commands.reset import plan_reset, run_reset
 from flash_celery.conditions import lookups
 from flash_celery.errors import (
     CatalogError,
@@ -157,7 +157,7 @@ def test_writes_work_after_every_statement_of_set_up_change_and_reset(
     assert identities(tables) == {**before, **kept}
     killed(EVERYTHING)
     for _ in range(200):
-        undo = reset.plan(connection, SETTINGS, "flash_setup")
+        undo = plan_reset(Source(connection, SETTINGS), "flash_setup")
         if undo.empty:
             break
         ddl.apply(connection, undo.steps[:1])
@@ -208,8 +208,8 @@ def test_full_is_set_only_where_it_is_needed(tables, connection):
 def test_an_identity_is_not_restored_where_another_publication_needs_it(tables, connection):
     ddl.apply(connection, plan(connection, [subscription("plain")]))
     tables.execute("CREATE PUBLICATION theirs FOR TABLE plain")
-    undo = reset.plan(connection, SETTINGS, "flash_setup")
-    reset.run(connection, undo, force=False)
+    undo = plan_reset(Source(connection, SETTINGS), "flash_setup")
+    run_reset(undo, force=False)
     assert identities(tables)["plain"] == "f"
     write_everywhere(tables)
 
@@ -217,7 +217,7 @@ def test_an_identity_is_not_restored_where_another_publication_needs_it(tables, 
 def test_an_identity_that_somebody_changed_since_is_left_alone(tables, connection):
     ddl.apply(connection, plan(connection, [subscription("orders", where=WHERE)]))
     tables.execute("ALTER TABLE orders REPLICA IDENTITY NOTHING; ")
-    reset.run(connection, reset.plan(connection, SETTINGS, "flash_setup"), force=False)
+    run_reset(plan_reset(Source(connection, SETTINGS), "flash_setup"), force=False)
     assert identities(tables)["orders"] == "n"
 
 
@@ -225,7 +225,7 @@ def test_other_prefixes_are_left_alone(tables, connection):
     other = Settings(flash_publication_slot_prefix="flash_publication_b")
     ddl.apply(connection, plan(connection, [subscription("orders")], other))
     ddl.apply(connection, plan(connection, [subscription("orders")]))
-    reset.run(connection, reset.plan(connection, SETTINGS, "flash_setup"), force=False)
+    run_reset(plan_reset(Source(connection, SETTINGS), "flash_setup"), force=False)
     assert publications.read(Source(connection, SETTINGS)).publications == {}
     assert len(publications.read(Source(connection, other)).publications) == 4
 
@@ -387,7 +387,7 @@ def test_a_slot_of_another_database_is_refused_and_not_reset(tables, connection,
             ):
                 plan(connection, [subscription("orders")])
             with pytest.raises(CatalogError, match="not flash-celery's"):
-                reset.plan(connection, SETTINGS, "flash_setup")
+                plan_reset(Source(connection, SETTINGS), "flash_setup")
         finally:
             elsewhere.execute("SELECT pg_drop_replication_slot('flash_setup')")
 

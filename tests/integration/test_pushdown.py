@@ -154,8 +154,9 @@ def explained(flash, **conf):
     flash.app.finalize()
     settings, subscriptions = Settings.from_app(flash.app), subscriptions_of(flash.app)
     with connect(flash.database.dsn) as connection:
-        report = preflight.examine(Source(connection, settings), subscriptions)
-        return list(explain_tables(connection, settings, subscriptions, report))
+        source = Source(connection, settings)
+        report = preflight.examine(source, subscriptions)
+        return list(explain_tables(source, subscriptions, report))
 
 
 def test_doctor_explains_who_leaves_out_what(flash):

@@ -2,7 +2,7 @@
 
 import threading
 
-from flash_celery.commands.tail import tail
+from flash_celery.commands.tail import follow
 from flash_celery.table_name import TableName
 from flash_celery.worker.control import Control
 
@@ -20,7 +20,7 @@ class Tail(threading.Thread):
 
     def run(self):
         try:
-            tail(self.dsn, [TableName("public", "items")], self.show, self.ready.set, Control())
+            follow(self.dsn, [TableName("public", "items")], self.show, self.ready.set, Control())
         except Exception as error:
             self.error = error
             self.ready.set()

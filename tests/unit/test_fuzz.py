@@ -21,8 +21,7 @@ from flash_celery.changes import payload
 from flash_celery.changes.change import Change, LogicalMessage
 from flash_celery.changes.payload import TRUNCATED, Delivery, decode, encode, message_row
 from flash_celery.changes.rows import Column, Table, Transaction
-from flash_celery.cli.letters import changes, table, whole
-from flash_celery.commands.tail import line
+from flash_celery.cli.dead_letters import as_table, as_text, change_lines
 from flash_celery.conditions import lookups
 from flash_celery.dead_letters import letters
 from flash_celery.errors import PayloadError, ProtocolError
@@ -225,9 +224,9 @@ def test_a_mutated_dead_letter_is_shown_or_passed_over(sealed, data):
     value = data.draw(mutated(sealed))
     with suppress(PayloadError):
         found = letters.decode(json.dumps(value))
-        assert table([found])
-        assert whole(found, line)
-        assert changes(found, line)
+        assert as_table([found])
+        assert as_text(found)
+        assert change_lines(found)
 
 
 @many

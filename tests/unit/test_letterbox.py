@@ -144,7 +144,7 @@ def test_commands(app, box, bury, run):
     for arguments, sentence in (
         (["show", "01234567"], "01234567 may be any of 0123456789, 0123456789-0"),
         (["retry", "9"], "There is no dead letter 9"),
-        (["drop"], "Say which"),
+        (["drop"], "Select dead letters by"),
         (["list", "--older", "soon"], "'soon' is not an age"),
     ):
         ended = run(*arguments)
@@ -153,7 +153,7 @@ def test_commands(app, box, bury, run):
 
     assert run("drop", "0123456789", answer="n\n").exit_code == 1
     assert ids(box) == ["0123456789", "0123456789-0", "abcdefghij"]
-    assert "1 thrown away." in run("drop", "0123456789", answer="y\n").output
+    assert "1 deleted." in run("drop", "0123456789", answer="y\n").output
     assert ids(box) == ["0123456789-0", "abcdefghij"]
     assert run("retry", "--all", "--split").output == "2 sent back to their handlers.\n"
     assert ids(box) == []

@@ -65,7 +65,7 @@ def test_doctor_warns_of_a_spool_in_memory():
         pytest.skip("there is no tmpfs at /dev/shm")
     ((level, message),) = found(flash_use_streaming=True, flash_spool_directory="/dev/shm")
     assert level == "warning"
-    assert "/dev/shm is memory (tmpfs)" in message
+    assert "/dev/shm is in memory (tmpfs)" in message
     assert "flash_spool_directory" in message
     assert found(flash_spool_directory="/dev/shm") == []
 
