@@ -62,7 +62,9 @@ def test_a_default_type_is_not_that_of_the_handlers_queues(project, rabbit):
     app = project(**QUORUM)
     queues, warned = examine(app)
     assert queues == "ok       queues: flash"
-    assert warned.startswith("warning  queue type: classic: flash; task_default_queue_type is of ")
+    assert warned.startswith(
+        "warning  queue type: classic: flash; task_default_queue_type applies to"
+    )
     declare(app)
     others = {"flash.dead": "quorum", "flash.paused.shop.handle": "quorum"}
     assert kinds(rabbit) == {"flash": "classic", **others}
@@ -86,7 +88,7 @@ def test_the_type_of_missing_queues_is_that_of_dead_letters_too(project, rabbit)
 def test_a_queue_that_is_there_with_other_arguments(project):
     declare(project())
     _, other = examine(project(**MISSING_TOO))
-    assert other.startswith("warning  queue: flash is there with other arguments")
+    assert other.startswith("warning  queue: flash exists with other arguments")
     assert "inequivalent arg 'x-queue-type' for queue 'flash'" in other
     assert examine(project()) == ["ok       queues: flash"]
 
@@ -103,7 +105,7 @@ def test_a_queue_that_is_there_with_other_arguments(project):
 )
 def test_a_queue_that_forgets(project, options, said):
     _, warned = examine(project(task_queues=[Queue("flash", **options)]))
-    assert warned.startswith(f"warning  queue: flash throws away what waits in it ({said})")
+    assert warned.startswith(f"warning  queue: flash discards waiting messages ({said})")
 
 
 def test_a_queue_that_refuses_what_it_has_no_room_for_forgets_nothing(project):
