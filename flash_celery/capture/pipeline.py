@@ -7,7 +7,7 @@ which `Sink` takes the deliveries.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from ..handlers.subscriptions import Subscription
 from ..protocol import frames
@@ -53,22 +53,28 @@ class Pipeline:
 
     @property
     def pending(self) -> bool:
-        """Whether there is something to `advance` through."""
+        """Whether something has arrived that `deliver` has not delivered."""
         return bool(self._arrived) or self.transactions.replaying
 
-    def advance(self) -> Lsn | None:
-        """Deliver the next run of messages.
+    def deliver(self) -> Iterator[Lsn | None]:
+        """Deliver what has arrived, one run of messages each time the iterator is advanced.
 
-        Returns the position up to which everything has been delivered, if this run moved it.
-        Raises `IndexError` unless `pending`, and `ProtocolError` for what is not pgoutput.
+        Yields the position up to which everything has been delivered, if the run moved it. The
+        caller may stop after any run; the next call goes on from there. Raises `ProtocolError` for
+        what is not pgoutput.
         """
-        transactions = self.transactions
-        if transactions.replaying:
-            return transactions.replay()
-        kind, run = self._arrived.popleft()
-        if kind[0] == frames.KEEPALIVE:
-            return self._keepalive(run)
-        return transactions.receive(kind, run)
+        arrived, transactions = self._arrived, self.transactions
+        while True:
+            if transactions.replaying:
+                yield transactions.replay()
+            elif arrived:
+                kind, run = arrived.popleft()
+                if kind[0] == frames.KEEPALIVE:
+                    yield self._keepalive(run)
+                else:
+                    yield transactions.receive(kind, run)
+            else:
+                return
 
     def close(self) -> None:
         """Close the spools of open transactions; the server will send them again."""

@@ -240,8 +240,7 @@ def _follow(
             stream.send_status(stream.received, stream.received, stream.received, reply=True)
         select.select([stream], [], [], _STATUS_SECONDS)
         pipeline.feed(stream.receive())
-        while pipeline.pending:
-            pipeline.advance()
+        for _ in pipeline.deliver():
             if after_run is not None:
                 after_run()
 

@@ -138,8 +138,7 @@ def _read(
     while not control.stopping:
         select.select(sockets, [], [], _STATUS_SECONDS)
         pipeline.feed(stream.receive())
-        while pipeline.pending:
-            pipeline.advance()
+        for _ in pipeline.deliver():
             for change in sink.changes:
                 if not show(change):
                     return

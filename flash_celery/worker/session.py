@@ -210,10 +210,13 @@ class Session:
         pipeline, batcher = self._pipeline, self._batcher
         pipeline.reply_requested = False
         deadline = time.monotonic() + _WORK_SECONDS
-        while pipeline.pending and batcher.size < _BATCH_BYTES and time.monotonic() < deadline:
-            position = pipeline.advance()
+        for position in pipeline.deliver():
             if position is not None:
                 batcher.commit(position)
+            if batcher.size >= _BATCH_BYTES or time.monotonic() >= deadline:
+                break
+            if batcher.size >= _UNIT_BYTES or time.monotonic() >= ends:
+                break
         return pipeline.reply_requested
 
     def _hand_over(self, everything: bool = False) -> None:
