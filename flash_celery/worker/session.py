@@ -215,8 +215,6 @@ class Session:
                 batcher.commit(position)
             if batcher.size >= _BATCH_BYTES or time.monotonic() >= deadline:
                 break
-            if batcher.size >= _UNIT_BYTES or time.monotonic() >= ends:
-                break
         return pipeline.reply_requested
 
     def _hand_over(self, everything: bool = False) -> None:
