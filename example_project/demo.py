@@ -1,7 +1,7 @@
-"""`make demo`: changes becoming tasks, on servers of its own that leave nothing behind.
+"""`make demo`: watch changes become tasks, on temporary servers that leave nothing behind.
 
-It serves a page to change orders on, and shows which handlers are told. With --once it ends by
-itself, without the page: 0 if every expected handler was told, else 1.
+Serves a page on which you change orders, and prints the handlers that run. With --once it serves no
+page and ends by itself, with exit code 0 if every expected handler has run and 1 otherwise.
 """
 
 import argparse
@@ -24,32 +24,36 @@ from rich.markup import escape
 from example_project.servers import Postgres, Valkey, end_with_parent, free_port, wait_until
 
 HERE = Path(__file__).parent
-PATIENCE = 60
+#: Seconds to wait for the handlers of a step.
+TIMEOUT = 60
 console = Console(highlight=False, soft_wrap=True)
 
 
-class Told:
-    """What handlers are told, as it comes (`shop.activity`)."""
+class HandlerEvents:
+    """The events of handlers that start, as `shop.activity` records them."""
 
     def __init__(self):
         from shop import activity
 
-        self.coming = activity.events(activity.newest(), patience=0.5)
+        self.activity = activity.events(activity.newest(), heartbeat=0.5)
 
-    def events(self, patience=float("inf")):
-        """Handlers that start, for so many seconds."""
-        deadline = time.monotonic() + patience
-        for _, said in self.coming:
-            event = json.loads(said or "{}")
+    def events(self, timeout=float("inf")):
+        """Yield the events of the next `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        for _, text in self.activity:
+            event = json.loads(text or "{}")
             if event.get("kind") == "start":
                 yield event
             if time.monotonic() > deadline:
                 return
 
     def wait_for(self, expected):
-        """Show what handlers are told until each (handler, operation, table) has been seen."""
+        """Print events until each expected (handler, operation, table) has occurred.
+
+        Return False if some have not occurred in time.
+        """
         missing = Counter(expected)
-        for event in self.events(PATIENCE):
+        for event in self.events(TIMEOUT):
             show(event)
             for change in event["changes"]:
                 missing[event["handler"], change["operation"], change["table"]] -= 1
@@ -62,9 +66,9 @@ class Told:
 
 def show(event):
     for change in event["changes"]:
-        what = f"{change['operation']} {change['table']} {change['key']}{change['changed']}"
+        text = f"{change['operation']} {change['table']} {change['key']}{change['changed']}"
         console.print(
-            f"   [green]{event['handler']:<16}[/] {escape(what):<52} "
+            f"   [green]{event['handler']:<16}[/] {escape(text):<52} "
             f"[cyan]{event['milliseconds']:6.1f} ms[/] after the commit"
         )
 
@@ -117,20 +121,20 @@ def change_with_raw_sql():
 STEPS = [
     ("ORM", ": a customer orders two products, in one transaction", order_through_the_orm),
     ("Bulk update", " (no Django signal): every open order is paid", pay_with_a_bulk_update),
-    ("Raw SQL", ": prices and names change, an order line goes", change_with_raw_sql),
+    ("Raw SQL", ": prices and names change, an order line is deleted", change_with_raw_sql),
 ]
 
 
 @contextmanager
 def process(name, *command, folder):
-    """A child that ends before its servers do, and never outlives us."""
+    """Run a child process that ends before its servers do, and never outlives this process."""
     with (folder / f"{name}.log").open("w") as log:
         child = subprocess.Popen(
             [sys.executable, *command],
             cwd=HERE,
             stdout=log,
             stderr=log,
-            start_new_session=True,  # Ctrl-C is for us
+            start_new_session=True,  # Ctrl-C must reach this process only
             preexec_fn=end_with_parent(signal.SIGTERM),
         )
     try:
@@ -145,7 +149,7 @@ def process(name, *command, folder):
 
 
 def start(stack, port):
-    """Everything; what is read from the replication worker, and from the Celery worker."""
+    """Start the servers and the shop's processes; return PostgreSQL and the processes."""
     postgres = stack.enter_context(Postgres())
     valkey = stack.enter_context(Valkey())
     psql = "psql" if shutil.which("psql") else postgres.binaries / "psql"
@@ -180,9 +184,9 @@ def run(once, port):
     with ExitStack() as stack:
         started = time.monotonic()
         postgres, children = start(stack, port)
-        told = Told()
+        events = HandlerEvents()
         console.print(f"Ready after {time.monotonic() - started:.1f} s.\n")
-        complete = all(take(step, told, once) for step in STEPS)
+        complete = all(run_step(step, events, once) for step in STEPS)
         if not complete:
             for name in children:
                 console.print((postgres.folder / f"{name}.log").read_text()[-3000:], markup=False)
@@ -192,24 +196,24 @@ def run(once, port):
         if complete and not once:
             console.print(
                 f"\n[bold]Now you:[/] open http://127.0.0.1:{port}/, or change rows with\n"
-                f"{os.environ['SHOP_PSQL']}\nand see here what handlers are told. "
+                f"{os.environ['SHOP_PSQL']}\nThe handlers that run are printed here. "
                 "Ctrl-C ends everything."
             )
-            for event in told.events():
+            for event in events.events():
                 show(event)
         close_connections()
         return 0 if complete else 1
 
 
-def take(step, told, once):
-    """Show a step and what handlers are told of it; whether that was all."""
+def run_step(step, events, once):
+    """Make the changes of a step; return whether all its handlers have run."""
     from shop import activity
 
     origin, title, change = step
     console.print(f"[bold]{origin}{title}[/]")
     with activity.written_by(origin):
         expected = change()
-    complete = told.wait_for(expected)
+    complete = events.wait_for(expected)
     time.sleep(0 if once else 1)
     console.print()
     return complete
@@ -252,20 +256,20 @@ def await_slot(replicate, postgres):
 
 
 def chosen_port(parser, port):
-    """The port of the page, before anything is started for it."""
+    """Return the port of the page, or end the program if it is in use."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except (OSError, OverflowError):
-            parser.error(f"port {port} cannot be listened on; choose another one, or give none")
+            parser.error(f"port {port} is not available; choose another one, or omit --port")
     return port
 
 
 def main():
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
-    parser.add_argument("--once", action="store_true", help="end when everything was handled")
-    parser.add_argument("--port", type=int, help="where the page is served; any free one")
+    parser.add_argument("--once", action="store_true", help="end when every change is handled")
+    parser.add_argument("--port", type=int, help="port of the page; default: a free one")
     arguments = parser.parse_args()
     port = None if arguments.once else chosen_port(parser, arguments.port or free_port())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

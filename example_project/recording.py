@@ -1,6 +1,7 @@
-"""`make recording`: the demo's page as the README shows it, filmed from a run of `make demo`.
+"""`make recording`: film the demo's page for the README, from a run of `make demo`.
 
-It writes docs/images/demo-light.png, demo-dark.png and demo.gif; times are those of the run.
+Writes docs/images/demo-light.png, demo-dark.png and demo.gif. The times in them are those of the
+run.
 """
 
 import base64
@@ -26,7 +27,7 @@ COLOURS = 64
 HUES = ("orm", "bulk", "sql", "outside", "handler", "green")
 HUE = "return getComputedStyle(document.documentElement).getPropertyValue(arguments[0]).trim()"
 
-# What a visitor has and a page does not: a pointer, and a terminal with psql in it.
+# Adds a mouse pointer and a terminal with psql to the page.
 STAGE = """
 const pointer = document.createElementNS("http://www.w3.org/2000/svg", "svg");
 pointer.id = "pointer";
@@ -58,7 +59,7 @@ TYPE = "terminal.style.visibility = 'visible'; terminal.textContent = arguments[
 
 @contextmanager
 def demo():
-    """The address of the page and of the database, once the demo waits for its visitor."""
+    """Run the demo; return the addresses of its page and its database once both are ready."""
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "example_project.demo", "--port", str(port)],
@@ -67,20 +68,20 @@ def demo():
         text=True,
         preexec_fn=end_with_parent(signal.SIGINT),
     )
-    said = ""
+    output = ""
     for line in process.stdout:
-        said += line
+        output += line
         if "Now you:" in line:
             break
     try:
-        yield f"http://127.0.0.1:{port}", re.search(r"PostgreSQL +(\S+)", said).group(1)
+        yield f"http://127.0.0.1:{port}", re.search(r"PostgreSQL +(\S+)", output).group(1)
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
 
 
 class Film:
-    """Frames of a browser's window with the times at which they were taken."""
+    """A sequence of pictures of a browser's window, with their times."""
 
     def __init__(self, driver):
         self.driver = driver
@@ -98,28 +99,28 @@ class Film:
         self.roll(seconds)
 
     def psql(self, dsn, statement, seconds):
-        """A statement typed in psql, and what psql says."""
+        """Type a statement in the terminal, run it with psql, and show psql's output."""
         prompt = "$ psql\nshop=# "
         for length in range(0, len(statement) + 1, 5):
             self.driver.execute_script(TYPE, prompt + statement[:length] + "▏")
             self.roll(0.05)
         command = ["psql", "--no-psqlrc", dsn, "-c", statement]
-        said = subprocess.run(
+        output = subprocess.run(
             command, capture_output=True, text=True, check=True, timeout=120
         ).stdout
-        self.driver.execute_script(TYPE, f"{prompt}{statement}\n{said}shop=# ▏")
+        self.driver.execute_script(TYPE, f"{prompt}{statement}\n{output}shop=# ▏")
         self.roll(seconds)
 
     def save(self, path):
-        """As a GIF with one palette; a frame stands as long as it did."""
+        """Save the pictures as a GIF with one palette and the real durations."""
         images = [Image.open(io.BytesIO(data)).convert("RGB") for _, data in self.frames]
         sample = Image.new("RGB", (WIDTH, HEIGHT * 4))
-        for place in range(4):
-            sample.paste(images[(place + 1) * len(images) // 4 - 1], (0, place * HEIGHT))
-        # The rarest colours say the most: each has a share of the sample.
+        for quarter in range(4):
+            sample.paste(images[(quarter + 1) * len(images) // 4 - 1], (0, quarter * HEIGHT))
+        # Rare colours matter most, so each gets a share of the sample.
         hues = [self.driver.execute_script(HUE, f"--{name}") for name in HUES]
-        for place, hue in enumerate([*hues, "#ffd84d", "#ffffff"]):
-            sample.paste(ImageColor.getrgb(hue), (0, 50 * place, WIDTH // 2, 50 * place + 50))
+        for row, hue in enumerate([*hues, "#ffd84d", "#ffffff"]):
+            sample.paste(ImageColor.getrgb(hue), (0, 50 * row, WIDTH // 2, 50 * row + 50))
         palette = sample.quantize(COLOURS, dither=Image.Dither.NONE)
         frames = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
         times = [taken for taken, _ in self.frames]

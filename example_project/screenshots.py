@@ -1,7 +1,7 @@
-"""`make screenshots`: the pictures of the status page in docs/, from a real run of some minutes.
+"""`make screenshots`: take the pictures of the status page in docs/ from a real run of 5 minutes.
 
-The shop's replication worker and a Celery worker, orders and price changes, a bulk update now and
-then, a broker that is away for a while, and a handler that fails.
+The run has a replication worker and a Celery worker of the shop, orders and price changes, bulk
+updates, a broker that is down for a while, and a handler that fails.
 """
 
 import base64
@@ -20,7 +20,7 @@ from example_project.servers import Postgres, Valkey, free_port, wait_until
 from tests.browser import browser, picture, show
 
 IMAGES = HERE.parent / "docs" / "images"
-#: Name, width, height, dark, pixels to a pixel.
+#: Name, width, height, dark, and device pixels for each pixel.
 PICTURES = [
     ("status-light", 1120, 1580, False, 1.0),
     ("status-dark", 1120, 1580, True, 1.0),
@@ -29,31 +29,31 @@ PICTURES = [
 MINUTES = float(os.environ.get("MINUTES", 5.5))
 
 
-def write(connection, chosen, started):
-    """Some of what a shop does, more of it at some times than at others."""
+def write(connection, rng, started):
+    """Write some orders; the rate rises and falls."""
     phase = (time.monotonic() - started) / 60
     busy = 0.4 + 1.6 * abs((phase * 1.3) % 2 - 1)
-    for _ in range(int(chosen.expovariate(1 / busy)) + 1):
-        customer = chosen.randrange(1, 200)
+    for _ in range(int(rng.expovariate(1 / busy)) + 1):
+        customer = rng.randrange(1, 200)
         (order,) = connection.execute(
             "INSERT INTO shop_order (customer_id, status, total) VALUES (%s, 'open', 0) "
             "RETURNING id",
             [customer],
         ).fetchone()
-        for _ in range(chosen.randrange(1, 4)):
+        for _ in range(rng.randrange(1, 4)):
             connection.execute(
                 "INSERT INTO shop_orderline (order_id, product_id, quantity, price) "
                 "VALUES (%s, %s, %s, %s)",
-                [order, chosen.randrange(1, 300), chosen.randrange(1, 5), 4],
+                [order, rng.randrange(1, 300), rng.randrange(1, 5), 4],
             )
-        if chosen.random() < 0.6:
+        if rng.random() < 0.6:
             connection.execute("UPDATE shop_order SET status = 'paid' WHERE id = %s", [order])
-    if chosen.random() < 0.01:
+    if rng.random() < 0.01:
         connection.execute("UPDATE shop_product SET price = price * 1.01, name = name || ''")
 
 
 def fail(connection, number):
-    """An order whose customer is gone when its receipt is written."""
+    """Write a paid order and delete its customer, so that `send_receipt` fails."""
     for statement in (
         "INSERT INTO shop_customer (id, name, email) VALUES (%s, 'Eve', 'eve@example.com')",
         "INSERT INTO shop_order (customer_id, status, total) VALUES (%s, 'paid', 12)",
@@ -97,28 +97,30 @@ def run():
         wait_until(lambda: "Replicating the slot" in log.read_text(), "the slot to be read")
         connection = stack.enter_context(psycopg.connect(postgres.dsn(), autocommit=True))
         prepare(connection)
-        chosen, started, away, failures = random.Random(7), time.monotonic(), False, [0.05, 0.15]
+        rng, started = random.Random(7), time.monotonic()
+        broker_was_down = False
+        failures = [0.05, 0.15]
         while (passed := time.monotonic() - started) < 60 * MINUTES:
-            write(connection, chosen, started)
-            time.sleep(chosen.expovariate(4))
+            write(connection, rng, started)
+            time.sleep(rng.expovariate(4))
             if failures and passed > 60 * MINUTES * failures[0]:
                 failures.pop(0)
                 fail(connection, 1000 + len(failures))
-            if not away and passed > 60 * MINUTES * 0.55:
-                away = True
+            if not broker_was_down and passed > 60 * MINUTES * 0.55:
+                broker_was_down = True
                 valkey.stop()
                 until = time.monotonic() + 14
                 while time.monotonic() < until:
-                    write(connection, chosen, started)
+                    write(connection, rng, started)
                     time.sleep(0.2)
                 valkey.start()
         with browser() as driver:
             for name, width, height, dark, scale in PICTURES:
                 show(driver, f"http://{address}/", width, height, dark, scale)
-                taken = Image.open(io.BytesIO(base64.b64decode(picture(driver, width > 600))))
+                image = Image.open(io.BytesIO(base64.b64decode(picture(driver, width > 600))))
                 file = IMAGES / f"{name}.png"
-                paint = taken.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
-                paint.save(file, optimize=True)
+                reduced = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+                reduced.save(file, optimize=True)
                 print(f"{file.relative_to(HERE.parent)}: {file.stat().st_size // 1024} kB")
 
 

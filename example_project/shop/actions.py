@@ -1,4 +1,4 @@
-"""What the buttons of the page do to the shop's data: each in a way people change data."""
+"""The actions of the page's buttons; together they show all ways to change data."""
 
 from decimal import Decimal
 
@@ -10,7 +10,7 @@ from .models import Customer, Order, OrderLine, Product
 CUSTOMERS = ("Ada", "Grace", "Alan", "Edsger", "Barbara")
 PRODUCTS = (("Tea", "4.50"), ("Cup", "9.00"), ("Pot", "24.00"), ("Honey", "6.20"))
 
-#: Raw SQL that the page offers, by name: what it shows people, and the statement.
+#: The raw SQL that the page offers, by name: the button's label and the statement.
 SQL = {
     "prices": (
         "Raise prices",
@@ -30,19 +30,19 @@ SQL = {
 
 @transaction.atomic
 def add():
-    """A customer orders two products."""
+    """Add an order of two products."""
     number = Order.objects.count()
     name = CUSTOMERS[number % len(CUSTOMERS)]
     customer, _ = Customer.objects.get_or_create(
         name=name, defaults={"email": f"{name.lower()}@example.com"}
     )
     order = Order.objects.create(customer=customer)
-    for place in (number, number + 1):
-        name, price = PRODUCTS[place % len(PRODUCTS)]
+    for position in (number, number + 1):
+        name, price = PRODUCTS[position % len(PRODUCTS)]
         product = Product.objects.filter(name__startswith=name).first()
         product = product or Product.objects.create(name=name, price=Decimal(price))
         OrderLine.objects.create(
-            order=order, product=product, quantity=1 + place % 2, price=product.price
+            order=order, product=product, quantity=1 + position % 2, price=product.price
         )
 
 
@@ -53,7 +53,7 @@ def pay(order):
 
 
 def delete(order):
-    """The order and, by Django's cascade, its lines."""
+    """Delete an order and, by Django's cascade, its lines."""
     get_object_or_404(Order, pk=order).delete()
 
 
@@ -73,7 +73,7 @@ def less(line):
 
 
 def pay_all():
-    """Without `save`, so no signal of Django's tells of it."""
+    """Pay all open orders without `save()`, so that Django sends no signal."""
     Order.objects.filter(status="open").update(status="paid")
 
 

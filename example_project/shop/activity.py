@@ -1,7 +1,7 @@
-"""What the shop does, as it happens: the commits it makes and the handlers that are told of them.
+"""Record the shop's activity as it happens: its commits, and the handlers that run for them.
 
-The web page and the demo watch it. It is kept in a short Redis stream, so that whoever comes
-late, or comes back, can read on from where they were.
+The web page and the demo read it. The events are in a short Redis stream, so that a reader that
+reconnects continues where it stopped.
 """
 
 import json
@@ -17,93 +17,96 @@ from django.db import connection, transaction
 from flash_celery import UNCHANGED, Change, Changes, Operation
 
 STREAM = "shop.activity"
-#: So many events are kept, at least, and so many of them a page that is opened shows.
-KEPT, SHOWN = 1000, 200
-#: Seconds after which a stream says that it is still there, and sees whether its reader is.
+#: The least number of events that the stream keeps.
+MAX_KEPT = 1000
+#: The number of events that a page shows when it is opened.
+MAX_SHOWN = 200
+#: Seconds without an event after which a stream sends a sign of life, and so finds a lost reader.
 HEARTBEAT = 2
 WRITES = ("INSERT", "UPDATE", "DELETE")
-# What the tasks that run in this process hold open, by the task's id.
+#: The open `written_by` blocks of tasks that run in this process, by the task's id.
 _running = {}
 
 
 @cache
 def redis():
-    """The Redis of `SHOP_CACHE_URL`, or `None`."""
+    """Return a client of the Redis of `SHOP_CACHE_URL`, or None."""
     from redis import Redis
 
     url = settings.CACHES["default"].get("LOCATION")
     return Redis.from_url(url, decode_responses=True) if url else None
 
 
-def tell(kind, **event):
-    """Add an event for whoever watches."""
+def record(kind, **fields):
+    """Add an event to the stream."""
     if redis() is not None:
-        said = json.dumps({"kind": kind, "at": time.time() * 1000, **event})
-        redis().xadd(STREAM, {"event": said}, maxlen=KEPT, approximate=True)
+        event = json.dumps({"kind": kind, "at": time.time() * 1000, **fields})
+        redis().xadd(STREAM, {"event": event}, maxlen=MAX_KEPT, approximate=True)
 
 
 def newest():
-    """The id of the last event, to read on from."""
-    found = redis().xrevrange(STREAM, count=1)
-    return found[0][0] if found else "0"
+    """Return the id of the last event."""
+    entries = redis().xrevrange(STREAM, count=1)
+    return entries[0][0] if entries else "0"
 
 
-def events(after=None, patience=HEARTBEAT):
-    """Events with their ids, for ever: those after an id, or the last ones and what follows.
+def events(after=None, heartbeat=HEARTBEAT):
+    """Yield events with their ids, forever.
 
-    `(None, None)` comes whenever there was nothing for so many seconds.
+    Begin after the event with the id `after`, or else with the last events of the stream. Yield
+    `(None, None)` after each `heartbeat` seconds without an event.
     """
     if after is None:
-        shown = redis().xrevrange(STREAM, count=SHOWN)[::-1]
-        after = shown[-1][0] if shown else "0"
-        yield from ((number, fields["event"]) for number, fields in shown)
+        entries = redis().xrevrange(STREAM, count=MAX_SHOWN)[::-1]
+        after = entries[-1][0] if entries else "0"
+        yield from ((id, fields["event"]) for id, fields in entries)
     while True:
-        # Below redis-py's own time limit for an answer.
-        found = redis().xread({STREAM: after}, block=int(patience * 1000))
-        for number, fields in found[0][1] if found else ():
-            after = number
-            yield number, fields["event"]
-        if not found:
+        # Shorter than redis-py's own timeout for an answer.
+        streams = redis().xread({STREAM: after}, block=int(heartbeat * 1000))
+        for id, fields in streams[0][1] if streams else ():
+            after = id
+            yield id, fields["event"]
+        if not streams:
             yield None, None
 
 
 @contextmanager
-def written_by(origin, **more):
-    """Tell of every transaction that commits in this block: what made it, and its statements."""
+def written_by(origin, **fields):
+    """Record each transaction that commits in this block, with its origin and its statements."""
     transactions = {}
 
-    def committed(xid):
-        tell("commit", xid=xid, origin=origin, statements=transactions.pop(xid), **more)
+    def on_commit(xid):
+        record("commit", xid=xid, origin=origin, statements=transactions.pop(xid), **fields)
 
-    def written(execute, sql, params, many, context):
+    def on_statement(execute, sql, params, many, context):
         if not sql.lstrip().upper().startswith(WRITES):
             return execute(sql, params, many, context)
-        # It joins the transaction there is, if there is one; its number is asked for in it.
+        # The statement and the query for the transaction's id must be in one transaction.
         with transaction.atomic(savepoint=False):
             result = execute(sql, params, many, context)
-            number = "SELECT pg_current_xact_id()::xid::text"
-            xid = int(connection.connection.execute(number).fetchone()[0])
+            query = "SELECT pg_current_xact_id()::xid::text"
+            xid = int(connection.connection.execute(query).fetchone()[0])
             if xid not in transactions:
                 transactions[xid] = []
-                transaction.on_commit(lambda: committed(xid), robust=True)
+                transaction.on_commit(lambda: on_commit(xid), robust=True)
             cursor = context["cursor"].cursor
-            said = sql if many else connection.ops.last_executed_query(cursor, sql, params)
-            transactions[xid].append(said)
+            statement = sql if many else connection.ops.last_executed_query(cursor, sql, params)
+            transactions[xid].append(statement)
         return result
 
-    with connection.execute_wrapper(written):
+    with connection.execute_wrapper(on_statement):
         yield
 
 
 @task_prerun.connect
-def starts(task_id, task, args, **_):
-    """Say that a handler starts, and of which changes."""
+def record_start(task_id, task, args, **_):
+    """Record that a handler starts, with its changes."""
     changes = args[0] if args and isinstance(args[0], Changes) else list(args or ())
     if not changes or not isinstance(changes[0], Change):
         return
     handler = task.name.rpartition(".")[2]
     now = datetime.now(timezone.utc)
-    tell(
+    record(
         "start",
         task=task_id,
         handler=handler,
@@ -115,11 +118,11 @@ def starts(task_id, task, args, **_):
 
 
 @task_postrun.connect
-def ends(task_id, state=None, **_):
-    """Say that a handler has ended, and how."""
+def record_end(task_id, state=None, **_):
+    """Record that a handler has ended, with the state of its task."""
     if block := _running.pop(task_id, None):
         block.__exit__(None, None, None)
-        tell("end", task=task_id, state=state)
+        record("end", task=task_id, state=state)
 
 
 def _describe(change):
@@ -138,14 +141,16 @@ def _describe(change):
 
 
 def _values(change):
-    """Column, old and new value, as text, of an update: what changed, else all that is known."""
+    """Return name, old and new value of the columns that an update has changed.
+
+    If the old row is unknown, return the new values of all columns.
+    """
     if change.operation is not Operation.UPDATE:
         return []
-    known = change.changed is not None
-    names = sorted(change.changed) if known else [name for name in change.new if name != "id"]
+    if change.changed is None:
+        return [[name, None, _text(change.new, name)] for name in change.new if name != "id"]
     return [
-        [name, _text(change.old, name) if known else None, _text(change.new, name)]
-        for name in names
+        [name, _text(change.old, name), _text(change.new, name)] for name in sorted(change.changed)
     ]
 
 

@@ -9,4 +9,4 @@ class ShopConfig(AppConfig):
 
     def ready(self):
         if settings.CACHES["default"].get("LOCATION"):
-            from . import activity  # noqa: F401 - connects itself
+            from . import activity  # noqa: F401 - connects its signal receivers

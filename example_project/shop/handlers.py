@@ -1,4 +1,4 @@
-"""What happens when the shop's data changes, whoever changes it and however."""
+"""The shop's handlers: they run whenever its data changes, no matter how."""
 
 from celery import shared_task
 from django.core.cache import cache
@@ -19,7 +19,7 @@ def forget_product(change):
 @on_change(OrderLine, "insert|update|delete", fields=["order", "quantity", "price"])
 @shared_task
 def keep_total(change):
-    """Keep an order's total. It is computed anew, so order and repetition do not matter."""
+    """Keep an order's total. It is computed from all lines, so running twice does no harm."""
     match change:
         case Insert(new):
             orders = {new["order_id"]}
@@ -29,7 +29,7 @@ def keep_total(change):
             orders = {old["order_id"], new["order_id"]}
     for order in Order.objects.filter(pk__in=orders):
         total = sum(line.quantity * line.price for line in order.lines.all())
-        # Only what differs is written: this handler's own changes come back to other handlers.
+        # Write only a total that differs: this UPDATE makes other handlers run.
         Order.objects.filter(pk=order.pk).exclude(total=total).update(total=total)
 
 
@@ -37,7 +37,7 @@ def keep_total(change):
 @on_change(Customer)
 @shared_task
 def audit(change):
-    """Write down every change once: `change.id` is the same if it is delivered again."""
+    """Record every change once: `change.id` is the same if the change is delivered again."""
     changed = change.changed
     AuditEntry.objects.get_or_create(
         change_id=change.id,
@@ -54,7 +54,7 @@ def audit(change):
 @on_change(Order, "insert", where={"status": "paid"})
 @shared_task(bind=True, max_retries=5)
 def send_receipt(self, change):
-    """Send a receipt when an order becomes paid: it comes into the condition as an `Insert`."""
+    """Send a receipt when an order becomes paid: a row that starts to match is an `Insert`."""
     order = change.new
     _, first_time = Receipt.objects.get_or_create(order_id=order["id"])
     if first_time:
@@ -66,10 +66,10 @@ def send_receipt(self, change):
 @on_change(Product, "insert|update|delete", fields=["name"], batch=100)
 @shared_task
 def index_products(changes: Changes):
-    """Bring the search index up to date, many products at a time. The last change of each wins."""
+    """Update the search index for many products at a time; the last change of each product wins."""
     latest = {change.key["id"]: change for change in changes}
-    gone = [key for key, change in latest.items() if isinstance(change, Delete)]
-    SearchEntry.objects.filter(product_id__in=gone).delete()
+    deleted = [key for key, change in latest.items() if isinstance(change, Delete)]
+    SearchEntry.objects.filter(product_id__in=deleted).delete()
     SearchEntry.objects.bulk_create(
         [
             SearchEntry(product_id=key, words=change.new["name"].lower())

@@ -1,4 +1,4 @@
-"""What the shop keeps."""
+"""The shop's tables."""
 
 from django.db import models
 
@@ -16,7 +16,7 @@ class Product(models.Model):
 class Order(models.Model):
     customer = models.ForeignKey(Customer, on_delete=models.CASCADE)
     status = models.TextField(default="open")
-    #: Kept by the handler `keep_total`.
+    #: Computed by the handler `keep_total`.
     total = models.DecimalField(max_digits=12, decimal_places=2, default=0)
 
 
@@ -28,7 +28,7 @@ class OrderLine(models.Model):
 
 
 class AuditEntry(models.Model):
-    """Who changed what: one row for each change of an order or a customer."""
+    """The audit trail: one row for each change of an order or a customer."""
 
     change_id = models.TextField()
     table = models.TextField()
@@ -42,7 +42,7 @@ class AuditEntry(models.Model):
 
 
 class Receipt(models.Model):
-    """That a receipt has gone out; an order has one."""
+    """A receipt that was sent; an order has at most one."""
 
     order_id = models.BigIntegerField(unique=True)
     sent_at = models.DateTimeField(auto_now_add=True)

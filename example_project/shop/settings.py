@@ -1,10 +1,10 @@
-"""Settings of the shop. The environment says where its servers are.
+"""Settings of the shop. Environment variables name its servers.
 
 SHOP_DATABASE_URL   PostgreSQL with wal_level=logical
 SHOP_BROKER_URL     Redis, Valkey or RabbitMQ
-SHOP_CACHE_URL      Redis or Valkey; by default the broker, if it is one
+SHOP_CACHE_URL      Redis or Valkey; by default the broker, if it is Redis or Valkey
 SHOP_SECRET_KEY     Django's secret key, outside development
-SHOP_PSQL           the command by which a visitor of the page can change rows from outside
+SHOP_PSQL           the psql command that the page shows, to change rows outside the shop
 """
 
 import os
@@ -16,9 +16,9 @@ _database = conninfo_to_dict(
 )
 _broker = os.environ.get("SHOP_BROKER_URL", "redis://127.0.0.1:6379/0")
 _cache = os.environ.get("SHOP_CACHE_URL", _broker)
-# A page shows no password.
-_shown = {name: value for name, value in _database.items() if name != "password"}
-PSQL = os.environ.get("SHOP_PSQL") or f'psql "{make_conninfo(**_shown)}"'
+# The page must not show the password.
+_without_password = {name: value for name, value in _database.items() if name != "password"}
+PSQL = os.environ.get("SHOP_PSQL") or f'psql "{make_conninfo(**_without_password)}"'
 
 SECRET_KEY = os.environ.get("SHOP_SECRET_KEY", "for development only")
 DEBUG = True

@@ -1,4 +1,4 @@
-"""The page of the shop, what its buttons do, and its events."""
+"""The URLs of the shop's page, of its buttons and of its events."""
 
 from django.urls import path
 

@@ -1,4 +1,4 @@
-"""The page of the shop: its orders, and live beside them which handlers are told of what."""
+"""The shop's page: its orders and, live, each commit with the handlers that it reached."""
 
 import re
 
@@ -10,31 +10,31 @@ from django.views.decorators.http import require_GET, require_POST
 from . import actions, activity
 from .models import AuditEntry, Order, Receipt, SearchEntry
 
-# Nothing from elsewhere, and nobody frames it.
+# Load nothing from other sites, and allow no site to frame the page.
 POLICY = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 
 
 @require_GET
 def page(request):
     orders = Order.objects.select_related("customer").prefetch_related("lines__product")
-    shown = {
+    context = {
         "orders": orders.order_by("-pk")[:20],
         "open": Order.objects.filter(status="open").count(),
         "audit": AuditEntry.objects.order_by("-pk")[:8],
         "receipts": Receipt.objects.order_by("-pk")[:8],
         "entries": SearchEntry.objects.order_by("pk")[:8],
-        "sql": [(name, *said) for name, said in actions.SQL.items()],
+        "sql": [(name, *label_and_sql) for name, label_and_sql in actions.SQL.items()],
         "live": activity.redis() is not None,
         "psql": settings.PSQL,
     }
-    answer = render(request, "shop/page.html", shown)
-    answer["Content-Security-Policy"] = POLICY
-    answer["Cache-Control"] = "no-store"
-    return answer
+    response = render(request, "shop/page.html", context)
+    response["Content-Security-Policy"] = POLICY
+    response["Cache-Control"] = "no-store"
+    return response
 
 
 def action(origin, act):
-    """A view that changes something and shows the page again."""
+    """Return a view that changes data and then shows the page again."""
 
     @require_POST
     def view(request, **arguments):
@@ -53,22 +53,22 @@ def raw_sql(name):
 
 @require_GET
 def watch(request):
-    """Server-sent events, from where the browser was (`Last-Event-ID`)."""
-    after = request.headers.get("Last-Event-ID") or request.GET.get("after", "")
-    known = after if re.fullmatch(r"\d{1,20}-\d{1,20}", after) else None
-    answer = StreamingHttpResponse(_stream(known), content_type="text/event-stream")
-    answer["Cache-Control"] = "no-store"
-    answer["X-Accel-Buffering"] = "no"
-    return answer
+    """Send events to the browser, from the last one it received (`Last-Event-ID`)."""
+    last = request.headers.get("Last-Event-ID") or request.GET.get("after", "")
+    after = last if re.fullmatch(r"\d{1,20}-\d{1,20}", last) else None
+    response = StreamingHttpResponse(_stream(after), content_type="text/event-stream")
+    response["Cache-Control"] = "no-store"
+    response["X-Accel-Buffering"] = "no"
+    return response
 
 
 def _stream(after):
-    """It ends when its reader is gone, which a write shows, or Redis is; the browser comes back."""
+    """Yield server-sent events until the browser or Redis is gone; the browser reconnects."""
     from redis import RedisError
 
     yield "retry: 1000\n\n"
     try:
-        for number, event in activity.events(after):
-            yield f"id: {number}\ndata: {event}\n\n" if number else ": still here\n\n"
+        for id, event in activity.events(after):
+            yield f"id: {id}\ndata: {event}\n\n" if id else ": still here\n\n"
     except RedisError:
         yield "event: trouble\ndata: Redis does not answer\n\n"

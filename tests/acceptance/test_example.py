@@ -91,7 +91,7 @@ def test_a_port_that_is_taken_is_said_before_anything_starts(valkey, folder):
     process = demo("--port", str(valkey.port), folder=folder)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert f"port {valkey.port} cannot be listened on; choose another one" in said
+    assert f"port {valkey.port} is not available; choose another one" in said
     assert "PostgreSQL" not in said
     assert nothing_is_left(folder)
 

@@ -262,7 +262,7 @@ def test_each_way_of_changing_rows_is_named(shop, driver):
     press(shop, driver, "#add", "ORM", "insert shop_order ")
     press(shop, driver, "#pay-all", "Bulk update", "\"status\" = 'open'", "send_receipt")
     press(shop, driver, "#sql-names", "Raw SQL", "forget_product", "index_products")
-    press(shop, driver, "#sql-nothing", "Raw SQL", "No handler asked for this change.")
+    press(shop, driver, "#sql-nothing", "Raw SQL", "No handler subscribes to this change.")
     before = shop.last_transaction()
     shop.database.execute(f"UPDATE shop_customer SET name = '{EVIL}' WHERE id = 1")
     until_said(driver, before, "psql, or another program", "audit", f"name {EVIL}")

@@ -1,12 +1,13 @@
-// Shows what /activity tells: a card for each commit, in it the handlers and what they wrote in turn.
+// Show the events of /activity: a card for each commit, with its handlers and the commits they made.
 "use strict";
 
-// Cards on the page; commits and runs that are known.
-const [KEPT, REMEMBERED] = [25, 1000];
+// The most cards on the page, and the most commits and runs in memory.
+const MAX_CARDS = 25;
+const MAX_REMEMBERED = 1000;
 const feed = document.getElementById("feed");
 const state = document.getElementById("state");
-const commits = new Map(); // by the number of the transaction
-const runs = new Map(); // by the task's id
+const commits = new Map(); // by transaction id
+const runs = new Map(); // by task id
 
 function make(tag, name, text) {
   const element = document.createElement(tag);
@@ -28,8 +29,8 @@ function localTimes(part) {
   for (const time of part.querySelectorAll("time")) time.textContent = clock(time.dateTime);
 }
 
-// A commit is known by two: whoever made it tells its statements, handlers tell that it was read.
-// Either may come first.
+// A commit is reported twice, in any order: by the code that made it, with its statements, and by
+// the handlers that received its changes.
 class Commit {
   constructor(xid, at) {
     this.runs = [];
@@ -44,13 +45,13 @@ class Commit {
     this.card.append(this.head, this.list, this.axis, this.caused);
   }
 
-  // Shown by whoever claims it; nobody does where it was written from outside.
+  // Add the card to the page. A commit from outside the shop has no event of its own.
   place(parent) {
     if (this.card.isConnected) return;
     const earlier = (card) => Number(card.dataset.at) < Number(this.card.dataset.at);
     if (parent) parent.caused.append(this.card);
     else feed.insertBefore(this.card, [...feed.children].find(earlier) ?? null);
-    while (feed.children.length > KEPT) feed.lastChild.remove();
+    while (feed.children.length > MAX_CARDS) feed.lastChild.remove();
   }
 
   claim(event) {
@@ -64,22 +65,22 @@ class Commit {
       this.parent = runs.get(event.task)?.commit;
     } else {
       this.name.textContent = event.origin;
-      setTimeout(() => this.asked(), 3000);
+      setTimeout(() => this.noteUnhandled(), 3000);
     }
-    const shown = make("pre", "sql");
-    shown.tabIndex = 0;
-    shown.setAttribute("aria-label", "The SQL that ran");
-    event.statements.forEach((statement, place) => {
+    const sql = make("pre", "sql");
+    sql.tabIndex = 0;
+    sql.setAttribute("aria-label", "The SQL that ran");
+    event.statements.forEach((statement, position) => {
       const [verb, ...rest] = statement.split(" ");
-      shown.append(place ? "\n" : "", make("b", "", verb), ` ${rest.join(" ")}`);
+      sql.append(position ? "\n" : "", make("b", "", verb), ` ${rest.join(" ")}`);
     });
-    this.head.after(shown);
-    // What a handler writes is of interest where other handlers are told of it.
+    this.head.after(sql);
+    // Show a handler's own commit only if it reached other handlers.
     if (kind !== "handler" || this.runs.length) this.place(this.parent);
   }
 
-  asked() {
-    if (!this.runs.length) this.list.after(make("p", "wants", "No handler asked for this change."));
+  noteUnhandled() {
+    if (!this.runs.length) this.list.after(make("p", "wants", "No handler subscribes to this change."));
   }
 
   add(run) {
@@ -91,7 +92,7 @@ class Commit {
     this.draw();
   }
 
-  // All bars of a commit have one scale.
+  // All bars of a commit have the same scale.
   draw() {
     const longest = Math.max(...this.runs.map((run) => run.ended ?? run.started + 1));
     const power = 10 ** Math.floor(Math.log10(longest));
@@ -101,7 +102,7 @@ class Commit {
   }
 }
 
-// A handler that was told of changes of a commit; times are milliseconds after the commit.
+// A handler that received changes of a commit; times are milliseconds after the commit.
 class Run {
   constructor(event, changes, commit) {
     this.commit = commit;
@@ -112,9 +113,9 @@ class Run {
     this.ran = make("i", "ran");
     const track = make("span", "track");
     track.append(this.wait, this.ran);
-    const said = changes.map(describe).join("; ");
-    const what = make("span", "what", said);
-    what.title = said;
+    const description = changes.map(describe).join("; ");
+    const what = make("span", "what", description);
+    what.title = description;
     this.ms = make("span", "ms", inMilliseconds(this.started));
     this.ms.title = "after the commit";
     this.row.append(make("span", "name", event.handler), what, track, this.ms);
@@ -140,12 +141,12 @@ class Run {
 }
 
 function describe(change) {
-  // The old values are told where the replica identity keeps them.
+  // Old values are known only if the replica identity keeps them.
   const changed = change.values
     .filter(([, , now]) => now !== null)
     .map(([name, before, now]) => (before === null ? `${name} ${now}` : `${name} ${before} → ${now}`));
-  const said = `${change.operation} ${change.table} ${change.key ? `#${change.key}` : ""}`;
-  return changed.length ? `${said}: ${changed.join(", ")}` : said;
+  const row = `${change.operation} ${change.table} ${change.key ? `#${change.key}` : ""}`;
+  return changed.length ? `${row}: ${changed.join(", ")}` : row;
 }
 
 function commitOf(xid, at) {
@@ -156,10 +157,10 @@ function commitOf(xid, at) {
 // A page may stay open for days.
 function remember(map, key, value) {
   map.set(key, value);
-  if (map.size > REMEMBERED) map.delete(map.keys().next().value);
+  if (map.size > MAX_REMEMBERED) map.delete(map.keys().next().value);
 }
 
-const told = {
+const receive = {
   commit(event) {
     commitOf(event.xid, event.at).claim(event);
   },
@@ -172,7 +173,7 @@ const told = {
     for (const [xid, changes] of byTransaction) {
       const commit = commitOf(xid, changes[0].committed);
       const run = new Run(event, changes, commit);
-      // A batch may be of several commits: what it writes is shown in the first.
+      // A batch may have changes of several commits; its own commits are shown in the first.
       if (!runs.has(event.task)) remember(runs, event.task, run);
       else runs.get(event.task).others = [...(runs.get(event.task).others ?? []), run];
       commit.add(run);
@@ -180,53 +181,53 @@ const told = {
   },
   end(event) {
     const run = runs.get(event.task);
-    for (const one of run ? [run, ...(run.others ?? [])] : []) one.end(event);
+    for (const part of run ? [run, ...(run.others ?? [])] : []) part.end(event);
   },
 };
 
 let last = "";
 function watch() {
   const source = new EventSource(`${feed.dataset.events}?after=${last}`);
-  const say = (text, kind) => {
+  const setState = (text, kind) => {
     state.textContent = text;
     state.className = kind;
   };
-  source.onopen = () => say("Live", "live");
+  source.onopen = () => setState("Live", "live");
   source.onmessage = (message) => {
     last = message.lastEventId;
     const event = JSON.parse(message.data);
-    told[event.kind](event);
+    receive[event.kind](event);
     refresh();
   };
-  source.addEventListener("trouble", (message) => say(message.data, "trouble"));
+  source.addEventListener("trouble", (message) => setState(message.data, "trouble"));
   source.onerror = () => {
-    if (!state.classList.contains("trouble")) say("Reconnecting", "trouble");
-    // The browser comes back by itself, but not from an answer that is none of ours.
+    if (!state.classList.contains("trouble")) setState("Reconnecting", "trouble");
+    // The browser reconnects by itself, except after a response that is not an event stream.
     if (source.readyState === EventSource.CLOSED) setTimeout(watch, 2000);
   };
 }
 
-// The left side is what the server says, without losing the place of whoever uses the keyboard.
-let asked;
+// Reload the parts of the page that the server renders, and keep the keyboard's focus.
+let refreshTimer;
 function refresh() {
-  clearTimeout(asked);
-  asked = setTimeout(async () => {
-    const answer = await fetch("/").catch(() => null);
-    if (answer?.ok) show(await answer.text());
+  clearTimeout(refreshTimer);
+  refreshTimer = setTimeout(async () => {
+    const response = await fetch("/").catch(() => null);
+    if (response?.ok) show(await response.text());
   }, 150);
 }
 
 function show(text) {
   const fresh = new DOMParser().parseFromString(text, "text/html");
   for (const part of document.querySelectorAll("[data-fresh]")) {
-    const now = fresh.getElementById(part.id);
-    localTimes(now);
+    const newPart = fresh.getElementById(part.id);
+    localTimes(newPart);
     const focused = part.contains(document.activeElement) ? document.activeElement : null;
     const order = focused?.closest(".order")?.getAttribute("aria-label");
-    if (now.textContent === part.textContent) continue; // a token is another one each time
-    const place = part.scrollTop;
-    part.replaceChildren(...now.childNodes);
-    part.scrollTop = place;
+    if (newPart.textContent === part.textContent) continue; // CSRF tokens differ each time
+    const scrollTop = part.scrollTop;
+    part.replaceChildren(...newPart.childNodes);
+    part.scrollTop = scrollTop;
     if (!focused) continue;
     const same = document.getElementById(focused.id);
     (same ?? part.querySelector(`[aria-label="${order}"] button`) ?? feed).focus();
@@ -236,8 +237,8 @@ function show(text) {
 document.addEventListener("submit", async (event) => {
   event.preventDefault();
   const form = event.target;
-  const answer = await fetch(form.action, { method: "POST", body: new FormData(form) }).catch(() => null);
-  if (answer?.ok) show(await answer.text());
+  const response = await fetch(form.action, { method: "POST", body: new FormData(form) }).catch(() => null);
+  if (response?.ok) show(await response.text());
   else refresh();
 });
 
