@@ -1,7 +1,7 @@
-"""Queues kept short: how many messages may be published now (`flash_max_queue_length`).
+"""Backpressure: publish only as many messages as the queues have room for.
 
-The wait is the publishing thread's: what it holds fills up, so the session stops reading, and the
-backlog stays in the WAL.
+The publishing thread waits for room (`flash_max_queue_length`). Its batches then fill up, so that
+the session stops reading and the backlog stays in the WAL.
 """
 
 from __future__ import annotations
@@ -16,25 +16,27 @@ from ..telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two looks at a queue that is full.
-_LOOK_SECONDS = 0.05
-#: Seconds between two complaints about full queues.
+#: Seconds between two polls of a full queue.
+_POLL_SECONDS = 0.05
+#: Seconds between two log messages about full queues.
 _REMINDER_SECONDS = 60.0
 
 
 def is_full(depth: int, limit: int) -> bool:
-    """Whether a queue takes none of the messages that do not all fit.
+    """Return whether a queue counts as full, for messages that do not all fit.
 
-    A tenth must be free again, so that a long queue gets more than one message at a time.
+    A tenth must be free again before it gets more, so that it gets more than one at a time.
     """
     return limit - depth < max(1, limit // 10)
 
 
 class Backpressure:
-    """Lets as many messages go as leave no queue with more than `limit`; with 0, all of them.
+    """Admits messages as long as no queue gets longer than a limit.
 
-    `depth` says how many messages wait in a queue. What other producers publish meanwhile comes
-    on top, since it is asked before each call of `admit` only. The queue `unlimited` has no limit.
+    :param limit: messages in a queue; 0 for no limit.
+    :param depth: returns how many messages wait in a queue. It is asked before messages are
+        admitted, so those that other producers publish afterwards exceed the limit.
+    :param unlimited: the name of a queue without a limit.
     """
 
     def __init__(
@@ -48,36 +50,39 @@ class Backpressure:
         self._unlimited = unlimited
         self._depth = depth
         self._telemetry = telemetry or Telemetry()
-        self._since = 0.0
-        self._said = float("-inf")
-        self._announced = False
+        #: When publishing paused, by the monotonic clock; 0 if it goes on.
+        self._paused_at = 0.0
+        self._last_logged_at = float("-inf")
+        #: Whether the current pause was logged.
+        self._logged = False
 
     def admit(self, messages: Sequence[Message], given_up: Callable[[float], bool]) -> int:
-        """How many of them may be published, from the first on: those before a queue is full.
+        """Return how many messages may be published, counted from the first.
 
-        Waits while there is no room for the first one; 0 if `given_up` is true, which waits for so
-        many seconds. Raises `PublishError` if the broker cannot be asked.
+        Wait while there is no room for the first one. `given_up` waits for so many seconds at most,
+        and returns whether to stop waiting; 0 is returned then. Raises `PublishError` if the broker
+        cannot be asked.
         """
         if not self._limit or not messages:
             return len(messages)
-        wanted = Counter(message.queue for message in messages if message.queue != self._unlimited)
+        counts = Counter(message.queue for message in messages if message.queue != self._unlimited)
         while True:
-            depths = {queue: self._depth(queue) for queue in wanted}
-            count = self._fitting(messages, wanted, depths)
-            if count:
-                self._go_on()
-                return count
+            depths = {queue: self._depth(queue) for queue in counts}
+            admitted = self._fitting(messages, counts, depths)
+            if admitted:
+                self._resume()
+                return admitted
             first = messages[0].queue
             self._pause(first, depths[first])
-            if given_up(_LOOK_SECONDS):
+            if given_up(_POLL_SECONDS):
                 return 0
 
     def _fitting(
-        self, messages: Sequence[Message], wanted: Mapping[str, int], depths: Mapping[str, int]
+        self, messages: Sequence[Message], counts: Mapping[str, int], depths: Mapping[str, int]
     ) -> int:
         room = {}
         for queue, depth in depths.items():
-            closed = is_full(depth, self._limit) and depth + wanted[queue] > self._limit
+            closed = is_full(depth, self._limit) and depth + counts[queue] > self._limit
             room[queue] = 0 if closed else self._limit - depth
         for count, message in enumerate(messages):
             if message.queue == self._unlimited:
@@ -89,18 +94,21 @@ class Backpressure:
 
     def _pause(self, queue: str, depth: int) -> None:
         now = time.monotonic()
-        self._since = self._since or now
+        self._paused_at = self._paused_at or now
         self._telemetry.paused = self._telemetry.paused or time.time()
         self._telemetry.full_queue = queue
-        if now - self._said > _REMINDER_SECONDS:
-            self._said, self._announced = now, True
+        if now - self._last_logged_at > _REMINDER_SECONDS:
+            self._last_logged_at, self._logged = now, True
             logger.warning(
-                "Paused: %d messages wait in the queue %s, and flash_max_queue_length is %d; what "
-                "is not enqueued stays in the WAL (%.0f s so far)",
-                *(depth, queue, self._limit, now - self._since),
+                "Paused: %d messages wait in the queue %s, and flash_max_queue_length is %d; "
+                "further changes stay in the WAL (%.0f s so far)",
+                depth,
+                queue,
+                self._limit,
+                now - self._paused_at,
             )
 
-    def _go_on(self) -> None:
-        if self._announced:
-            logger.warning("The queue is shorter again; going on")
-        self._since, self._announced, self._telemetry.paused = 0.0, False, None
+    def _resume(self) -> None:
+        if self._logged:
+            logger.warning("The queue is shorter again; publishing continues")
+        self._paused_at, self._logged, self._telemetry.paused = 0.0, False, None

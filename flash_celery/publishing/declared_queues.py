@@ -1,6 +1,6 @@
-"""Queues that no worker consumes: for dead letters, and for what is parked.
+"""Queues that no worker consumes: the dead-letter queue and hold queues.
 
-They are none of `app.amqp.queues`, for workers consume those.
+They are not in `app.amqp.queues`, since workers consume all queues there.
 """
 
 from __future__ import annotations
@@ -10,35 +10,38 @@ from typing import Any
 import amqp
 from kombu.entity import Exchange, Queue
 
-#: Either of them says that queues which nobody declares are quorum queues (Celery 5.5, 5.6).
+#: Settings that make undeclared queues quorum queues, from Celery 5.5 and 5.6.
 _QUEUE_TYPES = "task_default_queue_type", "task_create_missing_queue_type"
 
 
 class _AsItIs(Queue):
-    """A queue that is declared unless it exists, with whatever arguments."""
+    """A queue that is declared only if it does not exist; its arguments may be different."""
 
     def declare(self, nowait: bool = False, channel: Any = None) -> Any:
-        """Declare it, and see first whether it is there: RabbitMQ closes the channel over a queue
-        that has other arguments, and over one that it does not have."""
+        """Declare the queue unless it exists.
+
+        RabbitMQ closes the channel if the queue has other arguments, and after a passive
+        declaration if the queue is missing; so the latter has a channel of its own.
+        """
         if not isinstance(self.channel, amqp.Channel):
             return super().declare(nowait, channel)  # type: ignore[no-untyped-call]
-        with self.channel.connection.channel() as asked:
+        with self.channel.connection.channel() as probe:
             try:
-                return asked.queue_declare(self.name, passive=True)
+                return probe.queue_declare(self.name, passive=True)
             except amqp.NotFound:
                 return super().declare(nowait, channel)  # type: ignore[no-untyped-call]
 
 
 def is_quorum(app: Any) -> bool:
-    """Whether RabbitMQ makes them quorum queues, where it does not have them yet."""
+    """Return whether new queues of the app are quorum queues on RabbitMQ."""
     return any(getattr(app.conf, name, None) == "quorum" for name in _QUEUE_TYPES)
 
 
 def queue(app: Any, name: str) -> Queue:
-    """Such a queue.
+    """Return a queue that no worker consumes, to be declared.
 
-    On RabbitMQ it refuses a message rather than drop an older one if a policy bounds it, and
-    reading it again and again uses up no delivery limit.
+    On RabbitMQ, if a policy bounds it, it refuses new messages rather than drop old ones; and it
+    has no delivery limit that reading it repeatedly would exhaust.
     """
     arguments: dict[str, Any] = {"x-overflow": "reject-publish", "x-queue-type": "classic"}
     if is_quorum(app):

@@ -1,4 +1,4 @@
-"""Who else is told of a message: those that listen to Celery's publishing signals, and traces."""
+"""Celery's publishing signals, and the traces of tracing libraries, for each message."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from . import tracing
 logger = logging.getLogger(__name__)
 
 
-def announce(messages: Sequence[Message]) -> list[Announced]:
-    """Tell whoever listens that these are about to be published; they may alter the headers.
+def announce(messages: Sequence[Message]) -> list[Announcement]:
+    """Announce messages that are about to be published; receivers may alter their headers.
 
-    Nobody listens as a rule, and then nothing is done, however many messages there are.
+    Return what has to be ended afterwards: nothing if, as usually, there are no receivers.
     """
-    heard = signals.before_task_publish.receivers or signals.after_task_publish.receivers
-    tracers = tracing.at_work()
-    return [Announced(message, tracers) for message in messages] if heard or tracers else []
+    receivers = signals.before_task_publish.receivers or signals.after_task_publish.receivers
+    tracers = tracing.active_tracers()
+    return [Announcement(message, tracers) for message in messages] if receivers or tracers else []
 
 
-class Announced:
-    """A message that somebody was told of."""
+class Announcement:
+    """A message for which signals are sent and traces are written."""
 
     def __init__(self, message: Message, tracers: Sequence[tracing.Tracer]) -> None:
         self._message = message
-        self._body = _read(message)
+        self._body = _decoded(message)
+        #: What ends the traces, in the order in which they began.
         self._ends: list[tracing.End] = []
-        # Each in a context of its own, as if it were published alone: what is the current span
-        # there must not become the parent of the next message's.
+        # A context for each message, so that its span does not become the parent of the next one's.
         self._context = copy_context()
         self._context.run(self._begin, tracers)
 
     def end(self, published: bool) -> None:
-        """The broker has it, or it is given up (to be read and announced again)."""
+        """End the announcement. A message that was not published is read and announced again."""
         self._context.run(self._end, published)
 
     def _begin(self, tracers: Sequence[tracing.Tracer]) -> None:
         changes = _changes(self._body)
         for trace in tracers if changes else ():
-            with _forgiven():
+            with _errors_logged():
                 self._ends.append(trace(self._message, changes))
         self._send(
             signals.before_task_publish,
@@ -61,7 +61,7 @@ class Announced:
         if published:
             self._send(signals.after_task_publish)
         for end in reversed(self._ends):
-            with _forgiven():
+            with _errors_logged():
                 end(published)
 
     def _send(self, signal: Any, **more: Any) -> None:
@@ -76,17 +76,17 @@ class Announced:
 
 
 @contextmanager
-def _forgiven() -> Iterator[None]:
-    """A tracer that fails holds up nothing, as Celery has it with those who listen to signals."""
+def _errors_logged() -> Iterator[None]:
+    """Log errors of a tracer, so that they stop nothing, as Celery does for signals."""
     try:
         yield
     except Exception:
         logger.exception("A change could not be traced")
 
 
-def _read(message: Message) -> Any:
-    """The body as Celery shows it to listeners: `(args, kwargs, embed)`."""
-    with _forgiven():
+def _decoded(message: Message) -> Any:
+    """Return the body as Celery's signals carry it: `(args, kwargs, embed)`."""
+    with _errors_logged():
         body: Any = message.body
         if message.headers.get("compression"):
             body = compression.decompress(body, message.headers["compression"])
@@ -95,8 +95,8 @@ def _read(message: Message) -> Any:
 
 
 def _changes(body: Any) -> Sequence[Change]:
-    """What a handler will be told; nothing in a dead letter."""
-    told = body[0][0] if body[0] else None
-    if isinstance(told, Changes):
-        return told
-    return [told] if isinstance(told, Change) else []
+    """Return the changes that a handler will receive; none of a dead letter."""
+    argument = body[0][0] if body[0] else None
+    if isinstance(argument, Changes):
+        return argument
+    return [argument] if isinstance(argument, Change) else []

@@ -278,7 +278,7 @@ class PublishingThread(threading.Thread):
         while more and self._may_publish(generation):
             more = self._publisher.requeue(queue.name, queue.restored, admit)
         if not more:
-            logger.info("Moved %d held messages from %s to their queues", moved, queue.name)
+            logger.info("Moved %d held messages from %s back to their queues", moved, queue.name)
 
     def _deliver(self, generation: int, batches: Sequence[PublishBatch]) -> None:
         messages = self._fitted([message for batch in batches for message in batch.messages])

@@ -1,8 +1,8 @@
-"""Traces that begin at the commit: a span until the broker has the message, above the enqueueing.
+"""Traces: a span from the commit until the broker has the message, the parent of its publishing.
 
-OpenTelemetry's instrumentation of Celery makes the spans below it by itself: it listens to the
-signals. Sentry's replaces functions that the replication worker does not call, so its span is made
-here. Nothing of either is imported that the application has not turned on in this process.
+OpenTelemetry's instrumentation of Celery creates the spans below it by itself, from the signals.
+Sentry's integration replaces functions that the replication worker does not call, so this module
+creates its span. A library is used only if the application has enabled it in this process.
 """
 
 from __future__ import annotations
@@ -19,19 +19,23 @@ from typing import Any, TypeAlias
 from ..changes.change import Change
 from ..messages.templates import Message
 
-#: Ends what a tracer has begun, in the same context; told whether the broker has the message.
+#: Ends a trace, in the context where it began; receives whether the message was published.
 End: TypeAlias = Callable[[bool], None]
-#: Traces a message while it is published; may add to its headers.
+#: Begins the trace of a message that is about to be published; may add to its headers.
 Tracer: TypeAlias = Callable[[Message, Sequence[Change]], End]
 
 
-def at_work() -> list[Tracer]:
-    """The tracers that the application has turned on."""
-    found = [(_opentelemetry, _opentelemetry_span), (_sentry, _sentry_transaction)]
-    return [tracer for turned_on, tracer in found if turned_on()]
+def active_tracers() -> list[Tracer]:
+    """Return the tracers that the application has enabled."""
+    tracers: list[Tracer] = []
+    if _opentelemetry_is_enabled():
+        tracers.append(_opentelemetry_span)
+    if _sentry_is_enabled():
+        tracers.append(_sentry_transaction)
+    return tracers
 
 
-def _opentelemetry() -> bool:
+def _opentelemetry_is_enabled() -> bool:
     module = sys.modules.get("opentelemetry.instrumentation.celery")
     if module is None:
         return False
@@ -49,32 +53,32 @@ def _opentelemetry_span(message: Message, changes: Sequence[Change]) -> End:
     tracer = trace.get_tracer("flash_celery", _version())
     span = tracer.start_span(
         _name(changes),
-        attributes=_facts(message, changes),
+        attributes=_attributes(message, changes),
         start_time=int(_committed(changes) * 1e9),
     )
     context.attach(trace.set_span_in_context(span))
 
     def end(published: bool) -> None:
         if not published:
-            _give_up(message)
+            _end_publishing_span(message)
             span.set_status(trace.StatusCode.ERROR, "given up, and read again")
         span.end()
 
     return end
 
 
-def _give_up(message: Message) -> None:
-    """End the instrumentation's span, which knows of no publishing that fails."""
+def _end_publishing_span(message: Message) -> None:
+    """End the instrumentation's span, which it does not do for a message that is not published."""
     from opentelemetry.instrumentation.celery import utils
 
     task = utils.retrieve_task_from_sender({"sender": message.task})
-    found = utils.retrieve_context(task, message.id, is_publish=True)
-    if found is not None:
-        found[1].__exit__(None, None, None)
+    span_context = utils.retrieve_context(task, message.id, is_publish=True)
+    if span_context is not None:
+        span_context[1].__exit__(None, None, None)
         utils.detach_context(task, message.id, is_publish=True)
 
 
-def _sentry() -> bool:
+def _sentry_is_enabled() -> bool:
     sdk: Any = sys.modules.get("sentry_sdk")
     client = sdk.get_client() if sdk is not None else None
     if client is None or client.get_integration("celery") is None:
@@ -93,27 +97,27 @@ def _sentry_transaction(message: Message, changes: Sequence[Change]) -> End:
         {}, op="db.commit", name=_name(changes), source="task", origin="auto.queue.flash_celery"
     )
     transaction.start_timestamp = datetime.fromtimestamp(_committed(changes), timezone.utc)
-    for name, value in _facts(message, changes).items():
+    for name, value in _attributes(message, changes).items():
         transaction.set_data(name, value)
     spans = ExitStack()
     spans.enter_context(sentry_sdk.start_transaction(transaction))
     span = spans.enter_context(sentry_sdk.start_span(op="queue.publish", name=message.task))
     span.set_data("messaging.message.id", message.id)
     span.set_data("messaging.destination.name", message.queue)
-    handed = {
+    trace_headers = {
         "sentry-trace": sentry_sdk.get_traceparent(),
         "baggage": sentry_sdk.get_baggage(),
         "sentry-task-enqueued-time": time.time(),
     }
-    # Where its integration looks for them in a worker.
-    message.headers.update(handed)
-    message.headers["headers"] = {**(message.headers.get("headers") or {}), **handed}
+    # In both places, as Sentry's integration reads them in a worker.
+    message.headers.update(trace_headers)
+    message.headers["headers"] = {**(message.headers.get("headers") or {}), **trace_headers}
 
     def end(published: bool) -> None:
         if not published:
             span.set_status("aborted")
         span.finish()
-        # By itself it would last as long as this process knew of it.
+        # By default Sentry takes the age of this object, which is younger than the commit.
         transaction.finish(end_timestamp=time.time())
         spans.close()
 
@@ -121,7 +125,10 @@ def _sentry_transaction(message: Message, changes: Sequence[Change]) -> End:
 
 
 def _committed(changes: Sequence[Change]) -> float:
-    """Since when the first of them waits, in seconds since 1970; clocks may differ."""
+    """Return the commit time of the first change in Unix seconds, not later than now.
+
+    PostgreSQL's clock may be ahead.
+    """
     return min(changes[0].committed_at.timestamp(), time.time())
 
 
@@ -129,8 +136,8 @@ def _name(changes: Sequence[Change]) -> str:
     return f"commit {changes[0]._source.shown}"
 
 
-def _facts(message: Message, changes: Sequence[Change]) -> dict[str, Any]:
-    """What a span says of its changes: names and positions, and nothing of their rows."""
+def _attributes(message: Message, changes: Sequence[Change]) -> dict[str, Any]:
+    """Return the attributes of a span: names and positions, no values of rows."""
     first = changes[0]
     return {
         "db.system.name": "postgresql",

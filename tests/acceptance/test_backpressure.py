@@ -108,7 +108,7 @@ def test_slow_handlers_have_a_short_queue(any_shop):
     shop.worker()
     _, order = handled(shop, 1, 200)
     assert order == list(range(1, 201))
-    shop.until_said(replicate, "The queue is shorter again; going on")
+    shop.until_said(replicate, "The queue is shorter again; publishing continues")
     assert shop.end(replicate) == 0
 
 

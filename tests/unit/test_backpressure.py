@@ -102,4 +102,4 @@ def test_a_pause_is_said_once_and_its_end_once(caplog):
     paused, again = (record.getMessage() for record in caplog.records)
     assert "10 messages wait in the queue flash" in paused
     assert "flash_max_queue_length is 10" in paused
-    assert "going on" in again
+    assert "publishing continues" in again

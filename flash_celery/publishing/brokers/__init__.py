@@ -1,4 +1,4 @@
-"""Messages → broker. `for_app` picks the publisher for an app's transport."""
+"""Publishers, one for each kind of broker. `for_app` returns the one for an app."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from .base import TIMEOUT, Publisher, connection_to
 
 
 def for_app(app: Any, timeout: float = TIMEOUT) -> Publisher:
-    """The publisher for the transport of the app's broker URL; opens nothing.
+    """Return the publisher for the broker of an app. It does not connect yet.
 
-    A broker that does not answer for `timeout` seconds counts as gone. Raises `ConfigurationError`
-    for a URL that cannot be right.
+    A broker that does not answer for `timeout` seconds counts as unreachable. Raises
+    `ConfigurationError` for an invalid URL.
     """
     with connection_to(app) as connection:
         driver = connection.transport.driver_type, connection.transport.driver_name

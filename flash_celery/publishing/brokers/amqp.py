@@ -1,4 +1,4 @@
-"""RabbitMQ: publisher confirms with many messages under way, mandatory and persistent.
+"""RabbitMQ: publisher confirms for many messages at a time, mandatory and persistent.
 
 Sources: RabbitMQ documentation, "Consumer Acknowledgements and Publisher Confirms"; AMQP 0-9-1,
 chapter "Transport" for the frames.
@@ -25,53 +25,68 @@ from .base import TIMEOUT, ConnectedPublisher
 
 logger = logging.getLogger(__name__)
 
-#: Messages that may be unconfirmed at a time; RabbitMQ takes its time, and confirms many at once.
+#: Messages that may be unconfirmed at a time; RabbitMQ confirms late, and many at once.
 _WINDOW = 5000
-#: Bytes that are gathered before they are written.
-_WRITTEN_TOGETHER = 1 << 16
+#: Bytes of frames that are gathered before they are written.
+_WRITE_BYTES = 1 << 16
 
-#: Messages that are moved together, and bytes of them. A quorum queue puts back what a channel had
-#: sorted by its tags as texts, or in no order where it had more than some: so there it is 1 to 9.
-_MOVED_MESSAGES, _MOVED_BYTES, _MOVED_OF_QUORUM = 500, 4 << 20, 9
-#: Seconds after which an empty queue is looked at once more: what a process that has died held of
-#: it may be on its way back.
+#: Limits of what is requeued in one step: messages and bytes.
+_REQUEUE_MESSAGES = 500
+_REQUEUE_BYTES = 4 << 20
+#: A quorum queue takes back the messages of a closed channel sorted by their tags as text, and in
+#: no order beyond some number: only the tags 1 to 9 keep their order.
+_REQUEUE_MESSAGES_OF_QUORUM = 9
+#: Seconds until an empty queue is read once more: messages that a dead process held may be on their
+#: way back to it.
 _SETTLE_SECONDS = 0.5
 
-#: What RabbitMQ says of a message whose body is too large; the second number is its limit.
+#: RabbitMQ's error for a message whose body is too large; the group is its limit.
 _TOO_LARGE = re.compile(r"message size \d+ is larger than (?:configured )?max size (\d+)")
 
-_METHOD, _HEADER, _BODY = 1, 2, 3
+#: Types of frames.
+_METHOD = 1
+_HEADER = 2
+_BODY = 3
+#: The head of a frame: type, channel, size of the payload.
 _FRAME = struct.Struct(">BHI")
-_END = b"\xce"
+_FRAME_END = b"\xce"
+#: The head of a header frame's payload: class, weight, size of the body.
 _CONTENT = struct.Struct(">HHQ")
+#: AMQP's `long`, as before tables and long strings.
 _LONG = struct.Struct(">I")
-#: Of a task id, which is a UUID.
+#: The length of a task id, which is a UUID.
 _ID_LENGTH = 36
 
 
 class AmqpPublisher(ConnectedPublisher):
     """Publishes through the default exchange on a channel of its own."""
 
-    # We wait for confirms ourselves; kombu would wait for each one.
+    # Not kombu's `confirm_publish`, which waits for the confirm of each message.
     timeouts = "read_timeout", "write_timeout"
 
     def __init__(self, app: Any, timeout: float = TIMEOUT) -> None:
         super().__init__(app, timeout)
-        #: Queues that refuse a message and take a later one, if they can: one at a time for them.
+        #: Queues that may refuse a message and take a later one. Each gets one at a time.
         self._refusing: set[str] = set()
 
     def open(self, queues: Sequence[Any]) -> None:
         """Connect, declare the queues and ask for confirms. Raises `PublishError`."""
         super().open(queues)
         self._refusing.update(queue.name for queue in queues if _may_refuse(queue))
-        #: Messages that are sent together: no more than were sent before, so that few overtake the
-        #: first one that a queue refuses, which nobody can foresee.
+        #: How many messages are sent together. It grows from 1, so that few messages overtake the
+        #: first one that a queue refuses, which cannot be foreseen.
         self._window = 1
+        #: The last delivery tag that was sent, and the last that was confirmed with `multiple`.
         self._sent = self._acknowledged = 0
+        #: The encoded parts of each form; see `_encode_form`.
         self._forms: dict[Form, tuple[bytes, bytes, int]] = {}
+        #: Delivery tags that are not confirmed yet.
         self._pending: set[int] = set()
-        self._trouble: NotConfirmed | Unroutable | None = None
+        #: Delivery tags of messages that a queue has refused.
         self._refused: list[int] = []
+        #: The error that ends the current call of `publish`.
+        self._failure: NotConfirmed | Unroutable | None = None
+        #: Whether RabbitMQ has blocked publishing.
         self._blocked = False
         broker = self._channel.connection
         broker.on_blocked, broker.on_unblocked = self._on_blocked, self._on_unblocked
@@ -83,89 +98,95 @@ class AmqpPublisher(ConnectedPublisher):
             self._channel.confirm_select()
 
     def publish(self, messages: Sequence[Message]) -> None:
-        """Publish them and wait for every confirm. Raises `NotConfirmed` or `Unroutable`."""
+        """Publish messages and wait for every confirm. Raises `NotConfirmed` or `Unroutable`."""
         first, done = self._sent + 1, 0
         try:
             with self.errors():
                 while done < len(messages):
-                    some = self._together(messages[done : done + self._window])
-                    self._send(some)
+                    window = self._limited(messages[done : done + self._window])
+                    self._send(window)
                     self._wait(0 if self._refusing else self._window // 2)
-                    done += len(some)
-                    self._window = min(self._window + len(some), _WINDOW)
+                    done += len(window)
+                    self._window = min(self._window + len(window), _WINDOW)
                 self._wait(0)
         except PublishError as error:
-            self._one_at_a_time({messages[tag - first].queue for tag in self._refused})
+            self._limit_to_one({messages[tag - first].queue for tag in self._refused})
             error.confirmed = min(self._pending, default=self._sent + 1) - first
             if isinstance(error.__cause__, PreconditionFailed):
                 limit = _TOO_LARGE.search(str(error))
                 error.most = int(limit[1]) if limit else 0
             raise
 
-    def _together(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """The first of them, with one for each queue that refuses messages."""
+    def _limited(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Return the first messages, with one at most for each queue that may refuse messages."""
         if not self._refusing:
             return messages
-        found = set()
+        served = set()
         for count, message in enumerate(messages):
-            if message.queue in found:
+            if message.queue in served:
                 return messages[:count]
             if message.queue in self._refusing:
-                found.add(message.queue)
+                served.add(message.queue)
         return messages
 
-    def _one_at_a_time(self, queues: set[str]) -> None:
+    def _limit_to_one(self, queues: set[str]) -> None:
         for queue in queues - self._refusing:
             self._refusing.add(queue)
             logger.warning(
-                "The queue %s has refused a message, as a policy with reject-publish makes it do. "
-                "From now on it gets one at a time, so that none overtakes another; "
-                "flash_max_queue_length bounds a queue without that",
+                "The queue %s has refused a message, as with a policy of reject-publish. From now "
+                "on it gets one message at a time, so that none overtakes another; use "
+                "flash_max_queue_length instead, which bounds a queue without that cost",
                 queue,
             )
 
     def requeue(
         self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
     ) -> bool:
-        """Move some. A process that is killed leaves them where they were, in their order.
+        """Move some messages. If the process is killed they stay in the hold queue, in order.
 
-        Raises `PublishError`, also while another process moves them.
+        Raises `PublishError`, also while another process requeues them.
         """
-        with self.errors(), closing(self._connection.channel()) as channel, _alone(channel, queue):
-            taken = self._take(channel, queue)
-            if not taken:
+        with (
+            self.errors(),
+            closing(self._connection.channel()) as channel,
+            _lock(channel, f"{queue}.moving"),
+        ):
+            held = self._get(channel, queue)
+            if not held:
                 time.sleep(_SETTLE_SECONDS)
-                taken = self._take(channel, queue)
-            moved = [restored(channel.message_to_python(message)) for message in taken]
-            count = admit(moved) if moved else 0
+                held = self._get(channel, queue)
+            messages = [restored(channel.message_to_python(message)) for message in held]
+            count = admit(messages) if messages else 0
             if count:
-                self.publish(moved[:count])
-                channel.basic_ack(taken[count - 1].delivery_tag, multiple=True)
-            # What was not acknowledged goes back to its place with the channel.
-            return bool(taken)
+                self.publish(messages[:count])
+                channel.basic_ack(held[count - 1].delivery_tag, multiple=True)
+            # Closing the channel returns unacknowledged messages to their place in the queue.
+            return bool(held)
 
-    def _take(self, channel: Any, queue: str) -> list[Any]:
-        taken: list[Any] = []
+    def _get(self, channel: Any, queue: str) -> list[Any]:
+        """Get the oldest messages of a hold queue, without acknowledging them."""
+        held: list[Any] = []
         size = 0
-        # As the parking queue is declared.
-        most = _MOVED_OF_QUORUM if declared_queues.is_quorum(self._app) else _MOVED_MESSAGES
-        while len(taken) < most and size < _MOVED_BYTES:
+        # Hold queues are declared as quorum queues too if the app's are.
+        quorum = declared_queues.is_quorum(self._app)
+        limit = _REQUEUE_MESSAGES_OF_QUORUM if quorum else _REQUEUE_MESSAGES
+        while len(held) < limit and size < _REQUEUE_BYTES:
             message = channel.basic_get(queue, no_ack=False)
             if message is None:
                 break
-            taken.append(message)
+            held.append(message)
             size += len(message.body)
-        return taken
+        return held
 
     def check(self) -> None:
-        """Ask for confirms once more, which is answered. Raises `PublishError`."""
+        """Request confirms again, which the broker answers. Raises `PublishError`."""
         with self.errors():
             self._channel.confirm_select()
 
     def _send(self, messages: Sequence[Message]) -> None:
-        """Write the frames of some messages.
+        """Write the frames of messages.
 
-        Not by basic_publish, which looks for an answer at each message, or even waits for one.
+        Not with `basic_publish`, which polls the socket for each message, or waits for a reply.
         """
         channel = self._channel
         if channel.connection is None:
@@ -178,11 +199,11 @@ class AmqpPublisher(ConnectedPublisher):
             body = message.body.encode() if isinstance(message.body, str) else message.body
             content = _CONTENT.pack(spec.Basic.CLASS_ID, 0, len(body)) + properties
             gathered += [self._frame(_METHOD, method), self._frame(_HEADER, content)]
-            most = channel.connection.frame_max - _FRAME.size - len(_END)
+            most = channel.connection.frame_max - _FRAME.size - len(_FRAME_END)
             for start in range(0, len(body), most):
                 gathered.append(self._frame(_BODY, body[start : start + most]))
             size += len(body)
-            if size >= _WRITTEN_TOGETHER:
+            if size >= _WRITE_BYTES:
                 self._write(gathered)
                 gathered, size = [], 0
         self._write(gathered)
@@ -191,20 +212,22 @@ class AmqpPublisher(ConnectedPublisher):
         try:
             self._channel.connection.transport.write(b"".join(frames))
         except (TimeoutError, BlockingIOError):
-            # How much of it has gone nobody knows, so this connection is of no more use.
+            # An unknown part of the frames was written, so the connection cannot be used any more.
             raise NotConfirmed(f"The broker has taken nothing for {self.timeout:g} s.") from None
 
-    def _frame(self, kind: int, payload: bytes) -> bytes:
-        return _FRAME.pack(kind, self._channel.channel_id, len(payload)) + payload + _END
+    def _frame(self, frame_type: int, payload: bytes) -> bytes:
+        return (
+            _FRAME.pack(frame_type, self._channel.channel_id, len(payload)) + payload + _FRAME_END
+        )
 
     def _written(self, message: Message) -> tuple[bytes, bytes]:
-        """The method that publishes it, and its properties."""
+        """Return the encoded method that publishes a message, and its encoded properties."""
         if not message.plain or len(message.id) != _ID_LENGTH:
-            # It may be the only one of its form, so nothing is kept of it.
+            # It may be the only one of its form, so the form is not cached.
             return _method(message.queue), self.prepared(message)._serialize_properties()
         form = self._forms.get(message.form)
         if form is None:
-            form = self._forms[message.form] = self._form(message.form)
+            form = self._forms[message.form] = self._encode_form(message.form)
         method, text, table = form
         argsrepr = message.argsrepr.encode()
         return method, text % {
@@ -214,14 +237,16 @@ class AmqpPublisher(ConnectedPublisher):
             b"id": message.id.encode(),
         }
 
-    def _form(self, form: Form) -> tuple[bytes, bytes, int]:
-        """What all messages of a form have: the method, and their properties with places for what
-        differs, among them the length of the table of headers, which is this without `argsrepr`.
+    def _encode_form(self, form: Form) -> tuple[bytes, bytes, int]:
+        """Encode what all messages of a form share.
+
+        Return the method, the properties with places for what differs, and the length of the table
+        of headers without `argsrepr`.
         """
         task_id, argsrepr = str(uuid.uuid4()), uuid.uuid4().hex
         sample = Message(form, task_id, argsrepr, "")
         written = self.prepared(sample)._serialize_properties()
-        # Flags, two short strings, and then the table.
+        # The table follows the flags and two short strings.
         start = 2 + 1 + len(sample.content_type) + 1 + len(sample.content_encoding)
         (table,) = _LONG.unpack_from(written, start)
         before, after = written[start + _LONG.size :].split(argsrepr.encode())
@@ -234,29 +259,30 @@ class AmqpPublisher(ConnectedPublisher):
         )
         return _method(form.queue), text.replace(task_id.encode(), b"%(id)b"), table - len(argsrepr)
 
-    def _wait(self, left: int) -> None:
-        while len(self._pending) > left and self._trouble is None:
+    def _wait(self, allowed: int) -> None:
+        """Wait until no more than so many messages are unconfirmed."""
+        while len(self._pending) > allowed and self._failure is None:
             try:
                 self._connection.drain_events(timeout=self.timeout)
             except TimeoutError:
                 if self._blocked:
-                    continue  # the kernel's keepalives tell whether it still lives
+                    continue  # the kernel's keepalives detect a dead connection
                 raise NotConfirmed(
                     f"The broker confirmed none of {len(self._pending)} messages for "
                     f"{self.timeout:g} s."
                 ) from None
-        if self._trouble is not None:
-            raise self._trouble
+        if self._failure is not None:
+            raise self._failure
 
     def _on_blocked(self, reason: str) -> None:
-        """RabbitMQ reads nothing more from those who publish.
+        """Wait without a timeout: RabbitMQ reads nothing from publishers for now.
 
         Source: RabbitMQ documentation, "Blocked Connection Notifications".
         """
         self._blocked = True
         logger.warning(
             "The broker %s has blocked publishing: it is short of memory or disk (see `rabbitmqctl "
-            "list_alarms`). Nothing is acknowledged until it goes on",
+            "list_alarms`). Nothing is acknowledged until it reads again",
             self.url,
         )
 
@@ -272,49 +298,55 @@ class AmqpPublisher(ConnectedPublisher):
             self._pending.discard(tag)
 
     def _on_nack(self, tag: int, multiple: bool) -> None:
-        self._refused += [one for one in self._pending if one <= tag] if multiple else [tag]
-        self._trouble = NotConfirmed("The broker refused a message: its queue has no room.")
+        self._refused += [sent for sent in self._pending if sent <= tag] if multiple else [tag]
+        self._failure = NotConfirmed("The broker refused a message: its queue has no room.")
 
     def _on_return(self, error: Any, exchange: str, queue: str, message: Any) -> None:
-        # The message is confirmed nevertheless, after this.
-        self._trouble = Unroutable(f"The broker has no queue {queue}.")
+        # RabbitMQ confirms the message too, after this.
+        self._failure = Unroutable(f"The broker has no queue {queue}.")
 
 
 @contextmanager
-def _alone(channel: Any, queue: str) -> Iterator[None]:
-    """No other connection moves what is in the queue: it could have taken some, which nobody else
-    sees, and what comes after them would overtake them. The lock goes with the connection."""
-    lock = f"{queue}.moving"
-    channel.queue_declare(lock, exclusive=True, auto_delete=False)
+def _lock(channel: Any, name: str) -> Iterator[None]:
+    """Hold a lock, which is an exclusive queue, so that RabbitMQ releases it with the connection.
+
+    Two connections that requeue messages would each hold some that the other cannot see, and later
+    messages would overtake them.
+    """
+    channel.queue_declare(name, exclusive=True, auto_delete=False)
     try:
         yield
     finally:
         if channel.is_open:
-            channel.queue_delete(lock)
+            channel.queue_delete(name)
 
 
 def refused(channel: Any, queue: Any) -> str:
-    """Why the broker would refuse to declare a queue that it has already; "" if it would not.
+    """Return why the broker would refuse to declare a queue that exists; "" if it would not.
 
-    Raises what the channel raises when the connection is lost.
+    Raises the errors of the channel if the connection is lost.
     """
     if not isinstance(channel, Channel):
-        return ""  # of another client
+        return ""  # not py-amqp's, which alone has these errors
     try:
         for passive in (True, False):
-            with channel.connection.channel() as asked:
-                queue(asked).queue_declare(passive=passive)
+            with channel.connection.channel() as probe:
+                queue(probe).queue_declare(passive=passive)
     except ChannelError as error:
-        # (A role that may not declare it gets another error.)
+        # A role without the permission to declare it gets another error.
         return str(error.reply_text) if isinstance(error, PreconditionFailed) else ""
     return ""
 
 
 def _may_refuse(queue: Any) -> bool:
-    """Whether the arguments of a queue bound it, and say that it then refuses messages."""
+    """Return whether the arguments of a queue bound it, and make it refuse further messages."""
     arguments = queue.queue_arguments or {}
-    given = arguments.get("x-max-length"), arguments.get("x-max-length-bytes")
-    bounds = (*given, queue.max_length, queue.max_length_bytes)
+    bounds = (
+        arguments.get("x-max-length"),
+        arguments.get("x-max-length-bytes"),
+        queue.max_length,
+        queue.max_length_bytes,
+    )
     refuses = str(arguments.get("x-overflow", "")).startswith("reject-publish")
     return refuses and any(bound is not None for bound in bounds)
 

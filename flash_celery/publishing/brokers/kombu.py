@@ -1,4 +1,4 @@
-"""Any other transport of kombu's: one message at a time through its producer."""
+"""All other transports of kombu: one message at a time, through its producer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .base import ConnectedPublisher
 
 
 class KombuPublisher(ConnectedPublisher):
-    """A message counts as confirmed when the transport's publish returns."""
+    """Publishes with kombu. A message counts as confirmed once the transport's publish returns."""
 
     def publish(self, messages: Sequence[Message]) -> None:
-        """Publish one after another. Raises `PublishError`."""
+        """Publish messages one after another. Raises `PublishError`."""
         self.confirmed = 0
         with self.errors():
             producer = Producer(self._channel, auto_declare=False)
@@ -34,14 +34,14 @@ class KombuPublisher(ConnectedPublisher):
     def requeue(
         self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
     ) -> bool:
-        """Move the oldest one. Raises `PublishError`."""
+        """Move the oldest message. Raises `PublishError`."""
         with self.errors():
             message = self._channel.basic_get(queue, no_ack=False)
             if message is None:
                 return False
-            moved = [restored(message)]
-            if admit(moved):
-                self.publish(moved)
+            messages = [restored(message)]
+            if admit(messages):
+                self.publish(messages)
                 self._channel.basic_ack(message.delivery_tag)
             else:
                 self._channel.basic_reject(message.delivery_tag, requeue=True)

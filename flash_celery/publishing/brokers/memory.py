@@ -1,4 +1,4 @@
-"""A broker in a list, for tests: the same promises without a server."""
+"""A broker in memory, for tests: the promises of `Publisher` without a server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...messages.templates import Message
 
 
 class MemoryPublisher:
-    """Keeps what was published in `queues`; `broken` makes it refuse."""
+    """Keeps published messages in `queues`. While `broken` is true, it refuses everything."""
 
     def __init__(self) -> None:
         self.queues: dict[str, list[Message]] = {}
@@ -27,11 +27,11 @@ class MemoryPublisher:
             self.queues.setdefault(queue.name, [])
 
     def claim(self, lease: Lease) -> Deduplicator:
-        """Begin a session; nothing is known of earlier ones."""
+        """Begin a session. Nothing is known of earlier ones."""
         return Deduplicator({}, ())
 
     def publish(self, messages: Sequence[Message]) -> None:
-        """Keep them. Raises `PublishError` while broken, `Unroutable` for an unknown queue."""
+        """Keep messages. Raises `PublishError` while broken, `Unroutable` for an unknown queue."""
         if self.broken or not self._open:
             raise PublishError("The broker in memory is broken.")
         for message in messages:
@@ -42,22 +42,22 @@ class MemoryPublisher:
     def requeue(
         self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
     ) -> bool:
-        """Move the oldest one. Raises `PublishError` while broken."""
+        """Move the oldest message. Raises `PublishError` while broken."""
         if not self.depth(queue):
             return False
-        moved = [restored(self.queues[queue][0])]
-        if admit(moved):
-            self.publish(moved)
+        messages = [restored(self.queues[queue][0])]
+        if admit(messages):
+            self.publish(messages)
             del self.queues[queue][0]
         return True
 
     def check(self) -> None:
-        """Raises `PublishError` while broken."""
+        """Raise `PublishError` while broken."""
         if self.broken:
             raise PublishError("The broker in memory is broken.")
 
     def depth(self, queue: str) -> int:
-        """How many messages are in a queue. Raises `PublishError` while broken."""
+        """Return how many messages are in a queue. Raises `PublishError` while broken."""
         if self.broken or not self._open:
             raise PublishError("The broker in memory is broken.")
         return len(self.queues.get(queue, ()))

@@ -192,7 +192,7 @@ class RedisPublisher(ConnectedPublisher):
             return self._written(message)
         form = self._forms.get(message.form)
         if form is None:
-            form = self._forms[message.form] = self._form(message.form)
+            form = self._forms[message.form] = self._encode_form(message.form)
         key, text = form
         # The body is JSON in ASCII, so only these two characters need escaping.
         body = str(message.body).replace("\\", "\\\\").replace('"', '\\"')
@@ -200,7 +200,7 @@ class RedisPublisher(ConnectedPublisher):
         tag = next(self._tags)
         return key, text % {"id": message.id, "argsrepr": argsrepr, "body": body, "tag": tag}
 
-    def _form(self, form: Form) -> tuple[str, str]:
+    def _encode_form(self, form: Form) -> tuple[str, str]:
         """Return the key without prefix, and a text with places for what differs."""
         marks = {uuid.uuid4().hex: f"%({name})s" for name in _VARYING}
         task_id, argsrepr, body, tag = marks
