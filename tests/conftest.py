@@ -14,6 +14,12 @@ from psycopg import sql
 
 from example_project.servers import Postgres, Rabbit, Valkey, free_port
 
+pytest.register_assert_rewrite(
+    "tests.acceptance.network",
+    "tests.acceptance.steps",
+    "tests.acceptance.writer",
+)
+
 #: Those have a process of their own: see acceptance/test_django.py.
 collect_ignore = [] if os.environ.get("FLASH_TESTS_DJANGO") else ["django"]
 _numbers = itertools.count(1)

@@ -13,7 +13,7 @@ from celery import Celery
 from example_project.servers import Valkey, wait_until
 from flash_celery.commands import broker_checks
 from flash_celery.settings import Settings
-from tests.acceptance.test_faults import confirmed, handled, insert
+from tests.acceptance.steps import assert_handled, insert_rows, wait_until_confirmed
 
 LIMIT = 500
 
@@ -89,7 +89,7 @@ def test_an_update_of_many_rows_cannot_fill_the_broker(make_shop, small_broker, 
         wait_until(queue.depth, "a message")
         assert queue.depth() <= LIMIT
         taken += len(queue.take(LIMIT // 5))
-    confirmed(shop)
+    wait_until_confirmed(shop)
     assert (taken, queue.depth()) == (rows, 0)
     queue.close()
     assert shop.end(replicate) == 0
@@ -101,12 +101,12 @@ def test_slow_handlers_have_a_short_queue(any_shop):
     limited(shop, 50)
     shop.environment["SHOP_SLEEP"] = "0.005"
     replicate = shop.replicate()
-    insert(shop.database, 1, 200)
+    insert_rows(shop.database, 1, 200)
     shop.until_said(replicate, "50 messages wait in the queue flash")
     status = shop.run("flash", "status").stdout
     assert re.search(r"flash +50 waiting, at most 50: full, reading is paused", status), status
     shop.worker()
-    _, order = handled(shop, 1, 200)
+    _, order = assert_handled(shop, 1, 200)
     assert order == list(range(1, 201))
     shop.until_said(replicate, "The queue is shorter again; publishing continues")
     assert shop.end(replicate) == 0
@@ -115,14 +115,14 @@ def test_slow_handlers_have_a_short_queue(any_shop):
 def test_a_stop_while_a_queue_is_full_ends_in_time_and_loses_nothing(shop):
     limited(shop, 10, flash_shutdown_timeout=2)
     replicate = shop.replicate()
-    insert(shop.database, 1, 100)
+    insert_rows(shop.database, 1, 100)
     shop.until_said(replicate, "Paused:")
     started = time.monotonic()
     assert shop.end(replicate) == 0
     assert time.monotonic() - started < 10
     shop.replicate()
     shop.worker()
-    handled(shop, 1, 100)
+    assert_handled(shop, 1, 100)
 
 
 @pytest.mark.soak
@@ -131,14 +131,14 @@ def test_a_pause_outlasts_the_servers_patience(shop, database):
     try:
         limited(shop, 10)
         replicate = shop.replicate()
-        insert(database, 1, 100)
+        insert_rows(database, 1, 100)
         shop.until_said(replicate, "Paused:")
         time.sleep(5)
         log = replicate.log.read_text()
         assert "PostgreSQL failed" not in log
         assert log.count("Paused:") == 1
         shop.worker()
-        handled(shop, 1, 100)
+        assert_handled(shop, 1, 100)
         assert shop.end(replicate) == 0
     finally:
         database.execute("ALTER SYSTEM RESET wal_sender_timeout", "SELECT pg_reload_conf()")
@@ -149,13 +149,13 @@ def test_a_full_queue_that_is_deleted_is_declared_again(make_shop, rabbit):
     shop = make_shop(rabbit)
     limited(shop, 10)
     replicate = shop.replicate()
-    insert(shop.database, 1, 15, per_transaction=1)
+    insert_rows(shop.database, 1, 15, per_transaction=1)
     shop.until_said(replicate, "Paused:")
     with amqp.Connection(host=f"127.0.0.1:{rabbit.port}") as connection:
         connection.channel().queue_delete("flash")
     shop.until_said(replicate, "no queue 'flash'")
     # Whoever deletes a queue loses what was in it; the rest comes.
-    confirmed(shop)
+    wait_until_confirmed(shop)
     shop.worker()
     notes = shop.until_noted(5)
     assert [note["new"]["id"] for note in notes] == list(range(11, 16))

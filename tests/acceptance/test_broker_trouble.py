@@ -10,7 +10,7 @@ import redis
 
 from example_project.servers import Rabbit, Valkey, wait_until
 from flash_celery.changes import payload
-from tests.acceptance.test_faults import confirmed, handled, insert
+from tests.acceptance.steps import assert_handled, insert_rows, wait_until_confirmed
 from tests.conftest import missing
 from tests.sentinel import OPTIONS, Replicated
 
@@ -39,11 +39,11 @@ def test_a_broker_that_is_down_for_minutes(make_shop, seconds):
     with Valkey() as own:
         shop = make_shop(own)
         replicate = shop.replicate()
-        insert(shop.database, 1, 100)
-        confirmed(shop)
+        insert_rows(shop.database, 1, 100)
+        wait_until_confirmed(shop)
         with nothing_acknowledged(shop):
             own.stop(signal.SIGKILL)
-            insert(shop.database, 101, 1000)
+            insert_rows(shop.database, 101, 1000)
             shop.until_said(replicate, FAILS)
             time.sleep(seconds)
             found = json.loads(shop.run("flash", "status", "--json").stdout)
@@ -55,9 +55,9 @@ def test_a_broker_that_is_down_for_minutes(make_shop, seconds):
         times = replicate.log.read_text().count(FAILS)
         assert 1 + seconds // 80 <= times <= 1 + seconds // 60
         own.start()
-        confirmed(shop)
+        wait_until_confirmed(shop)
         shop.worker()
-        handled(shop, 1, 1000)
+        assert_handled(shop, 1, 1000)
         assert shop.end(replicate) == 0
 
 
@@ -65,17 +65,17 @@ def test_a_redis_that_is_full(make_shop):
     with Valkey(**{"maxmemory-policy": "noeviction"}) as own, redis.Redis(port=own.port) as client:
         shop = make_shop(own)
         replicate = shop.replicate()
-        insert(shop.database, 1, 100)
-        confirmed(shop)
+        insert_rows(shop.database, 1, 100)
+        wait_until_confirmed(shop)
         client.config_set("maxmemory", 1)
         with nothing_acknowledged(shop):
-            insert(shop.database, 101, 200)
+            insert_rows(shop.database, 101, 200)
             shop.until_said(replicate, "command not allowed when used memory")
             time.sleep(1)
         client.config_set("maxmemory", 0)
-        confirmed(shop)
+        wait_until_confirmed(shop)
         shop.worker()
-        handled(shop, 1, 200)
+        assert_handled(shop, 1, 200)
         assert shop.end(replicate) == 0
 
 
@@ -113,10 +113,10 @@ def test_an_alarm_of_rabbitmq(rabbit_shop, rabbit, short_of, rows):
     shop.environment["SHOP_BATCH"] = "1"
     shop.environment["SHOP_CONF"] = json.dumps({"flash_status_interval": 1})
     replicate = shop.replicate()
-    insert(shop.database, 1, 10)
-    confirmed(shop)
+    insert_rows(shop.database, 1, 10)
+    wait_until_confirmed(shop)
     with alarm(rabbit, *short_of), nothing_acknowledged(shop):
-        insert(shop.database, 11, rows, per_transaction=1000)
+        insert_rows(shop.database, 11, rows, per_transaction=1000)
         shop.until_said(replicate, "has blocked publishing")
         time.sleep(5)  # as long as a broker that says nothing has twice over
         log = replicate.log.read_text()
@@ -124,7 +124,7 @@ def test_an_alarm_of_rabbitmq(rabbit_shop, rabbit, short_of, rows):
     # One connection, for what fits into its buffers; where more was being sent, another.
     assert log.count("has blocked publishing") <= 2
     assert log.count(FAILS) <= (0 if rows == 100 else 1)
-    confirmed(shop)
+    wait_until_confirmed(shop)
     shop.worker(queues="batches")
     notes = shop.until_noted(rows, "many", timeout=120)
     order = dict.fromkeys((note["new"]["id"], note["id"]) for note in notes)
@@ -136,14 +136,14 @@ def test_a_queue_that_is_deleted_is_declared_again(rabbit_shop, rabbit):
     """Its messages went with it, by somebody's own hand; what comes after is not lost."""
     shop = rabbit_shop
     replicate = shop.replicate()
-    insert(shop.database, 1, 10)
-    confirmed(shop)
+    insert_rows(shop.database, 1, 10)
+    wait_until_confirmed(shop)
     rabbit.control("delete_queue", "flash")
-    insert(shop.database, 11, 100)
+    insert_rows(shop.database, 11, 100)
     shop.until_said(replicate, "The broker has no queue flash")
-    confirmed(shop)
+    wait_until_confirmed(shop)
     shop.worker()
-    handled(shop, 11, 100)
+    assert_handled(shop, 11, 100)
     assert shop.end(replicate) == 0
 
 
@@ -155,12 +155,12 @@ def test_a_queue_that_refuses_messages_until_it_has_room(rabbit_shop, rabbit):
     try:
         replicate = shop.replicate()
         with nothing_acknowledged(shop):
-            insert(shop.database, 1, 100, per_transaction=100)
+            insert_rows(shop.database, 1, 100, per_transaction=100)
             shop.until_said(replicate, "its queue has no room")
         shop.worker()
-        _, order = handled(shop, 1, 100)
+        _, order = assert_handled(shop, 1, 100)
         assert order == list(range(1, 101))
-        confirmed(shop)
+        wait_until_confirmed(shop)
         assert shop.end(replicate) == 0
     finally:
         rabbit.control("clear_policy", "short")
@@ -173,16 +173,16 @@ def test_a_sigkill_of_rabbitmq(make_shop):
     with Rabbit() as own:
         shop = make_shop(own)
         replicate = shop.replicate()
-        insert(shop.database, 1, 100)
-        confirmed(shop)
+        insert_rows(shop.database, 1, 100)
+        wait_until_confirmed(shop)
         own.stop(signal.SIGKILL)
-        insert(shop.database, 101, 200)
+        insert_rows(shop.database, 101, 200)
         shop.until_said(replicate, FAILS)
         own.start()
-        insert(shop.database, 201, 300)
-        confirmed(shop)
+        insert_rows(shop.database, 201, 300)
+        wait_until_confirmed(shop)
         shop.worker()
-        handled(shop, 1, 300)
+        assert_handled(shop, 1, 300)
         assert shop.end(replicate) == 0
 
 
@@ -193,19 +193,19 @@ def test_a_failover_through_sentinel(make_shop):
         shop.environment["SHOP_CONF"] = json.dumps({"broker_transport_options": OPTIONS})
         replica = own.replica
         replicate = shop.replicate()
-        insert(shop.database, 1, 100)
-        confirmed(shop)
+        insert_rows(shop.database, 1, 100)
+        wait_until_confirmed(shop)
         with nothing_acknowledged(shop):
             own.kill()
-            insert(shop.database, 101, 200)
+            insert_rows(shop.database, 101, 200)
             shop.until_said(replicate, FAILS)
         wait_until(lambda: own.port == replica.port, "the promotion")
         with redis.Redis(port=replica.port) as client:
             # It has no replica any more, and would refuse writes as the old one did.
             client.config_set("min-replicas-to-write", 0)
-        confirmed(shop)
+        wait_until_confirmed(shop)
         shop.worker()
-        handled(shop, 1, 200)
+        assert_handled(shop, 1, 200)
         assert shop.end(replicate) == 0
 
 
@@ -218,9 +218,9 @@ def test_a_coordinated_failover_through_sentinel(make_shop):
         replicate = shop.replicate()
         for first in (1, 2001, 4001):
             mend = own.hand_over()
-            insert(shop.database, first, first + 1999)
+            insert_rows(shop.database, first, first + 1999)
             mend()
-        confirmed(shop)
+        wait_until_confirmed(shop)
         with redis.Redis(port=own.port) as client:
             bodies = [json.loads(raw)["body"] for raw in client.lrange("flash", 0, -1)][::-1]
         changes = [payload.decode(json.loads(body)[0][0]["__value__"])[0] for body in bodies]

@@ -17,24 +17,8 @@ from click.testing import CliRunner
 
 from example_project.servers import Postgres, end_with_parent, free_port, wait_until
 from flash_celery.cli import flash
+from tests.acceptance.steps import assert_refused, created_nothing, publications, slots
 from tests.conftest import missing
-
-
-def slots(database):
-    return [
-        row[0]
-        for row in database.execute(
-            "SELECT slot_name FROM pg_replication_slots WHERE database = current_database()"
-        )
-    ]
-
-
-def publications(database):
-    return [row[0] for row in database.execute("SELECT pubname FROM pg_publication ORDER BY 1")]
-
-
-def created_nothing(database):
-    return slots(database) == [] and publications(database) == []
 
 
 def test_status_shows_the_slot_the_handlers_and_their_queues(shop):
@@ -257,15 +241,8 @@ def test_bad_input_gets_one_sentence_and_creates_nothing(shop, case):
     environment, message = BAD[case]
     ended = shop.run("flash", "replicate", **environment)
     assert ended.returncode == 2, ended.stderr
-    refused(ended, message)
+    assert_refused(ended, message)
     assert created_nothing(shop.database)
-
-
-def refused(ended, message):
-    *before, said = ended.stderr.strip().splitlines()
-    assert not any("Traceback" in line for line in before), ended.stderr
-    assert said.startswith("Error: ")
-    assert re.search(message, said), said
 
 
 @pytest.mark.parametrize("command", ["replicate", "status", "doctor", "reset", "tail"])
@@ -277,7 +254,7 @@ def test_a_wrong_database_is_refused_by_every_command(shop, command):
         dsn = psycopg.conninfo.make_conninfo(shop.database.dsn, password="s3cret", **change)
         ended = shop.run("flash", command, SHOP_DSN=dsn)
         assert ended.returncode == 2, ended.stderr
-        refused(ended, message)
+        assert_refused(ended, message)
         assert "s3cret" not in ended.stderr + ended.stdout
     assert created_nothing(shop.database)
 
@@ -291,7 +268,7 @@ def test_without_an_app(shop):
         timeout=120,
     )
     assert ended.returncode == 2
-    refused(ended, "celery -A your_project flash")
+    assert_refused(ended, "celery -A your_project flash")
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +298,7 @@ def test_wal_level_a_wrong_password_and_privileges(shop, strict):
     ):
         ended = shop.run("flash", "replicate", SHOP_DSN=dsn)
         assert ended.returncode == 2
-        refused(ended, message)
+        assert_refused(ended, message)
         assert "s3cret" not in ended.stderr
     doctor = shop.run("flash", "doctor", SHOP_DSN=strictly(strict, user="weak"))
     assert doctor.returncode == 1
@@ -340,7 +317,7 @@ def test_no_free_slot(shop, strict):
         connection.execute("SELECT pg_create_physical_replication_slot('taken')")
     ended = shop.run("flash", "replicate", SHOP_DSN=strict.dsn())
     assert ended.returncode == 2
-    refused(ended, "All 1 of max_replication_slots are in use")
+    assert_refused(ended, "All 1 of max_replication_slots are in use")
     with psycopg.connect(strict.dsn()) as connection:
         assert connection.execute("SELECT count(*) FROM pg_publication").fetchone() == (0,)
 
@@ -352,7 +329,7 @@ def test_a_slot_of_another_plugin_or_database(shop, postgres):
         try:
             ended = shop.run("flash", "replicate")
             assert ended.returncode == 2
-            refused(ended, f"{name} is a slot of the database postgres")
+            assert_refused(ended, f"{name} is a slot of the database postgres")
         finally:
             elsewhere.execute(f"SELECT pg_drop_replication_slot('{name}')")
     assert created_nothing(shop.database)
@@ -360,7 +337,7 @@ def test_a_slot_of_another_plugin_or_database(shop, postgres):
     try:
         ended = shop.run("flash", "replicate")
         assert ended.returncode == 2
-        refused(ended, f"{name} is a physical slot")
+        assert_refused(ended, f"{name} is a physical slot")
     finally:
         shop.database.execute(f"SELECT pg_drop_replication_slot('{name}')")
     assert created_nothing(shop.database)
@@ -405,7 +382,7 @@ def test_a_pooler_is_named(shop, pooler, command):
     dsn = psycopg.conninfo.make_conninfo(shop.database.dsn, port=pooler)
     ended = shop.run("flash", command, SHOP_DSN=dsn)
     assert ended.returncode == 2, ended.stdout
-    refused(ended, "this is a pooler: flash_dsn must lead to PostgreSQL itself")
+    assert_refused(ended, "this is a pooler: flash_dsn must lead to PostgreSQL itself")
     assert created_nothing(shop.database)
 
 
@@ -417,7 +394,7 @@ def test_a_publication_altered_by_hand(shop):
     )
     ended = shop.run("flash", "replicate")
     assert ended.returncode == 2
-    refused(ended, "flash_publication_insert was altered by hand")
+    assert_refused(ended, "flash_publication_insert was altered by hand")
 
 
 def test_a_slot_that_was_dropped_is_not_made_again_silently(shop):
@@ -425,7 +402,7 @@ def test_a_slot_that_was_dropped_is_not_made_again_silently(shop):
     shop.database.execute(f"SELECT pg_drop_replication_slot('{shop.database.slot}')")
     ended = shop.run("flash", "replicate")
     assert ended.returncode == 2
-    refused(ended, "existed and is gone")
+    assert_refused(ended, "existed and is gone")
     assert slots(shop.database) == []
     assert shop.run("flash", "reset", "--yes").returncode == 0
     shop.end(shop.replicate())

@@ -8,8 +8,7 @@ import pytest
 import redis
 
 from example_project.servers import wait_until
-from tests.acceptance.test_faults import confirmed
-from tests.acceptance.test_memory import streaming
+from tests.acceptance.steps import use_streaming, wait_until_confirmed
 
 MANY = "INSERT INTO items SELECT n, repeat('x', 300) FROM generate_series({}, {}) AS n"
 
@@ -20,7 +19,7 @@ def test_a_disk_without_room_for_the_spool(shop, tmp_path):
     folder = tmp_path / "spool"
     folder.mkdir()
     shop.environment["SHOP_BATCH"] = "only"
-    streaming(shop, flash_spool_directory=str(folder))
+    use_streaming(shop, flash_spool_directory=str(folder))
     replicate = shop.replicate()
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     # A file may not grow beyond this, as if there were no room (EFBIG for ENOSPC).
@@ -34,7 +33,7 @@ def test_a_disk_without_room_for_the_spool(shop, tmp_path):
         with redis.Redis(port=shop.broker.port) as client:
             wait_until(lambda: client.llen("batches"), "the small transaction")
         connection.execute("COMMIT")
-    confirmed(shop)
+    wait_until_confirmed(shop)
     assert list(folder.iterdir()) == []
     shop.worker(queues="batches")
     notes = shop.until_noted(20_100, "many", timeout=120)
@@ -51,7 +50,7 @@ def test_a_folder_that_cannot_be_written_stops_the_start(shop, tmp_path, kind):
             folder = "/proc/self"  # even root may not
         else:
             folder.mkdir(mode=0o500)
-    streaming(shop, flash_spool_directory=str(folder))
+    use_streaming(shop, flash_spool_directory=str(folder))
     done = shop.run("flash", "replicate")
     assert done.returncode == 2
     assert str(folder) in done.stderr

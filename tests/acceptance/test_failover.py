@@ -6,10 +6,10 @@ import signal
 import pytest
 
 from example_project.servers import Postgres, Standby, wait_until
+from tests.acceptance.steps import assert_handled, insert_rows
 from tests.conftest import Database, missing
 
 from .conftest import Shop
-from .test_faults import handled, insert
 
 CONF = json.dumps(
     {"flash_failover_slot": True, "flash_status_interval": 2, "flash_heartbeat_interval": 1}
@@ -80,16 +80,16 @@ def copied(shop, standby):
 def test_after_a_failover_reading_goes_on_and_nothing_is_lost(shop, primary, standby):
     replicate = shop.replicate()
     shop.worker()
-    insert(shop.database, 1, 100)
+    insert_rows(shop.database, 1, 100)
     copied(shop, standby)
     doctor = shop.run("flash", "doctor").stdout
     assert f"failover to 127.0.0.1:{standby.port}: {shop.database.slot} is there, ready" in doctor
     assert "synchronized_standby_slots: standby is connected" in doctor
-    insert(shop.database, 101, 200)
+    insert_rows(shop.database, 101, 200)
     primary.stop(signal.SIGKILL)
     Database(standby, "postgres").execute("SELECT pg_promote()")
-    insert(shop.database, 201, 300)
-    handled(shop, 1, 300)
+    insert_rows(shop.database, 201, 300)
+    assert_handled(shop, 1, 300)
     assert shop.end(replicate) == 0
 
 
@@ -118,13 +118,13 @@ def test_changes_held_back_for_a_standby_that_is_away_are_said_to_be(shop, prima
     shop.worker()
     standby.stop()
     alter(primary, synchronous_standby_names="")
-    insert(shop.database, 1, 100)
+    insert_rows(shop.database, 1, 100)
     shop.until_said(replicate, "holds changes back until the standbys")
     assert shop.notes() == []
     assert "the standby of standby is not connected" in shop.run("flash", "doctor").stdout
     standby.start()
     shop.until_said(replicate, "PostgreSQL sends changes again")
-    handled(shop, 1, 100)
+    assert_handled(shop, 1, 100)
     assert replicate.log.read_text().count("holds changes back") == 1
     assert replicate.log.read_text().count("does not have active_pid") == 1
     assert "reconnecting" not in replicate.log.read_text()

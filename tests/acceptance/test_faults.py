@@ -10,26 +10,9 @@ import pytest
 import redis
 
 from example_project.servers import Postgres, Rabbit, Valkey, wait_until
+from tests.acceptance.steps import assert_handled, insert_rows, wait_until_confirmed
 
 ROWS = 10_000
-
-
-def insert(database, first, last, per_transaction=10):
-    with database.connect() as connection:
-        for start in range(first, last + 1, per_transaction):
-            end = min(start + per_transaction - 1, last)
-            connection.execute(
-                f"INSERT INTO items SELECT n, 'a' FROM generate_series({start}, {end}) AS n"
-            )
-
-
-def handled(shop, first, last, timeout=120.0, ordered=True):
-    """Every row once by identity, in commit order, with one task id for each change."""
-    notes = shop.until_noted(last - first + 1, timeout=timeout)
-    order = list(dict.fromkeys(note["new"]["id"] for note in notes))
-    assert (order if ordered else sorted(order)) == list(range(first, last + 1))
-    assert len({(note["id"], note["task_id"]) for note in notes}) == last - first + 1
-    return notes, order
 
 
 @pytest.mark.parametrize(
@@ -39,7 +22,7 @@ def test_kill_9_in_the_middle_of_10_000_changes(any_shop):
     shop = any_shop
     shop.environment["SHOP_BATCH"] = "1"
     shop.end(shop.replicate())
-    insert(shop.database, 1, ROWS)
+    insert_rows(shop.database, 1, ROWS)
     for pause in (0.05, 0.1, 0.2):
         replicate = shop.replicate()
         time.sleep(pause)
@@ -49,19 +32,7 @@ def test_kill_9_in_the_middle_of_10_000_changes(any_shop):
     batched = shop.until_noted(ROWS, "many", timeout=180)
     order = list(dict.fromkeys(note["new"]["id"] for note in batched))
     assert order == list(range(1, ROWS + 1))
-    confirmed(shop)
-
-
-def confirmed(shop):
-    """Wait until everything written so far is acknowledged: the queue has it all."""
-    goal = shop.database.one("SELECT pg_current_wal_insert_lsn()")
-    wait_until(
-        lambda: shop.database.one(
-            f"SELECT confirmed_flush_lsn >= '{goal}'::pg_lsn FROM pg_replication_slots "
-            f"WHERE slot_name = '{shop.database.slot}'"
-        ),
-        "the slot to be acknowledged",
-    )
+    wait_until_confirmed(shop)
 
 
 @pytest.fixture
@@ -96,27 +67,27 @@ def test_a_restart_of_postgresql(shop_of_its_own, own_postgres, number):
     shop = shop_of_its_own
     replicate = shop.replicate()
     shop.worker()
-    insert(shop.database, 1, 100)
+    insert_rows(shop.database, 1, 100)
     own_postgres.stop(number)
     own_postgres.start()
-    insert(shop.database, 101, 200)
-    handled(shop, 1, 200)
+    insert_rows(shop.database, 101, 200)
+    assert_handled(shop, 1, 200)
     assert shop.end(replicate) == 0
 
 
 def test_pg_terminate_backend_of_either_connection(shop):
     replicate = shop.replicate()
-    insert(shop.database, 1, 100)
+    insert_rows(shop.database, 1, 100)
     for number, kind in enumerate(("walsender", "client backend"), 1):
         assert shop.database.one(
             "SELECT bool_and(pg_terminate_backend(pid)) FROM pg_stat_activity "
             f"WHERE application_name = 'flash_celery' AND datname = '{shop.database.name}' "
             f"AND backend_type = '{kind}'"
         )
-        insert(shop.database, number * 100 + 1, number * 100 + 100)
-        confirmed(shop)
+        insert_rows(shop.database, number * 100 + 1, number * 100 + 100)
+        wait_until_confirmed(shop)
     shop.worker()
-    handled(shop, 1, 300)
+    assert_handled(shop, 1, 300)
     assert shop.end(replicate) == 0
 
 
@@ -132,7 +103,7 @@ def test_a_worker_that_is_killed_in_a_handler(any_shop):
         shop.environment["SHOP_CONF"] = json.dumps({"broker_transport_options": options})
     replicate = shop.replicate()
     killed = shop.worker("prefork", SHOP_SLEEP="1000")
-    insert(shop.database, 1, 10)
+    insert_rows(shop.database, 1, 10)
     shop.until_noted(2)  # both children have one
     if shop.broker.url.startswith("redis"):
         # Nothing is on its way: a worker loses what it is taking.
@@ -146,7 +117,7 @@ def test_a_worker_that_is_killed_in_a_handler(any_shop):
             child.kill()
     shop.worker()
     wait_until(lambda: len(shop.notes()) == 12, "the changes to come back")
-    handled(shop, 1, 10, ordered=False)  # they come back in Celery's order
+    assert_handled(shop, 1, 10, ordered=False)  # they come back in Celery's order
     assert shop.end(replicate) == 0
 
 
@@ -154,15 +125,15 @@ def test_a_restart_of_valkey(make_shop):
     with Valkey() as own:
         shop = make_shop(own)
         replicate = shop.replicate()
-        insert(shop.database, 1, 500)
+        insert_rows(shop.database, 1, 500)
         own.stop(signal.SIGKILL)
-        insert(shop.database, 501, 1000)
+        insert_rows(shop.database, 501, 1000)
         time.sleep(1)
         own.start()
-        insert(shop.database, 1001, 1500)
-        confirmed(shop)
+        insert_rows(shop.database, 1001, 1500)
+        wait_until_confirmed(shop)
         shop.worker()
-        handled(shop, 1, 1500)
+        assert_handled(shop, 1, 1500)
         assert shop.end(replicate) == 0
 
 
@@ -175,14 +146,14 @@ def test_a_restart_of_rabbitmq(make_shop):
     with Rabbit() as own:
         shop = make_shop(own)
         replicate = shop.replicate()
-        insert(shop.database, 1, 100)
+        insert_rows(shop.database, 1, 100)
         own.stop()
-        insert(shop.database, 101, 200)
+        insert_rows(shop.database, 101, 200)
         own.start()
-        insert(shop.database, 201, 300)
-        confirmed(shop)
+        insert_rows(shop.database, 201, 300)
+        wait_until_confirmed(shop)
         shop.worker()
-        handled(shop, 1, 300)
+        assert_handled(shop, 1, 300)
         assert shop.end(replicate) == 0
 
 
@@ -191,8 +162,8 @@ def test_quorum_queues(make_shop, rabbit):
     shop = make_shop(rabbit, SHOP_QUORUM="1")
     shop.replicate()
     shop.worker()
-    insert(shop.database, 1, 100)
-    handled(shop, 1, 100)
+    insert_rows(shop.database, 1, 100)
+    assert_handled(shop, 1, 100)
 
 
 def test_it_starts_before_the_broker_and_the_database(make_shop, own_postgres, database):
@@ -206,11 +177,11 @@ def test_it_starts_before_the_broker_and_the_database(make_shop, own_postgres, d
         shop.until_said(replicate, "The connection to PostgreSQL failed")
         own_postgres.start()
         shop.until_said(replicate, "Replicating the slot")
-        insert(database, 1, 10)
+        insert_rows(database, 1, 10)
         shop.until_said(replicate, "Nothing is acknowledged until it works again")
         own.start()
         shop.worker()
-        handled(shop, 1, 10)
+        assert_handled(shop, 1, 10)
         assert shop.end(replicate) == 0
     database.dsn = shared.dsn(database.name)
 
@@ -220,7 +191,7 @@ def test_a_stop_while_the_broker_is_down_ends_in_time_and_loses_nothing(make_sho
         shop = make_shop(own, SHOP_CONF='{"flash_shutdown_timeout": 2}')
         replicate = shop.replicate()
         own.stop()
-        insert(shop.database, 1, 10)
+        insert_rows(shop.database, 1, 10)
         shop.until_said(replicate, "Nothing is acknowledged until it works again")
         started = time.monotonic()
         assert shop.end(replicate) == 0
@@ -228,7 +199,7 @@ def test_a_stop_while_the_broker_is_down_ends_in_time_and_loses_nothing(make_sho
         own.start()
         shop.replicate()
         shop.worker()
-        handled(shop, 1, 10)
+        assert_handled(shop, 1, 10)
 
 
 def test_a_second_signal_ends_it_at_once(make_shop):
@@ -236,7 +207,7 @@ def test_a_second_signal_ends_it_at_once(make_shop):
         shop = make_shop(own, SHOP_CONF='{"flash_shutdown_timeout": 600}')
         replicate = shop.replicate()
         own.stop()
-        insert(shop.database, 1, 10)
+        insert_rows(shop.database, 1, 10)
         shop.until_said(replicate, "Nothing is acknowledged until it works again")
         replicate.send_signal(signal.SIGTERM)
         time.sleep(0.5)
@@ -251,7 +222,7 @@ def test_postgresql_shuts_down_fast_although_the_broker_is_down(make_shop, own_p
         shop = make_shop(own, SHOP_CONF='{"flash_shutdown_timeout": 2}')
         replicate = shop.replicate()
         own.stop()
-        insert(database, 1, 10)
+        insert_rows(database, 1, 10)
         shop.until_said(replicate, "Nothing is acknowledged until it works again")
         process = own_postgres.process
         process.send_signal(signal.SIGINT)
@@ -259,7 +230,7 @@ def test_postgresql_shuts_down_fast_although_the_broker_is_down(make_shop, own_p
         own_postgres.start()
         own.start()
         shop.worker()
-        handled(shop, 1, 10)
+        assert_handled(shop, 1, 10)
     database.dsn = shared.dsn(database.name)
 
 
@@ -269,7 +240,7 @@ def test_the_slot_follows_a_server_that_is_busy_elsewhere(shop):
         "CREATE TABLE other (id int)",
         "INSERT INTO other SELECT generate_series(1, 10000)",
     )
-    confirmed(shop)
+    wait_until_confirmed(shop)
 
 
 def test_a_broker_outage_outlasts_the_servers_patience(make_shop, database):
@@ -279,12 +250,12 @@ def test_a_broker_outage_outlasts_the_servers_patience(make_shop, database):
             shop = make_shop(own)
             replicate = shop.replicate()
             own.stop()
-            insert(database, 1, 10)
+            insert_rows(database, 1, 10)
             time.sleep(5)
             log = replicate.log.read_text()
             assert "PostgreSQL failed" not in log
             own.start()
             shop.worker()
-            handled(shop, 1, 10)
+            assert_handled(shop, 1, 10)
     finally:
         database.execute("ALTER SYSTEM RESET wal_sender_timeout", "SELECT pg_reload_conf()")

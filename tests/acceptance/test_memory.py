@@ -7,12 +7,12 @@ import signal
 import time
 from pathlib import Path
 
-import psycopg
 import pytest
 import redis
 
 from example_project.servers import Valkey, wait_until
 from flash_celery.changes import payload
+from tests.acceptance.steps import use_streaming
 
 LIMIT = 150_000_000
 STREAMED = "SELECT stream_txns > 0 FROM pg_stat_replication_slots WHERE slot_name = '{}'"
@@ -24,15 +24,6 @@ def peak(process):
     """The most memory it has had, in bytes."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
-
-
-def streaming(shop, **conf):
-    """Let the server send transactions of a megabyte while they are open."""
-    options = "-c logical_decoding_work_mem=1MB"
-    shop.environment["SHOP_DSN"] = psycopg.conninfo.make_conninfo(
-        shop.database.dsn, options=options
-    )
-    shop.environment["SHOP_CONF"] = json.dumps({"flash_use_streaming": True, **conf})
 
 
 def enqueued(client, count):
@@ -55,7 +46,7 @@ def enqueued(client, count):
 def test_a_commit_of_many_rows_in_bounded_memory(shop, mode, rows):
     shop.environment["SHOP_BATCH"] = "only"
     if mode == "streamed":
-        streaming(shop)
+        use_streaming(shop)
     replicate = shop.replicate()
     shop.database.execute(
         f"INSERT INTO items SELECT n, 'name', 'note' FROM generate_series(1, {rows}) AS n"
@@ -97,7 +88,7 @@ def test_nothing_is_left_of_a_spool(shop, tmp_path):
     folder = tmp_path / "spool"
     folder.mkdir()
     shop.environment["SHOP_BATCH"] = "only"
-    streaming(shop, flash_spool_directory=str(folder))
+    use_streaming(shop, flash_spool_directory=str(folder))
     replicate = shop.replicate()
 
     def spools():

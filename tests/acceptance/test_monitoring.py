@@ -10,8 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import urllib.error
-import urllib.request
 from dataclasses import fields, replace
 
 import pytest
@@ -32,6 +30,7 @@ from flash_celery.commands.status import (
     StatusReport,
 )
 from tests import browser
+from tests.acceptance.steps import http_get
 from tests.conftest import missing
 
 EVIL = "<img src=x onerror=document.title=1>"
@@ -42,18 +41,8 @@ def address():
     return f"127.0.0.1:{free_port()}"
 
 
-def get(address, path, method="GET"):
-    request = urllib.request.Request(f"http://{address}{path}", method=method)
-    try:
-        answer = urllib.request.urlopen(request, timeout=20)
-    except urllib.error.HTTPError as error:
-        answer = error
-    with answer:
-        return answer.status, answer.read().decode(), dict(answer.headers)
-
-
 def ready(address, query=""):
-    status, body, _ = get(address, f"/ready{query}")
+    status, body, _ = http_get(address, f"/ready{query}")
     said = json.loads(body)
     assert said["ready"] is (status == 200)
     return status, said
@@ -87,7 +76,7 @@ def test_ten_thousand_rows_are_counted_shown_and_not_logged(shop, address):
     )
 
     def counted():
-        found = samples(get(address, "/metrics")[1])
+        found = samples(http_get(address, "/metrics")[1])
         enqueued = found["flash_changes_enqueued_total"]
         done = sum(value for _, value in enqueued) == 20_052
         return found if done and "flash_slot_active" in found else None
@@ -112,18 +101,18 @@ def test_ten_thousand_rows_are_counted_shown_and_not_logged(shop, address):
     (count,) = found["flash_enqueue_delay_seconds_count"]
     assert count[1] > 0
     if shutil.which("promtool"):
-        text = get(address, "/metrics")[1].encode()
+        text = http_get(address, "/metrics")[1].encode()
         checked = subprocess.run(
             ["promtool", "check", "metrics"], input=text, capture_output=True, timeout=120
         )
         assert not checked.returncode, checked.stderr
 
-    assert get(address, "/live")[0] == 200
+    assert http_get(address, "/live")[0] == 200
     assert ready(address)[0] == 200
-    assert get(address, "/nothing")[0] == 404
-    assert get(address, "/status.json", "POST")[0] == 501
-    assert get(address, "/", "HEAD")[1] == ""
-    status = json.loads(get(address, "/status.json")[1])
+    assert http_get(address, "/nothing")[0] == 404
+    assert http_get(address, "/status.json", "POST")[0] == 501
+    assert http_get(address, "/", "HEAD")[1] == ""
+    status = json.loads(http_get(address, "/status.json")[1])
     told = json.loads(shop.run("flash", "status", "--json").stdout)
     told_too = told.keys() - {"subscriptions", "queues", "unhandled"}  # another environment's
     assert told_too <= status.keys()
@@ -175,8 +164,8 @@ def test_a_standby_and_a_broker_that_is_down_are_alive_and_not_ready(shop, addre
 
     (reason,) = wait_until(waits, "the broker to be missed")["reasons"]
     assert re.match(r"The broker has failed for \d+ s\. The broker redis://", reason)
-    assert "secret" not in get(address, "/status.json")[1] + get(address, "/metrics")[1]
-    assert get(address, "/live")[0] == 200
+    assert "secret" not in http_get(address, "/status.json")[1] + http_get(address, "/metrics")[1]
+    assert http_get(address, "/live")[0] == 200
     shop.until_said(second, "is active for PID")
     status, said = ready(other)
     assert (status, said["state"]) == (503, "standby")
@@ -190,11 +179,11 @@ def test_a_standby_and_a_broker_that_is_down_are_alive_and_not_ready(shop, addre
     )
 
     def reconnected():
-        ((_, count),) = samples(get(other, "/metrics")[1])["flash_reconnections_total"]
+        ((_, count),) = samples(http_get(other, "/metrics")[1])["flash_reconnections_total"]
         return count == 1 and ready(other)[0] == 200
 
     wait_until(reconnected, "the stream to begin anew")
-    (error,) = json.loads(get(other, "/status.json")[1])["errors"][:1]
+    (error,) = json.loads(http_get(other, "/status.json")[1])["errors"][:1]
     assert error["solution"]
     assert shop.end(second) == 0
 
@@ -228,12 +217,12 @@ def test_what_is_paused_is_shown(shop, address):
     assert shop.run("flash", "pause").returncode == 0
 
     def shown():
-        said = json.loads(get(address, "/status.json")[1])
+        said = json.loads(http_get(address, "/status.json")[1])
         return said if said["paused"] and said["paused_handlers"][0]["parked"] == 30 else None
 
     said = wait_until(shown, "it to be shown how much is parked")
     assert said["ready"]
-    paused = samples(get(address, "/metrics")[1])["flash_paused"]
+    paused = samples(http_get(address, "/metrics")[1])["flash_paused"]
     handlers = {labels["handler"]: value for labels, value in paused}
     assert handlers == {"": 1, "shop.each": 1}
     told = json.loads(shop.run("flash", "status", "--json").stdout)

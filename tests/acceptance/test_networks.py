@@ -5,39 +5,20 @@ import re
 import time
 from functools import partial
 
-import psycopg
 import pytest
 
 from example_project.servers import wait_until
-from tests.acceptance.test_failpoints import Writer, handled
-from tests.acceptance.test_faults import confirmed, insert
+from tests.acceptance.network import (
+    GIVEN_UP,
+    INTERVAL,
+    Network,
+    is_catalog_query,
+    is_stream,
+    wait_until_given_up,
+)
+from tests.acceptance.steps import insert_rows, wait_until_confirmed
+from tests.acceptance.writer import Writer, assert_writes_handled
 from tests.proxy import Proxy, Way
-
-#: Seconds; a silent connection is to be noticed within three of them.
-INTERVAL = 2
-#: What the replication worker says of a connection that it gives up.
-GIVEN_UP = {
-    # Or the server has given up our connection first, and the other one tells.
-    "postgresql": r"PostgreSQL (has been silent|has not answered)|connection to PostgreSQL failed|"
-    r"is not read by this worker",
-    "broker": r"The broker (.* failed|has taken nothing|confirmed none)",
-}
-
-
-class Network:
-    """Proxies before the database and the broker of a shop; the test itself goes past them."""
-
-    def __init__(self, shop, postgresql, broker):
-        self.shop = shop
-        self.postgresql = postgresql
-        self.broker = broker
-        shop.environment["SHOP_DSN"] = psycopg.conninfo.make_conninfo(
-            shop.database.dsn, port=postgresql.port, sslmode="disable", gssencmode="disable"
-        )
-        shop.environment["SHOP_BROKER"] = shop.broker.url.replace(
-            str(shop.broker.port), str(broker.port)
-        )
-        shop.environment["SHOP_CONF"] = json.dumps({"flash_status_interval": INTERVAL})
 
 
 @pytest.fixture
@@ -59,33 +40,11 @@ def network(request):
     return request.getfixturevalue(f"{request.param}_network")
 
 
-def until_given_up(shop, process, side, since, timeout=60):
-    """Wait until a connection is called dead in what was logged since then."""
-    try:
-        wait_until(
-            lambda: re.search(GIVEN_UP[side], process.log.read_text()[since:]),
-            f"the connection to {side} to be given up",
-            timeout,
-        )
-    except TimeoutError as error:
-        raise AssertionError(f"{error}: {process.log.read_text()}") from None
-
-
-def stream(opening):
-    """Picks the replication connection."""
-    return b"replication\0" in opening
-
-
-def query(opening):
-    """Picks the connection for the catalog."""
-    return not stream(opening)
-
-
 def goes_on(network, writer):
     """What is written from now on is with the broker."""
     written = len(writer.changes)
     wait_until(lambda: len(writer.changes) > written, "the application to write")
-    confirmed(network.shop)
+    wait_until_confirmed(network.shop)
 
 
 #: What does not pass while nobody closes anything.
@@ -121,7 +80,7 @@ def cuts_stalls_delays_and_throttles(network, side, ways):
         for way in ways:
             said = len(replicate.log.read_text())
             proxy.stall(way)
-            until_given_up(shop, replicate, side, said)
+            wait_until_given_up(shop, replicate, side, said)
             proxy.heal()
             goes_on(network, writer)
         said = len(replicate.log.read_text())
@@ -138,25 +97,25 @@ def cuts_stalls_delays_and_throttles(network, side, ways):
         time.sleep(1)
         proxy.heal()
         goes_on(network, writer)
-    confirmed(shop)
+    wait_until_confirmed(shop)
     shop.worker()
-    handled(shop, writer)
+    assert_writes_handled(shop, writer)
     assert shop.end(replicate) == 0
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("picked", [stream, query], ids=["stream", "catalog"])
+@pytest.mark.parametrize("picked", [is_stream, is_catalog_query], ids=["stream", "catalog"])
 def test_one_silent_connection_to_postgresql_is_replaced(redis_network, picked):
     """Also while the server believes in it and keeps the slot for it."""
     shop, proxy = redis_network.shop, redis_network.postgresql
     replicate = shop.replicate()
-    insert(shop.database, 1, 10)
-    confirmed(shop)
+    insert_rows(shop.database, 1, 10)
+    wait_until_confirmed(shop)
     said = len(replicate.log.read_text())
     started = time.monotonic()
     proxy.stall(only=picked, new=False)
-    insert(shop.database, 11, 20)
-    until_given_up(shop, replicate, "postgresql", said)
+    insert_rows(shop.database, 11, 20)
+    wait_until_given_up(shop, replicate, "postgresql", said)
     noticed = time.monotonic() - started
     wait_until(
         lambda: "Replicating the slot" in replicate.log.read_text()[said:],
@@ -166,7 +125,7 @@ def test_one_silent_connection_to_postgresql_is_replaced(redis_network, picked):
     # Three intervals, and as much again for a machine that is busy.
     assert noticed < 6 * INTERVAL
     assert replaced < 12 * INTERVAL
-    confirmed(shop)
+    wait_until_confirmed(shop)
     shop.worker()
     shop.until_noted(20)
     assert shop.end(replicate) == 0
@@ -177,16 +136,16 @@ def test_a_silent_connection_to_an_idle_broker_is_replaced(network):
     """Nothing is published, and yet it is noticed: the next change does not wait for it."""
     shop, proxy = network.shop, network.broker
     replicate = shop.replicate()
-    insert(shop.database, 1, 10)
-    confirmed(shop)
+    insert_rows(shop.database, 1, 10)
+    wait_until_confirmed(shop)
     said = len(replicate.log.read_text())
     started = time.monotonic()
     proxy.stall(new=False)
-    until_given_up(shop, replicate, "broker", said)
+    wait_until_given_up(shop, replicate, "broker", said)
     assert time.monotonic() - started < 6 * INTERVAL
     shop.until_said(replicate, "The broker confirms messages again")
-    insert(shop.database, 11, 20)
-    confirmed(shop)
+    insert_rows(shop.database, 11, 20)
+    wait_until_confirmed(shop)
     shop.worker()
     shop.until_noted(20)
     assert shop.end(replicate) == 0
@@ -202,7 +161,7 @@ def test_a_slow_line_to_redis_carries_a_large_transaction(redis_network):
     proxy.throttle(400_000)
     rows = "INSERT INTO items SELECT n, repeat('x', 300) FROM generate_series(1, 5000) AS n"
     shop.database.execute(rows)
-    confirmed(shop)
+    wait_until_confirmed(shop)
     assert not re.search(GIVEN_UP["broker"], replicate.log.read_text())
     proxy.heal()
     shop.worker(queues="batches")
@@ -219,7 +178,7 @@ def test_a_server_that_is_busy_with_other_tables_is_not_taken_for_dead(shop):
     shop.database.execute(
         "INSERT INTO other SELECT n, repeat('x', 50) FROM generate_series(1, 5000000) AS n"
     )
-    insert(shop.database, 1, 10)
-    confirmed(shop)
+    insert_rows(shop.database, 1, 10)
+    wait_until_confirmed(shop)
     assert "reconnecting" not in replicate.log.read_text()
     assert shop.end(replicate) == 0

@@ -8,8 +8,12 @@ import pytest
 import redis
 
 from example_project.servers import wait_until
-from tests.acceptance.test_failpoints import of, through
-from tests.acceptance.test_faults import confirmed, insert
+from tests.acceptance.steps import (
+    broker_failpoints,
+    insert_rows,
+    replicate_through,
+    wait_until_confirmed,
+)
 
 
 def flash(shop, *arguments, code=0):
@@ -44,28 +48,28 @@ def test_a_paused_handler_gets_its_changes_later_and_in_order(any_shop):
     shop.environment |= {"SHOP_BATCH": "1"}
     shop.worker()
     first = shop.replicate()
-    insert(shop.database, 1, 5)
+    insert_rows(shop.database, 1, 5)
     shop.until_noted(5)
     assert "flash.paused.shop.each" in flash(shop, "pause", "each")
     shop.until_said(first, "its changes wait in the queue flash.paused.shop.each")
-    insert(shop.database, 6, 30)
+    insert_rows(shop.database, 6, 30)
     shop.database.execute("DELETE FROM items WHERE id = 7")
     shop.until_noted(30, "many")
-    confirmed(shop)
+    wait_until_confirmed(shop)
     shop.end(first, signal.SIGKILL)
     second = shop.replicate()
-    insert(shop.database, 31, 40)
+    insert_rows(shop.database, 31, 40)
     shop.until_noted(40, "many")
-    confirmed(shop)
+    wait_until_confirmed(shop)
     said = flash(shop, "status")
     assert "shop.each (paused since" in said
     assert "36 held in flash.paused.shop.each" in said
     assert len(shop.notes()) == 5
 
-    insert(shop.database, 41, 50)
+    insert_rows(shop.database, 41, 50)
     assert "shop.each continues." in flash(shop, "resume", "shop.each")
     shop.until_said(second, "back to their queues")
-    insert(shop.database, 51, 60)
+    insert_rows(shop.database, 51, 60)
     assert numbers(shop.until_noted(61)) == list(range(1, 61))
     assert [note["key"] for note in shop.notes() if note["operation"] == "delete"] == [{"id": 7}]
     until_noted_as_done(shop)
@@ -78,14 +82,14 @@ def test_a_sigkill_in_the_middle_of_a_resume(any_shop):
     first = shop.replicate()
     flash(shop, "pause", "each")
     shop.until_said(first, "its changes wait")
-    insert(shop.database, 1, 100)
-    confirmed(shop)
+    insert_rows(shop.database, 1, 100)
+    wait_until_confirmed(shop)
     shop.end(first)
     flash(shop, "resume", "each")
-    insert(shop.database, 101, 110)
+    insert_rows(shop.database, 101, 110)
     steps = ("half a push:2", "half a frame:1", "pushed:1", "sent:1", "moved:1", "confirmed:1")
-    last = through(shop, *of(shop, *steps))
-    confirmed(shop)
+    last = replicate_through(shop, *broker_failpoints(shop, *steps))
+    wait_until_confirmed(shop)
     if shop.broker.url.startswith("redis"):
         assert count_of(shop, "flash", "flash.paused.shop.each") == 110
     shop.worker()
@@ -107,7 +111,7 @@ def test_a_paused_source_is_not_read_and_its_worker_stays_up(any_shop):
     second = shop.replicate(wait=False)
     shop.until_said(second, "waiting until it is free")
     before = shop.database.one("SELECT confirmed_flush_lsn FROM pg_replication_slots")
-    insert(shop.database, 1, 20)
+    insert_rows(shop.database, 1, 20)
     assert "nothing is read until `flash resume`" in flash(shop, "status")
     shop.end(first, signal.SIGKILL)
     shop.until_said(second, "Paused since")
@@ -151,8 +155,8 @@ def test_a_pause_that_the_database_does_not_know_of_any_more(any_shop):
     before = shop.database.one(noted)
     flash(shop, "pause", "each")
     shop.until_said(replicate, "its changes wait")
-    insert(shop.database, 1, 30)
-    confirmed(shop)
+    insert_rows(shop.database, 1, 30)
+    wait_until_confirmed(shop)
     shop.database.execute(f"COMMENT ON PUBLICATION {publication} IS '{before}'")
     shop.until_said(replicate, "shop.each goes on")
     said = flash(shop, "doctor")
@@ -179,8 +183,8 @@ def test_a_reset_sends_what_was_parked_while_it_asked(shop):
     ) as reset:
         shop.processes.append(reset)
         assert "This will" in reset.stdout.readline()
-        insert(shop.database, 1, 30)
-        confirmed(shop)
+        insert_rows(shop.database, 1, 30)
+        wait_until_confirmed(shop)
         assert "Done." in reset.communicate("y\n", timeout=60)[0]
     assert count_of(shop, "flash.paused.shop.each") == 0
     assert count_of(shop, "flash") == 30
@@ -192,8 +196,8 @@ def test_a_reset_sends_what_is_parked_to_its_queue(any_shop):
     first = shop.replicate()
     flash(shop, "pause", "each")
     shop.until_said(first, "its changes wait")
-    insert(shop.database, 1, 30)
-    confirmed(shop)
+    insert_rows(shop.database, 1, 30)
+    wait_until_confirmed(shop)
     mistaken = shop.worker(queues="flash.paused.shop.each")
     if shop.broker.url.startswith("redis"):
         shop.until_said(mistaken, "this worker has stopped consuming it")

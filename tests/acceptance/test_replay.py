@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from example_project.servers import wait_until
-from tests.acceptance.test_failpoints import of
-from tests.acceptance.test_faults import confirmed, insert
+from tests.acceptance.steps import broker_failpoints, insert_rows, wait_until_confirmed
 
 SLOTS = "SELECT count(*) FROM pg_replication_slots WHERE database = current_database()"
 WINDOW = json.dumps({"flash_replay_window": 3600})
@@ -35,8 +34,8 @@ def test_what_a_handler_was_told_comes_again(any_shop):
     shop.environment |= {"SHOP_BATCH": "1", "SHOP_CONF": WINDOW}
     shop.worker()
     first = shop.replicate()
-    insert(shop.database, 1, 10)
-    confirmed(shop)
+    insert_rows(shop.database, 1, 10)
+    wait_until_confirmed(shop)
     since = shop.database.one("SELECT pg_current_wal_insert_lsn()::text")
     with shop.database.connect() as connection, connection.transaction():
         connection.execute("INSERT INTO items SELECT n, 'x' FROM generate_series(11, 30) AS n")
@@ -48,7 +47,7 @@ def test_what_a_handler_was_told_comes_again(any_shop):
     shop.database.execute("INSERT INTO items VALUES (500, 'c')")
     shop.until_noted(47)
     shop.until_noted(31, "many")
-    confirmed(shop)
+    wait_until_confirmed(shop)
     shop.end(first)
     # It comes in the ordinary way.
     shop.database.execute("INSERT INTO items VALUES (501, 'd')")
@@ -83,10 +82,10 @@ def test_a_replay_that_is_killed_can_be_run_again(any_shop):
     shop.worker()
     shop.replicate()
     since = shop.database.one("SELECT pg_current_wal_insert_lsn()::text")
-    insert(shop.database, 1, 100)
+    insert_rows(shop.database, 1, 100)
     notes = shop.until_noted(100)
-    confirmed(shop)
-    (step,) = of(shop, "pushed:1", "sent:1")
+    wait_until_confirmed(shop)
+    (step,) = broker_failpoints(shop, "pushed:1", "sent:1")
     command = [sys.executable, "-m", "tests.acceptance.failpoints", step, "--", "-A", "shop"]
     command += ["flash", "replay", "--handler", "each", "--since", since, "--yes"]
     ran = subprocess.run(command, env=shop.environment, capture_output=True, text=True, timeout=300)

@@ -1,7 +1,6 @@
 """What the roles of the documents may do, and what they need not be able to."""
 
 import re
-import subprocess
 from pathlib import Path
 
 import psycopg
@@ -10,8 +9,7 @@ import redis
 
 from example_project.servers import wait_until
 from flash_celery.errors import CatalogError
-from tests.acceptance.test_commands import created_nothing, publications, slots
-from tests.conftest import missing
+from tests.acceptance.steps import created_nothing, psql, publications, slots
 from tests.integration.conftest import Flash, shown
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -60,16 +58,6 @@ def shop(shop, owner):
 
 def as_role(shop, role):
     return psycopg.conninfo.make_conninfo(shop.database.dsn, user=role)
-
-
-def psql(shop, script, dsn):
-    binary = shop.database.server.binaries / "psql"
-    if not binary.exists():
-        missing("psql")
-    command = [binary, "-X", "-q", "-d", dsn]
-    ran = subprocess.run(command, input=script.encode(), capture_output=True, cwd="/", timeout=120)
-    ran.stderr = ran.stderr.decode()
-    return ran
 
 
 def enqueued(shop, count):

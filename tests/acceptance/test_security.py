@@ -31,8 +31,7 @@ from flash_celery.protocol.pgoutput import encode_row
 from flash_celery.publishing import declared_queues
 from flash_celery.publishing.brokers.amqp import AmqpPublisher
 from flash_celery.table_name import TableName
-from tests.acceptance.test_commands import created_nothing, publications
-from tests.acceptance.test_roles import psql
+from tests.acceptance.steps import created_nothing, psql, publications
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,9 +12,8 @@ import psycopg
 import pytest
 
 from example_project.servers import free_port, wait_until
-from tests.acceptance.test_faults import confirmed, insert
-from tests.acceptance.test_memory import streaming
-from tests.acceptance.test_networks import Network, query, stream
+from tests.acceptance.network import Network, is_catalog_query, is_stream
+from tests.acceptance.steps import insert_rows, use_streaming, wait_until_confirmed
 from tests.proxy import Proxy
 
 #: Seconds; what is in flight gets so much time.
@@ -51,8 +50,8 @@ class State:
 
     def idle(self):
         process = self.shop.replicate()
-        insert(self.shop.database, 1, 10)
-        confirmed(self.shop)
+        insert_rows(self.shop.database, 1, 10)
+        wait_until_confirmed(self.shop)
         return process
 
     def delivering_a_large_transaction(self):
@@ -62,7 +61,9 @@ class State:
         return process
 
     def receiving_an_open_transaction(self):
-        streaming(self.shop, flash_shutdown_timeout=LIMIT, flash_spool_directory=str(self.folder))
+        use_streaming(
+            self.shop, flash_shutdown_timeout=LIMIT, flash_spool_directory=str(self.folder)
+        )
         process = self.shop.replicate()
         self._enter(self.shop.database.connect()).execute(f"BEGIN; {MANY.format(20_000)}")
         spools = Path(f"/proc/{process.pid}/fd")
@@ -76,20 +77,20 @@ class State:
         network = self._network()
         process = self.shop.replicate()
         network.broker.stall()
-        insert(self.shop.database, 1, 10)
+        insert_rows(self.shop.database, 1, 10)
         time.sleep(0.5)
         return process
 
-    def with_a_stream_that_is_silent(self, picked=stream):
+    def with_a_stream_that_is_silent(self, picked=is_stream):
         network = self._network()
         process = self.shop.replicate()
         network.postgresql.stall(only=picked)
-        insert(self.shop.database, 1, 10)
+        insert_rows(self.shop.database, 1, 10)
         time.sleep(1.5)  # it looks at the tables each second
         return process
 
     def with_a_catalog_that_is_silent(self):
-        return self.with_a_stream_that_is_silent(query)
+        return self.with_a_stream_that_is_silent(is_catalog_query)
 
     def connecting_to_a_silent_postgresql(self):
         network = self._network()

@@ -7,9 +7,8 @@ import time
 import pytest
 
 from example_project.servers import Postgres, Valkey, wait_until
+from tests.acceptance.steps import assert_handled, insert_rows
 from tests.proxy import Proxy
-
-from .test_faults import handled, insert
 
 
 def one_of_the_slot(shop, column):
@@ -49,8 +48,8 @@ def written_elsewhere(shop, neighbour, rows, chunk):
 def busy_neighbours(shop, new_database, rows, chunk):
     replicate = shop.replicate()
     shop.worker()
-    insert(shop.database, 1, 10)
-    handled(shop, 1, 10)
+    insert_rows(shop.database, 1, 10)
+    assert_handled(shop, 1, 10)
     with shop.database.connect() as connection, connection.transaction():
         connection.execute("INSERT INTO items VALUES (11, 'open')")
         start = shop.database.one("SELECT pg_current_wal_insert_lsn()")
@@ -63,7 +62,7 @@ def busy_neighbours(shop, new_database, rows, chunk):
         until_confirmed(shop)
         # PostgreSQL's own rule: it keeps what it needs to decode a transaction that is open.
         assert one_of_the_slot(shop, f"restart_lsn <= '{start}' AND restart_lsn >= '{held}'")
-    handled(shop, 1, 11)
+    assert_handled(shop, 1, 11)
     goal = shop.database.one("SELECT pg_current_wal_insert_lsn()")
 
     def let_go():
@@ -92,11 +91,11 @@ def test_a_standby_takes_over_when_the_owner_is_killed(shop):
     second = shop.replicate(wait=False)
     shop.until_said(second, "waiting until it is free")
     shop.worker()
-    insert(shop.database, 1, 1000)
+    insert_rows(shop.database, 1, 1000)
     shop.end(first, signal.SIGKILL)
-    insert(shop.database, 1001, 1010)
+    insert_rows(shop.database, 1001, 1010)
     shop.until_said(second, "Replicating the slot", timeout=10)  # 3 s on a machine that is not busy
-    handled(shop, 1, 1010)
+    assert_handled(shop, 1, 1010)
 
 
 def test_an_owner_that_was_stopped_publishes_nothing_once_another_has_taken_over(shop):
@@ -104,19 +103,19 @@ def test_an_owner_that_was_stopped_publishes_nothing_once_another_has_taken_over
     second = shop.replicate(wait=False)
     shop.until_said(second, "waiting until it is free")
     shop.worker()
-    insert(shop.database, 1, 100)
-    handled(shop, 1, 100)
+    insert_rows(shop.database, 1, 100)
+    assert_handled(shop, 1, 100)
     until_confirmed(shop)
     first.send_signal(signal.SIGSTOP)
     # These wait in its socket.
-    insert(shop.database, 101, 1000)
+    insert_rows(shop.database, 101, 1000)
     shop.until_said(second, "Replicating the slot")
-    insert(shop.database, 1001, 1100)
-    handled(shop, 1, 1100)
+    insert_rows(shop.database, 1001, 1100)
+    assert_handled(shop, 1, 1100)
     first.send_signal(signal.SIGCONT)
     shop.until_said(first, "waiting until it is free")
-    insert(shop.database, 1101, 1110)
-    notes, _ = handled(shop, 1, 1110)
+    insert_rows(shop.database, 1101, 1110)
+    notes, _ = assert_handled(shop, 1, 1110)
     assert len(notes) == 1110
     assert shop.end(second) == 0
     wait_until(lambda: first.log.read_text().count("Replicating the slot") == 2, "the first")
@@ -132,14 +131,14 @@ def test_an_owner_whose_network_is_gone_loses_the_slot(shop):
         shop.until_said(second, "waiting until it is free")
         shop.worker()
         proxy.stall()
-        insert(shop.database, 1, 100)
+        insert_rows(shop.database, 1, 100)
         shop.until_said(second, "Replicating the slot")
-        handled(shop, 1, 100)
+        assert_handled(shop, 1, 100)
         shop.until_said(first, "has not been answered for 6 s")
         proxy.heal()
         shop.until_said(first, "waiting until it is free")
-        insert(shop.database, 101, 110)
-        notes, _ = handled(shop, 1, 110)
+        insert_rows(shop.database, 101, 110)
+        notes, _ = assert_handled(shop, 1, 110)
         assert len(notes) == 110
 
 
@@ -149,13 +148,13 @@ def test_a_second_connection_that_says_nothing_any_more_is_replaced(shop):
         there = shop.database.dsn.replace(str(shop.database.server.port), str(proxy.port))
         replicate = shop.replicate(SHOP_DSN=f"{there}?sslmode=disable&connect_timeout=3")
         shop.worker()
-        insert(shop.database, 1, 10)
-        handled(shop, 1, 10)
+        insert_rows(shop.database, 1, 10)
+        assert_handled(shop, 1, 10)
         proxy.stall(only=lambda opening: b"replication\0" not in opening)
         shop.until_said(replicate, "a statement has not been answered for 6 s", timeout=30)
-        insert(shop.database, 11, 20)
+        insert_rows(shop.database, 11, 20)
         proxy.heal()
-        handled(shop, 1, 20)
+        assert_handled(shop, 1, 20)
         assert shop.end(replicate) == 0
 
 
@@ -187,14 +186,14 @@ def fill(shop, megabytes, then="CHECKPOINT"):
 
 def lose_while_the_broker_is_down(shop, replicate):
     """The slot is lost to a worker that has read up to here; the position of that."""
-    insert(shop.database, 1, 10)
+    insert_rows(shop.database, 1, 10)
     shop.worker()
-    handled(shop, 1, 10)
+    assert_handled(shop, 1, 10)
     until_confirmed(shop)
     time.sleep(3)  # it has looked, and has looked again
     until_confirmed(shop)
     shop.broker.stop()
-    insert(shop.database, 11, 20)
+    insert_rows(shop.database, 11, 20)
     shop.until_said(replicate, "Nothing is acknowledged until it works again")
     fill(shop, 32, "SELECT 1")
     shop.until_said(replicate, "is lost after")
@@ -244,7 +243,7 @@ def test_a_slot_that_is_lost_is_made_anew_where_that_is_wanted_and_the_gap_is_re
     shop.until_said(replicate, "rebuild what depends on them")
     assert f"changes from {confirmed} (20" in replicate.log.read_text()
     shop.broker.start()
-    insert(shop.database, 21, 30)
+    insert_rows(shop.database, 21, 30)
     notes = shop.until_noted(20)
     assert [note["new"]["id"] for note in notes] == [*range(1, 11), *range(21, 31)]
     status = json.loads(shop.run("flash", "status", "--json").stdout)
@@ -269,14 +268,14 @@ def test_a_slot_that_was_dropped_meanwhile_is_never_made_anew_in_silence(shop):
     halted = shop.run("flash", "replicate")
     assert halted.returncode == 2
     assert "existed and is gone: changes from an unknown position to " in halted.stderr
-    insert(shop.database, 1, 5)
+    insert_rows(shop.database, 1, 5)
     replicate = shop.replicate(SHOP_CONF='{"flash_on_lost_slot": "recreate"}')
     log = replicate.log.read_text()
     assert "changes from an unknown position to " in log
     assert f"are missing ({shop.database.slot}: dropped); rebuild what depends on them" in log
     shop.worker()
-    insert(shop.database, 6, 10)
-    handled(shop, 6, 10)
+    insert_rows(shop.database, 6, 10)
+    assert_handled(shop, 6, 10)
     assert shop.end(replicate) == 0
 
 

@@ -6,7 +6,7 @@ import signal
 import psycopg
 import pytest
 
-from .test_commands import created_nothing, publications, refused, slots
+from tests.acceptance.steps import assert_refused, created_nothing, publications, slots
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_tail_follows_a_source(shops, billing):
     assert "insert billing:public.items id=1 @" in tail.log.read_text()
     elsewhere = shops.run("flash", "tail", "billing:items")
     assert elsewhere.returncode == 2
-    refused(elsewhere, "billing:items belongs to another source; use --source billing")
+    assert_refused(elsewhere, "billing:items belongs to another source; use --source billing")
 
 
 NOT_THERE = {
@@ -105,7 +105,7 @@ NOT_THERE = {
 def test_a_source_that_is_not_there(shops, billing, command, source):
     ended = shops.run("flash", command, "--source", source)
     assert ended.returncode == 2
-    refused(ended, NOT_THERE[source])
+    assert_refused(ended, NOT_THERE[source])
     assert created_nothing(shops.database)
 
 
@@ -113,7 +113,7 @@ def test_a_source_without_a_handler(shops, billing):
     shops.environment["SHOP_CONF"] = configured(("billing", billing.dsn), ("unused", billing.dsn))
     ended = shops.run("flash", "replicate", "--source", "unused")
     assert ended.returncode == 2
-    refused(ended, "No handler names the source unused; declare one by")
+    assert_refused(ended, "No handler names the source unused; declare one by")
     doctor = shops.run("flash", "doctor", "--source", "unused")
     assert doctor.returncode == 1
     assert "STOP     sources: No handler names the source unused" in doctor.stdout
@@ -133,7 +133,7 @@ def test_a_database_that_lets_nobody_in_is_named_as_it_is_spelt(shops, billing):
     for command in ("replicate", "doctor"):
         ended = shops.run("flash", command, "--source", "billing")
         assert ended.returncode == 2
-        refused(ended, r"correct flash_sources\['billing'\]\['dsn'\], or")
+        assert_refused(ended, r"correct flash_sources\['billing'\]\['dsn'\], or")
         assert "s3cret" not in ended.stderr
 
 
@@ -151,7 +151,7 @@ def test_without_a_default_database(shops, billing):
     shops.environment |= {"SHOP_DSN": "", "SHOP_ITEMS": "billing:items", "SHOP_ALSO": ""}
     ended = shops.run("flash", "status")
     assert ended.returncode == 2
-    refused(ended, "flash_dsn is not set: .* by --source: billing, unused")
+    assert_refused(ended, "flash_dsn is not set: .* by --source: billing, unused")
     shops.worker()
     shops.replicate("--source", "billing")
     billing.execute("INSERT INTO items VALUES (1, 'a')")

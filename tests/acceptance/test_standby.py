@@ -5,10 +5,10 @@ import re
 import pytest
 
 from example_project.servers import Postgres, Standby, wait_until
+from tests.acceptance.steps import assert_handled, insert_rows
 from tests.conftest import Database, missing
 
 from .conftest import Shop
-from .test_faults import handled, insert
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +83,14 @@ def test_changes_are_read_from_a_standby(shop):
     set_up_on_the_primary(shop)
     replicate = replicating(shop)
     shop.worker()
-    insert(shop.primary, 1, 100)
-    handled(shop, 1, 100)
+    insert_rows(shop.primary, 1, 100)
+    assert_handled(shop, 1, 100)
     status = shop.run("flash", "status")
     assert status.returncode == 0, status.stderr
     assert shop.end(replicate) == 0
-    insert(shop.primary, 101, 200)
+    insert_rows(shop.primary, 101, 200)
     shop.replicate()
-    handled(shop, 1, 200)
+    assert_handled(shop, 1, 200)
 
 
 def test_a_slot_that_a_standby_has_lost_is_noticed_once_the_primary_notes_that_there_is_one(shop):

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 from example_project.servers import Postgres, Valkey, free_port
-from tests.acceptance.test_commands import refused
+from tests.acceptance.steps import assert_refused
 from tests.conftest import Certificates, Database, missing
 
 PASSWORD = "s3cret/@: %"
@@ -191,7 +191,7 @@ def test_a_postgresql_that_is_not_the_one_it_says_stops_the_start(shop, certific
     for command in ("replicate", "doctor"):
         ended = shop.run("flash", command, SHOP_DSN=wrong)
         assert ended.returncode == 2, ended.stdout
-        refused(ended, sentence)
+        assert_refused(ended, sentence)
         assert "s3cret" not in ended.stderr
 
 
@@ -200,7 +200,7 @@ def test_a_server_without_tls_gets_no_plain_text(make_shop, database, valkey):
     with Postgres() as plain:
         ended = shop.run("flash", "replicate", SHOP_DSN=dsn(plain, sslrootcert="system"))
         assert ended.returncode == 2
-        refused(ended, "server does not support SSL, but SSL was required")
+        assert_refused(ended, "server does not support SSL, but SSL was required")
 
 
 def test_a_record_for_the_database_lets_no_base_backup_in(database):

@@ -10,7 +10,7 @@ from flash_celery import on_change
 from flash_celery.commands import pending_changes
 from flash_celery.commands.wait import wait_for
 from flash_celery.errors import CatalogError, ConfigurationError, NotDone
-from tests.acceptance.test_faults import insert
+from tests.acceptance.steps import insert_rows
 
 
 def wait(shop, *arguments):
@@ -44,7 +44,7 @@ def test_it_returns_when_handlers_are_done(any_shop):
     shop.environment |= {"SHOP_BATCH": "1", "SHOP_SLEEP": "0.05"}
     shop.worker("threads")
     shop.replicate()
-    insert(shop.database, 1, 40)
+    insert_rows(shop.database, 1, 40)
     code, said = wait(shop)
     assert code == 0, said
     assert len(shop.notes()) == len(shop.notes("many")) == 40
@@ -63,7 +63,7 @@ def test_what_waits_what_runs_and_what_has_failed(any_shop, twin, monkeypatch):
     with pytest.raises(CatalogError, match="does not exist, so nothing is read"):
         wait_for(app)
     shop.replicate()
-    insert(shop.database, 1, 3)
+    insert_rows(shop.database, 1, 3)
     with pytest.raises(NotDone, match=r"3 messages .*in the queue flash"):
         wait_for(app, timeout=1)
     if shop.broker.url.startswith("redis"):

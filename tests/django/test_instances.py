@@ -16,15 +16,9 @@ from flash_celery import UNCHANGED, Insert, LogicalMessage, Truncate, Update
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.errors import NoInstance
 from flash_celery.protocol.lsn import Lsn
+from tests.django.rows import CUSTOMER, ORDER, make_change
 
 from .conftest import ROOT
-
-CUSTOMER = "INSERT INTO sales_customer (full_name) VALUES ('Ada')"
-ORDER = (
-    "INSERT INTO sales.orders (customer_id, status, total, created, details, address, tags, warmth)"
-    """ VALUES (1, 'open', 12.50, '2026-01-02 03:04:05+01', '{"a": 1.10}', '10.0.0.1',"""
-    " '{x,NULL}', 36.6)"
-)
 
 
 @pytest.fixture
@@ -157,28 +151,22 @@ def test_a_many_to_many_table_has_a_model_too(flash, sales, no_query):
     assert no_query(lambda: change.instance().customer_id) == 1
 
 
-def made(kind, name="sales_customer", schema="public", row=None, **columns):
-    columns = {"id": (20, "int8"), **columns}
-    columns = tuple(Column(one, *of, identity=True) for one, of in columns.items())
-    table = Table(schema, name, None, "f", (), columns)
-    origin = table, Transaction(Lsn(1), 1, 0), 0
-    return kind(*([row] if row is not None else []), *origin)
-
-
 def test_an_infinite_time_stays_the_servers_text(models):
-    change = made(Insert, row=[b"1", b"infinity"], created=(1184, "timestamptz"))
+    change = make_change(Insert, row=[b"1", b"infinity"], created=(1184, "timestamptz"))
     assert change.instance().created == "infinity"
 
 
 @override_settings(USE_TZ=False, TIME_ZONE="Europe/Paris")
 def test_without_time_zones_times_are_local(models):
-    change = made(Insert, row=[b"1", b"2026-07-01 10:00:00+00"], created=(1184, "timestamptz"))
+    change = make_change(
+        Insert, row=[b"1", b"2026-07-01 10:00:00+00"], created=(1184, "timestamptz")
+    )
     assert change.new["created"] == datetime(2026, 7, 1, 10, tzinfo=timezone.utc)
     assert change.instance().created == datetime(2026, 7, 1, 12)
 
 
 def test_json_and_addresses_are_what_the_fields_make_of_text(models):
-    change = made(
+    change = make_change(
         Insert,
         name="orders",
         schema="sales",
@@ -193,26 +181,30 @@ def test_json_and_addresses_are_what_the_fields_make_of_text(models):
 @pytest.mark.parametrize(
     ("make", "options", "sentence"),
     [
-        (lambda: made(Truncate), {}, "^truncate public.sales_customer .* has no 'new' row"),
+        (lambda: make_change(Truncate), {}, "^truncate public.sales_customer .* has no 'new' row"),
         (
-            lambda: made(Insert, row=[b"1"]),
+            lambda: make_change(Insert, row=[b"1"]),
             {"side": "old"},
             "has no 'old' row: an insert has 'new'",
         ),
-        (lambda: made(Insert, row=[b"1"]), {"side": "mew"}, "has no 'mew' row"),
-        (lambda: made(LogicalMessage, row=b"", schema=""), {}, "^message .* has no 'new' row"),
+        (lambda: make_change(Insert, row=[b"1"]), {"side": "mew"}, "has no 'mew' row"),
         (
-            lambda: made(Insert, name="else", row=[b"1"]),
+            lambda: make_change(LogicalMessage, row=b"", schema=""),
+            {},
+            "^message .* has no 'new' row",
+        ),
+        (
+            lambda: make_change(Insert, name="else", row=[b"1"]),
             {},
             "No Django model has the table public.else; .* change.new and change.old",
         ),
         (
-            lambda: made(Insert, name="else", row=[b"1"]),
+            lambda: make_change(Insert, name="else", row=[b"1"]),
             {"model": "Order"},
             "sales.Order is a model of sales.orders, and the change is insert public.else",
         ),
         (
-            lambda: made(Insert, row=[b"1"]),
+            lambda: make_change(Insert, row=[b"1"]),
             {"model": "Stamped"},
             "change.instance.model=….: Stamped is an abstract model",
         ),
@@ -236,7 +228,9 @@ def test_without_a_primary_key_there_is_no_instance(models):
 
 def test_before_django_is_set_up_there_is_a_sentence():
     code = (
-        "from tests.django.test_instances import made, Insert\nmade(Insert, row=[b'1']).instance()"
+        "from flash_celery import Insert\n"
+        "from tests.django.rows import make_change\n"
+        "make_change(Insert, row=[b'1']).instance()"
     )
     ended = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120

@@ -5,8 +5,7 @@ import json
 import pytest
 
 from example_project.servers import wait_until
-
-from .test_instances import CUSTOMER, ORDER
+from tests.django.rows import CUSTOMER, ORDER
 
 HANDLER = """
 import json

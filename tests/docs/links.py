@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 
-from .test_site import EXTERNAL, PAGES, README
+from tests.docs.pages import EXTERNAL, PAGES, README
 
 
 def asked(client, url):

@@ -7,7 +7,7 @@ import yaml
 from example_project.servers import free_port, wait_until
 from flash_celery.settings import Settings, http_address
 from tests.acceptance.conftest import make_shop, shop  # noqa: F401 - fixtures
-from tests.acceptance.test_monitoring import get
+from tests.acceptance.steps import http_get
 
 from .conftest import DOCS, Page
 
@@ -88,7 +88,7 @@ def test_a_new_version_that_waits_alters_nothing(shop):  # noqa: F811
     _, one = container("flash-replicate")
     for address in addresses:
         for path in (one[probe]["httpGet"]["path"] for probe in PROBES):
-            wait_until(lambda: get(address, path)[0] == 200, path)  # noqa: B023
+            wait_until(lambda: http_get(address, path)[0] == 200, path)  # noqa: B023
     assert database.execute(tables) == [("items",)]
     assert old.poll() is None
     assert shop.end(old) == 0

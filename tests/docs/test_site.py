@@ -18,17 +18,16 @@ from markdown.extensions.toc import slugify
 
 import flash_celery
 from flash_celery import errors
+from flash_celery.cli import flash
 from flash_celery.monitoring.metrics import METRICS
 from flash_celery.settings import Settings
+from tests.docs.pages import EXTERNAL, PAGES, README, commands, examples
 from tests.unit.test_architecture import ORDER, PACKAGE
-from tests.unit.test_docs import README, commands, examples, flash
 
 from .conftest import DOCS, ROOT
 
-PAGES = {str(path.relative_to(DOCS)): path.read_text() for path in sorted(DOCS.rglob("*.md"))}
 TESTS = "".join(path.read_text() for path in sorted((ROOT / "tests").rglob("test_*.py")))
 TAG = re.compile("<[^>]*>")
-EXTERNAL = re.compile(r"\]\((https?:[^)\s]*)\)")
 
 
 def build(folder, docs=DOCS):

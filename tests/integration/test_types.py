@@ -19,9 +19,8 @@ from flash_celery.handlers.subscriptions import Subscription
 from flash_celery.postgres.connection import connect
 from flash_celery.protocol import pgoutput
 from flash_celery.table_name import TableName
-
-from .test_conditions import VALUES as TEXTS
-from .test_conditions import words
+from tests.integration.column_values import VALUES as TEXTS
+from tests.integration.column_values import words
 
 EXAMPLES = int(os.environ.get("FLASH_EXAMPLES", "40"))
 

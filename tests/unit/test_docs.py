@@ -18,16 +18,12 @@ from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.settings import Settings
 from tests.docs.claims import proofs, unproved
+from tests.docs.pages import README, commands, examples
 
 from .test_architecture import ORDER, PACKAGE
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
 DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
-
-
-def examples(text):
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def test_the_readmes_example_declares_what_it_says(new_app, capsys):
@@ -133,13 +129,6 @@ def test_every_row_of_what_happens_when_has_a_test():
     entries = proofs("reliability.md")
     assert len(entries[heading]) > 20
     assert unproved(DOCS["reliability.md"], entries, tables_of=heading) == []
-
-
-def commands(group, name=""):
-    for each, command in group.commands.items():
-        yield f"{name}{each}", command
-        if isinstance(command, click.Group):
-            yield from commands(command, f"{name}{each} ")
 
 
 @pytest.mark.parametrize(("name", "command"), list(commands(flash)))

@@ -31,7 +31,7 @@ from flash_celery.protocol.lsn import Lsn
 from flash_celery.table_name import TableName
 from flash_celery.values import comparison
 from flash_celery.values.comparison import ColumnType
-from tests.unit.test_pgoutput import MESSAGES
+from tests.unit.pgoutput_messages import MESSAGES
 
 EXAMPLES = int(os.environ.get("FLASH_EXAMPLES", "150"))
 many = settings(

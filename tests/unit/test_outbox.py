@@ -1,42 +1,12 @@
 """Batches and positions."""
 
-from flash_celery import on_change
 from flash_celery.changes import payload
-from flash_celery.changes.change import Operation
 from flash_celery.changes.payload import Delivery
-from flash_celery.changes.rows import Column, Table, Transaction
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.changes.rows import Transaction
 from flash_celery.messages.batcher import Batcher
-from flash_celery.messages.templates import Templates
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
-from flash_celery.settings import Settings
-
-TABLE = Table("public", "orders", None, "d", ("id",), (Column("id", 23, "integer", True),))
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
-def template(app, operation=Operation.INSERT, **options):
-    @on_change("orders", **options)
-    @app.task(name="handle")
-    def handle(change):
-        pass
-
-    app.finalize()
-    (subscription,) = subscriptions_of(app)
-    settings = Settings.from_app(app)
-    return Templates(app, settings, [subscription])[subscription, operation]
-
-
-def delivery(number, size=1):
-    row = encode_row("I", 0, None, None, [str(number).zfill(size).encode()])
-    return Delivery(TABLE, Transaction(Lsn(number * 16), 7, 0), 0, 0, 0, [row])
+from tests.unit.builders import TABLE, Clock, delivery, template
 
 
 def ids(message):

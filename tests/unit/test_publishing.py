@@ -4,86 +4,19 @@ import threading
 import time
 
 import pytest
-from kombu import Queue
 
-from flash_celery.errors import ConfirmedLost, PublishError, TakenOver
+from flash_celery.errors import ConfirmedLost, TakenOver
 from flash_celery.messages.batcher import PublishBatch
-from flash_celery.messages.deduplication import Lease, now
-from flash_celery.messages.templates import Form, Message
+from flash_celery.messages.deduplication import now
 from flash_celery.protocol.lsn import Lsn
-from flash_celery.publishing import thread as publishing
 from flash_celery.publishing.backpressure import Backpressure
-from flash_celery.publishing.brokers.memory import MemoryPublisher
-from flash_celery.publishing.thread import Claim, PublishingThread
 from flash_celery.worker.control import Control
-
-
-class Flaky(MemoryPublisher):
-    """Takes some messages, then fails, as often as it is told."""
-
-    def __init__(self):
-        super().__init__()
-        self.failures = []
-        self.opened = 0
-        self.tried = threading.Event()
-
-    def open(self, queues):
-        super().open(queues)
-        self.opened += 1
-
-    def publish(self, messages):
-        self.tried.set()
-        if self.failures:
-            taken = self.failures.pop(0)
-            super().publish(messages[:taken])
-            error = PublishError("It failed.")
-            error.confirmed = taken
-            raise error
-        super().publish(messages)
-
-
-def message(number):
-    return Message(Form("flash", "handle", {}, {}), str(number), str(number), str(number))
+from tests.unit.builders import message, wait
 
 
 def unit(first, count, position):
     messages = [message(n) for n in range(first, first + count)]
     return PublishBatch(messages, Lsn(position), count)
-
-
-class Reader:
-    """The reading thread, and the progress of its session."""
-
-    def __init__(self, confirm=None):
-        self.confirmed = []
-        self.failed = []
-        self.confirm = confirm or self.confirmed.append
-        self.fail = self.failed.append
-
-    def wake(self):
-        """Nothing waits."""
-
-
-@pytest.fixture
-def thread(monkeypatch):
-    monkeypatch.setattr(publishing, "delays", lambda: iter(lambda: 0.01, None))
-    publisher = Flaky()
-    reader = Reader()
-    thread = PublishingThread(publisher, [Queue("flash")], reader, 0.02)
-    thread._session = Claim(Lease("", ""), reader)
-    thread.publisher, thread.confirmed, thread.failed = publisher, reader.confirmed, reader.failed
-    yield thread
-    thread.end()
-    if thread.is_alive():
-        thread.join(5)
-    assert not thread.is_alive()
-
-
-def wait(ready):
-    deadline = time.monotonic() + 5
-    while not ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_units_are_confirmed_in_order(thread):
@@ -191,17 +124,8 @@ def test_a_broker_that_nothing_was_for_is_not_asked(thread, monkeypatch):
 
 @pytest.fixture
 def bounded(thread):
-    """A thread whose queue holds ten; what was ever in it is in `read`."""
+    """The publishing thread with room for ten messages in its queue."""
     thread._backpressure = Backpressure(10, thread.publisher.depth)
-    thread.read = []
-
-    def consume():
-        queue = thread.publisher.queues.get("flash", [])
-        assert len(queue) <= 10
-        thread.read += [int(message.body) for message in queue]
-        queue.clear()
-
-    thread.consume = consume
     return thread
 
 

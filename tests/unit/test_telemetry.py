@@ -8,9 +8,7 @@ from flash_celery.handlers.subscriptions import Batch
 from flash_celery.messages.batcher import Batcher, PublishBatch
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.telemetry import Telemetry, route, unix
-
-from .test_outbox import Clock, delivery, template
-from .test_publishing import message, thread, wait  # noqa: F401 - a fixture
+from tests.unit.builders import Clock, delivery, message, template, wait
 
 ROUTE = route("public.orders", "insert", "handle", "flash")
 
@@ -34,7 +32,7 @@ def test_what_a_batch_holds_back_counts_when_it_leaves(app):
     assert outbox.collect().counts == {ROUTE: 1}
 
 
-def test_only_what_the_broker_has_confirmed_is_counted(thread):  # noqa: F811
+def test_only_what_the_broker_has_confirmed_is_counted(thread):
     told = thread._telemetry
     thread.publisher.failures = [1, 0]
     committed = time.time() - 2
@@ -55,7 +53,7 @@ def test_only_what_the_broker_has_confirmed_is_counted(thread):  # noqa: F811
     assert [(one.kind, one.times) for one in told.errors] == [("PublishError", 2)]
 
 
-def test_what_is_given_up_is_not_counted(thread):  # noqa: F811
+def test_what_is_given_up_is_not_counted(thread):
     thread.put(PublishBatch([message(1)], Lsn(8), 1, {ROUTE: 1}, 1.0, 1.0))
     thread.discard()
     thread.put(PublishBatch([], Lsn(9), 0))
