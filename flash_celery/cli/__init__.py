@@ -1,5 +1,8 @@
-"""`celery -A proj flash …`: the commands. This package is imported by every `celery` command, so it
-imports click alone; a command imports what it does."""
+"""The commands of `celery -A proj flash …`: their options and output.
+
+Every `celery` command imports this package, so its modules import only click at their top; a
+command imports what it needs when it runs.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,10 @@ from .project import Project, command, say
 
 @click.group()
 def dead() -> None:
-    """List, retry or drop dead letters: changes whose handler has failed for good."""
+    """List, show, retry or drop dead letters.
+
+    A dead letter is a change, or a batch of them, whose handler has failed for good.
+    """
 
 
 def _filters(function: Callable[..., Any]) -> Callable[..., Any]:

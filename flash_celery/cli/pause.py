@@ -13,7 +13,7 @@ from .project import Project, command, say
 @click.argument("handlers", nargs=-1, metavar="[HANDLER]...")
 @command
 def pause(project: Project, handlers: tuple[str, ...]) -> None:
-    """Hold back changes, for some handlers or for all, until `flash resume`.
+    """Hold back changes until `flash resume`.
 
     A running `flash replicate` reacts within about a second. The pause outlives every process.
 

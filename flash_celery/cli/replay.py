@@ -8,7 +8,7 @@ from .project import Project, command, say
 
 
 @click.command()
-@click.option("--handler", required=True, help="Its name, or the last part of it.")
+@click.option("--handler", required=True, help="The handler: its name, or the last part of it.")
 @click.option(
     "--since", required=True, metavar="LSN|TIME", help="The first commit to replay. TIME is in UTC."
 )

@@ -13,7 +13,7 @@ from .project import Project, command, say
 @click.option("--force", is_flag=True, help="End the replication worker that reads the slot.")
 @command
 def reset(project: Project, slot: str | None, yes: bool, force: bool) -> None:
-    """Drop the slot and its publications, and restore replica identities.
+    """Drop the slot and publications; restore replica identities.
 
     Changes that have not been read yet are lost; the next `replicate` starts with new changes.
     Pauses end: messages held for paused handlers go back to the handlers' queues.

@@ -17,9 +17,10 @@ from .project import Project, command, say
 )
 @command
 def tail(project: Project, tables: tuple[str, ...], limit: int | None) -> None:
-    """Print changes as they are committed (default: of the tables that have handlers).
+    """Print changes as they are committed.
 
-    Enqueues nothing, and leaves nothing behind: its slot is temporary.
+    Without TABLE, follows the tables that have handlers. Enqueues nothing, and leaves nothing
+    behind: its slot is temporary.
     """
     from ..commands.tail import as_text, follow
     from ..errors import SubscriptionError

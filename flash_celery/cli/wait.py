@@ -23,11 +23,11 @@ from .project import STOPPED, Project, command, say
 )
 @command
 def wait(project: Project, handlers: tuple[str, ...], lsn: str | None, timeout: float) -> None:
-    """Wait until handlers have handled everything committed up to now (or LSN).
+    """Wait until committed changes have been handled.
 
-    Without HANDLER, wait for all of them. Exits with 0 then; after the timeout with 1, naming what
-    is not done. Also exits with 1, at once, if a handler is paused or a change has failed for good
-    (a dead letter).
+    Waits for everything committed up to now (or up to --lsn), for these handlers or for all, and
+    exits with 0. After the timeout it exits with 1 and names what is not done; it does so at once
+    if a handler is paused or a change has failed for good (a dead letter).
     """
     from ..commands.wait import wait_for
     from ..errors import NotDone

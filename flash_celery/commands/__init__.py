@@ -1,1 +1,1 @@
-"""What each `flash` command does; `cli` has their options and output."""
+"""What each `flash` command does. Their options and output are in `cli`."""

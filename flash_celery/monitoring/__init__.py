@@ -1,1 +1,1 @@
-"""What a replication worker shows of itself; imported where `flash_http` is set."""
+"""Status page, metrics and probes of a replication worker; imported if `flash_http` is set."""
