@@ -41,7 +41,7 @@ from kombu.exceptions import OperationalError
 from ..backoff import delays
 from ..errors import ProcessKilled, PublishError
 from ..escaping import escaped
-from ..messages.templates import PARKED, Message, received_again
+from ..messages.templates import HELD, Message, received_again
 from ..publishing import brokers, declared_queues
 from ..publishing.brokers.base import Publisher
 from ..settings import Settings
@@ -75,7 +75,7 @@ def strategy(task: Any, app: Any, consumer: Any) -> Any:
     consumer.strategies.setdefault(letters.TASK, stop_dead)
 
     def receive(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any) -> Any:
-        if PARKED in message.headers:
+        if HELD in message.headers:
             return stop_held(message, body, ack, reject, callbacks)
         try:
             _check(message)

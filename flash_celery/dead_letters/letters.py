@@ -22,7 +22,7 @@ from ..changes import labels, payload
 from ..changes.change import Change, Changes
 from ..errors import PayloadError
 from ..escaping import escaped
-from ..messages.templates import PARKED, Form, Message
+from ..messages.templates import HELD, Form, Message
 from ..table_name import TableName
 
 VERSION = 1
@@ -43,7 +43,7 @@ _MAX_CHANGE_IDS = 100
 #: The most characters kept of an `argsrepr`.
 _MAX_ARGSREPR = 200
 #: Headers of one delivery (its schedule, its transport), which a retry must not repeat.
-_DROPPED_HEADERS = {"compression", "eta", "expires", "retries", DEATHS, FIRST_FAILED, PARKED}
+_DROPPED_HEADERS = {"compression", "eta", "expires", "retries", DEATHS, FIRST_FAILED, HELD}
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from .task_options import resolve
 #: What of a key gets into a log line.
 _ARGUMENT_LENGTH = 200
 _PERSISTENT = 2
-#: Where a parked message is to go, in its headers: its queue and priority.
-PARKED = "flash_parked"
+#: Header of a held message, with the queue and the priority that it is requeued with.
+HELD = "flash_parked"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,7 +131,7 @@ class Template:
         batch: Batch | None,
         source: str,
         most: int,
-        parking: str = "",
+        hold_queue: str = "",
     ) -> None:
         #: Bytes of the largest change that is to be made into a message.
         self.most = most
@@ -158,12 +158,12 @@ class Template:
         if options.get("priority") is not None:
             properties["priority"] = options["priority"]
         headers = dict(made.headers)
-        if parking:
-            # In the order of the WAL, whatever their priority is going to be.
-            headers[PARKED] = {"queue": self.queue, "priority": properties.pop("priority", None)}
+        if hold_queue:
+            # Held messages have no priority, so that they keep the order of the WAL.
+            headers[HELD] = {"queue": self.queue, "priority": properties.pop("priority", None)}
         if self._compression:
             _, headers["compression"] = compression.compress("", self._compression)
-        queue = parking or self.queue
+        queue = hold_queue or self.queue
         self._form = Form(queue, self.task, headers, properties, template=self.key)
 
     def together(self, deliveries: Sequence[Delivery]) -> Message:
@@ -210,7 +210,7 @@ class Template:
 class Templates:
     """The template for each subscription and operation, resolved once.
 
-    `parking` has the queues that the messages of paused handlers go to, by handler.
+    `hold_queues` maps the name of each paused handler to the hold queue of its messages.
     Raises `ConfigurationError` or `SubscriptionError` where a task's options cannot be honoured.
     """
 
@@ -220,7 +220,7 @@ class Templates:
         settings: Settings,
         subscriptions: Sequence[Subscription],
         source: str = "",
-        parking: Mapping[str, str] = MappingProxyType({}),
+        hold_queues: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         #: What it has templates for.
         self.subscriptions = subscriptions
@@ -235,8 +235,8 @@ class Templates:
                 if template is None:
                     task = app.tasks[subscription.handler]
                     most = settings.flash_max_change_size
-                    park = parking.get(subscription.handler, "")
-                    template = Template(app, task, options, subscription.batch, source, most, park)
+                    hold = hold_queues.get(subscription.handler, "")
+                    template = Template(app, task, options, subscription.batch, source, most, hold)
                     self._by_options[shared] = template
                 self._templates[subscription.handler, subscription.number, operation] = template
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from kombu.entity import Queue
 
-from ..messages.templates import PARKED, Message, received_again
+from ..messages.templates import HELD, Message, received_again
 from ..provisioning.pauses import queue_of
 from . import declared_queues
 
@@ -58,11 +58,11 @@ def restored(destinations: Sequence[str], held: Any) -> Message:
     It goes to the queue that it was made for, or to the first of `destinations` if that queue is
     not among them any more.
     """
-    origin = held.headers.get(PARKED)
+    origin = held.headers.get(HELD)
     origin = origin if isinstance(origin, dict) else {}
     queue = origin["queue"] if origin.get("queue") in destinations else destinations[0]
     message = received_again(held, queue, {})
-    message.headers.pop(PARKED, None)
+    message.headers.pop(HELD, None)
     if isinstance(origin.get("priority"), int):
         message.properties["priority"] = origin["priority"]
     return message

@@ -57,6 +57,11 @@ class State(Enum):
     PAUSED = auto()
 
 
+# For the loop, because looking up a member of an Enum takes longer than comparing it.
+_CLAIMING = State.CLAIMING
+_READING = State.READING
+
+
 class Session:
     """Reads one stream, hands batches over, and acknowledges what the broker has confirmed."""
 
@@ -145,7 +150,7 @@ class Session:
     def _iterate(self) -> None:
         """Wait until there is something to do, and do it."""
         behind = self._pipeline.pending
-        listening = self._state is State.READING and not behind and self._publishing.has_room
+        listening = self._state is _READING and not behind and self._publishing.has_room
         self._listening = listening
         sockets: list[Any] = [self._control, self._connection]
         ready, _, _ = select.select(
@@ -157,9 +162,10 @@ class Session:
             self._check_connection()
         if self._stream in ready:
             self._receive()
-        if self._state is State.CLAIMING:
+        if self._state is _CLAIMING:
             self._accept_claim()
-        reply_requested = self._can_work and self._work()
+        may_work = self._state is not _CLAIMING and self._publishing.has_room
+        reply_requested = may_work and self._work()
         self._hand_over()
         now = time.monotonic()
         if not listening:
@@ -180,10 +186,6 @@ class Session:
         if deduplicator is not None:
             self._batcher.deduplicate(deduplicator)
             self._state = State.PAUSED if self._supervisor.paused else State.READING
-
-    @property
-    def _can_work(self) -> bool:
-        return self._state is not State.CLAIMING and self._publishing.has_room
 
     def _timeout(self, behind: bool) -> float:
         """Return the seconds until something is due."""

@@ -17,7 +17,7 @@ from kombu import Queue
 
 from example_project.servers import Valkey, wait_until
 from flash_celery.errors import PublishError, Unroutable
-from flash_celery.messages.templates import PARKED, Form, Message
+from flash_celery.messages.templates import HELD, Form, Message
 from flash_celery.publishing import declared_queues
 from flash_celery.publishing.brokers import for_app
 from flash_celery.publishing.brokers.amqp import AmqpPublisher
@@ -414,7 +414,7 @@ def test_what_is_parked_goes_back_in_order_and_as_it_was(broker):
     )
 
     def parked(number):
-        told = {PARKED: {"queue": "first" if number % 2 else "gone", "priority": number % 10}}
+        told = {HELD: {"queue": "first" if number % 2 else "gone", "priority": number % 10}}
         form = Form(name, "shop.handle", {"task": "shop.handle", **told}, {"delivery_mode": 2})
         return Message(form, str(number), "é", f'"é{number}"')
 
@@ -433,7 +433,7 @@ def test_what_is_parked_goes_back_in_order_and_as_it_was(broker):
     found = sorted(broker.messages("first"), key=lambda one: int(one.headers["id"]))
     assert [one.headers["id"] for one in found] == [str(number) for number in range(100)]
     assert [one.properties["priority"] for one in found] == [n % 10 for n in range(100)]
-    assert not any(PARKED in one.headers for one in found)
+    assert not any(HELD in one.headers for one in found)
     assert broker.publisher.depth(name) == 0
     broker.publisher.publish([parked(number) for number in (1, 11, 21, 31)])
     while broker.publisher.requeue(name, partial(restored, ["first"]), len):

@@ -113,7 +113,7 @@ class RedisPosition:
         #: The transactions of the last write, packed.
         self._transactions = b""
         #: Writes since the last confirmed one whose reply was lost, by sequence number. All begin
-        #: with the same message, so Redis has executed one of them at most.
+        #: with the same message and expect the same number, so Redis executes one of them at most.
         self._unanswered: dict[int, _Write] = {}
 
     def claim(self, client: Any, previous: RedisPosition | None = None) -> Deduplicator:
