@@ -137,7 +137,9 @@ class DatabaseStatus:
 
     def with_held(self, depths: Mapping[str, int | None]) -> DatabaseStatus:
         """Return this status with the number of held messages, by hold queue."""
-        handlers = [replace(one, parked=depths.get(one.queue)) for one in self.paused_handlers]
+        handlers = [
+            replace(handler, parked=depths.get(handler.queue)) for handler in self.paused_handlers
+        ]
         return replace(self, paused_handlers=handlers)
 
 

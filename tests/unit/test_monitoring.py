@@ -9,7 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from example_project.servers import wait_until
 from flash_celery import logs, on_change
 from flash_celery.cli import flash
-from flash_celery.commands.status import SlotStatus
+from flash_celery.commands.status import SlotStatus, StatusReport
 from flash_celery.errors import ConfigurationError
 from flash_celery.monitoring import health
 from flash_celery.monitoring.http_server import HttpServer
@@ -112,6 +112,24 @@ def test_rates_are_of_the_last_minute_and_samples_of_the_last_hour():
     received, enqueued = history.rates(Counts(5000.0, {"a": 10_000, "new": 13}, {"b": 5000}))
     assert received == {"a": 2.0, "new": 0.2}
     assert enqueued == {"b": 1.0}
+
+
+def test_the_keys_of_status_are_promised(observer):
+    """Scripts read `flash status --json` and /status.json, which has the same keys and its own."""
+    report = observer.report()
+    keys = list(StatusReport(report.project, report.database, report.broker, None).as_json())
+    assert keys == [
+        *("source", "other_sources", "slot_name", "subscriptions"),
+        *("slot", "history", "gaps", "paused", "paused_handlers"),
+        *("queues", "max_queue_length", "dead_letters", "broker_error", "unhandled"),
+    ]
+    assert list(asdict(SLOT)) == [
+        *("name", "plugin", "active", "wal_status", "confirmed_lsn", "restart_lsn", "lag_bytes"),
+        *("lag_seconds", "retained_bytes", "safe_wal_size", "reader"),
+    ]
+    page = list(observer.page())
+    assert [key for key in page if key in keys] == keys
+    assert page[-5:] == ["live", "problems", "ready", "changes", "enqueued"]
 
 
 @pytest.fixture
