@@ -164,7 +164,7 @@ def flash(database, new_app):
 def set_up(flash):
     """What the owner does, through the script."""
     from flash_celery.handlers.decorators import subscriptions_of
-    from flash_celery.postgres.catalog import connect
+    from flash_celery.postgres.connection import connect
     from flash_celery.postgres.source import Source
     from flash_celery.provisioning import preflight, script
     from flash_celery.settings import Settings
