@@ -7,9 +7,10 @@ import pytest
 
 from flash_celery.errors import ConfirmedLost, TakenOver
 from flash_celery.messages.batcher import PublishBatch
-from flash_celery.messages.deduplication import now
+from flash_celery.messages.deduplication import Lease, now
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.publishing.backpressure import Backpressure
+from flash_celery.publishing.thread import Claim
 from flash_celery.worker.control import Control
 from tests.unit.builders import message, wait
 
@@ -67,6 +68,17 @@ def test_discard_between_taking_a_unit_and_sending_it_gives_it_up(thread, monkey
     thread.start()
     wait(lambda: thread.idle)
     assert thread.confirmed == []
+
+
+def test_a_claim_has_room_once_its_deduplicator_can_be_picked_up(thread):
+    thread.claim(Claim(Lease("", "")))
+    assert not thread.has_room
+    assert thread.deduplicator is None
+    thread.start()
+    wait(lambda: thread.has_room)
+    assert thread.deduplicator is not None
+    thread.discard()
+    assert thread.deduplicator is None
 
 
 def test_a_bug_reaches_the_main_thread(thread, monkeypatch):
