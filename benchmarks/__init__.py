@@ -1,1 +1,1 @@
-"""`make bench`: what flash-celery does in a second, beside what else could be used."""
+"""`make bench`: measure flash-celery and its alternatives."""

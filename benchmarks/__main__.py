@@ -1,4 +1,4 @@
-"""`make bench`: run the scenarios, print the table, keep JSON and charts."""
+"""`make bench`: run the scenarios, print a table, and write JSON and charts."""
 
 import argparse
 import json
@@ -47,23 +47,27 @@ SCENARIOS = {
 }
 
 
-def arguments(given):
-    """What is asked for on the command line."""
+def parse_arguments(arguments):
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, metavar="SCENARIO")
     parser.add_argument("--list", action="store_true", help="list the scenarios")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the sizes, such as 0.02")
-    parser.add_argument("--runs", type=int, default=5, help="of which medians are taken")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="factor of all sizes, such as 0.02"
+    )
+    parser.add_argument(
+        "--runs", type=int, default=5, help="number of runs, of which medians are taken"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench")
     parser.add_argument(
         "--docs", action="store_true", help="rewrite docs/performance.md, as a full run does"
     )
-    return parser.parse_args(given)
+    return parser.parse_args(arguments)
 
 
 def measure(bench, names):
-    """Run the scenarios: how long each took, what was wrong, what could not be measured."""
-    took, wrong, missing = {}, [], {}
+    """Run the scenarios; return their durations, errors, and those that could not be measured."""
+    durations, wrong, missing = {}, [], {}
     for name in names:
         bench.say(f"[bold]{name}[/]: {SCENARIOS[name].__doc__}")
         started = time.monotonic()
@@ -75,34 +79,34 @@ def measure(bench, names):
         except KeyboardInterrupt:
             wrong.append(f"{name}: interrupted")
             break
-        except Exception as error:  # what was measured so far is worth keeping
+        except Exception as error:  # keep the results so far
             if not isinstance(error, Wrong):
                 traceback.print_exc()
             bench.say(f"  [red]WRONG[/] {escape(str(error))}")
             wrong.append(f"{name}: {error}")
-        took[name] = round(time.monotonic() - started)
-        bench.say(f"  took {took[name]} s")
-    return {"scenarios": took, "wrong": wrong, "missing": missing}
+        durations[name] = round(time.monotonic() - started)
+        bench.say(f"  took {durations[name]} s")
+    return {"scenarios": durations, "wrong": wrong, "missing": missing}
 
 
 def write(results, folder):
-    """Charts and JSON; the charts."""
+    """Write the charts and the JSON; return the charts."""
     drawn = charts.draw(results, folder / "performance")
     (folder / "performance.json").write_text(json.dumps(results, indent=1) + "\n")
     return drawn
 
 
 def write_document(results):
-    """The page, its charts and its JSON, where what was not measured now stays as it was."""
-    document, kept = DOCS / "performance.md", DOCS / "performance.json"
-    results = merged(json.loads(kept.read_text()) if kept.exists() else None, results)
+    """Rewrite the page, its charts and its JSON; keep earlier results of other scenarios."""
+    document, earlier = DOCS / "performance.md", DOCS / "performance.json"
+    results = merged(json.loads(earlier.read_text()) if earlier.exists() else None, results)
     drawn = write(results, DOCS)
     document.write_text(rewrite(document.read_text(), results, drawn))
 
 
-def main(given=None):
-    """0, or 1 if a run lost, doubled or reordered anything."""
-    options = arguments(given)
+def main(arguments=None):
+    """Return 0, or 1 if a run lost, duplicated or reordered a change."""
+    options = parse_arguments(arguments)
     terminal = sys.stdout.isatty()
     console = Console(highlight=False, soft_wrap=True, width=None if terminal else 160)
     if options.list:
@@ -111,28 +115,28 @@ def main(given=None):
         return 0
     started = time.monotonic()
     with Bench(options.scale, options.runs, console) as bench:
-        found = measure(bench, options.only or SCENARIOS)
+        outcome = measure(bench, options.only or SCENARIOS)
     results = {
         "measured": f"{datetime.now(timezone.utc):%Y-%m-%d}",
         "machine": machine(),
         "scale": options.scale,
         "runs": options.runs,
-        **found,
+        **outcome,
         "lines": [line.as_json() for line in bench.lines],
         "series": bench.series,
     }
-    console.print(report.table(results["lines"]))
+    console.print(report.terminal_table(results["lines"]))
     console.print(f"{time.monotonic() - started:.0f} s")
     options.output.mkdir(parents=True, exist_ok=True)
     write(results, options.output)
-    full = not options.only and options.scale == 1 and not found["wrong"]
+    full = not options.only and options.scale == 1 and not outcome["wrong"]
     if options.docs or full:
         write_document(results)
-    for name, why in found["missing"].items():
+    for name, why in outcome["missing"].items():
         console.print(f"[yellow]not measured[/] {name}: {why}")
-    for sentence in found["wrong"]:
+    for sentence in outcome["wrong"]:
         console.print(f"[red]WRONG[/] {escape(sentence)}")
-    return 1 if found["wrong"] else 0
+    return 1 if outcome["wrong"] else 0
 
 
 if __name__ == "__main__":

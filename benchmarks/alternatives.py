@@ -1,4 +1,4 @@
-"""What one would use instead, on rows of the same table."""
+"""Measure the alternatives on rows of the same table."""
 
 import time
 
@@ -20,11 +20,11 @@ DECODE = "a psycopg2 loop to dicts of text, publishing nothing"
 def alternatives(bench):
     """Signals, NOTIFY and a loop over psycopg2, against flash replicate."""
     backlog = bench.backlog(Workload(bench.size(100_000)))
-    some = bench.size(2000)
+    count = bench.size(2000)
     plain = bench.database()
     single = Line("alternatives", f"{backlog.rows:,} inserts, a task for each", "changes/s")
     batched = Line("alternatives", f"{backlog.rows:,} inserts, batches", "changes/s")
-    each = [(single.against(name), way) for name, way in ONE_BY_ONE.items()]
+    comparisons = [(single.against(name), rate_of) for name, rate_of in ONE_BY_ONE.items()]
     decode = batched.against(DECODE)
     for run in bench.each_run("alternatives"):
         for line, handler in ((single, "single"), (batched, "batched")):
@@ -32,12 +32,12 @@ def alternatives(bench):
                 rate, details = drain.flash(backlog, broker, handler)
             line.values.append(rate)
             line.details.append(details)
-        for comparison, way in each:
+        for comparison, rate_of in comparisons:
             with bench.valkey() as broker:
-                rate = way(backlog, plain, broker, some)
+                rate = rate_of(backlog, plain, broker, count)
                 with redis.Redis(port=broker.port) as client:
-                    if client.llen("rows") != some:
-                        raise Wrong(f"{comparison.against}: {client.llen('rows')} of {some}")
+                    if client.llen("rows") != count:
+                        raise Wrong(f"{comparison.against}: {client.llen('rows')} of {count}")
             comparison.add(rate, single.values[-1] / rate)
             bench.say(f"  {comparison.against}, run {run}: {rate:,.0f}/s")
         rate = loop(backlog, plain, None, backlog.rows)
@@ -48,17 +48,17 @@ def alternatives(bench):
 
 
 def signals(backlog, plain, broker, rows):
-    """Rows saved and enqueued per second."""
+    """Return the rows saved and enqueued per second."""
     with Project(plain.dsn, broker) as project:
         return project.output("benchmarks.rivals.signals", str(rows))["rate"]
 
 
 def notify(backlog, plain, broker, rows):
-    """From the commit of so many rows to their last message."""
+    """Return the rows per second, from their commit to the last message."""
     plain.execute(TRIGGER)
     try:
         with Project(plain.dsn, broker) as project, redis.Redis(port=broker.port) as client:
-            project.start("benchmarks.rivals.notify").said_at("listening")
+            project.start("benchmarks.rivals.notify").logged_at("listening")
             plain.fill(rows)
             started = time.time()
             wait_until(lambda: client.llen("rows") >= rows, "notifications", 120)
@@ -68,19 +68,19 @@ def notify(backlog, plain, broker, rows):
 
 
 def looped(backlog, plain, broker, rows):
-    """Rows decoded and enqueued per second."""
+    """Return the rows decoded and enqueued per second."""
     return loop(backlog, plain, broker, rows, "apply_async")
 
 
-def loop(backlog, plain, broker, rows, *how):
-    """Rows decoded per second; the last one is the one that was written."""
+def loop(backlog, plain, broker, rows, *options):
+    """Return the rows decoded per second, after checking the last one."""
     slot = backlog.copy()
     with Project(backlog.dsn, broker) as project:
-        found = project.output("benchmarks.rivals.psycopg2_loop", slot, str(rows), *how)
+        output = project.output("benchmarks.rivals.psycopg2_loop", slot, str(rows), *options)
     backlog.database.drop_slot(slot)
-    if int(found["last"]["id"]) != backlog.places[rows - 1][2]:
-        raise Wrong(f"the psycopg2 loop ended with {found['last']}")
-    return found["rate"]
+    if int(output["last"]["id"]) != backlog.places[rows - 1][2]:
+        raise Wrong(f"the psycopg2 loop ended with {output['last']}")
+    return output["rate"]
 
 
 ONE_BY_ONE = {SIGNALS: signals, NOTIFY: notify, LOOP: looped}

@@ -1,6 +1,6 @@
-"""The project that is measured: `celery -A benchmarks.app …`, one handler at a time.
+"""The measured project, `celery -A benchmarks.app …`, with one handler at a time.
 
-What it does is given by the environment, so that each run is a real process with real settings.
+Environment variables select the handler and the settings, so that each run is a real process.
 """
 
 import functools
@@ -18,7 +18,7 @@ app.conf.flash_dsn = os.environ.get("BENCH_DSN")
 app.conf.flash_replication_slot = os.environ.get("BENCH_SLOT", "flash_replication")
 app.conf.task_ignore_result = True
 app.conf.broker_connection_retry_on_startup = True
-# The seconds at the front are read by `project.Process.said_at`.
+# `project.Process.logged_at` reads the time at the front.
 app.conf.worker_log_format = "%(created)f %(levelname)s %(message)s"
 app.conf.update(json.loads(os.environ.get("BENCH_CONF", "{}")))
 
@@ -27,36 +27,36 @@ BATCH = int(os.environ.get("BENCH_BATCH", "500"))
 
 @functools.cache
 def notes():
-    """Where this process notes what its handler was told."""
+    """Open the file to which the handlers of this process append notes."""
     return os.open(os.environ["BENCH_NOTES"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
 
 def decode(change):
-    """Every value of the row as a Python object."""
+    """Convert every value of the row to a Python object."""
     return dict(change.new)
 
 
 @app.task(name="handle")
-def handle(told):
-    """The handler: decode everything, note what came."""
+def handle(argument):
+    """Decode all changes, and note them."""
     started = time.time()
-    changes = told if isinstance(told, Changes) else [told]
+    changes = argument if isinstance(argument, Changes) else [argument]
     for change in changes:
         decode(change)
     now = time.time()
-    noted = [NOTE.pack(started, now, c.commit_lsn, c.index, c.key["id"]) for c in changes]
-    os.write(notes(), b"".join(noted))
+    packed = [NOTE.pack(started, now, c.commit_lsn, c.index, c.key["id"]) for c in changes]
+    os.write(notes(), b"".join(packed))
 
 
 @app.task(name="row")
 def row(order):
-    """What an application would enqueue itself: the row in JSON."""
+    """Handle a row in JSON, as an application would enqueue it itself."""
     now = time.time()
     os.write(notes(), NOTE.pack(now, now, 0, 0, order["id"]))
 
 
 def elsewhere(number):
-    """A handler of another table."""
+    """Declare a handler of another table."""
 
     @on_change(f"other_{number}")
     @app.task(name=f"elsewhere_{number}")
@@ -64,30 +64,30 @@ def elsewhere(number):
 
 
 def batched():
-    """One task for up to BATCH changes."""
+    """Declare one task for up to BATCH changes."""
     on_change("orders", batch=BATCH)(handle)
 
 
 def single():
-    """One task for each change."""
+    """Declare one task for each change."""
     on_change("orders")(handle)
 
 
 def filtered():
-    """One row in a hundred, and some of its columns."""
+    """Declare a handler of one row in a hundred, with some of its columns."""
     columns = ["id", "status", "total"]
     on_change("orders", "insert", fields=columns, where={"status": "refunded"}, batch=BATCH)(handle)
 
 
 def thousand_tables():
-    """One handler of a thousand tables."""
+    """Declare one handler of a thousand tables."""
     batched()
     for number in range(999):
         on_change(f"other_{number}", batch=BATCH)(handle)
 
 
 def fifty_handlers():
-    """The handler, and fifty of other tables."""
+    """Declare the handler, and fifty handlers of other tables."""
     batched()
     for number in range(50):
         elsewhere(number)

@@ -1,4 +1,4 @@
-"""What the scenarios share: servers, sizes, and where results go."""
+"""The servers, sizes and results that the scenarios share."""
 
 import itertools
 from contextlib import ExitStack, contextmanager
@@ -8,14 +8,15 @@ import amqp
 from benchmarks.databases import Backlog, Database
 from example_project.servers import Postgres, Rabbit, Valkey
 
-#: As it comes, but for what would happen at another moment in each run.
+#: The defaults, without background work that would fall into some runs only.
 POSTGRES = {"autovacuum": "off", "checkpoint_timeout": "1d", "max_wal_size": "32GB"}
-#: Durable within a second, as most run it; with `always` whoever enqueues one by one pays most.
+#: Durable within a second, as is usual; `always` would slow down the alternatives most, which
+#: enqueue one message at a time.
 VALKEY = {"appendfsync": "everysec", "auto-aof-rewrite-percentage": "0"}
 
 
 class Missing(Exception):
-    """A server that is not on this machine."""
+    """A server that is not installed on this machine."""
 
 
 class Bench:
@@ -26,7 +27,7 @@ class Bench:
         self.runs = runs
         self.console = console
         self.lines = []
-        #: Samples over time or of a distribution, for the charts.
+        #: Samples over time, or of a distribution, for the charts.
         self.series = {}
         self._status = None
         self._servers = ExitStack()
@@ -43,39 +44,39 @@ class Bench:
         self._servers.close()
 
     def size(self, full):
-        """So many at this scale; never so few that a batch is not full."""
+        """Return a number of rows at this scale; enough to fill a batch."""
         return max(min(full, 1000), int(full * self.scale))
 
     def seconds(self, full):
-        """So long at this scale."""
+        """Return a duration in seconds at this scale."""
         return max(0.5, full * min(1.0, self.scale))
 
     def doing(self, text):
-        """Show what is going on."""
+        """Show what is being done."""
         self._status.update(text)
         if not self.console.is_terminal:
             self.console.print(f"  … {text}", markup=False)
 
     def say(self, text):
-        """Show what came out."""
+        """Print a result."""
         self.console.print(text)
 
     def add(self, line):
-        """Keep a line of the table."""
+        """Add a line to the table."""
         self.lines.append(line)
 
-    def each_run(self, what):
-        """The numbers of the runs, each announced."""
+    def each_run(self, activity):
+        """Yield the numbers of the runs, and announce each."""
         for run in range(1, self.runs + 1):
-            self.doing(f"{what}, run {run} of {self.runs}")
+            self.doing(f"{activity}, run {run} of {self.runs}")
             yield run
 
     def database(self, others=0):
-        """A new database with the table."""
+        """Create a database with the table."""
         return Database(self.postgres, f"bench_{next(self._numbers)}", others)
 
     def backlog(self, workload):
-        """The workload, waiting in a slot; it is written when it is asked for first."""
+        """Return the workload, written and waiting in a slot; each is written once."""
         if workload not in self._backlogs:
             self.doing(f"writing {workload}")
             with self.valkey() as broker:
@@ -84,13 +85,13 @@ class Bench:
 
     @contextmanager
     def valkey(self):
-        """A broker for one run."""
+        """Run a broker for one run."""
         with Valkey(**VALKEY) as server:
             yield server
 
     @contextmanager
     def rabbit(self):
-        """RabbitMQ with no queue; it boots once."""
+        """Return RabbitMQ without queues; it is started once."""
         if not Rabbit.installed():
             raise Missing("RabbitMQ (rabbitmq-server) is not installed")
         if self._rabbit is None:

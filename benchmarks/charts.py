@@ -1,4 +1,4 @@
-"""Charts of the results, as PNG and SVG."""
+"""Draw charts of the results, as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ mpl.rcParams.update(
 
 from matplotlib import pyplot as plt  # noqa: E402
 
-OURS, OTHER = "#2f6f4f", "#b8b8b8"
+#: The colours of flash-celery and of everything else.
+OURS = "#2f6f4f"
+OTHER = "#b8b8b8"
 LOOP = "apply_async in a loop"
 
 
 def draw(results, folder):
-    """Draw what there are results for; the charts' names and what each shows."""
+    """Draw the charts for which there are results; return their titles by name."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     for name, (title, chart) in CHARTS.items():
@@ -40,32 +42,31 @@ def draw(results, folder):
 
 
 def throughput(axes, results):
-    """flash beside PostgreSQL's own client, which throws everything away."""
+    """Draw the throughput beside that of PostgreSQL's own client, which discards everything."""
     pairs = [
-        (line, one)
+        (line, comparison)
         for line in results["lines"]
-        for one in line["comparisons"]
-        if one["against"] == "pg_recvlogical"
+        for comparison in line["comparisons"]
+        if comparison["against"] == "pg_recvlogical"
     ]
-    for place, (line, one) in enumerate(pairs):
-        _bar(axes, place + 0.2, one["values"], one["median"], OTHER, "pg_recvlogical")
-        _bar(axes, place - 0.2, line["values"], line["median"], OURS, "flash replicate")
-        axes.text(
-            line["median"], place - 0.2, f" {one['ratio']:.2f} of it", va="center", fontsize=8
-        )
+    for y, (line, comparison) in enumerate(pairs):
+        _bar(axes, y + 0.2, comparison["values"], comparison["median"], OTHER, "pg_recvlogical")
+        _bar(axes, y - 0.2, line["values"], line["median"], OURS, "flash replicate")
+        ratio = f" {comparison['ratio']:.2f} of it"
+        axes.text(line["median"], y - 0.2, ratio, va="center", fontsize=8)
     _name(axes, [line["what"] for line, _ in pairs])
     axes.set_xlabel("changes a second (medians; the lines are the runs' range)")
     return pairs
 
 
 def alternatives(axes, results):
-    """What enqueues one task for each change."""
+    """Draw the programs that enqueue one task for each change."""
     bars = [
-        (one["against"], one["values"], one["median"], OTHER)
+        (comparison["against"], comparison["values"], comparison["median"], OTHER)
         for line in results["lines"]
-        for one in line["comparisons"]
+        for comparison in line["comparisons"]
         if (line["scenario"] == "alternatives" and line["what"].endswith("a task for each"))
-        or one["against"] == LOOP
+        or comparison["against"] == LOOP
     ]
     bars += [
         (f"flash replicate: {line['what']}", line["values"], line["median"], OURS)
@@ -73,9 +74,9 @@ def alternatives(axes, results):
         if line["scenario"] == "single"
         or (line["scenario"] == "alternatives" and line["what"].endswith("a task for each"))
     ]
-    for place, (_, values, middle, colour) in enumerate(bars):
-        _bar(axes, place, values, middle, colour)
-        axes.text(max(values), place, f"  {middle:,.0f}", va="center", fontsize=8)
+    for y, (_, values, middle, colour) in enumerate(bars):
+        _bar(axes, y, values, middle, colour)
+        axes.text(max(values), y, f"  {middle:,.0f}", va="center", fontsize=8)
     _name(axes, [name for name, *_ in bars])
     axes.set_xlabel("tasks enqueued a second")
     axes.margins(x=0.12)
@@ -83,7 +84,7 @@ def alternatives(axes, results):
 
 
 def latency(axes, results):
-    """Which share of handlers has started after so many milliseconds."""
+    """Draw the share of handlers that have started after a number of milliseconds."""
     samples = results["series"].get("latency", {})
     for (name, values), colour in zip(samples.items(), (OURS, OTHER), strict=False):
         # A change can reach its handler before COMMIT has returned to the writer.
@@ -100,7 +101,7 @@ def latency(axes, results):
 
 
 def memory(axes, results):
-    """Megabytes over time."""
+    """Draw the resident memory over time."""
     series = results["series"].get("memory", {})
     for (name, samples), colour in zip(series.items(), (OURS, "#b5651d"), strict=False):
         axes.plot([s[0] for s in samples], [s[1] for s in samples], color=colour, label=name)
@@ -123,10 +124,10 @@ def memory(axes, results):
     return series
 
 
-def _bar(axes, place, values, middle, colour, label=None):
-    known = axes.get_legend_handles_labels()[1]
-    axes.barh(place, middle, 0.38, color=colour, label=None if label in known else label)
-    axes.plot([min(values), max(values)], [place, place], color="black", linewidth=0.8)
+def _bar(axes, y, values, middle, colour, label=None):
+    labels = axes.get_legend_handles_labels()[1]
+    axes.barh(y, middle, 0.38, color=colour, label=None if label in labels else label)
+    axes.plot([min(values), max(values)], [y, y], color="black", linewidth=0.8)
 
 
 def _name(axes, names):

@@ -1,6 +1,7 @@
 """`python -m benchmarks.commits RATE SECONDS [delay]`: an application that commits row by row.
 
-Prints the key of each row and when its COMMIT had returned. With `delay` it then enqueues a task.
+Prints the key of each row and the time at which its COMMIT returned. With `delay` it enqueues a
+task after each commit.
 """
 
 import json
@@ -12,24 +13,24 @@ import psycopg
 
 from benchmarks.app import row
 
-ONE = """
+INSERT_ROW = """
 INSERT INTO orders (customer_id, status, total, note)
 VALUES (%s, 'paid', 12.34, 'please leave it at the door') RETURNING id"""
 
 
 def commit(rate, count, enqueue):
-    """The keys and times."""
-    noted = []
+    """Commit rows; return their keys and times."""
+    commits = []
     with psycopg.connect(os.environ["BENCH_DSN"]) as connection:
         begun = time.time()
         for number in range(count):
             time.sleep(max(0.0, begun + number / rate - time.time()))
-            key = connection.execute(ONE, [number]).fetchone()[0]
+            key = connection.execute(INSERT_ROW, [number]).fetchone()[0]
             connection.commit()
-            noted.append((key, time.time()))
+            commits.append((key, time.time()))
             if enqueue:
                 row.delay({"id": key})
-    return noted
+    return commits
 
 
 if __name__ == "__main__":

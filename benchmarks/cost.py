@@ -1,7 +1,7 @@
-"""What the application's own transactions lose: pgbench without, with flash, and with a trigger.
+"""The cost for the application's own transactions: pgbench alone, with flash, and with a trigger.
 
-One client leaves a core to whoever reads along, so that its loss is what a transaction pays; with
-eight the machine is saturated, and its loss is the processor time that everybody shares.
+With one client a core is free for the reader, so the loss is the cost for a transaction. With eight
+the machine is saturated, so the loss is the processor time that the reader takes.
 """
 
 import re
@@ -25,11 +25,12 @@ UPDATE orders SET status = 'paid', updated_at = now() WHERE id = :key;
 COMMIT;
 """
 CLIENTS = {1: 0.97, 8: None}
-FLASH, TRIGGERED = "flash replicate", "a trigger with pg_notify"
+FLASH = "flash replicate"
+TRIGGERED = "a trigger with pg_notify"
 
 
 def cost(bench):
-    """Transactions per second of pgbench, with somebody reading along."""
+    """Transactions per second of pgbench, while its changes are read."""
     with Postgres(**{**POSTGRES, "fsync": "on"}) as server, bench.valkey() as broker:
         source = Source(Database(server, "read"), broker, "batched")
         _cost(bench, source, Database(server, "plain"))
@@ -64,14 +65,13 @@ def _cost(bench, source, plain):
 
 
 def pgbench(database, clients, seconds):
-    """Transactions per second."""
+    """Return pgbench's transactions per second."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "script.sql")
         script.write_text(SCRIPT)
-        command = [
-            *(database.server.binaries / "pgbench", "-n", "-M", "prepared", "-f", script),
-            *("-c", str(clients), "-j", str(min(2, clients)), "-T", str(seconds), database.dsn),
-        ]
+        command = [database.server.binaries / "pgbench", "-n", "-M", "prepared", "-f", script]
+        command += ["-c", str(clients), "-j", str(min(2, clients)), "-T", str(seconds)]
+        command += [database.dsn]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"pgbench: {done.stderr}")
@@ -79,13 +79,13 @@ def pgbench(database, clients, seconds):
 
 
 def with_flash(bench, source, clients, seconds):
-    """The same while the replication worker reads along; what it enqueued is verified."""
+    """Run pgbench while the replication worker reads, and verify the enqueued changes."""
     database = source.database
     with bench.valkey() as broker:
         with Project(source.dsn, broker, "batched", source.slot) as project:
             worker = project.replicate()
-            worker.said_at("Replicating the slot")
-            # What the others wrote since the last run is read, and passed over, before.
+            worker.logged_at("Replicating the slot")
+            # First read past the WAL that other runs have written since.
             database.until_confirmed(source.slot, database.end_of_wal(), worker.alive)
             tps = pgbench(database, clients, seconds)
             database.until_confirmed(source.slot, database.end_of_wal(), worker.alive)
@@ -95,9 +95,9 @@ def with_flash(bench, source, clients, seconds):
 
 
 def with_trigger(bench, database, clients, seconds):
-    """The same with the trigger and a listener."""
+    """Run pgbench with the trigger and a listener."""
     with bench.valkey() as broker, Project(database.dsn, broker) as project:
-        project.start("benchmarks.rivals.notify").said_at("listening")
+        project.start("benchmarks.rivals.notify").logged_at("listening")
         database.execute(TRIGGER)
         try:
             return pgbench(database, clients, seconds)

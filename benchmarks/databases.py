@@ -1,4 +1,4 @@
-"""Databases, and changes that wait in their slots to be drained as often as wanted."""
+"""Databases, and changes that wait in their slots, which can be drained repeatedly."""
 
 import itertools
 import time
@@ -43,7 +43,7 @@ END $$"""
 UPDATE = "UPDATE orders SET status = 'archived', updated_at = now()"
 
 
-#: Tells `benchmarks.rivals.notify`.
+#: Notifies `benchmarks.rivals.notify`.
 TRIGGER = """
 CREATE FUNCTION tell() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -55,20 +55,21 @@ CREATE TRIGGER tell AFTER INSERT OR UPDATE ON orders FOR EACH ROW EXECUTE FUNCTI
 
 @dataclass(frozen=True)
 class Workload:
-    """So many rows in transactions of so many (0: all in one)."""
+    """Rows to write."""
 
     rows: int
+    #: The number of rows of each transaction; 0 for one transaction.
     per: int = 0
-    #: `insert`, or `update` of rows that are there, under REPLICA IDENTITY FULL.
+    #: `insert`, or `update` of existing rows under REPLICA IDENTITY FULL.
     kind: str = "insert"
-    #: Tables beside `orders`, which stay empty.
+    #: The number of other tables, which stay empty.
     others: int = 0
-    #: The handler whose publications the slot is read with.
+    #: The handler for which the publications are created.
     handler: str = "batched"
 
 
 class Database:
-    """A database with the table."""
+    """A database with the table `orders`."""
 
     def __init__(self, server, name, others=0):
         self.server = server
@@ -80,30 +81,30 @@ class Database:
         self.execute(*(f"CREATE TABLE other_{n} (id int PRIMARY KEY)" for n in range(others)))
 
     def connect(self):
-        """A connection that commits each statement."""
+        """Return a connection that commits each statement."""
         return psycopg.connect(self.dsn, autocommit=True)
 
     def execute(self, *statements):
-        """Run each in a transaction of its own; the first row of the last."""
+        """Run each statement in its own transaction; return the first row of the last."""
         with self.connect() as connection:
             for statement in statements:
                 cursor = connection.execute(statement)
             return cursor.fetchone() if statements and cursor.description else None
 
     def fill(self, rows, per=0):
-        """Insert rows, in transactions of so many."""
+        """Insert rows, in transactions of `per` rows; 0 for one transaction."""
         with self.connect() as connection:
             connection.execute("SET synchronous_commit = off")
             connection.execute(f"CALL fill({rows}, {per or rows})")
 
     def end_of_wal(self):
-        """The position up to which everything has been written."""
-        # A commit that waits for the disk takes along those that did not.
+        """Return the position up to which the WAL is on disk."""
+        # A synchronous commit flushes the asynchronous ones before it, too.
         self.execute("SELECT pg_logical_emit_message(true, 'end', '')")
         return self.execute("SELECT (pg_current_wal_flush_lsn() - '0/0')::bigint")[0]
 
     def until_confirmed(self, slot, end, alive):
-        """Wait until the slot has passed a position; when that was seen."""
+        """Wait until the slot has passed a position; return the time of that."""
         query = (
             "SELECT confirmed_flush_lsn >= '0/0'::pg_lsn + %s::numeric "
             "FROM pg_replication_slots WHERE slot_name = %s"
@@ -115,13 +116,13 @@ class Database:
         return time.time()
 
     def drop_slot(self, slot):
-        """Drop it once its reader has let go."""
+        """Drop a slot once its reader has released it."""
         query = f"SELECT 1 FROM pg_replication_slots WHERE slot_name = '{slot}' AND active"
         wait_until(lambda: not self.execute(query), f"the slot {slot} to be free")
         self.execute(f"SELECT pg_drop_replication_slot('{slot}')")
 
     def drop(self):
-        """Drop it with its slots."""
+        """Drop the database and its slots."""
         slots = f"FROM pg_replication_slots WHERE database = '{self.name}'"
         with psycopg.connect(self.server.dsn(), autocommit=True) as connection:
             wait_until(
@@ -133,7 +134,7 @@ class Database:
 
 
 class Source:
-    """A database that `flash replicate` has set up; its slot waits, and so does a copy of it."""
+    """A database that `flash replicate` has set up, with its slot and a copy of the slot."""
 
     def __init__(self, database, broker, handler):
         self.database = database
@@ -146,22 +147,22 @@ class Source:
         self._copy(self.slot, self.kept)
 
     def written(self):
-        """The places since the slot was made, or marked, and the last commit's end."""
+        """Return the places of the rows since the last `mark`, and the end of the last commit."""
         return written(self.dsn, self.kept)
 
     def mark(self):
-        """From here on, once everything so far has been read."""
+        """Start `written` here; everything so far must have been read."""
         self.database.drop_slot(self.kept)
         self._copy(self.slot, self.kept)
 
     def again(self):
-        """The slot of `flash replicate`, as if nothing had been read from it."""
+        """Reset the slot of `flash replicate` to its beginning; return its name."""
         self.database.drop_slot(self.slot)
         self._copy(self.kept, self.slot)
         return self.slot
 
     def copy(self):
-        """An identical slot of another name."""
+        """Return the name of a new copy of the slot."""
         name = f"{self.slot}_{next(self._copies)}"
         self._copy(self.kept, name)
         return name
@@ -171,7 +172,7 @@ class Source:
 
 
 class Backlog(Source):
-    """A workload that has been written and waits in the slot."""
+    """A workload that is written and waits in the slot."""
 
     def __init__(self, database, broker, workload):
         self.workload = workload
@@ -184,9 +185,9 @@ class Backlog(Source):
             database.execute(UPDATE)
         else:
             database.fill(workload.rows, workload.per)
-        database.end_of_wal()  # which puts it on the disk, where it is read from
-        # Not that position: it is confirmed, and `pg_recvlogical` done, once all the WAL of
-        # others has been passed over too.
+        database.end_of_wal()  # flushes the WAL, so that it is read from disk
+        # The end is that of the last commit: the position above is confirmed only once the WAL of
+        # other databases has been read, too.
         self.places, self.end = self.written()
         if len(self.places) != self.rows:
             raise Wrong(f"{len(self.places)} of {self.rows} rows are in the slot {self.slot}")

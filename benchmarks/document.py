@@ -1,4 +1,4 @@
-"""docs/performance.md: what stands between its markers comes from the results."""
+"""Write the results between the markers of docs/performance.md."""
 
 import re
 
@@ -6,13 +6,13 @@ from benchmarks import report
 
 
 def rewrite(text, results, charts):
-    """The document with these results."""
+    """Return the document with these results."""
     blocks = {
         "machine": _machine(results),
         "table": report.markdown(_lines(results, advice=False)),
         "advice": report.markdown(_lines(results, advice=True)),
         "charts": "\n\n".join(
-            f"![{what}](performance/{name}.svg)" for name, what in charts.items()
+            f"![{title}](performance/{name}.svg)" for name, title in charts.items()
         ),
     }
     for name, block in blocks.items():
@@ -27,17 +27,17 @@ def rewrite(text, results, charts):
     return text
 
 
-def merged(kept, results):
-    """Earlier results, with what was measured now in its place."""
-    if kept is None:
+def merged(earlier, results):
+    """Return earlier results, with those of now in their place."""
+    if earlier is None:
         return results
-    now = set(results["scenarios"])
-    lines = [line for line in kept["lines"] if line["scenario"] not in now]
+    measured = set(results["scenarios"])
+    lines = [line for line in earlier["lines"] if line["scenario"] not in measured]
     return {
         **results,
         "lines": lines + results["lines"],
-        "series": {**kept["series"], **results["series"]},
-        "scenarios": {**kept["scenarios"], **results["scenarios"]},
+        "series": {**earlier["series"], **results["series"]},
+        "scenarios": {**earlier["scenarios"], **results["scenarios"]},
     }
 
 
@@ -51,10 +51,10 @@ def _machine(results):
     verified = sum(
         detail.get("changes", 0) for line in results["lines"] for detail in line["details"]
     )
-    told = "; ".join(f"{name} {value}" for name, value in results["machine"].items())
+    machine = "; ".join(f"{name} {value}" for name, value in results["machine"].items())
     sentences = [
-        f"Measured {results['measured']} on this machine: {told}.",
-        f"Medians of {results['runs']} runs; memory and what to set are of one run. "
+        f"Measured {results['measured']} on this machine: {machine}.",
+        f"Medians of {results['runs']} runs; memory and the advice on settings are from one run. "
         f"{verified:,} changes were verified.",
     ]
     if results["scale"] != 1:

@@ -1,8 +1,8 @@
-"""Draining a slot into a broker, against `pg_recvlogical` on identical slots before and after.
+"""Drain a slot into a broker, between two runs of `pg_recvlogical` on identical slots.
 
 The time runs from the start of streaming until the slot is confirmed past the end of the backlog,
-which is after the broker has confirmed the last message. The start of the processes is left out on
-both sides.
+which is after the broker has confirmed the last message. The start of the processes is not counted
+on either side.
 """
 
 from benchmarks import reference
@@ -17,29 +17,29 @@ ROWS = 300_000
 
 
 def flash(backlog, broker, handler="batched", expected=None, batch=500, bodies=valkey_bodies):
-    """One drain by `flash replicate`, verified: changes per second and details."""
+    """Drain once with `flash replicate`, and verify; return changes per second and details."""
     slot = backlog.again()
     with Project(backlog.dsn, broker, handler, slot, batch=batch) as project:
         worker = project.replicate()
-        started = worker.said_at("Replicating the slot")
-        before = worker.cpu()
+        started = worker.logged_at("Replicating the slot")
+        cpu_before = worker.cpu()
         ended = backlog.database.until_confirmed(slot, backlog.end, worker.alive)
-        spent = worker.cpu() - before
+        cpu = worker.cpu() - cpu_before
     expected = backlog.places if expected is None else expected
     details = compare(expected, places_of(bodies(broker)), f"flash replicate, {handler}")
-    details["cpu_us_per_change"] = round(spent / backlog.rows * 1e6, 2)
+    details["cpu_us_per_change"] = round(cpu / backlog.rows * 1e6, 2)
     return backlog.rows / (ended - started), details
 
 
-def against_postgres(bench, line, workload, goal, loop=None, broker=None, **how):
-    """Fill a line: each run is a reference, a drain and a reference again."""
+def against_postgres(bench, line, workload, goal, loop=None, broker=None, **options):
+    """Measure a line: each run is the reference, a drain, and the reference again."""
     backlog = bench.backlog(workload)
     comparison = line.against(PG, Goal(goal))
     loops = line.against(LOOP, Goal(loop["goal"])) if loop else None
     for run in bench.each_run(f"{line.scenario}: {line.what}"):
         first = reference.drain(backlog)
         with (broker or bench.valkey)() as server:
-            rate, details = flash(backlog, server, **how)
+            rate, details = flash(backlog, server, **options)
             if loop:
                 with Project("", server, conf=loop["conf"]) as project:
                     count = str(bench.size(loop["count"]))
@@ -83,10 +83,10 @@ def single(bench):
 
 def rabbitmq(bench):
     """RabbitMQ with publisher confirms."""
-    how = {"broker": bench.rabbit, "bodies": rabbit_bodies}
+    options = {"broker": bench.rabbit, "bodies": rabbit_bodies}
     workload = Workload(bench.size(ROWS))
     line = Line("rabbitmq", f"{workload.rows:,} inserts, batches, RabbitMQ", "changes/s")
-    against_postgres(bench, line, workload, 0.7, **how)
+    against_postgres(bench, line, workload, 0.7, **options)
     workload = Workload(bench.size(100_000))
     line = Line("rabbitmq", f"{workload.rows:,} inserts, a task for each, RabbitMQ", "changes/s")
     backlog = bench.backlog(workload)
@@ -109,10 +109,10 @@ def rabbitmq(bench):
 
 
 def filtering(bench):
-    """A handler that wants one row in a hundred."""
+    """A handler of one row in a hundred."""
     workload = Workload(bench.size(ROWS))
     backlog = bench.backlog(Workload(workload.rows, handler="filtered"))
     line = Line("filter", f"{workload.rows:,} inserts, fields and where reject 99 %", "changes/s")
-    wanted = [place for place in backlog.places if place[2] % 100 == 0]
-    how = {"handler": "filtered", "expected": wanted}
-    against_postgres(bench, line, backlog.workload, 0.6, **how)
+    expected = [place for place in backlog.places if place[2] % 100 == 0]
+    options = {"handler": "filtered", "expected": expected}
+    against_postgres(bench, line, backlog.workload, 0.6, **options)

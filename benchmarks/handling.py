@@ -1,4 +1,4 @@
-"""From committed rows to Python values in a handler, on one worker process."""
+"""Measure the way from committed rows to Python values in a handler, on one worker process."""
 
 from benchmarks.databases import Workload
 from benchmarks.project import Project
@@ -24,13 +24,13 @@ def end_to_end(bench):
 
 
 def handle(bench, backlog, handler):
-    """Changes per second from the start of streaming to the end of the last task."""
+    """Return changes per second, from the start of streaming to the end of the last task."""
     with (
         bench.valkey() as broker,
         Project(backlog.dsn, broker, handler, backlog.again()) as project,
     ):
         project.worker()
-        started = project.replicate().said_at("Replicating the slot")
+        started = project.replicate().logged_at("Replicating the slot")
         notes = project.noted(backlog.rows)
     details = compare(backlog.places, [note[2:] for note in notes], f"worker -c 1, {handler}")
     return backlog.rows / (max(note[1] for note in notes) - started), details

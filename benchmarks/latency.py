@@ -1,7 +1,7 @@
-"""From the moment COMMIT has returned to the first line of the handler.
+"""Measure the time from the return of COMMIT to the first line of the handler.
 
-The same commits, at the same pace, once with `flash replicate` and once with an application that
-calls `delay()` itself; the same worker handles both.
+The same commits run at the same rate with `flash replicate` and with an application that calls
+`delay()` itself; the same worker handles both.
 """
 
 from statistics import quantiles
@@ -12,7 +12,7 @@ from benchmarks.results import Goal, Line
 from benchmarks.verify import compare
 
 RATE = 200
-#: Commits in which connections are made and code is loaded.
+#: The first commits, which are not counted: connections are opened and code is loaded.
 WARM_UP = 100
 PERCENTILES = {"p50": (50, 5.0), "p99": (99, 25.0)}
 
@@ -44,25 +44,25 @@ def latency(bench):
     for line in lines.values():
         bench.add(line)
     bench.series["latency"] = {
-        name: [round(value, 3) for value in quantiles(all_, n=1000)]
-        for name, all_ in samples.items()
+        name: [round(value, 3) for value in quantiles(values, n=1000)]
+        for name, values in samples.items()
     }
 
 
 def percentile(values, percent):
-    """Of these."""
+    """Return a percentile of the values."""
     return quantiles(values, n=100)[percent - 1]
 
 
 def replicated(bench, source, seconds):
-    """Milliseconds of each commit, with the replication worker."""
+    """Return the milliseconds of each commit with the replication worker."""
     with (
         bench.valkey() as broker,
         Project(source.dsn, broker, "single", source.slot) as project,
     ):
         project.worker(queues="flash,celery")
         worker = project.replicate()
-        worker.said_at("Replicating the slot")
+        worker.logged_at("Replicating the slot")
         commits, notes = _commit(project, seconds)
         source.database.until_confirmed(source.slot, source.database.end_of_wal(), worker.alive)
     details = compare(source.written()[0], [note[2:] for note in notes], "latency")
@@ -71,7 +71,7 @@ def replicated(bench, source, seconds):
 
 
 def delayed(bench, database, seconds):
-    """The same, with the application's own `delay()`."""
+    """Return the milliseconds of each commit with the application's own `delay()`."""
     with bench.valkey() as broker, Project(database.dsn, broker) as project:
         project.worker(queues="flash,celery")
         commits, notes = _commit(project, seconds, "delay")
@@ -79,9 +79,9 @@ def delayed(bench, database, seconds):
     return _milliseconds(commits, notes)
 
 
-def _commit(project, seconds, *how):
+def _commit(project, seconds, *options):
     duration = str(WARM_UP / RATE + seconds)
-    commits = project.output("benchmarks.commits", str(RATE), duration, *how)
+    commits = project.output("benchmarks.commits", str(RATE), duration, *options)
     return commits, project.noted(len(commits))
 
 

@@ -1,4 +1,4 @@
-"""What all this was measured on."""
+"""Describe the machine of a measurement."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ from example_project.servers import Rabbit, postgres_binaries
 
 
 def machine():
-    """Names and versions, as the document prints them."""
+    """Return names and versions, as the document prints them."""
     return {
         "processor": f"{_processor()}, {os.cpu_count()} cores",
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
@@ -27,10 +27,10 @@ def machine():
 
 
 def _processor():
-    """Linux keeps the name that Python does not know."""
-    known = Path("/proc/cpuinfo")
-    if known.exists() and (found := re.search(r"model name\s*: (.*)", known.read_text())):
-        return found.group(1)
+    """Return the processor's name, which Python does not know on Linux."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and (model := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
+        return model.group(1)
     return platform.processor() or platform.machine()
 
 
@@ -43,8 +43,8 @@ def _system():
 
 def _first_number(command, *arguments):
     done = subprocess.run([command, *arguments], capture_output=True, text=True, check=False)
-    found = re.search(r"\d+(\.\d+)+", done.stdout)
-    return found.group() if found else "unknown"
+    number = re.search(r"\d+(\.\d+)+", done.stdout)
+    return number.group() if number else "unknown"
 
 
 def _valkey():
@@ -55,11 +55,11 @@ def _valkey():
 
 def _rabbit():
     if not Rabbit.installed():
-        return "not there"
-    # `rabbitmqctl version` starts Erlang; its folder is named after it.
-    found = [path.name for path in Rabbit.binaries.parent.glob("lib/rabbitmq_server-*")]
+        return "not installed"
+    # `rabbitmqctl version` starts Erlang, which is slow; the folder's name has the version, too.
+    folders = [path.name for path in Rabbit.binaries.parent.glob("lib/rabbitmq_server-*")]
     return (
-        found[0].partition("-")[2]
-        if found
+        folders[0].partition("-")[2]
+        if folders
         else _first_number(Rabbit.binaries / "rabbitmqctl", "version")
     )

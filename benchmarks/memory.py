@@ -1,5 +1,4 @@
-"""Resident memory of the replication worker, sampled while it has nothing to do, while it drains
-and while one transaction holds five million rows."""
+"""Sample the replication worker's resident memory: idle, draining, and in a large transaction."""
 
 import threading
 import time
@@ -12,15 +11,15 @@ from benchmarks.project import Project
 from benchmarks.results import Goal, Line
 from benchmarks.verify import Rolling, body_of, compare_sums, places_of
 
-#: What is looked at, and the megabytes it may take.
+#: The phases of a measurement, with the most megabytes of each.
 PHASES = {"idle": 60, "drain": 100, "large": 150}
 _SAMPLE_SECONDS = 0.05
-#: Seconds without a message after which no more are waited for.
-_PATIENCE = 300.0
+#: Seconds without a message after which the wait for more ends.
+_TIMEOUT = 300.0
 
 
 class Sampler(threading.Thread):
-    """Notes the resident memory of a process, with what it is doing."""
+    """A thread that samples the resident memory of a process, with the phase."""
 
     def __init__(self, process):
         super().__init__(daemon=True)
@@ -30,19 +29,19 @@ class Sampler(threading.Thread):
         self.done = threading.Event()
 
     def run(self):
-        """Sample until done."""
+        """Sample until `done` is set."""
         started = time.monotonic()
         while not self.done.wait(_SAMPLE_SECONDS):
             megabytes = self.process.measured.memory_info().rss / 1e6
             self.samples.append((round(time.monotonic() - started, 2), megabytes, self.phase))
 
     def peak(self, phase):
-        """The most in a phase."""
-        return max(megabytes for _, megabytes, during in self.samples if during == phase)
+        """Return the most megabytes of a phase."""
+        return max(megabytes for _, megabytes, sampled in self.samples if sampled == phase)
 
 
 class Consumer(threading.Thread):
-    """Takes messages out of the queue as they come, so that the broker keeps its size."""
+    """A thread that consumes the queue, so that the broker does not grow."""
 
     def __init__(self, broker):
         super().__init__(daemon=True)
@@ -52,7 +51,7 @@ class Consumer(threading.Thread):
         self.failed = None
 
     def run(self):
-        """Consume until done."""
+        """Consume until `done` is set."""
         try:
             while not self.done.is_set():
                 texts = self.client.rpop("flash", 20)
@@ -65,16 +64,16 @@ class Consumer(threading.Thread):
             self.failed = error
 
     def wait_for(self, count, alive):
-        """Until so many changes have come, or no more come."""
+        """Wait until `count` changes have arrived, or no more arrive."""
         seen, deadline = 0, 0.0
         while self.rolling.count < count and self.failed is None:
             alive()
             if self.rolling.count > seen or not deadline:
-                seen, deadline = self.rolling.count, time.monotonic() + _PATIENCE
+                seen, deadline = self.rolling.count, time.monotonic() + _TIMEOUT
             if time.monotonic() > deadline:
                 return
             time.sleep(0.05)
-        time.sleep(0.3)  # for what should not come
+        time.sleep(0.3)  # for changes that should not arrive
         if self.failed is not None:
             raise self.failed
 
@@ -86,13 +85,13 @@ def memory(bench):
     for name, streaming in (("streaming off", False), ("streaming on", True)):
         bench.doing(f"memory: {usual:,} rows, then a transaction of {large:,}, {name}")
         sampler, details = watch(bench, usual, large, streaming)
-        what = {
+        descriptions = {
             "idle": "idle",
             "drain": f"a transaction of {usual:,}",
             "large": f"a transaction of {large:,}",
         }
         for phase, bound in PHASES.items():
-            line = Line("memory", f"resident memory, {what[phase]}, {name}", "MB")
+            line = Line("memory", f"resident memory, {descriptions[phase]}, {name}", "MB")
             line.goal = Goal(bound, at_least=False)
             line.values.append(sampler.peak(phase))
             line.details.append(details)
@@ -107,14 +106,14 @@ def memory(bench):
 
 
 def watch(bench, usual, large, streaming):
-    """The samples of one worker, and what was verified."""
+    """Sample one worker; return the samples and the verified checksum."""
     database = bench.database()
     conf = {"flash_use_streaming": streaming}
     with bench.valkey() as broker:
         source = Source(database, broker, "batched")
         with Project(source.dsn, broker, "batched", source.slot, conf) as project:
             worker = project.replicate()
-            worker.said_at("Replicating the slot")
+            worker.logged_at("Replicating the slot")
             sampler, consumer = Sampler(worker), Consumer(broker)
             sampler.start()
             consumer.start()

@@ -1,6 +1,6 @@
-"""What handlers note of a change, in a file that the benchmark reads."""
+"""The format of the notes that handlers write of changes, to a file that the benchmark reads."""
 
 import struct
 
-#: When its task started and ended, commit LSN, index and key.
+#: Start and end of the task (seconds since 1970), commit LSN, index and key of the change.
 NOTE = struct.Struct("!ddQIQ")

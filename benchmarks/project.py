@@ -1,4 +1,4 @@
-"""The real `celery` commands, as processes."""
+"""Run the real `celery` commands as processes."""
 
 import json
 import os
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Process:
-    """A command that runs, and its log."""
+    """A running command, and its log."""
 
     def __init__(self, command, environment, log):
         self.log = log
@@ -35,32 +35,32 @@ class Process:
         self.measured = psutil.Process(self.child.pid)
 
     def alive(self):
-        """Raise what it said if it has ended."""
+        """Raise `RuntimeError` with the log if the process has ended."""
         if self.child.poll() is not None:
             raise RuntimeError(f"ended with {self.child.returncode}: {self.log.read_text()}")
 
-    def said_at(self, text):
-        """Wait for a line of the log; when it was written (seconds since 1970)."""
+    def logged_at(self, text):
+        """Wait for a line of the log; return the time at its beginning (seconds since 1970)."""
 
-        def line():
-            found = [line for line in self.log.read_text().splitlines() if text in line]
-            if not found:
+        def matching():
+            lines = [line for line in self.log.read_text().splitlines() if text in line]
+            if not lines:
                 self.alive()
-            return found
+            return lines
 
-        return float(wait_until(line, f"{text!r} in {self.log.name}", 300)[0].split()[0])
+        return float(wait_until(matching, f"{text!r} in {self.log.name}", 300)[0].split()[0])
 
-    def until_said(self, text):
-        """Wait for a line of the log."""
+    def until_logged(self, text):
+        """Wait for a text in the log."""
         wait_until(lambda: text in self.log.read_text() or self.alive(), text, 120)
 
     def cpu(self):
-        """Seconds of processor time so far."""
+        """Return the seconds of processor time so far."""
         times = self.measured.cpu_times()
         return times.user + times.system
 
     def end(self, number=signal.SIGTERM):
-        """Ask it to end, and wait."""
+        """Send a signal, and wait until the process has ended."""
         if self.child.poll() is None:
             self.child.send_signal(number)
             try:
@@ -71,7 +71,7 @@ class Process:
 
 
 class Project:
-    """`benchmarks.app` on a database and a broker; what it started ends with the block."""
+    """`benchmarks.app` on a database and a broker; its processes end with the block."""
 
     def __init__(self, dsn, broker, handler="", slot="flash_replication", conf=None, batch=500):
         self.folder = Path(tempfile.mkdtemp(prefix="bench-"))
@@ -101,18 +101,16 @@ class Project:
         return self.start("celery", "-A", "benchmarks.app", "flash", "replicate")
 
     def worker(self, *options, queues="flash"):
-        """Start a Celery worker; it is ready once this returns."""
-        quiet = ("--without-gossip", "--without-mingle", "--without-heartbeat")
-        worker = self.start(
-            *("celery", "-A", "benchmarks.app", "worker", "-Q", queues, "-l", "INFO"),
-            *(options or ("-c", "1")),
-            *quiet,
-        )
-        worker.until_said(" ready.")
+        """Start a Celery worker, and wait until it is ready."""
+        command = ["celery", "-A", "benchmarks.app", "worker", "-Q", queues, "-l", "INFO"]
+        command += options or ("-c", "1")
+        command += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
+        worker = self.start(*command)
+        worker.until_logged(" ready.")
         return worker
 
     def output(self, *command):
-        """What `python -m …` prints, as JSON."""
+        """Run `python -m …`; return its output, parsed as JSON."""
         done = subprocess.run(
             [sys.executable, "-m", *command],
             cwd=ROOT,
@@ -126,21 +124,21 @@ class Project:
         return json.loads(done.stdout)
 
     def set_up(self):
-        """Let `flash replicate` make its publications and its slot."""
+        """Let `flash replicate` create its publications and its slot."""
         worker = self.replicate()
-        worker.said_at("Replicating the slot")
+        worker.logged_at("Replicating the slot")
         worker.end()
 
-    def noted(self, count, patience=60.0):
-        """What the handlers noted, once it is of so many changes or nothing more comes."""
-        size, deadline = 0, time.monotonic() + patience
+    def noted(self, count, timeout=60.0):
+        """Return the handlers' notes, once there are `count` or no new one for `timeout` seconds."""
+        size, deadline = 0, time.monotonic() + timeout
         while size < count * NOTE.size and time.monotonic() < deadline:
             for process in self.processes:
                 process.alive()
             time.sleep(0.02)
             if self._size() > size:
-                size, deadline = self._size(), time.monotonic() + patience
-        time.sleep(0.2)  # for what should not come
+                size, deadline = self._size(), time.monotonic() + timeout
+        time.sleep(0.2)  # for notes that should not come
         notes = self.notes_file.read_bytes() if self._size() else b""
         return list(NOTE.iter_unpack(notes[: len(notes) // NOTE.size * NOTE.size]))
 

@@ -1,65 +1,65 @@
-"""The table, as it is printed and as docs/performance.md has it."""
+"""Format the table for the terminal and for docs/performance.md."""
 
 from rich.markup import escape
 from rich.table import Table
 
-HEADINGS = ("what", "measured", "against", "which gives", "ratio [runs]", "goal", "met")
+HEADINGS = ("what", "measured", "against", "its result", "ratio [runs]", "goal", "met")
 
 
 def rows(line):
-    """The rows of one line: what it measured, and one for each comparison."""
+    """Return the rows of a line: its own result, and one for each comparison."""
     first = [line["what"], figure(line["median"], line["unit"])]
     plain = [*first, "", "", "", goal(line["goal"], line["unit"]), met(line["met"])]
-    found = [plain] if line["goal"] or not line["comparisons"] else []
-    for one in line["comparisons"]:
-        spread = (
-            f"{number(one['ratio'])} [{number(min(one['ratios']))} to {number(max(one['ratios']))}]"
-        )
-        against = [one["against"], figure(one["median"], line["unit"]), spread]
-        start = ["", ""] if found else first
-        found.append([*start, *against, goal(one["goal"], "x"), met(one["met"])])
-    return found
+    table_rows = [plain] if line["goal"] or not line["comparisons"] else []
+    for comparison in line["comparisons"]:
+        ratios = comparison["ratios"]
+        spread = f"{number(comparison['ratio'])} [{number(min(ratios))} to {number(max(ratios))}]"
+        against = [comparison["against"], figure(comparison["median"], line["unit"]), spread]
+        start = ["", ""] if table_rows else first
+        end = [goal(comparison["goal"], "x"), met(comparison["met"])]
+        table_rows.append([*start, *against, *end])
+    return table_rows
 
 
 def number(value):
-    """Three digits or so."""
+    """Format a number with about three digits."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def figure(value, unit):
-    """A number with its unit."""
+    """Format a number with its unit."""
     return f"{number(value)} {unit}"
 
 
-def goal(kept, unit):
-    """What a median should reach."""
-    if kept is None:
+def goal(value, unit):
+    """Format the goal of a median."""
+    if value is None:
         return ""
-    sign = "≥" if kept["at_least"] else "≤"
-    return f"{sign} {kept['bound']:,g} {'' if unit == 'x' else unit}".strip()
+    sign = "≥" if value["at_least"] else "≤"
+    return f"{sign} {value['bound']:,g} {'' if unit == 'x' else unit}".strip()
 
 
-def met(kept):
-    """Whether it does."""
-    return {None: "", True: "yes", False: "no"}[kept]
+def met(value):
+    """Format whether a goal is met."""
+    return {None: "", True: "yes", False: "no"}[value]
 
 
-def table(lines):
-    """For the terminal."""
-    shown = Table(
+def terminal_table(lines):
+    """Return the table for the terminal."""
+    table = Table(
         *map(escape, HEADINGS), title="medians; everything on this machine", show_lines=False
     )
     for line in lines:
         for row in rows(line):
             style = {"yes": "green", "no": "red"}.get(row[-1], "")
-            shown.add_row(*map(escape, row[:-1]), f"[{style}]{row[-1]}[/]" if style else row[-1])
-    return shown
+            table.add_row(*map(escape, row[:-1]), f"[{style}]{row[-1]}[/]" if style else row[-1])
+    return table
 
 
 def markdown(lines):
-    """For the document."""
+    """Return the table in Markdown."""
     text = [f"| {' | '.join(HEADINGS)} |", "|" + "---|" * len(HEADINGS)]
     text += [f"| {' | '.join(row)} |" for line in lines for row in rows(line)]
     return "\n".join(text)

@@ -1,4 +1,4 @@
-"""What was measured: lines of the table, each a list of runs."""
+"""The results: lines of the table, each with the values of its runs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from statistics import median
 
 @dataclass
 class Goal:
-    """What a median should reach."""
+    """A bound that a median should reach."""
 
     bound: float
     at_least: bool = True
 
     def met(self, value):
-        """Whether a value reaches it."""
+        """Return whether a value reaches the goal."""
         return value >= self.bound if self.at_least else value <= self.bound
 
     def __str__(self):
@@ -23,7 +23,7 @@ class Goal:
 
 @dataclass
 class Comparison:
-    """The same thing done by something else, in the same runs."""
+    """The same work done by another program, in the same runs."""
 
     against: str
     values: list[float] = field(default_factory=list)
@@ -31,14 +31,14 @@ class Comparison:
     goal: Goal | None = None
 
     def add(self, value, ratio):
-        """One run."""
+        """Add the result of a run."""
         self.values.append(value)
         self.ratios.append(ratio)
 
 
 @dataclass
 class Line:
-    """One thing that was measured."""
+    """One measured quantity."""
 
     scenario: str
     what: str
@@ -46,7 +46,7 @@ class Line:
     values: list[float] = field(default_factory=list)
     goal: Goal | None = None
     comparisons: list[Comparison] = field(default_factory=list)
-    #: Per run, whatever else is worth keeping; `changes` and `checksum` are what was verified.
+    #: More about each run; `changes` and `checksum` are of the verified changes.
     details: list[dict] = field(default_factory=list)
 
     @property
@@ -55,17 +55,17 @@ class Line:
         return median(self.values)
 
     def against(self, name, goal=None):
-        """A new comparison."""
+        """Add a comparison, and return it."""
         self.comparisons.append(Comparison(name, goal=goal))
         return self.comparisons[-1]
 
     def as_json(self):
-        """Everything, with medians and whether goals are met."""
-        found = asdict(self)
-        found["median"] = self.median
-        found["met"] = self.goal.met(self.median) if self.goal else None
-        for comparison, kept in zip(self.comparisons, found["comparisons"], strict=True):
-            kept["median"] = median(comparison.values)
-            kept["ratio"] = median(comparison.ratios)
-            kept["met"] = comparison.goal.met(kept["ratio"]) if comparison.goal else None
-        return found
+        """Return all fields, with medians and whether goals are met."""
+        result = asdict(self)
+        result["median"] = self.median
+        result["met"] = self.goal.met(self.median) if self.goal else None
+        for comparison, fields in zip(self.comparisons, result["comparisons"], strict=True):
+            fields["median"] = median(comparison.values)
+            fields["ratio"] = median(comparison.ratios)
+            fields["met"] = comparison.goal.met(fields["ratio"]) if comparison.goal else None
+        return result

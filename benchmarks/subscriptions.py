@@ -1,4 +1,4 @@
-"""Does what a project has besides slow a handler down? The same inserts, three projects."""
+"""Measure whether other tables and handlers slow a handler down: same inserts, three projects."""
 
 from benchmarks import drain
 from benchmarks.databases import Workload
@@ -13,18 +13,18 @@ def subscriptions(bench):
         "a handler of 1,000 tables": Workload(rows, others=999, handler="thousand_tables"),
         "50 handlers of other tables": Workload(rows, others=50, handler="fifty_handlers"),
     }
-    for what, workload in others.items():
+    for name, workload in others.items():
         backlog = bench.backlog(workload)
-        line = Line("subscriptions", f"{rows:,} inserts, {what}", "changes/s")
+        line = Line("subscriptions", f"{rows:,} inserts, {name}", "changes/s")
         comparison = line.against("one table, one handler", Goal(0.95))
-        for run in bench.each_run(f"subscriptions: {what}"):
+        for run in bench.each_run(f"subscriptions: {name}"):
             first, _ = _drain(bench, alone, "batched")
             rate, details = _drain(bench, backlog, workload.handler)
             mean = (first + _drain(bench, alone, "batched")[0]) / 2
             line.values.append(rate)
             line.details.append(details)
             comparison.add(mean, rate / mean)
-            bench.say(f"  {what}, run {run}: {rate:,.0f} changes/s, alone {mean:,.0f}")
+            bench.say(f"  {name}, run {run}: {rate:,.0f} changes/s, alone {mean:,.0f}")
         bench.add(line)
 
 

@@ -1,7 +1,8 @@
-"""Is what arrived what was written, all of it, once and in order?
+"""Verify that every written change has arrived, once and in order.
 
-What was written is read from a copy of the slot by a reader of `pgoutput` of its own, which shares
-no code with flash_celery; what arrived is read from the broker as a Celery worker would.
+The written changes are read from a copy of the slot by a separate reader of `pgoutput`, which
+shares no code with flash_celery. The changes that arrived are read from the broker as a Celery
+worker would.
 """
 
 import base64
@@ -19,15 +20,16 @@ from kombu.utils.json import loads
 from flash_celery import Changes
 
 _PLACE = struct.Struct("!QIQ")
-_SHOWN = 5
+#: The most changes of a kind in an error.
+_MAX_SHOWN = 5
 
 
 class Wrong(Exception):
-    """A run lost, doubled or reordered changes."""
+    """A run that lost, duplicated or reordered changes."""
 
 
 class Rolling:
-    """Count and checksum of (commit LSN, index, key), which depends on their order."""
+    """A count and a checksum of (commit LSN, index, key), which depends on the order."""
 
     def __init__(self, places=()):
         self._sum = blake2b(digest_size=8)
@@ -37,51 +39,57 @@ class Rolling:
             self.add(place)
 
     def add(self, place):
-        """One more."""
+        """Add a change."""
         self._sum.update(_PLACE.pack(*place))
         self.count += 1
         self.last = place
 
     def as_json(self):
-        """As results keep it."""
+        """Return the count and the checksum, as results store them."""
         return {"changes": self.count, "checksum": self._sum.hexdigest()}
 
 
-def compare_sums(expected, received, what):
-    """Two `Rolling`. Raises `Wrong`."""
+def compare_sums(expected, received, name):
+    """Return the sum of the received changes; raise `Wrong` if it differs from the expected one."""
     if expected.as_json() != received.as_json():
-        raise Wrong(f"{what}: {expected.as_json()} written, {received.as_json()} arrived")
+        raise Wrong(f"{name}: {expected.as_json()} written, {received.as_json()} arrived")
     return received.as_json()
 
 
-def compare(expected, received, what):
-    """Count and checksum of both. Raises `Wrong`, which names what was lost, doubled or moved."""
+def compare(expected, received, name):
+    """Return the sum of the received changes.
+
+    Raises:
+        Wrong: Changes were lost, doubled or reordered; the error lists them.
+    """
     if expected == received:
-        return compare_sums(Rolling(expected), Rolling(received), what)
+        return compare_sums(Rolling(expected), Rolling(received), name)
     counted = Counter(received)
-    known = set(expected)
-    trouble = {
+    written_places = set(expected)
+    differences = {
         "lost": [place for place in expected if place not in counted],
         "doubled": [place for place, times in counted.items() if times > 1],
-        "not written": [place for place in counted if place not in known],
+        "not written": [place for place in counted if place not in written_places],
         "out of order": [b for a, b in pairwise(received) if b < a],
     }
-    said = "; ".join(
-        f"{name} {len(all_)}: {_shown(all_)}" for name, all_ in trouble.items() if all_
+    described = "; ".join(
+        f"{kind} {len(places)}: {_listed(places)}" for kind, places in differences.items() if places
     )
-    raise Wrong(f"{what}: {len(expected)} written, {len(received)} arrived; {said}")
+    raise Wrong(f"{name}: {len(expected)} written, {len(received)} arrived; {described}")
 
 
-def _shown(places):
+def _listed(places):
     shown = ", ".join(
-        f"{lsn >> 32:X}/{lsn & 0xFFFFFFFF:08X}:{i} id={key}" for lsn, i, key in places[:_SHOWN]
+        f"{lsn >> 32:X}/{lsn & 0xFFFFFFFF:08X}:{i} id={key}" for lsn, i, key in places[:_MAX_SHOWN]
     )
-    return f"{shown}, …" if len(places) > _SHOWN else shown
+    return f"{shown}, …" if len(places) > _MAX_SHOWN else shown
 
 
 def written(dsn, slot):
-    """The place of each row in the slot, whose first column must be the key, and the last commit's
-    end."""
+    """Return the place of each row in the slot, and the end of the last commit.
+
+    A place is the commit LSN, the index and the key, which must be the first column.
+    """
     query = (
         "SELECT data FROM pg_logical_slot_peek_binary_changes(%s, NULL, NULL, "
         "'proto_version', '1', 'publication_names', "
@@ -103,42 +111,42 @@ def written(dsn, slot):
             elif tag == b"C":
                 end = struct.unpack("!Q", data[10:18])[0]
             elif tag not in (b"R", b"Y", b"O"):
-                raise Wrong(f"the slot {slot} holds a message {tag!r} that nobody wrote")
+                raise Wrong(f"the slot {slot} holds an unexpected message {tag!r}")
     return places, end
 
 
 def _columns(data):
-    """The columns of the last tuple of an Insert, Update or Delete, as text."""
-    place = 5
+    """Return the columns of the last tuple of an Insert, Update or Delete, as text."""
+    offset = 5
     columns = []
-    while place < len(data):
-        count = struct.unpack("!H", data[place + 1 : place + 3])[0]
-        place += 3
+    while offset < len(data):
+        count = struct.unpack("!H", data[offset + 1 : offset + 3])[0]
+        offset += 3
         columns = []
         for _ in range(count):
-            kind = data[place : place + 1]
-            place += 1
-            if kind != b"t":
+            tag = data[offset : offset + 1]
+            offset += 1
+            if tag != b"t":
                 columns.append(None)
                 continue
-            size = struct.unpack("!I", data[place : place + 4])[0]
-            columns.append(data[place + 4 : place + 4 + size].decode())
-            place += 4 + size
+            size = struct.unpack("!I", data[offset : offset + 4])[0]
+            columns.append(data[offset + 4 : offset + 4 + size].decode())
+            offset += 4 + size
     return columns
 
 
 def places_of(bodies):
-    """The place of each change in the bodies of task messages."""
+    """Return the place of each change in the bodies of task messages."""
     places = []
     for body in bodies:
-        told = loads(body)[0][0]
-        for change in told if isinstance(told, Changes) else [told]:
+        argument = loads(body)[0][0]
+        for change in argument if isinstance(argument, Changes) else [argument]:
             places.append((int(change.commit_lsn), change.index, change.key["id"]))
     return places
 
 
 def valkey_bodies(broker, queue="flash"):
-    """The bodies of the messages in a queue, the oldest first."""
+    """Yield the bodies of the messages in a queue of Valkey, oldest first."""
     with redis.Redis(port=broker.port) as client:
         left = client.llen(queue)
         while left:
@@ -149,7 +157,7 @@ def valkey_bodies(broker, queue="flash"):
 
 
 def body_of(text):
-    """The body of a message as kombu keeps it in Redis."""
+    """Return the body of a message as kombu stores it in Redis."""
     message = json.loads(text)
     if message["properties"].get("body_encoding") == "base64":
         return base64.b64decode(message["body"]).decode()
@@ -157,7 +165,7 @@ def body_of(text):
 
 
 def rabbit_bodies(broker, queue="flash"):
-    """The same; takes them out of the queue."""
+    """Yield the bodies of the messages in a queue of RabbitMQ, and remove them."""
     with amqp.Connection(host=f"127.0.0.1:{broker.port}") as connection:
         channel = connection.channel()
         left = channel.queue_declare(queue, passive=True).message_count

@@ -1,1 +1,1 @@
-"""What one would use instead, each a program: `python -m benchmarks.rivals.…`."""
+"""The alternatives, each a program: `python -m benchmarks.rivals.…`."""

@@ -1,4 +1,4 @@
-"""A loop of `task.apply_async`: how applications enqueue tasks today."""
+"""A loop of `task.apply_async`, as applications enqueue tasks today."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ ORDER = {
 
 
 def enqueue(count):
-    """Messages per second."""
+    """Enqueue messages; return messages per second."""
     for _ in range(20):
         row.apply_async((ORDER,), queue="rows")
     started = time.time()

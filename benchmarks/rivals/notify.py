@@ -8,7 +8,7 @@ from benchmarks.app import row
 
 
 def listen():
-    """Enqueue what is notified, for ever."""
+    """Enqueue a task for each notification, forever."""
     with psycopg.connect(os.environ["BENCH_DSN"], autocommit=True) as connection:
         connection.execute("LISTEN orders")
         print("0 listening", flush=True)

@@ -1,7 +1,7 @@
 """A loop over psycopg2's replication connection that decodes `pgoutput` to dicts of text.
 
-`… SLOT ROWS [apply_async]` prints rows per second, up to so many rows; it confirms nothing,
-reconnects never, and knows no types.
+`… SLOT ROWS [apply_async]` reads ROWS rows and prints rows per second. It confirms nothing, never
+reconnects, and does not convert types.
 """
 
 import json
@@ -17,11 +17,11 @@ from benchmarks.app import row
 
 
 class Done(Exception):
-    """So many rows have come."""
+    """Raised after the last row."""
 
 
 class Loop:
-    """Called with each message."""
+    """A callable for psycopg2, which calls it with each message."""
 
     def __init__(self, rows, enqueue):
         self.left = rows
@@ -30,7 +30,7 @@ class Loop:
         self.last = None
 
     def __call__(self, message):
-        """Decode one."""
+        """Decode a message."""
         data = message.payload
         tag = data[:1]
         if tag == b"R":
@@ -45,35 +45,35 @@ class Loop:
 
 
 def _names(data):
-    place = data.index(b"\0", data.index(b"\0", 5) + 1) + 4
+    offset = data.index(b"\0", data.index(b"\0", 5) + 1) + 4
     names = []
-    while place < len(data):
-        end = data.index(b"\0", place + 1)
-        names.append(data[place + 1 : end].decode())
-        place = end + 9
+    while offset < len(data):
+        end = data.index(b"\0", offset + 1)
+        names.append(data[offset + 1 : end].decode())
+        offset = end + 9
     return names
 
 
 def _row(data, names):
-    """The last tuple of the message."""
-    place = 5
-    found = {}
-    while place < len(data):
-        place += 3
+    """Return the last tuple of the message."""
+    offset = 5
+    values = {}
+    while offset < len(data):
+        offset += 3
         for name in names:
-            kind = data[place]
-            place += 1
-            if kind == 116:
-                end = place + 4 + struct.unpack_from("!I", data, place)[0]
-                found[name] = data[place + 4 : end].decode()
-                place = end
+            tag = data[offset]
+            offset += 1
+            if tag == 116:
+                end = offset + 4 + struct.unpack_from("!I", data, offset)[0]
+                values[name] = data[offset + 4 : end].decode()
+                offset = end
             else:
-                found[name] = None
-    return found
+                values[name] = None
+    return values
 
 
 def drain(slot, rows, enqueue):
-    """Rows per second from the start of streaming."""
+    """Return rows per second, from the start of streaming, and the last row."""
     dsn = os.environ["BENCH_DSN"]
     connection = psycopg2.connect(dsn, connection_factory=LogicalReplicationConnection)
     cursor = connection.cursor()

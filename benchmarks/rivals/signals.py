@@ -1,6 +1,6 @@
-"""Django: `post_save` and `delay_on_commit`.
+"""Django's `post_save` and `delay_on_commit`.
 
-`… ROWS` prints rows per second, saved alone, and saved and enqueued.
+`… ROWS` prints rows per second: saved only, and saved and enqueued.
 """
 
 import json
@@ -13,16 +13,16 @@ from celery import Celery
 from django.conf import settings
 from psycopg.conninfo import conninfo_to_dict
 
-given = conninfo_to_dict(os.environ["BENCH_DSN"])
+database = conninfo_to_dict(os.environ["BENCH_DSN"])
 settings.configure(
     USE_TZ=True,
     DATABASES={
         "default": {
             "ENGINE": "django.db.backends.postgresql",
-            "NAME": given["dbname"],
-            "USER": given["user"],
-            "HOST": given["host"],
-            "PORT": given["port"],
+            "NAME": database["dbname"],
+            "USER": database["user"],
+            "HOST": database["host"],
+            "PORT": database["port"],
         }
     },
 )
@@ -40,7 +40,7 @@ app.conf.task_default_queue = "rows"
 
 
 class Order(models.Model):
-    """The table that is there."""
+    """The existing table."""
 
     id = models.BigAutoField(primary_key=True)
     customer_id = models.BigIntegerField()
@@ -58,11 +58,11 @@ class Order(models.Model):
 
 @app.task(name="row")
 def row(key):
-    """What the application wants done."""
+    """Do the application's work."""
 
 
 def save(rows):
-    """Rows per second, each in a transaction of its own."""
+    """Save rows, each in its own transaction; return rows per second."""
     started = time.time()
     for number in range(rows):
         with transaction.atomic():
