@@ -130,7 +130,7 @@ class Project:
         worker.end()
 
     def noted(self, count, timeout=60.0):
-        """Return the handlers' notes, once there are `count` or no new one for `timeout` seconds."""
+        """Return the handlers' notes, once there are `count` or none has come for `timeout` s."""
         size, deadline = 0, time.monotonic() + timeout
         while size < count * NOTE.size and time.monotonic() < deadline:
             for process in self.processes:
