@@ -8,7 +8,7 @@ import signal
 import psycopg
 
 
-def test_what_is_written_after_kill_9_is_told_after_the_restart(shop):
+def test_changes_after_kill_9_are_delivered_after_the_restart(shop):
     for round_ in range(2):
         shop.end(shop.replicate(), signal.SIGKILL)
         first = round_ * 5 + 1
@@ -25,7 +25,7 @@ def test_what_is_written_after_kill_9_is_told_after_the_restart(shop):
     assert shop.database.one(slots) == 1
 
 
-def test_a_process_that_was_stopped_loses_the_slot_to_a_second(shop):
+def test_stopped_process_loses_the_slot_to_another(shop):
     dsn = psycopg.conninfo.make_conninfo(shop.database.dsn, options="-c wal_sender_timeout=2s")
     first = shop.replicate(SHOP_DSN=dsn)
     second = shop.replicate(wait=False)

@@ -75,7 +75,7 @@ def small_broker(request):
 @pytest.mark.parametrize(
     "rows", [15_000, pytest.param(1_000_000, marks=pytest.mark.soak)], ids=["15k", "1M"]
 )
-def test_an_update_of_many_rows_cannot_fill_the_broker(make_shop, small_broker, rows):
+def test_large_update_cannot_fill_the_broker(make_shop, small_broker, rows):
     broker, kind = small_broker
     shop = make_shop(broker)
     limited(shop, LIMIT)
@@ -112,7 +112,7 @@ def test_slow_handlers_have_a_short_queue(any_shop):
     assert shop.end(replicate) == 0
 
 
-def test_a_stop_while_a_queue_is_full_ends_in_time_and_loses_nothing(shop):
+def test_stop_with_a_full_queue_ends_in_time_and_loses_nothing(shop):
     limited(shop, 10, flash_shutdown_timeout=2)
     replicate = shop.replicate()
     insert_rows(shop.database, 1, 100)
@@ -126,7 +126,7 @@ def test_a_stop_while_a_queue_is_full_ends_in_time_and_loses_nothing(shop):
 
 
 @pytest.mark.soak
-def test_a_pause_outlasts_the_servers_patience(shop, database):
+def test_full_queue_outlasts_wal_sender_timeout(shop, database):
     database.execute("ALTER SYSTEM SET wal_sender_timeout = '2s'", "SELECT pg_reload_conf()")
     try:
         limited(shop, 10)
@@ -144,7 +144,7 @@ def test_a_pause_outlasts_the_servers_patience(shop, database):
         database.execute("ALTER SYSTEM RESET wal_sender_timeout", "SELECT pg_reload_conf()")
 
 
-def test_a_full_queue_that_is_deleted_is_declared_again(make_shop, rabbit):
+def test_full_queue_that_is_deleted_is_declared_again(make_shop, rabbit):
     rabbit.empty()
     shop = make_shop(rabbit)
     limited(shop, 10)
@@ -162,7 +162,7 @@ def test_a_full_queue_that_is_deleted_is_declared_again(make_shop, rabbit):
     assert shop.end(replicate, signal.SIGTERM) == 0
 
 
-def test_doctor_says_that_a_redis_can_be_filled():
+def test_doctor_warns_that_redis_can_run_out_of_memory():
     with Valkey(maxmemory="64mb") as own:
         app = Celery("shop", broker=own.url, set_as_current=False)
         said = {

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 WRITTEN = [(0x1_0000_0010, index, 100 + index) for index in range(5)] + [(0x1_0000_0090, 0, 7)]
 
 
-def test_what_arrived_as_it_was_written_is_right():
+def test_benchmark_accepts_changes_that_arrived_as_written():
     told = compare(WRITTEN, list(WRITTEN), "a drain")
     assert told == {"changes": 6, "checksum": Rolling(WRITTEN).as_json()["checksum"]}
 
@@ -29,7 +29,7 @@ def test_what_arrived_as_it_was_written_is_right():
     ],
     ids=["lost", "doubled", "reordered", "another"],
 )
-def test_a_run_that_is_wrong_says_what(arrived, named):
+def test_benchmark_names_what_is_wrong(arrived, named):
     with pytest.raises(Wrong, match="a drain: ") as error:
         compare(WRITTEN, arrived, "a drain")
     assert named in str(error.value)
@@ -54,7 +54,7 @@ def results(tmp_path, monkeypatch):
 
 
 @pytest.mark.soak
-def test_a_run_leaves_json_charts_and_the_page(results):
+def test_benchmark_writes_json_charts_and_the_page(results):
     status, found, docs = results("--only", "updates", "filter")
     assert status == 0
     assert [(line["scenario"], len(line["values"])) for line in found["lines"]] == [
@@ -73,7 +73,7 @@ def test_a_run_leaves_json_charts_and_the_page(results):
     assert "identity FULL, batches | " in (docs / "performance.md").read_text()
 
 
-def test_a_run_that_loses_a_change_fails_and_names_it(results, monkeypatch, capsys):
+def test_benchmark_that_loses_a_change_fails_and_names_it(results, monkeypatch, capsys):
     from benchmarks import drain
 
     arrived = drain.places_of
@@ -84,7 +84,7 @@ def test_a_run_that_loses_a_change_fails_and_names_it(results, monkeypatch, caps
     assert "WRONG updates: flash replicate, batched" in capsys.readouterr().out
 
 
-def test_the_page_keeps_what_stands_outside_its_markers():
+def test_benchmark_page_keeps_text_outside_its_markers():
     page = (ROOT / "docs" / "performance.md").read_text()
     empty = {
         "lines": [],

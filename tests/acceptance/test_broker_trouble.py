@@ -35,7 +35,7 @@ def nothing_acknowledged(shop):
 
 
 @pytest.mark.parametrize("seconds", [3, pytest.param(180, marks=pytest.mark.soak)])
-def test_a_broker_that_is_down_for_minutes(make_shop, seconds):
+def test_broker_outage_of_minutes_loses_nothing(make_shop, seconds):
     with Valkey() as own:
         shop = make_shop(own)
         replicate = shop.replicate()
@@ -61,7 +61,7 @@ def test_a_broker_that_is_down_for_minutes(make_shop, seconds):
         assert shop.end(replicate) == 0
 
 
-def test_a_redis_that_is_full(make_shop):
+def test_redis_that_is_full_loses_nothing(make_shop):
     with Valkey(**{"maxmemory-policy": "noeviction"}) as own, redis.Redis(port=own.port) as client:
         shop = make_shop(own)
         replicate = shop.replicate()
@@ -107,7 +107,7 @@ def alarm(rabbit, limit, full, free):
     ],
     ids=["memory", "memory, many", "disk"],
 )
-def test_an_alarm_of_rabbitmq(rabbit_shop, rabbit, short_of, rows):
+def test_rabbitmq_alarm_loses_nothing(rabbit_shop, rabbit, short_of, rows):
     """It is waited for, and said once; not taken for a dead connection again and again."""
     shop = rabbit_shop
     shop.environment["SHOP_BATCH"] = "1"
@@ -132,7 +132,7 @@ def test_an_alarm_of_rabbitmq(rabbit_shop, rabbit, short_of, rows):
     assert shop.end(replicate) == 0
 
 
-def test_a_queue_that_is_deleted_is_declared_again(rabbit_shop, rabbit):
+def test_deleted_queue_is_declared_again(rabbit_shop, rabbit):
     """Its messages went with it, by somebody's own hand; what comes after is not lost."""
     shop = rabbit_shop
     replicate = shop.replicate()
@@ -147,7 +147,7 @@ def test_a_queue_that_is_deleted_is_declared_again(rabbit_shop, rabbit):
     assert shop.end(replicate) == 0
 
 
-def test_a_queue_that_refuses_messages_until_it_has_room(rabbit_shop, rabbit):
+def test_queue_that_refuses_messages_is_retried_until_it_has_room(rabbit_shop, rabbit):
     """basic.nack: each is published again until it is taken, and none overtakes it."""
     shop = rabbit_shop
     limit = json.dumps({"max-length": 20, "overflow": "reject-publish"})
@@ -167,7 +167,7 @@ def test_a_queue_that_refuses_messages_until_it_has_room(rabbit_shop, rabbit):
 
 
 @pytest.mark.soak
-def test_a_sigkill_of_rabbitmq(make_shop):
+def test_rabbitmq_sigkill_loses_nothing(make_shop):
     if not Rabbit.installed():
         missing("RabbitMQ (rabbitmq-server)")
     with Rabbit() as own:
@@ -187,7 +187,7 @@ def test_a_sigkill_of_rabbitmq(make_shop):
 
 
 @pytest.mark.soak
-def test_a_failover_through_sentinel(make_shop):
+def test_sentinel_failover_loses_nothing(make_shop):
     with Replicated(**{"min-replicas-to-write": 1, "min-replicas-max-lag": 2}) as own:
         shop = make_shop(own)
         shop.environment["SHOP_CONF"] = json.dumps({"broker_transport_options": OPTIONS})
@@ -210,7 +210,7 @@ def test_a_failover_through_sentinel(make_shop):
 
 
 @pytest.mark.soak
-def test_a_coordinated_failover_through_sentinel(make_shop):
+def test_sentinel_coordinated_failover_loses_nothing(make_shop):
     """The primary takes no more writes until the replica has them all: nothing can be lost."""
     with Replicated() as own:
         shop = make_shop(own)

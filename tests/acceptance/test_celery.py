@@ -30,7 +30,7 @@ def configure(desk, **conf):
     desk.environment["SHOP_CONF"] = json.dumps({**given, **conf})
 
 
-def test_a_handler_is_a_task_like_others(desk):
+def test_handler_is_an_ordinary_task(desk):
     """Routes, priorities, annotations, results, canvas, events and beat, in one worker."""
     configure(
         desk,
@@ -83,7 +83,7 @@ def stored_results(desk):
         }
 
 
-def test_a_trace_leads_from_the_commit_over_the_enqueueing_to_the_handler(desk):
+def test_trace_leads_from_the_commit_to_the_handler(desk):
     """With OpenTelemetry and with Sentry, each with its own integration of Celery."""
     desk.environment["DESK_TRACE"] = "opentelemetry,sentry"
     desk.worker("prefork", "flash,celery")
@@ -142,7 +142,7 @@ def recommended(broker):
 
 
 @pytest.mark.parametrize("broker", ["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)])
-def test_a_worker_with_the_recommended_settings(request, make_shop, tmp_path, broker):
+def test_celery_worker_runs_with_the_recommended_settings(request, make_shop, tmp_path, broker):
     if broker == "redis":
         desk = request.getfixturevalue("desk")
     else:
@@ -185,7 +185,7 @@ def test_a_worker_with_the_recommended_settings(request, make_shop, tmp_path, br
     assert desk.end(worker) == 0
 
 
-def test_nothing_is_run_by_replicate_itself(desk):
+def test_replicate_runs_no_handlers_itself(desk):
     configure(desk, task_always_eager=True)
     ran = desk.run("flash", "replicate")
     assert ran.returncode == 2
@@ -232,7 +232,7 @@ def test_flower_shows_names_and_readable_arguments(desk):
 
 
 @pytest.mark.soak
-def test_inspect_shows_what_a_worker_is_doing(desk):
+def test_inspect_shows_running_handlers(desk):
     configure(desk, worker_prefetch_multiplier=4)
     desk.worker("threads", "flash,celery")
     desk.replicate()
@@ -251,7 +251,7 @@ def test_inspect_shows_what_a_worker_is_doing(desk):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("pool", ["solo", "prefork", "threads", "gevent", "eventlet"])
-def test_every_pool_retries_buries_and_takes_batches(desk, pool):
+def test_pools_support_retries_dead_letters_and_batches(desk, pool):
     worker = desk.worker(pool, "flash,celery")
     desk.replicate()
     desk.database.execute(
@@ -269,7 +269,7 @@ def test_every_pool_retries_buries_and_takes_batches(desk, pool):
 
 
 @pytest.mark.soak
-def test_a_rate_limit_is_kept(desk):
+def test_rate_limit_is_kept(desk):
     configure(desk, task_annotations={"desk.each": {"rate_limit": "2/s"}})
     desk.worker("threads", "flash,celery")
     desk.replicate()

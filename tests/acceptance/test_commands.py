@@ -59,7 +59,7 @@ def test_status_shows_the_slot_the_handlers_and_their_queues(shop):
     assert found["slot"]["lag_bytes"] > 0
 
 
-def test_status_and_doctor_without_a_broker(shop):
+def test_status_and_doctor_work_without_a_broker(shop):
     gone = {"SHOP_BROKER": "redis://127.0.0.1:1/0"}
     status = shop.run("flash", "status", **gone)
     assert status.returncode == 0
@@ -69,7 +69,7 @@ def test_status_and_doctor_without_a_broker(shop):
     assert re.search("warning  broker: The broker redis://127.0.0.1:1.* failed", doctor.stdout)
 
 
-def test_doctor_finds_everything_well(shop):
+def test_doctor_passes_a_correct_setup(shop):
     shop.worker()
     shop.replicate()
     doctor = shop.run("flash", "doctor", "--explain")
@@ -92,12 +92,12 @@ def test_doctor_finds_everything_well(shop):
         assert text in doctor.stdout, doctor.stdout
 
 
-def test_doctor_looks_where_streaming_spools(shop):
+def test_doctor_checks_the_spool_directory(shop):
     doctor = shop.run("flash", "doctor", SHOP_CONF='{"flash_use_streaming": true}')
     assert re.search(r"(ok     |warning)  spool: /", doctor.stdout)
 
 
-def test_doctor_names_what_stops_replicate_and_mends(shop):
+def test_doctor_names_problems_and_their_fixes(shop):
     shop.database.execute("ALTER TABLE items RENAME TO goods")
     doctor = shop.run("flash", "doctor")
     assert doctor.returncode == 1
@@ -106,7 +106,7 @@ def test_doctor_names_what_stops_replicate_and_mends(shop):
     assert created_nothing(shop.database)
 
 
-def test_reset_shows_asks_and_undoes_everything(shop):
+def test_reset_shows_its_steps_asks_and_undoes_everything(shop):
     shop.environment["SHOP_WHERE"] = "1"
     replicate = shop.replicate()
     shop.database.execute("INSERT INTO items VALUES (1, 'a')")
@@ -138,7 +138,7 @@ def test_reset_shows_asks_and_undoes_everything(shop):
     assert "Nothing to reset" in again.stdout
 
 
-def test_reset_with_force_ends_the_replication_worker(shop):
+def test_reset_force_ends_the_replication_worker(shop):
     replicate = shop.replicate()
     done = shop.run("flash", "reset", "--yes", "--force")
     assert done.returncode == 0, done.stderr
@@ -148,7 +148,7 @@ def test_reset_with_force_ends_the_replication_worker(shop):
     assert created_nothing(shop.database)
 
 
-def test_reset_of_another_slot_leaves_the_publications(shop):
+def test_reset_of_another_slot_keeps_the_publications(shop):
     # Whose they are is no assertion, which Python leaves out here.
     shop.environment["PYTHONOPTIMIZE"] = "2"
     shop.end(shop.replicate())
@@ -162,7 +162,7 @@ def test_reset_of_another_slot_leaves_the_publications(shop):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
-def test_tail_prints_changes_and_leaves_nothing(shop, number):
+def test_tail_prints_changes_and_leaves_nothing_behind(shop, number):
     shop.database.execute("CREATE TABLE logs (line text)")
     tail = shop.start("flash", "tail", "items", "logs")
     shop.until_said(tail, "Following public.items, public.logs")
@@ -187,7 +187,7 @@ def test_tail_prints_changes_and_leaves_nothing(shop, number):
     wait_until(lambda: created_nothing(shop.database), "the slot to end")
 
 
-def test_tail_ends_after_a_limit_and_cleans_up_after_a_killed_one(shop):
+def test_tail_ends_at_its_limit_and_cleans_up_after_a_killed_tail(shop):
     killed = shop.start("flash", "tail")
     shop.until_said(killed, "Following public.items")
     shop.end(killed, signal.SIGKILL)
@@ -237,7 +237,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_gets_one_sentence_and_creates_nothing(shop, case):
+def test_invalid_input_gets_one_sentence_and_creates_nothing(shop, case):
     environment, message = BAD[case]
     ended = shop.run("flash", "replicate", **environment)
     assert ended.returncode == 2, ended.stderr
@@ -246,7 +246,7 @@ def test_bad_input_gets_one_sentence_and_creates_nothing(shop, case):
 
 
 @pytest.mark.parametrize("command", ["replicate", "status", "doctor", "reset", "tail"])
-def test_a_wrong_database_is_refused_by_every_command(shop, command):
+def test_wrong_database_is_refused_by_every_command(shop, command):
     for change, message in (
         ({"dbname": "nowhere"}, 'database "nowhere" does not exist'),
         ({"user": "nobody"}, 'role "nobody" does not exist'),
@@ -259,7 +259,7 @@ def test_a_wrong_database_is_refused_by_every_command(shop, command):
     assert created_nothing(shop.database)
 
 
-def test_without_an_app(shop):
+def test_commands_without_an_app_are_refused(shop):
     ended = subprocess.run(
         [sys.executable, "-m", "celery", "flash", "status"],
         env=shop.environment,
@@ -290,7 +290,7 @@ def strictly(server, **change):
     return psycopg.conninfo.make_conninfo(server.dsn(), **change)
 
 
-def test_wal_level_a_wrong_password_and_privileges(shop, strict):
+def test_replicate_names_wal_level_password_and_privilege_problems(shop, strict):
     for dsn, message in (
         (strictly(strict), "wal_level is replica.*ALTER SYSTEM SET wal_level"),
         (strictly(strict, user="shop", password="s3cret"), "password authentication failed"),
@@ -309,7 +309,7 @@ def test_wal_level_a_wrong_password_and_privileges(shop, strict):
     assert weak.returncode == 2
 
 
-def test_no_free_slot(shop, strict):
+def test_replicate_names_a_missing_free_slot(shop, strict):
     strict.stop()
     strict.options["wal_level"] = "logical"
     strict.start()
@@ -322,7 +322,7 @@ def test_no_free_slot(shop, strict):
         assert connection.execute("SELECT count(*) FROM pg_publication").fetchone() == (0,)
 
 
-def test_a_slot_of_another_plugin_or_database(shop, postgres):
+def test_slot_of_another_plugin_or_database_is_refused(shop, postgres):
     with psycopg.connect(postgres.dsn(), autocommit=True) as elsewhere:
         name = shop.database.slot
         elsewhere.execute(f"SELECT pg_create_logical_replication_slot('{name}', 'pgoutput')")
@@ -378,7 +378,7 @@ def pooler(postgres, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["replicate", "doctor"])
-def test_a_pooler_is_named(shop, pooler, command):
+def test_pooler_is_named(shop, pooler, command):
     dsn = psycopg.conninfo.make_conninfo(shop.database.dsn, port=pooler)
     ended = shop.run("flash", command, SHOP_DSN=dsn)
     assert ended.returncode == 2, ended.stdout
@@ -386,7 +386,7 @@ def test_a_pooler_is_named(shop, pooler, command):
     assert created_nothing(shop.database)
 
 
-def test_a_publication_altered_by_hand(shop):
+def test_publication_altered_by_hand_is_named(shop):
     shop.end(shop.replicate())
     shop.database.execute(
         "CREATE TABLE other (id int)",
@@ -397,7 +397,7 @@ def test_a_publication_altered_by_hand(shop):
     assert_refused(ended, "flash_publication_insert was altered by hand")
 
 
-def test_a_slot_that_was_dropped_is_not_made_again_silently(shop):
+def test_dropped_slot_is_not_recreated_silently(shop):
     shop.end(shop.replicate())
     shop.database.execute(f"SELECT pg_drop_replication_slot('{shop.database.slot}')")
     ended = shop.run("flash", "replicate")
@@ -408,7 +408,7 @@ def test_a_slot_that_was_dropped_is_not_made_again_silently(shop):
     shop.end(shop.replicate())
 
 
-def test_a_dsn_to_something_else_is_tried_again(shop, valkey):
+def test_dsn_to_another_service_is_retried(shop, valkey):
     replicate = shop.replicate(wait=False, SHOP_DSN=f"host=127.0.0.1 port={valkey.port} dbname=x")
     shop.until_said(replicate, "The connection to PostgreSQL failed")
     assert shop.end(replicate) == 0

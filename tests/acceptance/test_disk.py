@@ -14,7 +14,7 @@ MANY = "INSERT INTO items SELECT n, repeat('x', 300) FROM generate_series({}, {}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="has no prlimit")
-def test_a_disk_without_room_for_the_spool(shop, tmp_path):
+def test_full_disk_for_the_spool_is_retried(shop, tmp_path):
     """PostgreSQL keeps the transaction on its own disk then, and nothing waits for room."""
     folder = tmp_path / "spool"
     folder.mkdir()
@@ -43,7 +43,7 @@ def test_a_disk_without_room_for_the_spool(shop, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["missing", "read-only"])
-def test_a_folder_that_cannot_be_written_stops_the_start(shop, tmp_path, kind):
+def test_spool_directory_that_is_not_writable_stops_the_start(shop, tmp_path, kind):
     folder = tmp_path / "spool"
     if kind == "read-only":
         if os.geteuid() == 0:

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_django_integration():
+def test_django_tests_pass_in_a_process_of_their_own():
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "tests/django", "-p", "no:cacheprovider"],
         env={**os.environ, "FLASH_TESTS_DJANGO": "1"},

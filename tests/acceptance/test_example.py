@@ -53,7 +53,7 @@ def nothing_is_left(folder):
     return list(folder.iterdir()) == []
 
 
-def test_the_demo_ends_by_itself_with_everything_handled(folder):
+def test_demo_ends_by_itself_with_everything_handled(folder):
     process = demo("--once", folder=folder)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
@@ -66,7 +66,7 @@ def test_the_demo_ends_by_itself_with_everything_handled(folder):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_demo_leaves_nothing_behind_when_it_is_stopped(folder, number):
+def test_demo_leaves_nothing_behind_when_stopped(folder, number):
     process = demo(folder=folder)
     pages = []
     deadline = threading.Timer(120, process.kill)  # ends the output, too
@@ -87,7 +87,7 @@ def test_the_demo_leaves_nothing_behind_when_it_is_stopped(folder, number):
     assert nothing_is_left(folder)
 
 
-def test_a_port_that_is_taken_is_said_before_anything_starts(valkey, folder):
+def test_demo_reports_a_port_in_use_before_it_starts(valkey, folder):
     process = demo("--port", str(valkey.port), folder=folder)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 2
@@ -123,7 +123,7 @@ def manage(environment, *arguments):
     )
 
 
-def test_manage_py_has_the_same_commands(environment, database):
+def test_manage_py_has_the_commands_of_celery(environment, database):
     subprocess.run(
         [sys.executable, "manage.py", "migrate"],
         cwd=EXAMPLE,
@@ -154,7 +154,7 @@ def test_manage_py_has_the_same_commands(environment, database):
     assert "No such command 'stats'" in wrong.stderr
 
 
-def test_the_handlers_have_settled_when_nothing_changes(environment, database, tmp_path):
+def test_example_handlers_settle_without_changes(environment, database, tmp_path):
     """Handlers that write tables others watch must not go round for ever."""
     subprocess.run(
         [sys.executable, "manage.py", "migrate"],

@@ -77,7 +77,7 @@ def copied(shop, standby):
     wait_until(ready, "the slot to be copied", 120)
 
 
-def test_after_a_failover_reading_goes_on_and_nothing_is_lost(shop, primary, standby):
+def test_failover_loses_nothing(shop, primary, standby):
     replicate = shop.replicate()
     shop.worker()
     insert_rows(shop.database, 1, 100)
@@ -93,9 +93,7 @@ def test_after_a_failover_reading_goes_on_and_nothing_is_lost(shop, primary, sta
     assert shop.end(replicate) == 0
 
 
-def test_a_slot_that_exists_is_made_to_survive_and_a_standby_is_not_read_instead(
-    shop, primary, standby
-):
+def test_failover_option_is_added_to_an_existing_slot(shop, primary, standby):
     shop.end(shop.replicate(SHOP_CONF="{}"))
     query = "SELECT failover FROM pg_replication_slots WHERE slot_type = 'logical'"
     assert not shop.database.one(query)
@@ -113,7 +111,7 @@ def test_a_slot_that_exists_is_made_to_survive_and_a_standby_is_not_read_instead
 
 
 @pytest.mark.soak  # 20 s of waiting
-def test_changes_held_back_for_a_standby_that_is_away_are_said_to_be(shop, primary, standby):
+def test_failover_waits_for_an_absent_standby_are_logged(shop, primary, standby):
     replicate = shop.replicate()
     shop.worker()
     standby.stop()
@@ -130,7 +128,7 @@ def test_changes_held_back_for_a_standby_that_is_away_are_said_to_be(shop, prima
     assert "reconnecting" not in replicate.log.read_text()
 
 
-def test_doctor_says_what_a_standby_lacks_for_a_failover(shop, primary):
+def test_doctor_names_what_a_standby_lacks_for_a_failover(shop, primary):
     with Standby(primary, "plain", hot_standby_feedback="off") as plain:
         conninfo = f"host=127.0.0.1 port={primary.port} user=postgres"
         plain.stop()

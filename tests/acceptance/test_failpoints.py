@@ -26,7 +26,7 @@ WORK = ("read", "publish", "half a push", "half a frame", "pushed", "sent", "con
 ACKNOWLEDGING = ("acknowledge", "acknowledged")
 
 
-def test_a_sigkill_at_every_step_of_the_work(any_shop):
+def test_sigkill_at_every_step_of_the_work_loses_nothing(any_shop):
     shop = any_shop
     shop.end(shop.replicate())
     with Writer(shop.database, pause=0.05) as writer:
@@ -41,7 +41,7 @@ def test_a_sigkill_at_every_step_of_the_work(any_shop):
 
 
 @pytest.mark.soak  # as test_slot.py and test_exactly_once.py do it in short
-def test_an_owner_that_was_stopped_in_the_middle_of_publishing(any_shop):
+def test_owner_stopped_while_publishing_sends_at_most_what_it_had_begun(any_shop):
     """Another one takes over; what the first was handing over may still arrive, where the broker
     cannot refuse it, and nothing else."""
     shop = any_shop
@@ -81,7 +81,7 @@ KINDS = (
 )
 
 
-def test_a_sigkill_after_every_statement_of_the_start(shop):
+def test_sigkill_after_every_statement_of_the_start_is_recovered(shop):
     """Publications, identities, the slot, and the note of it: the application can always write."""
     shop.database.execute(*KINDS)
     shop.environment |= {"SHOP_ALSO": "bare,measures", "SHOP_WHERE": "1"}
@@ -105,7 +105,7 @@ def test_a_sigkill_after_every_statement_of_the_start(shop):
 
 
 @pytest.mark.soak
-def test_a_sigkill_after_every_statement_of_making_a_lost_slot_anew(shop):
+def test_sigkill_after_every_statement_of_recreating_a_slot_is_recovered(shop):
     """There is one gap, it has an end, and what comes after its end is told."""
     shop.environment["SHOP_CONF"] = json.dumps({"flash_on_lost_slot": "recreate"})
     shop.end(shop.replicate())
@@ -143,7 +143,7 @@ def until_all(shop, last):
         time.sleep(0.2)
 
 
-def test_a_sigkill_while_a_transaction_is_spooled_and_replayed(shop):
+def test_sigkill_while_a_transaction_is_spooled_loses_nothing(shop):
     options = "-c logical_decoding_work_mem=64kB"
     dsn = psycopg.conninfo.make_conninfo(shop.database.dsn, options=options)
     shop.environment |= {
@@ -189,7 +189,7 @@ def test_a_sigkill_while_a_transaction_is_spooled_and_replayed(shop):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(2))
-def test_many_sigkills(any_shop, seed):
+def test_sigkill_again_and_again_loses_nothing(any_shop, seed):
     shop, dice = any_shop, random.Random(seed)
     shop.end(shop.replicate())
     failpoints = broker_failpoints(

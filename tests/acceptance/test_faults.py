@@ -18,7 +18,7 @@ ROWS = 10_000
 @pytest.mark.parametrize(
     "any_shop", ["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)], indirect=True
 )
-def test_kill_9_in_the_middle_of_10_000_changes(any_shop):
+def test_kill_9_amid_10_000_changes_loses_nothing(any_shop):
     shop = any_shop
     shop.environment["SHOP_BATCH"] = "1"
     shop.end(shop.replicate())
@@ -63,7 +63,7 @@ def shop_of_its_own(make_shop, own_postgres, database, valkey):
     ],
     ids=["fast", "immediate", "kill"],
 )
-def test_a_restart_of_postgresql(shop_of_its_own, own_postgres, number):
+def test_postgresql_restart_loses_nothing(shop_of_its_own, own_postgres, number):
     shop = shop_of_its_own
     replicate = shop.replicate()
     shop.worker()
@@ -75,7 +75,7 @@ def test_a_restart_of_postgresql(shop_of_its_own, own_postgres, number):
     assert shop.end(replicate) == 0
 
 
-def test_pg_terminate_backend_of_either_connection(shop):
+def test_pg_terminate_backend_of_either_connection_loses_nothing(shop):
     replicate = shop.replicate()
     insert_rows(shop.database, 1, 100)
     for number, kind in enumerate(("walsender", "client backend"), 1):
@@ -91,7 +91,7 @@ def test_pg_terminate_backend_of_either_connection(shop):
     assert shop.end(replicate) == 0
 
 
-def test_a_worker_that_is_killed_in_a_handler(any_shop):
+def test_celery_worker_killed_in_a_handler_loses_nothing(any_shop):
     """SIGKILL of the parent, its children first or after it; each change is handled by another."""
     shop = any_shop
     options = {
@@ -121,7 +121,7 @@ def test_a_worker_that_is_killed_in_a_handler(any_shop):
     assert shop.end(replicate) == 0
 
 
-def test_a_restart_of_valkey(make_shop):
+def test_valkey_restart_loses_nothing(make_shop):
     with Valkey() as own:
         shop = make_shop(own)
         replicate = shop.replicate()
@@ -138,7 +138,7 @@ def test_a_restart_of_valkey(make_shop):
 
 
 @pytest.mark.soak  # it boots twice
-def test_a_restart_of_rabbitmq(make_shop):
+def test_rabbitmq_restart_loses_nothing(make_shop):
     if not Rabbit.installed():
         from tests.conftest import missing
 
@@ -157,7 +157,7 @@ def test_a_restart_of_rabbitmq(make_shop):
         assert shop.end(replicate) == 0
 
 
-def test_quorum_queues(make_shop, rabbit):
+def test_quorum_queues_deliver_everything(make_shop, rabbit):
     rabbit.empty()
     shop = make_shop(rabbit, SHOP_QUORUM="1")
     shop.replicate()
@@ -166,7 +166,7 @@ def test_quorum_queues(make_shop, rabbit):
     assert_handled(shop, 1, 100)
 
 
-def test_it_starts_before_the_broker_and_the_database(make_shop, own_postgres, database):
+def test_replicate_can_start_before_the_broker_and_the_database(make_shop, own_postgres, database):
     shared = database.server
     database.dsn = own_postgres.dsn()
     with Valkey() as own:
@@ -186,7 +186,7 @@ def test_it_starts_before_the_broker_and_the_database(make_shop, own_postgres, d
     database.dsn = shared.dsn(database.name)
 
 
-def test_a_stop_while_the_broker_is_down_ends_in_time_and_loses_nothing(make_shop):
+def test_stop_while_the_broker_is_down_ends_in_time_and_loses_nothing(make_shop):
     with Valkey() as own:
         shop = make_shop(own, SHOP_CONF='{"flash_shutdown_timeout": 2}')
         replicate = shop.replicate()
@@ -202,7 +202,7 @@ def test_a_stop_while_the_broker_is_down_ends_in_time_and_loses_nothing(make_sho
         assert_handled(shop, 1, 10)
 
 
-def test_a_second_signal_ends_it_at_once(make_shop):
+def test_second_signal_ends_replicate_at_once(make_shop):
     with Valkey() as own:
         shop = make_shop(own, SHOP_CONF='{"flash_shutdown_timeout": 600}')
         replicate = shop.replicate()
@@ -215,7 +215,7 @@ def test_a_second_signal_ends_it_at_once(make_shop):
         assert shop.end(replicate, signal.SIGTERM, timeout=5) == -signal.SIGTERM
 
 
-def test_postgresql_shuts_down_fast_although_the_broker_is_down(make_shop, own_postgres, database):
+def test_postgresql_shuts_down_fast_while_the_broker_is_down(make_shop, own_postgres, database):
     shared = database.server
     database.dsn = own_postgres.dsn()
     with Valkey() as own:
@@ -234,7 +234,7 @@ def test_postgresql_shuts_down_fast_although_the_broker_is_down(make_shop, own_p
     database.dsn = shared.dsn(database.name)
 
 
-def test_the_slot_follows_a_server_that_is_busy_elsewhere(shop):
+def test_slot_follows_a_server_that_is_busy_elsewhere(shop):
     shop.replicate()
     shop.database.execute(
         "CREATE TABLE other (id int)",
@@ -243,7 +243,7 @@ def test_the_slot_follows_a_server_that_is_busy_elsewhere(shop):
     wait_until_confirmed(shop)
 
 
-def test_a_broker_outage_outlasts_the_servers_patience(make_shop, database):
+def test_broker_outage_outlasts_wal_sender_timeout(make_shop, database):
     database.execute("ALTER SYSTEM SET wal_sender_timeout = '2s'", "SELECT pg_reload_conf()")
     try:
         with Valkey() as own:

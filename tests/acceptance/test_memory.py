@@ -43,7 +43,7 @@ def enqueued(client, count):
     "rows", [300_000, pytest.param(5_000_000, marks=pytest.mark.soak)], ids=["300k", "5M"]
 )
 @pytest.mark.parametrize("mode", ["whole", pytest.param("streamed", marks=pytest.mark.soak)])
-def test_a_commit_of_many_rows_in_bounded_memory(shop, mode, rows):
+def test_large_commit_takes_bounded_memory(shop, mode, rows):
     shop.environment["SHOP_BATCH"] = "only"
     if mode == "streamed":
         use_streaming(shop)
@@ -61,7 +61,7 @@ def test_a_commit_of_many_rows_in_bounded_memory(shop, mode, rows):
 
 
 @linux
-def test_a_large_commit_waits_in_bounded_memory_for_a_broker_that_is_down(make_shop):
+def test_large_commit_waits_for_the_broker_in_bounded_memory(make_shop):
     rows = 100_000
     with Valkey(appendfsync="everysec") as own:
         shop = make_shop(own, SHOP_BATCH="only")
@@ -84,7 +84,7 @@ def test_a_large_commit_waits_in_bounded_memory_for_a_broker_that_is_down(make_s
 
 
 @linux
-def test_nothing_is_left_of_a_spool(shop, tmp_path):
+def test_spool_leaves_no_files_behind(shop, tmp_path):
     folder = tmp_path / "spool"
     folder.mkdir()
     shop.environment["SHOP_BATCH"] = "only"

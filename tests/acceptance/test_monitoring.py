@@ -59,7 +59,7 @@ def samples(text):
     return found
 
 
-def test_ten_thousand_rows_are_counted_shown_and_not_logged(shop, address):
+def test_metrics_count_ten_thousand_rows_and_logs_do_not(shop, address):
     from flash_celery.monitoring.metrics import METRICS
 
     evil = f'"{EVIL}"'
@@ -152,7 +152,7 @@ def _see(address):
         assert driver.get_log("browser") == []
 
 
-def test_a_standby_and_a_broker_that_is_down_are_alive_and_not_ready(shop, address):
+def test_probes_of_a_hot_spare_and_without_a_broker_are_live_and_not_ready(shop, address):
     other = f"127.0.0.1:{free_port()}"
     first = shop.replicate("--http", address, SHOP_BROKER="redis://:secret@127.0.0.1:1/0")
     second = shop.replicate("--http", other, wait=False)
@@ -209,7 +209,7 @@ def report_of(told):
     )
 
 
-def test_what_is_paused_is_shown(shop, address):
+def test_paused_handlers_are_shown(shop, address):
     worker = shop.replicate("--http", address)
     assert shop.run("flash", "pause", "each").returncode == 0
     shop.until_said(worker, "its changes wait in the queue")
@@ -248,7 +248,7 @@ def test_what_is_paused_is_shown(shop, address):
         missing("chromium with its driver")
 
 
-def test_a_port_in_use_creates_nothing(shop):
+def test_port_in_use_creates_nothing(shop):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         ran = shop.run("flash", "replicate", "--http", address, "--log-json")
@@ -300,7 +300,7 @@ def test_status_is_watched_until_ctrl_c(shop):
     assert "Aborted" not in shown
 
 
-def test_the_alerts_fire_when_they_should():
+def test_alerts_fire_when_they_should():
     if shutil.which("promtool") is None:
         missing("promtool (prometheus)")
     subprocess.run(

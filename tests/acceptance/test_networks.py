@@ -59,12 +59,12 @@ WAYS = pytest.mark.parametrize(
 
 
 @WAYS
-def test_a_bad_network_to_postgresql(redis_network, ways):
+def test_bad_network_to_postgresql_loses_nothing(redis_network, ways):
     cuts_stalls_delays_and_throttles(redis_network, "postgresql", ways)
 
 
 @WAYS
-def test_a_bad_network_to_the_broker(network, ways):
+def test_bad_network_to_the_broker_loses_nothing(network, ways):
     cuts_stalls_delays_and_throttles(network, "broker", ways)
 
 
@@ -105,7 +105,7 @@ def cuts_stalls_delays_and_throttles(network, side, ways):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("picked", [is_stream, is_catalog_query], ids=["stream", "catalog"])
-def test_one_silent_connection_to_postgresql_is_replaced(redis_network, picked):
+def test_silent_connection_to_postgresql_is_replaced(redis_network, picked):
     """Also while the server believes in it and keeps the slot for it."""
     shop, proxy = redis_network.shop, redis_network.postgresql
     replicate = shop.replicate()
@@ -132,7 +132,7 @@ def test_one_silent_connection_to_postgresql_is_replaced(redis_network, picked):
 
 
 @pytest.mark.soak
-def test_a_silent_connection_to_an_idle_broker_is_replaced(network):
+def test_silent_connection_to_an_idle_broker_is_replaced(network):
     """Nothing is published, and yet it is noticed: the next change does not wait for it."""
     shop, proxy = network.shop, network.broker
     replicate = shop.replicate()
@@ -152,7 +152,7 @@ def test_a_silent_connection_to_an_idle_broker_is_replaced(network):
 
 
 @pytest.mark.soak
-def test_a_slow_line_to_redis_carries_a_large_transaction(redis_network):
+def test_slow_network_to_redis_carries_a_large_transaction(redis_network):
     """It takes longer than a broker may be silent, and is no silence; nothing is sent twice."""
     shop, proxy = redis_network.shop, redis_network.broker
     shop.environment["SHOP_BATCH"] = "only"
@@ -170,7 +170,7 @@ def test_a_slow_line_to_redis_carries_a_large_transaction(redis_network):
 
 
 @pytest.mark.soak
-def test_a_server_that_is_busy_with_other_tables_is_not_taken_for_dead(shop):
+def test_server_busy_with_other_tables_is_not_taken_for_dead(shop):
     """It answers nothing for seconds then, each time it would be read again from the beginning."""
     shop.environment["SHOP_CONF"] = json.dumps({"flash_status_interval": 0.5})
     shop.database.execute("CREATE TABLE other (id int, note text)")

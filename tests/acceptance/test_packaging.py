@@ -121,14 +121,14 @@ def tracked(*folders):
     return {name for name in names if (ROOT / name).exists()}
 
 
-def test_the_wheel_holds_the_package_alone(wheel):
+def test_wheel_contains_only_the_package(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     ours = {name for name in names if not PurePosixPath(name).parts[0].endswith(".dist-info")}
     assert ours == tracked("flash_celery")
     assert {"flash_celery/py.typed", "flash_celery/cli/__init__.py"} <= ours
 
 
-def test_the_source_distribution_holds_what_is_tracked(source):
+def test_source_distribution_contains_the_tracked_files(source):
     with tarfile.open(source) as archive:
         files = [member for member in archive if not member.isdir()]
         contents = {
@@ -149,7 +149,7 @@ def metadata(wheel):
         return message_from_bytes(archive.read(name))
 
 
-def test_the_description_is_the_readme_without_what_pypi_has_not(metadata):
+def test_description_is_the_readme_without_repository_links(metadata):
     said = metadata.get_payload(decode=True).decode()
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert "| promise | how |" in said
@@ -159,7 +159,7 @@ def test_the_description_is_the_readme_without_what_pypi_has_not(metadata):
     assert "![" not in said
 
 
-def test_it_needs_four_things(metadata):
+def test_wheel_has_four_dependencies(metadata):
     needed = [one for one in metadata.get_all("Requires-Dist") if "extra ==" not in one]
     names = {re.match(r"[\w-]+", one).group() for one in needed}
     assert names - {"typing-extensions"} == {"celery", "kombu", "psycopg", "click"}
@@ -169,7 +169,7 @@ def test_it_needs_four_things(metadata):
     assert metadata.get_all("License-File") == ["LICENSE"]
 
 
-def test_only_what_an_extra_is_for_imports_its_library(bare, tmp_path):
+def test_extras_are_imported_only_by_their_modules(bare, tmp_path):
     refused = json.loads(done(bare / "python", "-c", IMPORT, cwd=tmp_path))
     assert "redis" in refused.values()
     for module, library in refused.items():
@@ -177,7 +177,7 @@ def test_only_what_an_extra_is_for_imports_its_library(bare, tmp_path):
         assert module.startswith(OPTIONAL[library]), f"{module} imports {library}"
 
 
-def test_its_types_are_seen(bare, tmp_path):
+def test_wheel_types_are_visible(bare, tmp_path):
     snippet = tmp_path / "snippet.py"
     snippet.write_text(
         "from flash_celery import Change, Operation, __version__\n"
@@ -195,7 +195,7 @@ def test_its_types_are_seen(bare, tmp_path):
     assert 'got "str", expected "int"' in ran.stdout
 
 
-def test_the_version_is_that_of_what_is_installed(bare, wheel, tmp_path):
+def test_version_is_that_of_the_installed_package(bare, wheel, tmp_path):
     said = done(
         bare / "python", "-c", "import flash_celery as f; print(f.__version__)", cwd=tmp_path
     )
@@ -203,7 +203,7 @@ def test_the_version_is_that_of_what_is_installed(bare, wheel, tmp_path):
 
 
 @pytest.mark.parametrize("programs", ["bare", "with_redis"])
-def test_the_commands_are_celerys_own(request, programs, project):
+def test_commands_belong_to_celery(request, programs, project):
     celery = request.getfixturevalue(programs) / "celery"
     assert "replicate" in done(celery, "flash", "--help", cwd=project)
     assert "replicate" in done(celery, "-A", "shop", "flash", "--help", cwd=project)
@@ -218,7 +218,7 @@ def test_the_commands_are_celerys_own(request, programs, project):
 @pytest.mark.parametrize(
     "command", [("flash", "replicate"), ("flash", "dead", "list"), ("worker", "-P", "solo")]
 )
-def test_without_the_redis_client_a_sentence_says_what_to_install(bare, project, command, url):
+def test_missing_redis_client_is_named(bare, project, command, url):
     broker = {**os.environ, "SHOP_BROKER": url}
     ran = run(bare / "celery", "-A", "shop", *command, cwd=project, env=broker, timeout=60)
     assert ran.returncode == 2
@@ -232,7 +232,7 @@ def test_without_the_redis_client_a_sentence_says_what_to_install(bare, project,
 @pytest.mark.parametrize(
     ("programs", "any_shop"), [("bare", "rabbitmq"), ("with_redis", "redis")], indirect=["any_shop"]
 )
-def test_a_change_reaches_its_handler(request, programs, any_shop, database):
+def test_installed_package_delivers_a_change(request, programs, any_shop, database):
     shop = any_shop
     shop.environment.update(PYTHONPATH=str(Path(__file__).parent), SHOP_QUORUM="")
     shop.python = str(request.getfixturevalue(programs) / "python")

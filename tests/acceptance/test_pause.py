@@ -43,7 +43,7 @@ def count_of(shop, *queues):
 @pytest.mark.parametrize(
     "any_shop", [pytest.param("redis", marks=pytest.mark.soak), "rabbitmq"], indirect=True
 )
-def test_a_paused_handler_gets_its_changes_later_and_in_order(any_shop):
+def test_paused_handler_receives_its_changes_later_in_order(any_shop):
     shop = any_shop
     shop.environment |= {"SHOP_BATCH": "1"}
     shop.worker()
@@ -77,7 +77,7 @@ def test_a_paused_handler_gets_its_changes_later_and_in_order(any_shop):
 
 
 @pytest.mark.soak
-def test_a_sigkill_in_the_middle_of_a_resume(any_shop):
+def test_sigkill_during_a_resume_loses_nothing(any_shop):
     shop = any_shop
     first = shop.replicate()
     flash(shop, "pause", "each")
@@ -101,7 +101,7 @@ def test_a_sigkill_in_the_middle_of_a_resume(any_shop):
 
 
 @pytest.mark.soak
-def test_a_paused_source_is_not_read_and_its_worker_stays_up(any_shop):
+def test_paused_source_is_not_read_and_its_worker_stays_up(any_shop):
     shop = any_shop
     shop.worker()
     first = shop.replicate()
@@ -124,7 +124,7 @@ def test_a_paused_source_is_not_read_and_its_worker_stays_up(any_shop):
 
 
 @pytest.mark.soak
-def test_what_cannot_be_paused(shop):
+def test_pause_refuses_unknown_names(shop):
     assert "start `flash replicate` first" in flash(shop, "pause", code=2)
     shop.end(shop.replicate())
     assert "There is no handler eech; there are shop.each" in flash(shop, "pause", "eech", code=2)
@@ -146,7 +146,7 @@ def test_what_cannot_be_paused(shop):
 
 
 @pytest.mark.soak
-def test_a_pause_that_the_database_does_not_know_of_any_more(any_shop):
+def test_pause_that_the_database_lost_is_resumed(any_shop):
     """It was restored, or the primary lost what a standby had not read."""
     shop = any_shop
     publication = "flash_publication_insert"
@@ -170,7 +170,7 @@ def test_a_pause_that_the_database_does_not_know_of_any_more(any_shop):
 
 
 @pytest.mark.soak
-def test_a_reset_sends_what_was_parked_while_it_asked(shop):
+def test_reset_requeues_messages_held_while_it_asked(shop):
     replicate = shop.replicate()
     flash(shop, "pause", "each")
     shop.until_said(replicate, "its changes wait")
@@ -191,7 +191,7 @@ def test_a_reset_sends_what_was_parked_while_it_asked(shop):
 
 
 @pytest.mark.soak
-def test_a_reset_sends_what_is_parked_to_its_queue(any_shop):
+def test_reset_requeues_held_messages(any_shop):
     shop = any_shop
     first = shop.replicate()
     flash(shop, "pause", "each")

@@ -8,7 +8,7 @@ import pytest
 from example_project.servers import wait_until
 
 
-def test_every_operation_reaches_its_handler(any_shop):
+def test_operations_reach_their_handlers(any_shop):
     any_shop.worker()
     replicate = any_shop.replicate()
     any_shop.database.execute(
@@ -27,7 +27,7 @@ def test_every_operation_reaches_its_handler(any_shop):
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
-def test_ordinary_workers_of_any_pool_run_handlers(shop, pool):
+def test_handlers_run_in_workers_of_any_pool(shop, pool):
     shop.worker(pool)
     shop.replicate()
     shop.database.execute("INSERT INTO items SELECT n, 'a' FROM generate_series(1, 50) AS n")
@@ -35,7 +35,7 @@ def test_ordinary_workers_of_any_pool_run_handlers(shop, pool):
     assert {note["new"]["id"] for note in notes} == set(range(1, 51))
 
 
-def test_changes_made_while_nobody_replicates_are_not_lost(shop):
+def test_changes_without_a_replication_worker_are_not_lost(shop):
     shop.end(shop.replicate())
     shop.database.execute("INSERT INTO items SELECT n, 'a' FROM generate_series(1, 20) AS n")
     shop.replicate()
@@ -43,7 +43,7 @@ def test_changes_made_while_nobody_replicates_are_not_lost(shop):
     assert len(shop.until_noted(20)) == 20
 
 
-def test_batches_conditions_and_fields(shop):
+def test_batches_conditions_and_fields_reach_their_handlers(shop):
     shop.environment |= {"SHOP_BATCH": "1", "SHOP_WHERE": "1"}
     shop.worker()
     shop.replicate()
@@ -68,7 +68,7 @@ def test_batches_conditions_and_fields(shop):
 @pytest.mark.parametrize(
     "any_shop", ["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)], indirect=True
 )
-def test_a_batch_is_retried_as_a_whole(any_shop):
+def test_batch_is_retried_as_a_whole(any_shop):
     any_shop.environment |= {"SHOP_RETRY": "1"}
     any_shop.replicate()
     any_shop.database.execute("INSERT INTO items SELECT n, 'a' FROM generate_series(1, 30) AS n")
@@ -83,7 +83,7 @@ def test_a_batch_is_retried_as_a_whole(any_shop):
         assert told[0] == told[1] == told[2]
 
 
-def test_sigterm_and_sigint_end_it_with_0_and_nothing_is_enqueued_twice(shop):
+def test_sigterm_and_sigint_end_replicate_with_0_and_repeat_nothing(shop):
     for number in (signal.SIGTERM, signal.SIGINT):
         replicate = shop.replicate()
         shop.database.execute(f"INSERT INTO items VALUES ({int(number)}, 'a')")
@@ -94,7 +94,7 @@ def test_sigterm_and_sigint_end_it_with_0_and_nothing_is_enqueued_twice(shop):
     assert len(shop.until_noted(3)) == 3
 
 
-def test_a_task_whose_worker_was_killed_comes_back_after_the_visibility_timeout(shop):
+def test_task_of_a_killed_worker_returns_after_the_visibility_timeout(shop):
     options = {
         "visibility_timeout": 2,
         "unacked_restore_interval": 1,
@@ -112,7 +112,7 @@ def test_a_task_whose_worker_was_killed_comes_back_after_the_visibility_timeout(
     assert shop.notes()[1] == first
 
 
-def test_a_second_replication_worker_waits_and_takes_over(shop):
+def test_hot_spare_waits_and_takes_over(shop):
     first = shop.replicate()
     second = shop.replicate(wait=False)
     shop.until_said(second, "is active for PID")

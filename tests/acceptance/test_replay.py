@@ -29,7 +29,7 @@ def now(shop):
 @pytest.mark.parametrize(
     "any_shop", ["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)], indirect=True
 )
-def test_what_a_handler_was_told_comes_again(any_shop):
+def test_replay_delivers_changes_again_under_the_same_ids(any_shop):
     shop = any_shop
     shop.environment |= {"SHOP_BATCH": "1", "SHOP_CONF": WINDOW}
     shop.worker()
@@ -75,7 +75,7 @@ def test_what_a_handler_was_told_comes_again(any_shop):
 
 
 @pytest.mark.soak
-def test_a_replay_that_is_killed_can_be_run_again(any_shop):
+def test_replay_that_was_killed_can_be_repeated(any_shop):
     """It leaves no slot, and what it has enqueued comes twice under its id."""
     shop = any_shop
     shop.environment["SHOP_CONF"] = WINDOW

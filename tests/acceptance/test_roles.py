@@ -65,7 +65,7 @@ def enqueued(shop, count):
         wait_until(lambda: client.llen("flash") == count, f"{count} changes")
 
 
-def test_a_role_that_may_only_replicate(shop, owner):
+def test_role_that_can_only_replicate_needs_setup_by_the_owner(shop, owner):
     database = shop.database
     database.execute(
         f'REVOKE ALL ON DATABASE "{database.name}" FROM PUBLIC',
@@ -127,7 +127,7 @@ def test_a_role_that_may_only_replicate(shop, owner):
     assert database.one("SELECT relreplident FROM pg_class WHERE relname = 'items'") == "d"
 
 
-def test_the_script_of_doctor_run_by_a_dba_is_all_it_takes(shop):
+def test_doctor_script_run_by_a_dba_is_enough(shop):
     database = shop.database
     database.execute(*documented("reader", database))
     script = shop.run("flash", "doctor", "--sql", SHOP_WHERE="1")
@@ -142,7 +142,7 @@ def test_the_script_of_doctor_run_by_a_dba_is_all_it_takes(shop):
     assert "BEGIN" not in script.stdout
 
 
-def test_a_role_that_may_manage(shop):
+def test_role_that_can_manage_is_enough(shop):
     database = shop.database
     database.execute(*documented("privileges", database))
     shop.environment |= {"SHOP_DSN": as_role(shop, "flash"), "SHOP_WHERE": "1"}
@@ -182,7 +182,7 @@ PARTITIONED = "CREATE TABLE logs (id int PRIMARY KEY, line text) PARTITION BY RA
 PARTITION = "CREATE TABLE logs_{0} PARTITION OF logs FOR VALUES FROM ({0}) TO ({1})"
 
 
-def test_partitions_come_and_go_where_nobody_manages(flash):
+def test_partitions_are_followed_without_management(flash):
     flash.database.execute(PARTITIONED, PARTITION.format(1, 10))
     flash.handler("logs")
     set_up(flash)
@@ -203,7 +203,7 @@ def test_partitions_come_and_go_where_nobody_manages(flash):
     assert [("SET (publish_via" in one) for one in others] == [True] * old
 
 
-def test_a_slot_that_was_dropped_where_nobody_manages(flash):
+def test_dropped_slot_is_recreated_by_its_owner_without_management(flash):
     """Its owner makes it again, and is told what that costs."""
     flash.database.execute("CREATE TABLE items (id int PRIMARY KEY)")
     flash.handler("items")
@@ -219,7 +219,7 @@ def test_a_slot_that_was_dropped_where_nobody_manages(flash):
     assert shown(flash.told()) == ["insert 1", "insert 3"]
 
 
-def test_a_table_that_becomes_a_partition_where_nobody_manages(flash, caplog):
+def test_table_that_becomes_a_partition_is_followed_without_management(flash, caplog):
     """On PostgreSQL 14 the owner has to be there, which is said; elsewhere nobody."""
     flash.database.execute(
         PARTITIONED, PARTITION.format(1, 10), "CREATE TABLE logs_10 (id int PRIMARY KEY, line text)"
@@ -238,7 +238,7 @@ def test_a_table_that_becomes_a_partition_where_nobody_manages(flash, caplog):
     assert shown(flash.told()) == ["insert 1,a", "insert 11,b"]
 
 
-def test_a_partition_that_needs_its_old_values_stops_until_the_owner_has_been_there(flash):
+def test_partition_that_needs_old_values_waits_for_its_owner(flash):
     flash.database.execute(PARTITIONED, PARTITION.format(1, 10))
     flash.handler("logs", where={"line": "a"})
     set_up(flash)

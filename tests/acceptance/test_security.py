@@ -76,7 +76,7 @@ def run_all(cases, number):
     ).stdout
 
 
-def test_no_command_that_fails_says_a_password(strict):
+def test_failing_commands_print_no_password(strict):
     server, redis = strict
     right = make_conninfo(server.dsn(), user="shop", password="right")
     to_server = f"127.0.0.1:{server.port}/postgres"
@@ -158,7 +158,7 @@ def test_no_command_that_fails_says_a_password(strict):
         assert re.search("Error: |failed|warning |STOP ", output), f"{name}: {output}"
 
 
-def test_django_says_no_password_either(strict):
+def test_failing_django_commands_print_no_password(strict):
     server, _ = strict
     dsn = f"postgresql://shop:{ENCODED}@127.0.0.1:{server.port}/postgres"
     for url in (dsn, dsn.replace(str(server.port), "1")):
@@ -264,7 +264,7 @@ def test_hostile_names_and_values_do_no_harm(shop, number):
     assert shop.database.one("SELECT count(*) FROM canary") == 0
 
 
-def test_a_slot_can_only_be_named_harmlessly(shop):
+def test_slot_names_are_restricted(shop):
     ended = shop.run("flash", "replicate", SHOP_SLOT=HOSTILE)
     assert ended.returncode == 2
     printable(ended.stderr)
@@ -334,7 +334,7 @@ def depth(shop):
 
 
 @pytest.mark.parametrize("pool", ["solo", pytest.param("prefork", marks=pytest.mark.soak)])
-def test_a_worker_outlives_forged_messages_and_keeps_them(any_shop, pool):
+def test_forged_messages_are_kept_and_stop_no_worker(any_shop, pool):
     shop = any_shop
     forge(shop, FORGERIES.values())
     worker = shop.worker(pool)
@@ -375,7 +375,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("encoding", ["binary", pytest.param("base64", marks=pytest.mark.soak)])
-def test_a_pickle_is_never_opened(shop, tmp_path, encoding):
+def test_pickle_is_never_loaded(shop, tmp_path, encoding):
     trap = tmp_path / "unpickled"
     content = pickle.dumps([[Evil(trap)], {}, EMBEDDED], 0).decode("latin-1")
     for kind in ("application/x-python-serialize", "pickle"):
@@ -395,7 +395,7 @@ def test_a_pickle_is_never_opened(shop, tmp_path, encoding):
     assert not trap.exists()
 
 
-def test_strangers_in_the_queue_of_dead_letters_stop_nobody(shop):
+def test_foreign_messages_in_the_dead_letter_queue_stop_no_command(shop):
     strangers = ["no JSON", "{}", json.dumps({"body": "[]", "headers": {}, "properties": {}})]
     import redis
 
@@ -420,13 +420,13 @@ def listening(server):
 
 
 @pytest.mark.parametrize("name", ["postgres", "valkey", "rabbit"])
-def test_the_servers_of_demo_and_tests_listen_on_loopback_only(request, name):
+def test_servers_of_demo_and_tests_listen_on_loopback_only(request, name):
     found = set(listening(request.getfixturevalue(name)))
     assert found
     assert found <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
-def test_nothing_is_kept_of_a_letters_message_that_was_sent(rabbit):
+def test_dead_letter_that_was_retried_leaves_nothing_behind(rabbit):
     app = celery.Celery(broker=rabbit.url)
     rabbit.empty()
     queue = declared_queues.queue(app, "flash.dead")

@@ -142,7 +142,7 @@ STATES = [name for name in vars(State) if not name.startswith("_")]
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_a_stop(shop, tmp_path, state):
+def test_sigterm_ends_every_state_in_time(shop, tmp_path, state):
     folder = tmp_path / "spool"
     folder.mkdir()
     with ExitStack() as stack:

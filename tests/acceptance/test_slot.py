@@ -74,19 +74,19 @@ def busy_neighbours(shop, new_database, rows, chunk):
     assert shop.end(replicate) == 0
 
 
-def test_the_slot_follows_busy_neighbours_also_with_a_transaction_open(shop, new_database):
+def test_slot_follows_busy_neighbours_during_an_open_transaction(shop, new_database):
     busy_neighbours(shop, new_database, 200_000, 10_000)
 
 
 @pytest.mark.soak
-def test_the_slot_follows_10_million_rows_of_neighbours(shop, new_database):
+def test_slot_follows_10_million_rows_of_neighbours(shop, new_database):
     busy_neighbours(shop, new_database, 10_000_000, 100_000)
 
 
 # Owners.
 
 
-def test_a_standby_takes_over_when_the_owner_is_killed(shop):
+def test_hot_spare_takes_over_from_a_killed_owner(shop):
     first = shop.replicate()
     second = shop.replicate(wait=False)
     shop.until_said(second, "waiting until it is free")
@@ -98,7 +98,7 @@ def test_a_standby_takes_over_when_the_owner_is_killed(shop):
     assert_handled(shop, 1, 1010)
 
 
-def test_an_owner_that_was_stopped_publishes_nothing_once_another_has_taken_over(shop):
+def test_owner_stopped_by_sigstop_publishes_nothing_after_a_takeover(shop):
     first = shop.replicate()
     second = shop.replicate(wait=False)
     shop.until_said(second, "waiting until it is free")
@@ -122,7 +122,7 @@ def test_an_owner_that_was_stopped_publishes_nothing_once_another_has_taken_over
 
 
 @pytest.mark.soak  # as test_networks.py does it in short
-def test_an_owner_whose_network_is_gone_loses_the_slot(shop):
+def test_owner_without_network_loses_the_slot(shop):
     direct = shop.database.dsn
     with Proxy(shop.database.server.port) as proxy:
         there = direct.replace(str(shop.database.server.port), str(proxy.port))
@@ -143,7 +143,7 @@ def test_an_owner_whose_network_is_gone_loses_the_slot(shop):
 
 
 @pytest.mark.soak
-def test_a_second_connection_that_says_nothing_any_more_is_replaced(shop):
+def test_silent_catalog_connection_is_replaced(shop):
     with Proxy(shop.database.server.port) as proxy:
         there = shop.database.dsn.replace(str(shop.database.server.port), str(proxy.port))
         replicate = shop.replicate(SHOP_DSN=f"{there}?sslmode=disable&connect_timeout=3")
@@ -202,7 +202,7 @@ def lose_while_the_broker_is_down(shop, replicate):
     return confirmed
 
 
-def test_a_slot_that_is_lost_ends_it_with_what_is_missing(scarce):
+def test_lost_slot_ends_replicate_and_names_the_gap(scarce):
     shop = scarce()
     replicate = shop.replicate()
     confirmed = lose_while_the_broker_is_down(shop, replicate)
@@ -218,7 +218,7 @@ def test_a_slot_that_is_lost_ends_it_with_what_is_missing(scarce):
 
 
 @pytest.mark.soak
-def test_a_slot_that_nobody_has_read_for_too_long_ends_the_start(scarce):
+def test_slot_that_was_idle_for_too_long_ends_the_start(scarce):
     """PostgreSQL 18 invalidates it at a checkpoint, and says why."""
     shop = scarce()
     if int(shop.database.one("SHOW server_version_num")) < 180000:
@@ -236,7 +236,7 @@ def test_a_slot_that_nobody_has_read_for_too_long_ends_the_start(scarce):
 
 
 @pytest.mark.soak
-def test_a_slot_that_is_lost_is_made_anew_where_that_is_wanted_and_the_gap_is_reported(scarce):
+def test_lost_slot_is_recreated_on_request_and_the_gap_is_reported(scarce):
     shop = scarce(flash_on_lost_slot="recreate")
     replicate = shop.replicate()
     confirmed = lose_while_the_broker_is_down(shop, replicate)
@@ -260,7 +260,7 @@ def drop_the_slot(shop):
     shop.database.execute(f"SELECT pg_drop_replication_slot('{shop.database.slot}')")
 
 
-def test_a_slot_that_was_dropped_meanwhile_is_never_made_anew_in_silence(shop):
+def test_dropped_slot_is_never_recreated_without_a_report(shop):
     shop.end(shop.replicate())
     drop = f"SELECT pg_drop_replication_slot('{shop.database.slot}')"
     wait_until(lambda: reader(shop) is None, "the reader to end")
@@ -279,7 +279,7 @@ def test_a_slot_that_was_dropped_meanwhile_is_never_made_anew_in_silence(shop):
     assert shop.end(replicate) == 0
 
 
-def test_a_reset_under_way_is_no_loss(shop):
+def test_reset_in_progress_is_no_lost_slot(shop):
     replicate = shop.replicate(SHOP_CONF='{"flash_on_lost_slot": "recreate"}')
     done = shop.run("flash", "reset", "--yes", "--force")
     assert done.returncode == 0, done.stderr

@@ -19,7 +19,7 @@ FAILOVERS = "Sentinel: failover", "replicate: SIGKILL", "Sentinel: failover", "S
 
 @pytest.mark.soak
 @pytest.mark.parametrize(("broker", "names"), [("redis", STRIKES), ("sentinel", FAILOVERS)])
-def test_a_short_run_loses_nothing(tmp_path, broker, names):
+def test_soak_run_of_seconds_loses_nothing(tmp_path, broker, names):
     faults = [next(fault for fault in FAULTS if fault.name == name) for name in names]
     outcome = run(broker, 1, tmp_path, 0, faults, say=lambda line: None)
     assert outcome.problems == []

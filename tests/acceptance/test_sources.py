@@ -31,7 +31,7 @@ def shops(shop, billing):
     return shop
 
 
-def test_two_replication_workers_feed_the_same_handler(shops, billing):
+def test_sources_feed_the_same_handler(shops, billing):
     shops.worker()
     here, there = shops.replicate(), shops.replicate("--source", "billing")
     shops.database.execute("INSERT INTO items VALUES (1, 'here')")
@@ -53,7 +53,7 @@ def test_two_replication_workers_feed_the_same_handler(shops, billing):
     assert shops.end(here) == 0
 
 
-def test_the_other_commands_are_about_one_source(shops, billing):
+def test_commands_concern_one_source(shops, billing):
     shops.worker()
     replicate = shops.replicate("--source", "billing")
     billing.execute("INSERT INTO items VALUES (1, 'a')")
@@ -102,14 +102,14 @@ NOT_THERE = {
         ("replicate", ""),
     ],
 )
-def test_a_source_that_is_not_there(shops, billing, command, source):
+def test_unknown_source_is_named(shops, billing, command, source):
     ended = shops.run("flash", command, "--source", source)
     assert ended.returncode == 2
     assert_refused(ended, NOT_THERE[source])
     assert created_nothing(shops.database)
 
 
-def test_a_source_without_a_handler(shops, billing):
+def test_source_without_a_handler_is_named(shops, billing):
     shops.environment["SHOP_CONF"] = configured(("billing", billing.dsn), ("unused", billing.dsn))
     ended = shops.run("flash", "replicate", "--source", "unused")
     assert ended.returncode == 2
@@ -120,14 +120,14 @@ def test_a_source_without_a_handler(shops, billing):
     assert created_nothing(billing)
 
 
-def test_doctor_of_any_source_names_a_handler_of_an_unknown_one(shops):
+def test_doctor_names_a_handler_of_an_unknown_source(shops):
     for arguments in ((), ("--source", "billing")):
         doctor = shops.run("flash", "doctor", *arguments, SHOP_BAD="source")
         assert doctor.returncode == 1
         assert "STOP     sources: shop.bad: There is no source 'biling'" in doctor.stdout
 
 
-def test_a_database_that_lets_nobody_in_is_named_as_it_is_spelt(shops, billing):
+def test_source_that_refuses_connections_is_named_as_written(shops, billing):
     dsn = psycopg.conninfo.make_conninfo(billing.dsn, user="nobody", password="s3cret")
     shops.environment["SHOP_CONF"] = configured(("billing", dsn))
     for command in ("replicate", "doctor"):
@@ -137,7 +137,7 @@ def test_a_database_that_lets_nobody_in_is_named_as_it_is_spelt(shops, billing):
         assert "s3cret" not in ended.stderr
 
 
-def test_workers_are_asked_for_the_handlers_of_this_source_only(shops, billing):
+def test_wait_for_workers_asks_only_for_handlers_of_its_source(shops, billing):
     shops.environment |= {"SHOP_WHERE": "1", "SHOP_ITEMS": "billing:items", "SHOP_ALSO": ""}
     shops.worker(SHOP_WHERE="")
     replicate = shops.replicate("--wait-for-workers", "--source", "billing")
@@ -146,7 +146,7 @@ def test_workers_are_asked_for_the_handlers_of_this_source_only(shops, billing):
     assert "no running worker knows shop.paid" in doctor
 
 
-def test_without_a_default_database(shops, billing):
+def test_sources_work_without_a_default_database(shops, billing):
     """There need not be one."""
     shops.environment |= {"SHOP_DSN": "", "SHOP_ITEMS": "billing:items", "SHOP_ALSO": ""}
     ended = shops.run("flash", "status")

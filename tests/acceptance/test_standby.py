@@ -77,7 +77,7 @@ def replicating(shop):
     return replicate
 
 
-def test_changes_are_read_from_a_standby(shop):
+def test_standby_delivers_changes(shop):
     said = shop.run("flash", "doctor")
     assert "on the primary run: CREATE PUBLICATION" in said.stdout
     set_up_on_the_primary(shop)
@@ -93,7 +93,7 @@ def test_changes_are_read_from_a_standby(shop):
     assert_handled(shop, 1, 200)
 
 
-def test_a_slot_that_a_standby_has_lost_is_noticed_once_the_primary_notes_that_there_is_one(shop):
+def test_standby_slot_loss_is_noticed_once_the_primary_records_the_slot(shop):
     set_up_on_the_primary(shop)
     replicate = replicating(shop)
     (note,) = re.findall(r"on the primary run (COMMENT .*);$", replicate.log.read_text(), re.M)
@@ -111,7 +111,7 @@ def test_a_slot_that_a_standby_has_lost_is_noticed_once_the_primary_notes_that_t
         assert "existed and is gone: changes from an unknown position to " in said.stderr
 
 
-def test_what_a_standby_cannot_create_it_says_while_it_waits_and_can_be_stopped(shop):
+def test_standby_logs_missing_objects_while_it_waits(shop):
     set_up_on_the_primary(shop)
     with shop.primary.connect() as connection, connection.transaction():
         # Or the primary may happen to tell of its transactions just then.
@@ -125,7 +125,7 @@ def test_what_a_standby_cannot_create_it_says_while_it_waits_and_can_be_stopped(
     )
 
 
-def test_reset_drops_the_slot_of_a_standby_and_says_what_the_primary_is_to_run(shop):
+def test_reset_on_a_standby_drops_its_slot_and_prints_sql_for_the_primary(shop):
     set_up_on_the_primary(shop)
     shop.end(replicating(shop))
     done = shop.run("flash", "reset", "--yes")

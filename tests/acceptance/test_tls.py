@@ -116,7 +116,7 @@ BROKERS = ["redis", "rabbitmq"]
 
 
 @pytest.mark.parametrize("name", BROKERS)
-def test_a_change_travels_over_tls_all_the_way(request, make_shop, certificates, name):
+def test_tls_protects_every_connection(request, make_shop, certificates, name):
     url, settings = broker(request, name, certificates.authority)
     conf = json.dumps({"broker_use_ssl": settings, "flash_queue": f"tls_{name}"})
     shop = make_shop(SimpleNamespace(url=url), SHOP_CONF=conf)
@@ -146,7 +146,7 @@ def test_a_change_travels_over_tls_all_the_way(request, make_shop, certificates,
 
 @pytest.mark.parametrize("name", BROKERS)
 @pytest.mark.parametrize("mistake", ["authority", pytest.param("host", marks=pytest.mark.soak)])
-def test_a_broker_that_is_not_the_one_it_says_gets_nothing(
+def test_tls_broker_with_a_wrong_certificate_gets_nothing(
     request, make_shop, certificates, other, name, mistake
 ):
     authority = (other if mistake == "authority" else certificates).authority
@@ -178,7 +178,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_postgresql_that_is_not_the_one_it_says_stops_the_start(shop, certificates, other, case):
+def test_tls_postgresql_with_a_wrong_certificate_stops_the_start(shop, certificates, other, case):
     change, sentence = WRONG[case]
     given = {"sslrootcert": certificates.authority, **change}
     if given["sslrootcert"] == "other":
@@ -195,7 +195,7 @@ def test_a_postgresql_that_is_not_the_one_it_says_stops_the_start(shop, certific
         assert "s3cret" not in ended.stderr
 
 
-def test_a_server_without_tls_gets_no_plain_text(make_shop, database, valkey):
+def test_tls_server_without_tls_gets_no_plain_text(make_shop, database, valkey):
     shop = make_shop(valkey)
     with Postgres() as plain:
         ended = shop.run("flash", "replicate", SHOP_DSN=dsn(plain, sslrootcert="system"))
@@ -203,7 +203,7 @@ def test_a_server_without_tls_gets_no_plain_text(make_shop, database, valkey):
         assert_refused(ended, "server does not support SSL, but SSL was required")
 
 
-def test_a_record_for_the_database_lets_no_base_backup_in(database):
+def test_pg_hba_record_for_the_database_allows_no_base_backup(database):
     """docs/security.md: REPLICATION alone would let a role copy the cluster."""
     with psycopg.connect(database.dsn, replication="database", autocommit=True) as logical:
         assert logical.execute("IDENTIFY_SYSTEM").fetchone()

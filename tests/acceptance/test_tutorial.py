@@ -70,7 +70,7 @@ def follow(database, valkey, tmp_path):
         child.wait(30)
 
 
-def test_the_tutorial(follow, database, tmp_path):
+def test_tutorial_works_as_written(follow, database, tmp_path):
     database.execute((tmp_path / "schema.sql").read_text())
     assert follow("doctor", background=False).returncode == 0
     assert "FULL will be set on public.orders" in (tmp_path / "doctor.log").read_text()
@@ -94,7 +94,7 @@ def test_the_tutorial(follow, database, tmp_path):
     said("worker", "order 2 over 5.00")
 
 
-def test_the_privileges_for_a_dba_suffice(database):
+def test_tutorial_privileges_for_a_dba_suffice(database):
     text = (DOCS / "operating.md").read_text()
     (statements,) = re.findall(r"<!-- run: privileges -->\n```sql\n(.*?)```", text, re.DOTALL)
     database.execute(

@@ -38,6 +38,6 @@ def found():
             yield name, int(number), "error", re.findall(r"\[([\w-]+)\]$", text)[0]
 
 
-def test_editors_know_what_rows_are():
+def test_type_checkers_know_the_types_of_rows():
     told = set(found())
     assert sorted(told) == sorted(expected())

@@ -39,7 +39,7 @@ def twin(new_app):
 @pytest.mark.parametrize(
     "any_shop", ["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)], indirect=True
 )
-def test_it_returns_when_handlers_are_done(any_shop):
+def test_wait_returns_when_handlers_are_done(any_shop):
     shop = any_shop
     shop.environment |= {"SHOP_BATCH": "1", "SHOP_SLEEP": "0.05"}
     shop.worker("threads")
@@ -58,7 +58,7 @@ def test_it_returns_when_handlers_are_done(any_shop):
 @pytest.mark.parametrize(
     "any_shop", ["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)], indirect=True
 )
-def test_what_waits_what_runs_and_what_has_failed(any_shop, twin, monkeypatch):
+def test_wait_names_waiting_running_and_failed_changes(any_shop, twin, monkeypatch):
     shop, app = any_shop, twin(any_shop)
     with pytest.raises(CatalogError, match="does not exist, so nothing is read"):
         wait_for(app)
@@ -106,7 +106,7 @@ app.conf.update(task_queues=[queue], task_default_queue_type="quorum")
 
 
 @pytest.mark.soak
-def test_a_retry_that_rabbitmq_holds_back(make_shop, rabbit):
+def test_wait_includes_retries_delayed_by_rabbitmq(make_shop, rabbit):
     """With quorum queues it is neither in the handler's queue nor with a worker."""
     rabbit.empty()
     shop = make_shop(rabbit)
@@ -122,7 +122,7 @@ def test_a_retry_that_rabbitmq_holds_back(make_shop, rabbit):
     assert (code, "messages are in the queue celery_delayed_" in said) == (1, True), said
 
 
-def test_what_cannot_be_waited_for(database, twin):
+def test_wait_refuses_impossible_requests(database, twin):
     app = twin(SimpleNamespace(database=database, broker=SimpleNamespace(url="memory://")))
     with pytest.raises(ConfigurationError, match="'yesterday' is no position in the WAL; write"):
         wait_for(app, "yesterday")

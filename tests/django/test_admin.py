@@ -116,7 +116,7 @@ def buttons(html, name="one"):
     return [unescape(one) for one in re.findall(rf'name="{name}" value="([^"]+)"', html)]
 
 
-def test_it_shows_sources_handlers_queues_and_the_slot(project, root, site_database):
+def test_admin_shows_sources_handlers_queues_and_the_slot(project, root, site_database):
     html = page(root)
     assert f"The slot {site_database.slot} does not exist yet" in html
     for text in ("Source (default)", "shop.handle", "public.sales_customer", "insert, update"):
@@ -137,7 +137,7 @@ def test_it_shows_sources_handlers_queues_and_the_slot(project, root, site_datab
         site_database.execute(f"SELECT pg_drop_replication_slot('{site_database.slot}')")
 
 
-def test_it_shows_what_is_paused(project, root, site_database):
+def test_admin_shows_pauses(project, root, site_database):
     since = "2026-03-01T04:12:00+00:00"
     record = Record(paused={"": since, "shop.handle": since}, resuming={"<b>": since})
     comment = sql.SQL("COMMENT ON PUBLICATION flash_publication_insert IS {}")
@@ -154,13 +154,13 @@ def test_it_shows_what_is_paused(project, root, site_database):
     assert "&lt;b&gt; (resuming since" in html
 
 
-def test_the_index_of_the_admin_leads_there(root):
+def test_admin_index_links_to_the_page(root):
     html = root.get("/admin/").content.decode()
     assert f'href="{PAGE}"' in html
     assert "Status and dead letters" in html
 
 
-def test_one_letter_and_the_chosen_ones_are_sent_back(project, root):
+def test_admin_retries_one_or_the_chosen_dead_letters(project, root):
     box = bury(project, "shop.handle", "shop.handle", "shop.handle", "shop.handle")
     html = page(root)
     assert "Dead letters: 4" in html
@@ -178,7 +178,7 @@ def test_one_letter_and_the_chosen_ones_are_sent_back(project, root):
         assert client.llen("flash") == 3
 
 
-def test_a_letter_of_an_unknown_handler_stays(project, root):
+def test_admin_keeps_dead_letters_of_unknown_handlers(project, root):
     box = bury(project, "shop.gone")
     html = press(root, one=buttons(page(root))[0])
 
@@ -186,7 +186,7 @@ def test_a_letter_of_an_unknown_handler_stays(project, root):
     assert box.count() == 1
 
 
-def test_who_may_see_it_and_who_may_send_back(project):
+def test_admin_checks_permissions(project):
     box = bury(project, "shop.handle")
     (name,) = (f"{letter.id} {letter.failed_at}" for letter in box.find(DeadLetterFilter()))
     for client in (sign_in(), sign_in("view_status", staff=False)):
@@ -206,7 +206,7 @@ def test_who_may_see_it_and_who_may_send_back(project):
     assert box.count() == 0
 
 
-def test_whatever_is_in_a_letter_is_text(project, root):
+def test_admin_escapes_dead_letters(project, root):
     bury(project, f"shop.{HOSTILE}", text=HOSTILE, traceback=f"File\n{HOSTILE}")
     html = page(root)
     assert "<script>alert" not in html
@@ -215,7 +215,7 @@ def test_whatever_is_in_a_letter_is_text(project, root):
     assert "\u202e" not in html
 
 
-def test_postgresql_that_is_down_is_said_so_and_the_rest_is_shown(project, root):
+def test_admin_shows_the_rest_without_postgresql(project, root):
     bury(project, "shop.handle")
     project.conf.flash_dsn = "postgresql://shop:hunter2@127.0.0.1:1/shop"
     html = page(root)
@@ -225,7 +225,7 @@ def test_postgresql_that_is_down_is_said_so_and_the_rest_is_shown(project, root)
     assert "1 sent back" in press(root, one=buttons(html)[0])
 
 
-def test_a_broker_that_is_down_is_said_so_and_the_rest_is_shown(project, root):
+def test_admin_shows_the_rest_without_the_broker(project, root):
     project.conf.update(broker_url="redis://:hunter2@127.0.0.1:1/0")
     html = page(root)
     assert "The broker redis://" in html
@@ -234,7 +234,7 @@ def test_a_broker_that_is_down_is_said_so_and_the_rest_is_shown(project, root):
     assert "hunter2" not in html
 
 
-def test_each_source_is_shown(project, root, site_database):
+def test_admin_shows_each_source(project, root, site_database):
     project.conf.flash_sources = {
         "billing": {"dsn": site_database.dsn},
         "down": {"dsn": "host=127.0.0.1 port=1 dbname=down"},
@@ -246,12 +246,12 @@ def test_each_source_is_shown(project, root, site_database):
     assert "Connection refused" in html or "cannot be reached" in html
 
 
-def test_a_setting_that_is_wrong_is_said_so(project, root):
+def test_admin_shows_a_wrong_setting(project, root):
     project.conf.flash_replica_identity = "ato"
     assert "flash_replica_identity is" in page(root)
 
 
-def test_of_very_many_letters_only_the_number_is_shown(project, root, monkeypatch):
+def test_admin_shows_only_the_number_of_very_many_dead_letters(project, root, monkeypatch):
     from flash_celery.django import overview
 
     bury(project, "shop.handle", "shop.handle", "shop.handle")
@@ -266,7 +266,7 @@ def test_of_very_many_letters_only_the_number_is_shown(project, root, monkeypatc
     assert "Too many for this page" in html
 
 
-def test_another_admin_site_has_a_page_of_its_own(project, root):
+def test_admin_page_can_be_on_another_admin_site(project, root):
     bury(project, "shop.handle")
     html = root.get(PAGE.replace("admin", "operations")).content.decode()
     retry = RETRY.replace("admin", "operations")

@@ -59,7 +59,7 @@ def said_within():
     return [(one.id.partition(".")[2], one.msg) for one in checks.database(["default"])]
 
 
-def test_what_fits_is_silent(sales, handle):
+def test_check_passes_fitting_handlers(sales, handle):
     handle(sales.Order, "a", fields=["customer"], where={"pk": 1})
     handle("sales.orders", "b", fields=["customer_id"])
     handle("sales_item_buyers", "c", fields=["item_id"])
@@ -68,7 +68,7 @@ def test_what_fits_is_silent(sales, handle):
     assert said() == []
 
 
-def test_a_declaration_that_cannot_be(sales, handle):
+def test_check_names_an_invalid_declaration(sales, handle):
     handle(sales.Order, "a", fields=["statsu"])
     handle(sales.Order, "b", operations="insrt")
     (a, b) = said()
@@ -77,7 +77,7 @@ def test_a_declaration_that_cannot_be(sales, handle):
     assert b[:2] == ("E001", "b")
 
 
-def test_tables_and_columns_that_no_model_has(sales, handle):
+def test_check_names_tables_and_columns_without_a_model(sales, handle):
     handle("sales.order")
     handle("sales_customer", "customers", fields=["full_nam"])
     assert said() == [
@@ -107,7 +107,9 @@ def test_tables_and_columns_that_no_model_has(sales, handle):
         ),
     ],
 )
-def test_a_migration_that_takes_away_what_a_handler_names(sales, handle, after, operations, gone):
+def test_check_names_a_migration_that_removes_a_column_of_a_handler(
+    sales, handle, after, operations, gone
+):
     handle(sales.Order, "orders", fields=["status"])
     handle("sales_customer", "customers")
     handle("sales_item_buyers", "buyers")
@@ -132,13 +134,13 @@ def test_a_migration_that_takes_away_what_a_handler_names(sales, handle, after, 
         "migrations.SeparateDatabaseAndState([], [migrations.RemoveField('order', 'status')])",
     ],
 )
-def test_a_migration_that_leaves_it(sales, handle, after, operations):
+def test_check_passes_a_migration_that_keeps_the_columns(sales, handle, after, operations):
     handle(sales.Order, fields=["status"])
     after(operations)
     assert said() == []
 
 
-def test_migrations_that_cannot_be_read_stop_nothing(sales, handle, after):
+def test_check_survives_unreadable_migrations(sales, handle, after):
     handle(sales.Order, fields=["status"])
     after("migrations.RemoveField('order', 'nothing')")
     ((id, _, text),) = said()
@@ -146,19 +148,19 @@ def test_migrations_that_cannot_be_read_stop_nothing(sales, handle, after):
     assert text.startswith("The migrations cannot be read: ")
 
 
-def test_handlers_that_cannot_be_imported_stop_nothing(sales, app):
+def test_check_survives_handlers_that_cannot_be_imported(sales, app):
     app.conf.imports = ["not_there"]
     ((id, _, text),) = said()
     assert (id, text.partition(",")[0]) == ("W004", "The tasks cannot be imported")
 
 
-def test_a_setting_that_is_wrong(sales, app):
+def test_check_names_a_wrong_setting(sales, app):
     app.conf.flash_replica_identity = "ato"
     ((id, _, text),) = said()
     assert (id, text[:39]) == ("W005", "flash_replica_identity is 'auto' or 'ke")
 
 
-def test_without_a_celery_app_there_is_a_hint(configured, monkeypatch):
+def test_check_hints_at_a_missing_celery_app(configured, monkeypatch):
     from types import SimpleNamespace
 
     from celery import Celery
@@ -173,7 +175,7 @@ def test_without_a_celery_app_there_is_a_hint(configured, monkeypatch):
     assert "from .celery import app" in message.msg
 
 
-def test_the_database_says_what_is_not_there(sales, migrated, handle):
+def test_check_database_names_missing_objects(sales, migrated, handle):
     migrated.execute("CREATE VIEW looked AS SELECT 1", "CREATE TABLE extra (id int PRIMARY KEY)")
     handle(sales.Order, "fits", fields=["customer"], where={"total__gte": 1})
     handle("extra", "made_in_sql", fields=["id"])
@@ -198,7 +200,7 @@ def test_the_database_says_what_is_not_there(sales, migrated, handle):
     assert migrated.one("SELECT count(*) FROM pg_publication") == 0
 
 
-def test_what_a_migration_will_make_is_not_missed(sales, handle, configured, database):
+def test_check_database_ignores_objects_of_pending_migrations(sales, handle, configured, database):
     use(database)
     try:
         handle(sales.Order, fields=["status"])
@@ -210,7 +212,7 @@ def test_what_a_migration_will_make_is_not_missed(sales, handle, configured, dat
         use(None)
 
 
-def test_a_database_that_is_down_is_said_so(sales, handle, configured, database):
+def test_check_database_reports_an_unreachable_database(sales, handle, configured, database):
     use(database, PORT=1, PASSWORD="hunter2")
     try:
         handle(sales.Order)
@@ -221,7 +223,7 @@ def test_a_database_that_is_down_is_said_so(sales, handle, configured, database)
         use(None)
 
 
-def test_a_named_source_is_looked_at_where_django_has_it(sales, migrated, handle, app):
+def test_check_database_covers_named_sources_of_django(sales, migrated, handle, app):
     from django.core.management import call_command
 
     call_command("migrate", verbosity=0)

@@ -17,7 +17,7 @@ def examples(configured):
     return re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
-def test_the_handler_of_the_document_is_one(examples, app):
+def test_django_page_handler_is_declared(examples, app):
     from sales.models import Order
 
     names = {"Order": Order, "__name__": "documented"}
@@ -27,7 +27,7 @@ def test_the_handler_of_the_document_is_one(examples, app):
     assert subscription.fields == ("customer_id", "status")
 
 
-def test_the_permissions_of_the_document_open_the_page(examples, migrated):
+def test_django_page_permissions_open_the_admin_page(examples, migrated):
     call_command("migrate", verbosity=0)
     for _ in range(2):  # a second time does no harm
         exec(examples[1], {})
@@ -38,7 +38,7 @@ def test_the_permissions_of_the_document_open_the_page(examples, migrated):
     assert user.has_perms(["flash_celery.view_status", "flash_celery.change_status"])
 
 
-def test_the_admin_site_of_the_document_has_the_page(examples):
+def test_django_page_admin_site_has_the_page(examples):
     names = {}
     exec(examples[2], names)
     (model,) = names["site"]._registry
@@ -46,7 +46,7 @@ def test_the_admin_site_of_the_document_has_the_page(examples):
     assert len(examples) == 3
 
 
-def test_every_check_is_documented():
+def test_django_checks_are_documented():
     source = (ROOT / "flash_celery" / "django" / "checks.py").read_text()
     written = set(re.findall(r"flash_celery\.[EW]\d+", source))
     assert set(re.findall(r"^\| `(flash_celery\.\w+)`", TEXT, re.MULTILINE)) == written

@@ -23,19 +23,19 @@ def default(configured, database):
     use(None)
 
 
-def test_the_default_database_is_read(default, app):
+def test_dsn_is_that_of_the_default_database(default, app):
     database = default()
     with psycopg.connect(Settings.from_app(app).flash_dsn) as connection:
         assert connection.info.dbname == database.name
 
 
-def test_a_dsn_of_ones_own_goes_before(default, app):
+def test_dsn_setting_wins_over_databases(default, app):
     default()
     app.conf.flash_dsn = "dbname=other"
     assert Settings.from_app(app).flash_dsn == "dbname=other"
 
 
-def test_options_of_libpq_go_along_and_those_of_django_do_not(default, app):
+def test_dsn_takes_options_of_libpq_only(default, app):
     default(
         PASSWORD="it's a \\ secret",
         OPTIONS={
@@ -63,7 +63,7 @@ def test_options_of_libpq_go_along_and_those_of_django_do_not(default, app):
     }
 
 
-def test_a_service_is_a_connection_too(default, app, tmp_path, monkeypatch):
+def test_dsn_can_be_a_service(default, app, tmp_path, monkeypatch):
     database = default(NAME="", USER="", HOST="", PORT="", OPTIONS={"service": "shop"})
     file = tmp_path / "services"
     file.write_text(
@@ -75,7 +75,7 @@ def test_a_service_is_a_connection_too(default, app, tmp_path, monkeypatch):
         assert connection.info.dbname == database.name
 
 
-def test_under_the_test_runner_it_is_the_test_database(default, app):
+def test_dsn_is_the_test_database_under_the_test_runner(default, app):
     database = default(TEST={"NAME": f"{os.getpid()}_of_the_runner"})
     connection = connections["default"]
     connection.creation.create_test_db(verbosity=0, autoclobber=True)
@@ -87,7 +87,7 @@ def test_under_the_test_runner_it_is_the_test_database(default, app):
     assert conninfo_to_dict(Settings.from_app(app).flash_dsn)["dbname"] == database.name
 
 
-def test_a_named_source_is_as_it_is_given(default, app):
+def test_dsn_of_a_named_source_is_unchanged(default, app):
     default()
     app.conf.flash_sources = {"billing": {"dsn": "dbname=billing"}}
     settings = Settings.from_app(app)

@@ -50,7 +50,7 @@ def values(instance):
     return {name: getattr(instance, name) for name in loaded}
 
 
-def test_an_instance_is_what_a_query_would_have_read(flash, sales, no_query):
+def test_instance_equals_one_read_by_a_query(flash, sales, no_query):
     flash.handler(sales.Order).handler(sales.Customer, name="customers").start()
     flash.do(CUSTOMER, ORDER)
     (change,) = flash.told()
@@ -71,7 +71,7 @@ def test_an_instance_is_what_a_query_would_have_read(flash, sales, no_query):
     assert no_query(customer.instance).name == "Ada"
 
 
-def test_what_the_change_does_not_tell_is_loaded_when_it_is_touched(flash, sales, no_query):
+def test_instance_loads_missing_fields_on_access(flash, sales, no_query):
     flash.handler(sales.Order, fields=["status"]).start()
     flash.do(CUSTOMER, ORDER)
     (change,) = flash.told()
@@ -89,7 +89,7 @@ def test_what_the_change_does_not_tell_is_loaded_when_it_is_touched(flash, sales
     assert flash.database.execute("SELECT status, note FROM sales.orders") == [("paid", "mine")]
 
 
-def test_a_large_value_that_did_not_change_is_deferred(flash, sales, no_query):
+def test_instance_defers_an_unchanged_large_value(flash, sales, no_query):
     flash.handler(sales.Order, "update").start()
     large = "(SELECT string_agg(md5(n::text), '') FROM generate_series(1, 500) n)"
     flash.do(CUSTOMER, ORDER, f"UPDATE sales.orders SET note = {large}")
@@ -102,7 +102,7 @@ def test_a_large_value_that_did_not_change_is_deferred(flash, sales, no_query):
     assert len(order.note) == 16_000
 
 
-def test_the_row_before_is_never_filled_with_what_is_there_now(flash, sales, no_query):
+def test_instance_of_the_old_row_never_loads_current_values(flash, sales, no_query):
     flash.handler(sales.Order, "update|delete").start()
     flash.do(CUSTOMER, ORDER, "UPDATE sales.orders SET status = 'paid'", "DELETE FROM sales.orders")
     update, delete = flash.told()
@@ -118,7 +118,7 @@ def test_the_row_before_is_never_filled_with_what_is_there_now(flash, sales, no_
     assert no_query(delete.instance).pk == 1
 
 
-def test_the_old_row_with_a_full_identity(flash, sales, no_query):
+def test_instance_of_the_old_row_with_a_full_identity(flash, sales, no_query):
     flash.handler(sales.Order, "update|delete", fields=["status"]).start()
     flash.do(CUSTOMER, ORDER, "UPDATE sales.orders SET status = 'paid', id = 7")
     flash.do("DELETE FROM sales.orders")
@@ -130,7 +130,7 @@ def test_the_old_row_with_a_full_identity(flash, sales, no_query):
     assert (gone.pk, gone.status) == (7, "paid")
 
 
-def test_proxies_and_children(flash, sales, no_query):
+def test_instance_supports_proxies_and_child_models(flash, sales, no_query):
     flash.handler(sales.UrgentOrder).handler(sales.Book, name="books").start()
     flash.do(CUSTOMER, ORDER, "INSERT INTO sales_item (title) VALUES ('Emma')")
     flash.do("INSERT INTO sales_book (item_ptr_id, pages) VALUES (1, 320)")
@@ -143,7 +143,7 @@ def test_proxies_and_children(flash, sales, no_query):
     assert book.title == "Emma"
 
 
-def test_a_many_to_many_table_has_a_model_too(flash, sales, no_query):
+def test_instance_supports_many_to_many_tables(flash, sales, no_query):
     flash.handler(sales.Item.buyers.through).start()
     flash.do(CUSTOMER, "INSERT INTO sales_item (title) VALUES ('Emma')")
     flash.do("INSERT INTO sales_item_buyers (item_id, customer_id) VALUES (1, 1)")
@@ -151,13 +151,13 @@ def test_a_many_to_many_table_has_a_model_too(flash, sales, no_query):
     assert no_query(lambda: change.instance().customer_id) == 1
 
 
-def test_an_infinite_time_stays_the_servers_text(models):
+def test_instance_keeps_an_infinite_time_as_text(models):
     change = make_change(Insert, row=[b"1", b"infinity"], created=(1184, "timestamptz"))
     assert change.instance().created == "infinity"
 
 
 @override_settings(USE_TZ=False, TIME_ZONE="Europe/Paris")
-def test_without_time_zones_times_are_local(models):
+def test_instance_times_are_local_without_time_zones(models):
     change = make_change(
         Insert, row=[b"1", b"2026-07-01 10:00:00+00"], created=(1184, "timestamptz")
     )
@@ -165,7 +165,7 @@ def test_without_time_zones_times_are_local(models):
     assert change.instance().created == datetime(2026, 7, 1, 12)
 
 
-def test_json_and_addresses_are_what_the_fields_make_of_text(models):
+def test_instance_converts_json_and_addresses_by_their_fields(models):
     change = make_change(
         Insert,
         name="orders",
@@ -210,14 +210,14 @@ def test_json_and_addresses_are_what_the_fields_make_of_text(models):
         ),
     ],
 )
-def test_what_is_no_row_of_a_model(models, make, options, sentence):
+def test_instance_refuses_changes_without_a_model_row(models, make, options, sentence):
     if "model" in options:
         options = {"model": getattr(models, options["model"])}
     with pytest.raises(NoInstance, match=sentence):
         make().instance(**options)
 
 
-def test_without_a_primary_key_there_is_no_instance(models):
+def test_instance_needs_a_primary_key(models):
     columns = (Column("id", 20, "int8", identity=False),)
     table = Table("public", "sales_customer", None, "f", ("id",), columns)
     change = Update(None, None, [b"5"], table, Transaction(Lsn(1), 1, 0), 0)
@@ -226,7 +226,7 @@ def test_without_a_primary_key_there_is_no_instance(models):
         change.instance("old")
 
 
-def test_before_django_is_set_up_there_is_a_sentence():
+def test_instance_before_django_setup_is_explained():
     code = (
         "from flash_celery import Insert\n"
         "from tests.django.rows import make_change\n"
@@ -238,7 +238,7 @@ def test_before_django_is_set_up_there_is_a_sentence():
     assert "NoInstance: change.instance() needs Django's models, which" in ended.stderr
 
 
-def test_without_django_there_is_a_sentence():
+def test_instance_without_django_is_explained():
     code = (
         "import sys\n"
         "sys.modules['django'] = None\n"

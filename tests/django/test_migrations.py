@@ -4,7 +4,7 @@ from django.core.management import call_command
 from psycopg import sql
 
 
-def test_nothing_is_to_be_migrated_for_flash_celery(migrated, capsys):
+def test_migrations_of_flash_celery_do_not_exist(migrated, capsys):
     call_command("makemigrations", check=True, dry_run=True)
     assert capsys.readouterr().out == "No changes detected\n"
     call_command("migrate", verbosity=0)
@@ -51,7 +51,7 @@ def test_check_names_the_migration_that_would_break_a_handler(site):
     assert "HINT: Correct the handler, or deploy" in ended.stderr
 
 
-def test_celery_which_runs_all_checks_when_it_imports_tasks_gets_no_second_import(site):
+def test_checks_run_by_celery_import_tasks_once(site):
     said = site.manage("shell", "-c", "from bookshop import celery_app as app\n"
         "from celery.signals import import_modules\n"
         "count = []\n"

@@ -15,7 +15,7 @@ def models(configured):
     return models
 
 
-def test_the_table_of_a_model(models):
+def test_model_names_its_table(models):
     assert str(table_name(models.Order)) == "sales.orders"
     assert str(table_name(models.UrgentOrder)) == "sales.orders"
     assert str(table_name(models.Customer)) == "public.sales_customer"
@@ -34,7 +34,7 @@ def test_the_table_of_a_model(models):
         ("Orders", "public.Orders"),
     ],
 )
-def test_a_schema_in_db_table_is_read_as_django_writes_it_in_sql(models, db_table, table):
+def test_model_db_table_with_a_schema_is_read_as_django_writes_it(models, db_table, table):
     class Model:
         class _meta:
             abstract = swapped = False
@@ -43,7 +43,7 @@ def test_a_schema_in_db_table_is_read_as_django_writes_it_in_sql(models, db_tabl
     assert str(table_name(Model)) == table
 
 
-def test_fields_are_columns(models, app):
+def test_model_fields_are_columns(models, app):
     @on_change(
         models.Order,
         fields=["customer", "status"],
@@ -70,7 +70,7 @@ def test_fields_are_columns(models, app):
     assert found["urgent"].where.columns == {"customer_id", "id"}
 
 
-def test_a_childs_own_fields_and_its_pointer_are_in_its_table(models):
+def test_model_child_table_has_its_fields_and_pointer(models):
     assert column_name("pages", models.Book) == "pages"
     assert column_name("item_ptr", models.Book) == column_name("pk", models.Book) == "item_ptr_id"
     assert column_name("created", models.Order) == "created"
@@ -86,7 +86,7 @@ def test_a_childs_own_fields_and_its_pointer_are_in_its_table(models):
         ("Item", "book", "sales.Item has no field 'book'"),
     ],
 )
-def test_a_name_that_is_no_column_of_the_models_table(models, app, model, name, sentence):
+def test_model_refuses_a_name_without_a_column(models, app, model, name, sentence):
     @on_change(getattr(models, model), fields=[name])
     @app.task(name="wrong", shared=False)
     def wrong(change): ...
@@ -95,7 +95,7 @@ def test_a_name_that_is_no_column_of_the_models_table(models, app, model, name, 
         subscriptions_of(app)
 
 
-def test_an_abstract_model_has_no_table(models, app):
+def test_model_that_is_abstract_is_refused(models, app):
     @on_change(models.Stamped)
     @app.task(name="wrong", shared=False)
     def wrong(change): ...

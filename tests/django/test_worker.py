@@ -47,7 +47,7 @@ def running(site, valkey, tmp_path):
             yield lambda: [json.loads(line) for line in notes.read_text().splitlines()]
 
 
-def test_a_handler_reads_loads_and_saves_an_instance(running, database):
+def test_instance_is_read_loaded_and_saved_in_a_worker(running, database):
     database.execute(CUSTOMER, ORDER)
     first, second = wait_until(lambda: len(running()) == 2 and running(), "both changes")
     customer = {"customer": "Ada", "model": "sales.Order", "deferred": ["address", "created"]}

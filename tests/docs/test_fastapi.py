@@ -12,7 +12,7 @@ PAGE = Page("howto/fastapi.md")
 
 
 @pytest.mark.soak  # three processes
-def test_requests_become_receipts(database, valkey, reader):
+def test_fastapi_page_requests_become_receipts(database, valkey, reader):
     port = free_port()
     reader.environment |= {"DSN": database.dsn, "BROKER": valkey.url}
     reader.write(PAGE)

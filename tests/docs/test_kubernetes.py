@@ -23,7 +23,7 @@ PROBES = ("startupProbe", "livenessProbe", "readinessProbe")
 
 @pytest.mark.parametrize("version", ["1.31", kubernetes_validate.latest_version()])
 @pytest.mark.parametrize("name", sorted(MANIFESTS), ids="-".join)
-def test_kubernetes_takes_the_manifests(name, version):
+def test_kubernetes_accepts_the_manifests(name, version):
     kubernetes_validate.validate(MANIFESTS[name], version, strict=True)
 
 
@@ -33,24 +33,24 @@ def container(name):
     return pod, one
 
 
-def test_every_manifest_is_linked():
+def test_kubernetes_manifests_are_linked():
     for path in FOLDER.glob("*.yaml"):
         assert f"(kubernetes/{path.name})" in PAGE.text
 
 
-def test_the_grace_period_is_longer_than_stopping_takes():
+def test_kubernetes_grace_period_exceeds_the_shutdown_timeout():
     pod, _ = container("flash-replicate")
     assert pod["terminationGracePeriodSeconds"] > Settings().flash_shutdown_timeout + 1
 
 
-def test_budgets_and_selectors_meet_their_pods():
+def test_kubernetes_budgets_and_selectors_match_their_pods():
     for (kind, name), manifest in MANIFESTS.items():
         if kind == "PodDisruptionBudget":
             pod = MANIFESTS["Deployment", name]["spec"]["template"]["metadata"]
             assert manifest["spec"]["selector"]["matchLabels"] == pod["labels"]
 
 
-def test_the_app_reads_what_the_secret_and_the_manifest_hold(monkeypatch, new_app):
+def test_kubernetes_secret_and_manifest_configure_the_app(monkeypatch, new_app):
     _, one = container("flash-replicate")
     given = {variable["name"]: variable["value"] for variable in one["env"]}
     environment = MANIFESTS["Secret", "shop"]["stringData"] | given
@@ -64,7 +64,7 @@ def test_the_app_reads_what_the_secret_and_the_manifest_hold(monkeypatch, new_ap
     names["app"].close()
 
 
-def test_the_probes_ask_where_the_worker_listens():
+def test_kubernetes_probes_use_the_address_of_the_worker():
     _, one = container("flash-replicate")
     (port,) = one["ports"]
     (listening,) = [each["value"] for each in one["env"] if each["name"] == "FLASH_HTTP"]
@@ -76,7 +76,7 @@ def test_the_probes_ask_where_the_worker_listens():
 
 
 @pytest.mark.soak  # two replication workers
-def test_a_new_version_that_waits_alters_nothing(shop):  # noqa: F811
+def test_kubernetes_new_version_that_waits_alters_nothing(shop):  # noqa: F811
     """So that old and new may overlap in a RollingUpdate, and both pass their probes."""
     database = shop.database
     database.execute("CREATE TABLE others (id int PRIMARY KEY)")

@@ -33,12 +33,12 @@ def owned(database):
             database.execute(f"DROP OWNED BY {role} CASCADE", f"DROP ROLE {role}")
 
 
-def test_every_block_is_run():
+def test_managed_postgresql_page_blocks_are_run():
     assert set(PAGE.blocks) == set(PROVIDERS)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_the_role_may_do_what_replicate_does(owned, provider):
+def test_managed_postgresql_page_role_suffices(owned, provider):
     database = owned
     for statement in PAGE.statements(provider):
         here = statement.replace("DATABASE shop", f"DATABASE {database.name}")

@@ -94,7 +94,7 @@ def every(database):
     return sorted((number, status) for number in ids for status in ("open", "paid"))
 
 
-def test_from_a_trigger_each_change_is_handled_once(database, project):
+def test_migration_from_triggers_handles_each_change_once(database, project):
     flash, names = project
     database.execute(*TRIGGERS.statements("before"), *TRIGGERS.statements("prepare"))
     with Writers(database) as writers:
@@ -115,7 +115,7 @@ def test_from_a_trigger_each_change_is_handled_once(database, project):
     database.execute(*TRIGGERS.statements("cleanup"))
 
 
-def test_from_debezium_each_change_is_handled_once(database, project):
+def test_migration_from_debezium_handles_each_change_once(database, project):
     flash, names = project
     database.execute(
         TRIGGERS.statements("before")[0],
@@ -149,7 +149,7 @@ def test_from_debezium_each_change_is_handled_once(database, project):
         database.execute(statement.replace("'debezium'", f"'{other}'"))
 
 
-def test_the_handler_that_was_a_receiver_is_declared(database):
+def test_migration_from_a_receiver_declares_its_handler(database):
     page = Page("howto/from-signals.md")
     code = f"""
 import django

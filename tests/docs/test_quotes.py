@@ -65,24 +65,24 @@ def is_quoted(text):
 
 
 @pytest.mark.parametrize(("page", "pattern"), QUOTES)
-def test_what_is_quoted_is_in_the_code(page, pattern):
+def test_quotes_in_the_documents_are_in_the_code(page, pattern):
     (text,) = re.findall(pattern, (DOCS / page).read_text(), re.MULTILINE)
     assert is_quoted(text), text
 
 
-def test_a_quote_that_is_not_in_the_code_is_found_out():
+def test_quotes_that_are_not_in_the_code_are_found():
     assert is_quoted("The broker redis://localhost failed: …")
     assert not is_quoted("The broker redis://localhost fails: timed out.")
 
 
-def test_the_gap_of_a_lost_slot_is_written_like_this():
+def test_quotes_of_the_gap_of_a_lost_slot_match_the_code():
     text = " ".join((DOCS / "operating.md").read_text().split())
     since, until = "2026-03-01 04:12:09+00:00", "2026-03-01 06:40:31+00"
     gap = Gap("flash_replication", "wal_removed", "0/5A3F2C8", since, "0/9C00110", until)
     assert f"was invalidated: {gap}; run" in text
 
 
-def test_the_loggers_of_the_documents_are_those_of_the_code():
+def test_quoted_loggers_exist():
     (line,) = re.findall(r'^    (\{"time".*\})$', (DOCS / "monitoring.md").read_text(), re.M)
     assert json.loads(line)["logger"] == replicator.logger.name
     workers = (DOCS / "workers.md").read_text()

@@ -34,7 +34,7 @@ def passwords():
 
 
 @pytest.mark.soak  # each rabbitmqctl takes seconds
-def test_the_rights_suffice_and_replicate_has_no_others(control, rabbit, database, reader):
+def test_rabbitmq_page_permissions_suffice(control, rabbit, database, reader):
     for name in ("users", "policy", "worker", "oncall"):
         control(name)
     rabbit.control("set_permissions", "-p", "shop", "flash_replicate", "^$", "^$", "^$")

@@ -57,7 +57,7 @@ def site(tmp_path_factory):
 
 
 @pytest.mark.soak  # `make docs` builds the site
-def test_everything_public_is_in_the_reference(site):
+def test_reference_lists_everything_public(site):
     python = (site / "reference" / "python.html").read_text()
     for name in flash_celery.__all__:
         assert name == "FlashError" or f'id="flash_celery.{name}"' in python, name
@@ -83,7 +83,7 @@ def test_everything_public_is_in_the_reference(site):
 
 
 @pytest.mark.soak  # `make docs` builds the site
-def test_nothing_is_loaded_from_elsewhere(site):
+def test_site_loads_nothing_from_elsewhere(site):
     for page in site.rglob("*.html"):
         text = page.read_text()
         assert "<!-- run:" not in text, page
@@ -99,7 +99,7 @@ def test_nothing_is_loaded_from_elsewhere(site):
 
 @pytest.mark.soak  # it builds the site once more
 @pytest.mark.parametrize("link", ["tutorial.md#nowhere", "nowhere.md", "/tutorial.md"])
-def test_a_broken_link_ends_the_build(tmp_path, link):
+def test_site_build_fails_on_a_broken_link(tmp_path, link):
     shutil.copytree(DOCS, tmp_path / "docs")
     page = tmp_path / "docs" / "index.md"
     page.write_text(f"{page.read_text()}\n[broken]({link})\n")
@@ -108,7 +108,7 @@ def test_a_broken_link_ends_the_build(tmp_path, link):
     assert link.split("#")[-1] in built.stdout + built.stderr
 
 
-def test_the_picture_of_the_packages_has_each_of_them_and_its_imports():
+def test_picture_of_the_packages_shows_each_package_and_its_imports():
     picture = runpy.run_path(str(DOCS / "hooks.py"))["packages_picture"]()
     for name in ORDER:
         assert (f">{name}</tspan>" in picture) == (PACKAGE / name).is_dir(), name
@@ -116,7 +116,7 @@ def test_the_picture_of_the_packages_has_each_of_them_and_its_imports():
     assert "capture imports worker<" not in picture
 
 
-def test_every_page_is_in_the_navigation():
+def test_pages_are_in_the_navigation():
     text = (ROOT / "mkdocs.yml").read_text()
     (nav,) = [part for part in re.split(r"\n(?=\w)", text) if part.startswith("nav:")]
     listed = re.findall(r": (\S+\.md)$", nav, re.MULTILINE)
@@ -124,7 +124,7 @@ def test_every_page_is_in_the_navigation():
     assert isinstance(yaml.safe_load(nav)["nav"], list)
 
 
-def test_every_anchor_is_there():
+def test_anchors_exist():
     """In the README too, which `mkdocs build` does not read."""
     read = {DOCS / name: text for name, text in PAGES.items()} | {ROOT / "README.md": README}
     anchors = {page: anchors_of(text) for page, text in read.items()}
@@ -138,7 +138,7 @@ def test_every_anchor_is_there():
     assert checked > 50
 
 
-def test_the_old_anchors_of_the_reliability_page_are_there():
+def test_anchors_of_the_old_reliability_page_exist():
     """Pages elsewhere may link to what has a page of its own now."""
     anchors = anchors_of(PAGES["reliability.md"])
     for anchor in (
@@ -164,7 +164,7 @@ def anchors_of(text):
     return slugs | set(re.findall(r'<a id="([^"]+)">', text))
 
 
-def test_links_to_elsewhere_are_well_formed():
+def test_external_links_are_well_formed():
     """Whether somebody is at the other end is asked by `make links`; a test needs no network."""
     for name, text in PAGES.items():
         for url in EXTERNAL.findall(text):
@@ -174,7 +174,7 @@ def test_links_to_elsewhere_are_well_formed():
             assert not re.search(r"[.,;:]$|%20|//", parts.path), (name, url)
 
 
-def test_every_page_with_examples_is_run_by_a_test():
+def test_pages_with_examples_are_run_by_a_test():
     for name, text in PAGES.items():
         for example in examples(text):
             compile(example, name, "exec")
@@ -182,6 +182,6 @@ def test_every_page_with_examples_is_run_by_a_test():
             assert f'"{name}"' in TESTS or f'/ "{name}"' in TESTS, f"{name}: no test names it"
 
 
-def test_the_front_page_shows_the_readmes_handler():
+def test_front_page_shows_the_handler_of_the_readme():
     (example,) = examples(PAGES["index.md"])
     assert example in README

@@ -22,7 +22,7 @@ SEMANTICS = "integration/test_semantics.py"
 TABLES = "integration/test_tables.py"
 TRANSACTIONS = "integration/test_transactions.py"
 TYPES = "integration/test_types.py"
-COMMANDS = "acceptance/test_commands.py"
+COMMANDS = "acceptance/test_dead_commands_list_show_retry_and_drop.py"
 FAULTS = "acceptance/test_faults.py"
 MEMORY = "acceptance/test_memory.py"
 PIPELINE = "acceptance/test_pipeline.py"
@@ -31,206 +31,206 @@ PIPELINE = "acceptance/test_pipeline.py"
 SCENARIOS = {
     "1 insert, update, delete, truncate": (
         "an update that changes nothing was not told",
-        f"{SEMANTICS}::test_every_operation",
-        f"{SEMANTICS}::test_old_holds_what_the_identity_gives",
+        f"{SEMANTICS}::test_operations_are_delivered_with_old_and_new",
+        f"{SEMANTICS}::test_old_holds_the_columns_of_the_identity",
     ),
     "1b what a clean end leaves": (
         "a publication, and REPLICA IDENTITY FULL for ever",
-        f"{COMMANDS}::test_reset_shows_asks_and_undoes_everything",
-        f"{PUBLICATIONS}::test_writes_work_after_every_statement_of_set_up_change_and_reset",
+        f"{COMMANDS}::test_reset_shows_its_steps_asks_and_undoes_everything",
+        f"{PUBLICATIONS}::test_writes_work_after_every_statement_of_setup_change_and_reset",
     ),
     "1c a clean end": (
         "it failed, for its own connection still held the slot",
-        f"{PIPELINE}::test_sigterm_and_sigint_end_it_with_0_and_nothing_is_enqueued_twice",
+        f"{PIPELINE}::test_sigterm_and_sigint_end_replicate_with_0_and_repeat_nothing",
     ),
     "2 fields": (
         "as here",
-        f"{HERE}::test_an_update_of_none_of_the_fields_is_not_told",
+        f"{HERE}::test_update_of_no_named_field_is_not_delivered",
     ),
     "2b a field that does not exist": (
         "delivered as nil",
-        f"{SEMANTICS}::test_a_column_that_does_not_exist_is_refused",
+        f"{SEMANTICS}::test_unknown_column_is_refused",
     ),
     "3 a condition": (
         "as here",
-        f"{HERE}::test_rows_enter_and_leave_a_condition_from_false_and_from_null",
-        f"{SEMANTICS}::test_the_table_of_transitions",
+        f"{HERE}::test_rows_enter_and_leave_a_condition_from_false_and_null",
+        f"{SEMANTICS}::test_transitions_match_the_documented_table",
     ),
     "3b a number of another type in a condition": (
         "it never matched, silently",
-        f"{HERE}::test_a_float_in_a_condition_on_an_int_column",
-        f"{CONDITIONS}::test_values_of_python_are_read_as_the_columns_type",
+        f"{HERE}::test_condition_with_a_float_on_an_int_column_is_evaluated",
+        f"{CONDITIONS}::test_conditions_read_python_values_as_the_column_type",
     ),
     "3c a condition and updates only": (
         "as here",
-        f"{SEMANTICS}::test_the_table_of_transitions",
+        f"{SEMANTICS}::test_transitions_match_the_documented_table",
     ),
     "3d a condition and inserts and deletes only": (
         "a row that leaves the condition (a soft delete) was lost",
-        f"{HERE}::test_a_soft_delete_reaches_a_handler_of_inserts_and_deletes",
-        f"{SEMANTICS}::test_the_table_of_transitions",
+        f"{HERE}::test_soft_delete_reaches_a_handler_of_inserts_and_deletes",
+        f"{SEMANTICS}::test_transitions_match_the_documented_table",
     ),
     "3e a condition on a column that is no field": (
         "as here",
-        f"{SEMANTICS}::test_fields_travel_alone_and_conditions_may_look_elsewhere",
+        f"{SEMANTICS}::test_fields_are_sent_alone_and_conditions_can_use_others",
     ),
     "3f a dict as the value of a condition on jsonb": (
         "the process panicked",
-        f"{SEMANTICS}::test_values_that_cannot_be_hashed_in_a_condition",
+        f"{SEMANTICS}::test_unhashable_values_work_in_a_condition",
     ),
     "4 None in a condition": (
         "on a column that does not exist it matched every row",
         f"{HERE}::test_rows_enter_and_leave_a_condition_of_none",
-        f"{HERE}::test_none_in_a_condition_on_a_column_that_does_not_exist_is_refused",
+        f"{HERE}::test_condition_with_none_on_an_unknown_column_is_refused",
     ),
     "5 TRUNCATE of several tables": (
         "as here",
-        f"{HERE}::test_truncate_names_tables_that_are_not_ours_first",
-        f"{TABLES}::test_truncate_of_several_tables_some_not_ours",
+        f"{HERE}::test_truncate_that_lists_foreign_tables_first_is_delivered",
+        f"{TABLES}::test_truncate_of_several_tables_some_foreign_is_delivered",
     ),
     "6 a large value that an update leaves alone": (
         "missing from the new row, although the old row had it",
-        f"{SEMANTICS}::test_a_large_value_that_did_not_change",
+        f"{SEMANTICS}::test_unchanged_large_value_is_marked",
     ),
     "6b such a value among the fields": (
         "an update that was none, with nil as the new value",
-        f"{SEMANTICS}::test_a_large_value_that_did_not_change",
+        f"{SEMANTICS}::test_unchanged_large_value_is_marked",
     ),
     "6c the identity set to DEFAULT while it runs": (
         "the process panicked",
-        f"{SEMANTICS}::test_an_identity_changed_under_way_is_followed",
-        f"{HERE}::test_a_delete_while_the_identity_is_only_the_key",
+        f"{SEMANTICS}::test_identity_changed_while_running_is_followed",
+        f"{HERE}::test_delete_with_a_key_identity_is_delivered",
     ),
     "6d the identity set to NOTHING while it runs": (
         "updates of the application failed from then on",
-        f"{HERE}::test_an_identity_of_nothing_is_mended_while_it_runs",
+        f"{HERE}::test_identity_nothing_is_repaired_while_running",
     ),
     "7 types": (
         "see 3.1",
-        f"{HERE}::test_types_as_the_ancestor_lists_them",
-        f"{TYPES}::test_a_handler_receives_what_psycopg_reads",
-        f"{TYPES}::test_a_composite_is_a_dict_by_field_name",
-        f"{TYPES}::test_numbers_in_json_keep_their_digits",
+        f"{HERE}::test_types_listed_by_the_ancestor_are_delivered",
+        f"{TYPES}::test_handler_receives_what_psycopg_reads",
+        f"{TYPES}::test_composite_is_a_dict_by_field_name",
+        f"{TYPES}::test_json_numbers_keep_their_digits",
     ),
     "8 a large transaction that is streamed": (
         "all in memory: 558 MB for a million rows",
-        f"{MEMORY}::test_a_commit_of_many_rows_in_bounded_memory",
+        f"{MEMORY}::test_large_commit_takes_bounded_memory",
     ),
     "8b a streamed transaction that is rolled back": (
         "not told, but held in memory",
-        f"{HERE}::test_a_streamed_transaction_that_is_rolled_back",
-        f"{MEMORY}::test_nothing_is_left_of_a_spool",
+        f"{HERE}::test_streamed_transaction_that_is_rolled_back_delivers_nothing",
+        f"{MEMORY}::test_spool_leaves_no_files_behind",
     ),
     "8c two large transactions at a time": (
         "as here",
-        f"{HERE}::test_two_large_transactions_at_a_time",
-        f"{TRANSACTIONS}::test_streaming_end_to_end_with_interleaved_savepoints_and_a_restart",
+        f"{HERE}::test_large_transactions_at_a_time_are_delivered_apart",
+        f"{TRANSACTIONS}::test_streaming_survives_interleaved_savepoints_and_a_restart",
     ),
     "8d a savepoint that is released": (
         "its rows were lost when streamed",
-        f"{HERE}::test_a_large_savepoint_that_is_released",
-        f"{TRANSACTIONS}::test_streaming_gives_what_its_absence_and_a_model_give",
+        f"{HERE}::test_large_savepoint_that_is_released_is_delivered",
+        f"{TRANSACTIONS}::test_streaming_delivers_the_same_as_without_and_as_a_model",
     ),
     "8e a savepoint that is rolled back": (
         "the whole transaction was lost when streamed",
-        f"{HERE}::test_a_large_savepoint_that_is_rolled_back",
-        f"{TRANSACTIONS}::test_streaming_gives_what_its_absence_and_a_model_give",
+        f"{HERE}::test_large_savepoint_that_is_rolled_back_is_not_delivered",
+        f"{TRANSACTIONS}::test_streaming_delivers_the_same_as_without_and_as_a_model",
     ),
     "8f a loop with a block that catches exceptions": (
         "the whole transaction was lost when streamed",
-        f"{HERE}::test_a_large_loop_with_a_block_that_catches_exceptions",
+        f"{HERE}::test_large_loop_with_an_exception_block_is_delivered",
     ),
     "8g inserts, a TRUNCATE and an insert in one transaction": (
         "as here",
-        f"{HERE}::test_inserts_a_truncate_and_an_insert_in_one_transaction",
+        f"{HERE}::test_truncate_between_inserts_keeps_its_order",
     ),
     "9 kill -9": (
         "what was written until the restart was lost, and a publication left behind each time",
-        "acceptance/test_ancestor.py::test_what_is_written_after_kill_9_is_told_after_the_restart",
-        f"{FAULTS}::test_kill_9_in_the_middle_of_10_000_changes",
+        "acceptance/test_ancestor.py::test_changes_after_kill_9_are_delivered_after_the_restart",
+        f"{FAULTS}::test_kill_9_amid_10_000_changes_loses_nothing",
     ),
     "9b a start while another process holds the slot": (
         "it stayed alive and deaf",
-        "acceptance/test_ancestor.py::test_a_process_that_was_stopped_loses_the_slot_to_a_second",
-        f"{PIPELINE}::test_a_second_replication_worker_waits_and_takes_over",
+        "acceptance/test_ancestor.py::test_stopped_process_loses_the_slot_to_another",
+        f"{PIPELINE}::test_hot_spare_waits_and_takes_over",
     ),
     "10 its walsender is terminated": (
         "it never connected again",
-        f"{HERE}::test_its_walsender_is_terminated",
-        f"{FAULTS}::test_a_restart_of_postgresql",
+        f"{HERE}::test_terminated_walsender_is_replaced",
+        f"{FAULTS}::test_postgresql_restart_loses_nothing",
     ),
     "10b its other connection is terminated": (
         "nothing was cleaned up at the end",
-        f"{HERE}::test_its_other_connection_is_terminated",
+        f"{HERE}::test_terminated_catalog_connection_is_replaced",
     ),
     "10c the server is stopped": (
         "the shutdown hung until the client was killed",
-        f"{FAULTS}::test_a_restart_of_postgresql",
-        f"{FAULTS}::test_postgresql_shuts_down_fast_although_the_broker_is_down",
+        f"{FAULTS}::test_postgresql_restart_loses_nothing",
+        f"{FAULTS}::test_postgresql_shuts_down_fast_while_the_broker_is_down",
     ),
     "10d slower than wal_sender_timeout": (
         "the server dropped it, and the rest was lost",
-        f"{FAULTS}::test_a_broker_outage_outlasts_the_servers_patience",
+        f"{FAULTS}::test_broker_outage_outlasts_wal_sender_timeout",
     ),
     "11 two handlers of one table": (
         "as here",
-        f"{HERE}::test_two_handlers_of_one_table_with_operations_and_fields_of_their_own",
-        f"{SEMANTICS}::test_several_handlers_of_one_table_and_one_of_several",
+        f"{HERE}::test_handlers_of_one_table_have_their_own_operations_and_fields",
+        f"{SEMANTICS}::test_handlers_and_tables_can_be_combined_freely",
     ),
     "11b six handlers": (
         "the slot was made seven times",
-        f"{HERE}::test_six_handlers_and_one_slot",
+        f"{HERE}::test_slot_serves_six_handlers",
     ),
     "12 names": (
         "dots and quotes could not be named",
-        f"{TABLES}::test_names_of_every_kind",
-        f"{PUBLICATIONS}::test_what_cannot_work_is_refused_naming_the_handler",
-        "unit/test_subscriptions.py::test_table_names_in_every_spelling",
+        f"{TABLES}::test_table_and_column_names_can_be_any_text",
+        f"{PUBLICATIONS}::test_setup_that_cannot_work_names_the_handler",
+        "unit/test_subscriptions.py::test_table_names_are_read_in_every_spelling",
     ),
     "12b a partitioned table": (
         "nothing was told, silently",
-        f"{TABLES}::test_handlers_on_the_root_the_middle_and_a_leaf",
+        f"{TABLES}::test_partition_changes_reach_handlers_of_root_middle_and_leaf",
     ),
     "12c a partition": (
         "beside its root only the partition's handler was told",
-        f"{TABLES}::test_a_row_that_moves_is_a_delete_and_an_insert",
-        f"{TABLES}::test_handlers_on_the_root_the_middle_and_a_leaf",
+        f"{TABLES}::test_row_moved_between_partitions_is_a_delete_and_an_insert",
+        f"{TABLES}::test_partition_changes_reach_handlers_of_root_middle_and_leaf",
     ),
     "12d no primary key": (
         "as here",
-        f"{HERE}::test_equal_rows_without_a_primary_key",
+        f"{HERE}::test_equal_rows_without_a_primary_key_are_all_delivered",
     ),
     "12e a stored generated column": (
         "missing from the row",
-        f"{TABLES}::test_generated_and_identity_columns",
+        f"{TABLES}::test_generated_and_identity_columns_are_delivered",
     ),
     "13 DDL while it runs": (
         "a table renamed, or dropped and made again, went silent",
-        f"{TABLES}::test_columns_added_dropped_renamed_and_retyped_while_running",
-        f"{TABLES}::test_a_table_renamed_away_stops_the_worker",
-        f"{TABLES}::test_a_table_dropped_and_made_again_is_told_again",
-        f"{TABLES}::test_a_table_swapped_for_another_by_renaming",
+        f"{TABLES}::test_columns_altered_while_running_are_followed",
+        f"{TABLES}::test_renamed_table_stops_the_worker",
+        f"{TABLES}::test_recreated_table_is_delivered_again",
+        f"{TABLES}::test_table_swapped_by_renaming_is_followed",
     ),
     "13b a field is renamed": (
         "updates were lost silently, inserts had nil",
-        f"{HERE}::test_a_field_that_is_renamed_stops_the_worker_and_loses_nothing",
-        f"{TABLES}::test_a_column_of_a_handler_that_disappears_stops_the_worker_and_loses_nothing",
+        f"{HERE}::test_renamed_field_stops_the_worker_and_loses_nothing",
+        f"{TABLES}::test_handler_column_that_disappears_stops_the_worker_and_loses_nothing",
     ),
     "14 nothing of ours, and other tables busy": (
         "the slot did not move, and WAL piled up",
-        f"{TRANSACTIONS}::test_100_000_transactions_without_anything_of_ours",
-        f"{FAULTS}::test_the_slot_follows_a_server_that_is_busy_elsewhere",
+        f"{TRANSACTIONS}::test_transactions_of_other_tables_advance_the_slot_100_000_times",
+        f"{FAULTS}::test_slot_follows_a_server_that_is_busy_elsewhere",
     ),
     "15 an update of the primary key": (
         "as here",
-        f"{SEMANTICS}::test_every_operation",
-        f"{SEMANTICS}::test_a_composite_key_and_a_condition",
+        f"{SEMANTICS}::test_operations_are_delivered_with_old_and_new",
+        f"{SEMANTICS}::test_composite_key_works_with_a_condition",
     ),
     "3.1 a value that cannot be decoded": (
         "it ended all delivery",
-        f"{HERE}::test_values_python_cannot_represent_and_a_german_database",
-        f"{TYPES}::test_what_python_cannot_represent_stays_the_servers_text",
-        f"{TYPES}::test_an_undecodable_value_stops_nothing",
+        f"{HERE}::test_values_python_cannot_represent_survive_in_a_german_database",
+        f"{TYPES}::test_values_python_cannot_represent_stay_the_text_of_the_server",
+        f"{TYPES}::test_undecodable_value_stops_nothing",
     ),
 }
 
@@ -240,13 +240,13 @@ def functions(path):
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-def test_every_scenario_has_a_test_that_exists():
+def test_scenarios_have_tests_that_exist():
     named = {test for _, *tests in SCENARIOS.values() for test in tests}
     for test in named:
         path, _, name = test.partition("::")
         assert name in functions(path), test
     mine = {f"{HERE}::{name}" for name in functions(HERE) if name.startswith("test_")}
-    assert mine - named == {f"{HERE}::test_every_scenario_has_a_test_that_exists"}
+    assert mine - named == {f"{HERE}::test_scenarios_have_tests_that_exist"}
 
 
 POSTS = "CREATE TABLE posts (id int PRIMARY KEY, slug text, active bool)"
@@ -256,7 +256,7 @@ def kinds(changes):
     return [change.operation.names()[0] for change in changes]
 
 
-def test_an_update_of_none_of_the_fields_is_not_told(flash):
+def test_update_of_no_named_field_is_not_delivered(flash):
     flash.database.execute(POSTS)
     flash.handler("posts", fields=["slug"]).start()
     flash.do(
@@ -268,7 +268,7 @@ def test_an_update_of_none_of_the_fields_is_not_told(flash):
     assert shown(flash.told()) == ["insert a", "update a -> z", "delete z"]
 
 
-def test_rows_enter_and_leave_a_condition_from_false_and_from_null(flash):
+def test_rows_enter_and_leave_a_condition_from_false_and_null(flash):
     flash.database.execute(POSTS)
     flash.handler("posts", where={"active": True}).start()
     flash.do(
@@ -289,7 +289,7 @@ def test_rows_enter_and_leave_a_condition_from_false_and_from_null(flash):
     ]
 
 
-def test_a_float_in_a_condition_on_an_int_column(flash):
+def test_condition_with_a_float_on_an_int_column_is_evaluated(flash):
     flash.database.execute(POSTS)
     flash.handler("posts", where={"id": 1.0}).start()
     flash.do("INSERT INTO posts VALUES (1, 'a'), (2, 'b')", "DELETE FROM posts")
@@ -297,7 +297,7 @@ def test_a_float_in_a_condition_on_an_int_column(flash):
     assert shown(flash.told()) == ["insert 1,a,-", "delete 1"]
 
 
-def test_a_soft_delete_reaches_a_handler_of_inserts_and_deletes(flash):
+def test_soft_delete_reaches_a_handler_of_inserts_and_deletes(flash):
     flash.database.execute("CREATE TABLE posts (id int PRIMARY KEY, slug text, deleted date)")
     flash.handler("posts", "insert|delete", where={"deleted": None}).start()
     flash.do(
@@ -328,14 +328,14 @@ def test_rows_enter_and_leave_a_condition_of_none(flash):
     ]
 
 
-def test_none_in_a_condition_on_a_column_that_does_not_exist_is_refused(flash):
+def test_condition_with_none_on_an_unknown_column_is_refused(flash):
     flash.database.execute(POSTS)
     flash.handler("posts", where={"activ": None})
     with pytest.raises(SubscriptionError, match="posts has no column activ; did you mean active"):
         flash.start()
 
 
-def test_truncate_names_tables_that_are_not_ours_first(flash):
+def test_truncate_that_lists_foreign_tables_first_is_delivered(flash):
     flash.database.execute(
         *(f"CREATE TABLE {name} (id int PRIMARY KEY)" for name in ("ta", "tb", "tc", "td")),
         "CREATE TABLE child (id int PRIMARY KEY, a int REFERENCES ta)",
@@ -353,7 +353,7 @@ def test_truncate_names_tables_that_are_not_ours_first(flash):
     assert shown(grandchild) == ["truncate", "insert 1,-"]
 
 
-def test_a_delete_while_the_identity_is_only_the_key(flash):
+def test_delete_with_a_key_identity_is_delivered(flash):
     flash.database.execute(POSTS)
     flash.handler("posts", fields=["slug"]).start()
     flash.do(
@@ -367,7 +367,7 @@ def test_a_delete_while_the_identity_is_only_the_key(flash):
         delete.old["slug"]
 
 
-def test_an_identity_of_nothing_is_mended_while_it_runs(flash):
+def test_identity_nothing_is_repaired_while_running(flash):
     flash.database.execute(POSTS)
     flash.handler("posts").start()
     flash.do("INSERT INTO posts VALUES (1, 'a', true)")
@@ -405,7 +405,7 @@ LISTED = {
 }
 
 
-def test_types_as_the_ancestor_lists_them(flash):
+def test_types_listed_by_the_ancestor_are_delivered(flash):
     columns = ", ".join(f'"{kind}" {kind}' for kind in LISTED)
     flash.database.execute(
         "CREATE TYPE mood AS ENUM ('sad', 'ok')",
@@ -445,7 +445,7 @@ def test_types_as_the_ancestor_lists_them(flash):
     assert isinstance(change.new["positive"], int)
 
 
-def test_values_python_cannot_represent_and_a_german_database(flash):
+def test_values_python_cannot_represent_survive_in_a_german_database(flash):
     name = flash.database.name
     flash.database.execute(
         f"ALTER DATABASE {name} SET datestyle = 'German'",
@@ -498,14 +498,14 @@ def ids(changes):
     return [change.new["id"] for change in changes]
 
 
-def test_a_streamed_transaction_that_is_rolled_back(large):
+def test_streamed_transaction_that_is_rolled_back_delivers_nothing(large):
     with large.database.connect() as connection:
         connection.execute(f"BEGIN; {many(1, 5000)}; ROLLBACK")
     large.do(f"BEGIN; {many(1, 1000)}; COMMIT")
     assert ids(large.told()) == list(range(1, 1001))
 
 
-def test_two_large_transactions_at_a_time(large):
+def test_large_transactions_at_a_time_are_delivered_apart(large):
     with large.database.connect() as first, large.database.connect() as second:
         first.execute("BEGIN")
         second.execute("BEGIN")
@@ -520,7 +520,7 @@ def test_two_large_transactions_at_a_time(large):
     assert [change.index for change in changes] == [*range(5000), *range(5000)]
 
 
-def test_a_large_savepoint_that_is_released(large):
+def test_large_savepoint_that_is_released_is_delivered(large):
     large.do(
         f"BEGIN; {many(1, 5000)}; SAVEPOINT a; {many(5001, 10_000)}; RELEASE a; COMMIT",
     )
@@ -529,7 +529,7 @@ def test_a_large_savepoint_that_is_released(large):
     assert len({change.xid for change in changes}) == 1
 
 
-def test_a_large_savepoint_that_is_rolled_back(large):
+def test_large_savepoint_that_is_rolled_back_is_not_delivered(large):
     large.do(
         f"BEGIN; {many(1, 5000)}; SAVEPOINT a; {many(5001, 10_000)}; ROLLBACK TO a; "
         f"{many(20_001, 20_010)}; COMMIT",
@@ -537,7 +537,7 @@ def test_a_large_savepoint_that_is_rolled_back(large):
     assert ids(large.told()) == [*range(1, 5001), *range(20_001, 20_011)]
 
 
-def test_a_large_loop_with_a_block_that_catches_exceptions(large):
+def test_large_loop_with_an_exception_block_is_delivered(large):
     large.do(
         "DO $$ BEGIN FOR n IN 1..4000 LOOP BEGIN "
         "INSERT INTO items VALUES (n % 3000, repeat('x', 200)); "
@@ -546,14 +546,14 @@ def test_a_large_loop_with_a_block_that_catches_exceptions(large):
     assert sorted(ids(large.told())) == list(range(3000))
 
 
-def test_inserts_a_truncate_and_an_insert_in_one_transaction(large):
+def test_truncate_between_inserts_keeps_its_order(large):
     large.do(f"BEGIN; {many(1, 5000)}; TRUNCATE items; INSERT INTO items VALUES (1); COMMIT")
     changes = large.told()
     assert kinds(changes) == [*["insert"] * 5000, "truncate", "insert"]
     assert [change.index for change in changes] == list(range(5002))
 
 
-def test_its_walsender_is_terminated(flash):
+def test_terminated_walsender_is_replaced(flash):
     flash.database.execute(POSTS)
     flash.handler("posts", "insert").start()
     terminate = flash.slot("pg_terminate_backend(active_pid)")
@@ -564,7 +564,7 @@ def test_its_walsender_is_terminated(flash):
     assert list(dict.fromkeys(ids(flash.told()))) == [0, 1, 2, 3]
 
 
-def test_its_other_connection_is_terminated(flash):
+def test_terminated_catalog_connection_is_replaced(flash):
     flash.database.execute(POSTS)
     flash.handler("posts", "insert").start()
     flash.do("INSERT INTO posts VALUES (1)")
@@ -579,7 +579,7 @@ def test_its_other_connection_is_terminated(flash):
     assert flash.error is None
 
 
-def test_two_handlers_of_one_table_with_operations_and_fields_of_their_own(flash):
+def test_handlers_of_one_table_have_their_own_operations_and_fields(flash):
     flash.database.execute(POSTS)
     flash.handler("posts", "insert|update", name="slug", fields=["slug"])
     flash.handler("posts", "update|delete", name="all").start()
@@ -594,7 +594,7 @@ def test_two_handlers_of_one_table_with_operations_and_fields_of_their_own(flash
     assert kinds(flash.told("all")) == ["update", "update", "delete"]
 
 
-def test_six_handlers_and_one_slot(flash):
+def test_slot_serves_six_handlers(flash):
     flash.database.execute(POSTS)
     for number in range(6):
         flash.handler("posts", "insert", name=str(number))
@@ -609,7 +609,7 @@ def test_six_handlers_and_one_slot(flash):
     assert flash.database.one(slots) == 1
 
 
-def test_equal_rows_without_a_primary_key(flash):
+def test_equal_rows_without_a_primary_key_are_all_delivered(flash):
     flash.database.execute("CREATE TABLE plain (a int, b text)")
     flash.handler("plain").start()
     flash.do(
@@ -626,7 +626,7 @@ def test_equal_rows_without_a_primary_key(flash):
     assert len({change.id for change in changes}) == 6
 
 
-def test_a_field_that_is_renamed_stops_the_worker_and_loses_nothing(flash):
+def test_renamed_field_stops_the_worker_and_loses_nothing(flash):
     flash.database.execute(POSTS)
     flash.handler("posts", "insert", fields=["slug"]).start()
     flash.do("INSERT INTO posts VALUES (1, 'a')")

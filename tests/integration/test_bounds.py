@@ -22,7 +22,7 @@ from flash_celery.settings import Settings
 from .conftest import shown
 
 
-def test_a_composite_of_composites_does_not_multiply(flash):
+def test_nested_composites_do_not_multiply(flash):
     """A hundred thousand fields, of three types of fifty."""
     flash.database.execute(
         f"CREATE TYPE c AS ({', '.join(f'x{n} int' for n in range(50))})",
@@ -42,7 +42,7 @@ def test_a_composite_of_composites_does_not_multiply(flash):
     assert change.new["list"] == "{NULL}"
 
 
-def test_a_composite_that_is_deep_is_text_further_down(flash):
+def test_deep_composite_is_text_below_a_depth(flash):
     levels = DEEPEST + 3
     flash.database.execute(
         "CREATE TYPE level_0 AS (x int)",
@@ -62,7 +62,7 @@ def test_a_composite_that_is_deep_is_text_further_down(flash):
     assert found.startswith("(")
 
 
-def test_as_many_fields_as_there_may_be_are_told(flash):
+def test_most_fields_allowed_are_delivered(flash):
     wide = MOST_FIELDS // 2
     columns = ", ".join(f"x{n} int" for n in range(wide))
     flash.database.execute(
@@ -78,7 +78,7 @@ def test_as_many_fields_as_there_may_be_are_told(flash):
 
 
 @pytest.mark.parametrize("options", [{}, {"batch": 10}], ids=["each", "batched"])
-def test_a_change_too_large_is_a_dead_letter_and_stops_nobody(flash, options):
+def test_oversize_change_is_a_dead_letter_and_stops_no_handler(flash, options):
     flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, name text, note text)")
     flash.database.execute("ALTER TABLE items REPLICA IDENTITY FULL")
     flash.handler("items", **options).start(flash_max_change_size=1000)
@@ -102,7 +102,7 @@ def test_a_change_too_large_is_a_dead_letter_and_stops_nobody(flash, options):
     assert len({letter.id for letter in found}) == 4
 
 
-def test_a_message_too_large_is_a_dead_letter(flash):
+def test_oversize_message_is_a_dead_letter(flash):
     flash.database.execute("CREATE TABLE items (id int PRIMARY KEY)")
     flash.handler("items")
     on_message("big")(flash.app.tasks["handler"])
@@ -137,7 +137,7 @@ def received(rabbit, queue):
 
 
 @pytest.mark.parametrize("options", [{}, {"batch": 1000}], ids=["each", "batched"])
-def test_what_rabbitmq_takes_no_message_of_stops_nobody(flash, small, options):
+def test_oversize_change_for_rabbitmq_stops_no_handler(flash, small, options):
     flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, note text, other text)")
     flash.app.conf.broker_url = small.url
     flash.handler("items", **options)
@@ -181,7 +181,7 @@ def test_what_rabbitmq_takes_no_message_of_stops_nobody(flash, small, options):
     assert len(received(small, "flash.dead")) == len(found)
 
 
-def test_tables_dropped_and_made_again_leave_nothing_behind(flash):
+def test_recreated_tables_leave_nothing_behind(flash):
     """Only what there is now is known, however many there have been."""
     create = "CREATE TABLE items (id int PRIMARY KEY, name text)"
     flash.database.execute(create)
@@ -202,7 +202,7 @@ def test_tables_dropped_and_made_again_leave_nothing_behind(flash):
 
 
 @pytest.mark.soak
-def test_a_huge_message_that_nobody_handles_passes(flash):
+def test_huge_message_without_a_handler_passes(flash):
     """It is in memory about four times, and gone."""
     size = 200 << 20
     flash.database.execute("CREATE TABLE items (id int PRIMARY KEY)")

@@ -11,7 +11,7 @@ from flash_celery.postgres.stream import ReplicationConnection
 from tests.proxy import Proxy
 
 
-def test_a_command_that_is_not_answered_has_an_end(database):
+def test_connection_command_without_an_answer_times_out(database):
     with Proxy(database.server.port) as proxy:
         dsn = database.dsn.replace(str(database.server.port), str(proxy.port)) + "?sslmode=disable"
         with closing(ReplicationConnection(dsn, patience=0.5)) as stream:
@@ -26,7 +26,7 @@ def test_a_command_that_is_not_answered_has_an_end(database):
             assert connection.closed
 
 
-def test_the_server_lets_go_of_the_slot_as_soon_as_agreed_or_sooner(database):
+def test_connection_uses_the_shorter_timeout_for_the_slot(database):
     for dsn, patience, agreed in (
         (database.dsn, 10.0, 10.0),
         (database.dsn + "?options=-c%20wal_sender_timeout%3D3s", 10.0, 3.0),

@@ -87,7 +87,7 @@ def again(flash, *statements):
     return told(flash.valkey)
 
 
-def test_a_crash_before_the_acknowledgement_enqueues_nothing_twice(on_redis):
+def test_crash_before_the_acknowledgement_enqueues_nothing_twice(on_redis):
     on_redis.handler("items")
     crash(
         on_redis,
@@ -100,7 +100,7 @@ def test_a_crash_before_the_acknowledgement_enqueues_nothing_twice(on_redis):
 
 
 @pytest.mark.parametrize("options", [{}, {"batch": 400}], ids=["each", "batched"])
-def test_a_crash_in_the_middle_of_a_transaction(on_redis, options):
+def test_crash_within_a_transaction_enqueues_nothing_twice(on_redis, options):
     on_redis.handler("items", **options)
     rows = 20_000
     crash(on_redis, f"INSERT INTO items SELECT n, 'a' FROM generate_series(1, {rows}) AS n")
@@ -110,7 +110,7 @@ def test_a_crash_in_the_middle_of_a_transaction(on_redis, options):
     assert ids(again(on_redis)) == list(range(1, rows + 1))
 
 
-def test_a_crash_again_and_again(on_redis):
+def test_repeated_crashes_enqueue_nothing_twice(on_redis):
     on_redis.handler("items").handler("items", "insert", name="other", queue="other", batch=7)
     statement = "INSERT INTO items SELECT n, 'a' FROM generate_series({}, {}) AS n"
     for number in range(4):
@@ -119,7 +119,7 @@ def test_a_crash_again_and_again(on_redis):
     assert ids(told(on_redis.valkey, "other", "other")) == list(range(1, 41))
 
 
-def test_the_halves_of_a_key_change(on_redis):
+def test_crash_between_the_parts_of_a_key_change_enqueues_nothing_twice(on_redis):
     on_redis.handler("items", "insert|delete", key=["name"])
     on_redis.database.execute("INSERT INTO items VALUES (1, 'a')")
     crash(on_redis, "UPDATE items SET name = 'b'", after=1)
@@ -127,7 +127,7 @@ def test_the_halves_of_a_key_change(on_redis):
     assert [change.operation.names()[0] for change in changes] == ["delete", "insert"]
 
 
-def test_a_reply_that_does_not_come(on_redis, monkeypatch):
+def test_lost_reply_enqueues_nothing_twice(on_redis, monkeypatch):
     """Redis has done it, and the connection is gone: it is asked before anything is sent again."""
     step, lost = RedisPosition.compare_and_set, []
 
@@ -149,7 +149,7 @@ def test_a_reply_that_does_not_come(on_redis, monkeypatch):
     assert len(lost) == 3
 
 
-def test_a_command_that_fails_inside_the_transaction(on_redis):
+def test_failed_command_in_a_transaction_enqueues_nothing(on_redis):
     """The position does not move, and the other handler's message is not there either."""
     on_redis.handler("items").handler("items", name="other", queue="other")
     on_redis.publisher = RedisPublisher(on_redis.app)
@@ -166,14 +166,14 @@ def test_a_command_that_fails_inside_the_transaction(on_redis):
     assert ids(told(on_redis.valkey, "other", "other")) == [1]
 
 
-def test_a_changed_handler_gets_the_whole_transaction_again(on_redis):
+def test_changed_handler_receives_the_whole_transaction_again(on_redis):
     on_redis.handler("items")
     crash(on_redis, "INSERT INTO items VALUES (1, 'a'), (2, 'b')", after=2)
     on_redis.handler("items", name="other")
     assert ids(again(on_redis)) == [1, 2, 1, 2]
 
 
-def test_a_changed_publication_gets_the_whole_transaction_again(on_redis):
+def test_changed_publication_delivers_the_whole_transaction_again(on_redis):
     if int(on_redis.database.one("SHOW server_version_num")) < 150000:
         pytest.skip("PostgreSQL filters from 15 on")
     on_redis.handler("items", "insert", where={"id__gt": 1})
@@ -183,7 +183,7 @@ def test_a_changed_publication_gets_the_whole_transaction_again(on_redis):
     assert ids(again(on_redis)) == [2, 3, 2, 3]
 
 
-def test_a_slot_made_anew_leaves_out_nothing(on_redis):
+def test_recreated_slot_omits_nothing(on_redis):
     on_redis.handler("items")
     crash(on_redis, "INSERT INTO items VALUES (1, 'a')")
     slot = on_redis.database.slot
@@ -198,7 +198,7 @@ def test_a_slot_made_anew_leaves_out_nothing(on_redis):
 OPERATIONS = ("insert", "update", "delete", "truncate")
 
 
-def test_a_restored_redis_leaves_out_nothing(on_redis):
+def test_restored_redis_omits_nothing(on_redis):
     """It forgets the messages together with the position."""
     with Valkey() as own:
         on_redis.valkey, on_redis.app.conf.broker_url = own, own.url
@@ -213,7 +213,7 @@ def test_a_restored_redis_leaves_out_nothing(on_redis):
         assert ids(again(on_redis, "INSERT INTO items VALUES (3, 'c')")) == [1, 2, 3]
 
 
-def test_a_redis_that_is_restored_meanwhile_is_found_out(on_redis, caplog):
+def test_redis_restored_while_running_is_noticed(on_redis, caplog):
     """What it had confirmed and has no longer is gone; it is said, and the work goes on."""
     with Valkey() as own, redis.Redis(port=own.port) as client:
         on_redis.valkey, on_redis.app.conf.broker_url = own, own.url
@@ -231,7 +231,7 @@ def test_a_redis_that_is_restored_meanwhile_is_found_out(on_redis, caplog):
         assert f"changes committed from {changes[0].commit_lsn} on may be missing" in caplog.text
 
 
-def test_a_loss_that_is_found_out_while_it_stops_is_said(on_redis, caplog):
+def test_loss_noticed_while_stopping_is_logged(on_redis, caplog):
     """Only the process that had the confirmation can know."""
 
     class Late(RedisPublisher):
@@ -287,7 +287,7 @@ def restored_later(flash):
             database.server, database.dsn, database.slot = shared
 
 
-def test_a_database_restored_while_its_worker_waits_for_it_leaves_out_nothing(flash, caplog):
+def test_database_restored_while_its_worker_waits_omits_nothing(flash, caplog):
     """It is on the same timeline, so only its position tells."""
     database = flash.database
     with restored_later(flash) as (own, restore):
@@ -302,7 +302,7 @@ def test_a_database_restored_while_its_worker_waits_for_it_leaves_out_nothing(fl
         assert ids(flash.told())[-299:] == list(range(1, 300))
 
 
-def test_a_slot_made_anew_by_hand_while_its_worker_connects_again_is_said(flash, caplog):
+def test_slot_recreated_by_hand_during_a_reconnect_is_logged(flash, caplog):
     database = flash.database
     database.execute(ITEMS)
     flash.handler("items").start().do("INSERT INTO items VALUES (1, 'a')")
@@ -326,7 +326,7 @@ def test_a_slot_made_anew_by_hand_while_its_worker_connects_again_is_said(flash,
 
 
 @pytest.mark.parametrize("timeline", ["the same", "new"])
-def test_a_restored_database_leaves_out_nothing(on_redis, timeline):
+def test_restored_database_omits_nothing(on_redis, timeline):
     """Other transactions get the LSNs of those that were enqueued; slot and system are the same."""
     on_redis.publisher = RedisPublisher(on_redis.app)
     with restored_later(on_redis) as (own, restore):
@@ -356,7 +356,7 @@ def restored(flash, own, restore, timeline):
         assert {c.commit_lsn for c in changes} & {c.commit_lsn for c in lost}
 
 
-def test_a_stale_owner_publishes_nothing(valkey):
+def test_stale_owner_publishes_nothing(valkey):
     """A process that was stopped while another one took the slot over wakes up."""
     app = Celery("shop", broker=valkey.url, set_as_current=False)
     old, new = RedisPublisher(app), RedisPublisher(app)
@@ -375,7 +375,7 @@ def test_a_stale_owner_publishes_nothing(valkey):
         publisher.close()
 
 
-def test_a_prefix_of_keys_is_kept(valkey):
+def test_redis_key_prefix_is_kept(valkey):
     app = Celery("shop", broker=valkey.url, set_as_current=False)
     app.conf.broker_transport_options = {"global_keyprefix": "shop:"}
     publisher = RedisPublisher(app)
@@ -388,7 +388,7 @@ def test_a_prefix_of_keys_is_kept(valkey):
     publisher.close()
 
 
-def test_a_broker_that_is_down_at_the_start_of_a_session(on_redis):
+def test_broker_down_at_the_start_of_a_session_enqueues_nothing_twice(on_redis):
     with Valkey() as own:
         on_redis.valkey, on_redis.app.conf.broker_url = own, own.url
         own.stop()

@@ -129,9 +129,7 @@ NARROW = [
 
 
 @pytest.mark.parametrize("push_down", [pytest.param(False, marks=pytest.mark.soak), True])
-def test_writes_work_after_every_statement_of_set_up_change_and_reset(
-    tables, connection, push_down
-):
+def test_writes_work_after_every_statement_of_setup_change_and_reset(tables, connection, push_down):
     before = identities(tables)
     settings = Settings(flash_replication_slot="flash_setup", flash_push_down=push_down)
     killed = partial(killed_after_every_step, connection, tables, settings=settings)
@@ -166,7 +164,7 @@ def test_writes_work_after_every_statement_of_set_up_change_and_reset(
     assert identities(tables) == before
 
 
-def test_a_partition_is_looked_at_anew_in_the_transaction_that_notes_it(
+def test_partition_is_checked_again_in_the_transaction_that_records_it(
     tables, connection, monkeypatch
 ):
     """PostgreSQL 14 leaves out rows of a partition that is noted and has not been looked at."""
@@ -184,7 +182,7 @@ def test_a_partition_is_looked_at_anew_in_the_transaction_that_notes_it(
     assert killed_after_every_step(connection, tables, [subscription("parts")]) <= len(steps)
 
 
-def test_full_is_set_only_where_it_is_needed(tables, connection):
+def test_identity_full_is_set_only_where_needed(tables, connection):
     subscriptions = [
         subscription("orders"),
         subscription("plain"),
@@ -205,7 +203,7 @@ def test_full_is_set_only_where_it_is_needed(tables, connection):
     assert plan(connection, subscriptions) == []
 
 
-def test_an_identity_is_not_restored_where_another_publication_needs_it(tables, connection):
+def test_identity_that_another_publication_needs_is_not_restored(tables, connection):
     ddl.apply(connection, plan(connection, [subscription("plain")]))
     tables.execute("CREATE PUBLICATION theirs FOR TABLE plain")
     undo = plan_reset(Source(connection, SETTINGS), "flash_setup")
@@ -214,14 +212,14 @@ def test_an_identity_is_not_restored_where_another_publication_needs_it(tables, 
     write_everywhere(tables)
 
 
-def test_an_identity_that_somebody_changed_since_is_left_alone(tables, connection):
+def test_identity_changed_by_hand_is_left_alone(tables, connection):
     ddl.apply(connection, plan(connection, [subscription("orders", where=WHERE)]))
     tables.execute("ALTER TABLE orders REPLICA IDENTITY NOTHING; ")
     run_reset(plan_reset(Source(connection, SETTINGS), "flash_setup"), force=False)
     assert identities(tables)["orders"] == "n"
 
 
-def test_other_prefixes_are_left_alone(tables, connection):
+def test_publications_of_other_prefixes_are_left_alone(tables, connection):
     other = Settings(flash_publication_slot_prefix="flash_publication_b")
     ddl.apply(connection, plan(connection, [subscription("orders")], other))
     ddl.apply(connection, plan(connection, [subscription("orders")]))
@@ -230,14 +228,14 @@ def test_other_prefixes_are_left_alone(tables, connection):
     assert len(publications.read(Source(connection, other)).publications) == 4
 
 
-def test_a_table_dropped_and_made_again_is_published_again(tables, connection):
+def test_recreated_table_is_published_again(tables, connection):
     ddl.apply(connection, plan(connection, [subscription("orders")]))
     tables.execute("DROP TABLE orders", TABLES["orders"])
     ddl.apply(connection, plan(connection, [subscription("orders")]))
     assert published(connection)["insert"] == ["orders"]
 
 
-def test_a_renamed_table_leaves_by_its_new_name(tables, connection):
+def test_renamed_table_is_removed_by_its_new_name(tables, connection):
     ddl.apply(connection, plan(connection, [subscription("orders")]))
     tables.execute("ALTER TABLE orders RENAME TO bills")
     ddl.apply(connection, plan(connection, [subscription("plain")]))
@@ -254,14 +252,14 @@ def test_a_renamed_table_leaves_by_its_new_name(tables, connection):
         "DROP PUBLICATION flash_publication_update",
     ],
 )
-def test_a_publication_altered_by_hand_is_refused(tables, connection, by_hand):
+def test_publication_altered_by_hand_is_refused(tables, connection, by_hand):
     ddl.apply(connection, plan(connection, [subscription("orders")]))
     tables.execute(by_hand)
     with pytest.raises(PublicationMismatch, match="flash_publication_(insert|delete|update)"):
         plan(connection, [subscription("orders")])
 
 
-def test_publications_of_somebody_else_are_refused_and_fitting_ones_adopted(tables, connection):
+def test_publications_of_others_are_refused_unless_they_fit(tables, connection):
     tables.execute(
         *(
             f"CREATE PUBLICATION flash_publication_{name} FOR TABLE orders WITH (publish = {name})"
@@ -275,7 +273,7 @@ def test_publications_of_somebody_else_are_refused_and_fitting_ones_adopted(tabl
 
 
 @pytest.mark.parametrize("others", ["ALL TABLES", "TABLE parts, orders", "TABLES IN SCHEMA public"])
-def test_looking_waits_for_nobody_who_has_locked_a_table(tables, connection, others):
+def test_examination_does_not_wait_for_table_locks(tables, connection, others):
     """VACUUM FULL, CLUSTER, a migration: capture goes on, and starts."""
     subscriptions = [subscription(name, where=WHERE) for name in ("orders", "parts")]
     settings = replace(SETTINGS, flash_push_down=True)
@@ -300,7 +298,7 @@ def test_looking_waits_for_nobody_who_has_locked_a_table(tables, connection, oth
         assert [step for step in fewer if "IDENTITY" in str(step)] == []
 
 
-def test_a_lock_names_who_holds_it(tables, connection, monkeypatch):
+def test_lock_timeout_names_the_holder(tables, connection, monkeypatch):
     monkeypatch.setattr(ddl, "LOCK_TIMEOUT", "50ms")
     steps = plan(connection, [subscription("orders", where=WHERE)])
     with psycopg.connect(tables.dsn, application_name="a long report") as blocker:
@@ -312,7 +310,7 @@ def test_a_lock_names_who_holds_it(tables, connection, monkeypatch):
     ddl.apply(connection, plan(connection, [subscription("orders", where=WHERE)]))
 
 
-def test_a_lock_that_goes_away_is_waited_for(tables, connection, monkeypatch):
+def test_lock_that_is_released_is_waited_for(tables, connection, monkeypatch):
     monkeypatch.setattr(ddl, "LOCK_TIMEOUT", "50ms")
     steps = plan(connection, [subscription("orders", where=WHERE)])
     with psycopg.connect(tables.dsn) as blocker:
@@ -338,7 +336,7 @@ def test_a_lock_that_goes_away_is_waited_for(tables, connection, monkeypatch):
         (subscription("deferred_parts"), "has no primary key but a deferrable one"),
     ],
 )
-def test_what_cannot_work_is_refused_naming_the_handler(tables, connection, declared, message):
+def test_setup_that_cannot_work_names_the_handler(tables, connection, declared, message):
     tables.execute(
         "CREATE VIEW seen AS SELECT * FROM orders",
         "CREATE UNLOGGED TABLE quick (id int PRIMARY KEY)",
@@ -350,7 +348,7 @@ def test_what_cannot_work_is_refused_naming_the_handler(tables, connection, decl
     assert publications.read(Source(connection, SETTINGS)).publications == {}
 
 
-def test_keep_alters_nothing_and_says_what_is_missing(tables, connection):
+def test_identity_keep_alters_nothing_and_names_what_is_missing(tables, connection):
     keep = Settings(flash_replica_identity="keep")
     declared = [subscription("orders", where=WHERE)]
     with pytest.raises(ReplicaIdentityMissing, match='ALTER TABLE "public"."orders" REPLICA'):
@@ -359,7 +357,7 @@ def test_keep_alters_nothing_and_says_what_is_missing(tables, connection):
     assert plan(connection, declared, keep)
 
 
-def test_slots_that_are_not_ours_are_refused(tables, connection):
+def test_slots_of_other_plugins_are_refused(tables, connection):
     declared = [subscription("orders")]
     create = "SELECT pg_create_logical_replication_slot('flash_setup', 'pgoutput')"
     drop = "SELECT pg_drop_replication_slot('flash_setup')"
@@ -378,7 +376,7 @@ def test_slots_that_are_not_ours_are_refused(tables, connection):
         plan(connection, declared)
 
 
-def test_a_slot_of_another_database_is_refused_and_not_reset(tables, connection, postgres):
+def test_slot_of_another_database_is_refused_and_not_reset(tables, connection, postgres):
     with psycopg.connect(postgres.dsn(), autocommit=True) as elsewhere:
         elsewhere.execute("SELECT pg_create_logical_replication_slot('flash_setup', 'pgoutput')")
         try:
@@ -402,7 +400,7 @@ def role(tables):
     tables.execute("DROP OWNED BY shop", "DROP ROLE shop")
 
 
-def test_the_least_privileges_suffice(tables, role):
+def test_least_privileges_suffice(tables, role):
     tables.execute("ALTER TABLE orders OWNER TO shop")
     with connect(role) as connection:
         ddl.apply(connection, plan(connection, [subscription("orders", where=WHERE)]))

@@ -114,13 +114,13 @@ def message(number, queue="first", **properties):
     return Message(form, str(number), f'the "{number}"th: 5 %', f'"é{number}"')
 
 
-def test_messages_arrive_once_and_in_order(broker):
+def test_publisher_delivers_messages_once_in_order(broker):
     broker.publisher.publish([message(n, "first" if n % 3 else "second") for n in range(1, 2500)])
     assert broker.read("first") == [str(n) for n in range(1, 2500) if n % 3]
     assert broker.read("second") == [str(n) for n in range(1, 2500) if not n % 3]
 
 
-def test_a_message_is_what_was_published(broker):
+def test_publisher_keeps_every_property_of_a_message(broker):
     first, altered = message(1, priority=4), message(2, priority=4)
     altered.headers["trace"] = "abc"
     packed = message(3, priority=4)
@@ -140,7 +140,7 @@ def test_a_message_is_what_was_published(broker):
     assert bytes(binary.body) == b"\x00\xff"
 
 
-def test_rabbitmq_is_sent_what_the_library_would_write():
+def test_publisher_writes_the_frames_of_py_amqp():
     from kombu.transport.pyamqp import Channel
 
     publisher = AmqpPublisher(Celery("shop", set_as_current=False))
@@ -156,12 +156,12 @@ def test_rabbitmq_is_sent_what_the_library_would_write():
         assert publisher._written(one) == fast
 
 
-def test_nothing_to_publish_is_fine(broker):
+def test_publisher_accepts_no_messages(broker):
     broker.publisher.publish([])
     assert broker.read("first") == []
 
 
-def test_a_publisher_opens_again(broker):
+def test_publisher_can_be_reopened(broker):
     broker.publisher.close()
     broker.publisher.close()
     broker.publisher.open([broker.app.amqp.queues["first"]])
@@ -175,7 +175,7 @@ def unreachable(request):
     return Celery("shop", broker=f"{scheme}://me:s3cret@127.0.0.1:1//", set_as_current=False)
 
 
-def test_a_broker_that_is_not_there_is_a_publish_error_without_the_password(unreachable):
+def test_publisher_error_without_a_broker_hides_the_password(unreachable):
     publisher = for_app(unreachable)
     with pytest.raises(PublishError, match=r"127\.0\.0\.1:1") as caught:
         publisher.open([unreachable.amqp.queues["flash"]])
@@ -184,7 +184,7 @@ def test_a_broker_that_is_not_there_is_a_publish_error_without_the_password(unre
 
 
 @pytest.mark.parametrize("given", [{}, {"sentinel_kwargs": {"password": "s3cret"}}])
-def test_a_sentinel_that_says_nothing_is_asked_once(sentinel, given):
+def test_publisher_asks_a_silent_sentinel_once(sentinel, given):
     """Where redis-py and kombu try again and again, nothing is logged for minutes."""
     with Proxy(urlsplit(sentinel).port) as proxy:
         app = Celery("shop", broker=f"sentinel://127.0.0.1:{proxy.port}/0", set_as_current=False)
@@ -201,7 +201,7 @@ def test_a_sentinel_that_says_nothing_is_asked_once(sentinel, given):
         publisher.close()
 
 
-def test_a_redis_that_says_nothing_is_asked_once(valkey):
+def test_publisher_asks_a_silent_redis_once(valkey):
     with Proxy(valkey.port) as proxy:
         app = Celery("shop", broker=f"redis://127.0.0.1:{proxy.port}/0", set_as_current=False)
         publisher = for_app(app, timeout=0.5)
@@ -212,7 +212,7 @@ def test_a_redis_that_says_nothing_is_asked_once(valkey):
 
 
 @pytest.mark.parametrize("kind", ["valkey", "rabbit"])
-def test_every_host_of_a_url_is_tried(kind, request):
+def test_publisher_tries_every_host_of_a_url(kind, request):
     url = request.getfixturevalue(kind).url
     dead = f"{url.partition(':')[0]}://127.0.0.1:1"
     app = Celery("shop", broker=f"{dead};{dead};{url}", set_as_current=False)
@@ -222,7 +222,7 @@ def test_every_host_of_a_url_is_tried(kind, request):
     publisher.close()
 
 
-def test_a_message_for_a_queue_that_is_gone_is_unroutable(rabbit):
+def test_publisher_reports_messages_for_a_deleted_queue_as_unroutable(rabbit):
     app = Celery("shop", broker=rabbit.url, set_as_current=False)
     publisher = for_app(app)
     publisher.open([])
@@ -231,7 +231,7 @@ def test_a_message_for_a_queue_that_is_gone_is_unroutable(rabbit):
     publisher.close()
 
 
-def test_a_queue_of_the_worker_is_declared_as_the_worker_does(rabbit):
+def test_publisher_declares_queues_like_a_celery_worker(rabbit):
     app = Celery("shop", broker=rabbit.url, set_as_current=False)
     app.conf.task_queue_max_priority = 9
     queue = app.amqp.queues["priorities"]
@@ -246,7 +246,7 @@ def test_a_queue_of_the_worker_is_declared_as_the_worker_does(rabbit):
         bound.delete()
 
 
-def test_priorities_of_redis_have_their_keys(valkey):
+def test_publisher_uses_the_priority_keys_of_redis(valkey):
     app = Celery("shop", broker=valkey.url, set_as_current=False)
     publisher = for_app(app)
     publisher.open([app.amqp.queues["ordered"]])
@@ -258,7 +258,7 @@ def test_priorities_of_redis_have_their_keys(valkey):
         client.delete("ordered", "ordered\x06\x169")
 
 
-def test_the_depth_of_a_queue(broker):
+def test_publisher_counts_the_messages_of_a_queue(broker):
     if isinstance(broker, Twin) or broker.app.conf.broker_url == "memory://":
         return  # the broker lives in this process
     broker.publisher.publish([message(n) for n in range(3)])
@@ -267,7 +267,7 @@ def test_the_depth_of_a_queue(broker):
     broker.read("first")
 
 
-def test_the_depths_of_many_queues_take_the_connections_of_one(valkey):
+def test_publisher_counts_many_queues_on_one_connection(valkey):
     app = Celery("shop", broker=valkey.url, set_as_current=False)
     with redis.Redis(port=valkey.port) as client:
 
@@ -279,7 +279,7 @@ def test_the_depths_of_many_queues_take_the_connections_of_one(valkey):
         assert connections(["first", "second", "third"]) == connections(["first"]) > 0
 
 
-def test_the_transport_picks_the_publisher():
+def test_publisher_is_chosen_by_transport():
     kinds = {
         "redis://": RedisPublisher,
         "rediss://": RedisPublisher,
@@ -292,7 +292,7 @@ def test_the_transport_picks_the_publisher():
         assert type(for_app(Celery("shop", broker=url, set_as_current=False))) is kind, url
 
 
-def test_a_queue_that_refuses_keeps_order_and_gets_nothing_twice(rabbit):
+def test_publisher_keeps_order_and_repeats_nothing_if_a_queue_refuses(rabbit):
     arguments = {"x-max-length": 10, "x-overflow": "reject-publish"}
     queue = Queue("short", durable=True, queue_arguments=arguments)
     app = Celery("shop", broker=rabbit.url, set_as_current=False)
@@ -352,7 +352,7 @@ BOUNDS = {"max-length": 20, "overflow": "reject-publish"}
 
 
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
-def test_no_message_overtakes_one_that_is_refused(rabbit, kind):
+def test_publisher_lets_no_message_overtake_a_refused_one(rabbit, kind):
     arguments = {f"x-{name}": value for name, value in BOUNDS.items()}
     queue = Queue("short", durable=True, queue_arguments={**arguments, "x-queue-type": kind})
     publisher = for_app(Celery("shop", broker=rabbit.url, set_as_current=False))
@@ -373,7 +373,7 @@ def test_no_message_overtakes_one_that_is_refused(rabbit, kind):
 
 
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
-def test_few_are_on_their_way_when_a_queue_with_a_policy_refuses_its_first(rabbit, kind, caplog):
+def test_publisher_has_few_messages_unconfirmed_on_a_queue_with_a_policy(rabbit, kind, caplog):
     """Nobody is told of a policy. They could overtake it where a consumer makes room meanwhile."""
     rabbit.control("set_policy", "short", "^short$", json.dumps(BOUNDS), "--apply-to", "queues")
     queue = Queue("short", durable=True, queue_arguments={"x-queue-type": kind})
@@ -393,7 +393,7 @@ def test_few_are_on_their_way_when_a_queue_with_a_policy_refuses_its_first(rabbi
     rabbit.control("clear_policy", "short")
 
 
-def test_a_broker_that_does_not_come_back_confirms_nothing_more():
+def test_publisher_confirms_nothing_after_the_broker_is_lost():
     with Valkey() as own:
         app = Celery("shop", broker=own.url, set_as_current=False)
         publisher = for_app(app)
@@ -406,7 +406,7 @@ def test_a_broker_that_does_not_come_back_confirms_nothing_more():
     publisher.close()
 
 
-def test_what_is_parked_goes_back_in_order_and_as_it_was(broker):
+def test_held_messages_are_requeued_in_order_and_unchanged(broker):
     """Only as much as may be published, and with the priority it had."""
     name = f"flash.paused.{uuid4()}"
     broker.publisher.open(
@@ -441,7 +441,7 @@ def test_what_is_parked_goes_back_in_order_and_as_it_was(broker):
     assert broker.read("first") == ["1", "11", "21", "31"]
 
 
-def test_a_parking_quorum_queue_keeps_its_order(rabbit):
+def test_hold_queue_of_type_quorum_keeps_its_order(rabbit):
     """Whether a process has died with some of it in its hands, or there was no room for all."""
     app = Celery("shop", broker=rabbit.url, set_as_current=False)
     app.conf.task_default_queue_type = "quorum"
@@ -470,7 +470,7 @@ def test_a_parking_quorum_queue_keeps_its_order(rabbit):
     rabbit.control("delete_queue", name)
 
 
-def test_what_nobody_can_read_is_set_aside(valkey, caplog):
+def test_held_messages_that_cannot_be_read_are_set_aside(valkey, caplog):
     """Anybody who can write to Redis could end the replication worker, again and again."""
     app = Celery("shop", broker=valkey.url, set_as_current=False)
     name = f"flash.paused.{uuid4()}"
@@ -490,7 +490,7 @@ def test_what_nobody_can_read_is_set_aside(valkey, caplog):
     assert caplog.text.count("cannot be read") == len(broken)
 
 
-def test_only_one_process_moves_what_is_parked(rabbit):
+def test_held_messages_are_requeued_by_one_process(rabbit):
     """One that was stopped holds messages that nobody else sees."""
     app = Celery("shop", broker=rabbit.url, set_as_current=False)
     name = f"flash.paused.{uuid4()}"

@@ -51,7 +51,7 @@ def shapes(flash):
     return {name.rpartition("_")[2]: (filter_, columns) for name, filter_, columns in rows}
 
 
-def test_the_server_sends_only_rows_that_a_condition_may_want(flash):
+def test_push_down_sends_only_rows_that_a_condition_may_match(flash):
     flash.database.execute(ITEMS)
     flash.handler("items", where={"name": "paid", "total__gte": 100})
     flash.handler("items", "insert", name="second", where={"note__regex": "x", "name": "open"})
@@ -88,7 +88,7 @@ def test_the_server_sends_only_rows_that_a_condition_may_want(flash):
     assert shown(flash.told("second")) == ["insert 3,open,1,x"]
 
 
-def test_the_server_sends_only_columns_that_a_handler_wants(flash):
+def test_push_down_sends_only_columns_of_handlers(flash):
     flash.database.execute(ITEMS)
     flash.handler("items", "insert|truncate", fields=["name"], where={"note__ne": "hidden"})
     flash.handler("items", "truncate", name="emptied")
@@ -99,7 +99,7 @@ def test_the_server_sends_only_columns_that_a_handler_wants(flash):
     assert shown(flash.told()) == ["insert a"]
 
 
-def test_columns_that_no_insert_handler_names_are_not_sent(flash):
+def test_push_down_omits_columns_that_no_insert_handler_names(flash):
     flash.database.execute(ITEMS)
     flash.handler("items", "insert|truncate", fields=["name"])
     flash.handler("items", "truncate", name="emptied")
@@ -121,7 +121,7 @@ def test_columns_that_no_insert_handler_names_are_not_sent(flash):
     assert shown(flash.told("emptied")) == ["truncate"]
 
 
-def test_switching_it_on_and_off_loses_nothing(flash):
+def test_push_down_can_be_switched_without_loss(flash):
     flash.database.execute(ITEMS)
     flash.handler("items", "insert", where={"name": "a"}, fields=["name"])
     for number, push_down in enumerate([False, True, False, True]):
@@ -136,7 +136,7 @@ def test_switching_it_on_and_off_loses_nothing(flash):
     assert told == [0, 20, 1, 21, 2, 22, 3, 23]
 
 
-def test_a_filter_altered_by_hand_is_mended(flash):
+def test_push_down_repairs_a_filter_altered_by_hand(flash):
     flash.database.execute(ITEMS)
     flash.handler("items", "insert", where={"name": "a"}).start(flash_push_down=True)
     before = shapes(flash)
@@ -159,7 +159,7 @@ def explained(flash, **conf):
         return list(explain_tables(source, subscriptions, report))
 
 
-def test_doctor_explains_who_leaves_out_what(flash):
+def test_doctor_explains_where_rows_are_filtered(flash):
     flash.database.execute(ITEMS, "CREATE TABLE others (id int PRIMARY KEY, a int, b int)")
     flash.handler("items", "insert|delete", name="first", where={"name": "a", "note__regex": "x"})
     flash.handler("items", "insert|update|delete", name="second", fields=["name"], key=["name"])
@@ -195,7 +195,7 @@ public.others
     assert "  flash_push_down  would send each delete where" in off
 
 
-def test_a_lookup_that_is_left_to_the_worker_is_explained(flash):
+def test_doctor_explains_lookups_left_to_the_worker(flash):
     flash.database.execute(ITEMS)
     flash.handler("items", "insert", where={"name": "a", "note__regex": "x"})
     text = "\n".join(explained(flash, flash_push_down=True))
@@ -203,7 +203,7 @@ def test_a_lookup_that_is_left_to_the_worker_is_explained(flash):
     assert "sends each insert where \"name\" = 'a'::text" in text
 
 
-def test_a_column_of_a_filter_is_guarded_by_the_server_and_its_end_is_told(flash):
+def test_push_down_column_is_guarded_and_its_removal_stops_the_worker(flash):
     flash.database.execute(ITEMS)
     flash.handler("items", where={"name": "a"}).start(flash_push_down=True)
     with pytest.raises(psycopg.errors.DependentObjectsStillExist, match="publication"):
@@ -218,7 +218,7 @@ def test_a_column_of_a_filter_is_guarded_by_the_server_and_its_end_is_told(flash
     assert "public.items has no column name" in str(flash.error)
 
 
-def test_an_identity_is_not_set_that_a_column_list_of_another_publication_lacks(flash):
+def test_push_down_respects_column_lists_of_other_publications(flash):
     flash.database.execute(
         ITEMS, "CREATE PUBLICATION theirs FOR TABLE items (id, name) WITH (publish = 'update')"
     )
@@ -229,7 +229,7 @@ def test_an_identity_is_not_set_that_a_column_list_of_another_publication_lacks(
 
 
 @pytest.mark.parametrize("running", [False, True])
-def test_a_filter_follows_the_name_when_columns_change_places(flash, running):
+def test_push_down_filter_follows_renamed_columns(flash, running):
     flash.database.execute(ITEMS)
     flash.handler("items", "insert", where={"name": "paid"}).start(flash_push_down=True)
     if not running:
@@ -245,7 +245,7 @@ def test_a_filter_follows_the_name_when_columns_change_places(flash, running):
 
 
 @pytest.mark.parametrize("running", [True, False])
-def test_a_table_that_may_become_a_partition_is_sent_whole(flash, running):
+def test_push_down_sends_possible_partitions_whole(flash, running):
     flash.database.execute(
         "CREATE TABLE parts (id int PRIMARY KEY, name text) PARTITION BY RANGE (id)",
         "CREATE TABLE part (id int PRIMARY KEY, name text)",
@@ -269,7 +269,7 @@ def test_a_table_that_may_become_a_partition_is_sent_whole(flash, running):
     assert shown(flash.told("part")) == ["insert 3"]
 
 
-def test_partitions_and_types_of_ones_own_are_left_to_the_worker(flash):
+def test_push_down_leaves_partitions_and_custom_types_to_the_worker(flash):
     flash.database.execute(
         "CREATE TYPE mood AS ENUM ('sad', 'ok')",
         "CREATE TABLE moods (id int PRIMARY KEY, mood mood)",
@@ -429,7 +429,7 @@ counts = {"whole": 0, "pushed": 0}
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.lists(subscribed, min_size=1, max_size=3), writes)
-def test_the_same_is_told_with_push_down_and_without(pushed, declared, script):
+def test_push_down_delivers_the_same_changes(pushed, declared, script):
     table = TableName("public", f"t{next(numbers)}")
     pushed.execute(make(table.name))
     subscriptions = [
@@ -457,6 +457,6 @@ def test_the_same_is_told_with_push_down_and_without(pushed, declared, script):
     pushed.execute(f"DROP TABLE {table.name}")
 
 
-def test_the_property_saw_rows_left_out():
+def test_push_down_property_saw_rows_left_out():
     if counts["whole"]:
         assert counts["pushed"] < counts["whole"]

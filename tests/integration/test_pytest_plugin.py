@@ -100,7 +100,7 @@ def project(tmp_path, database):
     return Project(tmp_path, database)
 
 
-def test_what_users_write(project):
+def test_plugin_runs_tests_of_users(project):
     said = project.run("""
 import pytest
 import shop
@@ -134,7 +134,7 @@ def test_that_fails(flash_live, sql):
     assert project.left() == []
 
 
-def test_the_examples_of_the_page(project):
+def test_plugin_runs_the_examples_of_the_page(project):
     page = (Path(__file__).parents[2] / "docs" / "testing.md").read_text()
     app, *tests = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (settings,) = re.findall(r"```ini\n(.*?)```", page, re.DOTALL)
@@ -147,7 +147,7 @@ def test_the_examples_of_the_page(project):
 
 
 @pytest.mark.soak
-def test_a_worker_runs_them(project):
+def test_plugin_runs_handlers_in_a_worker(project):
     project.database.execute("ALTER TABLE orders ADD colour text")
     said = project.run("""
 import dataclasses
@@ -193,7 +193,7 @@ def test_a_row_that_does_not_fit_is_a_dead_letter(celery_worker, flash_live, sql
     assert project.left() == []
 
 
-def test_nothing_changes_without_the_fixtures_and_what_is_missing_is_said(project):
+def test_plugin_changes_nothing_without_its_fixtures(project):
     project.write("pytest.ini", "[pytest]\n")
     said = project.run("""
 import sys
@@ -212,7 +212,7 @@ def test_no_app(flash):
 
 
 @pytest.mark.soak
-def test_a_killed_test_is_swept_up_by_the_next(project):
+def test_plugin_cleans_up_after_a_killed_test(project):
     tests = """
 import pathlib, time
 
@@ -271,7 +271,7 @@ def pytest_configure(config):
 
 
 @pytest.mark.soak
-def test_django_and_its_transactions(project):
+def test_plugin_works_with_transactions_of_django(project):
     said = project.run(DJANGO)
     assert "2 passed" in said, said
     # What pytest-django is called, which makes a test database only for who asks.
@@ -298,7 +298,7 @@ IDENTITY = "SELECT relreplident::text FROM pg_class WHERE relname = 'orders'"
 OURS = "SELECT count(*) FROM pg_publication WHERE starts_with(pubname::text, 'flash_test_')"
 
 
-def test_what_production_has_is_left_alone(shop, database):
+def test_plugin_leaves_production_objects_alone(shop, database):
     database.execute(
         "CREATE PUBLICATION flash_publication_insert FOR TABLE orders WITH (publish = 'insert')"
     )
@@ -312,7 +312,7 @@ def test_what_production_has_is_left_alone(shop, database):
     live.close()  # again
 
 
-def test_a_transaction_that_stays_open_is_named(shop, database):
+def test_plugin_names_a_transaction_that_stays_open(shop, database):
     with database.connect() as other:
         other.execute("SET application_name = 'somebody'")
         other.execute("BEGIN")
@@ -324,12 +324,12 @@ def test_a_transaction_that_stays_open_is_named(shop, database):
     assert database.one("SELECT count(*) FROM pg_publication") == 0
 
 
-def test_two_on_one_database_wait_for_each_other(shop, database):
+def test_plugin_waits_for_another_test_on_the_same_database(shop, database):
     with Live(shop), pytest.raises(TimeoutError, match="before another test has finished"):
         Live(shop, timeout=0.3).__enter__()
 
 
-def test_what_stops_the_replication_worker_is_raised(shop, database):
+def test_plugin_raises_errors_of_the_replication_worker(shop, database):
     database.execute("DROP TABLE orders")
     with pytest.raises(SubscriptionError, match=r"reward: there is no table public\.orders"):
         Live(shop).__enter__()
@@ -340,14 +340,14 @@ def test_what_stops_the_replication_worker_is_raised(shop, database):
 
 
 @pytest.mark.soak
-def test_without_a_worker_a_test_does_not_wait_for_ever(shop, database):
+def test_plugin_wait_without_a_worker_times_out(shop, database):
     with Live(shop, broker=True, timeout=1) as live:
         database.execute("INSERT INTO orders VALUES (1, 'paid', 5)")
         with pytest.raises(TimeoutError, match="before a Celery worker of this process has run"):
             live.wait_for()
 
 
-def test_connections_that_end_leave_nothing(shop, database):
+def test_plugin_leaves_nothing_after_ended_connections(shop, database):
     with Live(shop) as live:
         database.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "

@@ -58,7 +58,7 @@ def kinds(rabbit):
     return dict(line.split() for line in listed.splitlines())
 
 
-def test_a_default_type_is_not_that_of_the_handlers_queues(project, rabbit):
+def test_queue_type_of_handlers_is_not_the_default_type(project, rabbit):
     app = project(**QUORUM)
     queues, warned = examine(app)
     assert queues == "ok       queues: flash"
@@ -71,7 +71,7 @@ def test_a_default_type_is_not_that_of_the_handlers_queues(project, rabbit):
 
 
 @pytest.mark.parametrize("conf", [MISSING_TOO, DECLARED], ids=["missing", "declared"])
-def test_what_the_warning_says_makes_every_queue_a_quorum_queue(project, rabbit, conf):
+def test_queue_type_advice_of_the_warning_makes_quorum_queues(project, rabbit, conf):
     app = project(**conf)
     assert examine(app) == ["ok       queues: flash"]
     declare(app)
@@ -79,13 +79,13 @@ def test_what_the_warning_says_makes_every_queue_a_quorum_queue(project, rabbit,
     assert examine(app) == ["ok       queues: flash"]
 
 
-def test_the_type_of_missing_queues_is_that_of_dead_letters_too(project, rabbit):
+def test_queue_type_of_missing_queues_applies_to_dead_letters(project, rabbit):
     app = project(task_create_missing_queue_type="quorum")
     declare(app)
     assert set(kinds(rabbit).values()) == {"quorum"}
 
 
-def test_a_queue_that_is_there_with_other_arguments(project):
+def test_queue_with_other_arguments_is_named(project):
     declare(project())
     _, other = examine(project(**MISSING_TOO))
     assert other.startswith("warning  queue: flash exists with other arguments")
@@ -103,18 +103,18 @@ def test_a_queue_that_is_there_with_other_arguments(project):
         ({"queue_arguments": {"x-expires": 60_000, "x-max-length": 9}}, "expires, max_length"),
     ],
 )
-def test_a_queue_that_forgets(project, options, said):
+def test_queue_that_drops_messages_is_named(project, options, said):
     _, warned = examine(project(task_queues=[Queue("flash", **options)]))
     assert warned.startswith(f"warning  queue: flash discards waiting messages ({said})")
 
 
-def test_a_queue_that_refuses_what_it_has_no_room_for_forgets_nothing(project):
+def test_queue_that_refuses_messages_drops_none(project):
     arguments = {"x-overflow": "reject-publish", "x-max-length": 9}
     app = project(task_queues=[Queue("flash", queue_arguments=arguments)])
     assert examine(app) == ["ok       queues: flash"]
 
 
-def test_a_queue_that_no_worker_may_declare_stops(project):
+def test_queue_that_no_worker_can_declare_stops_the_start(project):
     app = project(task_create_missing_queues=False)
     (stopped,) = examine(app)
     assert stopped.startswith(

@@ -28,7 +28,7 @@ ALTER TABLE orders ALTER note SET STORAGE EXTERNAL
 """
 
 
-def test_rows_as_postgresql_writes_them(flash):
+def test_row_types_accept_rows_as_postgresql_writes_them(flash):
     flash.database.execute(ORDERS)
     told = []
 
@@ -55,7 +55,7 @@ def test_rows_as_postgresql_writes_them(flash):
     assert dict(delete.key) == {"id": 1}
 
 
-def test_a_field_without_a_column_stops_the_start(flash):
+def test_row_type_field_without_a_column_stops_the_start(flash):
     flash.database.execute(
         "CREATE TABLE orders (id int PRIMARY KEY, statsu text, made timestamptz)"
     )
@@ -66,7 +66,7 @@ def test_a_field_without_a_column_stops_the_start(flash):
     assert flash.database.one("SELECT count(*) FROM pg_publication") == 0
 
 
-def test_a_field_of_a_column_that_is_not_published_stops_the_start(flash):
+def test_row_type_field_of_an_unpublished_column_stops_the_start(flash):
     # Stored ones are published from PostgreSQL 18 on, virtual ones never.
     late = flash.database.one("SHOW server_version_num") >= "180000"
     flash.database.execute(

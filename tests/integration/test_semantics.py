@@ -17,7 +17,7 @@ ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text, note text)"
 FULL = "ALTER TABLE items REPLICA IDENTITY FULL"
 
 
-def test_every_operation(flash):
+def test_operations_are_delivered_with_old_and_new(flash):
     flash.database.execute(ITEMS)
     flash.handler("items").start()
     flash.do(
@@ -60,7 +60,7 @@ def documented():
 MASKS = ["|".join(c) for n in (1, 2, 3) for c in combinations(("insert", "update", "delete"), n)]
 
 
-def test_the_table_of_transitions(flash):
+def test_transitions_match_the_documented_table(flash):
     flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, name text, status text)")
     for mask in MASKS:
         options = {"where": {"status": "in"}, "fields": ["name"], "key": ["id"]}
@@ -88,7 +88,7 @@ def test_the_table_of_transitions(flash):
         flash.database.execute("DELETE FROM items")
 
 
-def test_inserts_and_deletes_within_a_condition(flash):
+def test_inserts_and_deletes_are_filtered_by_a_condition(flash):
     flash.database.execute(ITEMS)
     flash.handler("items", where=[{"name": "paid"}, {"note": None}]).start()
     flash.do(
@@ -105,7 +105,7 @@ def test_inserts_and_deletes_within_a_condition(flash):
     ]
 
 
-def test_fields_travel_alone_and_conditions_may_look_elsewhere(flash):
+def test_fields_are_sent_alone_and_conditions_can_use_others(flash):
     flash.database.execute(ITEMS)
     flash.handler("items", fields=["name"], where={"note__ne": "hidden"}).start()
     flash.do(
@@ -126,7 +126,7 @@ def test_fields_travel_alone_and_conditions_may_look_elsewhere(flash):
         changes[2].new["note"]
 
 
-def test_the_fields_of_what_is_gone_are_told(flash):
+def test_fields_of_a_deleted_row_are_delivered(flash):
     flash.database.execute(ITEMS)
     flash.handler("items", "delete", fields=["name"])
     flash.handler("items", "delete", name="left", fields=["name"], where={"id__lt": 5})
@@ -143,7 +143,7 @@ def test_the_fields_of_what_is_gone_are_told(flash):
     assert shown(flash.told("left")) == ["delete a"]
 
 
-def test_a_composite_key_and_a_condition(flash):
+def test_composite_key_works_with_a_condition(flash):
     flash.database.execute(
         "CREATE TABLE lines (shop int, number int, status text, PRIMARY KEY (shop, number))"
     )
@@ -184,7 +184,7 @@ IDENTITIES = {
 
 
 @pytest.mark.parametrize("identity", IDENTITIES)
-def test_old_holds_what_the_identity_gives(flash, identity):
+def test_old_holds_the_columns_of_the_identity(flash, identity):
     statement, old, changed, deleted = IDENTITIES[identity]
     flash.database.execute(ITEMS.replace("name text", "name text NOT NULL"), statement)
     flash.handler("items").start(flash_replica_identity="keep")
@@ -204,7 +204,7 @@ def test_old_holds_what_the_identity_gives(flash, identity):
     assert (update.key, delete.key) == (key, key)
 
 
-def test_rows_that_were_there_already_are_not_told(flash):
+def test_rows_that_existed_before_are_not_delivered(flash):
     flash.database.execute(ITEMS, "INSERT INTO items VALUES (1, 'a')")
     flash.handler("items").start()
     flash.do("INSERT INTO items VALUES (2, 'b')", "UPDATE items SET name = 'c' WHERE id = 1")
@@ -218,7 +218,7 @@ def test_rows_that_were_there_already_are_not_told(flash):
         f"{ITEMS}; ALTER TABLE items REPLICA IDENTITY NOTHING",
     ],
 )
-def test_a_table_without_identity_gets_one_or_is_refused(flash, set_up):
+def test_table_without_identity_gets_one_or_is_refused(flash, set_up):
     flash.database.execute(set_up)
     flash.handler("items")
     with pytest.raises(ReplicaIdentityMissing, match="REPLICA IDENTITY FULL;"):
@@ -233,7 +233,7 @@ BIG = "repeat(md5('x'), 10000)"
 
 
 @pytest.mark.parametrize("full", [True, False])
-def test_a_large_value_that_did_not_change(flash, full):
+def test_unchanged_large_value_is_marked(flash, full):
     flash.database.execute(
         ITEMS, "ALTER TABLE items ALTER note SET STORAGE EXTERNAL", FULL if full else "SELECT 1"
     )
@@ -258,7 +258,7 @@ def test_a_large_value_that_did_not_change(flash, full):
     assert matched.new["name"] == "b"
 
 
-def test_an_identity_changed_under_way_is_followed(flash):
+def test_identity_changed_while_running_is_followed(flash):
     flash.database.execute(ITEMS)
     flash.handler("items", fields=["name"]).start()
     flash.do("INSERT INTO items VALUES (1, 'a', 'x')")
@@ -274,7 +274,7 @@ def test_an_identity_changed_under_way_is_followed(flash):
     assert shown(flash.told()) == ["update a -> c"]
 
 
-def test_what_is_unknown_is_said_once_for_each_table(flash, caplog):
+def test_unknown_old_values_are_logged_once_for_each_table(flash, caplog):
     flash.database.execute(ITEMS, ITEMS.replace("items", "others"))
     flash.handler("items", fields=["name"])
     flash.handler("others", "update", name="others", where={"note": "x"}).start()
@@ -293,7 +293,7 @@ def test_what_is_unknown_is_said_once_for_each_table(flash, caplog):
     assert [one.partition(":")[0] for one in said] == ["public.items", "public.others"]
 
 
-def test_a_handler_may_start_before_other_sessions_see_the_commit(flash):
+def test_handler_can_start_before_the_commit_is_visible(flash):
     """A commit that waits for a standby is in the WAL and told, and nobody else sees it yet."""
     flash.database.execute(ITEMS)
     flash.handler("items", "insert").start()
@@ -319,7 +319,7 @@ def test_a_handler_may_start_before_other_sessions_see_the_commit(flash):
     assert flash.database.one("SELECT max(id) FROM items") == 2
 
 
-def test_a_handler_that_writes_its_own_table_is_told_of_it(flash):
+def test_handler_that_writes_its_own_table_receives_the_change(flash):
     flash.database.execute(ITEMS)
     flash.handler("items").start()
     flash.do("INSERT INTO items VALUES (1, 'a')")
@@ -334,7 +334,7 @@ def test_a_handler_that_writes_its_own_table_is_told_of_it(flash):
     assert flash.told() == []
 
 
-def test_several_handlers_of_one_table_and_one_of_several(flash):
+def test_handlers_and_tables_can_be_combined_freely(flash):
     flash.database.execute(ITEMS, "CREATE TABLE others (id int PRIMARY KEY)")
     flash.handler("items", "insert", name="first").handler("items", "insert", name="second")
     from flash_celery import on_change
@@ -350,7 +350,7 @@ def test_several_handlers_of_one_table_and_one_of_several(flash):
     assert shown(flash.told("both")) == ["insert 1,-,-", "insert 2"]
 
 
-def test_one_task_subscribed_twice_to_a_table_is_told_twice_with_ids_of_their_own(flash):
+def test_task_subscribed_twice_to_a_table_receives_two_ids(flash):
     flash.database.execute(ITEMS)
     from flash_celery import on_change
 
@@ -366,14 +366,14 @@ def test_one_task_subscribed_twice_to_a_table_is_told_twice_with_ids_of_their_ow
     assert len({change.id for change in changes}) == 5
 
 
-def test_a_column_that_does_not_exist_is_refused(flash):
+def test_unknown_column_is_refused(flash):
     flash.database.execute(ITEMS)
     flash.handler("items", fields=["nope"])
     with pytest.raises(SubscriptionError, match="handler: public.items has no column nope"):
         flash.start()
 
 
-def test_the_key_of_what_is_gone_is_told_whatever_the_identity(flash):
+def test_key_of_a_deleted_row_is_delivered_with_any_identity(flash):
     flash.database.execute(
         "CREATE TABLE items (id int PRIMARY KEY, code text NOT NULL UNIQUE)",
         "ALTER TABLE items REPLICA IDENTITY USING INDEX items_code_key",
@@ -387,7 +387,7 @@ def test_the_key_of_what_is_gone_is_told_whatever_the_identity(flash):
     assert [change.key for change in flash.told()] == [{"id": 1}, {"id": 1}]
 
 
-def test_a_condition_on_an_identity_column_that_does_not_travel(flash):
+def test_condition_on_an_identity_column_that_is_not_sent_is_evaluated(flash):
     flash.database.execute("CREATE TABLE pairs (a int, b int, c int, PRIMARY KEY (a, b))")
     flash.handler("pairs", "delete", where={"b": 1}, key=["a"], fields=["a"])
     flash.start(flash_replica_identity="keep")
@@ -395,7 +395,7 @@ def test_a_condition_on_an_identity_column_that_does_not_travel(flash):
     assert [change.key for change in flash.told()] == [{"a": 4}]
 
 
-def test_values_that_cannot_be_hashed_in_a_condition(flash):
+def test_unhashable_values_work_in_a_condition(flash):
     flash.database.execute("CREATE TABLE tagged (id int PRIMARY KEY, tags text[], data jsonb)")
     flash.handler("tagged", "insert", where=[{"tags": ["a"]}, {"data": {"b": [1]}}]).start()
     flash.do(
@@ -404,7 +404,7 @@ def test_values_that_cannot_be_hashed_in_a_condition(flash):
     assert [change.key["id"] for change in flash.told()] == [1, 2]
 
 
-def test_json_deeper_than_python_can_follow_stops_nothing(flash):
+def test_json_too_deep_for_python_stops_nothing(flash):
     flash.database.execute("CREATE TABLE deep (data json)")
     flash.handler("deep", "insert").handler("deep", "insert", name="where", where={"data": {}})
     flash.start()
@@ -417,7 +417,7 @@ def test_json_deeper_than_python_can_follow_stops_nothing(flash):
     assert len(flash.told("where")) == 1
 
 
-def test_a_value_that_python_cannot_read_stops_nothing(flash):
+def test_unreadable_value_stops_nothing(flash):
     flash.database.execute("CREATE TABLE odd (id int, data json)")
     flash.database.execute("ALTER TABLE odd REPLICA IDENTITY FULL")
     flash.handler("odd").handler("odd", name="where", where={"data": {"a": 1}}).start()

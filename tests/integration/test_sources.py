@@ -31,7 +31,7 @@ def both(flash, billing):
     return flash, billing
 
 
-def test_one_handler_is_told_of_both_and_can_tell_them_apart(both):
+def test_handler_receives_both_sources_and_can_distinguish_them(both):
     here, there = (one.start() for one in both)
     here.do("INSERT INTO items VALUES (1, 'a'), (100, 'b')", "DELETE FROM items")
     there.do("INSERT INTO items VALUES (1, 'a')", "UPDATE items SET name = 'b'")
@@ -54,7 +54,7 @@ class Speechless(MemoryPublisher):
         raise PublishError("No answer.")
 
 
-def test_what_comes_again_after_a_restart_has_the_ids_it_had(both):
+def test_changes_of_sources_repeat_with_equal_ids_after_a_restart(both):
     for one in both:
         one.publisher = Speechless()
         one.start(flash_shutdown_timeout=0.5)
@@ -72,7 +72,7 @@ def test_what_comes_again_after_a_restart_has_the_ids_it_had(both):
     assert [one.pop().partition(":")[2] for one in ids] == ["0", "0#1"]
 
 
-def test_each_database_has_its_own_publications_slot_and_identities(both):
+def test_sources_have_their_own_publications_slot_and_identities(both):
     here, there = (one.start() for one in both)
     names = "SELECT string_agg(pubname, ' ' ORDER BY pubname) FROM pg_publication"
     assert here.database.one(names) == (
@@ -85,7 +85,7 @@ def test_each_database_has_its_own_publications_slot_and_identities(both):
     assert "delete" not in there.database.one(published)
 
 
-def test_two_sources_of_one_database_know_nothing_of_each_other(flash):
+def test_sources_of_one_database_are_independent(flash):
     flash.database.execute(ITEMS)
     flash.handler("items", "insert").handler("second:items", "delete", name="other")
     database = copy(flash.database)
@@ -103,7 +103,7 @@ def test_two_sources_of_one_database_know_nothing_of_each_other(flash):
         second.stop()
 
 
-def test_messages_of_a_source(flash, billing):
+def test_logical_messages_of_a_source_are_delivered(flash, billing):
     @flash.app.task(name="messages", shared=False)
     def handler(message): ...
 
@@ -117,7 +117,7 @@ def test_messages_of_a_source(flash, billing):
     assert there.id.endswith("m#1")
 
 
-def test_a_batch_handler_on_both(flash, billing):
+def test_batch_handler_receives_both_sources(flash, billing):
     for one in (flash, billing):
         one.database.execute(ITEMS)
     flash.handler("items", batch=10)

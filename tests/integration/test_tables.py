@@ -22,7 +22,7 @@ def wheres(changes):
     return [f"{c.operation.names()[0]} {c.table} {c.partition}" for c in changes]
 
 
-def test_handlers_on_the_root_the_middle_and_a_leaf(flash):
+def test_partition_changes_reach_handlers_of_root_middle_and_leaf(flash):
     flash.database.execute(PARTED)
     for name in ("parted", "parted_2", "parted_2a"):
         flash.handler(name, name=name)
@@ -48,7 +48,7 @@ def test_handlers_on_the_root_the_middle_and_a_leaf(flash):
     assert [c.operation.names()[0] for c in flash.told("parted_2a")] == ["insert", "update"]
 
 
-def test_truncate_of_a_leaf_and_of_the_root(flash):
+def test_truncate_of_a_leaf_and_of_the_root_is_delivered(flash):
     flash.database.execute(PARTED)
     flash.handler("parted", "truncate", name="root")
     flash.handler("parted_2", "truncate", name="middle")
@@ -68,7 +68,7 @@ def test_truncate_of_a_leaf_and_of_the_root(flash):
     assert len(flash.told("middle")) == 2
 
 
-def test_a_row_that_moves_is_a_delete_and_an_insert(flash):
+def test_row_moved_between_partitions_is_a_delete_and_an_insert(flash):
     flash.database.execute(PARTED)
     flash.handler("parted").start()
     flash.do("INSERT INTO parted VALUES (1, 1)", "UPDATE parted SET at = 11")
@@ -79,7 +79,7 @@ def test_a_row_that_moves_is_a_delete_and_an_insert(flash):
     ]
 
 
-def test_a_row_that_moves_between_handlers_of_leaves_and_of_the_root(flash):
+def test_row_moved_between_partitions_reaches_handlers_of_leaves_and_root(flash):
     flash.database.execute(PARTED)
     for name in ("parted", "parted_2", "parted_1", "parted_2a"):
         flash.handler(name, name=name)
@@ -101,7 +101,7 @@ def test_a_row_that_moves_between_handlers_of_leaves_and_of_the_root(flash):
     }
 
 
-def test_a_tree_attached_whose_columns_are_in_another_order(flash):
+def test_partition_tree_with_another_column_order_can_be_attached(flash):
     flash.database.execute(PARTED)
     flash.handler("parted", where={"note": "in"}, fields=["id", "note"], key=["id"]).start()
     flash.database.execute(
@@ -139,7 +139,7 @@ def test_a_tree_attached_whose_columns_are_in_another_order(flash):
     ]
 
 
-def test_a_truncate_that_cascades_to_a_partitioned_table(flash):
+def test_truncate_cascading_to_a_partitioned_table_is_delivered(flash):
     flash.database.execute(
         PARTED,
         "CREATE TABLE others (id int PRIMARY KEY)",
@@ -166,7 +166,7 @@ def test_a_truncate_that_cascades_to_a_partitioned_table(flash):
     assert shown(flash.told("others")) == ["insert 1", "insert 1"]
 
 
-def test_a_partition_attached_and_detached_while_running(flash):
+def test_partition_attached_and_detached_while_running_is_followed(flash):
     flash.database.execute(PARTED)
     flash.handler("parted", fields=["note"]).start()
     flash.do(
@@ -189,7 +189,7 @@ def test_a_partition_attached_and_detached_while_running(flash):
     assert flash.told() == []
 
 
-def test_a_partition_made_while_running_is_told_at_once(flash):
+def test_partition_created_while_running_is_delivered_at_once(flash):
     flash.database.execute(PARTED)
     flash.handler("parted", "insert").start()
     flash.do(
@@ -208,7 +208,7 @@ def test_inheritance_is_not_partitioning(flash):
     assert shown(flash.told()) == ["insert 1"]
 
 
-def test_what_is_done_to_a_parent_and_its_children_is_told_of_each_by_its_own_name(flash):
+def test_inheritance_parent_and_children_are_delivered_by_their_own_names(flash):
     flash.database.execute(
         "CREATE TABLE parent (id int PRIMARY KEY)",
         "CREATE TABLE child (name text) INHERITS (parent)",
@@ -243,7 +243,7 @@ NAMES = [
 ]
 
 
-def test_names_of_every_kind(flash):
+def test_table_and_column_names_can_be_any_text(flash):
     for number, name in enumerate(NAMES):
         quoted = '"' + name.replace('"', '""') + '"'
         flash.database.execute(
@@ -260,7 +260,7 @@ def test_names_of_every_kind(flash):
         assert change.key == {name: 1}
 
 
-def test_generated_and_identity_columns(flash):
+def test_generated_and_identity_columns_are_delivered(flash):
     flash.database.execute(
         "CREATE TABLE made (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, a int, "
         "b int GENERATED ALWAYS AS (a * 2) STORED)"
@@ -275,7 +275,7 @@ def test_generated_and_identity_columns(flash):
 
 
 @pytest.mark.parametrize("named", [{"fields": ["b"]}, {"where": {"b": 10}}, {"key": ["b"]}])
-def test_a_stored_column_that_is_named_is_delivered_or_refused(flash, named):
+def test_stored_column_is_delivered_or_refused(flash, named):
     flash.database.execute(
         "CREATE TABLE made (id int PRIMARY KEY, a int, "
         "b int NOT NULL GENERATED ALWAYS AS (a * 2) STORED)"
@@ -292,7 +292,7 @@ def test_a_stored_column_that_is_named_is_delivered_or_refused(flash, named):
 
 
 @pytest.mark.parametrize("named", [{"fields": ["b"]}, {"where": {"b": 10}}, {"key": ["b"]}])
-def test_a_virtual_column_that_is_named_is_refused(flash, named):
+def test_virtual_column_in_fields_is_refused(flash, named):
     if flash.database.one("SHOW server_version_num") < "180000":
         return
     flash.database.execute(
@@ -315,7 +315,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_has_no_changes_in_the_wal_is_refused(flash, kind):
+def test_tables_without_changes_in_the_wal_are_refused(flash, kind):
     flash.database.execute(REFUSED[kind])
     flash.handler("goods", "insert")
     with pytest.raises(SubscriptionError, match=f"handler: public.goods is .*{kind}"):
@@ -324,7 +324,7 @@ def test_what_has_no_changes_in_the_wal_is_refused(flash, kind):
 
 
 @pytest.mark.parametrize("how", ["before", "running", "altered"])
-def test_an_unlogged_partition_is_refused_also_when_it_comes_later(flash, how):
+def test_unlogged_partition_is_refused_also_when_added_later(flash, how):
     running = how != "before"
     late = "TABLE late PARTITION OF parted FOR VALUES FROM (20) TO (30)"
     flash.database.execute(PARTED)
@@ -350,7 +350,7 @@ def test_an_unlogged_partition_is_refused_also_when_it_comes_later(flash, how):
 IDENTITY = "SELECT relreplident::text FROM pg_class WHERE relname = 'part'"
 
 
-def test_a_partitioned_table_that_loses_its_key_stops_the_worker_and_not_the_application(flash):
+def test_partitioned_table_that_loses_its_key_stops_the_worker_only(flash):
     flash.database.execute(
         "CREATE TABLE parts (id int CONSTRAINT key PRIMARY KEY, note text) PARTITION BY RANGE (id)",
         "CREATE TABLE part PARTITION OF parts FOR VALUES FROM (0) TO (10)",
@@ -369,7 +369,7 @@ def test_a_partitioned_table_that_loses_its_key_stops_the_worker_and_not_the_app
     assert shown(flash.told()) == ["insert 1,a", "update 1,a -> 1,b", "update 1 -> 1,c"]
 
 
-def test_a_partition_that_loses_the_index_of_its_identity_gets_another(flash):
+def test_partition_that_loses_its_identity_index_gets_another(flash):
     flash.database.execute(
         "CREATE TABLE parts (id int PRIMARY KEY, note text NOT NULL) PARTITION BY RANGE (id)",
         "CREATE TABLE part PARTITION OF parts FOR VALUES FROM (0) TO (10)",
@@ -383,7 +383,7 @@ def test_a_partition_that_loses_the_index_of_its_identity_gets_another(flash):
     assert shown(flash.told()) == ["insert 1,a", "update 1,a -> 1,b"]
 
 
-def test_a_virtual_column(flash):
+def test_virtual_column_beside_others_is_ignored(flash):
     if flash.database.one("SHOW server_version_num") < "180000":
         return  # there are none before
     flash.database.execute(
@@ -394,7 +394,7 @@ def test_a_virtual_column(flash):
     assert shown(flash.told()) == ["insert 1,5", "update 1 -> 1,6"]
 
 
-def test_a_virtual_column_under_full_is_refused(flash):
+def test_virtual_column_under_full_is_refused(flash):
     if flash.database.one("SHOW server_version_num") < "180000":
         return
     flash.database.execute(
@@ -409,9 +409,7 @@ def test_a_virtual_column_under_full_is_refused(flash):
 
 
 @pytest.mark.parametrize("push_down", [False, True])
-def test_a_virtual_column_that_comes_under_full_stops_the_worker_and_not_the_application(
-    flash, push_down
-):
+def test_virtual_column_added_under_full_stops_the_worker_only(flash, push_down):
     if flash.database.one("SHOW server_version_num") < "180000":
         return
     flash.database.execute("CREATE TABLE made (id int PRIMARY KEY, a int)")
@@ -433,7 +431,7 @@ def test_a_virtual_column_that_comes_under_full_stops_the_worker_and_not_the_app
     assert told[-2:] == ["insert 2,5", "delete 2,5"]
 
 
-def test_1600_columns(flash):
+def test_table_of_1600_columns_is_delivered(flash):
     columns = ", ".join(f"c{n} int" for n in range(1599))
     flash.database.execute(f"CREATE TABLE wide (id int PRIMARY KEY, {columns})")
     flash.handler("wide").start()
@@ -443,7 +441,7 @@ def test_1600_columns(flash):
     assert (change.new["c0"], change.new["c7"], change.new["c1598"]) == (2, None, 3)
 
 
-def test_a_row_of_100_mb(flash):
+def test_row_of_100_mb_is_delivered(flash):
     flash.database.execute("CREATE TABLE heavy (id int PRIMARY KEY, body bytea)")
     flash.handler("heavy", "insert").start()
     flash.do("INSERT INTO heavy SELECT 1, decode(repeat('ab', 50000000), 'hex')")
@@ -451,7 +449,7 @@ def test_a_row_of_100_mb(flash):
     assert len(change.new["body"]) == 50_000_000
 
 
-def test_a_text_of_100_mb(flash):
+def test_text_of_100_mb_is_delivered(flash):
     flash.database.execute("CREATE TABLE heavy (id int PRIMARY KEY, body text)")
     flash.handler("heavy", "insert").start()
     flash.do("INSERT INTO heavy SELECT 1, repeat('0123456789', 10000000)")
@@ -459,7 +457,7 @@ def test_a_text_of_100_mb(flash):
     assert change.new["body"] == "0123456789" * 10_000_000
 
 
-def test_truncate_of_several_tables_some_not_ours(flash):
+def test_truncate_of_several_tables_some_foreign_is_delivered(flash):
     flash.database.execute(
         "CREATE TABLE ta (id int PRIMARY KEY)",
         "CREATE TABLE tb (id int PRIMARY KEY, a int REFERENCES ta)",
@@ -474,7 +472,7 @@ def test_truncate_of_several_tables_some_not_ours(flash):
     assert len({change.id for change in (*a, *c)}) == 3
 
 
-def test_columns_added_dropped_renamed_and_retyped_while_running(flash):
+def test_columns_altered_while_running_are_followed(flash):
     flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, a int, b text)")
     flash.handler("items", fields=["a"], name="a").handler("items", name="all").start()
     flash.do(
@@ -499,7 +497,7 @@ def test_columns_added_dropped_renamed_and_retyped_while_running(flash):
 
 
 @pytest.mark.parametrize("ddl", ["DROP name", "RENAME name TO title"])
-def test_a_column_of_a_handler_that_disappears_stops_the_worker_and_loses_nothing(flash, ddl):
+def test_handler_column_that_disappears_stops_the_worker_and_loses_nothing(flash, ddl):
     flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, name text)")
     flash.handler("items", "insert", where={"name": "a"}).start()
     flash.do("INSERT INTO items VALUES (1, 'a')")
@@ -512,7 +510,7 @@ def test_a_column_of_a_handler_that_disappears_stops_the_worker_and_loses_nothin
     assert flash.database.one(flash.slot("count(*)")) == 1
 
 
-def test_a_table_dropped_and_made_again_is_told_again(flash):
+def test_recreated_table_is_delivered_again(flash):
     flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, name text)")
     flash.handler("items", where={"name": "a"}).start()
     flash.do("INSERT INTO items VALUES (1, 'a')")
@@ -525,7 +523,7 @@ def test_a_table_dropped_and_made_again_is_told_again(flash):
     assert shown(flash.told()) == ["insert 1,a", "insert 2,a,5", "delete 2,a,5"]
 
 
-def test_a_table_renamed_away_stops_the_worker(flash):
+def test_renamed_table_stops_the_worker(flash):
     flash.database.execute("CREATE TABLE items (id int PRIMARY KEY)")
     flash.handler("items").start()
     flash.do("INSERT INTO items VALUES (1)")
@@ -534,7 +532,7 @@ def test_a_table_renamed_away_stops_the_worker(flash):
         flash.wait(lambda: False)
 
 
-def test_a_table_swapped_for_another_by_renaming(flash):
+def test_table_swapped_by_renaming_is_followed(flash):
     flash.database.execute("CREATE TABLE items (id int PRIMARY KEY)")
     flash.handler("items").start()
     with flash.database.connect() as connection, connection.transaction():
@@ -546,7 +544,7 @@ def test_a_table_swapped_for_another_by_renaming(flash):
     assert shown(flash.told()) == ["insert 1,2"]
 
 
-def test_a_type_dropped_since_is_text(flash):
+def test_dropped_type_is_text(flash):
     flash.database.execute(
         "CREATE TYPE mood AS ENUM ('ok')", "CREATE TABLE items (id int PRIMARY KEY, m mood)"
     )
@@ -562,7 +560,7 @@ def test_a_type_dropped_since_is_text(flash):
     assert shown(flash.told()) == ["insert 1,ok"]
 
 
-def test_a_composite_type_that_is_altered_meanwhile_is_followed(flash):
+def test_composite_type_altered_while_running_is_followed(flash):
     flash.database.execute(
         "CREATE TYPE inner_pair AS (l int, r text)",
         "CREATE DOMAIN pairs AS inner_pair[]",
@@ -589,7 +587,7 @@ def test_a_composite_type_that_is_altered_meanwhile_is_followed(flash):
     flash.wait(lambda: described(expected, row, {"l": 1, "many": ["(a,3)"]}))
 
 
-def test_rows_of_types_that_a_condition_does_not_fit_any_more_are_told(flash):
+def test_rows_of_retyped_columns_pass_a_condition_that_no_longer_fits(flash):
     flash.database.execute(
         "CREATE TYPE mood AS ENUM ('ok')", "CREATE TABLE items (id int PRIMARY KEY, m mood, n int)"
     )
@@ -611,7 +609,7 @@ def test_rows_of_types_that_a_condition_does_not_fit_any_more_are_told(flash):
 @pytest.mark.parametrize(
     "gone", ["DROP TABLE parted_1", "ALTER TABLE parted DETACH PARTITION parted_1"]
 )
-def test_rows_of_a_partition_that_is_gone_before_they_were_read(flash, gone):
+def test_rows_of_a_partition_dropped_before_reading_are_delivered(flash, gone):
     flash.database.execute(PARTED)
     flash.handler("parted", "insert").start()
     flash.stop()
@@ -638,7 +636,7 @@ MOVE = (
 
 
 @pytest.mark.parametrize("handled", [False, True])
-def test_a_row_is_told_to_what_its_partition_was_part_of_when_it_was_written(flash, handled):
+def test_row_is_delivered_to_the_parents_its_partition_had_when_written(flash, handled):
     flash.database.execute(TWO_TREES)
     flash.handler("one", "insert", name="one")
     if handled:
@@ -671,7 +669,7 @@ LATE = (
     ids=["dropped", "detached", "in one transaction"],
 )
 @pytest.mark.parametrize("alike", [False, True])
-def test_rows_of_a_partition_that_came_and_went_unseen(flash, unseen, alike, caplog):
+def test_rows_of_a_partition_that_came_and_went_unseen_are_delivered(flash, unseen, alike, caplog):
     """They are the only table's that it can have been part of; or else that is said."""
     flash.database.execute(TWO_TREES, "CREATE TABLE plain (id int PRIMARY KEY)")
     flash.handler("one", "insert").handler("plain", "insert", name="plain")
@@ -687,7 +685,7 @@ def test_rows_of_a_partition_that_came_and_went_unseen(flash, unseen, alike, cap
     assert said == (["ERROR"] if alike else ["WARNING"])
 
 
-def test_rows_of_a_handler_that_is_gone_are_nobody_elses(flash, new_app, caplog):
+def test_rows_of_a_removed_handler_reach_no_other(flash, new_app, caplog):
     from .conftest import Flash
 
     flash.database.execute(TWO_TREES, "CREATE TABLE plain (id int PRIMARY KEY)")
@@ -708,7 +706,7 @@ def test_rows_of_a_handler_that_is_gone_are_nobody_elses(flash, new_app, caplog)
     assert [line.split()[2] for line in said] == ["public.plain", "public.late"]
 
 
-def test_rows_of_a_table_that_was_dropped_are_no_partitions(flash, new_app, caplog):
+def test_rows_of_a_dropped_table_are_not_taken_for_a_partition(flash, new_app, caplog):
     """Its columns are those of a partitioned table, and dropping took it out of publications."""
     from .conftest import Flash
 
@@ -725,7 +723,7 @@ def test_rows_of_a_table_that_was_dropped_are_no_partitions(flash, new_app, capl
     assert "Rows of public.plain arrive that were written for a handler that is gone" in caplog.text
 
 
-def test_a_partition_that_was_detached_is_a_table_of_its_own(flash):
+def test_detached_partition_is_a_table_of_its_own(flash):
     flash.database.execute(TWO_TREES)
     flash.handler("one", "insert", name="one").handler("leaf", "insert", name="leaf").start()
     flash.do("INSERT INTO one VALUES (1)")
@@ -750,7 +748,7 @@ def again(flash, name="handler", **options):
     flash.start()
 
 
-def test_a_column_renamed_with_changes_still_to_be_read(flash):
+def test_column_renamed_with_unread_changes_is_followed(flash):
     flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, status text)")
     flash.handler("items", where={"status": "paid"}, fields=["status"]).start()
     flash.stop()
@@ -765,7 +763,7 @@ def test_a_column_renamed_with_changes_still_to_be_read(flash):
     assert [change.key["id"] for change in flash.told()] == [1, 2, 3]
 
 
-def test_a_column_added_with_changes_still_to_be_read(flash):
+def test_column_added_with_unread_changes_is_followed(flash):
     flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, name text)")
     flash.handler("items").start()
     flash.stop()
@@ -791,7 +789,7 @@ def test_a_column_added_with_changes_still_to_be_read(flash):
         "ADD TABLES IN SCHEMA public",
     ],
 )
-def test_a_publication_altered_under_way_stops_the_worker(flash, alteration):
+def test_publication_altered_while_running_stops_the_worker(flash, alteration):
     from flash_celery.errors import PublicationMismatch
 
     flash.database.execute("CREATE TABLE items (id int PRIMARY KEY)")
@@ -804,7 +802,7 @@ def test_a_publication_altered_under_way_stops_the_worker(flash, alteration):
         flash.wait(lambda: False)
 
 
-def test_a_standby_with_other_handlers_alters_nothing(flash, new_app):
+def test_hot_spare_with_other_handlers_alters_nothing(flash, new_app):
     from .conftest import Flash
 
     flash.database.execute(
@@ -828,7 +826,7 @@ def test_a_standby_with_other_handlers_alters_nothing(flash, new_app):
         standby.stop()
 
 
-def test_a_table_with_changes_becomes_a_partition(flash, caplog):
+def test_table_with_unread_changes_can_become_a_partition(flash, caplog):
     """PostgreSQL 14 does not notice, until we do; what it left out by then is said."""
     flash.database.execute(
         "CREATE TABLE parts (id int PRIMARY KEY, name text) PARTITION BY RANGE (id)",
@@ -858,7 +856,7 @@ def test_a_table_with_changes_becomes_a_partition(flash, caplog):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_partition_of_a_transaction_that_nobody_sees_yet(flash, streaming):
+def test_partition_of_a_transaction_not_yet_visible_is_followed(flash, streaming):
     """It is sent when its commit is in the WAL; a synchronous standby may take its time then."""
     flash.database.execute(
         "CREATE TABLE parts (id int PRIMARY KEY, name text) PARTITION BY RANGE (id)",
@@ -894,7 +892,7 @@ def test_a_partition_of_a_transaction_that_nobody_sees_yet(flash, streaming):
     assert [change.new["id"] for change in flash.told("root")][:2] == [2, 3]
 
 
-def test_a_partition_moved_by_a_transaction_that_nobody_sees_yet(flash):
+def test_partition_moved_by_a_transaction_not_yet_visible_is_followed(flash):
     """Its commit lies before the look at the start, which sees the partition where it was."""
     flash.database.execute(TWO_TREES)
     flash.handler("one", "insert", name="one").handler("two", "insert", name="two").start().stop()

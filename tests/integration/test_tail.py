@@ -26,7 +26,7 @@ class Tail(threading.Thread):
             self.ready.set()
 
 
-def test_two_with_the_same_pid_as_in_two_containers(database):
+def test_tail_works_twice_with_the_same_pid(database):
     database.execute("CREATE TABLE items (id int PRIMARY KEY)")
     tails = [Tail(database.dsn), Tail(database.dsn)]
     for one in tails:

@@ -45,7 +45,7 @@ def written(server, name, text):
 
 
 @pytest.mark.parametrize("value", VALUES, ids=repr)
-def test_text_is_what_postgresql_writes(server, value):
+def test_testing_text_equals_that_of_postgresql(server, value):
     name = type_of(value)
     text = text_of(value, oid_of(name))
     assert written(server, name, text.decode()) == text
@@ -64,12 +64,12 @@ CONSTANTS = [
 
 
 @pytest.mark.parametrize(("name", "text"), CONSTANTS)
-def test_constants_are_read_as_postgresql_reads_them(server, name, text):
+def test_testing_constants_are_read_as_postgresql_reads_them(server, name, text):
     assert canonical(oid_of(name), text.encode()) == written(server, name, text)
 
 
 @pytest.mark.parametrize("text", ["t", "true", "YES", "on", "1", "f", "false", "no", "off", "0"])
-def test_booleans_are_read_as_postgresql_reads_them(server, text):
+def test_testing_booleans_are_read_as_postgresql_reads_them(server, text):
     (wanted,) = server.execute("SELECT %s::boolean", [text]).fetchone()
     assert canonical(16, text.encode()) == (b"t" if wanted else b"f")
 
@@ -93,7 +93,7 @@ TOLD = [
 ]
 
 
-def test_handlers_are_told_what_the_replication_worker_tells_them(flash):
+def test_testing_delivers_what_the_replication_worker_delivers(flash):
     flash.database.execute("CREATE TABLE orders (id int PRIMARY KEY, status text, total int)")
     flash.handler("orders", name="every")
     flash.handler("orders", name="paid", where={"status": "paid", "total__gt": 10})

@@ -20,7 +20,7 @@ EXAMPLES = int(os.environ.get("FLASH_EXAMPLES", "60"))
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text)"
 
 
-def test_savepoints_released_and_rolled_back(flash):
+def test_savepoints_count_only_if_released(flash):
     flash.database.execute(ITEMS)
     flash.handler("items").start()
     with flash.database.connect() as connection:
@@ -37,7 +37,7 @@ def test_savepoints_released_and_rolled_back(flash):
     assert len({change.xid for change in changes[:4]}) == 1
 
 
-def test_a_block_that_catches_exceptions(flash):
+def test_exception_block_in_plpgsql_is_delivered(flash):
     flash.database.execute(ITEMS)
     flash.handler("items").start()
     flash.do(
@@ -47,7 +47,7 @@ def test_a_block_that_catches_exceptions(flash):
     assert len(flash.told()) == 200
 
 
-def test_a_prepared_transaction_is_told_when_it_commits(flash):
+def test_prepared_transaction_is_delivered_when_it_commits(flash):
     flash.database.execute(ITEMS)
     flash.handler("items").start()
     with flash.database.connect() as connection:
@@ -59,7 +59,7 @@ def test_a_prepared_transaction_is_told_when_it_commits(flash):
     assert shown(flash.told()) == ["insert 1,-"]
 
 
-def test_empty_transactions_and_other_tables_move_the_slot(flash):
+def test_empty_transactions_and_other_tables_advance_the_slot(flash):
     flash.database.execute(ITEMS, "CREATE TABLE other (id int)")
     flash.handler("items").start()
     with flash.database.connect() as connection:
@@ -69,7 +69,7 @@ def test_empty_transactions_and_other_tables_move_the_slot(flash):
     assert shown(flash.told()) == ["insert 1,-"]
 
 
-def test_100_000_transactions_without_anything_of_ours(flash):
+def test_transactions_of_other_tables_advance_the_slot_100_000_times(flash):
     flash.database.execute(ITEMS, "CREATE TABLE other (id int)")
     flash.handler("items").start()
     before = flash.database.one("SELECT pg_current_wal_insert_lsn()")
@@ -84,7 +84,7 @@ def test_100_000_transactions_without_anything_of_ours(flash):
     assert not flash.publisher.queues.get("flash")
 
 
-def test_two_interleaved_transactions_come_in_commit_order(flash):
+def test_interleaved_transactions_arrive_in_commit_order(flash):
     flash.database.execute(ITEMS)
     flash.handler("items").start()
     with flash.database.connect() as first, flash.database.connect() as second:
@@ -100,7 +100,7 @@ def test_two_interleaved_transactions_come_in_commit_order(flash):
     assert ids == [*range(1, 2000, 2), *range(0, 2000, 2)]
 
 
-def test_copy_and_a_large_transaction_with_a_truncate_inside(flash):
+def test_copy_and_truncate_in_a_large_transaction_are_delivered(flash):
     flash.database.execute(ITEMS)
     flash.handler("items").start()
     with flash.database.connect() as connection:
@@ -125,7 +125,7 @@ class Unsure(MemoryPublisher):
             raise PublishError("The broker did not answer.")
 
 
-def test_ids_are_the_same_after_a_restart(flash):
+def test_change_ids_are_equal_after_a_restart(flash):
     flash.database.execute(ITEMS)
     flash.publisher = Unsure()
     flash.handler("items", "insert|truncate").start(flash_shutdown_timeout=0.2)
@@ -255,7 +255,7 @@ streamed_blocks = []
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.lists(st.tuples(STEPS, st.booleans()), min_size=1, max_size=3))
-def test_streaming_gives_what_its_absence_and_a_model_give(nested, script):
+def test_streaming_delivers_the_same_as_without_and_as_a_model(nested, script):
     nested.execute(
         "SELECT count(*) FROM pg_logical_slot_get_binary_changes('nested', NULL, NULL, "
         "'proto_version', '1', 'publication_names', 'nested')"
@@ -276,12 +276,12 @@ def test_streaming_gives_what_its_absence_and_a_model_give(nested, script):
     assert streamed == plain
 
 
-def test_the_property_saw_streams():
+def test_streaming_property_saw_streams():
     if streamed_blocks:
         assert max(streamed_blocks) > 1
 
 
-def test_streaming_end_to_end_with_interleaved_savepoints_and_a_restart(flash):
+def test_streaming_survives_interleaved_savepoints_and_a_restart(flash):
     flash.database.execute(ITEMS)
     options = "-c logical_decoding_work_mem=64kB"
     flash.handler("items", "insert").start(
@@ -313,7 +313,7 @@ def test_streaming_end_to_end_with_interleaved_savepoints_and_a_restart(flash):
     assert [change.index for change in changes] == [*range(10_000), *range(5001)]
 
 
-def test_streamed_transactions_of_another_server_are_told(flash):
+def test_streamed_transactions_of_another_origin_are_delivered(flash):
     small_memory = "-c logical_decoding_work_mem=64kB"
     dsn = psycopg.conninfo.make_conninfo(flash.database.dsn, options=small_memory)
     flash.database.execute(ITEMS)
@@ -337,7 +337,7 @@ def test_streamed_transactions_of_another_server_are_told(flash):
         assert connection.execute(streams, [flash.database.slot]).fetchone()[0] > 0
 
 
-def test_a_relation_that_was_first_sent_in_a_savepoint_that_is_rolled_back(flash):
+def test_relation_first_sent_in_an_aborted_savepoint_is_known(flash):
     flash.database.execute(ITEMS)
     options = "-c logical_decoding_work_mem=64kB"
     flash.handler("items").start(
@@ -360,7 +360,7 @@ def test_a_relation_that_was_first_sent_in_a_savepoint_that_is_rolled_back(flash
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_small_transactions_do_not_wait_for_a_large_one_that_is_open(flash, streaming):
+def test_small_transactions_do_not_wait_for_a_large_open_one(flash, streaming):
     flash.database.execute(ITEMS)
     options = "-c logical_decoding_work_mem=64kB"
     flash.handler("items").start(
@@ -390,7 +390,7 @@ def test_small_transactions_do_not_wait_for_a_large_one_that_is_open(flash, stre
     assert len({c.commit_lsn for c in changes}) == 2
 
 
-def test_a_spool_leaves_no_file(tmp_path):
+def test_spool_leaves_no_file(tmp_path):
     spool = Spool(str(tmp_path))
     for number in range(3000):
         spool.append(number % 3, [b"x" * 1000])
@@ -400,7 +400,7 @@ def test_a_spool_leaves_no_file(tmp_path):
     spool.close()
 
 
-def test_a_full_disk_is_told_and_tried_again():
+def test_full_disk_is_logged_and_retried():
     from flash_celery.errors import SpoolError
 
     spool = Spool("/nowhere")
@@ -408,7 +408,7 @@ def test_a_full_disk_is_told_and_tried_again():
         spool.append(1, [b"x" * 3_000_000])
 
 
-def test_a_transaction_the_server_cannot_stream_is_read_without(flash):
+def test_transaction_the_server_cannot_stream_is_read_whole(flash):
     flash.database.execute(ITEMS)
     options = "-c logical_decoding_work_mem=64kB"
     flash.handler("items", "insert").start(

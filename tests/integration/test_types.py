@@ -167,7 +167,7 @@ def stored(reader, column, text):
 
 
 @pytest.mark.parametrize("column", TYPES)
-def test_a_handler_receives_what_psycopg_reads(reader, column):
+def test_handler_receives_what_psycopg_reads(reader, column):
     @settings(
         max_examples=EXAMPLES,
         deadline=None,
@@ -190,12 +190,12 @@ def test_a_handler_receives_what_psycopg_reads(reader, column):
         ("timestamptz", "-infinity"),
     ],
 )
-def test_what_python_cannot_represent_stays_the_servers_text(reader, column, text):
+def test_values_python_cannot_represent_stay_the_text_of_the_server(reader, column, text):
     handlers, _ = stored(reader, column, text)
     assert handlers.startswith(text.partition(" ")[0])
 
 
-def test_a_composite_is_a_dict_by_field_name(reader):
+def test_composite_is_a_dict_by_field_name(reader):
     reader.connection.execute("TRUNCATE everything")
     reader.connection.execute(
         """INSERT INTO everything (id, pair, nested, pairs, words) VALUES (1,
@@ -219,7 +219,7 @@ def test_a_composite_is_a_dict_by_field_name(reader):
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(number=st.none() | st.integers(-5, 5), word=st.none() | words)
-def test_every_text_survives_in_a_composite(reader, number, word):
+def test_composite_keeps_every_text(reader, number, word):
     reader.connection.execute("TRUNCATE everything")
     reader.connection.execute(
         "INSERT INTO everything (id, pair) VALUES (1, ROW(%s::int, %s::text))", [number, word]
@@ -227,7 +227,7 @@ def test_every_text_survives_in_a_composite(reader, number, word):
     assert reader.changes()[-1].new["pair"] == {"a": number, "b": word}
 
 
-def test_numbers_in_json_keep_their_digits(reader):
+def test_json_numbers_keep_their_digits(reader):
     value = {"n": 12345678901234567890, "s": "é", "null": None}
     reader.connection.execute("TRUNCATE everything")
     reader.connection.execute("INSERT INTO everything (id, jsonb) VALUES (1, %s)", [Jsonb(value)])
@@ -236,7 +236,7 @@ def test_numbers_in_json_keep_their_digits(reader):
     assert new["text"] is None
 
 
-def test_an_undecodable_value_stops_nothing(reader):
+def test_undecodable_value_stops_nothing(reader):
     for text in ("infinity", "2020-01-01"):
         handlers, _ = stored(reader, "timestamptz", text)
         assert handlers

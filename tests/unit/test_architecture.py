@@ -75,7 +75,7 @@ def test_package_imports_only_what_comes_before_it(package):
             assert not upward or ((package, imported) in UPWARD and lazily), (path, imported)
 
 
-def test_every_package_has_a_place_in_the_order():
+def test_package_order_is_complete():
     entries = {path.stem for path in PACKAGE.iterdir() if path.suffix != ".pyc"}
     assert entries - {"__init__", "__pycache__", "py"} == set(ORDER)
     assert len(entries) <= 32
@@ -88,7 +88,7 @@ def test_typing_extensions_is_imported_on_old_pythons_only(path):
     assert "typing_extensions" not in always
 
 
-def test_importing_the_package_loads_no_capture_side_and_no_optional_package():
+def test_package_import_loads_neither_the_capture_side_nor_optional_packages():
     code = "import sys, flash_celery; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120

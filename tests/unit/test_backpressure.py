@@ -39,7 +39,7 @@ def admitted(limit, queues, *wanted):
     return Backpressure(limit, queues.depth).admit(messages(*wanted), queues.given_up)
 
 
-def test_without_a_limit_nobody_asks():
+def test_backpressure_without_a_limit_asks_no_broker():
     queues = Queues(flash=10**6)
     assert admitted(0, queues, *["flash"] * 50) == 50
     assert queues.asked == 0
@@ -61,30 +61,30 @@ def test_without_a_limit_nobody_asks():
         (7, 6, 5, 1),
     ],
 )
-def test_a_queue_is_filled_and_no_more(limit, depth, wanted, count):
+def test_backpressure_fills_a_queue_to_its_limit(limit, depth, wanted, count):
     assert admitted(limit, Queues(flash=depth), *["flash"] * wanted) == count
 
 
-def test_it_waits_until_a_tenth_is_free():
+def test_backpressure_waits_until_a_tenth_is_free():
     queues = Queues(flash=100)
     queues.taken = [5, 4, 1, 50]
     assert admitted(100, queues, *["flash"] * 20) == 10
     assert queues.taken == [50]
 
 
-def test_messages_stop_before_the_first_full_queue():
+def test_backpressure_stops_before_the_first_full_queue():
     queues = Queues(flash=0, cleanup=10)
     assert admitted(10, queues, "flash", "flash", "cleanup", "flash") == 2
     assert admitted(10, queues, "cleanup", "flash") == 0
 
 
-def test_a_queue_is_full_while_nothing_goes_in():
+def test_queue_stays_full_while_nothing_is_admitted():
     assert [depth for depth in range(100, 111) if is_full(depth, 109)] == list(range(100, 111))
     assert not is_full(99, 109)
     assert (is_full(0, 1), is_full(1, 1)) == (False, True)
 
 
-def test_a_broker_that_cannot_be_asked_is_an_error():
+def test_backpressure_raises_if_the_broker_does_not_answer():
     def depth(queue):
         raise PublishError("It is gone.")
 
@@ -92,7 +92,7 @@ def test_a_broker_that_cannot_be_asked_is_an_error():
         Backpressure(5, depth).admit(messages("flash"), lambda seconds: True)
 
 
-def test_a_pause_is_said_once_and_its_end_once(caplog):
+def test_backpressure_logs_a_pause_and_its_end_once(caplog):
     queues = Queues(flash=10)
     pressure = Backpressure(10, queues.depth)
     with caplog.at_level(logging.WARNING):

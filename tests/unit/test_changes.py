@@ -55,18 +55,18 @@ ELSEWHERE = Insert([b"1", b"9.50", None], *origin(BILLING))
 ORDER_PAID = Table("", "order.paid", None, "n", (), (), "billing")
 
 
-def test_values_are_python_values():
+def test_change_values_are_python_values():
     assert dict(INSERT.new) == {"id": 1, "total": Decimal("9.50"), "note": None}
     assert INSERT.committed_at == datetime(2022, 3, 7, 20, 26, 40, tzinfo=timezone.utc)
 
 
-def test_changes_match_by_class():
+def test_change_classes_match_in_match_statements():
     match UPDATE:
         case Update(old, new):
             assert (old["total"], new["total"]) == (Decimal("9.50"), Decimal(8))
 
 
-def test_a_key_that_cannot_be_decoded_fails_in_its_handler_alone():
+def test_undecodable_key_fails_only_in_its_handler():
     table = Table("public", "t", None, "d", ("id",), (Column("id", 25, "text", identity=True),))
     insert = Insert([b"\xff"], *origin(table))
     assert repr(insert) == "insert public.t with a key that cannot be decoded @0/16B3748"
@@ -74,25 +74,25 @@ def test_a_key_that_cannot_be_decoded_fails_in_its_handler_alone():
         insert.new["id"]
 
 
-def test_unchanged_toast_is_filled_from_the_old_row_and_is_not_a_change():
+def test_unchanged_toast_is_filled_from_the_old_row():
     assert UPDATE.new["note"] == "a"
     assert UPDATE.changed == {"total"}
 
 
-def test_toast_without_an_old_row_is_unchanged_and_never_none():
+def test_unchanged_toast_without_an_old_row_is_never_none():
     update = Update(None, None, [b"1", b"8", UNCHANGED], *origin())
     assert update.new["note"] is UNCHANGED
     assert update.changed is None
     assert dict(update.old) == {"id": 1}
 
 
-def test_an_unknown_old_value_is_a_key_error_that_names_the_identity():
+def test_unknown_old_value_raises_key_error_that_names_the_identity():
     with pytest.raises(KeyError, match="REPLICA IDENTITY FULL"):
         DELETE.old["total"]
     assert dict(DELETE.old) == {"id": 1}
 
 
-def test_an_infinite_date_stays_the_servers_text():
+def test_infinite_date_stays_the_text_of_the_server():
     table = Table("public", "t", None, "d", (), (Column("d", 1082, "date", identity=True),))
     assert Insert([b"infinity"], *origin(table)).new["d"] == "infinity"
 
@@ -100,22 +100,22 @@ def test_an_infinite_date_stays_the_servers_text():
 @pytest.mark.parametrize(
     ("oid", "text"), [(1186, "-infinity"), (1187, '{"1 day",infinity}'), (1186, "infinity")]
 )
-def test_an_infinite_interval_stays_the_servers_text(oid, text):
+def test_infinite_interval_stays_the_text_of_the_server(oid, text):
     table = Table("public", "t", None, "d", (), (Column("d", oid, "", identity=True),))
     assert Insert([text.encode()], *origin(table)).new["d"] == text
 
 
-def test_ids_tell_the_halves_of_a_key_change_and_the_subscriptions_apart():
+def test_change_ids_differ_for_the_parts_of_a_key_change_and_for_subscriptions():
     ids = {Insert([b"1"], *origin(half=h, number=n)).id for h in (0, 1, 2) for n in (0, 1)}
     assert len(ids) == 6
     assert INSERT.id == "0/16B3748:0"
 
 
-def test_repr_names_operation_table_key_and_position():
+def test_change_repr_names_operation_table_key_and_position():
     assert repr(INSERT) == "insert public.orders id=1 @0/16B3748"
 
 
-def test_a_change_tells_its_source():
+def test_change_source_names_its_database():
     assert (INSERT.source, ELSEWHERE.source) == ("", "billing")
     assert repr(ELSEWHERE) == "insert billing:public.orders id=1 @0/16B3748"
     assert repr(Changes([ELSEWHERE])) == "1 change of billing:public.orders @0/16B3748"
@@ -129,7 +129,7 @@ def test_a_change_tells_its_source():
     assert len({ELSEWHERE, INSERT}) == 2
 
 
-def test_a_source_is_in_the_message_only_where_it_has_a_name():
+def test_message_contains_only_named_sources():
     here, elsewhere = loads(dumps([Changes([INSERT, ELSEWHERE])]))[0]
     assert (here.source, elsewhere.source) == ("", "billing")
     row = pgoutput.encode_row("I", 1, None, None, [b"1", None, None])
@@ -143,14 +143,14 @@ def test_a_source_is_in_the_message_only_where_it_has_a_name():
 
 
 @pytest.mark.parametrize("change", [INSERT, UPDATE, DELETE, TRUNCATE, MESSAGE, ELSEWHERE], ids=repr)
-def test_a_change_travels_as_a_task_argument(change):
+def test_change_is_a_task_argument(change):
     received = loads(dumps([change]))[0]
     assert received == change
     assert (received.id, dict(received.key)) == (change.id, dict(change.key))
 
 
 @pytest.mark.parametrize("change", [INSERT, UPDATE, DELETE, TRUNCATE, MESSAGE], ids=repr)
-def test_a_change_that_was_looked_at_travels_between_processes(change):
+def test_decoded_change_pickles_between_processes(change):
     looked_at = repr([dict(getattr(change, side)) for side in ("new",) if hasattr(change, side)])
     received = pickle.loads(pickle.dumps(change))
     assert received == change
@@ -160,14 +160,14 @@ def test_a_change_that_was_looked_at_travels_between_processes(change):
     )
 
 
-def test_a_batch_travels_in_order():
+def test_batch_keeps_its_order_in_the_message():
     batch = Changes([INSERT, UPDATE, DELETE, TRUNCATE, INSERT])
     received = loads(dumps(batch))
     assert received == batch
     assert [one.operation for one in received[:2]] == [Operation.INSERT, Operation.UPDATE]
 
 
-def test_neighbours_share_one_entry_in_the_message():
+def test_consecutive_changes_share_an_entry_in_the_message():
     row = pgoutput.encode_row("I", 1, None, None, [b"1", None, None])
     deliveries = [Delivery(ORDERS, TRANSACTION, index, 0, 0, [row]) for index in range(500)]
     value = loads(encode(deliveries))
@@ -180,7 +180,7 @@ PAIR = Table("public", "pairs", None, "f", ("note", "id"), COLUMNS)
 
 @pytest.mark.parametrize("table", [ORDERS, PAIR], ids=["one", "two"])
 @pytest.mark.parametrize("half", [0, 2])
-def test_a_change_alone_is_called_in_logs_what_its_repr_says(table, half):
+def test_argsrepr_of_one_change_is_its_repr(table, half):
     row, before = [b"1", b"9.50", b"a"], [b"0", b"9.50", None]
     rows = [
         pgoutput.encode_row("I", 1, None, None, row),
@@ -202,6 +202,6 @@ def test_a_change_alone_is_called_in_logs_what_its_repr_says(table, half):
 
 
 @pytest.mark.parametrize("value", [{}, None, {"v": 2}, {"v": 1, "tables": []}])
-def test_a_message_of_another_version_or_damaged_is_refused(value):
+def test_message_of_another_version_or_damaged_is_refused(value):
     with pytest.raises(PayloadError):
         decode(value)

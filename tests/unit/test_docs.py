@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 
 
-def test_the_readmes_example_declares_what_it_says(new_app, capsys):
+def test_readme_example_declares_its_handler(new_app, capsys):
     new_app()
     (example,) = examples(README)
     names = {"__name__": "readme"}
@@ -45,7 +45,7 @@ def test_the_readmes_example_declares_what_it_says(new_app, capsys):
     names["app"].close()
 
 
-def test_the_examples_of_the_documents_run(app):
+def test_document_examples_run(app):
     class database:  # what the reader has
         @staticmethod
         def transaction(): ...
@@ -65,7 +65,7 @@ def test_the_examples_of_the_documents_run(app):
     ]
 
 
-def test_every_setting_is_documented_with_its_default():
+def test_settings_are_documented_with_their_defaults():
     rows = re.findall(r"^\| `(flash_\w+)` \| `(.*?)` \|", DOCS["settings.md"], re.MULTILINE)
     documented = {name: eval(default) for name, default in rows}
     settings = {
@@ -78,7 +78,7 @@ def test_every_setting_is_documented_with_its_default():
     assert documented == settings
 
 
-def test_every_attribute_and_lookup_is_documented():
+def test_attributes_and_lookups_are_documented():
     public = {
         name
         for kind in (Change, Update, LogicalMessage)
@@ -92,7 +92,7 @@ def test_every_attribute_and_lookup_is_documented():
             assert f"__{lookup}" in DOCS["semantics.md"], lookup
 
 
-def test_every_lookup_is_in_the_reference():
+def test_lookups_are_in_the_reference():
     text = (ROOT / "docs" / "reference" / "lookups.md").read_text()
     table, _, _ = text.partition("## Types")
     assert {f"__{lookup}" for lookup in LOOKUPS if lookup != "eq"} == {
@@ -101,7 +101,7 @@ def test_every_lookup_is_in_the_reference():
 
 
 @pytest.mark.parametrize("page", ["semantics.md", "reference/lookups.md"])
-def test_every_claim_has_a_test(page):
+def test_claims_have_tests(page):
     assert unproved((ROOT / "docs" / page).read_text(), proofs(page)) == []
 
 
@@ -116,15 +116,15 @@ def test_every_claim_has_a_test(page):
         ("# Two\n\nIt is blue.\n\n- It is round.", "no claim 'It is blue' under 'One'"),
     ],
 )
-def test_a_claim_and_its_entry_need_each_other(text, problem):
-    name = "test_a_claim_and_its_entry_need_each_other"
+def test_claims_and_their_entries_need_each_other(text, problem):
+    name = "test_claims_and_their_entries_need_each_other"
     entries = {"One": {"It is blue": [name], "It is round": [name], "c": [name]}}
     found = "\n".join(unproved(text, entries))
     assert problem in found if problem else not found
     assert "not there: {'test_nothing'}" in str(unproved(text, {"One": {"c": ["test_nothing"]}}))
 
 
-def test_every_row_of_what_happens_when_has_a_test():
+def test_failure_table_rows_have_tests():
     heading = "What happens when"
     entries = proofs("reliability.md")
     assert len(entries[heading]) > 20
@@ -132,7 +132,7 @@ def test_every_row_of_what_happens_when_has_a_test():
 
 
 @pytest.mark.parametrize(("name", "command"), list(commands(flash)))
-def test_every_command_is_documented_and_has_help(name, command):
+def test_commands_are_documented_and_have_help(name, command):
     # The README names what one starts with.
     where = "".join(DOCS.values()) if " " in name else README
     assert f"flash {name}" in where
@@ -146,7 +146,7 @@ def test_every_command_is_documented_and_has_help(name, command):
 ELSEWHERES = {"--database", "--database-flags", "--docs", "--pool"}
 
 
-def test_every_command_and_option_in_the_documents_is_there():
+def test_documented_commands_and_options_exist():
     options = {
         name: {each for one in command.params for each in one.opts}
         for name, command in commands(flash)
@@ -163,7 +163,7 @@ def test_every_command_and_option_in_the_documents_is_there():
         assert set(re.findall(r"`(--[a-z][\w-]*)", text)) <= known
 
 
-def test_every_link_leads_somewhere():
+def test_links_in_the_documents_lead_somewhere():
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "example_project/README.md"]
     for page in pages:
         for target in re.findall(r"(?:\]\(|src(?:set)?=\")([^)#:\"]+)[)#\"]", page.read_text()):
@@ -177,16 +177,16 @@ def test_contributing_lists_the_packages_in_their_order():
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
-def test_every_module_that_a_page_names_is_there(page):
+def test_documented_modules_exist(page):
     for name in re.findall(r"`([\w/]+(?:\.py|/))`", (ROOT / page).read_text()):
         assert (PACKAGE / name).exists() or (ROOT / name).exists(), name
 
 
-def test_the_readme_is_short():
+def test_readme_is_short():
     assert len(README.splitlines()) <= 120
 
 
-def test_the_wire_format_names_every_field():
+def test_wire_format_page_names_every_field():
     text = DOCS["wire-format.md"]
     columns = (Column("id", 20, "int8", identity=True),)
     table = Table("public", "t", None, "d", ("id",), columns, "billing")

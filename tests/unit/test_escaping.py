@@ -12,18 +12,18 @@ HOSTILE = 'a"\n[2026-01-01] ERROR forged\r\x1b]0;title\x07\x1b[2J\u202etxt\u2028
 
 
 @pytest.mark.parametrize("text", ["", "id=5", 'Größe "x"', "注文 №5", "50 % \\ 'quoted'", "🦊"])
-def test_what_prints_stays_as_it_is(text):
+def test_escaping_keeps_printable_text(text):
     assert escaped(text) == text
 
 
-def test_nothing_that_moves_a_terminal_or_ends_a_line_is_left():
+def test_escaping_removes_control_characters_and_line_ends():
     shown = escaped(HOSTILE)
     assert shown.isprintable()
     assert shown.startswith('a"\\n[2026-01-01] ERROR forged\\r\\x1b]0;title\\x07\\x1b[2J\\u202e')
     assert escaped("\udc80") == "\\udc80"
 
 
-def test_a_change_an_error_and_a_message_are_named_in_one_printable_line():
+def test_escaping_names_changes_errors_and_messages_in_one_line():
     columns = (Column(HOSTILE, 25, "text", identity=True),)
     table = Table(HOSTILE, HOSTILE, None, "d", (HOSTILE,), columns, HOSTILE)
     cells = [HOSTILE.replace("\0", "").encode()]
@@ -37,7 +37,7 @@ def test_a_change_an_error_and_a_message_are_named_in_one_printable_line():
     assert argsrepr == repr(change)
 
 
-def test_a_key_is_the_whole_row_where_there_is_none_and_is_not_said_whole():
+def test_escaping_shortens_a_key_that_is_the_whole_row():
     columns = tuple(Column(name, 25, "text", identity=True) for name in ("a", "b"))
     table = Table("public", "t", None, "f", ("a", "b"), columns)
     shown = repr(Insert([b"x" * 1_000_000, b"y"], table, Transaction(Lsn(1), 1, 0), 0))

@@ -138,7 +138,7 @@ def use(change):
     return change
 
 
-def test_what_is_valid_is_read():
+def test_valid_payloads_are_read():
     told = [use(change) for change in decode(VALID)]
     assert len(told) == 5
     assert isinstance(told[-1], LogicalMessage)
@@ -146,7 +146,7 @@ def test_what_is_valid_is_read():
 
 @many
 @given(mutated(VALID))
-def test_a_mutated_payload_is_read_or_refused(value):
+def test_mutated_payload_is_read_or_refused(value):
     with suppress(PayloadError):
         for change in decode(value):
             use(change)
@@ -163,13 +163,13 @@ def test_damaged_rows_are_read_or_refused(rows):
 
 @many
 @given(st.recursive(junk, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
-def test_anything_at_all_is_refused(value):
+def test_arbitrary_json_is_refused(value):
     with pytest.raises(PayloadError) as refused:
         decode(value)
     assert len(str(refused.value)) < 400
 
 
-def test_counts_and_nesting_cost_no_more_than_the_message_does():
+def test_payload_counts_and_nesting_cost_no_more_than_the_message():
     run = VALID["runs"][0]
     for count in (10**12, 10**300, payload.MOST_CHANGES + 1, -1, 1.5, True):
         forged = put(VALID, ("runs",), [[*run[:3], count, *run[4:]]])
@@ -186,7 +186,7 @@ def test_counts_and_nesting_cost_no_more_than_the_message_does():
         decode(put(VALID, ("tables", 0, "columns"), [nested]))
 
 
-def test_a_single_change_is_one():
+def test_single_change_payload_holds_one_change():
     envelope = {"__type__": payload.CHANGE, "__value__": VALID}
     with pytest.raises(PayloadError, match="5 changes where one belongs"):
         loads(dumps(envelope))
@@ -220,7 +220,7 @@ def sealed():
 
 @many
 @given(st.data())
-def test_a_mutated_dead_letter_is_shown_or_passed_over(sealed, data):
+def test_mutated_dead_letter_is_shown_or_skipped(sealed, data):
     value = data.draw(mutated(sealed))
     with suppress(PayloadError):
         found = letters.decode(json.dumps(value))
@@ -231,7 +231,7 @@ def test_a_mutated_dead_letter_is_shown_or_passed_over(sealed, data):
 
 @many
 @given(st.dictionaries(st.sampled_from(["id", "task", "retries", "priority", "argsrepr"]), junk))
-def test_a_letter_can_be_written_about_any_headers(headers):
+def test_dead_letter_can_be_written_for_any_headers(headers):
     message = SimpleNamespace(
         headers={**headers, "flash_deaths": headers.get("retries")},
         properties=headers,
@@ -320,7 +320,7 @@ MONSTERS = [
 
 @settings(parent=many, max_examples=EXAMPLES * 3)
 @given(data=st.data())
-def test_no_value_ends_a_condition(data):
+def test_conditions_survive_any_value(data):
     (oid, kind), text = data.draw(st.sampled_from(list(COMPARED.items())))
     column = ColumnType(oid, "", element=ColumnType(oid, "") if kind else None, kind=kind)
     names = ["in", "ne"] if oid in (comparison.JSON, comparison.JSONB) else ["gte", "not_in"]
@@ -342,7 +342,7 @@ def test_no_value_ends_a_condition(data):
     oid=st.sampled_from(sorted({one.oid for one in adapters.types})),
     text=st.text(max_size=9).map(str.encode) | st.sampled_from(MONSTERS),
 )
-def test_no_value_ends_what_names_it(oid, text):
+def test_labels_survive_any_value(oid, text):
     table = Table("public", "orders", None, "f", ("x",), (Column("x", oid, "", True),))
     delivery = Delivery(table, TRANSACTION, 0, 0, 0, [row("I", new=[text])])
     ((_, _, name),) = payload.encode_each(delivery)

@@ -33,14 +33,14 @@ def read(path):
     return [(line["tag"], line["streamed"], bytes.fromhex(line["data"])) for line in lines]
 
 
-def test_every_version_is_there_with_every_kind_of_message():
+def test_golden_files_have_every_version_and_message_type():
     assert [path.stem for path in GOLDEN] == ["pg14", "pg15", "pg16", "pg17", "pg18"]
     for path in GOLDEN:
         assert {tag for tag, _, _ in read(path)} == set(KINDS), path
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_every_message_decodes(path):
+def test_golden_messages_decode(path):
     for tag, streamed, data in read(path):
         message = decode(data, streamed)
         assert type(message) is KINDS[tag]
@@ -49,7 +49,7 @@ def test_every_message_decodes(path):
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_every_strict_prefix_of_every_message_is_refused(path):
+def test_golden_message_prefixes_are_refused(path):
     for _, streamed, data in read(path):
         for length in range(1, len(data)):
             with pytest.raises(ProtocolError):
@@ -59,7 +59,7 @@ def test_every_strict_prefix_of_every_message_is_refused(path):
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_rows_are_read_where_they_stand_and_written_as_they_were(path):
+def test_golden_rows_survive_reading_and_writing(path):
     rows = [data for tag, streamed, data in read(path) if tag in "IUD" and not streamed]
     joined, place = b"".join(rows), 0
     for data in rows:
@@ -68,7 +68,7 @@ def test_rows_are_read_where_they_stand_and_written_as_they_were(path):
     assert place == len(joined)
 
 
-def test_what_the_server_said_is_what_is_read():
+def test_golden_rows_equal_what_the_server_reported():
     messages = [decode(data, streamed) for _, streamed, data in read(GOLDEN[-1])]
     relations = {m.name: m for m in messages if isinstance(m, pgoutput.Relation)}
     assert relations["items"].identity == "d"

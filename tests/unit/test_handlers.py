@@ -24,7 +24,7 @@ def declared(app):
     return [(s.handler.rpartition(".")[2], str(s.table)) for s in subscriptions_of(app)]
 
 
-def test_above_a_shared_task(app):
+def test_on_change_above_a_shared_task(app):
     @on_change("orders")
     @shared_task
     def handle(change):
@@ -34,7 +34,7 @@ def test_above_a_shared_task(app):
     assert handle.delay(CHANGE).get() == "0/1:0"
 
 
-def test_below_a_shared_task_that_binds(app):
+def test_on_change_below_a_bound_shared_task(app):
     @shared_task(bind=True, max_retries=5)
     @on_change("orders")
     def handle(self, change):
@@ -46,7 +46,7 @@ def test_below_a_shared_task_that_binds(app):
 
 
 @pytest.mark.parametrize("lazy", [True, False])
-def test_above_and_below_an_app_task(app, lazy):
+def test_on_change_above_and_below_an_app_task(app, lazy):
     @on_change("orders")
     @app.task(lazy=lazy)
     @on_change("customers")
@@ -57,7 +57,7 @@ def test_above_and_below_an_app_task(app, lazy):
     assert handle.delay(CHANGE).get() == "0/1:0"
 
 
-def test_a_plain_function_becomes_one_task(app):
+def test_on_change_makes_a_task_of_a_plain_function(app):
     @on_change("orders", "insert")
     @on_change("customers", "insert")
     def handle(change):
@@ -101,7 +101,7 @@ def elsewhere(change): ...
 """
 
 
-def test_a_function_that_its_module_knows_otherwise(app, monkeypatch):
+def test_on_change_on_a_function_with_another_name_in_its_module(app, monkeypatch):
     """It is a task all the same: as what wraps it, where something does."""
     module = types.ModuleType("a_shop")
     monkeypatch.setitem(sys.modules, "a_shop", module)
@@ -119,12 +119,12 @@ def test_a_function_that_its_module_knows_otherwise(app, monkeypatch):
 
 
 @pytest.mark.parametrize("target", [functools.partial(print), object(), Batch])
-def test_what_is_no_function_is_refused(target):
+def test_on_change_refuses_anything_but_a_function(target):
     with pytest.raises(SubscriptionError, match="on_change decorates a task or a function, not"):
         on_change("orders")(target)
 
 
-def test_autoretry_for(app):
+def test_on_change_keeps_autoretry_for(app):
     calls = []
 
     @shared_task(autoretry_for=(OSError,), max_retries=2, default_retry_delay=0)
@@ -138,7 +138,7 @@ def test_autoretry_for(app):
     assert handle.delay(CHANGE).get() == 2
 
 
-def test_decorating_finalizes_nothing(app):
+def test_on_change_does_not_finalize_the_app(app):
     @on_change("orders")
     @shared_task
     def handle(change): ...
@@ -150,7 +150,7 @@ def test_decorating_finalizes_nothing(app):
     assert not app.finalized
 
 
-def test_two_apps_keep_their_own_tasks(app):
+def test_on_change_keeps_the_tasks_of_two_apps_apart(app):
     other = Celery("other", set_as_current=False)
 
     @on_change("orders")
@@ -162,7 +162,7 @@ def test_two_apps_keep_their_own_tasks(app):
     other.close()
 
 
-def test_handlers_outlive_their_process_unless_told_otherwise(app):
+def test_handlers_survive_their_process_by_default(app):
     @on_change("orders")
     def careful(change): ...
 
@@ -206,7 +206,7 @@ def test_subscriptions_are_numbered_across_sources(app):
     ]
 
 
-def test_two_on_change_that_contradict_each_other_are_refused(app):
+def test_on_change_refuses_contradicting_declarations(app):
     @on_change("orders", batch=10)
     @on_change("customers")
     def handle(change): ...
@@ -215,7 +215,7 @@ def test_two_on_change_that_contradict_each_other_are_refused(app):
         subscriptions_of(app)
 
 
-def test_what_a_subscription_captures_follows_from_what_it_delivers(app):
+def test_subscription_captures_the_operations_that_it_needs(app):
     @on_change("orders", "insert", where={"status": "paid"})
     def entered(change): ...
 
@@ -246,7 +246,7 @@ def test_what_a_subscription_captures_follows_from_what_it_delivers(app):
         ({"source": 5}, "source= is a name"),
     ],
 )
-def test_arguments_that_cannot_be_right_name_the_handler(app, arguments, sentence):
+def test_on_change_names_the_handler_of_invalid_arguments(app, arguments, sentence):
     @on_change("orders", **arguments)
     @shared_task
     def handle(change): ...
@@ -255,7 +255,7 @@ def test_arguments_that_cannot_be_right_name_the_handler(app, arguments, sentenc
         subscriptions_of(app)
 
 
-def test_a_batch_reaches_its_handler(app):
+def test_batch_reaches_its_handler(app):
     @on_change("orders", batch=10)
     def handle(changes):
         return [change.id for change in changes]
@@ -299,14 +299,14 @@ def alone(app, function):
 
 @pytest.mark.parametrize("declare", [above, below, binding, retrying, alone])
 @pytest.mark.parametrize("function", [async_function, async_generator, generator])
-def test_a_function_that_celery_never_runs_is_refused(app, declare, function):
+def test_on_change_refuses_generators_and_async_functions(app, declare, function):
     declare(app, function)
     with pytest.raises(SubscriptionError, match=f"{function.__name__}: it is an? .*never runs"):
         subscriptions_of(app)
 
 
 @pytest.mark.parametrize("declare", [above, below, retrying, alone])
-def test_an_async_function_in_one_that_runs_it_is_a_handler(app, declare):
+def test_on_change_accepts_a_wrapped_async_function(app, declare):
     @functools.wraps(async_function)
     def handle(change):
         return asyncio.run(async_function(change))
@@ -324,7 +324,7 @@ def keyword(change, *, reason): ...
 
 @pytest.mark.parametrize("declare", [above, below, retrying, alone])
 @pytest.mark.parametrize("function", [no_argument, unbound, two, keyword])
-def test_a_function_that_cannot_be_called_with_a_change_is_refused(app, declare, function):
+def test_on_change_refuses_a_function_that_takes_no_change(app, declare, function):
     declare(app, function)
     with pytest.raises(SubscriptionError, match="called with one argument, the change, and would"):
         subscriptions_of(app)
@@ -339,13 +339,13 @@ def test_a_function_that_cannot_be_called_with_a_change_is_refused(app, declare,
     ],
 )
 @pytest.mark.parametrize("declare", [below, alone])
-def test_a_function_may_take_more(app, declare, function):
+def test_on_change_accepts_a_function_with_more_parameters(app, declare, function):
     function.__name__ = "handle"
     declare(app, function)
     (subscription,) = subscriptions_of(app)
     assert app.tasks[subscription.handler].delay(CHANGE).get() == "0/1:0"
 
 
-def test_a_task_whose_arguments_celery_does_not_check(app):
+def test_on_change_accepts_a_task_without_argument_checks(app):
     on_change("orders")(app.task(typing=False)(two))
     assert len(subscriptions_of(app)) == 1

@@ -46,7 +46,7 @@ def make(new_app, monkeypatch):
     return make
 
 
-def test_a_logical_message_is_routed_by_its_prefix(app):
+def test_logical_message_is_routed_by_its_prefix(app):
     @on_message("order.paid")
     @app.task(name="shop.paid", shared=False)
     def paid(message):
@@ -59,7 +59,7 @@ def test_a_logical_message_is_routed_by_its_prefix(app):
     assert templates[declared, Operation.MESSAGE].queue == "mail"
 
 
-def test_the_name_in_flash_routes_begins_with_the_source(app):
+def test_flash_routes_names_begin_with_the_source(app):
     @on_message("order.paid", source="billing")
     @on_change("billing:orders")
     @on_change("orders")
@@ -86,7 +86,7 @@ def test_the_name_in_flash_routes_begins_with_the_source(app):
     assert templates[message, Operation.MESSAGE].queue == "mail"
 
 
-def test_a_message_is_one_a_celery_worker_accepts(make):
+def test_message_is_accepted_by_a_celery_worker(make):
     message = make()().each(DELIVERY)[0]
     assert message.queue == "flash"
     assert message.headers["task"] == "shop.handle"
@@ -104,12 +104,12 @@ def test_a_message_is_one_a_celery_worker_accepts(make):
     assert set(embed) == {"callbacks", "errbacks", "chain", "chord"}
 
 
-def test_the_headers_are_those_that_celery_writes(make, app):
+def test_message_headers_equal_those_of_celery(make, app):
     theirs = app.amqp.as_task_v2("id", "shop.handle", argsrepr="", kwargsrepr="")
     assert set(make()().each(DELIVERY)[0].headers) == set(theirs.headers)
 
 
-def test_the_task_id_of_one_change_is_the_same_every_time_and_nobody_elses(make):
+def test_task_id_is_stable_and_unique_for_a_change(make):
     first, again = make(source="a")(), make(source="a")()
     assert first.each(DELIVERY)[0].headers["id"] == again.each(DELIVERY)[0].headers["id"]
     elsewhere = make(source="b")().each(DELIVERY)[0]
@@ -118,7 +118,7 @@ def test_the_task_id_of_one_change_is_the_same_every_time_and_nobody_elses(make)
     assert first.each(DELIVERY)[0].headers["id"] != first.each(other)[0].headers["id"]
 
 
-def test_a_batch_is_one_message(make):
+def test_batch_is_one_message(make):
     template = make(batch=10)()
     message = template.together([DELIVERY, DELIVERY._replace(ordinal=4)])
     (argument,), _, _ = json.loads(message.body)
@@ -142,7 +142,7 @@ ROUTES = {"public.orders.delete": {"queue": "cleanup", "priority": 9}, "public.*
         ("flash", {}),
     ],
 )
-def test_the_queue_is_the_first_that_somebody_named(make, expected, options):
+def test_queue_is_the_first_that_is_configured(make, expected, options):
     assert make(**options)().queue == expected
 
 
@@ -153,7 +153,7 @@ def test_flash_routes_go_by_operation(make):
     assert template(DELETE).each(DELIVERY)[0].properties["priority"] == 9
 
 
-def test_the_options_of_the_task_are_honoured(make):
+def test_task_options_are_honoured(make):
     options = {"time_limit": 30, "soft_time_limit": 20, "priority": 3, "expires": 60}
     message = make(task_options={**options, "ignore_result": True})().each(DELIVERY)[0]
     assert message.headers["timelimit"] == [30, 20]
@@ -162,7 +162,7 @@ def test_the_options_of_the_task_are_honoured(make):
     assert message.properties["priority"] == 3
 
 
-def test_a_routing_key_leads_to_its_queue(make):
+def test_routing_key_leads_to_its_queue(make):
     queues = [Queue("bills", routing_key="billing")]
     conf = {"task_queues": queues, "task_routes": {"shop.*": {"routing_key": "billing"}}}
     assert make(conf=conf)().queue == "bills"
@@ -171,7 +171,7 @@ def test_a_routing_key_leads_to_its_queue(make):
 
 
 @pytest.mark.parametrize("where", ["task_routes", "flash_routes"])
-def test_an_exchange_alone_leads_nowhere(make, where):
+def test_exchange_without_a_routing_key_is_refused(make, where):
     """Celery would send the task to no queue, and say nothing."""
     pattern = {"task_routes": "shop.*", "flash_routes": "public.*"}[where]
     with pytest.raises(ConfigurationError, match="exchange='bills' leads to no queue without"):
@@ -187,12 +187,12 @@ def test_an_exchange_alone_leads_nowhere(make, where):
         {"conf": {"task_routes": {"shop.*": "graves"}, "flash_dead_queue": "graves"}},
     ],
 )
-def test_the_queue_of_dead_letters_is_for_no_changes(make, options):
+def test_dead_letter_queue_is_refused_for_changes(make, options):
     with pytest.raises(ConfigurationError, match=r"shop\.handle goes to the queue .* dead letters"):
         make(**options)
 
 
-def test_another_serializer_is_refused(make):
+def test_serializer_other_than_json_is_refused(make):
     with pytest.raises(SubscriptionError, match=r"shop\.handle has serializer='pickle'"):
         make(task_options={"serializer": "pickle"})
 
@@ -204,11 +204,11 @@ def test_workers_that_would_refuse_json_are_refused(make, accepted):
 
 
 @pytest.mark.parametrize("accepted", [None, ["application/json"], ["json", "of workers alone"]])
-def test_workers_that_take_json_among_others(make, accepted):
+def test_workers_that_accept_json_among_others_are_fine(make, accepted):
     assert make(conf={"accept_content": accepted})().queue == "flash"
 
 
-def test_an_app_that_sends_its_own_tasks_otherwise(make):
+def test_serializer_of_the_app_other_than_json_needs_one_for_the_task(make):
     conf = {"task_serializer": "pickle", "accept_content": ["pickle", "json"]}
     with pytest.raises(SubscriptionError, match=r"serializer='pickle'; .* serializer='json'\."):
         make(conf=conf)
@@ -216,12 +216,12 @@ def test_an_app_that_sends_its_own_tasks_otherwise(make):
     assert message.content_type == "application/json"
 
 
-def test_a_queue_may_be_named_by_its_alias(make):
+def test_queue_can_be_named_by_its_alias(make):
     conf = {"task_queues": [Queue("shop-7f3a", alias="flash")]}
     assert make(conf=conf)().queue == "shop-7f3a"
 
 
-def test_a_queue_that_cannot_be_made_is_refused(make):
+def test_queue_that_cannot_be_declared_is_refused(make):
     conf = {"task_create_missing_queues": False, "task_queues": [Queue("celery")]}
     with pytest.raises(ConfigurationError, match="'flash', which is not in task_queues"):
         make(conf=conf)
@@ -235,6 +235,6 @@ def test_compression_is_honoured(make):
 
 
 @pytest.mark.parametrize("priority", [-1, 256, "high"])
-def test_a_priority_no_broker_knows_is_refused(make, priority):
+def test_priority_unknown_to_brokers_is_refused(make, priority):
     with pytest.raises(ConfigurationError, match="is a number from 0 to 255"):
         make(conf={"flash_routes": {"*": {"priority": priority}}})

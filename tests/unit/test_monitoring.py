@@ -58,7 +58,7 @@ def report(observer):
     return make
 
 
-def test_a_worker_that_streams_and_lacks_nothing_is_ready(report):
+def test_health_of_a_streaming_worker_is_ready(report):
     assert health.problems(report()) == []
     assert health.problems(report(slot=None)) == []
 
@@ -74,12 +74,12 @@ def test_a_worker_that_streams_and_lacks_nothing_is_ready(report):
         ({"slot": replace(SLOT, safe_wal_size=4)}, "more than half"),
     ],
 )
-def test_whatever_is_wrong_is_said(report, trouble, said):
+def test_health_names_every_problem(report, trouble, said):
     (problem,) = health.problems(report(**trouble))
     assert said in problem
 
 
-def test_each_trouble_comes_with_its_own_error(report):
+def test_health_shows_each_problem_with_its_error(report):
     errors = [
         {"kind": "NotConfirmed", "message": "No room."},
         {"kind": "ReplicationError", "message": "No server."},
@@ -89,12 +89,12 @@ def test_each_trouble_comes_with_its_own_error(report):
     assert found[1].endswith(" No room.")
 
 
-def test_a_standby_is_ready_to_take_over_unless_something_else_is_wrong(report):
+def test_health_of_a_hot_spare_is_ready_unless_something_is_wrong(report):
     for more, ready in (({}, True), ({"broker_failing_since": 1.0}, False)):
         assert health.is_hot_spare(report(state=STANDBY, **more)) is ready
 
 
-def test_a_loop_that_does_not_turn_is_dead(report):
+def test_health_of_a_stuck_loop_is_dead(report):
     limit = health.patience(Settings())
     assert limit == 90
     assert health.is_live(report(stuck_seconds=limit - 1), limit)
@@ -102,7 +102,7 @@ def test_a_loop_that_does_not_turn_is_dead(report):
     assert health.patience(Settings(flash_status_interval=1)) == 60
 
 
-def test_rates_are_of_the_last_minute_and_samples_of_the_last_hour():
+def test_rates_cover_a_minute_and_samples_an_hour():
     history = LastHour()
     for place in range(1000):
         counts = Counts(5.0 * place, {"a": 10 * place}, {"b": 5 * place})
@@ -114,7 +114,7 @@ def test_rates_are_of_the_last_minute_and_samples_of_the_last_hour():
     assert enqueued == {"b": 1.0}
 
 
-def test_the_keys_of_status_are_promised(observer):
+def test_keys_of_status_are_promised(observer):
     """Scripts read `flash status --json` and /status.json, which has the same keys and its own."""
     report = observer.report()
     keys = list(StatusReport(report.project, report.database, report.broker, None).as_json())
@@ -147,7 +147,7 @@ def lag(observer, state, behind=None, oldest=None, committed=0.0):
     return observer.report().lag_seconds
 
 
-def test_the_lag_is_zero_only_if_nothing_is_left(observer):
+def test_lag_is_zero_only_if_nothing_is_left(observer):
     ago = time.time() - 100
     assert lag(observer, STREAMING, 0, committed=ago) == 0
     assert lag(observer, STREAMING, 100, oldest=ago) == pytest.approx(100, abs=5)
@@ -158,7 +158,7 @@ def test_the_lag_is_zero_only_if_nothing_is_left(observer):
     assert lag(observer, STANDBY, 1 << 20, committed=ago) is None
 
 
-def test_a_server_that_is_away_is_shown_without_a_password(app):
+def test_status_of_an_unreachable_server_shows_no_password(app):
     app.conf.flash_dsn = "postgresql://x:secret@127.0.0.1:1/x"
     app.conf.broker_url = "redis://:secret@127.0.0.1:1/0"
     observer = Observer(app, Settings.from_app(app), [], Telemetry())
@@ -173,7 +173,7 @@ def test_a_server_that_is_away_is_shown_without_a_password(app):
     assert 'flash_broker_up{source="default"} 0.0' in text
 
 
-def test_names_cannot_leave_their_label(observer):
+def test_metrics_escape_names_in_labels(observer):
     name = 'a"b\\c\nflash_ready 9'
     observer.telemetry.enqueued[route(name, "insert", "handle", "flash")] = 1
     text = Metrics(observer.telemetry, observer.report).text().decode()
@@ -189,23 +189,23 @@ def test_names_cannot_leave_their_label(observer):
         ("db.internal:0", "db.internal", 0),
     ],
 )
-def test_an_address_is_host_and_port(given, host, port):
+def test_flash_http_is_host_and_port(given, host, port):
     assert http_address(given) == (host, port)
 
 
 @pytest.mark.parametrize("bad", ["9187", ":9187", "host", "host:", "host:http", "host:70000"])
-def test_a_bad_address_is_one_sentence(app, bad):
+def test_flash_http_refuses_a_bad_address_in_one_sentence(app, bad):
     app.conf.flash_http = bad
     with pytest.raises(ConfigurationError, match=r"flash_http must be host:port, .*, not '"):
         Settings.from_app(app)
 
 
-def test_a_host_that_is_no_name_is_one_sentence(observer):
+def test_flash_http_refuses_a_bad_host_in_one_sentence(observer):
     with pytest.raises(ConfigurationError, match=r"Cannot listen on flash_http = 'a\.\.b:80'"):
         HttpServer("a..b:80", observer)
 
 
-def test_a_log_line_is_one_object_with_what_it_is_about():
+def test_json_log_line_is_one_object_with_its_extras():
     formatter = logs.JsonFormatter("billing")
     try:
         raise ValueError("two\nlines")
@@ -267,7 +267,7 @@ def test_dashboard_and_alerts_use_metrics_and_labels_that_exist(expression):
     assert words <= FUNCTIONS | WORDS | PROCESS | {f"{n}_bucket" for n in METRICS} | METRICS.keys()
 
 
-def test_every_alert_says_what_to_do():
+def test_alerts_describe_what_to_do():
     text = (DOCS / "monitoring.md").read_text()
     documented = re.findall(r"^\| `(Flash\w+)` \| .+ \|$", text, re.MULTILINE)
     (group,) = yaml.safe_load((DOCS / "monitoring/alerts.yml").read_text())["groups"]
@@ -283,7 +283,7 @@ def test_every_alert_says_what_to_do():
         ("rich", ["status", "--watch"], "flash-celery[watch]"),
     ],
 )
-def test_a_library_that_is_missing_is_named(app, monkeypatch, library, command, extra):
+def test_missing_library_is_named(app, monkeypatch, library, command, extra):
     for name in list(sys.modules):
         if name.split(".")[0] == library or name.startswith(
             ("flash_celery.monitoring", "flash_celery.commands.status_watch")
@@ -309,7 +309,7 @@ def test_a_library_that_is_missing_is_named(app, monkeypatch, library, command, 
     assert f"pip install '{extra}'" in ran.stderr
 
 
-def test_probes_and_page_say_when_the_loop_is_stuck(observer):
+def test_probes_and_page_report_a_stuck_loop(observer):
     stuck = [0.0]
     observer.telemetry.stuck = lambda: stuck[0]
     observer.telemetry.enter(STREAMING)
@@ -327,7 +327,7 @@ def test_probes_and_page_say_when_the_loop_is_stuck(observer):
         server.close()
 
 
-def test_too_many_clients_are_turned_away(observer):
+def test_http_server_limits_its_clients(observer):
     server = HttpServer("127.0.0.1:0", observer)
     server.start()
     place = server.server_address[:2]
@@ -351,7 +351,7 @@ def test_too_many_clients_are_turned_away(observer):
         server.close()
 
 
-def test_clients_that_never_come_to_an_end_are_cut_off(observer, monkeypatch):
+def test_http_server_ends_slow_clients(observer, monkeypatch):
     """Each byte would give them as much time again."""
     monkeypatch.setattr("flash_celery.monitoring.http_server._CLIENT_SECONDS", 1.0)
     server = HttpServer("127.0.0.1:0", observer)

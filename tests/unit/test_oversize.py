@@ -42,7 +42,7 @@ def delivery(*rows):
     return Delivery(TABLE, Transaction(Lsn(0x16B3748), 7, 0), 3, 0, 0, written)
 
 
-def test_smaller_batches_and_letters_in_the_place_of_a_batch(templates, app):
+def test_oversize_batch_becomes_smaller_batches_and_dead_letters(templates, app):
     all_of_them = templates(task_compression="zlib")
     template = all_of_them[all_of_them.subscriptions[0], Operation.INSERT]
     rows = [(b"%d" % n, LONG if n == 2 else b"a", b"b") for n in range(5)]
@@ -62,7 +62,7 @@ def test_smaller_batches_and_letters_in_the_place_of_a_batch(templates, app):
     assert [message.queue for message in halves] == ["flash", "flash"]
 
 
-def test_a_letter_that_is_too_large_too(templates, app):
+def test_oversize_dead_letter_is_shortened(templates, app):
     all_of_them = templates(flash_max_change_size=25_000)
     template = all_of_them[all_of_them.subscriptions[0], Operation.INSERT]
     sealed = letter(app, "flash.dead", template, delivery((b"1", LONG + LONG, LONG)))
@@ -74,7 +74,7 @@ def test_a_letter_that_is_too_large_too(templates, app):
     assert change.id == "0/16B3748:3"
 
 
-def test_a_broker_that_takes_not_even_a_letter_is_told_nothing_else(templates, app, caplog):
+def test_oversize_message_whose_dead_letter_does_not_fit_is_unchanged(templates, app, caplog):
     all_of_them = templates()
     template = all_of_them[all_of_them.subscriptions[0], Operation.INSERT]
     message = template.together([delivery((b"1", LONG, b"b"))])

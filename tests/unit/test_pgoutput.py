@@ -13,7 +13,7 @@ from tests.unit.pgoutput_messages import INSERT, MESSAGES, XID
 
 
 @pytest.mark.parametrize("message", MESSAGES.values(), ids=MESSAGES.keys())
-def test_every_strict_prefix_and_every_trailing_byte_is_refused(message):
+def test_pgoutput_prefixes_and_trailing_bytes_are_refused(message):
     pgoutput.decode(message)
     for end in range(len(message)):
         with pytest.raises(ProtocolError):
@@ -22,30 +22,30 @@ def test_every_strict_prefix_and_every_trailing_byte_is_refused(message):
         pgoutput.decode(message + b"\0")
 
 
-def test_begin_and_commit():
+def test_pgoutput_begin_and_commit_are_decoded():
     assert pgoutput.decode(MESSAGES["begin"]) == pgoutput.Begin(Lsn(0x16B3748), 5, 730)
     assert pgoutput.decode(MESSAGES["commit"]).end_lsn == Lsn.parse("0/16B3748")
 
 
-def test_relation():
+def test_pgoutput_relation_is_decoded():
     relation = pgoutput.decode(MESSAGES["relation"])
     assert (relation.schema, relation.name, relation.identity) == ("public", "orders", "d")
     assert relation.columns == (pgoutput.Column(True, "id", 20, -1),)
 
 
-def test_null_and_unchanged_toast_are_told_apart():
+def test_pgoutput_null_and_unchanged_toast_differ():
     assert pgoutput.decode(MESSAGES["insert"]).new == [b"1", None]
     assert pgoutput.decode(MESSAGES["update"]).new == [b"1", UNCHANGED_TOAST]
     assert pickle.loads(pickle.dumps(UNCHANGED_TOAST)) is UNCHANGED_TOAST
 
 
-def test_truncate_names_every_relation():
+def test_pgoutput_truncate_names_every_relation():
     truncate = pgoutput.decode(MESSAGES["truncate"])
     assert truncate.relation_oids == (16385, 730)
     assert (truncate.cascade, truncate.restart_identity) == (True, True)
 
 
-def test_streamed_rows_carry_the_subtransaction():
+def test_pgoutput_streamed_rows_carry_the_subtransaction():
     assert pgoutput.decode(INSERT[:1] + XID + INSERT[1:], streamed=True).xid == 730
 
 
@@ -53,7 +53,7 @@ CELLS = st.lists(st.one_of(st.none(), st.binary(max_size=20), st.just(UNCHANGED_
 
 
 @given(CELLS, CELLS, st.sampled_from(["I", "U", "U+", "D"]), st.sampled_from("KO"))
-def test_rows_survive_writing_and_reading_and_end_where_they_end(old, new, operation, kind):
+def test_pgoutput_rows_survive_writing_and_reading(old, new, operation, kind):
     with_old = operation in ("U+", "D")
     arguments = (
         operation[0],
@@ -69,7 +69,7 @@ def test_rows_survive_writing_and_reading_and_end_where_they_end(old, new, opera
 
 
 @given(st.one_of(st.binary(), st.tuples(st.sampled_from(list(MESSAGES.values())), st.binary())))
-def test_arbitrary_bytes_raise_nothing_else(data):
+def test_pgoutput_arbitrary_bytes_raise_only_protocol_errors(data):
     buffer = data if isinstance(data, bytes) else data[0][: len(data[1])] + data[1]
     for streamed in (False, True):
         with suppress(ProtocolError):

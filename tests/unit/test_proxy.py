@@ -54,7 +54,7 @@ def silent(end, seconds=0.2):
     end.settimeout(10)
 
 
-def test_bytes_pass_both_ways_and_so_does_the_end(proxy):
+def test_proxy_passes_bytes_and_the_end_both_ways(proxy):
     with client(proxy) as end:
         assert end.recv(100) == b"hello"
         end.shutdown(socket.SHUT_WR)
@@ -63,7 +63,7 @@ def test_bytes_pass_both_ways_and_so_does_the_end(proxy):
     assert proxy.accepted == 1
 
 
-def test_a_cut_resets(proxy):
+def test_proxy_cut_resets_the_connection(proxy):
     with client(proxy) as end:
         end.recv(100)
         assert proxy.cut() == 1
@@ -73,7 +73,7 @@ def test_a_cut_resets(proxy):
         assert end.recv(100) == b"hello"
 
 
-def test_half_of_a_connection_is_closed(proxy):
+def test_proxy_closes_one_direction(proxy):
     with client(proxy) as end:
         end.recv(100)
         proxy.half_close(Way.TO_CLIENT)
@@ -85,7 +85,7 @@ def test_half_of_a_connection_is_closed(proxy):
         assert end.recv(100) == b"5 bytes"
 
 
-def test_a_stall_is_silence_and_passes(proxy):
+def test_proxy_stall_is_silent_and_ends(proxy):
     with client(proxy) as end:
         end.recv(100)
         proxy.stall()
@@ -101,7 +101,7 @@ def test_a_stall_is_silence_and_passes(proxy):
         assert end.recv(100) == b"anyone?"
 
 
-def test_one_connection_and_one_way_are_stalled(proxy):
+def test_proxy_stalls_one_connection_and_direction(proxy):
     with client(proxy, b"stream") as stream, client(proxy, b"query") as query:
         stream.recv(100)
         query.recv(100)
@@ -115,7 +115,7 @@ def test_one_connection_and_one_way_are_stalled(proxy):
         assert stream.recv(100) == b"got"
 
 
-def test_delay_and_throttle(proxy):
+def test_proxy_delays_and_throttles(proxy):
     with client(proxy) as end:
         end.recv(100)
         proxy.delay(0.1)
@@ -133,7 +133,7 @@ def test_delay_and_throttle(proxy):
         assert time.monotonic() - started >= 0.2
 
 
-def test_it_refuses_and_leads_elsewhere(proxy):
+def test_proxy_refuses_and_redirects(proxy):
     with client(proxy) as end:
         proxy.refuse()
         with pytest.raises(ConnectionRefusedError):

@@ -20,7 +20,7 @@ def unit(first, count, position):
     return PublishBatch(messages, Lsn(position), count)
 
 
-def test_units_are_confirmed_in_order(thread):
+def test_batches_are_confirmed_in_order(thread):
     for number in range(3):
         thread.put(unit(number * 10, 10, number + 1))
     thread.put(PublishBatch([], Lsn(9), 0))
@@ -31,7 +31,7 @@ def test_units_are_confirmed_in_order(thread):
     assert thread.has_room
 
 
-def test_what_the_broker_has_is_not_sent_again(thread):
+def test_confirmed_messages_are_not_sent_again(thread):
     thread.publisher.failures = [3, 0, 4]
     thread.put(unit(0, 10, 1))
     thread.start()
@@ -40,7 +40,7 @@ def test_what_the_broker_has_is_not_sent_again(thread):
     assert thread.confirmed == [1]
 
 
-def test_a_discarded_unit_is_never_confirmed(thread):
+def test_discarded_batch_is_never_confirmed(thread):
     thread.publisher.broken = True
     thread.put(unit(0, 10, 1))
     thread.put(unit(10, 10, 2))
@@ -55,7 +55,7 @@ def test_a_discarded_unit_is_never_confirmed(thread):
     assert thread.has_room
 
 
-def test_discard_between_taking_a_unit_and_sending_it_gives_it_up(thread, monkeypatch):
+def test_discard_before_sending_drops_the_batch(thread, monkeypatch):
     thread.publisher.broken = True
     taken = thread._deliver
 
@@ -70,7 +70,7 @@ def test_discard_between_taking_a_unit_and_sending_it_gives_it_up(thread, monkey
     assert thread.confirmed == []
 
 
-def test_a_claim_has_room_once_its_deduplicator_can_be_picked_up(thread):
+def test_claim_has_room_once_its_deduplicator_can_be_picked_up(thread):
     thread.claim(Claim(Lease("", "")))
     assert not thread.has_room
     assert thread.deduplicator is None
@@ -81,7 +81,7 @@ def test_a_claim_has_room_once_its_deduplicator_can_be_picked_up(thread):
     assert thread.deduplicator is None
 
 
-def test_a_bug_reaches_the_main_thread(thread, monkeypatch):
+def test_unexpected_error_reaches_the_main_thread(thread, monkeypatch):
     monkeypatch.setattr(thread.publisher, "publish", lambda messages: 1 / 0)
     thread.put(unit(0, 1, 1))
     thread.start()
@@ -89,7 +89,7 @@ def test_a_bug_reaches_the_main_thread(thread, monkeypatch):
     assert isinstance(thread.failed[0], ZeroDivisionError)
 
 
-def test_a_unit_given_up_while_it_was_being_sent_confirms_nothing(thread, monkeypatch):
+def test_discard_while_sending_confirms_nothing(thread, monkeypatch):
     entered, go_on = threading.Event(), threading.Event()
     publish = thread.publisher.publish
 
@@ -109,7 +109,7 @@ def test_a_unit_given_up_while_it_was_being_sent_confirms_nothing(thread, monkey
     assert thread.has_room
 
 
-def test_a_connection_that_died_while_nothing_was_published_is_made_anew(thread, caplog):
+def test_idle_connection_that_died_is_reopened(thread, caplog):
     thread.put(unit(0, 1, 1))
     thread.start()
     wait(lambda: thread.idle)
@@ -125,7 +125,7 @@ def test_a_connection_that_died_while_nothing_was_published_is_made_anew(thread,
     assert thread.publisher.opened == 2
 
 
-def test_a_broker_that_nothing_was_for_is_not_asked(thread, monkeypatch):
+def test_unused_broker_is_not_asked(thread, monkeypatch):
     monkeypatch.setattr(thread.publisher, "check", lambda: 1 / 0)
     thread.put(PublishBatch([], Lsn(5), 0))
     thread.start()
@@ -141,7 +141,7 @@ def bounded(thread):
     return thread
 
 
-def test_a_full_queue_holds_the_rest_back(bounded):
+def test_full_queue_delays_the_rest(bounded):
     bounded.put(unit(0, 35, 1))
     bounded.put(unit(35, 35, 2))
     bounded.start()
@@ -159,7 +159,7 @@ def test_a_full_queue_holds_the_rest_back(bounded):
     assert bounded.confirmed[-1] == 2
 
 
-def test_units_are_given_up_while_they_wait_for_room(bounded):
+def test_discard_drops_batches_that_wait_for_room(bounded):
     bounded.put(unit(0, 35, 1))
     bounded.start()
     wait(lambda: len(bounded.publisher.queues.get("flash", ())) == 10)
@@ -171,7 +171,7 @@ def test_units_are_given_up_while_they_wait_for_room(bounded):
     assert bounded.confirmed == [3]
 
 
-def test_a_broker_that_fails_when_asked_loses_nothing_and_gets_nothing_twice(bounded):
+def test_broker_failure_during_a_depth_check_loses_and_repeats_nothing(bounded):
     bounded.put(unit(0, 35, 1))
     bounded.start()
     wait(lambda: len(bounded.publisher.queues.get("flash", ())) == 10)
@@ -188,7 +188,7 @@ def test_a_broker_that_fails_when_asked_loses_nothing_and_gets_nothing_twice(bou
     assert bounded.read == list(range(35))
 
 
-def test_nothing_is_published_without_a_lease(thread):
+def test_publishing_waits_for_a_lease(thread):
     thread._session.lease.until = now() - 1
     thread.put(unit(0, 3, 1))
     thread.start()
@@ -198,7 +198,7 @@ def test_nothing_is_published_without_a_lease(thread):
     assert thread.confirmed == [1]
 
 
-def test_what_is_given_up_while_there_is_no_lease_is_never_published(thread):
+def test_discard_without_a_lease_publishes_nothing(thread):
     thread._session.lease.until = now() - 1
     thread.put(unit(0, 3, 1))
     thread.start()
@@ -211,7 +211,7 @@ def test_what_is_given_up_while_there_is_no_lease_is_never_published(thread):
     assert thread.confirmed == [2]
 
 
-def test_what_is_given_up_while_the_broker_is_being_connected_is_never_published(thread):
+def test_discard_while_connecting_publishes_nothing(thread):
     thread.put(unit(0, 3, 1))
     connect = thread.publisher.open
 
@@ -226,7 +226,7 @@ def test_what_is_given_up_while_the_broker_is_being_connected_is_never_published
     assert thread.confirmed == []
 
 
-def test_nothing_is_published_after_a_failure_and_the_first_one_is_kept(thread):
+def test_publishing_stops_after_a_failure_and_keeps_the_first(thread):
     """What the broker has lost would not be said, and what follows it would be confirmed."""
     control, errors = Control(), [ConfirmedLost("It is lost."), TakenOver("It is taken.")]
     publish = thread.publisher.publish
@@ -261,7 +261,7 @@ def test_nothing_is_published_after_a_failure_and_the_first_one_is_kept(thread):
     control.close()
 
 
-def test_a_broker_that_takes_its_time_is_said_to(thread, caplog):
+def test_slow_broker_is_logged(thread, caplog):
     connect = thread.publisher.open
 
     def open_late(queues):
@@ -275,7 +275,7 @@ def test_a_broker_that_takes_its_time_is_said_to(thread, caplog):
     assert thread.confirmed == [1]
 
 
-def test_a_lease_runs_out_while_the_host_is_suspended(thread, monkeypatch):
+def test_lease_expires_while_the_host_is_suspended(thread, monkeypatch):
     """The monotonic clock of Linux stands still then, and another one may have the slot."""
     stands_still = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: stands_still)

@@ -87,7 +87,7 @@ def read(into, change, side="new"):
     return seen[0]
 
 
-def test_a_row_is_an_object_of_the_class():
+def test_row_is_an_object_of_its_class():
     assert read(Order, insert()) == Order(5, "paid", Decimal("9.50"), None)
     model = read(OrderModel, insert())
     assert (model.state, model.total) == ("paid", 9.5)
@@ -97,19 +97,19 @@ def test_a_row_is_an_object_of_the_class():
         read(Checked, insert())
 
 
-def test_only_the_columns_of_the_class_are_decoded():
+def test_row_type_decodes_only_its_columns():
     damaged = [b"5", b"paid", b"9.50", None, b"\xff"]
     assert read(Order, insert(damaged)).id == 5
 
 
 @pytest.mark.parametrize("into", [Order, OrderModel, OrderStruct, OrderDict])
-def test_both_rows_of_an_update(into):
+def test_row_type_applies_to_both_rows_of_an_update(into):
     change = Update("O", [b"5", b"new", *CELLS[2:]], list(CELLS), ORDERS, *ORIGIN)
     assert read(into, change, "old") != read(into, change, "new")
     assert read(into, Delete("O", list(CELLS), ORDERS, *ORIGIN), "old") == read(into, insert())
 
 
-def test_what_is_not_a_row_stays_what_it_was():
+def test_row_type_leaves_everything_but_rows_alone():
     told = []
     handler = on_change("orders", into=Order)(told.append)
     change = Update("O", [b"5", b"new", *CELLS[2:]], list(CELLS), ORDERS, *ORIGIN)
@@ -126,7 +126,7 @@ def test_what_is_not_a_row_stays_what_it_was():
     assert told[2] == "something else"
 
 
-def test_a_typed_change_travels_as_it_came():
+def test_row_type_does_not_change_the_message():
     told = []
     on_change("orders", into=Order)(told.append)(insert())
     (back,) = loads(dumps(told))
@@ -142,7 +142,7 @@ def test_a_typed_change_travels_as_it_came():
         (Checked, [b"5", b"paid", b"9.5"], "total: Input should be a valid integer"),
     ],
 )
-def test_a_row_that_does_not_fit_says_why_and_not_what_it_holds(into, cells, reason):
+def test_row_type_error_has_the_reason_and_no_values(into, cells, reason):
     cells = [*cells, b"a secret", b"2024-02-29"]
     with pytest.raises(RowError, match=reason) as caught:
         read(into, insert(cells))
@@ -154,7 +154,7 @@ def test_a_row_that_does_not_fit_says_why_and_not_what_it_holds(into, cells, rea
     assert str(pickle.loads(pickle.dumps(caught.value))) == said
 
 
-def test_a_reason_has_an_end():
+def test_row_type_error_is_bounded():
     @dataclass
     class Strict:
         status: str
@@ -167,7 +167,7 @@ def test_a_reason_has_an_end():
     assert len(str(caught.value)) < 600
 
 
-def test_the_old_row_that_is_not_known():
+def test_row_type_of_an_old_row_with_missing_values_is_refused():
     keyed = table(identity="d")
     change = Update(None, None, list(CELLS), keyed, *ORIGIN)
     assert read(Order, change).status == "paid"
@@ -191,7 +191,7 @@ def read_key(change):
     return keys[0]
 
 
-def test_a_default_is_never_told_for_a_value_that_is_there():
+def test_row_type_default_never_replaces_a_value():
     unsent = [b"5", b"paid", b"1", UNCHANGED, b"2024-02-29"]
     change = Update(None, None, unsent, table(identity="d"), *ORIGIN)
     with pytest.raises(RowError, match="the value of note was not sent"):
@@ -206,14 +206,14 @@ def test_a_default_is_never_told_for_a_value_that_is_there():
     assert read(Careful, insert()).note is None
 
 
-def test_a_column_that_does_not_travel_has_its_default():
+def test_row_type_default_replaces_a_column_that_is_not_sent():
     without = table(note=False)
     assert read(Order, insert([*CELLS[:3], b"hidden", None], without)).note is None
     with pytest.raises(RowError, match="the column status is not in this change"):
         read(Order, insert(of=table(status=False)))
 
 
-def test_optional_keys_are_found_where_annotations_are_strings():
+def test_row_type_optional_keys_work_with_string_annotations():
     names = {}
     code = """
 from __future__ import annotations
@@ -230,7 +230,7 @@ class Row(TypedDict):
 
 
 @pytest.mark.parametrize("into", [int, dict, "Order", Order(1, "a", Decimal(1)), object()])
-def test_what_is_no_class_of_rows_is_refused(app, into):
+def test_row_type_of_an_unsupported_class_is_refused(app, into):
     @on_change("orders", into=into)
     def handle(change): ...
 
@@ -238,7 +238,7 @@ def test_what_is_no_class_of_rows_is_refused(app, into):
         subscriptions_of(app)
 
 
-def test_a_class_that_needs_more_than_the_fields_is_refused(app):
+def test_row_type_that_needs_more_than_the_fields_is_refused(app):
     @on_change("orders", fields=["id", "status"], into=Order)
     def handle(change): ...
 
@@ -246,7 +246,7 @@ def test_a_class_that_needs_more_than_the_fields_is_refused(app):
         subscriptions_of(app)
 
 
-def test_an_alias_that_is_no_name_is_refused():
+def test_row_type_alias_that_is_no_name_is_refused():
     class Nested(pydantic.BaseModel):
         status: str = pydantic.Field(validation_alias=pydantic.AliasPath("a", 0))
 
@@ -256,7 +256,7 @@ def test_an_alias_that_is_no_name_is_refused():
 
 @pytest.mark.parametrize("where", ["above", "below", "plain"])
 @pytest.mark.parametrize("bind", [True, False])
-def test_wherever_the_decorator_stands(app, where, bind):
+def test_row_type_works_with_any_decorator_order(app, where, bind):
     def handle(*args):
         return type(args[-1].new).__name__, len(args)
 
@@ -272,7 +272,7 @@ def test_wherever_the_decorator_stands(app, where, bind):
     assert task.apply(args=[insert()]).get() == ("Order", count)
 
 
-def test_a_change_by_its_name(app):
+def test_row_type_applies_to_keyword_arguments(app):
     @on_change("orders", into=Order)
     def handle(change):
         return change.new.id
@@ -281,7 +281,7 @@ def test_a_change_by_its_name(app):
     assert handle(change=insert()) == handle.delay(change=insert()).get() == 5
 
 
-def test_one_task_with_a_class_for_each_table(app):
+def test_row_type_differs_for_each_table_of_a_task(app):
     @dataclass
     class Customer:
         id: int
@@ -309,7 +309,7 @@ def test_one_task_with_a_class_for_each_table(app):
     assert handle(insert(of=table("elsewhere")))["id"] == 5
 
 
-def test_a_batch_of_typed_changes(app):
+def test_row_type_applies_to_each_change_of_a_batch(app):
     @on_change("orders", batch=Batch(10), into=Order)
     @shared_task
     def handle(changes):
@@ -326,7 +326,7 @@ def narrow():
     return Table("public", "orders", None, "f", ("id",), columns)
 
 
-def test_a_row_that_does_not_fit_is_tried_again_as_any_failure(app):
+def test_row_type_error_is_retried_like_any_failure(app):
     attempts = []
 
     @dataclass
@@ -347,7 +347,7 @@ def test_a_row_that_does_not_fit_is_tried_again_as_any_failure(app):
     assert len(attempts) == 3
 
 
-def test_a_retry_is_told_the_same(app):
+def test_row_type_applies_again_in_a_retry(app):
     told = []
 
     @on_change("orders", into=Order)
@@ -361,7 +361,7 @@ def test_a_retry_is_told_the_same(app):
     assert told == [read(Order, insert())] * 2
 
 
-def test_what_was_enqueued_does_not_depend_on_the_class(app):
+def test_row_type_does_not_affect_the_enqueued_message(app):
     @on_change("orders", into=Order)
     def handle(change): ...
 

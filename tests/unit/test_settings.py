@@ -16,19 +16,19 @@ def app():
     app.close()
 
 
-def test_defaults(app):
+def test_settings_have_defaults(app):
     settings = Settings.from_app(app)
     assert settings.flash_replication_slot == "flash_replication"
     assert settings.flash_publication_slot_prefix == "flash_publication"
     assert settings.flash_queue == "flash"
 
 
-def test_the_users_own_settings_win(app):
+def test_settings_of_the_user_win(app):
     app.conf.flash_queue = "changes"
     assert Settings.from_app(app).flash_queue == "changes"
 
 
-def test_without_a_dsn_the_sentence_says_where_to_put_it(app):
+def test_missing_dsn_is_explained(app):
     with pytest.raises(errors.ConfigurationError, match=r"app\.conf\.flash_dsn = "):
         Settings().require_dsn()
 
@@ -50,7 +50,7 @@ def test_without_a_dsn_the_sentence_says_where_to_put_it(app):
         ("flash_max_change_size", 0, "from 1 on"),
     ],
 )
-def test_what_cannot_be_right_is_named(app, name, value, sentence):
+def test_invalid_settings_are_named(app, name, value, sentence):
     app.conf[name] = value
     with pytest.raises(errors.ConfigurationError, match=sentence):
         Settings.from_app(app)
@@ -71,7 +71,7 @@ def given(app):
     ("namespace", "key"),
     [(None, "flash_queue"), ("CELERY", "CELERY_FLASH_QUEUE"), ("SHOP", "SHOP_FLASH_QUEUE")],
 )
-def test_a_typo_is_found_in_any_namespace(given, namespace, key):
+def test_setting_typo_is_found_in_any_namespace(given, namespace, key):
     assert given(namespace, **{key: "changes"}).flash_queue == "changes"
     typo = key.replace("QUEUE", "QEUE").replace("queue", "qeue")
     with pytest.raises(errors.ConfigurationError, match="did you mean flash_queue"):
@@ -88,21 +88,21 @@ def test_a_typo_is_found_in_any_namespace(given, namespace, key):
         ("SHOP", "CELERY_FLASH_QUEUE", "SHOP_FLASH_QUEUE"),
     ],
 )
-def test_a_setting_that_nobody_reads_is_refused(given, namespace, key, right):
+def test_setting_that_celery_ignores_is_refused(given, namespace, key, right):
     with pytest.raises(errors.ConfigurationError, match=f"reads the setting {key}; write {right}"):
         given(namespace, **{key: "changes"})
 
 
-def test_settings_of_the_project_that_begin_alike_are_nobodys(given):
+def test_settings_of_the_project_with_the_prefix_are_ignored(given):
     project = {"FLASH_SALE_HOURS": 3, "CELERY_FLASH_QUEUE": "changes", "FLASH_QUEUE": "sale"}
     assert given("CELERY", **project).flash_queue == "changes"
 
 
-def test_a_module_of_settings_may_import_the_package(given):
+def test_settings_module_can_import_the_package(given):
     assert given("", flash_celery=flash_celery, flash_queue="changes").flash_queue == "changes"
 
 
-def test_a_password_does_not_show(app):
+def test_settings_repr_hides_the_password(app):
     sources = {"billing": {"dsn": "postgresql://u:secret@h/d"}}
     settings = Settings(flash_dsn="postgresql://u:secret@h/d", flash_sources=sources)
     assert "secret" not in repr(settings) + repr(settings.of_source("billing"))
@@ -124,7 +124,7 @@ def test_a_password_does_not_show(app):
         "secret",
     ],
 )
-def test_a_password_that_would_pass_for_the_host_is_refused_unsaid(dsn):
+def test_dsn_whose_password_could_be_read_as_host_is_refused_without_it(dsn):
     with pytest.raises(errors.ConfigurationError, match="%40 for an @") as refused:
         Settings(flash_dsn=dsn).require_dsn()
     assert "secret" not in str(refused.value)
@@ -140,14 +140,14 @@ def test_a_password_that_would_pass_for_the_host_is_refused_unsaid(dsn):
         "host=@abstract dbname=d password='a@b'",
     ],
 )
-def test_a_dsn_that_libpq_reads_as_it_is_meant_is_taken(dsn):
+def test_dsn_that_libpq_reads_correctly_is_accepted(dsn):
     assert Settings(flash_dsn=dsn).require_dsn() == dsn
 
 
 BILLING = {"dsn": "postgresql://h/billing"}
 
 
-def test_a_source_has_its_own_database_slot_and_prefix(app):
+def test_source_has_its_own_database_slot_and_prefix(app):
     app.conf.flash_queue = "changes"
     app.conf.flash_sources = {
         "billing": BILLING,
@@ -186,7 +186,7 @@ def test_a_source_has_its_own_database_slot_and_prefix(app):
         ({"billing": {"dsn": "nonsense"}}, r"\['billing'\]\['dsn'\] is not a connection string"),
     ],
 )
-def test_a_source_that_cannot_be_right_is_named(app, sources, sentence):
+def test_invalid_source_is_named(app, sources, sentence):
     app.conf.flash_sources = sources
     with pytest.raises(errors.ConfigurationError, match=sentence):
         Settings.from_app(app)
@@ -205,7 +205,7 @@ def test_a_source_that_cannot_be_right_is_named(app, sources, sentence):
         ("postgresql://h/shop", {}, None),
     ],
 )
-def test_two_sources_do_not_share_a_slot_or_publications(app, dsn, names, shared):
+def test_sources_do_not_share_a_slot_or_publications(app, dsn, names, shared):
     app.conf.flash_dsn = "postgresql://h/shop"
     app.conf.flash_sources = {"billing": {"dsn": dsn, **names}}
     if shared is None:
@@ -216,13 +216,13 @@ def test_two_sources_do_not_share_a_slot_or_publications(app, dsn, names, shared
         Settings.from_app(app)
 
 
-def test_two_named_sources_are_compared_too(app):
+def test_sources_with_names_are_compared_too(app):
     app.conf.flash_sources = {"a": {**BILLING, "slot": "s"}, "b": {**BILLING, "slot": "s"}}
     with pytest.raises(errors.ConfigurationError, match=r"\['a'\]\['slot'\] and .*\['b'\]"):
         Settings.from_app(app)
 
 
-def test_a_source_that_is_not_there_gets_a_hint():
+def test_unknown_source_gets_a_hint():
     settings = Settings(flash_sources={"billing": BILLING})
     with pytest.raises(errors.ConfigurationError, match="no source 'biling' .*mean billing?"):
         settings.of_source("biling")
@@ -232,13 +232,13 @@ def test_a_source_that_is_not_there_gets_a_hint():
         Settings().of_source("x")
 
 
-def test_without_a_default_the_sentence_names_the_sources():
+def test_missing_default_source_names_the_others():
     settings = Settings(flash_sources={"billing": BILLING})
     with pytest.raises(errors.ConfigurationError, match="--source: billing"):
         settings.require_dsn()
 
 
-def test_errors_pickle_and_say_what_to_do():
+def test_errors_pickle_and_have_a_solution():
     def tree(error):
         return [error, *(leaf for sub in error.__subclasses__() for leaf in tree(sub))]
 

@@ -25,7 +25,7 @@ def row(kind, oid):
     return kind.encode() + struct.pack("!I", oid) + b"N"
 
 
-def test_the_truth_is_read_as_postgresql_writes_it():
+def test_soak_ledger_is_read_as_postgresql_writes_it():
     messages = [
         *(begin(10, 1_000_000), relation(1), row("I", 1), row("U", 1), b"C"),
         *(begin(20), relation(2), row("D", 2), b"T" + struct.pack("!IBII", 2, 0, 1, 2), b"C"),
@@ -55,14 +55,14 @@ def ledger():
     return ledger
 
 
-def test_all_is_well(ledger):
+def test_soak_check_passes_a_correct_run(ledger):
     assert check.complete(ledger)
     assert not check.misordered(ledger.enqueued)
     assert not check.unequal(ledger.enqueued)
     assert not list(check.again(ledger.enqueued))
 
 
-def test_what_is_lost_is_found(ledger):
+def test_soak_check_finds_lost_changes(ledger):
     del ledger.enqueued[1]
     assert check.lost(ledger) == {(2, 0)}
     assert not check.complete(ledger)
@@ -71,19 +71,19 @@ def test_what_is_lost_is_found(ledger):
     assert check.unhandled(ledger, "many") == set()
 
 
-def test_order_is_that_of_the_first_time():
+def test_soak_check_orders_by_first_delivery():
     in_order = [sighting(1), sighting(2), sighting(1), sighting(2), sighting(3)]
     assert check.misordered(in_order) == set()
     assert check.misordered([sighting(2), sighting(1), sighting(3)]) == {(1, 0)}
     assert check.misordered([sighting(1, 1), sighting(1, 0)]) == {(1, 0)}
 
 
-def test_a_change_that_comes_again_must_be_the_same():
+def test_soak_check_compares_repeated_changes():
     assert check.unequal([sighting(1, told=1), sighting(1, told=2)]) == {(1, 0)}
     assert list(check.again([sighting(1), sighting(1, at=5.0)])) == [5.0]
 
 
-def test_only_redis_and_only_a_killed_consumer_excuses(ledger):
+def test_soak_check_excuses_only_killed_consumers_on_redis(ledger):
     del ledger.handled["each"][0]
     outcome = Outcome("redis", 1, {}, ledger=ledger)
     assert not check.excused(outcome, "each")
@@ -98,7 +98,7 @@ def test_only_redis_and_only_a_killed_consumer_excuses(ledger):
     assert not check.excused(outcome, "each")
 
 
-def test_the_report_has_a_line_for_each_kind_of_fault(ledger):
+def test_soak_report_has_a_line_for_each_fault(ledger):
     kill, stop = FAULTS[:2]
     ledger.enqueued += [sighting(2, at=250.0)]
     del ledger.enqueued[2]
@@ -122,7 +122,7 @@ def test_the_report_has_a_line_for_each_kind_of_fault(ledger):
     assert lines[-1] == "not handled: 1 changes of each, 0 changes of many"
 
 
-def test_the_report_is_written_into_the_documents(ledger):
+def test_soak_report_is_written_into_the_documents(ledger):
     page = report.DOCUMENT.read_text()
     text = report.rewrite(
         page, "make soak", {"Python": "3.11"}, [Outcome("redis", 1, {}, ledger=ledger)]

@@ -37,20 +37,20 @@ def mounts(tmp_path):
         ("/var/tmp", "btrfs"),
     ],
 )
-def test_the_file_system_is_that_of_the_innermost_mount_and_of_the_last(mounts, directory, kind):
+def test_spool_file_system_is_that_of_the_last_innermost_mount(mounts, directory, kind):
     assert file_system(directory, mounts) == kind
 
 
-def test_a_link_leads_to_the_file_system_it_points_at(mounts, tmp_path):
+def test_spool_file_system_follows_links(mounts, tmp_path):
     (tmp_path / "link").symlink_to("/dev/shm")
     assert file_system(str(tmp_path / "link"), mounts) == "tmpfs"
 
 
-def test_where_linux_does_not_say_nothing_is_known(tmp_path):
+def test_spool_file_system_is_unknown_without_proc(tmp_path):
     assert file_system("/", str(tmp_path / "none")) == ""
 
 
-def test_the_default_directory_is_no_memory():
+def test_spool_default_directory_is_not_in_memory():
     if Path("/var/tmp").is_dir():
         assert default_directory() == "/var/tmp"
     assert file_system(default_directory()) not in ("tmpfs", "ramfs")
@@ -76,7 +76,7 @@ def test_doctor_names_the_directory_of_the_spool(tmp_path):
     assert message.startswith(default_directory())
 
 
-def test_many_open_transactions_take_little_memory(tmp_path):
+def test_spool_of_many_open_transactions_takes_little_memory(tmp_path):
     tracemalloc.start()
     try:
         spools = [Spool(str(tmp_path)) for _ in range(200)]
@@ -92,7 +92,7 @@ def test_many_open_transactions_take_little_memory(tmp_path):
         spool.close()
 
 
-def test_a_million_savepoints_that_were_rolled_back_take_little_memory():
+def test_spool_of_a_million_aborted_savepoints_takes_little_memory():
     spool = Spool("")
     for xid in (7, 5000, 900_000):
         spool.append(xid, [str(xid).encode()])
@@ -124,7 +124,7 @@ print("closed")
 """
 
 
-def test_a_spool_is_closed_where_the_disk_takes_no_more(tmp_path):
+def test_spool_closes_on_a_full_disk(tmp_path):
     """What is buffered is written when the file is closed, and fails again."""
     code = [sys.executable, "-c", FULL, str(tmp_path)]
     ran = subprocess.run(code, capture_output=True, text=True, timeout=120)

@@ -29,14 +29,14 @@ from flash_celery.table_name import TableName
         ('"a:b"."c:d"', "a:b", "c:d"),
     ],
 )
-def test_table_names_in_every_spelling(text, schema, name):
+def test_table_names_are_read_in_every_spelling(text, schema, name):
     table = table_name(text)
     assert (table.schema, table.name) == (schema, name)
     assert table_name(str(table)) == table
 
 
 @pytest.mark.parametrize("text", ["", "a.b.c", "order lines", '"open', "a.", 'x"y', "a:b"])
-def test_what_is_no_table_name_is_refused(text):
+def test_table_name_that_is_invalid_is_refused(text):
     with pytest.raises(SubscriptionError, match="is not a table name"):
         table_name(text)
 
@@ -54,13 +54,13 @@ def test_what_is_no_table_name_is_refused(text):
         ('"q""q:"', "", 'public."q""q:"'),
     ],
 )
-def test_a_source_stands_before_the_first_colon_outside_quotes(text, source, name):
+def test_source_stands_before_the_first_unquoted_colon(text, source, name):
     found, table = table_of(text, None)
     assert (found, str(table)) == (source, name)
     assert table_of(text, source or None) == (found, table)
 
 
-def test_a_source_is_a_keyword_too():
+def test_source_can_be_a_keyword_argument():
     table = TableName("public", "orders")
     assert table_of(table, "billing") == table_of("orders", "billing") == ("billing", table)
     assert table_of(table, "") == table_of(table, None) == ("", table)
@@ -77,22 +77,22 @@ def test_a_source_is_a_keyword_too():
         ("orders", 5, "source= is a name in flash_sources, not 5"),
     ],
 )
-def test_a_source_that_cannot_be_right_is_refused(table, source, sentence):
+def test_source_that_is_invalid_is_refused(table, source, sentence):
     with pytest.raises(SubscriptionError, match=sentence):
         table_of(table, source)
 
 
 @pytest.mark.parametrize("names", [{"b", "a"}, frozenset("ab"), {"b": 1, "a": 1}.keys()])
-def test_names_in_a_set_have_an_order_of_their_own(names):
+def test_field_names_in_a_set_are_sorted(names):
     assert column_names("fields", names, "orders") == ("a", "b")
 
 
-def test_a_set_has_no_ends():
+def test_between_refuses_a_set():
     with pytest.raises(SubscriptionError, match="total__between takes two values in their order"):
         lookups.parse({"total__between": {5, 10}})
 
 
-def test_sqlalchemy_classes_and_tables():
+def test_table_can_be_a_sqlalchemy_class_or_table():
     class Base(DeclarativeBase): ...
 
     class Order(Base):
@@ -105,7 +105,7 @@ def test_sqlalchemy_classes_and_tables():
     assert str(table_name(lines)) == 'public."Order lines"'
 
 
-def test_django_models_and_their_fields():
+def test_table_can_be_a_django_model():
     if not settings.configured:
         settings.configure()
         django.setup()
@@ -131,17 +131,17 @@ def test_django_models_and_their_fields():
     "operations",
     ["insert|update", ["insert", "update"], Operation.INSERT | Operation.UPDATE, "UPDATE | insert"],
 )
-def test_operations_are_flags_or_names(operations):
+def test_operations_can_be_flags_or_names(operations):
     assert operations_of(operations) == Operation.INSERT | Operation.UPDATE
 
 
 @pytest.mark.parametrize("operations", ["message", "insert|message", Operation.MESSAGE])
-def test_messages_are_no_operation_of_a_table(operations):
+def test_operations_of_a_table_exclude_messages(operations):
     with pytest.raises(SubscriptionError, match="on_message"):
         operations_of(operations)
 
 
 @pytest.mark.parametrize("prefix", ["", None, 5, ["a"]])
-def test_a_prefix_is_a_text(prefix):
+def test_message_prefix_is_a_string(prefix):
     with pytest.raises(SubscriptionError, match="on_message takes the prefix"):
         prefix_of(prefix)

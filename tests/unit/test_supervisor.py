@@ -50,14 +50,14 @@ def test_nothing_changed(check):
     assert check(100) is None
 
 
-def test_a_changed_table_waits_for_the_open_transaction(source, check):
+def test_changed_table_waits_for_the_open_transaction(source, check):
     source.altered = True
     assert check(100, transaction_open=True) is None
     assert check(200, transaction_open=True) is None
     assert check(201) is Reason.TABLES_CHANGED
 
 
-def test_a_changed_record_waits_for_the_open_transaction_for_a_while(source, check):
+def test_changed_record_waits_for_the_open_transaction_for_a_while(source, check):
     source.record_changed = True
     assert check(100, transaction_open=True) is None
     assert check(104, transaction_open=True) is None
@@ -65,7 +65,7 @@ def test_a_changed_record_waits_for_the_open_transaction_for_a_while(source, che
     assert check(107) is Reason.RECORD_CHANGED
 
 
-def test_a_lost_slot_is_an_error(source, check):
+def test_lost_slot_is_an_error(source, check):
     source.lost = True
     with pytest.raises(ReplicationError):
         check(100)

@@ -13,7 +13,7 @@ from tests.unit.builders import Clock, delivery, message, template, wait
 ROUTE = route("public.orders", "insert", "handle", "flash")
 
 
-def test_a_unit_says_how_many_changes_of_each_kind_it_has(app):
+def test_telemetry_counts_the_changes_of_a_publish_batch_by_route(app):
     outbox, one = Batcher(None), template(app)
     for number in (1, 2):
         outbox.add(one, delivery(number), ROUTE)
@@ -22,7 +22,7 @@ def test_a_unit_says_how_many_changes_of_each_kind_it_has(app):
     assert outbox.collect().counts == {}
 
 
-def test_what_a_batch_holds_back_counts_when_it_leaves(app):
+def test_telemetry_counts_a_waiting_batch_when_it_is_published(app):
     clock = Clock()
     outbox, batch = Batcher(None, clock), template(app, batch=Batch(2, wait=5))
     for number in (1, 2, 3):
@@ -32,7 +32,7 @@ def test_what_a_batch_holds_back_counts_when_it_leaves(app):
     assert outbox.collect().counts == {ROUTE: 1}
 
 
-def test_only_what_the_broker_has_confirmed_is_counted(thread):
+def test_telemetry_counts_only_confirmed_messages(thread):
     told = thread._telemetry
     thread.publisher.failures = [1, 0]
     committed = time.time() - 2
@@ -53,7 +53,7 @@ def test_only_what_the_broker_has_confirmed_is_counted(thread):
     assert [(one.kind, one.times) for one in told.errors] == [("PublishError", 2)]
 
 
-def test_what_is_given_up_is_not_counted(thread):
+def test_telemetry_does_not_count_discarded_messages(thread):
     thread.put(PublishBatch([message(1)], Lsn(8), 1, {ROUTE: 1}, 1.0, 1.0))
     thread.discard()
     thread.put(PublishBatch([], Lsn(9), 0))
@@ -63,14 +63,14 @@ def test_what_is_given_up_is_not_counted(thread):
     assert thread._telemetry.messages == 0
 
 
-def test_delays_fall_into_the_bucket_they_are_under():
+def test_telemetry_delays_fall_into_their_buckets():
     delays = counting.Delays()
     for seconds in (-1, 0.005, 0.006, 1e9):
         delays.add(seconds)
     assert (delays.counts[0], delays.counts[1], delays.counts[-1]) == (2, 1, 1)
 
 
-def test_the_same_error_again_is_counted_and_twenty_are_kept():
+def test_telemetry_counts_repeated_errors_and_keeps_twenty():
     told = Telemetry()
     for number in range(30):
         for _ in range(2):
@@ -80,7 +80,7 @@ def test_the_same_error_again_is_counted_and_twenty_are_kept():
     assert told.errors[0].solution == ReplicationError.solution
 
 
-def test_nothing_follows_the_end():
+def test_telemetry_state_is_final_after_stopping():
     told = Telemetry()
     told.enter(counting.STREAMING)
     told.enter(counting.STOPPING)
@@ -88,6 +88,6 @@ def test_nothing_follows_the_end():
     assert told.state == counting.STOPPING
 
 
-def test_times_of_postgresql_are_those_of_unix():
+def test_telemetry_converts_times_of_postgresql_to_unix():
     assert unix(0) == 0.0
     assert unix(1_500_000) == 946_684_801.5

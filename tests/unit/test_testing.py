@@ -61,7 +61,7 @@ VALUES = {
 }
 
 
-def test_values_and_types_of_a_row():
+def test_testing_infers_types_from_values():
     change = insert("public.things", {name: value for name, (value, _) in VALUES.items()})
     assert types(change) == {name: of for name, (_, of) in VALUES.items()}
     assert dict(change.new) == {name: value for name, (value, _) in VALUES.items()}
@@ -81,7 +81,7 @@ def test_values_and_types_of_a_row():
     ],
     ids=repr,
 )
-def test_a_change_survives_the_wire(change):
+def test_testing_change_survives_the_wire(change):
     back = loads(dumps([change]))[0]
     assert back == change
     assert repr(back) == repr(change)
@@ -103,11 +103,11 @@ def test_a_change_survives_the_wire(change):
         min_size=1,
     )
 )
-def test_any_value_comes_back(row):
+def test_testing_returns_any_value_unchanged(row):
     assert dict(loads(dumps([insert("t", row)]))[0].new) == row
 
 
-def test_what_a_change_says_of_itself():
+def test_testing_change_has_table_key_and_position():
     first, second = insert("sales.orders", id=1), insert('"Sales"."Order lines"', {"id": 2})
     assert (first.schema, first.table, first.partition) == ("sales", "orders", None)
     assert (second.schema, second.table) == ("Sales", "Order lines")
@@ -123,7 +123,7 @@ def test_what_a_change_says_of_itself():
     assert insert("t", {"key": 1, "types": 2}, id=3).new == {"key": 1, "types": 2, "id": 3}
 
 
-def test_several_changes_of_one_transaction():
+def test_testing_makes_several_changes_of_one_transaction():
     made = transaction("16/B374D848", xid=7, committed_at=datetime(2024, 1, 1, tzinfo=timezone.utc))
     ids = [
         insert("orders", id=1, transaction=made).id,
@@ -134,7 +134,7 @@ def test_several_changes_of_one_transaction():
     assert delete("orders", id=1, transaction=made).xid == 7
 
 
-def test_an_update_names_what_changes():
+def test_testing_update_names_the_changed_columns():
     change = update("orders", {"id": 1, "status": "new"}, {"status": "paid", "total": 5})
     assert change.old == {"id": 1, "status": "new", "total": 5}
     assert change.new == {"id": 1, "status": "paid", "total": 5}
@@ -142,7 +142,7 @@ def test_an_update_names_what_changes():
     assert types(update("t", {"n": 1}, {"n": 10**12})) == {"n": "bigint"}
 
 
-def test_the_identity_says_what_is_known_of_the_old_row():
+def test_testing_identity_decides_the_old_values():
     rows = {"id": 1, "status": "new"}, {"status": "paid"}
     keyed = update("orders", *rows, identity="default")
     assert (keyed.old, keyed.changed) == ({"id": 1}, None)
@@ -156,7 +156,7 @@ def test_the_identity_says_what_is_known_of_the_old_row():
     assert filled.new["note"] == "long"
 
 
-def test_models_name_tables_and_columns():
+def test_testing_accepts_models_for_tables():
     change = update(Order, {"id": 1, "status": "new"}, {Order.status: "paid"}, types={"id": "int8"})
     assert change.new == {"id": 1, "order_status": "paid"}
     assert types(change)["id"] == "bigint"
@@ -193,7 +193,7 @@ def test_models_name_tables_and_columns():
         (lambda: delete("orders", id=1, identity="nothing"), "refuses a DELETE"),
     ],
 )
-def test_what_no_row_can_be_is_refused(build, sentence):
+def test_testing_refuses_impossible_rows(build, sentence):
     with pytest.raises((ValueError, SubscriptionError), match=sentence):
         build()
 
@@ -234,7 +234,7 @@ def order(**values):
     return {"id": 1, "number": 7, "status": "new", "total": 120, **values}
 
 
-def test_who_would_be_told_and_what(shop):
+def test_testing_lists_handlers_and_their_changes(shop):
     change = insert("orders", order())
     assert shop.matching(change) == [("move", change)]
     change = update("orders", order(), {"status": "paid"})
@@ -258,19 +258,19 @@ def test_who_would_be_told_and_what(shop):
         ({"status": None}, {"status": "paid"}, [Insert]),
     ],
 )
-def test_transitions_as_in_the_replication_worker(shop, before, after, told):
+def test_testing_applies_transitions_like_the_replication_worker(shop, before, after, told):
     change = update("orders", order(**before), after)
     assert [type(one) for name, one in shop.matching(change) if name == "reward"] == told
 
 
-def test_the_change_of_a_key_is_two(shop):
+def test_testing_splits_a_key_change(shop):
     told = [one for name, one in shop.matching(update("orders", order(), {"number": 8}))]
     assert [type(one) for one in told] == [Delete, Insert]
     assert [dict(one.key) for one in told] == [{"number": 7}, {"number": 8}]
     assert told[0].id != told[1].id
 
 
-def test_what_is_enqueued(shop):
+def test_testing_returns_the_enqueued_messages(shop):
     change = insert("orders", order(status="paid"))
     (reward, move) = sorted(shop.enqueued(change), key=lambda one: one.handler, reverse=True)
     assert (reward.queue, reward.priority, reward.ids) == ("flash", None, [change.id])
@@ -280,7 +280,7 @@ def test_what_is_enqueued(shop):
     )
 
 
-def test_running_them(shop):
+def test_testing_runs_handlers(shop):
     runs = shop.apply(insert("orders", order(status="paid")), truncate("orders"))
     assert [(one.handler, one.result, repr(one.error)) for one in runs] == [
         ("move", None, "ValueError('no room')"),
@@ -289,14 +289,14 @@ def test_running_them(shop):
     ]
 
 
-def test_batches_hold_rows_and_messages_in_order(shop):
+def test_testing_batches_rows_and_messages_in_order(shop):
     rows = [insert("lines", id=number) for number in range(2)]
     runs = shop.apply(*rows, message("order.paid"), message("other"))
     assert [(one.handler, one.result) for one in runs] == [("batch", 2), ("batch", 1)]
     assert list(runs[0].told) == rows
 
 
-def test_what_a_retry_ends_in_is_told(app):
+def test_testing_reports_the_end_of_retries(app):
     @on_change("orders")
     @shared_task(bind=True, name="again", max_retries=2, default_retry_delay=0)
     def again(self, change):
@@ -309,7 +309,7 @@ def test_what_a_retry_ends_in_is_told(app):
     assert run.error is not None
 
 
-def test_handlers_on_partitions_and_sources(new_app):
+def test_testing_knows_partitions_and_sources(new_app):
     app = new_app(task_always_eager=True, flash_sources={"billing": {"dsn": "dbname=billing"}})
     for table in ("orders", "orders_1", "billing:orders"):
         handle(app, table, table, lambda change: change.partition)
@@ -349,7 +349,7 @@ CONDITIONS = [
 
 
 @pytest.mark.parametrize(("where", "row", "matches"), CONDITIONS, ids=repr)
-def test_conditions_compare_as_the_columns_type(app, where, row, matches):
+def test_testing_compares_conditions_as_the_column_type(app, where, row, matches):
     handle(app, "orders", where=where)
     assert bool(Flash(app).matching(insert("orders", row))) is matches
 
@@ -372,19 +372,19 @@ def test_conditions_compare_as_the_columns_type(app, where, row, matches):
         ({"n__contains": "a"}, {"n": 1}, "handler: the lookup n__contains needs a text column"),
     ],
 )
-def test_what_cannot_be_judged_is_an_error(app, where, row, sentence):
+def test_testing_raises_if_a_condition_cannot_be_evaluated(app, where, row, sentence):
     handle(app, "orders", where=where)
     with pytest.raises(SubscriptionError, match=sentence):
         Flash(app).matching(insert("orders", row))
 
 
-def test_a_compressed_message_is_read(new_app):
+def test_testing_reads_compressed_messages(new_app):
     app = new_app(task_always_eager=True, task_compression="gzip")
     handle(app, "orders", does=lambda change: change.key["id"])
     assert [one.result for one in Flash(app).apply(insert("orders", id=5))] == [5]
 
 
-def test_a_mistake_in_an_app_is_said_at_once(app):
+def test_testing_reports_a_mistake_in_the_app_at_once(app):
     handle(app, "orders", where={"a__gt3": 1})
     with pytest.raises(SubscriptionError, match="no lookup __gt3"):
         Flash(app)

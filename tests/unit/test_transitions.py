@@ -77,18 +77,18 @@ def _text(row):
         ("1 open a", "1 paid ~", ["insert 1 paid a"]),
     ],
 )
-def test_a_row_enters_stays_in_or_leaves_the_condition(old, new, expected):
+def test_transitions_enter_stay_in_or_leave_the_condition(old, new, expected):
     assert shown(transitions(where=PAID).update(update(new, old))) == expected
 
 
-def test_the_mask_is_applied_to_what_is_delivered():
+def test_transitions_apply_operations_to_delivered_changes():
     only_inserts = transitions(where=PAID, operations=INSERT)
     assert shown(only_inserts.update(update("1 paid a", "1 open a"))) == ["insert 1 paid a"]
     assert shown(only_inserts.update(update("1 paid b", "1 paid a"))) == []
     assert shown(only_inserts.update(update("1 open a", "1 paid a"))) == []
 
 
-def test_inserts_and_deletes_are_judged_by_their_row():
+def test_transitions_evaluate_inserts_and_deletes_by_their_row():
     judge = transitions(where=PAID)
     assert shown(judge.insert(Row(None, "I", 0, None, None, cells("1 paid a"))))
     assert not judge.insert(Row(None, "I", 0, None, None, cells("1 open a")))
@@ -96,7 +96,7 @@ def test_inserts_and_deletes_are_judged_by_their_row():
     assert not judge.delete(Row(None, "D", 0, "O", cells("1 open a"), None))
 
 
-def test_without_old_values_nothing_is_dropped_unjudged():
+def test_transitions_deliver_unevaluated_changes():
     asked = []
     judge = transitions("d", where=PAID, unknown=lambda: asked.append(1))
     assert shown(judge.update(update("1 paid a"))) == ["update 1 paid a"]
@@ -105,7 +105,7 @@ def test_without_old_values_nothing_is_dropped_unjudged():
     assert len(asked) == 3
 
 
-def test_an_update_that_changes_none_of_the_fields_is_not_delivered():
+def test_transitions_skip_updates_that_change_no_field():
     judge = transitions(fields=("status",), kept=("id", "status"))
     assert shown(judge.update(update("1 paid b", "1 paid a"))) == []
     assert shown(judge.update(update("1 paid b", "1 open a"))) == ["update 1 open -> 1 paid"]
@@ -114,13 +114,13 @@ def test_an_update_that_changes_none_of_the_fields_is_not_delivered():
     ]
 
 
-def test_without_old_values_an_update_may_have_changed_the_fields():
+def test_transitions_deliver_updates_without_old_values():
     judge = transitions("d", fields=("status",), kept=("id", "status"))
     assert shown(judge.update(update("1 paid b"))) == ["update 1 paid"]
     assert shown(judge.update(update("1 ~ b"))) == []
 
 
-def test_the_change_of_a_key_is_a_delete_and_an_insert():
+def test_transitions_split_a_key_change_into_delete_and_insert():
     judge = transitions(key=("id",))
     assert shown(judge.update(update("2 paid a", "1 paid a"))) == [
         "delete- 1 paid a",
@@ -131,14 +131,14 @@ def test_the_change_of_a_key_is_a_delete_and_an_insert():
     assert shown(only_deletes.update(update("2 paid a", "1 paid a"))) == ["delete- 1 paid a"]
 
 
-def test_a_key_of_the_identity_is_known_without_full():
+def test_transitions_know_a_key_of_the_identity_without_full():
     judge = transitions("d", key=("id",))
     changed = judge.update(update("2 paid a", "1 - -", kind="K"))
     assert shown(changed) == ["delete- 1 - -", "insert+ 2 paid a"]
     assert shown(judge.update(update("1 paid b"))) == ["update 1 paid b"]
 
 
-def test_a_condition_and_a_key_together():
+def test_transitions_combine_a_condition_with_a_key():
     judge = transitions(key=("id",), where=PAID)
     assert shown(judge.update(update("2 paid a", "1 open a"))) == ["insert 2 paid a"]
     assert shown(judge.update(update("2 open a", "1 paid a"))) == ["delete 1 paid a"]
@@ -148,7 +148,7 @@ def test_a_condition_and_a_key_together():
     ]
 
 
-def test_a_row_leaving_a_condition_on_its_identity_is_known_by_its_key():
+def test_transitions_know_a_row_that_leaves_by_its_key():
     judge = transitions("d", where=lookups.parse({"id__lt": 5}))
     left = judge.update(update("7 paid a", "1 - -", kind="K"))
     assert shown(left) == ["delete 1 - -"]
@@ -158,7 +158,7 @@ def message(operation, old, new, kind=None):
     return pgoutput.encode_row(operation, 7, kind, old and cells(old), new and cells(new))
 
 
-def test_a_message_is_judged_as_its_row_is():
+def test_transitions_evaluate_messages_like_rows():
     judge = transitions(where=PAID)
     for _ in range(2):  # the second time the verdict is remembered
         assert shown(judge.judge(message("I", None, "1 paid a"))) == ["insert 1 paid a"]
@@ -171,7 +171,7 @@ def test_a_message_is_judged_as_its_row_is():
     assert shown(everything.judge(message("I", None, "1 open a"))) == ["insert 1 open"]
 
 
-def test_what_is_remembered_of_verdicts_is_bounded():
+def test_transitions_bound_the_verdict_cache():
     judge = transitions(where=lookups.parse({"note__startswith": "a", "id__lt": 9999}))
     for number in range(5000):
         assert len(judge.judge(message("I", None, f"{number} open a{number}"))) == 1

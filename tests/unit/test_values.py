@@ -20,7 +20,7 @@ assert loader(1187)(b"{infinity}") == "{infinity}"
 """
 
 
-def test_psycopg_without_its_binaries_reads_intervals_too():
+def test_interval_is_read_by_psycopg_without_binaries():
     if not ctypes.util.find_library("pq"):
         missing("libpq")
     environment = {**os.environ, "PSYCOPG_IMPL": "python"}
@@ -40,7 +40,7 @@ def test_psycopg_without_its_binaries_reads_intervals_too():
         (b"(a,3)", "(a,3)"),
     ],
 )
-def test_a_composite_of_other_fields_than_its_type_has_now_is_text(text, value):
+def test_composite_with_fields_unlike_its_type_is_text(text, value):
     load = record_loader(["l", "r"], [field_loader(23), field_loader(25)])
     assert load(text) == value
     assert array_loader(load)(

@@ -39,11 +39,11 @@ def looked_at(noted, *looks):
         (looked_at([], (10, A), (20,)), {7: {"a"}, 15: {"a"}, 20: set()}),
     ],
 )
-def test_a_row_belongs_to_what_was_seen_before_it_and_after_it(ancestry, expected):
+def test_partition_row_belongs_to_the_parents_of_both_snapshots(ancestry, expected):
     assert {position: belongs(ancestry, position) for position in expected} == expected
 
 
-def test_a_partition_that_is_gone_is_nothing_from_the_look_on():
+def test_partition_dropped_before_a_snapshot_has_no_parents_after_it():
     ancestry = Ancestry({1: [A], 2: [B]})
     ancestry.look(Lsn(10), {2: [B]})
     assert (belongs(ancestry, 9), belongs(ancestry, 10)) == ({"a"}, set())

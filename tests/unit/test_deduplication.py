@@ -36,12 +36,12 @@ def left(found):
         ((100, 4, 2), {"ordinal": 4, "rows": "ab"}, (5, "b")),
     ],
 )
-def test_what_is_left(mark, given, rest):
+def test_deduplicator_keeps_only_what_the_broker_lacks(mark, given, rest):
     one = delivery(**given)
     assert left(enqueued(mark, one).filter("one", one)) == rest
 
 
-def test_another_template_or_subscription_is_another_matter():
+def test_deduplicator_ignores_other_templates_and_subscriptions():
     one = delivery()
     known = enqueued((200, 0, 0), one)
     assert known.filter("two", one) == one
@@ -49,6 +49,6 @@ def test_another_template_or_subscription_is_another_matter():
 
 
 @pytest.mark.parametrize("given", [{"lsn": 99}, {"committed_at": 2}])
-def test_a_transaction_of_another_history_is_enqueued(given):
+def test_deduplicator_passes_a_transaction_of_another_timeline(given):
     known = enqueued((200, 0, 0), delivery())
     assert left(known.filter("one", delivery(**given))) == (0, "abcd")

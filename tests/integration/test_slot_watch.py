@@ -66,7 +66,7 @@ def position(database):
     return Lsn.parse(database.one("SELECT pg_current_wal_insert_lsn()"))
 
 
-def test_a_heartbeat_that_does_not_come_back_ends_the_stream(database, guard, clock):
+def test_missing_heartbeat_ends_the_stream(database, guard, clock):
     guard.check(Lsn(1), listening=True)
     database.execute("INSERT INTO items SELECT generate_series(1, 1000)")
     clock.now += 10
@@ -80,7 +80,7 @@ def test_a_heartbeat_that_does_not_come_back_ends_the_stream(database, guard, cl
         guard.check(Lsn(1), listening=True)
 
 
-def test_a_stream_that_brings_something_or_is_not_read_is_not_judged(database, guard, clock):
+def test_heartbeat_is_not_expected_of_a_busy_or_unread_stream(database, guard, clock):
     guard.check(Lsn(1), listening=True)
     database.execute("INSERT INTO items SELECT generate_series(1, 1000)")
     clock.now += 10
@@ -96,7 +96,7 @@ def test_a_stream_that_brings_something_or_is_not_read_is_not_judged(database, g
     guard.check(Lsn(9), listening=True)
 
 
-def test_a_heartbeat_comes_back_as_a_position_whatever_is_published(database, stream, guard, clock):
+def test_heartbeat_returns_as_a_position_with_any_publication(database, stream, guard, clock):
     guard.check(Lsn(1), listening=True)
     database.execute("CREATE TABLE other AS SELECT generate_series(1, 1000)")
     clock.now += 10
@@ -112,7 +112,7 @@ def test_a_heartbeat_comes_back_as_a_position_whatever_is_published(database, st
     assert stream.received >= written
 
 
-def test_an_idle_server_is_not_kept_awake(database, guard, clock):
+def test_heartbeat_does_not_keep_an_idle_server_awake(database, guard, clock):
     guard.check(Lsn(1), listening=True)
     before = position(database)
     for _ in range(20):
@@ -122,7 +122,7 @@ def test_an_idle_server_is_not_kept_awake(database, guard, clock):
     assert position(database) - before < 1024
 
 
-def test_a_role_that_may_write_no_heartbeat_is_told_once(
+def test_heartbeat_without_privilege_is_logged_once(
     database, stream, connection, guard, clock, caplog
 ):
     database.execute("CREATE ROLE humble")
@@ -142,7 +142,7 @@ def test_a_role_that_may_write_no_heartbeat_is_told_once(
         database.execute("DROP ROLE humble")
 
 
-def test_a_slot_that_somebody_else_reads_or_nobody_ends_the_stream(database, stream, guard):
+def test_slot_read_by_another_process_or_none_ends_the_stream(database, stream, guard):
     guard.check(Lsn(1), listening=True)
     stream.close()
     active = "FROM pg_replication_slots WHERE active AND database = current_database()"
@@ -152,7 +152,7 @@ def test_a_slot_that_somebody_else_reads_or_nobody_ends_the_stream(database, str
         guard.check(Lsn(1), listening=True)
 
 
-def test_what_was_committed_before_a_time_is_known_to_be_handled(database, guard, progress):
+def test_slot_watch_knows_the_time_up_to_which_all_is_handled(database, guard, progress):
     guard.check(Lsn(1), listening=True)
     assert progress.confirmed_at is None
     between = database.one("SELECT clock_timestamp()")
@@ -166,9 +166,7 @@ def test_what_was_committed_before_a_time_is_known_to_be_handled(database, guard
     assert progress.confirmed_at < later
 
 
-def test_each_state_of_the_slot_is_said_once_and_better_ones_after_a_while(
-    guard, clock, caplog, monkeypatch
-):
+def test_slot_watch_logs_each_state_once_and_better_ones_later(guard, clock, caplog, monkeypatch):
     states = [1, 1, 2, 3, 2, 3, 2, 1, 1, 0, 0, 1, 0, 0, 0]
     left = iter(states)
     monkeypatch.setattr(slot_watch, "_danger", lambda *_: next(left))
@@ -195,11 +193,11 @@ def test_each_state_of_the_slot_is_said_once_and_better_ones_after_a_while(
         ("lost", None, 100, 3),
     ],
 )
-def test_how_much_danger_a_slot_is_in(wal_status, safe, limit, danger):
+def test_slot_watch_rates_the_danger_of_a_slot(wal_status, safe, limit, danger):
     assert slot_watch._danger(wal_status, safe, limit) == danger
 
 
-def test_a_failover_slot_needs_postgresql_17(database, connection):
+def test_failover_slot_needs_postgresql_17(database, connection):
     database.execute("CREATE TABLE items (id int PRIMARY KEY)")
     settings = Settings(flash_replication_slot=database.slot, flash_failover_slot=True)
     report = examine(
@@ -212,7 +210,7 @@ def test_a_failover_slot_needs_postgresql_17(database, connection):
             report.raise_first()
 
 
-def test_what_the_owner_runs_keeps_the_slot_over_a_failover(database, connection):
+def test_failover_sql_for_the_owner_keeps_the_slot(database, connection):
     if connection.info.server_version < 170000:
         pytest.skip("PostgreSQL keeps slots over a failover from 17 on")
     database.execute("CREATE TABLE items (id int PRIMARY KEY)")

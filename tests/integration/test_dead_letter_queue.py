@@ -80,7 +80,7 @@ def ids(box):
     return sorted(found) if box._app.conf.task_default_queue_type == "quorum" else found
 
 
-def test_they_stay_in_their_order_whoever_reads_them_and_is_killed(app, box):
+def test_dead_letters_keep_their_order_if_a_reader_is_killed(app, box):
     assert ids(box) == IDS
     command = [sys.executable, "-c", READ_AND_BE_KILLED, app.conf.broker_url, repr(app.test_conf)]
     assert subprocess.run(command, timeout=120).returncode == -signal.SIGKILL
@@ -94,7 +94,7 @@ def test_they_stay_in_their_order_whoever_reads_them_and_is_killed(app, box):
     assert ids(box) == left
 
 
-def test_some_are_taken_out_of_the_middle(app, box):
+def test_dead_letters_can_be_removed_from_the_middle(app, box):
     some = [letter for letter in box.find(DeadLetterFilter()) if letter.id[-1] in "05"]
     assert box.drop(some) == 9
     assert ids(box) == [id for id in IDS if id[-1] not in "05"]
@@ -103,7 +103,7 @@ def test_some_are_taken_out_of_the_middle(app, box):
     assert ids(box) == []
 
 
-def test_monitoring_counts_the_letters_and_takes_none(app, box):
+def test_dead_letters_are_counted_without_being_taken(app, box):
     watched = Broker(app, ["flash", "not there"], "flash.dead")
     for _ in range(2):  # the second time on the same connection, or a new one
         depths = watched.depths()
@@ -118,7 +118,7 @@ def test_monitoring_counts_the_letters_and_takes_none(app, box):
 
 
 @pytest.mark.parametrize("app", ["redis", "prefixed"], indirect=True)
-def test_monitoring_outlives_what_is_no_letter(app, box, valkey):
+def test_dead_letter_monitoring_survives_foreign_messages(app, box, valkey):
     prefix = app.conf.broker_transport_options.get("global_keyprefix", "")
     with redis.Redis(port=valkey.port) as client:
         client.lpush(f"{prefix}flash.dead", "{", "[1]", '{"body": 5}')

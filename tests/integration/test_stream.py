@@ -56,7 +56,7 @@ def committed(count):
     return done
 
 
-def test_changes_stream_from_the_slot_until_they_are_acknowledged(table, connections):
+def test_stream_repeats_changes_until_they_are_acknowledged(table, connections):
     first = connections(table.dsn)
     start = first.create_slot(table.slot)
     table.execute("INSERT INTO items VALUES (1, 'é')", "UPDATE items SET name = 'b'")
@@ -87,7 +87,7 @@ def start_when_free(connection, slot):
             time.sleep(0.05)
 
 
-def test_a_slot_in_use_says_so_and_a_missing_one_too(table, connections):
+def test_stream_names_a_slot_in_use_and_a_missing_slot(table, connections):
     first = connections(table.dsn)
     first.create_slot(table.slot)
     first.start(table.slot, ["everything"])
@@ -97,7 +97,7 @@ def test_a_slot_in_use_says_so_and_a_missing_one_too(table, connections):
         connections(table.dsn).start("no_such", ["everything"])
 
 
-def test_a_keepalive_carries_the_position_of_a_server_busy_elsewhere(table, connections):
+def test_keepalive_carries_the_position_of_a_server_busy_elsewhere(table, connections):
     connection = connections(table.dsn)
     start = connection.create_slot(table.slot)
     connection.start(table.slot, ["everything"])
@@ -113,7 +113,7 @@ def test_a_keepalive_carries_the_position_of_a_server_busy_elsewhere(table, conn
     assert connection.received >= goal
 
 
-def test_the_end_of_the_server_process_is_a_replication_error(table, connections):
+def test_stream_raises_if_the_server_process_ends(table, connections):
     connection = connections(table.dsn)
     connection.create_slot(table.slot)
     connection.start(table.slot, ["everything"])
@@ -125,7 +125,7 @@ def test_the_end_of_the_server_process_is_a_replication_error(table, connections
         read_until(connection, lambda burst: False)
 
 
-def test_a_server_that_is_not_there_is_a_replication_error_without_the_password():
+def test_stream_error_without_a_server_hides_the_password():
     with pytest.raises(ReplicationError) as caught:
         ReplicationConnection("postgresql://me:s3cret@127.0.0.1:1/shop")
     assert "s3cret" not in str(caught.value)
@@ -141,11 +141,11 @@ def test_a_server_that_is_not_there_is_a_replication_error_without_the_password(
         ("bad: postgresql://me:s3cret@h/db", "not a dsn"),
     ],
 )
-def test_a_password_is_struck_out_wherever_it_is(text, dsn):
+def test_password_is_removed_wherever_it_is(text, dsn):
     assert "s3cret" not in without_password(text, dsn)
 
 
-def test_the_session_reads_as_postgresqls_own_subscriber_does(table):
+def test_session_settings_are_those_of_a_subscriber(table):
     from flash_celery.postgres.connection import pinned
 
     dsn = psycopg.conninfo.make_conninfo(table.dsn, options="-c statement_timeout=7s")

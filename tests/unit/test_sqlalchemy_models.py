@@ -70,7 +70,7 @@ registry().map_imperatively(Imperative, imperative, properties={"number": impera
 LINES = Table("lines", MetaData(), Column("id", BigInteger, key="number"), Column("note", Text))
 
 
-def test_the_table_of_a_class():
+def test_sqlalchemy_class_names_its_table():
     assert str(table_name(Order)) == "sales.orders"
     assert str(table_name(Manager)) == "public.managers"
     assert str(table_name(Intern)) == str(table_name(Employee)) == "public.employees"
@@ -78,7 +78,7 @@ def test_the_table_of_a_class():
     assert str(table_name(LINES)) == "public.lines"
 
 
-def test_a_name_is_what_the_catalog_has():
+def test_sqlalchemy_names_are_those_of_the_catalog():
     quoted = Table(quoted_name("Orders", True), MetaData(), schema=quoted_name("Sales", True))
     folded = Table(quoted_name("Orders", False), MetaData())
     assert table_name(quoted) == TableName("Sales", "Orders")
@@ -87,7 +87,7 @@ def test_a_name_is_what_the_catalog_has():
     assert repr(table_name(quoted)) == repr(TableName("Sales", "Orders"))
 
 
-def test_attributes_and_columns_by_either_name():
+def test_sqlalchemy_fields_are_attributes_or_columns():
     assert column_names("fields", ["status", "order_total", "id"], Order) == (
         "order_status",
         "total",
@@ -106,7 +106,7 @@ def test_attributes_and_columns_by_either_name():
     assert column_name("id", Manager) == column_name(Manager.id, Manager) == "manager_id"
 
 
-def test_conditions_name_attributes_too():
+def test_sqlalchemy_attributes_work_in_conditions():
     where = [{"status": "paid", "order_total__gte": 100}, {Order.status: None}, {Order.id: 5}]
     parsed = lookups.parse(where, lambda name: column_name(name, Order))
     shown = [[(one.column, one.name) for one in part] for part in parsed.alternatives]
@@ -134,12 +134,12 @@ class Unmapped:
         (LINES.select().subquery(), "a SQLAlchemy table, not"),
     ],
 )
-def test_a_class_without_a_table_is_refused(table, sentence):
+def test_sqlalchemy_class_without_a_table_is_refused(table, sentence):
     with pytest.raises(SubscriptionError, match=sentence):
         table_name(table)
 
 
-def test_a_class_that_is_mapped_to_a_join_is_refused():
+def test_sqlalchemy_class_mapped_to_a_join_is_refused():
     class Joined: ...
 
     registry().map_imperatively(Joined, Employee.__table__.join(Manager.__table__))
@@ -161,12 +161,12 @@ def test_a_class_that_is_mapped_to_a_join_is_refused():
         (5, Order, "a column's name is a string"),
     ],
 )
-def test_an_attribute_of_another_table_is_refused(name, table, sentence):
+def test_sqlalchemy_attribute_of_another_table_is_refused(name, table, sentence):
     with pytest.raises(SubscriptionError, match=sentence):
         column_name(name, table)
 
 
-def test_a_handler_on_a_class(app):
+def test_sqlalchemy_class_has_a_handler(app):
     @on_change(
         Order, fields=[Order.status, "order_total"], where={"status__in": ["paid"]}, key=["id"]
     )
@@ -183,6 +183,6 @@ def test_a_handler_on_a_class(app):
     assert found.columns == {"order_status", "total", "id"}
 
 
-def test_no_mapper_was_configured():
+def test_sqlalchemy_mappers_are_not_configured():
     with pytest.raises(Exception, match="Line"):
         configure_mappers()

@@ -44,7 +44,7 @@ def noticed(flash, **wanted):
     flash.wait(equal)
 
 
-def test_handlers_are_paused_and_go_on_in_any_order(flash):
+def test_pauses_end_in_any_order(flash):
     flash.handler("items", name="one").handler("items", "insert", name="two", batch=10).start()
     flash.do("INSERT INTO items VALUES (1, 'a')")
     pause(flash, "one", "two")
@@ -68,7 +68,7 @@ def test_handlers_are_paused_and_go_on_in_any_order(flash):
     assert told == ["insert 2,b", "insert 3,c", "update 3 -> 3,d", "insert 4,d", "delete 1"]
 
 
-def test_an_open_transaction_does_not_hold_a_pause_up(flash):
+def test_pause_does_not_wait_for_an_open_transaction(flash):
     """With streaming it may be open for hours."""
     options = "-c logical_decoding_work_mem=64kB"
     dsn = psycopg.conninfo.make_conninfo(flash.database.dsn, options=options)
@@ -87,7 +87,7 @@ def test_an_open_transaction_does_not_hold_a_pause_up(flash):
     assert len(flash.told()) == 3002
 
 
-def test_who_may_not_note_it_is_told_what_to_run(flash):
+def test_pause_without_privileges_prints_the_sql(flash):
     flash.handler("items").start()
     database = flash.database
     database.execute("CREATE ROLE nobody_here LOGIN")
@@ -106,7 +106,7 @@ def test_who_may_not_note_it_is_told_what_to_run(flash):
         database.execute("DROP ROLE nobody_here")
 
 
-def test_whoever_has_to_wait_for_another_process_says_so(flash, caplog):
+def test_pause_logs_a_wait_for_another_process(flash, caplog):
     """It may be a `flash replicate` that waits for open transactions, for hours."""
     flash.handler("items").start()
     settings = Settings.from_app(flash.app)
@@ -122,7 +122,7 @@ def test_whoever_has_to_wait_for_another_process_says_so(flash, caplog):
     assert list(record(flash).paused) == ["handler"]
 
 
-def test_names():
+def test_pause_accepts_short_and_full_names():
     known = ["shop.tasks.send", "other.send", "shop.tasks.bill"]
     assert pauses.named(["bill", "shop.tasks.bill", "other.send"], known) == [
         "shop.tasks.bill",
@@ -134,13 +134,13 @@ def test_names():
         pauses.named(["sent"], known)
 
 
-def test_a_record_from_before_there_were_pauses_is_read():
+def test_pause_record_of_an_older_version_is_read():
     written = json.loads(Record(slot="one").to_json())
     del written["paused"], written["resuming"]
     assert Record.of_json(json.dumps(written)) == Record(slot="one")
 
 
-def test_one_that_is_no_handler_any_more_is_remembered(flash, caplog):
+def test_pause_of_a_removed_handler_is_kept(flash, caplog):
     flash.handler("items", name="kept").handler("items", name="gone").start()
     pause(flash, "kept", "gone")
     pause(flash, "kept", "gone", end=True)
@@ -158,7 +158,7 @@ def test_one_that_is_no_handler_any_more_is_remembered(flash, caplog):
     assert not record(flash).resuming
 
 
-def test_what_cannot_be_paused(flash):
+def test_pause_refuses_unknown_names(flash):
     flash.handler("items", name="shop.each")
     with pytest.raises(CatalogError, match="start `flash replicate` first"):
         pause(flash, "shop.each")

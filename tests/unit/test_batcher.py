@@ -16,7 +16,7 @@ def ids(message):
     return [int(change.new["id"]) for change in payload.decode(argument["__value__"])]
 
 
-def test_each_change_is_a_message_in_order(app):
+def test_batcher_makes_a_message_of_each_change_in_order(app):
     outbox, one = Batcher(None), template(app)
     for number in (1, 2, 3):
         outbox.add(one, delivery(number))
@@ -27,7 +27,7 @@ def test_each_change_is_a_message_in_order(app):
     assert outbox.collect().messages == []
 
 
-def test_a_batch_holds_what_came_together(app):
+def test_batch_holds_changes_that_arrived_together(app):
     outbox, batch = Batcher(None), template(app, batch=2)
     for number in (1, 2, 3):
         outbox.add(batch, delivery(number))
@@ -37,7 +37,7 @@ def test_a_batch_holds_what_came_together(app):
     assert unit.position == 56
 
 
-def test_a_batch_that_waits_holds_the_position_before_its_first_change(app):
+def test_waiting_batch_holds_the_position_before_its_first_change(app):
     from flash_celery import Batch
 
     clock = Clock()
@@ -58,7 +58,7 @@ def test_a_batch_that_waits_holds_the_position_before_its_first_change(app):
     assert outbox.due is None
 
 
-def test_a_waiting_batch_leaves_at_the_end(app):
+def test_waiting_batch_is_published_at_the_end(app):
     from flash_celery import Batch
 
     outbox, batch = Batcher(None, Clock()), template(app, batch=Batch(10, wait=5))
@@ -66,7 +66,7 @@ def test_a_waiting_batch_leaves_at_the_end(app):
     assert len(outbox.collect(everything=True).messages) == 1
 
 
-def test_a_batch_is_bounded_in_bytes(app, monkeypatch):
+def test_batch_is_bounded_in_bytes(app, monkeypatch):
     monkeypatch.setattr("flash_celery.messages.batcher.BATCH_BYTES", 100)
     outbox, batch = Batcher(None), template(app, batch=10)
     for number in range(1, 5):
@@ -74,7 +74,7 @@ def test_a_batch_is_bounded_in_bytes(app, monkeypatch):
     assert [len(ids(message)) for message in outbox.collect().messages] == [1, 1, 1, 1]
 
 
-def test_rows_of_an_open_transaction_do_not_move_the_position(app):
+def test_open_transaction_does_not_move_the_position(app):
     outbox, one = Batcher(None), template(app)
     outbox.commit(Lsn(8))
     outbox.add(one, delivery(1))
@@ -94,7 +94,7 @@ def told(message):
     return payload.decode(argument["__value__"])
 
 
-def test_a_run_of_rows_is_cut_where_a_batch_is_full(app):
+def test_run_of_rows_is_split_where_a_batch_is_full(app):
     outbox, batch = Batcher(None), template(app, batch=4)
     outbox.add(batch, rows(1, 1, 1))
     outbox.add(batch, rows(*[1] * 7)._replace(ordinal=3))
@@ -106,7 +106,7 @@ def test_a_run_of_rows_is_cut_where_a_batch_is_full(app):
     ]
 
 
-def test_a_row_with_more_bytes_than_a_batch_travels_alone(app, monkeypatch):
+def test_row_larger_than_a_batch_is_published_alone(app, monkeypatch):
     monkeypatch.setattr("flash_celery.messages.batcher.BATCH_BYTES", 100)
     outbox, batch = Batcher(None), template(app, batch=10)
     outbox.add(batch, rows(1, 1, 500, 1, 1, 500, 500))
@@ -122,7 +122,7 @@ def test_a_row_with_more_bytes_than_a_batch_travels_alone(app, monkeypatch):
     ]
 
 
-def test_a_batch_may_be_held_beyond_its_time(app):
+def test_batch_can_be_held_beyond_its_time(app):
     clock = Clock()
     outbox, batch = Batcher(None, clock), template(app, batch=10)
     outbox.add(batch, delivery(1))

@@ -79,20 +79,20 @@ def steps(client):
     return client.info("commandstats").get("cmdstat_eval", {"calls": 0})["calls"]
 
 
-def test_a_push_whose_reply_is_lost_is_not_done_twice(publisher, proxy, client):
+def test_push_whose_reply_is_lost_is_not_repeated(publisher, proxy, client):
     lose(publisher, proxy, Way.TO_CLIENT, [message(1)])
     publisher.publish([message(1), message(2)])
     assert found(client) == [1, 2]
 
 
-def test_a_push_that_does_not_get_through_is_done_again(publisher, proxy, client):
+def test_push_that_does_not_arrive_is_repeated(publisher, proxy, client):
     publisher.publish([message(1)])
     lose(publisher, proxy, Way.TO_SERVER, [message(2)])
     publisher.publish([message(2)])
     assert found(client) == [1, 2]
 
 
-def test_a_push_that_gets_through_late_counts(publisher, proxy, client):
+def test_push_that_arrives_late_counts(publisher, proxy, client):
     lose(publisher, proxy, Way.TO_SERVER, [message(1)])
     proxy.heal()
     wait_until(lambda: client.llen("flash"), "the late push")
@@ -100,7 +100,7 @@ def test_a_push_that_gets_through_late_counts(publisher, proxy, client):
     assert found(client) == [1, 2]
 
 
-def test_a_push_that_gets_through_after_it_was_done_again_is_refused(publisher, proxy, client):
+def test_push_that_arrives_after_its_repetition_is_refused(publisher, proxy, client):
     before = steps(client)
     lose(publisher, proxy, Way.TO_SERVER, [message(1)])
     publisher.publish([message(1), message(2)])
@@ -111,7 +111,7 @@ def test_a_push_that_gets_through_after_it_was_done_again_is_refused(publisher, 
 
 
 @pytest.mark.parametrize("then", ["is deleted", "is a queue again", "is as it was"])
-def test_a_push_that_fails_and_whose_reply_is_lost(publisher, proxy, client, then):
+def test_push_that_failed_with_a_lost_reply_published_nothing(publisher, proxy, client, then):
     """The queue is no list for a while: whatever it is afterwards, nothing was published."""
     client.set("flash", "not a queue")
     before = steps(client)
@@ -130,7 +130,7 @@ def test_a_push_that_fails_and_whose_reply_is_lost(publisher, proxy, client, the
     assert (found(client)[-1], found(client, "other")) == (2, [1])
 
 
-def test_a_push_that_fails_and_then_does_not_get_through(publisher, proxy, client):
+def test_push_that_failed_and_then_does_not_arrive_published_nothing(publisher, proxy, client):
     """What the first attempt has left behind says nothing of the second."""
     client.set("flash", "not a queue")
     with pytest.raises(PublishError):
@@ -181,7 +181,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("what", FAILURES)
-def test_a_step_that_fails_is_done_again_and_never_acknowledged(new_session, what):
+def test_step_that_fails_is_repeated_and_never_acknowledged(new_session, what):
     said, harm, mend = FAILURES[what]
     with Valkey(**{"maxmemory-policy": "noeviction"}) as own, redis.Redis(port=own.port) as client:
         allow(client, "on >secret allkeys allchannels +@all")
@@ -202,7 +202,7 @@ def test_a_step_that_fails_is_done_again_and_never_acknowledged(new_session, wha
         assert enqueued.watermark == 3
 
 
-def test_a_crash_after_a_push_that_failed(client, valkey, new_session):
+def test_crash_after_a_failed_push_loses_nothing(client, valkey, new_session):
     publisher, _ = new_session(valkey.port)
     publisher.publish([message(1)])
     client.set("other", "not a queue")
@@ -214,7 +214,7 @@ def test_a_crash_after_a_push_that_failed(client, valkey, new_session):
 
 
 @pytest.mark.parametrize("asks", ["at once", "after a lost reply"])
-def test_what_redis_has_lost_is_not_taken_for_what_it_has(publisher, proxy, client, asks):
+def test_lost_redis_keys_are_not_taken_for_enqueued(publisher, proxy, client, asks):
     """It goes back, as a replica that is promoted does, or one that is restored."""
     publisher.publish([message(1)])
     kept = {key: client.dump(key) for key in client.keys("*")}
@@ -234,7 +234,7 @@ def test_what_redis_has_lost_is_not_taken_for_what_it_has(publisher, proxy, clie
 
 
 @pytest.mark.parametrize("lost", ["the last push", "everything"])
-def test_the_next_session_of_a_process_finds_out_what_redis_has_lost(publisher, client, lost):
+def test_next_session_notices_lost_redis_keys(publisher, client, lost):
     publisher.publish([message(1)])
     kept = {key: client.dump(key) for key in client.keys("*")}
     publisher.publish([message(2)])
@@ -251,9 +251,7 @@ def test_the_next_session_of_a_process_finds_out_what_redis_has_lost(publisher, 
 
 
 @pytest.mark.parametrize("asks", ["a push", "the next session"])
-def test_a_redis_that_is_as_it_was_in_an_earlier_session_has_lost_the_last_push(
-    publisher, client, asks
-):
+def test_redis_restored_to_an_earlier_session_has_lost_the_last_push(publisher, client, asks):
     publisher.publish([message(1)])
     kept = {key: client.dump(key) for key in client.keys("*")}
     publisher.claim(Lease("1.slot", "same"))
@@ -273,7 +271,7 @@ def test_a_redis_that_is_as_it_was_in_an_earlier_session_has_lost_the_last_push(
     assert found(client) == [1, 2, 3]
 
 
-def test_the_next_session_may_follow_another_ones(publisher, client, valkey, new_session):
+def test_next_session_can_follow_one_of_another_process(publisher, client, valkey, new_session):
     publisher.publish([message(1)])
     other, _ = new_session(valkey.port)
     other.publish([message(2)])
@@ -281,7 +279,7 @@ def test_the_next_session_may_follow_another_ones(publisher, client, valkey, new
     assert publisher.claim(Lease("1.slot", "same")).watermark == 2
 
 
-def test_a_stale_owner_moves_nothing_out_of_a_parking_queue(client, valkey, new_session):
+def test_stale_owner_moves_nothing_out_of_a_hold_queue(client, valkey, new_session):
     old, _ = new_session(valkey.port)
     old.publish([message(1, "parked")])
     new, _ = new_session(valkey.port)
@@ -293,7 +291,7 @@ def test_a_stale_owner_moves_nothing_out_of_a_parking_queue(client, valkey, new_
 
 
 @pytest.mark.parametrize("leased", [True, False])
-def test_a_parked_message_stays_until_it_has_been_moved(client, valkey, new_session, leased):
+def test_held_message_stays_until_it_has_been_moved(client, valkey, new_session, leased):
     publisher, _ = new_session(valkey.port)
     publisher.publish([message(1, "parked"), message(2, "parked")])
     if not leased:

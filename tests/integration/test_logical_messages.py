@@ -29,7 +29,7 @@ def all_told(flash):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_message_comes_in_its_place_in_the_transaction(flash, streaming):
+def test_logical_message_keeps_its_place_in_the_transaction(flash, streaming):
     flash.database.execute(ITEMS, "ALTER SYSTEM SET logical_decoding_work_mem = '64kB'")
     flash.database.execute("SELECT pg_reload_conf()")
     listen(flash, "order.paid").handler("items").start(flash_use_streaming=streaming)
@@ -61,7 +61,7 @@ def test_a_message_comes_in_its_place_in_the_transaction(flash, streaming):
     assert len({change.id for change in told}) == len(told)
 
 
-def test_what_was_rolled_back_or_is_not_transactional_is_not_told(flash):
+def test_logical_message_rolled_back_or_not_transactional_is_not_delivered(flash):
     listen(flash, "mail").start()
     with flash.database.connect() as connection:
         connection.execute("BEGIN")
@@ -72,13 +72,13 @@ def test_what_was_rolled_back_or_is_not_transactional_is_not_told(flash):
     assert [message.content for message in flash.told("messages")] == [b"alone", b""]
 
 
-def test_handlers_of_messages_need_no_table(flash):
+def test_logical_message_handlers_need_no_table(flash):
     listen(flash, "a").start()
     flash.do(ITEMS, "INSERT INTO items VALUES (1)", emit("a", "x"), "UPDATE items SET name = 'y'")
     assert [message.content for message in flash.told("messages")] == [b"x"]
 
 
-def test_one_batch_handler_of_rows_and_messages_gets_them_in_order(flash):
+def test_batch_handler_receives_rows_and_messages_in_order(flash):
     flash.database.execute(ITEMS)
     flash.handler("items", name="both", batch=100)
     on_message("items.done", batch=100)(flash.app.tasks["both"])
@@ -94,7 +94,7 @@ def test_one_batch_handler_of_rows_and_messages_gets_them_in_order(flash):
     assert len({change.id for change in told}) == 4
 
 
-def test_a_message_written_while_nothing_runs_is_told_later(flash):
+def test_logical_message_written_without_a_worker_is_delivered_later(flash):
     listen(flash, "a").start()
     flash.do("SELECT 1")
     flash.stop()
@@ -106,14 +106,14 @@ def test_a_message_written_while_nothing_runs_is_told_later(flash):
 
 
 @pytest.mark.soak
-def test_a_message_of_megabytes(flash):
+def test_logical_message_of_megabytes_is_delivered(flash):
     listen(flash, "big").start()
     flash.do("SELECT pg_logical_emit_message(true, 'big', repeat('x', 20000000))")
     (message,) = flash.told("messages")
     assert message.content == b"x" * 20_000_000
 
 
-def test_rows_are_told_as_ever_where_messages_are_asked_for_too(flash):
+def test_rows_are_delivered_unchanged_beside_logical_messages(flash):
     flash.database.execute(ITEMS)
     listen(flash, "a").handler("items").start()
     flash.do("INSERT INTO items VALUES (1)", emit("b", "x"), "DELETE FROM items", emit("a", "y"))
@@ -121,7 +121,7 @@ def test_rows_are_told_as_ever_where_messages_are_asked_for_too(flash):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_message_of_a_savepoint_that_is_rolled_back_late_is_not_told(flash, streaming):
+def test_logical_message_of_a_savepoint_rolled_back_late_is_not_delivered(flash, streaming):
     flash.database.execute(ITEMS, "ALTER SYSTEM SET logical_decoding_work_mem = '64kB'")
     flash.database.execute("SELECT pg_reload_conf()")
     listen(flash, "mail").handler("items").start(flash_use_streaming=streaming)

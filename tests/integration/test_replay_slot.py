@@ -48,7 +48,7 @@ def restart(flash, **conf):
     flash.start(**conf)
 
 
-def test_what_is_not_held_cannot_be_replayed(flash):
+def test_replay_refuses_wal_that_is_not_retained(flash):
     flash.start()
     with pytest.raises(ConfigurationError, match="No past changes are retained"):
         span(flash, "0/1")
@@ -83,7 +83,7 @@ def test_what_is_not_held_cannot_be_replayed(flash):
         span(flash, now)
 
 
-def test_it_follows_and_goes_with_a_reset(flash):
+def test_replay_slot_follows_and_is_dropped_by_a_reset(flash):
     flash.start(flash_replay_window=1)
     settings = Settings.from_app(flash.app)
     before = oldest(flash)
@@ -104,7 +104,7 @@ def test_it_follows_and_goes_with_a_reset(flash):
     assert flash.database.one(SLOTS) == 0
 
 
-def test_it_moves_however_often_the_worker_is_restarted(flash):
+def test_replay_slot_advances_across_restarts(flash):
     """Each start would begin the window anew, and the WAL of all of them be kept."""
     flash.start(flash_replay_window=3600)
     settings = Settings.from_app(flash.app)
@@ -127,7 +127,7 @@ def test_it_moves_however_often_the_worker_is_restarted(flash):
         assert then.lsn < replay_slot._next(Source(connection, settings)).lsn
 
 
-def test_it_moves_on_after_its_connection_was_ended(flash):
+def test_replay_slot_advances_after_its_connection_ended(flash):
     """The worker's own may live for months."""
     flash.start(flash_replay_window=1)
     keeper = (
@@ -146,7 +146,7 @@ def test_it_moves_on_after_its_connection_was_ended(flash):
     assert flash.database.one(flash.slot("active_pid")) == reader
 
 
-def test_what_was_held_when_it_was_looked_for_and_is_no_more(flash):
+def test_replay_notices_wal_that_is_no_longer_retained(flash):
     """While a person reads how many changes there are."""
     flash.start(flash_replay_window=3600)
     before = oldest(flash)
@@ -160,7 +160,7 @@ def test_what_was_held_when_it_was_looked_for_and_is_no_more(flash):
             replay.read_changes(at, subscriptions, "handler", wanted, replay.Count())
 
 
-def test_somebody_elses_slot_is_left_alone(flash):
+def test_replay_slot_of_another_owner_is_left_alone(flash):
     name = f"{flash.database.slot}_history"
     flash.database.execute(f"SELECT pg_create_logical_replication_slot('{name}', 'pgoutput')")
     flash.start()
@@ -172,7 +172,7 @@ def test_somebody_elses_slot_is_left_alone(flash):
     assert flash.database.one(SLOTS) == 2
 
 
-def test_one_that_was_being_made_is_made_anew(flash):
+def test_replay_slot_left_half_created_is_recreated(flash):
     """The process was killed before the slot's position was noted."""
     flash.start(flash_replay_window=3600)
     settings = Settings.from_app(flash.app)

@@ -151,7 +151,7 @@ def driver(chromium):
     return chromium
 
 
-def test_every_variable_of_the_compose_file_is_read():
+def test_compose_file_variables_are_read():
     settings = (EXAMPLE / "shop" / "settings.py").read_text()
     for name in COMPOSE["x-app"]["environment"]:
         assert f'"{name}"' in settings
@@ -162,7 +162,7 @@ def test_every_variable_of_the_compose_file_is_read():
     }
 
 
-def test_the_examples_readme_has_the_same_commands_and_every_variable():
+def test_example_readme_has_the_commands_and_variables():
     text = (EXAMPLE / "README.md").read_text()
     lines = [line.strip() for line in text.splitlines()]
     for service in ("migrate", "worker", "replicate", "web"):
@@ -175,7 +175,7 @@ def test_the_examples_readme_has_the_same_commands_and_every_variable():
         assert (EXAMPLE / target).exists(), target
 
 
-def test_every_command_of_the_compose_file_runs(shop):
+def test_compose_file_commands_run(shop):
     shop.database.execute(
         "INSERT INTO shop_customer (name, email) VALUES ('Ada', 'ada@example.com')",
         "INSERT INTO shop_order (customer_id, status, total) VALUES (1, 'open', 5)",
@@ -229,7 +229,7 @@ def until_said(driver, before, *words):
         raise AssertionError(f"{error}: {text(driver, '#feed')}") from None
 
 
-def test_paying_an_order_shows_its_handlers_without_a_reload(shop, driver):
+def test_page_shows_the_handlers_of_a_payment_without_a_reload(shop, driver):
     browser.show(driver, shop.url)
     wait_until(lambda: text(driver, "#state") == "Live", "the stream")
     driver.execute_script("window.loaded = 'once'")
@@ -257,7 +257,7 @@ def test_paying_an_order_shows_its_handlers_without_a_reload(shop, driver):
     assert driver.get_log("browser") == []
 
 
-def test_each_way_of_changing_rows_is_named(shop, driver):
+def test_page_names_each_way_of_changing_rows(shop, driver):
     browser.show(driver, shop.url, width=390, height=800, dark=True)
     press(shop, driver, "#add", "ORM", "insert shop_order ")
     press(shop, driver, "#pay-all", "Bulk update", "\"status\" = 'open'", "send_receipt")
@@ -273,7 +273,7 @@ def test_each_way_of_changing_rows_is_named(shop, driver):
     assert driver.get_log("browser") == []
 
 
-def test_whoever_comes_back_reads_on_from_where_they_were(shop):
+def test_page_resumes_after_a_reconnect(shop):
     shop.database.execute("UPDATE shop_order SET total = total WHERE id = 1")
     shown = shop.events(4)
     (first, _), *rest = shown
@@ -282,7 +282,7 @@ def test_whoever_comes_back_reads_on_from_where_they_were(shop):
     assert shop.events(4, after="'") == shown
 
 
-def test_a_stream_ends_when_its_reader_is_gone(shop, driver):
+def test_page_stream_ends_when_its_reader_is_gone(shop, driver):
     import redis
 
     with redis.Redis(port=shop.cache.port) as client:
@@ -298,7 +298,7 @@ def test_a_stream_ends_when_its_reader_is_gone(shop, driver):
 
 
 @pytest.mark.soak
-def test_the_page_outlives_its_server_and_its_connections(shop, driver):
+def test_page_survives_its_server_and_its_connections(shop, driver):
     import redis
 
     browser.show(driver, shop.url)
@@ -319,7 +319,7 @@ def test_the_page_outlives_its_server_and_its_connections(shop, driver):
     assert len(shown) == len(set(shown))
 
 
-def test_no_other_site_presses_a_button(shop):
+def test_page_refuses_requests_from_other_sites(shop):
     def status(path, method):
         request = urllib.request.Request(shop.url + path, method=method)
         try:

@@ -105,7 +105,7 @@ def sent(app):
             yield message
 
 
-def test_filters_and_reading_leaves_everything_in_its_order(box, bury):
+def test_dead_list_filters_and_keeps_the_order(box, bury):
     bury("a1", handler="shop.other.handle")
     bury("b2", tables=["sales.orders"])
     bury("c3", failed_at="2020-01-01T00:00:00.000+00:00")
@@ -120,7 +120,7 @@ def test_filters_and_reading_leaves_everything_in_its_order(box, bury):
     assert box.count() == 3
 
 
-def test_commands(app, box, bury, run):
+def test_dead_commands_list_show_retry_and_drop(app, box, bury, run):
     assert run("list").output == "no dead letters\n"
     assert json.loads(run("list", "--json").output) == []
     bury("0123456789")
@@ -168,7 +168,7 @@ def test_commands(app, box, bury, run):
     assert messages[2].headers["root_id"] == messages[2].headers["id"]
 
 
-def test_what_a_worker_would_throw_away_is_not_sent(box, bury, run):
+def test_dead_retry_refuses_letters_of_unknown_tasks(box, bury, run):
     bury("a1", task="shop.gone")
     ended = run("retry", "--all")
     assert ended.exit_code == 2
@@ -176,7 +176,7 @@ def test_what_a_worker_would_throw_away_is_not_sent(box, bury, run):
     assert ids(box) == ["a1"]
 
 
-def test_other_messages_in_the_queue_stay(app, box, bury, run):
+def test_dead_commands_leave_other_messages_in_the_queue(app, box, bury, run):
     bury("a1")
     app.send_task("shop.handle", [1], queue="flash.dead")
     assert ids(box) == ["a1"]
@@ -186,7 +186,7 @@ def test_other_messages_in_the_queue_stay(app, box, bury, run):
     assert box.count() == 1
 
 
-def test_a_letter_that_fails_again_at_once_is_not_sent_again(box, bury):
+def test_dead_retry_keeps_a_letter_that_fails_again_at_once(box, bury):
     bury("a1")
     found = box.find(DeadLetterFilter())
 

@@ -124,14 +124,14 @@ def published(messages, publisher=None):
     return publisher.queues["flash"]
 
 
-def test_nobody_listens_as_a_rule(template):
+def test_signals_have_no_listeners_by_default(template):
     messages = template().each(delivery(1, 2))
     assert announcing.announce(messages) == []
     assert all(message.plain for message in messages)
 
 
 @pytest.mark.parametrize("conf", [{}, {"task_compression": "gzip"}])
-def test_listeners_hear_what_celery_would_tell_them(template, heard, conf):
+def test_signals_carry_what_celery_sends(template, heard, conf):
     messages = template(**conf).each(delivery(5, 6))
     assert published(messages) == messages
     assert [when for when, _ in heard] == ["before", "before", "after", "after"]
@@ -147,14 +147,14 @@ def test_listeners_hear_what_celery_would_tell_them(template, heard, conf):
     assert all(message.headers["spoken_to"] for message in messages)
 
 
-def test_listeners_hear_of_a_batch(template, heard):
+def test_signals_are_sent_for_a_batch(template, heard):
     published([template(batch=10).together([delivery(5, 6)])])
     (changes,), _, _ = heard[0][1]["body"]
     assert isinstance(changes, Changes)
     assert [change.key["id"] for change in changes] == [5, 6]
 
 
-def test_a_trace_goes_from_the_commit_to_the_message(template, spans):
+def test_trace_leads_from_the_commit_to_the_message(template, spans):
     class Timed(MemoryPublisher):
         def publish(self, messages):
             super().publish(messages)
@@ -176,7 +176,7 @@ def test_a_trace_goes_from_the_commit_to_the_message(template, spans):
     assert traceparent.startswith(f"00-{of.trace_id:032x}-{of.span_id:016x}-")
 
 
-def test_each_message_has_a_trace_of_its_own(template, spans):
+def test_trace_is_new_for_each_message(template, spans):
     messages = template().each(delivery(*range(50)))
     published(messages)
     commits = [span for span in spans() if span.name.startswith("commit")]
@@ -186,7 +186,7 @@ def test_each_message_has_a_trace_of_its_own(template, spans):
     assert not trace.get_current_span().get_span_context().is_valid
 
 
-def test_a_batch_is_as_old_as_its_first_change(template, spans):
+def test_trace_of_a_batch_starts_at_its_first_change(template, spans):
     message = template(batch=10).together([delivery(1, ago=90.0), delivery(2, 3, ago=30.0)])
     published([message])
     enqueued, commit = spans()
@@ -194,13 +194,13 @@ def test_a_batch_is_as_old_as_its_first_change(template, spans):
     assert (enqueued.start_time - commit.start_time) / 1e9 > 85
 
 
-def test_a_commit_in_the_future_of_our_clock_takes_no_time(template, spans):
+def test_trace_of_a_commit_in_the_future_has_no_duration(template, spans):
     published(template().each(delivery(1, ago=-3600.0)))
     for span in spans():
         assert 0 <= (span.end_time - span.start_time) / 1e9 < 600
 
 
-def test_a_message_that_is_given_up_ends_its_spans_and_is_announced_again(template, spans, caplog):
+def test_signals_repeat_after_a_message_was_discarded(template, spans, caplog):
     for published in (False, True):
         (announced,) = announcing.announce(template().each(delivery(1)))
         announced.end(published)
@@ -214,7 +214,7 @@ def test_a_message_that_is_given_up_ends_its_spans_and_is_announced_again(templa
     assert "detach" not in caplog.text
 
 
-def test_given_up_units_say_so(template, heard):
+def test_spans_of_discarded_batches_are_marked(template, heard):
     publisher = MemoryPublisher()
     publisher.broken = True
     thread = PublishingThread(publisher, [Queue("flash")], Reader())
@@ -229,14 +229,14 @@ def test_given_up_units_say_so(template, heard):
     assert [when for when, _ in heard] == ["before"]
 
 
-def test_a_dead_letter_has_no_commit(spans):
+def test_trace_of_a_dead_letter_has_no_commit(spans):
     headers = {"id": "1", "task": "flash_celery.dead_letter"}
     letter = Message.alone(Form("flash", "flash_celery.dead_letter", headers, {}), "[[{}], {}, {}]")
     assert published([letter]) == [letter]
     assert [span.name for span in spans() if span.name.startswith("commit")] == []
 
 
-def test_a_tracer_that_fails_holds_up_nothing(template, spans, monkeypatch, caplog):
+def test_tracer_failure_does_not_stop_publishing(template, spans, monkeypatch, caplog):
     def broken(*_, **__):
         raise RuntimeError("no traces today")
 
@@ -246,7 +246,7 @@ def test_a_tracer_that_fails_holds_up_nothing(template, spans, monkeypatch, capl
     assert "A change could not be traced" in caplog.text
 
 
-def test_a_body_that_cannot_be_read_holds_up_nothing(app, heard, caplog):
+def test_signals_with_an_unreadable_body_do_not_stop_publishing(app, heard, caplog):
     headers = {"id": "1", "task": "shop.handle"}
     message = Message.alone(Form("flash", "shop.handle", headers, {}), "no JSON")
     assert published([message]) == [message]

@@ -88,7 +88,7 @@ def letter_of(broker):
     return letters.decode(message.body)
 
 
-def test_a_failure_is_a_letter_before_it_is_acknowledged(receive, broker):
+def test_failed_task_is_a_dead_letter_before_it_is_acknowledged(receive, broker):
     request = receive()
     request.on_failure(failure(ValueError("no\nsuch item")), return_ok=True)
     assert request.done == ["acknowledged"]
@@ -119,14 +119,14 @@ def test_a_failure_is_a_letter_before_it_is_acknowledged(receive, broker):
     assert again.properties == {"correlation_id": "1", "delivery_mode": 2, "priority": 3}
 
 
-def test_it_goes_back_if_the_letter_cannot_be_stored(receive, broker):
+def test_failed_task_is_requeued_if_its_dead_letter_cannot_be_stored(receive, broker):
     broker.broken = True
     request = receive()
     request.on_failure(failure(ValueError("x")), return_ok=True)
     assert request.done == [("rejected", True)]
 
 
-def test_what_is_no_failure_is_left_to_celery(receive, broker):
+def test_task_end_without_failure_is_left_to_celery(receive, broker):
     for error, done in (
         (Retry(), ["acknowledged"]),
         (Ignore(), ["acknowledged"]),
@@ -140,13 +140,13 @@ def test_what_is_no_failure_is_left_to_celery(receive, broker):
     assert broker.queues == {}
 
 
-def test_a_retry_that_cannot_be_sent_is_not_thrown_away(receive, broker):
+def test_retry_that_cannot_be_sent_is_kept(receive, broker):
     request = receive()
     request.on_failure(failure(Reject(OperationalError("gone"), requeue=False)), return_ok=True)
     assert request.done == [("rejected", True)]
 
 
-def test_out_of_memory_does_not_end_the_worker(receive, broker):
+def test_out_of_memory_does_not_end_the_celery_worker(receive, broker):
     request = receive()
     request.on_failure(failure(MemoryError("x")), return_ok=True)
     assert request.done == ["acknowledged"]
@@ -154,7 +154,7 @@ def test_out_of_memory_does_not_end_the_worker(receive, broker):
 
 
 @pytest.mark.parametrize("error", [WorkerLostError("signal 9"), SystemExit(1)])
-def test_a_process_that_dies_is_counted_and_at_last_a_letter(receive, broker, error):
+def test_process_deaths_are_counted_up_to_a_dead_letter(receive, broker, error):
     deaths = {}
     for number in (1, 2):
         request = receive(**deaths)
@@ -179,7 +179,7 @@ def test_a_process_that_dies_is_counted_and_at_last_a_letter(receive, broker, er
     assert letters.DEATHS not in letters.retry_message(letter).headers
 
 
-def test_a_worker_that_is_being_stopped_counts_nothing(receive, broker, monkeypatch):
+def test_process_deaths_during_a_shutdown_are_not_counted(receive, broker, monkeypatch):
     monkeypatch.setattr(state, "should_stop", 0)
     request = receive()
     request.on_failure(failure(WorkerLostError("signal 15")))
@@ -187,13 +187,13 @@ def test_a_worker_that_is_being_stopped_counts_nothing(receive, broker, monkeypa
     assert broker.queues == {}
 
 
-def test_without_acks_late_a_death_is_final(receive, broker):
+def test_process_death_without_acks_late_is_final(receive, broker):
     request = receive(acks_late=False)
     request.on_failure(failure(WorkerLostError("signal 9")))
     assert letter_of(broker).error == "WorkerLostError"
 
 
-def test_a_broker_that_fails_at_a_death_gives_the_task_back(receive, broker):
+def test_process_death_while_the_broker_fails_requeues_the_task(receive, broker):
     broker.broken = True
     request = receive()
     request.on_failure(failure(WorkerLostError("signal 9")))
@@ -208,14 +208,14 @@ class OwnRequest(Request):
         return super().on_failure(*args, **kwargs)
 
 
-def test_a_tasks_own_request_class_stays(receive, broker):
+def test_request_class_of_a_task_is_kept(receive, broker):
     request = receive(request=OwnRequest)
     request.on_failure(failure(ValueError("x")), return_ok=True)
     assert request.failed
     assert letter_of(broker).error == "ValueError"
 
 
-def test_only_handlers_get_the_strategy_and_none_of_their_own_loses_it(app):
+def test_strategy_is_set_for_handlers_without_their_own(app):
     @on_change("items")
     @shared_task(name="shop.handle")
     def handle(change): ...
@@ -238,7 +238,7 @@ def test_only_handlers_get_the_strategy_and_none_of_their_own_loses_it(app):
     }
 
 
-def test_a_long_traceback_keeps_its_end(receive, broker):
+def test_long_traceback_keeps_its_end(receive, broker):
     request = receive()
     request.on_failure(failure(ValueError("begin" + "x" * 100_000 + "end")), return_ok=True)
     letter = letter_of(broker)
@@ -247,7 +247,7 @@ def test_a_long_traceback_keeps_its_end(receive, broker):
     assert len(letter.message) < 3_000
 
 
-def test_the_queue_of_a_retry_that_rabbitmq_has_held_back(app):
+def test_retry_delayed_by_rabbitmq_has_its_queue(app):
     """Celery's native delayed delivery leaves the delay in the routing key."""
     app.conf.task_queues = [
         Queue("slow", Exchange("slow", type="topic"), routing_key="slow.key"),

@@ -51,7 +51,7 @@ def insert(shop, *names):
 @pytest.mark.parametrize(
     "any_shop", ["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)], indirect=True
 )
-def test_list_show_retry_and_drop(any_shop):
+def test_dead_letters_can_be_listed_shown_retried_and_dropped(any_shop):
     shop = any_shop
     shop.worker("prefork")
     shop.replicate()
@@ -128,12 +128,12 @@ def killed_thrice(shop):
 @pytest.mark.parametrize(
     "any_shop", ["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)], indirect=True
 )
-def test_a_change_that_kills_its_process(any_shop):
+def test_change_that_kills_its_process_becomes_a_dead_letter(any_shop):
     killed_thrice(any_shop)
 
 
 @pytest.mark.soak
-def test_a_change_that_kills_its_process_on_quorum_queues(make_shop, rabbit):
+def test_change_that_kills_its_process_becomes_a_dead_letter_on_quorum_queues(make_shop, rabbit):
     rabbit.empty()
     conf = '{"task_default_queue_type": "quorum"}'
     shop = make_shop(rabbit, SHOP_QUORUM="1", SHOP_CONF=conf)
@@ -141,7 +141,7 @@ def test_a_change_that_kills_its_process_on_quorum_queues(make_shop, rabbit):
     assert "quorum" in rabbit.control("list_queues", "name", "type").split("flash.dead")[1]
 
 
-def test_a_time_limit_and_a_batch(shop):
+def test_time_limits_and_failures_of_a_batch_become_dead_letters(shop):
     shop.environment |= {"SHOP_LIMIT": "1", "SHOP_BATCH": "1"}
     shop.worker("prefork")
     shop.replicate()
@@ -166,7 +166,7 @@ def test_a_time_limit_and_a_batch(shop):
     assert sorted(note["id"] for note in notes) == batch.changes
 
 
-def test_a_pool_of_threads_with_a_result_backend(shop):
+def test_thread_pool_with_a_result_backend_keeps_dead_letters(shop):
     backend = json.dumps({"result_backend": shop.broker.url, "task_ignore_result": False})
     worker = shop.worker("threads", SHOP_CONF=backend)
     shop.replicate()
@@ -180,7 +180,7 @@ def test_a_pool_of_threads_with_a_result_backend(shop):
 @pytest.mark.parametrize(
     "any_shop", ["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)], indirect=True
 )
-def test_a_message_that_cannot_be_read_is_kept(any_shop):
+def test_unreadable_message_is_kept(any_shop):
     shop = any_shop
     shop.worker()
     shop.replicate()
@@ -199,7 +199,7 @@ def test_a_message_that_cannot_be_read_is_kept(any_shop):
 @pytest.mark.parametrize(
     "any_shop", [pytest.param("redis", marks=pytest.mark.soak), "rabbitmq"], indirect=True
 )
-def test_a_letter_that_cannot_be_stored_goes_back(any_shop):
+def test_task_whose_dead_letter_cannot_be_stored_is_requeued(any_shop):
     """The queue for dead letters takes none for a while; its change comes again until it does."""
     shop = any_shop
     if shop.broker.url.startswith("redis"):
@@ -224,7 +224,7 @@ def test_a_letter_that_cannot_be_stored_goes_back(any_shop):
 @pytest.mark.parametrize(
     "any_shop", [pytest.param("redis", marks=pytest.mark.soak), "rabbitmq"], indirect=True
 )
-def test_a_worker_that_consumes_the_dead_letters_leaves_them_there(any_shop):
+def test_celery_worker_leaves_dead_letters_in_their_queue(any_shop):
     shop = any_shop
     worker = shop.worker()
     shop.replicate()
@@ -242,7 +242,7 @@ def test_a_worker_that_consumes_the_dead_letters_leaves_them_there(any_shop):
     assert worker.poll() is None
 
 
-def test_a_queue_that_somebody_else_declared_is_put_back_too(make_shop, rabbit):
+def test_dead_letters_return_to_queues_declared_elsewhere(make_shop, rabbit):
     rabbit.empty()
     shop = make_shop(rabbit)
     with Celery(broker=rabbit.url) as app, app.connection() as connection:
@@ -284,13 +284,13 @@ class TestABrokerThatStops:
             180,
         )
 
-    def test_redis(self, make_shop):
+    def test_dead_letters_survive_faults_on_redis(self, make_shop):
         with Valkey() as own:
             again = {"visibility_timeout": 4, "unacked_restore_interval": 1}
             conf = json.dumps({"broker_transport_options": again})
             self.fails(make_shop(own, SHOP_CONF=conf), lambda: own.stop(signal.SIGKILL), own.start)
 
-    def test_rabbitmq(self, make_shop, rabbit):
+    def test_dead_letters_survive_faults_on_rabbitmq(self, make_shop, rabbit):
         rabbit.empty()
         shop = make_shop(rabbit)
         self.fails(shop, lambda: rabbit.control("stop_app"), lambda: rabbit.control("start_app"))
@@ -299,7 +299,7 @@ class TestABrokerThatStops:
 @pytest.mark.parametrize(
     "any_shop", ["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)], indirect=True
 )
-def test_a_change_that_no_broker_takes_is_a_letter_that_can_be_retried(any_shop):
+def test_oversize_change_becomes_a_dead_letter_that_can_be_retried(any_shop):
     """`replicate` writes it, with what is left of the change, and goes on."""
     shop = any_shop
     replicate = shop.replicate(SHOP_CONF='{"flash_max_change_size": 1000}')

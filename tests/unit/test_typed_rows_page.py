@@ -22,7 +22,7 @@ def run(example, page):
     return names
 
 
-def test_typed_rows(app, capsys):
+def test_typed_rows_page_examples_run(app, capsys):
     typed, _ = (run(example, "typed-rows.md") for example in examples("typed-rows.md"))
     found = {str(one.table): one for one in subscriptions_of(app)}
     assert found["public.orders"].into.name == "OrderRow"
