@@ -8,10 +8,11 @@ Which thread owns what:
   `claim`, `put` and `discard`, which never block on the broker.
 - Both share the waiting batches, the claim and the generation, guarded by `_changed`.
 
-What comes back to the reading thread is one `Deduplicator` for each claim, which it picks up from
-`deduplicator`, and acknowledgements. Only `_confirm` makes one, with the position of a batch whose
-messages the broker has confirmed, and only while the session that put the batch still lasts: a
-position of an earlier session may belong to another server.
+What comes back: one `Deduplicator` for each claim, which the reading thread picks up from
+`deduplicator` before it adds anything to the batcher; and acknowledgements. `_confirm` alone
+advances the position that may be acknowledged, for a batch whose messages the broker has confirmed.
+It does so only while the session that put the batch lasts, because a position of an earlier session
+may belong to another server.
 """
 
 from __future__ import annotations
