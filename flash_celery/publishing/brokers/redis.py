@@ -68,11 +68,11 @@ class RedisPublisher(ConnectedPublisher):
         self._tags = map(f"{uuid.uuid4()}-{{}}".format, count())
 
     def options(self) -> dict[str, Any]:
-        """Return the options, which apply to Sentinels too. redis-py shall not retry those."""
+        """Return the options, with those of sockets for Sentinels too, which are tried once."""
         options = super().options()
         sockets = {name: value for name, value in options.items() if name.startswith("socket_")}
-        given = options.get("sentinel_kwargs") or {}
-        return {**options, "sentinel_kwargs": {**sockets, "retry": Retry(NoBackoff(), 0), **given}}
+        own = options.get("sentinel_kwargs") or {}
+        return {**options, "sentinel_kwargs": {**sockets, "retry": Retry(NoBackoff(), 0), **own}}
 
     def reason(self, error: BaseException) -> str:
         """Return the message of an error; for Sentinels, without the settings redis-py shows."""
@@ -88,9 +88,9 @@ class RedisPublisher(ConnectedPublisher):
         """
         with self.errors(), literal_client(self._channel) as client:
             position = RedisPosition(prefixed(self._channel, f"_flash.{lease.name}"), lease)
-            enqueued = position.claim(client, self._position)
+            deduplicator = position.claim(client, self._position)
         self._position, self._ahead = position, 0
-        return enqueued
+        return deduplicator
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Push messages; return once Redis has replied to the last push.
