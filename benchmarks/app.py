@@ -44,7 +44,7 @@ def handle(argument):
     for change in changes:
         decode(change)
     now = time.time()
-    packed = [NOTE.pack(started, now, c.commit_lsn, c.index, c.key["id"]) for c in changes]
+    packed = [NOTE.pack(started, now, c.commit_lsn, c.ordinal, c.key["id"]) for c in changes]
     os.write(notes(), b"".join(packed))
 
 

@@ -141,7 +141,7 @@ def places_of(bodies):
     for body in bodies:
         argument = loads(body)[0][0]
         for change in argument if isinstance(argument, Changes) else [argument]:
-            places.append((int(change.commit_lsn), change.index, change.key["id"]))
+            places.append((int(change.commit_lsn), change.ordinal, change.key["id"]))
     return places
 
 

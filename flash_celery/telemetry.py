@@ -15,13 +15,12 @@ from functools import cache
 
 from .acknowledgement import Progress
 from .errors import FlashError
+from .protocol import timestamps
 
 #: Errors that are kept.
 _ERRORS = 20
 #: Upper bounds of the histogram of delays, in seconds.
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)
-#: 2000-01-01 UTC, from which PostgreSQL counts, in seconds of Unix.
-_EPOCH = 946_684_800
 
 #: What the replication worker is doing; it waits for Celery workers (`--wait-for-workers`).
 STARTING, WAITING, CONNECTING = "starting", "waiting", "connecting"
@@ -152,5 +151,5 @@ class Telemetry:
 
 
 def unix(microseconds: int) -> float:
-    """PostgreSQL's time in seconds of Unix; 0 for none."""
-    return microseconds / 1e6 + _EPOCH if microseconds else 0.0
+    """Return a time of PostgreSQL in seconds since 1970; 0 for none."""
+    return timestamps.to_unix(microseconds) if microseconds else 0.0

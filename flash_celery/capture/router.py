@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
-from ..changes.change import Operation
+from ..changes.operations import Operation, Part
 from ..changes.payload import TRUNCATED, Delivery, message_row
 from ..changes.rows import Column, Table, Transaction
 from ..conditions.lookups import Cells
@@ -30,10 +30,8 @@ logger = logging.getLogger(__name__)
 
 #: Takes changes for one subscription.
 Receiver = Callable[[Delivery], object]
-#: Takes neighbouring rows, their transaction and the index of the first.
+#: Takes neighbouring rows, their transaction and the ordinal of the first.
 RunReceiver = Callable[[Sequence[bytes], Transaction, int], None]
-#: Marks a message, whose index is not that of a row.
-_MESSAGE_HALF = 3
 _NOBODY: dict[str, RunReceiver] = {}
 #: Fields of composite columns that a table's description tells of, and so each of its messages;
 #: a column that goes beyond it is text. A composite of composites can have millions.
@@ -80,34 +78,34 @@ class Router:
             if subscription.prefix is not None:
                 source = subscription.source
                 table = Table("", subscription.prefix, None, "n", (), (), source)
-                route = self._forward(subscription, Operation.MESSAGE, table, _MESSAGE_HALF)
+                route = self._forward(subscription, Operation.MESSAGE, table, Part.MESSAGE)
                 self._messages.setdefault(subscription.prefix, []).append(route)
         #: Rows that were judged without their old values.
         self.unjudged = 0
         self._warned: set[TableName] = set()
 
     def rows(
-        self, kind: bytes, rows: Sequence[bytes], transaction: Transaction, index: int
+        self, kind: bytes, rows: Sequence[bytes], transaction: Transaction, ordinal: int
     ) -> None:
         """Route neighbouring Insert, Update or Delete messages of one relation, their `kind`."""
         self._kinds.get(kind, self._unknown).number += len(rows)
         for route in self._routes.get(kind, _NOBODY).values():
-            route(rows, transaction, index)
+            route(rows, transaction, ordinal)
 
-    def truncate(self, oids: Sequence[int], transaction: Transaction, index: int) -> None:
+    def truncate(self, oids: Sequence[int], transaction: Transaction, ordinal: int) -> None:
         """Route a TRUNCATE; each relation of it counts as a row, and a partition as one."""
         for place, oid in enumerate(oids):
             self._kinds.get(b"T" + oid.to_bytes(4, "big"), self._unknown).number += 1
             for route in self._truncates.get(oid, ()):
-                route([TRUNCATED], transaction, index + place)
+                route([TRUNCATED], transaction, ordinal + place)
 
     def message(
-        self, message: pgoutput.LogicalMessage, transaction: Transaction, index: int
+        self, message: pgoutput.LogicalMessage, transaction: Transaction, ordinal: int
     ) -> None:
-        """Route a logical message; `index` counts the messages of its transaction."""
+        """Route a logical message; `ordinal` counts the messages of its transaction."""
         for route in self._messages.get(message.prefix, ()):
             self._telemetry.tally(message.prefix, "message").number += 1
-            route([message_row(message.content)], transaction, index)
+            route([message_row(message.content)], transaction, ordinal)
 
     def relation(self, relation: pgoutput.Relation, transaction: Transaction) -> None:
         """Learn a relation, or what a transaction has made of it.
@@ -186,12 +184,16 @@ class Router:
             raise SubscriptionError(f"{subscription.handler}: {error}") from None
 
     def _forward(
-        self, subscription: Subscription, operation: Operation, table: Table, half: int = 0
+        self,
+        subscription: Subscription,
+        operation: Operation,
+        table: Table,
+        part: Part = Part.WHOLE,
     ) -> RunReceiver:
         deliver, number = self._sink.receiver(subscription, operation), subscription.number
 
-        def forward(rows: Sequence[bytes], transaction: Transaction, index: int) -> None:
-            deliver(Delivery(table, transaction, index, half, number, rows))
+        def forward(rows: Sequence[bytes], transaction: Transaction, ordinal: int) -> None:
+            deliver(Delivery(table, transaction, ordinal, part, number, rows))
 
         return forward
 
@@ -201,19 +203,18 @@ class Router:
         table: Table,
         transitions: Transitions,
     ) -> RunReceiver:
-        judge, number = transitions.judge, subscription.number
-        deliver = {
-            one: self._sink.receiver(subscription, one)
-            for one in _TAGS
-            if one in subscription.operations
+        evaluate, number = transitions.evaluate, subscription.number
+        receivers = {
+            operation: self._sink.receiver(subscription, operation)
+            for operation in _TAGS
+            if operation in subscription.operations
         }
 
-        def judged(rows: Sequence[bytes], transaction: Transaction, index: int) -> None:
-            for place, payload in enumerate(rows, index):
-                for operation, half, data in judge(payload):
-                    deliver[operation](Delivery(table, transaction, place, half, number, [data]))
+        def evaluated(rows: Sequence[bytes], transaction: Transaction, ordinal: int) -> None:
+            for operation, part, first, run in evaluate(rows, ordinal):
+                receivers[operation](Delivery(table, transaction, first, part, number, run))
 
-        return judged
+        return evaluated
 
     def _judged(self, table: TableName) -> None:
         self.unjudged += 1
@@ -234,9 +235,9 @@ def _until(position: Lsn | None, route: RunReceiver) -> RunReceiver:
     if position is None:
         return route
 
-    def until(rows: Sequence[bytes], transaction: Transaction, index: int) -> None:
+    def until(rows: Sequence[bytes], transaction: Transaction, ordinal: int) -> None:
         if transaction.commit_lsn < position:
-            route(rows, transaction, index)
+            route(rows, transaction, ordinal)
 
     return until
 
@@ -244,8 +245,8 @@ def _until(position: Lsn | None, route: RunReceiver) -> RunReceiver:
 def _in_turn(first: RunReceiver, second: RunReceiver) -> RunReceiver:
     """Two subscriptions of one handler: it is told of each row before the next one."""
 
-    def both(rows: Sequence[bytes], transaction: Transaction, index: int) -> None:
-        for place, row in enumerate(rows, index):
+    def both(rows: Sequence[bytes], transaction: Transaction, ordinal: int) -> None:
+        for place, row in enumerate(rows, ordinal):
             first([row], transaction, place)
             second([row], transaction, place)
 

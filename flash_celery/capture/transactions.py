@@ -34,13 +34,13 @@ class Rows(Protocol):
     """Takes what a transaction did, in order (`routing.Router`)."""
 
     def rows(
-        self, kind: bytes, rows: Sequence[bytes], transaction: Transaction, index: int
+        self, kind: bytes, rows: Sequence[bytes], transaction: Transaction, ordinal: int
     ) -> None: ...
 
-    def truncate(self, oids: Sequence[int], transaction: Transaction, index: int) -> None: ...
+    def truncate(self, oids: Sequence[int], transaction: Transaction, ordinal: int) -> None: ...
 
     def message(
-        self, message: pgoutput.LogicalMessage, transaction: Transaction, index: int
+        self, message: pgoutput.LogicalMessage, transaction: Transaction, ordinal: int
     ) -> None: ...
 
     def relation(self, relation: pgoutput.Relation, transaction: Transaction) -> None: ...
@@ -69,7 +69,7 @@ class Transactions:
         self._rows = rows
         self._directory = spool_directory or default_directory()
         self._transaction = _NOTHING
-        self._index = 0
+        self._ordinal = 0
         #: Logical messages so far; they do not shift the numbers of rows.
         self._messages = 0
         self._spools: dict[int, Spool] = {}
@@ -127,8 +127,8 @@ class Transactions:
         tag = kind[0]
         if tag in _ROWS:
             self._require_open(kind)
-            self._rows.rows(kind, run, self._transaction, self._index)
-            self._index += len(run)
+            self._rows.rows(kind, run, self._transaction, self._ordinal)
+            self._ordinal += len(run)
             return None
         end = None
         for message in run:
@@ -148,8 +148,8 @@ class Transactions:
                 self._rows.relation(message, self._transaction)
             case pgoutput.Truncate():
                 self._require_open(payload)
-                self._rows.truncate(message.relation_oids, self._transaction, self._index)
-                self._index += len(message.relation_oids)
+                self._rows.truncate(message.relation_oids, self._transaction, self._ordinal)
+                self._ordinal += len(message.relation_oids)
             case pgoutput.LogicalMessage(transactional=True):
                 self._require_open(payload)
                 self._rows.message(message, self._transaction, self._messages)
@@ -170,7 +170,7 @@ class Transactions:
             raise ProtocolError("A transaction began before the last one had ended.")
         self._transaction = Transaction._make(transaction)
         self.committed_at = committed_at = transaction[2]
-        self._index = self._messages = 0
+        self._ordinal = self._messages = 0
         self.count += 1
         if not self.oldest:
             self.oldest = committed_at

@@ -1,15 +1,17 @@
 """What an operation on a row is for one subscription: entered, changed, left, or nothing.
 
-The rows that come out are messages of pgoutput too, so the Celery worker needs no conditions.
+An UPDATE can bring a row into a condition (for the handler an Insert), out of it (a Delete), or
+change its `key=` (both). The rows that come out are messages of pgoutput too, so Celery workers
+evaluate no conditions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..changes.change import Operation
+from ..changes.operations import Operation, Part
 from ..changes.rows import Table
 from ..conditions.lookups import Cells
 from ..handlers.subscriptions import Subscription
@@ -26,20 +28,34 @@ from ..protocol.pgoutput import (
 from ..values.comparison import UNREADABLE
 
 INSERT, UPDATE, DELETE = Operation.INSERT, Operation.UPDATE, Operation.DELETE
-#: An operation, which half of a key change it is (0: none), and the row to send.
-Outcome = tuple[Operation, int, bytes]
-#: Verdicts that are remembered, and bytes of the values that one of them is of.
-_REMEMBERED = 2000
-_SHORT = 200
-_INSERTED = ord("I")
+WHOLE, KEY_DELETE, KEY_INSERT = Part.WHOLE, Part.KEY_DELETE, Part.KEY_INSERT
+_INSERT_TAG, _UPDATE_TAG, _DELETE_TAG = b"IUD"
+#: How many results of the condition are cached.
+_CACHED_RESULTS = 2000
+#: Bytes of the compared values beyond which a result is not cached.
+_LONGEST_CACHED = 200
+#: What one row is for the subscription: an operation, its part, and the row to send.
+_RowOutcome = tuple[Operation, Part, bytes]
+
+
+class Outcome(NamedTuple):
+    """Neighbouring rows that are the same operation for the subscription."""
+
+    operation: Operation
+    part: Part
+    #: The ordinal of the first row; those of the others follow.
+    ordinal: int
+    rows: list[bytes]
 
 
 class Transitions:
-    """Judges the rows of one relation for one subscription and cuts them to what it wants.
+    """Evaluates the rows of one relation for one subscription and cuts them to its columns.
 
-    `columns` are the relation's, `table` is what the handler will see of them; `matches` is the
-    bound condition, and None also where the rows lack a column of it.
-    `unknown` is called when a row has to be judged without its old values.
+    :param columns: the columns of the relation.
+    :param table: what the handler sees of them.
+    :param matches: the bound condition; None also if the rows lack a column that it compares.
+    :param unevaluated: called for each row that cannot be evaluated, for want of its old values
+        for example; such a row is delivered.
     """
 
     def __init__(
@@ -48,87 +64,134 @@ class Transitions:
         table: Table,
         columns: Sequence[Column],
         matches: Callable[[Cells], bool] | None = None,
-        unknown: Callable[[], None] = lambda: None,
+        unevaluated: Callable[[], None] = lambda: None,
     ) -> None:
-        self._operations = subscription.operations
-        self._unknown = unknown
-        self._position = {column.name: number for number, column in enumerate(columns)}
+        self._inserts = INSERT in subscription.operations
+        self._updates = UPDATE in subscription.operations
+        self._deletes = DELETE in subscription.operations
+        self._unevaluated = unevaluated
+        self._position = {column.name: position for position, column in enumerate(columns)}
         self._kept = [self._position[column.name] for column in table.columns]
+        self._uncut = self._kept == list(range(len(columns)))
         self._everything = frozenset(range(len(columns)))
         self._identity = frozenset(n for n, column in enumerate(columns) if column.key)
         self._identity_kind = table.identity
         where = subscription.where
-        self._where = sorted(self._places(where.columns if where and matches else ()))
-        self._glance = self._where[-1] + 1 if self._where else 0
-        self._compared: Callable[[Any], Any] = itemgetter(*self._where) if self._where else tuple
-        #: Equal bytes are equal values, so what was judged once need not be again.
-        self._verdicts: dict[Any, bool] = {}
         self._conditional = where is not None
         self._matches = matches
-        self._fields = self._places(subscription.fields or ())
+        self._compared = sorted(self._positions(where.columns if where and matches else ()))
+        self._compared_values: Callable[[Any], Any] = (
+            itemgetter(*self._compared) if self._compared else tuple
+        )
+        #: Results of the condition by the values compared: equal bytes are equal values.
+        self._results: dict[Any, bool] = {}
+        self._fields = self._positions(subscription.fields or ())
         self._all_fields = len(self._fields) == len(subscription.fields or ())
-        key = self._places(subscription.key or ())
+        key = self._positions(subscription.key or ())
         self._key = key if len(key) == len(subscription.key or ()) else []
 
-    def _places(self, names: Iterable[str]) -> list[int]:
-        """Where these columns are; rows from before a column was added do not have it."""
-        return [self._position[name] for name in names if name in self._position]
+    def evaluate(self, rows: Sequence[bytes], ordinal: int) -> list[Outcome]:
+        """Return what neighbouring messages of one tag (Insert, Update or Delete) are.
 
-    def judge(self, payload: bytes) -> list[Outcome]:
-        """What an Insert, Update or Delete message is for the subscription."""
-        if self._glance and payload[0] == _INSERTED:
-            # Most rows of most conditions are refused: only the columns compared are read for it.
-            cells, _ = read_cells(payload, FIRST_TUPLE, self._glance)
-            if self._compare(cells) is False:
-                return []
-            row, _ = read_row(payload)
-            return self._wanted([(INSERT, 0, self._insert(row.new or []))])
-        row, _ = read_row(payload)
-        judge = {"I": self.insert, "U": self.update, "D": self.delete}[row.operation]
-        return judge(row)
+        `ordinal` is that of the first. Neighbours with the same outcome are one `Outcome`, except
+        the parts of key changes. Raises `ProtocolError` for what is no row.
+        """
+        tag = rows[0][0]
+        if tag == _INSERT_TAG:
+            if self._compared:
+                return self._compared_inserts(rows, ordinal)
+            evaluate_row = self._insert
+        else:
+            evaluate_row = self._update if tag == _UPDATE_TAG else self._delete
+        outcomes: list[Outcome] = []
+        for position, payload in enumerate(rows, ordinal):
+            for operation, part, row in evaluate_row(payload):
+                last = outcomes[-1] if part is WHOLE and outcomes else None
+                if (
+                    last is not None
+                    and last.operation is operation
+                    and last.part is WHOLE
+                    and last.ordinal + len(last.rows) == position
+                ):
+                    last.rows.append(row)
+                else:
+                    outcomes.append(Outcome(operation, part, position, [row]))
+        return outcomes
 
-    def insert(self, row: Row) -> list[Outcome]:
-        """A new row, if it is within the condition."""
-        new = row.new or []
-        if self._verdict(new, self._everything) is False:
+    def _compared_inserts(self, rows: Sequence[bytes], ordinal: int) -> list[Outcome]:
+        """Evaluate Inserts; most of them fail most conditions, so only the columns compared are
+        read for it."""
+        outcomes: list[Outcome] = []
+        accepted: list[bytes] = []
+        following = -1
+        results, compared_values = self._results, self._compared_values
+        width = self._compared[-1] + 1
+        for position, payload in enumerate(rows, ordinal):
+            cells, _ = read_cells(payload, FIRST_TUPLE, width)
+            result = results.get(compared_values(cells))
+            if result is None:
+                result = self._compare(cells)
+            if result is False or not self._inserts:
+                continue
+            row = payload if self._uncut else self._cut_insert(payload)
+            if position != following:
+                accepted = []
+                outcomes.append(Outcome(INSERT, WHOLE, position, accepted))
+            accepted.append(row)
+            following = position + 1
+        return outcomes
+
+    def _insert(self, payload: bytes) -> list[_RowOutcome]:
+        """A new row, where no condition compares a column of it."""
+        if self._conditional:
+            self._unevaluated()
+        if not self._inserts:
             return []
-        return self._wanted([(INSERT, 0, self._insert(new))])
+        return [(INSERT, WHOLE, payload if self._uncut else self._cut_insert(payload))]
 
-    def delete(self, row: Row) -> list[Outcome]:
-        """A row that is gone, if it was within the condition or nobody can tell."""
+    def _delete(self, payload: bytes) -> list[_RowOutcome]:
+        """A row that is gone; delivered if it met the condition or may have met it."""
+        row, _ = read_row(payload)
         old = row.old or []
         known = self._everything if row.old_kind == "O" else self._identity
-        if self._verdict(old, known) is False:
+        if self._meets(old, known) is False or not self._deletes:
             return []
-        return self._wanted([(DELETE, 0, self._delete(row.old_kind or "K", old))])
+        return [(DELETE, WHOLE, payload if self._uncut else self._encode_delete(row.old_kind, old))]
 
-    def update(self, row: Row) -> list[Outcome]:
-        """The four transitions, and the change of a key."""
+    def _update(self, payload: bytes) -> list[_RowOutcome]:
+        """The four transitions of a condition, and the change of a key."""
+        row, _ = read_row(payload)
         new = row.new or []
         kind, old, known = self._before(row)
         if kind == "O":
             new = [b if cell is UNCHANGED_TOAST else cell for b, cell in zip(old, new, strict=True)]
-        is_in = self._verdict(new, self._everything)
-        was_in = self._verdict(old, known)
+        is_in = self._meets(new, self._everything)
+        was_in = self._meets(old, known)
         was_in = is_in if was_in is None else was_in
         if was_in is False:
-            return [] if is_in is False else self._wanted([(INSERT, 0, self._insert(new))])
+            return [] if is_in is False else self._entered(new)
         if is_in is False:
-            return self._wanted([(DELETE, 0, self._delete(kind, old))])
+            return self._left(kind, old)
         if self._differs(self._key, old, new, known):
-            return self._wanted(
-                [(DELETE, 1, self._delete(kind, old)), (INSERT, 2, self._insert(new))]
-            )
+            return [*self._left(kind, old, KEY_DELETE), *self._entered(new, KEY_INSERT)]
         if (
             self._fields
             and self._all_fields
             and not self._may_differ(self._fields, old, new, known)
         ):
             return []
-        return self._wanted([(UPDATE, 0, self._update(row))])
+        if not self._updates:
+            return []
+        return [(UPDATE, WHOLE, payload if self._uncut else self._encode_update(row))]
+
+    def _entered(self, new: Sequence[Cell], part: Part = WHOLE) -> list[_RowOutcome]:
+        return [(INSERT, part, self._encode_insert(new))] if self._inserts else []
+
+    def _left(self, kind: str, old: Sequence[Cell], part: Part = WHOLE) -> list[_RowOutcome]:
+        return [(DELETE, part, self._encode_delete(kind, old))] if self._deletes else []
 
     def _before(self, row: Row) -> tuple[str, Sequence[Cell], Collection[int]]:
-        """The old row as a tuple message, and which of its columns are known."""
+        """Return the kind of the old row, its cells, and the positions that are known in it."""
         if row.old is not None:
             return (
                 row.old_kind or "K",
@@ -141,41 +204,37 @@ class Transitions:
         new = row.new or []
         return "K", [cell if n in known else None for n, cell in enumerate(new)], known
 
-    def _verdict(self, cells: Sequence[Cell], known: Collection[int]) -> bool | None:
+    def _meets(self, cells: Sequence[Cell], known: Collection[int]) -> bool | None:
+        """Return whether a row meets the condition; None if that cannot be evaluated."""
         if not self._conditional:
             return True
         if self._matches is None or any(
-            n not in known or cells[n] is UNCHANGED_TOAST for n in self._where
+            n not in known or cells[n] is UNCHANGED_TOAST for n in self._compared
         ):
-            self._unknown()
+            self._unevaluated()
             return None
-        return self._compare(cells)
+        result = self._results.get(self._compared_values(cells))
+        return self._compare(cells) if result is None else result
 
     def _compare(self, cells: Sequence[Cell]) -> bool | None:
-        """What the condition says, which knows all it looks at."""
-        values = self._compared(cells)
-        verdict = self._verdicts.get(values)
-        if verdict is None:
-            try:
-                assert self._matches is not None
-                verdict = self._matches(lambda name: _text(cells[self._position[name]]))
-            except UNREADABLE:  # json nested deeper than Python can follow, say
-                self._unknown()
-                return None
-            self._remember(values, [cells[n] for n in self._where], verdict)
-        return verdict
-
-    def _remember(self, values: Any, cells: Sequence[Cell], verdict: bool) -> None:
-        if len(self._verdicts) >= _REMEMBERED:
-            self._verdicts.clear()
-        if sum(len(_text(cell) or b"") for cell in cells) <= _SHORT:
-            self._verdicts[values] = verdict
+        """Evaluate the condition, all of whose columns are known, and cache the result."""
+        try:
+            assert self._matches is not None
+            result = self._matches(lambda name: _text(cells[self._position[name]]))
+        except UNREADABLE:  # json nested deeper than Python can follow, for example
+            self._unevaluated()
+            return None
+        if len(self._results) >= _CACHED_RESULTS:
+            self._results.clear()
+        if sum(len(_text(cells[n]) or b"") for n in self._compared) <= _LONGEST_CACHED:
+            self._results[self._compared_values(cells)] = result
+        return result
 
     @staticmethod
     def _differs(
         columns: Sequence[int], old: Sequence[Cell], new: Sequence[Cell], known: Collection[int]
     ) -> bool:
-        """Whether a column is known to have changed; equal bytes are equal values."""
+        """Return whether a column is known to have changed; equal bytes are equal values."""
         return any(
             n in known and new[n] is not UNCHANGED_TOAST and new[n] != old[n] for n in columns
         )
@@ -189,19 +248,24 @@ class Transitions:
     ) -> bool:
         unknown = any(n not in known and new[n] is not UNCHANGED_TOAST for n in columns)
         if unknown:
-            self._unknown()
+            self._unevaluated()
         return unknown or self._differs(columns, old, new, known)
 
-    def _wanted(self, outcomes: list[Outcome]) -> list[Outcome]:
-        return [outcome for outcome in outcomes if outcome[0] in self._operations]
+    def _positions(self, names: Iterable[str]) -> list[int]:
+        """Return where these columns are; rows written before a column was added lack it."""
+        return [self._position[name] for name in names if name in self._position]
 
-    def _insert(self, new: Sequence[Cell]) -> bytes:
+    def _cut_insert(self, payload: bytes) -> bytes:
+        cells, _ = read_cells(payload, FIRST_TUPLE)
+        return self._encode_insert(cells)
+
+    def _encode_insert(self, new: Sequence[Cell]) -> bytes:
         return encode_row("I", 0, None, None, self._cut(new))
 
-    def _delete(self, kind: str, old: Sequence[Cell]) -> bytes:
-        return encode_row("D", 0, kind, self._cut(old), None)
+    def _encode_delete(self, kind: str | None, old: Sequence[Cell]) -> bytes:
+        return encode_row("D", 0, kind or "K", self._cut(old), None)
 
-    def _update(self, row: Row) -> bytes:
+    def _encode_update(self, row: Row) -> bytes:
         old = None if row.old is None else self._cut(row.old)
         return encode_row("U", 0, row.old_kind, old, self._cut(row.new or []))
 

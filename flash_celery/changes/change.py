@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import datetime
 from typing import Any, ClassVar, Generic, cast, overload
 
 from ..errors import NoInstance
 from ..escaping import escaped
+from ..protocol import timestamps
 from ..protocol.lsn import Lsn
 from ..protocol.pgoutput import Cell
 from .labels import counted, id_suffix, key_shown
 from .operations import Operation as Operation
-from .rows import UNCHANGED, Row, Table, Transaction
+from .rows import UNCHANGED, Origin, Row
 
 if sys.version_info >= (3, 13):
     from typing import TypeVar
@@ -25,8 +26,6 @@ else:
 
 #: What `old` and `new` are: a `Row`, or the class that `on_change(into=)` names.
 RowT = TypeVar("RowT", covariant=True, default=Row)
-
-_EPOCH = datetime(2000, 1, 1, tzinfo=timezone.utc)
 
 
 class Change(Generic[RowT]):
@@ -37,22 +36,16 @@ class Change(Generic[RowT]):
     """
 
     operation: ClassVar[Operation]
-    __slots__ = ("_source", "_typed", "half", "index", "number", "transaction")
+    __slots__ = ("_source", "_typed", "number", "ordinal", "part", "transaction")
 
-    def __init__(
-        self, source: Table, transaction: Transaction, index: int, half: int = 0, number: int = 0
-    ) -> None:
-        self._source = source
+    def __init__(self, origin: Origin) -> None:
+        self._source, self.transaction, self.ordinal, self.part, self.number = origin
         #: By `old` and `new`: the row as a class of the handler's, or why there is none.
         self._typed: Mapping[str, Any] | None = None
-        self.transaction = transaction
-        #: Which row message of its transaction it was, from 0.
-        self.index = index
-        #: 1 and 2 are the Delete and the Insert of one UPDATE that changed the `key=`;
-        #: 3 is a message, and `index` counts the transaction's messages.
-        self.half = half
-        #: Which of the handler's subscriptions it was delivered for.
-        self.number = number
+
+    @property
+    def _origin(self) -> Origin:
+        return Origin(self._source, self.transaction, self.ordinal, self.part, self.number)
 
     @property
     def source(self) -> str:
@@ -87,12 +80,12 @@ class Change(Generic[RowT]):
     @property
     def committed_at(self) -> datetime:
         """When it committed, by the database server's clock (UTC)."""
-        return _EPOCH + timedelta(microseconds=self.transaction.committed_at)
+        return timestamps.to_datetime(self.transaction.committed_at)
 
     @property
     def id(self) -> str:
         """Unique per delivery to a handler, the same at every redelivery."""
-        return f"{self.commit_lsn}:{self.index}{id_suffix(self.half, self.number)}"
+        return f"{self.commit_lsn}:{self.ordinal}{id_suffix(self.part, self.number)}"
 
     @property
     def key(self) -> Mapping[str, Any]:
@@ -162,8 +155,8 @@ class Insert(Change[RowT]):
     __match_args__ = ("new",)
     __slots__ = ("_new",)
 
-    def __init__(self, new: Sequence[Cell], *origin: Any) -> None:
-        super().__init__(*origin)
+    def __init__(self, new: Sequence[Cell], origin: Origin) -> None:
+        super().__init__(origin)
         self._new = new
 
     @property
@@ -191,9 +184,9 @@ class Update(Change[RowT]):
     __slots__ = ("_new", "_old", "_old_kind")
 
     def __init__(
-        self, old_kind: str | None, old: Sequence[Cell] | None, new: Sequence[Cell], *origin: Any
+        self, old_kind: str | None, old: Sequence[Cell] | None, new: Sequence[Cell], origin: Origin
     ) -> None:
-        super().__init__(*origin)
+        super().__init__(origin)
         self._old_kind = old_kind
         self._old = old
         self._new = _fill(new, old) if old_kind == "O" and old is not None else new
@@ -256,8 +249,8 @@ class Delete(Change[RowT]):
     __match_args__ = ("old",)
     __slots__ = ("_old", "_old_kind")
 
-    def __init__(self, old_kind: str, old: Sequence[Cell], *origin: Any) -> None:
-        super().__init__(*origin)
+    def __init__(self, old_kind: str, old: Sequence[Cell], origin: Origin) -> None:
+        super().__init__(origin)
         self._old_kind = old_kind
         self._old = old
 
@@ -294,8 +287,8 @@ class LogicalMessage(Change[Row]):
     __match_args__ = ("prefix", "content")
     __slots__ = ("content",)
 
-    def __init__(self, content: bytes, *origin: Any) -> None:
-        super().__init__(*origin)
+    def __init__(self, content: bytes, origin: Origin) -> None:
+        super().__init__(origin)
         #: What was written; text is in the database's encoding.
         self.content = content
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from .operations import Part
 
-def id_suffix(half: int, number: int) -> str:
-    """The end of a change's id, which tells halves and subscriptions apart."""
-    return f"{('', '-', '+', 'm')[half]}{f'#{number}' if number else ''}"
+#: The end of an id, by `Part`.
+_PARTS = "", "-", "+", "m"
+
+
+def id_suffix(part: Part, number: int) -> str:
+    """Return the end of a change's id, which distinguishes parts and subscriptions."""
+    return f"{_PARTS[part]}{f'#{number}' if number else ''}"
 
 
 def key_shown(key: Iterable[tuple[str, Any]]) -> str:

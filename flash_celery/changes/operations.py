@@ -1,4 +1,4 @@
-"""What can happen to a row, as flags."""
+"""What can happen to a row, and which part of it a change is."""
 
 from __future__ import annotations
 
@@ -12,15 +12,27 @@ class Operation(enum.Flag):
     UPDATE = enum.auto()
     DELETE = enum.auto()
     TRUNCATE = enum.auto()
-    #: Of `on_message`; not one of a table's, so not in `ALL`.
+    #: For `on_message`; not an operation on a table, so not in `ALL`.
     MESSAGE = enum.auto()
     ALL = INSERT | UPDATE | DELETE | TRUNCATE
 
     def names(self) -> tuple[str, ...]:
-        """The single operations in it, in lower case."""
-        return tuple(name for name, one in _SINGLE.items() if one in self)
+        """Return the names of the single operations in it, in lower case."""
+        return tuple(name for name, operation in _SINGLE.items() if operation in self)
 
 
 _SINGLE = {
     name: Operation[name.upper()] for name in ("insert", "update", "delete", "truncate", "message")
 }
+
+
+class Part(enum.IntEnum):
+    """Which part of a row's operation a change is. The numbers travel in messages."""
+
+    WHOLE = 0
+    #: The Delete of an UPDATE that changed the subscription's `key=`.
+    KEY_DELETE = 1
+    #: The Insert of the same UPDATE.
+    KEY_INSERT = 2
+    #: A logical message; messages are numbered apart from rows.
+    MESSAGE = 3

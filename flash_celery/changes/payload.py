@@ -21,7 +21,8 @@ from ..protocol import pgoutput
 from ..protocol.lsn import Lsn
 from .change import Change, Changes, Delete, Insert, LogicalMessage, Truncate, Update
 from .labels import id_suffix, key_shown
-from .rows import Column, Row, Table, Transaction
+from .operations import Part
+from .rows import Column, Origin, Row, Table, Transaction
 
 VERSION = 1
 #: Changes in one message; the bytes of a batch bound it long before (`outbox.BATCH_BYTES`).
@@ -37,6 +38,8 @@ _FIRST, _LAST = -63_082_281_600_000_000, 252_455_616_000_000_000
 #: A description that is longer is read each time: what is kept of them is bounded.
 _KEPT_DESCRIPTION = 1 << 16
 T = TypeVar("T")
+#: By their number in a message.
+_PARTS = tuple(Part)
 _NAMES = {b"I": "insert", b"U": "update", b"D": "delete"}
 
 
@@ -47,7 +50,7 @@ class Delivery(NamedTuple):
     transaction: Transaction
     #: Which row message of its transaction the first one is.
     ordinal: int
-    half: int
+    part: Part
     number: int
     rows: Sequence[bytes]
 
@@ -64,15 +67,16 @@ def encode(deliveries: Iterable[Delivery]) -> str:
     runs: list[list[int]] = []
     rows: list[bytes] = []
     last, following = None, 0
-    for table, transaction, ordinal, half, number, some in deliveries:
+    for table, transaction, ordinal, part, number, some in deliveries:
         table_number = tables.setdefault(table, len(tables))
         place = transactions.setdefault(transaction, len(transactions))
-        same = table_number, place, half, number
-        # What follows in the same transaction and table joins a run; halves share their index.
-        if same == last and ordinal == following and not half:
+        same = table_number, place, part, number
+        # Neighbours in one transaction and table join a run; the parts of an UPDATE share their
+        # ordinal, so they do not.
+        if same == last and ordinal == following and not part:
             runs[-1][3] += len(some)
         else:
-            runs.append([table_number, place, ordinal, len(some), half, number])
+            runs.append([table_number, place, ordinal, len(some), int(part), number])
         last, following = same, ordinal + len(some)
         rows += some
     return (
@@ -86,17 +90,17 @@ def encode(deliveries: Iterable[Delivery]) -> str:
 
 def encode_each(delivery: Delivery) -> Iterator[tuple[str, str, str]]:
     """The JSON value for each change alone, its id, and what it is called in a log."""
-    table, transaction, ordinal, half, number, rows = delivery
+    table, transaction, first, part, number, rows = delivery
+    commit, end = str(transaction.commit_lsn), id_suffix(part, number)
     head = (
         f'{{"v":{VERSION},"tables":[{_table_json(table)}],'
-        f'"transactions":[{_transaction_json(transaction)}],"runs":[[0,0,'
+        f'"transactions":[{_transaction_json(transaction, commit)}],"runs":[[0,0,'
     )
-    middle = f',1,{half},{number}]],"rows":"'
-    commit, end = str(transaction.commit_lsn), id_suffix(half, number)
-    for index, row in enumerate(rows, ordinal):
+    middle = f',1,{part:d},{number}]],"rows":"'
+    for ordinal, row in enumerate(rows, first):
         yield (
-            f'{head}{index}{middle}{b2a_base64(row, newline=False).decode()}"}}',
-            f"{commit}:{index}{end}",
+            f'{head}{ordinal}{middle}{b2a_base64(row, newline=False).decode()}"}}',
+            f"{commit}:{ordinal}{end}",
             _label(table, transaction, commit, row),
         )
 
@@ -106,14 +110,14 @@ def _label(table: Table, transaction: Transaction, commit: str, row: bytes) -> s
     start; the rest of the row is not read then."""
     name = _NAMES.get(row[:1])
     if name is None or (name == "update" and row[5:6] != b"N"):
-        return repr(change_of(Delivery(table, transaction, 0, 0, 0, [row])))
+        return repr(change_of(Delivery(table, transaction, 0, Part.WHOLE, 0, [row])))
     most = table.key_columns[-1][0] + 1 if table.key_columns else 0
     cells, _ = pgoutput.read_cells(row, pgoutput.FIRST_TUPLE, most)
     values = Row(table, cells, frozenset(table.key))
     try:
         key = key_shown([(column, values[column]) for _, column in table.key_columns])
     except Exception:  # a value that cannot be shown, which `repr` can do without
-        return repr(change_of(Delivery(table, transaction, 0, 0, 0, [row])))
+        return repr(change_of(Delivery(table, transaction, 0, Part.WHOLE, 0, [row])))
     return escaped(f"{name} {table.shown}{key} @{commit}")
 
 
@@ -173,9 +177,8 @@ def _below(limit: int, value: Any, least: int = 0) -> int:
     return int(value)
 
 
-def _transaction_json(transaction: Transaction) -> str:
-    commit_lsn, xid, committed_at = transaction
-    return f'["{commit_lsn!s}",{xid},{committed_at},{{}}]'
+def _transaction_json(transaction: Transaction, commit_lsn: str = "") -> str:
+    return f'["{commit_lsn or transaction[0]!s}",{transaction[1]},{transaction[2]},{{}}]'
 
 
 def decode(value: Any) -> list[Change]:
@@ -247,13 +250,13 @@ def _decode(value: Any) -> list[Change]:
     rows = a2b_base64(value["rows"])
     found: list[Change] = []
     place, left = 0, MOST_CHANGES
-    for table, transaction, index, count, half, number in value["runs"]:
+    for table, transaction, first, count, part, number in value["runs"]:
         source = tables[_below(len(tables), table)]
         of = transactions[_below(len(transactions), transaction)]
         left -= _below(left + 1, count)
-        same = _below(4, half), _below(1 << 31, number)
-        for position in range(_below(1 << 63, index), index + count):
-            change, place = _change(rows, place, (source, of, position, *same))
+        same = _PARTS[_below(4, part)], _below(1 << 31, number)
+        for ordinal in range(_below(1 << 63, first), first + count):
+            change, place = _change(rows, place, Origin(source, of, ordinal, *same))
             if not _fits(change, len(source.columns)):
                 raise ValueError("a row has other columns than its table")
             found.append(change)
@@ -267,33 +270,32 @@ def _fits(change: Change, width: int) -> bool:
     return all(row is None or len(row) == width for row in cells)
 
 
-def _change(rows: bytes, place: int, origin: tuple[Any, ...]) -> tuple[Change, int]:
+def _change(rows: bytes, place: int, origin: Origin) -> tuple[Change, int]:
     if rows[place : place + 1] == TRUNCATED:
-        return Truncate(*origin), place + 1
+        return Truncate(origin), place + 1
     if rows[place : place + 1] == b"M":
         start = place + _MESSAGE.size
         end = start + _MESSAGE.unpack(rows[place:start])[1]
-        return LogicalMessage(rows[start:end], *origin), end
+        return LogicalMessage(rows[start:end], origin), end
     row, place = pgoutput.read_row(rows, place)
     if row.operation == "I":
-        return Insert(row.new or [], *origin), place
+        return Insert(row.new or [], origin), place
     if row.operation == "U":
-        return Update(row.old_kind, row.old, row.new or [], *origin), place
-    return Delete(row.old_kind or "K", row.old or [], *origin), place
+        return Update(row.old_kind, row.old, row.new or [], origin), place
+    return Delete(row.old_kind or "K", row.old or [], origin), place
 
 
 def change_of(delivery: Delivery) -> Change:
     """The first change of a delivery, as its handler will see it."""
-    table, transaction, index, half, number, rows = delivery
-    return _change(rows[0], 0, (table, transaction, index, half, number))[0]
+    return _change(delivery.rows[0], 0, Origin._make(delivery[:5]))[0]
 
 
 def changes_of(delivery: Delivery) -> list[Change]:
     """The changes a delivery carries."""
-    table, transaction, ordinal, half, number, rows = delivery
+    table, transaction, first, part, number, rows = delivery
     return [
-        _change(row, 0, (table, transaction, index, half, number))[0]
-        for index, row in enumerate(rows, ordinal)
+        _change(row, 0, Origin(table, transaction, ordinal, part, number))[0]
+        for ordinal, row in enumerate(rows, first)
     ]
 
 
@@ -308,9 +310,7 @@ def delivery_of(change: Change) -> Delivery:
         row = pgoutput.encode_row("D", 0, change._old_kind, change._old, None)
     elif isinstance(change, LogicalMessage):
         row = message_row(change.content)
-    return Delivery(
-        change._source, change.transaction, change.index, change.half, change.number, [row]
-    )
+    return Delivery(*change._origin, [row])
 
 
 def _encode_changes(changes: Iterable[Change]) -> Any:

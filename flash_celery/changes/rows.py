@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ..protocol.lsn import Lsn
 from ..protocol.pgoutput import UNCHANGED_TOAST, Cell
 from ..values.loading import Loader, array_loader, field_loader, loader, record_loader
+from .operations import Part
 
 #: A TOASTed value that the UPDATE did not touch and PostgreSQL did not send. Never `None`.
 UNCHANGED = UNCHANGED_TOAST
@@ -110,6 +111,19 @@ class Transaction(NamedTuple):
     xid: int
     #: Microseconds since 2000-01-01 UTC, as PostgreSQL counts.
     committed_at: int
+
+
+class Origin(NamedTuple):
+    """Where a change comes from."""
+
+    #: The table as the handler sees it.
+    source: Table
+    transaction: Transaction
+    #: Which row message of its transaction it is, from 0; logical messages are counted apart.
+    ordinal: int
+    part: Part = Part.WHOLE
+    #: The number of the subscription it is delivered for, among those of its handler.
+    number: int = 0
 
 
 class Row(Mapping[str, Any]):

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ from ..messages.templates import Templates
 from ..postgres import slots
 from ..postgres.source import Source
 from ..postgres.stream import ReplicationConnection
+from ..protocol import timestamps
 from ..protocol.lsn import Lsn
 from ..provisioning import publications, replay_slot
 from ..publishing import brokers, declared_queues
@@ -44,7 +45,6 @@ from ..settings import Settings
 _STATUS_SECONDS = 1.0
 #: Bytes that are published together.
 _BATCH_BYTES = 1 << 20
-_EPOCH = datetime(2000, 1, 1, tzinfo=timezone.utc)
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,16 @@ class Span:
         return self.until is None or not _is_before(self.until, transaction)
 
 
-def _microseconds(time: datetime) -> int:
-    return (time - _EPOCH) // timedelta(microseconds=1)
-
-
 def _is_after(bound: Lsn | datetime, transaction: Transaction) -> bool:
     if isinstance(bound, Lsn):
         return bound > transaction.commit_lsn
-    return _microseconds(bound) > transaction.committed_at
+    return timestamps.from_datetime(bound) > transaction.committed_at
 
 
 def _is_before(bound: Lsn | datetime, transaction: Transaction) -> bool:
     if isinstance(bound, Lsn):
         return bound < transaction.commit_lsn
-    return _microseconds(bound) < transaction.committed_at
+    return timestamps.from_datetime(bound) < transaction.committed_at
 
 
 def parse_span(source: Source, since: str, until: str | None) -> Span:
@@ -157,7 +153,7 @@ class Count:
 
 
 def _commit(transaction: Transaction) -> str:
-    time = _EPOCH + timedelta(microseconds=transaction.committed_at)
+    time = timestamps.to_datetime(transaction.committed_at)
     return f"{transaction.commit_lsn} ({time:%Y-%m-%d %H:%M:%S} UTC)"
 
 

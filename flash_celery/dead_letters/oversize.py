@@ -167,14 +167,13 @@ def _without_the_largest(change: Change, excess: int) -> Change:
 
 
 def _copy(change: Change, old: Sequence[Cell], new: Sequence[Cell]) -> Change:
-    source, transaction = change._source, change.transaction
-    origin = source, transaction, change.index, change.half, change.number
+    origin = change._origin
     if isinstance(change, Insert):
-        return Insert(new, *origin)
+        return Insert(new, origin)
     if isinstance(change, Update):
-        return Update(change._old_kind, None if change._old is None else old, new, *origin)
+        return Update(change._old_kind, None if change._old is None else old, new, origin)
     if isinstance(change, Delete):
-        return Delete(change._old_kind, old, *origin)
+        return Delete(change._old_kind, old, origin)
     if isinstance(change, LogicalMessage):
-        return LogicalMessage(b"", *origin)
+        return LogicalMessage(b"", origin)
     return change

@@ -20,7 +20,7 @@ from ..changes.rows import Transaction
 from ..protocol.lsn import Lsn
 
 #: The last change that one subscription of a template was told of: its transaction's commit LSN,
-#: its ordinal and half. Plain tuples, for there is one in every message.
+#: its ordinal and part. Plain tuples, for there is one in every message.
 Watermark: TypeAlias = tuple[int, int, int]
 #: Which changes are in a message: the last one of each subscription, by its number, and the
 #: identities of the transactions.
@@ -78,10 +78,10 @@ class Deduplicator:
             return delivery
         if identity(transaction) not in self._transactions:
             return delivery
-        commit_lsn, ordinal, half = mark
+        commit_lsn, ordinal, part = mark
         if transaction.commit_lsn < commit_lsn:
             return None
-        done = ordinal - delivery.ordinal + (delivery.half <= half)
+        done = ordinal - delivery.ordinal + (delivery.part <= part)
         if done <= 0:
             return delivery
         rows = delivery.rows[done:]

@@ -289,10 +289,10 @@ def _digest(text: str, size: int) -> str:
 
 
 def _each_covered(delivery: Delivery) -> list[Covered]:
-    _, transaction, first, half, number, rows = delivery
+    _, transaction, first, part, number, rows = delivery
     commit_lsn, transactions = transaction.commit_lsn, (identity(transaction),)
     return [
-        (((number, (commit_lsn, ordinal, half)),), transactions)
+        (((number, (commit_lsn, ordinal, part)),), transactions)
         for ordinal in range(first, first + len(rows))
     ]
 
@@ -301,8 +301,8 @@ def _covered(deliveries: Sequence[Delivery]) -> Covered:
     """In little memory: a batch may hold thousands of transactions."""
     marks: dict[int, Watermark] = {}
     transactions: dict[Transaction, None] = {}
-    for _, transaction, ordinal, half, number, rows in deliveries:
-        marks[number] = transaction.commit_lsn, ordinal + len(rows) - 1, half
+    for _, transaction, ordinal, part, number, rows in deliveries:
+        marks[number] = transaction.commit_lsn, ordinal + len(rows) - 1, part
         transactions[transaction] = None
     return tuple(marks.items()), array("q", map(identity, transactions))
 

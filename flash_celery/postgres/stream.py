@@ -21,7 +21,7 @@ from ..errors import (
     SlotLost,
     SlotMissing,
 )
-from ..protocol import frames
+from ..protocol import frames, timestamps
 from ..protocol.lsn import Lsn
 from .connection import pinned, unreachable, without_password
 
@@ -34,8 +34,6 @@ _IDLE_SECONDS = 0.1
 #: What PostgreSQL 14 to 18 say of a slot that was invalidated.
 _INVALIDATED = re.compile("can no longer|cannot read from logical replication slot|invalidated")
 
-#: Seconds between the Unix epoch and PostgreSQL's.
-_POSTGRES_EPOCH = 946_684_800
 _IN_USE = "55006"
 _UNDEFINED_OBJECT = "42704"
 _OBJECT_NOT_IN_STATE = "55000"
@@ -208,7 +206,7 @@ class ReplicationConnection:
 
     def send_status(self, written: Lsn, flushed: Lsn, applied: Lsn, reply: bool = False) -> None:
         """Tell the server our positions; it may drop WAL before `flushed`."""
-        clock = int((time.time() - _POSTGRES_EPOCH) * 1_000_000)
+        clock = timestamps.from_unix(time.time())
         frame = frames.status(written, flushed, applied, clock, reply)
         self._guard(lambda: self._connection.put_copy_data(frame))
         self.flush()

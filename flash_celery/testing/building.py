@@ -8,17 +8,16 @@ from itertools import count
 from typing import Any
 
 from ..changes.change import Delete, Insert, LogicalMessage, Truncate, Update
-from ..changes.rows import UNCHANGED, Column, Table, Transaction
+from ..changes.operations import Part
+from ..changes.rows import UNCHANGED, Column, Origin, Table, Transaction
 from ..handlers.subscriptions import column_name, column_names, prefix_of, table_of
+from ..protocol import timestamps
 from ..protocol.lsn import Lsn
 from ..protocol.pgoutput import Cell
 from ..table_name import TableName
 from .texts import name_of, oid_of, text_of, type_of
 
 _IDENTITIES = {"full": "f", "default": "d", "nothing": "n"}
-_EPOCH = datetime(2000, 1, 1, tzinfo=timezone.utc)
-#: What `change.half` says of a message.
-_MESSAGE_HALF = 3
 _numbers = count(1)
 
 
@@ -34,7 +33,7 @@ class _Commit(Transaction):
         return self.rows - 1
 
     def next_message(self) -> int:
-        """Return the index of the next message."""
+        """Return the ordinal of the next message."""
         self.messages += 1
         return self.messages - 1
 
@@ -59,7 +58,7 @@ def transaction(
     return _Commit(
         Lsn(0x1000000 + 0x100 * number if lsn is None else lsn),
         1000 + number if xid is None else xid,
-        (at - _EPOCH) // timedelta(microseconds=1),
+        timestamps.from_datetime(at),
     )
 
 
@@ -136,10 +135,11 @@ class _Builder:
         oid = oid_of(self._types.get(name) or _widest_type(values))
         return Column(name, oid, name_of(oid), identity)
 
-    def origin(self, table: Table) -> tuple[Table, Transaction, int]:
-        """Return the first arguments of each change's constructor."""
+    def origin(self, table: Table) -> Origin:
+        """Return the origin of the next row."""
         commit = self._transaction
-        return table, commit, commit.next_row() if isinstance(commit, _Commit) else 0
+        ordinal = commit.next_row() if isinstance(commit, _Commit) else 0
+        return Origin(table, commit, ordinal)
 
     @staticmethod
     def cells(table: Table, row: Mapping[str, Any]) -> list[Cell]:
@@ -197,7 +197,7 @@ def insert(
     row = builder.row(new, columns)
     row_table = builder.table(row)
     _require_values(row, "insert")
-    return Insert(builder.cells(row_table, row), *builder.origin(row_table))
+    return Insert(builder.cells(row_table, row), builder.origin(row_table))
 
 
 def update(
@@ -236,10 +236,10 @@ def update(
     new_cells, origin = builder.cells(row_table, after), builder.origin(row_table)
     if row_table.identity == "f":
         _require_values(before, "old row")
-        return Update("O", builder.cells(row_table, before), new_cells, *origin)
+        return Update("O", builder.cells(row_table, before), new_cells, origin)
     if any(before[name] != after[name] for name in row_table.identity_columns):
-        return Update("K", builder.key_cells(row_table, before), new_cells, *origin)
-    return Update(None, None, new_cells, *origin)
+        return Update("K", builder.key_cells(row_table, before), new_cells, origin)
+    return Update(None, None, new_cells, origin)
 
 
 def delete(
@@ -278,8 +278,8 @@ def delete(
     if row_table.identity == "n":
         raise ValueError("PostgreSQL refuses a DELETE in a published table without an identity.")
     if row_table.identity == "f":
-        return Delete("O", builder.cells(row_table, row), *builder.origin(row_table))
-    return Delete("K", builder.key_cells(row_table, row), *builder.origin(row_table))
+        return Delete("O", builder.cells(row_table, row), builder.origin(row_table))
+    return Delete("K", builder.key_cells(row_table, row), builder.origin(row_table))
 
 
 def truncate(
@@ -299,7 +299,7 @@ def truncate(
         transaction: As for `insert`.
     """
     builder = _Builder(table, source, transaction, partition)
-    return Truncate(*builder.origin(builder.table()))
+    return Truncate(builder.origin(builder.table()))
 
 
 def message(
@@ -320,9 +320,9 @@ def message(
     """
     table = Table("", prefix_of(prefix).name, None, "n", (), (), source or "")
     commit = transaction or _new_transaction()
-    index = commit.next_message() if isinstance(commit, _Commit) else 0
+    ordinal = commit.next_message() if isinstance(commit, _Commit) else 0
     encoded = content.encode() if isinstance(content, str) else content
-    return LogicalMessage(encoded, table, commit, index, _MESSAGE_HALF)
+    return LogicalMessage(encoded, Origin(table, commit, ordinal, Part.MESSAGE))
 
 
 def _require_values(row: Mapping[str, Any], description: str) -> None:

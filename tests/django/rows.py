@@ -1,6 +1,6 @@
 """Rows of the project's models: statements that insert them, and changes made by hand."""
 
-from flash_celery.changes.rows import Column, Table, Transaction
+from flash_celery.changes.rows import Column, Origin, Table, Transaction
 from flash_celery.protocol.lsn import Lsn
 
 CUSTOMER = "INSERT INTO sales_customer (full_name) VALUES ('Ada')"
@@ -16,5 +16,5 @@ def make_change(kind, name="sales_customer", schema="public", row=None, **column
     columns = {"id": (20, "int8"), **columns}
     columns = tuple(Column(one, *of, identity=True) for one, of in columns.items())
     table = Table(schema, name, None, "f", (), columns)
-    origin = table, Transaction(Lsn(1), 1, 0), 0
-    return kind(*([row] if row is not None else []), *origin)
+    origin = Origin(table, Transaction(Lsn(1), 1, 0), 0)
+    return kind(*([row] if row is not None else []), origin)

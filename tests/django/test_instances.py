@@ -13,7 +13,7 @@ from django.db import connection
 from django.test.utils import CaptureQueriesContext, override_settings
 
 from flash_celery import UNCHANGED, Insert, LogicalMessage, Truncate, Update
-from flash_celery.changes.rows import Column, Table, Transaction
+from flash_celery.changes.rows import Column, Origin, Table, Transaction
 from flash_celery.errors import NoInstance
 from flash_celery.protocol.lsn import Lsn
 from tests.django.rows import CUSTOMER, ORDER, make_change
@@ -220,7 +220,7 @@ def test_instance_refuses_changes_without_a_model_row(models, make, options, sen
 def test_instance_needs_a_primary_key(models):
     columns = (Column("id", 20, "int8", identity=False),)
     table = Table("public", "sales_customer", None, "f", ("id",), columns)
-    change = Update(None, None, [b"5"], table, Transaction(Lsn(1), 1, 0), 0)
+    change = Update(None, None, [b"5"], Origin(table, Transaction(Lsn(1), 1, 0), 0))
     assert change.instance().pk == 5
     with pytest.raises(NoInstance, match="has no value for id, the primary key of .* 'old' row"):
         change.instance("old")
@@ -243,8 +243,8 @@ def test_instance_without_django_is_explained():
         "import sys\n"
         "sys.modules['django'] = None\n"
         "from flash_celery import Truncate\n"
-        "from flash_celery.changes.rows import Table\n"
-        "Truncate(Table('public', 't', None, 'f', (), ()), None, 0).instance()"
+        "from flash_celery.changes.rows import Origin, Table\n"
+        "Truncate(Origin(Table('public', 't', None, 'f', (), ()), None, 0)).instance()"
     )
     ended = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120

@@ -517,7 +517,7 @@ def test_large_transactions_at_a_time_are_delivered_apart(large):
     large.do("SELECT 1")
     changes = large.told()
     assert ids(changes) == [*range(100_000, 105_000), *range(5000)]
-    assert [change.index for change in changes] == [*range(5000), *range(5000)]
+    assert [change.ordinal for change in changes] == [*range(5000), *range(5000)]
 
 
 def test_large_savepoint_that_is_released_is_delivered(large):
@@ -550,7 +550,7 @@ def test_truncate_between_inserts_keeps_its_order(large):
     large.do(f"BEGIN; {many(1, 5000)}; TRUNCATE items; INSERT INTO items VALUES (1); COMMIT")
     changes = large.told()
     assert kinds(changes) == [*["insert"] * 5000, "truncate", "insert"]
-    assert [change.index for change in changes] == list(range(5002))
+    assert [change.ordinal for change in changes] == list(range(5002))
 
 
 def test_terminated_walsender_is_replaced(flash):

@@ -56,7 +56,7 @@ def test_logical_message_keeps_its_place_in_the_transaction(flash, streaming):
     assert {change.commit_lsn for change in told} == {first.commit_lsn}
     assert {change.xid for change in told} == {first.xid}
     # Messages do not shift the numbers of rows.
-    assert [c.index for c in told if isinstance(c, Insert)] == list(range(301))
+    assert [c.ordinal for c in told if isinstance(c, Insert)] == list(range(301))
     assert first.id == f"{first.commit_lsn}:0m"
     assert len({change.id for change in told}) == len(told)
 

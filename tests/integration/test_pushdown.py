@@ -84,7 +84,7 @@ def test_push_down_sends_only_rows_that_a_condition_may_match(flash):
         "truncate",
     ]
     # Rows that were not sent are not counted.
-    assert changes[0].index == 0
+    assert changes[0].ordinal == 0
     assert shown(flash.told("second")) == ["insert 3,open,1,x"]
 
 
@@ -401,7 +401,7 @@ def read(connection, prefix, subscriptions):
         for change in changes_of(delivery):
             # As text, for NaN is not itself.
             rows = [repr(getattr(change, side)) for side in ("old", "new") if hasattr(change, side)]
-            origin = change.xid, change.commit_lsn, change.half
+            origin = change.xid, change.commit_lsn, change.part
             told.append((handler, operation, dict(change.key), rows, change.changed, origin))
 
     sink = SimpleNamespace(receiver=receiver)

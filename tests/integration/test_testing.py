@@ -117,5 +117,5 @@ def shown(pair):
     types = [(column.name, column.type_oid, column.type_name) for column in change._source.columns]
     types = [] if change.operation is Operation.TRUNCATE else types
     changed = sorted(change.changed or ())
-    kept = repr((change.operation, rows, types, changed, dict(change.key), change.half))
+    kept = repr((change.operation, rows, types, changed, dict(change.key), change.part))
     return name, kept, change.number

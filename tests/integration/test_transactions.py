@@ -33,7 +33,7 @@ def test_savepoints_count_only_if_released(flash):
     flash.do("INSERT INTO items VALUES (7)")
     changes = flash.told()
     assert shown(changes) == [f"insert {n},-" for n in (1, 2, 4, 5, 7)]
-    assert [change.index for change in changes] == [0, 1, 2, 3, 0]
+    assert [change.ordinal for change in changes] == [0, 1, 2, 3, 0]
     assert len({change.xid for change in changes[:4]}) == 1
 
 
@@ -112,7 +112,7 @@ def test_copy_and_truncate_in_a_large_transaction_are_delivered(flash):
     flash.do("SELECT 1")
     changes = flash.told()
     assert [c.operation.names()[0] for c in changes] == [*["insert"] * 5000, "truncate", "insert"]
-    assert [change.index for change in changes] == list(range(5002))
+    assert [change.ordinal for change in changes] == list(range(5002))
     assert len({change.id for change in changes}) == 5002
 
 
@@ -139,7 +139,9 @@ def test_change_ids_are_equal_after_a_restart(flash):
     def identities():
         tasks = [message.headers["id"] for message in flash.publisher.queues["flash"]]
         changes = flash.told()
-        return dict.fromkeys((c.id, c.index, task) for c, task in zip(changes, tasks, strict=True))
+        return dict.fromkeys(
+            (c.id, c.ordinal, task) for c, task in zip(changes, tasks, strict=True)
+        )
 
     flash.wait(lambda: len(flash.publisher.queues.get("flash", [])) >= 3)
     flash.stop()
@@ -310,7 +312,7 @@ def test_streaming_survives_interleaved_savepoints_and_a_restart(flash):
     flash.do("SELECT 1")
     changes = flash.told()
     assert [change.new["id"] for change in changes] == expected
-    assert [change.index for change in changes] == [*range(10_000), *range(5001)]
+    assert [change.ordinal for change in changes] == [*range(10_000), *range(5001)]
 
 
 def test_streamed_transactions_of_another_origin_are_delivered(flash):
@@ -385,7 +387,7 @@ def test_small_transactions_do_not_wait_for_a_large_open_one(flash, streaming):
     changes = flash.told()
     # Its rows have its commit's place, whenever they were written.
     assert [c.key["id"] for c in changes] == [*range(1, 20_001), 1, -3]
-    assert [c.index for c in changes] == [*range(20_001), 0]
+    assert [c.ordinal for c in changes] == [*range(20_001), 0]
     assert changes[20_000].operation.names() == ("delete",)
     assert len({c.commit_lsn for c in changes}) == 2
 

@@ -39,7 +39,7 @@ def identify(change):
         row = getattr(change, side, {})
         told.append({name: "…" if v is UNCHANGED else v for name, v in row.items()})
     checksum = zlib.crc32(repr(told).encode())
-    return int(change.commit_lsn), change.index, checksum, change.table, change.key.get("id")
+    return int(change.commit_lsn), change.ordinal, checksum, change.table, change.key.get("id")
 
 
 def committed(messages):

@@ -15,6 +15,7 @@ from flash_celery import (
     Truncate,
     Update,
 )
+from flash_celery.changes.operations import Part
 from flash_celery.changes.payload import (
     TRUNCATED,
     Delivery,
@@ -24,7 +25,7 @@ from flash_celery.changes.payload import (
     encode_each,
     message_row,
 )
-from flash_celery.changes.rows import Column, Table, Transaction
+from flash_celery.changes.rows import Column, Origin, Table, Transaction
 from flash_celery.errors import PayloadError
 from flash_celery.protocol import pgoutput
 from flash_celery.protocol.lsn import Lsn
@@ -39,19 +40,19 @@ FULL = Table("public", "orders", None, "f", ("id",), COLUMNS)
 TRANSACTION = Transaction(Lsn(0x16B3748), 730, 700_000_000_000_000)
 
 
-def origin(table=ORDERS, index=0, half=0, number=0):
-    return (table, TRANSACTION, index, half, number)
+def origin(table=ORDERS, ordinal=0, part=Part.WHOLE, number=0):
+    return Origin(table, TRANSACTION, ordinal, part, number)
 
 
-INSERT = Insert([b"1", b"9.50", None], *origin())
-UPDATE = Update("O", [b"1", b"9.50", b"a"], [b"1", b"8", UNCHANGED], *origin(FULL, 1))
-DELETE = Delete("K", [b"1", None, None], *origin(index=2))
-TRUNCATE = Truncate(*origin(index=3))
+INSERT = Insert([b"1", b"9.50", None], origin())
+UPDATE = Update("O", [b"1", b"9.50", b"a"], [b"1", b"8", UNCHANGED], origin(FULL, 1))
+DELETE = Delete("K", [b"1", None, None], origin(ordinal=2))
+TRUNCATE = Truncate(origin(ordinal=3))
 MESSAGE = LogicalMessage(
-    b'{"id": 1}', Table("", "order.paid", None, "n", (), ()), TRANSACTION, 0, 3
+    b'{"id": 1}', origin(Table("", "order.paid", None, "n", (), ()), part=Part.MESSAGE)
 )
 BILLING = Table("public", "orders", None, "d", ("id",), COLUMNS, "billing")
-ELSEWHERE = Insert([b"1", b"9.50", None], *origin(BILLING))
+ELSEWHERE = Insert([b"1", b"9.50", None], origin(BILLING))
 ORDER_PAID = Table("", "order.paid", None, "n", (), (), "billing")
 
 
@@ -68,7 +69,7 @@ def test_change_classes_match_in_match_statements():
 
 def test_undecodable_key_fails_only_in_its_handler():
     table = Table("public", "t", None, "d", ("id",), (Column("id", 25, "text", identity=True),))
-    insert = Insert([b"\xff"], *origin(table))
+    insert = Insert([b"\xff"], origin(table))
     assert repr(insert) == "insert public.t with a key that cannot be decoded @0/16B3748"
     with pytest.raises(UnicodeDecodeError):
         insert.new["id"]
@@ -80,7 +81,7 @@ def test_unchanged_toast_is_filled_from_the_old_row():
 
 
 def test_unchanged_toast_without_an_old_row_is_never_none():
-    update = Update(None, None, [b"1", b"8", UNCHANGED], *origin())
+    update = Update(None, None, [b"1", b"8", UNCHANGED], origin())
     assert update.new["note"] is UNCHANGED
     assert update.changed is None
     assert dict(update.old) == {"id": 1}
@@ -94,7 +95,7 @@ def test_unknown_old_value_raises_key_error_that_names_the_identity():
 
 def test_infinite_date_stays_the_text_of_the_server():
     table = Table("public", "t", None, "d", (), (Column("d", 1082, "date", identity=True),))
-    assert Insert([b"infinity"], *origin(table)).new["d"] == "infinity"
+    assert Insert([b"infinity"], origin(table)).new["d"] == "infinity"
 
 
 @pytest.mark.parametrize(
@@ -102,11 +103,11 @@ def test_infinite_date_stays_the_text_of_the_server():
 )
 def test_infinite_interval_stays_the_text_of_the_server(oid, text):
     table = Table("public", "t", None, "d", (), (Column("d", oid, "", identity=True),))
-    assert Insert([text.encode()], *origin(table)).new["d"] == text
+    assert Insert([text.encode()], origin(table)).new["d"] == text
 
 
 def test_change_ids_differ_for_the_parts_of_a_key_change_and_for_subscriptions():
-    ids = {Insert([b"1"], *origin(half=h, number=n)).id for h in (0, 1, 2) for n in (0, 1)}
+    ids = {Insert([b"1"], origin(part=Part(h), number=n)).id for h in (0, 1, 2) for n in (0, 1)}
     assert len(ids) == 6
     assert INSERT.id == "0/16B3748:0"
 
@@ -120,7 +121,7 @@ def test_change_source_names_its_database():
     assert repr(ELSEWHERE) == "insert billing:public.orders id=1 @0/16B3748"
     assert repr(Changes([ELSEWHERE])) == "1 change of billing:public.orders @0/16B3748"
     assert repr(MESSAGE) == "message order.paid @0/16B3748"
-    message = LogicalMessage(b"", ORDER_PAID, TRANSACTION, 0, 3)
+    message = LogicalMessage(b"", origin(ORDER_PAID, part=Part.MESSAGE))
     assert repr(message) == "message billing:order.paid @0/16B3748"
     assert (message.prefix, message.source) == ("order.paid", "billing")
     # Two servers number their WAL by themselves.
@@ -134,7 +135,7 @@ def test_message_contains_only_named_sources():
     assert (here.source, elsewhere.source) == ("", "billing")
     row = pgoutput.encode_row("I", 1, None, None, [b"1", None, None])
     tables = [
-        loads(encode([Delivery(table, TRANSACTION, 0, 0, 0, [row])]))["tables"][0]
+        loads(encode([Delivery(table, TRANSACTION, 0, Part.WHOLE, 0, [row])]))["tables"][0]
         for table in (ORDERS, BILLING)
     ]
     assert "source" not in tables[0]
@@ -172,15 +173,15 @@ def test_consecutive_changes_share_an_entry_in_the_message():
     deliveries = [Delivery(ORDERS, TRANSACTION, index, 0, 0, [row]) for index in range(500)]
     value = loads(encode(deliveries))
     assert value["runs"] == [[0, 0, 0, 500, 0, 0]]
-    assert [change.index for change in decode(value)] == list(range(500))
+    assert [change.ordinal for change in decode(value)] == list(range(500))
 
 
 PAIR = Table("public", "pairs", None, "f", ("note", "id"), COLUMNS)
 
 
 @pytest.mark.parametrize("table", [ORDERS, PAIR], ids=["one", "two"])
-@pytest.mark.parametrize("half", [0, 2])
-def test_argsrepr_of_one_change_is_its_repr(table, half):
+@pytest.mark.parametrize("part", [Part.WHOLE, Part.KEY_INSERT])
+def test_argsrepr_of_one_change_is_its_repr(table, part):
     row, before = [b"1", b"9.50", b"a"], [b"0", b"9.50", None]
     rows = [
         pgoutput.encode_row("I", 1, None, None, row),
@@ -193,9 +194,9 @@ def test_argsrepr_of_one_change_is_its_repr(table, half):
         TRUNCATED,
         message_row(b"N"),
     ]
-    delivery = Delivery(table, TRANSACTION, 7, half, 1, rows)
+    delivery = Delivery(table, TRANSACTION, 7, part, 1, rows)
     changes = changes_of(delivery)
-    assert [change.index for change in changes] == list(range(7, 16))
+    assert [change.ordinal for change in changes] == list(range(7, 16))
     for change, (value, change_id, label) in zip(changes, encode_each(delivery), strict=True):
         assert decode(loads(value)) == [change]
         assert (change_id, label) == (change.id, repr(change))

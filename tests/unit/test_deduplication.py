@@ -8,8 +8,8 @@ from flash_celery.messages.deduplication import Deduplicator, identity
 from flash_celery.protocol.lsn import Lsn
 
 
-def delivery(lsn=100, rows="abcd", ordinal=0, half=0, number=0, committed_at=1):
-    return Delivery(None, Transaction(Lsn(lsn), 7, committed_at), ordinal, half, number, list(rows))
+def delivery(lsn=100, rows="abcd", ordinal=0, part=0, number=0, committed_at=1):
+    return Delivery(None, Transaction(Lsn(lsn), 7, committed_at), ordinal, part, number, list(rows))
 
 
 def enqueued(mark, *known, number=0):
@@ -30,9 +30,9 @@ def left(found):
         ((200, 0, 0), {}, None),
         ((50, 9, 0), {}, (0, "abcd")),
         # The halves of a key change follow each other.
-        ((100, 4, 1), {"ordinal": 4, "rows": "a", "half": 1}, None),
-        ((100, 4, 1), {"ordinal": 4, "rows": "a", "half": 2}, (4, "a")),
-        ((100, 4, 2), {"ordinal": 4, "rows": "a", "half": 2}, None),
+        ((100, 4, 1), {"ordinal": 4, "rows": "a", "part": 1}, None),
+        ((100, 4, 1), {"ordinal": 4, "rows": "a", "part": 2}, (4, "a")),
+        ((100, 4, 2), {"ordinal": 4, "rows": "a", "part": 2}, None),
         ((100, 4, 2), {"ordinal": 4, "rows": "ab"}, (5, "b")),
     ],
 )

@@ -11,7 +11,7 @@ from kombu.utils.json import loads
 from flash_celery import on_change, on_message
 from flash_celery.changes.change import Change, Insert, LogicalMessage, Update
 from flash_celery.changes.payload import TRUNCATED, VERSION, Delivery, encode
-from flash_celery.changes.rows import Column, Table, Transaction
+from flash_celery.changes.rows import Column, Origin, Table, Transaction
 from flash_celery.cli import flash
 from flash_celery.conditions.lookups import LOOKUPS
 from flash_celery.handlers.decorators import subscriptions_of
@@ -38,9 +38,9 @@ def test_readme_example_declares_its_handler(new_app, capsys):
         for name, oid in (("id", 23), ("status", 25), ("total", 1700))
     )
     table = Table("public", "orders", None, "f", ("id",), columns)
-    origin = table, Transaction(Lsn(1), 1, 0), 0
-    names["reward"](Insert([b"5", b"paid", b"120"], *origin))
-    names["reward"](Update("O", [b"5", b"paid", b"120"], [b"5", b"paid", b"90"], *origin))
+    origin = Origin(table, Transaction(Lsn(1), 1, 0), 0)
+    names["reward"](Insert([b"5", b"paid", b"120"], origin))
+    names["reward"](Update("O", [b"5", b"paid", b"120"], [b"5", b"paid", b"90"], origin))
     assert capsys.readouterr().out == "order 5 is paid: 120\norder 5 went from 120 to 90\n"
     names["app"].close()
 
@@ -84,7 +84,7 @@ def test_attributes_and_lookups_are_documented():
         for kind in (Change, Update, LogicalMessage)
         for name in (*vars(kind), *getattr(kind, "__slots__", ()))
         if not name.startswith("_")
-    } - {"index", "half", "number", "transaction"}
+    } - {"number", "ordinal", "part", "transaction"}
     for name in public:
         assert f"`{name}`" in DOCS["semantics.md"], name
     for lookup in LOOKUPS:

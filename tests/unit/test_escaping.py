@@ -2,7 +2,7 @@ import pytest
 
 from flash_celery.changes.change import Changes, Insert
 from flash_celery.changes.payload import Delivery, encode_each
-from flash_celery.changes.rows import Column, Table, Transaction
+from flash_celery.changes.rows import Column, Origin, Table, Transaction
 from flash_celery.errors import CatalogError
 from flash_celery.escaping import escaped
 from flash_celery.protocol.lsn import Lsn
@@ -28,7 +28,7 @@ def test_escaping_names_changes_errors_and_messages_in_one_line():
     table = Table(HOSTILE, HOSTILE, None, "d", (HOSTILE,), columns, HOSTILE)
     cells = [HOSTILE.replace("\0", "").encode()]
     transaction = Transaction(Lsn(1), 1, 0)
-    change = Insert(cells, table, transaction, 0)
+    change = Insert(cells, Origin(table, transaction, 0))
     delivery = Delivery(table, transaction, 0, 0, 0, [encode_row("I", 0, None, None, cells)])
     ((_, _, argsrepr),) = encode_each(delivery)
     for said in (repr(change), argsrepr, repr(Changes([change])), str(CatalogError(HOSTILE))):
@@ -40,6 +40,6 @@ def test_escaping_names_changes_errors_and_messages_in_one_line():
 def test_escaping_shortens_a_key_that_is_the_whole_row():
     columns = tuple(Column(name, 25, "text", identity=True) for name in ("a", "b"))
     table = Table("public", "t", None, "f", ("a", "b"), columns)
-    shown = repr(Insert([b"x" * 1_000_000, b"y"], table, Transaction(Lsn(1), 1, 0), 0))
+    shown = repr(Insert([b"x" * 1_000_000, b"y"], Origin(table, Transaction(Lsn(1), 1, 0), 0)))
     assert len(shown) < 300
     assert " b=y " in shown

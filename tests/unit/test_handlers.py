@@ -7,16 +7,18 @@ import pytest
 from celery import Celery, shared_task
 
 from flash_celery import Batch, Changes, Insert, Operation, on_change, on_message
-from flash_celery.changes.rows import Column, Table, Transaction
+from flash_celery.changes.rows import Column, Origin, Table, Transaction
 from flash_celery.errors import SubscriptionError
 from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.protocol.lsn import Lsn
 
 CHANGE = Insert(
     [b"1"],
-    Table("public", "orders", None, "d", ("id",), (Column("id", 20, "int8", identity=True),)),
-    Transaction(Lsn(1), 1, 0),
-    0,
+    Origin(
+        Table("public", "orders", None, "d", ("id",), (Column("id", 20, "int8", identity=True),)),
+        Transaction(Lsn(1), 1, 0),
+        0,
+    ),
 )
 
 

@@ -14,7 +14,7 @@ from kombu.utils.json import dumps, loads
 from typing_extensions import NotRequired
 
 from flash_celery import UNCHANGED, Batch, Changes, Delete, Insert, Truncate, Update, on_change
-from flash_celery.changes.rows import Column, Table, Transaction
+from flash_celery.changes.rows import Column, Origin, Table, Transaction
 from flash_celery.errors import RowError, SubscriptionError
 from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.handlers.row_types import RowType
@@ -42,7 +42,7 @@ CELLS = [b"5", b"paid", b"9.50", None, b"2024-02-29"]
 
 
 def insert(cells=CELLS, of=ORDERS, number=0):
-    return Insert(list(cells), of, *ORIGIN, 0, number)
+    return Insert(list(cells), Origin(of, *ORIGIN, number=number))
 
 
 @dataclass
@@ -104,17 +104,19 @@ def test_row_type_decodes_only_its_columns():
 
 @pytest.mark.parametrize("into", [Order, OrderModel, OrderStruct, OrderDict])
 def test_row_type_applies_to_both_rows_of_an_update(into):
-    change = Update("O", [b"5", b"new", *CELLS[2:]], list(CELLS), ORDERS, *ORIGIN)
+    change = Update("O", [b"5", b"new", *CELLS[2:]], list(CELLS), Origin(ORDERS, *ORIGIN))
     assert read(into, change, "old") != read(into, change, "new")
-    assert read(into, Delete("O", list(CELLS), ORDERS, *ORIGIN), "old") == read(into, insert())
+    assert read(into, Delete("O", list(CELLS), Origin(ORDERS, *ORIGIN)), "old") == read(
+        into, insert()
+    )
 
 
 def test_row_type_leaves_everything_but_rows_alone():
     told = []
     handler = on_change("orders", into=Order)(told.append)
-    change = Update("O", [b"5", b"new", *CELLS[2:]], list(CELLS), ORDERS, *ORIGIN)
+    change = Update("O", [b"5", b"new", *CELLS[2:]], list(CELLS), Origin(ORDERS, *ORIGIN))
     handler(change)
-    handler(Truncate(ORDERS, *ORIGIN))
+    handler(Truncate(Origin(ORDERS, *ORIGIN)))
     handler("something else")
     seen = told[0]
     assert (dict(seen.key), seen.changed, seen.id) == ({"id": 5}, {"status"}, change.id)
@@ -169,11 +171,11 @@ def test_row_type_error_is_bounded():
 
 def test_row_type_of_an_old_row_with_missing_values_is_refused():
     keyed = table(identity="d")
-    change = Update(None, None, list(CELLS), keyed, *ORIGIN)
+    change = Update(None, None, list(CELLS), Origin(keyed, *ORIGIN))
     assert read(Order, change).status == "paid"
     with pytest.raises(RowError, match="of status was not sent; .* REPLICA IDENTITY FULL"):
         read(Order, change, "old")
-    gone = Delete("K", [b"5", None, None, None, None], keyed, *ORIGIN)
+    gone = Delete("K", [b"5", None, None, None, None], Origin(keyed, *ORIGIN))
     assert dict(read_key(gone)) == {"id": 5}
     with pytest.raises(RowError, match="of status was not sent"):
         read(Order, gone, "old")
@@ -193,7 +195,7 @@ def read_key(change):
 
 def test_row_type_default_never_replaces_a_value():
     unsent = [b"5", b"paid", b"1", UNCHANGED, b"2024-02-29"]
-    change = Update(None, None, unsent, table(identity="d"), *ORIGIN)
+    change = Update(None, None, unsent, Origin(table(identity="d"), *ORIGIN))
     with pytest.raises(RowError, match="the value of note was not sent"):
         read(Order, change)
 

@@ -8,7 +8,7 @@ from flash_celery.changes.rows import Column, Table
 from flash_celery.conditions import lookups
 from flash_celery.handlers.subscriptions import Subscription
 from flash_celery.protocol import pgoutput
-from flash_celery.protocol.pgoutput import UNCHANGED_TOAST, Row, read_row
+from flash_celery.protocol.pgoutput import UNCHANGED_TOAST, Row, encode_row, read_row
 from flash_celery.table_name import TableName
 from flash_celery.values.comparison import ColumnType
 
@@ -17,7 +17,7 @@ INSERT, UPDATE, DELETE = Operation.INSERT, Operation.UPDATE, Operation.DELETE
 PAID = lookups.parse({"status": "paid"})
 
 
-def transitions(identity="f", kept=("id", "status", "note"), unknown=lambda: None, **more):
+def transitions(identity="f", kept=("id", "status", "note"), unevaluated=lambda: None, **more):
     flagged = {"f": set(TYPES), "d": {"id"}, "n": set()}[identity]
     fields = more.get("fields")
     table = Table(
@@ -37,7 +37,26 @@ def transitions(identity="f", kept=("id", "status", "note"), unknown=lambda: Non
     where = subscription.where
     matches = where.bind(types, lambda oid, text: text) if where else None
     columns = [pgoutput.Column(n in flagged, n, oid, -1) for n, oid in TYPES.items()]
-    return Transitions(subscription, table, columns, matches, unknown)
+    return Rows(Transitions(subscription, table, columns, matches, unevaluated))
+
+
+class Rows:
+    """Evaluates rows one by one, as PostgreSQL encodes them."""
+
+    def __init__(self, transitions):
+        self.transitions = transitions
+
+    def evaluate(self, row):
+        return self.judge(encode_row(row.operation, 7, row.old_kind, row.old, row.new))
+
+    insert = update = delete = evaluate
+
+    def judge(self, data):
+        return [
+            (operation, part, row)
+            for operation, part, _, rows in self.transitions.evaluate([data], 0)
+            for row in rows
+        ]
 
 
 def cells(text):
@@ -50,12 +69,12 @@ def update(new, old=None, kind="O"):
 
 
 def shown(outcomes):
-    """Each outcome as its operation, half and rows."""
+    """Each outcome as its operation, part and rows."""
     found = []
-    for operation, half, data in outcomes:
+    for operation, part, data in outcomes:
         row, end = read_row(data)
         assert end == len(data)
-        mark = {0: "", 1: "-", 2: "+"}[half]
+        mark = {0: "", 1: "-", 2: "+"}[part]
         rows = " -> ".join(_text(row) for row in (row.old, row.new) if row is not None)
         found.append(f"{operation.names()[0]}{mark} {rows}")
     return found
@@ -98,7 +117,7 @@ def test_transitions_evaluate_inserts_and_deletes_by_their_row():
 
 def test_transitions_deliver_unevaluated_changes():
     asked = []
-    judge = transitions("d", where=PAID, unknown=lambda: asked.append(1))
+    judge = transitions("d", where=PAID, unevaluated=lambda: asked.append(1))
     assert shown(judge.update(update("1 paid a"))) == ["update 1 paid a"]
     assert shown(judge.update(update("1 open a"))) == []
     assert shown(judge.delete(Row(None, "D", 0, "K", cells("1 - -"), None))) == ["delete 1 - -"]
@@ -176,7 +195,7 @@ def test_transitions_bound_the_verdict_cache():
     for number in range(5000):
         assert len(judge.judge(message("I", None, f"{number} open a{number}"))) == 1
     assert judge.judge(message("I", None, "9999 open a")) == []
-    assert len(judge._verdicts) <= 2000
-    judge._verdicts.clear()
+    assert len(judge.transitions._results) <= 2000
+    judge.transitions._results.clear()
     judge.judge(message("I", None, f"1 open a{'b' * 1000}"))
-    assert not judge._verdicts
+    assert not judge.transitions._results

@@ -5,7 +5,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from flash_celery import Delete, Insert, Update
-from flash_celery.changes.rows import Column, Table, Transaction
+from flash_celery.changes.rows import Column, Origin, Table, Transaction
 from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.protocol.lsn import Lsn
 
@@ -32,11 +32,11 @@ def test_typed_rows_page_examples_run(app, capsys):
     types = {"id": 23, "status": 25, "total": 1700, "note": 25}
     columns = tuple(Column(name, oid, "", identity=True) for name, oid in types.items())
     table = Table("public", "orders", None, "f", ("id",), columns)
-    origin = table, Transaction(Lsn(1), 1, 0), 0
+    origin = Origin(table, Transaction(Lsn(1), 1, 0), 0)
     before, after = [b"5", b"paid", b"120", None], [b"5", b"paid", b"90", b"x"]
-    typed["reward"](Insert(before, *origin))
-    typed["reward"](Update("O", before, after, *origin))
-    typed["reward"](Delete("O", after, *origin))
+    typed["reward"](Insert(before, origin))
+    typed["reward"](Update("O", before, after, origin))
+    typed["reward"](Delete("O", after, origin))
     assert capsys.readouterr().out == (
         "order 5 is paid: 120\norder 5 went from 120 to 90\norder 5 is gone\n"
     )
