@@ -22,6 +22,7 @@ from ..protocol.pgoutput import (
     Column,
     Row,
     encode_row,
+    read_cell,
     read_cells,
     read_row,
 )
@@ -124,13 +125,17 @@ class Transitions:
         outcomes: list[Outcome] = []
         accepted: list[bytes] = []
         following = -1
-        results, compared_values = self._results, self._compared_values
-        width = self._compared[-1] + 1
+        results, compared = self._results, self._compared
+        only = compared[0] if len(compared) == 1 else None
+        width = compared[-1] + 1
         for position, payload in enumerate(rows, ordinal):
-            cells, _ = read_cells(payload, FIRST_TUPLE, width)
-            result = results.get(compared_values(cells))
+            if only is not None:
+                values: Any = read_cell(payload, FIRST_TUPLE, only)
+            else:
+                values = self._compared_values(read_cells(payload, FIRST_TUPLE, width)[0])
+            result = results.get(values)
             if result is None:
-                result = self._compare(cells)
+                result = self._compare(read_cells(payload, FIRST_TUPLE, width)[0])
             if result is False or not self._inserts:
                 continue
             row = payload if self._uncut else self._cut_insert(payload)

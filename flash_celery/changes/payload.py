@@ -22,7 +22,7 @@ from ..protocol.lsn import Lsn
 from .change import Change, Changes, Delete, Insert, LogicalMessage, Truncate, Update
 from .labels import id_suffix, key_shown
 from .operations import Part
-from .rows import Column, Origin, Row, Table, Transaction
+from .rows import UNCHANGED, Column, Origin, Table, Transaction
 
 VERSION = 1
 #: Changes in one message; the bytes of a batch bound it long before (`outbox.BATCH_BYTES`).
@@ -106,19 +106,28 @@ def encode_each(delivery: Delivery) -> Iterator[tuple[str, str, str]]:
 
 
 def _label(table: Table, transaction: Transaction, commit: str, row: bytes) -> str:
-    """The `repr` of the change. Mostly its key stands in the first tuple of the row, near the
-    start; the rest of the row is not read then."""
+    """Return the `repr` of the change, for which only the key of the row is read."""
     name = _NAMES.get(row[:1])
-    if name is None or (name == "update" and row[5:6] != b"N"):
-        return repr(change_of(Delivery(table, transaction, 0, Part.WHOLE, 0, [row])))
-    most = table.key_columns[-1][0] + 1 if table.key_columns else 0
-    cells, _ = pgoutput.read_cells(row, pgoutput.FIRST_TUPLE, most)
-    values = Row(table, cells, frozenset(table.key))
+    if name is None:
+        return _repr(table, transaction, row)
+    start = pgoutput.FIRST_TUPLE
+    if name == "update" and row[5:6] != b"N":
+        start = pgoutput.end_of_tuple(row, start) + 1
+    columns = table.label_columns
+    cells, _ = pgoutput.read_cells(row, start, columns[-1][0] + 1 if columns else 0)
+    if UNCHANGED in cells:
+        return _repr(table, transaction, row)
     try:
-        key = key_shown([(column, values[column]) for _, column in table.key_columns])
-    except Exception:  # a value that cannot be shown, which `repr` can do without
-        return repr(change_of(Delivery(table, transaction, 0, Part.WHOLE, 0, [row])))
+        key = key_shown(
+            [(column, None if cells[n] is None else load(cells[n])) for n, column, load in columns]
+        )
+    except Exception:  # a value that cannot be decoded, which `repr` leaves out
+        return _repr(table, transaction, row)
     return escaped(f"{name} {table.shown}{key} @{commit}")
+
+
+def _repr(table: Table, transaction: Transaction, row: bytes) -> str:
+    return repr(change_of(Delivery(table, transaction, 0, Part.WHOLE, 0, [row])))
 
 
 def _table_json(table: Table) -> str:

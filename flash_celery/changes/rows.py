@@ -14,6 +14,8 @@ from .operations import Part
 
 #: A TOASTed value that the UPDATE did not touch and PostgreSQL did not send. Never `None`.
 UNCHANGED = UNCHANGED_TOAST
+#: int2, int4, int8, text, varchar and uuid: `str` of the Python value is PostgreSQL's text.
+_SHOWN_AS_SENT = frozenset({21, 23, 20, 25, 1043, 2950})
 
 
 def _reduce(described: Column | Table) -> tuple[Any, ...]:
@@ -78,9 +80,14 @@ class Table:
         return [column.load for column in self.columns]
 
     @cached_property
-    def key_columns(self) -> list[tuple[int, str]]:
-        """The columns of the key and where they are, in the order of the row."""
-        return [(n, one.name) for n, one in enumerate(self.columns) if one.name in self.key]
+    def label_columns(self) -> list[tuple[int, str, Callable[[Any], Any]]]:
+        """The positions and names of the key's columns, in the order of the row, and how a value
+        is shown in a label: most types as PostgreSQL wrote it."""
+        return [
+            (n, column.name, bytes.decode if column.type_oid in _SHOWN_AS_SENT else column.load)
+            for n, column in enumerate(self.columns)
+            if column.name in self.key
+        ]
 
     @cached_property
     def delivered(self) -> frozenset[str]:

@@ -52,7 +52,9 @@ __all__ = [
     "UnchangedToast",
     "decode",
     "encode_row",
+    "end_of_tuple",
     "read_begin",
+    "read_cell",
     "read_cells",
     "read_commit",
     "read_row",
@@ -238,6 +240,44 @@ def read_cells(
     if place > len(buffer):
         raise ProtocolError(f"A row is cut off in its column {len(cells)}.")
     return cells, place
+
+
+def read_cell(buffer: bytes, place: int, position: int, integer: Any = _INT32.unpack_from) -> Cell:
+    """Return the column at `position` of the tuple at `place`, passing over those before it.
+
+    The hot path of most conditions. Raises `ProtocolError` if there is no such column.
+    """
+    try:
+        if position >= buffer[place] << 8 | buffer[place + 1]:
+            raise IndexError
+        place += 2
+        for _ in range(position):
+            # A column that has text is followed by its length and the text.
+            place += 5 + integer(buffer, place + 1)[0] if buffer[place] == _TEXT else 1
+        kind = buffer[place]
+        if kind == _TEXT:
+            end = place + 5 + integer(buffer, place + 1)[0]
+            if end <= len(buffer):
+                return buffer[place + 5 : end]
+        elif kind == _NULL:
+            return None
+        elif kind == _UNCHANGED:
+            return UNCHANGED_TOAST
+    except (IndexError, struct.error):
+        pass
+    raise ProtocolError(f"There is no column {position} in a row at byte {place}.")
+
+
+def end_of_tuple(buffer: bytes, place: int, integer: Any = _INT32.unpack_from) -> int:
+    """Return where the tuple at `place` ends. Raises `ProtocolError` if there is no tuple."""
+    try:
+        count = buffer[place] << 8 | buffer[place + 1]
+        place += 2
+        for _ in range(count):
+            place += 5 + integer(buffer, place + 1)[0] if buffer[place] == _TEXT else 1
+    except (IndexError, struct.error):
+        raise ProtocolError(f"A row is cut off at byte {place}.") from None
+    return place
 
 
 def read_begin(buffer: bytes) -> tuple[Lsn, int, int]:

@@ -68,6 +68,20 @@ def test_pgoutput_rows_survive_writing_and_reading(old, new, operation, kind):
     assert end == 3 + len(written)
 
 
+@given(CELLS)
+def test_one_column_and_the_end_are_found_without_reading_the_others(cells):
+    written = pgoutput.encode_row("I", 16385, None, None, cells)
+    for position, cell in enumerate(cells):
+        assert pgoutput.read_cell(written + INSERT, pgoutput.FIRST_TUPLE, position) == cell
+        with suppress(ProtocolError):
+            pgoutput.read_cell(written[:-1], pgoutput.FIRST_TUPLE, position)
+    assert pgoutput.end_of_tuple(written + INSERT, pgoutput.FIRST_TUPLE) == len(written)
+    with pytest.raises(ProtocolError):
+        pgoutput.read_cell(written + INSERT, pgoutput.FIRST_TUPLE, len(cells))
+    with pytest.raises(ProtocolError):
+        pgoutput.end_of_tuple(written[: pgoutput.FIRST_TUPLE + 1], pgoutput.FIRST_TUPLE)
+
+
 @given(st.one_of(st.binary(), st.tuples(st.sampled_from(list(MESSAGES.values())), st.binary())))
 def test_pgoutput_arbitrary_bytes_raise_only_protocol_errors(data):
     buffer = data if isinstance(data, bytes) else data[0][: len(data[1])] + data[1]

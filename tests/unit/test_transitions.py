@@ -199,3 +199,36 @@ def test_transitions_bound_the_verdict_cache():
     judge.transitions._results.clear()
     judge.judge(message("I", None, f"1 open a{'b' * 1000}"))
     assert not judge.transitions._results
+
+
+def test_neighbours_with_one_outcome_are_one_run_forwarded_as_it_came():
+    evaluate = transitions(where=PAID).transitions.evaluate
+    paid, open_ = message("I", None, "1 paid a"), message("I", None, "1 open a")
+    runs = evaluate([paid, paid, open_, paid], 7)
+    assert [(operation, ordinal, rows) for operation, _, ordinal, rows in runs] == [
+        (INSERT, 7, [paid, paid]),
+        (INSERT, 10, [paid]),
+    ]
+    assert runs[0].rows[0] is paid
+
+
+def test_the_order_of_operations_is_kept():
+    evaluate = transitions(where=PAID).transitions.evaluate
+    entered, left = message("U", "1 a a", "1 paid a", "O"), message("U", "1 paid a", "1 a a", "O")
+    stayed = message("U", "1 paid a", "1 paid b", "O")
+    runs = evaluate([entered, entered, left, stayed, stayed, entered], 0)
+    assert [(operation, ordinal, len(rows)) for operation, _, ordinal, rows in runs] == [
+        (INSERT, 0, 2),
+        (DELETE, 2, 1),
+        (UPDATE, 3, 2),
+        (INSERT, 5, 1),
+    ]
+
+
+def test_the_parts_of_key_changes_are_deliveries_of_their_own():
+    changed = message("U", "1 paid a", "2 paid a", "O")
+    for operations, parts in ((UPDATE | INSERT | DELETE, [1, 2, 1, 2]), (DELETE, [1, 1])):
+        evaluate = transitions(key=("id",), operations=operations).transitions.evaluate
+        runs = evaluate([changed, changed], 0)
+        assert [part for _, part, _, _ in runs] == parts
+        assert all(len(rows) == 1 for _, _, _, rows in runs)
