@@ -73,7 +73,7 @@ class DeadLetterFilter:
         return self == DeadLetterFilter()
 
     def matches(self, letter: DeadLetter) -> bool:
-        """Return whether the dead letter is one of those."""
+        """Return whether the dead letter matches every field that is set."""
         if self.ids and not any(_has_id(letter, id) for id in self.ids):
             return False
         if self.handler and self.handler not in (letter.handler, letter.handler.split(".")[-1]):

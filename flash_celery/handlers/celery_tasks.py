@@ -24,14 +24,14 @@ def function_for_task(handler: Any) -> Any:
     """
     if "<locals>" in handler.__qualname__:
         return handler
-    found: Any = sys.modules.get(handler.__module__)
+    current: Any = sys.modules.get(handler.__module__)
     for name in handler.__qualname__.split("."):
-        found = getattr(found, "__dict__", {}).get(name)
-    if isinstance(found, (Proxy, Task)):  # of another app; asking a proxy would create the task
+        current = getattr(current, "__dict__", {}).get(name)
+    if isinstance(current, (Proxy, Task)):  # of another app; asking a proxy would create the task
         return None
-    if found is None or any(layer is found for layer in _layers(handler)):
+    if current is None or any(layer is current for layer in _layers(handler)):
         return handler
-    return found if any(layer is handler for layer in _layers(found)) else None
+    return current if any(layer is handler for layer in _layers(current)) else None
 
 
 def find_task(handler: Any, app: Any) -> Any:

@@ -19,7 +19,7 @@ from .subscriptions import Subscription
 class Declaration:
     """One decorator on a task."""
 
-    #: The decorator's place among all of the process: Celery finalizes shared tasks in any order.
+    #: Counts the decorators of this process, because Celery finalizes shared tasks in any order.
     order: int
     #: None if the decorator's arguments are wrong.
     subscription: Subscription | None
