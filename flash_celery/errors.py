@@ -33,6 +33,8 @@ They pickle, because Celery stores the exceptions of tasks.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import ClassVar
 
 from .escaping import escaped
@@ -219,3 +221,10 @@ class NotDone(FlashError):
     """Handlers have not done what was waited for."""
 
     solution = "`flash status` shows the slot and the queues, `flash dead list` what has failed."
+
+
+def did_you_mean(name: object, known: Iterable[object]) -> str:
+    """Return `did you mean …?` with the known name most similar to a wrong one, or ""."""
+    by_lower_case = {str(each).casefold(): str(each) for each in known}
+    similar = difflib.get_close_matches(str(name).casefold(), by_lower_case, n=1)
+    return f"did you mean {by_lower_case[similar[0]]}?" if similar else ""

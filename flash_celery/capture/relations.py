@@ -69,7 +69,7 @@ class RelationCatalog:
         found = frozenset(now.ancestors if now else ())
         seen = self._ancestry.latest(relation.oid) or frozenset()
         if found != seen:
-            position_now = Lsn.parse(slots.now(self._connection)[0])
+            position_now = Lsn.parse(slots.position_and_time(self._connection)[0])
             self._ancestry.saw(relation.oid, position_now, found)
         # A commit that others do not see yet may lie before a look that has not seen it either.
         unseen = dict.fromkeys(found - seen)

@@ -50,7 +50,7 @@ def _print_script(project: Project) -> None:
     from dataclasses import replace
 
     from ..escaping import escaped
-    from ..provisioning import preflight, script
+    from ..provisioning import ddl, preflight
 
     settings = replace(project.settings, flash_manage=False)
     with project.connected() as source:
@@ -58,6 +58,6 @@ def _print_script(project: Project) -> None:
     if not report.script:
         report.raise_first()
     terminal = sys.stdout.isatty()
-    for line in script.lines(report.script):
+    for line in ddl.script(report.script):
         # psql needs names as they are; without `color`, click would remove escape sequences.
         click.echo(escaped(line) if terminal else line, color=True)

@@ -69,7 +69,7 @@ def resume(project: Project, handlers: tuple[str, ...], everything: bool) -> Non
             resumable = {*handler_names, *record.paused, *record.resuming} - {pauses.SOURCE}
             names = pauses.named(handlers, resumable)
         depths = partial(queue_depths, project.app)
-        removed = pauses.refuse_strangers(names, handler_names, project.settings.source, depths)
+        removed = pauses.removed_handlers(names, handler_names, project.settings.source, depths)
         names = names or [pauses.SOURCE]
         resumed = pauses.resume(source, names, removed)
         still_paused = pauses.read(source).paused

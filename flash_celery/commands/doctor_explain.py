@@ -6,29 +6,29 @@ from collections.abc import Iterator, Sequence
 
 from ..handlers.subscriptions import Subscription, of_tables
 from ..postgres.catalog import CatalogTable
-from ..postgres.source import Source
+from ..postgres.source import OPERATIONS, Source
 from ..provisioning.narrowing import Narrowing, narrowings
 from ..provisioning.preflight import Report
-from ..provisioning.publications import OPERATIONS, Wanted
+from ..provisioning.requirements import RequiredTables
 
 
 def explain_tables(
     source: Source, subscriptions: Sequence[Subscription], report: Report
 ) -> Iterator[str]:
     """Yield a few lines for each table of a handler; nothing if `replicate` cannot start."""
-    goal = report.goal
-    if goal is None:
+    required = report.required
+    if required is None:
         return
     push_down = source.settings.flash_push_down
     table_subscriptions = of_tables(subscriptions)
-    narrowing_of = narrowings(source.connection, report.tables, table_subscriptions, goal.full)
+    narrowing_of = narrowings(source.connection, report.tables, table_subscriptions, required.full)
     for name, table in report.tables.items():
         narrowing = narrowing_of[table.oid]
         yield ""
         yield str(name)
-        yield from _sent(table, goal, narrowing if push_down else Narrowing())
+        yield from _sent(table, required, narrowing if push_down else Narrowing())
         if not push_down:
-            yield from _would_be_sent(table, goal, narrowing)
+            yield from _would_be_sent(table, required, narrowing)
         for subscription in table_subscriptions:
             if subscription.table == name:
                 yield f"  the worker       {subscription.handler}: {_left_to_worker(subscription)}"
@@ -36,10 +36,10 @@ def explain_tables(
             yield f"  not pushed down  {reason}"
 
 
-def _sent(table: CatalogTable, goal: Wanted, narrowing: Narrowing) -> Iterator[str]:
+def _sent(table: CatalogTable, required: RequiredTables, narrowing: Narrowing) -> Iterator[str]:
     for operation in OPERATIONS:
         (name,) = operation.names()
-        if operation not in goal.published(table.oid):
+        if operation not in required.operations(table.oid):
             yield f"  PostgreSQL       sends no {name}, because no handler needs it"
         elif operation in narrowing.filters:
             filter_ = narrowing.filters[operation].as_string(None)
@@ -50,10 +50,12 @@ def _sent(table: CatalogTable, goal: Wanted, narrowing: Narrowing) -> Iterator[s
     yield f"  PostgreSQL       sends the columns: {columns}"
 
 
-def _would_be_sent(table: CatalogTable, goal: Wanted, narrowing: Narrowing) -> Iterator[str]:
+def _would_be_sent(
+    table: CatalogTable, required: RequiredTables, narrowing: Narrowing
+) -> Iterator[str]:
     """Yield the lines that flash_push_down would change."""
-    without = list(_sent(table, goal, Narrowing()))
-    for line in _sent(table, goal, narrowing):
+    without = list(_sent(table, required, Narrowing()))
+    for line in _sent(table, required, narrowing):
         if line not in without:
             yield line.replace("PostgreSQL       sends", "flash_push_down  would send")
 

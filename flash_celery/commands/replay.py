@@ -31,11 +31,12 @@ from ..handlers.subscriptions import Subscription, of_tables
 from ..messages.batcher import Batcher, BatcherSink
 from ..messages.templates import Templates
 from ..postgres import slots
-from ..postgres.source import Source
+from ..postgres.source import Source, publication_names
 from ..postgres.stream import ReplicationConnection
 from ..protocol import timestamps
 from ..protocol.lsn import Lsn
-from ..provisioning import publications, replay_slot
+from ..provisioning import replay_slot
+from ..provisioning.record import partition_ancestors
 from ..publishing import brokers, declared_queues
 from ..publishing.backpressure import Backpressure
 from ..publishing.brokers.base import Publisher
@@ -197,7 +198,7 @@ def read_changes(
     settings = source.settings
     pipeline = Pipeline(
         subscriptions,
-        RelationCatalog(source.connection, Ancestry(publications.leaves_of(source))),
+        RelationCatalog(source.connection, Ancestry(partition_ancestors(source))),
         _Selection(sink, handler, span),
         settings.flash_spool_directory,
     )
@@ -205,16 +206,16 @@ def read_changes(
         closing(ReplicationConnection(settings.require_dsn())) as stream,
         closing(pipeline),
     ):
-        stream.introduce()
+        stream.start_session()
         # A random name: processes in two containers may have the same id, and the copy of a killed
         # process may still exist.
         copy = f"flash_replay_{secrets.token_hex(8)}"
-        stream.copy_slot(source.replay_slot, copy)
+        slots.copy_temporary(stream, source.replay_slot, copy)
         # The replay slot may have moved on since it was checked; its copy does not move.
         _refuse_unless_retained(source, span.since)
         stream.start(
             copy,
-            publications.names(source.prefix),
+            publication_names(source.prefix),
             span.since if isinstance(span.since, Lsn) else Lsn(0),
             messages=len(of_tables(subscriptions)) < len(subscriptions),
         )

@@ -46,7 +46,7 @@ def find_held(
 
     Raises `PublishError` if handlers are paused and the broker cannot be asked.
     """
-    queues = pauses.parked(pauses.read(source), source.settings.source)
+    queues = pauses.hold_queues(pauses.read(source), source.settings.source)
     if not queues:
         return []
     depths = queue_depths(app, list(queues.values()))

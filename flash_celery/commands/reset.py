@@ -14,6 +14,8 @@ from ..postgres.connection import is_standby
 from ..postgres.source import Source
 from ..provisioning import advisory_lock, ddl, identities, publications, replay_slot
 from ..provisioning.ddl import Step
+from ..provisioning.plan import undo_steps
+from ..provisioning.record import forget_slot
 from .status import SlotStatus, size, slot_status
 
 #: How often a slot is dropped again, 0.1 s apart, that a worker keeps reacquiring.
@@ -81,7 +83,7 @@ def plan_reset(source: Source, slot: str) -> Plan:
     replay_status = None
     if slot == source.slot and replay_slot.ours(source):
         replay_status = slot_status(connection, source.replay_slot)
-    steps = ddl.forget(published, identities.restorable(connection, published))
+    steps = undo_steps(published, identities.restorable(connection, published))
     statements = "; ".join(map(str, steps))
     if is_standby(connection):
         note = f"leave what a standby cannot alter; on the primary run {statements}"
@@ -105,7 +107,7 @@ def run_reset(plan: Plan, force: bool, requeue: Callable[[], object] | None = No
             _refuse_if_in_use(connection, plan.slot.name)
         if plan.steps:
             # From here on a missing slot does not count as a loss.
-            ddl.forget_slot(source)
+            forget_slot(source)
         if plan.slot is not None:
             _drop_slot(connection, plan.slot.name, force)
         if plan.replay_slot is not None:

@@ -15,10 +15,11 @@ from psycopg.rows import dict_row
 from ..errors import PublishError
 from ..handlers.subscriptions import Subscription
 from ..messages.templates import Templates
-from ..postgres.slots import POSITION, Gap
+from ..postgres.gaps import Gap
+from ..postgres.slots import POSITION
 from ..postgres.source import Source
 from ..provisioning import pauses, publications, replay_slot
-from ..provisioning.publications import Record
+from ..provisioning.record import Record
 from ..publishing.backpressure import is_full
 from ..publishing.brokers.base import queue_depths
 from ..settings import Settings
@@ -233,7 +234,7 @@ def database_status(source: Source) -> DatabaseStatus:
                 resuming=handler in record.resuming,
                 queue=queue,
             )
-            for handler, queue in pauses.parked(record, source.settings.source).items()
+            for handler, queue in pauses.hold_queues(record, source.settings.source).items()
         ],
     )
 

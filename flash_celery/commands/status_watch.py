@@ -16,7 +16,7 @@ from rich.text import Text
 from ..errors import FlashError
 from ..escaping import escaped, one_line
 from ..handlers.subscriptions import Subscription
-from ..postgres.slots import Gap
+from ..postgres.gaps import Gap
 from ..postgres.source import Source
 from ..protocol.lsn import Lsn
 from . import status

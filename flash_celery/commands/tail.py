@@ -20,12 +20,12 @@ from ..changes.payload import Delivery, changes_of
 from ..changes.rows import UNCHANGED
 from ..errors import SubscriptionError
 from ..handlers.subscriptions import Subscription
-from ..postgres import catalog
+from ..postgres import catalog, slots
 from ..postgres.catalog import CatalogTable
 from ..postgres.connection import connect
 from ..postgres.stream import ReplicationConnection
 from ..provisioning.ddl import Step, apply
-from ..provisioning.publications import REWRITES
+from ..provisioning.requirements import REWRITES
 from ..table_name import TableName
 from ..worker.control import Control
 
@@ -64,7 +64,7 @@ def follow(
             apply(connection, steps)
             publications = _names(connection, name)
             with closing(ReplicationConnection(dsn)) as stream:
-                stream.create_temporary_slot(name)
+                slots.create_temporary(stream, name)
                 stream.start(name, publications)
                 ready()
                 _read(stream, connection, subscriptions, show, control)

@@ -185,7 +185,7 @@ def wait_for(
 
 def _position(connection: psycopg.Connection[Any], lsn: Lsn | str | None) -> Lsn:
     if lsn is None:
-        return Lsn.parse(slots.now(connection)[0])
+        return Lsn.parse(slots.position_and_time(connection)[0])
     try:
         return lsn if isinstance(lsn, Lsn) else Lsn.parse(lsn)
     except ValueError as error:

@@ -10,7 +10,7 @@ from ..errors import ConfigurationError, PublishError
 from ..handlers.subscriptions import Subscription
 from ..provisioning import pauses
 from ..provisioning.findings import OK, WARNING, Finding, stop
-from ..provisioning.publications import Record
+from ..provisioning.record import Record
 from ..publishing.brokers.base import queue_depths
 
 #: Seconds that workers have to answer.
@@ -74,7 +74,7 @@ def paused_findings(app: Any, record: Record, source: str) -> Iterator[Finding]:
         yield Finding(
             "paused", WARNING, f"nothing is read since {since}; resume with `flash resume`"
         )
-    hold_queues = pauses.parked(record, source)
+    hold_queues = pauses.hold_queues(record, source)
     for handler in hold_queues:
         if handler in record.paused:
             message = (
@@ -97,7 +97,7 @@ def abandoned_messages(
 
     The record of the pause is gone because the database was restored, or a standby promoted.
     """
-    recorded = pauses.parked(record, source)
+    recorded = pauses.hold_queues(record, source)
     handler_of = {
         pauses.queue_of(handler, source): handler for handler in handlers if handler not in recorded
     }

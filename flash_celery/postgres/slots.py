@@ -1,25 +1,31 @@
-"""The replication slot as the server describes it, and what is missing where it was lost."""
+"""Replication slots: create, copy, find and drop them.
+
+A slot is created over a replication connection, except by the owner of the publications, who does
+it in psql where flash_manage is off (`create_statement`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import psycopg
+from psycopg import sql
 
-from ..acknowledgement import Progress
-from ..errors import SlotLost, SlotMissing
+from ..protocol.lsn import Lsn
+from .stream import ReplicationConnection
 
 _SLOT = """
 SELECT plugin, database, temporary, wal_status, active_pid, confirmed_flush_lsn::text,
        {reason}, {failover}, {synced}
 FROM pg_replication_slots WHERE slot_name = %s
 """
-#: The reason of a slot that is not there.
-DROPPED = "dropped"
-#: The server's position: what it has written, or a standby applied.
+#: The server's position: what a primary has written, or what a standby has replayed.
 POSITION = """(CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()
                     ELSE pg_current_wal_insert_lsn() END)"""
+_FOREVER = float("inf")
 
 
 @dataclass(frozen=True)
@@ -30,19 +36,85 @@ class Slot:
     database: str | None
     temporary: bool
     wal_status: str | None
-    #: The process of the server that reads it for somebody.
+    #: The server process that sends from it; None if the slot has no reader.
     active_pid: int | None
     confirmed: str | None
-    #: Why it was invalidated; None if it was not.
+    #: Why PostgreSQL invalidated it; None if it did not.
     reason: str | None
     #: Whether standbys keep a copy (PostgreSQL 17 and later).
     failover: bool
-    #: Whether this is such a copy, which nobody may read before the standby is promoted.
+    #: Whether this is such a copy, which cannot be read before the standby is promoted.
     synced: bool
 
 
+def create(
+    stream: ReplicationConnection,
+    name: str,
+    failover: bool = False,
+    on_wait: Callable[[float], object] | None = None,
+) -> Lsn:
+    """Create the permanent replication slot at the server's present position, and return that.
+
+    With `failover` standbys keep a copy of it (PostgreSQL 17 and later). The server waits until the
+    open transactions have ended; a standby waits for a snapshot from its primary. In the meantime
+    `on_wait` is called about every 0.1 s with the seconds waited so far; it may raise to give up.
+    """
+    options = "NOEXPORT_SNAPSHOT"
+    if failover:
+        # FAILOVER needs the syntax with parentheses, which PostgreSQL 14 does not know.
+        options = "(SNAPSHOT 'nothing', FAILOVER)"
+    command = sql.SQL("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput {}")
+    try:
+        result = stream.execute(
+            command.format(sql.Identifier(name), sql.SQL(options)), _FOREVER, on_wait
+        )
+    except BaseException:
+        with suppress(psycopg.Error):
+            stream.cancel()
+        raise
+    return Lsn.parse((result.get_value(0, 1) or b"0/0").decode())
+
+
+def create_statement(name: str, failover: bool) -> sql.Composed:
+    """Return the SQL that creates the slot over an ordinary connection.
+
+    Source: PostgreSQL documentation, "Replication Management Functions". `failover` is since 17.
+    """
+    argument = ", failover => true" if failover else ""
+    statement = sql.SQL("SELECT pg_create_logical_replication_slot({}, 'pgoutput'{})")
+    return statement.format(sql.Literal(name), sql.SQL(argument))
+
+
+def create_temporary(stream: ReplicationConnection, name: str) -> None:
+    """Create a slot that ends with the connection."""
+    command = sql.SQL("CREATE_REPLICATION_SLOT {} TEMPORARY LOGICAL pgoutput NOEXPORT_SNAPSHOT")
+    stream.execute(command.format(sql.Identifier(name)), _FOREVER)
+
+
+def copy_temporary(stream: ReplicationConnection, name: str, copy: str) -> None:
+    """Copy a slot, even one that is being read, to a slot that ends with the connection."""
+    statement = sql.SQL("SELECT pg_copy_logical_replication_slot({}, {}, true)")
+    stream.execute(statement.format(sql.Literal(name), sql.Literal(copy)), _FOREVER)
+
+
+def copy_permanent(connection: psycopg.Connection[Any], name: str, copy: str) -> None:
+    """Copy a slot, even one that is being read. Raises `psycopg.Error`."""
+    statement = "SELECT pg_copy_logical_replication_slot(%s, %s, false)"
+    connection.execute(statement, [name, copy])
+
+
+def enable_failover(stream: ReplicationConnection, name: str) -> None:
+    """Have standbys keep a copy of an existing slot (PostgreSQL 17 and later)."""
+    stream.execute(failover_command(name))
+
+
+def failover_command(name: str) -> sql.Composed:
+    """Return the command of `enable_failover`, for a person to run."""
+    return sql.SQL("ALTER_REPLICATION_SLOT {} (FAILOVER true)").format(sql.Identifier(name))
+
+
 def find(connection: psycopg.Connection[Any], name: str) -> Slot | None:
-    """The slot of this name, whoever it belongs to."""
+    """Return the slot with this name, whether we created it or not."""
     version = connection.info.server_version
     reason = "NULL"
     if version >= 160000:
@@ -58,8 +130,8 @@ def find(connection: psycopg.Connection[Any], name: str) -> Slot | None:
     return Slot(*row) if row else None
 
 
-def holder(connection: psycopg.Connection[Any], name: str) -> str:
-    """Who reads the slot, for a log line."""
+def reader(connection: psycopg.Connection[Any], name: str) -> str:
+    """Describe the process that reads the slot, as the end of a log line."""
     row = connection.execute(
         "SELECT application_name, coalesce(host(client_addr), 'a local socket') "
         "FROM pg_stat_replication JOIN pg_replication_slots ON active_pid = pid "
@@ -70,75 +142,16 @@ def holder(connection: psycopg.Connection[Any], name: str) -> str:
 
 
 def drop(connection: psycopg.Connection[Any], name: str) -> None:
-    """Drop a slot that nobody reads."""
+    """Drop a slot that has no reader; do nothing if it does not exist."""
     connection.execute(
         "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = %s",
         [name],
     )
 
 
-def now(connection: psycopg.Connection[Any]) -> tuple[str, str]:
-    """The server's position and clock."""
+def position_and_time(connection: psycopg.Connection[Any]) -> tuple[str, str]:
+    """Return the server's position and the time of its clock, to the second."""
     query = f"SELECT {POSITION}::text, date_trunc('second', clock_timestamp())::text"
     row = connection.execute(query.encode()).fetchone()
     assert row is not None
     return row[0], row[1]
-
-
-@dataclass(frozen=True)
-class Gap:
-    """Changes that nobody has read and nobody will, for their slot was lost or dropped.
-
-    Positions and times are texts of PostgreSQL's; None where nobody knows.
-    """
-
-    slot: str
-    #: `DROPPED`, or PostgreSQL's reason: `wal_removed`, `rows_removed`, `idle_timeout` …
-    reason: str
-    #: Everything up to here was handled, and everything committed before this time.
-    since: str | None = None
-    since_time: str | None = None
-    #: What comes after this is read again; None as long as there is no new slot.
-    until: str | None = None
-    until_time: str | None = None
-
-    def to_json(self) -> dict[str, str | None]:
-        """As it is recorded."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        since = _place(self.since, self.since_time)
-        until = _place(self.until, self.until_time) if self.until else "now"
-        return f"changes from {since} to {until} are missing ({self.slot}: {self.reason})"
-
-
-def _place(position: str | None, time: str | None) -> str:
-    if position is None:
-        return f"an unknown position ({time})" if time else "an unknown position"
-    return f"{position} ({time or 'at an unknown time'})"
-
-
-def missed(name: str, slot: Slot | None, progress: Progress) -> Gap:
-    """What is missing of a slot that was invalidated, or dropped if it is None. `progress` is how
-    far this process has read it, where it has."""
-    known, time = progress.confirmed, progress.confirmed_at
-    position = (slot and slot.confirmed) or (str(known) if known else None)
-    since = time.isoformat(" ", "seconds") if time else None
-    return Gap(name, (slot and slot.reason) or DROPPED, position, since)
-
-
-def until_now(connection: psycopg.Connection[Any], gap: Gap) -> Gap:
-    """The gap as it would be if it ended here."""
-    until, time = now(connection)
-    return replace(gap, until=until, until_time=time)
-
-
-def lost(connection: psycopg.Connection[Any], gap: Gap) -> SlotLost | SlotMissing:
-    """The error that says so."""
-    gone = gap.reason == DROPPED
-    what = "existed and is gone" if gone else "was invalidated"
-    return (SlotMissing if gone else SlotLost)(
-        f"The slot {gap.slot} {what}: {until_now(connection, gap)}; run "
-        "`flash reset` to start anew at the present, and rebuild what depends on them "
-        "(flash_on_lost_slot = 'recreate' starts anew by itself)."
-    )

@@ -1,4 +1,4 @@
-"""A source: one database, and the names of our slot and publications in it."""
+"""A source: one database, and the names of our slots and publications in it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,22 @@ from typing import Any
 
 import psycopg
 
+from ..changes.operations import Operation
 from ..settings import Settings
 from .connection import connect
+
+#: The operations. Each has a publication of its own.
+OPERATIONS = (Operation.INSERT, Operation.UPDATE, Operation.DELETE, Operation.TRUNCATE)
+
+
+def publication_name(prefix: str, operation: Operation) -> str:
+    """Return the name of the publication of one operation."""
+    return f"{prefix}_{operation.names()[0]}"
+
+
+def publication_names(prefix: str) -> list[str]:
+    """Return the names of all four publications."""
+    return [publication_name(prefix, operation) for operation in OPERATIONS]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What an examination has found: each thing that was looked at, and how it stands."""
+"""Findings: the results of checks, which `flash doctor` prints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ OK, WARNING, STOP = "ok", "warning", "stop"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     subject: str
     level: str
@@ -20,5 +20,5 @@ class Finding:
 
 
 def stop(subject: str, error: FlashError) -> Finding:
-    """What stops `replicate`, which raises the error."""
+    """Return a finding that keeps `flash replicate` from starting, and the error it raises."""
     return Finding(subject, STOP, str(error), error)

@@ -1,4 +1,4 @@
-"""Replica identities: which are too small for the handlers, and which may be given back."""
+"""Replica identities: which are too small for the handlers, and which can be restored."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import psycopg
 from ..errors import ReplicaIdentityMissing
 from ..postgres import catalog
 from ..postgres.catalog import CatalogTable
-from ..postgres.source import Source
+from ..postgres.source import Source, publication_names
 from ..settings import Settings
-from . import publications
-from .publications import Found, Wanted
+from .publications import ExistingPublications, foreign_column_list
+from .requirements import REWRITES, RequiredTables
 from .table_checks import quoted
 
 
-def check(source: Source, goal: Wanted) -> str:
-    """What will be done about them, in words.
+def check(source: Source, required: RequiredTables) -> str:
+    """Return in words how the identities will change.
 
-    Raises `ReplicaIdentityMissing` where one has to be FULL that cannot be, or may not.
+    Raises `ReplicaIdentityMissing` if one must be FULL that cannot be, or may not be altered.
     """
     keep = source.settings.flash_replica_identity == "keep"
-    for table in goal.full.values():
-        lists = publications.lists_columns_of(source, table)
-        if lists is not None and table.identity != "f":
+    for table in required.full.values():
+        publication = foreign_column_list(source, table)
+        if publication is not None and table.identity != "f":
             raise ReplicaIdentityMissing(
                 f"{table.name} needs REPLICA IDENTITY FULL, and PostgreSQL would refuse its "
-                f"UPDATE and DELETE because the publication {lists} lists columns of it; take "
-                "that list away (of another slot of flash-celery: flash_push_down = False)."
+                f"UPDATE and DELETE because the publication {publication} lists columns of it; "
+                "remove that list (of another slot of flash-celery: flash_push_down = False)."
             )
-        virtual = _virtual(table)
+        virtual = _virtual_columns(table)
         if virtual:
             raise ReplicaIdentityMissing(
                 f"{table.name} needs REPLICA IDENTITY FULL, and PostgreSQL would refuse its "
@@ -43,62 +43,78 @@ def check(source: Source, goal: Wanted) -> str:
                 f"{table.name} needs its old values in the WAL, and flash_replica_identity is "
                 f"'keep': ALTER TABLE {quoted(table)} REPLICA IDENTITY FULL;"
             )
-    changing = sorted(str(t.name) for t in goal.full.values() if t.identity != "f")
-    return f"FULL will be set on {', '.join(changing)}" if changing else "sufficient"
+    names = sorted(str(table.name) for table in required.full.values() if table.identity != "f")
+    return f"FULL will be set on {', '.join(names)}" if names else "sufficient"
 
 
-def refused(connection: psycopg.Connection[Any], found: Found) -> dict[int, CatalogTable]:
-    """The tables, by OID, whose FULL identity is ours and makes PostgreSQL refuse writes."""
-    tables = restorable(connection, found)
-    return {oid: table for oid, table in tables.items() if _virtual(table)}
+def refused(
+    connection: psycopg.Connection[Any], existing: ExistingPublications
+) -> dict[int, CatalogTable]:
+    """Return the tables, by OID, whose FULL identity we set and PostgreSQL now refuses.
+
+    A virtual column was added: PostgreSQL refuses their UPDATE and DELETE.
+    """
+    tables = restorable(connection, existing)
+    return {oid: table for oid, table in tables.items() if _virtual_columns(table)}
 
 
-def lacking(settings: Settings, found: Found, goal: Wanted) -> dict[int, CatalogTable]:
-    """The tables, by OID, whose UPDATE and DELETE PostgreSQL refuses, for want of an identity."""
+def missing(
+    settings: Settings, existing: ExistingPublications, required: RequiredTables
+) -> dict[int, CatalogTable]:
+    """Return the tables, by OID, that are published and have no identity.
+
+    PostgreSQL refuses their UPDATE and DELETE.
+    """
     rewritten = {
         name
-        for operation in publications.OPERATIONS
-        if operation & publications.REWRITES and operation in found.publications
-        for name in found.publications[operation].tables.values()
+        for operation, publication in existing.by_operation.items()
+        if operation & REWRITES
+        for name in publication.tables.values()
     }
     return {
         oid: table
-        for oid, table in goal.full.items()
+        for oid, table in required.full.items()
         if settings.flash_replica_identity != "keep"
-        and not (table.identity_columns or _virtual(table))
+        and not (table.identity_columns or _virtual_columns(table))
         and rewritten & {table.name, *table.ancestors}
     }
 
 
-def _virtual(table: CatalogTable) -> list[str]:
-    """Its virtual columns, which no replica identity may hold."""
+def restorable(
+    connection: psycopg.Connection[Any], existing: ExistingPublications
+) -> dict[int, CatalogTable]:
+    """Return the tables, by OID, whose identity we set and may restore.
+
+    Not a table whose identity was altered since, nor one in another publication of updates or
+    deletes, which needs the identity.
+    """
+    if existing.record is None:
+        return {}
+    ours = publication_names(existing.prefix)
+    tables = {}
+    for oid, (_, *index) in existing.record.identities.items():
+        table = catalog.describe(connection, int(oid))
+        if table is None or table.identity != "f" or not _has_index(connection, table, index):
+            continue
+        if not catalog.published(connection, table.oid, ours):
+            tables[table.oid] = table
+    return tables
+
+
+def _virtual_columns(table: CatalogTable) -> list[str]:
+    """Return the columns that no replica identity may contain."""
     return [column.name for column in table.columns.values() if column.generated == "v"]
 
 
-def restorable(connection: psycopg.Connection[Any], found: Found) -> dict[int, CatalogTable]:
-    """The tables whose identity we set and may set back, by OID.
-
-    Not those that somebody has altered since, nor those another publication of updates or deletes
-    lists, whose writes would fail.
-    """
-    if found.record is None:
-        return {}
-    usable = {}
-    for text, (_, *index) in found.record.identities.items():
-        table = catalog.describe(connection, int(text))
-        if table is None or table.identity != "f" or not _has(connection, table, index):
-            continue
-        if not catalog.published(connection, table.oid, publications.names(found.prefix)):
-            usable[table.oid] = table
-    return usable
-
-
-def _has(connection: psycopg.Connection[Any], table: CatalogTable, index: Sequence[str]) -> bool:
+def _has_index(
+    connection: psycopg.Connection[Any], table: CatalogTable, index: Sequence[str]
+) -> bool:
+    """Whether the table has this index; an empty list stands for none, which it has."""
     if not index:
         return True
-    found = connection.execute(
+    row = connection.execute(
         "SELECT 1 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid "
         "WHERE i.indrelid = %s AND c.relname = %s",
         [table.oid, index[0]],
     ).fetchone()
-    return found is not None
+    return row is not None

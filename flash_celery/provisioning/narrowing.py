@@ -1,7 +1,7 @@
-"""What PostgreSQL can leave out before it sends: rows and columns that no subscription wants.
+"""Rows and columns that PostgreSQL can leave out because no subscription needs them.
 
-Only for single tables: the rows of a partitioned one are published by its leaves, with their own
-filters. Source: PostgreSQL documentation, chapters "Row Filters" and "Column Lists".
+Only for tables that are not partitioned: rows of a partitioned table are published by its leaves,
+with filters of their own. Source: PostgreSQL documentation, "Row Filters" and "Column Lists".
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from ..changes.change import Operation
+from ..changes.operations import Operation
 from ..conditions.row_filter import either, row_filter
 from ..handlers.subscriptions import Subscription
 from ..postgres import catalog, column_types
@@ -23,30 +23,34 @@ from ..table_name import TableName
 
 #: The first version with row filters and column lists.
 SINCE = 150000
-_ROWS = (Operation.INSERT, Operation.UPDATE, Operation.DELETE)
+_ROW_OPERATIONS = (Operation.INSERT, Operation.UPDATE, Operation.DELETE)
 _REWRITES = Operation.UPDATE | Operation.DELETE
-# A row filter may not name others.
-_BUILT_IN = """
+# The columns that a row filter may name.
+_FILTERABLE = """
 SELECT attname FROM pg_attribute WHERE attrelid = %s AND attnum > 0 AND NOT attisdropped
 AND atttypid < 16384 AND attcollation < 16384 AND attgenerated = ''
 """
 
+#: Whether a table of a publication has a row filter, and the names in its column list.
+Shape = tuple[bool, "frozenset[str] | None"]
+
 
 @dataclass(frozen=True)
 class Narrowing:
-    """What is sent of one table."""
+    """The column list and the row filters of one table."""
 
-    #: None: every column.
+    #: None for every column.
     columns: tuple[str, ...] | None = None
     #: The row filter of each operation that has one.
     filters: dict[Operation, sql.Composable] = field(default_factory=dict)
-    #: What is left to the replication worker, and why.
+    #: What the replication worker must filter instead, and why.
     left: tuple[str, ...] = ()
-    #: The numbers of the columns it may name: PostgreSQL goes by them when one is renamed.
+    #: The attribute numbers of the columns that clauses may name. PostgreSQL stores these, so they
+    #: show that a column was renamed.
     numbers: tuple[tuple[str, int], ...] = ()
 
     def clause(self, operation: Operation) -> sql.Composable:
-        """What follows the table's name in its publication of this operation."""
+        """Return the SQL that follows the name of the table in the publication of an operation."""
         parts: list[sql.Composable] = []
         if self.columns is not None:
             names = sql.SQL(", ").join(map(sql.Identifier, self.columns))
@@ -55,6 +59,11 @@ class Narrowing:
             parts.append(sql.SQL(" WHERE ({})").format(self.filters[operation]))
         return sql.Composed(parts)
 
+    def shape(self, operation: Operation) -> Shape:
+        """Return the shape of the clause."""
+        columns = self.columns
+        return operation in self.filters, None if columns is None else frozenset(columns)
+
 
 def narrowings(
     connection: psycopg.Connection[Any],
@@ -62,30 +71,33 @@ def narrowings(
     subscriptions: Sequence[Subscription],
     full: Collection[int],
 ) -> dict[int, Narrowing]:
-    """The narrowing of each table, by its OID: the union of what its subscriptions want.
+    """Return the narrowing of each table, by OID: the union of what its subscriptions need.
 
-    `full` are the tables whose replica identity is, or will be, FULL.
+    `full` are the tables (OIDs) whose replica identity is, or will be, FULL.
     """
-    partitioned = [_columns_of(one) for one in tables.values() if one.kind == catalog.PARTITIONED]
-    found = {}
+    partitioned = [
+        _columns_of(table) for table in tables.values() if table.kind == catalog.PARTITIONED
+    ]
+    result = {}
     for table in tables.values():
-        of_it = [one for one in subscriptions if tables[one.table] is table]
+        reason = ""
         if connection.info.server_version < SINCE:
-            found[table.oid] = Narrowing(left=("everything: PostgreSQL filters from 15 on",))
+            reason = "PostgreSQL filters from 15 on"
         elif table.kind == catalog.PARTITIONED or table.ancestors:
-            reason = "everything: the leaves of a partitioned table filter for nobody"
-            found[table.oid] = Narrowing(left=(reason,))
+            reason = "PostgreSQL does not apply the filters of a partitioned table to its leaves"
         elif _columns_of(table) in partitioned:
-            # What is narrowed of it would be missing for the handlers of the partitioned one.
-            reason = "everything: it may be attached to a partitioned table that is handled"
-            found[table.oid] = Narrowing(left=(reason,))
-        else:
-            found[table.oid] = _narrow(connection, table, of_it, table.oid in full)
-    return found
+            # Rows that are filtered out would be missing for handlers of the partitioned table.
+            reason = "it may be attached to a partitioned table that is handled"
+        if reason:
+            result[table.oid] = Narrowing(left=(f"everything: {reason}",))
+            continue
+        on_table = [each for each in subscriptions if tables[each.table] is table]
+        result[table.oid] = _narrow(connection, table, on_table, table.oid in full)
+    return result
 
 
 def _columns_of(table: CatalogTable) -> set[tuple[str, int]]:
-    """What must be the same for a table to become a partition."""
+    """Return what must be the same for a table to become a partition of another."""
     return {(column.name, column.type_oid) for column in table.columns.values()}
 
 
@@ -95,15 +107,15 @@ def _narrow(
     subscriptions: Sequence[Subscription],
     full: bool,
 ) -> Narrowing:
-    columns, why = _columns(table, subscriptions, full)
+    columns, why_all = _columns(table, subscriptions, full)
     filters: dict[Operation, sql.Composable] = {}
-    left = [f"columns: {why}"] if why else []
-    for operation in _ROWS:
+    left = [f"columns: {why_all}"] if why_all else []
+    for operation in _ROW_OPERATIONS:
         filter_, reasons = _filter(connection, table, subscriptions, operation)
         if filter_ is not None:
             filters[operation] = filter_
         left += [f"{operation.names()[0]}: {reason}" for reason in reasons]
-    named = {*(columns or ())}.union(*(one.columns for one in subscriptions))
+    named = {*(columns or ())}.union(*(each.columns for each in subscriptions))
     numbers = tuple((name, table.columns[name].number) for name in sorted(named))
     return Narrowing(columns, filters, tuple(left), numbers)
 
@@ -114,36 +126,36 @@ def _filter(
     all_subscriptions: Sequence[Subscription],
     operation: Operation,
 ) -> tuple[sql.Composable | None, list[str]]:
-    """What lets through the rows that one of them wants; and what it lets through beyond."""
-    subscriptions = [one for one in all_subscriptions if operation in one.captured]
-    every = [one.handler for one in subscriptions if one.where is None]
-    if len(every) == len(subscriptions):
+    """Return the row filter of an operation, and why it lets more rows through than needed."""
+    subscriptions = [each for each in all_subscriptions if operation in each.captured]
+    unconditional = [each.handler for each in subscriptions if each.where is None]
+    if len(unconditional) == len(subscriptions):
         return None, []
-    if every:
-        return None, [f"{every[0]} wants every row"]
+    if unconditional:
+        return None, [f"{unconditional[0]} wants every row"]
     if operation is Operation.UPDATE:
-        # Of an UPDATE into or out of its filter PostgreSQL makes an INSERT or a DELETE.
-        others = [one.handler for one in all_subscriptions if _told_no_updates(one)]
+        # PostgreSQL sends an UPDATE into or out of its filter as an INSERT or a DELETE.
+        others = [each.handler for each in all_subscriptions if _takes_no_updates(each)]
         if others:
-            return None, [f"{others[0]} must not take an UPDATE for an INSERT or a DELETE"]
-    built_in = {name for (name,) in connection.execute(_BUILT_IN.encode(), [table.oid])}
+            return None, [f"{others[0]} must not receive an UPDATE as an INSERT or a DELETE"]
+    filterable = {name for (name,) in connection.execute(_FILTERABLE.encode(), [table.oid])}
     expressions, reasons = [], []
     for subscription in subscriptions:
         assert subscription.where is not None
         types = {
             name: column_types.compared(connection, table.oid, name, table.columns[name].type_oid)
-            for name in subscription.where.columns & built_in
+            for name in subscription.where.columns & filterable
         }
         canonical = partial(column_types.canonical, connection)
-        found = row_filter(subscription.where, types, canonical)
-        reasons += [f"{subscription.handler}: {reason}" for reason in found.left]
-        if found.expression is None:
+        translated = row_filter(subscription.where, types, canonical)
+        reasons += [f"{subscription.handler}: {reason}" for reason in translated.left]
+        if translated.expression is None:
             return None, reasons
-        expressions.append(found.expression)
+        expressions.append(translated.expression)
     return either(expressions), reasons
 
 
-def _told_no_updates(subscription: Subscription) -> bool:
+def _takes_no_updates(subscription: Subscription) -> bool:
     captured = subscription.captured
     return bool(captured & ~Operation.TRUNCATE) and Operation.UPDATE not in captured
 
@@ -151,21 +163,21 @@ def _told_no_updates(subscription: Subscription) -> bool:
 def _columns(
     table: CatalogTable, subscriptions: Sequence[Subscription], full: bool
 ) -> tuple[tuple[str, ...] | None, str]:
-    """The columns that one of them needs, or why all are sent."""
-    rows = [one for one in subscriptions if one.captured & ~Operation.TRUNCATE]
-    every = [one.handler for one in rows if one.fields is None]
-    if not rows or len(every) == len(rows):
+    """Return the columns that the subscriptions need, or None and why all are sent."""
+    on_rows = [each for each in subscriptions if each.captured & ~Operation.TRUNCATE]
+    unlimited = [each.handler for each in on_rows if each.fields is None]
+    if not on_rows or len(unlimited) == len(on_rows):
         return None, ""
-    if every:
-        return None, f"{every[0]} wants every column"
-    rewrites = any(one.captured & _REWRITES for one in rows)
+    if unlimited:
+        return None, f"{unlimited[0]} wants every column"
+    rewrites = any(each.captured & _REWRITES for each in on_rows)
     if rewrites and (full or table.identity == "f"):
         return None, "under REPLICA IDENTITY FULL all are sent"
     key = table.primary_key or table.index_key
     if not key:
         return None, "it has no key, so all of them are"
-    wanted = {*key, *table.identity_columns} if table.identity != "f" else {*key}
-    wanted = wanted.union(*(one.columns for one in rows))
-    if wanted >= table.columns.keys():
+    needed = {*key, *table.identity_columns} if table.identity != "f" else {*key}
+    needed = needed.union(*(each.columns for each in on_rows))
+    if needed >= table.columns.keys():
         return None, ""
-    return tuple(name for name in table.columns if name in wanted), ""
+    return tuple(name for name in table.columns if name in needed), ""

@@ -1,5 +1,6 @@
-"""What is paused. It is noted where the other state is kept, so that it outlives every process; the
-replication worker looks there once a second.
+"""Pauses: which handlers are paused, kept in the record so that a pause outlives every process.
+
+A running replication worker reads the record about once a second.
 """
 
 from __future__ import annotations
@@ -14,179 +15,203 @@ from ..errors import CatalogError, ConfigurationError
 from ..handlers.subscriptions import Subscription
 from ..postgres.connection import is_standby
 from ..postgres.source import Source
-from . import advisory_lock, ddl, publications
-from .publications import Record
+from . import advisory_lock, ddl
+from .record import Record, read_record, record_hash, record_step
 
-#: Stands for the whole source among the handlers.
+#: Stands for the whole source among the names of handlers.
 SOURCE = ""
-#: What AMQP takes for the name of a queue, without the rest of it but the source.
+#: Bytes of a handler's name and a source's name that leave room in AMQP's 255 for a queue's name.
 _LONGEST_NAME = 200
-_PREFIX = "flash.paused."
+_QUEUE_PREFIX = "flash.paused."
 
 
-def queue_of(handler: str, source: str = "") -> str:
-    """The name of the queue where a handler's changes wait."""
-    return f"{_PREFIX}{source}:{handler}" if source else f"{_PREFIX}{handler}"
+def queue_of(handler: str, source_name: str = "") -> str:
+    """Return the name of the hold queue of a handler."""
+    return f"{_QUEUE_PREFIX}{source_name}:{handler}" if source_name else _QUEUE_PREFIX + handler
 
 
-def named(names: Iterable[str], known: Iterable[str]) -> list[str]:
-    """The handlers that are meant by their names, or the last parts of them.
+def named(names: Iterable[str], handlers: Iterable[str]) -> list[str]:
+    """Return the handlers that have these names, or whose names end in these after a dot.
 
-    Raises `ConfigurationError` for one that is not known, or may be several.
+    Raises `ConfigurationError` for a name that fits no handler or several.
     """
-    known = sorted(set(known))
+    handlers = sorted(set(handlers))
     found = []
     for name in names:
-        meant = [one for one in known if one == name] or [
-            one for one in known if one.rpartition(".")[2] == name
+        matching = [handler for handler in handlers if handler == name] or [
+            handler for handler in handlers if handler.rpartition(".")[2] == name
         ]
-        if not meant:
-            there = f"there are {', '.join(known)}" if known else "there is none"
-            raise ConfigurationError(f"There is no handler {name}; {there}.")
-        if len(meant) > 1:
-            raise ConfigurationError(f"{name} may be any of {', '.join(meant)}; give all of it.")
-        found.append(meant[0])
+        if not matching:
+            known = f"there are {', '.join(handlers)}" if handlers else "there is none"
+            raise ConfigurationError(f"There is no handler {name}; {known}.")
+        if len(matching) > 1:
+            raise ConfigurationError(
+                f"{name} may be any of {', '.join(matching)}; give its full name."
+            )
+        found.append(matching[0])
     return list(dict.fromkeys(found))
 
 
 def handlers(subscriptions: Iterable[Subscription]) -> list[str]:
-    """The names of the handlers."""
-    return sorted({one.handler for one in subscriptions})
+    """Return the names of the handlers."""
+    return sorted({subscription.handler for subscription in subscriptions})
 
 
-def refuse_strangers(
-    wanted: Iterable[str],
-    known: Iterable[str],
-    source: str,
+def removed_handlers(
+    names: Iterable[str],
+    handlers: Iterable[str],
+    source_name: str,
     depths: Callable[[list[str]], Mapping[str, int | None]],
 ) -> list[str]:
-    """Those that are handlers no more. Raises `ConfigurationError` where anything is parked for
-    one: a worker would throw it away."""
-    gone = sorted(set(wanted) - {*known, SOURCE})
-    parked = depths([queue_of(one, source) for one in gone]) if gone else {}
-    for one in gone:
-        if parked[queue_of(one, source)]:
+    """Return the names that no longer belong to a handler.
+
+    `depths` returns the lengths of queues. Raises `ConfigurationError` if such a name has held
+    messages: a Celery worker would discard them.
+    """
+    removed = sorted(set(names) - {*handlers, SOURCE})
+    held = depths([queue_of(name, source_name) for name in removed]) if removed else {}
+    for name in removed:
+        queue = queue_of(name, source_name)
+        if held[queue]:
             raise ConfigurationError(
-                f"{one} is no handler of this app any more, so a worker would throw away what is "
-                f"parked for it; declare it again, or delete the queue {queue_of(one, source)} on "
-                f"the broker and run `flash resume {one}`."
+                f"{name} is no longer a handler of this app, so a worker would discard the "
+                f"messages held for it; declare it again, or delete the queue {queue} on the "
+                f"broker and run `flash resume {name}`."
             )
-    return gone
+    return removed
 
 
 def read(source: Source) -> Record:
-    """What is noted."""
-    return publications.read(source).record or Record()
+    """Return the record, which is empty if nothing is recorded yet."""
+    return read_record(source) or Record()
 
 
-def lines(
-    before: Mapping[str, str], now: Mapping[str, str], handlers: Sequence[str], source: str
+def changes(
+    before: Mapping[str, str], now: Mapping[str, str], handlers: Sequence[str], source_name: str
 ) -> list[str]:
-    """What a replication worker says when something else is paused than before."""
-    said = []
-    for one in now.keys() - before.keys():
-        where = queue_of(one, source)
-        if one == SOURCE:
-            said.append(
-                f"Paused since {now[one]}: nothing is read, and what is written meanwhile stays in "
-                "the WAL, until `flash resume`"
+    """Return the log messages for what was paused before and what is paused now."""
+    lines = []
+    for name in now.keys() - before.keys():
+        queue = queue_of(name, source_name)
+        if name == SOURCE:
+            lines.append(
+                f"Paused since {now[name]}: nothing is read, and changes stay in the WAL, until "
+                "`flash resume`"
             )
-        elif one in handlers:
-            said.append(f"{one} is paused since {now[one]}; its changes wait in the queue {where}")
+        elif name in handlers:
+            lines.append(
+                f"{name} is paused since {now[name]}; its changes wait in the queue {queue}"
+            )
         else:
-            said.append(
-                f"{one} is no handler any more; what was parked for it stays in the queue {where}"
+            lines.append(
+                f"{name} is no longer a handler; its held messages stay in the queue {queue}"
             )
-    said += [f"{one or 'Reading'} goes on" for one in before.keys() - now.keys()]
-    return sorted(said)
+    lines += [f"{name or 'Reading'} goes on" for name in before.keys() - now.keys()]
+    return sorted(lines)
 
 
-def parked(record: Record, source: str) -> dict[str, str]:
-    """The queues that may hold parked messages, by handler."""
+def hold_queues(record: Record, source_name: str) -> dict[str, str]:
+    """Return the names of the queues that may hold messages, by handler."""
     return {
-        one: queue_of(one, source) for one in (*record.paused, *record.resuming) if one != SOURCE
+        name: queue_of(name, source_name)
+        for name in (*record.paused, *record.resuming)
+        if name != SOURCE
     }
 
 
-def pause(source: Source, wanted: Sequence[str]) -> dict[str, str]:
-    """Note that these are paused; since when each of them is. Raises `CatalogError`."""
-    most = _LONGEST_NAME - len(source.settings.source.encode())
-    for handler in wanted:
-        if len(handler.encode()) > most:
+def pause(source: Source, names: Sequence[str]) -> dict[str, str]:
+    """Record that these are paused; return since when each of them is.
+
+    Raises `ConfigurationError` for a name that is too long, `CatalogError` if the record cannot be
+    written.
+    """
+    longest = _LONGEST_NAME - len(source.settings.source.encode())
+    for handler in names:
+        if len(handler.encode()) > longest:
             raise ConfigurationError(
                 f"The name {handler} is too long for a queue of its own; give the task a name= of "
-                f"{most} bytes at most."
+                f"{longest} bytes at most."
             )
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
 
     def change(record: Record) -> Record:
         return replace(
             record,
-            paused=dict.fromkeys(wanted, now) | record.paused,
-            resuming={one: since for one, since in record.resuming.items() if one not in wanted},
+            paused=dict.fromkeys(names, now) | record.paused,
+            resuming={name: since for name, since in record.resuming.items() if name not in names},
         )
 
-    record = _note(source, change)
-    return {one: record.paused[one] for one in wanted}
+    record = _update(source, change)
+    return {name: record.paused[name] for name in names}
 
 
-def resume(
-    source: Source,
-    wanted: Sequence[str],
-    gone: Collection[str] = (),
-) -> list[str]:
-    """Note that these go on, and nothing more of those that are `gone`; those of them that were
-    paused. Raises `CatalogError`."""
+def resume(source: Source, names: Sequence[str], removed: Collection[str] = ()) -> list[str]:
+    """Record that these are paused no more; return those of them that were.
+
+    Nothing stays recorded of the names in `removed`. Raises `CatalogError` if the record cannot be
+    written.
+    """
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    were: list[str] = []
+    were_paused: list[str] = []
 
     def change(record: Record) -> Record:
-        were[:] = [one for one in wanted if one in record.paused]
-        resuming = {**record.resuming, **{one: now for one in were if one != SOURCE}}
+        were_paused[:] = [name for name in names if name in record.paused]
+        handlers = {name: now for name in were_paused if name != SOURCE}
         return replace(
             record,
-            paused={one: since for one, since in record.paused.items() if one not in were},
-            resuming={one: since for one, since in resuming.items() if one not in gone},
+            paused={
+                name: since for name, since in record.paused.items() if name not in were_paused
+            },
+            resuming={
+                name: since
+                for name, since in {**record.resuming, **handlers}.items()
+                if name not in removed
+            },
         )
 
-    _note(source, change)
-    return were
+    _update(source, change)
+    return were_paused
 
 
-def resumed(source: Source, handlers: Sequence[str], noted: str) -> str:
-    """Note that what was parked for these has gone back, unless `noted` is no longer what is noted;
-    what is noted then, as far as the caller knows. Raises `CatalogError`."""
+def requeued(source: Source, handlers: Sequence[str], expected_hash: str) -> str:
+    """Record that the held messages of these handlers are back in their queues.
+
+    Do nothing if the record's hash is not `expected_hash`, because another process has changed it.
+    Return the hash of the last record that the caller knows. Raises `CatalogError` if the record
+    cannot be written.
+    """
     with advisory_lock.held(source):
-        record = publications.read(source).record
-        if record is None or publications.noted(source) != noted:
-            return noted
-        left = {one: since for one, since in record.resuming.items() if one not in handlers}
-        _keep(source, ddl.note(source.prefix, replace(record, resuming=left)))
-        return publications.noted(source)
+        record = read_record(source)
+        if record is None or record_hash(source) != expected_hash:
+            return expected_hash
+        resuming = {name: since for name, since in record.resuming.items() if name not in handlers}
+        _write(source, replace(record, resuming=resuming))
+        return record_hash(source)
 
 
-def _note(source: Source, change: Callable[[Record], Record]) -> Record:
+def _update(source: Source, change: Callable[[Record], Record]) -> Record:
     with advisory_lock.held(source):
-        record = publications.read(source).record
+        record = read_record(source)
         if record is None:
             raise CatalogError(
-                f"Nothing is noted of the publications {source.prefix}_… yet, so nothing can be "
-                "paused; start `flash replicate` first."
+                f"Nothing is recorded for the publications {source.prefix}_… yet, so nothing can "
+                "be paused; start `flash replicate` first."
             )
         changed = change(record)
         if changed != record:
-            _keep(source, ddl.note(source.prefix, changed))
+            _write(source, changed)
     return changed
 
 
-def _keep(source: Source, step: ddl.Step) -> None:
+def _write(source: Source, record: Record) -> None:
+    step = record_step(source.prefix, record)
     if is_standby(source.connection):
-        raise CatalogError(f"A standby can note nothing; on the primary run {step};")
+        raise CatalogError(f"A standby cannot be written; on the primary run {step};")
     try:
         ddl.apply(source.connection, [step])
     except CatalogError as error:
         if isinstance(error.__cause__, postgres.InsufficientPrivilege):
             raise CatalogError(
-                f"The publications are another role's, who must run {step};"
+                f"The publications belong to another role, which must run {step};"
             ) from error
         raise

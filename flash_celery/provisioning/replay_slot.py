@@ -1,7 +1,7 @@
-"""A second slot that stays behind the first, so that what was read can be read again.
+"""The replay slot: a second slot that trails the first, for `flash replay` to read again.
 
-A confirmed position cannot go back, but a slot that is behind can be copied (`flash replay`). How
-far back it goes is noted in the comment of the publication of truncates.
+A confirmed position cannot go back, but a slot that is behind can be copied. The comment on the
+publication of truncates records from which position on the replay slot holds everything.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 import psycopg
-from psycopg import sql
 
-from ..changes.change import Operation
+from ..changes.operations import Operation
 from ..errors import ConfigurationError, FlashError
 from ..escaping import one_line
 from ..postgres import slots
@@ -27,20 +26,21 @@ from ..postgres.source import Source, connected
 from ..protocol.lsn import Lsn
 from ..settings import Settings
 from . import ddl
-from .ddl import Step
 from .findings import OK, WARNING, Finding
-from .publications import name_of
+from .record import comment, comment_step
 
 logger = logging.getLogger(__name__)
 
-#: The slot is moved each of so many parts of the window, within these seconds.
-_PARTS, _SHORTEST, _LONGEST = 20, 1.0, 60.0
-#: Noted while the slot is being made.
+#: The slot advances in steps of a twentieth of the window, every 1 to 60 seconds.
+_STEPS_PER_WINDOW, _SHORTEST_PAUSE, _LONGEST_PAUSE = 20, 1.0, 60.0
+#: The recorded position while the slot is being created.
 _UNKNOWN = Lsn((1 << 64) - 1)
+#: The key of the record.
+_KEY = "flash_celery_history"
 
 
 class Mark(NamedTuple):
-    """Everything that was committed after this position, or after this time, is held."""
+    """A position and its time; everything committed after it is held."""
 
     lsn: Lsn
     time: datetime
@@ -49,104 +49,104 @@ class Mark(NamedTuple):
         return f"{self.lsn} ({self.time.isoformat(' ', 'seconds')})"
 
 
-#: Where the first slot was, and when it was seen there by this process's clock.
+#: Past positions of the replication slot, and when this process's monotonic clock saw them.
 Samples = deque[tuple[float, Mark]]
 
 
 def oldest(source: Source) -> Mark | None:
-    """From where on everything is held; None if there is no such slot."""
-    found = slots.find(source.connection, source.replay_slot)
-    noted = _noted(source)
-    if found is None or found.reason is not None or found.confirmed is None:
+    """Return the mark from which everything is held; None if there is no usable replay slot."""
+    slot = slots.find(source.connection, source.replay_slot)
+    recorded = _recorded(source)
+    if slot is None or slot.reason is not None or slot.confirmed is None:
         return None
-    if noted is None or noted.lsn == _UNKNOWN:
+    if recorded is None or recorded.lsn == _UNKNOWN:
         return None
-    return Mark(max(noted.lsn, Lsn.parse(found.confirmed)), noted.time)
+    return Mark(max(recorded.lsn, Lsn.parse(slot.confirmed)), recorded.time)
 
 
 def ours(source: Source) -> bool:
-    """Whether the slot is there, and was made here."""
-    found = slots.find(source.connection, source.replay_slot)
-    return found is not None and _noted(source) is not None
+    """Whether the slot exists and was created by flash-celery."""
+    slot = slots.find(source.connection, source.replay_slot)
+    return slot is not None and _recorded(source) is not None
 
 
 def findings(source: Source) -> Iterator[Finding]:
-    """How far back one can go, and whether the slot keeps WAL for nobody."""
-    found = slots.find(source.connection, source.replay_slot)
-    if found is None or _noted(source) is None:
+    """Check how far back changes can be replayed, and whether the slot keeps WAL needlessly."""
+    name = source.replay_slot
+    slot = slots.find(source.connection, name)
+    if slot is None or _recorded(source) is None:
         return
     mark = oldest(source)
     if not source.settings.flash_replay_window:
-        said = (
-            f"{source.replay_slot} keeps WAL, and flash_replay_window is 0; `flash replicate` "
-            "drops it when it starts"
+        message = (
+            f"{name} keeps WAL, and flash_replay_window is 0; `flash replicate` drops it when it "
+            "starts"
         )
-        yield Finding("replay", WARNING, said)
+        yield Finding("replay", WARNING, message)
     elif mark is None:
-        why = f"was lost ({found.reason})" if found.reason else "is being made"
-        said = f"{source.replay_slot} {why}; `flash replicate` makes a new one when it starts"
-        yield Finding("replay", WARNING, said)
+        state = f"was lost ({slot.reason})" if slot.reason else "is being created"
+        message = f"{name} {state}; `flash replicate` creates a new one when it starts"
+        yield Finding("replay", WARNING, message)
     else:
-        yield Finding("replay", OK, f"what is after {mark} can be replayed ({found.wal_status})")
+        message = f"changes after {mark} can be replayed ({slot.wal_status})"
+        yield Finding("replay", OK, message)
 
 
 def prepare(source: Source) -> None:
-    """Make the slot where it is wanted and missing, and drop it where it is not wanted any more.
+    """Create the slot if it is needed and missing, and drop it if it is no longer needed.
 
-    Raises `ConfigurationError` for a slot that is somebody else's, or if the server has none left.
+    Raises `ConfigurationError` for a slot of that name that is not ours, or if the server has no
+    slot left.
     """
     name = source.replay_slot
-    found, noted = slots.find(source.connection, name), _noted(source)
+    slot, recorded = slots.find(source.connection, name), _recorded(source)
     if not source.settings.flash_replay_window:
-        if noted is not None:
+        if recorded is not None:
             forget(source)
-            logger.info("Dropped the slot %s, for flash_replay_window is 0", name)
+            logger.info("Dropped the slot %s because flash_replay_window is 0", name)
         return
-    if found is not None:
-        if noted is None:
+    if slot is not None:
+        if recorded is None:
             raise ConfigurationError(
-                f"flash_replay_window needs a slot {name}, and there is one that was not made by "
-                "`flash replicate`; drop it, or set flash_replay_window = 0."
+                f"flash_replay_window needs a slot {name}, and there is one that `flash replicate` "
+                "did not create; drop it, or set flash_replay_window = 0."
             )
-        if found.reason is not None:
-            logger.warning("The slot %s was lost (%s); a new one begins now", name, found.reason)
-        elif noted.lsn != _UNKNOWN:
+        if slot.reason is not None:
+            logger.warning("The slot %s was lost (%s); creating it again", name, slot.reason)
+        elif recorded.lsn != _UNKNOWN:
             return
         slots.drop(source.connection, name)
-    _make(source)
+    _create(source)
 
 
 def forget(source: Source) -> None:
-    """Drop the slot, and what is noted of it."""
+    """Drop the slot, and its record."""
     slots.drop(source.connection, source.replay_slot)
-    _keep(source, sql.SQL("NULL"))
+    _write(source, None)
 
 
-def _make(source: Source) -> None:
-    now = _now(source)
+def _create(source: Source) -> None:
+    now = _position(source)
     if now is None:
         return
-    # So that it is known whose the slot is, whenever this process ends.
-    _note(source, now._replace(lsn=_UNKNOWN))
+    # Recorded before, so that the slot is known as ours even if this process dies in between.
+    _record(source, now._replace(lsn=_UNKNOWN))
     try:
-        source.connection.execute(
-            "SELECT pg_copy_logical_replication_slot(%s, %s, false)",
-            [source.slot, source.replay_slot],
-        )
+        slots.copy_permanent(source.connection, source.slot, source.replay_slot)
     except psycopg.errors.ConfigurationLimitExceeded:
         raise ConfigurationError(
             "flash_replay_window needs a second slot, and all of max_replication_slots are in use; "
             "drop one, raise that setting of the server, or set flash_replay_window = 0."
         ) from None
-    found = slots.find(source.connection, source.replay_slot)
-    assert found is not None
-    assert found.confirmed is not None
-    _note(source, now._replace(lsn=Lsn.parse(found.confirmed)))
-    logger.info("Created the slot %s; what is read from now on can be replayed", source.replay_slot)
+    slot = slots.find(source.connection, source.replay_slot)
+    assert slot is not None
+    assert slot.confirmed is not None
+    _record(source, now._replace(lsn=Lsn.parse(slot.confirmed)))
+    logger.info("Created the slot %s; changes can be replayed from now on", source.replay_slot)
 
 
-def _now(source: Source) -> Mark | None:
-    """Where the first slot is now. What is committed later is after it."""
+def _position(source: Source) -> Mark | None:
+    """Return where the replication slot is now; every later commit is after it."""
     row = source.connection.execute(
         "SELECT confirmed_flush_lsn::text, clock_timestamp() FROM pg_replication_slots "
         "WHERE slot_name = %s AND confirmed_flush_lsn IS NOT NULL",
@@ -155,116 +155,116 @@ def _now(source: Source) -> Mark | None:
     return Mark(Lsn.parse(row[0]), row[1]) if row else None
 
 
-def _noted(source: Source) -> Mark | None:
-    return _mark(_comment(source))
+def _recorded(source: Source) -> Mark | None:
+    """Return the recorded position of the slot."""
+    return _parse(_read(source))
 
 
 def _next(source: Source) -> Mark | None:
-    """Where the slot is to go next, as far as it was noted."""
-    noted = _comment(source)
-    return _mark(noted.get("next")) if isinstance(noted, dict) else None
+    """Return the recorded mark to which the slot advances next."""
+    recorded = _read(source)
+    return _parse(recorded.get("next")) if isinstance(recorded, dict) else None
 
 
-def _comment(source: Source) -> Any:
-    row = source.connection.execute(
-        "SELECT obj_description(oid, 'pg_publication') FROM pg_publication WHERE pubname = %s",
-        [name_of(source.prefix, Operation.TRUNCATE)],
-    ).fetchone()
+def _read(source: Source) -> Any:
     try:
-        return json.loads((row and row[0]) or "")["flash_celery_history"]
+        return json.loads(comment(source, Operation.TRUNCATE) or "")[_KEY]
     except (ValueError, TypeError, KeyError):
         return None
 
 
-def _mark(noted: Any) -> Mark | None:
+def _parse(recorded: Any) -> Mark | None:
     try:
-        return Mark(Lsn.parse(noted["lsn"]), datetime.fromisoformat(noted["time"]))
+        return Mark(Lsn.parse(recorded["lsn"]), datetime.fromisoformat(recorded["time"]))
     except (ValueError, TypeError, KeyError):
         return None
 
 
-def _note(source: Source, mark: Mark, then: Mark | None = None) -> None:
-    noted = _written(mark) | ({"next": _written(then)} if then else {})
-    _keep(source, sql.Literal(json.dumps({"flash_celery_history": noted})))
+def _record(source: Source, mark: Mark, following: Mark | None = None) -> None:
+    recorded = _to_json(mark) | ({"next": _to_json(following)} if following else {})
+    _write(source, json.dumps({_KEY: recorded}))
 
 
-def _written(mark: Mark) -> dict[str, Any]:
+def _to_json(mark: Mark) -> dict[str, Any]:
     return {"lsn": str(mark.lsn), "time": mark.time.isoformat()}
 
 
-def _keep(source: Source, comment: sql.Composable) -> None:
-    name = name_of(source.prefix, Operation.TRUNCATE)
-    statement = sql.SQL("COMMENT ON PUBLICATION {} IS {}")
-    ddl.apply(source.connection, [Step(statement.format(sql.Identifier(name), comment), note=True)])
+def _write(source: Source, text: str | None) -> None:
+    ddl.apply(source.connection, [comment_step(source.prefix, Operation.TRUNCATE, text)])
 
 
-class _Keeper(threading.Thread):
-    """Moves the slot, on a connection of its own: that decodes WAL, and may take long.
+class _Advancer(threading.Thread):
+    """A thread that advances the slot, over a connection of its own: that decodes WAL, slowly.
 
-    A session may last for months, so it connects anew whatever ends its connection.
+    It reconnects after any error, because a session may last for months.
     """
 
     def __init__(self, settings: Settings, samples: Samples) -> None:
-        super().__init__(name="flash-history", daemon=True)
+        super().__init__(name="flash-replay-slot", daemon=True)
         self._settings = settings
         self._samples = samples
-        self._pause = min(_LONGEST, max(_SHORTEST, settings.flash_replay_window / _PARTS))
-        self._ending = threading.Event()
+        step = settings.flash_replay_window / _STEPS_PER_WINDOW
+        self._pause = min(_LONGEST_PAUSE, max(_SHORTEST_PAUSE, step))
+        self._stopping = threading.Event()
         self._connection: psycopg.Connection[Any] | None = None
-        self._said = ""
+        self._last_logged = ""
 
     def run(self) -> None:
-        while not self._ending.is_set():
+        while not self._stopping.is_set():
             try:
                 with connected(self._settings) as source:
                     self._connection = source.connection
-                    while not self._ending.is_set():
-                        self._move(source)
-                        self._said = ""
-                        self._ending.wait(self._pause)
+                    while not self._stopping.is_set():
+                        self._advance(source)
+                        self._last_logged = ""
+                        self._stopping.wait(self._pause)
             except (psycopg.Error, FlashError) as error:
-                self._failed(error)
-            self._ending.wait(self._pause)
+                self._log(error)
+            self._stopping.wait(self._pause)
 
-    def _failed(self, error: Exception) -> None:
-        said = one_line(error)
-        if not self._ending.is_set() and said != self._said:
-            self._said = said
-            logger.warning("The slot %s cannot be moved now: %s", self._settings.replay_slot, said)
+    def _log(self, error: Exception) -> None:
+        message = one_line(error)
+        if not self._stopping.is_set() and message != self._last_logged:
+            self._last_logged = message
+            name = self._settings.replay_slot
+            logger.warning("The slot %s cannot be advanced now: %s", name, message)
 
-    def _move(self, source: Source) -> None:
-        now = _now(source)
+    def _advance(self, source: Source) -> None:
+        now = _position(source)
         if now is not None:
             if not self._samples:
-                self._recall(source, now)
+                self._restore_sample(source, now)
             self._samples.append((time.monotonic(), now))
-        due, before = None, time.monotonic() - self._settings.flash_replay_window
-        while self._samples and self._samples[0][0] <= before:
+        due, limit = None, time.monotonic() - self._settings.flash_replay_window
+        while self._samples and self._samples[0][0] <= limit:
             due = self._samples.popleft()[1]
         reached = oldest(source)
         if due is None or reached is None or due.lsn <= reached.lsn:
             return
-        # Noted first: it never says that more is held than is.
-        _note(source, due, now)
+        # Recorded first, so that the record never promises more than the slot holds.
+        _record(source, due, now)
         source.connection.execute(
-            "SELECT pg_replication_slot_advance(%s, %s)", [self._settings.replay_slot, str(due.lsn)]
+            "SELECT pg_replication_slot_advance(%s, %s)", [source.replay_slot, str(due.lsn)]
         )
 
-    def _recall(self, source: Source, now: Mark) -> None:
-        """Go on where an earlier process was: if the window began anew with each of them, the slot
-        of one that is often restarted would never move."""
-        reached, then = oldest(source), _next(source)
+    def _restore_sample(self, source: Source, now: Mark) -> None:
+        """Continue from the recorded sample of an earlier process.
+
+        The slot of a worker that restarts more often than the window is long would never advance
+        if each process began with no samples.
+        """
+        reached, following = oldest(source), _next(source)
         if reached is None or now.lsn <= reached.lsn:
             return
-        if then is not None and reached.lsn < then.lsn <= now.lsn:
-            age = (now.time - then.time).total_seconds()
-            self._samples.append((time.monotonic() - age, then))
+        if following is not None and reached.lsn < following.lsn <= now.lsn:
+            age = (now.time - following.time).total_seconds()
+            self._samples.append((time.monotonic() - age, following))
         else:
-            _note(source, reached, now)
+            _record(source, reached, now)
 
-    def end(self) -> None:
-        """Stop, also in the middle of a statement."""
-        self._ending.set()
+    def stop(self) -> None:
+        """Stop, even in the middle of a statement."""
+        self._stopping.set()
         if self._connection is not None:
             with suppress(psycopg.Error):
                 self._connection.cancel()
@@ -272,14 +272,17 @@ class _Keeper(threading.Thread):
 
 
 @contextmanager
-def keeping(settings: Settings, samples: Samples) -> Iterator[None]:
-    """Keep the second slot the window behind the first, as long as that is read."""
+def trailing(settings: Settings, samples: Samples) -> Iterator[None]:
+    """Keep the replay slot flash_replay_window behind the replication slot in this block.
+
+    `samples` are kept by the caller from one session to the next.
+    """
     if not settings.flash_replay_window:
         yield
         return
-    keeper = _Keeper(settings, samples)
-    keeper.start()
+    advancer = _Advancer(settings, samples)
+    advancer.start()
     try:
         yield
     finally:
-        keeper.end()
+        advancer.stop()

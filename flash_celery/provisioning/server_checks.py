@@ -1,4 +1,4 @@
-"""The server and the role: whether logical replication is possible there at all."""
+"""Checks of the server and the role: whether logical replication is possible there at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from . import standby_checks
 from .findings import OK, STOP, WARNING, Finding, stop
 
 _OLDEST = 140000
-#: Files and sockets that a replication worker has open beside its spools.
+#: Files and sockets that a replication worker has open besides its spools.
 _OTHER_FILES = 100
 _ROLE = """
 SELECT current_user::text, current_database()::text,
@@ -32,7 +32,7 @@ FROM pg_roles WHERE rolname = current_user
 
 @dataclass(frozen=True)
 class Role:
-    """Who is connected to which database, and what that role may do there."""
+    """The role of a connection, its database, and its privileges there."""
 
     name: str
     database: str
@@ -41,17 +41,17 @@ class Role:
 
     @classmethod
     def of(cls, connection: psycopg.Connection[Any]) -> Role:
-        """The role of a connection."""
+        """Return the role of a connection."""
         row = connection.execute(_ROLE).fetchone()
         assert row is not None
         return cls(*row)
 
     def __str__(self) -> str:
-        """Its name as SQL has it."""
+        """Return the name as SQL."""
         return sql.Identifier(self.name).as_string(None)
 
     def finding(self) -> Finding:
-        """Whether it may replicate."""
+        """Check that it may replicate."""
         if self.replicates:
             return Finding("role", OK, f"{self.name} may replicate")
         error = CatalogError(
@@ -62,11 +62,13 @@ class Role:
 
 
 def findings(source: Source) -> Iterator[Finding]:
-    """Its version, whether it is a standby, and its settings."""
+    """Check the version, the settings, and what a standby needs."""
     connection, settings = source.connection, source.settings
     version, shown = connection.info.server_version, _setting(connection, "server_version")
     if version < _OLDEST:
-        error = ConfigurationError(f"PostgreSQL {shown} is too old; 14 to 18 are supported.")
+        error = ConfigurationError(
+            f"PostgreSQL {shown} is too old; versions 14 to 18 are supported."
+        )
         yield stop("server", error)
         return
     yield Finding("server", OK, f"PostgreSQL {shown}")
@@ -74,8 +76,8 @@ def findings(source: Source) -> Iterator[Finding]:
         yield from standby_checks.reading(source)
     elif settings.flash_failover_slot and version < standby_checks.FAILOVER_SINCE:
         error = ConfigurationError(
-            f"flash_failover_slot needs PostgreSQL 17 or later, and this is {shown}: leave it "
-            "out; after a failover the slot is gone."
+            f"flash_failover_slot needs PostgreSQL 17 or later, and this is {shown}: remove the "
+            "setting; the slot does not survive a failover."
         )
         yield stop("failover", error)
     yield from _wal(connection)
@@ -95,38 +97,38 @@ def _wal(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
         yield Finding(
             "encoding",
             WARNING,
-            "SQL_ASCII: a change with text that is not UTF-8 will stop replication; dump the "
-            "database and restore it into one with ENCODING 'UTF8'",
+            "SQL_ASCII: a change with text that is not UTF-8 stops replication; dump the database "
+            "and restore it into one with ENCODING 'UTF8'",
         )
-    kept = _setting(connection, "max_slot_wal_keep_size")
-    if kept == "-1":
+    limit = _setting(connection, "max_slot_wal_keep_size")
+    if limit == "-1":
         yield Finding(
             "max_slot_wal_keep_size",
             WARNING,
-            "unlimited: while nothing reads the slot, WAL piles up until the disk is full; a "
-            "limit (ALTER SYSTEM SET max_slot_wal_keep_size = '50GB') loses the slot instead",
+            "unlimited: while the slot has no reader, WAL piles up until the disk is full; with a "
+            "limit (ALTER SYSTEM SET max_slot_wal_keep_size = '50GB') the slot is lost instead",
         )
     else:
-        yield Finding("max_slot_wal_keep_size", OK, kept)
+        yield Finding("max_slot_wal_keep_size", OK, limit)
 
 
 def open_files(source: Source) -> Iterator[Finding]:
-    """A streamed transaction that is not small is a file as long as it is open."""
-    limit = _most_files()
+    """Check the limit on open files: each large open transaction is spooled in a file."""
+    limit = _open_files_limit()
     if not source.settings.flash_use_streaming or not limit:
         return
     names = "max_connections", "max_prepared_transactions"
     most = sum(int(_setting(source.connection, name)) for name in names)
     if limit < most + _OTHER_FILES:
         message = (
-            f"{limit} may be open, and up to {most} transactions ({' and '.join(names)}) "
-            f"may be spooled at once: ulimit -n {most + _OTHER_FILES} (systemd: LimitNOFILE)"
+            f"{limit} may be open, and up to {most} transactions ({' and '.join(names)}) may be "
+            f"spooled at once: ulimit -n {most + _OTHER_FILES} (systemd: LimitNOFILE)"
         )
         yield Finding("files", WARNING, message)
 
 
 def room_for_a_slot(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
-    """Whether one more slot can be made, and read."""
+    """Check that one more slot can be created and read."""
     for setting, used in (
         ("max_replication_slots", "pg_replication_slots"),
         ("max_wal_senders", "pg_stat_replication"),
@@ -136,7 +138,7 @@ def room_for_a_slot(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
         (taken,) = connection.execute(query).fetchone() or (0,)
         if taken >= limit:
             error = ConfigurationError(
-                f"All {limit} of {setting} are in use; drop one, or "
+                f"All {limit} of {setting} are in use; free one, or "
                 f"ALTER SYSTEM SET {setting} = {limit + 5}; then restart PostgreSQL."
             )
             yield stop(setting, error)
@@ -145,14 +147,16 @@ def room_for_a_slot(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
 
 
 def can_stream(settings: Settings) -> Finding:
-    """Whether a replication connection can be made; poolers do not carry one."""
+    """Check that a replication connection can be opened; poolers do not support one."""
     try:
         ReplicationConnection(settings.require_dsn()).close()
     except ReplicationError as error:
         dsn = settings.called("flash_dsn")
-        hint = f"; {dsn} must lead to PostgreSQL itself, not to a pooler, and pg_hba.conf let it"
-        return Finding("replication connection", STOP, f"{str(error)[:-1]}{hint}", error)
-    return Finding("replication connection", OK, "can be made")
+        hint = (
+            f"{dsn} must lead to PostgreSQL itself, not to a pooler, and pg_hba.conf must allow it"
+        )
+        return Finding("replication connection", STOP, f"{str(error)[:-1]}; {hint}", error)
+    return Finding("replication connection", OK, "works")
 
 
 def _setting(connection: psycopg.Connection[Any], name: str) -> str:
@@ -160,8 +164,8 @@ def _setting(connection: psycopg.Connection[Any], name: str) -> str:
     return str(row[0] if row else None)
 
 
-def _most_files() -> int:
-    """How many files this process may have open; 0 where the system does not say."""
+def _open_files_limit() -> int:
+    """Return how many files this process may have open; 0 if unknown."""
     try:
         import resource
     except ImportError:  # Windows

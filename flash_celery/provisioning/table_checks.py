@@ -1,39 +1,39 @@
-"""Whether a subscription's table and columns are there, and can be read from the WAL."""
+"""Checks that the table and the columns of a subscription exist, and are in the WAL."""
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import psycopg
 from psycopg import sql
 
-from ..errors import SubscriptionError
+from ..errors import SubscriptionError, did_you_mean
 from ..handlers.subscriptions import Subscription
 from ..postgres import catalog, column_types
 from ..postgres.catalog import CatalogTable
 from ..table_name import TableName
-from .publications import REWRITES
+from .requirements import REWRITES
 
 _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
 
 
 def find(connection: psycopg.Connection[Any], subscription: Subscription) -> CatalogTable:
-    """The table of a subscription. Raises `SubscriptionError` if there is none."""
-    name, who = subscription.table, subscription.handler
+    """Return the table of a subscription. Raises `SubscriptionError` if there is none."""
+    name, handler = subscription.table, subscription.handler
     table = catalog.find(connection, name)
     if table is None:
         rows = connection.execute(
             "SELECT schemaname, tablename FROM pg_tables "
             "WHERE schemaname NOT IN ('pg_catalog', 'information_schema')"
         ).fetchall()
-        close = _close(str(name), [str(TableName(*row)) for row in rows])
+        hint = did_you_mean(str(name), (str(TableName(*row)) for row in rows))
         raise SubscriptionError(
-            f"{who}: there is no table {name} in the database {connection.info.dbname}{close}"
+            f"{handler}: there is no table {name} in the database {connection.info.dbname}"
+            f"{f'; {hint}' if hint else '.'}"
         )
     if table.kind in _KINDS:
         raise SubscriptionError(
-            f"{who}: {name} is {_KINDS[table.kind]}, and only tables have changes in the WAL; "
+            f"{handler}: {name} is {_KINDS[table.kind]}, and only tables have changes in the WAL; "
             "name the tables it reads."
         )
     return table
@@ -42,19 +42,19 @@ def find(connection: psycopg.Connection[Any], subscription: Subscription) -> Cat
 def check(
     connection: psycopg.Connection[Any], subscription: Subscription, table: CatalogTable
 ) -> None:
-    """Raise `SubscriptionError` if not all of its changes can be read."""
-    name, who = table.name, subscription.handler
+    """Raise `SubscriptionError` if PostgreSQL would not send all changes of the table."""
+    name, handler = table.name, subscription.handler
     unlogged = catalog.unlogged(connection, table)
     if unlogged is not None:
         raise SubscriptionError(
-            f"{who}: {unlogged} is unlogged, so its changes are not in the WAL: "
-            f"ALTER TABLE {_sql(unlogged)} SET LOGGED; what is written until then is not told."
+            f"{handler}: {unlogged} is unlogged, so its changes are not in the WAL: "
+            f"ALTER TABLE {_sql(unlogged)} SET LOGGED; changes before that are not delivered."
         )
     rewrites = subscription.captured & REWRITES
     if table.kind == catalog.PARTITIONED and rewrites and not table.default_identity:
-        kind = " but a deferrable one" if table.primary_key else ""
+        but = " but a deferrable one" if table.primary_key else ""
         raise SubscriptionError(
-            f"{who}: {name} is partitioned and has no primary key{kind}, so PostgreSQL would "
+            f"{handler}: {name} is partitioned and has no primary key{but}, so PostgreSQL would "
             "refuse UPDATE and DELETE on a partition attached later: ALTER TABLE "
             f"{quoted(table)} ADD PRIMARY KEY (…); or handle its partitions one by one."
         )
@@ -63,45 +63,42 @@ def check(
 def check_columns(
     connection: psycopg.Connection[Any], subscription: Subscription, table: CatalogTable
 ) -> None:
-    """Raise `SubscriptionError` if it names a column or compares a value that cannot be."""
-    who = subscription.handler
-    for column, why in sorted(_needed(subscription).items()):
+    """Raise `SubscriptionError` for a missing or unpublished column, or an impossible condition."""
+    handler = subscription.handler
+    for column, reason in sorted(_required_columns(subscription).items()):
         if column not in table.columns:
-            close = _close(column, list(table.columns))
-            raise SubscriptionError(f"{who}: {table.name} has no column {column}{why}{close}")
+            hint = did_you_mean(column, table.columns)
+            raise SubscriptionError(
+                f"{handler}: {table.name} has no column {column}{reason}"
+                f"{f'; {hint}' if hint else '.'}"
+            )
         generated = table.columns[column].generated
         if generated and (generated == "v" or connection.info.server_version < 180000):
-            named = f"{table.name}.{column}{why and why + ','}"
+            name = f"{table.name}.{column}{reason and reason + ','}"
             raise SubscriptionError(
-                f"{who}: {named} is a generated column, which this server does not publish; "
-                "name the columns it is made of."
+                f"{handler}: {name} is a generated column, which this server does not publish; "
+                "name the columns it is computed from."
             )
     try:
         types = {column.name: column.type_oid for column in table.columns.values()}
         column_types.matcher(connection, table.oid, subscription.where, types)
     except SubscriptionError as error:
-        raise SubscriptionError(f"{who}: on {table.name}, {error}") from None
+        raise SubscriptionError(f"{handler}: on {table.name}, {error}") from None
 
 
-def _needed(subscription: Subscription) -> dict[str, str]:
-    """The columns that must be there, and why where that is not said in so many words."""
-    needed = dict.fromkeys(subscription.columns, "")
+def _required_columns(subscription: Subscription) -> dict[str, str]:
+    """Return the required columns, each with the reason to show in an error."""
+    columns = dict.fromkeys(subscription.columns, "")
     if (into := subscription.into) is not None:
-        why = f", which into={into.name} needs without a default"
+        reason = f", which into={into.name} needs without a default"
         for field in into.fields:
             if field.required:
-                needed.setdefault(field.column, why)
-    return needed
-
-
-def _close(name: str, known: list[str]) -> str:
-    folded = {one.casefold(): one for one in known}
-    close = difflib.get_close_matches(name.casefold(), folded, n=1)
-    return f"; did you mean {folded[close[0]]}?" if close else "."
+                columns.setdefault(field.column, reason)
+    return columns
 
 
 def quoted(table: CatalogTable) -> str:
-    """Its name as SQL."""
+    """Return the name of the table as SQL."""
     return _sql(table.name)
 
 

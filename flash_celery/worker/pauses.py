@@ -11,8 +11,8 @@ from ..escaping import escaped
 from ..handlers.subscriptions import Subscription
 from ..messages.templates import Templates
 from ..postgres.source import Source
-from ..provisioning import pauses, publications
-from ..provisioning.publications import Record
+from ..provisioning import pauses
+from ..provisioning.record import Record, record_hash
 from ..publishing.hold_queues import HoldQueues, hold_queues
 from ..publishing.thread import PublishingThread
 
@@ -54,7 +54,7 @@ class Pauses:
 
     def read(self, source: Source, templates: Templates) -> None:
         """Read the record before a session, and log what is paused or resumed since the last."""
-        self._recorded = publications.noted(source)
+        self._recorded = record_hash(source)
         self.record = pauses.read(source)
         paused, resuming = (
             self._handlers_in(names) for names in (self.record.paused, self.record.resuming)
@@ -69,7 +69,7 @@ class Pauses:
             if handler not in self._handlers
         }
         before, self._last_logged = self._last_logged, self.record.paused | stuck
-        for line in pauses.lines(before, self._last_logged, self._handlers, name):
+        for line in pauses.changes(before, self._last_logged, self._handlers, name):
             logger.warning("%s", escaped(line))
 
     def changed(self, source: Source) -> bool:
@@ -77,14 +77,14 @@ class Pauses:
 
         Once the held messages of resumed handlers are requeued, this records that first.
         """
-        if publications.noted(source) != self._recorded:
+        if record_hash(source) != self._recorded:
             return True
         if self.hold_queues.draining and self._publishing.has_begun:
             self.hold_queues = HoldQueues()
             # Not of handlers that the app has no more: their messages are still held.
             resuming = self._handlers_in(self.record.resuming)
             try:
-                self._recorded = pauses.resumed(source, resuming, self._recorded)
+                self._recorded = pauses.requeued(source, resuming, self._recorded)
             except CatalogError as error:
                 logger.warning(
                     "Cannot record that %s resumed, so the next session checks their hold queues "

@@ -52,9 +52,9 @@ from ..messages.deduplication import Lease
 from ..messages.templates import Templates
 from ..postgres import slots
 from ..postgres.connection import is_standby, raise_if_fatal, unreachable
-from ..postgres.source import Source, connected
+from ..postgres.source import Source, connected, publication_names
 from ..postgres.stream import ReplicationConnection
-from ..provisioning import advisory_lock, publications, replay_slot
+from ..provisioning import advisory_lock, replay_slot
 from ..publishing import declared_queues
 from ..publishing.brokers.base import Publisher
 from ..publishing.thread import Claim, PublishingThread
@@ -249,7 +249,7 @@ class Replicator:
                     templates = self._start(stream, source)
                 with (
                     closing(self._session(stream, source, templates)) as session,
-                    replay_slot.keeping(self._settings, self._samples),
+                    replay_slot.trailing(self._settings, self._samples),
                 ):
                     session.run()
         except psycopg.OperationalError as error:
@@ -260,7 +260,7 @@ class Replicator:
 
         A DSN with several hosts may choose another one for each connection.
         """
-        stream.introduce()
+        stream.start_session()
         row = source.connection.execute("SELECT pg_postmaster_start_time()::text").fetchone()
         if row != (stream.server,):
             raise ReplicationError(
@@ -274,7 +274,7 @@ class Replicator:
         if not self._slot_was_in_use:
             self._startup.warn_if_slot_moved(source, self._progress)
         templates = self._read_pauses(source)
-        names = publications.names(source.prefix)
+        names = publication_names(source.prefix)
         try:
             stream.start(
                 source.slot,
@@ -284,7 +284,7 @@ class Replicator:
                 messages=self._has_messages,
             )
         except SlotInUse as error:
-            holder = slots.holder(source.connection, source.slot)
+            holder = slots.reader(source.connection, source.slot)
             raise SlotInUse(f"{str(error)[:-1]}{holder}.") from None
         self.telemetry.reconnections += self._has_streamed
         self.telemetry.progress = self._progress

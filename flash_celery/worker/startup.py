@@ -15,13 +15,14 @@ from ..capture.partition_history import Ancestry
 from ..errors import PublicationMismatch, SlotInUse, SlotMissing
 from ..handlers.subscriptions import Subscription, of_tables
 from ..postgres import catalog, slots
-from ..postgres.slots import Gap
-from ..postgres.source import Source
+from ..postgres.gaps import Gap
+from ..postgres.source import Source, publication_names
 from ..postgres.stream import ReplicationConnection
 from ..protocol.lsn import Lsn
-from ..provisioning import ddl, preflight, publications, replay_slot
+from ..provisioning import ddl, preflight, publications, record, replay_slot
 from ..provisioning.preflight import Report
-from ..provisioning.publications import Found, Record
+from ..provisioning.publications import ExistingPublications
+from ..provisioning.record import Record, partition_ancestors
 from ..settings import Settings
 from .control import Control, Stopped
 
@@ -92,7 +93,7 @@ class Startup:
         manage = self._settings.flash_manage
         if report.gap is not None:
             # Recorded before anything else, so that it is not forgotten if this process ends.
-            ddl.remember_gap(source, report.gap)
+            record.remember_gap(source, report.gap)
             if report.slot_lost:
                 slots.drop(source.connection, self._slot)
             report = self._preflight(source, progress)
@@ -101,14 +102,14 @@ class Startup:
             report = self._preflight(source, progress)
         if not report.slot_exists:
             self._create_slot(stream, report)
-        elif report.slot_stays_behind and manage:
-            stream.keep_over_failover(self._slot)
+        elif report.failover_missing and manage:
+            slots.enable_failover(stream, self._slot)
             logger.info("Standbys keep a copy of the slot %s from now on", self._slot)
         if report.standby:
-            if note := ddl.note_of_slot(source):
+            if note := record.remember_slot_steps(source):
                 logger.warning(_SLOT_NOT_RECORDED, self._slot, note[0])
         elif manage:
-            ddl.remember_slot(source)
+            record.remember_slot(source)
             replay_slot.prepare(source)
         if found.version < 150000:
             self._warn_of_attached(source.connection, found, report)
@@ -116,8 +117,8 @@ class Startup:
             self.ancestry.note(report.leaves)  # the record does not have them
         if report.gap is not None:
             self._close_gap(source, report.gap)
-        self.ancestry.note(publications.leaves_of(source))
-        self.ancestry.look(Lsn.parse(slots.now(source.connection)[0]), report.leaves)
+        self.ancestry.note(partition_ancestors(source))
+        self.ancestry.look(Lsn.parse(slots.position_and_time(source.connection)[0]), report.leaves)
 
     def warn_if_slot_moved(self, source: Source, progress: Progress) -> None:
         """Warn if the slot is ahead of what this process has confirmed.
@@ -130,12 +131,12 @@ class Startup:
             logger.warning(_MOVED, self._slot, position, progress.confirmed)
 
     def _warn_of_attached(
-        self, connection: psycopg.Connection[Any], before: Found, report: Report
+        self, connection: psycopg.Connection[Any], before: ExistingPublications, report: Report
     ) -> None:
         """Name attached partitions, whose rows PostgreSQL 14 may have left out."""
         published = {
             name
-            for publication in before.publications.values()
+            for publication in before.by_operation.values()
             for name in publication.tables.values()
         }
         recorded = (before.record or Record()).leaves
@@ -145,14 +146,14 @@ class Startup:
             if oid not in self.ancestry and str(oid) not in recorded and published & {*ancestors}
         ]
         for name in catalog.attached(connection, new):
-            _, time = slots.now(connection)
+            _, time = slots.position_and_time(connection)
             logger.warning(_ATTACHED, name, time)
             if not self._settings.flash_manage:
                 logger.warning(_LEFT_OUT, name)
 
     def _fingerprint(self, source: Source) -> str:
         tables = [subscription.table for subscription in of_tables(self._subscriptions)]
-        return catalog.fingerprint(source.connection, tables, publications.names(source.prefix))
+        return catalog.fingerprint(source.connection, tables, publication_names(source.prefix))
 
     def _preflight(self, source: Source, progress: Progress) -> Report:
         """Check everything, and raise the first problem that a user has to solve.
@@ -162,9 +163,9 @@ class Startup:
         now = datetime.now(timezone.utc)
         self.fingerprint = self._fingerprint(source)
         report = preflight.examine(source, self._subscriptions, progress)
-        if report.rescue and not report.standby and self._settings.flash_manage:
+        if report.repairs and not report.standby and self._settings.flash_manage:
             self._require_unused(source.connection, report)
-            ddl.apply(source.connection, report.rescue, self._control.sleep)
+            ddl.apply(source.connection, report.repairs, self._control.sleep)
             self.fingerprint = self._fingerprint(source)
         self._raise_first(report)
         self._unaltered_at = now
@@ -177,7 +178,7 @@ class Startup:
         if report.read_by is not None:
             raise SlotInUse(
                 f'replication slot "{self._slot}" is active for PID {report.read_by}'
-                f"{slots.holder(connection, self._slot)}."
+                f"{slots.reader(connection, self._slot)}."
             )
 
     def _raise_first(self, report: Report) -> None:
@@ -212,7 +213,7 @@ class Startup:
                 logger.warning(text, self._slot)
 
         failover = self._settings.flash_failover_slot
-        position = stream.create_slot(self._slot, failover, while_waiting)
+        position = slots.create(stream, self._slot, failover, while_waiting)
         self._slot_seen = True
         fields = {"slot": self._slot, "lsn": str(position)}
         logger.info("Created the slot %s at %s", self._slot, position, extra=fields)
@@ -220,7 +221,7 @@ class Startup:
     def _close_gap(self, source: Source, gap: Gap) -> None:
         """Record and log the end of a gap, now that the slot exists again."""
         slot = slots.find(source.connection, gap.slot)
-        _, time = slots.now(source.connection)
+        _, time = slots.position_and_time(source.connection)
         gap = replace(gap, until=slot.confirmed if slot else None, until_time=time)
-        ddl.remember_gap(source, gap)
+        record.remember_gap(source, gap)
         logger.error("%s; rebuild what depends on them. `flash status` shows them again", gap)

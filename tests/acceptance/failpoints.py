@@ -105,9 +105,9 @@ STEPS = {
     # Start-up.
     "statement": Step(When.BEFORE, ("flash_celery.provisioning.ddl:_run",)),
     "statement done": Step(When.AFTER, ("flash_celery.provisioning.ddl:_run",)),
-    "slot": Step(When.BEFORE, (f"{_STREAM}.create_slot",)),
-    "slot created": Step(When.AFTER, (f"{_STREAM}.create_slot",)),
-    "slot noted": Step(When.AFTER, ("flash_celery.provisioning.ddl:remember_slot",)),
+    "slot": Step(When.BEFORE, ("flash_celery.postgres.slots:create",)),
+    "slot created": Step(When.AFTER, ("flash_celery.postgres.slots:create",)),
+    "slot noted": Step(When.AFTER, ("flash_celery.provisioning.record:remember_slot",)),
     "started": Step(When.AFTER, (f"{_STREAM}.start",)),
 }
 

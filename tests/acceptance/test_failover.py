@@ -103,7 +103,7 @@ def test_failover_option_is_added_to_an_existing_slot(shop, primary, standby):
     there = Database(standby, "postgres").dsn
     said = shop.run("flash", "replicate", SHOP_DSN=there)
     assert said.returncode == 2
-    assert "This is a standby, and flash_failover_slot is for what a primary has" in said.stderr
+    assert "This is a standby, and flash_failover_slot works on a primary only" in said.stderr
     said = shop.run("flash", "replicate", SHOP_DSN=there, SHOP_CONF="{}")
     assert said.returncode == 2
     assert "is the copy of the primary's slot, which nobody may read" in said.stderr

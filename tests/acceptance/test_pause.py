@@ -135,7 +135,7 @@ def test_pause_refuses_unknown_names(shop):
         renamed = shop.run("flash", "resume", "each", SHOP_BATCH="only")
         client.delete("flash.paused.shop.each")
     assert renamed.returncode == 2
-    assert "is no handler of this app any more" in renamed.stderr
+    assert "is no longer a handler of this app" in renamed.stderr
     renamed = shop.run("flash", "resume", "each", SHOP_BATCH="only")
     assert "shop.each is no longer a handler; its pause is forgotten" in renamed.stdout
     assert status(shop)["paused_handlers"] == []

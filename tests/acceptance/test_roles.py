@@ -80,7 +80,7 @@ def test_role_that_can_only_replicate_needs_setup_by_the_owner(shop, owner):
     refused = shop.run("flash", "replicate")
     assert refused.returncode == 2
     (said,) = refused.stderr.splitlines()
-    assert said.startswith("Error: flash_manage is off, and this is left to be run by the owner")
+    assert said.startswith("Error: flash_manage is off, and the owner of the tables")
     for statement in (
         "CREATE PUBLICATION \"flash_publication_insert\" WITH (publish = 'insert'",
         'ALTER TABLE ONLY "public"."items" REPLICA IDENTITY FULL',
@@ -110,7 +110,7 @@ def test_role_that_can_only_replicate_needs_setup_by_the_owner(shop, owner):
     enqueued(shop, 3)
     doctor = shop.run("flash", "doctor")
     assert doctor.returncode == 0, doctor.stdout
-    assert "ok       publications: as they should be" in doctor.stdout
+    assert "ok       publications: as required" in doctor.stdout
     shop.end(replicate)
 
     reset = shop.run("flash", "reset", "--yes")
@@ -137,7 +137,7 @@ def test_doctor_script_run_by_a_dba_is_enough(shop):
     shop.end(shop.replicate())
     # Whoever manages finds everything as they would have made it.
     nothing = shop.run("flash", "doctor", SHOP_CONF="{}", SHOP_DSN=database.dsn)
-    assert "ok       publications: as they should be" in nothing.stdout
+    assert "ok       publications: as required" in nothing.stdout
     script = shop.run("flash", "doctor", "--sql")
     assert "BEGIN" not in script.stdout
 
@@ -166,14 +166,14 @@ def set_up(flash):
     from flash_celery.handlers.decorators import subscriptions_of
     from flash_celery.postgres.connection import connect
     from flash_celery.postgres.source import Source
-    from flash_celery.provisioning import preflight, script
+    from flash_celery.provisioning import ddl, preflight
     from flash_celery.settings import Settings
 
     flash.app.finalize()
     settings, subscriptions = Settings.from_app(flash.app), subscriptions_of(flash.app)
     with connect(flash.database.dsn) as connection:
         report = preflight.examine(Source(connection, settings), subscriptions)
-    statements = [line for line in script.lines(report.script) if line.startswith("BEGIN")]
+    statements = [line for line in ddl.script(report.script) if line.startswith("BEGIN")]
     flash.database.execute(*statements)
     return statements
 
@@ -211,7 +211,7 @@ def test_dropped_slot_is_recreated_by_its_owner_without_management(flash):
     flash.start().do("INSERT INTO items VALUES (1)").stop()
     drop = f"SELECT pg_drop_replication_slot('{flash.database.slot}')"
     flash.database.execute("INSERT INTO items VALUES (2)", drop)
-    with pytest.raises(CatalogError, match="was there before, changes from .* to .* are missing"):
+    with pytest.raises(CatalogError, match="existed before, changes from .* to .* are missing"):
         flash.start()
     flash.error = None
     set_up(flash)

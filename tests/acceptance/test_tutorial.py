@@ -107,10 +107,11 @@ def test_tutorial_privileges_for_a_dba_suffice(database):
             database.execute(statement.replace("DATABASE shop", f"DATABASE {database.name}"))
         from flash_celery.conditions import lookups
         from flash_celery.handlers.subscriptions import Subscription, TableName
+        from flash_celery.postgres import slots
         from flash_celery.postgres.connection import connect
-        from flash_celery.postgres.source import Source
+        from flash_celery.postgres.source import Source, publication_names
         from flash_celery.postgres.stream import ReplicationConnection
-        from flash_celery.provisioning import ddl, preflight, publications
+        from flash_celery.provisioning import ddl, preflight
         from flash_celery.settings import Settings
 
         dsn = psycopg.conninfo.make_conninfo(database.dsn, user="flash")
@@ -122,8 +123,8 @@ def test_tutorial_privileges_for_a_dba_suffice(database):
             report.raise_first()
             ddl.apply(connection, report.steps)
         stream = ReplicationConnection(dsn)
-        stream.create_slot(database.slot)
-        stream.start(database.slot, publications.names("flash_publication"))
+        slots.create(stream, database.slot)
+        stream.start(database.slot, publication_names("flash_publication"))
         stream.close()
     finally:
         database.execute(

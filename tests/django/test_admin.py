@@ -15,7 +15,7 @@ from flash_celery import on_change
 from flash_celery.commands import worker_checks
 from flash_celery.dead_letters import letters
 from flash_celery.dead_letters.queue import DeadLetterFilter, DeadLetterQueue
-from flash_celery.provisioning.publications import Record
+from flash_celery.provisioning.record import Record
 from flash_celery.publishing import declared_queues
 from flash_celery.publishing.brokers import for_app
 from tests.conftest import Database

@@ -5,10 +5,11 @@ import pytest
 
 from flash_celery.conditions import lookups
 from flash_celery.handlers.subscriptions import Subscription
+from flash_celery.postgres import slots
 from flash_celery.postgres.connection import connect
-from flash_celery.postgres.source import Source
+from flash_celery.postgres.source import Source, publication_names
 from flash_celery.postgres.stream import ReplicationConnection
-from flash_celery.provisioning import ddl, preflight, publications
+from flash_celery.provisioning import ddl, preflight
 from flash_celery.settings import Settings
 from flash_celery.table_name import TableName
 
@@ -56,6 +57,6 @@ def test_managed_postgresql_page_role_suffices(owned, provider):
     if provider == "rds":
         return  # whom a member of rds_replication may replicate as is RDS' own doing
     stream = ReplicationConnection(dsn)
-    stream.create_slot(database.slot)
-    stream.start(database.slot, publications.names("flash_publication"))
+    slots.create(stream, database.slot)
+    stream.start(database.slot, publication_names("flash_publication"))
     stream.close()

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 
 from flash_celery.dead_letters import failed_tasks
-from flash_celery.postgres.slots import Gap
+from flash_celery.postgres.gaps import Gap
 from flash_celery.worker import replicator
 
 from .conftest import DOCS, ROOT

@@ -33,5 +33,5 @@ def test_connection_uses_the_shorter_timeout_for_the_slot(database):
         (database.dsn + "?options=-c%20wal_sender_timeout%3D0", 10.0, 10.0),
     ):
         with closing(ReplicationConnection(dsn, patience=patience)) as stream:
-            stream.introduce()
+            stream.start_session()
             assert stream.timeout == agreed

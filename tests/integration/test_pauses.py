@@ -10,7 +10,7 @@ import pytest
 from flash_celery.errors import CatalogError, ConfigurationError
 from flash_celery.postgres.source import Source
 from flash_celery.provisioning import advisory_lock, pauses
-from flash_celery.provisioning.publications import Record
+from flash_celery.provisioning.record import Record
 from flash_celery.settings import Settings
 from tests.integration.conftest import shown
 
@@ -96,7 +96,7 @@ def test_pause_without_privileges_prints_the_sql(flash):
         settings = Settings.from_app(flash.app)
         with (
             psycopg.connect(dsn, autocommit=True) as connection,
-            pytest.raises(CatalogError, match="another role's, who must run COMMENT") as told,
+            pytest.raises(CatalogError, match="to another role, which must run COMMENT") as told,
         ):
             pauses.pause(Source(connection, settings), ["handler"])
         statement = str(told.value).partition("must run ")[2].rstrip(";")
@@ -150,11 +150,11 @@ def test_pause_of_a_removed_handler_is_kept(flash, caplog):
     del flash.app.tasks["gone"]
     flash.start()
     flash.wait(lambda: list(record(flash).resuming) == ["gone"])
-    said = "gone is no handler any more; what was parked for it stays in the queue flash.paused."
+    said = "gone is no longer a handler; its held messages stay in the queue flash.paused."
     flash.wait(lambda: said in caplog.text)
     settings = Settings.from_app(flash.app)
     with flash.database.connect() as connection:
-        assert pauses.resume(Source(connection, settings), ["gone"], gone=["gone"]) == []
+        assert pauses.resume(Source(connection, settings), ["gone"], removed=["gone"]) == []
     assert not record(flash).resuming
 
 
@@ -162,8 +162,8 @@ def test_pause_refuses_unknown_names(flash):
     flash.handler("items", name="shop.each")
     with pytest.raises(CatalogError, match="start `flash replicate` first"):
         pause(flash, "shop.each")
-    with pytest.raises(ConfigurationError, match="is no handler of this app any more"):
-        pauses.refuse_strangers(
+    with pytest.raises(ConfigurationError, match="is no longer a handler of this app"):
+        pauses.removed_handlers(
             ["shop.gone"], ["shop.each"], "", lambda queues: dict.fromkeys(queues, 1)
         )
     with pytest.raises(ConfigurationError, match="is too long for a queue of its own"):

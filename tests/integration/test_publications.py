@@ -22,8 +22,9 @@ from flash_celery.errors import (
 from flash_celery.handlers.subscriptions import Subscription
 from flash_celery.postgres import catalog
 from flash_celery.postgres.connection import connect
-from flash_celery.postgres.source import Source
+from flash_celery.postgres.source import Source, publication_names
 from flash_celery.provisioning import advisory_lock, ddl, preflight, publications
+from flash_celery.provisioning.record import remember_slot
 from flash_celery.settings import Settings
 from flash_celery.table_name import TableName
 
@@ -111,7 +112,7 @@ def published(connection):
     found = publications.read(Source(connection, SETTINGS))
     return {
         operation.names()[0]: sorted(table.name for table in publication.tables.values())
-        for operation, publication in found.publications.items()
+        for operation, publication in found.by_operation.items()
     }
 
 
@@ -224,8 +225,8 @@ def test_publications_of_other_prefixes_are_left_alone(tables, connection):
     ddl.apply(connection, plan(connection, [subscription("orders")], other))
     ddl.apply(connection, plan(connection, [subscription("orders")]))
     run_reset(plan_reset(Source(connection, SETTINGS), "flash_setup"), force=False)
-    assert publications.read(Source(connection, SETTINGS)).publications == {}
-    assert len(publications.read(Source(connection, other)).publications) == 4
+    assert publications.read(Source(connection, SETTINGS)).by_operation == {}
+    assert len(publications.read(Source(connection, other)).by_operation) == 4
 
 
 def test_recreated_table_is_published_again(tables, connection):
@@ -268,7 +269,7 @@ def test_publications_of_others_are_refused_unless_they_fit(tables, connection):
     )
     steps = plan(connection, [subscription("orders")])
     assert str(steps[0]).startswith("COMMENT ON PUBLICATION")
-    with pytest.raises(PublicationMismatch, match="somebody else"):
+    with pytest.raises(PublicationMismatch, match="were not created by flash-celery"):
         plan(connection, [subscription("plain")])
 
 
@@ -283,7 +284,7 @@ def test_examination_does_not_wait_for_table_locks(tables, connection, others):
     tables.execute(f"CREATE PUBLICATION others FOR {others}")
     connection.execute("SET lock_timeout = '1ms'")
     look = partial(catalog.fingerprint, connection, [s.table for s in subscriptions])
-    before = look(publications.names("flash_publication"))
+    before = look(publication_names("flash_publication"))
     with tables.connect() as migration:
         migration.execute("BEGIN")
         for name in tables.execute(
@@ -291,7 +292,7 @@ def test_examination_does_not_wait_for_table_locks(tables, connection, others):
             "AND relnamespace = 'public'::regnamespace"
         ):
             migration.execute(f"LOCK TABLE {name[0]} IN ACCESS EXCLUSIVE MODE")
-        assert look(publications.names("flash_publication")) == before
+        assert look(publication_names("flash_publication")) == before
         assert plan(connection, subscriptions, settings) == []
         # An identity that somebody else may need does not go back.
         fewer = plan(connection, [subscription("nothing", operations=Operation.INSERT)])
@@ -345,7 +346,7 @@ def test_setup_that_cannot_work_names_the_handler(tables, connection, declared, 
     )
     with pytest.raises(SubscriptionError, match=f"shop.handle: .*{message}"):
         plan(connection, [declared])
-    assert publications.read(Source(connection, SETTINGS)).publications == {}
+    assert publications.read(Source(connection, SETTINGS)).by_operation == {}
 
 
 def test_identity_keep_alters_nothing_and_names_what_is_missing(tables, connection):
@@ -367,7 +368,7 @@ def test_slots_of_other_plugins_are_refused(tables, connection):
     tables.execute(drop)
     ddl.apply(connection, plan(connection, declared))
     tables.execute(create)
-    ddl.remember_slot(Source(connection, SETTINGS))
+    remember_slot(Source(connection, SETTINGS))
     assert plan(connection, declared) == []
     with pytest.raises(ConfigurationError, match="belong to the slot flash_setup"):
         plan(connection, declared, Settings(flash_replication_slot="another"))

@@ -21,8 +21,10 @@ from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.handlers.subscriptions import Subscription, operations_of
 from flash_celery.postgres import catalog
 from flash_celery.postgres.connection import connect
-from flash_celery.postgres.source import Source
+from flash_celery.postgres.source import Source, publication_names
 from flash_celery.provisioning import ddl, narrowing, preflight, publications
+from flash_celery.provisioning.plan import set_up_steps
+from flash_celery.provisioning.requirements import required_tables
 from flash_celery.settings import Settings
 from flash_celery.table_name import TableName
 
@@ -381,10 +383,8 @@ def set_up(connection, prefix, subscriptions):
         tables = {one.table: catalog.find(connection, one.table) for one in subscriptions}
         source = Source(connection, Settings(flash_publication_slot_prefix=prefix))
         found = publications.read(source)
-        goal = publications.wanted(
-            connection, subscriptions, tables, found.record, PREFIXES[prefix]
-        )
-        steps = ddl.plan(found, goal, {})
+        goal = required_tables(connection, subscriptions, tables, found.record, PREFIXES[prefix])
+        steps = set_up_steps(found, goal, {})
         if not steps:
             return goal
         ddl.apply(connection, steps)
@@ -411,7 +411,7 @@ def read(connection, prefix, subscriptions):
         for (data,) in connection.execute(
             "SELECT data FROM pg_logical_slot_peek_binary_changes('pushed', NULL, NULL, "
             "'proto_version', '1', 'publication_names', %s)",
-            [",".join(publications.names(prefix))],
+            [",".join(publication_names(prefix))],
         ).fetchall()
     ]
     for kind, run in runs(messages):

@@ -121,7 +121,7 @@ def test_replay_slot_advances_across_restarts(flash):
         flash.stop()
         an_hour_ago = then._replace(time=then.time - timedelta(hours=1))
         at = Source(connection, settings)
-        replay_slot._note(at, before, an_hour_ago)
+        replay_slot._record(at, before, an_hour_ago)
         restart(flash)
         flash.wait(lambda: oldest(flash) == an_hour_ago)
         assert then.lsn < replay_slot._next(Source(connection, settings)).lsn
@@ -155,7 +155,7 @@ def test_replay_notices_wal_that_is_no_longer_retained(flash):
     settings, subscriptions = Settings.from_app(flash.app), subscriptions_of(flash.app)
     with flash.database.connect() as connection:
         at = Source(connection, settings)
-        replay_slot._note(at, before._replace(lsn=wanted.end))
+        replay_slot._record(at, before._replace(lsn=wanted.end))
         with pytest.raises(ConfigurationError, match="are no longer retained"):
             replay.read_changes(at, subscriptions, "handler", wanted, replay.Count())
 
@@ -178,7 +178,7 @@ def test_replay_slot_left_half_created_is_recreated(flash):
     settings = Settings.from_app(flash.app)
     mark = oldest(flash)
     with flash.database.connect() as connection:
-        replay_slot._note(Source(connection, settings), mark._replace(lsn=replay_slot._UNKNOWN))
+        replay_slot._record(Source(connection, settings), mark._replace(lsn=replay_slot._UNKNOWN))
     with pytest.raises(ConfigurationError, match="No past changes are retained"):
         span(flash, str(mark.lsn))
     assert levels(flash) == [WARNING]

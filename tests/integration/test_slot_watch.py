@@ -12,6 +12,7 @@ from example_project.servers import wait_until
 from flash_celery.acknowledgement import Progress
 from flash_celery.errors import ConfigurationError, ReplicationError
 from flash_celery.handlers.subscriptions import Subscription
+from flash_celery.postgres import slots
 from flash_celery.postgres.connection import connect
 from flash_celery.postgres.source import Source
 from flash_celery.postgres.stream import ReplicationConnection
@@ -39,8 +40,8 @@ def clock():
 def stream(database):
     database.execute("CREATE TABLE items (id int)", "CREATE PUBLICATION items FOR TABLE items")
     with closing(ReplicationConnection(database.dsn)) as stream:
-        stream.create_slot(database.slot)
-        stream.introduce()
+        slots.create(stream, database.slot)
+        stream.start_session()
         stream.start(database.slot, ["items"])
         yield stream
 

@@ -7,6 +7,7 @@ import psycopg
 import pytest
 
 from flash_celery.errors import ReplicationError, SlotInUse, SlotMissing
+from flash_celery.postgres import slots
 from flash_celery.postgres.connection import without_password
 from flash_celery.postgres.stream import ReplicationConnection
 from flash_celery.protocol import frames, pgoutput
@@ -58,7 +59,7 @@ def committed(count):
 
 def test_stream_repeats_changes_until_they_are_acknowledged(table, connections):
     first = connections(table.dsn)
-    start = first.create_slot(table.slot)
+    start = slots.create(first, table.slot)
     table.execute("INSERT INTO items VALUES (1, 'é')", "UPDATE items SET name = 'b'")
     first.start(table.slot, ["everything"])
     seen = messages(read_until(first, committed(2)))
@@ -89,7 +90,7 @@ def start_when_free(connection, slot):
 
 def test_stream_names_a_slot_in_use_and_a_missing_slot(table, connections):
     first = connections(table.dsn)
-    first.create_slot(table.slot)
+    slots.create(first, table.slot)
     first.start(table.slot, ["everything"])
     with pytest.raises(SlotInUse, match=f'"{table.slot}" is active for PID'):
         connections(table.dsn).start(table.slot, ["everything"])
@@ -99,7 +100,7 @@ def test_stream_names_a_slot_in_use_and_a_missing_slot(table, connections):
 
 def test_keepalive_carries_the_position_of_a_server_busy_elsewhere(table, connections):
     connection = connections(table.dsn)
-    start = connection.create_slot(table.slot)
+    start = slots.create(connection, table.slot)
     connection.start(table.slot, ["everything"])
     table.execute("CREATE TABLE other (id int)", "INSERT INTO other VALUES (1)")
     goal = Lsn.parse(table.one("SELECT pg_current_wal_lsn()"))
@@ -115,7 +116,7 @@ def test_keepalive_carries_the_position_of_a_server_busy_elsewhere(table, connec
 
 def test_stream_raises_if_the_server_process_ends(table, connections):
     connection = connections(table.dsn)
-    connection.create_slot(table.slot)
+    slots.create(connection, table.slot)
     connection.start(table.slot, ["everything"])
     table.execute(
         "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots "

@@ -1,0 +1,178 @@
+"""The record: what flash-celery must remember about a source, kept in PostgreSQL itself.
+
+It is JSON in the comment on the publication of inserts, so that it survives a crash of any process.
+Its format must stay readable by older and newer versions.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from ..changes.operations import Operation
+from ..postgres.gaps import Gap
+from ..postgres.source import Source, publication_name
+from ..table_name import TableName
+from . import ddl
+from .ddl import Step
+
+#: How many gaps are kept.
+_GAPS = 10
+_COMMENT = b"""
+SELECT obj_description(oid, 'pg_publication') FROM pg_publication WHERE pubname = %s
+"""
+_COMMENT_HASH = b"""
+SELECT hashtextextended(obj_description(oid, 'pg_publication'), 0)
+FROM pg_publication WHERE pubname = %s
+"""
+
+
+@dataclass(frozen=True)
+class Record:
+    """The contents of the comment. JSON keys are the names of the fields."""
+
+    #: The slot that was created with the publications.
+    slot: str | None = None
+    #: The tables (OIDs) that each operation is published for, once the present change is complete.
+    tables: dict[str, list[int]] = field(default_factory=dict)
+    #: The same before the present change; equal to `tables` once it is complete.
+    previous: dict[str, list[int]] = field(default_factory=dict)
+    #: The replica identities that we replaced, by OID: `d`, `n`, or `i` and the name of the index.
+    identities: dict[str, list[str]] = field(default_factory=dict)
+    #: All ancestors that each partition has had (schema and name), by OID; also the table itself if
+    #: it is no longer published. The WAL may still hold rows from before a change of these.
+    leaves: dict[str, list[list[str]]] = field(default_factory=dict)
+    #: The column lists and row filters of each table that is not published whole, by OID.
+    narrowed: dict[str, str] = field(default_factory=dict)
+    #: The changes that were missed when a slot was lost and recreated; the newest gap is last.
+    gaps: list[dict[str, Any]] = field(default_factory=list)
+    #: The paused handlers, and since when (ISO 8601); "" stands for the whole source.
+    paused: dict[str, str] = field(default_factory=dict)
+    #: The handlers whose held messages are to be requeued, and since when.
+    resuming: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def open_gap(self) -> Gap | None:
+        """The newest gap if it has no end yet."""
+        newest = Gap(**self.gaps[-1]) if self.gaps else None
+        return newest if newest is not None and newest.until is None else None
+
+    def with_gap(self, gap: Gap) -> Record:
+        """Return the record with a gap added, which replaces the open one."""
+        others = self.gaps[:-1] if self.open_gap else self.gaps
+        return replace(self, gaps=[*others, gap.to_json()][-_GAPS:])
+
+    def to_json(self) -> str:
+        """Return the text of the comment."""
+        return json.dumps({"flash_celery": 1, **vars(self)}, sort_keys=True)
+
+    @classmethod
+    def of_json(cls, text: str | None) -> Record | None:
+        """Read the text of a comment; return None if it is not one of ours."""
+        try:
+            values = json.loads(text or "")
+            return cls(**values) if values.pop("flash_celery") == 1 else None
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return None
+
+    def without_dropped_tables(self, connection: psycopg.Connection[Any]) -> Record:
+        """Return the record without tables that no longer exist, except as former partitions.
+
+        The WAL may still hold rows of a dropped table. It gets an empty list of ancestors unless it
+        has been a partition.
+        """
+        recorded = {int(oid) for oid in self.identities}.union(
+            *self.tables.values(), *self.previous.values()
+        )
+        rows = connection.execute(
+            "SELECT oid::int8 FROM pg_class WHERE oid = ANY(%s::int8[]::oid[])", [sorted(recorded)]
+        ).fetchall()
+        existing = {oid for (oid,) in rows}
+
+        def keep_existing(tables: dict[str, list[int]]) -> dict[str, list[int]]:
+            return {
+                operation: [oid for oid in oids if oid in existing]
+                for operation, oids in tables.items()
+            }
+
+        return replace(
+            self,
+            leaves={str(oid): [] for oid in recorded - existing} | self.leaves,
+            tables=keep_existing(self.tables),
+            previous=keep_existing(self.previous),
+            identities={
+                oid: identity for oid, identity in self.identities.items() if int(oid) in existing
+            },
+            narrowed={oid: clause for oid, clause in self.narrowed.items() if int(oid) in existing},
+        )
+
+
+def comment(source: Source, operation: Operation) -> str | None:
+    """Return the comment on the publication of one operation."""
+    name = publication_name(source.prefix, operation)
+    row = source.connection.execute(_COMMENT, [name]).fetchone()
+    return row[0] if row else None
+
+
+def comment_step(prefix: str, operation: Operation, text: str | None) -> Step:
+    """Return the statement that writes the comment on the publication of one operation."""
+    statement = sql.SQL("COMMENT ON PUBLICATION {} IS {}")
+    name = sql.Identifier(publication_name(prefix, operation))
+    return Step(statement.format(name, sql.Literal(text)), record_only=True)
+
+
+def read_record(source: Source) -> Record | None:
+    """Return the record, or None if nothing is recorded yet."""
+    record = Record.of_json(comment(source, Operation.INSERT))
+    return record.without_dropped_tables(source.connection) if record else None
+
+
+def record_hash(source: Source) -> str:
+    """Return a text that differs whenever the record does; "" without a record."""
+    name = publication_name(source.prefix, Operation.INSERT)
+    row = source.connection.execute(_COMMENT_HASH, [name]).fetchone()
+    return str(row[0]) if row else ""
+
+
+def record_step(prefix: str, record: Record) -> Step:
+    """Return the statement that writes the record."""
+    return comment_step(prefix, Operation.INSERT, record.to_json())
+
+
+def remember_slot(source: Source) -> None:
+    """Record that the slot exists. If it is missing later, changes were lost."""
+    ddl.apply(source.connection, remember_slot_steps(source))
+
+
+def remember_slot_steps(source: Source) -> list[Step]:
+    """Return the statement that records that the slot exists, or nothing if that is recorded."""
+    record = read_record(source) or Record()
+    if record.slot == source.slot:
+        return []
+    return [record_step(source.prefix, replace(record, slot=source.slot))]
+
+
+def forget_slot(source: Source) -> None:
+    """Record that the slot is about to be dropped. If it is missing later, nothing was lost."""
+    record = read_record(source)
+    if record is not None and record.slot is not None:
+        ddl.apply(source.connection, [record_step(source.prefix, replace(record, slot=None))])
+
+
+def remember_gap(source: Source, gap: Gap) -> None:
+    """Record changes that can no longer be read. Raises `CatalogError` if it cannot be written."""
+    record = read_record(source) or Record()
+    ddl.apply(source.connection, [record_step(source.prefix, record.with_gap(gap))])
+
+
+def partition_ancestors(source: Source) -> dict[int, tuple[TableName, ...]]:
+    """Return all ancestors that each partition has had, by its OID, from the record."""
+    record = read_record(source) or Record()
+    return {
+        int(oid): tuple(TableName(*ancestor) for ancestor in ancestors)
+        for oid, ancestors in record.leaves.items()
+    }
