@@ -1,11 +1,11 @@
 """PostgreSQL changes as Celery tasks.
 
-WAL → replication → pgoutput → transactions → routing → payload → publishers → broker → handler
+WAL → postgres → protocol → capture → messages → publishing → broker → Celery worker → handler
 """
 
 from typing import TYPE_CHECKING
 
-from .changes import payload as _payload  # noqa: F401 - makes changes travel as task arguments
+from .changes import payload as _payload  # noqa: F401 - registers changes as task arguments
 from .changes.change import (
     Change,
     Changes,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        """Load `wait_for` and `__version__` when they are asked for: both are slow to import."""
+        """Load `wait_for` and `__version__` lazily, because both are slow to import."""
         if name == "wait_for":
             from .commands.wait import wait_for
 

@@ -1,4 +1,4 @@
-"""Connection strings: whether libpq reads one as it is meant, where it leads, and Django's own."""
+"""Connection strings: validate them, find the server they lead to, and get Django's."""
 
 from __future__ import annotations
 
@@ -10,26 +10,30 @@ from psycopg.conninfo import conninfo_to_dict
 
 
 def is_readable(dsn: str) -> bool:
-    """Whether it is a connection string. What libpq says of one that is not may hold a password."""
+    """Whether libpq reads the string as it was meant.
+
+    libpq's own error is not shown, because it may contain the password.
+    """
     try:
         conninfo_to_dict(dsn)
     except ProgrammingError:
         return False
-    return not _misread(dsn)
+    return not _password_in_host(dsn)
 
 
 def place_of(dsn: str) -> tuple[list[Any], Any]:
-    """The server that a DSN leads to and the database there, as far as its text says."""
+    """Return the server and the database that a DSN names, for comparison with another DSN."""
     try:
-        given = conninfo_to_dict(dsn)
+        parameters = conninfo_to_dict(dsn)
     except ProgrammingError:
-        return [dsn], None  # it will be refused where it is used
-    server = [given.get(part) for part in ("service", "host", "hostaddr")]
-    return [*server, str(given.get("port", 5432))], given.get("dbname", given.get("user"))
+        return [dsn], None  # it is refused where it is used
+    server = [parameters.get(part) for part in ("service", "host", "hostaddr")]
+    database = parameters.get("dbname", parameters.get("user"))
+    return [*server, str(parameters.get("port", 5432))], database
 
 
 def of_django() -> str:
-    """`DATABASES["default"]` as a connection string, where Django is in use and has one."""
+    """Return `DATABASES["default"]` as a connection string, or "" without Django."""
     if "django.conf" not in sys.modules:
         return ""
     from .django.dsn import dsn
@@ -37,10 +41,10 @@ def of_django() -> str:
     return dsn()
 
 
-def _misread(dsn: str) -> bool:
-    """Whether a part of the password passes for the host, which errors name."""
+def _password_in_host(dsn: str) -> bool:
+    """Whether a part of the password is taken for the host, which errors show."""
     rest = dsn.removeprefix("postgresql://").removeprefix("postgres://")
     if rest == dsn:
         return False
-    credentials, _, beyond = rest.partition("@")
-    return "@" in (rest if "/" in credentials else beyond).partition("?")[0]
+    credentials, _, after = rest.partition("@")
+    return "@" in (rest if "/" in credentials else after).partition("?")[0]

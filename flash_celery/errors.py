@@ -1,7 +1,7 @@
-"""Every error flash-celery raises, and what to do about each.
+"""Every error that flash-celery raises, and what to do about each.
 
     FlashError
-    ├── ConfigurationError        a setting, or the server's settings
+    ├── ConfigurationError        a setting of the app or of the server
     ├── SubscriptionError         an `on_change` that cannot work
     ├── CatalogError              tables, privileges and other objects in PostgreSQL
     │   ├── SlotMissing
@@ -12,23 +12,23 @@
     │   └── TableLocked           (retry)
     ├── ProtocolError             bytes that PostgreSQL should not have sent
     ├── ReplicationError          the connection to PostgreSQL (retry)
-    │   └── DecodingFailed        an error of the server's own
+    │   └── DecodingFailed        an internal error of PostgreSQL
     ├── SpoolError                the disk, for a large open transaction (retry)
     ├── PublishError              the broker (retry)
     │   ├── Unroutable
     │   └── NotConfirmed
-    ├── TakenOver                 another session publishes now (retry)
-    ├── ConfirmedLost             the broker has lost what it had confirmed (retry)
-    ├── ChangeTooLarge            a change that no broker would take
+    ├── TakenOver                 another worker publishes now (retry)
+    ├── ConfirmedLost             the broker has lost messages that it had confirmed (retry)
+    ├── ChangeTooLarge            a change that the broker cannot take
     ├── PayloadError              a message that cannot be read
-    ├── RowError                  a row that is not what a handler's `into=` says
-    ├── ProcessKilled             a handler that ends its process
-    ├── NoInstance                a change that is no row of a Django model
-    ├── NoSuchLetter              a dead letter that is not there
-    └── NotDone                   what was waited for
+    ├── RowError                  a row that does not fit the class of `into=`
+    ├── ProcessKilled             a handler whose process dies
+    ├── NoInstance                a change that is not a row of a Django model
+    ├── NoSuchLetter              a dead letter that does not exist
+    └── NotDone                   handlers that `flash wait` waited for
 
-`retry` says whether waiting can help; `solution` is a sentence for whoever is on call.
-They pickle, because Celery stores the exceptions of tasks.
+`retry` states whether waiting can help, `solution` what to do. The errors can be pickled, because
+Celery stores the exceptions of tasks.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class FlashError(Exception):
     solution: ClassVar[str] = ""
 
     def __str__(self) -> str:
-        """One line, whatever names and values are in it."""
+        """Return the message on one line, whatever names and values it holds."""
         return escaped(super().__str__())
 
 
@@ -58,7 +58,7 @@ class ConfigurationError(FlashError):
 
 
 class SubscriptionError(FlashError):
-    """An `on_change` names something that does not exist or contradicts another."""
+    """An `on_change` names something that does not exist, or contradicts another `on_change`."""
 
     solution = "Correct the `on_change` of the handler that the message names."
 
@@ -66,47 +66,56 @@ class SubscriptionError(FlashError):
 class CatalogError(FlashError):
     """An object or a privilege in PostgreSQL is not what replication needs."""
 
-    solution = "`flash doctor` prints the SQL that mends it."
+    solution = "`flash doctor` prints the SQL that fixes it."
 
 
 class SlotMissing(CatalogError):
-    """The replication slot existed and has been dropped; what was written since cannot be read."""
+    """The replication slot was dropped; changes since then cannot be read."""
 
     solution = (
-        "Run `flash reset` to start anew at the present, then rebuild what depends on the gap."
+        "Run `flash reset` to start again at the present, then rebuild what depends on the missing "
+        "changes."
     )
 
 
 class SlotLost(CatalogError):
-    """The slot was invalidated: the server removed WAL that it still needed."""
+    """PostgreSQL invalidated the slot, because it removed WAL that the slot still needed."""
 
-    solution = "Run `flash reset`, rebuild what depends on the gap, raise `max_slot_wal_keep_size`."
+    solution = (
+        "Run `flash reset`, rebuild what depends on the missing changes, and raise "
+        "`max_slot_wal_keep_size`."
+    )
 
 
 class SlotInUse(CatalogError):
-    """Another replication worker reads the slot; this one waits and takes over."""
+    """Another replication worker reads the slot; this one waits to take over."""
 
     retry = True
-    solution = "Nothing to do: this is how a standby waits. `flash status` says who holds it."
+    solution = (
+        "Nothing to do if a hot spare is wanted. `flash status` shows which worker reads the slot."
+    )
 
 
 class PublicationMismatch(CatalogError):
-    """A publication is not as `replicate` left it: somebody altered it."""
+    """A publication was altered after `flash replicate` had set it up."""
 
-    solution = "Undo the alteration (`flash doctor` prints the SQL), or start anew: `flash reset`."
+    solution = (
+        "Undo the alteration (`flash doctor` prints the SQL), or start again at the present: "
+        "`flash reset`."
+    )
 
 
 class ReplicaIdentityMissing(CatalogError):
-    """A subscription needs old values that the table's replica identity does not give."""
+    """A subscription needs old values that the table's replica identity does not include."""
 
-    solution = "Run the ALTER TABLE the message names, or set flash_replica_identity = 'auto'."
+    solution = "Run the ALTER TABLE that the message names, or set flash_replica_identity = 'auto'."
 
 
 class TableLocked(CatalogError):
-    """DDL could not get its lock within the lock timeout because of another session."""
+    """A statement of the set-up waited too long for a lock that another session holds."""
 
     retry = True
-    solution = "It is tried again; end the session the message names if it is idle."
+    solution = "It is retried. End the session that the message names if it is idle."
 
 
 class ProtocolError(FlashError):
@@ -119,39 +128,39 @@ class ReplicationError(FlashError):
     """The connection to PostgreSQL failed or was closed."""
 
     retry = True
-    solution = "It is made again by itself; check that PostgreSQL runs and accepts connections."
+    solution = "The worker reconnects. Check that PostgreSQL runs and accepts connections."
 
 
 class DecodingFailed(ReplicationError):
-    """PostgreSQL's own decoding failed."""
+    """PostgreSQL failed to decode its own WAL."""
 
-    solution = "If it comes again, look into PostgreSQL's log; the slot keeps everything."
+    solution = "If it happens again, see PostgreSQL's log; the slot keeps all changes."
 
 
 class SpoolError(FlashError):
-    """A large transaction that is still open cannot be kept on disk."""
+    """A large open transaction cannot be stored on disk."""
 
     retry = True
     solution = (
-        "PostgreSQL keeps it meanwhile. Make room or set flash_spool_directory, and start anew; "
-        "or turn flash_use_streaming off."
+        "PostgreSQL keeps the transaction. Make room or set flash_spool_directory and restart, or "
+        "turn flash_use_streaming off."
     )
 
 
 class PublishError(FlashError):
-    """The broker did not take the messages, but for the first `confirmed` ones."""
+    """The broker did not take all messages, only the first `confirmed` ones."""
 
     retry = True
     confirmed = 0
-    #: Bytes of the largest message that it takes, where one that has more is what was wrong.
+    #: The size in bytes of the largest message that the broker takes, if one was larger; else 0.
     most = 0
-    solution = "They are sent again by themselves; check that the broker runs and has room."
+    solution = "The messages are sent again. Check that the broker runs and has room."
 
 
 class Unroutable(PublishError):
-    """The broker returned a message because no queue takes it."""
+    """The broker returned a message because it has no queue for it."""
 
-    solution = "The queue was deleted or is bound otherwise; it is declared again by itself."
+    solution = "The queue was deleted, or its binding was; the worker declares it again."
 
 
 class NotConfirmed(PublishError):
@@ -159,26 +168,28 @@ class NotConfirmed(PublishError):
 
 
 class TakenOver(FlashError):
-    """Another replication worker has begun to publish what this slot has."""
+    """Another replication worker has begun to publish the changes of this slot."""
 
     retry = True
-    solution = "This one waits until the slot is free."
+    solution = "This worker waits until the slot is free."
 
 
 class ConfirmedLost(FlashError):
-    """The broker does not have any more what it had confirmed."""
+    """The broker has lost messages that it had confirmed."""
 
     retry = True
     solution = (
-        "What was not acknowledged yet is enqueued again by itself; for the rest run `flash replay "
-        "--since` with the position, where flash_replay_window keeps it, or rebuild what depends "
-        "on it."
+        "Changes that were not acknowledged yet are enqueued again. For the others, run `flash "
+        "replay --since` with the position if flash_replay_window covers it, or rebuild what "
+        "depends on them."
     )
 
 
 class ChangeTooLarge(FlashError):
-    """A change has more bytes than `flash_max_change_size` or the broker allows; it becomes a dead
-    letter."""
+    """A change is larger than `flash_max_change_size` or than the broker allows.
+
+    It becomes a dead letter.
+    """
 
     solution = (
         "Leave the large column out (`fields=`), or raise the setting and the broker's own limit."
@@ -186,45 +197,45 @@ class ChangeTooLarge(FlashError):
 
 
 class PayloadError(FlashError):
-    """A task message is of another version of flash-celery, or damaged."""
+    """A task message is damaged, or of another version of flash-celery."""
 
     solution = "Upgrade the Celery workers before the replication worker."
 
 
 class RowError(FlashError):
-    """A row does not fit the class that the handler wants it in; its task fails."""
+    """A row does not fit the class that the handler declares with `into=`, so its task fails."""
 
-    solution = "Correct the class of `into=`, deploy the workers, then `flash dead retry`."
+    solution = "Correct the class of `into=`, deploy the workers, then run `flash dead retry`."
 
 
 class ProcessKilled(FlashError):
-    """A handler's process died on the same change as often as `flash_max_deaths` allows."""
+    """The processes of a handler died on the same change `flash_max_deaths` times."""
 
     solution = (
-        "Mend the handler, then `flash dead retry`; the kernel's log says what it ran out of."
+        "Fix the handler, then run `flash dead retry`; the kernel's log shows what it ran out of."
     )
 
 
 class NoInstance(FlashError):
-    """A change, or a value of it, that cannot be told as an instance of a Django model."""
+    """A change, or a value in it, cannot be turned into an instance of a Django model."""
 
-    solution = "Use `change.new` and `change.old`, which hold what the change holds."
+    solution = "Use `change.new` and `change.old` instead."
 
 
 class NoSuchLetter(FlashError):
     """A dead letter is not, or no longer, in the queue."""
 
-    solution = "`flash dead list` shows those that are."
+    solution = "`flash dead list` shows the dead letters that exist."
 
 
 class NotDone(FlashError):
-    """Handlers have not done what was waited for."""
+    """Handlers have not processed the changes that were waited for."""
 
-    solution = "`flash status` shows the slot and the queues, `flash dead list` what has failed."
+    solution = "`flash status` shows the slot and the queues, `flash dead list` the failed changes."
 
 
 def did_you_mean(name: object, known: Iterable[object]) -> str:
-    """Return `did you mean …?` with the known name most similar to a wrong one, or ""."""
+    """Return `; did you mean …?`, with the known name most similar to a wrong one, or ""."""
     by_lower_case = {str(each).casefold(): str(each) for each in known}
     similar = difflib.get_close_matches(str(name).casefold(), by_lower_case, n=1)
-    return f"did you mean {by_lower_case[similar[0]]}?" if similar else ""
+    return f"; did you mean {by_lower_case[similar[0]]}?" if similar else ""

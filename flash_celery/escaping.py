@@ -1,21 +1,22 @@
-"""Names and values of the database, as they may stand in a log line or on a terminal.
+"""Make text from the database safe for log lines and terminals.
 
-Whoever may write a row or create a table chooses them: newlines would forge lines, escape sequences
-drive the terminal, and marks of direction show a text as another one.
+Any user who can write a row or create a table chooses it: newlines would forge log lines, escape
+sequences would control the terminal, and bidirectional marks would disguise text.
 """
 
 from __future__ import annotations
 
 
 def escaped(text: str) -> str:
-    """The text with whatever does not print written as Python writes it: `\\n`, `\\x1b`, `\\u202e`.
+    """Return the text with unprintable characters escaped as in Python: `\\n`, `\\x1b`, `\\u202e`.
 
-    What prints stays as it is, in any script.
+    Printable characters of all scripts stay.
     """
     if text.isprintable():
         return text
     return "".join(
-        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
     )
 
 

@@ -1,4 +1,4 @@
-"""Log records as JSON, one object a line, for whoever collects them."""
+"""Log records as JSON, one object on each line."""
 
 from __future__ import annotations
 
@@ -6,44 +6,52 @@ import json
 import logging
 from datetime import datetime, timezone
 
-#: What every record has; the rest was given as `extra` by who logged it.
-_OWN = set(vars(logging.LogRecord("", 0, "", 0, "", (), None))) | {"message", "asctime"}
-#: What Celery's own loggers give.
+#: The attributes of every log record; the others were passed as `extra`.
+_STANDARD = set(vars(logging.LogRecord("", 0, "", 0, "", (), None))) | {"message", "asctime"}
+#: The attributes that Celery's own loggers pass.
 _CELERY = {"data"}
 
 
 class JsonFormatter(logging.Formatter):
-    """`time` (UTC), `level`, `logger`, `message`, `source`, what the record has of its own such as
-    `lsn`, `table` or `slot`, and `exception`, a traceback."""
+    """A formatter that writes `time` (UTC), `level`, `logger`, `message` and `source`.
+
+    The fields that the record was given as `extra`, such as `lsn`, `table` or `slot`, follow, and
+    `exception`, a traceback.
+    """
 
     def __init__(self, source: str = "") -> None:
         super().__init__()
         self._source = source
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
-        own = {k: v for k, v in vars(record).items() if k not in _OWN | _CELERY}
-        said = fields(record.created, record.levelname, record.name, record.getMessage())
-        said |= {"source": self._source} if self._source else {}
-        said |= {name: value for name, value in own.items() if name not in said}
+        """Return the record as one line."""
+        values = fields(record.created, record.levelname, record.name, record.getMessage())
+        if self._source:
+            values["source"] = self._source
+        for name, value in vars(record).items():
+            if name not in _STANDARD | _CELERY | values.keys():
+                values[name] = value
         if record.exc_info:
-            said["exception"] = self.formatException(record.exc_info)
-        return line(said)
+            values["exception"] = self.formatException(record.exc_info)
+        return line(values)
 
 
 def fields(created: float, level: str, logger: str, message: str) -> dict[str, object]:
-    """What each line has."""
+    """Return the fields that every line has. `created` is in Unix seconds."""
     moment = datetime.fromtimestamp(created, timezone.utc)
     time = moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
     return {"time": time, "level": level.lower(), "logger": logger, "message": message}
 
 
-def line(said: dict[str, object]) -> str:
-    """JSON in ASCII, so that no name of the database drives a terminal; what is no JSON as text."""
-    return json.dumps(said, default=str)
+def line(values: dict[str, object]) -> str:
+    """Return JSON in ASCII, so that no name in the database controls a terminal.
+
+    Values that JSON does not have become text.
+    """
+    return json.dumps(values, default=str)
 
 
 def as_json(source: str = "") -> None:
-    """Have the root logger's handlers write JSON."""
+    """Have the handlers of the root logger write JSON."""
     for handler in logging.getLogger().handlers:
         handler.setFormatter(JsonFormatter(source))

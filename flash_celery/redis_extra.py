@@ -1,4 +1,4 @@
-"""Whether the client library of the broker is there: Redis' is an extra."""
+"""The optional client library of Redis: refuse to start without it if the broker is Redis."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 from .errors import ConfigurationError
 
-#: What the transports of `kombu.transport.redis` are called in a broker's URL.
+#: The schemes that kombu maps to its Redis transports.
 _REDIS = re.compile(r"\b(redis|rediss|sentinel)(\+\w+)?://")
 _URLS = "broker_url", "broker_read_url", "broker_write_url"
 
 
 def require(app: Any) -> None:
-    """Raise `ConfigurationError` if the app's broker is Redis and kombu has no client for it."""
+    """Raise `ConfigurationError` if the app's broker is Redis and the client is not installed."""
     if not any(_REDIS.search(str(app.conf.get(name))) for name in _URLS):
         return
     try:
@@ -30,7 +30,10 @@ def require(app: Any) -> None:
 
 
 def refuse(instance: Any, **_: Any) -> None:
-    """End a Celery worker that starts without it: what Celery raises names neither."""
+    """Exit from a Celery worker that lacks the client; Celery's own error would not name it.
+
+    A receiver of Celery's signal `celeryd_init`.
+    """
     try:
         require(instance.app)
     except ConfigurationError as error:

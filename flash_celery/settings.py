@@ -1,25 +1,24 @@
-"""Every setting, once: its name, default, unit and check."""
+"""Every setting: its name, default, unit and checks."""
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from itertools import combinations
 from types import ModuleType
 from typing import Any
 
 from . import dsn
-from .errors import ConfigurationError
+from .errors import ConfigurationError, did_you_mean
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The `flash_*` settings of a Celery app (`CELERY_FLASH_*` in Django), checked.
+    """The checked `flash_*` settings of a Celery app (`CELERY_FLASH_*` in Django).
 
-    They are those of one source: the default one, or after `of_source` a named one.
+    They are the settings of one source: of the default one, or after `of_source` of a named one.
     """
 
     #: Connection string of the database to replicate, as libpq reads it
@@ -27,62 +26,61 @@ class Settings:
     flash_dsn: str = field(default="", repr=False)
     #: Name of the permanent replication slot.
     flash_replication_slot: str = "flash_replication"
-    #: The four publications are called this plus `_insert`, `_update`, `_delete`, `_truncate`.
+    #: Prefix of the four publications; `_insert`, `_update`, `_delete` and `_truncate` follow it.
     flash_publication_slot_prefix: str = "flash_publication"
-    #: Queue of handlers that name none.
+    #: Queue of handlers without a queue of their own.
     flash_queue: str = "flash"
-    #: Queue of the dead letters: what is kept of a handler's task that failed for good.
+    #: Dead-letter queue: it keeps the changes of handlers' tasks that failed permanently.
     flash_dead_queue: str = "flash.dead"
-    #: How many processes a change may end before it is a dead letter.
+    #: How many processes may die on a change before it becomes a dead letter.
     flash_max_deaths: int = 3
-    #: How many messages may wait in a queue before reading pauses; 0 for any number.
+    #: How many messages may wait in a queue before reading pauses; 0 for no limit.
     flash_max_queue_length: int = 0
     #: Globs over `schema.table.operation` to task options, in the shape of `task_routes`.
     flash_routes: Mapping[str, Any] = field(default_factory=dict)
-    #: Receive large transactions while they are open and spool them on disk until they commit.
+    #: Receive large transactions while they are open, and spool them on disk until they commit.
     flash_use_streaming: bool = False
-    #: Folder for what streaming spools; by default /var/tmp, or what TMPDIR says without one.
+    #: Folder of the spool files; the default is /var/tmp, or if there is none, that of TMPDIR.
     flash_spool_directory: str = ""
-    #: `auto` sets the replica identity that a subscription needs; `keep` alters nothing and
-    #: refuses to start where it does not suffice.
+    #: `auto` sets the replica identity that a subscription needs; `keep` never alters one, and
+    #: `replicate` refuses to start if it does not suffice.
     flash_replica_identity: str = "auto"
-    #: `False` creates and alters nothing: publications, identities and the slot are their owner's,
-    #: and `replicate` refuses to start where they are not what the handlers need.
+    #: With `False`, `replicate` creates and alters nothing: the owner sets up publications, replica
+    #: identities and the slot, and `replicate` refuses to start if the handlers need others.
     flash_manage: bool = True
-    #: Let PostgreSQL 15 and later leave out rows and columns that no handler wants.
+    #: Let PostgreSQL 15 and later leave out rows and columns that no handler needs.
     flash_push_down: bool = False
-    #: Bytes that a change may have; one that has more becomes a dead letter without its largest
-    #: values.
+    #: The most bytes of a change; a larger one becomes a dead letter without its largest values.
     flash_max_change_size: int = 128 << 20
     #: Seconds between two status messages to PostgreSQL.
     flash_status_interval: float = 10.0
-    #: Seconds between two heartbeats, which are written into the WAL while the server is not idle
-    #: and must come back through the stream; 0 for none.
+    #: Seconds between two heartbeats, which are written to the WAL unless the server is idle, and
+    #: must arrive through the stream; 0 for none.
     flash_heartbeat_interval: float = 10.0
     #: What to do when the slot was lost or dropped: `halt`, or `recreate` it at the present and
-    #: record what was missed.
+    #: record the gap.
     flash_on_lost_slot: str = "halt"
-    #: Seconds for which what was read can be read again (`flash replay`), by a second slot; 0 for
-    #: none.
+    #: For how many seconds `flash replay` can read changes again, from a second slot; 0 for none.
     flash_replay_window: float = 0.0
-    #: Have standbys keep a copy of the slot, so that it survives a failover (PostgreSQL 17).
+    #: Have standbys keep a copy of the slot, so that it survives a failover (since PostgreSQL 17).
     flash_failover_slot: bool = False
-    #: Seconds that SIGTERM leaves for what is in flight.
+    #: Seconds after SIGTERM in which messages in flight may still be confirmed.
     flash_shutdown_timeout: float = 10.0
-    #: Where the replication worker serves its status page, metrics and probes (`127.0.0.1:9187`).
+    #: Address at which the replication worker serves its status page, metrics and probes
+    #: (`127.0.0.1:9187`).
     flash_http: str = ""
-    #: More databases, by name: for each its `dsn`, and its `slot` and `prefix` where these are not
-    #: to be the default's with the name appended.
+    #: More databases, by name: a `dsn` for each, and a `slot` and `prefix` unless these are the
+    #: default's with the name appended.
     flash_sources: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    #: Whose settings these are: a name in `flash_sources`, "" for the default. Not a setting.
+    #: The source of these settings: a name in `flash_sources`, "" for the default. Not a setting.
     source: str = ""
 
     @classmethod
     def from_app(cls, app: Any) -> Settings:
-        """Read them from `app.conf`. Raises `ConfigurationError` for what cannot be right."""
-        # Celery reads them when it is asked for one, and is another object from then on.
-        given = {name: app.conf.get(name) for name in _KINDS}
-        _refuse_unread(app.conf)
+        """Read the settings from `app.conf`. Raises `ConfigurationError` if one is wrong."""
+        # Celery loads its configuration at the first of these, and replaces `app.conf` by it.
+        given = {name: app.conf.get(name) for name in _TYPES}
+        _refuse_ignored(app.conf)
         settings = cls(**{name: value for name, value in given.items() if value is not None})
         if not settings.flash_dsn:
             settings = cls(**{**vars(settings), "flash_dsn": dsn.of_django()})
@@ -91,21 +89,21 @@ class Settings:
         return settings
 
     def of_source(self, name: str) -> Settings:
-        """The same for a source of `flash_sources`, with its DSN, slot and prefix.
+        """Return the settings of a source in `flash_sources`, with its DSN, slot and prefix.
 
         Raises `ConfigurationError` if there is no such source.
         """
         if name not in self.flash_sources:
-            hint = _hint(name, self.flash_sources)
-            raise ConfigurationError(f"There is no source {name!r} in flash_sources; {hint}")
-        given = self.flash_sources[name]
+            hint = _suggestion(name, self.flash_sources)
+            raise ConfigurationError(f"There is no source {name!r} in flash_sources{hint}")
+        values = self.flash_sources[name]
         prefix = self.flash_publication_slot_prefix
         return replace(
             self,
             source=name,
-            flash_dsn=given["dsn"],
-            flash_replication_slot=given.get("slot", f"{self.flash_replication_slot}_{name}"),
-            flash_publication_slot_prefix=given.get("prefix", f"{prefix}_{name}"),
+            flash_dsn=values["dsn"],
+            flash_replication_slot=values.get("slot", f"{self.flash_replication_slot}_{name}"),
+            flash_publication_slot_prefix=values.get("prefix", f"{prefix}_{name}"),
             flash_sources={},
         )
 
@@ -115,26 +113,27 @@ class Settings:
         return f"{self.flash_replication_slot}{_REPLAY_SLOT_SUFFIX}"
 
     def called(self, setting: str) -> str:
-        """How the user of this source spells the DSN, slot or prefix."""
+        """Return how the user writes the DSN, slot or prefix setting of this source."""
         return f"flash_sources[{self.source!r}][{_KEYS[setting]!r}]" if self.source else setting
 
     @property
     def longest_silence(self) -> float:
-        """Seconds without a word after which the server and we take each other for dead."""
+        """Seconds of silence after which the server and the worker consider each other dead."""
         return 3 * self.flash_status_interval
 
     def _check(self) -> None:
-        self._check_kinds()
+        self._check_types()
         self._check_numbers()
-        for name, (one, other) in _CHOICES.items():
+        for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            if value not in (one, other):
-                raise ConfigurationError(f"{name} is {one!r} or {other!r}, not {value!r}.")
+            if value not in choices:
+                allowed = " or ".join(map(repr, choices))
+                raise ConfigurationError(f"{name} must be {allowed}, not {value!r}.")
         self._check_names()
         if self.flash_spool_directory and not os.access(self.flash_spool_directory, os.W_OK):
             raise ConfigurationError(
                 f"flash_spool_directory is {self.flash_spool_directory!r}, where no file can be "
-                "written; make the folder, or leave it out."
+                "written; create the folder, or remove the setting."
             )
         if not self.flash_queue:
             raise ConfigurationError("flash_queue is empty; name the queue of the handlers.")
@@ -144,62 +143,62 @@ class Settings:
             )
         if self.flash_on_lost_slot == "recreate" and not self.flash_manage:
             raise ConfigurationError(
-                "flash_on_lost_slot = 'recreate' makes a slot, which flash_manage = False leaves "
-                "to its owner; leave one of them out."
+                "flash_on_lost_slot = 'recreate' creates a slot, which flash_manage = False leaves "
+                "to the owner; remove one of the two settings."
             )
         if self.flash_replay_window and not self.flash_manage:
             raise ConfigurationError(
-                "flash_replay_window makes a second slot, which flash_manage = False leaves to its "
-                "owner; leave one of them out."
+                "flash_replay_window creates a second slot, which flash_manage = False leaves to "
+                "the owner; remove one of the two settings."
             )
         if self.flash_http:
             http_address(self.flash_http)
 
-    def _check_kinds(self) -> None:
+    def _check_types(self) -> None:
         for setting in fields(self):
-            expected = _KINDS.get(setting.name)
+            expected = _TYPES.get(setting.name)
             if expected is None:
                 continue
             value = getattr(self, setting.name)
             if not isinstance(value, expected) or (expected is not bool and value is True):
-                kind = " or ".join(
-                    k.__name__ for k in (expected if isinstance(expected, tuple) else (expected,))
-                )
-                # A DSN may hold a password.
+                types = expected if isinstance(expected, tuple) else (expected,)
+                allowed = " or ".join(each.__name__ for each in types)
+                # A DSN may contain a password, so it is not shown.
                 shown = repr(value) if setting.repr else type(value).__name__
-                raise ConfigurationError(f"{setting.name} must be {kind}, not {shown}.")
+                raise ConfigurationError(f"{setting.name} must be {allowed}, not {shown}.")
 
     def _check_numbers(self) -> None:
         for name in ("flash_status_interval", "flash_shutdown_timeout"):
             if not 0 < getattr(self, name) < 86_400:
-                raise ConfigurationError(f"{name} is a number of seconds above 0.")
+                raise ConfigurationError(f"{name} must be a number of seconds above 0.")
         if not 0 <= self.flash_heartbeat_interval < 86_400:
             raise ConfigurationError(
-                "flash_heartbeat_interval is a number of seconds, or 0 for no heartbeats."
+                "flash_heartbeat_interval must be a number of seconds below a day, or 0 for no "
+                "heartbeats."
             )
         if not 0 <= self.flash_replay_window < 366 * 86_400:
             raise ConfigurationError(
-                "flash_replay_window is a number of seconds, or 0 for no replay."
+                "flash_replay_window must be a number of seconds below a year, or 0 for no replay."
             )
         for name in ("flash_max_deaths", "flash_max_change_size"):
             if getattr(self, name) < 1:
-                raise ConfigurationError(f"{name} is a number from 1 on.")
+                raise ConfigurationError(f"{name} must be a number above 0.")
         if self.flash_max_queue_length < 0:
             raise ConfigurationError(
-                "flash_max_queue_length is a number of messages, or 0 for no limit."
+                "flash_max_queue_length must be a number of messages, or 0 for no limit."
             )
 
     def _check_names(self) -> None:
         slot = self.flash_replication_slot
         if len(slot) > 63 or not _SLOT.fullmatch(slot):
             raise ConfigurationError(
-                f"{self.called('flash_replication_slot')} may hold a-z, 0-9 and _ only, at most 63 "
-                f"of them, not {slot!r}."
+                f"{self.called('flash_replication_slot')} must have 1 to 63 of the characters a-z, "
+                f"0-9 and _, not {slot!r}."
             )
         if self.flash_replay_window and len(slot) > 63 - len(_REPLAY_SLOT_SUFFIX):
             raise ConfigurationError(
-                f"{self.called('flash_replication_slot')} may have 55 characters at most with "
-                "flash_replay_window, whose slot is called that and _history."
+                f"{self.called('flash_replication_slot')} must have at most 55 characters with "
+                "flash_replay_window, because the second slot's name is longer by _history."
             )
         prefix = self.flash_publication_slot_prefix
         if not prefix or len(f"{prefix}_truncate".encode()) > 63:
@@ -210,17 +209,20 @@ class Settings:
 
     def _check_sources(self) -> None:
         sources = [self] if self.flash_dsn else []
-        for name, given in self.flash_sources.items():
-            _check_source(name, given)
+        for name, values in self.flash_sources.items():
+            _check_source(name, values)
             source = self.of_source(name)
             source._check_names()
             source.require_dsn()
             sources.append(source)
-        for one, other in combinations(sources, 2):
-            one._check_apart(other)
+        for source, other in combinations(sources, 2):
+            source._check_distinct(other)
 
-    def _check_apart(self, other: Settings) -> None:
-        """Slots have names of their own in a server, publications in a database."""
+    def _check_distinct(self, other: Settings) -> None:
+        """Raise `ConfigurationError` if two sources have a slot or a publication in common.
+
+        Slots need different names on one server, publications in one database.
+        """
         server, database = dsn.place_of(self.flash_dsn)
         servers, databases = dsn.place_of(other.flash_dsn)
         if server != servers:
@@ -233,18 +235,18 @@ class Settings:
             if name == getattr(other, setting):
                 raise ConfigurationError(
                     f"{self.called(setting)} and {other.called(setting)} are both {name!r} on the "
-                    f"same server; give {other.called(setting)} a name of its own."
+                    f"same server; give {other.called(setting)} another name."
                 )
 
     def require_dsn(self) -> str:
-        """The DSN. Raises `ConfigurationError` where there is none, or none libpq reads."""
+        """Return the DSN. Raises `ConfigurationError` if it is missing or libpq cannot read it."""
         if not self.flash_dsn:
             others = ", ".join(self.flash_sources)
             raise ConfigurationError(
-                "flash_dsn is not set: put app.conf.flash_dsn = "
-                "'postgresql://…/database' beside the app's broker (in Django, "
-                "DATABASES['default'] serves)"
-                + (f", or give one of flash_sources by --source: {others}." if others else ".")
+                "flash_dsn is not set: set app.conf.flash_dsn = "
+                "'postgresql://…/database' beside the app's broker (Django's default is "
+                "DATABASES['default'])"
+                + (f", or choose one of flash_sources with --source: {others}." if others else ".")
             )
         if not dsn.is_readable(self.flash_dsn):
             raise ConfigurationError(
@@ -261,81 +263,81 @@ _CHOICES = {
     "flash_replica_identity": ("auto", "keep"),
     "flash_on_lost_slot": ("halt", "recreate"),
 }
-#: The keys of a source, by the setting that each stands for.
+#: The keys of a source, by the setting that each replaces.
 _KEYS = {
     "flash_dsn": "dsn",
     "flash_replication_slot": "slot",
     "flash_publication_slot_prefix": "prefix",
 }
-#: What a value must be, by the type that its field is declared with.
-_TYPES: dict[str, Any] = {
+#: The accepted types of a value, by the annotation of its field.
+_ACCEPTED: dict[str, Any] = {
     "str": str,
     "int": int,
     "float": (int, float),
     "bool": bool,
     "Mapping[str, Any]": Mapping,
 }
-_KINDS: dict[str, Any] = {
-    one.name: _TYPES[str(one.type)] for one in fields(Settings) if one.name != "source"
+#: The accepted types of every setting.
+_TYPES: dict[str, Any] = {
+    setting.name: _ACCEPTED[str(setting.type)]
+    for setting in fields(Settings)
+    if setting.name != "source"
 }
 
 
-def _hint(name: object, known: Iterable[str]) -> str:
-    known = [str(one) for one in known]
-    close = difflib.get_close_matches(str(name), known, n=1)
-    if close:
-        return f"did you mean {close[0]}?"
-    return f"known are: {', '.join(known)}." if known else "it is empty."
+def _suggestion(name: object, known: Collection[str]) -> str:
+    names = f"; known are: {', '.join(known)}." if known else "; it is empty."
+    return did_you_mean(name, known) or names
 
 
-def _check_source(name: Any, given: Any) -> None:
-    """Whether it is a name, and strings under known keys. What it holds is not for showing."""
+def _check_source(name: Any, values: Any) -> None:
+    """Check the name and the types of a source's values, which errors must not show."""
     if not isinstance(name, str) or not _SLOT.fullmatch(name):
         raise ConfigurationError(
-            f"A source of flash_sources is named with a-z, 0-9 and _ only, not {name!r}."
+            f"The name of a source in flash_sources must have only a-z, 0-9 and _, not {name!r}."
         )
-    if not isinstance(given, Mapping):
+    if not isinstance(values, Mapping):
         raise ConfigurationError(
             f"flash_sources[{name!r}] must be a dict such as {{'dsn': 'postgresql://…/{name}'}}, "
-            f"not {type(given).__name__}."
+            f"not {type(values).__name__}."
         )
-    for key, value in given.items():
+    for key, value in values.items():
         if key not in _KEYS.values():
-            hint = _hint(key, _KEYS.values())
-            raise ConfigurationError(f"flash_sources[{name!r}] has no key {key!r}; {hint}")
+            hint = _suggestion(key, _KEYS.values())
+            raise ConfigurationError(f"flash_sources[{name!r}] has no key {key!r}{hint}")
         if not isinstance(value, str):
             raise ConfigurationError(
                 f"flash_sources[{name!r}][{key!r}] must be str, not {type(value).__name__}."
             )
-    if not given.get("dsn"):
+    if not values.get("dsn"):
         raise ConfigurationError(
             f"The source {name} has no dsn: set flash_sources[{name!r}]['dsn'] = "
             f"'postgresql://…/{name}'."
         )
 
 
-def _refuse_unread(conf: Any) -> None:
-    """Raise `ConfigurationError` for a setting that is none, or is spelt so that nobody reads it.
+def _refuse_ignored(conf: Any) -> None:
+    """Raise `ConfigurationError` for an unknown setting, or a spelling that Celery ignores.
 
-    A Django project may have settings of its own that begin with FLASH_, and a module of settings
-    may import us.
+    Ignore names that may be a Django project's own (FLASH_… in capitals), and modules, which a
+    settings module may import.
     """
     namespace = str(getattr(conf, "prefix", None) or "")
     for mapping in getattr(conf, "maps", [conf]):
         for key in mapping:
             bare = str(key).lower().removeprefix(namespace.lower()).removeprefix("celery_")
-            ours = bare in _KINDS or bare != str(key).lower() or bare == key
+            ours = bare in _TYPES or bare != str(key).lower() or bare == key
             if not bare.startswith("flash_") or not ours or isinstance(mapping[key], ModuleType):
                 continue
-            if bare not in _KINDS:
-                raise ConfigurationError(f"There is no setting {bare}; {_hint(bare, _KINDS)}")
+            if bare not in _TYPES:
+                raise ConfigurationError(f"There is no setting {bare}{_suggestion(bare, _TYPES)}")
             if conf.get(bare) is None and mapping[key] is not None:
                 right = f"{namespace}{bare.upper()}" if namespace else bare
-                raise ConfigurationError(f"Nobody reads the setting {key}; write {right}.")
+                raise ConfigurationError(f"Celery ignores the setting {key}; rename it to {right}.")
 
 
 def http_address(address: str) -> tuple[str, int]:
-    """Host and port of `flash_http`. Raises `ConfigurationError`."""
+    """Return the host and port in `flash_http`. Raises `ConfigurationError`."""
     host, _, port = address.rpartition(":")
     host = host[1:-1] if host[:1] == "[" and host[-1:] == "]" else host
     if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:

@@ -1,4 +1,4 @@
-"""A table's schema and name."""
+"""Names of tables, in the spellings of SQL and Django."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from .errors import SubscriptionError
 
 @dataclass(frozen=True)
 class TableName:
-    """A table's schema and name, as the catalog spells them."""
+    """The schema and the name of a table, as the catalog spells them."""
 
     schema: str
     name: str
 
     @classmethod
     def parse(cls, text: str) -> TableName:
-        """Parse a name in SQL's spelling: `orders`, `sales.orders`, `"Sales"."Order lines"`.
+        """Parse a name as SQL spells it: `orders`, `sales.orders`, `"Sales"."Order lines"`.
 
-        A name without a schema is in `public`. Only quoted names may have dots, colons, spaces or
-        quotes in them. Case is kept either way: `Orders` is `"Orders"`. Raises `SubscriptionError`.
+        A name without a schema is in `public`. Names with dots, colons, spaces or quotes must be
+        quoted. Case is kept even without quotes. Raises `SubscriptionError`.
         """
         if not _NAME.fullmatch(text):
             raise SubscriptionError(
@@ -33,8 +33,8 @@ class TableName:
 
     @classmethod
     def of_db_table(cls, db_table: str) -> TableName:
-        """Read a `Meta.db_table` as Django does: `orders`, or with a schema `"sales"."orders"`."""
-        # Django quotes it as a whole, unless it is quoted already; so sales"."orders has a schema.
+        """Parse a `Meta.db_table` as Django does: `orders`, or with a schema `"sales"."orders"`."""
+        # Django quotes it unless it begins and ends with quotes, so sales"."orders has a schema.
         quoted = db_table.startswith('"') and db_table.endswith('"')
         text = db_table if quoted else f'"{db_table}"'
         return cls.parse(text) if _NAME.fullmatch(text) else cls("public", db_table)

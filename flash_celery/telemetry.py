@@ -1,7 +1,7 @@
-"""What the replication worker counts and notes about itself, for whoever watches it.
+"""Counters and states of the replication worker, for monitoring.
 
-The capture side writes plain numbers here, once a run of rows or a unit of messages, never once a
-row; `monitoring` reads them from its own threads. Nothing here can fail or wait.
+The worker writes plain numbers here once for each run of rows or batch of messages, not for each
+row. The threads of `monitoring` read them. Nothing here can fail or wait.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from .acknowledgement import Progress
 from .errors import FlashError
 from .protocol import timestamps
 
-#: Errors that are kept.
+#: How many recent errors are kept.
 _ERRORS = 20
 #: Upper bounds of the histogram of delays, in seconds.
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)
 
-#: What the replication worker is doing; it waits for Celery workers (`--wait-for-workers`).
+#: The states of the replication worker. WAITING is for Celery workers (`--wait-for-workers`), and
+#: STANDBY is a hot spare that waits for the slot.
 STARTING, WAITING, CONNECTING = "starting", "waiting", "connecting"
 STANDBY, STREAMING, STOPPING = "standby", "streaming", "stopping"
 STATES = (STARTING, WAITING, CONNECTING, STANDBY, STREAMING, STOPPING)
@@ -30,12 +31,13 @@ STATES = (STARTING, WAITING, CONNECTING, STANDBY, STREAMING, STOPPING)
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """Where changes of one kind go. A table is the one that the handler names, or a prefix of
-    messages.
+    """The labels by which enqueued changes are counted.
 
-    Made by `route` only: it is a key of the hot path, and an object's own hash is the fastest.
+    Created by `route` only, so that equal routes are the same object: as keys on the hot path they
+    use the object's own hash, which is the fastest.
     """
 
+    #: The table that the handler names, or the prefix of its messages.
     table: str
     operation: str
     handler: str
@@ -46,20 +48,21 @@ route = cache(Route)
 
 
 @dataclass
-class Noted:
-    """An error, and how often it came in a row."""
+class RecentError:
+    """An error, and how many times it occurred in a row."""
 
+    #: The name of the error's class.
     kind: str
     message: str
     solution: str
-    #: Seconds of Unix: the first time and the last.
+    #: When it first and last occurred, in Unix seconds.
     since: float
     last: float
     times: int = 1
 
 
 class Tally:
-    """A number of its own, which is cheaper to add to than one in a mapping."""
+    """A counter; adding to an attribute is cheaper than to a value in a mapping."""
 
     __slots__ = ("number",)
 
@@ -71,85 +74,89 @@ class Delays:
     """A histogram of seconds."""
 
     def __init__(self) -> None:
-        #: How many fell under each of `BUCKETS` and above the one before; the last is what is left.
+        #: How many values are below each of `BUCKETS` and not below the one before. The last number
+        #: counts the values above all of them.
         self.counts = [0] * (len(BUCKETS) + 1)
         self.sum = 0.0
 
     def add(self, seconds: float) -> None:
-        """Count one."""
-        seconds = max(0.0, seconds)  # the clocks of two machines
+        """Count a delay."""
+        seconds = max(0.0, seconds)  # two machines' clocks may differ
         self.counts[bisect_left(BUCKETS, seconds)] += 1
         self.sum += seconds
 
 
 class Telemetry:
-    """The numbers of one replication worker, since it was started."""
+    """The counters and states of one replication worker since its start."""
 
     def __init__(self) -> None:
         self.started = time.time()
         self.state, self.state_since = STARTING, self.started
         self._received: dict[tuple[str, str], Tally] = {}
-        #: What the broker has confirmed.
+        #: The changes that the broker has confirmed.
         self.enqueued: Counter[Route] = Counter()
-        #: Rows that were judged without their old values, by table.
-        self.unjudged: Counter[str] = Counter()
+        #: Rows that could not be evaluated for lack of old values, by table.
+        self.unevaluated: Counter[str] = Counter()
         self.transactions = 0
         self.reconnections = 0
-        #: Messages that the broker has confirmed, the bytes of their bodies, the calls it took.
+        #: The messages that the broker has confirmed, the bytes of their bodies, and the batches.
         self.messages = self.bytes = self.batches = 0
-        #: Attempts to publish that failed, by the name of the error.
+        #: Failed attempts to publish, by the name of the error's class.
         self.failures: Counter[str] = Counter()
-        #: From the commit to the broker's confirmation, of the oldest change of each unit.
+        #: Seconds from the commit of the oldest change of each batch to the broker's confirmation.
         self.delays = Delays()
-        #: Since when (seconds of Unix) the broker has failed, a queue has been full, the standbys
-        #: have held changes back; None if they do not.
+        #: Since when (Unix seconds) the broker has failed, a full queue has paused reading, and
+        #: standbys have held changes back; None if they do not.
         self.broker_failing: float | None = None
         self.paused: float | None = None
         self.held_back: float | None = None
         self.full_queue = ""
-        #: Bytes of transactions that are open and spooled.
+        #: Bytes of open transactions in the spool.
         self.spooled = 0
         self.progress = Progress()
-        #: When the last confirmed change was committed, in seconds of Unix; 0 before the first.
+        #: When the last confirmed change was committed, in Unix seconds; 0 before the first.
         self.committed = 0.0
-        #: When the oldest change that is not confirmed was committed; None if there is none.
+        #: Returns when the oldest unconfirmed change was committed; None if there is none.
         self.unconfirmed: Callable[[], float | None] = lambda: None
-        #: Seconds since the main loop has turned.
+        #: Returns the seconds since the main loop was last seen to make progress.
         self.stuck: Callable[[], float] = lambda: 0.0
-        self.errors: deque[Noted] = deque(maxlen=_ERRORS)
+        self.errors: deque[RecentError] = deque(maxlen=_ERRORS)
 
     def tally(self, table: str, operation: str) -> Tally:
-        """Where what arrives of a table is counted."""
+        """Return the counter of received changes of a table."""
         return self._received.setdefault((table, operation), Tally())
 
     @property
     def received(self) -> dict[tuple[str, str], int]:
-        """What has arrived, by table and operation; again after a reconnection."""
+        """The received changes by table and operation; some count again after a reconnection."""
         return {key: tally.number for key, tally in dict(self._received).items()}
 
     def enter(self, state: str) -> None:
-        """Do something else from now on; to stop is the last thing."""
+        """Change the state. STOPPING is final."""
         if state != self.state != STOPPING:
             self.state, self.state_since = state, time.time()
 
     def confirm(self, counts: Mapping[Route, int], committed: float, latest: float) -> None:
-        """A unit is with the broker: what was in it, when its oldest and its last change were
-        committed (0 if it had none)."""
+        """Count a batch that the broker has confirmed.
+
+        `committed` and `latest` are the times at which its oldest and its last change were
+        committed, in Unix seconds; 0 if it had none.
+        """
         self.enqueued.update(counts)
         if committed:
             self.delays.add(time.time() - committed)
         self.committed = max(self.committed, latest)
 
-    def note(self, error: FlashError) -> None:
-        """Keep an error; the same one again is counted."""
+    def record_error(self, error: FlashError) -> None:
+        """Keep an error; count it if it is the same as the last one."""
         kind, message, now = type(error).__name__, str(error), time.time()
         last = self.errors[-1] if self.errors else None
         if last and (last.kind, last.message) == (kind, message):
             last.times, last.last = last.times + 1, now
         else:
-            self.errors.append(Noted(kind, message, error.solution, now, now))
+            self.errors.append(RecentError(kind, message, error.solution, now, now))
 
 
 def unix(microseconds: int) -> float:
-    """Return a time of PostgreSQL in seconds since 1970; 0 for none."""
+    """Return a time of PostgreSQL's in Unix seconds; 0 if there is none."""
     return timestamps.to_unix(microseconds) if microseconds else 0.0

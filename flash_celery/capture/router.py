@@ -218,7 +218,7 @@ class Router:
 
     def _judged(self, table: TableName) -> None:
         self.unjudged += 1
-        self._telemetry.unjudged[str(table)] += 1
+        self._telemetry.unevaluated[str(table)] += 1
         if table not in self._warned:
             self._warned.add(table)
             logger.warning(

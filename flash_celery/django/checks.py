@@ -4,9 +4,8 @@ database itself.
 
 from __future__ import annotations
 
-import difflib
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -18,7 +17,7 @@ from django.db import connections
 from django.db.migrations.loader import MigrationLoader
 
 from ..dsn import place_of
-from ..errors import ConfigurationError, ReplicationError, SubscriptionError
+from ..errors import ConfigurationError, ReplicationError, SubscriptionError, did_you_mean
 from ..handlers.decorators import subscriptions_of_task
 from ..handlers.subscriptions import Subscription, of_tables, table_name
 from ..postgres.connection import connect
@@ -145,14 +144,14 @@ def _check_models(
     if subscription.source or (table, None) in history.removed:
         return  # another database may have tables that Django does not know
     if table not in model_columns and (table, None) not in history.present:
-        suggestion = _did_you_mean(str(table), map(str, model_columns))
+        suggestion = did_you_mean(table, model_columns) or "."
         text = f"No model has the table {table}{suggestion}"
         yield _message(Warning, handler, text, _UNKNOWN_HINT, "flash_celery.W001")
         return
     columns = model_columns.get(table, set())
     for column in sorted(subscription.columns - columns):
         if (table, column) not in history.present and (table, column) not in history.removed:
-            suggestion = _did_you_mean(column, columns)
+            suggestion = did_you_mean(column, columns) or "."
             text = f"No model of {table} has the column {column}{suggestion}"
             yield _message(Warning, handler, text, _UNKNOWN_HINT, "flash_celery.W002")
 
@@ -167,11 +166,6 @@ def _check_removed(subscription: Subscription, history: MigrationHistory) -> Mes
             removed = f"the table {table}" if column is None else f"{table}.{column}"
             text = f"The migration {migration} removes {removed}."
             yield _message(Error, subscription.handler, text, _REMOVED_HINT, "flash_celery.E002")
-
-
-def _did_you_mean(name: str, names: Iterable[str]) -> str:
-    similar = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {similar[0]}?" if similar else "."
 
 
 def _is_database_of(dsn: str, settings: Settings, source: str) -> bool:

@@ -5,10 +5,9 @@ Everything is read from the model's `_meta`; Django is not imported here.
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
-from ..errors import SubscriptionError
+from ..errors import SubscriptionError, did_you_mean
 from ..table_name import TableName
 
 
@@ -63,9 +62,8 @@ def column_name(name: str, model: Any) -> str:
             "the `through` model, whose table has it."
         )
     field_names = [field.name for field in meta.local_concrete_fields]
-    similar = difflib.get_close_matches(name, field_names, n=1)
-    hint = f"did you mean {similar[0]}?" if similar else f"there are: {', '.join(field_names)}."
-    raise SubscriptionError(f"{meta.label} has no field {name!r}; {hint}")
+    hint = did_you_mean(name, field_names) or f"; there are: {', '.join(field_names)}."
+    raise SubscriptionError(f"{meta.label} has no field {name!r}{hint}")
 
 
 def _names(field: Any) -> tuple[str, str, str]:

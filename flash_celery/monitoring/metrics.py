@@ -172,7 +172,7 @@ def _counters(telemetry: Telemetry) -> dict[str, _Samples]:
         "flash_changes_enqueued_total": _labelled(
             {astuple(route): count for route, count in dict(telemetry.enqueued).items()}
         ),
-        "flash_changes_unjudged_total": _labelled(dict(telemetry.unjudged)),
+        "flash_changes_unjudged_total": _labelled(dict(telemetry.unevaluated)),
         "flash_publish_failures_total": _labelled(dict(telemetry.failures)),
         "flash_transactions_total": _single(telemetry.transactions),
         "flash_messages_published_total": _single(telemetry.messages),

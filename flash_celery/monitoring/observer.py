@@ -187,7 +187,7 @@ class Observer:
             message_bytes=telemetry.bytes,
             publish_failures=sum(dict(telemetry.failures).values()),
             spool_bytes=telemetry.spooled,
-            unjudged=dict(telemetry.unjudged),
+            unjudged=dict(telemetry.unevaluated),
             errors=[asdict(error) for error in reversed(list(telemetry.errors))],
         )
 

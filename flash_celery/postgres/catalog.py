@@ -17,13 +17,13 @@ ORDINARY, PARTITIONED, VIEW, MATERIALIZED_VIEW, FOREIGN = "r", "p", "v", "m", "f
 
 @dataclass(frozen=True)
 class CatalogColumn:
-    """A column."""
+    """A column of a table."""
 
     name: str
     type_oid: int
-    #: "", "s" stored or "v" virtual.
+    #: "" if it is not generated, "s" if stored, "v" if virtual.
     generated: str
-    #: Its number in the table, which a renaming leaves as it is.
+    #: Its attribute number, which stays when the column is renamed.
     number: int = 0
 
 
@@ -33,23 +33,26 @@ class CatalogTable:
 
     oid: int
     name: TableName
+    #: `relkind`: one of the constants above.
     kind: str
-    #: `d` default, `n` nothing, `f` full, `i` index.
+    #: The replica identity: `d` default, `n` nothing, `f` full, `i` index.
     identity: str
     #: The index of `REPLICA IDENTITY USING INDEX`.
     identity_index: str | None
     primary_key: tuple[str, ...]
-    #: What `REPLICA IDENTITY DEFAULT` is: the primary key, unless it is deferrable.
+    #: The columns of `REPLICA IDENTITY DEFAULT`: the primary key, unless it is deferrable.
     default_identity: tuple[str, ...]
+    #: The columns of `identity_index`.
     index_key: tuple[str, ...]
+    #: Whether our role has the privileges of the owner.
     owned: bool
     columns: dict[str, CatalogColumn]
-    #: From the parent to the root, where it is a partition.
+    #: For a partition, the tables above it, from the parent to the root.
     ancestors: tuple[TableName, ...]
 
     @property
     def identity_columns(self) -> frozenset[str]:
-        """The columns whose old values an UPDATE or DELETE writes to the WAL."""
+        """The columns whose old values UPDATE and DELETE write to the WAL."""
         columns: dict[str, Iterable[str]] = {
             "d": self.default_identity,
             "i": self.index_key,
@@ -59,7 +62,7 @@ class CatalogTable:
         return frozenset(columns[self.identity])
 
 
-# The columns of a table's primary key and of its identity's index.
+# The primary key of a table and the index of its replica identity, with their columns.
 _KEYS = sql.SQL("""(
     SELECT i.indisprimary AS is_primary, i.indimmediate AS is_immediate,
            i.indisreplident AS is_identity, ic.relname AS index_name,
@@ -93,20 +96,21 @@ WHERE attrelid = %s AND attnum > 0 AND NOT attisdropped ORDER BY attnum
 
 
 def find(connection: psycopg.Connection[Any], name: TableName) -> CatalogTable | None:
-    """A table, view or foreign table by its name."""
+    """Return a table, view or foreign table by its name; None if there is none."""
     condition = sql.SQL("n.nspname = %s AND c.relname = %s")
     return _read(connection, condition, [name.schema, name.name])
 
 
 def describe(connection: psycopg.Connection[Any], oid: int) -> CatalogTable | None:
-    """A table by its OID; None if it has been dropped."""
+    """Return a table by its OID; None if it was dropped."""
     return _read(connection, sql.SQL("c.oid = %s"), [oid])
 
 
 def _tree(root: str) -> str:
-    """A table and all its partitions.
+    """Return a subquery for a table and all its partitions.
 
-    pg_partition_tree() waits for whoever has locked one of them: a VACUUM FULL, a migration.
+    pg_partition_tree() would wait for a session that has locked one of them, such as a VACUUM FULL
+    or a migration.
     """
     return f"""(
          WITH RECURSIVE tree AS (
@@ -116,7 +120,7 @@ def _tree(root: str) -> str:
              SELECT p.oid, p.relkind, p.relreplident, p.relpersistence, p.relname, p.relnamespace
              FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid AND NOT i.inhdetachpending
              JOIN pg_class p ON p.oid = i.inhrelid AND p.relispartition)
-         SELECT * FROM tree)"""  # noqa: S608 - our own words
+         SELECT * FROM tree)"""  # noqa: S608 - constants only
 
 
 _LEAVES = f"SELECT oid::int8 FROM {_tree('%s')} AS t WHERE relkind <> 'p' ORDER BY 1"  # noqa: S608
@@ -127,16 +131,16 @@ WHERE t.relpersistence = 'u' AND (t.relkind <> 'p' OR t.oid = %s) LIMIT 1
 
 
 def leaves(connection: psycopg.Connection[Any], table: CatalogTable) -> list[CatalogTable]:
-    """The tables that hold its rows: its leaf partitions, or itself."""
+    """Return the tables that hold the rows of a table: its leaf partitions, or the table itself."""
     if table.kind != PARTITIONED:
         return [table]
     rows = connection.execute(_LEAVES.encode(), [table.oid]).fetchall()
-    found = [describe(connection, oid) for (oid,) in rows]
-    return [leaf for leaf in found if leaf is not None and leaf.kind != PARTITIONED]
+    tables = [describe(connection, oid) for (oid,) in rows]
+    return [leaf for leaf in tables if leaf is not None and leaf.kind != PARTITIONED]
 
 
 def unlogged(connection: psycopg.Connection[Any], table: CatalogTable) -> TableName | None:
-    """The table, or a partition of it, whose rows are not in the WAL."""
+    """Return an unlogged table among the table and its partitions; its rows are not in the WAL."""
     row = connection.execute(_UNLOGGED.encode(), [table.oid, table.oid]).fetchone()
     return TableName(*row) if row else None
 
@@ -153,8 +157,11 @@ ORDER BY 1, 2
 
 
 def attached(connection: psycopg.Connection[Any], partitions: Iterable[int]) -> list[TableName]:
-    """Those of these partitions that were tables before, by what the catalog tells of when the
-    rows of a table were made (`tableoid`'s stay as they are) and when it became a partition."""
+    """Return those of these partitions (OIDs) that were attached, not created as partitions.
+
+    Their row in pg_inherits is younger than their own rows in pg_attribute. The row of `tableoid`
+    is compared, because ALTER TABLE does not rewrite it.
+    """
     rows = connection.execute(_ATTACHED.encode(), [list(partitions)]).fetchall()
     return [TableName(*row) for row in rows]
 
@@ -191,8 +198,8 @@ _OF_SCHEMAS = """(SELECT string_agg(s.pnnspid::text, '+' ORDER BY s.pnnspid)
                    FROM pg_publication_namespace s WHERE s.pnpubid = p.oid)"""
 
 
-# The attributes of composite types that these tables have columns of, and what those are made of;
-# types that come with PostgreSQL (OIDs below 16384) stay as they are.
+# The attributes of the composite types that these tables use, directly or inside other types.
+# PostgreSQL's own types (OIDs below 16384) do not change.
 _ATTRIBUTES = """
 WITH RECURSIVE used(oid) AS (
     SELECT a.atttypid FROM unnest(%s::text[], %s::text[]) AS wanted(schema, name)
@@ -214,10 +221,13 @@ JOIN pg_attribute a ON a.attrelid = t.typrelid AND a.attnum > 0
 def fingerprint(
     connection: psycopg.Connection[Any], tables: Iterable[TableName], publications: Sequence[str]
 ) -> str:
-    """Changes when one of these tables is made, dropped or renamed, gets partitions, or another
-    key or identity, also of a partition, when these publications are altered, when a column is
-    renamed that they name, and when a composite type is altered that a column is of. It locks no
-    table, so nobody who has locked one is waited for."""
+    """Return a text that changes when the worker has to check its tables again.
+
+    That is when one of the tables is created, dropped or renamed, or it or a partition gets other
+    partitions, another key or another replica identity; when one of the publications is altered;
+    when a column that they name is renamed; and when the composite type of a column is altered. It
+    locks no table, so it waits for no session that has locked one.
+    """
     names = sorted(set(tables), key=str)
     parameters = [[n.schema for n in names], [n.name for n in names], list(publications)]
     schemas = _OF_SCHEMAS if connection.info.server_version >= 150000 else "NULL"
@@ -240,9 +250,9 @@ _SCHEMAS = """
 
 
 def published(connection: psycopg.Connection[Any], oid: int, apart: Sequence[str]) -> bool:
-    """Whether a publication of updates or deletes, apart from these, has the table.
+    """Whether a publication of updates or deletes has the table, not counting those in `apart`.
 
-    (pg_publication_tables waits for whoever has locked any of all these tables.)
+    pg_publication_tables would wait for any session that has locked a published table.
     """
     schemas = _SCHEMAS if connection.info.server_version >= 150000 else ""
     query = _PUBLISHED.format(schemas=schemas).encode()
@@ -250,14 +260,15 @@ def published(connection: psycopg.Connection[Any], oid: int, apart: Sequence[str
 
 
 def is_visible(connection: psycopg.Connection[Any], xid: int) -> bool:
-    """Whether others see what a transaction did, which replication may tell of before.
+    """Whether other sessions see a transaction; replication may deliver its changes earlier.
 
-    Source: PostgreSQL documentation, "System Information Functions" (pg_current_snapshot).
+    `xid` is the 32-bit id in the replication stream. Source: PostgreSQL documentation, "System
+    Information Functions" (pg_current_snapshot).
     """
     row = connection.execute("SELECT pg_current_snapshot()::text").fetchone()
     assert row is not None
     _, latest, running = row[0].split(":")
-    # Replication tells the lower 32 bits; they are of the transaction next to the latest ones.
+    # These are the lower 32 bits of the id that is nearest to the latest one.
     full = int(latest) + (xid - int(latest) + (1 << 31)) % (1 << 32) - (1 << 31)
     return full < int(latest) and str(full) not in running.split(",")
 

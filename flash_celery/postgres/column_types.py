@@ -1,4 +1,4 @@
-"""Types as PostgreSQL's catalog describes them: how a value is decoded, and how it compares."""
+"""Types in PostgreSQL's catalog: how values are decoded, and how they compare."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from ..values.comparison import ColumnType, UnknownLabel
 
 @dataclass(frozen=True)
 class TypeDescription:
-    """What a value's text is read as."""
+    """How the text of a value is decoded."""
 
-    #: A domain's base, text for an enum; text also for what has been dropped since.
+    #: The OID of a type that psycopg can decode: the base of a domain, text for an enum.
     base_oid: int
     name: str
-    #: The fields of a composite type, or of the elements of an array of one.
+    #: The fields of a composite type, or of the composite elements of an array.
     fields: tuple[tuple[str, TypeDescription], ...] = ()
     array: bool = False
 
     @cached_property
     def size(self) -> int:
-        """How many fields it has in all, those of its fields among them."""
+        """The number of fields, including those of nested types."""
         return sum(1 + inner.size for _, inner in self.fields)
 
 
+#: Also for types that were dropped.
 TEXT = TypeDescription(25, "text")
-#: How deep a composite type may be made of others; what is deeper is text.
+#: The deepest nesting of composite types; fields below it are decoded as text.
 DEEPEST = 16
 
-# What a type is made of: a domain is followed down to what it is over.
+# A type; for a domain, the type that it is based on in the end.
 _DOWN = sql.SQL("""(
     WITH RECURSIVE down AS (
         SELECT t.* FROM pg_type t WHERE t.oid = {oid}
@@ -82,12 +83,12 @@ WHERE a.attrelid = %s AND a.attname = %s AND NOT a.attisdropped
 def describe(
     connection: psycopg.Connection[Any], oids: Iterable[int]
 ) -> dict[int, TypeDescription]:
-    """How values of these types are read. What has been dropped is not in it."""
+    """Return how values of these types are decoded, by OID, without types that were dropped."""
     return _Descriptions(connection).of(oids, 0)
 
 
 class _Descriptions:
-    """Reads each composite type once, however often others are made of it."""
+    """Reads each composite type once, however many types contain it."""
 
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         self._connection = connection
@@ -115,7 +116,7 @@ class _Descriptions:
 def compared(
     connection: psycopg.Connection[Any], table: int, column: str, type_oid: int
 ) -> ColumnType:
-    """How the values of a column of this type compare."""
+    """Return how the values of a column compare. `table` is an OID."""
     row = connection.execute(_COLLATION.encode(), [table, column]).fetchone()
     by_code, deterministic, default = row or (True, True, False)
     if default and by_code:
@@ -124,7 +125,7 @@ def compared(
 
 
 def _default_is_not_libc(connection: psycopg.Connection[Any]) -> bool:
-    """Whether the database sorts by ICU or a builtin provider (15 and later)."""
+    """Whether the database sorts by ICU or the builtin provider (PostgreSQL 15 and later)."""
     if connection.info.server_version < 150000:
         return False
     row = connection.execute(
@@ -155,7 +156,7 @@ def _compared(
 
 
 def canonical(connection: psycopg.Connection[Any], type_oid: int, text: bytes) -> bytes:
-    """A constant as PostgreSQL writes it. Raises `SubscriptionError` if it is no such value."""
+    """Return a constant as PostgreSQL writes it. Raises `SubscriptionError` if it is invalid."""
     result = connection.pgconn.exec_params(b"SELECT $1", [text], param_types=[type_oid])
     if result.status != pq.ExecStatus.TUPLES_OK:
         message = result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY)
@@ -171,19 +172,23 @@ def matcher(
     condition: Condition | None,
     types: Mapping[str, int],
 ) -> Callable[[Cells], bool] | None:
-    """The predicate of a condition on a table (by OID) whose columns have these
-    types, if it has one, and if it fits them: rows may be from before a column or its type was
-    altered. Raises `SubscriptionError` for a condition that cannot be judged exactly of columns as
-    they are now.
+    """Return the predicate of a condition on the cells of a row.
 
-    What PostgreSQL says of a type is asked again for each label of an enum that is new: no message
-    tells of them. The predicate raises one of `UNREADABLE` for a row that it cannot judge.
+    `table` is an OID; `types` are the type OIDs of the columns in the row, which may be from before
+    a column or its type was altered. Returns None without a condition, and if the condition does
+    not fit such an older row. Raises `SubscriptionError` if it cannot be evaluated exactly on the
+    columns as they are now.
+
+    The predicate raises one of `UNREADABLE` for a row that it cannot evaluate. It reads an enum
+    again when a row has an unknown label, because pgoutput does not announce ALTER TYPE ADD VALUE.
     """
     if condition is None:
         return None
 
     def bind() -> Callable[[Cells], bool]:
-        columns = {one: compared(connection, table, one, types[one]) for one in condition.columns}
+        columns = {
+            name: compared(connection, table, name, types[name]) for name in condition.columns
+        }
         return condition.bind(columns, partial(canonical, connection))
 
     try:
@@ -193,19 +198,19 @@ def matcher(
         if all(types[name] == now.get(name) for name in condition.columns):
             raise
         return None
-    asked = set[bytes]()
+    retried = set[bytes]()
 
     def matches(cells: Cells) -> bool:
         nonlocal bound
         try:
             return bound(cells)
         except UnknownLabel as unknown:
-            if unknown.label in asked:
+            if unknown.label in retried:
                 raise
-            asked.add(unknown.label)
+            retried.add(unknown.label)
             try:
                 bound = bind()
-            except SubscriptionError:  # what it compares with is no label any more
+            except SubscriptionError:  # the condition compares with a label that no longer exists
                 raise unknown from None
         return matches(cells)
 

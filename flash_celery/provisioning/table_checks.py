@@ -26,10 +26,9 @@ def find(connection: psycopg.Connection[Any], subscription: Subscription) -> Cat
             "SELECT schemaname, tablename FROM pg_tables "
             "WHERE schemaname NOT IN ('pg_catalog', 'information_schema')"
         ).fetchall()
-        hint = did_you_mean(str(name), (str(TableName(*row)) for row in rows))
+        hint = did_you_mean(name, (TableName(*row) for row in rows)) or "."
         raise SubscriptionError(
-            f"{handler}: there is no table {name} in the database {connection.info.dbname}"
-            f"{f'; {hint}' if hint else '.'}"
+            f"{handler}: there is no table {name} in the database {connection.info.dbname}{hint}"
         )
     if table.kind in _KINDS:
         raise SubscriptionError(
@@ -67,11 +66,8 @@ def check_columns(
     handler = subscription.handler
     for column, reason in sorted(_required_columns(subscription).items()):
         if column not in table.columns:
-            hint = did_you_mean(column, table.columns)
-            raise SubscriptionError(
-                f"{handler}: {table.name} has no column {column}{reason}"
-                f"{f'; {hint}' if hint else '.'}"
-            )
+            hint = did_you_mean(column, table.columns) or "."
+            raise SubscriptionError(f"{handler}: {table.name} has no column {column}{reason}{hint}")
         generated = table.columns[column].generated
         if generated and (generated == "v" or connection.info.server_version < 180000):
             name = f"{table.name}.{column}{reason and reason + ','}"

@@ -33,7 +33,7 @@ class Outage:
         telemetry = self._telemetry
         telemetry.broker_failing = telemetry.broker_failing or time.time()
         telemetry.failures[type(error).__name__] += 1
-        telemetry.note(error)
+        telemetry.record_error(error)
         if not self._logged_at or now - self._logged_at > _REMINDER_SECONDS:
             self._logged_at = now
             logger.warning(

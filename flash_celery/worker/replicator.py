@@ -199,7 +199,7 @@ class Replicator:
 
     def _prepare_retry(self, error: FlashError) -> None:
         """Log an error unless it is the last one again, and wait. Raises it if it is fatal."""
-        self.telemetry.note(error)
+        self.telemetry.record_error(error)
         slot_in_use = isinstance(error, SlotInUse)
         self._slot_was_in_use |= slot_in_use
         if not error.retry and not self._should_recheck(error):

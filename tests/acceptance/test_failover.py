@@ -83,7 +83,10 @@ def test_failover_loses_nothing(shop, primary, standby):
     insert_rows(shop.database, 1, 100)
     copied(shop, standby)
     doctor = shop.run("flash", "doctor").stdout
-    assert f"failover to 127.0.0.1:{standby.port}: {shop.database.slot} is there, ready" in doctor
+    assert (
+        f"failover to 127.0.0.1:{standby.port}: {shop.database.slot} has been copied and is ready"
+        in doctor
+    )
     assert "synchronized_standby_slots: standby is connected" in doctor
     insert_rows(shop.database, 101, 200)
     primary.stop(signal.SIGKILL)
@@ -106,7 +109,7 @@ def test_failover_option_is_added_to_an_existing_slot(shop, primary, standby):
     assert "This is a standby, and flash_failover_slot works on a primary only" in said.stderr
     said = shop.run("flash", "replicate", SHOP_DSN=there, SHOP_CONF="{}")
     assert said.returncode == 2
-    assert "is the copy of the primary's slot, which nobody may read" in said.stderr
+    assert "is the copy of the primary's slot, which cannot be read" in said.stderr
     shop.end(replicate)
 
 

@@ -268,7 +268,7 @@ def test_slot_names_are_restricted(shop):
     ended = shop.run("flash", "replicate", SHOP_SLOT=HOSTILE)
     assert ended.returncode == 2
     printable(ended.stderr)
-    assert "may hold a-z, 0-9 and _ only" in ended.stderr
+    assert "must have 1 to 63 of the characters a-z, 0-9 and _" in ended.stderr
     assert publications(shop.database) == []
 
 

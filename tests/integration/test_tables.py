@@ -797,7 +797,7 @@ def test_publication_altered_while_running_stops_the_worker(flash, alteration):
     if flash.database.one("SHOW server_version_num") < "150000":
         alteration = alteration.replace("ADD TABLES IN SCHEMA public", "DROP TABLE items")
     flash.database.execute(f"ALTER PUBLICATION flash_publication_insert {alteration}")
-    lost = "altered by hand.* was written since may be missing.* Nothing had been altered at 20"
+    lost = "altered by hand.* changes written since may be missing.* Nothing had been altered at 20"
     with pytest.raises(PublicationMismatch, match=lost):
         flash.wait(lambda: False)
 

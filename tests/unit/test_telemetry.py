@@ -74,7 +74,7 @@ def test_telemetry_counts_repeated_errors_and_keeps_twenty():
     told = Telemetry()
     for number in range(30):
         for _ in range(2):
-            told.note(ReplicationError(f"It failed {number}."))
+            told.record_error(ReplicationError(f"It failed {number}."))
     assert [one.message for one in told.errors] == [f"It failed {n}." for n in range(10, 30)]
     assert {one.times for one in told.errors} == {2}
     assert told.errors[0].solution == ReplicationError.solution
