@@ -157,7 +157,7 @@ def test_check_survives_handlers_that_cannot_be_imported(sales, app):
 def test_check_names_a_wrong_setting(sales, app):
     app.conf.flash_replica_identity = "ato"
     ((id, _, text),) = said()
-    assert (id, text[:39]) == ("W005", "flash_replica_identity is 'auto' or 'ke")
+    assert (id, text[:39]) == ("W005", "flash_replica_identity must be 'auto' o")
 
 
 def test_check_hints_at_a_missing_celery_app(configured, monkeypatch):
