@@ -160,15 +160,15 @@ def main(failpoints, arguments):
         name, _, number = failpoint.partition(":")
         again = True
         while again:
-            further, told = os.pipe()
+            further, notify = os.pipe()
             child = os.fork()
             if child == 0:
                 (end_with_parent(signal.SIGKILL) or (lambda: None))()
                 install(name, int(number.rstrip("+")))
                 if number.endswith("+"):
-                    install("slot", end=lambda: (os.write(told, b"x"), kill()))  # noqa: B023
+                    install("slot", end=lambda: (os.write(notify, b"x"), kill()))  # noqa: B023
                 return celery.__main__.main()
-            os.close(told)
+            os.close(notify)
             _, status = os.waitpid(child, 0)
             if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGKILL:
                 return f"It was not killed at {failpoint}: {status}"

@@ -28,8 +28,8 @@ if os.environ.get("SHOP_QUORUM"):
 LIMIT = float(os.environ.get("SHOP_LIMIT", 0)) or None
 
 
-def note(task, told):
-    changes = told if isinstance(told, Changes) else [told]
+def note(task, argument):
+    changes = argument if isinstance(argument, Changes) else [argument]
     lines = []
     for change in changes:
         lines.append(
@@ -69,9 +69,9 @@ def misbehave(change):
     if name == "sleep":
         time.sleep(60)
     if name.startswith("wait"):
-        told = os.environ["SHOP_NOTES"]
-        open(f"{told}.{name}", "w").close()
-        while not os.path.exists(f"{told}.go"):
+        notes = os.environ["SHOP_NOTES"]
+        open(f"{notes}.{name}", "w").close()
+        while not os.path.exists(f"{notes}.go"):
             time.sleep(0.02)
         raise (ValueError if name == "wait and retry" else RuntimeError)("the broker is gone")
 

@@ -15,8 +15,8 @@ WRITTEN = [(0x1_0000_0010, index, 100 + index) for index in range(5)] + [(0x1_00
 
 
 def test_benchmark_accepts_changes_that_arrived_as_written():
-    told = compare(WRITTEN, list(WRITTEN), "a drain")
-    assert told == {"changes": 6, "checksum": Rolling(WRITTEN).as_json()["checksum"]}
+    summary = compare(WRITTEN, list(WRITTEN), "a drain")
+    assert summary == {"changes": 6, "checksum": Rolling(WRITTEN).as_json()["checksum"]}
 
 
 @pytest.mark.parametrize(

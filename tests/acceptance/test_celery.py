@@ -53,8 +53,8 @@ def test_handler_is_an_ordinary_task(desk):
     assert (each["queue"], each["priority"]) == ("counter", 3)
     (canvas,) = desk.until_noted(1, "canvas")
     wait_until(lambda: len(desk.notes("named")) == 3, "the chain and the group")
-    for told in desk.notes("named"):
-        assert (told["id"], told["new"]["name"]) == (canvas["id"], "b")
+    for note in desk.notes("named"):
+        assert (note["id"], note["new"]["name"]) == (canvas["id"], "b")
     assert desk.until_noted(1, "collected")[0]["ids"] == [canvas["id"]] * 2
     (many,) = desk.until_noted(1, "many")
     assert desk.until_noted(2, "tick")

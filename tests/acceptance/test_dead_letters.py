@@ -184,9 +184,9 @@ def test_unreadable_message_is_kept(any_shop):
     shop = any_shop
     shop.worker()
     shop.replicate()
-    told = {"__type__": "flash_celery.change", "__value__": {"v": 99}}
+    argument = {"__type__": "flash_celery.change", "__value__": {"v": 99}}
     with Celery(broker=shop.broker.url) as sender:
-        sender.send_task("shop.each", [told], queue="flash", task_id="of-the-future")
+        sender.send_task("shop.each", [argument], queue="flash", task_id="of-the-future")
     insert(shop, "a")
     shop.until_noted(1)
     (letter,) = until_dead(shop, 1)
@@ -313,7 +313,7 @@ def test_oversize_change_becomes_a_dead_letter_that_can_be_retried(any_shop):
     shop.until_noted(1)
     assert shop.run("flash", "dead", "retry", "--all").returncode == 0
     shop.until_noted(2)
-    told = [(note["key"]["id"], note["id"]) for note in shop.notes()]
-    assert [number for number, _ in told] == [2, 1]
-    assert told[1] == (1, letter.changes[0])
+    handled = [(note["key"]["id"], note["id"]) for note in shop.notes()]
+    assert [number for number, _ in handled] == [2, 1]
+    assert handled[1] == (1, letter.changes[0])
     assert shop.end(replicate) == 0

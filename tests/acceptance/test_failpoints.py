@@ -68,8 +68,8 @@ def test_owner_stopped_while_publishing_sends_at_most_what_it_had_begun(any_shop
             assert client.llen("flash") == 310
     shop.worker()
     notes = shop.until_noted(310)
-    told = dict.fromkeys((note["new"]["id"], note["id"], note["task_id"]) for note in notes)
-    assert [number for number, *_ in told] == list(range(1, 311))
+    handled = dict.fromkeys((note["new"]["id"], note["id"], note["task_id"]) for note in notes)
+    assert [number for number, *_ in handled] == list(range(1, 311))
     assert shop.end(second) == 0
 
 
@@ -93,9 +93,9 @@ def test_sigkill_after_every_statement_of_the_start_is_recovered(shop):
     wait_until_confirmed(shop)
     shop.worker()
     notes = until_all(shop, writer.changes[-1])
-    told = list(dict.fromkeys((note["operation"], note["key"]["id"]) for note in notes))
+    handled = list(dict.fromkeys((note["operation"], note["key"]["id"]) for note in notes))
     for queue in ({"insert", "update"}, {"delete"}):
-        found = [change for change in told if change[0] in queue]
+        found = [change for change in handled if change[0] in queue]
         wanted = [change for change in writer.changes if change[0] in queue]
         # From the slot's creation on, which was before the last one started, without a gap.
         assert found == wanted[-len(found) :]
@@ -118,10 +118,10 @@ def test_sigkill_after_every_statement_of_recreating_a_slot_is_recovered(shop):
     wait_until_confirmed(shop)
     shop.worker()
     notes = until_all(shop, writer.changes[-1])
-    told = dict.fromkeys((note["operation"], note["key"]["id"]) for note in notes)
-    told = [change for change in told if change[0] != "delete"]
+    handled = dict.fromkeys((note["operation"], note["key"]["id"]) for note in notes)
+    handled = [change for change in handled if change[0] != "delete"]
     wanted = [change for change in writer.changes if change[0] != "delete"]
-    assert told == wanted[-len(told) :]
+    assert handled == wanted[-len(handled) :]
     status = json.loads(shop.run("flash", "status", "--json").stdout)
     (gap,) = status["gaps"]
     assert gap["reason"] == "dropped"

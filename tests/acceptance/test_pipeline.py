@@ -57,8 +57,8 @@ def test_batches_conditions_and_fields_reach_their_handlers(shop):
     assert [note["new"]["id"] for note in batches] == list(range(1, 251))
     assert max(note["together"] for note in batches) > 1
     # Deletes have a queue of their own here, so they may be handled earlier.
-    told = sorted(shop.until_noted(2, "paid"), key=lambda note: note["id"])
-    assert [(note["operation"], note["new"] or note["old"]) for note in told] == [
+    notes = sorted(shop.until_noted(2, "paid"), key=lambda note: note["id"])
+    assert [(note["operation"], note["new"] or note["old"]) for note in notes] == [
         ("insert", {"name": "paid"}),
         ("delete", {"name": "paid"}),
     ]
@@ -78,9 +78,9 @@ def test_batch_is_retried_as_a_whole(any_shop):
     for note in any_shop.notes("stubborn"):
         times.setdefault(note["id"], []).append((note["task_id"], note["together"], note["new"]))
     assert len(times) == 30
-    for told in times.values():
-        assert len(told) == 3
-        assert told[0] == told[1] == told[2]
+    for notes in times.values():
+        assert len(notes) == 3
+        assert notes[0] == notes[1] == notes[2]
 
 
 def test_sigterm_and_sigint_end_replicate_with_0_and_repeat_nothing(shop):

@@ -194,7 +194,7 @@ def test_partitions_are_followed_without_management(flash):
         "INSERT INTO logs VALUES (11, 'c'); ALTER TABLE logs DETACH PARTITION logs_10",
         "DROP TABLE logs_10",
     )
-    assert shown(flash.told()) == ["insert 1,a", "insert 10,b", "insert 11,c"]
+    assert shown(flash.delivered()) == ["insert 1,a", "insert 10,b", "insert 11,c"]
     # What the owner may note is left, and stops nobody.
     flash.database.execute(PARTITION.format(20, 30))
     *others, statement = set_up(flash)
@@ -216,7 +216,7 @@ def test_dropped_slot_is_recreated_by_its_owner_without_management(flash):
     flash.error = None
     set_up(flash)
     flash.start().do("INSERT INTO items VALUES (3)")
-    assert shown(flash.told()) == ["insert 1", "insert 3"]
+    assert shown(flash.delivered()) == ["insert 1", "insert 3"]
 
 
 def test_table_that_becomes_a_partition_is_followed_without_management(flash, caplog):
@@ -235,7 +235,7 @@ def test_table_that_becomes_a_partition_is_followed_without_management(flash, ca
     assert len(said) == old
     set_up(flash)
     flash.do("INSERT INTO logs VALUES (11, 'b')")
-    assert shown(flash.told()) == ["insert 1,a", "insert 11,b"]
+    assert shown(flash.delivered()) == ["insert 1,a", "insert 11,b"]
 
 
 def test_partition_that_needs_old_values_waits_for_its_owner(flash):
@@ -252,4 +252,4 @@ def test_partition_that_needs_old_values_waits_for_its_owner(flash):
     flash.error = None
     flash.start()
     flash.do("UPDATE logs SET line = 'b'")
-    assert shown(flash.told()) == ["insert 1,a", "insert 10,a", "delete 1,a", "delete 10,a"]
+    assert shown(flash.delivered()) == ["insert 1,a", "insert 10,a", "delete 1,a", "delete 10,a"]

@@ -37,8 +37,8 @@ def test_sources_feed_the_same_handler(shops, billing):
     shops.database.execute("INSERT INTO items VALUES (1, 'here')")
     billing.execute("INSERT INTO items VALUES (1, 'there')", "DELETE FROM items")
     notes = shops.until_noted(3)
-    told = sorted((note["source"], note["operation"]) for note in notes)
-    assert told == [("", "insert"), ("billing", "delete"), ("billing", "insert")]
+    handled = sorted((note["source"], note["operation"]) for note in notes)
+    assert handled == [("", "insert"), ("billing", "delete"), ("billing", "insert")]
     assert len({note["task_id"] for note in notes}) == 3
     assert slots(shops.database) == [shops.database.slot]
     assert slots(billing) == [f"{shops.database.slot}_billing"]

@@ -39,5 +39,5 @@ def found():
 
 
 def test_type_checkers_know_the_types_of_rows():
-    told = set(found())
-    assert sorted(told) == sorted(expected())
+    revealed = set(found())
+    assert sorted(revealed) == sorted(expected())

@@ -53,7 +53,7 @@ def values(instance):
 def test_instance_equals_one_read_by_a_query(flash, sales, no_query):
     flash.handler(sales.Order).handler(sales.Customer, name="customers").start()
     flash.do(CUSTOMER, ORDER)
-    (change,) = flash.told()
+    (change,) = flash.delivered()
     order = no_query(change.instance)
     read = sales.Order.objects.get()
     assert type(order) is sales.Order
@@ -67,14 +67,14 @@ def test_instance_equals_one_read_by_a_query(flash, sales, no_query):
     assert type(order.warmth) is sales.Celsius
     assert (order._state.adding, order._state.db) == (False, "default")
     assert pickle.loads(pickle.dumps(order)).status == "open"
-    (customer,) = flash.told("customers")
+    (customer,) = flash.delivered("customers")
     assert no_query(customer.instance).name == "Ada"
 
 
 def test_instance_loads_missing_fields_on_access(flash, sales, no_query):
     flash.handler(sales.Order, fields=["status"]).start()
     flash.do(CUSTOMER, ORDER)
-    (change,) = flash.told()
+    (change,) = flash.delivered()
     order = no_query(change.instance)
     assert order.get_deferred_fields() == {
         field.attname for field in sales.Order._meta.concrete_fields
@@ -93,9 +93,9 @@ def test_instance_defers_an_unchanged_large_value(flash, sales, no_query):
     flash.handler(sales.Order, "update").start()
     large = "(SELECT string_agg(md5(n::text), '') FROM generate_series(1, 500) n)"
     flash.do(CUSTOMER, ORDER, f"UPDATE sales.orders SET note = {large}")
-    flash.told()
+    flash.delivered()
     flash.do("UPDATE sales.orders SET status = 'paid'")
-    (change,) = flash.told()
+    (change,) = flash.delivered()
     assert change.new["note"] is UNCHANGED
     order = no_query(change.instance)
     assert order.get_deferred_fields() == {"note"}
@@ -105,7 +105,7 @@ def test_instance_defers_an_unchanged_large_value(flash, sales, no_query):
 def test_instance_of_the_old_row_never_loads_current_values(flash, sales, no_query):
     flash.handler(sales.Order, "update|delete").start()
     flash.do(CUSTOMER, ORDER, "UPDATE sales.orders SET status = 'paid'", "DELETE FROM sales.orders")
-    update, delete = flash.told()
+    update, delete = flash.delivered()
     assert no_query(update.instance).status == "paid"
     for change, adding in ((update, False), (delete, True)):
         old = no_query(change.instance, "old")
@@ -122,7 +122,7 @@ def test_instance_of_the_old_row_with_a_full_identity(flash, sales, no_query):
     flash.handler(sales.Order, "update|delete", fields=["status"]).start()
     flash.do(CUSTOMER, ORDER, "UPDATE sales.orders SET status = 'paid', id = 7")
     flash.do("DELETE FROM sales.orders")
-    update, delete = flash.told()
+    update, delete = flash.delivered()
     before = no_query(update.instance, side="old")
     assert (before.pk, before.status) == (1, "open")
     assert no_query(update.instance, "new").pk == 7
@@ -134,10 +134,10 @@ def test_instance_supports_proxies_and_child_models(flash, sales, no_query):
     flash.handler(sales.UrgentOrder).handler(sales.Book, name="books").start()
     flash.do(CUSTOMER, ORDER, "INSERT INTO sales_item (title) VALUES ('Emma')")
     flash.do("INSERT INTO sales_book (item_ptr_id, pages) VALUES (1, 320)")
-    (change,) = flash.told()
+    (change,) = flash.delivered()
     assert type(change.instance()) is sales.Order
     assert type(change.instance(model=sales.UrgentOrder)) is sales.UrgentOrder
-    (book,) = (change.instance() for change in flash.told("books"))
+    (book,) = (change.instance() for change in flash.delivered("books"))
     assert no_query(lambda: (book.pk, book.id, book.pages)) == (1, 1, 320)
     assert book.get_deferred_fields() == {"title"}
     assert book.title == "Emma"
@@ -147,7 +147,7 @@ def test_instance_supports_many_to_many_tables(flash, sales, no_query):
     flash.handler(sales.Item.buyers.through).start()
     flash.do(CUSTOMER, "INSERT INTO sales_item (title) VALUES ('Emma')")
     flash.do("INSERT INTO sales_item_buyers (item_id, customer_id) VALUES (1, 1)")
-    (change,) = flash.told()
+    (change,) = flash.delivered()
     assert no_query(lambda: change.instance().customer_id) == 1
 
 

@@ -84,7 +84,7 @@ def switch(database, page, step="switch"):
 
 def handled(flash, names):
     flash.do("SELECT 1")
-    for change in flash.told("shop.order_changed"):
+    for change in flash.delivered("shop.order_changed"):
         names["order_changed"](change)
     return names["handled"]
 

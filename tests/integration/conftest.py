@@ -80,7 +80,7 @@ class Flash:
         self.wait(lambda: self.database.one(self.slot(f"confirmed_flush_lsn >= '{goal}'")))
         return self
 
-    def told(self, name="handler"):
+    def delivered(self, name="handler"):
         """The changes a handler was told since the last time."""
         messages = self.publisher.queues.get("flash", [])
         mine = [message for message in messages if message.task == name]

@@ -265,7 +265,7 @@ def test_update_of_no_named_field_is_not_delivered(flash):
         "UPDATE posts SET slug = 'z'",
         "DELETE FROM posts",
     )
-    assert shown(flash.told()) == ["insert a", "update a -> z", "delete z"]
+    assert shown(flash.delivered()) == ["insert a", "update a -> z", "delete z"]
 
 
 def test_rows_enter_and_leave_a_condition_from_false_and_null(flash):
@@ -280,7 +280,7 @@ def test_rows_enter_and_leave_a_condition_from_false_and_null(flash):
         "UPDATE posts SET active = NULL WHERE id = 2",
         "DELETE FROM posts",
     )
-    assert shown(flash.told()) == [
+    assert shown(flash.delivered()) == [
         "insert 1,a,True",
         "insert 2,b,True",
         "update 2,b,True -> 2,c,True",
@@ -294,7 +294,7 @@ def test_condition_with_a_float_on_an_int_column_is_evaluated(flash):
     flash.handler("posts", where={"id": 1.0}).start()
     flash.do("INSERT INTO posts VALUES (1, 'a'), (2, 'b')", "DELETE FROM posts")
     # The condition looks at the key alone, so that is all that is known of the old row.
-    assert shown(flash.told()) == ["insert 1,a,-", "delete 1"]
+    assert shown(flash.delivered()) == ["insert 1,a,-", "delete 1"]
 
 
 def test_soft_delete_reaches_a_handler_of_inserts_and_deletes(flash):
@@ -306,7 +306,7 @@ def test_soft_delete_reaches_a_handler_of_inserts_and_deletes(flash):
         "UPDATE posts SET deleted = '2024-02-29'",
         "UPDATE posts SET deleted = NULL",
     )
-    assert shown(flash.told()) == ["insert 1,a,-", "delete 1,b,-", "insert 1,b,-"]
+    assert shown(flash.delivered()) == ["insert 1,a,-", "delete 1,b,-", "insert 1,b,-"]
 
 
 def test_rows_enter_and_leave_a_condition_of_none(flash):
@@ -319,7 +319,7 @@ def test_rows_enter_and_leave_a_condition_of_none(flash):
         "UPDATE posts SET active = false WHERE id = 1",
         "DELETE FROM posts",
     )
-    assert shown(flash.told()) == [
+    assert shown(flash.delivered()) == [
         "insert 2,b,-",
         "insert 1,a,-",
         "update 1,a,- -> 1,c,-",
@@ -345,11 +345,11 @@ def test_truncate_that_lists_foreign_tables_first_is_delivered(flash):
         flash.handler(name, name=name)
     flash.handler("tb", "insert", name="tb").start()
     flash.do("TRUNCATE td, tc, tb")
-    assert [kinds(flash.told(name)) for name in ("tc", "ta", "tb")] == [["truncate"], [], []]
+    assert [kinds(flash.delivered(name)) for name in ("tc", "ta", "tb")] == [["truncate"], [], []]
     # Three relations in one statement, of which the one in the middle is nobody's.
     flash.do("TRUNCATE ta RESTART IDENTITY CASCADE", "INSERT INTO grandchild DEFAULT VALUES")
-    assert kinds(flash.told("ta")) == ["truncate"]
-    grandchild = flash.told("grandchild")
+    assert kinds(flash.delivered("ta")) == ["truncate"]
+    grandchild = flash.delivered("grandchild")
     assert shown(grandchild) == ["truncate", "insert 1,-"]
 
 
@@ -360,7 +360,7 @@ def test_delete_with_a_key_identity_is_delivered(flash):
         "INSERT INTO posts VALUES (1, 'a', true)",
         "ALTER TABLE posts REPLICA IDENTITY DEFAULT; DELETE FROM posts",
     )
-    insert, delete = flash.told()
+    insert, delete = flash.delivered()
     assert kinds([insert, delete]) == ["insert", "delete"]
     assert dict(delete.key) == {"id": 1}
     with pytest.raises(KeyError, match="REPLICA IDENTITY FULL"):
@@ -375,7 +375,7 @@ def test_identity_nothing_is_repaired_while_running(flash):
     identity = "SELECT relreplident FROM pg_class WHERE relname = 'posts'"
     flash.wait(lambda: flash.database.one(identity) != "n")
     flash.do("UPDATE posts SET slug = 'b'", "DELETE FROM posts")
-    changes = flash.told()
+    changes = flash.delivered()
     assert kinds(changes) == ["insert", "update", "delete"]
     assert [dict(change.key) for change in changes] == [{"id": 1}] * 3
 
@@ -415,7 +415,7 @@ def test_types_listed_by_the_ancestor_are_delivered(flash):
     )
     flash.handler("typed", "insert").start()
     flash.do(f"INSERT INTO typed VALUES ({', '.join(LISTED.values())})")
-    (change,) = flash.told()
+    (change,) = flash.delivered()
     # The order of the columns is the table's.
     assert list(change.new) == list(LISTED)
     found = {kind: str(value) for kind, value in change.new.items()}
@@ -460,7 +460,7 @@ def test_values_python_cannot_represent_survive_in_a_german_database(flash):
         "INSERT INTO odd VALUES (1, '12000-01-01 00:00:00+00')",
         "INSERT INTO odd VALUES (2, '2024-02-29 12:00:00+00', '1 day 2 hours', 0.1, '\\x00ff')",
     )
-    far, near = flash.told()
+    far, near = flash.delivered()
     assert far.new["at"] == "12000-01-01 00:00:00+00"
     assert near.new["at"].isoformat() == "2024-02-29T12:00:00+00:00"
     assert str(near.new["span"]) == "1 day, 2:00:00"
@@ -468,7 +468,7 @@ def test_values_python_cannot_represent_survive_in_a_german_database(flash):
     assert near.new["b"] == b"\x00\xff"
     if flash.database.one("SHOW server_version_num") >= "170000":
         flash.do("INSERT INTO odd VALUES (3, NULL, 'infinity')")
-        (change,) = flash.told()
+        (change,) = flash.delivered()
         assert change.new["span"] == "infinity"
 
 
@@ -502,7 +502,7 @@ def test_streamed_transaction_that_is_rolled_back_delivers_nothing(large):
     with large.database.connect() as connection:
         connection.execute(f"BEGIN; {many(1, 5000)}; ROLLBACK")
     large.do(f"BEGIN; {many(1, 1000)}; COMMIT")
-    assert ids(large.told()) == list(range(1, 1001))
+    assert ids(large.delivered()) == list(range(1, 1001))
 
 
 def test_large_transactions_at_a_time_are_delivered_apart(large):
@@ -515,7 +515,7 @@ def test_large_transactions_at_a_time_are_delivered_apart(large):
         second.execute("COMMIT")
         first.execute("COMMIT")
     large.do("SELECT 1")
-    changes = large.told()
+    changes = large.delivered()
     assert ids(changes) == [*range(100_000, 105_000), *range(5000)]
     assert [change.ordinal for change in changes] == [*range(5000), *range(5000)]
 
@@ -524,7 +524,7 @@ def test_large_savepoint_that_is_released_is_delivered(large):
     large.do(
         f"BEGIN; {many(1, 5000)}; SAVEPOINT a; {many(5001, 10_000)}; RELEASE a; COMMIT",
     )
-    changes = large.told()
+    changes = large.delivered()
     assert ids(changes) == list(range(1, 10_001))
     assert len({change.xid for change in changes}) == 1
 
@@ -534,7 +534,7 @@ def test_large_savepoint_that_is_rolled_back_is_not_delivered(large):
         f"BEGIN; {many(1, 5000)}; SAVEPOINT a; {many(5001, 10_000)}; ROLLBACK TO a; "
         f"{many(20_001, 20_010)}; COMMIT",
     )
-    assert ids(large.told()) == [*range(1, 5001), *range(20_001, 20_011)]
+    assert ids(large.delivered()) == [*range(1, 5001), *range(20_001, 20_011)]
 
 
 def test_large_loop_with_an_exception_block_is_delivered(large):
@@ -543,12 +543,12 @@ def test_large_loop_with_an_exception_block_is_delivered(large):
         "INSERT INTO items VALUES (n % 3000, repeat('x', 200)); "
         "EXCEPTION WHEN unique_violation THEN NULL; END; END LOOP; END $$"
     )
-    assert sorted(ids(large.told())) == list(range(3000))
+    assert sorted(ids(large.delivered())) == list(range(3000))
 
 
 def test_truncate_between_inserts_keeps_its_order(large):
     large.do(f"BEGIN; {many(1, 5000)}; TRUNCATE items; INSERT INTO items VALUES (1); COMMIT")
-    changes = large.told()
+    changes = large.delivered()
     assert kinds(changes) == [*["insert"] * 5000, "truncate", "insert"]
     assert [change.ordinal for change in changes] == list(range(5002))
 
@@ -561,7 +561,7 @@ def test_terminated_walsender_is_replaced(flash):
         flash.wait(lambda: flash.database.one(flash.slot("active")))
         flash.database.execute(terminate, f"INSERT INTO posts VALUES ({number})")
     flash.do("INSERT INTO posts VALUES (3)")
-    assert list(dict.fromkeys(ids(flash.told()))) == [0, 1, 2, 3]
+    assert list(dict.fromkeys(ids(flash.delivered()))) == [0, 1, 2, 3]
 
 
 def test_terminated_catalog_connection_is_replaced(flash):
@@ -574,7 +574,7 @@ def test_terminated_catalog_connection_is_replaced(flash):
         "INSERT INTO posts VALUES (2)",
     )
     flash.do("INSERT INTO posts VALUES (3)")
-    assert list(dict.fromkeys(ids(flash.told()))) == [1, 2, 3]
+    assert list(dict.fromkeys(ids(flash.delivered()))) == [1, 2, 3]
     flash.stop()
     assert flash.error is None
 
@@ -590,8 +590,8 @@ def test_handlers_of_one_table_have_their_own_operations_and_fields(flash):
         "DELETE FROM posts",
         "TRUNCATE posts",
     )
-    assert shown(flash.told("slug")) == ["insert a", "update a -> b"]
-    assert kinds(flash.told("all")) == ["update", "update", "delete"]
+    assert shown(flash.delivered("slug")) == ["insert a", "update a -> b"]
+    assert kinds(flash.delivered("all")) == ["update", "update", "delete"]
 
 
 def test_slot_serves_six_handlers(flash):
@@ -604,7 +604,7 @@ def test_slot_serves_six_handlers(flash):
         flash.database.execute(f"INSERT INTO posts VALUES ({number})")
     flash.do("SELECT 1")
     for number in range(6):
-        assert ids(flash.told(str(number))) == list(range(500))
+        assert ids(flash.delivered(str(number))) == list(range(500))
     slots = "SELECT count(*) FROM pg_replication_slots WHERE database = current_database()"
     assert flash.database.one(slots) == 1
 
@@ -617,7 +617,7 @@ def test_equal_rows_without_a_primary_key_are_all_delivered(flash):
         "UPDATE plain SET b = 'y'",
         "DELETE FROM plain",
     )
-    changes = flash.told()
+    changes = flash.delivered()
     assert shown(changes) == [
         *["insert 1,x"] * 2,
         *["update 1,x -> 1,y"] * 2,
@@ -637,5 +637,5 @@ def test_renamed_field_stops_the_worker_and_loses_nothing(flash):
         flash.wait(lambda: False)
     flash.thread.join(30)
     assert not flash.thread.is_alive()
-    assert shown(flash.told()) == ["insert a"]
+    assert shown(flash.delivered()) == ["insert a"]
     assert flash.database.one(flash.slot("count(*)")) == 1

@@ -35,7 +35,7 @@ def test_nested_composites_do_not_multiply(flash):
     flash.do(f"INSERT INTO items VALUES (1, '(1,a)', '({',' * 49})', '{{NULL}}', '(2,b)')")
     body = flash.publisher.queues["flash"][0].body
     assert len(body) < 3000
-    (change,) = flash.told()
+    (change,) = flash.delivered()
     assert change.new["small"] == {"left_": 1, "right_": "a"}
     assert change.new["other"] == {"left_": 2, "right_": "b"}
     assert change.new["large"] == f"({',' * 49})"
@@ -54,7 +54,7 @@ def test_deep_composite_is_text_below_a_depth(flash):
     for n in range(levels):
         value = f"ROW({value})::level_{n}"
     flash.do(f"INSERT INTO items VALUES (1, {value})")
-    (change,) = flash.told()
+    (change,) = flash.delivered()
     found, depth = change.new["deep"], 0
     while isinstance(found, dict):
         found, depth = found["x"], depth + 1
@@ -72,7 +72,7 @@ def test_most_fields_allowed_are_delivered(flash):
     flash.handler("items").start()
     value = f"'({',' * (wide - 1)})'"
     flash.do(f"INSERT INTO items VALUES (1, {value}, {value}, {value})")
-    (change,) = flash.told()
+    (change,) = flash.delivered()
     kinds = [type(change.new[name]).__name__ for name in ("one", "two", "three")]
     assert kinds == ["dict", "dict", "str"]
 
@@ -87,8 +87,8 @@ def test_oversize_change_is_a_dead_letter_and_stops_no_handler(flash, options):
         "UPDATE items SET name = 'b', note = repeat('y', 400) WHERE id = 3",
         "DELETE FROM items WHERE id = 4",
     )
-    told = [f"{c.operation.names()[0]} {c.key['id']}" for c in flash.told()]
-    assert told == ["insert 1", "insert 2"]
+    delivered = [f"{c.operation.names()[0]} {c.key['id']}" for c in flash.delivered()]
+    assert delivered == ["insert 1", "insert 2"]
     found = [letters.decode(sealed.body) for sealed in flash.publisher.queues["flash.dead"]]
     assert [letter.error for letter in found] == ["ChangeTooLarge"] * 4
     assert found[0].message.startswith("insert public.items id=3 @")
@@ -109,7 +109,7 @@ def test_oversize_message_is_a_dead_letter(flash):
     flash.start(flash_max_change_size=1000)
     emit = "SELECT pg_logical_emit_message(true, 'big', repeat('x', {}))"
     flash.do(emit.format(2000), emit.format(10))
-    assert [change.content for change in flash.told()] == [b"x" * 10]
+    assert [change.content for change in flash.delivered()] == [b"x" * 10]
     (sealed,) = flash.publisher.queues["flash.dead"]
     (change,) = letters.changes_of(letters.decode(sealed.body))
     assert (change.prefix, change.content) == ("big", b"")
@@ -160,10 +160,10 @@ def test_oversize_change_for_rabbitmq_stops_no_handler(flash, small, options):
     bodies = received(small, "flash")
     changes = [change for body in bodies for change in letters.changes_in(body)]
     ids = dict.fromkeys(change.new["id"] for change in changes)  # some may have come twice
-    told = [n for n in range(1, 101) if n != 50]
+    delivered = [n for n in range(1, 101) if n != 50]
     large = [n for n in range(1001, 1061) if n not in ids]
     assert 1 < len(large) < 30
-    assert list(ids) == [*told, *range(1001, large[0])]
+    assert list(ids) == [*delivered, *range(1001, large[0])]
     assert [c.new["id"] for c in changes if c.operation is Operation.UPDATE] == [8]
     assert len(bodies) < len(changes) or not options
     found = [letters.decode(sealed) for sealed in received(small, "flash.dead")]
@@ -193,7 +193,7 @@ def test_recreated_tables_leave_nothing_behind(flash):
         published = f"SELECT count(*) FROM pg_publication_rel WHERE prrelid = {oid}"
         flash.wait(lambda published=published: flash.database.one(published) == 4)
     flash.do("INSERT INTO items VALUES (9, 'a')")
-    assert [change.key["id"] for change in flash.told()] == [0, 1, 2, 9]
+    assert [change.key["id"] for change in flash.delivered()] == [0, 1, 2, 9]
     record = flash.database.one(
         "SELECT obj_description(oid, 'pg_publication') FROM pg_publication "
         "WHERE pubname = 'flash_publication_insert'"
@@ -231,5 +231,5 @@ def test_huge_message_without_a_handler_passes(flash):
     )
     done.set()
     watcher.join(30)
-    assert [change.key["id"] for change in flash.told()] == [1, 2]
+    assert [change.key["id"] for change in flash.delivered()] == [1, 2]
     assert most - before < 5 * size

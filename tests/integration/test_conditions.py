@@ -445,7 +445,7 @@ def test_value_that_is_slow_for_a_pattern_is_delivered(flash):
     flash.handler("items", "insert", where={"note__regex": "x.*y.*z"}).start()
     flash.do("INSERT INTO items SELECT n, repeat('xy', n) FROM generate_series(194, 196) n")
     flash.do("INSERT INTO items VALUES (1, 'x, y, z'), (2, 'x')")
-    assert [change.new["id"] for change in flash.told()] == [196, 1]
+    assert [change.new["id"] for change in flash.delivered()] == [196, 1]
 
 
 def test_enum_labels_added_and_renamed_while_running_are_known(flash):
@@ -459,11 +459,11 @@ def test_enum_labels_added_and_renamed_while_running_are_known(flash):
     flash.do("INSERT INTO items VALUES (1, 'high', '{low}')")
     flash.do("ALTER TYPE level ADD VALUE 'mid' BEFORE 'high'", "ALTER TYPE level ADD VALUE 'top'")
     flash.do("INSERT INTO items VALUES (2, 'mid', '{mid}'), (3, 'top', '{top}'), (4, 'off', NULL)")
-    assert [change.new["id"] for change in flash.told()] == [1, 2]
-    assert [change.new["id"] for change in flash.told("some")] == [1, 2]
-    assert [change.new["id"] for change in flash.told("renamed")] == [4]
+    assert [change.new["id"] for change in flash.delivered()] == [1, 2]
+    assert [change.new["id"] for change in flash.delivered("some")] == [1, 2]
+    assert [change.new["id"] for change in flash.delivered("renamed")] == [4]
     flash.do("ALTER TYPE level RENAME VALUE 'off' TO 'none'")
     flash.do("INSERT INTO items VALUES (5, 'none', NULL), (6, 'low', NULL), (7, 'none', NULL)")
     # 'off' is nothing that PostgreSQL could compare with: what cannot be judged is told.
-    assert [change.new["id"] for change in flash.told("renamed")] == [5, 7]
-    assert [change.new["id"] for change in flash.told()] == [6]
+    assert [change.new["id"] for change in flash.delivered("renamed")] == [5, 7]
+    assert [change.new["id"] for change in flash.delivered()] == [6]

@@ -42,7 +42,7 @@ class Dying(RedisPublisher):
             raise Crash
 
 
-def told(valkey, queue="flash", handler="handler"):
+def delivered(valkey, queue="flash", handler="handler"):
     """The changes in a queue, the first one first, taken out."""
     with redis.Redis(port=valkey.port) as client:
         found = []
@@ -84,7 +84,7 @@ def again(flash, *statements):
     flash.start()
     flash.do(*statements or ["SELECT 1"])
     flash.stop()
-    return told(flash.valkey)
+    return delivered(flash.valkey)
 
 
 def test_crash_before_the_acknowledgement_enqueues_nothing_twice(on_redis):
@@ -116,7 +116,7 @@ def test_repeated_crashes_enqueue_nothing_twice(on_redis):
     for number in range(4):
         crash(on_redis, statement.format(number * 10 + 1, number * 10 + 10))
     assert ids(again(on_redis)) == list(range(1, 41))
-    assert ids(told(on_redis.valkey, "other", "other")) == list(range(1, 41))
+    assert ids(delivered(on_redis.valkey, "other", "other")) == list(range(1, 41))
 
 
 def test_crash_between_the_parts_of_a_key_change_enqueues_nothing_twice(on_redis):
@@ -145,7 +145,7 @@ def test_lost_reply_enqueues_nothing_twice(on_redis, monkeypatch):
     for number in range(1, 6):  # each is pushed by itself
         on_redis.do(f"INSERT INTO items VALUES ({number}, 'a')")
     on_redis.stop()
-    assert ids(told(on_redis.valkey)) == [1, 2, 3, 4, 5]
+    assert ids(delivered(on_redis.valkey)) == [1, 2, 3, 4, 5]
     assert len(lost) == 3
 
 
@@ -163,7 +163,7 @@ def test_failed_command_in_a_transaction_enqueues_nothing(on_redis):
         assert not client.llen("flash")
         client.delete("other")
     assert ids(again(on_redis)) == [1]
-    assert ids(told(on_redis.valkey, "other", "other")) == [1]
+    assert ids(delivered(on_redis.valkey, "other", "other")) == [1]
 
 
 def test_changed_handler_receives_the_whole_transaction_again(on_redis):
@@ -191,7 +191,7 @@ def test_recreated_slot_omits_nothing(on_redis):
     on_redis.database.execute(
         *(f"DROP PUBLICATION flash_publication_{name}" for name in OPERATIONS), drop
     )
-    told(on_redis.valkey)
+    delivered(on_redis.valkey)
     assert ids(again(on_redis, "INSERT INTO items VALUES (2, 'b')")) == [2]
 
 
@@ -226,7 +226,7 @@ def test_redis_restored_while_running_is_noticed(on_redis, caplog):
         for key, value in kept.items():
             client.restore(key, 0, value)
         on_redis.do("INSERT INTO items VALUES (3, 'c')").stop()
-        changes = told(own)
+        changes = delivered(own)
         assert ids(changes) == [1, 3]
         assert f"changes committed from {changes[0].commit_lsn} on may be missing" in caplog.text
 
@@ -293,13 +293,13 @@ def test_database_restored_while_its_worker_waits_omits_nothing(flash, caplog):
     with restored_later(flash) as (own, restore):
         flash.start().do(*(f"INSERT INTO items VALUES ({n}, 'a')" for n in range(1, 200)))
         # Before PostgreSQL 17 a server that is stopped forgets what was acknowledged last.
-        assert ids(flash.told())[-199:] == list(range(1, 200))
+        assert ids(flash.delivered())[-199:] == list(range(1, 200))
         restore()
         own.start()
         flash.wait(lambda: database.one(flash.slot("active")))
         assert "its data was restored" in caplog.text
         flash.do(*(f"INSERT INTO items VALUES ({n}, 'b')" for n in range(1, 300)))
-        assert ids(flash.told())[-299:] == list(range(1, 300))
+        assert ids(flash.delivered())[-299:] == list(range(1, 300))
 
 
 def test_slot_recreated_by_hand_during_a_reconnect_is_logged(flash, caplog):
@@ -321,7 +321,7 @@ def test_slot_recreated_by_hand_during_a_reconnect_is_logged(flash, caplog):
         )
     flash.wait(lambda: database.one(flash.slot("active")))
     flash.do("INSERT INTO items VALUES (3, 'a')")
-    assert ids(flash.told()) == [1, 3]
+    assert ids(flash.delivered()) == [1, 3]
     assert "was moved or recreated by hand, and the changes between are missing" in caplog.text
 
 
@@ -336,7 +336,7 @@ def test_restored_database_omits_nothing(on_redis, timeline):
 def restored(flash, own, restore, timeline):
     database = flash.database
     crash(flash, *(f"INSERT INTO items VALUES ({n}, 'a')" for n in (1, 2, 3)), after=3)
-    lost = told(flash.valkey)
+    lost = delivered(flash.valkey)
     assert ids(lost) == [0, 1, 2, 3]
     restore()
     if timeline == "new":
@@ -399,4 +399,4 @@ def test_broker_down_at_the_start_of_a_session_enqueues_nothing_twice(on_redis):
         own.start()
         on_redis.do("INSERT INTO items VALUES (2, 'b')")
         on_redis.stop()
-        assert ids(told(own)) == [1, 2]
+        assert ids(delivered(own)) == [1, 2]

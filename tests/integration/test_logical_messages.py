@@ -21,11 +21,11 @@ def listen(flash, prefix, name="messages", **options):
     return flash
 
 
-def all_told(flash):
+def all_delivered(flash):
     """Everything in the order in which it was enqueued."""
     names = [message.task for message in flash.publisher.queues.get("flash", [])]
-    told = {name: flash.told(name) for name in set(names)}
-    return [told[name].pop(0) for name in names]
+    delivered = {name: flash.delivered(name) for name in set(names)}
+    return [delivered[name].pop(0) for name in names]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -47,18 +47,18 @@ def test_logical_message_keeps_its_place_in_the_transaction(flash, streaming):
         connection.execute(emit("order.paid", "second"))
         connection.execute("COMMIT")
     flash.do("SELECT 1")
-    told = all_told(flash)
+    delivered = all_delivered(flash)
     kinds = [Insert] * 300 + [LogicalMessage, Insert, LogicalMessage]
-    assert [type(change) for change in told] == kinds
-    first, second = told[300], told[302]
+    assert [type(change) for change in delivered] == kinds
+    first, second = delivered[300], delivered[302]
     assert (first.prefix, first.content) == ("order.paid", b'{"id": 1}')
     assert second.content == b"second"
-    assert {change.commit_lsn for change in told} == {first.commit_lsn}
-    assert {change.xid for change in told} == {first.xid}
+    assert {change.commit_lsn for change in delivered} == {first.commit_lsn}
+    assert {change.xid for change in delivered} == {first.xid}
     # Messages do not shift the numbers of rows.
-    assert [c.ordinal for c in told if isinstance(c, Insert)] == list(range(301))
+    assert [c.ordinal for c in delivered if isinstance(c, Insert)] == list(range(301))
     assert first.id == f"{first.commit_lsn}:0m"
-    assert len({change.id for change in told}) == len(told)
+    assert len({change.id for change in delivered}) == len(delivered)
 
 
 def test_logical_message_rolled_back_or_not_transactional_is_not_delivered(flash):
@@ -69,13 +69,13 @@ def test_logical_message_rolled_back_or_not_transactional_is_not_delivered(flash
         connection.execute(emit("mail", "at once", transactional=False))
         connection.execute("ROLLBACK")
     flash.do(emit("mail", "alone"), emit("mail", ""), emit("mail", "at once", transactional=False))
-    assert [message.content for message in flash.told("messages")] == [b"alone", b""]
+    assert [message.content for message in flash.delivered("messages")] == [b"alone", b""]
 
 
 def test_logical_message_handlers_need_no_table(flash):
     listen(flash, "a").start()
     flash.do(ITEMS, "INSERT INTO items VALUES (1)", emit("a", "x"), "UPDATE items SET name = 'y'")
-    assert [message.content for message in flash.told("messages")] == [b"x"]
+    assert [message.content for message in flash.delivered("messages")] == [b"x"]
 
 
 def test_batch_handler_receives_rows_and_messages_in_order(flash):
@@ -87,11 +87,11 @@ def test_batch_handler_receives_rows_and_messages_in_order(flash):
         "BEGIN; INSERT INTO items VALUES (1), (2);"
         f"{emit('items.done', 'two')}; INSERT INTO items VALUES (3); COMMIT"
     )
-    told = flash.told("both")
-    assert [change.operation.names()[0] for change in told] == [
+    delivered = flash.delivered("both")
+    assert [change.operation.names()[0] for change in delivered] == [
         *("insert", "insert", "message", "insert")
     ]
-    assert len({change.id for change in told}) == 4
+    assert len({change.id for change in delivered}) == 4
 
 
 def test_logical_message_written_without_a_worker_is_delivered_later(flash):
@@ -101,7 +101,7 @@ def test_logical_message_written_without_a_worker_is_delivered_later(flash):
     flash.database.execute(emit("a", "x"))
     flash.start()
     flash.do("SELECT 1")
-    (message,) = flash.told("messages")
+    (message,) = flash.delivered("messages")
     assert message.content == b"x"
 
 
@@ -109,7 +109,7 @@ def test_logical_message_written_without_a_worker_is_delivered_later(flash):
 def test_logical_message_of_megabytes_is_delivered(flash):
     listen(flash, "big").start()
     flash.do("SELECT pg_logical_emit_message(true, 'big', repeat('x', 20000000))")
-    (message,) = flash.told("messages")
+    (message,) = flash.delivered("messages")
     assert message.content == b"x" * 20_000_000
 
 
@@ -117,7 +117,7 @@ def test_rows_are_delivered_unchanged_beside_logical_messages(flash):
     flash.database.execute(ITEMS)
     listen(flash, "a").handler("items").start()
     flash.do("INSERT INTO items VALUES (1)", emit("b", "x"), "DELETE FROM items", emit("a", "y"))
-    assert shown(flash.told()) == ["insert 1,-", "delete 1"]
+    assert shown(flash.delivered()) == ["insert 1,-", "delete 1"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -136,5 +136,5 @@ def test_logical_message_of_a_savepoint_rolled_back_late_is_not_delivered(flash,
         connection.execute(emit("mail", "kept"))
         connection.execute("COMMIT")
     flash.do("SELECT 1")
-    assert len(flash.told()) == 3
-    assert [message.content for message in flash.told("messages")] == [b"kept"]
+    assert len(flash.delivered()) == 3
+    assert [message.content for message in flash.delivered("messages")] == [b"kept"]

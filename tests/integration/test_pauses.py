@@ -51,21 +51,21 @@ def test_pauses_end_in_any_order(flash):
     pause(flash, "one")
     noticed(flash, paused=["one", "two"])
     flash.do("INSERT INTO items VALUES (2, 'b')", "INSERT INTO items VALUES (3, 'c')")
-    assert shown(flash.told("one")) == ["insert 1,a"]
-    assert shown(flash.told("two")) == ["insert 1,a"]
+    assert shown(flash.delivered("one")) == ["insert 1,a"]
+    assert shown(flash.delivered("two")) == ["insert 1,a"]
     pause(flash, "one", end=True)
     pause(flash, "one")
     pause(flash, "two", end=True)
     flash.wait(lambda: list(record(flash).paused) == ["one"] and not record(flash).resuming)
     flash.do("UPDATE items SET name = 'd' WHERE id = 3", "INSERT INTO items VALUES (4, 'd')")
-    assert shown(flash.told("two")) == ["insert 2,b", "insert 3,c", "insert 4,d"]
+    assert shown(flash.delivered("two")) == ["insert 2,b", "insert 3,c", "insert 4,d"]
     # It may have gone on for a moment.
-    one = shown(flash.told("one"))
+    one = shown(flash.delivered("one"))
     pause(flash, "one", end=True)
     flash.wait(lambda: not record(flash).resuming)
     flash.do("DELETE FROM items WHERE id = 1")
-    told = [*one, *shown(flash.told("one"))]
-    assert told == ["insert 2,b", "insert 3,c", "update 3 -> 3,d", "insert 4,d", "delete 1"]
+    delivered = [*one, *shown(flash.delivered("one"))]
+    assert delivered == ["insert 2,b", "insert 3,c", "update 3 -> 3,d", "insert 4,d", "delete 1"]
 
 
 def test_pause_does_not_wait_for_an_open_transaction(flash):
@@ -81,10 +81,10 @@ def test_pause_does_not_wait_for_an_open_transaction(flash):
         pause(flash, "")
         noticed(flash, paused=[""])
     flash.database.execute("INSERT INTO items VALUES (4000, 'b')")
-    assert flash.told() == []
+    assert flash.delivered() == []
     pause(flash, "", end=True)
     flash.do("INSERT INTO items VALUES (0, 'c')")
-    assert len(flash.told()) == 3002
+    assert len(flash.delivered()) == 3002
 
 
 def test_pause_without_privileges_prints_the_sql(flash):
@@ -96,10 +96,10 @@ def test_pause_without_privileges_prints_the_sql(flash):
         settings = Settings.from_app(flash.app)
         with (
             psycopg.connect(dsn, autocommit=True) as connection,
-            pytest.raises(CatalogError, match="to another role, which must run COMMENT") as told,
+            pytest.raises(CatalogError, match="to another role, which must run COMMENT") as refusal,
         ):
             pauses.pause(Source(connection, settings), ["handler"])
-        statement = str(told.value).partition("must run ")[2].rstrip(";")
+        statement = str(refusal.value).partition("must run ")[2].rstrip(";")
         database.execute(statement)
         noticed(flash, paused=["handler"])
     finally:

@@ -414,8 +414,8 @@ def test_held_messages_are_requeued_in_order_and_unchanged(broker):
     )
 
     def parked(number):
-        told = {HELD: {"queue": "first" if number % 2 else "gone", "priority": number % 10}}
-        form = Form(name, "shop.handle", {"task": "shop.handle", **told}, {"delivery_mode": 2})
+        headers = {HELD: {"queue": "first" if number % 2 else "gone", "priority": number % 10}}
+        form = Form(name, "shop.handle", {"task": "shop.handle", **headers}, {"delivery_mode": 2})
         return Message(form, str(number), "é", f'"é{number}"')
 
     broker.publisher.publish([parked(number) for number in range(100)])

@@ -76,7 +76,7 @@ def test_push_down_sends_only_rows_that_a_condition_may_match(flash):
         "DELETE FROM items",
         "TRUNCATE items",
     )
-    changes = flash.told()
+    changes = flash.delivered()
     assert shown(changes) == [
         "insert 1,paid,100,-",
         "delete 1,paid,100,-",
@@ -87,7 +87,7 @@ def test_push_down_sends_only_rows_that_a_condition_may_match(flash):
     ]
     # Rows that were not sent are not counted.
     assert changes[0].ordinal == 0
-    assert shown(flash.told("second")) == ["insert 3,open,1,x"]
+    assert shown(flash.delivered("second")) == ["insert 3,open,1,x"]
 
 
 def test_push_down_sends_only_columns_of_handlers(flash):
@@ -98,7 +98,7 @@ def test_push_down_sends_only_columns_of_handlers(flash):
     # The condition is on updates too, which need the old row, so every column is sent.
     assert {tuple(columns) for _, columns in shapes(flash).values()} == {()}
     flash.do("INSERT INTO items VALUES (1, 'a', 2, 'x')")
-    assert shown(flash.told()) == ["insert a"]
+    assert shown(flash.delivered()) == ["insert a"]
 
 
 def test_push_down_omits_columns_that_no_insert_handler_names(flash):
@@ -117,10 +117,10 @@ def test_push_down_omits_columns_that_no_insert_handler_names(flash):
         "INSERT INTO items VALUES (2, 'b', 2, 'x')",
         "TRUNCATE items",
     )
-    changes = flash.told()
+    changes = flash.delivered()
     assert shown(changes) == ["insert a", "insert b", "truncate"]
     assert dict(changes[0].key) == {"id": 1}
-    assert shown(flash.told("emptied")) == ["truncate"]
+    assert shown(flash.delivered("emptied")) == ["truncate"]
 
 
 def test_push_down_can_be_switched_without_loss(flash):
@@ -134,8 +134,8 @@ def test_push_down_can_be_switched_without_loss(flash):
         flash.database.execute(f"INSERT INTO items VALUES ({number + 20}, 'a')")
     flash.start()
     flash.do("SELECT 1")
-    told = [change.key["id"] for change in flash.told()]
-    assert told == [0, 20, 1, 21, 2, 22, 3, 23]
+    delivered = [change.key["id"] for change in flash.delivered()]
+    assert delivered == [0, 20, 1, 21, 2, 22, 3, 23]
 
 
 def test_push_down_repairs_a_filter_altered_by_hand(flash):
@@ -148,7 +148,7 @@ def test_push_down_repairs_a_filter_altered_by_hand(flash):
     )
     flash.wait(lambda: shapes(flash) == before)
     flash.do("INSERT INTO items VALUES (1, 'a'), (2, 'b')")
-    assert shown(flash.told()) == ["insert 1,a,-,-"]
+    assert shown(flash.delivered()) == ["insert 1,a,-,-"]
 
 
 def explained(flash, **conf):
@@ -213,7 +213,7 @@ def test_push_down_column_is_guarded_and_its_removal_stops_the_worker(flash):
     with pytest.raises(psycopg.errors.FeatureNotSupported, match="publication"):
         flash.database.execute("ALTER TABLE items ALTER name TYPE varchar(5)")
     flash.do("INSERT INTO items VALUES (1, 'a')")
-    assert len(flash.told()) == 1
+    assert len(flash.delivered()) == 1
     flash.database.execute("ALTER TABLE items DROP name CASCADE")
     flash.thread.join(20)
     assert isinstance(flash.error, SubscriptionError)
@@ -243,7 +243,7 @@ def test_push_down_filter_follows_renamed_columns(flash, running):
         flash.start()
     flash.wait(lambda: shapes(flash)["insert"][0] == "(name = 'paid'::text)")
     flash.do("INSERT INTO items (id, name) VALUES (1, 'paid')")
-    assert [change.new["id"] for change in flash.told()] == [1]
+    assert [change.new["id"] for change in flash.delivered()] == [1]
 
 
 @pytest.mark.parametrize("running", [True, False])
@@ -257,7 +257,7 @@ def test_push_down_sends_possible_partitions_whole(flash, running):
     flash.start(flash_push_down=True)
     assert set(map(str, shapes(flash).values())) == {"(None, [])"}
     flash.do("INSERT INTO part VALUES (1, 'a'), (2, 'b')")
-    assert shown(flash.told("part")) == ["insert 1"]
+    assert shown(flash.delivered("part")) == ["insert 1"]
     if not running:
         flash.stop()
     flash.database.execute(
@@ -267,8 +267,8 @@ def test_push_down_sends_possible_partitions_whole(flash, running):
     if not running:
         flash.start()
     flash.do("INSERT INTO parts VALUES (5, 'b')")
-    assert shown(flash.told("root")) == ["insert 3,a", "insert 4,b", "insert 5,b"]
-    assert shown(flash.told("part")) == ["insert 3"]
+    assert shown(flash.delivered("root")) == ["insert 3,a", "insert 4,b", "insert 5,b"]
+    assert shown(flash.delivered("part")) == ["insert 3"]
 
 
 def test_push_down_leaves_partitions_and_custom_types_to_the_worker(flash):
@@ -284,9 +284,9 @@ def test_push_down_leaves_partitions_and_custom_types_to_the_worker(flash):
     flash.start(flash_push_down=True)
     assert {filter_ for filter_, _ in shapes(flash).values()} == {None}
     flash.do("INSERT INTO moods VALUES (1, 'ok'), (2, 'sad')", "INSERT INTO parts VALUES (1), (9)")
-    assert shown(flash.told()) == ["insert 1,ok"]
-    assert shown(flash.told("parts")) == ["insert 1,-"]
-    assert shown(flash.told("part")) == ["insert 9,-"]
+    assert shown(flash.delivered()) == ["insert 1,ok"]
+    assert shown(flash.delivered("parts")) == ["insert 1,-"]
+    assert shown(flash.delivered("part")) == ["insert 9,-"]
 
 
 # Random subscriptions and random writes, read twice.
@@ -392,7 +392,7 @@ def set_up(connection, prefix, subscriptions):
 
 def read(connection, prefix, subscriptions):
     """What the handlers are told, without the numbers of rows, and how many rows were sent."""
-    told = []
+    delivered = []
 
     def receiver(subscription, operation):
         return partial(deliver, subscription.handler, operation)
@@ -402,7 +402,7 @@ def read(connection, prefix, subscriptions):
             # As text, for NaN is not itself.
             rows = [repr(getattr(change, side)) for side in ("old", "new") if hasattr(change, side)]
             origin = change.xid, change.commit_lsn, change.part
-            told.append((handler, operation, dict(change.key), rows, change.changed, origin))
+            delivered.append((handler, operation, dict(change.key), rows, change.changed, origin))
 
     sink = SimpleNamespace(receiver=receiver)
     transactions = Transactions(Router(subscriptions, RelationCatalog(connection), sink))
@@ -417,7 +417,7 @@ def read(connection, prefix, subscriptions):
     for kind, run in runs(messages):
         transactions.receive(kind, run)
     sent = sum(message[:1] in (b"I", b"U", b"D") for message in messages)
-    return told, sent
+    return delivered, sent
 
 
 counts = {"whole": 0, "pushed": 0}
@@ -449,8 +449,8 @@ def test_push_down_delivers_the_same_changes(pushed, declared, script):
     for statement in statements(table.name, script):
         pushed.execute(statement)
     whole, all_sent = read(pushed, "flash_whole", subscriptions)
-    told, sent = read(pushed, "flash_pushed", subscriptions)
-    assert told == whole
+    delivered, sent = read(pushed, "flash_pushed", subscriptions)
+    assert delivered == whole
     assert sent <= all_sent
     counts["whole"] += all_sent
     counts["pushed"] += sent

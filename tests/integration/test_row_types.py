@@ -30,12 +30,12 @@ ALTER TABLE orders ALTER note SET STORAGE EXTERNAL
 
 def test_row_types_accept_rows_as_postgresql_writes_them(flash):
     flash.database.execute(ORDERS)
-    told = []
+    delivered = []
 
     @on_change("orders", into=Order)
     @flash.app.task(name="handler", shared=False)
     def handler(change):
-        told.append(change)
+        delivered.append(change)
 
     flash.start(flash_replica_identity="keep")
     flash.do(
@@ -43,9 +43,9 @@ def test_row_types_accept_rows_as_postgresql_writes_them(flash):
         "UPDATE orders SET status = 'paid'",
         "DELETE FROM orders",
     )
-    for change in flash.told():
+    for change in flash.delivered():
         handler(change)
-    insert, update, delete = told
+    insert, update, delete = delivered
     assert dataclasses.astuple(insert.new)[:3] == (1, "new", Decimal("9.5"))
     assert (insert.new.made.year, len(insert.new.note)) == (2024, 10000)
     assert (update.new.status, update.new.note) == ("paid", UNCHANGED)

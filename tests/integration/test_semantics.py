@@ -28,7 +28,7 @@ def test_operations_are_delivered_with_old_and_new(flash):
         "DELETE FROM items WHERE id = 10",
         "TRUNCATE items",
     )
-    changes = flash.told()
+    changes = flash.delivered()
     assert shown(changes) == [
         "insert 1,a,-",
         "insert 2,b,",
@@ -74,7 +74,7 @@ def test_transitions_match_the_documented_table(flash):
             flash.database.execute(f"INSERT INTO items VALUES (1, 'a', '{status[before]}')")
         flash.do("SELECT 1")
         for mask in MASKS:
-            flash.told(mask)
+            flash.delivered(mask)
         if before == "-":
             flash.do(f"INSERT INTO items VALUES (1, 'a', '{status[after]}')")
         elif after == "-":
@@ -82,9 +82,11 @@ def test_transitions_match_the_documented_table(flash):
         else:
             key, name = 2 if rekeyed else 1, "b" if changed else "a"
             flash.do(f"UPDATE items SET id = {key}, name = '{name}', status = '{status[after]}'")
-        told = {mask: [c.operation.names()[0] for c in flash.told(mask)] for mask in MASKS}
+        delivered = {
+            mask: [c.operation.names()[0] for c in flash.delivered(mask)] for mask in MASKS
+        }
         expected = {mask: [kind for kind in kinds if kind in mask] for mask in MASKS}
-        assert told == expected, (before, after, changed, rekeyed)
+        assert delivered == expected, (before, after, changed, rekeyed)
         flash.database.execute("DELETE FROM items")
 
 
@@ -96,7 +98,7 @@ def test_inserts_and_deletes_are_filtered_by_a_condition(flash):
         "DELETE FROM items",
         "TRUNCATE items",
     )
-    assert shown(flash.told()) == [
+    assert shown(flash.delivered()) == [
         "insert 1,paid,x",
         "insert 3,open,-",
         "delete 1,paid,x",
@@ -117,7 +119,7 @@ def test_fields_are_sent_alone_and_conditions_can_use_others(flash):
     )
     messages = flash.publisher.queues["flash"]
     assert not any("b3RoZXI" in m.body or "c2Vlbg" in m.body for m in messages)  # base64
-    changes = flash.told()
+    changes = flash.delivered()
     # The update of note brought row 2 into the condition, and changed no field of row 1.
     assert shown(changes) == ["insert a", "insert b", "update a -> c", "delete b", "delete c"]
     assert changes[2].changed == {"name"}
@@ -139,8 +141,8 @@ def test_fields_of_a_deleted_row_are_delivered(flash):
         "UPDATE items SET id = 7",
         "DELETE FROM items",
     )
-    assert shown(flash.told()) == ["delete a"]
-    assert shown(flash.told("left")) == ["delete a"]
+    assert shown(flash.delivered()) == ["delete a"]
+    assert shown(flash.delivered("left")) == ["delete a"]
 
 
 def test_composite_key_works_with_a_condition(flash):
@@ -155,7 +157,7 @@ def test_composite_key_works_with_a_condition(flash):
         "UPDATE lines SET shop = 6, status = 'on'",
         "UPDATE lines SET shop = 7",
     )
-    changes = flash.told()
+    changes = flash.delivered()
     assert shown(changes) == [
         "insert 1,1,on",
         "delete 1,1,on",
@@ -193,7 +195,7 @@ def test_old_holds_the_columns_of_the_identity(flash, identity):
         "UPDATE items SET note = 'y'",
         "DELETE FROM items",
     )
-    _, update, delete = flash.told()
+    _, update, delete = flash.delivered()
     assert set(update.old) == old
     assert update.changed == changed
     assert set(delete.old) == deleted
@@ -208,7 +210,7 @@ def test_rows_that_existed_before_are_not_delivered(flash):
     flash.database.execute(ITEMS, "INSERT INTO items VALUES (1, 'a')")
     flash.handler("items").start()
     flash.do("INSERT INTO items VALUES (2, 'b')", "UPDATE items SET name = 'c' WHERE id = 1")
-    assert shown(flash.told()) == ["insert 2,b,-", "update 1 -> 1,c,-"]
+    assert shown(flash.delivered()) == ["insert 2,b,-", "update 1 -> 1,c,-"]
 
 
 @pytest.mark.parametrize(
@@ -226,7 +228,7 @@ def test_table_without_identity_gets_one_or_is_refused(flash, set_up):
     flash.error = None
     flash.start(flash_replica_identity="auto")
     flash.do("INSERT INTO items VALUES (1, 'a')", "UPDATE items SET note = 'y'")
-    assert shown(flash.told()) == ["insert 1,a,-", "update 1,a,- -> 1,a,y"]
+    assert shown(flash.delivered()) == ["insert 1,a,-", "update 1,a,- -> 1,a,y"]
 
 
 BIG = "repeat(md5('x'), 10000)"
@@ -244,17 +246,17 @@ def test_unchanged_large_value_is_marked(flash, full):
         flash.handler("items", "update", name="where", where={"note__startswith": "9dd4"})
     flash.start(flash_replica_identity="keep")
     flash.do(f"INSERT INTO items VALUES (1, 'a', {BIG})", "UPDATE items SET name = 'b'")
-    (update,) = flash.told("whole")
+    (update,) = flash.delivered("whole")
     if not full:
         assert update.new["note"] is UNCHANGED
         assert update.new["note"] is not None
         return
     assert len(update.new["note"]) == 320_000
     assert update.changed == {"name"}
-    assert flash.told("note") == []
-    (both,) = flash.told("both")
+    assert flash.delivered("note") == []
+    (both,) = flash.delivered("both")
     assert len(both.new["note"]) == 320_000
-    (matched,) = flash.told("where")
+    (matched,) = flash.delivered("where")
     assert matched.new["name"] == "b"
 
 
@@ -264,14 +266,14 @@ def test_identity_changed_while_running_is_followed(flash):
     flash.do("INSERT INTO items VALUES (1, 'a', 'x')")
     flash.do("ALTER TABLE items REPLICA IDENTITY DEFAULT", "UPDATE items SET note = 'y'")
     # Nobody can tell whether name changed, so it is told; nothing is dropped.
-    assert shown(flash.told()) == ["insert a", "update  -> a"]
+    assert shown(flash.delivered()) == ["insert a", "update  -> a"]
     flash.wait(
         lambda: (
             flash.database.one("SELECT relreplident FROM pg_class WHERE relname = 'items'") == "f"
         )
     )
     flash.do("UPDATE items SET note = 'z'", "UPDATE items SET name = 'c'")
-    assert shown(flash.told()) == ["update a -> c"]
+    assert shown(flash.delivered()) == ["update a -> c"]
 
 
 def test_unknown_old_values_are_logged_once_for_each_table(flash, caplog):
@@ -280,15 +282,15 @@ def test_unknown_old_values_are_logged_once_for_each_table(flash, caplog):
     flash.handler("others", "update", name="others", where={"note": "x"}).start()
     for table in ("items", "others"):
         flash.do(f"INSERT INTO {table} VALUES (1, 'a', 'x'), (2, 'b', 'x'), (3, 'c', 'y')")
-    flash.told()
+    flash.delivered()
     # In one transaction, for it is mended as soon as it is noticed.
     flash.do(
         "BEGIN; ALTER TABLE items REPLICA IDENTITY DEFAULT; UPDATE items SET note = 'x';"
         "ALTER TABLE others REPLICA IDENTITY DEFAULT; UPDATE others SET name = 'b'; COMMIT"
     )
-    assert [c.key["id"] for c in flash.told()] == [1, 2, 3]
+    assert [c.key["id"] for c in flash.delivered()] == [1, 2, 3]
     # Of the third row the new values are enough to tell that it is not meant.
-    assert [(c.key["id"], c.changed) for c in flash.told("others")] == [(1, None), (2, None)]
+    assert [(c.key["id"], c.changed) for c in flash.delivered("others")] == [(1, None), (2, None)]
     said = [record.message for record in caplog.records if "judged by" in record.message]
     assert [one.partition(":")[0] for one in said] == ["public.items", "public.others"]
 
@@ -298,7 +300,7 @@ def test_handler_can_start_before_the_commit_is_visible(flash):
     flash.database.execute(ITEMS)
     flash.handler("items", "insert").start()
     flash.do("INSERT INTO items VALUES (1)")
-    assert shown(flash.told()) == ["insert 1,-,-"]
+    assert shown(flash.delivered()) == ["insert 1,-,-"]
     writer = threading.Thread(
         target=flash.database.execute, args=["INSERT INTO items VALUES (2, 'a')"]
     )
@@ -309,7 +311,7 @@ def test_handler_can_start_before_the_commit_is_visible(flash):
         flash.wait(lambda: flash.database.one("SHOW synchronous_standby_names") == "nobody")
         writer.start()
         flash.wait(lambda: flash.publisher.queues["flash"])
-        assert shown(flash.told()) == ["insert 2,a,-"]
+        assert shown(flash.delivered()) == ["insert 2,a,-"]
         assert flash.database.one("SELECT max(id) FROM items") == 1
     finally:
         flash.database.execute(
@@ -324,14 +326,14 @@ def test_handler_that_writes_its_own_table_receives_the_change(flash):
     flash.handler("items").start()
     flash.do("INSERT INTO items VALUES (1, 'a')")
     for _ in range(3):
-        (change,) = flash.told()
+        (change,) = flash.delivered()
         # As a handler would, for as long as there is something that differs.
         if change.new["note"] != "seen":
             flash.do(f"UPDATE items SET note = 'seen' WHERE id = {change.key['id']}")
         else:
             flash.do("UPDATE items SET note = 'seen' WHERE note IS DISTINCT FROM 'seen'")
             break
-    assert flash.told() == []
+    assert flash.delivered() == []
 
 
 def test_handlers_and_tables_can_be_combined_freely(flash):
@@ -346,8 +348,8 @@ def test_handlers_and_tables_can_be_combined_freely(flash):
 
     flash.start()
     flash.do("INSERT INTO items VALUES (1)", "INSERT INTO others VALUES (2)")
-    assert shown(flash.told("first")) == shown(flash.told("second")) == ["insert 1,-,-"]
-    assert shown(flash.told("both")) == ["insert 1,-,-", "insert 2"]
+    assert shown(flash.delivered("first")) == shown(flash.delivered("second")) == ["insert 1,-,-"]
+    assert shown(flash.delivered("both")) == ["insert 1,-,-", "insert 2"]
 
 
 def test_task_subscribed_twice_to_a_table_receives_two_ids(flash):
@@ -361,7 +363,7 @@ def test_task_subscribed_twice_to_a_table_receives_two_ids(flash):
 
     flash.start()
     flash.do("INSERT INTO items VALUES (1, 'a', 'x'), (2, 'a', 'y'), (3, 'a', 'x')")
-    changes = flash.told()
+    changes = flash.delivered()
     assert [change.new["id"] for change in changes] == [1, 1, 2, 3, 3]
     assert len({change.id for change in changes}) == 5
 
@@ -384,7 +386,7 @@ def test_key_of_a_deleted_row_is_delivered_with_any_identity(flash):
     flash.error = None
     flash.start(flash_replica_identity="auto")
     flash.do("INSERT INTO items VALUES (1, 'x')", "DELETE FROM items")
-    assert [change.key for change in flash.told()] == [{"id": 1}, {"id": 1}]
+    assert [change.key for change in flash.delivered()] == [{"id": 1}, {"id": 1}]
 
 
 def test_condition_on_an_identity_column_that_is_not_sent_is_evaluated(flash):
@@ -392,7 +394,7 @@ def test_condition_on_an_identity_column_that_is_not_sent_is_evaluated(flash):
     flash.handler("pairs", "delete", where={"b": 1}, key=["a"], fields=["a"])
     flash.start(flash_replica_identity="keep")
     flash.do("INSERT INTO pairs VALUES (1, 2, 3), (4, 1, 3)", "DELETE FROM pairs")
-    assert [change.key for change in flash.told()] == [{"a": 4}]
+    assert [change.key for change in flash.delivered()] == [{"a": 4}]
 
 
 def test_unhashable_values_work_in_a_condition(flash):
@@ -401,7 +403,7 @@ def test_unhashable_values_work_in_a_condition(flash):
     flash.do(
         "INSERT INTO tagged VALUES (1, '{a}', NULL), (2, '{b}', '{\"b\": [1]}'), (3, NULL, NULL)"
     )
-    assert [change.key["id"] for change in flash.told()] == [1, 2]
+    assert [change.key["id"] for change in flash.delivered()] == [1, 2]
 
 
 def test_json_too_deep_for_python_stops_nothing(flash):
@@ -409,12 +411,12 @@ def test_json_too_deep_for_python_stops_nothing(flash):
     flash.handler("deep", "insert").handler("deep", "insert", name="where", where={"data": {}})
     flash.start()
     flash.do("INSERT INTO deep SELECT (repeat('[', 5000) || repeat(']', 5000))::json")
-    (change,) = flash.told()
+    (change,) = flash.delivered()
     wanted = "[" * 5000 + "]" * 5000
     with suppress(RecursionError):  # from Python 3.14 on it can
         wanted = json.loads(wanted)
     assert change.new["data"] == wanted
-    assert len(flash.told("where")) == 1
+    assert len(flash.delivered("where")) == 1
 
 
 def test_unreadable_value_stops_nothing(flash):
@@ -426,8 +428,8 @@ def test_unreadable_value_stops_nothing(flash):
         (2, '{"": 1e-9999999999999999999}'), (3, '"\\ud800"'),
         (4, ('1' || repeat('0', 6000))::json), (5, '{"a": 1}')"""
     )
-    assert [change.new["id"] for change in flash.told()] == [1, 2, 3, 4, 5]
+    assert [change.new["id"] for change in flash.delivered()] == [1, 2, 3, 4, 5]
     # What cannot be judged is told.
-    assert [change.new["id"] for change in flash.told("where")] == [1, 2, 5]
+    assert [change.new["id"] for change in flash.delivered("where")] == [1, 2, 5]
     flash.do("UPDATE odd SET data = '1e9999999999999999999' WHERE id IN (4, 5)")
-    assert [type(change).__name__ for change in flash.told("where")] == ["Insert", "Update"]
+    assert [type(change).__name__ for change in flash.delivered("where")] == ["Insert", "Update"]

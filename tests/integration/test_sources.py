@@ -36,10 +36,10 @@ def test_handler_receives_both_sources_and_can_distinguish_them(both):
     here.do("INSERT INTO items VALUES (1, 'a'), (100, 'b')", "DELETE FROM items")
     there.do("INSERT INTO items VALUES (1, 'a')", "UPDATE items SET name = 'b'")
     there.do("DELETE FROM items")
-    told = here.told()
-    assert {change.source for change in told} == {""}
-    assert shown(told) == ["insert 1,a", "delete 1"]
-    insert, update = there.told()
+    delivered = here.delivered()
+    assert {change.source for change in delivered} == {""}
+    assert shown(delivered) == ["insert 1,a", "delete 1"]
+    insert, update = there.delivered()
     assert {insert.source, update.source} == {"billing"}
     assert (type(insert), type(update)) == (Insert, Update)
     assert (dict(insert.new), dict(update.old)) == ({"name": "a"}, {"name": "a"})
@@ -62,12 +62,12 @@ def test_changes_of_sources_repeat_with_equal_ids_after_a_restart(both):
         one.wait(lambda one=one: one.publisher.queues.get("flash"))
         one.stop()
     before = [one.publisher.queues["flash"][0].headers["id"] for one in both]
-    ids = [{change.id for change in one.told()} for one in both]
+    ids = [{change.id for change in one.delivered()} for one in both]
     for one in reversed(both):
         one.publisher = MemoryPublisher()
         one.start().do("SELECT 1")
     assert [one.publisher.queues["flash"][0].headers["id"] for one in both] == before
-    assert [{change.id for change in one.told()} for one in both] == ids
+    assert [{change.id for change in one.delivered()} for one in both] == ids
     assert len(set(before)) == 2
     assert [one.pop().partition(":")[2] for one in ids] == ["0", "0#1"]
 
@@ -96,9 +96,9 @@ def test_sources_of_one_database_are_independent(flash):
             one.start()
         for one in (flash, second):
             one.do("INSERT INTO items VALUES (1, 'a')", "DELETE FROM items")
-        assert shown(flash.told()) == ["insert 1,a"] * 2
-        assert shown(second.told("other")) == ["delete 1"] * 2
-        assert flash.told("other") == second.told() == []
+        assert shown(flash.delivered()) == ["insert 1,a"] * 2
+        assert shown(second.delivered("other")) == ["delete 1"] * 2
+        assert flash.delivered("other") == second.delivered() == []
     finally:
         second.stop()
 
@@ -110,7 +110,7 @@ def test_logical_messages_of_a_source_are_delivered(flash, billing):
     on_message("order.paid", source="billing")(on_message("order.paid")(handler))
     for one in (flash, billing):
         one.start().do("SELECT pg_logical_emit_message(true, 'order.paid', 'x')")
-    (here,), (there,) = flash.told("messages"), billing.told("messages")
+    (here,), (there,) = flash.delivered("messages"), billing.delivered("messages")
     assert (here.source, there.source) == ("", "billing")
     assert type(there) is LogicalMessage
     assert repr(there) == f"message billing:order.paid @{there.commit_lsn}"
@@ -124,6 +124,6 @@ def test_batch_handler_receives_both_sources(flash, billing):
     on_change("billing:items", batch=10)(flash.app.tasks["handler"])
     for one in (flash, billing):
         one.start().do("INSERT INTO items SELECT n FROM generate_series(1, 25) n")
-    here, there = flash.told(), billing.told()
+    here, there = flash.delivered(), billing.delivered()
     assert [change.source for change in (*here, *there)] == [""] * 25 + ["billing"] * 25
     assert len({change.id for change in (*here, *there)}) == 50

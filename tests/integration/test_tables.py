@@ -33,19 +33,19 @@ def test_partition_changes_reach_handlers_of_root_middle_and_leaf(flash):
         "UPDATE parted SET note = 'x' WHERE id = 2",
         "DELETE FROM parted WHERE id = 1",
     )
-    assert wheres(flash.told("parted")) == [
+    assert wheres(flash.delivered("parted")) == [
         "insert parted public.parted_1",
         "insert parted public.parted_2a",
         "insert parted public.parted_2b",
         "update parted public.parted_2a",
         "delete parted public.parted_1",
     ]
-    assert wheres(flash.told("parted_2")) == [
+    assert wheres(flash.delivered("parted_2")) == [
         "insert parted_2 public.parted_2a",
         "insert parted_2 public.parted_2b",
         "update parted_2 public.parted_2a",
     ]
-    assert [c.operation.names()[0] for c in flash.told("parted_2a")] == ["insert", "update"]
+    assert [c.operation.names()[0] for c in flash.delivered("parted_2a")] == ["insert", "update"]
 
 
 def test_truncate_of_a_leaf_and_of_the_root_is_delivered(flash):
@@ -54,25 +54,25 @@ def test_truncate_of_a_leaf_and_of_the_root_is_delivered(flash):
     flash.handler("parted_2", "truncate", name="middle")
     flash.handler("parted_1", "truncate", name="leaf").start()
     flash.do("TRUNCATE parted_1")
-    assert wheres(flash.told("root")) == ["truncate parted public.parted_1"]
-    assert [c.table for c in flash.told("leaf")] == ["parted_1"]
-    assert flash.told("middle") == []
+    assert wheres(flash.delivered("root")) == ["truncate parted public.parted_1"]
+    assert [c.table for c in flash.delivered("leaf")] == ["parted_1"]
+    assert flash.delivered("middle") == []
     flash.do("TRUNCATE parted")
     # PostgreSQL sends the partitions, and not what they are partitions of.
-    assert wheres(flash.told("root")) == [
+    assert wheres(flash.delivered("root")) == [
         "truncate parted public.parted_1",
         "truncate parted public.parted_2a",
         "truncate parted public.parted_2b",
     ]
-    assert len(flash.told("leaf")) == 1
-    assert len(flash.told("middle")) == 2
+    assert len(flash.delivered("leaf")) == 1
+    assert len(flash.delivered("middle")) == 2
 
 
 def test_row_moved_between_partitions_is_a_delete_and_an_insert(flash):
     flash.database.execute(PARTED)
     flash.handler("parted").start()
     flash.do("INSERT INTO parted VALUES (1, 1)", "UPDATE parted SET at = 11")
-    assert wheres(flash.told()) == [
+    assert wheres(flash.delivered()) == [
         "insert parted public.parted_1",
         "delete parted public.parted_1",
         "insert parted public.parted_2a",
@@ -90,7 +90,7 @@ def test_row_moved_between_partitions_reaches_handlers_of_leaves_and_root(flash)
         "UPDATE parted SET at = 16",
     )
     kinds = {
-        name: [c.operation.names()[0] for c in flash.told(name)]
+        name: [c.operation.names()[0] for c in flash.delivered(name)]
         for name in ("parted", "parted_2", "parted_1", "parted_2a")
     }
     assert kinds == {
@@ -122,7 +122,7 @@ def test_partition_tree_with_another_column_order_can_be_attached(flash):
         "UPDATE parted SET at = 11 WHERE id = 1",
         "UPDATE parted SET note = 'out'",
     )
-    changes = flash.told()
+    changes = flash.delivered()
     rows = [c.new if hasattr(c, "new") else c.old for c in changes]
     assert [
         (c.operation.names()[0], c.partition, row["id"], row["note"])
@@ -153,7 +153,7 @@ def test_truncate_cascading_to_a_partitioned_table_is_delivered(flash):
         "INSERT INTO others VALUES (1)",
         "INSERT INTO parted (id, at, note) VALUES (1, 1, '')",
     )
-    changes = flash.told()
+    changes = flash.delivered()
     assert wheres(changes) == [
         "insert parted public.parted_1",
         "truncate parted public.parted_1",
@@ -163,7 +163,7 @@ def test_truncate_cascading_to_a_partitioned_table_is_delivered(flash):
     ]
     assert [changes[place].new["other"] for place in (0, 4)] == [1, 1]
     assert len({change.id for change in changes}) == 5
-    assert shown(flash.told("others")) == ["insert 1", "insert 1"]
+    assert shown(flash.delivered("others")) == ["insert 1", "insert 1"]
 
 
 def test_partition_attached_and_detached_while_running_is_followed(flash):
@@ -177,7 +177,7 @@ def test_partition_attached_and_detached_while_running_is_followed(flash):
     full = "SELECT relreplident FROM pg_class WHERE relname = 'late'"
     flash.wait(lambda: flash.database.one(full) == "f")
     flash.do("UPDATE late SET id = 2", "UPDATE late SET note = 'b'")
-    changes = flash.told()
+    changes = flash.delivered()
     assert shown(changes) == ["insert a", "update a -> b"]
     assert changes[0].partition == "public.late"
     reader = flash.database.one(flash.slot("active_pid"))
@@ -186,7 +186,7 @@ def test_partition_attached_and_detached_while_running_is_followed(flash):
     flash.wait(lambda: flash.database.one(flash.slot("active_pid")) not in (reader, None))
     flash.do("INSERT INTO late VALUES (3, 22, 'c')")
     flash.do("UPDATE late SET note = 'd'", "DELETE FROM late")
-    assert flash.told() == []
+    assert flash.delivered() == []
 
 
 def test_partition_created_while_running_is_delivered_at_once(flash):
@@ -196,7 +196,7 @@ def test_partition_created_while_running_is_delivered_at_once(flash):
         "CREATE TABLE late PARTITION OF parted FOR VALUES FROM (20) TO (30)",
         "INSERT INTO parted VALUES (1, 25)",
     )
-    assert wheres(flash.told()) == ["insert parted public.late"]
+    assert wheres(flash.delivered()) == ["insert parted public.late"]
 
 
 def test_inheritance_is_not_partitioning(flash):
@@ -205,7 +205,7 @@ def test_inheritance_is_not_partitioning(flash):
     )
     flash.handler("parent").start()
     flash.do("INSERT INTO parent VALUES (1)", "INSERT INTO child VALUES (2)")
-    assert shown(flash.told()) == ["insert 1"]
+    assert shown(flash.delivered()) == ["insert 1"]
 
 
 def test_inheritance_parent_and_children_are_delivered_by_their_own_names(flash):
@@ -223,7 +223,7 @@ def test_inheritance_parent_and_children_are_delivered_by_their_own_names(flash)
         "TRUNCATE ONLY parent",
         "DELETE FROM parent",
     )
-    parent, child = flash.told(), flash.told("child")
+    parent, child = flash.delivered(), flash.delivered("child")
     assert shown(parent) == ["insert 1", "update 1 -> 11", "truncate", "truncate"]
     # It has no primary key of its own, so its identity is FULL.
     assert shown(child) == [
@@ -255,7 +255,7 @@ def test_table_and_column_names_can_be_any_text(flash):
     for number, name in enumerate(NAMES):
         quoted = '"' + name.replace('"', '""') + '"'
         flash.do(f"INSERT INTO {quoted}.{quoted} VALUES (1, 'x')")
-        (change,) = flash.told(str(number))
+        (change,) = flash.delivered(str(number))
         assert (change.schema, change.table, change.new[name]) == (name, name, 1)
         assert change.key == {name: 1}
 
@@ -267,8 +267,8 @@ def test_generated_and_identity_columns_are_delivered(flash):
     )
     flash.handler("made", fields=["a"], name="a").handler("made", name="all").start()
     flash.do("INSERT INTO made (a) VALUES (5)", "UPDATE made SET a = 6", "DELETE FROM made")
-    assert shown(flash.told("a")) == ["insert 5", "update 5 -> 6", "delete 6"]
-    insert, update, _ = flash.told("all")
+    assert shown(flash.delivered("a")) == ["insert 5", "update 5 -> 6", "delete 6"]
+    insert, update, _ = flash.delivered("all")
     published = flash.database.one("SHOW server_version_num") >= "180000"
     assert dict(insert.new) == {"id": 1, "a": 5, **({"b": 10} if published else {})}
     assert update.new["a"] == 6
@@ -287,7 +287,7 @@ def test_stored_column_is_delivered_or_refused(flash, named):
         return
     flash.start()
     flash.do("INSERT INTO made (id, a) VALUES (1, 5)", "DELETE FROM made")
-    insert, delete = flash.told()
+    insert, delete = flash.delivered()
     assert (insert.new["b"], delete.old["b"]) == (10, 10)
 
 
@@ -344,7 +344,7 @@ def test_unlogged_partition_is_refused_also_when_added_later(flash, how):
     flash.database.execute("ALTER TABLE late SET LOGGED", "INSERT INTO parted VALUES (2, 21)")
     flash.start()
     flash.do("INSERT INTO parted VALUES (3, 22)")
-    assert [change.new["id"] for change in flash.told()] == ([1, 2, 3] if running else [3])
+    assert [change.new["id"] for change in flash.delivered()] == ([1, 2, 3] if running else [3])
 
 
 IDENTITY = "SELECT relreplident::text FROM pg_class WHERE relname = 'part'"
@@ -366,7 +366,7 @@ def test_partitioned_table_that_loses_its_key_stops_the_worker_only(flash):
     flash.start()
     flash.wait(lambda: flash.database.one(IDENTITY) == "d")
     flash.do("UPDATE parts SET note = 'c'")
-    assert shown(flash.told()) == ["insert 1,a", "update 1,a -> 1,b", "update 1 -> 1,c"]
+    assert shown(flash.delivered()) == ["insert 1,a", "update 1,a -> 1,b", "update 1 -> 1,c"]
 
 
 def test_partition_that_loses_its_identity_index_gets_another(flash):
@@ -380,7 +380,7 @@ def test_partition_that_loses_its_identity_index_gets_another(flash):
     flash.do("INSERT INTO parts VALUES (1, 'a')", "DROP INDEX by_note")
     flash.wait(lambda: flash.database.one(IDENTITY) == "f")
     flash.do("UPDATE parts SET note = 'b'")
-    assert shown(flash.told()) == ["insert 1,a", "update 1,a -> 1,b"]
+    assert shown(flash.delivered()) == ["insert 1,a", "update 1,a -> 1,b"]
 
 
 def test_virtual_column_beside_others_is_ignored(flash):
@@ -391,7 +391,7 @@ def test_virtual_column_beside_others_is_ignored(flash):
     )
     flash.handler("made").start()
     flash.do("INSERT INTO made (id, a) VALUES (1, 5)", "UPDATE made SET a = 6")
-    assert shown(flash.told()) == ["insert 1,5", "update 1 -> 1,6"]
+    assert shown(flash.delivered()) == ["insert 1,5", "update 1 -> 1,6"]
 
 
 def test_virtual_column_under_full_is_refused(flash):
@@ -424,11 +424,11 @@ def test_virtual_column_added_under_full_stops_the_worker_only(flash, push_down)
     flash.start()
     flash.do("INSERT INTO made VALUES (2, 5)", "UPDATE made SET a = 0 WHERE id = 2")
     # Of what was written meanwhile the old rows are not known; nothing is lost.
-    told = shown(flash.told())
-    assert told[0] == "insert 1,5"
-    assert told[1].startswith("update")
-    assert told[1].endswith("1,7")
-    assert told[-2:] == ["insert 2,5", "delete 2,5"]
+    delivered = shown(flash.delivered())
+    assert delivered[0] == "insert 1,5"
+    assert delivered[1].startswith("update")
+    assert delivered[1].endswith("1,7")
+    assert delivered[-2:] == ["insert 2,5", "delete 2,5"]
 
 
 def test_table_of_1600_columns_is_delivered(flash):
@@ -436,7 +436,7 @@ def test_table_of_1600_columns_is_delivered(flash):
     flash.database.execute(f"CREATE TABLE wide (id int PRIMARY KEY, {columns})")
     flash.handler("wide").start()
     flash.do("INSERT INTO wide (id, c0, c1598) VALUES (1, 2, 3)")
-    (change,) = flash.told()
+    (change,) = flash.delivered()
     assert len(change.new) == 1600
     assert (change.new["c0"], change.new["c7"], change.new["c1598"]) == (2, None, 3)
 
@@ -445,7 +445,7 @@ def test_row_of_100_mb_is_delivered(flash):
     flash.database.execute("CREATE TABLE heavy (id int PRIMARY KEY, body bytea)")
     flash.handler("heavy", "insert").start()
     flash.do("INSERT INTO heavy SELECT 1, decode(repeat('ab', 50000000), 'hex')")
-    (change,) = flash.told()
+    (change,) = flash.delivered()
     assert len(change.new["body"]) == 50_000_000
 
 
@@ -453,7 +453,7 @@ def test_text_of_100_mb_is_delivered(flash):
     flash.database.execute("CREATE TABLE heavy (id int PRIMARY KEY, body text)")
     flash.handler("heavy", "insert").start()
     flash.do("INSERT INTO heavy SELECT 1, repeat('0123456789', 10000000)")
-    (change,) = flash.told()
+    (change,) = flash.delivered()
     assert change.new["body"] == "0123456789" * 10_000_000
 
 
@@ -465,10 +465,10 @@ def test_truncate_of_several_tables_some_foreign_is_delivered(flash):
     )
     flash.handler("ta", name="a").handler("tb", "insert", name="b").handler("tc", name="c").start()
     flash.do("TRUNCATE tb, ta, tc RESTART IDENTITY", "TRUNCATE ta CASCADE")
-    a, c = flash.told("a"), flash.told("c")
+    a, c = flash.delivered("a"), flash.delivered("c")
     assert shown(a) == ["truncate", "truncate"]
     assert shown(c) == ["truncate"]
-    assert flash.told("b") == []
+    assert flash.delivered("b") == []
     assert len({change.id for change in (*a, *c)}) == 3
 
 
@@ -486,8 +486,8 @@ def test_columns_altered_while_running_are_followed(flash):
         "ALTER TABLE items ALTER a TYPE text",
         "UPDATE items SET a = '5'",
     )
-    assert [change.new["a"] for change in flash.told("a")] == [1, 2, 3, 4, "5"]
-    assert [dict(change.new) for change in flash.told("all")] == [
+    assert [change.new["a"] for change in flash.delivered("a")] == [1, 2, 3, 4, "5"]
+    assert [dict(change.new) for change in flash.delivered("all")] == [
         {"id": 1, "a": 1, "b": "x"},
         {"id": 1, "a": 2, "b": "x", "c": 5},
         {"id": 1, "a": 3, "c": 5},
@@ -506,7 +506,7 @@ def test_handler_column_that_disappears_stops_the_worker_and_loses_nothing(flash
         flash.wait(lambda: False)
     flash.thread.join(30)
     assert not flash.thread.is_alive()
-    assert shown(flash.told()) == ["insert 1,a"]
+    assert shown(flash.delivered()) == ["insert 1,a"]
     assert flash.database.one(flash.slot("count(*)")) == 1
 
 
@@ -520,7 +520,7 @@ def test_recreated_table_is_delivered_again(flash):
     published = "SELECT count(*) FROM pg_publication_tables WHERE tablename = 'items'"
     flash.wait(lambda: flash.database.one(published) == 4)
     flash.do("INSERT INTO items VALUES (2, 'a', 5)", "UPDATE items SET name = 'b'")
-    assert shown(flash.told()) == ["insert 1,a", "insert 2,a,5", "delete 2,a,5"]
+    assert shown(flash.delivered()) == ["insert 1,a", "insert 2,a,5", "delete 2,a,5"]
 
 
 def test_renamed_table_stops_the_worker(flash):
@@ -541,7 +541,7 @@ def test_table_swapped_by_renaming_is_followed(flash):
     published = "SELECT string_agg(DISTINCT tablename, ',') FROM pg_publication_tables"
     flash.wait(lambda: flash.database.one(published) == "items")
     flash.do("INSERT INTO items VALUES (1, 2)", "INSERT INTO items_old VALUES (7)")
-    assert shown(flash.told()) == ["insert 1,2"]
+    assert shown(flash.delivered()) == ["insert 1,2"]
 
 
 def test_dropped_type_is_text(flash):
@@ -557,7 +557,7 @@ def test_dropped_type_is_text(flash):
     )
     flash.start()
     flash.do("SELECT 1")
-    assert shown(flash.told()) == ["insert 1,ok"]
+    assert shown(flash.delivered()) == ["insert 1,ok"]
 
 
 def test_composite_type_altered_while_running_is_followed(flash):
@@ -569,11 +569,11 @@ def test_composite_type_altered_while_running_is_followed(flash):
     )
     flash.handler("items", "insert").start()
     flash.do("INSERT INTO items (p) VALUES (ROW(1, ARRAY[ROW(1, 'a')::inner_pair]))")
-    assert flash.told()[0].new["p"] == {"l": 1, "many": [{"l": 1, "r": "a"}]}
+    assert flash.delivered()[0].new["p"] == {"l": 1, "many": [{"l": 1, "r": "a"}]}
 
     def described(value, row, otherwise):
         flash.do(f"INSERT INTO items (p) VALUES ({row})")
-        (change,) = flash.told()
+        (change,) = flash.delivered()
         assert change.new["p"] in (value, otherwise)
         return change.new["p"] == value
 
@@ -602,8 +602,8 @@ def test_rows_of_retyped_columns_pass_a_condition_that_no_longer_fits(flash):
     )
     again(flash, name="number", where={"n": "seven"})
     flash.do("SELECT 1")
-    assert shown(flash.told()) == ["insert 1,ok,7", "insert 3,ok,six"]
-    assert shown(flash.told("number")) == ["insert 1,ok,7", "insert 2,bad,seven"]
+    assert shown(flash.delivered()) == ["insert 1,ok,7", "insert 3,ok,six"]
+    assert shown(flash.delivered("number")) == ["insert 1,ok,7", "insert 2,bad,seven"]
 
 
 @pytest.mark.parametrize(
@@ -616,7 +616,7 @@ def test_rows_of_a_partition_dropped_before_reading_are_delivered(flash, gone):
     flash.database.execute("INSERT INTO parted VALUES (1, 1, 'a')", gone)
     flash.start()
     flash.do("INSERT INTO parted VALUES (2, 11, 'b')")
-    changes = flash.told()
+    changes = flash.delivered()
     assert wheres(changes) == [
         "insert parted public.parted_1",
         "insert parted public.parted_2a",
@@ -645,12 +645,12 @@ def test_row_is_delivered_to_the_parents_its_partition_had_when_written(flash, h
     flash.database.execute("INSERT INTO leaf VALUES (1)", *MOVE, "INSERT INTO leaf VALUES (2)")
     flash.start()
     flash.do("INSERT INTO leaf VALUES (3)")
-    told = shown(flash.told("one")), shown(flash.told("two"))
+    delivered = shown(flash.delivered("one")), shown(flash.delivered("two"))
     if handled:  # nobody has looked between the first two: better both than neither
-        assert told == (["insert 1", "insert 2"], ["insert 1", "insert 2", "insert 3"])
+        assert delivered == (["insert 1", "insert 2"], ["insert 1", "insert 2", "insert 3"])
     else:  # PostgreSQL 14 does not notice that the second one is nobody's
         old = flash.database.one("SHOW server_version_num") < "150000"
-        assert told == (["insert 1", "insert 2"] if old else ["insert 1"], [])
+        assert delivered == (["insert 1", "insert 2"] if old else ["insert 1"], [])
 
 
 LATE = (
@@ -679,8 +679,8 @@ def test_rows_of_a_partition_that_came_and_went_unseen_are_delivered(flash, unse
     flash.database.execute(*unseen)
     flash.start()
     flash.do("INSERT INTO one VALUES (1)")
-    assert shown(flash.told()) == (["insert 1"] if alike else ["insert 101", "insert 1"])
-    assert flash.told("two") == []
+    assert shown(flash.delivered()) == (["insert 1"] if alike else ["insert 101", "insert 1"])
+    assert flash.delivered("two") == []
     said = [r.levelname for r in caplog.records if "public.late" in r.message]
     assert said == (["ERROR"] if alike else ["WARNING"])
 
@@ -701,7 +701,7 @@ def test_rows_of_a_removed_handler_reach_no_other(flash, new_app, caplog):
         fewer.do("INSERT INTO one VALUES (2)")
     finally:
         fewer.stop()
-    assert shown(fewer.told()) == ["insert 2"]
+    assert shown(fewer.delivered()) == ["insert 2"]
     said = [line for line in caplog.messages if "for a handler that is gone" in line]
     assert [line.split()[2] for line in said] == ["public.plain", "public.late"]
 
@@ -717,7 +717,7 @@ def test_rows_of_a_dropped_table_are_not_taken_for_a_partition(flash, new_app, c
         fewer = Flash(flash.database, new_app(name)).handler("one", "insert").start()
         try:
             fewer.do("INSERT INTO one VALUES (2)", "DELETE FROM one")
-            assert shown(fewer.told()) == ["insert 2"]
+            assert shown(fewer.delivered()) == ["insert 2"]
         finally:
             fewer.stop()
     assert "Rows of public.plain arrive that were written for a handler that is gone" in caplog.text
@@ -731,7 +731,7 @@ def test_detached_partition_is_a_table_of_its_own(flash):
     flash.database.execute(MOVE[0])
     flash.wait(lambda: flash.replicator.telemetry.reconnections > before)
     flash.do("INSERT INTO leaf VALUES (2)", "TRUNCATE leaf")
-    assert (shown(flash.told("one")), shown(flash.told("leaf"))) == (
+    assert (shown(flash.delivered("one")), shown(flash.delivered("leaf"))) == (
         ["insert 1"],
         ["insert 1", "insert 2"],
     )
@@ -760,7 +760,7 @@ def test_column_renamed_with_unread_changes_is_followed(flash):
     again(flash, where={"state": "paid"}, fields=["state"])
     flash.do("SELECT 1")
     # Of the first two nobody can tell any more: they are told.
-    assert [change.key["id"] for change in flash.told()] == [1, 2, 3]
+    assert [change.key["id"] for change in flash.delivered()] == [1, 2, 3]
 
 
 def test_column_added_with_unread_changes_is_followed(flash):
@@ -775,7 +775,7 @@ def test_column_added_with_unread_changes_is_followed(flash):
     )
     again(flash, fields=["extra"], key=["extra"])
     flash.do("UPDATE items SET name = 'c'")
-    changes = flash.told()
+    changes = flash.delivered()
     assert [change.operation.names()[0] for change in changes][:2] == ["insert", "update"]
     assert changes[-1].new["extra"] == 5
 
@@ -817,12 +817,12 @@ def test_hot_spare_with_other_handlers_alters_nothing(flash, new_app):
             "INSERT INTO items VALUES (1, 'a')",
             "UPDATE items SET name = 'b'",
         )
-        assert shown(flash.told("others")) == ["insert 1"]
-        assert shown(flash.told()) == ["insert 1,a", "delete 1,a"]
+        assert shown(flash.delivered("others")) == ["insert 1"]
+        assert shown(flash.delivered()) == ["insert 1,a", "delete 1,a"]
     finally:
         flash.stop()
         standby.do("INSERT INTO items VALUES (2, 'a')")
-        assert shown(standby.told("standby")) == ["insert 2,a"]
+        assert shown(standby.delivered("standby")) == ["insert 2,a"]
         standby.stop()
 
 
@@ -849,9 +849,12 @@ def test_table_with_unread_changes_can_become_a_partition(flash, caplog):
     flash.do("INSERT INTO parts VALUES (3, 'c')")
     said = [line for line in caplog.messages if "may not have sent" in line]
     if flash.database.one("SHOW server_version_num") >= "150000":
-        assert (shown(flash.told("root")), said) == (["insert 0,a", "insert 2,b", "insert 3,c"], [])
+        assert (shown(flash.delivered("root")), said) == (
+            ["insert 0,a", "insert 2,b", "insert 3,c"],
+            [],
+        )
     else:
-        assert shown(flash.told("root")) == ["insert 0,a", "insert 3,c"]
+        assert shown(flash.delivered("root")) == ["insert 0,a", "insert 3,c"]
         assert [line.split(" between")[0][-11:] for line in said] == ["public.part"]
 
 
@@ -884,12 +887,12 @@ def test_partition_of_a_transaction_not_yet_visible_is_followed(flash, streaming
         waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
         flash.wait(lambda: flash.database.one(waits))
         time.sleep(0.5)
-        assert flash.told("root") == []
+        assert flash.delivered("root") == []
     finally:
         flash.database.execute(f"ALTER SYSTEM RESET {standbys}", "SELECT pg_reload_conf()")
         writer.join(20)
     flash.do("SELECT 1")
-    assert [change.new["id"] for change in flash.told("root")][:2] == [2, 3]
+    assert [change.new["id"] for change in flash.delivered("root")][:2] == [2, 3]
 
 
 def test_partition_moved_by_a_transaction_not_yet_visible_is_followed(flash):
@@ -911,4 +914,4 @@ def test_partition_moved_by_a_transaction_not_yet_visible_is_followed(flash):
         flash.database.execute(f"ALTER SYSTEM RESET {standbys}", "SELECT pg_reload_conf()")
         writer.join(20)
     flash.do("INSERT INTO two VALUES (6)")
-    assert [change.new["id"] for change in flash.told("two")] == [5, 6]
+    assert [change.new["id"] for change in flash.delivered("two")] == [5, 6]

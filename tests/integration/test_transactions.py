@@ -31,7 +31,7 @@ def test_savepoints_count_only_if_released(flash):
         )
         connection.execute("BEGIN; INSERT INTO items VALUES (6); ROLLBACK")
     flash.do("INSERT INTO items VALUES (7)")
-    changes = flash.told()
+    changes = flash.delivered()
     assert shown(changes) == [f"insert {n},-" for n in (1, 2, 4, 5, 7)]
     assert [change.ordinal for change in changes] == [0, 1, 2, 3, 0]
     assert len({change.xid for change in changes[:4]}) == 1
@@ -44,7 +44,7 @@ def test_exception_block_in_plpgsql_is_delivered(flash):
         "DO $$ BEGIN FOR n IN 1..300 LOOP BEGIN INSERT INTO items VALUES (n % 200, 'x'); "
         "EXCEPTION WHEN unique_violation THEN NULL; END; END LOOP; END $$"
     )
-    assert len(flash.told()) == 200
+    assert len(flash.delivered()) == 200
 
 
 def test_prepared_transaction_is_delivered_when_it_commits(flash):
@@ -54,9 +54,9 @@ def test_prepared_transaction_is_delivered_when_it_commits(flash):
         connection.execute("BEGIN; INSERT INTO items VALUES (1); PREPARE TRANSACTION 'one'")
         connection.execute("BEGIN; INSERT INTO items VALUES (2); PREPARE TRANSACTION 'two'")
     flash.do("INSERT INTO items VALUES (3)")
-    assert shown(flash.told()) == ["insert 3,-"]
+    assert shown(flash.delivered()) == ["insert 3,-"]
     flash.do("COMMIT PREPARED 'one'", "ROLLBACK PREPARED 'two'")
-    assert shown(flash.told()) == ["insert 1,-"]
+    assert shown(flash.delivered()) == ["insert 1,-"]
 
 
 def test_empty_transactions_and_other_tables_advance_the_slot(flash):
@@ -66,7 +66,7 @@ def test_empty_transactions_and_other_tables_advance_the_slot(flash):
         for _ in range(2000):
             connection.execute("INSERT INTO other VALUES (1)")
     flash.do("INSERT INTO items VALUES (1)")
-    assert shown(flash.told()) == ["insert 1,-"]
+    assert shown(flash.delivered()) == ["insert 1,-"]
 
 
 def test_transactions_of_other_tables_advance_the_slot_100_000_times(flash):
@@ -96,7 +96,7 @@ def test_interleaved_transactions_arrive_in_commit_order(flash):
         second.execute("COMMIT")
         first.execute("COMMIT")
     flash.do("SELECT 1")
-    ids = [change.new["id"] for change in flash.told()]
+    ids = [change.new["id"] for change in flash.delivered()]
     assert ids == [*range(1, 2000, 2), *range(0, 2000, 2)]
 
 
@@ -110,7 +110,7 @@ def test_copy_and_truncate_in_a_large_transaction_are_delivered(flash):
                 copy.write_row((n, "x"))
         connection.execute("TRUNCATE items; INSERT INTO items VALUES (1); COMMIT")
     flash.do("SELECT 1")
-    changes = flash.told()
+    changes = flash.delivered()
     assert [c.operation.names()[0] for c in changes] == [*["insert"] * 5000, "truncate", "insert"]
     assert [change.ordinal for change in changes] == list(range(5002))
     assert len({change.id for change in changes}) == 5002
@@ -138,7 +138,7 @@ def test_change_ids_are_equal_after_a_restart(flash):
 
     def identities():
         tasks = [message.headers["id"] for message in flash.publisher.queues["flash"]]
-        changes = flash.told()
+        changes = flash.delivered()
         return dict.fromkeys(
             (c.id, c.ordinal, task) for c, task in zip(changes, tasks, strict=True)
         )
@@ -310,7 +310,7 @@ def test_streaming_survives_interleaved_savepoints_and_a_restart(flash):
         first.execute("INSERT INTO items VALUES (9999, 'z'); COMMIT")
         expected = [*range(100_000, 105_000), *range(110_000, 115_000), *range(5000), 9999]
     flash.do("SELECT 1")
-    changes = flash.told()
+    changes = flash.delivered()
     assert [change.new["id"] for change in changes] == expected
     assert [change.ordinal for change in changes] == [*range(10_000), *range(5001)]
 
@@ -332,7 +332,7 @@ def test_streamed_transactions_of_another_origin_are_delivered(flash):
             connection.execute("SELECT pg_replication_origin_session_reset()")
             connection.execute("SELECT pg_replication_origin_drop(%s)", [name])
         flash.do("TRUNCATE items")
-        assert len(flash.told()) == 2000
+        assert len(flash.delivered()) == 2000
     streams = "SELECT stream_txns FROM pg_stat_replication_slots WHERE slot_name = %s"
     flash.stop()
     with flash.database.connect() as connection:
@@ -358,7 +358,7 @@ def test_relation_first_sent_in_an_aborted_savepoint_is_known(flash):
         flash.wait(lambda: flash.database.one(streamed))
         large.execute("ROLLBACK TO a; INSERT INTO items VALUES (30001, 'y'); COMMIT")
     flash.do("INSERT INTO items VALUES (1, 'z')")
-    assert [change.new["id"] for change in flash.told()] == [30001, 1]
+    assert [change.new["id"] for change in flash.delivered()] == [30001, 1]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -378,13 +378,13 @@ def test_small_transactions_do_not_wait_for_a_large_open_one(flash, streaming):
             count = "SELECT stream_count > 0 FROM pg_stat_replication_slots"
             flash.wait(lambda: flash.database.one(count))
         flash.do("INSERT INTO items VALUES (-1)", "UPDATE items SET name = 'b'")
-        assert shown(flash.told()) == ["insert -1,-", "update -1 -> -1,b"]
+        assert shown(flash.delivered()) == ["insert -1,-", "update -1 -> -1,b"]
         large.execute("DELETE FROM items WHERE id = 1")
         flash.do("INSERT INTO items VALUES (-2)")
-        assert shown(flash.told()) == ["insert -2,-"]
+        assert shown(flash.delivered()) == ["insert -2,-"]
         large.execute("COMMIT")
     flash.do("INSERT INTO items VALUES (-3)")
-    changes = flash.told()
+    changes = flash.delivered()
     # Its rows have its commit's place, whenever they were written.
     assert [c.key["id"] for c in changes] == [*range(1, 20_001), 1, -3]
     assert [c.ordinal for c in changes] == [*range(20_001), 0]
@@ -426,5 +426,5 @@ def test_transaction_the_server_cannot_stream_is_read_whole(flash):
         )
     flash.start()
     flash.do("SELECT 1")
-    ids = [change.new["id"] for change in flash.told()]
+    ids = [change.new["id"] for change in flash.delivered()]
     assert list(dict.fromkeys(ids)) == [*range(1, 1001), *range(2000, 3000)]

@@ -4,7 +4,7 @@ from collections import Counter
 
 #: Bounds for a replication worker: bytes, and open files.
 MEMORY, FILES = 200_000_000, 64
-#: Which handler is told of which tables.
+#: The tables of each handler.
 TABLES = {"each": ("items", "probes"), "many": ("items", "orders")}
 
 
@@ -19,7 +19,7 @@ def lost(ledger):
 
 
 def unhandled(ledger, handler):
-    """Committed and enqueued, and never told to a handler."""
+    """Committed and enqueued, and never delivered to a handler."""
     wanted = {i for i, commit in ledger.committed.items() if commit.table in TABLES[handler]}
     return wanted - {sighting.identity for sighting in ledger.handled[handler]} - lost(ledger)
 
@@ -71,20 +71,22 @@ def misordered(sightings):
 
 
 def unequal(sightings):
-    """Those that came twice and were told differently."""
+    """Changes that were delivered twice, with different contents."""
     first = {}
-    return {s.identity for s in sightings if first.setdefault(s.identity, s.told) != s.told}
+    return {s.identity for s in sightings if first.setdefault(s.identity, s.checksum) != s.checksum}
 
 
 def _handled(stage, outcome):
     ledger = stage.ledger
-    told = {sighting.identity: sighting.told for sighting in ledger.enqueued}
+    checksums = {sighting.identity: sighting.checksum for sighting in ledger.enqueued}
     for handler, sightings in ledger.handled.items():
         found = {sighting.identity for sighting in sightings}
         unknown = found - ledger.committed.keys()
-        yield from _named(stage, f"told to {handler} and never committed", unknown)
-        other = {s.identity for s in sightings if told.get(s.identity, s.told) != s.told}
-        yield from _named(stage, f"told to {handler} otherwise than enqueued", other)
+        yield from _named(stage, f"delivered to {handler} and never committed", unknown)
+        other = {
+            s.identity for s in sightings if checksums.get(s.identity, s.checksum) != s.checksum
+        }
+        yield from _named(stage, f"delivered to {handler} otherwise than enqueued", other)
         missing = unhandled(ledger, handler)
         if missing and not excused(outcome, handler):
             yield from _named(stage, f"enqueued and never handled by {handler}", missing)

@@ -1,4 +1,4 @@
-"""The project under test: handlers that note in a file what they were told."""
+"""The project under test: its handlers record in a file what they receive."""
 
 import json
 import os
@@ -39,11 +39,11 @@ if str(app.conf.broker_url).startswith(("redis", "sentinel")):
 app.conf.update(json.loads(os.environ.get("SOAK_CONF", "{}")))
 
 
-def note(task, told):
+def note(task, argument):
     """Append a line for each change, all in one write; a kill comes before it or after."""
     time.sleep(random.random() / 500)
     lines = []
-    for change in told if isinstance(told, Changes) else [told]:
+    for change in argument if isinstance(argument, Changes) else [argument]:
         handler = task.name.rpartition(".")[2]
         lines.append(json.dumps([handler, time.time(), task.request.id, *identify(change)]))
     handle = os.open(os.environ["SOAK_NOTES"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)

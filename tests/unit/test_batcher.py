@@ -87,7 +87,7 @@ def rows(*sizes):
     return Delivery(TABLE, Transaction(Lsn(16), 7, 0), 0, 0, 0, encoded)
 
 
-def told(message):
+def delivered(message):
     import json
 
     ((argument,), _, _) = json.loads(message.body)
@@ -99,7 +99,7 @@ def test_run_of_rows_is_split_where_a_batch_is_full(app):
     outbox.add(batch, rows(1, 1, 1))
     outbox.add(batch, rows(*[1] * 7)._replace(ordinal=3))
     messages = outbox.collect().messages
-    assert [[change.ordinal for change in told(message)] for message in messages] == [
+    assert [[change.ordinal for change in delivered(message)] for message in messages] == [
         [0, 1, 2, 3],
         [4, 5, 6, 7],
         [8, 9],
@@ -112,7 +112,7 @@ def test_row_larger_than_a_batch_is_published_alone(app, monkeypatch):
     outbox.add(batch, rows(1, 1, 500, 1, 1, 500, 500))
     outbox.add(batch, rows(1)._replace(ordinal=7))
     messages = outbox.collect().messages
-    assert [[change.ordinal for change in told(message)] for message in messages] == [
+    assert [[change.ordinal for change in delivered(message)] for message in messages] == [
         [0, 1],
         [2],
         [3, 4],

@@ -139,9 +139,9 @@ def use(change):
 
 
 def test_valid_payloads_are_read():
-    told = [use(change) for change in decode(VALID)]
-    assert len(told) == 5
-    assert isinstance(told[-1], LogicalMessage)
+    changes = [use(change) for change in decode(VALID)]
+    assert len(changes) == 5
+    assert isinstance(changes[-1], LogicalMessage)
 
 
 @many

@@ -108,13 +108,17 @@ def test_on_change_on_a_function_with_another_name_in_its_module(app, monkeypatc
     module = types.ModuleType("a_shop")
     monkeypatch.setitem(sys.modules, "a_shop", module)
     exec(MODULE, module.__dict__)
-    told = {str(one.table): app.tasks[one.handler] for one in subscriptions_of(app)}
-    assert {table: task.name for table, task in told.items()} == {
+    tasks = {str(one.table): app.tasks[one.handler] for one in subscriptions_of(app)}
+    assert {table: task.name for table, task in tasks.items()} == {
         "public.orders": "a_shop.sync",
         "public.customers": "a_shop.wrapped",
         "public.parts": "a_shop.told",
     }
-    assert {task.delay(CHANGE).get() for task in told.values()} == {"sync", "timed wrapped", "part"}
+    assert {task.delay(CHANGE).get() for task in tasks.values()} == {
+        "sync",
+        "timed wrapped",
+        "part",
+    }
     assert module.handler.delay(CHANGE).get() == "sync"
     assert ("elsewhere", "public.others") in declared(module.other)
     module.other.close()

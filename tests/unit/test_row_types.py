@@ -82,7 +82,9 @@ class Checked:
 def read(into, change, side="new"):
     """One side of a change, as a handler sees it."""
     seen = []
-    handler = on_change("orders", into=into)(lambda told: seen.append(getattr(told, side)))
+    handler = on_change("orders", into=into)(
+        lambda delivered: seen.append(getattr(delivered, side))
+    )
     handler(change)
     return seen[0]
 
@@ -112,26 +114,26 @@ def test_row_type_applies_to_both_rows_of_an_update(into):
 
 
 def test_row_type_leaves_everything_but_rows_alone():
-    told = []
-    handler = on_change("orders", into=Order)(told.append)
+    delivered = []
+    handler = on_change("orders", into=Order)(delivered.append)
     change = Update("O", [b"5", b"new", *CELLS[2:]], list(CELLS), Origin(ORDERS, *ORIGIN))
     handler(change)
     handler(Truncate(Origin(ORDERS, *ORIGIN)))
     handler("something else")
-    seen = told[0]
+    seen = delivered[0]
     assert (dict(seen.key), seen.changed, seen.id) == ({"id": 5}, {"status"}, change.id)
     assert seen == change
     assert hash(seen) == hash(change)
     assert change.new["status"] == "paid"  # the one that was passed is as it was
     assert seen.new is seen.new
-    assert isinstance(told[1], Truncate)
-    assert told[2] == "something else"
+    assert isinstance(delivered[1], Truncate)
+    assert delivered[2] == "something else"
 
 
 def test_row_type_does_not_change_the_message():
-    told = []
-    on_change("orders", into=Order)(told.append)(insert())
-    (back,) = loads(dumps(told))
+    delivered = []
+    on_change("orders", into=Order)(delivered.append)(insert())
+    (back,) = loads(dumps(delivered))
     assert back == insert()
     assert back.new["status"] == "paid"
 
@@ -189,7 +191,7 @@ def test_row_type_of_an_old_row_with_missing_values_is_refused():
 
 def read_key(change):
     keys = []
-    on_change("orders", into=Order)(lambda told: keys.append(told.key))(change)
+    on_change("orders", into=Order)(lambda delivered: keys.append(delivered.key))(change)
     return keys[0]
 
 
@@ -350,17 +352,17 @@ def test_row_type_error_is_retried_like_any_failure(app):
 
 
 def test_row_type_applies_again_in_a_retry(app):
-    told = []
+    delivered = []
 
     @on_change("orders", into=Order)
     @shared_task(bind=True, max_retries=2, default_retry_delay=0)
     def handle(self, change):
-        told.append(change.new)
-        if len(told) < 2:
+        delivered.append(change.new)
+        if len(delivered) < 2:
             raise self.retry()
 
     handle.delay(insert())
-    assert told == [read(Order, insert())] * 2
+    assert delivered == [read(Order, insert())] * 2
 
 
 def test_row_type_does_not_affect_the_enqueued_message(app):

@@ -71,12 +71,12 @@ def heard():
     """The signals that were sent."""
     heard = []
 
-    def before(**told):
-        told["headers"]["spoken_to"] = True
-        heard.append(("before", told))
+    def before(**sent):
+        sent["headers"]["spoken_to"] = True
+        heard.append(("before", sent))
 
-    def after(**told):
-        heard.append(("after", told))
+    def after(**sent):
+        heard.append(("after", sent))
 
     signals.before_task_publish.connect(before)
     signals.after_task_publish.connect(after)
@@ -135,14 +135,14 @@ def test_signals_carry_what_celery_sends(template, heard, conf):
     messages = template(**conf).each(delivery(5, 6))
     assert published(messages) == messages
     assert [when for when, _ in heard] == ["before", "before", "after", "after"]
-    for (_, told), message in zip(heard, messages * 2, strict=True):
-        assert told["sender"] == "shop.handle"
-        assert told["routing_key"] == "flash"
-        assert told["headers"]["id"] == message.id
-        args, kwargs, embed = told["body"]
+    for (_, sent), message in zip(heard, messages * 2, strict=True):
+        assert sent["sender"] == "shop.handle"
+        assert sent["routing_key"] == "flash"
+        assert sent["headers"]["id"] == message.id
+        args, kwargs, embed = sent["body"]
         (change,) = args
         assert isinstance(change, Insert)
-        assert told["headers"]["argsrepr"] == repr(change)
+        assert sent["headers"]["argsrepr"] == repr(change)
         assert (kwargs, embed["chain"]) == ({}, None)
     assert all(message.headers["spoken_to"] for message in messages)
 

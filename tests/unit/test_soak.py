@@ -39,8 +39,8 @@ def test_soak_ledger_is_read_as_postgresql_writes_it():
     }
 
 
-def sighting(lsn, index=0, told=1, at=0.0):
-    return Sighting((lsn, index), at, "task", told)
+def sighting(lsn, index=0, checksum=1, at=0.0):
+    return Sighting((lsn, index), at, "task", checksum)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_soak_check_orders_by_first_delivery():
 
 
 def test_soak_check_compares_repeated_changes():
-    assert check.unequal([sighting(1, told=1), sighting(1, told=2)]) == {(1, 0)}
+    assert check.unequal([sighting(1, checksum=1), sighting(1, checksum=2)]) == {(1, 0)}
     assert list(check.again([sighting(1), sighting(1, at=5.0)])) == [5.0]
 
 

@@ -33,24 +33,24 @@ def test_telemetry_counts_a_waiting_batch_when_it_is_published(app):
 
 
 def test_telemetry_counts_only_confirmed_messages(thread):
-    told = thread._telemetry
+    telemetry = thread._telemetry
     thread.publisher.failures = [1, 0]
     committed = time.time() - 2
     thread.put(
         PublishBatch([message(1), message(2)], Lsn(8), 2002, {ROUTE: 2}, committed, committed)
     )
     assert thread.oldest_commit() == committed
-    assert not told.enqueued
+    assert not telemetry.enqueued
     thread.start()
     wait(lambda: thread.confirmed == [8])
-    assert told.enqueued == {ROUTE: 2}
-    assert (told.messages, told.bytes, told.failures) == (2, 2, {"PublishError": 2})
-    assert told.broker_failing is None
-    assert told.committed == committed
+    assert telemetry.enqueued == {ROUTE: 2}
+    assert (telemetry.messages, telemetry.bytes, telemetry.failures) == (2, 2, {"PublishError": 2})
+    assert telemetry.broker_failing is None
+    assert telemetry.committed == committed
     assert thread.oldest_commit() is None
-    assert sum(told.delays.counts) == 1
-    assert told.delays.sum > 2
-    assert [(one.kind, one.times) for one in told.errors] == [("PublishError", 2)]
+    assert sum(telemetry.delays.counts) == 1
+    assert telemetry.delays.sum > 2
+    assert [(one.kind, one.times) for one in telemetry.errors] == [("PublishError", 2)]
 
 
 def test_telemetry_does_not_count_discarded_messages(thread):
@@ -71,21 +71,21 @@ def test_telemetry_delays_fall_into_their_buckets():
 
 
 def test_telemetry_counts_repeated_errors_and_keeps_twenty():
-    told = Telemetry()
+    telemetry = Telemetry()
     for number in range(30):
         for _ in range(2):
-            told.record_error(ReplicationError(f"It failed {number}."))
-    assert [one.message for one in told.errors] == [f"It failed {n}." for n in range(10, 30)]
-    assert {one.times for one in told.errors} == {2}
-    assert told.errors[0].solution == ReplicationError.solution
+            telemetry.record_error(ReplicationError(f"It failed {number}."))
+    assert [one.message for one in telemetry.errors] == [f"It failed {n}." for n in range(10, 30)]
+    assert {one.times for one in telemetry.errors} == {2}
+    assert telemetry.errors[0].solution == ReplicationError.solution
 
 
 def test_telemetry_state_is_final_after_stopping():
-    told = Telemetry()
-    told.enter(counting.STREAMING)
-    told.enter(counting.STOPPING)
-    told.enter(counting.CONNECTING)
-    assert told.state == counting.STOPPING
+    telemetry = Telemetry()
+    telemetry.enter(counting.STREAMING)
+    telemetry.enter(counting.STOPPING)
+    telemetry.enter(counting.CONNECTING)
+    assert telemetry.state == counting.STOPPING
 
 
 def test_telemetry_converts_times_of_postgresql_to_unix():
