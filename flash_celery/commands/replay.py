@@ -25,7 +25,7 @@ from ..capture.router import Receiver, Sink
 from ..changes.change import Operation
 from ..changes.payload import Delivery
 from ..changes.rows import Transaction
-from ..dead_letters import oversize
+from ..dead_letters.oversize import Oversize
 from ..errors import CatalogError, ConfigurationError, PublishError
 from ..handlers.subscriptions import Subscription, of_tables
 from ..messages.batcher import Batcher, BatcherSink
@@ -275,9 +275,9 @@ class _Enqueuer:
     ) -> None:
         dead_queue = declared_queues.queue(app, settings.flash_dead_queue)
         self.count = 0
-        self._batcher = Batcher(partial(oversize.letter, app, settings.flash_dead_queue))
+        self._oversize = Oversize(app, settings.flash_dead_queue, templates)
+        self._batcher = Batcher(self._oversize.letter)
         self.sink = BatcherSink(self._batcher, templates)
-        self._fitting = partial(oversize.fitting, app, settings.flash_dead_queue, templates)
         self._publisher = publisher
         names = templates.queues_for(handler)
         self._queues = [*(app.amqp.queues[name] for name in names), dead_queue]
@@ -304,7 +304,7 @@ class _Enqueuer:
                 self._publisher.publish(messages[:admitted])
             except PublishError as error:
                 # If a message was too large for the broker, publish smaller ones in its place.
-                smaller = self._fitting(messages, error.most) if error.most else messages
+                smaller = self._oversize.fitting(messages, error.most) if error.most else messages
                 if smaller == messages:
                     raise
                 self._publisher.open(self._queues)

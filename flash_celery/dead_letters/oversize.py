@@ -1,5 +1,7 @@
-"""A change that no broker would take: a dead letter without its largest values stands for it, so
-that it stops nobody."""
+"""Changes that are too large for the broker: each becomes a dead letter without its largest values.
+
+So it stops no other change.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Oversize:
-    """Replaces what is too large for the broker, with the templates of one session."""
+    """Replaces messages that are too large, with the templates that made them."""
 
     app: Any
     #: The name of the dead-letter queue.
@@ -34,64 +36,84 @@ class Oversize:
     templates: Templates
 
     def letter(self, template: Template, delivery: Delivery) -> Message:
-        """Return the dead letter for the one change of a delivery; see `letter`."""
-        return letter(self.app, self.queue, template, delivery)
+        """Return a message for the dead-letter queue in place of the one change of a delivery.
+
+        `flash dead retry` delivers the change with `UNCHANGED` for each value that was too large.
+        """
+        error = error_of(template, delivery)
+        _log(error)
+        return self._letter(template, delivery, error, template.most)
 
     def fitting(self, messages: Sequence[Message], limit: int) -> list[Message]:
-        """Return the messages, with smaller ones for those of more than `limit` bytes.
+        """Return the messages, with others in place of those of more than `limit` bytes.
 
-        See `fitting`.
+        A batch is split; for a single change there is a dead letter. A message stays as it is if
+        not even its dead letter would fit.
         """
-        return fitting(self.app, self.queue, self.templates, messages, limit)
+        fits: list[Message] = []
+        for message in messages:
+            template = self.templates.of(message) if len(message.body) > limit else None
+            if template is None:  # it fits, or belongs to an earlier session, which is given up
+                fits.append(message)
+                continue
+            deliveries = [payload.delivery_of(change) for change in _changes_in(message)]
+            if len(deliveries) == 1:
+                fits.append(self._fitting_letter(template, deliveries[0], limit) or message)
+                continue
+            middle = len(deliveries) // 2
+            parts = deliveries[:middle], deliveries[middle:]
+            fits += self.fitting([template.together(part) for part in parts], limit)
+        return fits
+
+    def _fitting_letter(self, template: Template, delivery: Delivery, limit: int) -> Message | None:
+        error = _error(template, delivery, f"the broker takes messages of {limit}")
+        change_limit = limit
+        while change_limit:
+            message = self._letter(template, delivery, error, change_limit)
+            if len(message.body) <= limit:
+                _log(error)
+                return message
+            change_limit //= 2
+        return None
+
+    def _letter(
+        self, template: Template, delivery: Delivery, error: ChangeTooLarge, limit: int
+    ) -> Message:
+        """Return the dead letter of a change that is cut to so many bytes."""
+        excess = sum(map(len, delivery.rows)) - limit
+        change = _without_the_largest(payload.change_of(delivery), excess)
+        (failed,) = template.each(payload.delivery_of(change))
+        failed.body = _plain(failed)
+        letter = letters.from_message(
+            failed,
+            template.queue,
+            error=type(error).__name__,
+            text=f"{error}. {error.solution}",
+            traceback="",
+            arguments=[change],
+        )
+        message = letters.encode(self.app, letter, self.queue)
+        # The deduplicator counts it as the change itself, which is enqueued once.
+        message.form = replace(message.form, template=template.key)
+        message.covered = failed.covered
+        return message
 
 
-def letter(app: Any, queue: str, template: Template, delivery: Delivery) -> Message:
-    """The message for the dead-letter queue that stands for the one change of a delivery.
-
-    `flash dead retry` hands the change over with `UNCHANGED` where a value was too large.
-    """
-    error = error_of(template, delivery)
-    _say(error)
-    return _letter(app, queue, template, delivery, error, template.most)
+def error_of(template: Template, delivery: Delivery) -> ChangeTooLarge:
+    """Return the error for the one change of a delivery, with more bytes than a setting allows."""
+    return _error(template, delivery, f"flash_max_change_size is {template.most}")
 
 
-def fitting(
-    app: Any, queue: str, templates: Templates, messages: Sequence[Message], most: int
-) -> list[Message]:
-    """The messages, with others for those that have more bytes than the broker takes: smaller
-    batches, and a dead letter for a change that is too large alone.
-
-    One stays as it is where not even the letter would be taken.
-    """
-    fits: list[Message] = []
-    for message in messages:
-        template = templates.of(message) if len(message.body) > most else None
-        if template is None:  # it fits, or it is of an earlier session, which is given up
-            fits.append(message)
-            continue
-        deliveries = [payload.delivery_of(change) for change in _changes_in(message)]
-        if len(deliveries) == 1:
-            fits.append(_fitting(app, queue, template, deliveries[0], most) or message)
-            continue
-        half = len(deliveries) // 2
-        smaller = [template.together(part) for part in (deliveries[:half], deliveries[half:])]
-        fits += fitting(app, queue, templates, smaller, most)
-    return fits
+def _error(template: Template, delivery: Delivery, limit: str) -> ChangeTooLarge:
+    size = sum(map(len, delivery.rows))
+    return ChangeTooLarge(
+        f"{payload.change_of(delivery)!r} has {size} bytes, and {limit}; a retry delivers it to "
+        f"{template.task} without its largest values"
+    )
 
 
-def _fitting(
-    app: Any, queue: str, template: Template, delivery: Delivery, most: int
-) -> Message | None:
-    """The letter for the one change of a delivery, with no more bytes than that."""
-    error = _error(template, delivery, f"the broker takes messages of {most}")
-    kept = most
-    while kept:
-        sealed = _letter(app, queue, template, delivery, error, kept)
-        if len(sealed.body) <= most:
-            _say(error)
-            return sealed
-        kept //= 2
-    return None
+def _log(error: ChangeTooLarge) -> None:
+    logger.error("%s. It is a dead letter now (`flash dead list`)", escaped(str(error)))
 
 
 def _changes_in(message: Message) -> list[Change]:
@@ -101,67 +123,27 @@ def _changes_in(message: Message) -> list[Change]:
 
 
 def _plain(message: Message) -> str | bytes:
-    """The body as a worker receives it."""
-    packed = message.form.headers.get("compression")
-    return compression.decompress(message.body, packed) if packed else message.body
-
-
-def _say(error: ChangeTooLarge) -> None:
-    logger.error("%s. It is a dead letter now (`flash dead list`)", escaped(str(error)))
-
-
-def _letter(
-    app: Any, queue: str, template: Template, delivery: Delivery, error: ChangeTooLarge, most: int
-) -> Message:
-    """The letter with a change of so many bytes at most."""
-    excess = sum(map(len, delivery.rows)) - most
-    rest = _without_the_largest(payload.change_of(delivery), excess)
-    (message,) = template.each(payload.delivery_of(rest))
-    message.body = _plain(message)
-    kept = letters.from_message(
-        message,
-        template.queue,
-        error=type(error).__name__,
-        text=f"{error}. {error.solution}",
-        traceback="",
-        arguments=[rest],
-    )
-    sealed = letters.encode(app, kept, queue)
-    # To the journal it is this change, which is enqueued once.
-    sealed.form = replace(sealed.form, template=template.key)
-    sealed.covered = message.covered
-    return sealed
-
-
-def error_of(template: Template, delivery: Delivery) -> ChangeTooLarge:
-    """What is wrong with the one change of a delivery."""
-    return _error(template, delivery, f"flash_max_change_size is {template.most}")
-
-
-def _error(template: Template, delivery: Delivery, limit: str) -> ChangeTooLarge:
-    size = sum(map(len, delivery.rows))
-    return ChangeTooLarge(
-        f"{payload.change_of(delivery)!r} has {size} bytes, and {limit}; a retry tells "
-        f"{template.task} of it without its largest values"
-    )
+    """Return the body, decompressed."""
+    compressed = message.form.headers.get("compression")
+    return compression.decompress(message.body, compressed) if compressed else message.body
 
 
 def _without_the_largest(change: Change, excess: int) -> Change:
-    """The change with as many values left out, the largest first, as make it small enough."""
+    """Return the change without its largest values, so that it has so many bytes less."""
     rows = [getattr(change, side, None) for side in ("_old", "_new")]
     cells = [
-        (len(cell), row, place)
-        for row, cells in enumerate(rows)
-        for place, cell in enumerate(cells or ())
+        (len(cell), column)
+        for row in rows
+        for column, cell in enumerate(row or ())
         if isinstance(cell, (bytes, memoryview))
     ]
     kept: list[list[Cell]] = [list(row or ()) for row in rows]
-    for size, _, place in sorted(cells, key=itemgetter(0), reverse=True):
+    for size, column in sorted(cells, key=itemgetter(0), reverse=True):
         if excess <= 0:
             break
-        # Of both rows, or an update's new value would be taken from its old row.
-        for one in filter(None, kept):
-            one[place] = UNCHANGED
+        # In both rows: `UNCHANGED` in the new row alone means the value of the old one.
+        for row in filter(None, kept):
+            row[column] = UNCHANGED
         excess -= size
     return _copy(change, *kept)
 

@@ -9,7 +9,7 @@ from flash_celery.changes.change import Operation
 from flash_celery.changes.payload import Delivery
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.dead_letters import letters
-from flash_celery.dead_letters.oversize import fitting, letter
+from flash_celery.dead_letters.oversize import Oversize
 from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.messages.templates import Templates
 from flash_celery.protocol.lsn import Lsn
@@ -44,11 +44,12 @@ def delivery(*rows):
 
 def test_oversize_batch_becomes_smaller_batches_and_dead_letters(templates, app):
     all_of_them = templates(task_compression="zlib")
+    oversize = Oversize(app, "flash.dead", all_of_them)
     template = all_of_them[all_of_them.subscriptions[0], Operation.INSERT]
     rows = [(b"%d" % n, LONG if n == 2 else b"a", b"b") for n in range(5)]
     small, large = template.together([delivery(rows[0])]), template.together([delivery(*rows)])
     most = len(large.body) - 1
-    one, first, second, third = fitting(app, "flash.dead", all_of_them, [small, large], 3000)
+    one, first, second, third = oversize.fitting([small, large], 3000)
     assert one is small
     assert len(large.body) > 3000
     assert all(len(message.body) <= 3000 for message in (first, second, third))
@@ -58,16 +59,17 @@ def test_oversize_batch_becomes_smaller_batches_and_dead_letters(templates, app)
     assert (change.new["id"], change.new["note"], change.new["other"]) == ("2", UNCHANGED, "b")
     assert (change.id, kept.error, kept.queue) == ("0/16B3748:5", "ChangeTooLarge", "flash")
     assert second.form.template == template.key
-    halves = fitting(app, "flash.dead", all_of_them, [large], most)
+    halves = oversize.fitting([large], most)
     assert [message.queue for message in halves] == ["flash", "flash"]
 
 
 def test_oversize_dead_letter_is_shortened(templates, app):
     all_of_them = templates(flash_max_change_size=25_000)
+    oversize = Oversize(app, "flash.dead", all_of_them)
     template = all_of_them[all_of_them.subscriptions[0], Operation.INSERT]
-    sealed = letter(app, "flash.dead", template, delivery((b"1", LONG + LONG, LONG)))
+    sealed = oversize.letter(template, delivery((b"1", LONG + LONG, LONG)))
     assert len(sealed.body) > len(LONG)
-    (smaller,) = fitting(app, "flash.dead", all_of_them, [sealed], 5000)
+    (smaller,) = oversize.fitting([sealed], 5000)
     assert len(smaller.body) <= 5000
     (change,) = letters.changes_of(letters.decode(smaller.body))
     assert change.new == {"id": "1", "note": UNCHANGED, "other": UNCHANGED}
@@ -76,7 +78,8 @@ def test_oversize_dead_letter_is_shortened(templates, app):
 
 def test_oversize_message_whose_dead_letter_does_not_fit_is_unchanged(templates, app, caplog):
     all_of_them = templates()
+    oversize = Oversize(app, "flash.dead", all_of_them)
     template = all_of_them[all_of_them.subscriptions[0], Operation.INSERT]
     message = template.together([delivery((b"1", LONG, b"b"))])
-    assert fitting(app, "flash.dead", all_of_them, [message], 500) == [message]
+    assert oversize.fitting([message], 500) == [message]
     assert "dead letter" not in caplog.text
