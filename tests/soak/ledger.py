@@ -28,17 +28,17 @@ class Sighting(NamedTuple):
     identity: Identity
     at: float
     task_id: str
-    #: A checksum of all that is told about the change.
-    told: int
+    #: Of everything in the change.
+    checksum: int
 
 
 def identify(change):
     """Commit LSN, index and checksum of a change, and its table; for the notes."""
-    told = [change.operation.names()[0], dict(change.key)]
+    content = [change.operation.names()[0], dict(change.key)]
     for side in ("old", "new"):
         row = getattr(change, side, {})
-        told.append({name: "…" if v is UNCHANGED else v for name, v in row.items()})
-    checksum = zlib.crc32(repr(told).encode())
+        content.append({name: "…" if v is UNCHANGED else v for name, v in row.items()})
+    checksum = zlib.crc32(repr(content).encode())
     return int(change.commit_lsn), change.ordinal, checksum, change.table, change.key.get("id")
 
 
@@ -86,17 +86,17 @@ class Ledger:
 
     def enqueue(self, change, task_id, at):
         """The witness has found a change in its queue."""
-        lsn, index, told, table, key = identify(change)
-        self.enqueued.append(Sighting((lsn, index), at, task_id, told))
+        lsn, index, checksum, table, key = identify(change)
+        self.enqueued.append(Sighting((lsn, index), at, task_id, checksum))
         if (lsn, index) not in self._known:
             self._known.add((lsn, index))
             self._apply(change, table)
             if table == "probes":
                 self.probes["enqueued"].add(key)
 
-    def handle(self, handler, at, task_id, lsn, index, told, table, key):
+    def handle(self, handler, at, task_id, lsn, index, checksum, table, key):
         """A handler has noted a change."""
-        self.handled[handler].append(Sighting((lsn, index), at, task_id, told))
+        self.handled[handler].append(Sighting((lsn, index), at, task_id, checksum))
         if table == "probes":
             self.probes["handled"].add(key)
 
