@@ -115,7 +115,7 @@ def killed_thrice(shop):
     found = until_dead(shop, 2)
     assert [letter.error for letter in found] == ["ProcessKilled", "ProcessKilled"]
     assert [letter.deaths for letter in found] == [3, 3]
-    assert "Its process died 3 times" in found[0].message
+    assert "Its worker process has died 3 times" in found[0].message
     shop.database.execute("INSERT INTO items VALUES (5, 'c')")
     shop.until_noted(3)
     assert worker.poll() is None
