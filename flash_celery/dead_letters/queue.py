@@ -139,24 +139,24 @@ class DeadLetterQueue:
         """
         return queue_depths(self._app, [self._name])[self._name] or 0
 
-    def find(self, filter: DeadLetterFilter) -> list[DeadLetter]:
+    def find(self, criteria: DeadLetterFilter) -> list[DeadLetter]:
         """Return the dead letters that match, oldest first, without `headers` and `body`.
 
         Leaving the messages out bounds the memory; see `read`.
 
         Raises:
-            NoSuchLetter: An id of the filter is that of no dead letter, or of several.
+            NoSuchLetter: An id of the criteria is that of no dead letter, or of several.
         """
         matching = []
         with self._open() as entries:
             for letter, _ in entries:
-                if filter.matches(letter):
+                if criteria.matches(letter):
                     matching.append(replace(letter, headers={}, body=""))
         # A quorum queue does not keep the order of requeued messages.
         matching.sort(key=lambda letter: letter.failed_at)
-        if not filter.ids:
+        if not criteria.ids:
             return matching
-        ids = {_complete_id(text, matching) for text in filter.ids}
+        ids = {_complete_id(text, matching) for text in criteria.ids}
         return [letter for letter in matching if letter.id in ids]
 
     def read(self, chosen: Iterable[DeadLetter]) -> list[DeadLetter]:

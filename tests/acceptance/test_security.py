@@ -403,7 +403,7 @@ def test_foreign_messages_in_the_dead_letter_queue_stop_no_command(shop):
         client.lpush("flash.dead", *strangers)
     listed = shop.run("flash", "dead", "list")
     assert listed.returncode == 0, listed.stderr
-    assert "3 other messages are in the queue" in listed.stderr
+    assert "3 messages that are not dead letters" in listed.stderr
 
 
 # --- Sockets, and what is kept ------------------------------------------------------------------
