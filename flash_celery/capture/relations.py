@@ -10,7 +10,8 @@ from typing import Any
 import psycopg
 
 from ..changes.rows import Transaction
-from ..conditions.lookups import Cells, Condition
+from ..conditions.evaluation import Cells
+from ..conditions.parsing import Condition
 from ..errors import ReplicationError
 from ..escaping import escaped
 from ..postgres import catalog, column_types, slots

@@ -13,7 +13,7 @@ from typing import Protocol
 from ..changes.operations import Operation, Part
 from ..changes.payload import TRUNCATED, Delivery, message_row
 from ..changes.rows import Column, Table, Transaction
-from ..conditions.lookups import Cells
+from ..conditions.evaluation import Cells
 from ..errors import SubscriptionError
 from ..escaping import escaped
 from ..handlers.subscriptions import Subscription

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ..changes.operations import Operation, Part
 from ..changes.rows import Table
-from ..conditions.lookups import Cells
+from ..conditions.evaluation import Cells
 from ..handlers.subscriptions import Subscription
 from ..protocol.pgoutput import (
     FIRST_TUPLE,

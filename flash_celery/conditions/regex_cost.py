@@ -1,7 +1,7 @@
-"""How long a regular expression may take.
+"""An upper bound of the time that a regular expression may take.
 
-Python's `re` tries every way in which a pattern can match, and has no time limit. The ways are
-counted as a polynomial of the value's length, from above: what repeats adds a degree.
+Python's `re` tries every way in which a pattern can match, and has no time limit. The number of
+ways is bounded by a polynomial in the length of the value; each repetition adds a degree.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from functools import lru_cache
 from math import comb, prod
 from typing import NamedTuple
 
-#: Characters of a value that a pattern looks at.
-REACH = 10_000
-#: Ways that may be tried for one value: a tenth of a second at worst, for a hundred rows are judged
-#: in a turn (`transactions.runs`), and PostgreSQL waits for its end.
-_MOST = 10**7
-#: More repetitions than this are as many as there may ever be.
+#: Characters of a value that are searched.
+MAX_LENGTH = 10_000
+#: Ways that may be tried for one value. They take a tenth of a second at worst: PostgreSQL waits
+#: for an answer while a run of up to a hundred rows (`transactions.runs`) is evaluated.
+_MAX_WAYS = 10**7
+#: As many repetitions as this count as unlimited.
 _MANY = 1000
 
-#: Parts of a pattern; what has no name has one way to match.
+#: The parts of a pattern; one without a group name has one way to match.
 _TOKEN = re.compile(
     r"""(?P<back>\\[1-9]|\(\?P=\w+\)) | \\. | \[\^?\]?(?:\\.|[^\]\\])*\]
     | (?P<verbose>\(\?(?:[aiLmsu]*x|\#)) | (?P<open>\(\??) | (?P<close>\)) | (?P<either>\|)
@@ -36,35 +36,37 @@ class _Ways(NamedTuple):
     factor: int = 1
 
 
-_ONE, _ENDLESS = _Ways(), _Ways(0, _MOST + 1)
+_ONE, _ENDLESS = _Ways(), _Ways(0, _MAX_WAYS + 1)
 
 
 @lru_cache(maxsize=256)
-def reach(pattern: str) -> int:
-    """How long a value may be for it to be judged in time; 0 if that is never certain."""
+def max_length(pattern: str) -> int:
+    """Return the length up to which a value can be searched in time; 0 if there is none."""
     ways = _ways(pattern)
-    # It is tried at each place of the value, unless it can only match at its beginning.
+    # It is tried at each position of the value, unless it can only match at its beginning.
     degree = ways.degree + (not pattern.startswith("^") or "|" in pattern)
-    return bisect_right(
-        range(1, REACH + 1), _MOST, key=lambda n: ways.factor * comb(n + degree - 1, degree)
-    )
+
+    def count(length: int) -> int:
+        return ways.factor * comb(length + degree - 1, degree)
+
+    return bisect_right(range(1, MAX_LENGTH + 1), _MAX_WAYS, key=count)
 
 
-def found(value: str, pattern: str) -> bool:
-    """Whether a value matches. Raises `ValueError` where that might take long to find out."""
-    most = reach(pattern)
-    if most < REACH and len(value) > most:
+def matches(value: str, pattern: str) -> bool:
+    """Return whether a pattern is found in a value. Raises `ValueError` if that may take long."""
+    longest = max_length(pattern)
+    if longest < MAX_LENGTH and len(value) > longest:
         raise ValueError(f"{len(value)} characters are too many for the pattern {pattern}")
-    return re.search(pattern, value[:REACH]) is not None
+    return re.search(pattern, value[:MAX_LENGTH]) is not None
 
 
 def _ways(pattern: str) -> _Ways:
-    #: Of each open group its alternatives, and of each of these the parts.
+    #: For each open group, its alternatives; for each of these, its parts.
     groups: list[list[list[_Ways]]] = [[[]]]
     for token in _TOKEN.finditer(pattern):
         parts = groups[-1][-1]
         if token["verbose"]:
-            return _ENDLESS  # its spaces and comments are no parts
+            return _ENDLESS  # its spaces and comments would be taken for parts
         if token["open"]:
             groups.append([[]])
         elif token["either"]:
@@ -81,10 +83,10 @@ def _ways(pattern: str) -> _Ways:
 
 
 def _either(alternatives: list[list[_Ways]]) -> _Ways:
-    degrees = [sum(one.degree for one in parts) for parts in alternatives]
+    degrees = [sum(part.degree for part in parts) for parts in alternatives]
     return _Ways(
         min(max(degrees), _MANY),
-        sum(prod(one.factor for one in parts) for parts in alternatives),
+        sum(prod(part.factor for part in parts) for parts in alternatives),
     )
 
 
@@ -94,8 +96,8 @@ def _repeated(part: _Ways, token: re.Match[str]) -> _Ways:
         return _Ways(1) if high >= _MANY else _Ways(0, high - low + 1)
     if high >= _MANY:
         return _ENDLESS
-    factor = min(part.factor, _MOST) ** high * (high - low + 1)
-    return _Ways(min(part.degree * high, _MANY), min(factor, _MOST + 1))
+    factor = min(part.factor, _MAX_WAYS) ** high * (high - low + 1)
+    return _Ways(min(part.degree * high, _MANY), min(factor, _MAX_WAYS + 1))
 
 
 def _bounds(token: re.Match[str]) -> tuple[int, int]:

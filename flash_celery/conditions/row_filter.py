@@ -1,20 +1,22 @@
-"""`where` → a row filter that PostgreSQL applies itself, where both give the same verdict.
+"""A `Condition` → a row filter for publications, where PostgreSQL gives the same verdict.
 
-A filter may let through more than a condition does, for every row is judged again; never less. So
-a lookup that cannot be said in SQL is left out of its AND, and an OR with nothing left has no
-filter. Source: PostgreSQL documentation, chapter "Row Filters".
+A filter may let through more rows than the condition matches, because the replication worker
+evaluates every row again; never fewer. So a lookup without an exact counterpart in SQL is left out
+of its AND, and an OR with an empty alternative has no filter. Source: PostgreSQL documentation,
+chapter "Row Filters".
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from psycopg import adapters, sql
 
 from ..values import comparison
 from ..values.comparison import ColumnType
-from .lookups import Canonical, Condition, Lookup
+from .evaluation import Canonical, literal
+from .parsing import Condition, Lookup
 
 #: Types whose operators a filter may use.
 _TYPES = frozenset(
@@ -29,96 +31,92 @@ _SEARCHES = {"startswith": "starts_with({}, {})", "contains": "strpos({}, {}) > 
 _SEARCHED = frozenset({"text", "varchar"})
 
 
-class Unsayable(Exception):
-    """Why the server cannot judge a lookup as we do."""
+class NotInSql(Exception):
+    """A lookup that a row filter cannot express; the message has the reason."""
 
 
 @dataclass(frozen=True)
 class RowFilter:
-    """A filter (None: every row), and what is left to the replication worker and why."""
+    """A row filter, and what it leaves to the replication worker."""
 
+    #: The filter; None lets every row through.
     expression: sql.Composable | None
+    #: The lookups that it leaves out, each with the reason.
     left: tuple[str, ...] = ()
 
 
 def row_filter(
     condition: Condition, columns: Mapping[str, ColumnType], canonical: Canonical
 ) -> RowFilter:
-    """The narrowest filter that lets through whatever matches the condition.
+    """Return the narrowest filter that lets through every row that the condition matches.
 
-    `columns` are those a filter may name, with types that are built in.
+    :param columns: the columns that a filter may name, with types that are built in.
     """
     alternatives: list[sql.Composable] = []
     left: list[str] = []
     for lookups in condition.alternatives:
-        said = list(_said(lookups, columns, canonical, left.append))
-        if not said:
+        expressions: list[sql.Composable] = []
+        for lookup in lookups:
+            try:
+                expressions.append(_expression(lookup, columns, canonical))
+            except NotInSql as reason:
+                left.append(f"{lookup}: {reason}")
+        if not expressions:
             return RowFilter(None, tuple(left))
-        alternatives.append(sql.SQL(" AND ").join(said))
+        alternatives.append(sql.SQL(" AND ").join(expressions))
     return RowFilter(either(alternatives), tuple(left))
 
 
 def either(expressions: Iterable[sql.Composable]) -> sql.Composable:
-    """What is true where one of them is."""
-    distinct = {one.as_string(None): one for one in expressions}
+    """Return the OR of expressions, without repetitions."""
+    distinct = {expression.as_string(None): expression for expression in expressions}
     if len(distinct) == 1:
         return distinct.popitem()[1]
-    # Sorted, for it is compared with what was set.
+    # Sorted, because it is compared with the filter that is set.
     return sql.SQL(" OR ").join(sql.SQL("({})").format(distinct[text]) for text in sorted(distinct))
-
-
-def _said(
-    lookups: Iterable[Lookup],
-    columns: Mapping[str, ColumnType],
-    canonical: Canonical,
-    leave: Callable[[str], None],
-) -> Iterable[sql.Composable]:
-    for lookup in lookups:
-        try:
-            yield _expression(lookup, columns, canonical)
-        except Unsayable as reason:
-            leave(f"{lookup}: {reason}")
 
 
 def _expression(
     lookup: Lookup, columns: Mapping[str, ColumnType], canonical: Canonical
 ) -> sql.Composable:
-    of = columns.get(lookup.column)
-    if of is None:
-        raise Unsayable("a row filter knows built-in types and collations only")
+    column_type = columns.get(lookup.column)
+    if column_type is None:
+        raise NotInSql("a row filter knows built-in types and collations only")
     column = sql.Identifier(lookup.column)
     if lookup.name == "isnull":
         return sql.SQL("{} IS NULL" if lookup.value else "{} IS NOT NULL").format(column)
-    type_name = _type_name(of.oid)
-    if type_name not in _TYPES or not of.deterministic:
-        raise Unsayable(f"{of.name} is judged by the replication worker")
+    type_name = _type_name(column_type.oid)
+    if type_name not in _TYPES or not column_type.deterministic:
+        raise NotInSql(f"{column_type.name} is judged by the replication worker")
     if lookup.name in _SEARCHES and type_name in _SEARCHED:
         return sql.SQL(_SEARCHES[lookup.name]).format(column, sql.Literal(lookup.value))
     if lookup.name in _COMPARISONS:
-        left, right = _sides(lookup, lookup.value, of, canonical)
+        left, right = _sides(lookup, lookup.value, column_type, canonical)
         return sql.SQL(f"{{}} {_COMPARISONS[lookup.name]} {{}}").format(left, right)
     if lookup.name == "between":
-        (left, low), (right, high) = (_sides(lookup, v, of, canonical) for v in lookup.value)
+        (left, low), (right, high) = (
+            _sides(lookup, bound, column_type, canonical) for bound in lookup.value
+        )
         return sql.SQL("{} >= {} AND {} <= {}").format(left, low, right, high)
     if lookup.name in ("in", "not_in") and lookup.value:
-        operator, word = ("=", " OR ") if lookup.name == "in" else ("<>", " AND ")
+        operator, conjunction = ("=", " OR ") if lookup.name == "in" else ("<>", " AND ")
         parts = [
-            sql.SQL(f"{{}} {operator} {{}}").format(*_sides(lookup, value, of, canonical))
+            sql.SQL(f"{{}} {operator} {{}}").format(*_sides(lookup, value, column_type, canonical))
             for value in lookup.value
         ]
-        return sql.SQL("({})").format(sql.SQL(word).join(parts))
-    raise Unsayable(f"__{lookup.name} is judged by the replication worker")
+        return sql.SQL("({})").format(sql.SQL(conjunction).join(parts))
+    raise NotInSql(f"__{lookup.name} is judged by the replication worker")
 
 
 def _sides(
-    lookup: Lookup, value: object, of: ColumnType, canonical: Canonical
+    lookup: Lookup, value: object, column_type: ColumnType, canonical: Canonical
 ) -> tuple[sql.Composable, sql.Composable]:
-    """The column and a constant, both as the type they compare as."""
+    """Return the column and a constant, both as the type that they compare as."""
     column: sql.Composable = sql.Identifier(lookup.column)
     if value is None:
         return column, sql.SQL("NULL")
-    type_oid, text = lookup.literal(value, of, canonical)
-    if type_oid != of.oid:
+    type_oid, text = literal(lookup, value, column_type, canonical)
+    if type_oid != column_type.oid:
         assert type_oid == comparison.NUMERIC
         column = sql.SQL("{}::numeric").format(column)
     constant = sql.SQL("{}::{}").format(sql.Literal(text.decode()), sql.SQL(_type_name(type_oid)))
@@ -126,6 +124,6 @@ def _sides(
 
 
 def _type_name(oid: int) -> str:
-    """The name that takes no length: `bpchar`, where `character` means one character."""
-    known = adapters.types.get(oid)
-    return known.name if known is not None else ""
+    """Return the name that takes no length: `bpchar`, where `character` means one character."""
+    info = adapters.types.get(oid)
+    return info.name if info is not None else ""

@@ -19,7 +19,7 @@ from celery.signals import celeryd_init
 
 from .. import redis_extra
 from ..changes.change import Changes, Delete, Insert, Operation, Update
-from ..conditions import lookups
+from ..conditions import parsing
 from ..errors import SubscriptionError
 from .celery_tasks import (
     convert_arguments,
@@ -224,7 +224,7 @@ def on_change(
             table=name,
             operations=operations_of(operations),
             fields=delivered,
-            where=lookups.parse(where, lambda name: column_name(name, table)),
+            where=parsing.parse(where, lambda name: column_name(name, table)),
             key=column_names("key", key, table),
             into=_row_type_of(into, delivered),
             batch=Batch.of(batch),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..changes.change import Operation
-from ..conditions import lookups
+from ..conditions import parsing
 from ..errors import SubscriptionError
 from ..table_name import TableName
 from . import django_models, sqlalchemy_models
@@ -61,7 +61,7 @@ class Subscription:
     #: The operations to deliver. The server must send those of `captured`.
     operations: Operation = Operation.ALL
     fields: tuple[str, ...] | None = None
-    where: lookups.Condition | None = None
+    where: parsing.Condition | None = None
     key: tuple[str, ...] | None = None
     batch: Batch | None = None
     queue: str | None = None

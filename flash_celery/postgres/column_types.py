@@ -10,7 +10,8 @@ from typing import Any
 import psycopg
 from psycopg import pq, sql
 
-from ..conditions.lookups import Cells, Condition
+from ..conditions.evaluation import Cells, bind
+from ..conditions.parsing import Condition
 from ..errors import SubscriptionError
 from ..values.comparison import ColumnType, UnknownLabel
 
@@ -185,14 +186,14 @@ def matcher(
     if condition is None:
         return None
 
-    def bind() -> Callable[[Cells], bool]:
+    def bound_to_types() -> Callable[[Cells], bool]:
         columns = {
             name: compared(connection, table, name, types[name]) for name in condition.columns
         }
-        return condition.bind(columns, partial(canonical, connection))
+        return bind(condition, columns, partial(canonical, connection))
 
     try:
-        bound = bind()
+        bound = bound_to_types()
     except SubscriptionError:
         now: dict[str, int] = dict(connection.execute(_FIELDS.encode(), [table]).fetchall())
         if all(types[name] == now.get(name) for name in condition.columns):
@@ -209,7 +210,7 @@ def matcher(
                 raise
             retried.add(unknown.label)
             try:
-                bound = bind()
+                bound = bound_to_types()
             except SubscriptionError:  # the condition compares with a label that no longer exists
                 raise unknown from None
         return matches(cells)

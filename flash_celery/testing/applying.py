@@ -18,7 +18,8 @@ from ..capture.relations import RelationCatalog
 from ..capture.router import Router
 from ..changes.change import Change, Changes, LogicalMessage, Truncate
 from ..changes.payload import Delivery, delivery_of
-from ..conditions.lookups import Cells, Condition
+from ..conditions.evaluation import Cells, bind
+from ..conditions.parsing import Condition
 from ..dead_letters.oversize import error_of
 from ..errors import SubscriptionError
 from ..handlers.decorators import subscriptions_of
@@ -275,7 +276,7 @@ class _ChangeCatalog(RelationCatalog):
     ) -> Callable[[Cells], bool] | None:
         """Return the condition, with its constants as psycopg reads them."""
         compared = {name: self._compared(name, condition) for name in condition.columns}
-        return condition.bind(compared, canonical)
+        return bind(condition, compared, canonical)
 
     def _compared(self, name: str, condition: Condition) -> ColumnType:
         """Return how a column compares; a NULL has the type of the value it is compared with."""

@@ -105,7 +105,7 @@ def test_tutorial_privileges_for_a_dba_suffice(database):
     try:
         for statement in statements.strip().splitlines():
             database.execute(statement.replace("DATABASE shop", f"DATABASE {database.name}"))
-        from flash_celery.conditions import lookups
+        from flash_celery.conditions import parsing
         from flash_celery.handlers.subscriptions import Subscription, TableName
         from flash_celery.postgres import slots
         from flash_celery.postgres.connection import connect
@@ -115,7 +115,7 @@ def test_tutorial_privileges_for_a_dba_suffice(database):
         from flash_celery.settings import Settings
 
         dsn = psycopg.conninfo.make_conninfo(database.dsn, user="flash")
-        where = lookups.parse({"status": "paid"})
+        where = parsing.parse({"status": "paid"})
         subscription = Subscription("shop.handle", TableName("public", "orders"), where=where)
         settings = Settings(flash_replication_slot=database.slot)
         with connect(dsn) as connection:

@@ -3,7 +3,7 @@
 import psycopg
 import pytest
 
-from flash_celery.conditions import lookups
+from flash_celery.conditions import parsing
 from flash_celery.handlers.subscriptions import Subscription
 from flash_celery.postgres import slots
 from flash_celery.postgres.connection import connect
@@ -47,7 +47,7 @@ def test_managed_postgresql_page_role_suffices(owned, provider):
         here = here.replace("DATABASE postgres", f"DATABASE {database.name}")
         database.execute(here.replace("GRANT postgres TO", "GRANT shop_owner TO"))
     dsn = psycopg.conninfo.make_conninfo(database.dsn, user="flash")
-    where = lookups.parse({"status": "paid"})
+    where = parsing.parse({"status": "paid"})
     subscription = Subscription("shop.handle", TableName("public", "orders"), where=where)
     with connect(dsn) as connection:
         settings = Settings(flash_replication_slot=database.slot)

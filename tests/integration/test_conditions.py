@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from flash_celery.conditions import regex_cost
-from flash_celery.conditions.lookups import parse
+from flash_celery.conditions.evaluation import bind
+from flash_celery.conditions.parsing import parse
 from flash_celery.errors import SubscriptionError
 from flash_celery.postgres import catalog, column_types
 from flash_celery.postgres.connection import connect
@@ -105,7 +106,7 @@ def judge(connection, types):
             for name, text in row.items()
         }
         condition = parse(where)
-        return condition.bind(types, partial(column_types.canonical, connection))(cells.get)
+        return bind(condition, types, partial(column_types.canonical, connection))(cells.get)
 
     return judge
 
@@ -333,8 +334,8 @@ def odd(connection):
 def test_conditions_on_a_type_without_an_exact_counterpart_are_refused(connection, odd, column):
     condition = parse({column: "x"})
     with pytest.raises(SubscriptionError, match="which only PostgreSQL can do"):
-        condition.bind({column: odd(column)}, partial(column_types.canonical, connection))
-    assert parse({f"{column}__isnull": True}).bind({column: odd(column)}, None)({}.get)
+        bind(condition, {column: odd(column)}, partial(column_types.canonical, connection))
+    assert bind(parse({f"{column}__isnull": True}), {column: odd(column)}, None)({}.get)
 
 
 def test_conditions_on_order_or_case_of_a_language_are_refused(connection, types):
@@ -344,12 +345,12 @@ def test_conditions_on_order_or_case_of_a_language_are_refused(connection, types
     canonical = partial(column_types.canonical, connection)
     for where in ({"text__lt": "b"}, {"text__between": ["a", "b"]}, {"text__icontains": "b"}):
         with pytest.raises(SubscriptionError, match='COLLATE "C"'):
-            parse(where).bind({"text": linguistic}, canonical)
+            bind(parse(where), {"text": linguistic}, canonical)
     for where in ({"text": "b"}, {"text__startswith": "b"}, {"text__in": ["b"]}):
-        parse(where).bind({"text": linguistic}, canonical)
+        bind(parse(where), {"text": linguistic}, canonical)
     folding = replace(linguistic, deterministic=False)
     with pytest.raises(SubscriptionError, match="which only PostgreSQL can do"):
-        parse({"text": "b"}).bind({"text": folding}, canonical)
+        bind(parse({"text": "b"}), {"text": folding}, canonical)
 
 
 def test_collations_are_read_from_the_catalog(connection):
@@ -432,10 +433,10 @@ def test_pattern_is_matched_against_the_start_of_a_long_value(judge):
     ],
 )
 def test_pattern_is_evaluated_where_it_is_fast(judge, pattern, reach):
-    assert regex_cost.reach(pattern) == reach
+    assert regex_cost.max_length(pattern) == reach
     re.compile(pattern)
     judge({"text__regex": pattern}, {"text": b"a" * reach})
-    if reach < regex_cost.REACH:
+    if reach < regex_cost.MAX_LENGTH:
         with pytest.raises(ValueError, match="too many for the pattern"):
             judge({"text__regex": pattern}, {"text": b"a" * (reach + 1)})
 

@@ -9,7 +9,7 @@ import pytest
 
 from flash_celery.changes.change import Operation
 from flash_celery.commands.reset import plan_reset, run_reset
-from flash_celery.conditions import lookups
+from flash_celery.conditions import parsing
 from flash_celery.errors import (
     CatalogError,
     ConfigurationError,
@@ -47,7 +47,7 @@ TABLES = {
     "parent": "CREATE TABLE parent (id int PRIMARY KEY, status text);"
     "CREATE TABLE child () INHERITS (parent)",
 }
-WHERE = lookups.parse({"status": "paid"})
+WHERE = parsing.parse({"status": "paid"})
 SETTINGS = Settings(flash_replication_slot="flash_setup")
 
 
@@ -120,7 +120,7 @@ EVERYTHING = [subscription(table, where=WHERE) for table in TABLES]
 CHEAP = [subscription(table, operations=Operation.INSERT) for table in TABLES]
 #: Column lists, also of tables that are published for updates.
 NARROW = [
-    subscription("orders", fields=("id",), where=lookups.parse({"id__lt": 5})),
+    subscription("orders", fields=("id",), where=parsing.parse({"id__lt": 5})),
     subscription("indexed", fields=("id",)),
     subscription("nothing", operations=Operation.INSERT, fields=("status",), where=WHERE),
     subscription("made", operations=Operation.INSERT, fields=("id",)),
@@ -188,7 +188,7 @@ def test_identity_full_is_set_only_where_needed(tables, connection):
         subscription("orders"),
         subscription("plain"),
         subscription("deferred"),
-        subscription("parts", where=lookups.parse({"id__lt": 5})),
+        subscription("parts", where=parsing.parse({"id__lt": 5})),
         subscription("made", fields=("status",)),
         subscription("indexed", operations=Operation.INSERT, where=WHERE),
     ]
@@ -329,8 +329,8 @@ def test_lock_that_is_released_is_waited_for(tables, connection, monkeypatch):
         ),
         (subscription("orders", fields=("stat",)), "no column stat; did you mean status"),
         (subscription("orders", key=("Id",)), "no column Id; did you mean id"),
-        (subscription("orders", where=lookups.parse({"id": "x"})), "the lookup id compares int"),
-        (subscription("orders", where=lookups.parse({"id__regex": "x"})), "needs a text column"),
+        (subscription("orders", where=parsing.parse({"id": "x"})), "the lookup id compares int"),
+        (subscription("orders", where=parsing.parse({"id__regex": "x"})), "needs a text column"),
         (subscription("seen"), "seen is a view"),
         (subscription("quick"), "unlogged.* ALTER TABLE .*SET LOGGED"),
         (subscription("keyless"), "partitioned and has no primary key"),

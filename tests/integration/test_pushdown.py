@@ -15,7 +15,7 @@ from flash_celery.capture.router import Router
 from flash_celery.capture.transactions import Transactions, runs
 from flash_celery.changes.payload import changes_of
 from flash_celery.commands.doctor_explain import explain_tables
-from flash_celery.conditions import lookups
+from flash_celery.conditions import parsing
 from flash_celery.errors import ReplicaIdentityMissing, SubscriptionError
 from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.handlers.subscriptions import Subscription, operations_of
@@ -438,7 +438,7 @@ def test_push_down_delivers_the_same_changes(pushed, declared, script):
             table,
             operations_of(one["operations"]),
             one.get("fields") and tuple(one["fields"]),
-            lookups.parse(one.get("where")),
+            parsing.parse(one.get("where")),
             one.get("key") and tuple(one["key"]),
         )
         for number, one in enumerate(declared)

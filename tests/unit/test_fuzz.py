@@ -22,7 +22,8 @@ from flash_celery.changes.change import Change, LogicalMessage
 from flash_celery.changes.payload import TRUNCATED, Delivery, decode, encode, message_row
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.cli.dead_letters import as_table, as_text, change_lines
-from flash_celery.conditions import lookups
+from flash_celery.conditions import parsing
+from flash_celery.conditions.evaluation import bind
 from flash_celery.dead_letters import letters
 from flash_celery.errors import PayloadError, ProtocolError
 from flash_celery.handlers.subscriptions import Subscription
@@ -325,12 +326,12 @@ def test_conditions_survive_any_value(data):
     column = ColumnType(oid, "", element=ColumnType(oid, "") if kind else None, kind=kind)
     names = ["in", "ne"] if oid in (comparison.JSON, comparison.JSONB) else ["gte", "not_in"]
     name = data.draw(st.sampled_from(names))
-    where = lookups.parse({f"x__{name}": ["1"] if name.endswith("in") else "1"})
+    where = parsing.parse({f"x__{name}": ["1"] if name.endswith("in") else "1"})
     transitions = Transitions(
         Subscription("shop.handle", TableName("public", "orders"), where=where),
         Table("public", "orders", None, "f", ("x",), (Column("x", oid, "", True),)),
         [pgoutput.Column(True, "x", oid, -1)],
-        where.bind({"x": column}, lambda *_: text),
+        bind(where, {"x": column}, lambda *_: text),
     )
     value = data.draw(damaged(text) | st.sampled_from(MONSTERS))
     for one in (row("I", new=[value]), row("U", "O", [text], [value])):

@@ -14,7 +14,7 @@ from sqlalchemy.orm import (
 from sqlalchemy.sql import quoted_name
 
 from flash_celery import on_change
-from flash_celery.conditions import lookups
+from flash_celery.conditions import parsing
 from flash_celery.errors import SubscriptionError
 from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.handlers.subscriptions import column_name, column_names, table_name
@@ -108,7 +108,7 @@ def test_sqlalchemy_fields_are_attributes_or_columns():
 
 def test_sqlalchemy_attributes_work_in_conditions():
     where = [{"status": "paid", "order_total__gte": 100}, {Order.status: None}, {Order.id: 5}]
-    parsed = lookups.parse(where, lambda name: column_name(name, Order))
+    parsed = parsing.parse(where, lambda name: column_name(name, Order))
     shown = [[(one.column, one.name) for one in part] for part in parsed.alternatives]
     assert shown == [
         [("order_status", "eq"), ("total", "gte")],

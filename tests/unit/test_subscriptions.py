@@ -5,7 +5,7 @@ from sqlalchemy import BigInteger, Column, MetaData, Table
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from flash_celery import Operation
-from flash_celery.conditions import lookups
+from flash_celery.conditions import parsing
 from flash_celery.errors import SubscriptionError
 from flash_celery.handlers.subscriptions import (
     column_names,
@@ -89,7 +89,7 @@ def test_field_names_in_a_set_are_sorted(names):
 
 def test_between_refuses_a_set():
     with pytest.raises(SubscriptionError, match="total__between takes two values in their order"):
-        lookups.parse({"total__between": {5, 10}})
+        parsing.parse({"total__between": {5, 10}})
 
 
 def test_table_can_be_a_sqlalchemy_class_or_table():

@@ -5,7 +5,8 @@ import pytest
 from flash_celery.capture.transitions import Transitions
 from flash_celery.changes.change import Operation
 from flash_celery.changes.rows import Column, Table
-from flash_celery.conditions import lookups
+from flash_celery.conditions import parsing
+from flash_celery.conditions.evaluation import bind
 from flash_celery.handlers.subscriptions import Subscription
 from flash_celery.protocol import pgoutput
 from flash_celery.protocol.pgoutput import UNCHANGED_TOAST, Row, encode_row, read_row
@@ -14,7 +15,7 @@ from flash_celery.values.comparison import ColumnType
 
 TYPES = {"id": 23, "status": 25, "note": 25}
 INSERT, UPDATE, DELETE = Operation.INSERT, Operation.UPDATE, Operation.DELETE
-PAID = lookups.parse({"status": "paid"})
+PAID = parsing.parse({"status": "paid"})
 
 
 def transitions(identity="f", kept=("id", "status", "note"), unevaluated=lambda: None, **more):
@@ -35,7 +36,7 @@ def transitions(identity="f", kept=("id", "status", "note"), unevaluated=lambda:
     subscription = Subscription("shop.handle", TableName("public", "orders"), **more)
     types = {name: ColumnType(oid, name) for name, oid in TYPES.items()}
     where = subscription.where
-    matches = where.bind(types, lambda oid, text: text) if where else None
+    matches = bind(where, types, lambda oid, text: text) if where else None
     columns = [pgoutput.Column(n in flagged, n, oid, -1) for n, oid in TYPES.items()]
     return Rows(Transitions(subscription, table, columns, matches, unevaluated))
 
@@ -168,7 +169,7 @@ def test_transitions_combine_a_condition_with_a_key():
 
 
 def test_transitions_know_a_row_that_leaves_by_its_key():
-    judge = transitions("d", where=lookups.parse({"id__lt": 5}))
+    judge = transitions("d", where=parsing.parse({"id__lt": 5}))
     left = judge.update(update("7 paid a", "1 - -", kind="K"))
     assert shown(left) == ["delete 1 - -"]
 
@@ -191,7 +192,7 @@ def test_transitions_evaluate_messages_like_rows():
 
 
 def test_transitions_bound_the_verdict_cache():
-    judge = transitions(where=lookups.parse({"note__startswith": "a", "id__lt": 9999}))
+    judge = transitions(where=parsing.parse({"note__startswith": "a", "id__lt": 9999}))
     for number in range(5000):
         assert len(judge.judge(message("I", None, f"{number} open a{number}"))) == 1
     assert judge.judge(message("I", None, "9999 open a")) == []
