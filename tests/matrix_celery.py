@@ -49,7 +49,7 @@ def versions(python):
 def main():
     arguments = sys.argv[1:]
     wanted = [one for one in arguments if one in RELEASES] or list(RELEASES)
-    # Whatever else is said, pytest is told.
+    # The other arguments are for pytest.
     more = [one for one in arguments if one not in RELEASES]
     results = {}
     for release in wanted:

@@ -1,13 +1,13 @@
-"""A TCP proxy that does to a connection what networks do: between us and PostgreSQL or a broker.
+"""A TCP proxy before PostgreSQL or a broker that fails as networks do.
 
     with Proxy(server.port) as proxy:
         connect("127.0.0.1", proxy.port)
-        proxy.stall()   # nobody closes, and nothing comes
+        proxy.stall()   # stays open, and nothing arrives
         proxy.heal()
 
-What is done to the proxy holds for every connection, those to come included, until `heal`; `only`
-picks connections by the first kilobyte that their client has sent (for PostgreSQL with
-`sslmode=disable`: the start-up packet, in which `replication` stands for the stream).
+A fault applies to every connection, also to new ones, until `heal`; `only` picks connections by the
+first kilobyte that their client has sent (for PostgreSQL with `sslmode=disable`: the start-up
+packet, in which `replication` stands for the stream).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 
 HOST = "127.0.0.1"
-#: Seconds between two looks at what has been asked of the proxy.
+#: Seconds between two checks of the faults that were asked for.
 _LOOK = 0.02
 _CHUNK = 1 << 16
 #: Bytes from the client by which a connection is picked.
@@ -117,7 +117,7 @@ class Proxy:
             self._refusing = True
             with self._listening:
                 self._socket.close()
-                # Bound and not listening: nobody else gets the port meanwhile.
+                # Bound and not listening, so that no other process gets the port.
                 self._socket = self._bound(self.port)
 
     def lead_to(self, target: int) -> None:

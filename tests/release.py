@@ -1,4 +1,4 @@
-"""`make release`: whether this tree can be released. Nothing is published."""
+"""`make release`: check whether this tree can be released. Nothing is published."""
 
 import os
 import re
@@ -20,7 +20,7 @@ def output(*command):
 
 
 def succeeds(*command, **environment):
-    """What is wrong, if it is; the command says the rest."""
+    """Run a command; return its failure, or None. Its output has the details."""
     ran = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment})
     return f"{' '.join(map(str, command))} failed" if ran.returncode else None
 
@@ -53,7 +53,7 @@ def tag():
 
 
 def tree():
-    """What is not committed is not released, and not tagged."""
+    """Uncommitted changes would be neither released nor tagged."""
     left = output("git", "status", "--porcelain")
     return f"commit or put away first:\n{left.rstrip()}" if left else None
 

@@ -7,7 +7,7 @@ import redis
 
 from example_project.servers import Valkey, wait_until
 
-#: What the Sentinel calls them; for `broker_transport_options`.
+#: Their name in the Sentinel; for `broker_transport_options`.
 MASTER = "shop"
 OPTIONS = {"master_name": MASTER}
 #: Milliseconds in which no write is done, unless it is over before.
@@ -104,9 +104,9 @@ class Replicated:
         return next(server for server in self._pair if server.port != port)
 
     def hand_over(self):
-        """A coordinated failover: the primary takes no writes until the replica has them all.
+        """Start a coordinated failover: the primary takes no writes until the replica has them all.
 
-        What the call returns waits for the end of it.
+        Return a function that waits for its end.
         """
         primary = self.primary
         with redis.Redis(port=self.sentinel.port) as client:
@@ -114,9 +114,9 @@ class Replicated:
         return lambda: self._followed_by(primary)
 
     def kill(self):
-        """The primary dies when the replica has all that it has confirmed; Sentinel promotes it.
+        """Kill the primary once the replica has all that it confirmed; Sentinel promotes it.
 
-        What the call returns starts it again, as a replica.
+        Return a function that starts the former primary as a replica.
         """
         primary, replica = self.primary, self.replica
         with (

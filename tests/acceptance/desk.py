@@ -1,4 +1,4 @@
-"""A project that uses what Celery has besides queues; its handlers note what they were told."""
+"""A project that uses what Celery has besides queues; its handlers record what they receive."""
 
 import json
 import os
@@ -36,7 +36,7 @@ if os.environ.get("DESK_EXAMPLES"):
 
 
 def noted(file):
-    """What a tracing library would send, a line each."""
+    """Write what a tracing library would send to a file, a line for each span."""
 
     def write(**more):
         with open(f"{os.environ['SHOP_NOTES']}.{file}", "a") as spans:
@@ -76,13 +76,13 @@ def many(self, changes):
 @on_change("items", "update")
 @app.task(bind=True, ignore_result=True)
 def canvas(self, change):
-    """The change is an argument, a result, and what others are told of."""
+    """Use the change as an argument and as a result of other tasks."""
     note("canvas", id=change.id, task_id=self.request.id)
     chain(passed_on.s(change), named.s()).delay()
     group(named.s(change), named.s(change)).delay()
     if app.conf.result_backend:
         chord([passed_on.s(change), passed_on.s(change)], collected.s()).delay()
-    return "nobody asks"
+    return "unused"
 
 
 @app.task

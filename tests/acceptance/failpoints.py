@@ -87,7 +87,7 @@ _AMQP = ("amqp.transport:_AbstractTransport.write",)
 _SPOOL = ("flash_celery.capture.spool:Spool.append",)
 
 STEPS = {
-    # What is read, and what becomes of it.
+    # From reading a change to acknowledging it.
     "read": Step(When.AFTER, (f"{_STREAM}.receive",), _changes),
     "publish": Step(When.BEFORE, _PUBLISH),
     "half a push": Step(When.HALFWAY, _REDIS, _push),

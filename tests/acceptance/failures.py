@@ -1,7 +1,7 @@
-"""Runs commands one after another in this process, each in an app of its own.
+"""Run commands one after another in this process, each in an app of its own.
 
-`test_security` gives the cases and reads all that is said. Not by a process for each command:
-importing Celery a hundred times takes minutes.
+`test_security` passes the cases and reads the output. A process for each command would import
+Celery a hundred times, which takes minutes.
 """
 
 import json
@@ -22,14 +22,14 @@ from flash_celery.cli import flash
 
 
 class Ender(logging.Handler):
-    """Ends a replication worker that waits for better times, once it has said so."""
+    """Ends a replication worker that retries, once it has logged that."""
 
     armed = False
     dsn = ""
 
     def emit(self, record):
         if self.armed and record.msg.startswith("Replicating"):
-            # What it cannot publish, it complains about.
+            # It logs a failure for the change that it cannot publish.
             with psycopg.connect(self.dsn) as connection:
                 connection.execute("INSERT INTO items SELECT count(*) FROM items")
         if self.armed and record.levelno >= logging.WARNING:

@@ -10,9 +10,9 @@ from example_project.servers import wait_until
 #: Seconds; a silent connection is to be noticed within three of them.
 INTERVAL = 2
 
-#: What the replication worker says of a connection that it gives up.
+#: Log lines of the replication worker about a connection that it closes.
 GIVEN_UP = {
-    # Or the server has given up our connection first, and the other one tells.
+    # Or the server closed our connection first, and the other one reports it.
     "postgresql": r"PostgreSQL (has been silent|has not answered)|connection to PostgreSQL failed|"
     r"is not read by this worker",
     "broker": r"The broker (.* failed|has taken nothing|confirmed none)",

@@ -1,4 +1,4 @@
-"""A project as its users write one; its handlers note in a file what they were told."""
+"""A project as users write one; its handlers record in a file what they receive."""
 
 import json
 import os
@@ -54,8 +54,8 @@ def note(task, argument):
 
 
 def misbehave(change):
-    """What the name of an item makes its handlers do, until somebody has mended them."""
-    if not hasattr(change, "new") or os.path.exists(os.environ["SHOP_NOTES"] + ".mended"):
+    """Fail as the name of the item asks, until the handlers have been fixed."""
+    if not hasattr(change, "new") or os.path.exists(os.environ["SHOP_NOTES"] + ".fixed"):
         return
     name = change.new["name"]
     if name == "raise":

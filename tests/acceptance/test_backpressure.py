@@ -1,4 +1,4 @@
-"""A queue that is full holds the backlog back in the WAL, and nobody runs out of memory."""
+"""A full queue keeps the backlog in the WAL, and no process runs out of memory."""
 
 import json
 import re
@@ -154,7 +154,7 @@ def test_full_queue_that_is_deleted_is_declared_again(make_shop, rabbit):
     with amqp.Connection(host=f"127.0.0.1:{rabbit.port}") as connection:
         connection.channel().queue_delete("flash")
     shop.until_said(replicate, "no queue 'flash'")
-    # Whoever deletes a queue loses what was in it; the rest comes.
+    # The messages in a deleted queue are lost; the rest arrives.
     wait_until_confirmed(shop)
     shop.worker()
     notes = shop.until_noted(5)

@@ -1,4 +1,4 @@
-"""A broker that is down, full, blocked, or has lost a queue: nothing is acknowledged meanwhile."""
+"""Nothing is acknowledged while a broker is down, full, blocked or without a queue."""
 
 import contextlib
 import json
@@ -26,8 +26,8 @@ def position(shop):
 
 @contextlib.contextmanager
 def nothing_acknowledged(shop):
-    """What is written inside is not acknowledged inside."""
-    # What is for nobody moves the slot until the first change waits.
+    """Check that changes written in the block are not acknowledged within it."""
+    # Changes without a handler advance the slot until the first change waits.
     first = shop.database.one("SELECT pg_current_wal_insert_lsn()::text")
     yield
     behind = f"SELECT '{position(shop)}'::pg_lsn <= '{first}'"
@@ -133,7 +133,7 @@ def test_rabbitmq_alarm_loses_nothing(rabbit_shop, rabbit, short_of, rows):
 
 
 def test_deleted_queue_is_declared_again(rabbit_shop, rabbit):
-    """Its messages went with it, by somebody's own hand; what comes after is not lost."""
+    """The queue was deleted by hand, with its messages; later ones are not lost."""
     shop = rabbit_shop
     replicate = shop.replicate()
     insert_rows(shop.database, 1, 10)

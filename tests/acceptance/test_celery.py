@@ -20,7 +20,7 @@ def desk(shop):
 
 
 def lines(desk, file):
-    """What was written into a file beside the notes."""
+    """Return the lines of a file beside the notes."""
     path = desk.notes_file.with_name(f"notes.{file}")
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 

@@ -1,4 +1,4 @@
-"""What a handler cannot do becomes a dead letter, and the others go on."""
+"""A failed task becomes a dead letter, and the other tasks continue."""
 
 import functools
 import json
@@ -29,7 +29,7 @@ def until_dead(shop, count):
 
 
 def mend(shop):
-    shop.notes_file.with_name("notes.mended").touch()
+    shop.notes_file.with_name("notes.fixed").touch()
 
 
 def dead(shop, *arguments, answer=None):
@@ -89,7 +89,7 @@ def test_dead_letters_can_be_listed_shown_retried_and_dropped(any_shop):
     assert dead(shop, "drop", dropped.id, "--yes").stdout == "1 deleted.\n"
     assert letters(shop) == found[:2]
 
-    # Not mended yet: it fails again, and is known to have failed before.
+    # Not fixed yet: it fails again, and is known to have failed before.
     assert dead(shop, "retry", letter.id).stdout == "1 sent back to their handlers.\n"
     again = wait_until(
         lambda: [
@@ -273,7 +273,7 @@ class TestABrokerThatStops:
         shop.until_said(worker, "RuntimeError: the broker is gone")
         shop.until_said(worker, "ValueError: the broker is gone")
         start()
-        # With kombu 5.7 a worker ends when it loses Redis; somebody would start it again.
+        # With kombu 5.7 a worker ends when it loses Redis; a supervisor would restart it.
         shop.worker("prefork")
         # Either may have come more than once: it is handled at least once.
         errors = {"RuntimeError", "ValueError"}

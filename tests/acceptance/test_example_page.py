@@ -27,7 +27,7 @@ EVIL = "<img src=x onerror=document.title=1>"
 
 
 class Shop:
-    """What the compose file starts, on a database, a broker and a cache of ours."""
+    """The services of the compose file, on a database, a broker and a cache of the test."""
 
     def __init__(self, database, broker, cache, folder):
         self.database = database
@@ -278,7 +278,7 @@ def test_page_resumes_after_a_reconnect(shop):
     shown = shop.events(4)
     (first, _), *rest = shown
     assert shop.events(3, after=first) == rest
-    # What is no id is as good as none.
+    # An invalid id counts as none.
     assert shop.events(4, after="'") == shown
 
 

@@ -15,7 +15,7 @@ CONF = json.dumps(
     {"flash_failover_slot": True, "flash_status_interval": 2, "flash_heartbeat_interval": 1}
 )
 FOLLOWING = {
-    # No commit returns before the standby has it, and no change is told either.
+    # No commit returns, and no change is delivered, before the standby has it.
     "synchronous_standby_names": "standby",
     "synchronized_standby_slots": "standby",
 }
@@ -67,7 +67,7 @@ def copied(shop, standby):
     there = Database(standby, "postgres")
 
     def ready():
-        # What the primary's slot needs must have moved on since the copy was begun.
+        # The slot of the primary must have advanced since its copy was begun.
         shop.database.execute("SELECT pg_log_standby_snapshot()")
         return there.execute(
             "SELECT 1 FROM pg_replication_slots WHERE synced AND NOT temporary "

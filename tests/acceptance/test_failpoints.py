@@ -106,7 +106,7 @@ def test_sigkill_after_every_statement_of_the_start_is_recovered(shop):
 
 @pytest.mark.soak
 def test_sigkill_after_every_statement_of_recreating_a_slot_is_recovered(shop):
-    """There is one gap, it has an end, and what comes after its end is told."""
+    """There is one gap, it has an end, and the changes after its end are delivered."""
     shop.environment["SHOP_CONF"] = json.dumps({"flash_on_lost_slot": "recreate"})
     shop.end(shop.replicate())
     shop.database.execute(f"SELECT pg_drop_replication_slot('{shop.database.slot}')")

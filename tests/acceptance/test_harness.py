@@ -1,4 +1,4 @@
-"""What the tests' own set-up promises: default signal handlers, and a deadline for every test."""
+"""The tests' own set-up: default signal handlers, and a deadline for every test."""
 
 import signal
 import subprocess

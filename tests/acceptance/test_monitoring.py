@@ -1,4 +1,4 @@
-"""What the replication worker serves over HTTP, the page in a browser, and its log."""
+"""The HTTP server of the replication worker, its page in a browser, and its log."""
 
 import io
 import json
@@ -183,7 +183,7 @@ def test_probes_of_a_hot_spare_and_without_a_broker_are_live_and_not_ready(shop,
         ((_, count),) = samples(http_get(other, "/metrics")[1])["flash_reconnections_total"]
         return count == 1 and ready(other)[0] == 200
 
-    wait_until(reconnected, "the stream to begin anew")
+    wait_until(reconnected, "the stream to begin again")
     (error,) = json.loads(http_get(other, "/status.json")[1])["errors"][:1]
     assert error["solution"]
     assert shop.end(second) == 0

@@ -41,13 +41,13 @@ def network(request):
 
 
 def goes_on(network, writer):
-    """What is written from now on is with the broker."""
+    """Wait until a change that is written from now on is with the broker."""
     written = len(writer.changes)
     wait_until(lambda: len(writer.changes) > written, "the application to write")
     wait_until_confirmed(network.shop)
 
 
-#: What does not pass while nobody closes anything.
+#: Directions that are stalled while both connections stay open.
 WAYS = pytest.mark.parametrize(
     "ways",
     [

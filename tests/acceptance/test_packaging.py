@@ -1,4 +1,4 @@
-"""What is handed out: both distributions, and each of them in an environment of its own."""
+"""Both distributions, each in an environment of its own."""
 
 import json
 import os
@@ -33,7 +33,7 @@ from celery import Celery
 from flash_celery import on_change
 
 app = Celery("shop", broker=os.environ.get("SHOP_BROKER"))
-app.conf.flash_dsn = "postgresql://nobody@127.0.0.1:1/shop"
+app.conf.flash_dsn = "postgresql://shop@127.0.0.1:1/shop"
 
 
 @on_change("public.orders")

@@ -1,4 +1,4 @@
-"""`flash replay`: what a handler was told, once more, under the same ids."""
+"""`flash replay` delivers changes again, under the same ids."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""What the roles of the documents may do, and what they need not be able to."""
+"""The roles in the documents: their privileges suffice, and they need no others."""
 
 import re
 from pathlib import Path
@@ -135,7 +135,7 @@ def test_doctor_script_run_by_a_dba_is_enough(shop):
     shop.environment |= {"SHOP_DSN": as_role(shop, "flash_reader"), "SHOP_CONF": UNMANAGED}
     shop.environment["SHOP_WHERE"] = "1"
     shop.end(shop.replicate())
-    # Whoever manages finds everything as they would have made it.
+    # A role that manages finds everything as it would have created it.
     nothing = shop.run("flash", "doctor", SHOP_CONF="{}", SHOP_DSN=database.dsn)
     assert "ok       publications: as required" in nothing.stdout
     script = shop.run("flash", "doctor", "--sql")
@@ -162,7 +162,7 @@ def flash(database, new_app):
 
 
 def set_up(flash):
-    """What the owner does, through the script."""
+    """Set up as the owner does, with the script."""
     from flash_celery.handlers.decorators import subscriptions_of
     from flash_celery.postgres.connection import connect
     from flash_celery.postgres.source import Source
@@ -195,7 +195,7 @@ def test_partitions_are_followed_without_management(flash):
         "DROP TABLE logs_10",
     )
     assert shown(flash.delivered()) == ["insert 1,a", "insert 10,b", "insert 11,c"]
-    # What the owner may note is left, and stops nobody.
+    # The owner has yet to record this partition, which stops no worker.
     flash.database.execute(PARTITION.format(20, 30))
     *others, statement = set_up(flash)
     assert "COMMENT ON" in statement
@@ -204,7 +204,7 @@ def test_partitions_are_followed_without_management(flash):
 
 
 def test_dropped_slot_is_recreated_by_its_owner_without_management(flash):
-    """Its owner makes it again, and is told what that costs."""
+    """Its owner recreates it, and is shown which changes are lost."""
     flash.database.execute("CREATE TABLE items (id int PRIMARY KEY)")
     flash.handler("items")
     set_up(flash)
@@ -220,7 +220,7 @@ def test_dropped_slot_is_recreated_by_its_owner_without_management(flash):
 
 
 def test_table_that_becomes_a_partition_is_followed_without_management(flash, caplog):
-    """On PostgreSQL 14 the owner has to be there, which is said; elsewhere nobody."""
+    """PostgreSQL 14 needs the owner, and the error names it; later versions do not."""
     flash.database.execute(
         PARTITIONED, PARTITION.format(1, 10), "CREATE TABLE logs_10 (id int PRIMARY KEY, line text)"
     )

@@ -114,7 +114,7 @@ def test_failing_commands_print_no_password(strict):
     common = {
         "result_backend": f"redis://:{ENCODED}@127.0.0.1:1/1",
         "worker_hijack_root_logger": False,
-        # Nobody's patience is tested here.
+        # No test waits for the default timeouts.
         "broker_connection_timeout": 1,
         "broker_transport_options": {
             "max_retries": 1,
@@ -154,7 +154,7 @@ def test_failing_commands_print_no_password(strict):
         for secret in SECRETS:
             assert secret not in output, f"{name}: {output}"
         assert "Traceback" not in output, f"{name}: {output}"
-        # What has not failed proves nothing.
+        # A command that did not fail proves nothing.
         assert re.search("Error: |failed|warning |STOP ", output), f"{name}: {output}"
 
 

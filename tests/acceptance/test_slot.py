@@ -30,7 +30,7 @@ def reader(shop):
 
 
 def written_elsewhere(shop, neighbour, rows, chunk):
-    """Write to another table and another database; the most that was behind meanwhile."""
+    """Write to another table and another database; return the largest lag of the slot."""
     behind = 0
     shop.database.execute("CREATE TABLE other (id int, text text)")
     neighbour.execute("CREATE TABLE other (id int, text text)")
@@ -57,7 +57,7 @@ def busy_neighbours(shop, new_database, rows, chunk):
         behind = written_elsewhere(shop, new_database(), rows, chunk)
         written = int(shop.database.one(f"SELECT pg_current_wal_insert_lsn() - '{start}'"))
         assert written > rows * 80
-        # It follows meanwhile, but for what was written since the last answer.
+        # The slot follows, except for the WAL written since the last reply.
         assert behind < written / 2
         until_confirmed(shop)
         # PostgreSQL's own rule: it keeps what it needs to decode a transaction that is open.

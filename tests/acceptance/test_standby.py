@@ -53,7 +53,7 @@ def applied(shop):
 
 
 def set_up_on_the_primary(shop):
-    """What the message of `replicate` says is to be run."""
+    """Return the SQL that the message of `replicate` asks for."""
     said = shop.run("flash", "replicate")
     assert said.returncode == 2
     (statements,) = re.findall(r"on the primary run: (.*);$", said.stderr, re.MULTILINE)

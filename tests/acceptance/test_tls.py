@@ -53,7 +53,7 @@ def postgres(certificates):
             password = psycopg.sql.Literal(PASSWORD).as_string(connection)
             connection.execute(f"CREATE ROLE flash LOGIN SUPERUSER PASSWORD {password}")
         server.stop()
-        # No record has the keyword `replication`, so nobody gets a base backup.
+        # No record has the keyword `replication`, so no role can take a base backup.
         (server.data / "pg_hba.conf").write_text(
             "hostssl all postgres all trust\nhostssl all flash all scram-sha-256\n"
         )
@@ -135,7 +135,7 @@ def test_tls_protects_every_connection(request, make_shop, certificates, name):
     for careless in (nobody, None):
         doctor = shop.run("flash", "doctor", SHOP_CONF=json.dumps({"broker_use_ssl": careless}))
         warned = "warning  broker TLS: the broker's certificate is not checked" in doctor.stdout
-        # Without a word about it kombu checks nobody, and py-amqp asks the system's authorities.
+        # By default kombu checks no certificate, and py-amqp asks the system's authorities.
         assert warned or "certificate verify failed" in doctor.stdout
         assert warned or (name, careless) == ("rabbitmq", None)
     shop.worker(queues=f"tls_{name}")

@@ -82,7 +82,7 @@ def test_instance_loads_missing_fields_on_access(flash, sales, no_query):
     assert no_query(lambda: (order.pk, order.status)) == (1, "open")
     assert order.total == Decimal("12.50")
     assert order.customer.name == "Ada"
-    # Django writes what was told alone, and so does not undo what others wrote since.
+    # Django writes only the loaded fields, and so does not undo later writes of others.
     flash.database.execute("UPDATE sales.orders SET note = 'mine'")
     order.status = "paid"
     order.save()

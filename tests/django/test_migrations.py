@@ -26,7 +26,7 @@ def test_migrations_run_without_the_app_and_as_a_role_that_may_nothing_else(site
     assert migrated.returncode == 0, migrated.stderr
     assert database.one("SELECT count(*) FROM sales.orders") == 0
     assert database.one("SELECT count(*) FROM pg_publication") == 0
-    # With the app, and a broker that nobody can reach.
+    # With the app, and a broker that cannot be reached.
     down = site.manage(
         "migrate", "sales", "zero", BOOKSHOP_DSN=dsn, BOOKSHOP_BROKER="amqp://127.0.0.1:1//"
     )

@@ -9,7 +9,7 @@ from tests.docs.pages import EXTERNAL, PAGES, README
 
 
 def asked(client, url):
-    """What is wrong with it, or nothing."""
+    """Return the problem with an address, or an empty text."""
     try:
         answer = client.get(url.partition("#")[0])
     except httpx.HTTPError as error:

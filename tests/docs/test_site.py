@@ -77,7 +77,7 @@ def test_reference_lists_everything_public(site):
     counted = (site / "reference" / "metrics.html").read_text()
     for name, metric in METRICS.items():
         assert name in counted, name
-        # What is in `backticks` is <code> there.
+        # Text in `backticks` is <code> there.
         assert metric.help.replace("`", "") in html.unescape(TAG.sub("", counted)), name
         assert all(f"<code>{label}</code>" in counted for label in metric.labels), name
 
@@ -165,7 +165,7 @@ def anchors_of(text):
 
 
 def test_external_links_are_well_formed():
-    """Whether somebody is at the other end is asked by `make links`; a test needs no network."""
+    """The addresses are not requested: `make links` does that, and a test needs no network."""
     for name, text in PAGES.items():
         for url in EXTERNAL.findall(text):
             parts = urlsplit(url)

@@ -1,4 +1,4 @@
-"""Captures messages of pgoutput from a real server: `python tests/golden/capture.py BIN…`.
+"""Capture messages of pgoutput from a real server: `python tests/golden/capture.py BIN…`.
 
 Each BIN is the folder of a version's `postgres`; the result is `pg<major>.jsonl` beside this file.
 """
@@ -15,7 +15,7 @@ import psycopg
 from example_project.servers import Postgres
 
 HERE = Path(__file__).parent
-#: So many different ones of each kind.
+#: Different messages that are kept of each type.
 KEPT = 4
 
 SCENARIO = """

@@ -15,7 +15,7 @@ from flash_celery.worker.replicator import Replicator
 
 
 class Flash:
-    """Declares handlers, runs the replication worker, and says what each handler was told."""
+    """Declares handlers, runs the replication worker, and keeps what it delivers."""
 
     def __init__(self, database, app, source=""):
         self.database = database
@@ -81,7 +81,7 @@ class Flash:
         return self
 
     def delivered(self, name="handler"):
-        """The changes a handler was told since the last time."""
+        """Return the changes delivered to a handler since the last call."""
         messages = self.publisher.queues.get("flash", [])
         mine = [message for message in messages if message.task == name]
         self.publisher.queues["flash"] = [m for m in messages if m.task != name]

@@ -1,4 +1,4 @@
-"""What the Go library that this one descends from was run through, with the right outcome here.
+"""Scenarios of the Go library that this one descends from, with the right outcome here.
 
 flash-celery began as a port of quix-labs/flash (its driver `wal_logical`), which was run in these
 scenarios before the first line of Python; where it lost or invented changes, this must not.
@@ -30,7 +30,7 @@ PIPELINE = "acceptance/test_pipeline.py"
 #: Scenario → what the ancestor did, and the tests that prove what is right.
 SCENARIOS = {
     "1 insert, update, delete, truncate": (
-        "an update that changes nothing was not told",
+        "an update that changes nothing was not delivered",
         f"{SEMANTICS}::test_operations_are_delivered_with_old_and_new",
         f"{SEMANTICS}::test_old_holds_the_columns_of_the_identity",
     ),
@@ -117,7 +117,7 @@ SCENARIOS = {
         f"{MEMORY}::test_large_commit_takes_bounded_memory",
     ),
     "8b a streamed transaction that is rolled back": (
-        "not told, but held in memory",
+        "not delivered, but held in memory",
         f"{HERE}::test_streamed_transaction_that_is_rolled_back_delivers_nothing",
         f"{MEMORY}::test_spool_leaves_no_files_behind",
     ),
@@ -188,11 +188,11 @@ SCENARIOS = {
         "unit/test_subscriptions.py::test_table_names_are_read_in_every_spelling",
     ),
     "12b a partitioned table": (
-        "nothing was told, silently",
+        "nothing was delivered, silently",
         f"{TABLES}::test_partition_changes_reach_handlers_of_root_middle_and_leaf",
     ),
     "12c a partition": (
-        "beside its root only the partition's handler was told",
+        "only the handlers of its root and of the partition received it",
         f"{TABLES}::test_row_moved_between_partitions_is_a_delete_and_an_insert",
         f"{TABLES}::test_partition_changes_reach_handlers_of_root_middle_and_leaf",
     ),
@@ -346,7 +346,7 @@ def test_truncate_that_lists_foreign_tables_first_is_delivered(flash):
     flash.handler("tb", "insert", name="tb").start()
     flash.do("TRUNCATE td, tc, tb")
     assert [kinds(flash.delivered(name)) for name in ("tc", "ta", "tb")] == [["truncate"], [], []]
-    # Three relations in one statement, of which the one in the middle is nobody's.
+    # Three relations in one statement, of which the one in the middle has no handler.
     flash.do("TRUNCATE ta RESTART IDENTITY CASCADE", "INSERT INTO grandchild DEFAULT VALUES")
     assert kinds(flash.delivered("ta")) == ["truncate"]
     grandchild = flash.delivered("grandchild")

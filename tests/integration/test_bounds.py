@@ -1,4 +1,4 @@
-"""What a client of the database can make large stays bounded (docs/security.md)."""
+"""Clients of the database cannot make the worker use unbounded resources (docs/security.md)."""
 
 import re
 import threading

@@ -465,6 +465,6 @@ def test_enum_labels_added_and_renamed_while_running_are_known(flash):
     assert [change.new["id"] for change in flash.delivered("renamed")] == [4]
     flash.do("ALTER TYPE level RENAME VALUE 'off' TO 'none'")
     flash.do("INSERT INTO items VALUES (5, 'none', NULL), (6, 'low', NULL), (7, 'none', NULL)")
-    # 'off' is nothing that PostgreSQL could compare with: what cannot be judged is told.
+    # 'off' is nothing that PostgreSQL could compare with: an unevaluated change is delivered.
     assert [change.new["id"] for change in flash.delivered("renamed")] == [5, 7]
     assert [change.new["id"] for change in flash.delivered()] == [6]

@@ -1,4 +1,4 @@
-"""The queue of dead letters on real brokers: nobody who reads it loses or reorders a letter."""
+"""The dead-letter queue on real brokers: reading neither loses nor reorders dead letters."""
 
 import signal
 import subprocess
@@ -88,7 +88,7 @@ def test_dead_letters_keep_their_order_if_a_reader_is_killed(app, box):
     wait_until(lambda: box.count() >= COUNT - 1, "the letters to be back")
     left = ids(box)
     assert [id for id in left if id != "letter-07"] == [id for id in IDS if id != "letter-07"]
-    # A quorum queue counts deliveries; RabbitMQ 4 gives up after 20 unless it is told otherwise.
+    # A quorum queue counts deliveries; RabbitMQ 4 gives up after 20 by default.
     for _ in range(25):
         box.find(DeadLetterFilter())
     assert ids(box) == left

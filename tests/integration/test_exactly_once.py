@@ -1,5 +1,5 @@
 """On Redis a crash between publishing and acknowledging enqueues nothing twice, and nothing that
-was restored, made anew or altered makes it leave out a change."""
+was restored, recreated or altered makes it omit a change."""
 
 import json
 import shutil
@@ -214,7 +214,7 @@ def test_restored_redis_omits_nothing(on_redis):
 
 
 def test_redis_restored_while_running_is_noticed(on_redis, caplog):
-    """What it had confirmed and has no longer is gone; it is said, and the work goes on."""
+    """Confirmed messages that Redis lost are gone; that is logged, and the work goes on."""
     with Valkey() as own, redis.Redis(port=own.port) as client:
         on_redis.valkey, on_redis.app.conf.broker_url = own, own.url
         on_redis.handler("items")
@@ -235,7 +235,7 @@ def test_loss_noticed_while_stopping_is_logged(on_redis, caplog):
     """Only the process that had the confirmation can know."""
 
     class Late(RedisPublisher):
-        """Loses everything once somebody asks for the end."""
+        """Loses everything once the worker is asked to stop."""
 
         def publish(self, messages):
             if on_redis.lost:
@@ -258,8 +258,8 @@ def test_loss_noticed_while_stopping_is_logged(on_redis, caplog):
 
 @contextmanager
 def restored_later(flash):
-    """A server of its own, with one row that was told of; and what puts its files back as they are
-    now, other than by the end of a recovery."""
+    """A server of its own with one delivered row, and a function that restores its present files
+    without a recovery."""
     database = flash.database
     shared = database.server, database.dsn, database.slot
     with Postgres() as own:
@@ -307,7 +307,7 @@ def test_slot_recreated_by_hand_during_a_reconnect_is_logged(flash, caplog):
     database.execute(ITEMS)
     flash.handler("items").start().do("INSERT INTO items VALUES (1, 'a')")
     settings = Settings.from_app(flash.app)
-    # A worker that connects meanwhile waits for its turn.
+    # A worker that connects now waits for the lock.
     with database.connect() as connection, advisory_lock.held(Source(connection, settings)):
         database.execute(
             "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots "

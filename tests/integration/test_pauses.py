@@ -1,4 +1,4 @@
-"""What is paused, in a replication worker of this process."""
+"""Pauses of handlers and sources, in a replication worker of this process."""
 
 import json
 import threading

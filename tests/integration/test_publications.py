@@ -68,7 +68,7 @@ def connection(database):
 
 
 def write_everywhere(database):
-    """What an application does, with every kind of table."""
+    """Write to every kind of table, as an application does."""
     with database.connect() as connection:
         for table in [*TABLES, "child"]:
             name = psycopg.sql.Identifier(table)
@@ -294,7 +294,7 @@ def test_examination_does_not_wait_for_table_locks(tables, connection, others):
             migration.execute(f"LOCK TABLE {name[0]} IN ACCESS EXCLUSIVE MODE")
         assert look(publication_names("flash_publication")) == before
         assert plan(connection, subscriptions, settings) == []
-        # An identity that somebody else may need does not go back.
+        # An identity that others may need is not restored.
         fewer = plan(connection, [subscription("nothing", operations=Operation.INSERT)])
         assert [step for step in fewer if "IDENTITY" in str(step)] == []
 

@@ -317,13 +317,13 @@ def test_publisher_keeps_order_and_repeats_nothing_if_a_queue_refuses(rabbit):
                 break
         bound.delete()
     assert sorted(set(read)) == list(range(60))
-    # What had been accepted beyond the first refusal comes again; after that nothing does.
+    # Messages accepted after the first refusal are sent again; no later ones are.
     assert len(read) <= 60 + 10
 
 
 @contextmanager
 def consuming(rabbit, queue):
-    """Numbers of the messages that a consumer takes meanwhile, in their order."""
+    """Consume in the background; yield the numbers of the messages in their order."""
     read, end = [], threading.Event()
 
     def take(found):
@@ -374,7 +374,8 @@ def test_publisher_lets_no_message_overtake_a_refused_one(rabbit, kind):
 
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
 def test_publisher_has_few_messages_unconfirmed_on_a_queue_with_a_policy(rabbit, kind, caplog):
-    """Nobody is told of a policy. They could overtake it where a consumer makes room meanwhile."""
+    """RabbitMQ does not announce policies. Messages could overtake a refused one if a consumer
+    makes room in between."""
     rabbit.control("set_policy", "short", "^short$", json.dumps(BOUNDS), "--apply-to", "queues")
     queue = Queue("short", durable=True, queue_arguments={"x-queue-type": kind})
     publisher = for_app(Celery("shop", broker=rabbit.url, set_as_current=False))
@@ -471,7 +472,7 @@ def test_hold_queue_of_type_quorum_keeps_its_order(rabbit):
 
 
 def test_held_messages_that_cannot_be_read_are_set_aside(valkey, caplog):
-    """Anybody who can write to Redis could end the replication worker, again and again."""
+    """Every client that can write to Redis could end the replication worker again and again."""
     app = Celery("shop", broker=valkey.url, set_as_current=False)
     name = f"flash.paused.{uuid4()}"
     publisher = for_app(app)
@@ -491,7 +492,7 @@ def test_held_messages_that_cannot_be_read_are_set_aside(valkey, caplog):
 
 
 def test_held_messages_are_requeued_by_one_process(rabbit):
-    """One that was stopped holds messages that nobody else sees."""
+    """A stopped process holds messages that no other sees."""
     app = Celery("shop", broker=rabbit.url, set_as_current=False)
     name = f"flash.paused.{uuid4()}"
     queues = [app.amqp.queues["moved"], declared_queues.queue(app, name)]

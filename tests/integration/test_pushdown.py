@@ -1,4 +1,4 @@
-"""What PostgreSQL leaves out by itself: the same is told with and without it."""
+"""Row filters and column lists of PostgreSQL: the same changes are delivered with and without."""
 
 import itertools
 import os
@@ -391,7 +391,7 @@ def set_up(connection, prefix, subscriptions):
 
 
 def read(connection, prefix, subscriptions):
-    """What the handlers are told, without the numbers of rows, and how many rows were sent."""
+    """Return the deliveries without their ordinals, and the number of rows that were sent."""
     delivered = []
 
     def receiver(subscription, operation):

@@ -87,7 +87,7 @@ class Project:
         return said
 
     def left(self):
-        """What a test has left in the database."""
+        """List the slots and publications that a test has left in the database."""
         return self.database.execute(
             "SELECT slot_name::text FROM pg_replication_slots WHERE database = current_database() "
             "UNION SELECT pubname FROM pg_publication "
@@ -314,12 +314,10 @@ def test_plugin_leaves_production_objects_alone(shop, database):
 
 def test_plugin_names_a_transaction_that_stays_open(shop, database):
     with database.connect() as other:
-        other.execute("SET application_name = 'somebody'")
+        other.execute("SET application_name = 'a shell'")
         other.execute("BEGIN")
         other.execute("INSERT INTO orders VALUES (1, 'paid', 5)")
-        with pytest.raises(
-            TimeoutError, match=r"transactions are open.*: somebody \(PID \d+, idle"
-        ):
+        with pytest.raises(TimeoutError, match=r"transactions are open.*: a shell \(PID \d+, idle"):
             Live(shop, timeout=1).__enter__()
     assert database.one("SELECT count(*) FROM pg_publication") == 0
 

@@ -46,7 +46,7 @@ def proxy(valkey):
 
 @pytest.fixture
 def new_session():
-    """Publishers, each with the lease; and what it was told that there is."""
+    """Return a maker of publishers with the lease, each with the position that it found."""
     publishers = []
 
     def make(port, user=""):
@@ -67,7 +67,7 @@ def publisher(client, proxy, new_session):
 
 
 def lose(publisher, proxy, way, messages):
-    """Publish without getting the reply, and connect anew."""
+    """Publish without receiving the reply, and reconnect."""
     publisher.check()  # it has a connection
     proxy.stall(way, new=False)
     with pytest.raises(PublishError):
@@ -131,7 +131,7 @@ def test_push_that_failed_with_a_lost_reply_published_nothing(publisher, proxy, 
 
 
 def test_push_that_failed_and_then_does_not_arrive_published_nothing(publisher, proxy, client):
-    """What the first attempt has left behind says nothing of the second."""
+    """The state of the first attempt proves nothing about the second."""
     client.set("flash", "not a queue")
     with pytest.raises(PublishError):
         publisher.publish([message(1)])
@@ -192,7 +192,7 @@ def test_step_that_fails_is_repeated_and_never_acknowledged(new_session, what):
             publisher.publish(messages)
         assert failed.value.confirmed == 0
         mend(client)
-        # Whoever comes after a crash believes nothing of it, and whoever tries again neither.
+        # Neither a worker after a crash nor a retry relies on it.
         assert client.hget("_flash.1.slot", "writes") == b"0"
         publisher.open([])
         publisher.publish(messages)

@@ -105,7 +105,7 @@ def test_replay_slot_follows_and_is_dropped_by_a_reset(flash):
 
 
 def test_replay_slot_advances_across_restarts(flash):
-    """Each start would begin the window anew, and the WAL of all of them be kept."""
+    """Otherwise each start would begin a new window, and the WAL of all of them would be kept."""
     flash.start(flash_replay_window=3600)
     settings = Settings.from_app(flash.app)
     before = oldest(flash)

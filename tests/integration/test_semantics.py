@@ -1,4 +1,4 @@
-"""What a handler is told: transitions, fields, keys, old and new. Scenarios on a real server."""
+"""What a handler receives, on a real server: transitions, fields, keys, old and new."""
 
 import json
 import threading
@@ -265,7 +265,7 @@ def test_identity_changed_while_running_is_followed(flash):
     flash.handler("items", fields=["name"]).start()
     flash.do("INSERT INTO items VALUES (1, 'a', 'x')")
     flash.do("ALTER TABLE items REPLICA IDENTITY DEFAULT", "UPDATE items SET note = 'y'")
-    # Nobody can tell whether name changed, so it is told; nothing is dropped.
+    # Whether name changed is unknown, so the update is delivered.
     assert shown(flash.delivered()) == ["insert a", "update  -> a"]
     flash.wait(
         lambda: (
@@ -283,7 +283,7 @@ def test_unknown_old_values_are_logged_once_for_each_table(flash, caplog):
     for table in ("items", "others"):
         flash.do(f"INSERT INTO {table} VALUES (1, 'a', 'x'), (2, 'b', 'x'), (3, 'c', 'y')")
     flash.delivered()
-    # In one transaction, for it is mended as soon as it is noticed.
+    # In one transaction, because the worker repairs the identity as soon as it notices.
     flash.do(
         "BEGIN; ALTER TABLE items REPLICA IDENTITY DEFAULT; UPDATE items SET note = 'x';"
         "ALTER TABLE others REPLICA IDENTITY DEFAULT; UPDATE others SET name = 'b'; COMMIT"

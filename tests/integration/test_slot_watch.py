@@ -74,7 +74,7 @@ def test_missing_heartbeat_ends_the_stream(database, guard, clock):
     guard.check(Lsn(1), listening=True)  # writes it
     clock.now += 29
     guard.check(Lsn(1), listening=True)
-    # What it has written has to be decoded; a server that is at work has more time.
+    # Its writes have to be decoded; a server that is at work has more time.
     wait_until(lambda: not guard.server_is_busy(), "the server to be idle")
     clock.now += 2
     with pytest.raises(ReplicationError, match="has not come through the stream for 31 s"):
@@ -119,7 +119,7 @@ def test_heartbeat_does_not_keep_an_idle_server_awake(database, guard, clock):
     for _ in range(20):
         clock.now += 10
         guard.check(position(database), listening=True)
-    # What it notes by itself now and then has less than this.
+    # The WAL that the server writes by itself now and then is smaller.
     assert position(database) - before < 1024
 
 

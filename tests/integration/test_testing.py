@@ -39,7 +39,7 @@ def server(postgres):
 
 
 def written(server, name, text):
-    """What PostgreSQL writes for it, which a cast to text need not be."""
+    """Return the text that pgoutput sends, which a cast to text need not equal."""
     cursor = server.execute(sql.SQL("SELECT %s::{}").format(sql.SQL(name)), [text])
     return cursor.pgresult.get_value(0, 0)
 

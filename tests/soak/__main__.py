@@ -12,7 +12,7 @@ from benchmarks.machine import machine
 from tests.soak import report
 from tests.soak.run import run
 
-#: What is run for a broker, and for which part of its time.
+#: The runs of each broker, each with its share of the time.
 RUNS = {
     "redis": {"redis": 2 / 3, "sentinel": 1 / 3},
     "sentinel": {"sentinel": 1.0},

@@ -110,7 +110,7 @@ def excused(outcome, handler):
 
 
 def _rows(stage):
-    """What the changes lead to is what is in the tables."""
+    """Compare the rows that the changes lead to with the tables."""
     for table, rows in stage.ledger.rows.items():
         found = stage.execute(f"SELECT to_jsonb(t) FROM {table} AS t")
         there = {row["id"]: row for (row,) in found}

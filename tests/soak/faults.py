@@ -1,4 +1,4 @@
-"""What strikes at random. A fault harms and mends; what it returns mends the rest later."""
+"""Random faults. Each does harm and repairs it; it may return a function that repairs the rest."""
 
 import contextlib
 import signal
@@ -111,7 +111,7 @@ def _fill_broker(stage, choose):
 
 
 def _delete_queue(stage, choose):
-    """Of a handler that never runs: what goes with a queue, nobody can hand over."""
+    """Delete the queue of a handler that never runs: the messages in a deleted queue are lost."""
     if stage.kind != "rabbitmq":
         import redis
 

@@ -1,4 +1,4 @@
-"""What was committed, what was enqueued and what was handled, each by its identity."""
+"""Records of what was committed, enqueued and handled, each by its identity."""
 
 import struct
 import zlib

@@ -1,4 +1,4 @@
-"""Processes under a supervisor, which starts again whatever ends."""
+"""Processes under a supervisor, which restarts each that ends."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ class Process:
         self._arguments = arguments
         self._lives = 0
         self._asked = False
-        #: Ends that nobody asked for: when, and the exit code.
+        #: Unexpected ends: the time and the exit code.
         self.ends = []
         self.start()
 
@@ -85,7 +85,7 @@ class Process:
 
 
 class Vital(NamedTuple):
-    """What a process takes: bytes of memory, and open files."""
+    """The resources of a process: bytes of memory, and open files."""
 
     at: float
     pid: int
@@ -94,7 +94,7 @@ class Vital(NamedTuple):
 
 
 class Supervisor(threading.Thread):
-    """Looks after processes, and at what they take."""
+    """Restarts processes, and records their resources."""
 
     def __init__(self, processes, watched):
         super().__init__(daemon=True)

@@ -30,7 +30,7 @@ app.conf.update(
 if str(app.conf.broker_url).startswith(("redis", "sentinel")):
     app.conf.broker_transport_options = {
         **OPTIONS,
-        # What a killed worker had comes back within the run.
+        # The tasks of a killed worker return within the run.
         "visibility_timeout": 10,
         "unacked_restore_interval": 1,
         "unacked_restore_throttle": 1,
@@ -58,7 +58,7 @@ def note(task, argument):
 @on_change("probes", queue="each")
 @app.task(bind=True)
 def each(self, change):
-    """Told change by change; for `items` and what the run asks whether all is well with."""
+    """Receives single changes: of `items`, and of the probes of the run."""
     note(self, change)
 
 
@@ -66,7 +66,7 @@ def each(self, change):
 @on_change("orders", batch=BATCH, queue="many")
 @app.task(bind=True)
 def many(self, changes):
-    """Told in batches, of two tables."""
+    """Receives batches, of two tables."""
     note(self, changes)
 
 

@@ -22,7 +22,7 @@ _HEAD = (
 )
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "soak.md"
-#: What a section of docs/soak.md is called.
+#: Titles of the sections of docs/soak.md.
 _TITLES = {"redis": "Valkey", "sentinel": "Valkey, through Sentinel", "rabbitmq": "RabbitMQ"}
 
 

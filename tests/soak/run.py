@@ -9,8 +9,8 @@ from tests.soak import check
 from tests.soak.faults import FAILOVER, FAULTS
 from tests.soak.stage import Stage, Stalled
 
-#: Seconds in which everything must have been handled when nobody writes any more, as long as
-#: there is progress.
+#: Seconds after the last write in which everything must have been handled, as long as there is
+#: progress.
 _REST = 60.0
 
 
@@ -28,7 +28,7 @@ class Strike:
 
 @dataclass
 class Outcome:
-    """What a run has found; see `check` for the problems."""
+    """The outcome of a run; `check` finds the problems."""
 
     broker: str
     seed: object
@@ -36,11 +36,11 @@ class Outcome:
     strikes: list[Strike] = field(default_factory=list)
     #: Seconds with writers.
     seconds: float = 0.0
-    #: What must not be, each with what it is about.
+    #: Violations, each with the changes that it concerns.
     problems: list[str] = field(default_factory=list)
     ledger: object = None
     vitals: list = field(default_factory=list)
-    #: Ends of Celery workers that nobody asked for.
+    #: Unexpected ends of Celery workers.
     worker_ends: int = 0
 
 

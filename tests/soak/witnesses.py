@@ -58,7 +58,7 @@ class Witness(threading.Thread):
 
 
 class Truth(Witness):
-    """What PostgreSQL has committed, from a slot of its own."""
+    """The committed changes, read from a slot of its own."""
 
     pause = 0.5
     errors = (psycopg.Error,)
@@ -91,7 +91,7 @@ class Truth(Witness):
 
 
 class Tap(Witness):
-    """What is in the queue of the witness, in its order."""
+    """The messages in the queue of the witness, in order."""
 
     def note(self, body, task_id):
         now = time.time()

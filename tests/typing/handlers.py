@@ -1,4 +1,4 @@
-"""What a user's editor knows of handlers. Each line with a comment is checked by mypy --strict:
+"""The types of handlers that a user's editor infers. Each line with a comment is checked by mypy --strict:
 `# reveals: …` is what is revealed, `# error: …` what is refused."""
 # fmt: off
 

@@ -1,4 +1,4 @@
-"""What is left of a delivery that the broker may have in part."""
+"""The rest of a delivery that the broker may have in part."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a Celery worker does with a task that fails, on messages and brokers in memory."""
+"""Failed tasks in a Celery worker, with messages and brokers in memory."""
 
 from types import SimpleNamespace
 

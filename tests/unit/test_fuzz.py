@@ -1,4 +1,4 @@
-"""Bytes and JSON that nobody who means well has written: refused, each with the one error for it.
+"""Damaged and hostile bytes and JSON: refused, each with the one error for it.
 
 `FLASH_EXAMPLES` says how many of them (`make soak`).
 """

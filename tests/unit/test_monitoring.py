@@ -1,4 +1,4 @@
-"""What is said of a worker's health and history, and that documents name what there is."""
+"""Health, samples and metrics of a worker, and the documents that name them."""
 
 import json
 import logging

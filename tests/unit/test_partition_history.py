@@ -1,4 +1,4 @@
-"""What a row's partition was a partition of when it was written, as far as that is known."""
+"""The parents that a row's partition had when the row was written, as far as known."""
 
 import pytest
 

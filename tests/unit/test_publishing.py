@@ -227,7 +227,7 @@ def test_discard_while_connecting_publishes_nothing(thread):
 
 
 def test_publishing_stops_after_a_failure_and_keeps_the_first(thread):
-    """What the broker has lost would not be said, and what follows it would be confirmed."""
+    """The loss would not be logged, and what follows it would be confirmed."""
     control, errors = Control(), [ConfirmedLost("It is lost."), TakenOver("It is taken.")]
     publish = thread.publisher.publish
 

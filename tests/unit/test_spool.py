@@ -125,7 +125,7 @@ print("closed")
 
 
 def test_spool_closes_on_a_full_disk(tmp_path):
-    """What is buffered is written when the file is closed, and fails again."""
+    """Closing the file writes its buffer, which fails again."""
     code = [sys.executable, "-c", FULL, str(tmp_path)]
     ran = subprocess.run(code, capture_output=True, text=True, timeout=120)
     assert "cannot be spooled" in ran.stdout

@@ -1,4 +1,4 @@
-"""What is counted, and when."""
+"""Counters, and the time at which they count."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What the environment says: BOOKSHOP_DSN, BOOKSHOP_BROKER, BOOKSHOP_APPS."""
+"""Settings from the environment: BOOKSHOP_DSN, BOOKSHOP_BROKER, BOOKSHOP_APPS."""
 
 import os
 
