@@ -41,7 +41,7 @@ from kombu.exceptions import OperationalError
 from ..backoff import delays
 from ..errors import ProcessKilled, PublishError
 from ..escaping import escaped
-from ..messages.templates import HELD, Message, received_again
+from ..messages.task_message import HELD, Message, received_again
 from ..publishing import brokers, declared_queues
 from ..publishing.brokers.base import Publisher
 from ..settings import Settings

@@ -22,7 +22,7 @@ from ..changes import labels, payload
 from ..changes.change import Change, Changes
 from ..errors import PayloadError
 from ..escaping import escaped
-from ..messages.templates import HELD, Form, Message
+from ..messages.task_message import HELD, Form, Message
 from ..table_name import TableName
 
 VERSION = 1

@@ -19,7 +19,8 @@ from ..changes.payload import Delivery
 from ..changes.rows import UNCHANGED
 from ..errors import ChangeTooLarge
 from ..escaping import escaped
-from ..messages.templates import Message, Template, Templates
+from ..messages.task_message import Message
+from ..messages.templates import Template, Templates
 from ..protocol.pgoutput import Cell
 from . import letters
 
@@ -42,7 +43,7 @@ class Oversize:
         """
         error = error_of(template, delivery)
         _log(error)
-        return self._letter(template, delivery, error, template.most)
+        return self._letter(template, delivery, error, template.max_change_size)
 
     def fitting(self, messages: Sequence[Message], limit: int) -> list[Message]:
         """Return the messages, with others in place of those of more than `limit` bytes.
@@ -101,7 +102,7 @@ class Oversize:
 
 def error_of(template: Template, delivery: Delivery) -> ChangeTooLarge:
     """Return the error for the one change of a delivery, with more bytes than a setting allows."""
-    return _error(template, delivery, f"flash_max_change_size is {template.most}")
+    return _error(template, delivery, f"flash_max_change_size is {template.max_change_size}")
 
 
 def _error(template: Template, delivery: Delivery, limit: str) -> ChangeTooLarge:

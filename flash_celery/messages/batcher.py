@@ -1,4 +1,8 @@
-"""Deliveries → messages; batches are held meanwhile, and with them the position."""
+"""Collects messages for publishing, and fills batches.
+
+A batch that waits for more changes holds the position back: a unit of messages may be acknowledged
+only up to the first change that is still in a batch.
+"""
 
 from __future__ import annotations
 
@@ -16,44 +20,46 @@ from ..handlers.subscriptions import Subscription
 from ..protocol.lsn import Lsn
 from ..telemetry import Route
 from .deduplication import Deduplicator
-from .templates import Message, Template, Templates
+from .task_message import Message
+from .templates import Template, Templates
 
 #: Bytes of rows in one batch; a single row may have more.
 BATCH_BYTES = 4 << 20
-#: What a message takes in memory beside its body, roughly.
+#: Bytes of memory that a message takes beside its body, roughly.
 MESSAGE_BYTES = 1000
 
 
 class PublishBatch(NamedTuple):
-    """Messages, and the position that may be acknowledged once they are confirmed."""
+    """Messages to publish, and the position to acknowledge once they are confirmed."""
 
     messages: list[Message]
     position: Lsn
     size: int
-    #: How many changes of each kind are in it.
+    #: How many changes are in it, by what they are counted under.
     counts: Mapping[Route, int] = {}
-    #: When the oldest of them was committed, and the last, in seconds of Unix; 0 if unknown.
+    #: When the oldest and the latest change were committed, in seconds since 1970; 0 if unknown.
     committed: float = 0.0
     latest: float = 0.0
-    #: Whether a dead letter is among the messages.
+    #: Whether there is a dead letter among the messages.
     letters: bool = False
 
 
 @dataclass
 class _Batch:
-    """Changes waiting for more."""
+    """Changes that wait for more."""
 
-    #: The position before the first of them.
+    #: The position before the first change.
     since: Lsn
+    #: When it leaves even if it is not full, by the clock.
     due: float
-    #: How many more it takes.
+    #: How many more changes fit.
     room: int
     deliveries: list[Delivery] = field(default_factory=list)
     size: int = 0
     counts: defaultdict[Route, int] = field(default_factory=lambda: defaultdict(int))
 
     def take(self, delivery: Delivery) -> Delivery | None:
-        """Take as many rows as there is room for; what is left of the delivery."""
+        """Take as many rows as fit; return the rest of the delivery, or None."""
         rows = delivery.rows[: self.room] if len(delivery.rows) > self.room else delivery.rows
         size = sum(map(len, rows))
         if self.size + size > BATCH_BYTES:
@@ -69,7 +75,10 @@ class _Batch:
         return delivery._replace(rows=rest, ordinal=ordinal)
 
     def _fitting(self, rows: Sequence[bytes]) -> tuple[Sequence[bytes], int]:
-        """The first rows that have few enough bytes; a row that has more is alone."""
+        """Return the first rows that fit by their bytes, and how many bytes these are.
+
+        A row that does not fit into any batch is alone in one.
+        """
         size = 0
         for count, row in enumerate(rows):
             if self.size + size + len(row) > BATCH_BYTES and (count or self.deliveries):
@@ -79,9 +88,10 @@ class _Batch:
 
 
 class Batcher:
-    """Collects what one session has read, in order.
+    """Collects the messages of one session, in the order of the WAL.
 
-    `too_large` makes the message that stands for a change which no broker would take.
+    :param too_large: makes the dead letter for the one change of a delivery that is too large.
+    :param clock: the time by which batches are due.
     """
 
     def __init__(
@@ -98,34 +108,35 @@ class Batcher:
         self._committed = Lsn(0)
         self._deduplicator: Deduplicator | None = None
         self._counts: defaultdict[Route, int] = defaultdict(int)
+        #: Whether a dead letter is among the messages.
         self._letters = False
 
     def deduplicate(self, deduplicator: Deduplicator) -> None:
-        """Leave out what earlier sessions have enqueued."""
+        """Leave out changes that earlier sessions have enqueued."""
         self._deduplicator = deduplicator
 
     def add(self, template: Template, delivery: Delivery, route: Route | None = None) -> None:
-        """Take changes for one task, to be counted under `route`."""
+        """Add changes for one task, which are counted under `route`."""
         if self._deduplicator is not None:
             remaining = self._deduplicator.filter(template.key, delivery)
             if remaining is None:
                 return
             delivery = remaining
-        if max(map(len, delivery.rows)) > template.most:
-            self._sift(template, delivery, route)
+        if max(map(len, delivery.rows)) > template.max_change_size:
+            self._take_one_by_one(template, delivery, route)
         else:
             self._take(template, delivery, route)
 
-    def _sift(self, template: Template, delivery: Delivery, route: Route | None) -> None:
-        """Take the changes one by one, as some of them are too large."""
+    def _take_one_by_one(self, template: Template, delivery: Delivery, route: Route | None) -> None:
+        """Take changes of which some are too large."""
         for ordinal, row in enumerate(delivery.rows, delivery.ordinal):
-            one = delivery._replace(rows=[row], ordinal=ordinal)
-            if len(row) <= template.most:
-                self._take(template, one, route)
+            single = delivery._replace(rows=[row], ordinal=ordinal)
+            if len(row) <= template.max_change_size:
+                self._take(template, single, route)
                 continue
             if template in self._batches:
-                self._release(template)  # what comes after it must not leave before it
-            self._emit([self._too_large(template, one)])
+                self._release(template)  # its changes precede this one
+            self._emit([self._too_large(template, single)])
             self._letters = True
 
     def _take(self, template: Template, delivery: Delivery, route: Route | None) -> None:
@@ -140,18 +151,18 @@ class Batcher:
                 due = self._clock() + template.batch.wait
                 batch = _Batch(self._committed, due, template.batch.size)
                 self._batches[template] = batch
-            left = batch.take(delivery)
+            rest = batch.take(delivery)
             if route is not None:
-                taken = len(delivery.rows) - (len(left.rows) if left is not None else 0)
+                taken = len(delivery.rows) - (len(rest.rows) if rest is not None else 0)
                 batch.counts[route] += taken
-            if left is not None or not batch.room:
+            if rest is not None or not batch.room:
                 self._release(template)
-            if left is None:
+            if rest is None:
                 return
-            delivery = left
+            delivery = rest
 
     def commit(self, position: Lsn) -> None:
-        """Everything up to here has been added."""
+        """Note that everything up to a position has been added."""
         self._committed = position
         if self._deduplicator is not None and position > self._deduplicator.watermark:
             self._deduplicator = None
@@ -163,9 +174,12 @@ class Batcher:
         committed: float = 0.0,
         latest: float = 0.0,
     ) -> PublishBatch:
-        """What can leave now: batches only if they were due `held` seconds ago, or `everything`.
+        """Return the messages that can leave now, and forget them.
 
-        `committed` and `latest` are when its oldest and its last change were.
+        :param everything: release all batches, due or not.
+        :param held: seconds that batches wait beyond their time.
+        :param committed: when the oldest change was committed, for `PublishBatch`.
+        :param latest: when the latest change was committed.
         """
         now = self._clock() - held
         for template, batch in list(self._batches.items()):
@@ -173,16 +187,22 @@ class Batcher:
                 self._release(template)
         since = [batch.since for batch in self._batches.values()]
         position = min([self._committed, *since])
-        unit = PublishBatch(
-            *(self._messages, position, self.size, self._counts, committed, latest, self._letters)
+        collected = PublishBatch(
+            self._messages,
+            position,
+            self.size,
+            self._counts,
+            committed,
+            latest,
+            self._letters,
         )
         self._messages, self.size, self._counts = [], 0, defaultdict(int)
         self._letters = False
-        return unit
+        return collected
 
     @property
     def due(self) -> float | None:
-        """When the next batch has waited long enough, by the clock."""
+        """When the next batch is due, by the clock; None if there is none."""
         return min((batch.due for batch in self._batches.values()), default=None)
 
     def _release(self, template: Template) -> None:

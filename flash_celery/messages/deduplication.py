@@ -1,9 +1,9 @@
-"""What the broker has already, so that a crash before acknowledging enqueues nothing twice.
+"""Leaves out changes that the broker has already, so that a crash enqueues nothing twice.
 
-A broker that can keep a position in one step with the messages (Redis, by a script) tells it the
-next session, which leaves out what PostgreSQL sends again. A position alone would not do: a
-database that was restored reuses its LSNs. So a change is left out only where its transaction is
-the one that was enqueued: the same commit LSN, xid and commit time.
+A broker that can store a position in one step with the messages (Redis, by a script) returns it to
+the next session, which leaves out the changes that PostgreSQL sends again. A position alone is not
+enough, because a restored database reuses its LSNs. So a change is left out only if its transaction
+is the one that was enqueued: the same commit LSN, xid and commit time.
 """
 
 from __future__ import annotations
@@ -19,55 +19,59 @@ from ..changes.payload import Delivery
 from ..changes.rows import Transaction
 from ..protocol.lsn import Lsn
 
-#: The last change that one subscription of a template was told of: its transaction's commit LSN,
-#: its ordinal and part. Plain tuples, for there is one in every message.
+#: The last change of a subscription that a template has made a message of (the high-water mark):
+#: its commit LSN, ordinal and part. A plain tuple, because every message has one.
 Watermark: TypeAlias = tuple[int, int, int]
-#: Which changes are in a message: the last one of each subscription, by its number, and the
-#: identities of the transactions.
+#: The changes in a message: the watermark of each subscription, by number, and the identities of
+#: the transactions.
 Covered: TypeAlias = tuple[Collection[tuple[int, Watermark]], Collection[int]]
 NOTHING: Covered = (), ()
-#: Linux' monotonic clock stands still while the host is suspended, and leases run out meanwhile.
+#: Leases run out while the host is suspended, when the monotonic clock of Linux stands still.
 _CLOCK: int | None = getattr(time, "CLOCK_BOOTTIME", None)
 
 
 def now() -> float:
-    """Seconds on the clock of leases, which goes on while the host is suspended."""
+    """Return seconds on the clock of leases, which goes on while the host is suspended."""
     return time.monotonic() if _CLOCK is None else time.clock_gettime(_CLOCK)
 
 
 def identity(transaction: Transaction) -> int:
-    """64 bits that tell a transaction from every other one, in this history or another.
+    """Return 64 bits that identify a transaction, also across histories of a restored database.
 
-    A hash of numbers is the same in every process; where a release of Python changes it,
-    transactions are unknown, and enqueued again.
+    A hash of numbers is the same in every process. If a release of Python changes it, transactions
+    are not recognised, and are enqueued again.
     """
     return hash(transaction)
 
 
 @dataclass
 class Lease:
-    """One session's right to publish what it reads. It runs out, and the next session's ends it."""
+    """A session's right to publish what it reads, until it runs out or another session begins."""
 
-    #: The slot, and the server it is of.
+    #: The server and the slot.
     name: str
-    #: A digest of everything that decides which changes there are and how they are counted.
+    #: A digest of everything that determines which changes there are, and their ordinals.
     binding: str
     fencing_token: str = field(default_factory=lambda: uuid.uuid4().hex)
-    #: What PostgreSQL was told: nothing before it is sent again.
+    #: The position that was acknowledged; PostgreSQL sends nothing before it again.
     acknowledged: Lsn = Lsn(0)  # noqa: RUF009 - an int
-    #: Until when, by `now`, nobody else can have the slot; the session prolongs it.
+    #: When it runs out, by `now`; until then no other process can have the slot.
     until: float = math.inf
 
 
 class Deduplicator:
-    """What earlier sessions have enqueued and may not have acknowledged."""
+    """Filters out the changes that earlier sessions have enqueued.
+
+    :param marks: the watermarks, by template key and subscription number.
+    :param transactions: the identities of the transactions that were enqueued.
+    """
 
     def __init__(
         self, marks: Mapping[tuple[str, int], Watermark], transactions: Collection[int]
     ) -> None:
         self._marks = marks
         self._transactions = transactions
-        #: No change of a later transaction is among them.
+        #: The commit LSN of the last transaction with an enqueued change.
         self.watermark = max((mark[0] for mark in marks.values()), default=0)
 
     def filter(self, template: str, delivery: Delivery) -> Delivery | None:

@@ -1,4 +1,4 @@
-"""Which options a change's task is enqueued with, and to which one queue it goes."""
+"""The options of a change's task, and its one queue."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _JSON = "application/json"
 def resolve(
     app: Any, settings: Settings, subscription: Subscription, operation: Operation
 ) -> dict[str, Any]:
-    """The options of the task for this operation, with the name of its one queue.
+    """Return the options of the task for an operation, with the name of its one queue.
 
-    `on_change(queue=)` wins, then the task's own options, `flash_routes`, `task_routes`.
+    `on_change(queue=)` wins, then the task's own options, `flash_routes` and `task_routes`.
     """
     task = app.tasks[subscription.handler]
     own = {name: value for name, value in task._get_exec_options().items() if value is not None}
@@ -62,7 +62,10 @@ def resolve(
 
 
 def _takes_json(accepted: Any) -> bool:
-    """Whether workers with this `accept_content` do; a name in it may be known to them alone."""
+    """Return whether workers with this `accept_content` accept JSON.
+
+    A name in it may be registered in the workers only.
+    """
     if accepted is None or {"json", _JSON} & set(accepted):
         return True
     with suppress(SerializerNotInstalled):
@@ -75,8 +78,8 @@ def _flash_route(
 ) -> dict[str, Any]:
     table = subscription.table
     parts = (table.schema, table.name, *operation.names())
-    of = f"{subscription.source}:" if subscription.source else ""
-    name = of + ".".join(filter(None, parts))
+    source = f"{subscription.source}:" if subscription.source else ""
+    name = source + ".".join(filter(None, parts))
     for pattern, options in routes.items():
         if fnmatch.fnmatchcase(name, pattern):
             return {"queue": options} if isinstance(options, str) else dict(options)
@@ -91,7 +94,7 @@ def _task_route(app: Any, task: Any, options: Mapping[str, Any]) -> dict[str, An
 
 
 def _queue_bound(app: Any, options: Mapping[str, Any]) -> str | None:
-    """The queue that an exchange and routing key lead to."""
+    """Return the queue that an exchange and a routing key lead to."""
     key, exchange = options.get("routing_key"), options.get("exchange")
     exchange = getattr(exchange, "name", exchange)
     if exchange and not key:  # Celery would send it to no queue at all
@@ -109,7 +112,7 @@ def _queue_bound(app: Any, options: Mapping[str, Any]) -> str | None:
 
 
 def _declared(app: Any, queue: str, subscription: Subscription) -> str:
-    """The name of a queue on the broker; Celery knows it by its alias too."""
+    """Return the name of a queue on the broker; `task_queues` may have an alias for it."""
     try:
         return str(app.amqp.queues[queue].name)
     except KeyError:

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from ..messages.templates import Message
+from ..messages.task_message import Message
 from ..telemetry import Telemetry
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from kombu.entity import Queue
 
-from ..messages.templates import HELD, Message, received_again
+from ..messages.task_message import HELD, Message, received_again
 from ..provisioning.pauses import queue_of
 from . import declared_queues
 

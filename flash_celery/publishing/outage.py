@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ..errors import PublishError
-from ..messages.templates import Message
+from ..messages.task_message import Message
 from ..telemetry import Telemetry
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from kombu import compression
 from kombu.utils.json import loads
 
 from ..changes.change import Change, Changes
-from ..messages.templates import Message
+from ..messages.task_message import Message
 from . import tracing
 
 logger = logging.getLogger(__name__)

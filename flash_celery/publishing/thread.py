@@ -31,7 +31,7 @@ from ..backoff import delays
 from ..errors import ConfirmedLost, PublishError, TakenOver
 from ..messages.batcher import MESSAGE_BYTES, PublishBatch
 from ..messages.deduplication import Deduplicator, Lease, now
-from ..messages.templates import Message
+from ..messages.task_message import Message
 from ..telemetry import Telemetry
 from .backpressure import Backpressure
 from .brokers.base import Publisher

@@ -17,7 +17,7 @@ from importlib import metadata
 from typing import Any, TypeAlias
 
 from ..changes.change import Change
-from ..messages.templates import Message
+from ..messages.task_message import Message
 
 #: Ends a trace, in the context where it began; receives whether the message was published.
 End: TypeAlias = Callable[[bool], None]

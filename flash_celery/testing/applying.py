@@ -25,7 +25,8 @@ from ..errors import SubscriptionError
 from ..handlers.decorators import subscriptions_of
 from ..handlers.subscriptions import Subscription
 from ..messages.batcher import Batcher, BatcherSink
-from ..messages.templates import Message, Template, Templates
+from ..messages.task_message import Message
+from ..messages.templates import Template, Templates
 from ..postgres.catalog import CatalogColumn, CatalogTable
 from ..postgres.column_types import TypeDescription
 from ..protocol import pgoutput

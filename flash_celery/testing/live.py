@@ -19,7 +19,7 @@ from ..commands.reset import plan_reset, run_reset
 from ..errors import ConfigurationError
 from ..handlers.decorators import subscriptions_of
 from ..messages.deduplication import Deduplicator, Lease
-from ..messages.templates import Message
+from ..messages.task_message import Message
 from ..postgres.connection import connect
 from ..postgres.source import Source
 from ..publishing import brokers

@@ -14,7 +14,7 @@ from example_project.servers import Postgres, Valkey, wait_until
 from flash_celery.changes import payload
 from flash_celery.errors import TakenOver
 from flash_celery.messages.deduplication import Lease
-from flash_celery.messages.templates import Form, Message
+from flash_celery.messages.task_message import Form, Message
 from flash_celery.postgres.source import Source
 from flash_celery.provisioning import advisory_lock
 from flash_celery.publishing.brokers.redis import RedisPublisher

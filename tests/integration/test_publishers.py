@@ -17,7 +17,7 @@ from kombu import Queue
 
 from example_project.servers import Valkey, wait_until
 from flash_celery.errors import PublishError, Unroutable
-from flash_celery.messages.templates import HELD, Form, Message
+from flash_celery.messages.task_message import HELD, Form, Message
 from flash_celery.publishing import declared_queues
 from flash_celery.publishing.brokers import for_app
 from flash_celery.publishing.brokers.amqp import AmqpPublisher

@@ -13,7 +13,7 @@ from celery import Celery
 from example_project.servers import Valkey, wait_until
 from flash_celery.errors import ConfirmedLost, PublishError, TakenOver
 from flash_celery.messages.deduplication import Lease
-from flash_celery.messages.templates import Form, Message
+from flash_celery.messages.task_message import Form, Message
 from flash_celery.publishing.brokers.redis import RedisPublisher
 from tests.proxy import Proxy, Way
 

@@ -7,7 +7,8 @@ from flash_celery.changes.change import Operation
 from flash_celery.changes.payload import Delivery
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.handlers.decorators import subscriptions_of
-from flash_celery.messages.templates import Form, Message, Templates
+from flash_celery.messages.task_message import Form, Message
+from flash_celery.messages.templates import Templates
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
 from flash_celery.settings import Settings

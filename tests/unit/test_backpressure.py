@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from flash_celery.errors import PublishError
-from flash_celery.messages.templates import Form, Message
+from flash_celery.messages.task_message import Form, Message
 from flash_celery.publishing.backpressure import Backpressure, is_full
 
 FORMS = {queue: Form(queue, "handle", {}, {}) for queue in ("flash", "cleanup")}

@@ -22,7 +22,8 @@ from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.messages.batcher import PublishBatch
 from flash_celery.messages.deduplication import Lease
-from flash_celery.messages.templates import Form, Message, Templates
+from flash_celery.messages.task_message import Form, Message
+from flash_celery.messages.templates import Templates
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
 from flash_celery.publishing import signals as announcing

@@ -19,7 +19,7 @@ from amqp import Channel, ChannelError, PreconditionFailed, RecoverableConnectio
 from amqp.serialization import dumps
 
 from ...errors import NotConfirmed, PublishError, Unroutable
-from ...messages.templates import Form, Message
+from ...messages.task_message import Form, Message
 from .. import declared_queues
 from .base import TIMEOUT, ConnectedPublisher
 

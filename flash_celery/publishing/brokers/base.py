@@ -11,7 +11,7 @@ from kombu.utils.url import maybe_sanitize_url
 from ... import redis_extra
 from ...errors import ConfigurationError, PublishError
 from ...messages.deduplication import Deduplicator, Lease
-from ...messages.templates import Message
+from ...messages.task_message import Message
 
 #: Default seconds without an answer after which a broker counts as unreachable.
 TIMEOUT = 20.0

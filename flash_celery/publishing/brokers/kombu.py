@@ -7,7 +7,7 @@ from typing import Any
 
 from kombu.messaging import Producer
 
-from ...messages.templates import Message
+from ...messages.task_message import Message
 from .base import ConnectedPublisher
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...errors import PublishError, Unroutable
 from ...messages.deduplication import Deduplicator, Lease
-from ...messages.templates import Message
+from ...messages.task_message import Message
 
 
 class MemoryPublisher:

@@ -21,7 +21,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from ...messages.deduplication import Deduplicator, Lease
-from ...messages.templates import Form, Message
+from ...messages.task_message import Form, Message
 from .base import TIMEOUT, ConnectedPublisher
 from .redis_keys import literal_client, prefixed, queue_key
 from .redis_position import Command, RedisPosition, in_one_step

@@ -28,7 +28,7 @@ import redis
 
 from ...errors import ConfirmedLost, TakenOver
 from ...messages.deduplication import Deduplicator, Lease, Watermark
-from ...messages.templates import Message
+from ...messages.task_message import Message
 from ...protocol.lsn import Lsn
 
 #: A command of Redis: its name, a key and further arguments.

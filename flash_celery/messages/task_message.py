@@ -1,0 +1,136 @@
+"""A Celery task message (protocol 2), ready for a queue.
+
+Source: Celery documentation, chapter "Message Protocol".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .deduplication import NOTHING, Covered
+
+#: Header of a held message, with the queue and the priority that it is requeued with.
+HELD = "flash_parked"
+#: The delivery mode of AMQP for messages that survive a restart of the broker.
+PERSISTENT = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Form:
+    """The properties and headers that many messages have in common."""
+
+    queue: str
+    task: str
+    headers: Mapping[str, Any]
+    properties: Mapping[str, Any]
+    content_type: str = "application/json"
+    content_encoding: str = "utf-8"
+    #: The key of the template that made it, the same in every process with these settings.
+    template: str = ""
+
+
+class Message:
+    """A task message for a queue, through the default exchange.
+
+    Publishers encode its `form` once for many messages. A message whose `headers` or `properties`
+    were accessed is encoded by itself, because the caller may have altered them.
+
+    :param task_id: id of the task.
+    :param argsrepr: the arguments as Celery's logs and Flower show them.
+    :param body: the body, which is bytes if it is compressed.
+    :param covered: the changes that it holds, for deduplication.
+    """
+
+    __slots__ = ("_headers", "_properties", "argsrepr", "body", "covered", "form", "id")
+
+    def __init__(
+        self,
+        form: Form,
+        task_id: str,
+        argsrepr: str,
+        body: str | bytes,
+        covered: Covered = NOTHING,
+    ) -> None:
+        self.form = form
+        self.covered = covered
+        self.id = task_id
+        self.argsrepr = argsrepr
+        self.body = body
+        self._headers: dict[str, Any] | None = None
+        self._properties: dict[str, Any] | None = None
+
+    @classmethod
+    def alone(cls, form: Form, body: str | bytes) -> Message:
+        """Return a message that shares its form with no other, so it has all headers already."""
+        task_id, argsrepr = (str(form.headers.get(name, "")) for name in ("id", "argsrepr"))
+        message = cls(form, task_id, argsrepr, body)
+        message._headers, message._properties = dict(form.headers), dict(form.properties)
+        return message
+
+    @property
+    def content_type(self) -> str:
+        """The MIME type of the body."""
+        return self.form.content_type
+
+    @property
+    def content_encoding(self) -> str:
+        """The encoding of the body's text, or `binary`."""
+        return self.form.content_encoding
+
+    @property
+    def queue(self) -> str:
+        """The queue that it is published to."""
+        return self.form.queue
+
+    @property
+    def task(self) -> str:
+        """The name of the task."""
+        return self.form.task
+
+    @property
+    def headers(self) -> dict[str, Any]:
+        """Its headers, the same object each time."""
+        if self._headers is None:
+            own = {"id": self.id, "root_id": self.id, "argsrepr": self.argsrepr}
+            self._headers = {**self.form.headers, **own}
+        return self._headers
+
+    @property
+    def properties(self) -> dict[str, Any]:
+        """Its properties, the same object each time."""
+        if self._properties is None:
+            self._properties = {**self.form.properties, "correlation_id": self.id}
+        return self._properties
+
+    @property
+    def plain(self) -> bool:
+        """Whether it can be encoded with its form: its headers are unaltered, its body is text."""
+        return self._headers is self._properties is None and isinstance(self.body, str)
+
+
+def received_again(message: Any, where: str, headers: Mapping[str, Any]) -> Message:
+    """Return a message that a worker received, to publish it again behind those of a queue.
+
+    :param message: what kombu received.
+    :param where: the queue.
+    :param headers: headers to add.
+    """
+    kept = {
+        name: value
+        for name, value in message.headers.items()
+        if name != "compression" and not name.startswith("x-")
+    }
+    names = ("correlation_id", "reply_to", "priority")
+    properties = {name: message.properties[name] for name in names if name in message.properties}
+    form = Form(
+        where,
+        str(kept.get("task")),
+        {**kept, **headers},
+        {**properties, "delivery_mode": PERSISTENT},
+        message.content_type,
+        message.content_encoding,
+    )
+    body = message.body
+    return Message.alone(form, bytes(body) if isinstance(body, memoryview) else body)
