@@ -452,7 +452,7 @@ def test_hold_queue_of_type_quorum_keeps_its_order(rabbit):
     one.open(queues)
     one.publish([message(number, name) for number in range(1000)])
     other.open([])
-    taken = other._take(other._connection.channel(), name)
+    taken = other._get(other._connection.channel(), name)
     assert [found.headers["id"] for found in taken] == [str(number) for number in range(len(taken))]
     other._connection.connection.transport.sock.close()
     rooms = itertools.cycle(range(12))
