@@ -8,8 +8,8 @@ PROPERTIES := $(patsubst %,tests/integration/test_%.py,conditions pushdown trans
 # The tests start hundreds of processes, which would compile the package again each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo recording screenshots test unit bench soak long matrix celery django docs links lint types audit \
-	release clean
+.PHONY: demo recording screenshots test unit bench soak long matrix celery django docs links lint \
+	types audit release clean
 
 # The example shop with servers of its own, and a page on which to make changes. ARGS=--once ends by
 # itself, ARGS='--port 8000' sets the port of the page.

@@ -116,23 +116,26 @@ def certificates(tmp_path_factory):
     return Certificates(tmp_path_factory.mktemp("certificates"))
 
 
+class TlsRabbit(Rabbit):
+    """RabbitMQ that also listens on `tls_port`, so that the tests of TLS need no second node."""
+
+    def __init__(self, certificates):
+        self.tls_port = free_port()
+        super().__init__(
+            f"listeners.ssl.1 = 127.0.0.1:{self.tls_port}",
+            f"ssl_options.cacertfile = {certificates.authority}",
+            f"ssl_options.certfile = {certificates.certificate}",
+            f"ssl_options.keyfile = {certificates.key}",
+            "ssl_options.verify = verify_none",
+        )
+
+
 @pytest.fixture(scope="session")
 def rabbit(request):
     if not Rabbit.installed():
         missing("RabbitMQ (rabbitmq-server)")
-    # It takes its time to boot, so one node serves the tests of TLS too.
-    port, lines = free_port(), []
-    if shutil.which("openssl"):
-        made = request.getfixturevalue("certificates")
-        lines = [
-            f"listeners.ssl.1 = 127.0.0.1:{port}",
-            f"ssl_options.cacertfile = {made.authority}",
-            f"ssl_options.certfile = {made.certificate}",
-            f"ssl_options.keyfile = {made.key}",
-            "ssl_options.verify = verify_none",
-        ]
-    with Rabbit(*lines) as server:
-        server.tls_port = port
+    has_tls = shutil.which("openssl")
+    with TlsRabbit(request.getfixturevalue("certificates")) if has_tls else Rabbit() as server:
         yield server
 
 

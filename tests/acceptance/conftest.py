@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from example_project.servers import end_with_parent, wait_until
+from example_project.servers import wait_until
+from tests.processes import LoggedProcess
 
 HERE = Path(__file__).parent
 
@@ -54,16 +55,11 @@ class Shop:
         return ran
 
     def start(self, *arguments, **environment):
-        log = (self.folder / f"{len(self.processes)}.log").open("w")
-        process = subprocess.Popen(
+        process = LoggedProcess(
             self.command(*arguments),
+            self.folder / f"{len(self.processes)}.log",
             env={**self.environment, **environment},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            preexec_fn=end_with_parent(signal.SIGKILL),
         )
-        process.log = Path(log.name)
-        log.close()
         self.processes.append(process)
         return process
 

@@ -20,6 +20,14 @@ def pair():
             yield primary, standby
 
 
+class StandbyShop(Shop):
+    """The shop on a standby of the server `primary`."""
+
+    def __init__(self, standby, broker, folder, primary):
+        super().__init__(standby, broker, folder)
+        self.primary = primary
+
+
 @pytest.fixture
 def shop(pair, valkey, tmp_path):
     import redis
@@ -28,8 +36,7 @@ def shop(pair, valkey, tmp_path):
         client.flushall()
     primary, standby = (Database(server, "postgres") for server in pair)
     primary.execute("CREATE TABLE items (id int PRIMARY KEY, name text, note text)")
-    shop = Shop(standby, valkey, tmp_path)
-    shop.primary = primary
+    shop = StandbyShop(standby, valkey, tmp_path, primary)
     applied(shop)
     yield shop
     shop.close()

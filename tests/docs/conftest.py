@@ -3,14 +3,14 @@
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from example_project.servers import end_with_parent, wait_until
+from example_project.servers import wait_until
+from tests.processes import LoggedProcess
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -65,17 +65,12 @@ class Reader:
 
     def start(self, command):
         """A command that stays; its output is in `child.log`."""
-        path = self.folder / f"{len(self.children)}.log"
-        with path.open("w") as log:
-            child = subprocess.Popen(
-                shlex.split(command),
-                cwd=self.folder,
-                env=self.environment,
-                stdout=log,
-                stderr=log,
-                preexec_fn=end_with_parent(signal.SIGKILL),
-            )
-        child.log = path
+        child = LoggedProcess(
+            shlex.split(command),
+            self.folder / f"{len(self.children)}.log",
+            cwd=self.folder,
+            env=self.environment,
+        )
         self.children.append(child)
         return child
 

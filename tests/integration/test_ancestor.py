@@ -483,7 +483,6 @@ def large(request, flash):
     """A replication worker whose server sends transactions of a megabyte while they are open."""
     flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, name text)")
     options = "-c logical_decoding_work_mem=64kB"
-    flash.streaming = request.param
     flash.handler("items").start(
         flash_use_streaming=request.param,
         flash_dsn=psycopg.conninfo.make_conninfo(flash.database.dsn, options=options),

@@ -4,6 +4,7 @@ was restored, recreated or altered makes it omit a change."""
 import json
 import shutil
 import signal
+import threading
 from contextlib import contextmanager, suppress
 
 import pytest
@@ -20,6 +21,8 @@ from flash_celery.provisioning import advisory_lock
 from flash_celery.publishing.brokers.redis import RedisPublisher
 from flash_celery.publishing.brokers.redis_position import RedisPosition
 from flash_celery.settings import Settings
+
+from .conftest import Flash
 
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text)"
 
@@ -57,14 +60,23 @@ def ids(changes):
     return [(change.new if hasattr(change, "new") else change.old)["id"] for change in changes]
 
 
+class FlashOnRedis(Flash):
+    """A replication worker in this process that publishes to Redis."""
+
+    def __init__(self, database, app, valkey):
+        super().__init__(database, app)
+        self.valkey = valkey
+        app.conf.broker_url = valkey.url
+
+
 @pytest.fixture
-def on_redis(flash, valkey):
+def on_redis(database, new_app, valkey):
     with redis.Redis(port=valkey.port) as client:
         client.flushall()
-    flash.app.conf.broker_url = valkey.url
-    flash.database.execute(ITEMS)
-    flash.valkey = valkey
-    return flash
+    database.execute(ITEMS)
+    flash = FlashOnRedis(database, new_app(), valkey)
+    yield flash
+    flash.stop()
 
 
 def crash(flash, *statements, after=1):
@@ -238,17 +250,17 @@ def test_loss_noticed_while_stopping_is_logged(on_redis, caplog):
         """Loses everything once the worker is asked to stop."""
 
         def publish(self, messages):
-            if on_redis.lost:
+            if lost.is_set():
                 wait_until(lambda: on_redis.replicator.control.stopping, "the end")
                 with redis.Redis(port=on_redis.valkey.port) as client:
                     client.flushall()
             super().publish(messages)
 
-    on_redis.lost = False
+    lost = threading.Event()
     on_redis.handler("items")
     on_redis.publisher = Late(on_redis.app)
     on_redis.start().do("INSERT INTO items VALUES (1, 'a')")
-    on_redis.lost = True
+    lost.set()
     on_redis.database.execute("INSERT INTO items VALUES (2, 'b')")
     on_redis.wait(lambda: on_redis.replicator.telemetry.unconfirmed())
     on_redis.stop()
