@@ -113,7 +113,7 @@ def test_source_without_a_handler_is_named(shops, billing):
     shops.environment["SHOP_CONF"] = configured(("billing", billing.dsn), ("unused", billing.dsn))
     ended = shops.run("flash", "replicate", "--source", "unused")
     assert ended.returncode == 2
-    assert_refused(ended, "No handler names the source unused; declare one by")
+    assert_refused(ended, "No handler names the source unused; declare one with")
     doctor = shops.run("flash", "doctor", "--source", "unused")
     assert doctor.returncode == 1
     assert "STOP     sources: No handler names the source unused" in doctor.stdout
@@ -151,7 +151,7 @@ def test_sources_work_without_a_default_database(shops, billing):
     shops.environment |= {"SHOP_DSN": "", "SHOP_ITEMS": "billing:items", "SHOP_ALSO": ""}
     ended = shops.run("flash", "status")
     assert ended.returncode == 2
-    assert_refused(ended, "flash_dsn is not set: .* by --source: billing, unused")
+    assert_refused(ended, "flash_dsn is not set: .* with --source: billing, unused")
     shops.worker()
     shops.replicate("--source", "billing")
     billing.execute("INSERT INTO items VALUES (1, 'a')")

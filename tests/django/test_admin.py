@@ -248,7 +248,7 @@ def test_admin_shows_each_source(project, root, site_database):
 
 def test_admin_shows_a_wrong_setting(project, root):
     project.conf.flash_replica_identity = "ato"
-    assert "flash_replica_identity is" in page(root)
+    assert "flash_replica_identity must be" in page(root)
 
 
 def test_admin_shows_only_the_number_of_very_many_dead_letters(project, root, monkeypatch):
