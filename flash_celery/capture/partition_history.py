@@ -1,8 +1,8 @@
-"""What partitions are and were partitions of: a row belongs to what its partition was then.
+"""The tables that partitions belong and belonged to.
 
-PostgreSQL sends a row long after it was written, and its catalog tells of now only. It has been
-looked at before, though, and each look knows its position in the WAL: rows of transactions that
-committed after a look were written later, for who attaches or detaches a partition locks it.
+PostgreSQL sends a row long after it was written, but its catalog describes only the present. So
+snapshots of the catalog are kept, each with its position in the WAL. Rows of transactions that
+commit after a snapshot were written after it, because attaching or detaching a partition locks it.
 """
 
 from __future__ import annotations
@@ -12,61 +12,65 @@ from collections.abc import Iterable, Mapping
 from ..protocol.lsn import Lsn
 from ..table_name import TableName
 
-#: Ancestors, and the position up to which rows are theirs; None where that is not over.
+#: Ancestors, each with the position up to which rows belong to it; None for no end.
 Ancestors = Mapping[TableName, "Lsn | None"]
 
 
-class Ancestry:
-    """What has been seen of partitions, by OID, those that are gone included."""
+class PartitionHistory:
+    """The ancestors of partitions over time, by OID, including partitions that were dropped.
 
-    def __init__(self, noted: Mapping[int, Iterable[TableName]] | None = None) -> None:
-        self._noted: dict[int, frozenset[TableName]] = {}
-        self._looks: dict[int, list[tuple[Lsn, frozenset[TableName]]]] = {}
-        self.note(noted or {})
+    :param recorded: everything that each has been a partition of, with unknown ends.
+    """
+
+    def __init__(self, recorded: Mapping[int, Iterable[TableName]] | None = None) -> None:
+        self._recorded: dict[int, frozenset[TableName]] = {}
+        self._snapshots: dict[int, list[tuple[Lsn, frozenset[TableName]]]] = {}
+        self.record(recorded or {})
 
     def __contains__(self, oid: int) -> bool:
-        """Whether it is noted."""
-        return oid in self._noted
+        """Return whether a partition is recorded."""
+        return oid in self._recorded
 
-    def note(self, noted: Mapping[int, Iterable[TableName]]) -> None:
-        """Everything these have been partitions of, nobody knows until when."""
-        for oid, ancestors in noted.items():
-            self._noted[oid] = self._noted.get(oid, frozenset()).union(ancestors)
+    def record(self, ancestors: Mapping[int, Iterable[TableName]]) -> None:
+        """Add tables that these have been partitions of, with unknown ends."""
+        for oid, tables in ancestors.items():
+            self._recorded[oid] = self._recorded.get(oid, frozenset()).union(tables)
 
-    def look(self, position: Lsn, now: Mapping[int, Iterable[TableName]]) -> None:
-        """What all partitions are, in the catalog of a moment before this position."""
-        for oid in {*self._noted, *self._looks, *now}:
-            self.saw(oid, position, now.get(oid, ()))
+    def add_snapshot(self, position: Lsn, ancestors: Mapping[int, Iterable[TableName]]) -> None:
+        """Add the ancestors of all partitions, read just before this position."""
+        for oid in {*self._recorded, *self._snapshots, *ancestors}:
+            self.observe(oid, position, ancestors.get(oid, ()))
 
-    def saw(self, oid: int, position: Lsn, ancestors: Iterable[TableName]) -> None:
-        """What one of them is, in the catalog of a moment before this position."""
-        looks, found = self._looks.setdefault(oid, []), frozenset(ancestors)
-        while looks and looks[-1][0] > position:
-            looks.pop()  # the server was restored: this is yet to come again
-        if not looks or looks[-1][1] != found:
-            looks.append((position, found))
+    def observe(self, oid: int, position: Lsn, ancestors: Iterable[TableName]) -> None:
+        """Add the ancestors of one partition, read just before this position."""
+        snapshots, tables = self._snapshots.setdefault(oid, []), frozenset(ancestors)
+        while snapshots and snapshots[-1][0] > position:
+            snapshots.pop()  # the server was restored to a time before this snapshot
+        if not snapshots or snapshots[-1][1] != tables:
+            snapshots.append((position, tables))
 
     def latest(self, oid: int) -> frozenset[TableName] | None:
-        """What was seen last; None if it has not been looked at."""
-        return self._looks[oid][-1][1] if oid in self._looks else None
+        """Return the ancestors in the last snapshot; None if there is none."""
+        return self._snapshots[oid][-1][1] if oid in self._snapshots else None
 
-    def ever(self, oid: int) -> frozenset[TableName]:
-        """Everything that it is known to have been a partition of."""
-        looks = (found for _, found in self._looks.get(oid, ()))
-        return self._noted.get(oid, frozenset[TableName]()).union(*looks)
+    def all_of(self, oid: int) -> frozenset[TableName]:
+        """Return every table that it is known to have been a partition of."""
+        observed = (tables for _, tables in self._snapshots.get(oid, ()))
+        return self._recorded.get(oid, frozenset[TableName]()).union(*observed)
 
     def names(self) -> set[TableName]:
-        """What any of them is noted to have been a partition of."""
-        return set().union(*self._noted.values())
+        """Return every table that some partition is recorded to have belonged to."""
+        return set().union(*self._recorded.values())
 
     def at(self, oid: int, position: Lsn) -> Ancestors:
-        """What rows of a transaction that committed there belong to.
+        """Return the tables that rows belong to whose transaction committed at this position.
 
-        Between two looks that is what the first one saw, or the second: better both than neither.
+        Between two snapshots the parent is ambiguous; both are returned, so that no handler
+        misses the row.
         """
-        before, until = self._noted.get(oid, frozenset()), None
-        for until, found in self._looks.get(oid, ()):
-            if until > position:
-                return {**dict.fromkeys(before, until), **dict.fromkeys(found)}
-            before = found
+        before, end = self._recorded.get(oid, frozenset()), None
+        for end, tables in self._snapshots.get(oid, ()):
+            if end > position:
+                return {**dict.fromkeys(before, end), **dict.fromkeys(tables)}
+            before = tables
         return dict.fromkeys(before)

@@ -1,4 +1,4 @@
-"""What the catalog says of a relation that turns up in the stream."""
+"""Describes the relations of a stream, from the catalog and the history of partitions."""
 
 from __future__ import annotations
 
@@ -20,41 +20,50 @@ from ..postgres.column_types import TypeDescription
 from ..protocol import pgoutput
 from ..protocol.lsn import Lsn
 from ..table_name import TableName
-from .partition_history import Ancestors, Ancestry
+from .partition_history import Ancestors, PartitionHistory
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that a transaction may take to be seen by others, and between two looks.
-_VISIBLE_SECONDS, _VISIBLE_PAUSE = 2.0, 0.002
-_GONE = "Rows of %s arrive that were written for a handler that is gone"
-_GUESSED = "Rows of %s arrive, which came and went as a partition unseen; they are told as %s's"
-_NOBODY = (
-    "Rows of %s are told to nobody: it came and went as a partition unseen, and of which table "
-    "cannot be known any more; rebuild what depends on them"
+#: Seconds that a transaction may take to become visible to other sessions.
+_VISIBLE_SECONDS = 2.0
+#: Seconds between two checks of that.
+_VISIBLE_PAUSE = 0.002
+_HANDLER_GONE = "Rows of %s arrive that were written for a handler that is gone"
+_INFERRED = (
+    "Partition %s was created and removed between two snapshots of the catalog; delivering its "
+    "rows as rows of %s"
+)
+_NOT_DELIVERED = (
+    "Rows of %s are not delivered: it was created and removed as a partition between two snapshots "
+    "of the catalog, so its table is unknown; rebuild what depends on these rows"
 )
 
 
 class RelationCatalog:
-    """The catalog, over an ordinary connection, and what is remembered of it."""
+    """The catalog, over an ordinary connection, and the history of partitions.
+
+    :param connection: in autocommit, to the stream's database.
+    :param history: the history of partitions. Default: an empty one.
+    """
 
     def __init__(
-        self, connection: psycopg.Connection[Any], ancestry: Ancestry | None = None
+        self, connection: psycopg.Connection[Any], history: PartitionHistory | None = None
     ) -> None:
         self._connection = connection
-        self._ancestry = ancestry or Ancestry()
+        self._history = history or PartitionHistory()
 
     def settle(self, transaction: Transaction) -> None:
-        """Wait until the catalog shows what a transaction made, which may be what is looked up.
+        """Wait until the catalog shows what a transaction has changed.
 
-        Replication tells of a commit before others see it: moments before, or as long as a
-        synchronous standby takes. Raises `ReplicationError` if that is long.
+        A commit is replicated before other sessions see it: moments before, or as long as a
+        synchronous standby takes. Raises `ReplicationError` after two seconds.
         """
         deadline = time.monotonic() + _VISIBLE_SECONDS
         while not catalog.is_visible(self._connection, transaction.xid):
             if time.monotonic() > deadline:
                 raise ReplicationError(
-                    f"PostgreSQL does not show others transaction {transaction.xid} yet, which it "
-                    "has sent (a synchronous standby does not confirm it?); connecting anew."
+                    f"Transaction {transaction.xid}, which PostgreSQL has sent, is not visible to "
+                    "other sessions yet (does a synchronous standby not confirm it?); reconnecting."
                 )
             time.sleep(_VISIBLE_PAUSE)
 
@@ -65,39 +74,46 @@ class RelationCatalog:
         position: Lsn,
         handled: frozenset[TableName],
     ) -> Ancestors:
-        """What rows of a transaction that committed at this position belong to, beside the table
-        itself; `handled` are the tables of handlers."""
-        found = frozenset(now.ancestors if now else ())
-        seen = self._ancestry.latest(relation.oid) or frozenset()
-        if found != seen:
+        """Return the tables that rows belong to, besides their own.
+
+        :param relation: the relation of the rows.
+        :param now: the same relation in the catalog; None if it was dropped.
+        :param position: where their transaction committed.
+        :param handled: the tables of handlers.
+        """
+        current = frozenset(now.ancestors if now else ())
+        last_seen = self._history.latest(relation.oid) or frozenset()
+        if current != last_seen:
             position_now = Lsn.parse(slots.position_and_time(self._connection)[0])
-            self._ancestry.saw(relation.oid, position_now, found)
-        # A commit that others do not see yet may lie before a look that has not seen it either.
-        unseen = dict.fromkeys(found - seen)
-        ancestors = {**self._ancestry.at(relation.oid, position), **unseen}
+            self._history.observe(relation.oid, position_now, current)
+        # A commit that was not visible yet may precede a snapshot that does not show it.
+        unseen = dict.fromkeys(current - last_seen)
+        ancestors = {**self._history.at(relation.oid, position), **unseen}
         own = TableName(relation.schema, relation.name)
         if handled.isdisjoint((own, *ancestors)):
-            return dict.fromkeys(self._unseen(relation, own, found, handled))
+            return dict.fromkeys(self._infer(relation, own, current, handled))
         return ancestors
 
-    def _unseen(
+    def _infer(
         self,
         relation: pgoutput.Relation,
         own: TableName,
         now: frozenset[TableName],
         handled: frozenset[TableName],
     ) -> Collection[TableName]:
-        """Whose rows these are: PostgreSQL sends them, so somebody's they were.
+        """Infer the tables of rows from an unknown partition.
 
-        A table that was published by itself is noted under its own name when that ends.
+        PostgreSQL sends them, so a handler's table was published with them when they were written.
+        A table that was published by itself is recorded under its own name when that ends.
         """
-        ever = self._ancestry.ever(relation.oid)
-        if ever & handled and own not in ever:
-            return ever & handled
-        known = ever or relation.oid in self._ancestry or now & self._ancestry.names()
-        candidates = [] if known else self._partitioned(handled)
+        former = self._history.all_of(relation.oid)
+        if former & handled and own not in former:
+            return former & handled
+        is_known = former or relation.oid in self._history or now & self._history.names()
+        candidates = [] if is_known else self._partitioned(handled)
         if not candidates:
-            return _say(logging.WARNING, _GONE, own)
+            _log(logging.WARNING, _HANDLER_GONE, own)
+            return ()
         columns = {(column.name, column.type_oid) for column in relation.columns}
         fitting = {
             table.name: table.ancestors
@@ -106,8 +122,9 @@ class RelationCatalog:
         }
         roots = [name for name, above in fitting.items() if fitting.keys().isdisjoint(above)]
         if len(roots) != 1:
-            return _say(logging.ERROR, _NOBODY, own)
-        _say(logging.WARNING, _GUESSED, own, escaped(str(roots[0])))
+            _log(logging.ERROR, _NOT_DELIVERED, own)
+            return ()
+        _log(logging.WARNING, _INFERRED, own, escaped(str(roots[0])))
         return roots
 
     def _partitioned(self, names: Iterable[TableName]) -> list[CatalogTable]:
@@ -115,20 +132,22 @@ class RelationCatalog:
         return [table for table in tables if table and table.kind == catalog.PARTITIONED]
 
     def table(self, oid: int) -> CatalogTable | None:
-        """The table as it is now; None if it has been dropped."""
+        """Return the table as it is now; None if it was dropped."""
         return catalog.describe(self._connection, oid)
 
     def types(self, oids: Iterable[int]) -> dict[int, TypeDescription]:
-        """How values of these types are read."""
+        """Describe the types with these OIDs."""
         return column_types.describe(self._connection, oids)
 
     def matcher(
         self, oid: int, condition: Condition, types: Mapping[str, int]
     ) -> Callable[[Cells], bool] | None:
-        """The predicate of a condition on columns of these types."""
+        """Return the predicate of a condition on columns of these types.
+
+        None if the types have been altered since the rows were written.
+        """
         return column_types.matcher(self._connection, oid, condition, types)
 
 
-def _say(level: int, message: str, table: TableName, *more: object) -> tuple[()]:
+def _log(level: int, message: str, table: TableName, *more: object) -> None:
     logger.log(level, message, escaped(str(table)), *more, extra={"table": str(table)})
-    return ()

@@ -1,13 +1,14 @@
-"""Which subscriptions a row is for: looked up by the first five bytes of its message.
+"""Finds the subscriptions that a row is for, by the first five bytes of its message.
 
-A row nobody filters is forwarded as PostgreSQL wrote it; only `fields`, `where` and `key` look
-inside.
+These are its operation and the OID of its relation. A row is forwarded as PostgreSQL wrote it,
+unless `fields`, `where` or `key` of the subscription require reading it.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 from ..changes.operations import Operation, Part
@@ -32,10 +33,10 @@ logger = logging.getLogger(__name__)
 Receiver = Callable[[Delivery], object]
 #: Takes neighbouring rows, their transaction and the ordinal of the first.
 RunReceiver = Callable[[Sequence[bytes], Transaction, int], None]
-_NOBODY: dict[str, RunReceiver] = {}
-#: Fields of composite columns that a table's description tells of, and so each of its messages;
-#: a column that goes beyond it is text. A composite of composites can have millions.
-MOST_FIELDS = 2000
+_NO_ROUTES: dict[str, RunReceiver] = {}
+#: How many fields of composite columns the description of a table may have, which is in each of its
+#: messages. A column beyond that is delivered as text. A composite of composites can have millions.
+MAX_FIELDS = 2000
 _TAGS = {Operation.INSERT: b"I", Operation.UPDATE: b"U", Operation.DELETE: b"D"}
 
 
@@ -63,14 +64,14 @@ class Router:
         telemetry: Telemetry | None = None,
     ) -> None:
         self._subscriptions = subscriptions
-        self._handled = frozenset(one.table for one in subscriptions)
+        self._handled = frozenset(subscription.table for subscription in subscriptions)
         self._catalog = catalog
         self._sink = sink
         self._telemetry = telemetry or Telemetry()
-        #: What rows are counted under, by their first five bytes.
-        self._kinds: dict[bytes, Tally] = {}
+        #: The counters of rows, by the first five bytes of a message.
+        self._tallies: dict[bytes, Tally] = {}
         self._unknown = Tally()
-        #: By the first five bytes of a row, and by handler.
+        #: By the first five bytes of a message, and by handler.
         self._routes: dict[bytes, dict[str, RunReceiver]] = {}
         self._truncates: dict[int, list[RunReceiver]] = {}
         self._messages: dict[str, list[RunReceiver]] = {}
@@ -80,24 +81,26 @@ class Router:
                 table = Table("", subscription.prefix, None, "n", (), (), source)
                 route = self._forward(subscription, Operation.MESSAGE, table, Part.MESSAGE)
                 self._messages.setdefault(subscription.prefix, []).append(route)
-        #: Rows that were judged without their old values.
-        self.unjudged = 0
+        #: Tables that a warning about unevaluated rows was logged for.
         self._warned: set[TableName] = set()
 
     def rows(
         self, kind: bytes, rows: Sequence[bytes], transaction: Transaction, ordinal: int
     ) -> None:
-        """Route neighbouring Insert, Update or Delete messages of one relation, their `kind`."""
-        self._kinds.get(kind, self._unknown).number += len(rows)
-        for route in self._routes.get(kind, _NOBODY).values():
+        """Route neighbouring Insert, Update or Delete messages of one relation.
+
+        `kind` is the first five bytes of each, and `ordinal` that of the first row.
+        """
+        self._tallies.get(kind, self._unknown).number += len(rows)
+        for route in self._routes.get(kind, _NO_ROUTES).values():
             route(rows, transaction, ordinal)
 
     def truncate(self, oids: Sequence[int], transaction: Transaction, ordinal: int) -> None:
-        """Route a TRUNCATE; each relation of it counts as a row, and a partition as one."""
-        for place, oid in enumerate(oids):
-            self._kinds.get(b"T" + oid.to_bytes(4, "big"), self._unknown).number += 1
+        """Route a TRUNCATE; each of its relations counts as a row, partitions included."""
+        for position, oid in enumerate(oids, ordinal):
+            self._tallies.get(b"T" + oid.to_bytes(4, "big"), self._unknown).number += 1
             for route in self._truncates.get(oid, ()):
-                route([TRUNCATED], transaction, ordinal + place)
+                route([TRUNCATED], transaction, position)
 
     def message(
         self, message: pgoutput.LogicalMessage, transaction: Transaction, ordinal: int
@@ -108,9 +111,9 @@ class Router:
             route([message_row(message.content)], transaction, ordinal)
 
     def relation(self, relation: pgoutput.Relation, transaction: Transaction) -> None:
-        """Learn a relation, or what a transaction has made of it.
+        """Learn a relation, or how a transaction has altered it.
 
-        Raises `SubscriptionError` if a column that a subscription names is not there any more.
+        Raises `SubscriptionError` if a column that a subscription names no longer exists.
         """
         self._catalog.settle(transaction)
         self._forget(relation.oid)
@@ -120,17 +123,21 @@ class Router:
             relation, described, transaction.commit_lsn, self._handled
         )
         types = self._catalog.types([column.type_oid for column in relation.columns])
-        wanted = [one for one in self._subscriptions if one.table in (own, *ancestors)]
-        # Partitions, of which there may be thousands, are counted as their table.
-        counted = str(wanted[0].table if wanted else own)
+        interested = [
+            subscription
+            for subscription in self._subscriptions
+            if subscription.table in (own, *ancestors)
+        ]
+        # There may be thousands of partitions, so they are counted as their table.
+        counted = str(interested[0].table if interested else own)
         for operation, tag in (*_TAGS.items(), (Operation.TRUNCATE, b"T")):
             tally = self._telemetry.tally(counted, operation.names()[0])
-            self._kinds[tag + relation.oid.to_bytes(4, "big")] = tally
-        for subscription in wanted:
+            self._tallies[tag + relation.oid.to_bytes(4, "big")] = tally
+        for subscription in interested:
             _require_columns(subscription, relation, described)
             table = _table(subscription, relation, described, types, bool(ancestors))
-            until = ancestors.get(subscription.table) if subscription.table != own else None
-            self._add(subscription, relation, table, until)
+            end = ancestors.get(subscription.table) if subscription.table != own else None
+            self._add(subscription, relation, table, end)
 
     def _forget(self, oid: int) -> None:
         number = oid.to_bytes(4, "big")
@@ -143,37 +150,36 @@ class Router:
         subscription: Subscription,
         relation: pgoutput.Relation,
         table: Table,
-        until: Lsn | None,
+        end: Lsn | None,
     ) -> None:
         if Operation.TRUNCATE in subscription.operations:
             route = self._forward(subscription, Operation.TRUNCATE, table)
-            self._truncates.setdefault(relation.oid, []).append(_until(until, route))
-        plain = not (subscription.fields or subscription.where or subscription.key)
+            self._truncates.setdefault(relation.oid, []).append(_before(end, route))
         transitions = None
-        if not plain:
+        if subscription.fields or subscription.where or subscription.key:
             transitions = Transitions(
                 subscription,
                 table,
                 relation.columns,
                 self._matcher(subscription, relation),
-                lambda: self._judged(subscription.table),
+                partial(self._note_unevaluated, subscription.table),
             )
         for operation, tag in _TAGS.items():
             if operation in subscription.captured:
                 if transitions is None:
                     route = self._forward(subscription, operation, table)
                 else:
-                    route = self._judge(subscription, table, transitions)
-                route = _until(until, route)
+                    route = self._evaluate(subscription, table, transitions)
+                route = _before(end, route)
                 kind = tag + relation.oid.to_bytes(4, "big")
                 routes = self._routes.setdefault(kind, {})
                 other = routes.get(subscription.handler)
-                routes[subscription.handler] = _in_turn(other, route) if other else route
+                routes[subscription.handler] = _row_by_row(other, route) if other else route
 
     def _matcher(
         self, subscription: Subscription, relation: pgoutput.Relation
     ) -> Callable[[Cells], bool] | None:
-        """The predicate, unless the rows were written before all its columns were there."""
+        """Return the predicate; None if the rows lack a column, which was added later."""
         types = {column.name: column.type_oid for column in relation.columns}
         where = subscription.where
         if where is None or not where.columns <= types.keys():
@@ -197,7 +203,7 @@ class Router:
 
         return forward
 
-    def _judge(
+    def _evaluate(
         self,
         subscription: Subscription,
         table: Table,
@@ -216,70 +222,77 @@ class Router:
 
         return evaluated
 
-    def _judged(self, table: TableName) -> None:
-        self.unjudged += 1
+    def _note_unevaluated(self, table: TableName) -> None:
         self._telemetry.unevaluated[str(table)] += 1
         if table not in self._warned:
             self._warned.add(table)
             logger.warning(
-                "%s: rows that lack old values or columns (written before its replica identity was "
-                "set, or a column added), or hold what cannot be compared here, are judged by what "
-                "is known of them",
+                "%s: cannot evaluate `where`, `fields` or `key` for rows that lack old values or "
+                "columns (written before its replica identity was set, or a column added) or hold "
+                "values that cannot be compared; delivering those that may match",
                 escaped(str(table)),
                 extra={"table": str(table)},
             )
 
 
-def _until(position: Lsn | None, route: RunReceiver) -> RunReceiver:
-    """A partition's former table: it is told of what was committed before this position."""
-    if position is None:
+def _before(end: Lsn | None, route: RunReceiver) -> RunReceiver:
+    """Return a route for a former table of a partition, which gets what committed before `end`."""
+    if end is None:
         return route
 
-    def until(rows: Sequence[bytes], transaction: Transaction, ordinal: int) -> None:
-        if transaction.commit_lsn < position:
+    def before(rows: Sequence[bytes], transaction: Transaction, ordinal: int) -> None:
+        if transaction.commit_lsn < end:
             route(rows, transaction, ordinal)
 
-    return until
+    return before
 
 
-def _in_turn(first: RunReceiver, second: RunReceiver) -> RunReceiver:
-    """Two subscriptions of one handler: it is told of each row before the next one."""
+def _row_by_row(first: RunReceiver, second: RunReceiver) -> RunReceiver:
+    """Return a route for two subscriptions of one handler, which gets the rows in order."""
 
     def both(rows: Sequence[bytes], transaction: Transaction, ordinal: int) -> None:
-        for place, row in enumerate(rows, ordinal):
-            first([row], transaction, place)
-            second([row], transaction, place)
+        for position, row in enumerate(rows, ordinal):
+            first([row], transaction, position)
+            second([row], transaction, position)
 
     return both
 
 
 def _require_columns(
-    subscription: Subscription, relation: pgoutput.Relation, now: CatalogTable | None
+    subscription: Subscription, relation: pgoutput.Relation, described: CatalogTable | None
 ) -> None:
     missing = subscription.columns - {column.name for column in relation.columns}
-    # A column that is there now was added after these rows were written: it is unknown in them.
-    if missing and (now is None or not missing <= now.columns.keys()):
+    # A column that exists now was added after these rows were written.
+    if missing and (described is None or not missing <= described.columns.keys()):
         raise SubscriptionError(
             f"{subscription.handler} names the column {', '.join(sorted(missing))} of "
-            f"{subscription.table}, which is not there any more; change its on_change."
+            f"{subscription.table}, which no longer exists; change its on_change."
         )
 
 
 def _columns(
     columns: Iterable[pgoutput.Column], types: Mapping[int, TypeDescription], fields: frozenset[str]
 ) -> Iterator[Column]:
-    """Columns as their handler sees them."""
-    left = MOST_FIELDS
+    """Describe columns as their handler sees them."""
+    left = MAX_FIELDS
     for column in columns:
-        of = types.get(column.type_oid, TEXT)
-        of = of if of.size <= left else TEXT
-        left -= of.size
-        yield _described(column.name, of, column.key, column.name in fields)
+        column_type = types.get(column.type_oid, TEXT)
+        column_type = column_type if column_type.size <= left else TEXT
+        left -= column_type.size
+        yield _column(column.name, column_type, column.key, column.name in fields)
 
 
-def _described(name: str, of: TypeDescription, identity: bool, delivered: bool) -> Column:
-    fields = tuple(_described(field, inner, False, True) for field, inner in of.fields)
-    return Column(name, of.base_oid, of.name, identity, delivered, fields, of.array)
+def _column(name: str, column_type: TypeDescription, identity: bool, delivered: bool) -> Column:
+    fields = tuple(_column(field, inner, False, True) for field, inner in column_type.fields)
+    return Column(
+        name,
+        column_type.base_oid,
+        column_type.name,
+        identity,
+        delivered,
+        fields,
+        column_type.array,
+    )
 
 
 def _table(
@@ -289,7 +302,7 @@ def _table(
     types: Mapping[int, TypeDescription],
     partition: bool,
 ) -> Table:
-    """The table as the handler of this subscription sees it."""
+    """Describe a table as the handler of a subscription sees it."""
     own = TableName(relation.schema, relation.name)
     names = {column.name for column in relation.columns}
     key = subscription.key or ()
@@ -309,7 +322,9 @@ def _table(
 
 def _key(relation: pgoutput.Relation, described: CatalogTable | None) -> tuple[str, ...]:
     names = [column.name for column in relation.columns]
-    flagged = tuple(c.name for c in relation.columns if c.key and relation.identity in "di")
-    known = (described.primary_key or described.index_key) if described else ()
-    key = known if known and set(known) <= set(names) else flagged
+    identity = tuple(
+        column.name for column in relation.columns if column.key and relation.identity in "di"
+    )
+    catalog_key = (described.primary_key or described.index_key) if described else ()
+    key = catalog_key if catalog_key and set(catalog_key) <= set(names) else identity
     return key or tuple(names)

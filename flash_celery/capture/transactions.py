@@ -1,7 +1,7 @@
-"""Messages of pgoutput → the rows of committed transactions, numbered.
+"""Assembles committed transactions from messages of pgoutput, and numbers their rows.
 
-Without streaming the server sends a transaction once it has committed, in commit order, so rows
-are passed on as they come. With streaming it sends blocks of open transactions, which wait in a
+Without streaming, the server sends a transaction after its commit, in commit order, so rows are
+passed on as they arrive. With streaming it also sends blocks of open transactions, which wait in a
 spool until their commit.
 """
 
@@ -20,18 +20,18 @@ from .spool import Spool, default_directory
 
 _BEGIN, _COMMIT = b"BC"
 _ROWS = frozenset(b"IUD")
-#: What is not kept with a block's messages: its control, and an Origin, which bears no xid (chapter
-#: "Logical Replication Message Formats") and of which nothing is told.
-_NOT_KEPT = frozenset(b"SEcAO")
-_NOTHING = Transaction(Lsn(0), 0, 0)
-#: What a message starts with: of a row its operation and relation, in a stream its transaction.
+#: Messages that are not spooled: those that control blocks, and Origin, which has no xid (chapter
+#: "Logical Replication Message Formats") and is not used.
+_NOT_SPOOLED = frozenset(b"SEcAO")
+_NONE = Transaction(Lsn(0), 0, 0)
+#: The first five bytes of a message: for a row its tag and relation, in a block its tag and xid.
 _KIND = itemgetter(slice(0, 5))
-#: The longest run, which the loop waits for.
-_TOGETHER = 100
+#: Messages in a run at most, so that a session is never busy with one for long.
+_LONGEST_RUN = 100
 
 
 class Rows(Protocol):
-    """Takes what a transaction did, in order (`routing.Router`)."""
+    """Takes the rows and messages of transactions, in order (`Router`)."""
 
     def rows(
         self, kind: bytes, rows: Sequence[bytes], transaction: Transaction, ordinal: int
@@ -47,78 +47,82 @@ class Rows(Protocol):
 
 
 def runs(messages: Iterable[bytes]) -> Iterator[tuple[bytes, list[bytes]]]:
-    """Neighbours that start with the same five bytes, and these bytes.
+    """Group neighbours that start with the same five bytes; yield these bytes and the neighbours.
 
-    Most of them are rows of one table, which then cost what one of them does. Raises
-    `ProtocolError` for an empty message.
+    Most of them are rows of one table, which are looked up once. Raises `ProtocolError` for an
+    empty message.
     """
     for kind, run in groupby(messages, _KIND):
         if not kind:
             raise ProtocolError("A message of pgoutput is empty.")
         members = list(run)
-        while len(members) > _TOGETHER:
-            yield kind, members[:_TOGETHER]
-            del members[:_TOGETHER]
+        while len(members) > _LONGEST_RUN:
+            yield kind, members[:_LONGEST_RUN]
+            del members[:_LONGEST_RUN]
         yield kind, members
 
 
 class Transactions:
-    """Follows the stream of one connection."""
+    """Follows the stream of one connection.
+
+    :param spool_directory: where large open transactions are kept. Default: `/var/tmp`.
+    """
 
     def __init__(self, rows: Rows, spool_directory: str = "") -> None:
         self._rows = rows
         self._directory = spool_directory or default_directory()
-        self._transaction = _NOTHING
+        self._transaction = _NONE
         self._ordinal = 0
-        #: Logical messages so far; they do not shift the numbers of rows.
+        #: Logical messages of the transaction so far; they do not count as rows.
         self._messages = 0
         self._spools: dict[int, Spool] = {}
-        #: Where messages of the block that is open go.
+        #: The spool of the open block, if there is one.
         self._block: Spool | None = None
-        #: Whether a spooled transaction has committed: `replay` before the next `receive`.
+        #: Whether a spooled transaction has committed: call `replay` before the next `receive`.
         self.replaying = False
         self._replay: Iterator[bytes] = iter(())
         self._committed: pgoutput.StreamCommit | None = None
-        #: How many have begun.
+        #: How many transactions have begun.
         self.count = 0
-        #: When the last one was committed, and the first one since somebody set this to 0, as
-        #: PostgreSQL counts.
-        self.committed_at = self.oldest = 0
+        #: When the last one was committed, in microseconds since 2000.
+        self.committed_at = 0
+        #: When the first one was committed since the owner set this to 0.
+        self.oldest = 0
 
     @property
     def spooled(self) -> int:
-        """Bytes that wait for the end of their transaction."""
+        """Bytes that wait for the commit of their transaction."""
         return sum(spool.size for spool in self._spools.values())
 
     @property
     def open(self) -> bool:
         """Whether a transaction has begun and not ended yet."""
-        return self._transaction is not _NOTHING
+        return self._transaction is not _NONE
 
     def receive(self, kind: bytes, run: Sequence[bytes]) -> Lsn | None:
-        """Take one of `runs`; the end of the transaction if it was its last.
+        """Take one of `runs`; return the end position of the transaction if it ends with it.
 
-        Raises `ProtocolError` for what cannot follow what came before.
+        Raises `ProtocolError` for a message that cannot follow the messages before it.
         """
-        if self._block is not None and kind[0] not in _NOT_KEPT:
-            # Its xid stands after the tag, and nowhere else in what it will be replayed as.
+        if self._block is not None and kind[0] not in _NOT_SPOOLED:
+            # In a block, the xid follows the tag; without it the message is as outside a block.
             messages = [message[:1] + message[5:] for message in run]
             self._block.append(int.from_bytes(kind[1:], "big"), messages)
             return None
         return self._apply(kind, run)
 
     def replay(self) -> Lsn | None:
-        """Pass on some messages of a spooled transaction; its end after the last one."""
+        """Pass on some messages of a spooled transaction; after the last return its end."""
         assert self._committed is not None
-        some = list(islice(self._replay, _TOGETHER))
-        if not some:
+        messages = list(islice(self._replay, _LONGEST_RUN))
+        if not messages:
             return self._finish(self._committed)
-        for kind, run in runs(some):
+        for kind, run in runs(messages):
             self._apply(kind, run)
         return None
 
     def close(self) -> None:
-        """Let go of all spools; the server will send their transactions again."""
+        """Close all spools; the server will send their transactions again."""
         for spool in self._spools.values():
             spool.close()
         self._spools.clear()
@@ -136,7 +140,7 @@ class Transactions:
                 self._begin(pgoutput.read_begin(message))
             elif tag == _COMMIT:
                 self._require_open(kind)
-                self._transaction = _NOTHING
+                self._transaction = _NONE
                 end = pgoutput.read_commit(message)
             else:
                 self._other(pgoutput.decode(message), message)
@@ -166,7 +170,7 @@ class Transactions:
                 self._commit(message)
 
     def _begin(self, transaction: tuple[Lsn, int, int]) -> None:
-        if self._transaction is not _NOTHING:
+        if self._transaction is not _NONE:
             raise ProtocolError("A transaction began before the last one had ended.")
         self._transaction = Transaction._make(transaction)
         self.committed_at = committed_at = transaction[2]
@@ -176,7 +180,7 @@ class Transactions:
             self.oldest = committed_at
 
     def _abort(self, abort: pgoutput.StreamAbort) -> None:
-        # The server speaks of aborts too of which it had sent nothing yet.
+        # The server also sends aborts of transactions of which it has sent nothing.
         if abort.xid in self._spools:
             if abort.xid != abort.subxid:
                 self._spools[abort.xid].abort(abort.subxid)
@@ -193,9 +197,9 @@ class Transactions:
     def _finish(self, commit: pgoutput.StreamCommit) -> Lsn:
         self._spools.pop(commit.xid).close()
         self._committed, self.replaying = None, False
-        self._transaction = _NOTHING
+        self._transaction = _NONE
         return commit.end_lsn
 
     def _require_open(self, payload: bytes) -> None:
-        if self._transaction is _NOTHING:
+        if self._transaction is _NONE:
             raise ProtocolError(f"{payload[:1]!r} came outside a transaction.")

@@ -1,6 +1,6 @@
-"""What a handler is told: `Insert`, `Update`, `Delete`, `Truncate`, and `Changes` for batches.
+"""What a handler receives: `Insert`, `Update`, `Delete`, `Truncate`, and `Changes` for batches.
 
-They keep the bytes that PostgreSQL wrote and decode a value when it is touched.
+They keep the bytes that PostgreSQL wrote, and decode a value when it is accessed.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ RowT = TypeVar("RowT", covariant=True, default=Row)
 
 
 class Change(Generic[RowT]):
-    """One committed change of one row (or table), told to one handler.
+    """One committed change of one row (or table), delivered to one handler.
 
-    `change.id` is unique per delivery to a handler and the same at every redelivery;
-    `commit_lsn` tells an older change from a newer one.
+    `change.id` is unique per delivery to a handler and the same at every redelivery. The newer of
+    two changes of a row has the greater `commit_lsn`.
     """
 
     operation: ClassVar[Operation]
@@ -40,7 +40,7 @@ class Change(Generic[RowT]):
 
     def __init__(self, origin: Origin) -> None:
         self._source, self.transaction, self.ordinal, self.part, self.number = origin
-        #: By `old` and `new`: the row as a class of the handler's, or why there is none.
+        #: For `old` and `new`: the row as an instance of `into=`, or the error that it raised.
         self._typed: Mapping[str, Any] | None = None
 
     @property
@@ -98,13 +98,14 @@ class Change(Generic[RowT]):
         return None
 
     def instance(self, side: str | None = None, model: Any = None) -> Any:
-        """The row as an instance of its Django model, without a query.
+        """Return the row as an instance of its Django model, without a query.
 
-        Fields that the change does not tell are deferred. The instance is not saved by this.
+        Fields without a value in the change are deferred. The instance is not saved.
 
-        - `side`: `"new"` or `"old"`. Default: the row after, or the one that a `Delete` took away.
-        - `model`: a model of the table. Default: the one that Django knows for it, and no proxy.
-        Raises `NoInstance` where there is no such row, or no model for it.
+        - `side`: `"new"` or `"old"`. Default: `"new"`, or `"old"` for a `Delete`.
+        - `model`: a model of the table. Default: the one model of the table that is no proxy.
+
+        Raises `NoInstance` if there is no such row, or no model for it.
         """
         try:
             from ..django import instances
@@ -120,7 +121,7 @@ class Change(Generic[RowT]):
         try:
             key = key_shown(self.key.items())
         except Exception:
-            # Whoever names a change, the replication worker above all, must not fail on its values.
+            # The replication worker logs changes, and must not fail because of their values.
             key = " with a key that cannot be decoded"
         name = self.operation.names()[0]
         return escaped(f"{name} {self._source.shown}{key} @{self.commit_lsn}")
@@ -135,14 +136,14 @@ class Change(Generic[RowT]):
         return hash((type(self), self._source.shown, self.id))
 
     def _sides(self) -> Iterator[tuple[str, Row]]:
-        """Its rows as they came, `old` and `new`."""
+        """Yield its rows, `old` and `new`, without `into=`."""
         return iter(())
 
-    def _told(self, side: str, row: Row) -> RowT:
-        told = (self._typed or {}).get(side, row)
-        if isinstance(told, Exception):
-            raise told
-        return cast(RowT, told)
+    def _converted(self, side: str, row: Row) -> RowT:
+        converted = (self._typed or {}).get(side, row)
+        if isinstance(converted, Exception):
+            raise converted
+        return cast(RowT, converted)
 
     def _key_from(self, cells: Sequence[Cell]) -> Mapping[str, Any]:
         return Row(self._source, cells, frozenset(self._source.key))
@@ -162,7 +163,7 @@ class Insert(Change[RowT]):
     @property
     def new(self) -> RowT:
         """The row."""
-        return self._told("new", self._new_row())
+        return self._converted("new", self._new_row())
 
     @property
     def key(self) -> Mapping[str, Any]:
@@ -193,13 +194,13 @@ class Update(Change[RowT]):
 
     @property
     def old(self) -> RowT:
-        """The row before: exactly the columns that the replica identity lets us know."""
-        return self._told("old", self._old_row())
+        """The row before: the columns that the replica identity provides."""
+        return self._converted("old", self._old_row())
 
     @property
     def new(self) -> RowT:
         """The row after; a value PostgreSQL did not send is `UNCHANGED`."""
-        return self._told("new", self._new_row())
+        return self._converted("new", self._new_row())
 
     @property
     def key(self) -> Mapping[str, Any]:
@@ -256,8 +257,8 @@ class Delete(Change[RowT]):
 
     @property
     def old(self) -> RowT:
-        """The row that is gone: exactly the columns that are known."""
-        return self._told("old", self._old_row())
+        """The deleted row: the columns that the replica identity provides."""
+        return self._converted("old", self._old_row())
 
     @property
     def key(self) -> Mapping[str, Any]:
@@ -281,7 +282,7 @@ class Truncate(Change[RowT]):
 
 
 class LogicalMessage(Change[Row]):
-    """What `pg_logical_emit_message(true, prefix, content)` wrote in a transaction."""
+    """A message that `pg_logical_emit_message(true, prefix, content)` wrote in a transaction."""
 
     operation = Operation.MESSAGE
     __match_args__ = ("prefix", "content")
@@ -289,12 +290,12 @@ class LogicalMessage(Change[Row]):
 
     def __init__(self, content: bytes, origin: Origin) -> None:
         super().__init__(origin)
-        #: What was written; text is in the database's encoding.
+        #: The content of the message; text is in the database's encoding.
         self.content = content
 
     @property
     def prefix(self) -> str:
-        """What the message is about."""
+        """The prefix of the message."""
         return self._source.name
 
     def __repr__(self) -> str:
@@ -340,7 +341,7 @@ class Changes(Sequence[Change[RowT]]):
 
 
 def _fill(new: Sequence[Cell], old: Sequence[Cell]) -> Sequence[Cell]:
-    """Values that PostgreSQL left out because they did not change, taken from the old row."""
+    """Return the new row with the values that PostgreSQL did not send, from the old row."""
     if UNCHANGED not in new:
         return new
     return [before if cell is UNCHANGED else cell for before, cell in zip(old, new, strict=True)]

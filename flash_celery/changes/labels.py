@@ -1,4 +1,4 @@
-"""What changes are called: the end of an id, a key, a batch."""
+"""Text about changes: the end of an id, a key, a batch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def id_suffix(part: Part, number: int) -> str:
 
 
 def key_shown(key: Iterable[tuple[str, Any]]) -> str:
-    """A key in the name of a change. Without a primary key it is the whole row: not all of it."""
+    """Return a key for the label of a change; long values, of whole rows for example, are cut."""
     return "".join(
-        # Most keys are numbers, which need no second look.
+        # Most keys are numbers, which need no cutting.
         [
             f" {name}={value}" if type(value) is int else f" {name}={value!s:.200}"
             for name, value in key
@@ -28,10 +28,10 @@ def key_shown(key: Iterable[tuple[str, Any]]) -> str:
 
 
 def counted(count: int) -> str:
-    """How many changes there are."""
+    """Return a number of changes in words."""
     return f"{count} change" if count == 1 else f"{count} changes"
 
 
 def batch(count: int, first: object) -> str:
-    """What a message of a batch is called, by the first of its changes."""
+    """Return the label of a batch that begins with this change."""
     return f"{counted(count)} from {first!r}"

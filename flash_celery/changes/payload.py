@@ -1,7 +1,7 @@
 """Changes ⇄ the JSON that travels in a task message. Version 1; see docs/wire-format.md.
 
-Rows travel as PostgreSQL wrote them, with a description of their table: the replication worker
-forwards, the Celery worker decodes.
+Rows travel as PostgreSQL wrote them, with a description of their table. The replication worker
+reads no more of them than the key, for the label; the Celery worker decodes them.
 """
 
 from __future__ import annotations
@@ -25,18 +25,20 @@ from .operations import Part
 from .rows import UNCHANGED, Column, Origin, Table, Transaction
 
 VERSION = 1
-#: Changes in one message; the bytes of a batch bound it long before (`outbox.BATCH_BYTES`).
-MOST_CHANGES = 1_000_000
+#: Changes in one message at most. A batch reaches its limit of bytes long before that.
+MAX_CHANGES = 1_000_000
 CHANGE = "flash_celery.change"
 CHANGES = "flash_celery.changes"
 
-#: The row of a TRUNCATE, which has none.
+#: Stands for the row of a TRUNCATE.
 TRUNCATED = b"T"
 _MESSAGE = struct.Struct("!cI")
-#: Microseconds from 2000-01-01 UTC to the first and after the last moment a datetime can be.
-_FIRST, _LAST = -63_082_281_600_000_000, 252_455_616_000_000_000
-#: A description that is longer is read each time: what is kept of them is bounded.
-_KEPT_DESCRIPTION = 1 << 16
+#: The first moment that a datetime can represent, in microseconds since 2000-01-01 UTC.
+_FIRST = -63_082_281_600_000_000
+#: The moment after the last one.
+_END = 252_455_616_000_000_000
+#: Characters of a description beyond which its table is not cached.
+_LONGEST_CACHED = 1 << 16
 T = TypeVar("T")
 #: By their number in a message.
 _PARTS = tuple(Part)
@@ -48,7 +50,7 @@ class Delivery(NamedTuple):
 
     table: Table
     transaction: Transaction
-    #: Which row message of its transaction the first one is.
+    #: The ordinal of the first row; those of the others follow.
     ordinal: int
     part: Part
     number: int
@@ -56,40 +58,41 @@ class Delivery(NamedTuple):
 
 
 def message_row(content: bytes) -> bytes:
-    """The row of a logical message."""
+    """Return what stands for the row of a logical message."""
     return _MESSAGE.pack(b"M", len(content)) + content
 
 
 def encode(deliveries: Iterable[Delivery]) -> str:
-    """The JSON value for these changes."""
+    """Return the JSON value for these changes."""
     tables: dict[Table, int] = {}
     transactions: dict[Transaction, int] = {}
     runs: list[list[int]] = []
     rows: list[bytes] = []
     last, following = None, 0
-    for table, transaction, ordinal, part, number, some in deliveries:
+    for table, transaction, ordinal, part, number, delivered in deliveries:
         table_number = tables.setdefault(table, len(tables))
-        place = transactions.setdefault(transaction, len(transactions))
-        same = table_number, place, part, number
+        transaction_number = transactions.setdefault(transaction, len(transactions))
+        same = table_number, transaction_number, part, number
+        count = len(delivered)
         # Neighbours in one transaction and table join a run; the parts of an UPDATE share their
         # ordinal, so they do not.
         if same == last and ordinal == following and not part:
-            runs[-1][3] += len(some)
+            runs[-1][3] += count
         else:
-            runs.append([table_number, place, ordinal, len(some), int(part), number])
-        last, following = same, ordinal + len(some)
-        rows += some
+            runs.append([table_number, transaction_number, ordinal, count, int(part), number])
+        last, following = same, ordinal + count
+        rows += delivered
     return (
         f'{{"v":{VERSION},"tables":[{",".join(map(_table_json, tables))}],'
         f'"transactions":[{",".join(map(_transaction_json, transactions))}],'
-        # Lists of numbers look the same in Python, and this takes half the time of dumps.
+        # Lists of numbers have the same text in Python and JSON; dumps takes twice the time.
         f'"runs":{str(runs).replace(" ", "")},'
         f'"rows":"{b2a_base64(b"".join(rows), newline=False).decode()}"}}'
     )
 
 
 def encode_each(delivery: Delivery) -> Iterator[tuple[str, str, str]]:
-    """The JSON value for each change alone, its id, and what it is called in a log."""
+    """Yield for each change: the JSON value for it alone, its id, and its label for logs."""
     table, transaction, first, part, number, rows = delivery
     commit, end = str(transaction.commit_lsn), id_suffix(part, number)
     head = (
@@ -131,7 +134,7 @@ def _repr(table: Table, transaction: Transaction, row: bytes) -> str:
 
 
 def _table_json(table: Table) -> str:
-    """A table's description, built once per table."""
+    """Return the description of a table, built once per table."""
     cached = table.__dict__.get("_json")
     if cached is None:
         cached = json.dumps(
@@ -151,7 +154,7 @@ def _table_json(table: Table) -> str:
 
 
 def _column(column: Column) -> list[Any]:
-    """What a composite is made of follows where there is one."""
+    """Describe a column; a composite one has two elements more."""
     plain = [column.name, column.type_oid, column.type_name]
     flags = [int(column.identity), int(column.delivered)]
     if not column.fields:
@@ -169,19 +172,19 @@ def _column_of(
     array: int = 0,
 ) -> Column:
     inner = tuple(_column_of(*field) for field in fields)
-    plain = _a(str, name), _a(int, type_oid), _a(str, type_name)
+    plain = _typed(str, name), _typed(int, type_oid), _typed(str, type_name)
     return Column(*plain, bool(identity), bool(delivered), inner, bool(array))
 
 
-def _a(kind: type[T], value: Any) -> T:
-    """The value, if it is of this very type: a message may be anybody's."""
-    if type(value) is not kind:
-        raise TypeError(f"{value!r:.50} where {kind.__name__} belongs")
+def _typed(expected: type[T], value: Any) -> T:
+    """Return the value if it has exactly this type: messages are untrusted."""
+    if type(value) is not expected:
+        raise TypeError(f"{value!r:.50} where {expected.__name__} belongs")
     return value
 
 
 def _below(limit: int, value: Any, least: int = 0) -> int:
-    if not least <= _a(int, value) < limit:
+    if not least <= _typed(int, value) < limit:
         raise ValueError(f"{value} is not in {least} to {limit - 1}")
     return int(value)
 
@@ -191,7 +194,10 @@ def _transaction_json(transaction: Transaction, commit_lsn: str = "") -> str:
 
 
 def decode(value: Any) -> list[Change]:
-    """The changes in a JSON value. Raises `PayloadError` if it is of another version or damaged."""
+    """Return the changes in a JSON value.
+
+    Raises `PayloadError` if it is damaged or has another version.
+    """
     try:
         version = value["v"]
         if version != VERSION:
@@ -203,53 +209,60 @@ def decode(value: Any) -> list[Change]:
 
 
 def _one(value: Any) -> Change:
-    """The change of a message of one."""
+    """Return the change of a message that has one."""
     changes = decode(value)
     if len(changes) != 1:
         raise PayloadError(f"This message has {len(changes)} changes where one belongs.")
     return changes[0]
 
 
-#: What reading anything at all may raise.
+#: What reading a damaged message may raise.
 _DAMAGED = (
-    *(AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError),
-    *(struct.error, ProtocolError),
+    AttributeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    struct.error,
+    ProtocolError,
 )
 
 
 def _read_table(description: str) -> Table:
     table = json.loads(description)
-    columns = tuple(_column_of(*column) for column in _a(list, table["columns"]))
+    columns = tuple(_column_of(*column) for column in _typed(list, table["columns"]))
     names = {column.name for column in columns}
-    key = tuple(_a(str, name) for name in _a(list, table["key"]))
+    key = tuple(_typed(str, name) for name in _typed(list, table["key"]))
     if len(names) != len(columns) or not names.issuperset(key):
         raise ValueError("the columns are not those of a table")
-    if _a(str, table["identity"]) not in ("d", "i", "f", "n"):
+    if _typed(str, table["identity"]) not in ("d", "i", "f", "n"):
         raise ValueError(f"the replica identity {table['identity']:.50}")
     return Table(
-        _a(str, table["schema"]),
-        _a(str, table["name"]),
-        None if table["partition"] is None else _a(str, table["partition"]),
+        _typed(str, table["schema"]),
+        _typed(str, table["name"]),
+        None if table["partition"] is None else _typed(str, table["partition"]),
         table["identity"],
         key,
         columns,
-        _a(str, table.get("source", "")),
+        _typed(str, table.get("source", "")),
     )
 
 
-#: The next messages find the table with its loaders made.
-_kept_table = lru_cache(maxsize=256)(_read_table)
+#: Messages of one table share the object, and so its loaders.
+_cached_table = lru_cache(maxsize=256)(_read_table)
 
 
 def _table_of(description: str) -> Table:
-    """The table of a description."""
-    read = _kept_table if len(description) <= _KEPT_DESCRIPTION else _read_table
+    """Return the table of a description."""
+    read = _cached_table if len(description) <= _LONGEST_CACHED else _read_table
     return read(description)
 
 
 def _transaction_of(lsn: Any, xid: Any, committed_at: Any, _: Any) -> Transaction:
     return Transaction(
-        Lsn.parse(_a(str, lsn)), _below(1 << 32, xid), _below(_LAST, committed_at, _FIRST)
+        Lsn.parse(_typed(str, lsn)), _below(1 << 32, xid), _below(_END, committed_at, _FIRST)
     )
 
 
@@ -257,21 +270,21 @@ def _decode(value: Any) -> list[Change]:
     tables = [_table_of(json.dumps(table)) for table in value["tables"]]
     transactions = [_transaction_of(*transaction) for transaction in value["transactions"]]
     rows = a2b_base64(value["rows"])
-    found: list[Change] = []
-    place, left = 0, MOST_CHANGES
+    changes: list[Change] = []
+    place, left = 0, MAX_CHANGES
     for table, transaction, first, count, part, number in value["runs"]:
         source = tables[_below(len(tables), table)]
-        of = transactions[_below(len(transactions), transaction)]
+        its_transaction = transactions[_below(len(transactions), transaction)]
         left -= _below(left + 1, count)
         same = _PARTS[_below(4, part)], _below(1 << 31, number)
         for ordinal in range(_below(1 << 63, first), first + count):
-            change, place = _change(rows, place, Origin(source, of, ordinal, *same))
+            change, place = _change(rows, place, Origin(source, its_transaction, ordinal, *same))
             if not _fits(change, len(source.columns)):
                 raise ValueError("a row has other columns than its table")
-            found.append(change)
+            changes.append(change)
     if place != len(rows):
         raise ValueError(f"{len(rows) - place} bytes of rows are too many")
-    return found
+    return changes
 
 
 def _fits(change: Change, width: int) -> bool:
@@ -295,12 +308,12 @@ def _change(rows: bytes, place: int, origin: Origin) -> tuple[Change, int]:
 
 
 def change_of(delivery: Delivery) -> Change:
-    """The first change of a delivery, as its handler will see it."""
+    """Return the first change of a delivery."""
     return _change(delivery.rows[0], 0, Origin._make(delivery[:5]))[0]
 
 
 def changes_of(delivery: Delivery) -> list[Change]:
-    """The changes a delivery carries."""
+    """Return the changes of a delivery."""
     table, transaction, first, part, number, rows = delivery
     return [
         _change(row, 0, Origin(table, transaction, ordinal, part, number))[0]
@@ -309,7 +322,7 @@ def changes_of(delivery: Delivery) -> list[Change]:
 
 
 def delivery_of(change: Change) -> Delivery:
-    """A change as the replication worker delivered it, to pass it on to another task."""
+    """Return a change as the replication worker delivered it, to pass it on to another task."""
     row = TRUNCATED
     if isinstance(change, Insert):
         row = pgoutput.encode_row("I", 0, None, None, change._new)

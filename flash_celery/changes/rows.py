@@ -1,4 +1,7 @@
-"""Tables, transactions and rows as a handler sees them; a value is decoded when it is touched."""
+"""Tables, transactions and rows as a handler sees them.
+
+A value is decoded when it is accessed.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,8 @@ _SHOWN_AS_SENT = frozenset({21, 23, 20, 25, 1043, 2950})
 
 
 def _reduce(described: Column | Table) -> tuple[Any, ...]:
-    """How a description travels between processes: without what was derived from it, loaders
-    among them."""
-    return type(described), tuple(getattr(described, one.name) for one in fields(described))
+    """Pickle a description without its cached properties: loaders cannot be pickled."""
+    return type(described), tuple(getattr(described, field.name) for field in fields(described))
 
 
 @dataclass(frozen=True)
@@ -33,28 +35,30 @@ class Column:
     type_name: str
     #: Part of the replica identity.
     identity: bool
-    #: Within the subscription's `fields`; the others travel for the key's sake.
+    #: Whether it is among the `fields` of the subscription; other columns travel for the key.
     delivered: bool = True
     #: The fields of a composite type, or of the elements of an array of one.
     fields: tuple[Column, ...] = ()
-    #: Whether it is such an array.
+    #: Whether it is an array of a composite type.
     array: bool = False
 
     __reduce__ = _reduce
 
     @cached_property
     def load(self) -> Loader:
-        """What turns the column's text into Python."""
+        """Converts the text of a value to Python."""
         if not self.fields:
             return loader(self.type_oid)
-        loaders = [one.load if one.fields else field_loader(one.type_oid) for one in self.fields]
-        load = record_loader([one.name for one in self.fields], loaders)
+        loaders = [
+            field.load if field.fields else field_loader(field.type_oid) for field in self.fields
+        ]
+        load = record_loader([field.name for field in self.fields], loaders)
         return array_loader(load) if self.array else load
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """The table of a change, described well enough to decode its rows without the database."""
+    """The table of a change: all that is needed to decode its rows without the database."""
 
     schema: str
     name: str
@@ -71,12 +75,12 @@ class Table:
 
     @cached_property
     def positions(self) -> dict[str, int]:
-        """Where in a row each column is."""
+        """The position of each column in a row."""
         return {column.name: number for number, column in enumerate(self.columns)}
 
     @cached_property
     def loaders(self) -> list[Callable[[Any], Any]]:
-        """What turns the text of each column into Python."""
+        """For each column, what converts the text of a value to Python."""
         return [column.load for column in self.columns]
 
     @cached_property
@@ -106,7 +110,7 @@ class Table:
 
     @cached_property
     def shown(self) -> str:
-        """What people call it: `billing:public.invoices`; of a message the prefix."""
+        """Its name in logs: `billing:public.invoices`; for logical messages the prefix."""
         name = self.full_name if self.schema else self.name
         return f"{self.source}:{name}" if self.source else name
 
@@ -134,7 +138,7 @@ class Origin(NamedTuple):
 
 
 class Row(Mapping[str, Any]):
-    """A read-only mapping of column name to Python value, decoded when touched."""
+    """A read-only mapping of column names to Python values, decoded when accessed."""
 
     __slots__ = ("_cells", "_known", "_table")
 
@@ -145,7 +149,7 @@ class Row(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._known:
-            raise KeyError(self._why_unknown(name))
+            raise KeyError(self._reason_unknown(name))
         position = self._table.positions[name]
         cell = self._cells[position]
         if cell is None or cell is UNCHANGED:
@@ -163,7 +167,7 @@ class Row(Mapping[str, Any]):
     def __repr__(self) -> str:
         return repr(dict(self))
 
-    def _why_unknown(self, name: str) -> str:
+    def _reason_unknown(self, name: str) -> str:
         table = self._table
         if name not in table.positions:
             return (

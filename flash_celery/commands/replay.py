@@ -18,7 +18,7 @@ from typing import Any
 
 import psycopg
 
-from ..capture.partition_history import Ancestry
+from ..capture.partition_history import PartitionHistory
 from ..capture.pipeline import Pipeline
 from ..capture.relations import RelationCatalog
 from ..capture.router import Receiver, Sink
@@ -198,7 +198,7 @@ def read_changes(
     settings = source.settings
     pipeline = Pipeline(
         subscriptions,
-        RelationCatalog(source.connection, Ancestry(partition_ancestors(source))),
+        RelationCatalog(source.connection, PartitionHistory(partition_ancestors(source))),
         _Selection(sink, handler, span),
         settings.flash_spool_directory,
     )

@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 
 from ..acknowledgement import Progress
-from ..capture.partition_history import Ancestry
+from ..capture.partition_history import PartitionHistory
 from ..errors import PublicationMismatch, SlotInUse, SlotMissing
 from ..handlers.subscriptions import Subscription, of_tables
 from ..postgres import catalog, slots
@@ -73,7 +73,7 @@ class Startup:
         #: When they were last found unaltered.
         self._unaltered_at: datetime | None = None
         #: The ancestors of every partition of the handlers' tables, including removed partitions.
-        self.ancestry = Ancestry()
+        self.partition_history = PartitionHistory()
 
     def tables_changed(self, source: Source) -> bool:
         """Return whether a table or a publication has changed since `run`."""
@@ -114,11 +114,13 @@ class Startup:
         if found.version < 150000:
             self._warn_of_attached(source.connection, found, report)
         if not manage:
-            self.ancestry.note(report.leaves)  # the record does not have them
+            self.partition_history.record(report.leaves)  # the record does not have them
         if report.gap is not None:
             self._close_gap(source, report.gap)
-        self.ancestry.note(partition_ancestors(source))
-        self.ancestry.look(Lsn.parse(slots.position_and_time(source.connection)[0]), report.leaves)
+        self.partition_history.record(partition_ancestors(source))
+        self.partition_history.add_snapshot(
+            Lsn.parse(slots.position_and_time(source.connection)[0]), report.leaves
+        )
 
     def warn_if_slot_moved(self, source: Source, progress: Progress) -> None:
         """Warn if the slot is ahead of what this process has confirmed.
@@ -143,7 +145,9 @@ class Startup:
         new = [
             oid
             for oid, ancestors in report.leaves.items()
-            if oid not in self.ancestry and str(oid) not in recorded and published & {*ancestors}
+            if oid not in self.partition_history
+            and str(oid) not in recorded
+            and published & {*ancestors}
         ]
         for name in catalog.attached(connection, new):
             _, time = slots.position_and_time(connection)

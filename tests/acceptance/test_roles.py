@@ -189,7 +189,7 @@ def test_partitions_are_followed_without_management(flash):
     flash.start()
     flash.do("INSERT INTO logs VALUES (1, 'a')", PARTITION.format(10, 20))
     flash.do("INSERT INTO logs VALUES (10, 'b')")
-    flash.wait(lambda: len(flash.replicator._startup.ancestry._noted) == 2)
+    flash.wait(lambda: len(flash.replicator._startup.partition_history._recorded) == 2)
     flash.do(
         "INSERT INTO logs VALUES (11, 'c'); ALTER TABLE logs DETACH PARTITION logs_10",
         "DROP TABLE logs_10",
@@ -229,7 +229,7 @@ def test_table_that_becomes_a_partition_is_followed_without_management(flash, ca
     flash.start()
     flash.do("INSERT INTO logs VALUES (1, 'a')", "INSERT INTO logs_10 VALUES (10, 'a')")
     flash.do("ALTER TABLE logs ATTACH PARTITION logs_10 FOR VALUES FROM (10) TO (20)")
-    flash.wait(lambda: len(flash.replicator._startup.ancestry._noted) == 2)
+    flash.wait(lambda: len(flash.replicator._startup.partition_history._recorded) == 2)
     said = [line for line in caplog.messages if "may leave out rows" in line]
     old = flash.database.one("SHOW server_version_num") < "150000"
     assert len(said) == old

@@ -2,28 +2,28 @@
 
 import pytest
 
-from flash_celery.capture.partition_history import Ancestry
+from flash_celery.capture.partition_history import PartitionHistory
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.table_name import TableName
 
 A, B, C = (TableName("public", name) for name in "abc")
 
 
-def belongs(ancestry, position):
+def belongs(history, position):
     """To what a row belongs that was committed there."""
-    ancestors = ancestry.at(1, Lsn(position)).items()
+    ancestors = history.at(1, Lsn(position)).items()
     return {str(name)[-1] for name, until in ancestors if until is None or position < until}
 
 
 def looked_at(noted, *looks):
-    ancestry = Ancestry({1: noted} if noted else {})
+    history = PartitionHistory({1: noted} if noted else {})
     for position, *ancestors in looks:
-        ancestry.saw(1, Lsn(position), ancestors)
-    return ancestry
+        history.observe(1, Lsn(position), ancestors)
+    return history
 
 
 @pytest.mark.parametrize(
-    ("ancestry", "expected"),
+    ("history", "expected"),
     [
         (looked_at([]), {7: set()}),
         (looked_at([A]), {7: {"a"}}),
@@ -39,12 +39,12 @@ def looked_at(noted, *looks):
         (looked_at([], (10, A), (20,)), {7: {"a"}, 15: {"a"}, 20: set()}),
     ],
 )
-def test_partition_row_belongs_to_the_parents_of_both_snapshots(ancestry, expected):
-    assert {position: belongs(ancestry, position) for position in expected} == expected
+def test_partition_row_belongs_to_the_parents_of_both_snapshots(history, expected):
+    assert {position: belongs(history, position) for position in expected} == expected
 
 
 def test_partition_dropped_before_a_snapshot_has_no_parents_after_it():
-    ancestry = Ancestry({1: [A], 2: [B]})
-    ancestry.look(Lsn(10), {2: [B]})
-    assert (belongs(ancestry, 9), belongs(ancestry, 10)) == ({"a"}, set())
-    assert (ancestry.latest(1), ancestry.latest(2)) == (frozenset(), {B})
+    history = PartitionHistory({1: [A], 2: [B]})
+    history.add_snapshot(Lsn(10), {2: [B]})
+    assert (belongs(history, 9), belongs(history, 10)) == ({"a"}, set())
+    assert (history.latest(1), history.latest(2)) == (frozenset(), {B})
