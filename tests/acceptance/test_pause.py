@@ -170,7 +170,7 @@ def test_pause_that_the_database_lost_is_resumed(any_shop):
 
 
 @pytest.mark.soak
-def test_reset_requeues_messages_held_while_it_asked(shop):
+def test_reset_requeues_messages_held_during_its_prompt(shop):
     replicate = shop.replicate()
     flash(shop, "pause", "each")
     shop.until_said(replicate, "its changes wait")

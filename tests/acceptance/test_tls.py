@@ -131,8 +131,8 @@ def test_tls_protects_every_connection(request, make_shop, certificates, name):
     assert doctor.returncode == 0, doctor.stdout
     assert f"ok       broker: {url.partition('//')[0]}//" in doctor.stdout
     assert "broker TLS" not in doctor.stdout
-    nobody = {"cert_reqs" if name == "rabbitmq" else "ssl_cert_reqs": ssl.CERT_NONE}
-    for careless in (nobody, None):
+    unverified = {"cert_reqs" if name == "rabbitmq" else "ssl_cert_reqs": ssl.CERT_NONE}
+    for careless in (unverified, None):
         doctor = shop.run("flash", "doctor", SHOP_CONF=json.dumps({"broker_use_ssl": careless}))
         warned = "warning  broker TLS: the broker's certificate is not verified" in doctor.stdout
         # By default kombu checks no certificate, and py-amqp asks the system's authorities.

@@ -296,7 +296,7 @@ def test_unknown_old_values_are_logged_once_for_each_table(flash, caplog):
 
 
 def test_handler_can_start_before_the_commit_is_visible(flash):
-    """A commit that waits for a standby is in the WAL and told, and nobody else sees it yet."""
+    """A commit that waits for a standby is delivered before other sessions see it."""
     flash.database.execute(ITEMS)
     flash.handler("items", "insert").start()
     flash.do("INSERT INTO items VALUES (1)")
@@ -305,10 +305,10 @@ def test_handler_can_start_before_the_commit_is_visible(flash):
         target=flash.database.execute, args=["INSERT INTO items VALUES (2, 'a')"]
     )
     flash.database.execute(
-        "ALTER SYSTEM SET synchronous_standby_names = 'nobody'", "SELECT pg_reload_conf()"
+        "ALTER SYSTEM SET synchronous_standby_names = 'absent'", "SELECT pg_reload_conf()"
     )
     try:
-        flash.wait(lambda: flash.database.one("SHOW synchronous_standby_names") == "nobody")
+        flash.wait(lambda: flash.database.one("SHOW synchronous_standby_names") == "absent")
         writer.start()
         flash.wait(lambda: flash.publisher.queues["flash"])
         assert shown(flash.delivered()) == ["insert 2,a,-"]

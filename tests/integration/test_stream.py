@@ -142,7 +142,7 @@ def test_stream_error_without_a_server_hides_the_password():
         ("bad: postgresql://me:s3cret@h/db", "not a dsn"),
     ],
 )
-def test_password_is_removed_wherever_it_is(text, dsn):
+def test_password_is_removed_from_error_texts(text, dsn):
     assert "s3cret" not in without_password(text, dsn)
 
 

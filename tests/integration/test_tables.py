@@ -182,7 +182,7 @@ def test_partition_attached_and_detached_while_running_is_followed(flash):
     assert changes[0].partition == "public.late"
     reader = flash.database.one(flash.slot("active_pid"))
     flash.do("ALTER TABLE parted DETACH PARTITION late")
-    # 14 goes on sending its rows until it is asked anew, which is when we have noticed.
+    # 14 sends its rows until the stream is restarted, once the worker has noticed.
     flash.wait(lambda: flash.database.one(flash.slot("active_pid")) not in (reader, None))
     flash.do("INSERT INTO late VALUES (3, 22, 'c')")
     flash.do("UPDATE late SET note = 'd'", "DELETE FROM late")
@@ -423,7 +423,7 @@ def test_virtual_column_added_under_full_stops_the_worker_only(flash, push_down)
     flash.database.execute("ALTER TABLE made DROP b")
     flash.start()
     flash.do("INSERT INTO made VALUES (2, 5)", "UPDATE made SET a = 0 WHERE id = 2")
-    # Of what was written meanwhile the old rows are not known; nothing is lost.
+    # The old rows of the writes in between are unknown; nothing is lost.
     delivered = shown(flash.delivered())
     assert delivered[0] == "insert 1,5"
     assert delivered[1].startswith("update")
@@ -646,9 +646,9 @@ def test_row_is_delivered_to_the_parents_its_partition_had_when_written(flash, h
     flash.start()
     flash.do("INSERT INTO leaf VALUES (3)")
     delivered = shown(flash.delivered("one")), shown(flash.delivered("two"))
-    if handled:  # nobody has looked between the first two: better both than neither
+    if handled:  # no snapshot lies between the first two: deliver to both
         assert delivered == (["insert 1", "insert 2"], ["insert 1", "insert 2", "insert 3"])
-    else:  # PostgreSQL 14 does not notice that the second one is nobody's
+    else:  # PostgreSQL 14 does not notice that the second one is unpublished
         old = flash.database.one("SHOW server_version_num") < "150000"
         assert delivered == (["insert 1", "insert 2"] if old else ["insert 1"], [])
 
@@ -759,7 +759,7 @@ def test_column_renamed_with_unread_changes_is_followed(flash):
     )
     again(flash, where={"state": "paid"}, fields=["state"])
     flash.do("SELECT 1")
-    # Of the first two nobody can tell any more: they are told.
+    # The first two can no longer be evaluated: they are delivered.
     assert [change.key["id"] for change in flash.delivered()] == [1, 2, 3]
 
 
@@ -879,10 +879,10 @@ def test_partition_of_a_transaction_not_yet_visible_is_followed(flash, streaming
         )
 
     standbys = "synchronous_standby_names"
-    flash.database.execute(f"ALTER SYSTEM SET {standbys} = 'nobody'", "SELECT pg_reload_conf()")
+    flash.database.execute(f"ALTER SYSTEM SET {standbys} = 'absent'", "SELECT pg_reload_conf()")
     writer = threading.Thread(target=write)
     try:
-        flash.wait(lambda: flash.database.one(f"SHOW {standbys}") == "nobody")
+        flash.wait(lambda: flash.database.one(f"SHOW {standbys}") == "absent")
         writer.start()
         waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
         flash.wait(lambda: flash.database.one(waits))
@@ -900,11 +900,11 @@ def test_partition_moved_by_a_transaction_not_yet_visible_is_followed(flash):
     flash.database.execute(TWO_TREES)
     flash.handler("one", "insert", name="one").handler("two", "insert", name="two").start().stop()
     standbys = "synchronous_standby_names"
-    flash.database.execute(f"ALTER SYSTEM SET {standbys} = 'nobody'", "SELECT pg_reload_conf()")
+    flash.database.execute(f"ALTER SYSTEM SET {standbys} = 'absent'", "SELECT pg_reload_conf()")
     move = "; ".join((*MOVE, "INSERT INTO two VALUES (5)"))
     writer = threading.Thread(target=flash.database.execute, args=[move])
     try:
-        flash.wait(lambda: flash.database.one(f"SHOW {standbys}") == "nobody")
+        flash.wait(lambda: flash.database.one(f"SHOW {standbys}") == "absent")
         writer.start()
         waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
         flash.wait(lambda: flash.database.one(waits))

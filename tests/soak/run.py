@@ -104,16 +104,16 @@ def _strike(stage, choose, outcome, fault, say, elapsed):
     outcome.strikes.append(strike)
     mend = fault.strike(stage, choose)
     stage.to_broker.heal()
-    mended = strike.at if fault.promotes else time.time()
+    repaired = strike.at if fault.promotes else time.time()
     stage.probe(fault.recovered)
-    strike.recovery = time.time() - mended
+    strike.recovery = time.time() - repaired
     if mend is not None:
         mend()
         stage.probe(fault.recovered)
     strike.over = time.time()
     say(
         f"{int(elapsed) // 60:02}:{int(elapsed) % 60:02}  {fault.name:<34}  "
-        f"harmed {mended - strike.at:4.1f} s, well after {strike.recovery:4.1f} s   "
+        f"harmed {repaired - strike.at:4.1f} s, well after {strike.recovery:4.1f} s   "
         f"{len(stage.ledger.committed):,} changes, {max(0, stage.ledger.behind):,} to handle"
     )
 

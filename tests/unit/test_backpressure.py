@@ -16,7 +16,7 @@ def messages(*queues):
 
 
 class Queues:
-    """Depths that a consumer may shorten while somebody waits."""
+    """Depths that a consumer may lower while the publishing thread waits."""
 
     def __init__(self, **depths):
         self.depths = depths
@@ -55,7 +55,7 @@ def test_backpressure_without_a_limit_asks_no_broker():
         (100, 90, 50, 10),
         (100, 91, 50, 0),  # too little is free for a part of them
         (100, 100, 1, 0),
-        (100, 200, 1, 0),  # somebody else's
+        (100, 200, 1, 0),  # of another publisher
         (1, 0, 5, 1),
         (1, 1, 5, 0),
         (7, 6, 5, 1),

@@ -247,8 +247,8 @@ def test_dead_letter_can_be_written_for_any_headers(headers):
     assert made.retries >= 0
 
 
-class Nobody:
-    """Wants nothing."""
+class IgnoringSink:
+    """Ignores everything that it receives."""
 
     def rows(self, kind, rows, transaction, index): ...
     def truncate(self, oids, transaction, index): ...
@@ -275,7 +275,7 @@ def test_damaged_messages_of_pgoutput_are_refused(name, data):
     st.booleans(),
 )
 def test_damaged_messages_in_any_order_are_refused(messages, begun):
-    transactions = Transactions(Nobody())
+    transactions = Transactions(IgnoringSink())
     try:
         for kind, run in runs([MESSAGES["begin"], *messages] if begun else messages):
             transactions.receive(kind, run)

@@ -152,7 +152,7 @@ def test_lag_is_zero_only_if_nothing_is_left(observer):
     assert lag(observer, STREAMING, 0, committed=ago) == 0
     assert lag(observer, STREAMING, 100, oldest=ago) == pytest.approx(100, abs=5)
     assert lag(observer, STREAMING, 1 << 20, committed=ago) == pytest.approx(100, abs=5)
-    # PostgreSQL is down, and nobody knows what is there.
+    # PostgreSQL is down, so nothing is known of its objects.
     assert lag(observer, CONNECTING, None, committed=ago) == pytest.approx(100, abs=5)
     assert lag(observer, STREAMING, None) is None
     assert lag(observer, STANDBY, 1 << 20, committed=ago) is None

@@ -115,7 +115,7 @@ def test_idle_connection_that_died_is_reopened(thread, caplog):
     wait(lambda: thread.idle)
     thread.publisher.broken = True
     wait(lambda: "Nothing is acknowledged until it works again" in caplog.text)
-    # The slot still follows what is for nobody, and nothing is in flight.
+    # The slot still follows changes without a handler, and nothing is in flight.
     thread.put(PublishBatch([], Lsn(5), 0))
     wait(lambda: thread.confirmed == [1, 5])
     assert thread.idle

@@ -213,7 +213,7 @@ def test_neighbours_with_one_outcome_are_one_run_forwarded_as_it_came():
     assert runs[0].rows[0] is paid
 
 
-def test_the_order_of_operations_is_kept():
+def test_order_of_operations_is_kept():
     evaluate = transitions(where=PAID).transitions.evaluate
     entered, left = message("U", "1 a a", "1 paid a", "O"), message("U", "1 paid a", "1 a a", "O")
     stayed = message("U", "1 paid a", "1 paid b", "O")
@@ -226,7 +226,7 @@ def test_the_order_of_operations_is_kept():
     ]
 
 
-def test_the_parts_of_key_changes_are_deliveries_of_their_own():
+def test_parts_of_key_changes_are_deliveries_of_their_own():
     changed = message("U", "1 paid a", "2 paid a", "O")
     for operations, parts in ((UPDATE | INSERT | DELETE, [1, 2, 1, 2]), (DELETE, [1, 1])):
         evaluate = transitions(key=("id",), operations=operations).transitions.evaluate
