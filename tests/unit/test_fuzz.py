@@ -172,7 +172,7 @@ def test_arbitrary_json_is_refused(value):
 
 def test_payload_counts_and_nesting_cost_no_more_than_the_message():
     run = VALID["runs"][0]
-    for count in (10**12, 10**300, payload.MOST_CHANGES + 1, -1, 1.5, True):
+    for count in (10**12, 10**300, payload.MAX_CHANGES + 1, -1, 1.5, True):
         forged = put(VALID, ("runs",), [[*run[:3], count, *run[4:]]])
         with pytest.raises(PayloadError):
             decode(forged)
