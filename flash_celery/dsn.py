@@ -10,7 +10,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 
 def is_readable(dsn: str) -> bool:
-    """Whether libpq reads the string as it was meant.
+    """Return whether libpq reads the string as it was meant.
 
     libpq's own error is not shown, because it may contain the password.
     """
@@ -42,7 +42,7 @@ def of_django() -> str:
 
 
 def _password_in_host(dsn: str) -> bool:
-    """Whether a part of the password is taken for the host, which errors show."""
+    """Return whether libpq takes a part of the password for the host, which errors show."""
     rest = dsn.removeprefix("postgresql://").removeprefix("postgres://")
     if rest == dsn:
         return False

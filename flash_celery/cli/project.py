@@ -28,6 +28,7 @@ class Project:
     def __init__(self, app: Any, source: str | None) -> None:
         from ..errors import ConfigurationError
         from ..handlers.decorators import subscriptions_of
+        from ..handlers.subscriptions import of_source
         from ..settings import Settings
 
         if app.main == "default" or (app.main is None and not app.conf.broker_url):
@@ -43,11 +44,7 @@ class Project:
             self.default_settings if source is None else self.default_settings.of_source(source)
         )
         self.all_subscriptions = subscriptions_of(app)
-        self.subscriptions = [
-            subscription
-            for subscription in self.all_subscriptions
-            if subscription.source == self.settings.source
-        ]
+        self.subscriptions = of_source(self.all_subscriptions, self.settings.source)
 
     @contextmanager
     def connected(self) -> Iterator[Any]:

@@ -15,6 +15,7 @@ from ..dead_letters import letters
 from ..dead_letters.queue import DeadLetterFilter, DeadLetterQueue
 from ..errors import CatalogError, ConfigurationError, NotDone, PayloadError
 from ..handlers.decorators import subscriptions_of
+from ..handlers.subscriptions import Subscription, of_source
 from ..messages.templates import Templates
 from ..postgres import slots
 from ..postgres.source import Source, connected
@@ -55,13 +56,8 @@ class _Wait:
         self._refuse_dead_letters()
 
     @property
-    def _subscriptions(self) -> list[Any]:
-        source = self.source.settings.source
-        return [
-            subscription
-            for subscription in subscriptions_of(self.app)
-            if subscription.source == source
-        ]
+    def _subscriptions(self) -> list[Subscription]:
+        return of_source(subscriptions_of(self.app), self.source.settings.source)
 
     def _until(self, find_unfinished: Callable[[], str]) -> None:
         """Check until nothing is unfinished. Raises `NotDone` with the last reason."""
@@ -170,11 +166,7 @@ def wait_for(
     """
     settings = Settings.from_app(app)
     settings = settings.of_source(source) if source else settings
-    known = pauses.handlers(
-        subscription
-        for subscription in subscriptions_of(app)
-        if subscription.source == settings.source
-    )
+    known = pauses.handlers(of_source(subscriptions_of(app), settings.source))
     names = pauses.named(handlers, known) if handlers else known
     deadline = time.monotonic() + timeout
     with connected(settings, settings.longest_silence) as database:

@@ -13,6 +13,7 @@ from ..dead_letters.queue import DeadLetterFilter, DeadLetterQueue
 from ..errors import FlashError
 from ..escaping import escaped, one_line
 from ..handlers.decorators import subscriptions_of
+from ..handlers.subscriptions import of_source
 from ..postgres.source import connected
 from ..settings import Settings
 
@@ -36,7 +37,7 @@ def sources(app: Any) -> list[dict[str, Any]]:
     reports: list[dict[str, Any]] = []
     for source_settings in [*default, *map(settings.of_source, settings.flash_sources)]:
         source = source_settings.source
-        matching = [subscription for subscription in subscriptions if subscription.source == source]
+        matching = of_source(subscriptions, source)
         try:
             with connected(source_settings, _STATEMENT_TIMEOUT) as database:
                 report = status.examine(database, app, matching)

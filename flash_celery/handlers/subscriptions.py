@@ -128,6 +128,11 @@ def of_tables(subscriptions: Iterable[Subscription]) -> list[Subscription]:
     return [subscription for subscription in subscriptions if subscription.prefix is None]
 
 
+def of_source(subscriptions: Iterable[Subscription], source: str) -> list[Subscription]:
+    """Return the subscriptions to a source: a name in `flash_sources`, "" for the default one."""
+    return [subscription for subscription in subscriptions if subscription.source == source]
+
+
 def prefix_of(prefix: Any) -> TableName:
     """Read the `prefix` of an `on_message`."""
     if not isinstance(prefix, str) or not prefix:

@@ -249,18 +249,18 @@ _SCHEMAS = """
                JOIN named ON named.oid = c.oid WHERE s.pnpubid = p.oid)"""
 
 
-def published(connection: psycopg.Connection[Any], oid: int, apart: Sequence[str]) -> bool:
-    """Whether a publication of updates or deletes has the table, not counting those in `apart`.
+def published(connection: psycopg.Connection[Any], oid: int, ours: Sequence[str]) -> bool:
+    """Return whether a publication of updates or deletes has the table, apart from `ours`.
 
     pg_publication_tables would wait for any session that has locked a published table.
     """
     schemas = _SCHEMAS if connection.info.server_version >= 150000 else ""
     query = _PUBLISHED.format(schemas=schemas).encode()
-    return connection.execute(query, [oid, oid, list(apart)]).fetchone() is not None
+    return connection.execute(query, [oid, oid, list(ours)]).fetchone() is not None
 
 
 def is_visible(connection: psycopg.Connection[Any], xid: int) -> bool:
-    """Whether other sessions see a transaction; replication may deliver its changes earlier.
+    """Return whether other sessions see a transaction; its changes may be replicated earlier.
 
     `xid` is the 32-bit id in the replication stream. Source: PostgreSQL documentation, "System
     Information Functions" (pg_current_snapshot).
@@ -280,18 +280,18 @@ def _read(
     row = connection.execute(query, parameters).fetchone()
     if row is None:
         return None
-    oid, schema, name, kind, identity, index, primary, usable, other, owned, ancestors = row
+    oid, schema, name, kind, identity, index, primary_key, default, index_key, owned, above = row
     columns = connection.execute(_COLUMNS.encode(), [oid]).fetchall()
     return CatalogTable(
-        oid,
-        TableName(schema, name),
-        kind,
-        identity,
-        index,
-        tuple(primary),
-        tuple(usable),
-        tuple(other),
-        owned,
-        {name: CatalogColumn(name, *described) for name, *described in columns},
-        tuple(TableName(*ancestor) for ancestor in ancestors),
+        oid=oid,
+        name=TableName(schema, name),
+        kind=kind,
+        identity=identity,
+        identity_index=index,
+        primary_key=tuple(primary_key),
+        default_identity=tuple(default),
+        index_key=tuple(index_key),
+        owned=owned,
+        columns={column: CatalogColumn(column, *values) for column, *values in columns},
+        ancestors=tuple(TableName(*ancestor) for ancestor in above),
     )

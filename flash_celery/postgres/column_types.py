@@ -70,6 +70,8 @@ SELECT base.oid::int8, format_type(base.oid, NULL), base.typtype::text, base.typ
 FROM {base} AS base
 LEFT JOIN pg_range r ON base.oid IN (r.rngtypid, r.rngmultitypid)
 """)
+#: `ColumnType.kind`, by `typtype`.
+_KINDS = {"e": "enum", "r": "range", "m": "multirange"}
 _COLLATION = """
 SELECT CASE WHEN c.collname = 'default' THEN d.datcollate ELSE c.collcollate END IN ('C', 'POSIX')
        AND c.collprovider IN ('c', 'd'),
@@ -121,12 +123,12 @@ def compared(
     row = connection.execute(_COLLATION.encode(), [table, column]).fetchone()
     by_code, deterministic, default = row or (True, True, False)
     if default and by_code:
-        by_code = not _default_is_not_libc(connection)
+        by_code = not _sorts_without_libc(connection)
     return _compared(connection, type_oid, by_code, deterministic)
 
 
-def _default_is_not_libc(connection: psycopg.Connection[Any]) -> bool:
-    """Whether the database sorts by ICU or the builtin provider (PostgreSQL 15 and later)."""
+def _sorts_without_libc(connection: psycopg.Connection[Any]) -> bool:
+    """Return whether the database sorts by ICU or the builtin provider (since PostgreSQL 15)."""
     if connection.info.server_version < 150000:
         return False
     row = connection.execute(
@@ -141,16 +143,15 @@ def _compared(
     row = connection.execute(_COMPARED.format(base=_DOWN.format(oid=sql.Literal(oid)))).fetchone()
     if row is None:
         return ColumnType(oid, "a type that has been dropped")
-    base, name, kind, category, element, subtype, labels = row
-    array = kind == "b" and category == "A"
-    inner = element if array else subtype
-    kinds = {"e": "enum", "r": "range", "m": "multirange"}
+    base, name, typtype, category, element, subtype, labels = row
+    is_array = typtype == "b" and category == "A"
+    inner = element if is_array else subtype
     return ColumnType(
         base,
         name,
         tuple(labels),
         _compared(connection, inner, by_code, deterministic) if inner else None,
-        "array" if array else kinds.get(kind, ""),
+        "array" if is_array else _KINDS.get(typtype, ""),
         by_code,
         deterministic,
     )

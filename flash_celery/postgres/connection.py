@@ -87,7 +87,7 @@ def connect(dsn: str, patience: float = float("inf")) -> psycopg.Connection[Any]
 
 
 def is_standby(connection: psycopg.Connection[Any]) -> bool:
-    """Whether the server is a standby, which accepts no writes."""
+    """Return whether the server is a standby, which accepts no writes."""
     return connection.execute("SELECT pg_is_in_recovery()").fetchone() == (True,)
 
 

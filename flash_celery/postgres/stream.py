@@ -99,8 +99,11 @@ class ReplicationConnection:
         return f"{system}/{timeline}", Lsn.parse(position)
 
     def start_session(self) -> None:
-        """Set `pid` and `server`, and have the server free the slot if it hears nothing from us for
-        as long as our own patience, or sooner if its wal_sender_timeout is shorter."""
+        """Set `pid`, `server` and `timeout`, and agree on a timeout with the server.
+
+        It then frees the slot if it hears nothing from us for as long as our own patience, or
+        sooner if its wal_sender_timeout is shorter.
+        """
         limit = sql.Literal(round(self._patience * 1000))
         result = self.execute(sql.SQL(_START_SESSION).format(limit=limit))
         pid, server, timeout = ((result.get_value(0, n) or b"").decode() for n in range(3))

@@ -109,7 +109,7 @@ def _virtual_columns(table: CatalogTable) -> list[str]:
 def _has_index(
     connection: psycopg.Connection[Any], table: CatalogTable, index: Sequence[str]
 ) -> bool:
-    """Whether the table has this index; an empty list stands for none, which it has."""
+    """Return whether the table has this index, or no index is needed."""
     if not index:
         return True
     row = connection.execute(

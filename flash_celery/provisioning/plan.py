@@ -172,7 +172,7 @@ def _reload_partitions(existing: ExistingPublications) -> list[sql.Composed]:
 
     Before 15 a walsender that has seen a table does not notice that it became a partition, and
     leaves out its rows until a publication is altered. Most partitions were created as such, so
-    set-up does not wait for the owner; `Provisioning` warns of the others.
+    set-up does not wait for the owner; `Startup` warns of the others.
     """
     if existing.version >= 150000 or Operation.INSERT not in existing.by_operation:
         return []

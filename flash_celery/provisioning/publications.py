@@ -98,8 +98,10 @@ def read(source: Source) -> ExistingPublications:
 
 
 def foreign_column_list(source: Source, table: CatalogTable) -> str | None:
-    """Return the name of a publication of updates or deletes that is not ours and has a column list
-    for the table."""
+    """Return the name of a publication that is not ours and has a column list for the table.
+
+    Only publications of updates or deletes matter.
+    """
     connection = source.connection
     if connection.info.server_version < SINCE:
         return None
@@ -134,7 +136,7 @@ def check(existing: ExistingPublications, required: RequiredTables) -> None:
 
 
 def _have_exactly(existing: ExistingPublications, required: RequiredTables) -> bool:
-    """Whether all four exist, and have the required tables."""
+    """Return whether all four exist, and have the required tables."""
     return len(existing.by_operation) == len(OPERATIONS) and all(
         publication.tables.keys() == required.tables[operation].keys()
         for operation, publication in existing.by_operation.items()

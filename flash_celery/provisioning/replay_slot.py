@@ -65,7 +65,7 @@ def oldest(source: Source) -> Mark | None:
 
 
 def ours(source: Source) -> bool:
-    """Whether the slot exists and was created by flash-celery."""
+    """Return whether the slot exists and was created by flash-celery."""
     slot = slots.find(source.connection, source.replay_slot)
     return slot is not None and _recorded(source) is not None
 

@@ -93,7 +93,7 @@ def required_tables(
 
 
 def needs_full(table: CatalogTable, subscriptions: Iterable[Subscription], original: str) -> bool:
-    """Whether the WAL must hold whole old rows of the table's updates and deletes.
+    """Return whether the WAL must hold whole old rows of the table's updates and deletes.
 
     `original` is the replica identity that the table had before us: the answer must not change
     because we have acted on it.

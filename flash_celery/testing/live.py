@@ -18,6 +18,7 @@ from celery import signals
 from ..commands.reset import plan_reset, run_reset
 from ..errors import ConfigurationError
 from ..handlers.decorators import subscriptions_of
+from ..handlers.subscriptions import of_source
 from ..messages.deduplication import Deduplicator, Lease
 from ..messages.task_message import Message
 from ..postgres.connection import connect
@@ -77,9 +78,7 @@ class Live:
             flash_failover_slot=False,
             flash_replay_window=0,
         )
-        self._subscriptions = [
-            subscription for subscription in subscriptions_of(app) if subscription.source == source
-        ]
+        self._subscriptions = of_source(subscriptions_of(app), source)
         if not self._settings.flash_manage:
             raise ConfigurationError(
                 "A test creates its own publications, which flash_manage = False forbids; remove "
