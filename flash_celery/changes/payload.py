@@ -271,19 +271,19 @@ def _decode(value: Any) -> list[Change]:
     transactions = [_transaction_of(*transaction) for transaction in value["transactions"]]
     rows = a2b_base64(value["rows"])
     changes: list[Change] = []
-    place, left = 0, MAX_CHANGES
+    offset, left = 0, MAX_CHANGES
     for table, transaction, first, count, part, number in value["runs"]:
         source = tables[_below(len(tables), table)]
         its_transaction = transactions[_below(len(transactions), transaction)]
         left -= _below(left + 1, count)
         same = _PARTS[_below(4, part)], _below(1 << 31, number)
         for ordinal in range(_below(1 << 63, first), first + count):
-            change, place = _change(rows, place, Origin(source, its_transaction, ordinal, *same))
+            change, offset = _change(rows, offset, Origin(source, its_transaction, ordinal, *same))
             if not _fits(change, len(source.columns)):
                 raise ValueError("a row has other columns than its table")
             changes.append(change)
-    if place != len(rows):
-        raise ValueError(f"{len(rows) - place} bytes of rows are too many")
+    if offset != len(rows):
+        raise ValueError(f"{len(rows) - offset} bytes of rows are too many")
     return changes
 
 
@@ -292,19 +292,19 @@ def _fits(change: Change, width: int) -> bool:
     return all(row is None or len(row) == width for row in cells)
 
 
-def _change(rows: bytes, place: int, origin: Origin) -> tuple[Change, int]:
-    if rows[place : place + 1] == TRUNCATED:
-        return Truncate(origin), place + 1
-    if rows[place : place + 1] == b"M":
-        start = place + _MESSAGE.size
-        end = start + _MESSAGE.unpack(rows[place:start])[1]
+def _change(rows: bytes, offset: int, origin: Origin) -> tuple[Change, int]:
+    if rows[offset : offset + 1] == TRUNCATED:
+        return Truncate(origin), offset + 1
+    if rows[offset : offset + 1] == b"M":
+        start = offset + _MESSAGE.size
+        end = start + _MESSAGE.unpack(rows[offset:start])[1]
         return LogicalMessage(rows[start:end], origin), end
-    row, place = pgoutput.read_row(rows, place)
+    row, offset = pgoutput.read_row(rows, offset)
     if row.operation == "I":
-        return Insert(row.new or [], origin), place
+        return Insert(row.new or [], origin), offset
     if row.operation == "U":
-        return Update(row.old_kind, row.old, row.new or [], origin), place
-    return Delete(row.old_kind or "K", row.old or [], origin), place
+        return Update(row.old_kind, row.old, row.new or [], origin), offset
+    return Delete(row.old_kind or "K", row.old or [], origin), offset
 
 
 def change_of(delivery: Delivery) -> Change:

@@ -177,8 +177,8 @@ def _search(lookup: Lookup, column_type: ColumnType) -> _Test:
             f"{lookup} ignores case, which only PostgreSQL can do exactly unless the column has "
             'COLLATE "C".'
         )
-    search, wanted = _SEARCHES[lookup.name], lookup.value
-    return lambda text: None if text is None else search(text.decode(), wanted)
+    search, part = _SEARCHES[lookup.name], lookup.value
+    return lambda text: None if text is None else search(text.decode(), part)
 
 
 def _list_verdict(name: str, values: Sequence[Any]) -> Callable[[Any], _Verdict]:

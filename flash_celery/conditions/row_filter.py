@@ -87,7 +87,7 @@ def _expression(
         return sql.SQL("{} IS NULL" if lookup.value else "{} IS NOT NULL").format(column)
     type_name = _type_name(column_type.oid)
     if type_name not in _TYPES or not column_type.deterministic:
-        raise NotInSql(f"{column_type.name} is judged by the replication worker")
+        raise NotInSql(f"{column_type.name} is evaluated by the replication worker")
     if lookup.name in _SEARCHES and type_name in _SEARCHED:
         return sql.SQL(_SEARCHES[lookup.name]).format(column, sql.Literal(lookup.value))
     if lookup.name in _COMPARISONS:
@@ -105,7 +105,7 @@ def _expression(
             for value in lookup.value
         ]
         return sql.SQL("({})").format(sql.SQL(conjunction).join(parts))
-    raise NotInSql(f"__{lookup.name} is judged by the replication worker")
+    raise NotInSql(f"__{lookup.name} is evaluated by the replication worker")
 
 
 def _sides(

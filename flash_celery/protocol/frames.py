@@ -1,4 +1,4 @@
-"""What a replication connection carries in its COPY data: XLogData, Keepalive, status updates.
+"""The COPY data of a replication connection: XLogData, Keepalive and status updates.
 
 Source: PostgreSQL documentation, chapter "Streaming Replication Protocol".
 """
@@ -15,23 +15,24 @@ _WAL_END = struct.Struct("!Q")
 _KEEPALIVE = struct.Struct("!cQqB")
 _STATUS = struct.Struct("!cQQQqB")
 
-#: XLogData: a message of the output plugin, after its start, the server's position and its clock.
+#: The tag of XLogData, which carries a message of the output plugin.
 XLOG_DATA = ord("w")
+#: Bytes before that message: the tag, its position, the server's position and the server's clock.
 HEADER = 25
-#: No message of pgoutput starts with this byte, so a keepalive is told from messages by it.
+#: The tag of a keepalive. No message of pgoutput starts with this byte.
 KEEPALIVE = ord("k")
 
 
 @dataclass(frozen=True, slots=True)
 class Keepalive:
-    """The server's position; `reply` asks for a status at once."""
+    """The server's position; `reply` requests a status update immediately."""
 
     wal_end: Lsn
     reply: bool
 
 
 def wal_end(frame: bytes) -> Lsn:
-    """The server's position when it sent the frame. Raises `ProtocolError` if it is cut off."""
+    """Return the server's position in a frame. Raises `ProtocolError` if it is cut off."""
     try:
         return Lsn(_WAL_END.unpack_from(frame, 9 if frame[0] == XLOG_DATA else 1)[0])
     except (IndexError, struct.error):
@@ -47,5 +48,5 @@ def keepalive(frame: bytes) -> Keepalive:
 
 
 def status(written: Lsn, flushed: Lsn, applied: Lsn, clock: int, reply: bool) -> bytes:
-    """A Standby status update; `clock` is in microseconds since 2000-01-01 UTC."""
+    """Encode a Standby status update; `clock` is in microseconds since 2000-01-01 UTC."""
     return _STATUS.pack(b"r", written, flushed, applied, clock, reply)

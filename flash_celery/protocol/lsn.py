@@ -19,10 +19,10 @@ class Lsn(int):
     @classmethod
     def parse(cls, text: str) -> Lsn:
         """Read `16/B374D848`. Raises `ValueError` for anything else."""
-        found = _TEXT.fullmatch(text)
-        if found is None:
+        halves = _TEXT.fullmatch(text)
+        if halves is None:
             raise ValueError(f"{text!r:.50} is no position in the WAL")
-        return cls((int(found[1], 16) << 32) | int(found[2], 16))
+        return cls((int(halves[1], 16) << 32) | int(halves[2], 16))
 
     def __str__(self) -> str:
         return f"{self >> 32:X}/{self & 0xFFFFFFFF:X}"

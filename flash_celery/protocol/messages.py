@@ -1,6 +1,6 @@
 """The messages of PostgreSQL's `pgoutput` plugin.
 
-Fields stand in the order of the wire and bear its names. Source: PostgreSQL documentation, chapter
+Fields have the order and the names of the protocol. Source: PostgreSQL documentation, chapter
 "Logical Replication Message Formats".
 """
 
@@ -13,7 +13,7 @@ from .lsn import Lsn
 
 
 class UnchangedToast:
-    """A TOASTed value that did not change and was not sent (`u`); never NULL."""
+    """A TOASTed value that did not change and was not sent (`u`). It is not NULL."""
 
     _only: UnchangedToast | None = None
 
@@ -121,7 +121,7 @@ class Truncate:
 
 @dataclass(frozen=True, slots=True)
 class LogicalMessage:
-    """What `pg_logical_emit_message` wrote."""
+    """A message that `pg_logical_emit_message` wrote."""
 
     xid: int | None
     transactional: bool
@@ -132,7 +132,7 @@ class LogicalMessage:
 
 @dataclass(frozen=True, slots=True)
 class StreamStart:
-    """A block of an open transaction starts; `first` says whether it is its first."""
+    """A block of an open transaction starts; `first` is true for its first block."""
 
     xid: int
     first: bool

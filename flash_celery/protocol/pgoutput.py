@@ -1,7 +1,7 @@
-"""The messages of PostgreSQL's `pgoutput` plugin, protocol versions 1 and 2, decoded.
+"""Decodes the messages of PostgreSQL's `pgoutput` plugin, protocol versions 1 and 2.
 
 `decode` is a pure function of bytes. Source: PostgreSQL documentation, chapter "Logical
-Replication Message Formats"; fields stand in the order of the wire and bear its names.
+Replication Message Formats".
 """
 
 from __future__ import annotations
@@ -68,38 +68,38 @@ _INT64 = struct.Struct("!Q")
 _SIGNED64 = struct.Struct("!q")
 _ROW = struct.Struct("!cIc")
 
-#: What tuples a row may start with: a new one, a whole old one, an old key.
+#: The tuples that a row may start with: a new row, a whole old row, an old key.
 _TUPLES = {b"I": (b"N",), b"U": (b"N", b"O", b"K"), b"D": (b"O", b"K")}
 
 _BEGIN = struct.Struct("!cQqI")
 _COMMIT = struct.Struct("!cBQQq")
 
 _TEXT, _NULL, _UNCHANGED = b"tnu"
-#: Where the first tuple of a row starts: after its tag, its relation and the kind of the tuple.
+#: Where the first tuple of a row starts: after the tag, the relation and the kind of the tuple.
 FIRST_TUPLE = 6
 
 
 class _Reader:
-    """Takes fields off a message, in order; every field is checked against the end."""
+    """Reads the fields of a message in order, and checks that each one is complete."""
 
-    def __init__(self, buffer: bytes, place: int = 0) -> None:
+    def __init__(self, buffer: bytes, offset: int = 0) -> None:
         self.buffer = buffer
-        self.place = place
+        self.offset = offset
 
-    def fail(self, what: str) -> ProtocolError:
-        kind = chr(self.buffer[0]) if self.buffer else "empty"
-        return ProtocolError(f"pgoutput message {kind!r}: {what} at byte {self.place}.")
+    def error(self, problem: str) -> ProtocolError:
+        tag = chr(self.buffer[0]) if self.buffer else "empty"
+        return ProtocolError(f"pgoutput message {tag!r}: {problem} at byte {self.offset}.")
 
     def take(self, length: int) -> bytes:
-        end = self.place + length
+        end = self.offset + length
         if end > len(self.buffer):
-            raise self.fail(f"{length} bytes announced, {len(self.buffer) - self.place} left")
-        taken = self.buffer[self.place : end]
-        self.place = end
+            raise self.error(f"{length} bytes announced, {len(self.buffer) - self.offset} left")
+        taken = self.buffer[self.offset : end]
+        self.offset = end
         return taken
 
-    def number(self, kind: struct.Struct) -> int:
-        (value,) = kind.unpack(self.take(kind.size))
+    def number(self, layout: struct.Struct) -> int:
+        (value,) = layout.unpack(self.take(layout.size))
         return int(value)
 
     def byte(self) -> int:
@@ -109,32 +109,34 @@ class _Reader:
         return Lsn(self.number(_INT64))
 
     def text(self) -> str:
-        end = self.buffer.find(b"\0", self.place)
+        end = self.buffer.find(b"\0", self.offset)
         if end < 0:
-            raise self.fail("a name without an end")
-        raw = self.take(end - self.place)
-        self.place = end + 1
+            raise self.error("a name without an end")
+        raw = self.take(end - self.offset)
+        self.offset = end + 1
         try:
             return raw.decode()
         except UnicodeDecodeError:
-            raise self.fail("a name that is not UTF-8") from None
+            raise self.error("a name that is not UTF-8") from None
 
     def one_of(self, letters: str) -> str:
         letter = chr(self.byte())
         if letter not in letters:
-            raise self.fail(f"{letter!r} where one of {letters!r} belongs")
+            raise self.error(f"{letter!r} where one of {letters!r} belongs")
         return letter
 
 
 def decode(buffer: bytes, streamed: bool = False) -> Message:
-    """Read one message; `streamed` ones stand between Stream Start and Stop and carry an xid.
+    """Decode one message.
+
+    :param streamed: whether it stands between Stream Start and Stream Stop, where it has an xid.
 
     Raises `ProtocolError` for anything that is not exactly one message.
     """
     reader = _Reader(bytes(buffer))
     message = _message(reader, streamed)
-    if reader.place != len(reader.buffer):
-        raise reader.fail(f"{len(reader.buffer) - reader.place} bytes too many")
+    if reader.offset != len(reader.buffer):
+        raise reader.error(f"{len(reader.buffer) - reader.offset} bytes too many")
     return message
 
 
@@ -174,7 +176,7 @@ def _stream_message(reader: _Reader, tag: str) -> Message:
         case "A":
             return StreamAbort(reader.number(_INT32), reader.number(_INT32))
         case _:
-            raise reader.fail("an unknown message")
+            raise reader.error("an unknown message")
 
 
 def _relation(reader: _Reader, xid: int | None) -> Relation:
@@ -184,14 +186,14 @@ def _relation(reader: _Reader, xid: int | None) -> Relation:
         Column(reader.byte() == 1, reader.text(), reader.number(_INT32), reader.number(_SIGNED32))
         for _ in range(reader.number(_INT16))
     )
-    # An empty schema stands for pg_catalog.
+    # PostgreSQL sends pg_catalog as an empty name.
     return Relation(xid, oid, schema or "pg_catalog", name, identity, columns)
 
 
 def _truncate(reader: _Reader, xid: int | None) -> Truncate:
     count, options = reader.number(_INT32), reader.byte()
     if count * 4 > len(reader.buffer):
-        raise reader.fail(f"{count} relations announced")
+        raise reader.error(f"{count} relations announced")
     oids = tuple(reader.number(_INT32) for _ in range(count))
     return Truncate(xid, bool(options & 1), bool(options & 2), oids)
 
@@ -202,118 +204,119 @@ def _logical_message(reader: _Reader, xid: int | None) -> LogicalMessage:
 
 
 def _row(reader: _Reader, xid: int | None) -> Row:
-    # Rows are kept without the xid, which stands after the tag.
-    skipped = reader.place - 1
-    row, end = read_row(reader.buffer[:1] + reader.buffer[reader.place :])
-    row.xid, reader.place = xid, end + skipped
+    # `read_row` expects no xid, which follows the tag.
+    skipped = reader.offset - 1
+    row, end = read_row(reader.buffer[:1] + reader.buffer[reader.offset :])
+    row.xid, reader.offset = xid, end + skipped
     return row
 
 
 def read_cells(
-    buffer: bytes, place: int, most: int = 1 << 16, integer: Any = _INT32.unpack_from
+    buffer: bytes, offset: int, most: int = 1 << 16, integer: Any = _INT32.unpack_from
 ) -> tuple[list[Cell], int]:
-    """The columns of the tuple at `place`, or the first of them, and where they end.
+    """Return the first `most` columns of the tuple at `offset`, and where they end.
 
-    The hot path, so without a call for each field. Raises `ProtocolError` if there is no tuple.
+    It is on the hot path, so it makes no call per field. Raises `ProtocolError` if there is no
+    tuple.
     """
     cells: list[Cell] = []
     append = cells.append
     try:
-        count = buffer[place] << 8 | buffer[place + 1]
-        place += 2
+        count = buffer[offset] << 8 | buffer[offset + 1]
+        offset += 2
         for _ in range(count if count < most else most):
-            kind = buffer[place]
+            kind = buffer[offset]
             if kind == _TEXT:
-                start = place + 5
-                place = start + integer(buffer, place + 1)[0]
-                append(buffer[start:place])
+                start = offset + 5
+                offset = start + integer(buffer, offset + 1)[0]
+                append(buffer[start:offset])
             elif kind == _NULL:
                 append(None)
-                place += 1
+                offset += 1
             elif kind == _UNCHANGED:
                 append(UNCHANGED_TOAST)
-                place += 1
+                offset += 1
             else:
-                raise ProtocolError(f"A column of the kind {kind} at byte {place}.")
+                raise ProtocolError(f"A column of the kind {kind} at byte {offset}.")
     except (IndexError, struct.error):
-        place = len(buffer) + 1
-    if place > len(buffer):
+        offset = len(buffer) + 1
+    if offset > len(buffer):
         raise ProtocolError(f"A row is cut off in its column {len(cells)}.")
-    return cells, place
+    return cells, offset
 
 
-def read_cell(buffer: bytes, place: int, position: int, integer: Any = _INT32.unpack_from) -> Cell:
-    """Return the column at `position` of the tuple at `place`, passing over those before it.
+def read_cell(buffer: bytes, offset: int, position: int, integer: Any = _INT32.unpack_from) -> Cell:
+    """Return the column at `position` of the tuple at `offset`, skipping the columns before it.
 
-    The hot path of most conditions. Raises `ProtocolError` if there is no such column.
+    It is the hot path of most conditions. Raises `ProtocolError` if there is no such column.
     """
     try:
-        if position >= buffer[place] << 8 | buffer[place + 1]:
+        if position >= buffer[offset] << 8 | buffer[offset + 1]:
             raise IndexError
-        place += 2
+        offset += 2
         for _ in range(position):
             # A column that has text is followed by its length and the text.
-            place += 5 + integer(buffer, place + 1)[0] if buffer[place] == _TEXT else 1
-        kind = buffer[place]
+            offset += 5 + integer(buffer, offset + 1)[0] if buffer[offset] == _TEXT else 1
+        kind = buffer[offset]
         if kind == _TEXT:
-            end = place + 5 + integer(buffer, place + 1)[0]
+            end = offset + 5 + integer(buffer, offset + 1)[0]
             if end <= len(buffer):
-                return buffer[place + 5 : end]
+                return buffer[offset + 5 : end]
         elif kind == _NULL:
             return None
         elif kind == _UNCHANGED:
             return UNCHANGED_TOAST
     except (IndexError, struct.error):
         pass
-    raise ProtocolError(f"There is no column {position} in a row at byte {place}.")
+    raise ProtocolError(f"There is no column {position} in a row at byte {offset}.")
 
 
-def end_of_tuple(buffer: bytes, place: int, integer: Any = _INT32.unpack_from) -> int:
-    """Return where the tuple at `place` ends. Raises `ProtocolError` if there is no tuple."""
+def end_of_tuple(buffer: bytes, offset: int, integer: Any = _INT32.unpack_from) -> int:
+    """Return where the tuple at `offset` ends. Raises `ProtocolError` if there is no tuple."""
     try:
-        count = buffer[place] << 8 | buffer[place + 1]
-        place += 2
+        count = buffer[offset] << 8 | buffer[offset + 1]
+        offset += 2
         for _ in range(count):
-            place += 5 + integer(buffer, place + 1)[0] if buffer[place] == _TEXT else 1
+            offset += 5 + integer(buffer, offset + 1)[0] if buffer[offset] == _TEXT else 1
     except (IndexError, struct.error):
-        raise ProtocolError(f"A row is cut off at byte {place}.") from None
-    return place
+        raise ProtocolError(f"A row is cut off at byte {offset}.") from None
+    return offset
 
 
 def read_begin(buffer: bytes) -> tuple[Lsn, int, int]:
-    """Commit position, xid and time of a Begin. Raises `ProtocolError` if it is none."""
+    """Return commit position, xid and time of a Begin. Raises `ProtocolError` if it is none."""
     if len(buffer) != _BEGIN.size:
-        raise _Reader(buffer).fail(f"{len(buffer)} bytes")
+        raise _Reader(buffer).error(f"{len(buffer)} bytes")
     _, commit_lsn, committed_at, xid = _BEGIN.unpack(buffer)
     return Lsn(commit_lsn), xid, committed_at
 
 
 def read_commit(buffer: bytes) -> Lsn:
-    """The end position of a Commit. Raises `ProtocolError` if it is none."""
+    """Return the end position of a Commit. Raises `ProtocolError` if it is none."""
     if len(buffer) != _COMMIT.size:
-        raise _Reader(buffer).fail(f"{len(buffer)} bytes")
+        raise _Reader(buffer).error(f"{len(buffer)} bytes")
     return Lsn(_COMMIT.unpack(buffer)[3])
 
 
-def read_row(buffer: bytes, place: int = 0) -> tuple[Row, int]:
-    """Read the row that starts at `place`, and where it ends: rows are self-delimiting.
+def read_row(buffer: bytes, offset: int = 0) -> tuple[Row, int]:
+    """Return the row that starts at `offset`, and where it ends: rows are self-delimiting.
 
     Raises `ProtocolError` if there is no row.
     """
-    if len(buffer) < place + FIRST_TUPLE:
-        raise ProtocolError(f"There is no row at byte {place}.")
-    tag, oid, kind = _ROW.unpack_from(buffer, place)
+    if len(buffer) < offset + FIRST_TUPLE:
+        raise ProtocolError(f"There is no row at byte {offset}.")
+    tag, oid, kind = _ROW.unpack_from(buffer, offset)
     if kind not in _TUPLES.get(tag, ()):
-        raise ProtocolError(f"{tag!r} with the tuple {kind!r} at byte {place} is no row.")
-    cells, place = read_cells(buffer, place + FIRST_TUPLE)
+        raise ProtocolError(f"{tag!r} with the tuple {kind!r} at byte {offset} is no row.")
+    cells, offset = read_cells(buffer, offset + FIRST_TUPLE)
     if kind == b"N":
-        return Row(None, tag.decode(), oid, None, None, cells), place
+        return Row(None, tag.decode(), oid, None, None, cells), offset
     if tag == b"D":
-        return Row(None, "D", oid, kind.decode(), cells, None), place
-    if buffer[place : place + 1] != b"N":
-        raise ProtocolError(f"The new row is missing at byte {place}.")
-    new, place = read_cells(buffer, place + 1)
-    return Row(None, "U", oid, kind.decode(), cells, new), place
+        return Row(None, "D", oid, kind.decode(), cells, None), offset
+    if buffer[offset : offset + 1] != b"N":
+        raise ProtocolError(f"The new row is missing at byte {offset}.")
+    new, offset = read_cells(buffer, offset + 1)
+    return Row(None, "U", oid, kind.decode(), cells, new), offset
 
 
 def encode_row(
@@ -323,7 +326,7 @@ def encode_row(
     old: Sequence[Cell] | None,
     new: Sequence[Cell] | None,
 ) -> bytes:
-    """Write a row as PostgreSQL does; what `read_row` reads."""
+    """Encode a row as PostgreSQL does; `read_row` decodes it."""
     parts = [operation.encode(), _INT32.pack(relation_oid)]
     if old_kind is not None and old is not None:
         parts += [old_kind.encode(), *_tuple_data(old)]

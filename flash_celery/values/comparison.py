@@ -1,7 +1,7 @@
-"""The text PostgreSQL writes for a value → a key that sorts and equals as the value does in SQL.
+"""Makes keys that compare as values do in SQL, from the text that PostgreSQL writes for them.
 
-Types are known by OID; what has no exact counterpart here has no key, and conditions on it are
-refused. Source: PostgreSQL documentation, chapter "Data Types".
+Types are identified by OID. A type without an exact counterpart in Python has no key, and
+conditions on it are refused. Source: PostgreSQL documentation, chapter "Data Types".
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 Key = Callable[[bytes], Any]
 
-#: What reading or comparing a value may raise: whoever writes a row chooses its values.
+#: What reading or comparing a value may raise; rows can contain any values.
 UNREADABLE: tuple[type[Exception], ...] = (
     ArithmeticError,
     AssertionError,
@@ -29,7 +29,7 @@ UNREADABLE: tuple[type[Exception], ...] = (
 
 @dataclass(frozen=True)
 class ColumnType:
-    """A column's type, domains followed down; enough to compare its values."""
+    """The type of a column (of a domain the base type), as far as values compare by it."""
 
     oid: int
     name: str
@@ -56,34 +56,33 @@ TEXTS = frozenset({18, 19, 25, 1043, BLANK_PADDED})
 _DATES = frozenset({1082, 1114, 1184})
 _TIMETZ = 1266
 _NETWORKS = frozenset({650, 869})
-#: Their text sorts as they do: time, uuid, bytea, bit, varbit, macaddr, macaddr8.
+#: Types whose text sorts as their values do: time, uuid, bytea, bit, varbit, macaddr, macaddr8.
 _AS_TEXT = frozenset({1083, 2950, BYTEA, 1560, 1562, 829, 774})
 
 
-def equality(of: ColumnType) -> Key | None:
-    """A key that is equal where SQL's `=` is true; None if there is no exact one."""
-    if of.oid in (JSON, JSONB):
+def equality(column_type: ColumnType) -> Key | None:
+    """Return the key that is equal if SQL's `=` is true; None if there is no exact one."""
+    if column_type.oid in (JSON, JSONB):
         return json_key
-    if not of.deterministic:
+    if not column_type.deterministic:
         return None
-    return _key(of)
+    return _key(column_type)
 
 
-def ordering(of: ColumnType) -> Key | None:
-    """A key that sorts as SQL does; None if there is no exact one."""
-    return _key(of) if of.sorted_by_code and of.deterministic else None
+def ordering(column_type: ColumnType) -> Key | None:
+    """Return the key that sorts as SQL does; None if there is no exact one."""
+    exact = column_type.sorted_by_code and column_type.deterministic
+    return _key(column_type) if exact else None
 
 
-def _key(of: ColumnType) -> Key | None:
-    if of.kind in ("array", "range", "multirange"):
-        element = _key(of.element) if of.element else None
-        if element is None:
-            return None
-        make = {"array": _array_key, "range": _range_key, "multirange": _multirange_key}[of.kind]
-        return make(element)
-    if of.kind == "enum":
-        return _label_key({label.encode(): place for place, label in enumerate(of.labels)})
-    return _SCALARS.get(of.oid)
+def _key(column_type: ColumnType) -> Key | None:
+    make_key = _CONTAINERS.get(column_type.kind)
+    if make_key is not None:
+        element = _key(column_type.element) if column_type.element else None
+        return None if element is None else make_key(element)
+    if column_type.kind == "enum":
+        return _label_key({label.encode(): n for n, label in enumerate(column_type.labels)})
+    return _SCALARS.get(column_type.oid)
 
 
 class UnknownLabel(LookupError):
@@ -96,10 +95,10 @@ class UnknownLabel(LookupError):
 
 def _label_key(positions: Mapping[bytes, int]) -> Key:
     def key(text: bytes) -> Any:
-        place = positions.get(text)
-        if place is None:
+        position = positions.get(text)
+        if position is None:
             raise UnknownLabel(text)
-        return place
+        return position
 
     return key
 
@@ -120,25 +119,25 @@ _DATE = re.compile(
 
 
 def _date(text: bytes) -> Any:
-    """Of date, timestamp and timestamptz, the latter in UTC."""
+    """Return the key of a date, timestamp or timestamptz (in UTC)."""
     if text.endswith(b"infinity"):
         return (-1,) if text.startswith(b"-") else (1,)
-    found = _DATE.fullmatch(text)
-    if found is None:
+    match = _DATE.fullmatch(text)
+    if match is None:
         raise ValueError(text)
-    year, *rest = (int(part or 0) for part in found.groups()[:6])
-    year = 1 - year if found[8] else year
-    return (0, year, *rest, int((found[7] or b"").ljust(6, b"0")))
+    year, *rest = (int(part or 0) for part in match.groups()[:6])
+    year = 1 - year if match[8] else year
+    return (0, year, *rest, int((match[7] or b"").ljust(6, b"0")))
 
 
 _TIME = re.compile(rb"(-?)(\d+):(\d\d):(\d\d)(?:\.(\d+))?", re.ASCII)
 
 
 def _microseconds(text: bytes) -> int:
-    found = _TIME.search(text)
-    if found is None:
+    match = _TIME.search(text)
+    if match is None:
         return 0
-    sign, hours, minutes, seconds, fraction = found.groups()
+    sign, hours, minutes, seconds, fraction = match.groups()
     total = ((int(hours) * 60 + int(minutes)) * 60 + int(seconds)) * 1_000_000
     total += int((fraction or b"").ljust(6, b"0"))
     return -total if sign else total
@@ -149,7 +148,7 @@ _DAYS = {b"year": 360, b"mon": 30, b"day": 1}
 
 
 def _interval(text: bytes) -> Any:
-    """As SQL compares: a month has 30 days."""
+    """Return the key of an interval; in comparisons a month has 30 days."""
     if text.endswith(b"infinity"):
         return (-1,) if text.startswith(b"-") else (1,)
     days = sum(int(count) * _DAYS[unit] for count, unit in _SPAN.findall(text))
@@ -160,16 +159,16 @@ _ZONE = re.compile(rb"([+-])(\d\d)(?::(\d\d))?(?::(\d\d))?$", re.ASCII)
 
 
 def _timetz(text: bytes) -> Any:
-    """By the time in UTC, then by the zone, west first counted up."""
-    found = _ZONE.search(text)
-    assert found is not None
-    seconds = int(found[2]) * 3600 + int(found[3] or 0) * 60 + int(found[4] or 0)
-    west = -seconds if found[1] == b"+" else seconds
-    return (_microseconds(text[: found.start()]) + west * 1_000_000, west)
+    """Return the key of a timetz: the time in UTC, then the zone, in seconds west of UTC."""
+    match = _ZONE.search(text)
+    assert match is not None
+    seconds = int(match[2]) * 3600 + int(match[3] or 0) * 60 + int(match[4] or 0)
+    west = -seconds if match[1] == b"+" else seconds
+    return (_microseconds(text[: match.start()]) + west * 1_000_000, west)
 
 
 def _network(text: bytes) -> Any:
-    """By family, common bits, length of the mask, and the whole address."""
+    """Return the key of an inet or cidr: its family, network bits, and the whole address."""
     interface = ipaddress.ip_interface(text.decode())
     width = interface.max_prefixlen
     bits = format(int(interface.ip), f"0{width}b")
@@ -210,12 +209,14 @@ _ESCAPE = re.compile(rb"\\(.)", re.DOTALL)
 
 
 def parse_array(text: bytes) -> tuple[list[tuple[int, int]], list[bytes | None]]:
-    """An array's bounds, dimension by dimension, and its elements in storage order."""
+    """Return the bounds of an array's dimensions, and its elements in storage order."""
     declared, _, body = text.rpartition(b"={") if text.startswith(b"[") else (b"", b"", text[1:])
     items: list[bytes | None] = []
     depth, deepest = 1, 1
-    #: How many members each open brace has so far, and how many a closed one had.
-    counts, sizes = [0], dict[int, int]()
+    #: How many members each open brace has so far.
+    counts = [0]
+    #: How many members the last closed brace of each depth had.
+    sizes: dict[int, int] = {}
     for quoted, bare, brace in _TOKEN.findall(body):
         if brace == b"{":
             counts[-1] += 1
@@ -247,16 +248,16 @@ def _range_key(element: Key) -> Key:
     def key(text: bytes) -> Any:
         if text == b"empty":
             return (0,)
-        found = _RANGE.fullmatch(text)
-        if found is None:
+        match = _RANGE.fullmatch(text)
+        if match is None:
             raise ValueError(text)
-        return _bounds_key(element, *found.groups())
+        return _bounds_key(element, *match.groups())
 
     return key
 
 
 def _multirange_key(element: Key) -> Key:
-    return lambda text: tuple(_bounds_key(element, *found) for found in _RANGE.findall(text))
+    return lambda text: tuple(_bounds_key(element, *groups) for groups in _RANGE.findall(text))
 
 
 def _bounds_key(element: Key, opening: bytes, low: bytes, high: bytes, closing: bytes) -> Any:
@@ -269,11 +270,17 @@ def _unquoted(bound: bytes) -> bytes:
     return _QUOTE.sub(rb"\1\2", bound[1:-1]) if bound.startswith(b'"') else bound
 
 
+_CONTAINERS: dict[str, Callable[[Key], Key]] = {
+    "array": _array_key,
+    "range": _range_key,
+    "multirange": _multirange_key,
+}
+
 # JSON compares as jsonb: numbers by value, objects without order, the last of equal names counts.
 
 
 def json_key(text: bytes) -> Any:
-    """A value as nested tuples that are equal where jsonb is."""
+    """Return a value as nested tuples, which are equal if the values are equal as jsonb."""
     return _freeze(json.loads(text, parse_float=Decimal, parse_int=Decimal))
 
 
@@ -286,7 +293,7 @@ def _freeze(value: Any) -> Any:
 
 
 def json_contains(whole: Any, part: Any) -> bool:
-    """SQL's `whole @> part`, of keys. An array contains a plain value at the top level."""
+    """Return SQL's `whole @> part` for keys. An array also contains a plain value in it."""
     if whole[0] == "array" and part[0] not in ("array", "object"):
         return part in whole[1]
     return _contains(whole, part)
@@ -299,5 +306,5 @@ def _contains(whole: Any, part: Any) -> bool:
         members = dict(whole[1])
         return all(n in members and _contains(members[n], v) for n, v in part[1])
     if whole[0] == "array":
-        return all(any(_contains(one, wanted) for one in whole[1]) for wanted in part[1])
+        return all(any(_contains(member, sought) for member in whole[1]) for sought in part[1])
     return bool(whole == part)

@@ -1,6 +1,7 @@
-"""The text PostgreSQL wrote for a value → a Python value, through psycopg's own loaders.
+"""Converts the text that PostgreSQL wrote for a value to Python, with psycopg's own loaders.
 
-What a loader cannot represent (`infinity`, dates BC, years above 9999) stays the server's text.
+A value that a loader cannot represent (`infinity`, dates BC, years above 9999) stays the text of
+the server.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ Loader = Callable[[bytes], Any]
 
 _UNREADABLE: tuple[type[Exception], ...] = (Error, *UNREADABLE)
 
-#: psycopg reads their `infinity` as no time at all.
+#: interval and interval[]. psycopg reads their `infinity` as a span of zero.
 _INTERVAL, _INTERVALS = 1186, 1187
 
 
 class _Session:
-    """What psycopg's pure Python asks for how intervals are written: a session set up as ours."""
+    """A session with the interval style of ours, for psycopg's loader in pure Python."""
 
     adapters = None
 
@@ -43,18 +44,20 @@ class _Session:
 
 @lru_cache(maxsize=1024)
 def loader(type_oid: int) -> Loader:
-    """What turns the text of a value of this type into Python. Unknown types give `str`."""
+    """Return what converts the text of a value of this type to Python; `str` if it is unknown."""
     return or_text(_loader(type_oid))
 
 
 def field_loader(type_oid: int) -> Loader:
-    """The same for a field of a composite: what is no number where one belongs raises, for it
-    belongs to another field."""
+    """Return a loader for a field of a composite type.
+
+    Text that is no number raises where a number is expected, because the fields have been altered.
+    """
     return _loader(type_oid) if type_oid in NUMBERS else loader(type_oid)
 
 
 def or_text(load: Loader) -> Loader:
-    """A loader that gives the text where it cannot represent the value."""
+    """Return a loader that keeps the text of values that `load` cannot represent."""
 
     def load_or_keep_text(text: bytes) -> Any:
         try:
@@ -66,9 +69,9 @@ def or_text(load: Loader) -> Loader:
 
 
 def _loader(type_oid: int) -> Loader:
-    found = Transformer().get_loader(type_oid, Format.TEXT)
-    load: Loader = found.load
-    if type(found) is IntervalLoader:
+    psycopg_loader = Transformer().get_loader(type_oid, Format.TEXT)
+    load: Loader = psycopg_loader.load
+    if type(psycopg_loader) is IntervalLoader:
         load = IntervalLoader(type_oid, cast(AdaptContext, _Session())).load
     elif type_oid == _INTERVALS and pq.__impl__ == "python":
         load = array_loader(_loader(_INTERVAL))
@@ -84,16 +87,15 @@ def _finite(load: Loader) -> Loader:
     return load_finite
 
 
-# A field is quoted if it is empty or holds something special; without anything it is NULL.
+# An empty field, or one with special characters, is quoted; NULL is nothing at all.
 _FIELD = re.compile(rb'(?:"((?:[^"\\]|""|\\\\)*)"|([^,"]*))(,|\Z)', re.DOTALL)
 _DOUBLED = re.compile(rb'(["\\])\1')
 
 
 def record_loader(names: Sequence[str], loaders: Sequence[Loader]) -> Loader:
-    """What turns the text of a composite value into a dict by field name.
+    """Return what converts the text of a composite value to a dict by field name.
 
-    A value with other fields than these, or of which one is not as it should be, is of before or
-    after an ALTER TYPE, and stays text.
+    A value whose fields do not fit was written before or after an ALTER TYPE, and stays text.
     Source: PostgreSQL documentation, chapter "Composite Types".
     """
 
@@ -105,18 +107,18 @@ def record_loader(names: Sequence[str], loaders: Sequence[Loader]) -> Loader:
 
 
 def _record(text: bytes) -> Iterator[bytes | None]:
-    place, comma = 1, b","
+    offset, comma = 1, b","
     while comma:
-        field = _FIELD.match(text, place, len(text) - 1)
+        field = _FIELD.match(text, offset, len(text) - 1)
         if field is None:
             raise ValueError(text)
-        place = field.end()
+        offset = field.end()
         quoted, bare, comma = field.groups()
         yield bare or None if quoted is None else _DOUBLED.sub(rb"\1", quoted)
 
 
 def array_loader(load: Loader) -> Loader:
-    """What turns the text of an array into lists of what `load` makes of its elements."""
+    """Return what converts the text of an array to lists, with a loader for its elements."""
 
     def load_array(text: bytes) -> list[Any]:
         bounds, items = parse_array(text)
@@ -130,7 +132,7 @@ def array_loader(load: Loader) -> Loader:
 
 
 def dump(value: Any) -> tuple[bytes, int]:
-    """A Python value as PostgreSQL's text and the OID of its type (0: unknown)."""
+    """Return PostgreSQL's text of a Python value, and the OID of its type (0: unknown)."""
     dumper = Transformer().get_dumper(value, PyFormat.TEXT)
     text = dumper.dump(value)
     return (b"" if text is None else bytes(text)), dumper.oid

@@ -201,7 +201,7 @@ def test_doctor_explains_lookups_left_to_the_worker(flash):
     flash.database.execute(ITEMS)
     flash.handler("items", "insert", where={"name": "a", "note__regex": "x"})
     text = "\n".join(explained(flash, flash_push_down=True))
-    assert "not pushed down  insert: handler: the lookup note__regex: __regex is judged" in text
+    assert "not pushed down  insert: handler: the lookup note__regex: __regex is evaluated" in text
     assert "sends each insert where \"name\" = 'a'::text" in text
 
 
