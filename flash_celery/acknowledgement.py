@@ -1,4 +1,4 @@
-"""What may be acknowledged to PostgreSQL. Every flush position that is reported comes from here.
+"""The position to acknowledge to PostgreSQL: every reported flush position comes from here.
 
 The reading thread reports `Progress.confirmed`; the publishing thread advances it, and nothing else
 does.

@@ -1,4 +1,4 @@
-"""What can happen to a row, and which part of it a change is."""
+"""Operations on rows, and the parts into which a change of a key is split."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Plan:
     #: Statements about publications and tables.
     steps: list[Step]
     replay_slot: SlotStatus | None = None
-    #: What is left as it is, and why; "" if nothing is.
+    #: Names what a reset keeps, with the reason; "" if it keeps nothing.
     note: str = ""
 
     @property

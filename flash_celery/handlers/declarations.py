@@ -23,7 +23,7 @@ class Declaration:
     order: int
     #: None if the decorator's arguments are wrong.
     subscription: Subscription | None
-    #: What is wrong with the arguments; raised later, when the task's name is known.
+    #: The error in the arguments; raised later, when the task's name is known.
     error: str = ""
 
 
