@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from flash_celery import UNCHANGED, Operation, on_message
-from flash_celery.capture.router import MOST_FIELDS
+from flash_celery.capture.router import MAX_FIELDS
 from flash_celery.commands import replay
 from flash_celery.dead_letters import letters
 from flash_celery.handlers.decorators import subscriptions_of
@@ -63,7 +63,7 @@ def test_deep_composite_is_text_below_a_depth(flash):
 
 
 def test_most_fields_allowed_are_delivered(flash):
-    wide = MOST_FIELDS // 2
+    wide = MAX_FIELDS // 2
     columns = ", ".join(f"x{n} int" for n in range(wide))
     flash.database.execute(
         f"CREATE TYPE wide AS ({columns})",
