@@ -3,6 +3,7 @@
 import itertools
 import os
 from functools import partial
+from operator import itemgetter
 from types import SimpleNamespace
 
 import psycopg
@@ -391,7 +392,11 @@ def set_up(connection, prefix, subscriptions):
 
 
 def read(connection, prefix, subscriptions):
-    """Return the deliveries without their ordinals, and the number of rows that were sent."""
+    """Return the deliveries without their ordinals, and the number of rows that were sent.
+
+    Each handler's are in order; between handlers there is none, as a run of rows goes to one
+    handler after the other, and a row filter changes where runs begin.
+    """
     delivered = []
 
     def receiver(subscription, operation):
@@ -417,7 +422,7 @@ def read(connection, prefix, subscriptions):
     for kind, run in runs(messages):
         transactions.receive(kind, run)
     sent = sum(message[:1] in (b"I", b"U", b"D") for message in messages)
-    return delivered, sent
+    return sorted(delivered, key=itemgetter(0)), sent
 
 
 counts = {"whole": 0, "pushed": 0}
