@@ -56,6 +56,15 @@ class Delivery(NamedTuple):
     number: int
     rows: Sequence[bytes]
 
+    def row(self, position: int) -> Delivery:
+        """Return the delivery of one of the rows alone."""
+        return self._replace(rows=[self.rows[position]], ordinal=self.ordinal + position)
+
+    def split(self, position: int) -> tuple[Delivery, Delivery]:
+        """Return the deliveries of the rows before a position, and from it on."""
+        rest = self._replace(rows=self.rows[position:], ordinal=self.ordinal + position)
+        return self._replace(rows=self.rows[:position]), rest
+
 
 def message_row(content: bytes) -> bytes:
     """Return what stands for the row of a logical message."""

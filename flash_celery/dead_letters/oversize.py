@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
@@ -57,13 +57,12 @@ class Oversize:
             if template is None:  # it fits, or belongs to an earlier session, which is given up
                 fits.append(message)
                 continue
-            deliveries = [payload.delivery_of(change) for change in _changes_in(message)]
-            if len(deliveries) == 1:
+            deliveries = message.deliveries
+            if sum(len(delivery.rows) for delivery in deliveries) == 1:
                 fits.append(self._fitting_letter(template, deliveries[0], limit) or message)
                 continue
-            middle = len(deliveries) // 2
-            parts = deliveries[:middle], deliveries[middle:]
-            fits += self.fitting([template.together(part) for part in parts], limit)
+            halves = [template.together(half) for half in _halves(deliveries)]
+            fits += self.fitting(halves, limit)
         return fits
 
     def _fitting_letter(self, template: Template, delivery: Delivery, limit: int) -> Message | None:
@@ -95,8 +94,7 @@ class Oversize:
         )
         message = letters.encode(self.app, letter, self.queue)
         # The deduplicator counts it as the change itself, which is enqueued once.
-        message.form = replace(message.form, template=template.key)
-        message.covered = failed.covered
+        message.stand_for(failed)
         return message
 
 
@@ -117,10 +115,19 @@ def _log(error: ChangeTooLarge) -> None:
     logger.error("%s. It is a dead letter now (`flash dead list`)", escaped(str(error)))
 
 
-def _changes_in(message: Message) -> list[Change]:
-    if message.task == letters.TASK:
-        return letters.changes_of(letters.decode(message.body))
-    return letters.changes_in(_plain(message))
+def _halves(deliveries: Sequence[Delivery]) -> tuple[list[Delivery], list[Delivery]]:
+    """Return the changes in two parts with half of the rows each."""
+    first: list[Delivery] = []
+    second = list(deliveries)
+    missing = sum(len(delivery.rows) for delivery in deliveries) // 2
+    while missing:
+        delivery = second.pop(0)
+        if len(delivery.rows) > missing:
+            delivery, rest = delivery.split(missing)
+            second.insert(0, rest)
+        first.append(delivery)
+        missing -= len(delivery.rows)
+    return first, second
 
 
 def _plain(message: Message) -> str | bytes:

@@ -34,6 +34,7 @@ class PublishBatch(NamedTuple):
 
     messages: list[Message]
     position: Lsn
+    #: Bytes of memory that the messages take, roughly, with the rows that they remember.
     size: int
     #: How many changes are in it, by what they are counted under.
     counts: Mapping[Route, int] = {}
@@ -102,7 +103,7 @@ class Batcher:
         self._too_large = too_large
         self._clock = clock
         self._messages: list[Message] = []
-        #: Bytes of the messages not collected yet.
+        #: Bytes of memory that the messages not collected yet take, roughly.
         self.size = 0
         self._batches: dict[Template, _Batch] = {}
         self._committed = Lsn(0)
@@ -136,14 +137,14 @@ class Batcher:
                 continue
             if template in self._batches:
                 self._release(template)  # its changes precede this one
-            self._emit([self._too_large(template, single)])
+            self._emit([self._too_large(template, single)], 0)
             self._letters = True
 
     def _take(self, template: Template, delivery: Delivery, route: Route | None) -> None:
         if template.batch is None:
             if route is not None:
                 self._counts[route] += len(delivery.rows)
-            self._emit(template.each(delivery))
+            self._emit(template.each(delivery), sum(map(len, delivery.rows)))
             return
         while True:
             batch = self._batches.get(template)
@@ -209,9 +210,10 @@ class Batcher:
         batch = self._batches.pop(template)
         for route, count in batch.counts.items():
             self._counts[route] += count
-        self._emit([template.together(batch.deliveries)])
+        self._emit([template.together(batch.deliveries)], batch.size)
 
-    def _emit(self, messages: Iterable[Message]) -> None:
+    def _emit(self, messages: Iterable[Message], row_bytes: int) -> None:
+        self.size += row_bytes
         for message in messages:
             self._messages.append(message)
             self.size += len(message.body) + MESSAGE_BYTES

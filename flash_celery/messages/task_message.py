@@ -5,10 +5,11 @@ Source: Celery documentation, chapter "Message Protocol".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ..changes.payload import Delivery
 from .deduplication import NOTHING, Covered
 
 #: Header of a held message, with the queue and the priority that it is requeued with.
@@ -41,9 +42,21 @@ class Message:
     :param argsrepr: the arguments as Celery's logs and Flower show them.
     :param body: the body, which is bytes if it is compressed.
     :param covered: the changes that it holds, for deduplication.
+    :param deliveries: the same changes as they were delivered, until the message is confirmed.
+    :param position: if it holds only one of the rows of its delivery, which one, from 0.
     """
 
-    __slots__ = ("_headers", "_properties", "argsrepr", "body", "covered", "form", "id")
+    __slots__ = (
+        "_deliveries",
+        "_headers",
+        "_position",
+        "_properties",
+        "argsrepr",
+        "body",
+        "covered",
+        "form",
+        "id",
+    )
 
     def __init__(
         self,
@@ -52,9 +65,13 @@ class Message:
         argsrepr: str,
         body: str | bytes,
         covered: Covered = NOTHING,
+        deliveries: Sequence[Delivery] = (),
+        position: int | None = None,
     ) -> None:
         self.form = form
         self.covered = covered
+        self._deliveries = deliveries
+        self._position = position
         self.id = task_id
         self.argsrepr = argsrepr
         self.body = body
@@ -68,6 +85,19 @@ class Message:
         message = cls(form, task_id, argsrepr, body)
         message._headers, message._properties = dict(form.headers), dict(form.properties)
         return message
+
+    def stand_for(self, message: Message) -> None:
+        """Take the place of another message, whose changes it then covers."""
+        self.form = replace(self.form, template=message.form.template)
+        self.covered = message.covered
+        self._deliveries, self._position = message._deliveries, message._position
+
+    @property
+    def deliveries(self) -> Sequence[Delivery]:
+        """The changes in it; none if no delivery made it."""
+        if self._position is None:
+            return self._deliveries
+        return [delivery.row(self._position) for delivery in self._deliveries]
 
     @property
     def content_type(self) -> str:

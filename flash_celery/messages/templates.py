@@ -82,22 +82,31 @@ class Template:
         count = sum(len(delivery.rows) for delivery in deliveries)
         argsrepr = labels.batch(count, payload.change_of(deliveries[0]))
         value = payload.encode(deliveries)
-        return self._message(CHANGES, task_id_of_batch(), argsrepr, value, _covered(deliveries))
+        covered = _covered(deliveries)
+        return self._message(CHANGES, task_id_of_batch(), argsrepr, value, covered, deliveries)
 
     def each(self, delivery: Delivery) -> list[Message]:
         """Return a message for each change of a delivery."""
         _, transaction, first, part, number, _ = delivery
         commit_lsn, transactions = transaction.commit_lsn, (identity(transaction),)
-        messages = []
-        encoded = payload.encode_each(delivery)
-        for ordinal, (value, change_id, argsrepr) in enumerate(encoded, first):
+        messages, deliveries = [], (delivery,)
+        for position, (value, change_id, argsrepr) in enumerate(payload.encode_each(delivery)):
             task_id = task_id_of_change(self._source, self.task, change_id)
-            covered = ((number, (commit_lsn, ordinal, part)),), transactions
-            messages.append(self._message(CHANGE, task_id, argsrepr, value, covered))
+            covered = ((number, (commit_lsn, first + position, part)),), transactions
+            messages.append(
+                self._message(CHANGE, task_id, argsrepr, value, covered, deliveries, position)
+            )
         return messages
 
     def _message(
-        self, kind: str, task_id: str, argsrepr: str, value: str, covered: Covered
+        self,
+        kind: str,
+        task_id: str,
+        argsrepr: str,
+        value: str,
+        covered: Covered,
+        deliveries: Sequence[Delivery],
+        position: int | None = None,
     ) -> Message:
         body: str | bytes = (
             f'[[{{"__type__":"{kind}","__value__":{value}}}],{{}},'
@@ -105,7 +114,8 @@ class Template:
         )
         if self._compression:
             body, _ = compression.compress(body, self._compression)
-        message = Message(self._form, task_id, argsrepr[:_ARGUMENT_LENGTH], body, covered)
+        argsrepr = argsrepr[:_ARGUMENT_LENGTH]
+        message = Message(self._form, task_id, argsrepr, body, covered, deliveries, position)
         if self._expires is not None:
             # Celery turns seconds from now into a moment.
             message.headers["expires"] = self._expiry()

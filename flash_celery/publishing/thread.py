@@ -29,7 +29,7 @@ from typing import Any, Protocol
 from ..acknowledgement import Progress
 from ..backoff import delays
 from ..errors import ConfirmedLost, PublishError, TakenOver
-from ..messages.batcher import MESSAGE_BYTES, PublishBatch
+from ..messages.batcher import PublishBatch
 from ..messages.deduplication import Deduplicator, Lease, now
 from ..messages.task_message import Message
 from ..telemetry import Telemetry
@@ -291,7 +291,7 @@ class PublishingThread(threading.Thread):
         for announcement in announced:
             announcement.end(published=done)
         if done:
-            self._count(batches, len(messages))
+            self._count(batches, messages)
         with self._changed:
             # Make room before the reading thread is woken to use it.
             self._size -= sum(batch.size for batch in batches)
@@ -320,10 +320,10 @@ class PublishingThread(threading.Thread):
         self._opened = False
         self._publisher.close()
 
-    def _count(self, batches: Sequence[PublishBatch], messages: int) -> None:
+    def _count(self, batches: Sequence[PublishBatch], messages: Sequence[Message]) -> None:
         telemetry = self._telemetry
-        telemetry.messages += messages
-        telemetry.bytes += sum(batch.size for batch in batches) - MESSAGE_BYTES * messages
+        telemetry.messages += len(messages)
+        telemetry.bytes += sum(len(message.body) for message in messages)
         for batch in batches:
             committed = batch.committed if batch.messages else 0.0
             telemetry.confirm(batch.counts, committed, batch.latest)

@@ -6,10 +6,10 @@ import pytest
 
 from flash_celery import UNCHANGED, on_change
 from flash_celery.changes.change import Operation
-from flash_celery.changes.payload import Delivery
+from flash_celery.changes.payload import Delivery, changes_of
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.dead_letters import letters
-from flash_celery.dead_letters.oversize import Oversize
+from flash_celery.dead_letters.oversize import Oversize, _halves
 from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.messages.templates import Templates
 from flash_celery.protocol.lsn import Lsn
@@ -83,3 +83,25 @@ def test_oversize_message_whose_dead_letter_does_not_fit_is_unchanged(templates,
     message = template.together([delivery((b"1", LONG, b"b"))])
     assert oversize.fitting([message], 500) == [message]
     assert "dead letter" not in caplog.text
+
+
+@pytest.mark.parametrize("counts", [[2], [1, 1], [1, 3], [3, 1, 1], [4, 4]])
+def test_oversize_batch_is_halved_by_rows(counts):
+    rows = iter(range(sum(counts)))
+    deliveries = [delivery(*((b"%d" % next(rows), b"a", b"b") for _ in range(n))) for n in counts]
+    halves = _halves(deliveries)
+    assert [sum(len(part.rows) for part in half) for half in halves] == [
+        sum(counts) // 2,
+        sum(counts) - sum(counts) // 2,
+    ]
+    changes = [change for half in halves for part in half for change in changes_of(part)]
+    assert changes == [change for part in deliveries for change in changes_of(part)]
+
+
+def test_message_remembers_its_deliveries(templates):
+    all_of_them = templates()
+    template = all_of_them[all_of_them.subscriptions[0], Operation.INSERT]
+    run = delivery((b"1", b"a", b"b"), (b"2", b"a", b"b"))
+    assert template.together([run]).deliveries == [run]
+    first, second = template.each(run)
+    assert [*changes_of(*first.deliveries), *changes_of(*second.deliveries)] == changes_of(run)
