@@ -23,9 +23,13 @@ _ERRORS = 20
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)
 
 #: The states of the replication worker. WAITING is for Celery workers (`--wait-for-workers`), and
-#: STANDBY is a hot spare that waits for the slot.
-STARTING, WAITING, CONNECTING = "starting", "waiting", "connecting"
-STANDBY, STREAMING, STOPPING = "standby", "streaming", "stopping"
+STARTING = "starting"
+WAITING = "waiting"
+CONNECTING = "connecting"
+#: A hot spare that waits for the slot.
+STANDBY = "standby"
+STREAMING = "streaming"
+STOPPING = "stopping"
 STATES = (STARTING, WAITING, CONNECTING, STANDBY, STREAMING, STOPPING)
 
 

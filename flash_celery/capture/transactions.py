@@ -18,7 +18,8 @@ from ..protocol import pgoutput
 from ..protocol.lsn import Lsn
 from .spool import Spool, default_directory
 
-_BEGIN, _COMMIT = b"BC"
+_BEGIN = ord("B")
+_COMMIT = ord("C")
 _ROWS = frozenset(b"IUD")
 #: Messages that are not spooled: those that control blocks, and Origin, which has no xid (chapter
 #: "Logical Replication Message Formats") and is not used.

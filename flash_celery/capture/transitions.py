@@ -28,9 +28,15 @@ from ..protocol.pgoutput import (
 )
 from ..values.comparison import UNREADABLE
 
-INSERT, UPDATE, DELETE = Operation.INSERT, Operation.UPDATE, Operation.DELETE
-WHOLE, KEY_DELETE, KEY_INSERT = Part.WHOLE, Part.KEY_DELETE, Part.KEY_INSERT
-_INSERT_TAG, _UPDATE_TAG, _DELETE_TAG = b"IUD"
+INSERT = Operation.INSERT
+UPDATE = Operation.UPDATE
+DELETE = Operation.DELETE
+WHOLE = Part.WHOLE
+KEY_DELETE = Part.KEY_DELETE
+KEY_INSERT = Part.KEY_INSERT
+_INSERT_TAG = ord("I")
+_UPDATE_TAG = ord("U")
+_DELETE_TAG = ord("D")
 #: How many results of the condition are cached.
 _CACHED_RESULTS = 2000
 #: Bytes of the compared values beyond which a result is not cached.

@@ -36,7 +36,8 @@ class _Ways(NamedTuple):
     factor: int = 1
 
 
-_ONE, _ENDLESS = _Ways(), _Ways(0, _MAX_WAYS + 1)
+_ONE = _Ways()
+_ENDLESS = _Ways(0, _MAX_WAYS + 1)
 
 
 @lru_cache(maxsize=256)

@@ -12,7 +12,11 @@ from psycopg import sql
 from ..table_name import TableName
 
 #: Values of pg_class.relkind (chapter "System Catalogs").
-ORDINARY, PARTITIONED, VIEW, MATERIALIZED_VIEW, FOREIGN = "r", "p", "v", "m", "f"
+ORDINARY = "r"
+PARTITIONED = "p"
+VIEW = "v"
+MATERIALIZED_VIEW = "m"
+FOREIGN = "f"
 
 
 @dataclass(frozen=True)

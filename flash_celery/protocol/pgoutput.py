@@ -74,7 +74,9 @@ _TUPLES = {b"I": (b"N",), b"U": (b"N", b"O", b"K"), b"D": (b"O", b"K")}
 _BEGIN = struct.Struct("!cQqI")
 _COMMIT = struct.Struct("!cBQQq")
 
-_TEXT, _NULL, _UNCHANGED = b"tnu"
+_TEXT = ord("t")
+_NULL = ord("n")
+_UNCHANGED = ord("u")
 #: Where the first tuple of a row starts: after the tag, the relation and the kind of the tuple.
 FIRST_TUPLE = 6
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from ..errors import FlashError
 
-OK, WARNING, STOP = "ok", "warning", "stop"
+OK = "ok"
+WARNING = "warning"
+STOP = "stop"
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,11 @@ from .record import comment, comment_step
 
 logger = logging.getLogger(__name__)
 
-#: The slot advances in steps of a twentieth of the window, every 1 to 60 seconds.
-_STEPS_PER_WINDOW, _SHORTEST_PAUSE, _LONGEST_PAUSE = 20, 1.0, 60.0
+#: The slot advances in steps of a twentieth of the window.
+_STEPS_PER_WINDOW = 20
+#: Seconds between two steps.
+_SHORTEST_PAUSE = 1.0
+_LONGEST_PAUSE = 60.0
 #: The recorded position while the slot is being created.
 _UNKNOWN = Lsn((1 << 64) - 1)
 #: The key of the record.

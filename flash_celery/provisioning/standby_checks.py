@@ -14,8 +14,10 @@ from ..postgres.connection import connect, is_standby
 from ..postgres.source import Source
 from .findings import OK, WARNING, Finding, stop
 
-#: The first versions in which a standby can be read, and can keep a copy of a slot.
-READ_SINCE, FAILOVER_SINCE = 160000, 170000
+#: The first version in which a standby can be read.
+READ_SINCE = 160000
+#: The first version in which a standby can keep a copy of a slot.
+FAILOVER_SINCE = 170000
 
 _STANDBY_SLOTS = """
 SELECT w.name, s.slot_type = 'physical', s.active, s.wal_status

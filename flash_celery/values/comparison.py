@@ -45,7 +45,11 @@ class ColumnType:
     deterministic: bool = True
 
 
-BOOLEAN, BYTEA, JSON, JSONB, INTERVAL = 16, 17, 114, 3802, 1186
+BOOLEAN = 16
+BYTEA = 17
+JSON = 114
+JSONB = 3802
+INTERVAL = 1186
 INTEGERS = frozenset({20, 21, 23, 26})
 FLOATS = frozenset({700, 701})
 NUMERIC = 1700

@@ -23,8 +23,9 @@ Loader = Callable[[bytes], Any]
 
 _UNREADABLE: tuple[type[Exception], ...] = (Error, *UNREADABLE)
 
-#: interval and interval[]. psycopg reads their `infinity` as a span of zero.
-_INTERVAL, _INTERVALS = 1186, 1187
+#: The OIDs of interval and interval[]. psycopg reads their `infinity` as a span of zero.
+_INTERVAL = 1186
+_INTERVAL_ARRAY = 1187
 
 
 class _Session:
@@ -73,9 +74,9 @@ def _loader(type_oid: int) -> Loader:
     load: Loader = psycopg_loader.load
     if type(psycopg_loader) is IntervalLoader:
         load = IntervalLoader(type_oid, cast(AdaptContext, _Session())).load
-    elif type_oid == _INTERVALS and pq.__impl__ == "python":
+    elif type_oid == _INTERVAL_ARRAY and pq.__impl__ == "python":
         load = array_loader(_loader(_INTERVAL))
-    return _finite(load) if type_oid in (_INTERVAL, _INTERVALS) else load
+    return _finite(load) if type_oid in (_INTERVAL, _INTERVAL_ARRAY) else load
 
 
 def _finite(load: Loader) -> Loader:
