@@ -19,6 +19,7 @@ from ..values import comparison
 from ..values.comparison import ColumnType
 from ..values.loading import dump
 from . import regex_cost
+from .enum_members import with_plain_values
 from .parsing import LISTS, ORDERINGS, TEXT_SEARCHES, Condition, Lookup
 
 #: Returns the text of a column by its name; None for NULL.
@@ -110,6 +111,7 @@ def _test(lookup: Lookup, column_type: ColumnType, canonical: Canonical) -> _Tes
     """Return the test of one lookup on a column of this type."""
     if lookup.name == "isnull":
         return lambda text: (text is None) == lookup.value
+    lookup = with_plain_values(lookup, column_type)
     if lookup.name == "contains" and column_type.oid in (comparison.JSON, comparison.JSONB):
         return _json_contains(lookup, canonical)
     if lookup.name in TEXT_SEARCHES:

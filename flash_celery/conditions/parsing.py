@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 import psycopg
@@ -57,10 +58,19 @@ class Condition:
         return frozenset(lookup.column for part in self.alternatives for lookup in part)
 
 
-def parse(where: Any, column: Callable[[Any], str] = str) -> Condition | None:
+def _as_given(_: Any, value: Any) -> Any:
+    return value
+
+
+def parse(
+    where: Any,
+    column: Callable[[Any], str] = str,
+    stored: Callable[[Any, Any], Any] = _as_given,
+) -> Condition | None:
     """Read the `where` of an `on_change`; None if there is none.
 
     :param column: turns the name of a field into that of a column.
+    :param stored: turns a field and a value into what the field's column holds for that value.
 
     Raises `SubscriptionError` for what is not a condition.
     """
@@ -69,26 +79,37 @@ def parse(where: Any, column: Callable[[Any], str] = str) -> Condition | None:
     alternatives = [where] if isinstance(where, Mapping) else where
     if isinstance(alternatives, str) or not isinstance(alternatives, Iterable):
         raise SubscriptionError(f"where is a dict or a list of dicts, not {where!r}.")
-    parts = tuple(_conjunction(part, column) for part in alternatives)
+    parts = tuple(_conjunction(part, column, stored) for part in alternatives)
     if not parts:
         raise SubscriptionError("where is an empty list, which no row matches; leave it out.")
     return Condition(parts)
 
 
-def _conjunction(part: Any, column: Callable[[Any], str]) -> tuple[Lookup, ...]:
+def _conjunction(
+    part: Any, column: Callable[[Any], str], stored: Callable[[Any, Any], Any]
+) -> tuple[Lookup, ...]:
     if not isinstance(part, Mapping):
         raise SubscriptionError(f"where is a dict or a list of dicts; it holds {part!r}.")
     if not part:
         raise SubscriptionError("where holds an empty dict, which every row matches; leave it out.")
-    return tuple(_named_lookup(key, value, column) for key, value in part.items())
+    return tuple(_named_lookup(key, value, column, stored) for key, value in part.items())
 
 
-def _named_lookup(key: Any, value: Any, column: Callable[[Any], str]) -> Lookup:
-    if isinstance(key, str):
-        lookup = _lookup(key, value)
-        return replace(lookup, column=column(lookup.column))
-    # An attribute of a mapped class, which has no lookup in its name.
-    return _equals(column(key), value)
+def _named_lookup(
+    key: Any, value: Any, column: Callable[[Any], str], stored: Callable[[Any, Any], Any]
+) -> Lookup:
+    if isinstance(value, Enum) and value.value is None:
+        value = None
+    if not isinstance(key, str):
+        # An attribute of a mapped class, which has no lookup in its name.
+        return _equals(column(key), stored(key, value))
+    lookup = _lookup(key, value)
+    field = lookup.column
+    if lookup.name in LISTS:
+        value = tuple(stored(field, member) for member in lookup.value)
+    else:
+        value = stored(field, lookup.value)
+    return replace(lookup, column=column(field), value=value)
 
 
 def _equals(column: str, value: Any) -> Lookup:
@@ -145,10 +166,17 @@ def _check_pattern(key: str, value: Any) -> None:
         )
 
 
+def _has_members(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(member, Enum) for member in value)
+
+
 def _stable_repr(value: Any) -> str:
     """Return a `repr` that is the same in every process, without addresses and not shortened."""
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) or _has_members(value):
         return repr([_stable_repr(member) for member in value])
+    if isinstance(value, Enum):
+        # Which of the two is meant depends on the column.
+        return f"{value.name}={_stable_repr(value.value)}"
     try:
         return repr(dump(value))
     except (psycopg.Error, NotImplementedError, TypeError, ValueError):

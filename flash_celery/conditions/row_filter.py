@@ -15,6 +15,7 @@ from psycopg import adapters, sql
 
 from ..values import comparison
 from ..values.comparison import ColumnType
+from .enum_members import with_plain_values
 from .evaluation import Canonical, literal
 from .parsing import Condition, Lookup
 
@@ -88,6 +89,7 @@ def _expression(
     type_name = _type_name(column_type.oid)
     if type_name not in _TYPES or not column_type.deterministic:
         raise NotInSql(f"{column_type.name} is evaluated by the replication worker")
+    lookup = with_plain_values(lookup, column_type)
     if lookup.name in _SEARCHES and type_name in _SEARCHED:
         return sql.SQL(_SEARCHES[lookup.name]).format(column, sql.Literal(lookup.value))
     if lookup.name in _COMPARISONS:

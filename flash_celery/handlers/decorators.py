@@ -41,6 +41,7 @@ from .subscriptions import (
     operations_of,
     prefix_of,
     source_of,
+    stored_value,
     table_of,
 )
 
@@ -224,7 +225,11 @@ def on_change(
             table=name,
             operations=operations_of(operations),
             fields=delivered,
-            where=parsing.parse(where, lambda name: column_name(name, table)),
+            where=parsing.parse(
+                where,
+                lambda name: column_name(name, table),
+                lambda name, value: stored_value(name, value, table),
+            ),
             key=column_names("key", key, table),
             into=_row_type_of(into, delivered),
             batch=Batch.of(batch),

@@ -66,6 +66,28 @@ def column_name(name: Any, model: Any) -> str:
     return _catalog_name(column.name)
 
 
+def stored_value(name: Any, value: Any, model: Any) -> Any:
+    """Return the label that a column of SQLAlchemy's type `Enum` holds for an enum member.
+
+    That is the member's name, or what `values_callable` makes of it. Any other value is returned as
+    it is.
+    """
+    owner = model if isinstance(name, str) else _owner(name) or _table_of(name)
+    column = _column(name, owner, model) if is_mapped(owner) else None
+    column_type: Any = getattr(column, "type", None)
+    column_type = getattr(column_type, "item_type", column_type)
+    enum_class = getattr(column_type, "enum_class", None)
+    if enum_class is None:
+        return value
+    if isinstance(value, list):
+        return [stored_value(name, member, model) for member in value]
+    if not isinstance(value, enum_class):
+        return value
+    if getattr(column_type, "values_callable", None) is None:
+        return value.name
+    return dict(zip(enum_class, column_type.enums, strict=False)).get(value, value)
+
+
 def _column(name: Any, owner: Any, model: Any) -> Any:
     """Return the column, preferring the model's own table if an attribute has several columns."""
     if not isinstance(name, str) and _owner(name) is None:

@@ -268,3 +268,10 @@ def column_name(name: Any, model: Any) -> str:
     if not isinstance(name, str):
         raise SubscriptionError(f"a column's name is a string, not {name!r}.")
     return django_models.column_name(name, model) if django_models.is_model(model) else name
+
+
+def stored_value(name: Any, value: Any, model: Any) -> Any:
+    """Return what the column of a field or attribute holds for a value of a condition."""
+    if sqlalchemy_models.is_attribute(name) or sqlalchemy_models.is_mapped(model):
+        return sqlalchemy_models.stored_value(name, value, model)
+    return value

@@ -1,6 +1,7 @@
 """Conditions give the verdict that PostgreSQL's own WHERE gives."""
 
 import datetime
+import enum
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from psycopg.adapt import Dumper
 
 from flash_celery.conditions import regex_cost
 from flash_celery.conditions.evaluation import bind
@@ -298,6 +300,88 @@ def test_conditions_read_python_values_as_the_column_type(judge, where, row, ver
     (key,) = where
     name = key.partition("__")[0]
     assert judge(where, {name: None if row is None else row.encode()}) is verdict
+
+
+class Colour(enum.Enum):
+    RED = "r"
+    BLUE = "b"
+    OPEN = None
+
+
+class Size(enum.IntEnum):
+    SMALL = 1
+    LARGE = 7
+
+
+class Word(str, enum.Enum):
+    RED = "r"
+
+
+class Mood(enum.Enum):
+    HAPPY = "Happy"
+    sad = "unhappy"
+    ok = "Happy too"
+    GLAD = "glad"
+
+
+class Registered(enum.Enum):
+    RED = "r"
+
+
+class RegisteredDumper(Dumper):
+    def dump(self, value):
+        return b"Rot"
+
+
+class Unnamed(enum.Enum):
+    RED = enum.auto()
+    BLUE = "b", "Blue"
+
+
+@pytest.mark.parametrize(
+    ("where", "row", "verdict"),
+    [
+        ({"text": Colour.RED}, "r", True),
+        ({"text": Colour.RED}, "RED", False),
+        ({"text": Word.RED}, "r", True),
+        ({"text": Colour.OPEN}, None, True),
+        ({"text__ne": Colour.RED}, "RED", True),
+        ({"text__in": {Colour.RED, Colour.BLUE}}, "b", True),
+        ({"text__between": (Colour.BLUE, Colour.RED)}, "c", True),
+        ({"text__startswith": Colour.RED}, "rose", True),
+        ({"texts": [Colour.RED, Colour.BLUE]}, "{r,b}", True),
+        ({"integer": Size.LARGE}, "7", True),
+        ({"integer__between": [Size.SMALL, Size.LARGE]}, "5", True),
+        ({"jsonb": Colour.RED}, '"r"', True),
+        ({"jsonb__contains": {"a": Colour.RED}}, '{"a": "r"}', True),
+        ({"enum": Mood.HAPPY}, "Happy", True),
+        ({"enum": Mood.sad}, "sad", True),
+        ({"enum__in": [Mood.HAPPY, Mood.ok]}, "ok", True),
+        ({"enums": [Mood.HAPPY, Mood.sad]}, "{Happy,sad}", True),
+    ],
+)
+def test_conditions_compare_with_the_value_of_an_enum_member(judge, where, row, verdict):
+    (key,) = where
+    name = key.partition("__")[0]
+    assert judge(where, {name: None if row is None else row.encode()}) is verdict
+
+
+def test_conditions_write_an_enum_member_as_registered_with_psycopg(judge):
+    psycopg.adapters.register_dumper(Registered, RegisteredDumper)
+    assert judge({"text": Registered.RED}, {"text": b"Rot"}) is True
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ({"enum": Mood.GLAD}, "Mood.GLAD, and neither its value 'glad' nor its name is a label"),
+        ({"text": Unnamed.RED}, "compares text with Unnamed.RED, whose value is 1; write what"),
+        ({"text": Unnamed.BLUE}, "with Unnamed.BLUE, whose value is .'b', 'Blue'.; write what"),
+    ],
+)
+def test_conditions_refuse_an_enum_member_that_no_row_can_equal(judge, where, message):
+    with pytest.raises(SubscriptionError, match=message):
+        judge(where, {})
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Row filters and column lists of PostgreSQL: the same changes are delivered with and without."""
 
+import enum
 import itertools
 import os
 from functools import partial
@@ -89,6 +90,21 @@ def test_push_down_sends_only_rows_that_a_condition_may_match(flash):
     # Rows that were not sent are not counted.
     assert changes[0].ordinal == 0
     assert shown(flash.delivered("second")) == ["insert 3,open,1,x"]
+
+
+class Status(enum.Enum):
+    PAID = "paid"
+    OPEN = "open"
+
+
+def test_push_down_compares_with_the_value_of_an_enum_member(flash):
+    flash.database.execute(ITEMS)
+    flash.handler("items", "insert", where={"name": Status.PAID, "note__in": [Status.OPEN]})
+    flash.start(flash_push_down=True)
+    filter_, _ = shapes(flash)["insert"]
+    assert filter_ == "((name = 'paid'::text) AND (note = 'open'::text))"
+    flash.do("INSERT INTO items VALUES (1, 'PAID', 1, 'OPEN'), (2, 'paid', 1, 'open')")
+    assert shown(flash.delivered()) == ["insert 2,paid,1,open"]
 
 
 def test_push_down_sends_only_columns_of_handlers(flash):

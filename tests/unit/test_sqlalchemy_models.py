@@ -1,7 +1,8 @@
+import enum
 from dataclasses import dataclass
 
 import pytest
-from sqlalchemy import BigInteger, Column, ForeignKey, Integer, MetaData, Table, Text
+from sqlalchemy import BigInteger, Column, Enum, ForeignKey, Integer, MetaData, Table, Text
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -68,6 +69,23 @@ class Imperative: ...
 imperative = Table("Plain orders", MetaData(schema="Old"), Column("Id", Integer, primary_key=True))
 registry().map_imperatively(Imperative, imperative, properties={"number": imperative.c.Id})
 LINES = Table("lines", MetaData(), Column("id", BigInteger, key="number"), Column("note", Text))
+
+
+class Colour(enum.Enum):
+    RED = "r"
+    BLUE = "b"
+
+
+def _values(members):
+    return [member.value for member in members]
+
+
+class Paint(Base):
+    __tablename__ = "paints"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    by_name: Mapped[Colour] = mapped_column(Enum(Colour, native_enum=False))
+    by_value: Mapped[Colour] = mapped_column(Enum(Colour, values_callable=_values))
+    text: Mapped[str]
 
 
 def test_sqlalchemy_class_names_its_table():
@@ -186,3 +204,24 @@ def test_sqlalchemy_class_has_a_handler(app):
 def test_sqlalchemy_mappers_are_not_configured():
     with pytest.raises(Exception, match="Line"):
         configure_mappers()
+
+
+def test_sqlalchemy_enum_members_are_compared_as_sqlalchemy_writes_them(new_app):
+    app = new_app()
+
+    @on_change(
+        Paint,
+        where=[
+            {Paint.by_name: Colour.RED},
+            {"by_name__in": [Colour.RED]},
+            {"by_value": Colour.RED},
+            {"text": Colour.RED},
+            {"by_name": None},
+        ],
+    )
+    @app.task(name="painted")
+    def painted(change): ...
+
+    (subscription,) = subscriptions_of(app)
+    values = [part[0].value for part in subscription.where.alternatives]
+    assert values == ["RED", ("RED",), "r", Colour.RED, True]
