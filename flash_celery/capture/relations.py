@@ -28,6 +28,15 @@ logger = logging.getLogger(__name__)
 _VISIBLE_SECONDS = 2.0
 #: Seconds between two checks of that.
 _VISIBLE_PAUSE = 0.002
+_NOT_VISIBLE = (
+    "Transaction {}, which PostgreSQL has sent, is not visible to other sessions yet (does a "
+    "synchronous standby not confirm it?); reconnecting."
+)
+_ALTERED_AND_WAITS = (
+    "Transaction {} has altered a table and written to it, and waits for this worker as its "
+    "synchronous standby, which cannot see the altered table before; name the standbys in "
+    "synchronous_standby_names instead of *, and reload PostgreSQL; reconnecting."
+)
 _HANDLER_GONE = "Rows of %s arrive that were written for a handler that is gone"
 _INFERRED = (
     "Partition %s was created and removed between two snapshots of the catalog; delivering its "
@@ -44,26 +53,37 @@ class RelationCatalog:
 
     :param connection: in autocommit, to the stream's database.
     :param history: the history of partitions. Default: an empty one.
+    :param slot: the slot that the stream reads. Default: one that no commit can wait for.
     """
 
     def __init__(
-        self, connection: psycopg.Connection[Any], history: PartitionHistory | None = None
+        self,
+        connection: psycopg.Connection[Any],
+        history: PartitionHistory | None = None,
+        slot: str = "",
     ) -> None:
         self._connection = connection
+        self._slot = slot
         self._history = history or PartitionHistory()
 
-    def settle(self, transaction: Transaction) -> None:
-        """Wait until the catalog shows what a transaction has changed.
+    def settle(self, transaction: Transaction, oid: int) -> None:
+        """Wait until the catalog shows what a transaction has changed of this table.
 
         A commit is replicated before other sessions see it: moments before, or as long as a
-        synchronous standby takes. Raises `ReplicationError` after two seconds.
+        synchronous standby takes. If that standby is this worker, the commit waits until its rows
+        are confirmed, so this returns at once unless the transaction may have altered the table.
+        Raises `ReplicationError` after two seconds.
         """
         deadline = time.monotonic() + _VISIBLE_SECONDS
+        synchronous = None
         while not catalog.is_visible(self._connection, transaction.xid):
+            if synchronous is None:
+                synchronous = catalog.is_synchronous(self._connection, self._slot)
+            if synchronous and not catalog.may_have_altered(self._connection, transaction.xid, oid):
+                return
             if time.monotonic() > deadline:
                 raise ReplicationError(
-                    f"Transaction {transaction.xid}, which PostgreSQL has sent, is not visible to "
-                    "other sessions yet (does a synchronous standby not confirm it?); reconnecting."
+                    (_ALTERED_AND_WAITS if synchronous else _NOT_VISIBLE).format(transaction.xid)
                 )
             time.sleep(_VISIBLE_PAUSE)
 

@@ -115,7 +115,7 @@ class Router:
 
         Raises `SubscriptionError` if a column that a subscription names no longer exists.
         """
-        self._catalog.settle(transaction)
+        self._catalog.settle(transaction, relation.oid)
         self._forget(relation.oid)
         own = TableName(relation.schema, relation.name)
         described = self._catalog.table(relation.oid)

@@ -277,6 +277,45 @@ def is_visible(connection: psycopg.Connection[Any], xid: int) -> bool:
     return full < int(latest) and str(full) not in running.split(",")
 
 
+_SYNCHRONOUS = """
+SELECT EXISTS (SELECT FROM pg_stat_replication r JOIN pg_replication_slots s ON s.active_pid = r.pid
+               WHERE s.slot_name = %s AND r.sync_state IN ('sync', 'quorum'))
+"""
+
+
+def is_synchronous(connection: psycopg.Connection[Any], slot: str) -> bool:
+    """Return whether commits wait until the reader of the slot has confirmed them.
+
+    Source: PostgreSQL documentation, "synchronous_standby_names".
+    """
+    return connection.execute(_SYNCHRONOUS.encode(), [slot]).fetchone() == (True,)
+
+
+# Locks are held until a transaction is visible. Everything that alters a table or its place among
+# partitions takes one of these modes on the table or on a table above it; writing rows does not.
+_MAY_HAVE_ALTERED = """
+SELECT EXISTS (
+    SELECT FROM pg_locks x
+    JOIN pg_locks l ON l.virtualtransaction = x.virtualtransaction AND l.granted
+    LEFT JOIN pg_class c ON c.oid = l.relation
+    WHERE x.locktype = 'transactionid' AND x.granted AND x.transactionid::text = %s
+    AND l.locktype = 'relation' AND l.database = (
+        SELECT oid FROM pg_database WHERE datname = current_database())
+    AND l.mode IN ('ShareUpdateExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock',
+                   'AccessExclusiveLock')
+    AND (c.relkind IN ('p', 'c') OR l.relation = %s::oid))
+"""
+
+
+def may_have_altered(connection: psycopg.Connection[Any], xid: int, table: int) -> bool:
+    """Return whether a transaction that is not visible yet may have altered a table.
+
+    :param xid: the 32-bit id in the replication stream.
+    :param table: the OID of the table; of the others, partitioned tables and types count.
+    """
+    return connection.execute(_MAY_HAVE_ALTERED.encode(), [str(xid), table]).fetchone() == (True,)
+
+
 def _read(
     connection: psycopg.Connection[Any], condition: sql.SQL, parameters: list[Any]
 ) -> CatalogTable | None:

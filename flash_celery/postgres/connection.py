@@ -18,11 +18,14 @@ from ..escaping import one_line
 from ..settings import Settings
 
 #: The session settings of PostgreSQL's own subscriber: text has one meaning, whatever the server's
-#: or the role's defaults are.
+#: or the role's defaults are. Our commits wait for no synchronous standby: `flash replicate` may be
+#: the one that they would wait for (synchronous_standby_names = '*').
 PINNED = (
     "-c datestyle=ISO -c intervalstyle=postgres -c extra_float_digits=3 -c timezone=UTC "
-    "-c client_encoding=UTF8"
+    "-c client_encoding=UTF8 -c synchronous_commit=local"
 )
+#: The name of our connections in pg_stat_activity.
+APPLICATION_NAME = "flash_celery"
 #: A dead connection is noticed within a minute, by the kernel too.
 _KEEPALIVE = {
     "keepalives_idle": 10,
@@ -94,7 +97,7 @@ def is_standby(connection: psycopg.Connection[Any]) -> bool:
 def pinned(dsn: str, **parameters: Any) -> str:
     """Return the DSN with our session settings and timeouts; the user's own `options` are kept."""
     given = conninfo.conninfo_to_dict(dsn)
-    parameters.setdefault("application_name", "flash_celery")
+    parameters.setdefault("application_name", APPLICATION_NAME)
     parameters.setdefault("connect_timeout", given.get("connect_timeout", 10))
     for name, value in _KEEPALIVE.items():
         parameters.setdefault(name, given.get(name, value))

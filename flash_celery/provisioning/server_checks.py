@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import psycopg
 from psycopg import sql
 
 from ..errors import CatalogError, ConfigurationError, ReplicationError
-from ..postgres.connection import is_standby
+from ..postgres.connection import APPLICATION_NAME, is_standby
 from ..postgres.source import Source
 from ..postgres.stream import ReplicationConnection
 from ..settings import Settings
@@ -80,7 +81,26 @@ def findings(source: Source) -> Iterator[Finding]:
             "setting; the slot does not survive a failover."
         )
         yield stop("failover", error)
+    else:
+        yield from _synchronous(connection)
     yield from _wal(connection)
+
+
+def _synchronous(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
+    """Check that commits do not wait for `flash replicate`.
+
+    Source: PostgreSQL documentation, "synchronous_standby_names"; names have no case there.
+    """
+    names = _setting(connection, "synchronous_standby_names")
+    if {"*", APPLICATION_NAME} & set(re.findall(r"\*|\w+", names.lower())):
+        yield Finding(
+            "synchronous_standby_names",
+            WARNING,
+            f"{names}: counts `flash replicate` (application_name {APPLICATION_NAME}) as a "
+            "synchronous standby, so that every commit of the server waits until the broker has "
+            "its changes: ALTER SYSTEM SET synchronous_standby_names = 'the application_name of "
+            "each standby'; SELECT pg_reload_conf();",
+        )
 
 
 def _wal(connection: psycopg.Connection[Any]) -> Iterator[Finding]:

@@ -239,7 +239,7 @@ class _ChangeCatalog(RelationCatalog):
             name for subscription in subscriptions for name in subscription.columns
         }
 
-    def settle(self, transaction: Any) -> None:
+    def settle(self, transaction: Any, oid: int) -> None:
         """Return at once: there is no catalog to wait for."""
 
     def ancestors(self, *_: Any) -> Ancestors:

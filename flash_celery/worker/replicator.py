@@ -339,7 +339,7 @@ class Replicator:
         batcher = Batcher(oversize.letter)
         pipeline = Pipeline(
             self._subscriptions,
-            RelationCatalog(source.connection, self._startup.partition_history),
+            RelationCatalog(source.connection, self._startup.partition_history, source.slot),
             BatcherSink(batcher, templates),
             self._settings.flash_spool_directory,
             self.telemetry,

@@ -43,11 +43,18 @@ _STATE = f"""
 SELECT s.active_pid, s.wal_status, s.safe_wal_size, {POSITION}::text, pg_is_in_recovery(),
        CASE WHEN pg_is_in_recovery() THEN pg_last_xact_replay_timestamp()
             ELSE clock_timestamp() END,
-       pg_size_bytes(current_setting('max_slot_wal_keep_size'))
+       pg_size_bytes(current_setting('max_slot_wal_keep_size')),
+       coalesce(r.sync_state IN ('sync', 'quorum'), false)
 FROM (SELECT) AS here LEFT JOIN pg_replication_slots s ON s.slot_name = %s
+LEFT JOIN pg_stat_replication r ON r.pid = s.active_pid
 """  # noqa: S608 - our own words
 # Not transactional, so that nothing waits until it is on disk.
 _BEAT = "SELECT pg_logical_emit_message(false, 'flash.heartbeat', ''::text)::text"
+_SYNCHRONOUS = (
+    "PostgreSQL counts the reader of the slot %s as a synchronous standby: every commit of the "
+    "server waits until the broker has its changes, also while the broker is down or this source "
+    "is paused; name the standbys in synchronous_standby_names instead of *, and reload PostgreSQL"
+)
 
 
 class _Heartbeat(NamedTuple):
@@ -87,6 +94,8 @@ class SlotWatch:
         self._danger = _Danger.NONE
         self._in_danger_at = clock()
         self._held_back = False
+        #: Whether commits wait until this worker has confirmed them.
+        self._synchronous = False
 
     def check(self, received: Lsn, listening: bool) -> None:
         """Check the slot and the last heartbeat, and write a heartbeat if one is due.
@@ -98,7 +107,7 @@ class SlotWatch:
         """
         row = self._connection.execute(_STATE.encode(), [self._slot]).fetchone()
         assert row is not None
-        reader, wal_status, safe_bytes, text, standby, server_time, limit = row
+        reader, wal_status, safe_bytes, text, standby, server_time, limit, synchronous = row
         if reader != self._pid:
             raise ReplicationError(
                 f"The slot {self._slot} is not read by this worker's connection (PID {self._pid}) "
@@ -107,6 +116,9 @@ class SlotWatch:
         position = Lsn.parse(text)
         self._progress.mark(position, server_time)
         self._warn(_danger(wal_status, safe_bytes, limit), safe_bytes)
+        if synchronous and not self._synchronous:
+            logger.error(_SYNCHRONOUS, self._slot)
+        self._synchronous = synchronous
         self._check_heartbeat(received, listening)
         now = self._clock()
         due = self._interval and not standby and now - self._beaten_at >= self._interval
