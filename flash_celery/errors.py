@@ -153,7 +153,7 @@ class PublishError(FlashError):
     retry = True
     confirmed = 0
     #: The size in bytes of the largest message that the broker takes, if one was larger; else 0.
-    most = 0
+    size_limit = 0
     solution = "The messages are sent again. Check that the broker runs and has room."
 
 

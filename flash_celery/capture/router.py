@@ -1,7 +1,8 @@
-"""Finds the subscriptions that a row is for, by the first five bytes of its message.
+"""Route each row to the subscriptions to its table.
 
-These are its operation and the OID of its relation. A row is forwarded as PostgreSQL wrote it,
-unless `fields`, `where` or `key` of the subscription require reading it.
+They are looked up by the first five bytes of the row's message, which are its operation and the OID
+of its relation. A row is forwarded as PostgreSQL wrote it, unless `fields`, `where` or `key` of the
+subscription require reading it.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ logger = logging.getLogger(__name__)
 
 #: Takes changes for one subscription.
 Receiver = Callable[[Delivery], object]
-#: Takes neighbouring rows, their transaction and the ordinal of the first.
+#: Takes consecutive rows of one relation, their transaction, and the ordinal of the first row.
 RunReceiver = Callable[[Sequence[bytes], Transaction, int], None]
 _NO_ROUTES: dict[str, RunReceiver] = {}
-#: How many fields of composite columns the description of a table may have, which is in each of its
-#: messages. A column beyond that is delivered as text. A composite of composites can have millions.
+#: The most fields of composite columns in the description of a table; a column beyond it is
+#: delivered as text. Each task message carries the description, and a composite of composites can
+#: have millions of fields.
 MAX_FIELDS = 2000
 _TAGS = {Operation.INSERT: b"I", Operation.UPDATE: b"U", Operation.DELETE: b"D"}
 
@@ -44,7 +46,7 @@ class Sink(Protocol):
     """Where deliveries go."""
 
     def receiver(self, subscription: Subscription, operation: Operation) -> Receiver:
-        """Return what takes the deliveries of an operation to a subscription.
+        """Return the receiver of the deliveries of one operation to a subscription.
 
         It is looked up once per relation and called once per delivery, in the order of the WAL.
         """
@@ -71,7 +73,7 @@ class Router:
         #: The counters of rows, by the first five bytes of a message.
         self._tallies: dict[bytes, Tally] = {}
         self._unknown = Tally()
-        #: By the first five bytes of a message, and by handler.
+        #: The routes of rows, by the first five bytes of a message and by handler.
         self._routes: dict[bytes, dict[str, RunReceiver]] = {}
         self._truncates: dict[int, list[RunReceiver]] = {}
         self._messages: dict[str, list[RunReceiver]] = {}
@@ -81,15 +83,15 @@ class Router:
                 table = Table("", subscription.prefix, None, "n", (), (), source)
                 route = self._forward(subscription, Operation.MESSAGE, table, Part.MESSAGE)
                 self._messages.setdefault(subscription.prefix, []).append(route)
-        #: Tables that a warning about unevaluated rows was logged for.
+        #: The tables for which a warning about unevaluated rows was logged.
         self._warned: set[TableName] = set()
 
     def rows(
         self, kind: bytes, rows: Sequence[bytes], transaction: Transaction, ordinal: int
     ) -> None:
-        """Route neighbouring Insert, Update or Delete messages of one relation.
+        """Route consecutive Insert, Update or Delete messages of one relation.
 
-        `kind` is the first five bytes of each, and `ordinal` that of the first row.
+        All of them begin with the five bytes `kind`. `ordinal` is the ordinal of the first row.
         """
         self._tallies.get(kind, self._unknown).number += len(rows)
         for route in self._routes.get(kind, _NO_ROUTES).values():
@@ -179,7 +181,7 @@ class Router:
     def _matcher(
         self, subscription: Subscription, relation: pgoutput.Relation
     ) -> Callable[[Cells], bool] | None:
-        """Return the predicate; None if the rows lack a column, which was added later."""
+        """Return the predicate; None if the rows lack a column of it, which was added later."""
         types = {column.name: column.type_oid for column in relation.columns}
         where = subscription.where
         if where is None or not where.columns <= types.keys():
@@ -227,16 +229,17 @@ class Router:
         if table not in self._warned:
             self._warned.add(table)
             logger.warning(
-                "%s: cannot evaluate `where`, `fields` or `key` for rows that lack old values or "
-                "columns (written before its replica identity was set, or a column added) or hold "
-                "values that cannot be compared; delivering those that may match",
+                "%s: cannot evaluate `where`, `fields` or `key` for some rows, and delivers those "
+                "that may match. They lack old values or columns (they were written before the "
+                "replica identity was set or a column was added), or hold values that cannot be "
+                "compared",
                 escaped(str(table)),
                 extra={"table": str(table)},
             )
 
 
 def _before(end: Lsn | None, route: RunReceiver) -> RunReceiver:
-    """Return a route for a former table of a partition, which gets what committed before `end`."""
+    """Limit the route to a partition's former table to transactions committed before `end`."""
     if end is None:
         return route
 
@@ -248,7 +251,7 @@ def _before(end: Lsn | None, route: RunReceiver) -> RunReceiver:
 
 
 def _row_by_row(first: RunReceiver, second: RunReceiver) -> RunReceiver:
-    """Return a route for two subscriptions of one handler, which gets the rows in order."""
+    """Join the routes of two subscriptions of one handler, so that it gets the rows in order."""
 
     def both(rows: Sequence[bytes], transaction: Transaction, ordinal: int) -> None:
         for position, row in enumerate(rows, ordinal):

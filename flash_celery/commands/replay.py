@@ -304,7 +304,8 @@ class _Enqueuer:
                 self._publisher.publish(messages[:admitted])
             except PublishError as error:
                 # If a message was too large for the broker, publish smaller ones in its place.
-                smaller = self._oversize.fitting(messages, error.most) if error.most else messages
+                limit = error.size_limit
+                smaller = self._oversize.fitting(messages, limit) if limit else messages
                 if smaller == messages:
                     raise
                 self._publisher.open(self._queues)

@@ -67,7 +67,7 @@ class _Wait:
             time.sleep(_CHECK_SECONDS)
 
     def _unread(self) -> str:
-        """Return why not everything is enqueued, or "" once the slot has passed the position."""
+        """Return why changes are not enqueued yet, or "" if the slot has passed the position."""
         slot = slots.find(self.source.connection, self.source.slot)
         if slot is None or slot.confirmed is None:
             raise CatalogError(
@@ -78,14 +78,14 @@ class _Wait:
         for handler in self.handlers:
             if handler in paused:
                 raise NotDone(
-                    f"{handler} is paused since {paused[handler]}; resume it with `flash resume "
-                    f"{handler}`."
+                    f"{handler} has been paused since {paused[handler]}; resume it with `flash "
+                    f"resume {handler}`."
                 )
         if Lsn.parse(slot.confirmed) >= self.lsn:
             return ""
         if pauses.SOURCE in paused:
             since = paused[pauses.SOURCE]
-            raise NotDone(f"Nothing is read since {since}; resume with `flash resume`.")
+            raise NotDone(f"Reading has been paused since {since}; resume it with `flash resume`.")
         self._send_heartbeat()
         reader = "" if slot.active_pid else ", and no worker reads it; start `flash replicate`"
         return f"the slot {self.source.slot} is at {slot.confirmed}{reader}"
@@ -105,15 +105,15 @@ class _Wait:
             self.can_write = False
 
     def _being_requeued(self) -> str:
-        """Return whose held messages are on their way back to their queue, or ""."""
+        """Return for which handlers held messages are still being requeued, or ""."""
         resuming = pauses.read(self.source).resuming
         handlers = [handler for handler in self.handlers if handler in resuming]
         return f"held messages for {', '.join(handlers)} are being requeued" if handlers else ""
 
     def _unhandled(self, pending: PendingChanges) -> str:
-        """Return what a queue or a worker still has, or "".
+        """Return which change is still in a queue or with a worker, or "".
 
-        A message that moves between them may be missed once, so check twice before the "".
+        One check may miss a message that moves from one to the other, so return "" only after two.
         """
         reason = pending.first_up_to(self.lsn)
         if not reason:
@@ -154,20 +154,20 @@ def wait_for(
 ) -> Lsn:
     """Return once handlers have handled everything that was committed up to a position.
 
-    - `lsn`: the position, such as `"0/16B3748"`. Default: the server's present position.
-    - `timeout`: seconds to wait at most.
-    - `handlers`: their names, or the last parts of them. Default: all.
+    - `lsn`: the position, such as `"0/16B3748"`. Default: the server's current position.
+    - `timeout`: the most seconds to wait.
+    - `handlers`: their names, or the last parts of their names. Default: all.
     - `source`: a name in `flash_sources`. Default: the database of `flash_dsn`.
 
-    Returns the position. Raises `NotDone` (with what is not done, and where it is) after the
-    timeout, and at once for a handler that is paused or whose change is a dead letter;
+    Returns the position. Raises `NotDone` (which names an unfinished change and where it is) after
+    the timeout, and at once for a handler that is paused or whose change is a dead letter;
     `ConfigurationError` for an unknown name or invalid position; `PublishError` if the broker does
     not answer.
     """
     settings = Settings.from_app(app)
     settings = settings.of_source(source) if source else settings
-    known = pauses.handlers(of_source(subscriptions_of(app), settings.source))
-    names = pauses.named(handlers, known) if handlers else known
+    all_handlers = pauses.handlers(of_source(subscriptions_of(app), settings.source))
+    names = pauses.named(handlers, all_handlers) if handlers else all_handlers
     deadline = time.monotonic() + timeout
     with connected(settings, settings.longest_silence) as database:
         position = _position(database.connection, lsn)
@@ -181,4 +181,4 @@ def _position(connection: psycopg.Connection[Any], lsn: Lsn | str | None) -> Lsn
     try:
         return lsn if isinstance(lsn, Lsn) else Lsn.parse(lsn)
     except ValueError as error:
-        raise ConfigurationError(f"{error}; write one such as 0/16B3748.") from None
+        raise ConfigurationError(f"{error}; write a position such as 0/16B3748.") from None

@@ -1,25 +1,26 @@
-"""What happens to a handler's task that fails for good: a Celery worker makes it a dead letter.
+"""Make a dead letter of each handler's task that fails for good, in a Celery worker.
 
 The flow, all of it in the main process of a Celery worker:
 
 1. When the worker starts, Celery calls `strategy` for each task with an `on_change` or `on_message`
-   (`handlers.decorators` sets the task's `Strategy`). It makes `HandlerRequest` the task's class of
-   requests, and checks each message before Celery decodes it.
-2. Celery runs the task. While `autoretry_for` or `retry()` still retries it, nothing happens here.
+   (`handlers.decorators` sets the task's `Strategy`). `strategy` makes `HandlerRequest` the task's
+   request class, and returns a function that checks each message before Celery decodes it.
+2. Celery runs the task. This module does nothing while `autoretry_for` or `retry()` retries it.
 3. When it has failed for good, Celery calls `HandlerRequest.on_failure`, which publishes the dead
    letter to the queue `flash_dead_queue` and waits for the broker's confirm.
 4. Only then is the task's message acknowledged. If the broker cannot store the dead letter, the
    message is requeued, and the task runs again. So a failed task can leave two dead letters, but
    never none.
 
-Two cases take another way:
+Two cases differ:
 
 - The worker process that runs the task dies (killed, out of memory). The message is published again
   with a counter in its headers; after `flash_max_deaths` deaths the task becomes a dead letter.
-- The message cannot be read (forged, or of an unknown content type). Celery would discard it, or
-  end the worker; it becomes a dead letter at once.
+- The message cannot be read (forged, or of an unknown content type). Celery would discard it or end
+  the worker. Instead it becomes a dead letter at once.
 
-`queue` reads the dead letters and retries them. A task with a `Strategy` of its own has none.
+`queue` reads the dead letters and retries them. A task that sets its own `Strategy` gets no dead
+letters.
 """
 
 from __future__ import annotations
@@ -52,19 +53,19 @@ logger = logging.getLogger(__package__)
 
 #: Seconds to retry publishing before the task's message is requeued.
 _PUBLISH_SECONDS = 5.0
-#: What Celery's native delayed delivery (RabbitMQ) puts before a routing key: the delay in binary.
+#: The prefix of a routing key in Celery's native delayed delivery (RabbitMQ): the delay in binary.
 _DELAY = re.compile(r"(?:[01]\.){28}")
-#: What Celery raises for malformed headers, which would end the worker.
+#: The errors that Celery raises for malformed headers; they would end the worker.
 _MALFORMED = (InvalidTaskError, AttributeError, LookupError, OverflowError, TypeError, ValueError)
 #: The errors of a task whose worker process has ended.
 _PROCESS_ENDED = (WorkerLostError, SystemExit, KeyboardInterrupt)
 
 
 def strategy(task: Any, app: Any, consumer: Any) -> Any:
-    """Return the function with which a worker receives the messages of a handler's task.
+    """Return the function that receives a worker's messages for a handler's task.
 
-    Celery calls this for `task.Strategy` when a worker starts. The function does what Celery's own
-    does, and makes a dead letter of a message that it cannot read.
+    Celery calls this for `task.Strategy` when a worker starts. The function works like Celery's
+    own, and makes a dead letter of a message that cannot be read.
     """
     _set_request_class(task)
     receive_valid = default(task, app, consumer)
@@ -92,7 +93,7 @@ def strategy(task: Any, app: Any, consumer: Any) -> Any:
 
 
 def _check(message: Any) -> None:
-    """Raise for a message that would make Celery discard it or end the worker."""
+    """Raise an error for a message that Celery would discard or that would end the worker."""
     if "args" not in message.payload:
         _, keywords, _ = message.payload
         if not isinstance(keywords, dict):
@@ -141,7 +142,7 @@ def _stop_consuming(consumer: Any, content: str, command: str) -> Any:
 
 
 def _set_request_class(task: Any) -> None:
-    """Put `HandlerRequest` in front of the task's own class of requests."""
+    """Put `HandlerRequest` in front of the task's own request class."""
     own = symbol_by_name(task.Request)
     if not issubclass(own, HandlerRequest):
         bases = (HandlerRequest,) if own is Request else (HandlerRequest, own)
@@ -157,7 +158,7 @@ class HandlerRequest(Request):  # type: ignore[misc] # Celery ships no types
         """Store the dead letter, then do what Celery does.
 
         Celery calls this before it acknowledges the message, when the task has failed or its worker
-        process has died. `return_ok` tells the two apart: the process lived to record the failure.
+        process has died. `return_ok` is true if the process survived and has recorded the failure.
         """
         error = exc_info.exception
         if isinstance(error, ExceptionWithTraceback):
@@ -186,7 +187,7 @@ class HandlerRequest(Request):  # type: ignore[misc] # Celery ships no types
         if isinstance(error, (Terminated, Reject, Ignore, Retry)):
             return False
         if isinstance(error, _PROCESS_ENDED):
-            # Celery keeps exit codes in these two, and 0 is one: the worker is being stopped.
+            # Celery sets one of these to an exit code, which may be 0, when the worker is stopped.
             exit_codes = (state.should_stop, state.should_terminate)
             if any(code is not None and code is not False for code in exit_codes):
                 return False
@@ -216,7 +217,8 @@ class HandlerRequest(Request):  # type: ignore[misc] # Celery ships no types
             _sender.send(self.app, message, self.app.amqp.queues[message.queue])
         except PublishError as publish_error:
             logger.error(
-                "The broker has failed, so its message is requeued and the death not counted: %s",
+                "The broker has failed, so the task's message is requeued, and the death is not "
+                "counted: %s",
                 publish_error,
             )
             self.reject(requeue=True)
@@ -227,7 +229,7 @@ class HandlerRequest(Request):  # type: ignore[misc] # Celery ships no types
     def _store_dead_letter(self, error: BaseException, traceback: str) -> None:
         """Store the dead letter and acknowledge the message, or requeue the message.
 
-        `Request.on_failure`, which runs next, leaves a message alone that is acknowledged.
+        `Request.on_failure`, which runs next, ignores a message that is already acknowledged.
         """
         letter = letters.from_message(
             self.message,

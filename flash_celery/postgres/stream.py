@@ -30,7 +30,7 @@ T = TypeVar("T")
 _PATIENCE = 30.0
 #: Seconds between two calls of `on_wait`.
 _WAIT_SECONDS = 0.1
-#: In the messages of PostgreSQL 14 to 18 about a slot that was invalidated.
+#: Matches the messages of PostgreSQL 14 to 18 about an invalidated slot.
 _INVALIDATED = re.compile("can no longer|cannot read from logical replication slot|invalidated")
 
 _IN_USE = "55006"
@@ -40,7 +40,7 @@ _NOT_UTF8 = "22021"
 _INTERNAL = "XX000"
 
 
-# Times without a unit are milliseconds. 0 would mean no timeout, so it counts as the largest one.
+# A time without a unit is in milliseconds. 0 means no timeout; `nullif` makes `least` ignore it.
 _START_SESSION = """
 SELECT pg_backend_pid(), pg_postmaster_start_time(), least(nullif(setting::int8, 0), {limit}),
        set_config('wal_sender_timeout', least(nullif(setting::int8, 0), {limit})::text, false)
@@ -51,7 +51,7 @@ FROM pg_settings WHERE name = 'wal_sender_timeout'
 class ReplicationConnection:
     """A connection that reads a slot.
 
-    `receive` a burst, `send_status`, and wait on `fileno()` in between. Every method raises
+    Call `receive` and `send_status` in turn, and wait on `fileno()` in between. Every method raises
     `ReplicationError` if the connection has ended, and `SlotInUse`, `SlotMissing` or `SlotLost`
     if the server reports that.
     """
@@ -65,8 +65,8 @@ class ReplicationConnection:
         """Connect.
 
         `on_notice` receives the SQLSTATE and the message of each notice of the server. A command
-        fails after `patience` seconds, and after as long without a message from us the server takes
-        us for dead (see `start_session`).
+        fails after `patience` seconds. The server ends the connection after the same time without a
+        message from this side (see `start_session`).
         """
         self._dsn = dsn
         self._patience = patience
@@ -99,10 +99,10 @@ class ReplicationConnection:
         return f"{system}/{timeline}", Lsn.parse(position)
 
     def start_session(self) -> None:
-        """Set `pid`, `server` and `timeout`, and agree on a timeout with the server.
+        """Set `pid`, `server` and `timeout`, and shorten the server's wal_sender_timeout.
 
-        It then frees the slot if it hears nothing from us for as long as our own patience, or
-        sooner if its wal_sender_timeout is shorter.
+        The server frees the slot after `timeout` seconds without a message from this side: after
+        `patience`, or after its own wal_sender_timeout if that is shorter.
         """
         limit = sql.Literal(round(self._patience * 1000))
         result = self.execute(sql.SQL(_START_SESSION).format(limit=limit))
@@ -117,10 +117,10 @@ class ReplicationConnection:
         streaming: bool = False,
         messages: bool = False,
     ) -> None:
-        """Start to stream at the slot's confirmed position, or at `position` if that is later.
+        """Start streaming at the slot's confirmed position, or at `position` if that is later.
 
-        With `streaming` the server sends parts of large transactions before they commit, with
-        `messages` the messages of `pg_logical_emit_message` too.
+        With `streaming` the server sends parts of large transactions before they commit. With
+        `messages` it also sends the messages of `pg_logical_emit_message`.
         """
         names = sql.SQL(",").join(sql.Identifier(name) for name in publications)
         options = "proto_version '2', streaming 'on'" if streaming else "proto_version '1'"
@@ -142,7 +142,7 @@ class ReplicationConnection:
         return self._guard(lambda: self._receive(limit))
 
     def _receive(self, limit: int) -> list[bytes]:
-        # The hot path: one call and two copies for each message, and no object.
+        # The hot path: one call and two copies for each message, and no new object.
         read, consume = self._connection.get_copy_data, self._connection.consume_input
         burst: list[bytes] = []
         frame, seen = b"", -1
@@ -196,7 +196,7 @@ class ReplicationConnection:
     ) -> pq.abc.PGresult:
         """Run a command and return its last result, which must have the status `expected`.
 
-        Raises `ReplicationError` after `patience` seconds (default: those of the connection).
+        Raises `ReplicationError` after `patience` seconds (default: the connection's patience).
         `on_wait` is called about every 0.1 s with the seconds waited so far, and may raise.
         """
         patience = self._patience if patience is None else patience

@@ -37,23 +37,24 @@ class Report:
     steps: list[Step] = field(default_factory=list)
     #: The tables that handlers name; empty if something is wrong.
     tables: dict[TableName, CatalogTable] = field(default_factory=dict)
-    #: What the subscriptions need of the tables; None if something is wrong.
+    #: The requirements of the subscriptions for the tables; None if something is wrong.
     required: RequiredTables | None = None
     #: The statements that let the application write again to tables whose replica identity has
     #: become unusable. They run even if something else is wrong.
     repairs: list[Step] = field(default_factory=list)
-    #: What the owner must run where `replicate` may not: repairs, steps, and the slot's creation.
+    #: The statements that the owner must run if `replicate` may not: repairs, steps, and the
+    #: slot's creation.
     script: list[Step] = field(default_factory=list)
     slot_exists: bool = False
-    #: Whether standbys should keep a copy of the slot, and do not yet.
+    #: Whether standbys should keep a copy of the slot but do not yet.
     failover_missing: bool = False
     #: The PID of the server process that sends from the slot.
     read_by: int | None = None
     #: Whether the slot exists and was invalidated.
     slot_lost: bool = False
-    #: The changes that were missed, if the slot was lost and is to be recreated or just was.
+    #: The changes that were missed, if the slot was lost and will be, or has just been, recreated.
     gap: Gap | None = None
-    #: Whether the server is a standby, which cannot be written.
+    #: Whether the server is a standby, which is read-only.
     standby: bool = False
 
     @property
@@ -76,7 +77,7 @@ def examine(
 ) -> Report:
     """Check the server, the role, the tables, the publications and the slot; change nothing.
 
-    `progress` is how far this process has read the slot.
+    `progress` has the positions up to which this process has read the slot.
     """
     return _Examination(source, subscriptions, progress or Progress()).run()
 
@@ -97,7 +98,7 @@ class _Examination:
         self._report = Report()
         #: The gap of a slot that was invalidated.
         self._lost: Gap | None = None
-        #: A sentence about changes that may be missing because the owner must create the slot.
+        #: For the owner, who must create the slot: which changes are missing if it existed before.
         self._missing = ""
         #: The tables of handlers that exist.
         self._tables: dict[TableName, CatalogTable] = {}
@@ -145,9 +146,9 @@ class _Examination:
         if slot.synced and self._report.standby:
             error = CatalogError(
                 f"{name} on this standby is the copy of the primary's slot, which cannot be read "
-                f"before a failover: {self._settings.called('flash_dsn')} must lead to the primary "
+                f"before a failover. Let {self._settings.called('flash_dsn')} lead to the primary "
                 "(host=one,other target_session_attrs=read-write), or choose another "
-                f"{setting} to read the standby."
+                f"{setting} to read from the standby."
             )
             return self._stop("slot", error)
         if slot.reason is not None:
@@ -162,7 +163,7 @@ class _Examination:
                 f"{slots.failover_command(name).as_string(None)}"
             )
             return self._add("slot", WARNING, message)
-        pending = ", not yet for a failover" if self._report.failover_missing else ""
+        pending = ", not yet copied to standbys" if self._report.failover_missing else ""
         return self._add("slot", OK, f"{name} exists ({slot.wal_status}{pending})")
 
     def _check_gap(self, existing: ExistingPublications) -> None:
@@ -279,7 +280,7 @@ class _Examination:
             )
         if self._report.slot_exists and not existing.by_operation:
             raise CatalogError(
-                f"The slot {slot} exists and its publications {prefix}_… do not, so it cannot be "
+                f"The slot {slot} exists but its publications {prefix}_… do not, so it cannot be "
                 "read; drop it with `flash reset`, or choose another "
                 f"{self._settings.called('flash_replication_slot')}."
             )
@@ -291,14 +292,14 @@ class _Examination:
         self._report.script = self._report.repairs
         statements = "; ".join(str(step) for step in self._report.repairs if not step.record_only)
         return type(error)(
-            f"{error} To let the application write to the table until then, its owner runs: "
+            f"{error} Until then, the owner of the table can let the application write to it with: "
             f"{statements};"
         )
 
     def _check_owner(self, steps: Sequence[Step]) -> None:
         """Check that the owner has run everything, including the creation of the slot.
 
-        A role that cannot write the record cannot tell a slot that is gone from one that never
+        Without a record that this role can write, a slot that was dropped looks like one that never
         existed, so the slot is never created silently.
         """
         slot, repairs = self._source.slot, self._report.repairs
@@ -311,8 +312,8 @@ class _Examination:
         if outstanding:
             statements = "; ".join(map(str, outstanding))
             error = CatalogError(
-                "flash_manage is off, and the owner of the tables and publications still has to "
-                f"run these statements, all of them as `flash doctor --sql` prints them: "
+                "flash_manage is off, so the owner of the tables and publications must first run "
+                "the following statements (`flash doctor --sql` prints the complete script): "
                 f"{statements};{self._missing}"
             )
             return self._stop("publications", error)
@@ -322,8 +323,8 @@ class _Examination:
         """Check that the role may run the statements."""
         if self._report.standby and steps:
             error = CatalogError(
-                "The publications are not what the handlers need, and this is a standby, which "
-                f"cannot be written; on the primary run: {'; '.join(map(str, steps))};"
+                "The publications do not match the handlers, and cannot be altered here, on a "
+                f"standby; on the primary run: {'; '.join(map(str, steps))};"
             )
             return self._stop("publications", error)
         if len(existing.by_operation) < len(OPERATIONS) and not self._role.creates:

@@ -1,18 +1,18 @@
-"""The publishing thread: batches in order to the broker, retried until the broker confirms them.
+"""The publishing thread: sends batches to the broker in order, and retries until it confirms them.
 
 Which thread owns what:
 
-- The publishing thread owns the publisher (the connection to the broker), and everything below that
+- The publishing thread owns the publisher (the connection to the broker), and every attribute that
   only its own methods use. It never touches PostgreSQL.
 - The reading thread (`worker.session`) owns the stream, the pipeline and the batcher. It calls
   `claim`, `put` and `discard`, which never block on the broker.
 - Both share the waiting batches, the claim and the generation, guarded by `_changed`.
 
-What comes back: one `Deduplicator` for each claim, which the reading thread picks up from
-`deduplicator` before it adds anything to the batcher; and acknowledgements. `_confirm` alone
-advances the position that may be acknowledged, for a batch whose messages the broker has confirmed.
-It does so only while the session that put the batch lasts, because a position of an earlier session
-may belong to another server.
+The publishing thread returns two things. The first is a `Deduplicator` for each claim: the reading
+thread picks it up from `deduplicator` before it adds anything to the batcher. The second is the
+position that may be acknowledged. `_confirm` alone advances it, when the broker has confirmed the
+messages of a batch, and only while the session that put the batch lasts: a position of an earlier
+session may belong to another server.
 """
 
 from __future__ import annotations
@@ -45,36 +45,36 @@ logger = logging.getLogger(__name__)
 IN_FLIGHT_BYTES = 16 << 20
 #: Seconds between two checks of a lease that has run out.
 _LEASE_SECONDS = 0.1
-#: Bytes that one call of `publish` takes if several batches wait.
+#: The most bytes of waiting batches that one call of `publish` combines.
 _TOGETHER_BYTES = 8 << 20
 
 
 class ReadingThread(Protocol):
-    """What the publishing thread asks of the reading thread; both may be called from any thread."""
+    """The part of the reading thread that the publishing thread calls. Any thread may call it."""
 
     def wake(self) -> None:
-        """End the wait of the reading thread, since something has changed."""
+        """Wake the reading thread: a batch was confirmed, or a claim accepted."""
 
     def fail(self, error: BaseException) -> None:
-        """Have the reading thread raise an error."""
+        """Make the reading thread raise an error."""
 
 
 class Oversize(Protocol):
     """Replaces messages that the broker refuses for their size."""
 
     def fitting(self, messages: Sequence[Message], limit: int) -> Sequence[Message]:
-        """Return the messages, with smaller ones for those of more than `limit` bytes."""
+        """Return the messages, with each larger than `limit` bytes replaced by a smaller one."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a session needs of the broker before it may publish, and where it is acknowledged."""
+    """The lease and queues that a session needs before it may publish, and its progress."""
 
     lease: Lease
     #: Receives the positions that the broker has confirmed.
     progress: Progress = field(default_factory=Progress)
     hold_queues: HoldQueues = field(default_factory=HoldQueues)
-    #: None leaves messages that are too large as they are.
+    #: Replaces messages that are too large; None leaves them as they are.
     oversize: Oversize | None = None
 
 
@@ -83,10 +83,11 @@ class PublishingThread(threading.Thread):
 
     :param queues: the queues to declare.
     :param reader: is woken when a batch is confirmed or a claim accepted, and gets fatal errors.
-    :param idle_seconds: check the connection after so many seconds without a message.
-    :param max_queue_length: publish no more while a queue has so many messages; 0 for no limit.
-    :param dead_letter_queue: has no limit. It is declared with the first dead letter, so that a
-        problem with it does not stop other messages.
+    :param idle_seconds: the seconds without a message after which the connection is checked.
+    :param max_queue_length: stop publishing while a queue has this many messages; 0 for no limit.
+    :param dead_letter_queue: the queue of dead letters, to which `max_queue_length` does not apply.
+        It is declared with the first dead letter, so that a problem with it does not stop other
+        messages.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class PublishingThread(threading.Thread):
         self._backpressure = Backpressure(
             max_queue_length, publisher.depth, unlimited, self._telemetry
         )
-        # With a limit each batch is published alone, so that it is acknowledged once it has room.
+        # With a limit each batch is published alone, so that it need not wait for room for others.
         self._together = 0 if max_queue_length else _TOGETHER_BYTES
         self._outage = Outage(self._telemetry)
         #: Bytes of the largest message that the broker takes; 0 until it has refused one.
@@ -139,8 +140,8 @@ class PublishingThread(threading.Thread):
     def claim(self, claim: Claim) -> None:
         """Begin a session; never blocks.
 
-        There is no room for its batches until the broker has accepted the claim and draining hold
-        queues are empty. Then `deduplicator` has what the broker knows of earlier sessions.
+        `has_room` is false until the broker has accepted the claim and the draining hold queues are
+        empty. Then `deduplicator` is set.
         """
         with self._changed:
             self._session, self._claiming, self._deduplicator = claim, True, None
@@ -156,7 +157,7 @@ class PublishingThread(threading.Thread):
 
     @property
     def deduplicator(self) -> Deduplicator | None:
-        """What the broker has of earlier sessions; None until the claim is accepted."""
+        """A filter for changes that earlier sessions enqueued; None until the claim is accepted."""
         return self._deduplicator
 
     @property
@@ -166,7 +167,7 @@ class PublishingThread(threading.Thread):
 
     @property
     def has_room(self) -> bool:
-        """Whether the reading thread may read on."""
+        """Whether the reading thread may read more."""
         return not self._claiming and self._size < IN_FLIGHT_BYTES
 
     @property
@@ -190,7 +191,7 @@ class PublishingThread(threading.Thread):
     def discard(self) -> None:
         """Give up all unconfirmed batches: PostgreSQL will send their changes again. Never blocks.
 
-        One that is being published may still get to the broker, but it is not acknowledged.
+        A batch that is being published may still reach the broker, but it is not acknowledged.
         """
         with self._changed:
             self._size -= sum(batch.size for batch in self._waiting)
@@ -228,7 +229,7 @@ class PublishingThread(threading.Thread):
     def _next(self) -> tuple[int, list[PublishBatch]] | None:
         """Wait for work, and return its generation and the batches to publish; None to end.
 
-        There are no batches if there is a claim, which comes first, or nothing to do for a while.
+        The list is empty if a claim must be made first, or if nothing came for `idle_seconds`.
         """
         with self._changed:
             self._changed.wait_for(
@@ -247,7 +248,7 @@ class PublishingThread(threading.Thread):
             return self._generation, batches
 
     def _begin(self, generation: int) -> None:
-        """Claim the lease, then requeue held messages; only then new messages may follow."""
+        """Claim the lease, then requeue held messages. New messages may follow only then."""
         session = self._session
 
         def attempt(_: Sequence[Message]) -> int:
@@ -257,7 +258,7 @@ class PublishingThread(threading.Thread):
                     self._requeue(generation, queue)
                 with self._changed:
                     if generation == self._generation:
-                        # Before there is room: the reading thread picks it up before it reads.
+                        # Set before `has_room`, so that the reading thread has it before it reads.
                         self._deduplicator = deduplicator
                         self._claiming = False
             return 0
@@ -306,7 +307,7 @@ class PublishingThread(threading.Thread):
         self._reader.wake()
 
     def _fitted(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """Return the messages, with others for those that the broker is known to refuse."""
+        """Return the messages, with smaller ones for those that the broker is known to refuse."""
         limit, oversize = self._largest, self._session.oversize
         if not limit or oversize is None or all(len(message.body) <= limit for message in messages):
             return messages
@@ -340,7 +341,7 @@ class PublishingThread(threading.Thread):
     def _may_publish(self, generation: int) -> bool:
         """Wait until the lease is valid; return False if the work is given up.
 
-        Called immediately before each request, since the process may be stopped at any time.
+        Called immediately before each request, because the process may be frozen at any time.
         """
         pause = 0.0
         while not self._is_given_up(generation, pause):
@@ -382,15 +383,15 @@ class PublishingThread(threading.Thread):
                 return False
 
     def _is_given_up(self, generation: int, seconds: float | None) -> bool:
-        """Return whether work of this generation is given up, now or within so many seconds.
+        """Return whether work of this generation is given up, now or within `seconds`.
 
-        With None, wait until it is.
+        With None, wait until it is given up.
         """
         with self._changed:
             return self._changed.wait_for(lambda: self._generation != generation, seconds)
 
     def _check(self) -> None:
-        """Find out whether the connection still works, before a message needs it."""
+        """Check that the connection still works, before a message needs it."""
         try:
             self._open()
             self._publisher.check()
@@ -406,7 +407,7 @@ class PublishingThread(threading.Thread):
             self._opened = True
 
     def _handle_failure(self, error: PublishError, unconfirmed: Sequence[Message]) -> None:
-        """Close the connection, and forget the limit of a broker that may be another one next."""
-        self._opened, self._largest = False, error.most
+        """Close the connection, and keep only the size limit, if any, that this error reports."""
+        self._opened, self._largest = False, error.size_limit
         self._publisher.close()
         self._outage.record(error, unconfirmed)

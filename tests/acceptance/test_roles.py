@@ -80,7 +80,7 @@ def test_role_that_can_only_replicate_needs_setup_by_the_owner(shop, owner):
     refused = shop.run("flash", "replicate")
     assert refused.returncode == 2
     (said,) = refused.stderr.splitlines()
-    assert said.startswith("Error: flash_manage is off, and the owner of the tables")
+    assert said.startswith("Error: flash_manage is off, so the owner of the tables")
     for statement in (
         "CREATE PUBLICATION \"flash_publication_insert\" WITH (publish = 'insert'",
         'ALTER TABLE ONLY "public"."items" REPLICA IDENTITY FULL',

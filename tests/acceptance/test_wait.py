@@ -93,7 +93,7 @@ def test_wait_names_waiting_running_and_failed_changes(any_shop, twin, monkeypat
     assert shop.run("flash", "dead", "drop", "--all", "--yes").returncode == 0
     wait_for(app, handlers=["each"])
     assert shop.run("flash", "pause", "each").returncode == 0
-    with pytest.raises(NotDone, match=r"shop\.each is paused since"):
+    with pytest.raises(NotDone, match=r"shop\.each has been paused since"):
         wait_for(app)
 
 

@@ -363,7 +363,7 @@ def test_slots_of_other_plugins_are_refused(tables, connection):
     create = "SELECT pg_create_logical_replication_slot('flash_setup', 'pgoutput')"
     drop = "SELECT pg_drop_replication_slot('flash_setup')"
     tables.execute(create)
-    with pytest.raises(CatalogError, match="exists and its publications .* do not"):
+    with pytest.raises(CatalogError, match="exists but its publications .* do not"):
         plan(connection, declared)
     tables.execute(drop)
     ddl.apply(connection, plan(connection, declared))

@@ -114,7 +114,7 @@ class AmqpPublisher(ConnectedPublisher):
             error.confirmed = min(self._pending, default=self._sent + 1) - first
             if isinstance(error.__cause__, PreconditionFailed):
                 limit = _TOO_LARGE.search(str(error))
-                error.most = int(limit[1]) if limit else 0
+                error.size_limit = int(limit[1]) if limit else 0
             raise
 
     def _limited(self, messages: Sequence[Message]) -> Sequence[Message]:
