@@ -6,6 +6,8 @@ sequences would control the terminal, and bidirectional marks would disguise tex
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 
 def escaped(text: str) -> str:
     """Return the text with unprintable characters escaped as in Python: `\\n`, `\\x1b`, `\\u202e`.
@@ -22,4 +24,16 @@ def escaped(text: str) -> str:
 
 def one_line(error: object) -> str:
     """Return the text of an error on one line; those of PostgreSQL have several."""
-    return " ".join(str(error).split())
+    return " ".join(text_of(error).split())
+
+
+def text_of(error: object) -> str:
+    """Return the text of an error that code of the application may have defined.
+
+    Its `__str__` or `__repr__` may raise, which must not stop the worker that reports it.
+    """
+    for describe in (str, repr):
+        with suppress(Exception):
+            # Not a subclass of str, whose methods are the application's too.
+            return str.__str__(describe(error))
+    return f"<{type(error).__name__}, whose text cannot be read>"

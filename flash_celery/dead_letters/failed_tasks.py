@@ -5,7 +5,8 @@ The flow, all of it in the main process of a Celery worker:
 1. When the worker starts, Celery calls `strategy` for each task with an `on_change` or `on_message`
    (`handlers.decorators` sets the task's `Strategy`). `strategy` makes `HandlerRequest` the task's
    request class, and returns a function that checks each message before Celery decodes it.
-2. Celery runs the task. This module does nothing while `autoretry_for` or `retry()` retries it.
+2. Celery runs the task through `outcome.run`, so that no exception of a handler can stop the main
+   process. This module does nothing while `autoretry_for` or `retry()` retries it.
 3. When it has failed for good, Celery calls `HandlerRequest.on_failure`, which publishes the dead
    letter to the queue `flash_dead_queue` and waits for the broker's confirm.
 4. Only then is the task's message acknowledged. If the broker cannot store the dead letter, the
@@ -29,11 +30,14 @@ import logging
 import re
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from celery.exceptions import Ignore, InvalidTaskError, Reject, Retry, Terminated, WorkerLostError
 from celery.utils.imports import symbol_by_name
+from celery.utils.serialization import UnpickleableExceptionWrapper
 from celery.worker import state
 from celery.worker.request import Request
 from celery.worker.strategy import default
@@ -41,18 +45,20 @@ from kombu.exceptions import OperationalError
 
 from ..backoff import delays
 from ..errors import ProcessKilled, PublishError
-from ..escaping import escaped
+from ..escaping import escaped, text_of
 from ..messages.task_message import HELD, Message, received_again
 from ..publishing import brokers, declared_queues
 from ..publishing.brokers.base import Publisher
 from ..settings import Settings
-from . import letters
+from . import letters, outcome
 from .letters import DeadLetter
 
 logger = logging.getLogger(__package__)
 
 #: Seconds to retry publishing before the task's message is requeued.
 _PUBLISH_SECONDS = 5.0
+#: Seconds before a message is requeued for which both the outcome and the dead letter failed.
+_REQUEUE_SECONDS = 1.0
 #: The prefix of a routing key in Celery's native delayed delivery (RabbitMQ): the delay in binary.
 _DELAY = re.compile(r"(?:[01]\.){28}")
 #: The errors that Celery raises for malformed headers; they would end the worker.
@@ -68,7 +74,7 @@ def strategy(task: Any, app: Any, consumer: Any) -> Any:
     own, and makes a dead letter of a message that cannot be read.
     """
     _set_request_class(task)
-    receive_valid = default(task, app, consumer)
+    receive_valid = default(task, app, _GuardedConsumer(consumer))
     stop_dead = _stop_consuming(
         consumer, "dead letters, which no worker can run", "flash dead list"
     )
@@ -110,7 +116,7 @@ def _on_unreadable(
         message,
         _queue_of(app, message.delivery_info),
         error=type(error).__name__,
-        text=str(error),
+        text=text_of(error),
         traceback=ExceptionInfo().traceback,
         worker=str(consumer.hostname),
     )
@@ -149,8 +155,46 @@ def _set_request_class(task: Any) -> None:
         task.Request = type("HandlerRequest", bases, {})
 
 
+class _GuardedConsumer:
+    """The worker's consumer for handlers' tasks: its pool runs them through `outcome.run`."""
+
+    def __init__(self, consumer: Any) -> None:
+        self._consumer = consumer
+        self.pool = outcome.guarded_pool(consumer.pool)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._consumer, name)
+
+
 class HandlerRequest(Request):  # type: ignore[misc] # Celery ships no types
-    """A task that a worker has received; it becomes a dead letter when it fails for good."""
+    """A task that a worker has received; it becomes a dead letter when it fails for good.
+
+    Celery calls its methods in the main process of the worker, and a task may have a class of
+    requests of its own below this one. An error there is logged; it must not end the worker, nor
+    leave the message unacknowledged until the worker takes no more.
+    """
+
+    def __init__(self, message: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__init__(message, *args, **kwargs)
+        except _MALFORMED:
+            raise
+        except Exception as error:
+            text = f"its request cannot be made: {type(error).__name__}: {text_of(error)}"
+            raise InvalidTaskError(text) from error
+
+    def on_accepted(self, pid: Any, time_accepted: Any) -> None:
+        """Do what Celery does when the task starts."""
+        with self._errors_logged():
+            super().on_accepted(pid, time_accepted)
+            return
+        if not self.task.acks_late:
+            self.acknowledge()
+
+    def on_timeout(self, soft: Any, timeout: Any) -> None:
+        """Do what Celery does when the task has reached a time limit."""
+        with self._errors_logged():
+            super().on_timeout(soft, timeout)
 
     def on_failure(
         self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
@@ -160,6 +204,29 @@ class HandlerRequest(Request):  # type: ignore[misc] # Celery ships no types
         Celery calls this before it acknowledges the message, when the task has failed or its worker
         process has died. `return_ok` is true if the process survived and has recorded the failure.
         """
+        failure = exc_info.exception
+        if isinstance(failure, outcome.Failure):
+            exc_info.exception = failure.restored()
+            exc_info.type = type(exc_info.exception)
+            return_ok = return_ok and failure.recorded
+        with self._errors_logged():
+            return self._on_failure(exc_info, send_failed_event, return_ok)
+        if not self.acknowledged:
+            # Not too often: it may fail again at once.
+            time.sleep(_REQUEUE_SECONDS)
+            error = exc_info.exception
+            self.reject(requeue=error.requeue if isinstance(error, Reject) else True)
+        return None
+
+    @contextmanager
+    def _errors_logged(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            task = _described(self.name, self.id, self.argsrepr)
+            logger.exception("An error outside of the handler, after %s had been received", task)
+
+    def _on_failure(self, exc_info: Any, send_failed_event: bool, return_ok: bool) -> Any:
         error = exc_info.exception
         if isinstance(error, ExceptionWithTraceback):
             error = error.exc
@@ -173,23 +240,21 @@ class HandlerRequest(Request):  # type: ignore[misc] # Celery ships no types
             if deaths < _setting(self.app, "flash_max_deaths"):
                 return self._run_again(deaths, error)
             error = ProcessKilled(
-                f"Its worker process has died {deaths} times, most recently with: {error}"
+                f"Its worker process has died {deaths} times, most recently with: {text_of(error)}"
             )
             exc_info = _raised(error)
             self.message.headers[letters.DEATHS] = deaths
         self._store_dead_letter(error, exc_info.traceback)
         if isinstance(error, MemoryError):
             # Celery would end the worker, then the next one that receives the task.
-            exc_info = _raised(RuntimeError(f"MemoryError: {error}"))
+            exc_info = _raised(RuntimeError(f"MemoryError: {text_of(error)}"))
         return super().on_failure(exc_info, send_failed_event, return_ok)
 
     def _failed_for_good(self, error: BaseException) -> bool:
         if isinstance(error, (Terminated, Reject, Ignore, Retry)):
             return False
         if isinstance(error, _PROCESS_ENDED):
-            # Celery sets one of these to an exit code, which may be 0, when the worker is stopped.
-            exit_codes = (state.should_stop, state.should_terminate)
-            if any(code is not None and code is not False for code in exit_codes):
+            if outcome.is_stopping():
                 return False
             return not (self._already_cancelled or self._already_revoked or self._succeeded())
         return True
@@ -210,7 +275,7 @@ class HandlerRequest(Request):  # type: ignore[misc] # Celery ships no types
             "The worker process that ran %s has died (death %d of this task); it runs again: %s",
             _described(self.name, self.id, self.argsrepr),
             deaths,
-            escaped(str(error)),
+            escaped(text_of(error)),
         )
         message = received_again(self.message, self._queue, {letters.DEATHS: deaths})
         try:
@@ -231,12 +296,14 @@ class HandlerRequest(Request):  # type: ignore[misc] # Celery ships no types
 
         `Request.on_failure`, which runs next, ignores a message that is already acknowledged.
         """
+        name = type(error).__name__
+        if isinstance(error, UnpickleableExceptionWrapper):
+            name = str(error.exc_cls_name)
         letter = letters.from_message(
             self.message,
             self._queue,
-            # billiard wraps an exception that cannot be pickled.
-            error=getattr(error, "exc_cls_name", type(error).__name__),
-            text=str(error),
+            error=name,
+            text=text_of(error),
             traceback=str(traceback),
             arguments=self.args,
             started_at=self.time_start,

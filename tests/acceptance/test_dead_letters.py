@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import signal
 import subprocess
 
@@ -317,3 +318,45 @@ def test_oversize_change_becomes_a_dead_letter_that_can_be_retried(any_shop):
     assert [number for number, _ in handled] == [2, 1]
     assert handled[1] == (1, letter.changes[0])
     assert shop.end(replicate) == 0
+
+
+#: What the handler of `unruly.py` raises by the name of its item, and the error of the dead letter.
+UNRULY = {
+    "str": "Textless",
+    "repr": "Nameless",
+    "two": "Two",
+    "reduce": "Unreduced",
+    "request": "InvalidTaskError",
+    "cancelled": "CancelledError",
+    "base": "Base",
+    "exit": "SystemExit",
+    "unserialisable": "EncodeError",
+    "refuse": "LookupError",
+    "unpicklable retry": "Two",
+    "no route": "QueueNotFound",
+}
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+@pytest.mark.parametrize(
+    "any_shop", ["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)], indirect=True
+)
+def test_whatever_a_handler_raises_the_worker_goes_on(any_shop, pool):
+    """More rows that break plain Celery workers than a worker prefetches, then a good one."""
+    shop = any_shop
+    shop.project = "unruly"
+    worker = shop.worker(pool, "flash", options=("-c", "1"))
+    shop.replicate()
+    names = [*UNRULY, "reject"]
+    insert(shop, *names, "a")
+    shop.until_noted(1)
+    found = until_dead(shop, len(UNRULY))
+    assert worker.poll() is None
+    errors = [(names[number(letter)], letter.error) for letter in found]
+    expected = {**UNRULY, "exit": "ProcessKilled"} if pool == "prefork" else UNRULY
+    assert sorted(errors) == sorted(expected.items())
+
+
+def number(letter):
+    """Return which inserted row a dead letter is of, from 0."""
+    return int(re.search(r" id=(\d+) ", letter.argsrepr)[1]) - 1

@@ -4,7 +4,7 @@ from flash_celery.changes.change import Changes, Insert
 from flash_celery.changes.payload import Delivery, encode_each
 from flash_celery.changes.rows import Column, Origin, Table, Transaction
 from flash_celery.errors import CatalogError
-from flash_celery.escaping import escaped
+from flash_celery.escaping import escaped, text_of
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
 
@@ -43,3 +43,25 @@ def test_escaping_shortens_a_key_that_is_the_whole_row():
     shown = repr(Insert([b"x" * 1_000_000, b"y"], Origin(table, Transaction(Lsn(1), 1, 0), 0)))
     assert len(shown) < 300
     assert " b=y " in shown
+
+
+def test_text_of_an_error_never_raises():
+    class Textless(Exception):
+        def __str__(self):
+            raise RuntimeError
+
+    class Nameless(Textless):
+        __repr__ = Textless.__str__
+
+    class Text(str):
+        def splitlines(self, keepends=False):
+            raise RuntimeError
+
+    class Odd(Exception):
+        def __str__(self):
+            return Text("odd")
+
+    assert text_of(ValueError("x")) == "x"
+    assert text_of(Textless("x")) == "Textless('x')"
+    assert text_of(Nameless("x")) == "<Nameless, whose text cannot be read>"
+    assert type(text_of(Odd())) is str
