@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import psycopg
-from psycopg import sql
+from psycopg import pq, sql
 
 from ..protocol.lsn import Lsn
 from .stream import ReplicationConnection
@@ -105,7 +105,8 @@ def copy_permanent(connection: psycopg.Connection[Any], name: str, copy: str) ->
 
 def enable_failover(stream: ReplicationConnection, name: str) -> None:
     """Have standbys keep a copy of an existing slot (PostgreSQL 17 and later)."""
-    stream.execute(failover_command(name))
+    # Unlike the other commands on slots it returns no rows.
+    stream.execute(failover_command(name), expected=pq.ExecStatus.COMMAND_OK)
 
 
 def failover_command(name: str) -> sql.Composed:

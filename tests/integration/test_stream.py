@@ -5,6 +5,7 @@ import time
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from flash_celery.errors import ReplicationError, SlotInUse, SlotMissing
 from flash_celery.postgres import slots
@@ -96,6 +97,17 @@ def test_stream_names_a_slot_in_use_and_a_missing_slot(table, connections):
         connections(table.dsn).start(table.slot, ["everything"])
     with pytest.raises(SlotMissing, match='"no_such" does not exist'):
         connections(table.dsn).start("no_such", ["everything"])
+
+
+def test_enabling_failover_expects_a_command_without_rows(table, connections, monkeypatch):
+    connection = connections(table.dsn)
+    slots.create(connection, table.slot)
+    if psycopg.connect(table.dsn).info.server_version < 170000:
+        # The command is unknown to this server; its answer has the form of this one's.
+        drop = sql.SQL("DROP_REPLICATION_SLOT {}").format(sql.Identifier(table.slot))
+        monkeypatch.setattr(slots, "failover_command", lambda _: drop)
+    slots.enable_failover(connection, table.slot)
+    connection.start_session()  # which the command has left usable
 
 
 def test_keepalive_carries_the_position_of_a_server_busy_elsewhere(table, connections):
