@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator
 from functools import wraps
 from typing import Any
 
@@ -13,6 +13,11 @@ from celery._state import _get_active_apps, connect_on_app_finalize
 from celery.local import Proxy
 
 from ..errors import SubscriptionError
+
+#: The packages whose wrappers call a function and pass on what it returns.
+_TRANSPARENT = {"celery", "flash_celery"}
+#: What calling a function returns whose body has not run.
+_LAZY_RESULTS = (Coroutine, AsyncGenerator, Generator)
 
 
 def function_for_task(handler: Any) -> Any:
@@ -81,14 +86,64 @@ def _run_attribute(task: Any) -> str:
     return "_orig_run" if "_orig_run" in vars(task) else "run"
 
 
-def lazy_kind(function: Any) -> str:
+def lazy_kind(task: Any) -> str:
     """Return "an async function" or "a generator", whose body does not run when Celery calls it.
 
-    Return "" for all other functions.
+    Return "" for all other functions. A wrapper of the application may run the function that it
+    wraps, and is an ordinary function here; `refuse_lazy_results` sees what it returns.
     """
-    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        return "an async function"
-    return "a generator" if inspect.isgeneratorfunction(function) else ""
+    functions = [_called_by(run_method(task))]
+    if type(task).__call__ is not Task.__call__:
+        functions.append(type(task).__call__)
+    for function in functions:
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            return "an async function"
+        if inspect.isgeneratorfunction(function):
+            return "a generator"
+    return ""
+
+
+def _called_by(function: Any) -> Any:
+    """Return the function that is called behind the wrappers of Celery and ours.
+
+    Celery has wrappers for `pydantic=True` and `autoretry_for`; ours are `Handler` and those below.
+    """
+    while True:
+        plain = inspect.isfunction(function) or inspect.ismethod(function)
+        code = function if plain else type(function).__call__
+        module = getattr(code, "__globals__", {}).get("__name__", "")
+        wrapped = getattr(function, "__wrapped__", None)
+        if wrapped is None or module.partition(".")[0] not in _TRANSPARENT:
+            return code
+        function = wrapped
+
+
+def refuse_lazy_results(task: Any) -> None:
+    """Make a task fail if its function returns what has not run yet: a coroutine or a generator.
+
+    Celery would record a success, and the change would be lost.
+    """
+    run = run_method(task)
+
+    @wraps(run)
+    def run_now(*args: Any, **kwargs: Any) -> Any:
+        result = run(*args, **kwargs)
+        if isinstance(result, _LAZY_RESULTS) and not _is_expression(result):
+            if isinstance(result, (Coroutine, Generator)):
+                result.close()
+            raise SubscriptionError(
+                f"{task.name} has returned a {type(result).__name__}, which Celery never runs, so "
+                "its change is not handled; make it an ordinary function (asyncio.run runs async "
+                "code)."
+            )
+        return result
+
+    setattr(task, _run_attribute(task), run_now)
+
+
+def _is_expression(result: Any) -> bool:
+    """Return whether this is a generator expression: the function around it has run."""
+    return getattr(getattr(result, "gi_code", None), "co_name", "") == "<genexpr>"
 
 
 def require_argument(task: Any) -> None:

@@ -26,9 +26,9 @@ from .celery_tasks import (
     find_task,
     function_for_task,
     lazy_kind,
+    refuse_lazy_results,
     require_argument,
     resolve_shared_task,
-    run_method,
     when_finalized,
 )
 from .declarations import Declaration, convert_rows, has_row_types, number_subscriptions
@@ -365,8 +365,7 @@ def _declare(target: Any, declaration: Declaration) -> Any:
 
 def _attach(task: Any, declaration: Declaration) -> None:
     """Store a declaration on its task, and set the options that it implies."""
-    run = run_method(task)
-    if kind := lazy_kind(run.__wrapped__ if isinstance(run, Handler) else run):
+    if kind := lazy_kind(task):
         declaration = replace(declaration, subscription=None, error=_LAZY.format(kind=kind))
     task.__dict__.setdefault("flash_subscriptions", []).append(declaration)
     subscription = declaration.subscription
@@ -376,6 +375,9 @@ def _attach(task: Any, declaration: Declaration) -> None:
     task.acks_late = task.reject_on_worker_lost = subscription.acks_late
     if task.Strategy == Task.Strategy:
         task.Strategy = _STRATEGY
+    if "_flash_refuses_lazy_results" not in task.__dict__:
+        task.__dict__["_flash_refuses_lazy_results"] = True
+        refuse_lazy_results(task)
     if subscription.into is not None and "_flash_converts_rows" not in task.__dict__:
         task.__dict__["_flash_converts_rows"] = True
         convert_arguments(task, partial(convert_rows, task, task.__dict__["flash_subscriptions"]))

@@ -4,7 +4,7 @@ import sys
 import types
 
 import pytest
-from celery import Celery, shared_task
+from celery import Celery, Task, shared_task
 
 from flash_celery import Batch, Changes, Insert, Operation, on_change, on_message
 from flash_celery.changes.rows import Column, Origin, Table, Transaction
@@ -303,7 +303,41 @@ def alone(app, function):
     return on_change("orders")(function)
 
 
-@pytest.mark.parametrize("declare", [above, below, binding, retrying, alone])
+def pydantic(app, function):
+    return on_change("orders")(app.task(pydantic=True, ignore_result=True)(function))
+
+
+def pydantic_below(app, function):
+    return app.task(pydantic=True)(on_change("orders")(function))
+
+
+def class_based(app, function):
+    async def run(self, change): ...
+
+    def run_generator(self, change):
+        yield
+
+    run = run_generator if function is generator else run
+    task = type("Own", (Task,), {"name": function.__name__, "run": run})()
+    return on_change("orders")(app.register_task(task))
+
+
+def calling(app, function):
+    """The class of the task has an async `__call__`."""
+    own = type("Own", (Task,), {"__call__": function})
+
+    @on_change("orders")
+    @app.task(base=own, name=function.__name__)
+    def handle(change): ...
+
+
+@pytest.mark.parametrize(
+    "declare",
+    [
+        *(above, below, binding, retrying, alone),
+        *(pydantic, pydantic_below, class_based, calling),
+    ],
+)
 @pytest.mark.parametrize("function", [async_function, async_generator, generator])
 def test_on_change_refuses_generators_and_async_functions(app, declare, function):
     declare(app, function)
@@ -320,6 +354,29 @@ def test_on_change_accepts_a_wrapped_async_function(app, declare):
     declare(app, handle)
     (subscription,) = subscriptions_of(app)
     assert app.tasks[subscription.handler].delay(CHANGE).get() == "0/1:0"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("declare", [above, below, retrying, alone, pydantic])
+@pytest.mark.parametrize("function", [async_function, async_generator, generator])
+def test_wrapper_that_hides_an_async_function_fails_its_task(app, declare, function):
+    @functools.wraps(function)
+    def handle(change):
+        return function(change)
+
+    declare(app, handle)
+    (subscription,) = subscriptions_of(app)
+    with pytest.raises(SubscriptionError, match="which Celery never runs"):
+        app.tasks[subscription.handler].delay(CHANGE).get()
+
+
+def test_handler_may_return_a_generator_expression(app):
+    @on_change("orders")
+    @app.task
+    def handle(change):
+        return (name for name in change.new)
+
+    assert list(handle.run(CHANGE)) == list(CHANGE.new)
 
 
 def no_argument(): ...
