@@ -118,11 +118,11 @@ def _rabbitmq(publisher: ConnectedPublisher, app: Any, names: Sequence[str]) -> 
             "them in task_queues with queue_arguments={'x-queue-type': 'quorum'}",
         )
     for queue in queues:
-        if options := _lossy_options(queue):
+        if not queue.durable:
             yield Finding(
                 "queue",
                 WARNING,
-                f"{queue.name} discards waiting messages ({', '.join(options)}): remove that",
+                f"{queue.name} does not survive a restart of RabbitMQ (durable=False): remove that",
             )
         if reason := refused(publisher.channel, queue):
             yield Finding(
@@ -131,21 +131,6 @@ def _rabbitmq(publisher: ConnectedPublisher, app: Any, names: Sequence[str]) -> 
                 f"{queue.name} exists with other arguments, so neither `replicate` nor workers can "
                 f"use it ({reason}); declare it with those, or delete it once it is empty",
             )
-
-
-def _lossy_options(queue: Any) -> list[str]:
-    """Return the options of a queue that make RabbitMQ discard messages."""
-    arguments = queue.queue_arguments or {}
-    names = ["expires", "message_ttl"]
-    if not str(arguments.get("x-overflow")).startswith("reject-publish"):
-        names += ["max_length", "max_length_bytes"]
-    options = [
-        name
-        for name in names
-        if getattr(queue, name) is not None or f"x-{name.replace('_', '-')}" in arguments
-    ]
-    options += [name for name in ("auto_delete", "exclusive") if getattr(queue, name)]
-    return options if queue.durable else ["durable=False", *options]
 
 
 def route_finding(

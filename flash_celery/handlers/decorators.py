@@ -18,6 +18,7 @@ from celery.local import PromiseProxy, Proxy
 from celery.signals import celeryd_init
 
 from .. import redis_extra
+from ..changes import json_codec
 from ..changes.change import Changes, Delete, Insert, Operation, Update
 from ..conditions import parsing
 from ..errors import SubscriptionError
@@ -53,6 +54,7 @@ _LAZY = (
 _STRATEGY = "flash_celery.dead_letters.failed_tasks:strategy"
 
 celeryd_init.connect(redis_extra.refuse)
+celeryd_init.connect(json_codec.refuse)
 
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)

@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from celery.app.routes import MapRoute
+from celery.utils.functional import lazy
+from kombu.common import Broadcast
 from kombu.exceptions import SerializerNotInstalled
 from kombu.serialization import prepare_accept_content
 
 from ..changes.change import Operation
 from ..errors import ConfigurationError, SubscriptionError
+from ..escaping import one_line
 from ..handlers.subscriptions import Subscription
 from ..settings import Settings
 
@@ -52,7 +56,7 @@ def resolve(
             break
     else:
         queue = settings.flash_queue
-    options["queue"] = _declared(app, getattr(queue, "name", queue), subscription)
+    options["queue"] = _declared(app, _queue_name(queue, subscription), subscription)
     if options["queue"] == settings.flash_dead_queue:
         raise ConfigurationError(
             f"{subscription.handler} goes to the queue {options['queue']!r}, which is for dead "
@@ -87,10 +91,35 @@ def _flash_route(
 
 
 def _task_route(app: Any, task: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    route = app.amqp.router.lookup_route(task.name, (), {}, dict(options), task)
-    if not route:
-        return {}
-    return {"queue": route} if isinstance(route, str) else dict(route)
+    """Return the options of the first router of `task_routes` that knows the task."""
+    router = app.amqp.router
+    for user_router in router.routes:
+        try:
+            route = router.query_router(user_router, task.name, (), {}, dict(options), task)
+        except Exception as error:  # whatever a function of the project raises
+            raise ConfigurationError(
+                f"{_router_name(user_router)} of task_routes raised {type(error).__name__} for "
+                f"{task.name} ({one_line(error)}): it is called once, at start, and without the "
+                "task's arguments; let it return a route or None then (flash_routes goes by table)."
+            ) from None
+        if route is None:
+            continue
+        if not isinstance(route, (str, Mapping)):
+            raise ConfigurationError(
+                f"{_router_name(user_router)} of task_routes returned {route!r:.100} for "
+                f"{task.name}; it returns the name of a queue, a dict of options, or None."
+            )
+        return {"queue": route} if isinstance(route, str) else dict(route)
+    return {}
+
+
+def _router_name(router: Any) -> str:
+    if isinstance(router, lazy):  # named by a string
+        return f"the router {router._args[0]}"
+    if isinstance(router, MapRoute):
+        return "the dict"
+    target = router if hasattr(router, "__qualname__") else type(router)
+    return f"the router {target.__module__}.{target.__qualname__}"
 
 
 def _queue_bound(app: Any, options: Mapping[str, Any]) -> str | None:
@@ -111,12 +140,55 @@ def _queue_bound(app: Any, options: Mapping[str, Any]) -> str | None:
     )
 
 
+def _queue_name(queue: Any, subscription: Subscription) -> str:
+    name = getattr(queue, "name", queue)
+    if not isinstance(name, str):
+        raise ConfigurationError(
+            f"{subscription.handler} goes to the queue {name!r:.100}; give the name of a queue."
+        )
+    return name
+
+
 def _declared(app: Any, queue: str, subscription: Subscription) -> str:
     """Return the name of a queue on the broker; `task_queues` may have an alias for it."""
     try:
-        return str(app.amqp.queues[queue].name)
+        declared = app.amqp.queues[queue]
     except KeyError:
         raise ConfigurationError(
             f"{subscription.handler} goes to the queue {queue!r}, which is not in task_queues; add "
             "it, or leave task_create_missing_queues on."
         ) from None
+    if options := lossy_options(declared):
+        raise ConfigurationError(
+            f"{subscription.handler} goes to the queue {queue!r}, which does not keep a change "
+            f"until a worker has handled it ({', '.join(options)}); remove that from it in "
+            "task_queues, or name another queue."
+        )
+    return str(declared.name)
+
+
+def lossy_options(queue: Any) -> list[str]:
+    """Return the options of a queue with which a change in it may reach no worker, or be dropped.
+
+    A queue on a fanout exchange has its messages in no list on Redis, and each process that
+    declares a `Broadcast` has a queue of its own. Queues without a name are named by the broker.
+    """
+    arguments = queue.queue_arguments or {}
+    options = []
+    if isinstance(queue, Broadcast):
+        options.append("Broadcast")
+    elif queue.exchange is not None and queue.exchange.type == "fanout":
+        options.append("fanout exchange")
+    if not queue.name:
+        options.append("no name")
+    if arguments.get("x-queue-type") == "stream":
+        options.append("stream")
+    names = ["expires", "message_ttl"]
+    if not str(arguments.get("x-overflow")).startswith("reject-publish"):
+        names += ["max_length", "max_length_bytes"]
+    for name in names:
+        if getattr(queue, name) is not None or f"x-{name.replace('_', '-')}" in arguments:
+            options.append(name)
+    if not isinstance(queue, Broadcast):
+        options += [name for name in ("auto_delete", "exclusive") if getattr(queue, name)]
+    return [*options, "no_ack"] if queue.no_ack else options

@@ -9,7 +9,7 @@ from typing import Any
 
 from kombu import compression
 
-from ..changes import labels, payload
+from ..changes import json_codec, labels, payload
 from ..changes.change import Operation
 from ..changes.payload import CHANGE, CHANGES, Delivery
 from ..changes.rows import Transaction
@@ -146,6 +146,7 @@ class Templates:
         source: str = "",
         hold_queues: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        json_codec.require_decodable()
         #: The subscriptions that it has templates for.
         self.subscriptions = subscriptions
         self._by_options: dict[tuple[str, str], Template] = {}

@@ -5,6 +5,8 @@ import os
 import time
 
 from celery import Celery, chain, chord, group
+from kombu.common import Broadcast
+from kombu.serialization import register
 
 from flash_celery import on_change
 
@@ -15,6 +17,17 @@ app.conf.flash_status_interval = 2
 app.conf.worker_hijack_root_logger = False
 app.conf.broker_connection_retry_on_startup = True
 app.conf.update(json.loads(os.environ.get("SHOP_CONF", "{}")))
+
+
+if os.environ.get("DESK_JSON"):
+    register("json", json.dumps, json.loads, content_type="application/json")
+if os.environ.get("DESK_BROADCAST"):
+    app.conf.task_queues = [Broadcast("flash")]
+
+
+def by_argument(name, args, *rest, **named):
+    """Route by the argument, which only a task that is sent by hand has at this time."""
+    return {"queue": f"of-{args[0]}"} if name == "desk.each" else None
 
 
 def note(handler, **more):

@@ -195,6 +195,30 @@ def test_replicate_runs_no_handlers_itself(desk):
     assert "task_always_eager" in desk.run("flash", "doctor").stdout
 
 
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"DESK_JSON": "1"}, "The serializer 'json' of this project has replaced kombu's own"),
+        ({"DESK_BROADCAST": "1"}, "the queue 'flash', which does not keep a change"),
+        (
+            {"SHOP_CONF": json.dumps({"task_routes": "desk.by_argument"})},
+            "the router desk.by_argument of task_routes raised IndexError for desk.each",
+        ),
+    ],
+)
+def test_project_whose_changes_would_reach_no_handler_is_refused(desk, environment, message):
+    ran = desk.run("flash", "replicate", **environment)
+    assert ran.returncode == 2
+    assert message in ran.stderr
+    assert ran.stderr.count("\n") == 1
+    assert desk.database.execute("SELECT slot_name FROM pg_replication_slots") == []
+    doctor = desk.run("flash", "doctor", **environment)
+    assert (doctor.returncode, message in doctor.stdout) == (1, True), doctor.stdout
+    if "DESK_JSON" in environment:
+        worker = desk.run("worker", "-P", "solo", **environment)
+        assert (worker.returncode, message in worker.stderr) == (2, True), worker.stderr
+
+
 @pytest.mark.soak
 def test_flower_shows_names_and_readable_arguments(desk):
     port = free_port()

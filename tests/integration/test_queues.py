@@ -2,6 +2,7 @@
 
 import pytest
 from kombu import Queue
+from kombu.common import Broadcast
 
 from flash_celery import on_change
 from flash_celery.commands import broker_checks, doctor
@@ -93,19 +94,14 @@ def test_queue_with_other_arguments_is_named(project):
     assert examine(project()) == ["ok       queues: flash"]
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"durable": False}, "durable=False"),
-        ({"auto_delete": True}, "auto_delete"),
-        ({"message_ttl": 60}, "message_ttl"),
-        ({"max_length": 10}, "max_length"),
-        ({"queue_arguments": {"x-expires": 60_000, "x-max-length": 9}}, "expires, max_length"),
-    ],
-)
-def test_queue_that_drops_messages_is_named(project, options, said):
-    _, warned = examine(project(task_queues=[Queue("flash", **options)]))
-    assert warned.startswith(f"warning  queue: flash discards waiting messages ({said})")
+def test_queue_that_does_not_keep_changes_stops_the_start(project):
+    (stopped,) = examine(project(task_queues=[Broadcast("flash")]))
+    assert stopped.startswith("STOP     queues: shop.handle goes to the queue 'flash', which does")
+
+
+def test_queue_that_a_restart_loses_is_named(project):
+    _, warned = examine(project(task_queues=[Queue("flash", durable=False)]))
+    assert warned.startswith("warning  queue: flash does not survive a restart of RabbitMQ")
 
 
 def test_queue_that_refuses_messages_drops_none(project):

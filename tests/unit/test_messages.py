@@ -1,12 +1,17 @@
 """Task messages: options, queues, ids."""
 
 import json
+from types import SimpleNamespace
 
 import celery
 import pytest
-from kombu import Queue
+from kombu import Exchange, Queue
+from kombu.common import Broadcast
+from kombu.serialization import register, registry
+from kombu.utils import json as kombu_json
 
 from flash_celery import on_change, on_message
+from flash_celery.changes import json_codec
 from flash_celery.changes.change import Operation
 from flash_celery.changes.payload import Delivery
 from flash_celery.changes.rows import Column, Table, Transaction
@@ -225,6 +230,112 @@ def test_queue_that_cannot_be_declared_is_refused(make):
     conf = {"task_create_missing_queues": False, "task_queues": [Queue("celery")]}
     with pytest.raises(ConfigurationError, match="'flash', which is not in task_queues"):
         make(conf=conf)
+
+
+@pytest.mark.parametrize(
+    ("queue", "option"),
+    [
+        (Broadcast("flash"), "Broadcast"),
+        (Broadcast("flash", queue="everyone"), "Broadcast"),
+        (Queue("flash", Exchange("news", type="fanout")), "fanout exchange"),
+        (Queue("", alias="flash"), "no name"),
+        (Queue("flash", queue_arguments={"x-queue-type": "stream"}), "stream"),
+        (Queue("flash", exclusive=True), "auto_delete, exclusive"),
+        (Queue("flash", auto_delete=True), "auto_delete"),
+        (Queue("flash", no_ack=True), "no_ack"),
+        (Queue("flash", expires=60), "expires"),
+        (Queue("flash", message_ttl=60), "message_ttl"),
+        (Queue("flash", max_length=10), "max_length"),
+        (
+            Queue("flash", queue_arguments={"x-expires": 60_000, "x-max-length-bytes": 9}),
+            "expires, max_length_bytes",
+        ),
+        (
+            Queue("flash", queue_arguments={"x-max-length": 9, "x-overflow": "drop-head"}),
+            "max_length",
+        ),
+    ],
+)
+def test_queue_that_does_not_keep_changes_is_refused(make, queue, option):
+    message = rf"shop\.handle goes to the queue 'flash', which does not keep .* \({option}\);"
+    with pytest.raises(ConfigurationError, match=message):
+        make(conf={"task_queues": [queue]})
+
+
+def test_queue_that_refuses_messages_or_dies_with_the_broker_is_not_refused(make):
+    refuses = {"x-overflow": "reject-publish", "x-max-length": 9}
+    assert make(conf={"task_queues": [Queue("flash", queue_arguments=refuses)]})().queue == "flash"
+    assert make(conf={"task_queues": [Queue("flash", durable=False)]})().queue == "flash"
+
+
+def _raising(name, args, *rest, **named):
+    return args[0]
+
+
+class _Exacting:
+    def route_for_task(self, task, args, kwargs):
+        raise LookupError("no such\ncustomer")
+
+
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        (_raising, r"^the router tests\.unit\.test_messages\._raising of task_routes raised "
+         r"IndexError for shop\.handle \(tuple index out of range\): it is called once,"),
+        (_Exacting(), r"\._Exacting of task_routes raised LookupError for .* \(no such customer\)"),
+        ("tests.unit.test_messages._raising", r"the router tests.*_raising of task_routes raised"),
+        ("tests.unit.nowhere", r"^the router tests\.unit\.nowhere of task_routes raised"),
+        ({"shop.*": 5}, "^the dict of task_routes raised TypeError"),
+        (lambda *_, **__: ["a", "b"], r"<lambda> of task_routes returned \['a', 'b'\] for shop"),
+        (lambda *_, **__: {"queue": 5}, r"shop\.handle goes to the queue 5; give the name of"),
+    ],
+)  # fmt: skip
+def test_router_that_fails_is_named(make, router, message):
+    with pytest.raises(ConfigurationError, match=message):
+        make(conf={"task_routes": [router]})
+
+
+def test_first_router_that_knows_the_task_counts(make):
+    routers = [lambda *_, **__: None, lambda *_, **__: "second", lambda *_, **__: "third"]
+    assert make(conf={"task_routes": routers})().queue == "second"
+
+
+@pytest.fixture
+def replaced_json():
+    """Register another serializer for JSON, as projects do with orjson."""
+    encoders, decoders = registry._encoders.copy(), registry._decoders.copy()
+
+    def replace(encode=json.dumps, decode=json.loads):
+        register("json", encode, decode, content_type="application/json")
+
+    yield replace
+    registry._encoders, registry._decoders = encoders, decoders
+
+
+@pytest.mark.parametrize("encode", [json.dumps, kombu_json.dumps])
+def test_json_serializer_that_does_not_decode_changes_is_refused(make, replaced_json, encode):
+    replaced_json(encode)
+    with pytest.raises(ConfigurationError, match="'json' of this project has replaced .* a dict;"):
+        make()
+
+
+def test_json_serializer_with_a_decoder_of_kombu_is_accepted(make, replaced_json):
+    replaced_json(kombu_json.dumps, kombu_json.loads)
+    assert make()().queue == "flash"
+
+
+def test_worker_with_another_json_serializer_ends(app, replaced_json, capsys):
+    worker = SimpleNamespace(app=app)
+    replaced_json()
+    json_codec.refuse(worker)  # it has no handlers
+
+    @on_change("orders")
+    @app.task(name="shop.handle", shared=False)
+    def handle(change): ...
+
+    with pytest.raises(SystemExit):
+        json_codec.refuse(worker)
+    assert "makes of a change a dict; register it" in capsys.readouterr().err
 
 
 def test_compression_is_honoured(make):
