@@ -56,6 +56,7 @@ def diagnose(
         ]
         record = pauses.read(source)
         explanation = list(explain_tables(source, subscriptions, report)) if explain else []
+    findings += server_checks.session_findings(settings)
     findings.append(server_checks.can_stream(settings))
     findings += spool_findings(settings)
     findings += worker_checks.eager_findings(app)

@@ -10,6 +10,7 @@ from typing import Any
 import psycopg
 
 from ..errors import CatalogError, SlotInUse
+from ..postgres import slots
 from ..postgres.connection import is_standby
 from ..postgres.source import Source
 from ..provisioning import advisory_lock, ddl, identities, publications, replay_slot
@@ -138,9 +139,11 @@ def _drop_slot(connection: psycopg.Connection[Any], slot: str, force: bool) -> N
         if row[0] is not None:
             if not force:
                 _refuse_if_in_use(connection, slot)
-            connection.execute("SELECT pg_terminate_backend(%s)", [row[0]])
+            with slots.as_login_role(connection):
+                connection.execute("SELECT pg_terminate_backend(%s)", [row[0]])
         try:
-            connection.execute("SELECT pg_drop_replication_slot(%s)", [slot])
+            with slots.as_login_role(connection):
+                connection.execute("SELECT pg_drop_replication_slot(%s)", [slot])
             return
         except psycopg.errors.ObjectInUse:
             time.sleep(0.1)

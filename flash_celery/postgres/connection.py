@@ -1,6 +1,6 @@
 """Connecting to PostgreSQL: session settings, errors that may be shown, and ordinary connections.
 
-The replication connection, which `stream.py` makes, shares the session settings and the errors.
+The replication connection of `stream.py` is opened here too, with the same session settings.
 """
 
 from __future__ import annotations
@@ -11,19 +11,69 @@ from collections.abc import Generator
 from typing import Any
 
 import psycopg
-from psycopg import conninfo
+from psycopg import conninfo, pq
 
 from ..errors import ConfigurationError, FlashError, ReplicationError
 from ..escaping import one_line
 from ..settings import Settings
 
-#: The session settings of PostgreSQL's own subscriber: text has one meaning, whatever the server's
-#: or the role's defaults are. Our commits wait for no synchronous standby: `flash replicate` may be
-#: the one that they would wait for (synchronous_standby_names = '*').
-PINNED = (
-    "-c datestyle=ISO -c intervalstyle=postgres -c extra_float_digits=3 -c timezone=UTC "
+#: The session settings of each of our connections, by their names in pg_settings: text has one
+#: meaning, and SQL too, whatever the environment, the DSN, the role or the database sets.
+PINNED = {
+    "client_encoding": "UTF8",
+    "DateStyle": "ISO, MDY",
+    "IntervalStyle": "postgres",
+    "TimeZone": "UTC",
+    "extra_float_digits": "3",
+    "bytea_output": "hex",
+    "array_nulls": "on",
+    "xmloption": "content",
+    "standard_conforming_strings": "on",
+    "backslash_quote": "safe_encoding",
+    "transform_null_equals": "off",
+    "quote_all_identifiers": "off",
+    "default_transaction_isolation": "read committed",
+    "default_transaction_deferrable": "off",
+    # Our commits wait for no synchronous standby: `flash replicate` may be the one that they would
+    # wait for (synchronous_standby_names = '*').
+    "synchronous_commit": "local",
+}
+#: The server's limits on clients, which are switched off unless the DSN, the service or PGOPTIONS
+#: sets them. `transaction_timeout` exists since PostgreSQL 17.
+LIMITS = (
+    "statement_timeout",
+    "lock_timeout",
+    "transaction_timeout",
+    "idle_session_timeout",
+    "idle_in_transaction_session_timeout",
+)
+#: Repeated at the start of a connection, where a pooler refuses them.
+_STARTUP = (
+    "-c datestyle=ISO,MDY -c intervalstyle=postgres -c extra_float_digits=3 -c timezone=UTC "
     "-c client_encoding=UTF8 -c synchronous_commit=local"
 )
+_PINS = """
+FROM (VALUES {values}) AS pin (name, value)
+JOIN pg_settings AS s USING (name)
+WHERE (name <> ALL ('{{{limits}}}') OR s.source <> 'client')
+""".format(
+    values=", ".join(
+        f"('{name}', '{value}')" for name, value in [*PINNED.items(), *((n, "0") for n in LIMITS)]
+    ),
+    limits=",".join(LIMITS),
+)
+_PIN = f"SELECT name, value, set_config(name, value, false) {_PINS}"
+_OVERRIDDEN = f"""
+SELECT name, s.setting || coalesce(s.unit, ''), s.source {_PINS}
+  AND s.setting <> value AND s.source IN ('client', 'database', 'user', 'database user')
+ORDER BY name
+"""
+_ORIGINS = {
+    "client": "of the DSN or the environment",
+    "database": "of the database",
+    "user": "of the role",
+    "database user": "of the role in this database",
+}
 #: The name of our connections in pg_stat_activity.
 APPLICATION_NAME = "flash_celery"
 #: A dead connection is noticed within a minute, by the kernel too.
@@ -75,18 +125,56 @@ class _Connection(psycopg.Connection[Any]):
             return done.value
 
 
-def connect(dsn: str, patience: float = float("inf")) -> psycopg.Connection[Any]:
-    """Open an ordinary connection in autocommit mode.
+def connect(
+    dsn: str, patience: float = float("inf"), replication: bool = False
+) -> psycopg.Connection[Any]:
+    """Open a connection in autocommit mode, with the session settings of `PINNED`.
 
-    A statement that takes longer than `patience` seconds closes the connection.
+    A statement that takes longer than `patience` seconds closes the connection. With `replication`
+    it is a replication connection to the database.
+    Raises `ReplicationError` if the server cannot be reached, or keeps another setting.
+    """
+    parameters = {"replication": "database"} if replication else {}
+    try:
+        connection = _Connection.connect(pinned(dsn, **parameters), autocommit=True)
+        connection.patience = patience
+        try:
+            _pin(connection, replication)
+        except BaseException:
+            connection.close()
+            raise
+    except psycopg.Error as error:
+        raise unreachable(error, dsn) from None
+    return connection
+
+
+def _pin(connection: psycopg.Connection[Any], replication: bool) -> None:
+    """Set what libpq's own startup parameters (PGTZ, PGDATESTYLE) override, and read it back."""
+    for name, value, actual in connection.execute(_PIN.encode()).fetchall():
+        if actual != value:
+            raise ReplicationError(
+                f"PostgreSQL keeps {name} at {actual}, and {value} is needed; is a pooler between?"
+            )
+    if replication:
+        # PostgreSQL lets the login role replicate, which may have another role as a setting.
+        connection.execute("SET ROLE NONE")
+
+
+def overridden(dsn: str) -> list[str]:
+    """Return the settings of environment, DSN, role and database that `connect` overrides.
+
     Raises `ReplicationError` if the server cannot be reached.
     """
+    parameters = {"connect_timeout": _effective(dsn).get("connect_timeout", 10)}
+    plain = conninfo.make_conninfo(dsn, **parameters)
     try:
-        connection = _Connection.connect(pinned(dsn), autocommit=True)
-    except psycopg.OperationalError as error:
+        with psycopg.connect(plain, autocommit=True) as connection:
+            rows = connection.execute(_OVERRIDDEN.encode()).fetchall()
+    except psycopg.Error as error:
         raise unreachable(error, dsn) from None
-    connection.patience = patience
-    return connection
+    # Text of a session in SQL_ASCII is bytes.
+    texts = [[v.decode() if isinstance(v, bytes) else v for v in row] for row in rows]
+    return [f"{name} = {value} {_ORIGINS[origin]}" for name, value, origin in texts]
 
 
 def is_standby(connection: psycopg.Connection[Any]) -> bool:
@@ -95,14 +183,35 @@ def is_standby(connection: psycopg.Connection[Any]) -> bool:
 
 
 def pinned(dsn: str, **parameters: Any) -> str:
-    """Return the DSN with our session settings and timeouts; the user's own `options` are kept."""
-    given = conninfo.conninfo_to_dict(dsn)
+    """Return the DSN with our session settings and timeouts; the user's own `options` are kept.
+
+    These are of the DSN, of a service file, or of PGOPTIONS, whichever libpq uses.
+    """
+    given = _effective(dsn)
     parameters.setdefault("application_name", APPLICATION_NAME)
     parameters.setdefault("connect_timeout", given.get("connect_timeout", 10))
     for name, value in _KEEPALIVE.items():
         parameters.setdefault(name, given.get(name, value))
-    parameters["options"] = f"{given.get('options', '')} {PINNED}".strip()
+    parameters["options"] = f"{given.get('options', '')} {_STARTUP}".strip()
+    # A parameter beats PGCLIENTENCODING, which the server would apply after `options`.
+    parameters["client_encoding"] = PINNED["client_encoding"]
     return conninfo.make_conninfo(dsn, **parameters)
+
+
+def _effective(dsn: str) -> dict[str, str]:
+    """Return the parameters of the DSN, completed from its service and the environment.
+
+    Only a connection attempt makes libpq read a service that the DSN names: this one fails before
+    any network traffic, because no server listens in a directory that does not exist.
+    """
+    attempt = conninfo.make_conninfo(dsn, host="/nonexistent", hostaddr="")
+    connection = pq.PGconn.connect_start(attempt.encode())
+    try:
+        options = {option.keyword.decode(): option.val for option in connection.info}
+    finally:
+        connection.finish()
+    given = {name: value.decode() for name, value in options.items() if value}
+    return {**given, **{name: str(v) for name, v in conninfo.conninfo_to_dict(dsn).items()}}
 
 
 def without_password(text: str, dsn: str) -> str:

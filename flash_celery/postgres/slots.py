@@ -6,8 +6,8 @@ it in psql where flash_manage is off (`create_statement`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,19 @@ def copy_temporary(stream: ReplicationConnection, name: str, copy: str) -> None:
 def copy_permanent(connection: psycopg.Connection[Any], name: str, copy: str) -> None:
     """Copy a slot, even one that is being read. Raises `psycopg.Error`."""
     statement = "SELECT pg_copy_logical_replication_slot(%s, %s, false)"
-    connection.execute(statement, [name, copy])
+    with as_login_role(connection):
+        connection.execute(statement, [name, copy])
+
+
+@contextmanager
+def as_login_role(connection: psycopg.Connection[Any]) -> Iterator[None]:
+    """Run statements as the role that logged in, in a transaction.
+
+    It may replicate; a `role` setting (ALTER ROLE … SET role) may have made another one current.
+    """
+    with connection.transaction():
+        connection.execute("SET LOCAL ROLE NONE")
+        yield
 
 
 def enable_failover(stream: ReplicationConnection, name: str) -> None:
@@ -144,10 +156,11 @@ def reader(connection: psycopg.Connection[Any], name: str) -> str:
 
 def drop(connection: psycopg.Connection[Any], name: str) -> None:
     """Drop a slot that has no reader; do nothing if it does not exist."""
-    connection.execute(
-        "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = %s",
-        [name],
+    statement = (
+        "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = %s"
     )
+    with as_login_role(connection):
+        connection.execute(statement, [name])
 
 
 def position_and_time(connection: psycopg.Connection[Any]) -> tuple[str, str]:

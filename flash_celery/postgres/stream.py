@@ -22,7 +22,7 @@ from ..errors import (
 )
 from ..protocol import frames, timestamps
 from ..protocol.lsn import Lsn
-from .connection import pinned, unreachable, without_password
+from .connection import connect, unreachable, without_password
 
 T = TypeVar("T")
 
@@ -70,11 +70,8 @@ class ReplicationConnection:
         """
         self._dsn = dsn
         self._patience = patience
-        try:
-            # `PGconn.connect` would block all threads while it connects.
-            self._owner = psycopg.connect(pinned(dsn, replication="database"), autocommit=True)
-        except psycopg.OperationalError as error:
-            raise unreachable(error, dsn) from None
+        # `PGconn.connect` would block all threads while it connects.
+        self._owner = connect(dsn, patience, replication=True)
         self._connection = self._owner.pgconn
         #: The server's position when it sent the last message that was received.
         self.received = Lsn(0)

@@ -246,9 +246,9 @@ class _Advancer(threading.Thread):
             return
         # Recorded first, so that the record never promises more than the slot holds.
         _record(source, due, now)
-        source.connection.execute(
-            "SELECT pg_replication_slot_advance(%s, %s)", [source.replay_slot, str(due.lsn)]
-        )
+        statement = "SELECT pg_replication_slot_advance(%s, %s)"
+        with slots.as_login_role(source.connection):
+            source.connection.execute(statement, [source.replay_slot, str(due.lsn)])
 
     def _restore_sample(self, source: Source, now: Mark) -> None:
         """Continue from the recorded sample of an earlier process.

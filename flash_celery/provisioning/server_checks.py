@@ -11,7 +11,7 @@ import psycopg
 from psycopg import sql
 
 from ..errors import CatalogError, ConfigurationError, ReplicationError
-from ..postgres.connection import APPLICATION_NAME, is_standby
+from ..postgres.connection import APPLICATION_NAME, is_standby, overridden
 from ..postgres.source import Source
 from ..postgres.stream import ReplicationConnection
 from ..settings import Settings
@@ -21,13 +21,14 @@ from .findings import OK, STOP, WARNING, Finding, stop
 _OLDEST = 140000
 #: Files and sockets that a replication worker has open besides its spools.
 _OTHER_FILES = 100
+# PostgreSQL lets `session_user` replicate, whatever a `role` setting makes of `current_user`.
 _ROLE = """
-SELECT current_user::text, current_database()::text,
+SELECT current_user::text, session_user::text, current_database()::text,
        rolreplication OR rolsuper OR EXISTS (
            SELECT 1 FROM pg_roles g
-           WHERE g.rolname = 'rds_replication' AND pg_has_role(g.oid, 'MEMBER')),
+           WHERE g.rolname = 'rds_replication' AND pg_has_role(session_user, g.oid, 'MEMBER')),
        has_database_privilege(current_database(), 'CREATE')
-FROM pg_roles WHERE rolname = current_user
+FROM pg_roles WHERE rolname = session_user
 """
 
 
@@ -36,6 +37,8 @@ class Role:
     """The role of a connection, its database, and its privileges there."""
 
     name: str
+    #: The role that logged in, which is another one if it has a `role` setting.
+    login: str
     database: str
     replicates: bool
     creates: bool
@@ -54,10 +57,11 @@ class Role:
     def finding(self) -> Finding:
         """Check that it may replicate."""
         if self.replicates:
-            return Finding("role", OK, f"{self.name} may replicate")
+            return Finding("role", OK, f"{self.login} may replicate")
+        login = sql.Identifier(self.login).as_string(None)
         error = CatalogError(
-            f"The role {self.name} may not replicate: ALTER ROLE {self} REPLICATION; "
-            f"(on RDS: GRANT rds_replication TO {self};)"
+            f"The role {self.login} may not replicate: ALTER ROLE {login} REPLICATION; "
+            f"(on RDS: GRANT rds_replication TO {login};)"
         )
         return stop("role", error)
 
@@ -164,6 +168,13 @@ def room_for_a_slot(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
             yield stop(setting, error)
         else:
             yield Finding(setting, OK, f"{taken} of {limit} in use")
+
+
+def session_findings(settings: Settings) -> Iterator[Finding]:
+    """List the settings that our connections override."""
+    names = overridden(settings.require_dsn())
+    if names:
+        yield Finding("session settings", OK, f"{', '.join(names)}: not used by flash-celery")
 
 
 def can_stream(settings: Settings) -> Finding:

@@ -9,7 +9,7 @@ from psycopg import sql
 
 from flash_celery.errors import ReplicationError, SlotInUse, SlotMissing
 from flash_celery.postgres import slots
-from flash_celery.postgres.connection import without_password
+from flash_celery.postgres.connection import connect, without_password
 from flash_celery.postgres.stream import ReplicationConnection
 from flash_celery.protocol import frames, pgoutput
 from flash_celery.protocol.lsn import Lsn
@@ -159,10 +159,8 @@ def test_password_is_removed_from_error_texts(text, dsn):
 
 
 def test_session_settings_are_those_of_a_subscriber(table):
-    from flash_celery.postgres.connection import pinned
-
     dsn = psycopg.conninfo.make_conninfo(table.dsn, options="-c statement_timeout=7s")
-    with psycopg.connect(pinned(dsn)) as connection:
+    with connect(dsn) as connection:
         for name, value in {
             "datestyle": "ISO, MDY",
             "intervalstyle": "postgres",
