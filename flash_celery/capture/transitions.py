@@ -1,8 +1,8 @@
-"""What an operation on a row is for one subscription: entered, changed, left, or nothing.
+"""Evaluate each row for one subscription: it enters the condition, changes, leaves, or is dropped.
 
-An UPDATE can bring a row into a condition (for the handler an Insert), out of it (a Delete), or
-change its `key=` (both). The rows that come out are messages of pgoutput too, so Celery workers
-evaluate no conditions.
+An UPDATE can bring a row into a condition (for the handler an Insert), take it out (a Delete), or
+change its `key=` (both). The results are messages of pgoutput again, so Celery workers evaluate no
+conditions.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ _DELETE_TAG = ord("D")
 _CACHED_RESULTS = 2000
 #: Bytes of the compared values beyond which a result is not cached.
 _LONGEST_CACHED = 200
-#: What one row is for the subscription: an operation, its part, and the row to send.
+#: The result for one row: an operation, its part, and the row to send.
 _RowOutcome = tuple[Operation, Part, bytes]
 
 
 class Outcome(NamedTuple):
-    """Neighbouring rows that are the same operation for the subscription."""
+    """Consecutive rows that are the same operation for the subscription."""
 
     operation: Operation
     part: Part
-    #: The ordinal of the first row; those of the others follow.
+    #: The ordinal of the first row; the others count up from it.
     ordinal: int
     rows: list[bytes]
 
@@ -59,10 +59,11 @@ class Transitions:
     """Evaluates the rows of one relation for one subscription and cuts them to its columns.
 
     :param columns: the columns of the relation.
-    :param table: what the handler sees of them.
-    :param matches: the bound condition; None also if the rows lack a column that it compares.
-    :param unevaluated: called for each row that cannot be evaluated, for want of its old values
-        for example; such a row is delivered.
+    :param table: the table as the handler sees it.
+    :param matches: the bound condition; None if there is none, or if the rows lack a column that it
+        compares.
+    :param unevaluated: called for each row that cannot be evaluated, for example because it lacks
+        its old values; such a row is delivered.
     """
 
     def __init__(
@@ -98,10 +99,10 @@ class Transitions:
         self._key = key if len(key) == len(subscription.key or ()) else []
 
     def evaluate(self, rows: Sequence[bytes], ordinal: int) -> list[Outcome]:
-        """Return what neighbouring messages of one tag (Insert, Update or Delete) are.
+        """Return the outcomes of consecutive messages of one tag (Insert, Update or Delete).
 
-        `ordinal` is that of the first. Neighbours with the same outcome are one `Outcome`, except
-        the parts of key changes. Raises `ProtocolError` for what is no row.
+        `ordinal` is the ordinal of the first message. Consecutive rows with the same outcome share
+        one `Outcome`, except the parts of key changes. Raises `ProtocolError` for a malformed row.
         """
         tag = rows[0][0]
         if tag == _INSERT_TAG:
@@ -126,8 +127,7 @@ class Transitions:
         return outcomes
 
     def _compared_inserts(self, rows: Sequence[bytes], ordinal: int) -> list[Outcome]:
-        """Evaluate Inserts; most of them fail most conditions, so only the columns compared are
-        read for it."""
+        """Evaluate Inserts. Only the compared columns are read, because most rows do not match."""
         outcomes: list[Outcome] = []
         accepted: list[bytes] = []
         following = -1
@@ -153,7 +153,7 @@ class Transitions:
         return outcomes
 
     def _insert(self, payload: bytes) -> list[_RowOutcome]:
-        """A new row, where no condition compares a column of it."""
+        """Evaluate an Insert whose columns no condition compares."""
         if self._conditional:
             self._unevaluated()
         if not self._inserts:
@@ -161,7 +161,7 @@ class Transitions:
         return [(INSERT, WHOLE, payload if self._uncut else self._cut_insert(payload))]
 
     def _delete(self, payload: bytes) -> list[_RowOutcome]:
-        """A row that is gone; delivered if it met the condition or may have met it."""
+        """Evaluate a Delete, which is delivered if the row met the condition or may have met it."""
         row, _ = read_row(payload)
         old = row.old or []
         known = self._everything if row.old_kind == "O" else self._identity
@@ -170,7 +170,7 @@ class Transitions:
         return [(DELETE, WHOLE, payload if self._uncut else self._encode_delete(row.old_kind, old))]
 
     def _update(self, payload: bytes) -> list[_RowOutcome]:
-        """The four transitions of a condition, and the change of a key."""
+        """Evaluate an Update: the four transitions of a condition, and a change of the key."""
         row, _ = read_row(payload)
         new = row.new or []
         kind, old, known = self._before(row)
@@ -263,7 +263,7 @@ class Transitions:
         return unknown or self._differs(columns, old, new, known)
 
     def _positions(self, names: Iterable[str]) -> list[int]:
-        """Return where these columns are; rows written before a column was added lack it."""
+        """Return the positions of columns, without those added after the rows were written."""
         return [self._position[name] for name in names if name in self._position]
 
     def _cut_insert(self, payload: bytes) -> bytes:

@@ -1,7 +1,7 @@
-"""Find changes that wait in a handler's queue, or that a worker is running: for `flash wait`.
+"""Find changes that wait in a handler's queue or that a worker is handling, for `flash wait`.
 
-Redis lets us read its queues and the messages that workers hold (`unacked`), so the answer is
-exact. On other brokers the queues must be empty, and the workers are asked.
+On Redis the messages in the queues and those that workers hold (`unacked`) can be read, so the
+answer is exact. On other brokers the queues must be empty, and the workers report what they hold.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..publishing.brokers.base import ConnectedPublisher, is_missing_queue
 
 #: Seconds that workers have to answer.
 _INSPECT_SECONDS = 1.0
-#: A queue of Redis with more messages is not read whole if its oldest message is pending.
+#: A Redis queue with more messages is not read whole if its oldest message is pending.
 _LONG_QUEUE = 1000
 #: The queues of Celery's native delayed delivery, in the order in which a message passes them.
 _DELAY_QUEUES = [f"celery_delayed_{level}" for level in range(27, -1, -1)]
@@ -60,7 +60,7 @@ def oldest(changes: Iterable[Change], source: str) -> Lsn | None:
 
 
 def _oldest_in(body: Any, source: str) -> Lsn | None:
-    """Return the same for a message's body, without decoding its rows; 0 if it is malformed."""
+    """Return the lowest commit LSN in a message's body, like `oldest`; 0 if it is malformed."""
     try:
         values = [
             argument["__value__"]
@@ -146,7 +146,7 @@ class _InRedis(_OnBroker):
                 yield handler, "with a worker"
 
     def _keys(self) -> list[tuple[str, str]]:
-        """Return each queue with the key of its list; it has one list for each priority."""
+        """Return pairs of a queue and the key of one of its lists, one for each priority."""
         channel = self._publisher.channel
         return [
             (queue, redis_keys.queue_key(channel, queue, priority))
@@ -186,7 +186,7 @@ def _parsed(raw: bytes) -> Any:
 class _OnOtherBrokers(_OnBroker):
     def first_up_to(self, lsn: Lsn) -> str:
         consumers = {}
-        # In the order in which a message passes them, so that none is missed.
+        # Checked in the order in which a message passes the queues, so that none is missed.
         for queue in (*self._delays(), *self._queues):
             depth, count = self._state(queue) or (0, 0)
             if queue in self._queues:

@@ -1,7 +1,7 @@
-"""Whether a row meets a `Condition`, with the three-valued logic of SQL.
+"""Evaluate a `Condition` for a row, with the three-valued logic of SQL.
 
 A comparison with NULL is unknown, and only true matches. Values compare as the column's type,
-never as text: PostgreSQL reads the constants, and `values.comparison` knows how each type compares.
+never as text: PostgreSQL reads the constants, and `values.comparison` has the rules of each type.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .parsing import LISTS, ORDERINGS, TEXT_SEARCHES, Condition, Lookup
 #: Returns the text of a column by its name; None for NULL.
 Cells = Callable[[str], bytes | None]
 #: Takes the OID of a type and the text of a constant; returns the text that PostgreSQL writes for
-#: it as a value of the type. Raises `SubscriptionError` for what is no such value.
+#: it as a value of the type. Raises `SubscriptionError` if the constant does not fit the type.
 Canonical = Callable[[int, bytes], bytes]
 
 #: True, false or unknown, as in SQL.
@@ -43,7 +43,7 @@ def _contains_ignoring_case(value: str, part: str) -> bool:
 
 
 def _ascii_lower(text: str) -> str:
-    """Return what PostgreSQL's lower() does in the collation C."""
+    """Return the text in lower case, as PostgreSQL's lower() does in the collation C."""
     return text.encode().lower().decode()
 
 
@@ -69,8 +69,8 @@ def bind(
 ) -> Callable[[Cells], bool]:
     """Return the predicate of a condition on a table with these column types.
 
-    Raises `SubscriptionError` for a lookup that a type does not have, or a constant that is no
-    value of it.
+    Raises `SubscriptionError` for a lookup that its column's type does not have, or a constant that
+    does not fit the type.
     """
     alternatives = [
         [(lookup.column, _test(lookup, types[lookup.column], canonical)) for lookup in part]
@@ -90,14 +90,14 @@ def literal(
 ) -> tuple[int, bytes]:
     """Read a constant of a lookup as PostgreSQL reads an untyped literal.
 
-    Returns the OID of the type that it compares as, and its text.
+    Returns the OID of the type as which it compares, and its text.
     """
     if column_type.oid in (comparison.JSON, comparison.JSONB):
         return comparison.JSONB, canonical(comparison.JSONB, _text(lookup, value, _json))
     text = _text(lookup, value, _plain)
     number = isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
     if number and column_type.oid in comparison.INTEGERS:
-        # An integer can equal 1.5 never and be less than 10**12 always, so it compares as numeric.
+        # The number may be 1.5, or too large for the type, so it compares as numeric.
         return comparison.NUMERIC, canonical(comparison.NUMERIC, text)
     try:
         return column_type.oid, canonical(column_type.oid, text)
@@ -171,7 +171,7 @@ def _json_contains(lookup: Lookup, canonical: Canonical) -> _Test:
 
 def _search(lookup: Lookup, column_type: ColumnType) -> _Test:
     if column_type.oid not in comparison.TEXTS:
-        raise SubscriptionError(f"{lookup} needs a text column, and this is {column_type.name}.")
+        raise SubscriptionError(f"{lookup} needs a text column, but this is {column_type.name}.")
     if not isinstance(lookup.value, str):
         raise SubscriptionError(f"{lookup} needs a string, not {lookup.value!r}.")
     if lookup.name == "icontains" and not column_type.sorted_by_code:
@@ -215,6 +215,6 @@ def _plain(value: Any) -> bytes:
 
 
 def _json(value: Any) -> bytes:
-    """Return a value as JSON; psycopg writes its own wrappers (`Jsonb`)."""
+    """Return a value as JSON. Wrappers of psycopg (`Jsonb`) are written by psycopg."""
     plain = isinstance(value, (str, int, float, bool, list, tuple, dict, Decimal))
     return json.dumps(value, default=float).encode() if plain else _plain(value)

@@ -1,4 +1,4 @@
-"""Pauses: which handlers are paused, kept in the record so that a pause outlives every process.
+"""Record which handlers are paused, so that a pause outlives every process.
 
 A running replication worker reads the record about once a second.
 """
@@ -18,9 +18,9 @@ from ..postgres.source import Source
 from . import advisory_lock, ddl
 from .record import Record, read_record, record_hash, record_step
 
-#: Stands for the whole source among the names of handlers.
+#: The name that stands for the whole source, among the names of handlers.
 SOURCE = ""
-#: Bytes of a handler's name and a source's name that leave room in AMQP's 255 for a queue's name.
+#: The most bytes of a handler's and a source's name together: AMQP limits a queue's name to 255.
 _LONGEST_NAME = 200
 _QUEUE_PREFIX = "flash.paused."
 
@@ -31,9 +31,9 @@ def queue_of(handler: str, source_name: str = "") -> str:
 
 
 def named(names: Iterable[str], handlers: Iterable[str]) -> list[str]:
-    """Return the handlers that have these names, or whose names end in these after a dot.
+    """Return the handlers with these names: full names, or their parts after the last dot.
 
-    Raises `ConfigurationError` for a name that fits no handler or several.
+    Raises `ConfigurationError` for a name that matches no handler, or more than one.
     """
     handlers = sorted(set(handlers))
     found = []
@@ -42,8 +42,8 @@ def named(names: Iterable[str], handlers: Iterable[str]) -> list[str]:
             handler for handler in handlers if handler.rpartition(".")[2] == name
         ]
         if not matching:
-            known = f"there are {', '.join(handlers)}" if handlers else "there is none"
-            raise ConfigurationError(f"There is no handler {name}; {known}.")
+            existing = f"there are {', '.join(handlers)}" if handlers else "there is none"
+            raise ConfigurationError(f"There is no handler {name}; {existing}.")
         if len(matching) > 1:
             raise ConfigurationError(
                 f"{name} may be any of {', '.join(matching)}; give its full name."
@@ -89,7 +89,7 @@ def read(source: Source) -> Record:
 def changes(
     before: Mapping[str, str], now: Mapping[str, str], handlers: Sequence[str], source_name: str
 ) -> list[str]:
-    """Return the log messages for what was paused before and what is paused now."""
+    """Return the log messages for the pauses that have begun and ended between two records."""
     lines = []
     for name in now.keys() - before.keys():
         queue = queue_of(name, source_name)
@@ -106,7 +106,7 @@ def changes(
             lines.append(
                 f"{name} is no longer a handler; its held messages stay in the queue {queue}"
             )
-    lines += [f"{name or 'Reading'} goes on" for name in before.keys() - now.keys()]
+    lines += [f"{name or 'Reading'} continues" for name in before.keys() - now.keys()]
     return sorted(lines)
 
 
@@ -120,7 +120,7 @@ def hold_queues(record: Record, source_name: str) -> dict[str, str]:
 
 
 def pause(source: Source, names: Sequence[str]) -> dict[str, str]:
-    """Record that these are paused; return since when each of them is.
+    """Record that these are paused; return the time at which each pause began.
 
     Raises `ConfigurationError` for a name that is too long, `CatalogError` if the record cannot be
     written.
@@ -129,7 +129,7 @@ def pause(source: Source, names: Sequence[str]) -> dict[str, str]:
     for handler in names:
         if len(handler.encode()) > longest:
             raise ConfigurationError(
-                f"The name {handler} is too long for a queue of its own; give the task a name= of "
+                f"The name {handler} is too long for its hold queue; give the task a name= of "
                 f"{longest} bytes at most."
             )
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -146,10 +146,10 @@ def pause(source: Source, names: Sequence[str]) -> dict[str, str]:
 
 
 def resume(source: Source, names: Sequence[str], removed: Collection[str] = ()) -> list[str]:
-    """Record that these are paused no more; return those of them that were.
+    """Record that these are no longer paused; return those that were.
 
-    Nothing stays recorded of the names in `removed`. Raises `CatalogError` if the record cannot be
-    written.
+    The names in `removed` are also removed from the record. Raises `CatalogError` if the record
+    cannot be written.
     """
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     were_paused: list[str] = []
@@ -194,8 +194,8 @@ def _update(source: Source, change: Callable[[Record], Record]) -> Record:
         record = read_record(source)
         if record is None:
             raise CatalogError(
-                f"Nothing is recorded for the publications {source.prefix}_… yet, so nothing can "
-                "be paused; start `flash replicate` first."
+                f"The publications {source.prefix}_… have no record yet, so nothing can be "
+                "paused; start `flash replicate` first."
             )
         changed = change(record)
         if changed != record:
@@ -206,12 +206,12 @@ def _update(source: Source, change: Callable[[Record], Record]) -> Record:
 def _write(source: Source, record: Record) -> None:
     step = record_step(source.prefix, record)
     if is_standby(source.connection):
-        raise CatalogError(f"A standby cannot be written; on the primary run {step};")
+        raise CatalogError(f"This server is a read-only standby; on the primary run {step};")
     try:
         ddl.apply(source.connection, [step])
     except CatalogError as error:
         if isinstance(error.__cause__, postgres.InsufficientPrivilege):
             raise CatalogError(
-                f"The publications belong to another role, which must run {step};"
+                f"The publications belong to another role; as that role run {step};"
             ) from error
         raise

@@ -1,7 +1,7 @@
-"""The replay slot: a second slot that trails the first, for `flash replay` to read again.
+"""The replay slot: a second slot that trails the replication slot, for `flash replay`.
 
-A confirmed position cannot go back, but a slot that is behind can be copied. The comment on the
-publication of truncates records from which position on the replay slot holds everything.
+A slot's confirmed position cannot go back, but a slot that is behind can be copied. The comment on
+the publication of truncates records the position after which the replay slot has every change.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _KEY = "flash_celery_history"
 
 
 class Mark(NamedTuple):
-    """A position and its time; everything committed after it is held."""
+    """A position and its time, after which the replay slot has every commit."""
 
     lsn: Lsn
     time: datetime
@@ -52,12 +52,12 @@ class Mark(NamedTuple):
         return f"{self.lsn} ({self.time.isoformat(' ', 'seconds')})"
 
 
-#: Past positions of the replication slot, and when this process's monotonic clock saw them.
+#: Past positions of the replication slot, each with the time by this process's monotonic clock.
 Samples = deque[tuple[float, Mark]]
 
 
 def oldest(source: Source) -> Mark | None:
-    """Return the mark from which everything is held; None if there is no usable replay slot."""
+    """Return the mark after which changes can be replayed; None without a usable replay slot."""
     slot = slots.find(source.connection, source.replay_slot)
     recorded = _recorded(source)
     if slot is None or slot.reason is not None or slot.confirmed is None:
@@ -82,8 +82,8 @@ def findings(source: Source) -> Iterator[Finding]:
     mark = oldest(source)
     if not source.settings.flash_replay_window:
         message = (
-            f"{name} keeps WAL, and flash_replay_window is 0; `flash replicate` drops it when it "
-            "starts"
+            f"{name} keeps WAL although flash_replay_window is 0; `flash replicate` drops it when "
+            "it starts"
         )
         yield Finding("replay", WARNING, message)
     elif mark is None:
@@ -98,8 +98,8 @@ def findings(source: Source) -> Iterator[Finding]:
 def prepare(source: Source) -> None:
     """Create the slot if it is needed and missing, and drop it if it is no longer needed.
 
-    Raises `ConfigurationError` for a slot of that name that is not ours, or if the server has no
-    slot left.
+    Raises `ConfigurationError` if the slot exists but flash-celery did not create it, or if the
+    server has no free slot.
     """
     name = source.replay_slot
     slot, recorded = slots.find(source.connection, name), _recorded(source)
@@ -111,8 +111,8 @@ def prepare(source: Source) -> None:
     if slot is not None:
         if recorded is None:
             raise ConfigurationError(
-                f"flash_replay_window needs a slot {name}, and there is one that `flash replicate` "
-                "did not create; drop it, or set flash_replay_window = 0."
+                f"flash_replay_window needs the slot {name}, but a slot of that name exists that "
+                "`flash replicate` did not create; drop it, or set flash_replay_window = 0."
             )
         if slot.reason is not None:
             logger.warning("The slot %s was lost (%s); creating it again", name, slot.reason)
@@ -132,14 +132,14 @@ def _create(source: Source) -> None:
     now = _position(source)
     if now is None:
         return
-    # Recorded before, so that the slot is known as ours even if this process dies in between.
+    # Recorded first, so that the slot counts as ours even if this process dies before the end.
     _record(source, now._replace(lsn=_UNKNOWN))
     try:
         slots.copy_permanent(source.connection, source.slot, source.replay_slot)
     except psycopg.errors.ConfigurationLimitExceeded:
         raise ConfigurationError(
-            "flash_replay_window needs a second slot, and all of max_replication_slots are in use; "
-            "drop one, raise that setting of the server, or set flash_replay_window = 0."
+            "flash_replay_window needs a second slot, but all max_replication_slots are in use; "
+            "drop a slot, raise that setting of the server, or set flash_replay_window = 0."
         ) from None
     slot = slots.find(source.connection, source.replay_slot)
     assert slot is not None
@@ -149,7 +149,7 @@ def _create(source: Source) -> None:
 
 
 def _position(source: Source) -> Mark | None:
-    """Return where the replication slot is now; every later commit is after it."""
+    """Return the position of the replication slot and the current time."""
     row = source.connection.execute(
         "SELECT confirmed_flush_lsn::text, clock_timestamp() FROM pg_replication_slots "
         "WHERE slot_name = %s AND confirmed_flush_lsn IS NOT NULL",
@@ -197,7 +197,7 @@ def _write(source: Source, text: str | None) -> None:
 
 
 class _Advancer(threading.Thread):
-    """A thread that advances the slot, over a connection of its own: that decodes WAL, slowly.
+    """A thread that advances the slot. It has its own connection, because decoding WAL is slow.
 
     It reconnects after any error, because a session may last for months.
     """
@@ -230,7 +230,7 @@ class _Advancer(threading.Thread):
         if not self._stopping.is_set() and message != self._last_logged:
             self._last_logged = message
             name = self._settings.replay_slot
-            logger.warning("The slot %s cannot be advanced now: %s", name, message)
+            logger.warning("Cannot advance the slot %s, and will try again: %s", name, message)
 
     def _advance(self, source: Source) -> None:
         now = _position(source)
@@ -253,8 +253,8 @@ class _Advancer(threading.Thread):
     def _restore_sample(self, source: Source, now: Mark) -> None:
         """Continue from the recorded sample of an earlier process.
 
-        The slot of a worker that restarts more often than the window is long would never advance
-        if each process began with no samples.
+        If each process began without samples, the slot of a worker that always restarts before the
+        window has passed would never advance.
         """
         reached, following = oldest(source), _next(source)
         if reached is None or now.lsn <= reached.lsn:
@@ -276,9 +276,9 @@ class _Advancer(threading.Thread):
 
 @contextmanager
 def trailing(settings: Settings, samples: Samples) -> Iterator[None]:
-    """Keep the replay slot flash_replay_window behind the replication slot in this block.
+    """In this block, keep the replay slot `flash_replay_window` behind the replication slot.
 
-    `samples` are kept by the caller from one session to the next.
+    The caller keeps `samples` from one session to the next.
     """
     if not settings.flash_replay_window:
         yield

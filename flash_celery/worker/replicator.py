@@ -1,4 +1,4 @@
-"""The replication worker: PostgreSQL in, broker out, and acknowledge only what is confirmed.
+"""The replication worker: reads PostgreSQL, publishes to the broker, acknowledges after confirms.
 
 Which thread owns what:
 
@@ -11,8 +11,8 @@ Which thread owns what:
   connection of its own.
 
 Who may advance an LSN: the publishing thread alone, through `acknowledgement.Progress.confirm`. A
-session reports the confirmed position to PostgreSQL. This module only replaces the whole `Progress`
-when the server's history is another one, because positions of one history mean nothing in another.
+session reports the confirmed position to PostgreSQL. This module replaces the whole `Progress` when
+the server or its timeline has changed, because positions of two timelines cannot be compared.
 """
 
 from __future__ import annotations
@@ -72,16 +72,16 @@ logger = logging.getLogger(__name__)
 #: Seconds between two attempts to read a slot that another replication worker reads.
 _HOT_SPARE_PAUSE = 1.0
 _RESTORED = (
-    "PostgreSQL stands at %s, but had sent WAL up to %s: its data was restored. Reading again "
-    "everything after the confirmed position of its slot"
+    "PostgreSQL is at %s, but had sent WAL up to %s: its data was restored. Reading again from the "
+    "confirmed position of its slot"
 )
 
 
 class Phase(IntEnum):
-    """How far the replicator has got with its current connections."""
+    """The phases of one pair of connections, in their order."""
 
     CONNECTING = 0
-    #: It checks the source, and sets it up.
+    #: The source is being checked and set up.
     PREFLIGHT = 1
     #: The preflight has passed.
     STARTING = 2
@@ -124,14 +124,14 @@ class Replicator:
         self._startup = Startup(settings, subscriptions, self.control)
         self._pauses = Pauses(app, subscriptions, self._publishing)
         self._progress = Progress()
-        #: The server and its history that `_progress` is about; "" to begin a new one.
+        #: The server and timeline of `_progress`, `system/timeline`; "" to begin a new `_progress`.
         self._history = ""
         self._has_messages = len(of_tables(subscriptions)) < len(subscriptions)
         self._use_streaming = settings.flash_use_streaming and not self._has_messages
         if settings.flash_use_streaming and self._has_messages:
             # PostgreSQL streams a message under the xid of its transaction, not of its savepoint.
             logger.warning(
-                "flash_use_streaming is off: a handler is on messages, and PostgreSQL does not "
+                "flash_use_streaming is off because a handler is on messages: PostgreSQL does not "
                 "report that the savepoint of a message in an open transaction was rolled back"
             )
         self._phase = Phase.CONNECTING
@@ -139,9 +139,9 @@ class Replicator:
         self._has_streamed = False
         #: Whether the preflight is repeated because the slot was lost after it had passed.
         self._rechecking = False
-        #: Whether another worker has had the slot since it was read here.
+        #: Whether another worker has read the slot since this one did.
         self._slot_was_in_use = False
-        #: The error and the notice of PostgreSQL that were logged last, which may come repeatedly.
+        #: The error and the notice of PostgreSQL that were logged last; a repetition is not logged.
         self._last_logged_error = self._last_logged_notice = ""
         #: Past positions of the slot, from which the replay slot is advanced.
         self._samples: replay_slot.Samples = deque()
@@ -153,9 +153,9 @@ class Replicator:
         self.control.stop()
 
     def give_up(self) -> None:
-        """End `run` or `wait_until` immediately. Raises `Stopped`; for a signal handler.
+        """End `run` or `wait_until` immediately, from a signal handler. Raises `Stopped`.
 
-        As after a SIGKILL, set-up goes on where it ended and unconfirmed changes are sent again.
+        As after a SIGKILL, the next start completes the set-up and reads unconfirmed changes again.
         """
         logger.warning("Stopping takes longer than flash_shutdown_timeout; giving up")
         raise Stopped
@@ -163,8 +163,8 @@ class Replicator:
     def run(self) -> None:
         """Replicate until stopped. Raises errors that retrying cannot fix."""
         self._publishing.start()
-        # The app's own objects stay; to check them for garbage repeatedly took a fifth of the time
-        # of small transactions.
+        # The app's own objects live as long as the process. Checking them for garbage repeatedly
+        # took a fifth of the time of small transactions.
         gc.collect()
         gc.freeze()
         try:
@@ -189,7 +189,7 @@ class Replicator:
     def wait_until(self, ready: Callable[[], bool], awaited: str) -> None:
         """Call `ready` until it returns true, before `run`. Returns early after `stop`.
 
-        `awaited` names for the log what is waited for.
+        `awaited` names the awaited thing in the log.
         """
         logger.info("Waiting for %s", awaited)
         self.telemetry.enter(WAITING)
@@ -198,7 +198,7 @@ class Replicator:
                 self.control.sleep(next(self._delays))
 
     def _prepare_retry(self, error: FlashError) -> None:
-        """Log an error unless it is the last one again, and wait. Raises it if it is fatal."""
+        """Log an error, unless it was logged last, and wait. Raises it if it is fatal."""
         self.telemetry.record_error(error)
         slot_in_use = isinstance(error, SlotInUse)
         self._slot_was_in_use |= slot_in_use
@@ -209,7 +209,7 @@ class Replicator:
             raise_if_fatal(error, self._settings)
         if self._use_streaming and isinstance(error, (DecodingFailed, SpoolError)):
             # A TRUNCATE in a savepoint that is rolled back cannot be decoded while the transaction
-            # is open; and PostgreSQL keeps on its disk what does not fit on ours.
+            # is open. A transaction that does not fit on our disk can stay on PostgreSQL's.
             self._use_streaming = False
             logger.warning("Continuing without flash_use_streaming until the next start")
         if isinstance(error, ConfirmedLost):
@@ -224,14 +224,14 @@ class Replicator:
     def _should_recheck(self, error: FlashError) -> bool:
         """Return whether the slot was lost after a preflight had passed, for the first time.
 
-        The next preflight then finds out more about it.
+        The next preflight then finds the cause.
         """
         was_rechecking = self._rechecking
         self._rechecking = isinstance(error, SlotLost | SlotMissing)
         return self._rechecking and not was_rechecking and self._phase >= Phase.STARTING
 
     def _connect_and_replicate(self) -> None:
-        """Use one pair of connections, from set-up to the end of their session."""
+        """Open a pair of connections, set up the source, and run one session."""
         self._phase = Phase.CONNECTING
         if self.telemetry.state != STANDBY:
             self.telemetry.enter(CONNECTING)
@@ -306,7 +306,7 @@ class Replicator:
         return templates
 
     def _forget_other_history(self, stream: ReplicationConnection, source: Source) -> None:
-        """Begin a new `Progress` if the server, or the history of its data, is another one."""
+        """Begin a new `Progress` if the server, its timeline or its data has been replaced."""
         history, position = stream.identify()
         received = self._progress.received
         if history == self._history:
@@ -322,7 +322,7 @@ class Replicator:
         return self._history.partition("/")[0]
 
     def _read_pauses(self, source: Source) -> Templates:
-        """Read what is paused, and return templates that send held messages to hold queues."""
+        """Read the pauses, and return templates that send held messages to hold queues."""
         self._pauses.read(source, self._templates)
         return Templates(
             self._app,
@@ -353,7 +353,7 @@ class Replicator:
         )
 
     def _lease(self, source: Source, templates: Templates) -> Lease:
-        """Return a lease, bound to everything that decides how changes are counted."""
+        """Return a lease, bound to everything that affects how changes are counted."""
         parts = [
             metadata.version("flash-celery"),
             self._history,
@@ -369,6 +369,6 @@ class Replicator:
             self._last_logged_notice = message
             logger.warning("PostgreSQL: %s", escaped(message))
         if state == "55000" and "publication" in message:
-            # PostgreSQL 18 skips a publication that it does not find, and sends nothing of it.
+            # PostgreSQL 18 skips a publication that is missing, and sends no changes of its tables.
             error = PublicationMismatch(f"{message}; run `flash reset` to start again.")
             self.control.fail(error)

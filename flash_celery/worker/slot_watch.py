@@ -23,9 +23,9 @@ from ..telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
-#: A server counts as idle with fewer bytes of WAL than these that the stream has not brought yet.
-#: After a heartbeat it writes fewer by itself (a checkpoint, its list of running transactions), so
-#: that heartbeats do not keep it awake.
+#: A heartbeat is written only if the stream lags at least this many bytes of WAL behind the server.
+#: An idle server writes fewer bytes after a heartbeat by itself (a checkpoint, its list of running
+#: transactions), so heartbeats do not keep it awake.
 _IDLE_BYTES = 1024
 #: Seconds that an improvement must last before it is logged.
 _CALM_SECONDS = 60.0
@@ -33,7 +33,7 @@ _CALM_SECONDS = 60.0
 _LOW = 0.5
 #: Stands for the type of wait event of a process that does not exist.
 _GONE = "gone"
-#: Types of wait events of a process that waits for us or for work, or does not exist.
+#: Types of wait events of a process that waits for this worker or for work, or does not exist.
 _IDLE = ("Activity", "Client", _GONE)
 #: PostgreSQL's wait event for the standbys of `synchronized_standby_slots`.
 _HELD_BACK = "WaitForStandbyConfirmation"
@@ -48,7 +48,7 @@ SELECT s.active_pid, s.wal_status, s.safe_wal_size, {POSITION}::text, pg_is_in_r
 FROM (SELECT) AS here LEFT JOIN pg_replication_slots s ON s.slot_name = %s
 LEFT JOIN pg_stat_replication r ON r.pid = s.active_pid
 """  # noqa: S608 - our own words
-# Not transactional, so that nothing waits until it is on disk.
+# Not transactional, so that no process waits until it is on disk.
 _BEAT = "SELECT pg_logical_emit_message(false, 'flash.heartbeat', ''::text)::text"
 _SYNCHRONOUS = (
     "PostgreSQL counts the reader of the slot %s as a synchronous standby: every commit of the "
@@ -63,7 +63,7 @@ class _Heartbeat(NamedTuple):
 
 
 class SlotWatch:
-    """The watch over one stream's slot; `pid` is the server's process for the stream."""
+    """The watch over the slot of one stream; `pid` is the server process that sends the stream."""
 
     def __init__(
         self,
@@ -84,13 +84,13 @@ class SlotWatch:
         self._telemetry = telemetry or Telemetry()
         #: The position that the stream had brought at the last check.
         self._received = Lsn(0)
-        #: When that position last moved, or the session was not listening.
+        #: When that position last moved, or the session last did not listen.
         self._moved_at = clock()
         #: The heartbeat that has not come back yet.
         self._heartbeat: _Heartbeat | None = None
         #: When the last heartbeat was written.
         self._beaten_at = clock()
-        #: The danger that the log reported last, and when the slot was last in as much of it.
+        #: The danger that was logged last, and when the slot was last in it or in a greater one.
         self._danger = _Danger.NONE
         self._in_danger_at = clock()
         self._held_back = False
@@ -101,7 +101,7 @@ class SlotWatch:
         """Check the slot and the last heartbeat, and write a heartbeat if one is due.
 
         :param received: the last position that the stream has brought.
-        :param listening: whether the session waits for the stream; if not, it brings nothing.
+        :param listening: whether the session reads the stream; otherwise `received` cannot advance.
 
         Raises `ReplicationError` if a new stream is needed.
         """
@@ -141,7 +141,7 @@ class SlotWatch:
             self._overdue(now - self._heartbeat.written)
 
     def server_is_busy(self) -> bool:
-        """Return whether the server's process is decoding, so that it has no time to answer.
+        """Return whether the server process is decoding, and therefore has no time to answer.
 
         While it decodes a large transaction of other tables PostgreSQL answers only twice in each
         `wal_sender_timeout`, and before version 16 it may not answer at all (a materialized view).
@@ -150,7 +150,7 @@ class SlotWatch:
         return event_type not in _IDLE
 
     def _wait_event(self) -> tuple[str | None, str | None]:
-        """Return type and name of the wait event of the server's process."""
+        """Return type and name of the wait event of the server process."""
         row = self._connection.execute(
             "SELECT wait_event_type, wait_event FROM pg_stat_activity WHERE pid = %s", [self._pid]
         ).fetchone()
@@ -164,14 +164,14 @@ class SlotWatch:
                 f"The heartbeat written at {self._heartbeat.position} has not come through the "
                 f"stream for {seconds:.0f} s; reconnecting."
             )
-        # The server works or waits for standbys, so it gets the same time again.
+        # The server is busy or waits for standbys, so wait for as long again.
         self._moved_at = self._clock()
         if event == _HELD_BACK and not self._held_back:
             self._held_back = True
             self._telemetry.held_back = time.time()
             logger.warning(
                 "PostgreSQL holds changes back until the standbys of synchronized_standby_slots "
-                "have them; start these standbys, or take them out of that setting"
+                "have received them; start these standbys, or remove them from that setting"
             )
 
     def _beat(self, now: float) -> None:
@@ -182,7 +182,7 @@ class SlotWatch:
         except (postgres.InsufficientPrivilege, postgres.ReadOnlySqlTransaction) as error:
             self._interval = 0
             logger.warning(
-                "Cannot write heartbeats, only keepalives: %s; GRANT EXECUTE ON FUNCTION "
+                "Cannot write heartbeats, relying on keepalives: %s; GRANT EXECUTE ON FUNCTION "
                 "pg_logical_emit_message to this role, or set flash_heartbeat_interval = 0",
                 error.diag.message_primary,
             )
@@ -211,10 +211,10 @@ class _Danger(IntEnum):
 
 
 _WARNINGS = {
-    _Danger.NONE: "The slot %s keeps no more WAL than max_wal_size again",
+    _Danger.NONE: "The slot %s no longer keeps more WAL than max_wal_size",
     _Danger.EXTENDED: "The slot %s keeps more WAL than max_wal_size (wal_status extended); "
     "something holds it up: the broker, the handlers' queue, or a long transaction",
-    _Danger.RUNNING_OUT: "The slot %s is lost after %s bytes more of WAL (safe_wal_size): fix what "
+    _Danger.RUNNING_OUT: "The slot %s is lost after %s more bytes of WAL (safe_wal_size): fix what "
     "holds it up, or raise max_slot_wal_keep_size",
     _Danger.UNRESERVED: "The slot %s is about to be lost (wal_status unreserved): PostgreSQL "
     "removes WAL that it needs at the next checkpoint; raise max_slot_wal_keep_size now",

@@ -158,7 +158,7 @@ def test_pause_that_the_database_lost_is_resumed(any_shop):
     insert_rows(shop.database, 1, 30)
     wait_until_confirmed(shop)
     shop.database.execute(f"COMMENT ON PUBLICATION {publication} IS '{before}'")
-    shop.until_said(replicate, "shop.each goes on")
+    shop.until_said(replicate, "shop.each continues")
     said = flash(shop, "doctor")
     assert "30 messages are held in flash.paused.shop.each, and shop.each is not paused" in said
     flash(shop, "pause", "each")

@@ -391,7 +391,7 @@ def test_conditions_refuse_an_enum_member_that_no_row_can_equal(judge, where, me
         ({"boolean": 7.5}, "invalid input syntax for type boolean"),
         ({"numeric": "much"}, "invalid input syntax for type numeric"),
         ({"enum": "glad"}, 'invalid input value for enum mood: "glad"'),
-        ({"integer__startswith": "7"}, "needs a text column, and this is integer"),
+        ({"integer__startswith": "7"}, "needs a text column, but this is integer"),
         ({"text__startswith": 7}, "needs a string, not 7"),
         ({"jsonb__lt": 7}, "json has no order"),
         ({"text": object()}, "the lookup text has <object .*>: cannot adapt type 'object'"),

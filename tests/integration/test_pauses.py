@@ -166,7 +166,7 @@ def test_pause_refuses_unknown_names(flash):
         pauses.removed_handlers(
             ["shop.gone"], ["shop.each"], "", lambda queues: dict.fromkeys(queues, 1)
         )
-    with pytest.raises(ConfigurationError, match="is too long for a queue of its own"):
+    with pytest.raises(ConfigurationError, match="is too long for its hold queue"):
         pause(flash, "x" * 201)
     of_source = replace(Settings.from_app(flash.app), source="billing")
     with (

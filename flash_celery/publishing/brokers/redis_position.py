@@ -1,15 +1,15 @@
-"""The position of a session in Redis. It is written only here, in one step with the messages.
+"""The position of a session, which only this module stores in Redis, in one step with the messages.
 
 Strategy: a hash has the fencing token of the session that may publish (field `owner`), the
-sequence number of its last write (field `writes`), the binding, and the high-water marks of each
-template. A list has the transactions that PostgreSQL may send again. Each write is one
+sequence number of its last write (field `writes`), the lease's binding, and the high-water marks of
+each template. A list has the transactions that PostgreSQL may send again. Each write is one
 compare-and-set: a script pushes the messages and moves the position if token and sequence number
-are the expected ones, and does nothing otherwise. So a process that was stopped while another took
-over its slot publishes nothing when it continues, and neither does a write that was given up and
-arrives late.
+are the expected ones, and does nothing otherwise. So a process that was frozen while another took
+over its slot publishes nothing when it wakes, and a write that was given up and arrives late has no
+effect.
 
-It is a script because in `MULTI` and `EXEC` a command that fails (a queue's key is of another type,
-an ACL changed) does not keep the next ones from being executed: the position would be written
+The write is a script, not a `MULTI` with `EXEC`: there, the commands after a failed one (a queue's
+key is of another type, an ACL changed) are executed all the same, so the position would be written
 without the messages. A script ends at the first error.
 
 Source: Redis documentation, "Transactions" and "Scripting with Lua".
@@ -38,13 +38,13 @@ Command: TypeAlias = Sequence[Any]
 _MARK = "mark:"
 #: The head of an entry of the list: the commit LSN of its last transaction.
 _LAST = struct.Struct("=q")
-#: Writes without a reply that are remembered. An older one that is executed later counts as a loss.
+#: The most writes without a reply to remember. If Redis executes an older one, it counts as a loss.
 _MAX_UNANSWERED = 100
-#: The mark before every other.
+#: Lower than every other mark.
 _NONE: Watermark = (0, 0, 0)
 #: Returns 1, and does nothing, if the fencing token or the sequence number is not the expected one.
-#: Each command is preceded by the number of its words. LLEN fails on a key that is not a list
-#: before anything is pushed, since a script that ends early undoes nothing.
+#: Each command is preceded by the number of its words. The first loop calls LLEN, which fails on a
+#: key that is not a list, before anything is pushed: a script that ends early undoes nothing.
 _STEP = """
 if ARGV[1] ~= '' then
     local found = redis.call('HMGET', KEYS[1], 'owner', 'writes')
@@ -82,7 +82,7 @@ def in_one_step(
 
 
 class _Write(NamedTuple):
-    """A write to Redis, and what is true once Redis has executed it."""
+    """A write to Redis, and the changes to the position once Redis has executed it."""
 
     #: How many messages it pushes.
     messages: int
@@ -112,8 +112,8 @@ class RedisPosition:
         self._entries: deque[int] = deque()
         #: The transactions of the last write, packed.
         self._transactions = b""
-        #: Writes since the last confirmed one whose reply was lost, by sequence number. All begin
-        #: with the same message and expect the same number, so Redis executes one of them at most.
+        #: Writes after the last confirmed one, by sequence number, whose replies were lost. All
+        #: begin with the same message and expect the same number, so Redis executes at most one.
         self._unanswered: dict[int, _Write] = {}
 
     def claim(self, client: Any, previous: RedisPosition | None = None) -> Deduplicator:
@@ -146,9 +146,9 @@ class RedisPosition:
             self.check(client)
 
     def recover_reply(self, client: Any) -> int:
-        """Return how many messages Redis has got by a write whose reply was lost.
+        """Return how many messages Redis received in a write whose reply was lost.
 
-        Raises `TakenOver`, and `ConfirmedLost` if Redis has lost what it had confirmed.
+        Raises `TakenOver`, and `ConfirmedLost` if Redis has lost a write that it had confirmed.
         """
         if not self._unanswered:
             return 0
@@ -156,9 +156,9 @@ class RedisPosition:
         return self._confirm(number) if number != self._sequence_number else 0
 
     def write(self, client: Any, messages: Sequence[Message], pushes: Sequence[Command]) -> None:
-        """Push messages and move the position in one step. `pushes` has the commands that push.
+        """Push messages, by the commands `pushes`, and move the position in one step.
 
-        Raises `TakenOver`, and `ConfirmedLost` if Redis has lost what it had confirmed.
+        Raises `TakenOver`, and `ConfirmedLost` if Redis has lost a write that it had confirmed.
         """
         marks, highest, transactions = _covered(messages)
         new = transactions if transactions != self._transactions else b""
@@ -181,7 +181,7 @@ class RedisPosition:
         self._confirm(number)
 
     def compare_and_set(self, client: Any, commands: Sequence[Command]) -> Any:
-        """Execute commands if fencing token and sequence number in Redis are ours.
+        """Execute commands if Redis has the token and the sequence number of this session.
 
         Otherwise return 1; `check` finds out why.
         """
@@ -189,15 +189,15 @@ class RedisPosition:
         return in_one_step(client, commands, self._key, token, number)
 
     def check(self, client: Any) -> int:
-        """Return the sequence number in Redis: of the last confirmed or of an unanswered write.
+        """Return the sequence number in Redis, of the last confirmed or an unanswered write.
 
-        Raises `ConfirmedLost` if it is neither, and `TakenOver` if another session has claimed the
-        lease.
+        Raises `ConfirmedLost` if it belongs to no such write, and `TakenOver` if another session
+        has claimed the lease.
         """
         fields = client.hgetall(self._key)
         self._raise_if_lost(fields)
         if fields[b"owner"] != self._lease.fencing_token.encode():
-            raise TakenOver("Another replication worker publishes what is read from this slot.")
+            raise TakenOver("Another replication worker has taken over this slot and publishes.")
         return int(fields[b"writes"])
 
     def _raise_if_lost(self, fields: dict[bytes, bytes]) -> None:
@@ -207,7 +207,7 @@ class RedisPosition:
             expected = self._sequence_number, *self._unanswered
             lost = int(fields.get(b"writes", 0)) not in expected
         else:
-            # A session that took over continues from our marks, so lower ones are of an older one.
+            # A session that took over continues from our marks, so lower marks mean a restore.
             same_binding = fields.get(b"binding") == self._lease.binding.encode()
             lost = b"owner" not in fields or (same_binding and highest < self._highest)
         if not lost:
@@ -220,7 +220,7 @@ class RedisPosition:
         )
 
     def _acknowledged_entries(self) -> int:
-        """Return how many entries, from the first, PostgreSQL will not send again."""
+        """Return how many entries, from the first, have only transactions that are acknowledged."""
         for index, last in enumerate(self._entries):
             if last >= self._lease.acknowledged:
                 return index
@@ -271,5 +271,5 @@ def _marks(fields: dict[bytes, bytes]) -> dict[tuple[str, int], Watermark]:
 
 def _mark(name: str, value: str) -> tuple[tuple[str, int], Watermark]:
     template, number = name.removeprefix(_MARK).split(":")
-    commit_lsn, ordinal, half = map(int, value.split(":"))
-    return (template, int(number)), (commit_lsn, ordinal, half)
+    commit_lsn, ordinal, part = map(int, value.split(":"))
+    return (template, int(number)), (commit_lsn, ordinal, part)
