@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -44,8 +45,9 @@ from celery.worker.strategy import default
 from kombu.exceptions import OperationalError
 
 from ..backoff import delays
-from ..errors import ProcessKilled, PublishError
+from ..errors import ConfigurationError, ProcessKilled, PublishError
 from ..escaping import escaped, text_of
+from ..messages import task_options
 from ..messages.task_message import HELD, Message, received_again
 from ..publishing import brokers, declared_queues
 from ..publishing.brokers.base import Publisher
@@ -73,6 +75,7 @@ def strategy(task: Any, app: Any, consumer: Any) -> Any:
     Celery calls this for `task.Strategy` when a worker starts. The function works like Celery's
     own, and makes a dead letter of a message that cannot be read.
     """
+    _refuse_protocol_1(app)
     _set_request_class(task)
     receive_valid = default(task, app, _GuardedConsumer(consumer))
     stop_dead = _stop_consuming(
@@ -96,6 +99,15 @@ def strategy(task: Any, app: Any, consumer: Any) -> Any:
             return _on_unreadable(app, consumer, message, error, ack, reject)
 
     return receive
+
+
+def _refuse_protocol_1(app: Any) -> None:
+    """End a worker of handlers whose retries would have the format of Celery 3."""
+    try:
+        task_options.require_protocol_2(app)
+    except ConfigurationError as error:
+        sys.stderr.write(f"Error: {error}\n")
+        raise SystemExit(2) from None
 
 
 def _check(message: Any) -> None:

@@ -35,6 +35,7 @@ def resolve(
     routed = _flash_route(settings.flash_routes, subscription, operation)
     by_celery = _task_route(app, task, own)
     options = {**by_celery, **routed, **own, **named}
+    require_protocol_2(app)
     if options.get("serializer", "json") != "json":
         raise SubscriptionError(
             f"{subscription.handler} has serializer={options['serializer']!r}; changes travel as "
@@ -63,6 +64,18 @@ def resolve(
             "letters and consumed by no worker; name another one."
         )
     return options
+
+
+def require_protocol_2(app: Any) -> None:
+    """Raise `ConfigurationError` if the app's own messages, among them retries, are of protocol 1.
+
+    Such a message has its task's name and id in the body, where a dead letter does not look.
+    """
+    if app.conf.task_protocol == 1:
+        raise ConfigurationError(
+            "task_protocol is 1, and a handler's retry in that format could not become a dead "
+            "letter; set it to 2 (Celery's default) where `flash replicate` and workers run."
+        )
 
 
 def _takes_json(accepted: Any) -> bool:

@@ -220,6 +220,19 @@ def test_project_whose_changes_would_reach_no_handler_is_refused(desk, environme
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("pool", ["prefork", "solo"])
+def test_retries_of_protocol_1_are_refused_at_start(desk, pool):
+    configure(desk, task_protocol=1)
+    worker = desk.worker(pool, "flash")
+    assert worker.wait(30) == 2
+    assert "Error: task_protocol is 1" in worker.log.read_text()
+    if pool == "solo":
+        ran = desk.run("flash", "replicate")
+        assert ran.returncode == 2
+        assert ran.stderr.startswith("Error: task_protocol is 1")
+        assert "task_protocol is 1" in desk.run("flash", "doctor").stdout
+
+
 def test_flower_shows_names_and_readable_arguments(desk):
     port = free_port()
     desk.worker("solo", "flash,celery", options=("-E",))

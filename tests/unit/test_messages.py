@@ -208,6 +208,11 @@ def test_workers_that_would_refuse_json_are_refused(make, accepted):
         make(conf={"accept_content": accepted})
 
 
+def test_retries_of_protocol_1_are_refused(make):
+    with pytest.raises(ConfigurationError, match="task_protocol is 1, .* set it to 2"):
+        make(conf={"task_protocol": 1})
+
+
 @pytest.mark.parametrize("accepted", [None, ["application/json"], ["json", "of workers alone"]])
 def test_workers_that_accept_json_among_others_are_fine(make, accepted):
     assert make(conf={"accept_content": accepted})().queue == "flash"
