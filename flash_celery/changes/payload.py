@@ -22,13 +22,14 @@ from ..protocol.lsn import Lsn
 from .change import Change, Changes, Delete, Insert, LogicalMessage, Truncate, Update
 from .labels import id_suffix, key_shown
 from .operations import Part
-from .rows import UNCHANGED, Column, Origin, Table, Transaction
+from .rows import UNCHANGED, Column, Origin, Row, Table, Transaction
 
 VERSION = 1
 #: Changes in one message at most. A batch reaches its limit of bytes long before that.
 MAX_CHANGES = 1_000_000
 CHANGE = "flash_celery.change"
 CHANGES = "flash_celery.changes"
+ROW = "flash_celery.row"
 
 #: Stands for the row of a TRUNCATE.
 TRUNCATED = b"T"
@@ -348,5 +349,22 @@ def _encode_changes(changes: Iterable[Change]) -> Any:
     return json.loads(encode([delivery_of(change) for change in changes]))
 
 
+def _encode_row(row: Row) -> Any:
+    """Return the JSON value of a row, as a task's argument or result: an insert and its columns."""
+    change = Insert(row._cells, Origin(row._table, Transaction(Lsn(0), 0, 0), 0))
+    return {**_encode_changes([change]), "columns": sorted(row._known)}
+
+
+def _decode_row(value: Any) -> Row:
+    change = _one(value)
+    columns, positions = value.get("columns"), change._source.positions
+    if not isinstance(change, Insert) or not isinstance(columns, list):
+        raise PayloadError("This is not a row of a change.")
+    if not all(isinstance(column, str) and column in positions for column in columns):
+        raise PayloadError("This is a row of a change with columns that its table does not have.")
+    return Row(change._source, change._new, frozenset(columns))
+
+
 register_type(Change, CHANGE, lambda change: _encode_changes([change]), _one)
 register_type(Changes, CHANGES, _encode_changes, lambda value: Changes(decode(value)))
+register_type(Row, ROW, _encode_row, _decode_row)

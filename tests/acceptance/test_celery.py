@@ -219,7 +219,6 @@ def test_project_whose_changes_would_reach_no_handler_is_refused(desk, environme
         assert (worker.returncode, message in worker.stderr) == (2, True), worker.stderr
 
 
-@pytest.mark.soak
 @pytest.mark.parametrize("pool", ["prefork", "solo"])
 def test_retries_of_protocol_1_are_refused_at_start(desk, pool):
     configure(desk, task_protocol=1)
@@ -233,6 +232,7 @@ def test_retries_of_protocol_1_are_refused_at_start(desk, pool):
         assert "task_protocol is 1" in desk.run("flash", "doctor").stdout
 
 
+@pytest.mark.soak
 def test_flower_shows_names_and_readable_arguments(desk):
     port = free_port()
     desk.worker("solo", "flash,celery", options=("-E",))

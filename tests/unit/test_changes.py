@@ -1,3 +1,4 @@
+import json
 import pickle
 from datetime import datetime, timezone
 from decimal import Decimal
@@ -25,7 +26,7 @@ from flash_celery.changes.payload import (
     encode_each,
     message_row,
 )
-from flash_celery.changes.rows import Column, Origin, Table, Transaction
+from flash_celery.changes.rows import Column, Origin, Row, Table, Transaction
 from flash_celery.errors import PayloadError
 from flash_celery.protocol import pgoutput
 from flash_celery.protocol.lsn import Lsn
@@ -206,3 +207,25 @@ def test_argsrepr_of_one_change_is_its_repr(table, part):
 def test_message_of_another_version_or_damaged_is_refused(value):
     with pytest.raises(PayloadError):
         decode(value)
+
+
+@pytest.mark.parametrize(
+    "row", [INSERT.new, INSERT.key, UPDATE.old, UPDATE.new, DELETE.old, DELETE.key]
+)
+def test_row_is_an_argument_and_a_result_of_tasks(row):
+    received = loads(dumps({"row": row}))["row"]
+    assert type(received) is Row
+    assert dict(received) == dict(row)
+    assert list(received) == list(row)
+
+
+def test_damaged_row_is_refused():
+    value = json.loads(dumps(INSERT.new))
+    for columns in (None, 5, ["id", ["total"]], ["unknown"]):
+        value["__value__"]["columns"] = columns
+        with pytest.raises(PayloadError, match="This is .*a row of a change"):
+            loads(json.dumps(value))
+    value = json.loads(dumps(DELETE))
+    value["__type__"] = "flash_celery.row"
+    with pytest.raises(PayloadError, match="not a row of a change"):
+        loads(json.dumps(value))
