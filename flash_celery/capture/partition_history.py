@@ -25,6 +25,8 @@ class PartitionHistory:
     def __init__(self, recorded: Mapping[int, Iterable[TableName]] | None = None) -> None:
         self._recorded: dict[int, frozenset[TableName]] = {}
         self._snapshots: dict[int, list[tuple[Lsn, frozenset[TableName]]]] = {}
+        #: Tables of handlers (OIDs) that were published by themselves, whatever their name is now.
+        self.published: set[int] = set()
         self.record(recorded or {})
 
     def __contains__(self, oid: int) -> bool:

@@ -129,7 +129,12 @@ class RelationCatalog:
         former = self._history.all_of(relation.oid)
         if former & handled and own not in former:
             return former & handled
-        is_known = former or relation.oid in self._history or now & self._history.names()
+        is_known = (
+            former
+            or relation.oid in self._history
+            or relation.oid in self._history.published
+            or now & self._history.names()
+        )
         candidates = [] if is_known else self._partitioned(handled)
         if not candidates:
             _log(logging.WARNING, _HANDLER_GONE, own)

@@ -10,12 +10,13 @@ from typing import Any
 import psycopg
 
 from ..errors import CatalogError, SlotInUse
-from ..postgres import slots
+from ..postgres import catalog, slots
 from ..postgres.connection import is_standby
 from ..postgres.source import Source
 from ..provisioning import advisory_lock, ddl, identities, publications, replay_slot
 from ..provisioning.ddl import Step
 from ..provisioning.plan import undo_steps
+from ..provisioning.publications import ExistingPublications
 from ..provisioning.record import forget_slot
 from .status import SlotStatus, size, slot_status
 
@@ -92,7 +93,27 @@ def plan_reset(source: Source, slot: str) -> Plan:
     if steps and not source.settings.flash_manage:
         note = f"leave the rest, because flash_manage is off; its owner runs: {statements};"
         return Plan(source, status, [], replay_status, note)
-    return Plan(source, status, steps, replay_status)
+    return Plan(source, status, steps, replay_status, _note_of_identities(source, published))
+
+
+def _note_of_identities(source: Source, published: ExistingPublications) -> str:
+    """Name the tables that keep FULL because the record of their identity is lost."""
+    if published.record is not None:
+        return ""
+    oids = {oid for publication in published.by_operation.values() for oid in publication.tables}
+    roots = [table for oid in oids if (table := catalog.describe(source.connection, oid))]
+    names = sorted(
+        str(leaf.name)
+        for root in roots
+        for leaf in catalog.leaves(source.connection, root)
+        if leaf.identity == "f"
+    )
+    return (
+        f"leave REPLICA IDENTITY FULL on {', '.join(names)}: the record of what it was before is "
+        "lost; set it back with ALTER TABLE … REPLICA IDENTITY DEFAULT"
+        if names
+        else ""
+    )
 
 
 def run_reset(plan: Plan, force: bool, requeue: Callable[[], object] | None = None) -> None:

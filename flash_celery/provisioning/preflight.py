@@ -11,13 +11,20 @@ from dataclasses import dataclass, field
 from psycopg import sql
 
 from ..acknowledgement import Progress
-from ..errors import CatalogError, ConfigurationError, FlashError, SubscriptionError
+from ..changes.operations import Operation
+from ..errors import (
+    CatalogError,
+    ConfigurationError,
+    FlashError,
+    PublicationMismatch,
+    SubscriptionError,
+)
 from ..handlers.subscriptions import Subscription, of_tables
 from ..postgres import gaps, slots
 from ..postgres.catalog import CatalogTable
 from ..postgres.connection import is_standby
 from ..postgres.gaps import Gap
-from ..postgres.source import OPERATIONS, Source
+from ..postgres.source import OPERATIONS, Source, publication_name
 from ..table_name import TableName
 from . import identities, plan, publications, server_checks
 from .ddl import Step
@@ -244,6 +251,8 @@ class _Examination:
         steps = plan.set_up_steps(existing, required, restorable, slot)
         self._report.steps, self._report.tables = steps, self._tables
         self._report.required = required
+        if existing.record is None and not existing.empty and managed:
+            return self._stop("publications", _no_record(existing, steps))
         return self._check_privileges(existing, steps) if managed else self._check_owner(steps)
 
     def _repair_only(self) -> None:
@@ -343,3 +352,13 @@ class _Examination:
                 return self._stop("publications", error)
         state = f"{len(steps)} statements to run" if steps else "as required"
         return self._add("publications", OK, state)
+
+
+def _no_record(existing: ExistingPublications, steps: Sequence[Step]) -> PublicationMismatch:
+    return PublicationMismatch(
+        f"The publications {existing.prefix}_… have no record (the comment on "
+        f"{publication_name(existing.prefix, Operation.INSERT)}): another tool has removed it, or "
+        "a dump was restored without comments. Pauses, earlier replica identities and whether the "
+        "slot existed are unknown, and changes may be missing. To continue with what there is, "
+        f"run: {'; '.join(map(str, steps))}; or run `flash reset`."
+    )

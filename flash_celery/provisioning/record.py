@@ -7,6 +7,7 @@ Its format must stay readable by older and newer versions.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from psycopg import sql
 
 from ..changes.operations import Operation
 from ..postgres.gaps import Gap
-from ..postgres.source import Source, publication_name
+from ..postgres.source import OPERATIONS, Source, publication_name, publication_names
 from ..table_name import TableName
 from . import ddl
 from .ddl import Step
@@ -75,7 +76,8 @@ class Record:
         """Read the text of a comment; return None if it is not one of ours."""
         try:
             values = json.loads(text or "")
-            return cls(**values) if values.pop("flash_celery") == 1 else None
+            known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
+            return cls(**known) if values["flash_celery"] == 1 else None
         except (ValueError, TypeError, KeyError, AttributeError):
             return None
 
@@ -167,6 +169,68 @@ def remember_gap(source: Source, gap: Gap) -> None:
     """Record changes that can no longer be read. Raises `CatalogError` if it cannot be written."""
     record = read_record(source) or Record()
     ddl.apply(source.connection, [record_step(source.prefix, record.with_gap(gap))])
+
+
+def comments(source: Source) -> dict[Operation, tuple[int, str]]:
+    """Return the OID and the comment of each publication that has one."""
+    rows = source.connection.execute(
+        "SELECT pubname, oid::int8, obj_description(oid, 'pg_publication') FROM pg_publication "
+        "WHERE pubname = ANY(%s)",
+        [publication_names(source.prefix)],
+    ).fetchall()
+    operations = {publication_name(source.prefix, operation): operation for operation in OPERATIONS}
+    return {operations[name]: (oid, text) for name, oid, text in rows if text}
+
+
+#: The key of the tables that are published, in the comment on the publication of updates: versions
+#: that do not know it refuse a record with another key.
+_TABLES_KEY = "flash_celery_tables"
+
+
+@dataclass(frozen=True)
+class PublishedTables:
+    """The handlers' tables as they were published when a preflight passed."""
+
+    #: The OID and the operations of each table, by its name.
+    tables: dict[TableName, tuple[int, list[str]]]
+    #: When that was checked (ISO 8601).
+    checked: str
+
+    def unpublished(
+        self, oid: int, names: Collection[TableName], operations: Collection[str]
+    ) -> bool:
+        """Return whether a table was not published for one of these operations.
+
+        :param names: the present ancestors of the table.
+        """
+        published: set[str] = set()
+        for name, (recorded, published_for) in self.tables.items():
+            if recorded == oid or name in names:
+                published.update(published_for)
+        return not published.issuperset(operations)
+
+
+def published_tables(source: Source) -> PublishedTables | None:
+    """Return what `remember_published_tables` has recorded; None if nothing."""
+    try:
+        recorded = json.loads(comment(source, Operation.UPDATE) or "")[_TABLES_KEY]
+        tables = {
+            TableName(schema, name): (int(oid), list(operations))
+            for schema, name, oid, operations in recorded["tables"]
+        }
+        return PublishedTables(tables, str(recorded["checked"]))
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def remember_published_tables(source: Source, published: PublishedTables) -> None:
+    """Record the handlers' tables. Raises `CatalogError` if that cannot be written."""
+    tables = [
+        [name.schema, name.name, oid, operations]
+        for name, (oid, operations) in sorted(published.tables.items(), key=str)
+    ]
+    text = json.dumps({_TABLES_KEY: {"checked": published.checked, "tables": tables}})
+    ddl.apply(source.connection, [comment_step(source.prefix, Operation.UPDATE, text)])
 
 
 def partition_ancestors(source: Source) -> dict[int, tuple[TableName, ...]]:

@@ -12,17 +12,19 @@ import psycopg
 
 from ..acknowledgement import Progress
 from ..capture.partition_history import PartitionHistory
-from ..errors import PublicationMismatch, SlotInUse, SlotMissing
+from ..changes.operations import Operation
+from ..errors import CatalogError, PublicationMismatch, SlotInUse, SlotMissing
+from ..escaping import escaped
 from ..handlers.subscriptions import Subscription, of_tables
 from ..postgres import catalog, slots
 from ..postgres.gaps import Gap
-from ..postgres.source import Source, publication_names
+from ..postgres.source import Source, publication_name, publication_names
 from ..postgres.stream import ReplicationConnection
 from ..protocol.lsn import Lsn
 from ..provisioning import ddl, preflight, publications, record, replay_slot
 from ..provisioning.preflight import Report
 from ..provisioning.publications import ExistingPublications
-from ..provisioning.record import Record, partition_ancestors
+from ..provisioning.record import PublishedTables, Record, partition_ancestors
 from ..settings import Settings
 from .control import Control, Stopped
 
@@ -54,6 +56,16 @@ _MOVED = (
     "The slot %s stands at %s, and this process had read it up to %s: unless another worker has "
     "read on since, the slot was moved or recreated by hand, and the changes between are missing"
 )
+_GAP = "%s; rebuild what depends on them. `flash status` shows them again"
+_REPLACED = "{} was replaced by another table, which was not published until then"
+_RECORD_RESTORED = (
+    "Another tool has removed or replaced the comments on the publications %s, which hold the "
+    "record of pauses, replica identities and the slot; wrote them back"
+)
+_RECORD_LOST = (
+    "Another tool has removed or replaced the comments on the publications {}_…, which hold the "
+    "record of pauses, replica identities and the slot; as their owner run: {};"
+)
 
 
 class Startup:
@@ -66,6 +78,10 @@ class Startup:
         self._subscriptions = subscriptions
         self._control = control
         self._slot = settings.flash_replication_slot
+        #: The OIDs and comments of the publications at the last set-up.
+        self._comments: dict[Operation, tuple[int, str]] = {}
+        #: The handlers' tables at the last set-up.
+        self._published: PublishedTables | None = None
         #: Whether this process has seen the slot.
         self._slot_seen = False
         #: Stands for the tables and publications as the last preflight found them.
@@ -88,6 +104,8 @@ class Startup:
 
         `progress` is of the last session.
         """
+        self._restore_record(source)
+        checked_at = self._unaltered_at
         report = self._preflight(source, progress)
         found = publications.read(source)
         manage = self._settings.flash_manage
@@ -117,10 +135,75 @@ class Startup:
             self.partition_history.record(report.leaves)  # the record does not have them
         if report.gap is not None:
             self._close_gap(source, report.gap)
+        self._check_replaced(source, report, checked_at)
+        self._comments = record.comments(source)
         self.partition_history.record(partition_ancestors(source))
         self.partition_history.add_snapshot(
             Lsn.parse(slots.position_and_time(source.connection)[0]), report.leaves
         )
+
+    def _restore_record(self, source: Source) -> None:
+        """Write comments back that another tool has removed from the publications, or replaced.
+
+        Raises `PublicationMismatch` if they cannot be written.
+        """
+        present = record.comments(source)
+        lost = [
+            (operation, text)
+            for operation, (oid, text) in self._comments.items()
+            if self._exists(source, oid) and not _is_ours(present.get(operation))
+        ]
+        if not lost:
+            return
+        steps = [record.comment_step(source.prefix, *each) for each in lost]
+        statements = "; ".join(map(str, steps))
+        try:
+            ddl.apply(source.connection, steps)
+        except CatalogError as error:
+            raise PublicationMismatch(_RECORD_LOST.format(source.prefix, statements)) from error
+        names = ", ".join(publication_name(source.prefix, operation) for operation, _ in lost)
+        logger.warning(_RECORD_RESTORED, names)
+
+    @staticmethod
+    def _exists(source: Source, publication: int) -> bool:
+        query = "SELECT 1 FROM pg_publication WHERE oid = %s::oid"
+        return source.connection.execute(query, [publication]).fetchone() is not None
+
+    def _check_replaced(self, source: Source, report: Report, checked_at: datetime | None) -> None:
+        """Record and log the tables that were replaced, whose new rows PostgreSQL has not sent.
+
+        :param checked_at: when this process has last found nothing altered.
+        """
+        tables, required = report.tables, report.required
+        if required is None:
+            return
+        before = self._published or record.published_tables(source)
+        now = slots.position_and_time(source.connection)
+        published = PublishedTables(
+            {
+                name: (table.oid, [op.names()[0] for op in required.operations(table.oid)])
+                for name, table in tables.items()
+            },
+            now[1],
+        )
+        writable = self._settings.flash_manage and not report.standby
+        for name, (oid, operations) in published.tables.items():
+            was = before.tables.get(name) if before else None
+            if before is None or was is None or was[0] == oid:
+                continue
+            if before.unpublished(oid, tables[name].ancestors, operations):
+                since = checked_at.isoformat(" ", "seconds") if checked_at else before.checked
+                gap = Gap(source.slot, _REPLACED.format(name), None, since, *now)
+                if writable:
+                    record.remember_gap(source, gap)
+                logger.error(_GAP, escaped(str(gap)), extra={"table": str(name)})
+        self.partition_history.published.update(oid for oid, _ in published.tables.values())
+        self._published = published
+        if writable:
+            try:
+                record.remember_published_tables(source, published)
+            except CatalogError as error:
+                logger.info("Cannot record which tables are published: %s", error)
 
     def warn_if_slot_moved(self, source: Source, progress: Progress) -> None:
         """Warn if the slot is ahead of what this process has confirmed.
@@ -228,4 +311,8 @@ class Startup:
         _, time = slots.position_and_time(source.connection)
         gap = replace(gap, until=slot.confirmed if slot else None, until_time=time)
         record.remember_gap(source, gap)
-        logger.error("%s; rebuild what depends on them. `flash status` shows them again", gap)
+        logger.error(_GAP, gap)
+
+
+def _is_ours(comment: tuple[int, str] | None) -> bool:
+    return comment is not None and comment[1].startswith('{"flash_celery')

@@ -1,0 +1,113 @@
+"""What another tool takes away from our record, and tables that are replaced, is reported."""
+
+import json
+
+import pytest
+
+from flash_celery.commands import reset
+from flash_celery.errors import PublicationMismatch
+from flash_celery.postgres.source import connected
+from flash_celery.provisioning import pauses
+from flash_celery.provisioning.record import Record, read_record
+from flash_celery.settings import Settings
+
+from .conftest import shown
+
+ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text)"
+RECORD = (
+    "SELECT obj_description(oid, 'pg_publication') FROM pg_publication "
+    "WHERE pubname = 'flash_publication_insert'"
+)
+
+
+def source_of(flash):
+    return connected(Settings.from_app(flash.app))
+
+
+def gaps(flash):
+    with source_of(flash) as source:
+        return read_record(source).gaps
+
+
+REPLACED = {
+    "swapped": (
+        "CREATE TABLE fresh (id int PRIMARY KEY, name text)",
+        "BEGIN; ALTER TABLE items RENAME TO old; ALTER TABLE fresh RENAME TO items; COMMIT",
+    ),
+    "recreated": ("DROP TABLE items", ITEMS),
+}
+
+
+@pytest.mark.parametrize("how", REPLACED)
+def test_table_replaced_while_no_worker_runs_leaves_a_gap(flash, caplog, how):
+    flash.database.execute(ITEMS)
+    flash.handler("items", "insert").start().do("INSERT INTO items VALUES (1, 'a')").stop()
+    flash.database.execute(*REPLACED[how], "INSERT INTO items VALUES (2, 'b')")
+    flash.start()
+    flash.wait(lambda: gaps(flash))
+    (gap,) = gaps(flash)
+    assert "public.items was replaced" in gap["reason"]
+    assert gap["since_time"] <= gap["until_time"]
+    assert gap["until"]
+    assert [r.levelname for r in caplog.records if "was replaced" in r.message] == ["ERROR"]
+    flash.do("INSERT INTO items VALUES (3, 'c')").stop()
+    assert shown(flash.delivered()) == ["insert 1,a", "insert 3,c"]
+    flash.start().stop()
+    assert len(gaps(flash)) == 1
+
+
+def test_table_replaced_while_the_worker_runs_leaves_a_gap(flash, caplog):
+    flash.database.execute(
+        ITEMS, "CREATE TABLE parts (id int PRIMARY KEY, name text) PARTITION BY RANGE (id)"
+    )
+    flash.handler("items", "insert").handler("parts", "insert", name="parts").start()
+    flash.do(*REPLACED["swapped"], "INSERT INTO old VALUES (2, 'b')")
+    flash.wait(lambda: gaps(flash))
+    flash.do("INSERT INTO items VALUES (3, 'c')")
+    assert "created and removed" not in caplog.text
+    assert flash.delivered("parts") == []
+    assert shown(flash.delivered()) == ["insert 3,c"]
+
+
+def test_tables_that_swap_their_names_leave_no_gap(flash):
+    flash.database.execute(ITEMS, "CREATE TABLE others (id int PRIMARY KEY, name text)")
+    flash.handler("items").handler("others", name="other").start().stop()
+    flash.database.execute(
+        "BEGIN; ALTER TABLE items RENAME TO old; ALTER TABLE others RENAME TO items; "
+        "ALTER TABLE old RENAME TO others; COMMIT"
+    )
+    flash.start()
+    flash.do("INSERT INTO items VALUES (3, 'c')")
+    assert gaps(flash) == []
+
+
+@pytest.mark.parametrize("comment", ["NULL", "'orders for Celery'"])
+def test_record_removed_while_the_worker_runs_is_written_back(flash, caplog, comment):
+    flash.database.execute(ITEMS)
+    flash.handler("items").start()
+    with source_of(flash) as source:
+        pauses.pause(source, ["handler"])
+    flash.wait(lambda: "handler is paused" in caplog.text)
+    before = json.loads(flash.database.one(RECORD))
+    flash.database.execute(f"COMMENT ON PUBLICATION flash_publication_insert IS {comment}")
+    flash.wait(lambda: "wrote them back" in caplog.text)
+    assert json.loads(flash.database.one(RECORD)) == before
+    assert before["paused"]
+
+
+def test_record_removed_while_no_worker_runs_is_an_error(flash):
+    flash.database.execute(ITEMS)
+    flash.handler("items", fields=["name"]).start().stop()
+    with flash.database.connect() as connection:
+        connection.execute("SELECT pg_drop_replication_slot(%s)", [flash.database.slot])
+    flash.database.execute("COMMENT ON PUBLICATION flash_publication_insert IS NULL")
+    with pytest.raises(PublicationMismatch, match="have no record"):
+        flash.start()
+    with source_of(flash) as source:
+        plan = reset.plan_reset(source, flash.database.slot)
+    assert "leave REPLICA IDENTITY FULL on public.items" in plan.note
+
+
+def test_record_of_a_newer_version_is_read():
+    text = json.dumps({"flash_celery": 1, "slot": "flash", "paused": {"a": "now"}, "later": 1})
+    assert Record.of_json(text) == Record(slot="flash", paused={"a": "now"})
