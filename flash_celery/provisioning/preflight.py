@@ -343,11 +343,23 @@ class _Examination:
                 f"GRANT CREATE ON DATABASE {database} TO {self._role};"
             )
             return self._stop("publications", error)
+        (read_only,) = self._connection.execute(
+            "SHOW default_transaction_read_only"
+        ).fetchone() or ("off",)
+        if steps and read_only == "on":
+            login = sql.Identifier(self._role.login).as_string(None)
+            error = CatalogError(
+                "default_transaction_read_only is on, so the publications cannot be altered: "
+                f"ALTER ROLE {login} SET default_transaction_read_only = off;"
+            )
+            return self._stop("publications", error)
+        # A NOINHERIT role may be a member already, without the owner's privileges.
+        inherit = " WITH INHERIT TRUE" if self._connection.info.server_version >= 160000 else ""
         for step in steps:
             if step.table is not None and not step.table.owned:
                 error = CatalogError(
                     f"The role {self._role.name} does not own {step.table.name}; as its owner run: "
-                    f"{step}; or GRANT its owner's role TO {self._role};"
+                    f"{step}; or GRANT its owner's role TO {self._role}{inherit};"
                 )
                 return self._stop("publications", error)
         state = f"{len(steps)} statements to run" if steps else "as required"

@@ -8,6 +8,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from flash_celery.commands import doctor
+from flash_celery.errors import CatalogError
 from flash_celery.postgres import connection as connections
 from flash_celery.postgres import slots
 from flash_celery.postgres.connection import connect, overridden
@@ -168,3 +169,27 @@ def test_session_role_of_the_owner_may_replicate_as_its_login_role(flash, login)
     with connect(login) as connection:
         for (name,) in names:
             slots.drop(connection, name)
+
+
+def test_session_that_is_read_only_is_refused_with_the_statement(flash, alter):
+    flash.database.execute("CREATE TABLE items (id int PRIMARY KEY)")
+    alter(default_transaction_read_only="on")
+    flash.handler("items")
+    message = 'ALTER ROLE "postgres" SET default_transaction_read_only = off;'
+    with pytest.raises(CatalogError, match=message):
+        flash.start()
+
+
+def test_session_role_that_does_not_inherit_is_advised_to(flash, login):
+    database = flash.database
+    database.execute("ALTER ROLE field_login RESET role", "ALTER ROLE field_login NOINHERIT")
+    inherit = ""
+    if int(database.one("SHOW server_version_num")) >= 160000:
+        inherit = " WITH INHERIT TRUE"
+        database.execute("GRANT field_owner TO field_login WITH INHERIT FALSE")
+    database.execute(f'GRANT CREATE ON DATABASE "{database.name}" TO field_login')
+    try:
+        with pytest.raises(CatalogError, match=f'TO "field_login"{inherit};'):
+            flash.handler("items").start(flash_dsn=login)
+    finally:
+        database.execute(f'REVOKE CREATE ON DATABASE "{database.name}" FROM field_login')
