@@ -23,7 +23,7 @@ from ..errors import NoInstance, SubscriptionError
 from ..handlers.subscriptions import table_name
 from ..protocol.pgoutput import Cell
 from ..table_name import TableName
-from ..values.loading import Loader, or_text
+from ..values.loading import Loader, array_loader, field_loader, or_text, record_loader
 
 
 class _NaiveLoader(TimestamptzLoader):
@@ -115,7 +115,7 @@ def _model_of(change: Change[Any]) -> Any:
             "django.setup() first."
         )
     table = TableName(change.schema, change.table)
-    models = _models(table)
+    models = _models(table) or _models_without_schema(table)
     if not models:
         raise NoInstance(
             f"No Django model has the table {table}; pass one as change.instance(model=…), or use "
@@ -132,12 +132,37 @@ def _model_of(change: Change[Any]) -> Any:
 
 def _models(table: TableName) -> list[Any]:
     """Return the models of a table; only the managed ones if there are any."""
-    models = [
-        model
-        for model in apps.get_models(include_auto_created=True)
-        if not model._meta.proxy and table_name(model) == table
-    ]
+    return _managed([model for model in _all_models() if table_name(model) == table])
+
+
+def _models_without_schema(table: TableName) -> list[Any]:
+    """Return the models whose table has this name in whichever schema the search path finds it.
+
+    So it is in projects with a schema for each tenant. There are none if a model names the schema:
+    its tables are those of the models that do.
+    """
+    models = _all_models()
+    if any(_names_schema(model) and table_name(model).schema == table.schema for model in models):
+        return []
+    return _managed([model for model in models if _may_be_in(model, table)])
+
+
+def _all_models() -> list[Any]:
+    return [model for model in apps.get_models(include_auto_created=True) if not model._meta.proxy]
+
+
+def _managed(models: list[Any]) -> list[Any]:
     return [model for model in models if model._meta.managed] or models
+
+
+def _names_schema(model: Any) -> bool:
+    """Return whether the model's `db_table` names a schema, as `"sales"."orders"` does."""
+    db_table = str(model._meta.db_table)
+    return table_name(model).name != db_table.strip('"')
+
+
+def _may_be_in(model: Any, table: TableName) -> bool:
+    return not _names_schema(model) and table_name(model).name == table.name
 
 
 def _checked(change: Change[Any], model: Any) -> Any:
@@ -146,7 +171,8 @@ def _checked(change: Change[Any], model: Any) -> Any:
         table = table_name(model)
     except SubscriptionError as error:
         raise NoInstance(f"change.instance(model=…): {error}") from None
-    if table != TableName(change.schema, change.table):
+    changed_table = TableName(change.schema, change.table)
+    if table != changed_table and not _may_be_in(model, changed_table):
         raise NoInstance(
             f"{model._meta.label} is a model of {table}, and the change is {change!r}; pass a "
             "model of the change's table."
@@ -162,17 +188,42 @@ def _alias(change: Change[Any]) -> str | None:
 
 def _value(column: Column, cell: Cell, field: Any, connection: Any) -> Any:
     """Convert a cell as Django does: with its connection's loaders, then the field's converters."""
-    value = _load(column, cell) if isinstance(cell, bytes) else None
+    value = _load(column, cell, field, connection) if isinstance(cell, bytes) else None
     expression = field.get_col(field.model._meta.db_table)
     for convert in expression.get_db_converters(connection):
         value = convert(value, expression, connection)
     return value
 
 
-def _load(column: Column, text: bytes) -> Any:
+def _load(column: Column, text: bytes, field: Any, connection: Any) -> Any:
     if column.fields:
-        return column.load(text)
-    return _loader(column.type_oid, column.type_name, settings.USE_TZ)(text)
+        return _composite_loader(column)(text)
+    load = None
+    if adapters.types.get(column.type_oid) is None:
+        shape = _shape(field, connection)
+        load = _extension_loader(column.type_oid, column.type_name, *shape)
+    return (load or _loader(column.type_oid, settings.USE_TZ))(text)
+
+
+def _shape(field: Any, connection: Any) -> tuple[bool, bool]:
+    """Return whether a field is an `ArrayField`, and whether it is or holds an `HStoreField`."""
+    is_array = False
+    while base := getattr(field, "base_field", None):
+        is_array, field = True, base
+    return is_array, field.db_type(connection) == "hstore"
+
+
+@lru_cache(maxsize=1024)
+def _composite_loader(column: Column) -> Loader:
+    """Return a loader of a composite value like `Column.load`, for extension types in it too."""
+    loaders = [
+        _composite_loader(field)
+        if field.fields
+        else _extension_loader(field.type_oid, field.type_name) or field_loader(field.type_oid)
+        for field in column.fields
+    ]
+    load = record_loader([field.name for field in column.fields], loaders)
+    return array_loader(load) if column.array else load
 
 
 @lru_cache(maxsize=2)
@@ -190,10 +241,30 @@ def _adapters(use_tz: bool) -> AdaptersMap:
 
 
 @lru_cache(maxsize=1024)
-def _loader(type_oid: int, type_name: str, use_tz: bool) -> Loader:
-    if type_name == "hstore":
-        # The type of an extension has no fixed OID, so psycopg has no loader registered for it.
-        return or_text(HstoreLoader(type_oid).load)
+def _extension_loader(
+    type_oid: int, type_name: str, array_field: bool = False, hstore_field: bool = False
+) -> Loader | None:
+    """Return a loader of `hstore`, `citext` and their arrays, which Django's connections read.
+
+    A type of an extension has no fixed OID, so psycopg has no loader registered for it. Its name
+    may have a schema. The name of a domain does not show its base type, so there the field decides.
+
+    Source: `register_type_handlers` in django.contrib.postgres.signals.
+    """
+    if adapters.types.get(type_oid) is not None:
+        return None
+    name, brackets, _ = type_name.rpartition(".")[2].strip('"').partition("[]")
+    known = name in ("hstore", "citext")
+    load = HstoreLoader(type_oid).load if name == "hstore" or hstore_field else bytes.decode
+    if brackets:
+        return or_text(array_loader(load)) if known else None
+    if known:
+        return or_text(load)
+    return or_text(array_loader(load) if array_field else load)
+
+
+@lru_cache(maxsize=1024)
+def _loader(type_oid: int, use_tz: bool) -> Loader:
     return or_text(Transformer(_adapters(use_tz)).get_loader(type_oid, Format.TEXT).load)
 
 

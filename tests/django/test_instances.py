@@ -9,7 +9,11 @@ from datetime import datetime, timezone
 from decimal import Decimal
 
 import pytest
+from django.apps.registry import Apps
+from django.contrib.postgres import signals as django_signals
+from django.contrib.postgres.fields import ArrayField, HStoreField
 from django.db import connection
+from django.db.models import Model, TextField
 from django.test.utils import CaptureQueriesContext, override_settings
 
 from flash_celery import UNCHANGED, Insert, LogicalMessage, Truncate, Update
@@ -102,6 +106,52 @@ def test_instance_defers_an_unchanged_large_value(flash, sales, no_query):
     assert len(order.note) == 16_000
 
 
+@pytest.mark.parametrize("schema", ["public", "extensions"])
+def test_instance_reads_types_of_extensions_as_a_query_does(flash, sales, no_query, schema):
+    class Sample(Model):
+        hstores = ArrayField(HStoreField())
+        words = ArrayField(TextField())
+        grid = ArrayField(ArrayField(HStoreField()))
+        domain = HStoreField(null=True)
+        domains = ArrayField(HStoreField(), null=True)
+        pair = TextField()
+        paths = TextField()
+
+        class Meta:
+            app_label = "samples"
+            apps = Apps()
+
+    flash.database.execute(
+        f"CREATE SCHEMA IF NOT EXISTS {schema}; CREATE EXTENSION hstore SCHEMA {schema}; "
+        f"CREATE EXTENSION citext SCHEMA {schema}; CREATE EXTENSION ltree SCHEMA {schema}",
+        f"CREATE DOMAIN labels AS {schema}.hstore; CREATE DOMAIN label_list AS {schema}.hstore[]; "
+        f"CREATE TYPE pair AS (attributes {schema}.hstore, words {schema}.citext[], n int)",
+        f"CREATE TABLE samples_sample (id bigint PRIMARY KEY, hstores {schema}.hstore[], "
+        f"words {schema}.citext[], grid {schema}.hstore[], domain labels, domains label_list, "
+        f"pair pair, paths {schema}.ltree[])",
+    )
+    flash.handler("samples_sample").start()
+    one, text = "'{\"x=>1\"}'", "'{A,b,NULL}'"
+    flash.do(
+        f"INSERT INTO samples_sample VALUES (1, {one}, {text}, '{{{{x=>1}},{{y=>NULL}}}}', 'x=>1', "
+        f"{one}, ROW('x=>1', {text}, 5), '{{a.b}}')"
+    )
+    (change,) = flash.delivered()
+    instance = no_query(change.instance, model=Sample)
+    django_signals.get_hstore_oids.cache_clear()
+    django_signals.get_citext_oids.cache_clear()
+    connection.close()
+    (read,) = Sample.objects.all()
+    assert instance.hstores == read.hstores == [{"x": "1"}]
+    assert instance.words == read.words == ["A", "b", None]
+    assert instance.grid == read.grid == [[{"x": "1"}], [{"y": None}]]
+    assert instance.domain == read.domain == {"x": "1"}
+    assert instance.domains == read.domains == [{"x": "1"}]
+    assert instance.paths == read.paths == "{a.b}"
+    # psycopg reads a composite type as text until it is registered; a change needs no registration.
+    assert instance.pair == {"attributes": {"x": "1"}, "words": ["A", "b", None], "n": 5}
+
+
 def test_instance_of_the_old_row_never_loads_current_values(flash, sales, no_query):
     flash.handler(sales.Order, "update|delete").start()
     flash.do(CUSTOMER, ORDER, "UPDATE sales.orders SET status = 'paid'", "DELETE FROM sales.orders")
@@ -176,6 +226,33 @@ def test_instance_converts_json_and_addresses_by_their_fields(models):
     )
     assert change.instance().details == {"a": [Decimal("1.5")]}
     assert change.instance().address == str(ipaddress.ip_address("::1"))
+
+
+def test_instance_of_a_tenant_is_of_the_model_without_a_schema(models):
+    change = make_change(Insert, schema="acme", row=[b"7", b"Ada"], full_name=(25, "text"))
+    for customer in (change.instance(), change.instance(model=models.Customer)):
+        assert (type(customer), customer.pk, customer.name) == (models.Customer, 7, "Ada")
+
+
+@pytest.mark.parametrize(
+    ("schema", "table", "model", "sentence"),
+    [
+        # A model names the schema `sales`, so its tables are those of the models that do.
+        ("sales", "sales_customer", None, "No Django model has the table sales.sales_customer"),
+        # Its model names another schema.
+        ("acme", "orders", None, "No Django model has the table acme.orders"),
+        ("acme", "orders", "Order", "sales.Order is a model of sales.orders, and the change is"),
+    ],
+)
+def test_instance_keeps_to_the_schema_that_a_model_names(models, schema, table, model, sentence):
+    change = make_change(Insert, name=table, schema=schema, row=[b"7"])
+    with pytest.raises(NoInstance, match=sentence):
+        change.instance(model=model and getattr(models, model))
+
+
+def test_instance_of_a_tenant_is_chosen_by_model_in_a_schema_with_models(models):
+    change = make_change(Insert, schema="sales", row=[b"7"])
+    assert type(change.instance(model=models.Customer)) is models.Customer
 
 
 @pytest.mark.parametrize(
