@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
 from typing import Any
@@ -18,28 +18,45 @@ from . import tracing
 
 logger = logging.getLogger(__name__)
 
+#: Without these a worker cannot tell which task a message is for, and drops it.
+_REQUIRED = {"id", "task"}
 
-def announce(messages: Sequence[Message]) -> list[Announcement]:
+
+def announce(messages: Sequence[Message], encodes: Callable[[Any], bool]) -> list[Announcement]:
     """Announce messages that are about to be published; receivers may alter their headers.
+
+    `encodes` returns whether the broker takes a value of a header; others are left out.
 
     Return what has to be ended afterwards: nothing if, as usually, there are no receivers.
     """
     receivers = signals.before_task_publish.receivers or signals.after_task_publish.receivers
     tracers = tracing.active_tracers()
-    return [Announcement(message, tracers) for message in messages] if receivers or tracers else []
+    return (
+        [Announcement(message, tracers, encodes) for message in messages]
+        if receivers or tracers
+        else []
+    )
 
 
 class Announcement:
     """A message for which signals are sent and traces are written."""
 
-    def __init__(self, message: Message, tracers: Sequence[tracing.Tracer]) -> None:
+    def __init__(
+        self,
+        message: Message,
+        tracers: Sequence[tracing.Tracer],
+        encodes: Callable[[Any], bool],
+    ) -> None:
         self._message = message
         self._body = _decoded(message)
         #: What ends the traces, in the order in which they began.
         self._ends: list[tracing.End] = []
         # A context for each message, so that its span does not become the parent of the next one's.
         self._context = copy_context()
+        headers, properties = dict(message.headers), dict(message.properties)
         self._context.run(self._begin, tracers)
+        _restore(message.headers, headers, encodes)
+        _restore(message.properties, properties, encodes)
 
     def end(self, published: bool) -> None:
         """End the announcement. A message that was not published is read and announced again."""
@@ -65,23 +82,44 @@ class Announcement:
                 end(published)
 
     def _send(self, signal: Any, **more: Any) -> None:
-        signal.send(
-            sender=self._message.task,
-            body=self._body,
-            exchange="",
-            routing_key=self._message.queue,
-            headers=self._message.headers,
-            **more,
-        )
+        with _errors_logged("A receiver of a signal has failed"):
+            signal.send(
+                sender=self._message.task,
+                body=self._body,
+                exchange="",
+                routing_key=self._message.queue,
+                headers=self._message.headers,
+                **more,
+            )
+
+
+def _restore(
+    altered: dict[str, Any], before: Mapping[str, Any], encodes: Callable[[Any], bool]
+) -> None:
+    """Undo what would make a message unpublishable, or unknown to the worker that receives it."""
+    for name in [
+        name for name in altered if not (isinstance(name, str) and encodes(altered[name]))
+    ]:
+        logger.error("A receiver of before_task_publish has set %r, which cannot be sent", name)
+        del altered[name]
+        if name in before:
+            altered[name] = before[name]
+    for name in _REQUIRED & before.keys():
+        altered.setdefault(name, before[name])
 
 
 @contextmanager
-def _errors_logged() -> Iterator[None]:
-    """Log errors of a tracer, so that they stop nothing, as Celery does for signals."""
+def _errors_logged(message: str = "A change could not be traced") -> Iterator[None]:
+    """Log what a tracer or receiver raises, so that it stops nothing.
+
+    Celery logs the exceptions of receivers itself, but not `SystemExit` and its like.
+    """
     try:
         yield
-    except Exception:
-        logger.exception("A change could not be traced")
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        logger.exception(message)
 
 
 def _decoded(message: Message) -> Any:

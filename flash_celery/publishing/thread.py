@@ -286,7 +286,7 @@ class PublishingThread(threading.Thread):
         messages = self._fitted([message for batch in batches for message in batch.messages])
         if self._dead_letter_queue is not None and any(batch.letters for batch in batches):
             self._declare_dead_letter_queue()
-        announced = announce(messages)
+        announced = announce(messages, self._publisher.encodes)
         attempt = partial(self._publish, generation)
         done = not messages or self._publish_with_retry(generation, attempt, messages)
         for announcement in announced:

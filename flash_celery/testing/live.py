@@ -248,6 +248,10 @@ class _Recorder:
         """Requeue held messages; a test's database has none."""
         return self._publisher.requeue(queue, restored, admit)
 
+    def encodes(self, value: Any) -> bool:
+        """Return whether a header of a message may have this value."""
+        return self._publisher.encodes(value)
+
     def check(self) -> None:
         """Check that the broker answers."""
         self._publisher.check()

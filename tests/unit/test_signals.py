@@ -1,7 +1,9 @@
 """What those who listen to Celery's publishing signals hear, and OpenTelemetry's spans."""
 
+import asyncio
 import gc
 import time
+import uuid
 from datetime import datetime, timezone
 
 import celery
@@ -27,6 +29,8 @@ from flash_celery.messages.templates import Templates
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
 from flash_celery.publishing import signals as announcing
+from flash_celery.publishing.brokers.amqp import AmqpPublisher
+from flash_celery.publishing.brokers.base import json_encodes
 from flash_celery.publishing.brokers.memory import MemoryPublisher
 from flash_celery.publishing.thread import Claim, PublishingThread
 from flash_celery.settings import Settings
@@ -127,7 +131,7 @@ def published(messages, publisher=None):
 
 def test_signals_have_no_listeners_by_default(template):
     messages = template().each(delivery(1, 2))
-    assert announcing.announce(messages) == []
+    assert announcing.announce(messages, json_encodes) == []
     assert all(message.plain for message in messages)
 
 
@@ -203,7 +207,7 @@ def test_trace_of_a_commit_in_the_future_has_no_duration(template, spans):
 
 def test_signals_repeat_after_a_message_was_discarded(template, spans, caplog):
     for published in (False, True):
-        (announced,) = announcing.announce(template().each(delivery(1)))
+        (announced,) = announcing.announce(template().each(delivery(1)), json_encodes)
         announced.end(published)
     assert [span.name.split(" ")[0] for span in spans()] == [
         "apply_async/shop.handle",
@@ -253,3 +257,48 @@ def test_signals_with_an_unreadable_body_do_not_stop_publishing(app, heard, capl
     assert published([message]) == [message]
     assert heard[0][1]["body"] == ((), {}, {})
     assert "could not be traced" in caplog.text
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), SystemExit(1), asyncio.CancelledError()])
+def test_receiver_that_raises_does_not_stop_publishing(template, error, caplog):
+    def receiver(**more):
+        raise error
+
+    signals.before_task_publish.connect(receiver)
+    signals.after_task_publish.connect(receiver)
+    try:
+        messages = template().each(delivery(5))
+        assert published(messages) == messages
+    finally:
+        signals.before_task_publish.disconnect(receiver)
+        signals.after_task_publish.disconnect(receiver)
+    assert caplog.text.count(type(error).__name__) >= 2
+
+
+def test_headers_of_a_receiver_that_cannot_be_encoded_are_left_out(template, caplog):
+    def receiver(headers, properties, **more):
+        headers["tenant"] = "x"
+        headers["unserialisable"] = object()
+        headers[5] = "not a name"
+        del headers["id"]
+        properties["priority"] = object()
+
+    signals.before_task_publish.connect(receiver)
+    try:
+        (message,) = template().each(delivery(5))
+        assert published([message]) == [message]
+    finally:
+        signals.before_task_publish.disconnect(receiver)
+    assert message.headers["tenant"] == "x"
+    assert message.headers["id"] == message.id
+    assert "unserialisable" not in message.headers
+    assert 5 not in message.headers
+    assert "priority" not in message.properties
+    assert "unserialisable" in caplog.text
+
+
+def test_rabbitmq_takes_fewer_types_of_headers_than_json():
+    encodes = AmqpPublisher.encodes
+    assert all(encodes(None, value) for value in ("a", None, 5, {"a": [1, None]}, datetime.now()))
+    assert not any(encodes(None, value) for value in (1 << 70, uuid.uuid4(), object(), {5: 1}))
+    assert json_encodes(uuid.uuid4())

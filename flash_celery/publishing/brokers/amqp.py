@@ -178,6 +178,14 @@ class AmqpPublisher(ConnectedPublisher):
             size += len(message.body)
         return held
 
+    def encodes(self, value: Any) -> bool:
+        """Return whether a header can have this value; AMQP has fewer types than JSON."""
+        try:
+            dumps("F", [{"value": value}])
+        except Exception:
+            return False
+        return True
+
     def check(self) -> None:
         """Request confirms again, which the broker answers. Raises `PublishError`."""
         with self.errors():

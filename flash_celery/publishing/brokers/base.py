@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
+from kombu.utils.json import dumps
 from kombu.utils.url import maybe_sanitize_url
 
 from ... import redis_extra
@@ -46,6 +47,9 @@ class Publisher(Protocol):
         has confirmed the new one. `admit` returns how many of the new messages may be published,
         counted from the first. Return whether the queue may hold more. Raises `PublishError`.
         """
+
+    def encodes(self, value: Any) -> bool:
+        """Return whether a header of a message may have this value."""
 
     def check(self) -> None:
         """Check that the broker answers, if the transport can. Raises `PublishError`."""
@@ -89,6 +93,15 @@ def _url_errors() -> Iterator[None]:
         raise ConfigurationError(
             f"broker_url names a transport that is not installed: {error}."
         ) from None
+
+
+def json_encodes(value: Any) -> bool:
+    """Return whether kombu's JSON can have this value."""
+    try:
+        dumps(value)
+    except Exception:  # of any type: a value may have a `__json__` of its own
+        return False
+    return True
 
 
 class ConnectedPublisher:
@@ -139,6 +152,10 @@ class ConnectedPublisher:
 
     def check(self) -> None:
         """Do nothing: the transport has no request for this."""
+
+    def encodes(self, value: Any) -> bool:
+        """Return whether the broker's messages, in JSON, can have a header of this value."""
+        return json_encodes(value)
 
     def close(self) -> None:
         """Disconnect; never raises."""

@@ -8,6 +8,7 @@ from typing import Any
 from ...errors import PublishError, Unroutable
 from ...messages.deduplication import Deduplicator, Lease
 from ...messages.task_message import Message
+from .base import json_encodes
 
 
 class MemoryPublisher:
@@ -50,6 +51,10 @@ class MemoryPublisher:
             self.publish(messages)
             del self.queues[queue][0]
         return True
+
+    def encodes(self, value: Any) -> bool:
+        """Return whether a message that is sent to another process can have this value."""
+        return json_encodes(value)
 
     def check(self) -> None:
         """Raise `PublishError` while broken."""
