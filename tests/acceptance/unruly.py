@@ -17,6 +17,7 @@ app.conf.flash_dsn = os.environ.get("SHOP_DSN")
 app.conf.flash_replication_slot = os.environ.get("SHOP_SLOT", "flash_replication")
 app.conf.flash_status_interval = 2
 app.conf.broker_connection_retry_on_startup = True
+app.conf.task_default_queue = "flash"
 app.conf.task_queues = [Queue("flash")]
 app.conf.task_create_missing_queues = False
 app.conf.update(json.loads(os.environ.get("SHOP_CONF", "{}")))
