@@ -6,8 +6,8 @@
 # A table has REPLICA IDENTITY FULL and any publication of updates covers it, also another
 # team's FOR ALL TABLES. `ALTER TABLE ... ADD ... GENERATED ALWAYS AS` succeeds, then each
 # writer gets error 42P10. publish_generated_columns = stored cures a STORED column only. In
-# PostgreSQL 18 a generated column without a keyword is VIRTUAL, for which there is no cure
-# but another replica identity. No column list and no row filter is involved.
+# PostgreSQL 18 a generated column without a keyword is VIRTUAL, which no value of that option
+# cures; another replica identity does. No column list and no row filter is involved.
 #
 # Output:
 #> DEFAULT, virtual: UPDATE 1

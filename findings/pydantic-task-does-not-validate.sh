@@ -4,8 +4,8 @@
 # Versions: Celery 5.7.0, pydantic 2.14.4.
 #
 # Celery validates a parameter whose annotation is a model or Optional of one, nothing else. A
-# list or dict of models arrives as plain dicts, wrong ones too, and int, Decimal or a union of
-# two models as whatever was sent, without an error. The script calls the tasks eagerly; a
+# list of models arrives as plain dicts, wrong ones too, and an int or a union of two models as
+# whatever was sent, without an error. The script calls the tasks eagerly; a
 # worker passed the list and the int the same way.
 #
 # Output:

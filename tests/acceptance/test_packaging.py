@@ -153,7 +153,7 @@ def test_description_is_the_readme_without_repository_links(metadata):
     said = metadata.get_payload(decode=True).decode()
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert "| promise | how |" in said
-    assert "The tutorial goes from" in said
+    assert "The tutorial takes you from" in said
     links = re.findall(r"\]\((.*?)\)", said)
     assert [link for link in links if not link.startswith("https://")] == []
     assert "![" not in said
