@@ -209,6 +209,16 @@ class PublishedTables:
                 published.update(published_for)
         return not published.issuperset(operations)
 
+    def is_current(self, source: Source, published: PublishedTables) -> bool:
+        """Return whether the same tables were recorded less than a minute ago.
+
+        A connection that is lost again and again thus does not write as often.
+        """
+        if self.tables != published.tables:
+            return False
+        query = "SELECT clock_timestamp() - %s::timestamptz < interval '1 minute'"
+        return source.connection.execute(query, [self.checked]).fetchone() == (True,)
+
 
 def published_tables(source: Source) -> PublishedTables | None:
     """Return what `remember_published_tables` has recorded; None if nothing."""

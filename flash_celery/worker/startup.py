@@ -198,6 +198,9 @@ class Startup:
                     record.remember_gap(source, gap)
                 logger.error(_GAP, escaped(str(gap)), extra={"table": str(name)})
         self.partition_history.published.update(oid for oid, _ in published.tables.values())
+        if before and before.is_current(source, published):
+            self._published = before
+            return
         self._published = published
         if writable:
             try:

@@ -96,10 +96,12 @@ def test_pause_without_privileges_prints_the_sql(flash):
         settings = Settings.from_app(flash.app)
         with (
             psycopg.connect(dsn, autocommit=True) as connection,
-            pytest.raises(CatalogError, match="to another role, which must run COMMENT") as refusal,
+            pytest.raises(
+                CatalogError, match="to another role; as that role run COMMENT"
+            ) as refusal,
         ):
             pauses.pause(Source(connection, settings), ["handler"])
-        statement = str(refusal.value).partition("must run ")[2].rstrip(";")
+        statement = str(refusal.value).partition("as that role run ")[2].rstrip(";")
         database.execute(statement)
         noticed(flash, paused=["handler"])
     finally:
