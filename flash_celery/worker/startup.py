@@ -177,7 +177,8 @@ class Startup:
         tables, required = report.tables, report.required
         if required is None:
             return
-        before = self._published or record.published_tables(source)
+        recorded = record.published_tables(source)
+        before = self._published or recorded
         now = slots.position_and_time(source.connection)
         published = PublishedTables(
             {
@@ -198,11 +199,8 @@ class Startup:
                     record.remember_gap(source, gap)
                 logger.error(_GAP, escaped(str(gap)), extra={"table": str(name)})
         self.partition_history.published.update(oid for oid, _ in published.tables.values())
-        if before and before.is_current(source, published):
-            self._published = before
-            return
         self._published = published
-        if writable:
+        if writable and not (recorded and recorded.is_current(source, published)):
             try:
                 record.remember_published_tables(source, published)
             except CatalogError as error:
