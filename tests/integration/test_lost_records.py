@@ -111,3 +111,17 @@ def test_record_removed_while_no_worker_runs_is_an_error(flash):
 def test_record_of_a_newer_version_is_read():
     text = json.dumps({"flash_celery": 1, "slot": "flash", "paused": {"a": "now"}, "later": 1})
     assert Record.of_json(text) == Record(slot="flash", paused={"a": "now"})
+
+
+def test_published_tables_are_recorded_again_if_the_record_lacks_them(flash):
+    """Not at each start: a connection that is lost again and again would write each time."""
+    update = RECORD.replace("_insert", "_update")
+    flash.database.execute(ITEMS)
+    flash.handler("items").start().stop()
+    recorded = flash.database.one(update)
+    flash.start().stop()
+    assert flash.database.one(update) == recorded
+    flash.database.execute("COMMENT ON PUBLICATION flash_publication_update IS NULL")
+    flash.start().stop()
+    tables = json.loads(flash.database.one(update))["flash_celery_tables"]["tables"]
+    assert tables == json.loads(recorded)["flash_celery_tables"]["tables"]
