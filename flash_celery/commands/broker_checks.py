@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import FlashError, PublishError
 from ..handlers.subscriptions import Subscription
-from ..messages.templates import Templates
+from ..messages.task_options import TaskOptions
 from ..provisioning.findings import OK, WARNING, Finding, stop
 from ..publishing.brokers.base import ConnectedPublisher
 from ..settings import Settings
@@ -138,7 +138,7 @@ def route_finding(
 ) -> tuple[list[str], Finding]:
     """Return the names of the handlers' queues, and whether all changes can be routed to them."""
     try:
-        names = Templates(app, settings, subscriptions).queues
+        names = TaskOptions(app, settings, subscriptions).queues
     except FlashError as error:
         return [], stop("queues", error)
     return names, Finding("queues", OK, ", ".join(names) or "none")

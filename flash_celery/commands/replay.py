@@ -29,6 +29,7 @@ from ..dead_letters.oversize import Oversize
 from ..errors import CatalogError, ConfigurationError, PublishError
 from ..handlers.subscriptions import Subscription, of_tables
 from ..messages.batcher import Batcher, BatcherSink
+from ..messages.task_options import TaskOptions
 from ..messages.templates import Templates
 from ..postgres import slots
 from ..postgres.source import Source, publication_names
@@ -252,7 +253,8 @@ def enqueue_changes(
     settings = source.settings
     with closing(ReplicationConnection(settings.require_dsn())) as stream:
         system = stream.identify()[0].partition("/")[0]
-    templates = Templates(app, settings, subscriptions, f"{system}/{source.slot}")
+    task_options = TaskOptions(app, settings, subscriptions)
+    templates = Templates(app, settings, task_options, f"{system}/{source.slot}")
     with closing(brokers.for_app(app)) as publisher:
         enqueuer = _Enqueuer(app, settings, templates, handler, publisher)
         read_changes(
@@ -279,7 +281,7 @@ class _Enqueuer:
         self._batcher = Batcher(self._oversize.letter)
         self.sink = BatcherSink(self._batcher, templates)
         self._publisher = publisher
-        names = templates.queues_for(handler)
+        names = templates.task_options.queues_for(handler)
         self._queues = [*(app.amqp.queues[name] for name in names), dead_queue]
         publisher.open(self._queues)
         self._backpressure = Backpressure(

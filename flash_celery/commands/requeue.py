@@ -10,7 +10,7 @@ from contextlib import closing
 from typing import Any, NamedTuple
 
 from ..handlers.subscriptions import Subscription
-from ..messages.templates import Templates
+from ..messages.task_options import TaskOptions
 from ..postgres.source import Source
 from ..provisioning import pauses
 from ..publishing import brokers
@@ -50,9 +50,9 @@ def find_held(
     if not queues:
         return []
     depths = queue_depths(app, list(queues.values()))
-    templates = Templates(app, source.settings, subscriptions)
+    task_options = TaskOptions(app, source.settings, subscriptions)
     return [
-        HeldMessages(handler, queue, count, templates.queues_for(handler))
+        HeldMessages(handler, queue, count, task_options.queues_for(handler))
         for handler, queue in queues.items()
         if (count := depths[queue] or 0)
     ]

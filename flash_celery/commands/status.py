@@ -14,7 +14,7 @@ from psycopg.rows import dict_row
 
 from ..errors import PublishError
 from ..handlers.subscriptions import Subscription
-from ..messages.templates import Templates
+from ..messages.task_options import TaskOptions
 from ..postgres.gaps import Gap
 from ..postgres.slots import POSITION
 from ..postgres.source import Source
@@ -180,13 +180,13 @@ def examine(source: Source, app: Any, subscriptions: Sequence[Subscription]) -> 
     A broker that does not answer is part of the report. Raises `psycopg.Error` if PostgreSQL fails.
     """
     settings = source.settings
-    templates = Templates(app, settings, subscriptions)
-    project = project_status(settings, templates)
+    task_options = TaskOptions(app, settings, subscriptions)
+    project = project_status(settings, task_options)
     database = database_status(source)
     hold_queues = [handler.queue for handler in database.paused_handlers]
     error, depths = None, {}
     try:
-        depths = queue_depths(app, [*templates.queues, settings.flash_dead_queue, *hold_queues])
+        depths = queue_depths(app, [*task_options.queues, settings.flash_dead_queue, *hold_queues])
     except PublishError as failure:
         error = str(failure)
     else:
@@ -195,12 +195,12 @@ def examine(source: Source, app: Any, subscriptions: Sequence[Subscription]) -> 
     return StatusReport(
         project,
         database,
-        broker_status(settings, templates, depths, error),
+        broker_status(settings, task_options, depths, error),
         None if error else unhandled(app, subscriptions),
     )
 
 
-def project_status(settings: Settings, templates: Templates) -> ProjectStatus:
+def project_status(settings: Settings, task_options: TaskOptions) -> ProjectStatus:
     """Return what the project declares."""
     return ProjectStatus(
         source=settings.source,
@@ -212,9 +212,9 @@ def project_status(settings: Settings, templates: Templates) -> ProjectStatus:
                 table=subscription.subject,
                 operations=list(subscription.operations.names()),
                 fields=None if subscription.fields is None else list(subscription.fields),
-                queues=templates.queues_of(subscription),
+                queues=task_options.queues_of(subscription),
             )
-            for subscription in templates.subscriptions
+            for subscription in task_options.subscriptions
         ],
     )
 
@@ -266,14 +266,17 @@ def _replay_slot_status(source: Source) -> ReplaySlotStatus | None:
 
 
 def broker_status(
-    settings: Settings, templates: Templates, depths: Mapping[str, int | None], error: str | None
+    settings: Settings,
+    task_options: TaskOptions,
+    depths: Mapping[str, int | None],
+    error: str | None,
 ) -> BrokerStatus:
     """Return the queues' lengths from `depths`, which is empty where the broker gave `error`."""
     dead_queue = settings.flash_dead_queue
     # The dead-letter queue is created by its first message.
     dead_count = (depths[dead_queue] or 0) if dead_queue in depths else None
     return BrokerStatus(
-        queues={name: depths.get(name) for name in templates.queues},
+        queues={name: depths.get(name) for name in task_options.queues},
         max_queue_length=settings.flash_max_queue_length,
         dead_letters=DeadLetterStatus(dead_queue, dead_count),
         broker_error=error,

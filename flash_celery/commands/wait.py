@@ -16,7 +16,7 @@ from ..dead_letters.queue import DeadLetterFilter, DeadLetterQueue
 from ..errors import CatalogError, ConfigurationError, NotDone, PayloadError
 from ..handlers.decorators import subscriptions_of
 from ..handlers.subscriptions import Subscription, of_source
-from ..messages.templates import Templates
+from ..messages.task_options import TaskOptions
 from ..postgres import slots
 from ..postgres.source import Source, connected
 from ..protocol.lsn import Lsn
@@ -48,8 +48,8 @@ class _Wait:
         """Return when everything is done. Raises `NotDone`, `CatalogError` or `PublishError`."""
         self._until(self._unread)
         self._until(self._being_requeued)
-        templates = Templates(self.app, self.source.settings, self._subscriptions)
-        queues = {queue for name in self.handlers for queue in templates.queues_for(name)}
+        task_options = TaskOptions(self.app, self.source.settings, self._subscriptions)
+        queues = {queue for name in self.handlers for queue in task_options.queues_for(name)}
         source = self.source.settings.source
         with closing(pending_changes(self.app, source, self.handlers, sorted(queues))) as pending:
             self._until(lambda: self._unhandled(pending))

@@ -229,5 +229,5 @@ class BatcherSink:
     def receiver(self, subscription: Subscription, operation: Operation) -> Receiver:
         """Return what adds deliveries to the batcher, with the template for them."""
         template = self._templates[subscription, operation]
-        route = self._templates.route(subscription, operation)
+        route = self._templates.task_options.route(subscription, operation)
         return partial(self._batcher.add, template, route=route)

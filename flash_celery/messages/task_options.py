@@ -1,9 +1,9 @@
-"""The options of a change's task, and its one queue."""
+"""The options of each change's task, and its one queue."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -13,13 +13,82 @@ from kombu.common import Broadcast
 from kombu.exceptions import SerializerNotInstalled
 from kombu.serialization import prepare_accept_content
 
+from ..changes import json_codec
 from ..changes.change import Operation
 from ..errors import ConfigurationError, SubscriptionError
 from ..escaping import one_line
 from ..handlers.subscriptions import Subscription
 from ..settings import Settings
+from ..telemetry import Route, route
 
 _JSON = "application/json"
+
+
+class TaskOptions:
+    """The task options of each subscription and operation, and the queues that they name.
+
+    They are resolved once, because a router of `task_routes` may answer differently each time.
+
+    Args:
+        app: The Celery app.
+        settings: The settings of the source.
+        subscriptions: The subscriptions to the source.
+
+    Raises:
+        ConfigurationError: The options of a task, or of the app, would lose changes.
+        SubscriptionError: A task has a serializer other than JSON.
+    """
+
+    def __init__(self, app: Any, settings: Settings, subscriptions: Sequence[Subscription]) -> None:
+        json_codec.require_decodable()
+        self.subscriptions = subscriptions
+        self._options = {
+            (subscription.handler, subscription.number, operation): resolve(
+                app, settings, subscription, operation
+            )
+            for subscription, operation in _each_operation(subscriptions)
+        }
+
+    def __getitem__(self, key: tuple[Subscription, Operation]) -> dict[str, Any]:
+        subscription, operation = key
+        return self._options[subscription.handler, subscription.number, operation]
+
+    def __iter__(self) -> Iterator[tuple[Subscription, Operation]]:
+        return _each_operation(self.subscriptions)
+
+    @property
+    def queues(self) -> list[str]:
+        """Every queue that messages may go to, except hold queues."""
+        return sorted({options["queue"] for options in self._options.values()})
+
+    def queues_for(self, handler: str) -> list[str]:
+        """Return the queues of a handler's messages."""
+        return sorted(
+            {options["queue"] for (name, *_), options in self._options.items() if name == handler}
+        )
+
+    def queues_of(self, subscription: Subscription) -> list[str]:
+        """Return the queues of a subscription's messages."""
+        return sorted({self[key]["queue"] for key in _each_operation([subscription])})
+
+    @property
+    def routes(self) -> list[Route]:
+        """Every label set that changes may be counted under."""
+        return [self.route(subscription, operation) for subscription, operation in self]
+
+    def route(self, subscription: Subscription, operation: Operation) -> Route:
+        """Return the label set that changes of an operation are counted under."""
+        subject = subscription.prefix or str(subscription.table)
+        queue = self[subscription, operation]["queue"]
+        return route(subject, operation.names()[0], subscription.handler, queue)
+
+
+def _each_operation(
+    subscriptions: Sequence[Subscription],
+) -> Iterator[tuple[Subscription, Operation]]:
+    for subscription in subscriptions:
+        for name in subscription.operations.names():
+            yield subscription, Operation[name.upper()]
 
 
 def resolve(

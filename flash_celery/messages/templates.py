@@ -9,17 +9,16 @@ from typing import Any
 
 from kombu import compression
 
-from ..changes import json_codec, labels, payload
+from ..changes import labels, payload
 from ..changes.change import Operation
 from ..changes.payload import CHANGE, CHANGES, Delivery
 from ..changes.rows import Transaction
 from ..handlers.subscriptions import Batch, Subscription
 from ..settings import Settings
-from ..telemetry import Route, route
 from .deduplication import Covered, Watermark, identity
 from .task_ids import short_digest, task_id_of_batch, task_id_of_change
 from .task_message import HELD, PERSISTENT, Form, Message
-from .task_options import resolve
+from .task_options import TaskOptions
 
 #: Characters of `argsrepr`, which is shown in logs.
 _ARGUMENT_LENGTH = 200
@@ -130,46 +129,39 @@ class Template:
 
 
 class Templates:
-    """The template for each subscription and operation.
+    """The template for each subscription and operation, during one session.
 
+    :param task_options: the resolved options of the tasks.
     :param source: the server and the slot, for task ids.
     :param hold_queues: the hold queue of each paused handler, by the name of its task.
-
-    Raises `ConfigurationError` or `SubscriptionError` if a task's options cannot be honoured.
     """
 
     def __init__(
         self,
         app: Any,
         settings: Settings,
-        subscriptions: Sequence[Subscription],
+        task_options: TaskOptions,
         source: str = "",
         hold_queues: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        json_codec.require_decodable()
-        #: The subscriptions that it has templates for.
-        self.subscriptions = subscriptions
+        self.task_options = task_options
         self._by_options: dict[tuple[str, str], Template] = {}
         self._templates: dict[tuple[str, int, Operation], Template] = {}
-        for subscription in subscriptions:
-            for name in subscription.operations.names():
-                operation = Operation[name.upper()]
-                options = resolve(app, settings, subscription, operation)
-                shared = (subscription.handler, repr(sorted(options.items())))
-                template = self._by_options.get(shared)
-                if template is None:
-                    task = app.tasks[subscription.handler]
-                    template = Template(
-                        app,
-                        task,
-                        options,
-                        subscription.batch,
-                        source,
-                        settings.flash_max_change_size,
-                        hold_queues.get(subscription.handler, ""),
-                    )
-                    self._by_options[shared] = template
-                self._templates[subscription.handler, subscription.number, operation] = template
+        for subscription, operation in task_options:
+            options = task_options[subscription, operation]
+            shared = (subscription.handler, repr(sorted(options.items())))
+            template = self._by_options.get(shared)
+            if template is None:
+                template = self._by_options[shared] = Template(
+                    app,
+                    app.tasks[subscription.handler],
+                    options,
+                    subscription.batch,
+                    source,
+                    settings.flash_max_change_size,
+                    hold_queues.get(subscription.handler, ""),
+                )
+            self._templates[subscription.handler, subscription.number, operation] = template
 
     def __getitem__(self, key: tuple[Subscription, Operation]) -> Template:
         subscription, operation = key
@@ -185,41 +177,10 @@ class Templates:
                 return template
         return None
 
-    def queues_for(self, handler: str) -> list[str]:
-        """Return the queues of a handler's messages."""
-        return sorted(
-            {template.queue for (name, *_), template in self._templates.items() if name == handler}
-        )
-
-    def queues_of(self, subscription: Subscription) -> list[str]:
-        """Return the queues of a subscription's messages."""
-        operations = [Operation[name.upper()] for name in subscription.operations.names()]
-        return sorted({self[subscription, operation].queue for operation in operations})
-
-    @property
-    def routes(self) -> list[Route]:
-        """Every label set that changes may be counted under."""
-        return [
-            self.route(subscription, Operation[name.upper()])
-            for subscription in self.subscriptions
-            for name in subscription.operations.names()
-        ]
-
-    def route(self, subscription: Subscription, operation: Operation) -> Route:
-        """Return what changes of an operation are counted under."""
-        subject = subscription.prefix or str(subscription.table)
-        queue = self[subscription, operation].queue
-        return route(subject, operation.names()[0], subscription.handler, queue)
-
     @property
     def keys(self) -> list[str]:
         """The keys of all templates."""
         return sorted({template.key for template in self._templates.values()})
-
-    @property
-    def queues(self) -> list[str]:
-        """Every queue that messages may go to, except hold queues."""
-        return sorted({template.queue for template in self._templates.values()})
 
 
 def _covered(deliveries: Sequence[Delivery]) -> Covered:

@@ -22,7 +22,7 @@ from ..commands.worker_checks import unhandled
 from ..errors import FlashError
 from ..escaping import escaped, one_line
 from ..handlers.subscriptions import Subscription
-from ..messages.templates import Templates
+from ..messages.task_options import TaskOptions
 from ..postgres.connection import connect
 from ..postgres.source import Source
 from ..settings import Settings
@@ -60,18 +60,18 @@ class Observer:
         self.telemetry = telemetry
         self.last_hour = LastHour()
         self._patience = health.patience(settings)
-        self._templates = Templates(app, settings, subscriptions)
-        self._broker = Broker(app, self._templates.queues, settings.flash_dead_queue)
+        self._task_options = TaskOptions(app, settings, subscriptions)
+        self._broker = Broker(app, self._task_options.queues, settings.flash_dead_queue)
         self._connection: psycopg.Connection[Any] | None = None
         self._version = metadata.version("flash-celery")
         self._closing = threading.Event()
         self._workers_asked_at = float("-inf")
         self._unhandled: list[str] | None = None
-        self._project = status.project_status(settings, self._templates)
+        self._project = status.project_status(settings, self._task_options)
         # The last answers. Each is replaced as a whole, because other threads read them.
         self._database = DatabaseStatus()
         self._database_error: str | None = None
-        self._broker_status = status.broker_status(settings, self._templates, {}, None)
+        self._broker_status = status.broker_status(settings, self._task_options, {}, None)
         self._newest_dead: list[dict[str, Any]] = []
         self._depths: dict[str, int | None] = {}
 
@@ -120,7 +120,9 @@ class Observer:
             newest = self._broker.newest_dead(depths[self._settings.flash_dead_queue])
         except FlashError as failure:
             error = str(failure)
-        self._broker_status = status.broker_status(self._settings, self._templates, depths, error)
+        self._broker_status = status.broker_status(
+            self._settings, self._task_options, depths, error
+        )
         self._newest_dead, self._depths = newest, depths
         if error is None and time.monotonic() - self._workers_asked_at > _WORKERS_SECONDS:
             self._unhandled = unhandled(self._app, self._subscriptions)

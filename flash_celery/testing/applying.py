@@ -26,6 +26,7 @@ from ..handlers.decorators import subscriptions_of
 from ..handlers.subscriptions import Subscription
 from ..messages.batcher import Batcher, BatcherSink
 from ..messages.task_message import Message
+from ..messages.task_options import TaskOptions
 from ..messages.templates import Template, Templates
 from ..postgres.catalog import CatalogColumn, CatalogTable
 from ..postgres.column_types import TypeDescription
@@ -107,7 +108,8 @@ class Flash:
         self._app = app
         self._settings = Settings.from_app(app)
         self._subscriptions = subscriptions_of(app)
-        self._templates = Templates(app, self._settings, self._subscriptions)
+        task_options = TaskOptions(app, self._settings, self._subscriptions)
+        self._templates = Templates(app, self._settings, task_options)
 
     def matching(self, *changes: Change[Any]) -> list[tuple[str, Any]]:
         """Return the name of each handler that would receive something, and its argument.

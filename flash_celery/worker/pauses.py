@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import CatalogError
 from ..escaping import escaped
 from ..handlers.subscriptions import Subscription
-from ..messages.templates import Templates
+from ..messages.task_options import TaskOptions
 from ..postgres.source import Source
 from ..provisioning import pauses
 from ..provisioning.record import Record, record_hash
@@ -52,7 +52,7 @@ class Pauses:
     def _handlers_in(self, names: Collection[str]) -> list[str]:
         return [handler for handler in self._handlers if handler in names]
 
-    def read(self, source: Source, templates: Templates) -> None:
+    def read(self, source: Source, task_options: TaskOptions) -> None:
         """Read the record before a session, and log what is paused or resumed since the last."""
         self._recorded = record_hash(source)
         self.record = pauses.read(source)
@@ -60,7 +60,7 @@ class Pauses:
             self._handlers_in(names) for names in (self.record.paused, self.record.resuming)
         )
         name = source.settings.source
-        destinations = {handler: templates.queues_for(handler) for handler in resuming}
+        destinations = {handler: task_options.queues_for(handler) for handler in resuming}
         self.hold_queues = hold_queues(self._app, name, paused, destinations)
         # Messages held for a handler that the app has no more stay where they are, resumed or not.
         stuck = {

@@ -49,6 +49,7 @@ from ..escaping import escaped
 from ..handlers.subscriptions import Subscription, of_tables
 from ..messages.batcher import Batcher, BatcherSink
 from ..messages.deduplication import Lease
+from ..messages.task_options import TaskOptions
 from ..messages.templates import Templates
 from ..postgres import slots
 from ..postgres.connection import is_standby, raise_if_fatal, unreachable
@@ -107,18 +108,17 @@ class Replicator:
         self._subscriptions = subscriptions
         self.control = Control()
         self.telemetry = Telemetry()
-        #: For their queues only. Those of a session also name the server and the hold queues.
-        self._templates = Templates(app, settings, subscriptions)
+        self._task_options = TaskOptions(app, settings, subscriptions)
         self._publishing = PublishingThread(
             publisher,
-            [app.amqp.queues[name] for name in self._templates.queues],
+            [app.amqp.queues[name] for name in self._task_options.queues],
             self.control,
             settings.flash_status_interval,
             settings.flash_max_queue_length,
             declared_queues.queue(app, settings.flash_dead_queue),
             self.telemetry,
         )
-        self.telemetry.enqueued.update(dict.fromkeys(self._templates.routes, 0))
+        self.telemetry.enqueued.update(dict.fromkeys(self._task_options.routes, 0))
         self.telemetry.unconfirmed = self._publishing.oldest_commit
         self.telemetry.stuck = self.control.seconds_stuck
         self._startup = Startup(settings, subscriptions, self.control)
@@ -300,7 +300,7 @@ class Replicator:
             escaped(", ".join(names)),
             len(handlers),
             "handler" if len(handlers) == 1 else "handlers",
-            ", ".join(templates.queues),
+            ", ".join(self._task_options.queues),
             extra={"slot": source.slot, "lsn": str(self._progress.confirmed)},
         )
         return templates
@@ -323,11 +323,11 @@ class Replicator:
 
     def _read_pauses(self, source: Source) -> Templates:
         """Read the pauses, and return templates that send held messages to hold queues."""
-        self._pauses.read(source, self._templates)
+        self._pauses.read(source, self._task_options)
         return Templates(
             self._app,
             self._settings,
-            self._subscriptions,
+            self._task_options,
             f"{self._system}/{source.slot}",
             self._pauses.queues_by_handler(source),
         )

@@ -11,6 +11,7 @@ from psycopg.types.json import Jsonb
 from psycopg.types.string import StrDumper
 from flash_celery import on_change
 from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.messages.task_options import TaskOptions
 from flash_celery.messages.templates import Templates
 from flash_celery.settings import Settings
 
@@ -35,7 +36,8 @@ names = {"alpha", "beta", "gamma", "delta"}
 def handle(change): ...
 
 declared = subscriptions_of(app)
-print(declared, Templates(app, Settings.from_app(app), declared).keys)
+settings = Settings.from_app(app)
+print(declared, Templates(app, settings, TaskOptions(app, settings, declared)).keys)
 """
 
 

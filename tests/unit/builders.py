@@ -8,6 +8,7 @@ from flash_celery.changes.payload import Delivery
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.messages.task_message import Form, Message
+from flash_celery.messages.task_options import TaskOptions
 from flash_celery.messages.templates import Templates
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
@@ -23,6 +24,11 @@ class Clock:
         return self.now
 
 
+def templates_of(app, subscriptions, source=""):
+    settings = Settings.from_app(app)
+    return Templates(app, settings, TaskOptions(app, settings, subscriptions), source)
+
+
 def template(app, operation=Operation.INSERT, **options):
     @on_change("orders", **options)
     @app.task(name="handle")
@@ -31,8 +37,7 @@ def template(app, operation=Operation.INSERT, **options):
 
     app.finalize()
     (subscription,) = subscriptions_of(app)
-    settings = Settings.from_app(app)
-    return Templates(app, settings, [subscription])[subscription, operation]
+    return templates_of(app, [subscription])[subscription, operation]
 
 
 def delivery(number, size=1):

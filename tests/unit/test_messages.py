@@ -17,10 +17,9 @@ from flash_celery.changes.payload import Delivery
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.errors import ConfigurationError, SubscriptionError
 from flash_celery.handlers.decorators import subscriptions_of
-from flash_celery.messages.templates import Templates
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
-from flash_celery.settings import Settings
+from tests.unit.builders import templates_of
 
 # Celery would rather see queue= and routing_key= in task_routes; they work all the same.
 pytestmark = pytest.mark.filterwarnings("ignore::celery.exceptions.CDeprecationWarning")
@@ -45,8 +44,8 @@ def make(new_app, monkeypatch):
 
         app.finalize()
         (declared,) = subscriptions_of(app)
-        templates = Templates(app, Settings.from_app(app), [declared], source)
-        return lambda operation=INSERT: templates[declared, operation]
+        made = templates_of(app, [declared], source)
+        return lambda operation=INSERT: made[declared, operation]
 
     return make
 
@@ -60,8 +59,7 @@ def test_logical_message_is_routed_by_its_prefix(app):
     app.conf.update(broker_url="memory://", flash_routes={"order.*.message": {"queue": "mail"}})
     app.finalize()
     (declared,) = subscriptions_of(app)
-    templates = Templates(app, Settings.from_app(app), [declared])
-    assert templates[declared, Operation.MESSAGE].queue == "mail"
+    assert templates_of(app, [declared])[declared, Operation.MESSAGE].queue == "mail"
 
 
 def test_flash_routes_names_begin_with_the_source(app):
@@ -82,7 +80,7 @@ def test_flash_routes_names_begin_with_the_source(app):
     app.conf.update(broker_url="memory://", flash_routes=routes)
     app.finalize()
     here, there, message = subscriptions_of(app)
-    templates = Templates(app, Settings.from_app(app), [here, there, message])
+    templates = templates_of(app, [here, there, message])
     assert templates[here, INSERT].queue == "here"
     assert templates[there, INSERT].queue == "there"
     assert templates[here, DELETE].queue == templates[there, DELETE].queue == "cleanup"

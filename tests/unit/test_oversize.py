@@ -11,10 +11,9 @@ from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.dead_letters import letters
 from flash_celery.dead_letters.oversize import Oversize, _halves
 from flash_celery.handlers.decorators import subscriptions_of
-from flash_celery.messages.templates import Templates
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
-from flash_celery.settings import Settings
+from tests.unit.builders import templates_of
 
 COLUMNS = tuple(Column(name, 25, "text", name == "id") for name in ("id", "note", "other"))
 TABLE = Table("public", "orders", None, "d", ("id",), COLUMNS)
@@ -32,7 +31,7 @@ def templates(app):
     def make(**conf):
         app.conf.update(broker_url="memory://", **conf)
         app.finalize()
-        return Templates(app, Settings.from_app(app), subscriptions_of(app))
+        return templates_of(app, subscriptions_of(app))
 
     return make
 
@@ -45,7 +44,7 @@ def delivery(*rows):
 def test_oversize_batch_becomes_smaller_batches_and_dead_letters(templates, app):
     all_of_them = templates(task_compression="zlib")
     oversize = Oversize(app, "flash.dead", all_of_them)
-    template = all_of_them[all_of_them.subscriptions[0], Operation.INSERT]
+    template = all_of_them[all_of_them.task_options.subscriptions[0], Operation.INSERT]
     rows = [(b"%d" % n, LONG if n == 2 else b"a", b"b") for n in range(5)]
     small, large = template.together([delivery(rows[0])]), template.together([delivery(*rows)])
     most = len(large.body) - 1
@@ -66,7 +65,7 @@ def test_oversize_batch_becomes_smaller_batches_and_dead_letters(templates, app)
 def test_oversize_dead_letter_is_shortened(templates, app):
     all_of_them = templates(flash_max_change_size=25_000)
     oversize = Oversize(app, "flash.dead", all_of_them)
-    template = all_of_them[all_of_them.subscriptions[0], Operation.INSERT]
+    template = all_of_them[all_of_them.task_options.subscriptions[0], Operation.INSERT]
     sealed = oversize.letter(template, delivery((b"1", LONG + LONG, LONG)))
     assert len(sealed.body) > len(LONG)
     (smaller,) = oversize.fitting([sealed], 5000)
@@ -79,7 +78,7 @@ def test_oversize_dead_letter_is_shortened(templates, app):
 def test_oversize_message_whose_dead_letter_does_not_fit_is_unchanged(templates, app, caplog):
     all_of_them = templates()
     oversize = Oversize(app, "flash.dead", all_of_them)
-    template = all_of_them[all_of_them.subscriptions[0], Operation.INSERT]
+    template = all_of_them[all_of_them.task_options.subscriptions[0], Operation.INSERT]
     message = template.together([delivery((b"1", LONG, b"b"))])
     assert oversize.fitting([message], 500) == [message]
     assert "dead letter" not in caplog.text
@@ -100,7 +99,7 @@ def test_oversize_batch_is_halved_by_rows(counts):
 
 def test_message_remembers_its_deliveries(templates):
     all_of_them = templates()
-    template = all_of_them[all_of_them.subscriptions[0], Operation.INSERT]
+    template = all_of_them[all_of_them.task_options.subscriptions[0], Operation.INSERT]
     run = delivery((b"1", b"a", b"b"), (b"2", b"a", b"b"))
     assert template.together([run]).deliveries == [run]
     first, second = template.each(run)

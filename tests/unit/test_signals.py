@@ -25,7 +25,6 @@ from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.messages.batcher import PublishBatch
 from flash_celery.messages.deduplication import Lease
 from flash_celery.messages.task_message import Form, Message
-from flash_celery.messages.templates import Templates
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
 from flash_celery.publishing import signals as announcing
@@ -33,7 +32,7 @@ from flash_celery.publishing.brokers.amqp import AmqpPublisher
 from flash_celery.publishing.brokers.base import json_encodes
 from flash_celery.publishing.brokers.memory import MemoryPublisher
 from flash_celery.publishing.thread import Claim, PublishingThread
-from flash_celery.settings import Settings
+from tests.unit.builders import templates_of
 
 TABLE = Table("public", "orders", None, "d", ("id",), (Column("id", 23, "integer", True),))
 #: A commit a minute ago, as PostgreSQL counts.
@@ -66,7 +65,7 @@ def template(app):
             on_change("orders", batch=batch)(app.task(handle, name="shop.handle", shared=False))
         app.finalize()
         (declared,) = subscriptions_of(app)
-        return Templates(app, Settings.from_app(app), [declared])[declared, Operation.INSERT]
+        return templates_of(app, [declared])[declared, Operation.INSERT]
 
     return make
 
