@@ -21,6 +21,7 @@ from ..protocol.pgoutput import (
     Cell,
     Column,
     Row,
+    cut_tuple,
     encode_row,
     read_cell,
     read_cells,
@@ -37,6 +38,8 @@ KEY_INSERT = Part.KEY_INSERT
 _INSERT_TAG = ord("I")
 _UPDATE_TAG = ord("U")
 _DELETE_TAG = ord("D")
+#: The start of an Insert without the columns that the subscription does not receive.
+_CUT_INSERT = b"I\0\0\0\0N"
 #: How many results of the condition are cached.
 _CACHED_RESULTS = 2000
 #: Bytes of the compared values beyond which a result is not cached.
@@ -91,6 +94,8 @@ class Transitions:
         self._compared_values: Callable[[Any], Any] = (
             itemgetter(*self._compared) if self._compared else tuple
         )
+        #: The positions of columns among the compared values.
+        self._value_position = {columns[n].name: i for i, n in enumerate(self._compared)}
         #: Results of the condition by the values compared: equal bytes are equal values.
         self._results: dict[Any, bool] = {}
         self._fields = self._positions(subscription.fields or ())
@@ -141,7 +146,7 @@ class Transitions:
                 values = self._compared_values(read_cells(payload, FIRST_TUPLE, width)[0])
             result = results.get(values)
             if result is None:
-                result = self._compare(read_cells(payload, FIRST_TUPLE, width)[0])
+                result = self._compare(values)
             if result is False or not self._inserts:
                 continue
             row = payload if self._uncut else self._cut_insert(payload)
@@ -224,21 +229,26 @@ class Transitions:
         ):
             self._unevaluated()
             return None
-        result = self._results.get(self._compared_values(cells))
-        return self._compare(cells) if result is None else result
+        values = self._compared_values(cells)
+        result = self._results.get(values)
+        return self._compare(values) if result is None else result
 
-    def _compare(self, cells: Sequence[Cell]) -> bool | None:
-        """Evaluate the condition, all of whose columns are known, and cache the result."""
+    def _compare(self, values: Any) -> bool | None:
+        """Evaluate the condition for the compared values, and cache the result.
+
+        Takes what `_compared_values` returns: a tuple, or the value of the only compared column.
+        """
+        cells: Sequence[Cell] = (values,) if len(self._compared) == 1 else values
         try:
             assert self._matches is not None
-            result = self._matches(lambda name: _text(cells[self._position[name]]))
+            result = self._matches(lambda name: _text(cells[self._value_position[name]]))
         except UNREADABLE:  # json nested deeper than Python can follow, for example
             self._unevaluated()
             return None
         if len(self._results) >= _CACHED_RESULTS:
             self._results.clear()
-        if sum(len(_text(cells[n]) or b"") for n in self._compared) <= _LONGEST_CACHED:
-            self._results[self._compared_values(cells)] = result
+        if sum(len(_text(cell) or b"") for cell in cells) <= _LONGEST_CACHED:
+            self._results[values] = result
         return result
 
     @staticmethod
@@ -267,8 +277,7 @@ class Transitions:
         return [self._position[name] for name in names if name in self._position]
 
     def _cut_insert(self, payload: bytes) -> bytes:
-        cells, _ = read_cells(payload, FIRST_TUPLE)
-        return self._encode_insert(cells)
+        return _CUT_INSERT + cut_tuple(payload, FIRST_TUPLE, self._kept)
 
     def _encode_insert(self, new: Sequence[Cell]) -> bytes:
         return encode_row("I", 0, None, None, self._cut(new))

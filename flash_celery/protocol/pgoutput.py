@@ -50,6 +50,7 @@ __all__ = [
     "Truncate",
     "Type",
     "UnchangedToast",
+    "cut_tuple",
     "decode",
     "encode_row",
     "end_of_tuple",
@@ -271,6 +272,29 @@ def read_cell(buffer: bytes, offset: int, position: int, integer: Any = _INT32.u
     except (IndexError, struct.error):
         pass
     raise ProtocolError(f"There is no column {position} in a row at byte {offset}.")
+
+
+def cut_tuple(
+    buffer: bytes, offset: int, positions: Sequence[int], integer: Any = _INT32.unpack_from
+) -> bytes:
+    """Return the tuple at `offset` with the columns at `positions` alone, copied as they are.
+
+    Raises `ProtocolError` if there is no such column.
+    """
+    starts = []
+    try:
+        count = buffer[offset] << 8 | buffer[offset + 1]
+        offset += 2
+        for _ in range(min(count, max(positions, default=-1) + 1)):
+            starts.append(offset)
+            offset += 5 + integer(buffer, offset + 1)[0] if buffer[offset] == _TEXT else 1
+        starts.append(offset)
+        columns = [buffer[starts[n] : starts[n + 1]] for n in positions]
+    except (IndexError, struct.error):
+        offset = len(buffer) + 1
+    if offset > len(buffer):
+        raise ProtocolError(f"A row is cut off in its column {len(starts)}.")
+    return _INT16.pack(len(columns)) + b"".join(columns)
 
 
 def end_of_tuple(buffer: bytes, offset: int, integer: Any = _INT32.unpack_from) -> int:

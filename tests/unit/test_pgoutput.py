@@ -82,6 +82,21 @@ def test_one_column_and_the_end_are_found_without_reading_the_others(cells):
         pgoutput.end_of_tuple(written[: pgoutput.FIRST_TUPLE + 1], pgoutput.FIRST_TUPLE)
 
 
+@given(CELLS, st.sets(st.integers(0, 5)))
+def test_tuple_is_cut_to_columns_as_if_they_were_read_and_encoded(cells, positions):
+    written = pgoutput.encode_row("I", 16385, None, None, cells)
+    kept = sorted(n for n in positions if n < len(cells))
+    cut = pgoutput.cut_tuple(written + INSERT, pgoutput.FIRST_TUPLE, kept)
+    assert pgoutput.read_cells(cut, 0) == ([cells[n] for n in kept], len(cut))
+    with pytest.raises(ProtocolError):
+        pgoutput.cut_tuple(written + INSERT, pgoutput.FIRST_TUPLE, [len(cells)])
+    with suppress(ProtocolError):
+        pgoutput.cut_tuple(written[:-1], pgoutput.FIRST_TUPLE, kept)
+    if cells:
+        with pytest.raises(ProtocolError):
+            pgoutput.cut_tuple(written[:-1], pgoutput.FIRST_TUPLE, [len(cells) - 1])
+
+
 @given(st.one_of(st.binary(), st.tuples(st.sampled_from(list(MESSAGES.values())), st.binary())))
 def test_pgoutput_arbitrary_bytes_raise_only_protocol_errors(data):
     buffer = data if isinstance(data, bytes) else data[0][: len(data[1])] + data[1]
