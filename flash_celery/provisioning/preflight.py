@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from psycopg import sql
-
 from ..acknowledgement import Progress
 from ..changes.operations import Operation
 from ..errors import (
@@ -26,7 +24,7 @@ from ..postgres.connection import is_standby
 from ..postgres.gaps import Gap
 from ..postgres.source import OPERATIONS, Source, publication_name
 from ..table_name import TableName
-from . import identities, plan, publications, server_checks
+from . import identities, plan, privileges, publications, server_checks
 from .ddl import Step
 from .findings import OK, WARNING, Finding, stop
 from .publications import ExistingPublications
@@ -253,7 +251,9 @@ class _Examination:
         self._report.required = required
         if existing.record is None and not existing.empty and managed:
             return self._stop("publications", _no_record(existing, steps))
-        return self._check_privileges(existing, steps) if managed else self._check_owner(steps)
+        if managed:
+            return self._check_privileges(existing, required, steps)
+        return self._check_owner(steps)
 
     def _repair_only(self) -> None:
         """Plan the repairs alone, because something is wrong with a table."""
@@ -328,7 +328,9 @@ class _Examination:
             return self._stop("publications", error)
         return self._add("publications", OK, "as required")
 
-    def _check_privileges(self, existing: ExistingPublications, steps: Sequence[Step]) -> None:
+    def _check_privileges(
+        self, existing: ExistingPublications, required: RequiredTables, steps: Sequence[Step]
+    ) -> None:
         """Check that the role may run the statements."""
         if self._report.standby and steps:
             error = CatalogError(
@@ -336,32 +338,15 @@ class _Examination:
                 f"standby; on the primary run: {'; '.join(map(str, steps))};"
             )
             return self._stop("publications", error)
-        if len(existing.by_operation) < len(OPERATIONS) and not self._role.creates:
-            database = sql.Identifier(self._role.database).as_string(None)
-            error = CatalogError(
-                f"The role {self._role.name} may not create publications: "
-                f"GRANT CREATE ON DATABASE {database} TO {self._role};"
-            )
+        if self._report.standby:
+            return self._add("publications", OK, "as required")
+        try:
+            privileges.check(self._source, self._role, existing, required, steps)
+        except CatalogError as error:
             return self._stop("publications", error)
-        (read_only,) = self._connection.execute(
-            "SHOW default_transaction_read_only"
-        ).fetchone() or ("off",)
-        if steps and read_only == "on":
-            login = sql.Identifier(self._role.login).as_string(None)
-            error = CatalogError(
-                "default_transaction_read_only is on, so the publications cannot be altered: "
-                f"ALTER ROLE {login} SET default_transaction_read_only = off;"
-            )
-            return self._stop("publications", error)
-        # A NOINHERIT role may be a member already, without the owner's privileges.
-        inherit = " WITH INHERIT TRUE" if self._connection.info.server_version >= 160000 else ""
-        for step in steps:
-            if step.table is not None and not step.table.owned:
-                error = CatalogError(
-                    f"The role {self._role.name} does not own {step.table.name}; as its owner run: "
-                    f"{step}; or GRANT its owner's role TO {self._role}{inherit};"
-                )
-                return self._stop("publications", error)
+        if foreign := privileges.foreign_publications(self._source, self._role):
+            # They are as required now, but not once a table gets a partition or a handler a pause.
+            return self._add("publications", WARNING, foreign)
         state = f"{len(steps)} statements to run" if steps else "as required"
         return self._add("publications", OK, state)
 

@@ -183,13 +183,13 @@ def test_session_that_is_read_only_is_refused_with_the_statement(flash, alter):
 def test_session_role_that_does_not_inherit_is_advised_to(flash, login):
     database = flash.database
     database.execute("ALTER ROLE field_login RESET role", "ALTER ROLE field_login NOINHERIT")
-    inherit = ""
+    advice = 'ALTER ROLE "field_login" INHERIT;'
     if int(database.one("SHOW server_version_num")) >= 160000:
-        inherit = " WITH INHERIT TRUE"
+        advice = 'TO "field_login" WITH INHERIT TRUE;'
         database.execute("GRANT field_owner TO field_login WITH INHERIT FALSE")
     database.execute(f'GRANT CREATE ON DATABASE "{database.name}" TO field_login')
     try:
-        with pytest.raises(CatalogError, match=f'TO "field_login"{inherit};'):
+        with pytest.raises(CatalogError, match=advice):
             flash.handler("items").start(flash_dsn=login)
     finally:
         database.execute(f'REVOKE CREATE ON DATABASE "{database.name}" FROM field_login')
