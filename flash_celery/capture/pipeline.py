@@ -1,7 +1,7 @@
-"""The way of a change through the capture side: from the bytes of a stream to a sink.
+"""The path of a change through the capture side: from the bytes of a stream to a sink.
 
-`flash replicate`, `flash replay` and `flash tail` differ only in where their stream begins and
-which `Sink` takes the deliveries.
+`flash replicate`, `flash replay`, `flash tail` and `flash_celery.testing` differ only in the source
+of their stream and in the `Sink` that takes the deliveries.
 """
 
 from __future__ import annotations

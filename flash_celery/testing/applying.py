@@ -1,7 +1,7 @@
 """Find out which tasks changes would enqueue, and run them, without a broker or a database.
 
-The changes take the same path as in the replication worker: routing, transitions and conditions,
-batches, and the encoding of task messages, which are then decoded as in a Celery worker.
+The changes take the same path as in the replication worker: they are written as PostgreSQL sends
+them, pass through the pipeline, and become task messages, which are decoded as in a Celery worker.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from kombu import compression
 from kombu.utils.json import loads
 
 from ..capture.partition_history import Ancestors
+from ..capture.pipeline import Pipeline
 from ..capture.relations import RelationCatalog
-from ..capture.router import Router
-from ..changes.change import Change, Changes, LogicalMessage, Truncate
-from ..changes.payload import Delivery, delivery_of
+from ..capture.router import Receiver, Sink
+from ..changes.change import Change, Changes, LogicalMessage, Operation, Truncate
+from ..changes.payload import Delivery
 from ..conditions.evaluation import Cells, bind
 from ..conditions.parsing import Condition
 from ..dead_letters.oversize import error_of
@@ -30,14 +31,12 @@ from ..messages.task_options import TaskOptions
 from ..messages.templates import Template, Templates
 from ..postgres.catalog import CatalogColumn, CatalogTable
 from ..postgres.column_types import TypeDescription
-from ..protocol import pgoutput
 from ..settings import Settings
 from ..table_name import TableName
 from ..values.comparison import ColumnType
+from .pgoutput_messages import messages_of, relation_name
 from .texts import canonical, column_type, name_of, oid_of, type_of
 
-#: The OID of the table in rows that `payload.delivery_of` encodes.
-_OID = 0
 #: The OID of the type text.
 _TEXT = 25
 
@@ -129,8 +128,9 @@ class Flash:
             ChangeTooLarge: A change would become a dead letter.
         """
         batcher = Batcher(_refuse)
+        sink = BatcherSink(batcher, self._templates)
         for change in changes:
-            self._route(change, batcher)
+            self._deliver(change, sink)
         return [read(message) for message in batcher.collect(everything=True).messages]
 
     def apply(self, *changes: Change[Any]) -> list[Run]:
@@ -140,26 +140,34 @@ class Flash:
         """
         return [run(self._app, task) for task in self.enqueued(*changes)]
 
-    def _route(self, change: Change[Any], batcher: Batcher) -> None:
+    def _deliver(self, change: Change[Any], sink: Sink) -> None:
         matching = [
             subscription for subscription in self._subscriptions if _is_about(subscription, change)
         ]
         for subscription in matching:
             _require_columns(subscription, change)
-
-        router = Router(
-            matching, _ChangeCatalog(change, matching), BatcherSink(batcher, self._templates)
+        pipeline = Pipeline(
+            matching, _ChangeCatalog(change, matching), _OrdinalSink(sink, change.ordinal)
         )
-        delivery = delivery_of(change)
-        (row,), transaction, index = delivery.rows, delivery.transaction, delivery.ordinal
-        if isinstance(change, LogicalMessage):
-            router.message(_message(change), transaction, index)
-            return
-        router.relation(_relation(change), transaction)
-        if isinstance(change, Truncate):
-            router.truncate([_OID], transaction, index)
-        else:
-            router.rows(row[:5], [row], transaction, index)
+        pipeline.feed(messages_of(change))
+        for _ in pipeline.deliver():
+            pass
+
+
+class _OrdinalSink:
+    """A sink that passes on deliveries with the ordinal of their change.
+
+    The pipeline numbers each change 0, because it receives no other change of the transaction.
+    """
+
+    def __init__(self, sink: Sink, ordinal: int) -> None:
+        self._sink = sink
+        self._ordinal = ordinal
+
+    def receiver(self, subscription: Subscription, operation: Operation) -> Receiver:
+        """Return the receiver of the sink, which gets the ordinal of the change."""
+        receive = self._sink.receiver(subscription, operation)
+        return lambda delivery: receive(delivery._replace(ordinal=self._ordinal))
 
 
 def _refuse(template: Template, delivery: Delivery) -> Message:
@@ -191,16 +199,8 @@ def _is_about(subscription: Subscription, change: Change[Any]) -> bool:
         return False
     if isinstance(change, LogicalMessage):
         return subscription.prefix == change.prefix
-    names = {(change.schema, change.table)}
-    if change.partition:
-        names.add(_partition_name(change.partition))
-    table = subscription.table
-    return subscription.prefix is None and (table.schema, table.name) in names
-
-
-def _partition_name(partition: str) -> tuple[str, str]:
-    schema, _, name = partition.partition(".")
-    return schema, name
+    names = (TableName(change.schema, change.table), relation_name(change))
+    return subscription.prefix is None and subscription.table in names
 
 
 def _require_columns(subscription: Subscription, change: Change[Any]) -> None:
@@ -213,23 +213,6 @@ def _require_columns(subscription: Subscription, change: Change[Any]) -> None:
             f"{subscription.handler} names {', '.join(missing)}, for which {change!r} has no "
             "value; give it one (None for NULL)."
         )
-
-
-def _message(change: LogicalMessage) -> pgoutput.LogicalMessage:
-    return pgoutput.LogicalMessage(None, True, change.commit_lsn, change.prefix, change.content)
-
-
-def _relation(change: Change[Any]) -> pgoutput.Relation:
-    """Return the Relation message that PostgreSQL would send for the table or the partition."""
-    source = change._source
-    schema, name = source.schema, source.name
-    if change.partition:
-        schema, name = _partition_name(change.partition)
-    columns = [
-        pgoutput.Column(column.identity, column.name, column.type_oid, -1)
-        for column in source.columns
-    ]
-    return pgoutput.Relation(None, _OID, schema, name, source.identity, tuple(columns))
 
 
 class _ChangeCatalog(RelationCatalog):
