@@ -24,7 +24,7 @@ from ..postgres.connection import connect
 from ..provisioning import table_checks
 from ..settings import Settings
 from ..table_name import TableName
-from . import migration_history, project
+from . import instances, migration_history, project
 from .dsn import dsn as dsn_of_database
 from .migration_history import MigrationHistory
 
@@ -118,7 +118,8 @@ def _message(
 def _history(subscriptions: Sequence[Subscription]) -> MigrationHistory:
     columns: dict[TableName, set[str]] = {}
     for subscription in subscriptions:
-        columns.setdefault(subscription.table, set()).update(subscription.columns)
+        table = _model_table(subscription.table)
+        columns.setdefault(table, set()).update(subscription.columns)
     return migration_history.read(columns) if columns else MigrationHistory()
 
 
@@ -134,36 +135,42 @@ def _model_columns() -> dict[TableName, set[str]]:
     return columns
 
 
+def _model_table(table: TableName) -> TableName:
+    """Return the table as models and migrations name it, which is without a tenant's schema."""
+    instance_models = instances.models_of(table)
+    return table_name(instance_models[0]) if instance_models else table
+
+
 def _check_models(
     subscription: Subscription,
     history: MigrationHistory,
     model_columns: Mapping[TableName, set[str]],
 ) -> Messages:
-    handler, table = subscription.handler, subscription.table
+    handler, table = subscription.handler, _model_table(subscription.table)
     yield from _check_removed(subscription, history)
     if subscription.source or (table, None) in history.removed:
         return  # another database may have tables that Django does not know
     if table not in model_columns and (table, None) not in history.present:
-        suggestion = did_you_mean(table, model_columns) or "."
-        text = f"No model has the table {table}{suggestion}"
+        suggestion = did_you_mean(subscription.table, model_columns) or "."
+        text = f"No model has the table {subscription.table}{suggestion}"
         yield _message(Warning, handler, text, _UNKNOWN_HINT, "flash_celery.W001")
         return
     columns = model_columns.get(table, set())
     for column in sorted(subscription.columns - columns):
         if (table, column) not in history.present and (table, column) not in history.removed:
             suggestion = did_you_mean(column, columns) or "."
-            text = f"No model of {table} has the column {column}{suggestion}"
+            text = f"No model of {subscription.table} has the column {column}{suggestion}"
             yield _message(Warning, handler, text, _UNKNOWN_HINT, "flash_celery.W002")
 
 
 def _check_removed(subscription: Subscription, history: MigrationHistory) -> Messages:
     """Report the migration that removes the table, or else those that remove columns of it."""
-    table = subscription.table
+    table, shown = _model_table(subscription.table), subscription.table
     table_removed = (table, None) in history.removed
     for column in [None] if table_removed else sorted(subscription.columns):
         migration = history.removed.get((table, column))
         if migration is not None:
-            removed = f"the table {table}" if column is None else f"{table}.{column}"
+            removed = f"the table {shown}" if column is None else f"{shown}.{column}"
             text = f"The migration {migration} removes {removed}."
             yield _message(Error, subscription.handler, text, _REMOVED_HINT, "flash_celery.E002")
 
@@ -214,7 +221,7 @@ def _considering_migrations(
     if not unapplied:
         yield problem
         return
-    table = subscription.table
+    table = _model_table(subscription.table)
     if not all((table, column) in history.present for column in (None, *subscription.columns)):
         # A migration with RunSQL may create it.
         hint = f"Run the migrations first; {unapplied} are not applied."

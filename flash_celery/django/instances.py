@@ -115,7 +115,7 @@ def _model_of(change: Change[Any]) -> Any:
             "django.setup() first."
         )
     table = TableName(change.schema, change.table)
-    models = _models(table) or _models_without_schema(table)
+    models = models_of(table)
     if not models:
         raise NoInstance(
             f"No Django model has the table {table}; pass one as change.instance(model=…), or use "
@@ -130,9 +130,10 @@ def _model_of(change: Change[Any]) -> Any:
     return models[0]
 
 
-def _models(table: TableName) -> list[Any]:
+def models_of(table: TableName) -> list[Any]:
     """Return the models of a table; only the managed ones if there are any."""
-    return _managed([model for model in _all_models() if table_name(model) == table])
+    models = _managed([model for model in _all_models() if table_name(model) == table])
+    return models or _models_without_schema(table)
 
 
 def _models_without_schema(table: TableName) -> list[Any]:

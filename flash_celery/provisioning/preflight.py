@@ -22,7 +22,7 @@ from ..postgres import gaps, slots
 from ..postgres.catalog import CatalogTable
 from ..postgres.connection import is_standby
 from ..postgres.gaps import Gap
-from ..postgres.source import OPERATIONS, Source, publication_name
+from ..postgres.source import Source, publication_name
 from ..table_name import TableName
 from . import identities, plan, privileges, publications, server_checks
 from .ddl import Step

@@ -87,6 +87,20 @@ def test_check_names_tables_and_columns_without_a_model(sales, handle):
     ]  # fmt: skip
 
 
+def test_check_knows_the_tables_of_tenants(sales, handle, after):
+    """A tenant's table is in a schema of its own, and its model names none."""
+    handle("acme.sales_customer", "a", fields=["full_name"])
+    handle("acme.sales_item_buyers", "b", fields=["item_id"])
+    assert said() == []
+    handle("acme.sales_customer", "c", fields=["full_nam"])
+    handle("acme.orders", "d")  # its model names another schema
+    assert [(id, handler) for id, handler, _ in said()] == [("W002", "c"), ("W001", "d")]
+    assert "No model of acme.sales_customer has the column full_nam" in said()[0][2]
+    after("migrations.RemoveField('customer', 'name')")
+    assert ("E002", "a") in [(id, handler) for id, handler, _ in said()]
+    assert any("removes acme.sales_customer.full_name" in text for _, _, text in said())
+
+
 @pytest.mark.parametrize(
     ("operations", "gone"),
     [
