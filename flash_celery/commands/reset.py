@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,34 +86,38 @@ def plan_reset(source: Source, slot: str) -> Plan:
     if slot == source.slot and replay_slot.ours(source):
         replay_status = slot_status(connection, source.replay_slot)
     steps = undo_steps(published, identities.restorable(connection, published))
+    notes = [*_kept_identities(source, published)]
     statements = "; ".join(map(str, steps))
     if is_standby(connection):
-        note = f"leave what a standby cannot alter; on the primary run {statements}"
-        return Plan(source, status, [], replay_status, note if steps else "")
-    if steps and not source.settings.flash_manage:
+        if steps:
+            notes.insert(0, f"leave what a standby cannot alter; on the primary run {statements}")
+        steps = []
+    elif steps and not source.settings.flash_manage:
         note = f"leave the rest, because flash_manage is off; its owner runs: {statements};"
-        return Plan(source, status, [], replay_status, note)
-    return Plan(source, status, steps, replay_status, _note_of_identities(source, published))
+        notes.insert(0, note)
+        steps = []
+    return Plan(source, status, steps, replay_status, "\n".join(filter(None, notes)))
 
 
-def _note_of_identities(source: Source, published: ExistingPublications) -> str:
-    """Name the tables that keep FULL because the record of their identity is lost."""
+def _kept_identities(source: Source, published: ExistingPublications) -> Iterator[str]:
+    """Name the tables that keep REPLICA IDENTITY FULL, and why."""
+    for table, reason in identities.kept(source.connection, published):
+        yield f"leave REPLICA IDENTITY FULL on {table.name}: {reason}"
     if published.record is not None:
-        return ""
+        return
     oids = {oid for publication in published.by_operation.values() for oid in publication.tables}
-    roots = [table for oid in oids if (table := catalog.describe(source.connection, oid))]
+    roots = [root for oid in oids if (root := catalog.describe(source.connection, oid))]
     names = sorted(
         str(leaf.name)
         for root in roots
         for leaf in catalog.leaves(source.connection, root)
         if leaf.identity == "f"
     )
-    return (
-        f"leave REPLICA IDENTITY FULL on {', '.join(names)}: the record of what it was before is "
-        "lost; set it back with ALTER TABLE … REPLICA IDENTITY DEFAULT"
-        if names
-        else ""
-    )
+    if names:
+        yield (
+            f"leave REPLICA IDENTITY FULL on {', '.join(names)}: the record of what it was before "
+            "is lost; set it back with ALTER TABLE … REPLICA IDENTITY DEFAULT"
+        )
 
 
 def run_reset(plan: Plan, force: bool, requeue: Callable[[], object] | None = None) -> None:

@@ -110,7 +110,7 @@ def describe(connection: psycopg.Connection[Any], oid: int) -> CatalogTable | No
     return _read(connection, sql.SQL("c.oid = %s"), [oid])
 
 
-def _tree(root: str) -> str:
+def tree(root: str) -> str:
     """Return a subquery for a table and all its partitions.
 
     pg_partition_tree() would wait for a session that has locked one of them, such as a VACUUM FULL
@@ -127,9 +127,9 @@ def _tree(root: str) -> str:
          SELECT * FROM tree)"""  # noqa: S608 - constants only
 
 
-_LEAVES = f"SELECT oid::int8 FROM {_tree('%s')} AS t WHERE relkind <> 'p' ORDER BY 1"  # noqa: S608
+_LEAVES = f"SELECT oid::int8 FROM {tree('%s')} AS t WHERE relkind <> 'p' ORDER BY 1"  # noqa: S608
 _UNLOGGED = f"""
-SELECT n.nspname, t.relname FROM {_tree("%s")} AS t JOIN pg_namespace n ON n.oid = t.relnamespace
+SELECT n.nspname, t.relname FROM {tree("%s")} AS t JOIN pg_namespace n ON n.oid = t.relnamespace
 WHERE t.relpersistence = 'u' AND (t.relkind <> 'p' OR t.oid = %s) LIMIT 1
 """  # noqa: S608
 
@@ -179,12 +179,12 @@ SELECT concat_ws(' | ',
      LEFT JOIN LATERAL (
          SELECT string_agg(concat_ws(' ', t.oid, t.relreplident, t.relpersistence, i.indkey,
                                      i.indimmediate), '+' ORDER BY t.oid, i.indisprimary) AS list
-         FROM {_tree("c.oid")} AS t
+         FROM {tree("c.oid")} AS t
          LEFT JOIN pg_index i ON i.indrelid = t.oid AND (i.indisprimary OR i.indisreplident)
      ) AS parts ON true
      LEFT JOIN LATERAL (
          SELECT count(*) FROM pg_attribute
-         WHERE attrelid = c.oid AND attgenerated = 'v') AS made ON true),
+         WHERE attrelid = c.oid AND attgenerated <> '') AS made ON true),
     (SELECT string_agg(concat_ws(' ', p.oid, hashtextextended(concat(to_jsonb(p), to_jsonb(r)), 0),
                                  named.list, {{schemas}}), ',' ORDER BY p.oid, r.prrelid)
      FROM pg_publication p LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid
@@ -241,26 +241,22 @@ def fingerprint(
     return str([*(row or ()), *(made or ())])
 
 
-_PUBLISHED = """
-WITH named(oid) AS (SELECT %s::oid UNION SELECT relid FROM pg_partition_ancestors(%s))
-SELECT 1 FROM pg_publication p
-WHERE (p.pubupdate OR p.pubdelete) AND p.pubname <> ALL(%s) AND (p.puballtables
-    OR EXISTS (SELECT FROM pg_publication_rel r JOIN named ON named.oid = r.prrelid
-               WHERE r.prpubid = p.oid){schemas})
+_INDEX_COLUMNS = """
+SELECT ARRAY(SELECT a.attname::text
+             FROM unnest(i.indkey::int2[]) WITH ORDINALITY AS k(number, place)
+             JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.number
+             WHERE k.place <= i.indnkeyatts)
+FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+WHERE i.indrelid = %s AND c.relname = %s AND i.indisvalid
 """
-_SCHEMAS = """
-    OR EXISTS (SELECT FROM pg_publication_namespace s JOIN pg_class c ON c.relnamespace = s.pnnspid
-               JOIN named ON named.oid = c.oid WHERE s.pnpubid = p.oid)"""
 
 
-def published(connection: psycopg.Connection[Any], oid: int, ours: Sequence[str]) -> bool:
-    """Return whether a publication of updates or deletes has the table, apart from `ours`.
-
-    pg_publication_tables would wait for any session that has locked a published table.
-    """
-    schemas = _SCHEMAS if connection.info.server_version >= 150000 else ""
-    query = _PUBLISHED.format(schemas=schemas).encode()
-    return connection.execute(query, [oid, oid, list(ours)]).fetchone() is not None
+def index_columns(
+    connection: psycopg.Connection[Any], table: int, index: str
+) -> tuple[str, ...] | None:
+    """Return the columns of an index of a table (its OID); None if it has no such index."""
+    row = connection.execute(_INDEX_COLUMNS.encode(), [table, index]).fetchone()
+    return tuple(row[0]) if row else None
 
 
 def is_visible(connection: psycopg.Connection[Any], xid: int) -> bool:

@@ -2,46 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import psycopg
 
+from ..changes.operations import Operation
 from ..errors import ReplicaIdentityMissing
-from ..postgres import catalog
+from ..postgres import catalog, other_publications
 from ..postgres.catalog import CatalogTable
 from ..postgres.source import Source, publication_names
 from ..settings import Settings
-from .publications import ExistingPublications, foreign_column_list
+from .publications import ExistingPublications
 from .requirements import REWRITES, RequiredTables
 from .table_checks import quoted
 
 
-def check(source: Source, required: RequiredTables) -> str:
+def check(source: Source, existing: ExistingPublications, required: RequiredTables) -> str:
     """Return in words how the identities will change.
 
     Raises `ReplicaIdentityMissing` if one must be FULL that cannot be, or may not be altered.
     """
     keep = source.settings.flash_replica_identity == "keep"
+    ours = existing.record.identities if existing.record else {}
+    stuck = {
+        widened.table.oid: widened.obstacle
+        for widened in _widened(source.connection, existing)
+        if widened.refused and widened.obstacle
+    }
     for table in required.full.values():
-        publication = foreign_column_list(source, table)
-        if publication is not None and table.identity != "f":
+        if table.oid in stuck:
             raise ReplicaIdentityMissing(
-                f"{table.name} needs REPLICA IDENTITY FULL, and PostgreSQL would refuse its "
-                f"UPDATE and DELETE because the publication {publication} lists columns of it; "
-                "remove that list (of another slot of flash-celery: flash_push_down = False)."
+                f"{table.name} has REPLICA IDENTITY FULL, and {stuck[table.oid]}."
             )
-        virtual = _virtual_columns(table)
-        if virtual:
+        refusal = _refusal_of_full(source.connection, table, existing.prefix)
+        if refusal and (table.identity != "f" or str(table.oid) in ours or _virtual_columns(table)):
             raise ReplicaIdentityMissing(
                 f"{table.name} needs REPLICA IDENTITY FULL, and PostgreSQL would refuse its "
-                f"UPDATE and DELETE because of the virtual column {virtual[0]}; give it a "
-                "primary key and leave out fields=, where= and key= beyond it."
+                f"UPDATE and DELETE because {refusal}."
             )
         if keep and table.identity != "f":
             raise ReplicaIdentityMissing(
                 f"{table.name} needs its old values in the WAL, and flash_replica_identity is "
                 f"'keep': ALTER TABLE {quoted(table)} REPLICA IDENTITY FULL;"
+            )
+    for table in _rewritten(required):
+        if table.identity == "f" and (virtual := _virtual_columns(table)):
+            raise ReplicaIdentityMissing(
+                f"{table.name} has REPLICA IDENTITY FULL, and once it is published PostgreSQL "
+                f"refuses its UPDATE and DELETE because of the virtual column {virtual[0]}: "
+                f"ALTER TABLE {quoted(table)} REPLICA IDENTITY DEFAULT;"
             )
     names = sorted(str(table.name) for table in required.full.values() if table.identity != "f")
     return f"FULL will be set on {', '.join(names)}" if names else "sufficient"
@@ -50,16 +61,23 @@ def check(source: Source, required: RequiredTables) -> str:
 def refused(
     connection: psycopg.Connection[Any], existing: ExistingPublications
 ) -> dict[int, CatalogTable]:
-    """Return the tables, by OID, whose FULL identity we set and PostgreSQL now refuses.
+    """Return the tables, by OID, with a FULL identity of ours that PostgreSQL now refuses.
 
-    A virtual column was added: PostgreSQL refuses their UPDATE and DELETE.
+    A virtual column was added, say: PostgreSQL refuses their UPDATE and DELETE, and would not with
+    the identity that they had before us.
     """
-    tables = restorable(connection, existing)
-    return {oid: table for oid, table in tables.items() if _virtual_columns(table)}
+    return {
+        widened.table.oid: widened.table
+        for widened in _widened(connection, existing)
+        if widened.refused and widened.former and not widened.obstacle
+    }
 
 
 def missing(
-    settings: Settings, existing: ExistingPublications, required: RequiredTables
+    connection: psycopg.Connection[Any],
+    settings: Settings,
+    existing: ExistingPublications,
+    required: RequiredTables,
 ) -> dict[int, CatalogTable]:
     """Return the tables, by OID, that are published and have no identity.
 
@@ -75,8 +93,9 @@ def missing(
         oid: table
         for oid, table in required.full.items()
         if settings.flash_replica_identity != "keep"
-        and not (table.identity_columns or _virtual_columns(table))
         and rewritten & {table.name, *table.ancestors}
+        and not table.identity_columns
+        and not _refusal_of_full(connection, table, existing.prefix)
     }
 
 
@@ -86,35 +105,103 @@ def restorable(
     """Return the tables, by OID, whose identity we set and may restore.
 
     Not a table whose identity was altered since, nor one in another publication of updates or
-    deletes, which needs the identity.
+    deletes, which may need the identity: unless PostgreSQL refuses it, and not the former one.
     """
-    if existing.record is None:
-        return {}
-    ours = publication_names(existing.prefix)
-    tables = {}
-    for oid, (_, *index) in existing.record.identities.items():
+    return {
+        widened.table.oid: widened.table
+        for widened in _widened(connection, existing)
+        if not widened.obstacle
+    }
+
+
+def kept(
+    connection: psycopg.Connection[Any], existing: ExistingPublications
+) -> Iterator[tuple[CatalogTable, str]]:
+    """Yield the tables that keep the FULL identity that we set, and why."""
+    for widened in _widened(connection, existing):
+        if widened.obstacle:
+            yield widened.table, widened.obstacle
+
+
+@dataclass(frozen=True)
+class _Widened:
+    """A table whose identity we have set to FULL."""
+
+    table: CatalogTable
+    #: The columns of its former identity; empty if it had none.
+    former: tuple[str, ...]
+    #: Why PostgreSQL refuses UPDATE and DELETE of the table; "" if it does not.
+    refused: str
+    #: Why the former identity cannot be restored; "" if it can.
+    obstacle: str
+
+
+def _widened(
+    connection: psycopg.Connection[Any], existing: ExistingPublications
+) -> Iterator[_Widened]:
+    recorded = existing.record.identities if existing.record else {}
+    for oid, (letter, *index) in recorded.items():
         table = catalog.describe(connection, int(oid))
-        if table is None or table.identity != "f" or not _has_index(connection, table, index):
+        if table is None or table.identity != "f":
             continue
-        if not catalog.published(connection, table.oid, ours):
-            tables[table.oid] = table
-    return tables
+        refused = _refusal_of_full(connection, table, existing.prefix)
+        former: tuple[str, ...] = table.default_identity if letter == "d" else ()
+        obstacle = ""
+        if index:
+            columns = catalog.index_columns(connection, table.oid, index[0])
+            former = columns or ()
+            obstacle = "" if columns else f"its index {index[0]} is gone"
+        if not obstacle:
+            obstacle = _obstacle(connection, table, existing.prefix, former, refused)
+        yield _Widened(table, former, refused, obstacle)
+
+
+def _obstacle(
+    connection: psycopg.Connection[Any],
+    table: CatalogTable,
+    prefix: str,
+    former: Collection[str],
+    refused: str,
+) -> str:
+    """Return why a table in publications of others must keep its identity."""
+    others = other_publications.read(connection, table, publication_names(prefix))
+    if not others:
+        return ""
+    if not refused:
+        return f"the publication {others[0].name} may need it"
+    if not former:
+        return f"PostgreSQL refuses its UPDATE and DELETE with it and without, because {refused}"
+    refusals = (other.refusal(table, former, full=False) for other in others)
+    again = next(filter(None, refusals), "")
+    return again and (
+        f"PostgreSQL refuses its UPDATE and DELETE with it, because {refused}, and without, "
+        f"because {again}"
+    )
+
+
+def _refusal_of_full(connection: psycopg.Connection[Any], table: CatalogTable, prefix: str) -> str:
+    """Return why PostgreSQL would refuse UPDATE and DELETE with FULL; "" if it would not."""
+    if virtual := _virtual_columns(table):
+        return (
+            f"of the virtual column {virtual[0]}; give it a primary key and leave out fields=, "
+            "where= and key= beyond it"
+        )
+    others = other_publications.read(connection, table, publication_names(prefix))
+    refusals = (other.refusal(table, table.columns, full=True) for other in others)
+    return next(filter(None, refusals), "")
+
+
+def _rewritten(required: RequiredTables) -> Iterator[CatalogTable]:
+    """Yield the tables whose updates or deletes are to be published, and their partitions."""
+    tables = {
+        **required.tables[Operation.UPDATE],
+        **required.tables[Operation.DELETE],
+    }
+    yield from tables.values()
+    names = {table.name for table in tables.values()}
+    yield from (leaf for leaf in required.leaves.values() if names.intersection(leaf.ancestors))
 
 
 def _virtual_columns(table: CatalogTable) -> list[str]:
     """Return the columns that no replica identity may contain."""
     return [column.name for column in table.columns.values() if column.generated == "v"]
-
-
-def _has_index(
-    connection: psycopg.Connection[Any], table: CatalogTable, index: Sequence[str]
-) -> bool:
-    """Return whether the table has this index, or no index is needed."""
-    if not index:
-        return True
-    row = connection.execute(
-        "SELECT 1 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid "
-        "WHERE i.indrelid = %s AND c.relname = %s",
-        [table.oid, index[0]],
-    ).fetchone()
-    return row is not None

@@ -98,12 +98,7 @@ def undo_refused_identities(
     with fewer old values.
     """
     record = existing.record or Record()
-    usable = {
-        oid: table
-        for oid, table in tables.items()
-        if table.default_identity or record.identities[str(oid)][0] == "i"
-    }
-    return [*_remove_clauses(existing, usable), *_restore(usable, record.identities)]
+    return [*_remove_clauses(existing, tables), *_restore(tables, record.identities)]
 
 
 def undo_steps(existing: ExistingPublications, restorable: dict[int, CatalogTable]) -> list[Step]:

@@ -239,7 +239,7 @@ class _Examination:
             self._undo_refused_identities(existing)
             publications.check(existing, required)
             self._check_names(existing)
-            self._add("replica identity", OK, identities.check(self._source, required))
+            self._add("replica identity", OK, identities.check(self._source, existing, required))
         except FlashError as error:
             self._set_missing_identities(existing, required)
             return self._stop("publications", self._with_repairs(error))
@@ -276,7 +276,7 @@ class _Examination:
     def _set_missing_identities(
         self, existing: ExistingPublications, required: RequiredTables
     ) -> None:
-        tables = identities.missing(self._settings, existing, required)
+        tables = identities.missing(self._connection, self._settings, existing, required)
         self._report.repairs += plan.set_missing_identities(existing, tables)
 
     def _check_names(self, existing: ExistingPublications) -> None:

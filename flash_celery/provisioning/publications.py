@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from ..changes.operations import Operation
 from ..errors import PublicationMismatch
-from ..postgres.catalog import CatalogTable
 from ..postgres.source import OPERATIONS, Source, publication_name, publication_names
 from ..table_name import TableName
 from .narrowing import SINCE, Shape
@@ -95,23 +94,6 @@ def read(source: Source) -> ExistingPublications:
     if record is not None:
         record = record.without_dropped_tables(connection)
     return ExistingPublications(prefix, publications, record, version)
-
-
-def foreign_column_list(source: Source, table: CatalogTable) -> str | None:
-    """Return the name of a publication that is not ours and has a column list for the table.
-
-    Only publications of updates or deletes matter.
-    """
-    connection = source.connection
-    if connection.info.server_version < SINCE:
-        return None
-    row = connection.execute(
-        "SELECT p.pubname FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid "
-        "WHERE r.prrelid = %s AND r.prattrs IS NOT NULL AND (p.pubupdate OR p.pubdelete) "
-        "AND p.pubname <> ALL(%s) ORDER BY 1 LIMIT 1",
-        [table.oid, publication_names(source.prefix)],
-    ).fetchone()
-    return str(row[0]) if row else None
 
 
 def check(existing: ExistingPublications, required: RequiredTables) -> None:

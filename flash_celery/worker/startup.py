@@ -16,7 +16,7 @@ from ..changes.operations import Operation
 from ..errors import CatalogError, PublicationMismatch, SlotInUse, SlotMissing
 from ..escaping import escaped
 from ..handlers.subscriptions import Subscription, of_tables
-from ..postgres import catalog, slots
+from ..postgres import catalog, other_publications, slots
 from ..postgres.gaps import Gap
 from ..postgres.source import Source, publication_name, publication_names
 from ..postgres.stream import ReplicationConnection
@@ -241,7 +241,9 @@ class Startup:
 
     def _fingerprint(self, source: Source) -> str:
         tables = [subscription.table for subscription in of_tables(self._subscriptions)]
-        return catalog.fingerprint(source.connection, tables, publication_names(source.prefix))
+        ours = publication_names(source.prefix)
+        found = catalog.fingerprint(source.connection, tables, ours)
+        return found + other_publications.fingerprint(source.connection, tables, ours)
 
     def _preflight(self, source: Source, progress: Progress) -> Report:
         """Check everything, and raise the first problem that a user has to solve.
