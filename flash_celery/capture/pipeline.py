@@ -68,11 +68,11 @@ class Pipeline:
             if transactions.replaying:
                 yield transactions.replay()
             elif arrived:
-                kind, run = arrived.popleft()
-                if kind[0] == frames.KEEPALIVE:
+                head, run = arrived.popleft()
+                if head[0] == frames.KEEPALIVE:
                     yield self._keepalive(run)
                 else:
-                    yield transactions.receive(kind, run)
+                    yield transactions.receive(head, run)
             else:
                 return
 

@@ -87,14 +87,14 @@ class Router:
         self._warned: set[TableName] = set()
 
     def rows(
-        self, kind: bytes, rows: Sequence[bytes], transaction: Transaction, ordinal: int
+        self, head: bytes, rows: Sequence[bytes], transaction: Transaction, ordinal: int
     ) -> None:
         """Route consecutive Insert, Update or Delete messages of one relation.
 
-        All of them begin with the five bytes `kind`. `ordinal` is the ordinal of the first row.
+        All of them begin with the five bytes `head`. `ordinal` is the ordinal of the first row.
         """
-        self._tallies.get(kind, self._unknown).number += len(rows)
-        for route in self._routes.get(kind, _NO_ROUTES).values():
+        self._tallies.get(head, self._unknown).number += len(rows)
+        for route in self._routes.get(head, _NO_ROUTES).values():
             route(rows, transaction, ordinal)
 
     def truncate(self, oids: Sequence[int], transaction: Transaction, ordinal: int) -> None:
@@ -120,9 +120,9 @@ class Router:
         self._catalog.settle(transaction, relation.oid)
         self._forget(relation.oid)
         own = TableName(relation.schema, relation.name)
-        described = self._catalog.table(relation.oid)
+        catalog_table = self._catalog.table(relation.oid)
         ancestors = self._catalog.ancestors(
-            relation, described, transaction.commit_lsn, self._handled
+            relation, catalog_table, transaction.commit_lsn, self._handled
         )
         types = self._catalog.types([column.type_oid for column in relation.columns])
         interested = [
@@ -136,8 +136,8 @@ class Router:
             tally = self._telemetry.tally(counted, operation.names()[0])
             self._tallies[tag + relation.oid.to_bytes(4, "big")] = tally
         for subscription in interested:
-            _require_columns(subscription, relation, described)
-            table = _table(subscription, relation, described, types, bool(ancestors))
+            _require_columns(subscription, relation, catalog_table)
+            table = _table(subscription, relation, catalog_table, types, bool(ancestors))
             end = ancestors.get(subscription.table) if subscription.table != own else None
             self._add(subscription, relation, table, end)
 
@@ -173,8 +173,8 @@ class Router:
                 else:
                     route = self._evaluate(subscription, table, transitions)
                 route = _before(end, route)
-                kind = tag + relation.oid.to_bytes(4, "big")
-                routes = self._routes.setdefault(kind, {})
+                head = tag + relation.oid.to_bytes(4, "big")
+                routes = self._routes.setdefault(head, {})
                 other = routes.get(subscription.handler)
                 routes[subscription.handler] = _row_by_row(other, route) if other else route
 
@@ -262,11 +262,11 @@ def _row_by_row(first: RunReceiver, second: RunReceiver) -> RunReceiver:
 
 
 def _require_columns(
-    subscription: Subscription, relation: pgoutput.Relation, described: CatalogTable | None
+    subscription: Subscription, relation: pgoutput.Relation, catalog_table: CatalogTable | None
 ) -> None:
     missing = subscription.columns - {column.name for column in relation.columns}
     # A column that exists now was added after these rows were written.
-    if missing and (described is None or not missing <= described.columns.keys()):
+    if missing and (catalog_table is None or not missing <= catalog_table.columns.keys()):
         raise SubscriptionError(
             f"{subscription.handler} names the column {', '.join(sorted(missing))} of "
             f"{subscription.table}, which no longer exists; change its on_change."
@@ -301,7 +301,7 @@ def _column(name: str, column_type: TypeDescription, identity: bool, delivered: 
 def _table(
     subscription: Subscription,
     relation: pgoutput.Relation,
-    described: CatalogTable | None,
+    catalog_table: CatalogTable | None,
     types: Mapping[int, TypeDescription],
     partition: bool,
 ) -> Table:
@@ -309,7 +309,7 @@ def _table(
     own = TableName(relation.schema, relation.name)
     names = {column.name for column in relation.columns}
     key = subscription.key or ()
-    key = key if key and names.issuperset(key) else _key(relation, described)
+    key = key if key and names.issuperset(key) else _key(relation, catalog_table)
     fields = frozenset(subscription.fields or (column.name for column in relation.columns))
     sent = [column for column in relation.columns if column.name in fields or column.name in key]
     return Table(
@@ -323,11 +323,11 @@ def _table(
     )
 
 
-def _key(relation: pgoutput.Relation, described: CatalogTable | None) -> tuple[str, ...]:
+def _key(relation: pgoutput.Relation, catalog_table: CatalogTable | None) -> tuple[str, ...]:
     names = [column.name for column in relation.columns]
     identity = tuple(
         column.name for column in relation.columns if column.key and relation.identity in "di"
     )
-    catalog_key = (described.primary_key or described.index_key) if described else ()
+    catalog_key = (catalog_table.primary_key or catalog_table.index_key) if catalog_table else ()
     key = catalog_key if catalog_key and set(catalog_key) <= set(names) else identity
     return key or tuple(names)

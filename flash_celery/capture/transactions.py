@@ -26,7 +26,7 @@ _ROWS = frozenset(b"IUD")
 _NOT_SPOOLED = frozenset(b"SEcAO")
 _NONE = Transaction(Lsn(0), 0, 0)
 #: The first five bytes of a message: for a row its tag and relation, in a block its tag and xid.
-_KIND = itemgetter(slice(0, 5))
+_HEAD = itemgetter(slice(0, 5))
 #: Messages in a run at most, so that a session is never busy with one for long.
 _LONGEST_RUN = 100
 
@@ -35,7 +35,7 @@ class Rows(Protocol):
     """Takes the rows and messages of transactions, in order (`Router`)."""
 
     def rows(
-        self, kind: bytes, rows: Sequence[bytes], transaction: Transaction, ordinal: int
+        self, head: bytes, rows: Sequence[bytes], transaction: Transaction, ordinal: int
     ) -> None: ...
 
     def truncate(self, oids: Sequence[int], transaction: Transaction, ordinal: int) -> None: ...
@@ -48,19 +48,19 @@ class Rows(Protocol):
 
 
 def runs(messages: Iterable[bytes]) -> Iterator[tuple[bytes, list[bytes]]]:
-    """Group neighbours that start with the same five bytes; yield these bytes and the neighbours.
+    """Group consecutive messages that begin with the same five bytes; yield bytes and group.
 
-    Most of them are rows of one table, which are looked up once. Raises `ProtocolError` for an
-    empty message.
+    Most groups are rows of one table, whose routes are then looked up once. Raises `ProtocolError`
+    for an empty message.
     """
-    for kind, run in groupby(messages, _KIND):
-        if not kind:
+    for head, run in groupby(messages, _HEAD):
+        if not head:
             raise ProtocolError("A message of pgoutput is empty.")
         members = list(run)
         while len(members) > _LONGEST_RUN:
-            yield kind, members[:_LONGEST_RUN]
+            yield head, members[:_LONGEST_RUN]
             del members[:_LONGEST_RUN]
-        yield kind, members
+        yield head, members
 
 
 class Transactions:
@@ -100,17 +100,17 @@ class Transactions:
         """Whether a transaction has begun and not ended yet."""
         return self._transaction is not _NONE
 
-    def receive(self, kind: bytes, run: Sequence[bytes]) -> Lsn | None:
+    def receive(self, head: bytes, run: Sequence[bytes]) -> Lsn | None:
         """Take one of `runs`; return the end position of the transaction if it ends with it.
 
         Raises `ProtocolError` for a message that cannot follow the messages before it.
         """
-        if self._block is not None and kind[0] not in _NOT_SPOOLED:
+        if self._block is not None and head[0] not in _NOT_SPOOLED:
             # In a block, the xid follows the tag; without it the message is as outside a block.
             messages = [message[:1] + message[5:] for message in run]
-            self._block.append(int.from_bytes(kind[1:], "big"), messages)
+            self._block.append(int.from_bytes(head[1:], "big"), messages)
             return None
-        return self._apply(kind, run)
+        return self._apply(head, run)
 
     def replay(self) -> Lsn | None:
         """Pass on some messages of a spooled transaction; after the last return its end."""
@@ -118,8 +118,8 @@ class Transactions:
         messages = list(islice(self._replay, _LONGEST_RUN))
         if not messages:
             return self._finish(self._committed)
-        for kind, run in runs(messages):
-            self._apply(kind, run)
+        for head, run in runs(messages):
+            self._apply(head, run)
         return None
 
     def close(self) -> None:
@@ -128,11 +128,11 @@ class Transactions:
             spool.close()
         self._spools.clear()
 
-    def _apply(self, kind: bytes, run: Sequence[bytes]) -> Lsn | None:
-        tag = kind[0]
+    def _apply(self, head: bytes, run: Sequence[bytes]) -> Lsn | None:
+        tag = head[0]
         if tag in _ROWS:
-            self._require_open(kind)
-            self._rows.rows(kind, run, self._transaction, self._ordinal)
+            self._require_open(head)
+            self._rows.rows(head, run, self._transaction, self._ordinal)
             self._ordinal += len(run)
             return None
         end = None
@@ -140,7 +140,7 @@ class Transactions:
             if tag == _BEGIN:
                 self._begin(pgoutput.read_begin(message))
             elif tag == _COMMIT:
-                self._require_open(kind)
+                self._require_open(head)
                 self._transaction = _NONE
                 end = pgoutput.read_commit(message)
             else:

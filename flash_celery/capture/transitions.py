@@ -86,7 +86,7 @@ class Transitions:
         self._uncut = self._kept == list(range(len(columns)))
         self._everything = frozenset(range(len(columns)))
         self._identity = frozenset(n for n, column in enumerate(columns) if column.key)
-        self._identity_kind = table.identity
+        self._replica_identity = table.identity
         where = subscription.where
         self._conditional = where is not None
         self._matches = matches
@@ -178,8 +178,8 @@ class Transitions:
         """Evaluate an Update: the four transitions of a condition, and a change of the key."""
         row, _ = read_row(payload)
         new = row.new or []
-        kind, old, known = self._before(row)
-        if kind == "O":
+        old_kind, old, known = self._before(row)
+        if old_kind == "O":
             new = [b if cell is UNCHANGED_TOAST else cell for b, cell in zip(old, new, strict=True)]
         is_in = self._meets(new, self._everything)
         was_in = self._meets(old, known)
@@ -187,9 +187,9 @@ class Transitions:
         if was_in is False:
             return [] if is_in is False else self._entered(new)
         if is_in is False:
-            return self._left(kind, old)
+            return self._left(old_kind, old)
         if self._differs(self._key, old, new, known):
-            return [*self._left(kind, old, KEY_DELETE), *self._entered(new, KEY_INSERT)]
+            return [*self._left(old_kind, old, KEY_DELETE), *self._entered(new, KEY_INSERT)]
         if (
             self._fields
             and self._all_fields
@@ -203,8 +203,8 @@ class Transitions:
     def _entered(self, new: Sequence[Cell], part: Part = WHOLE) -> list[_RowOutcome]:
         return [(INSERT, part, self._encode_insert(new))] if self._inserts else []
 
-    def _left(self, kind: str, old: Sequence[Cell], part: Part = WHOLE) -> list[_RowOutcome]:
-        return [(DELETE, part, self._encode_delete(kind, old))] if self._deletes else []
+    def _left(self, old_kind: str, old: Sequence[Cell], part: Part = WHOLE) -> list[_RowOutcome]:
+        return [(DELETE, part, self._encode_delete(old_kind, old))] if self._deletes else []
 
     def _before(self, row: Row) -> tuple[str, Sequence[Cell], Collection[int]]:
         """Return the kind of the old row, its cells, and the positions that are known in it."""
@@ -216,7 +216,7 @@ class Transitions:
             )
         # An identity of key columns is sent only when one of them changed (chapter "Logical
         # Replication Message Formats").
-        known = self._identity if self._identity_kind in "di" else frozenset[int]()
+        known = self._identity if self._replica_identity in "di" else frozenset[int]()
         new = row.new or []
         return "K", [cell if n in known else None for n, cell in enumerate(new)], known
 
@@ -282,8 +282,8 @@ class Transitions:
     def _encode_insert(self, new: Sequence[Cell]) -> bytes:
         return encode_row("I", 0, None, None, self._cut(new))
 
-    def _encode_delete(self, kind: str | None, old: Sequence[Cell]) -> bytes:
-        return encode_row("D", 0, kind or "K", self._cut(old), None)
+    def _encode_delete(self, old_kind: str | None, old: Sequence[Cell]) -> bytes:
+        return encode_row("D", 0, old_kind or "K", self._cut(old), None)
 
     def _encode_update(self, row: Row) -> bytes:
         old = None if row.old is None else self._cut(row.old)

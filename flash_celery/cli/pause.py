@@ -35,7 +35,8 @@ def pause(project: Project, handlers: tuple[str, ...]) -> None:
             say(f"PostgreSQL keeps the WAL until `flash resume`, {_wal_limit(row)}.", err=True)
         else:
             queue = pauses.queue_of(name, project.settings.source)
-            say(f"{name} is paused since {since[name]}; its changes wait in the queue {queue}.")
+            paused = f"{name} has been paused since {since[name]}"
+            say(f"{paused}; its changes wait in the queue {queue}.")
 
 
 def _wal_limit(row: tuple[str] | None) -> str:

@@ -100,7 +100,7 @@ def changes(
             )
         elif name in handlers:
             lines.append(
-                f"{name} is paused since {now[name]}; its changes wait in the queue {queue}"
+                f"{name} has been paused since {now[name]}; its changes wait in the queue {queue}"
             )
         else:
             lines.append(

@@ -102,9 +102,9 @@ class _Examination:
         self._role = Role.of(source.connection)
         self._report = Report()
         #: The gap of a slot that was invalidated.
-        self._lost: Gap | None = None
-        #: For the owner, who must create the slot: which changes are missing if it existed before.
-        self._missing = ""
+        self._lost_slot_gap: Gap | None = None
+        #: Ends the error that asks the owner to create the slot: the gap, if the slot existed.
+        self._gap_hint = ""
         #: The tables of handlers that exist.
         self._tables: dict[TableName, CatalogTable] = {}
 
@@ -157,7 +157,7 @@ class _Examination:
             )
             return self._stop("slot", error)
         if slot.reason is not None:
-            self._lost = gaps.gap_after(name, slot, self._progress)
+            self._lost_slot_gap = gaps.gap_after(name, slot, self._progress)
             self._report.slot_lost = True
             return None
         self._report.failover_missing = self._settings.flash_failover_slot and not slot.failover
@@ -175,7 +175,7 @@ class _Examination:
         """Decide what to do about a slot that was invalidated, or dropped without `flash reset`."""
         slot, record = self._source.slot, existing.record
         open_gap = record.open_gap if record else None
-        gap = self._lost
+        gap = self._lost_slot_gap
         if gap is None and record and record.slot == slot:
             if self._report.slot_exists:
                 # A process may have died between recreating the slot and closing the gap.
@@ -185,7 +185,7 @@ class _Examination:
             if not self._settings.flash_manage:
                 # The owner is asked to create the slot, which may never have existed.
                 gap = gaps.ended_now(self._connection, gap)
-                self._missing = f" If {slot} existed before, {gap}; rebuild what depends on them."
+                self._gap_hint = f" If {slot} existed before, {gap}; rebuild what depends on them."
                 return
         if gap is None:
             return
@@ -323,7 +323,7 @@ class _Examination:
             error = CatalogError(
                 "flash_manage is off, so the owner of the tables and publications must first run "
                 "the following statements (`flash doctor --sql` prints the complete script): "
-                f"{statements};{self._missing}"
+                f"{statements};{self._gap_hint}"
             )
             return self._stop("publications", error)
         return self._add("publications", OK, "as required")

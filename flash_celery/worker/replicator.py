@@ -124,8 +124,8 @@ class Replicator:
         self._startup = Startup(settings, subscriptions, self.control)
         self._pauses = Pauses(app, subscriptions, self._publishing)
         self._progress = Progress()
-        #: The server and timeline of `_progress`, `system/timeline`; "" to begin a new `_progress`.
-        self._history = ""
+        #: The timeline that `_progress` is on, as `system/timeline`; "" to begin a new `_progress`.
+        self._timeline = ""
         self._has_messages = len(of_tables(subscriptions)) < len(subscriptions)
         self._use_streaming = settings.flash_use_streaming and not self._has_messages
         if settings.flash_use_streaming and self._has_messages:
@@ -213,7 +213,7 @@ class Replicator:
             self._use_streaming = False
             logger.warning("Continuing without flash_use_streaming until the next start")
         if isinstance(error, ConfirmedLost):
-            self._history = ""  # read everything again after the slot's confirmed position
+            self._timeline = ""  # read everything again after the slot's confirmed position
         if str(error) != self._last_logged_error:
             self._last_logged_error = str(error)
             error_class = {"error": type(error).__name__}
@@ -270,7 +270,7 @@ class Replicator:
 
     def _start(self, stream: ReplicationConnection, source: Source) -> Templates:
         """Start streaming, and return the templates of the session."""
-        self._forget_other_history(stream, source)
+        self._follow_timeline(stream, source)
         if not self._slot_was_in_use:
             self._startup.warn_if_slot_moved(source, self._progress)
         templates = self._read_pauses(source)
@@ -305,21 +305,21 @@ class Replicator:
         )
         return templates
 
-    def _forget_other_history(self, stream: ReplicationConnection, source: Source) -> None:
+    def _follow_timeline(self, stream: ReplicationConnection, source: Source) -> None:
         """Begin a new `Progress` if the server, its timeline or its data has been replaced."""
-        history, position = stream.identify()
+        timeline, position = stream.identify()
         received = self._progress.received
-        if history == self._history:
+        if timeline == self._timeline:
             if position >= received or is_standby(source.connection):
                 return
             logger.warning(_RESTORED, position, received)
-        self._progress, self._history = Progress(), history
+        self._progress, self._timeline = Progress(), timeline
         self._samples.clear()
 
     @property
     def _system(self) -> str:
         """The system identifier of the server."""
-        return self._history.partition("/")[0]
+        return self._timeline.partition("/")[0]
 
     def _read_pauses(self, source: Source) -> Templates:
         """Read the pauses, and return templates that send held messages to hold queues."""
@@ -356,7 +356,7 @@ class Replicator:
         """Return a lease, bound to everything that affects how changes are counted."""
         parts = [
             metadata.version("flash-celery"),
-            self._history,
+            self._timeline,
             self._startup.fingerprint,
             *templates.keys,
         ]

@@ -141,7 +141,7 @@ def test_pause_refuses_unknown_names(shop):
     assert status(shop)["paused_handlers"] == []
     flash(shop, "pause", "each")
     since = status(shop)["paused_handlers"][0]["since"]
-    assert f"shop.each is paused since {since}" in flash(shop, "pause", "each")
+    assert f"shop.each has been paused since {since}" in flash(shop, "pause", "each")
     assert "Still paused: shop.each." in flash(shop, "resume")
 
 

@@ -87,7 +87,7 @@ def test_record_removed_while_the_worker_runs_is_written_back(flash, caplog, com
     flash.handler("items").start()
     with source_of(flash) as source:
         pauses.pause(source, ["handler"])
-    flash.wait(lambda: "handler is paused" in caplog.text)
+    flash.wait(lambda: "handler has been paused" in caplog.text)
     before = json.loads(flash.database.one(RECORD))
     flash.database.execute(f"COMMENT ON PUBLICATION flash_publication_insert IS {comment}")
     flash.wait(lambda: "wrote them back" in caplog.text)

@@ -202,7 +202,7 @@ def test_transitions_bound_the_verdict_cache():
     assert not judge.transitions._results
 
 
-def test_neighbours_with_one_outcome_are_one_run_forwarded_as_it_came():
+def test_consecutive_rows_with_one_outcome_are_one_run_forwarded_as_it_came():
     evaluate = transitions(where=PAID).transitions.evaluate
     paid, open_ = message("I", None, "1 paid a"), message("I", None, "1 open a")
     runs = evaluate([paid, paid, open_, paid], 7)
