@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from example_project.servers import wait_until
-from tests.processes import LoggedProcess
+from tests.processes import run_python, start_logged_python
 
 HERE = Path(__file__).parent
 
@@ -42,23 +41,16 @@ class Shop:
     def command(self, *arguments):
         return [self.python, "-m", "celery", "-A", self.project, *arguments]
 
-    def run(self, *arguments, timeout=60, **environment):
+    def run(self, *arguments, timeout=60, stdin="", **environment):
         """A command that ends by itself."""
-        ran = subprocess.run(
-            self.command(*arguments),
-            env={**self.environment, **environment},
-            capture_output=True,
-            timeout=timeout,
-        )
-        # Not by text=True, which would take \r for a newline.
-        ran.stdout, ran.stderr = ran.stdout.decode(), ran.stderr.decode()
-        return ran
+        environment = {**self.environment, **environment}
+        return run_python(self.command(*arguments), environment, timeout, stdin)
 
     def start(self, *arguments, **environment):
-        process = LoggedProcess(
+        process = start_logged_python(
             self.command(*arguments),
             self.folder / f"{len(self.processes)}.log",
-            env={**self.environment, **environment},
+            {**self.environment, **environment},
         )
         self.processes.append(process)
         return process

@@ -4,7 +4,6 @@ import functools
 import json
 import re
 import signal
-import subprocess
 
 import pytest
 import redis
@@ -33,15 +32,8 @@ def mend(shop):
     shop.notes_file.with_name("notes.fixed").touch()
 
 
-def dead(shop, *arguments, answer=None):
-    return subprocess.run(
-        shop.command("flash", "dead", *arguments),
-        env=shop.environment,
-        input=answer,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+def dead(shop, *arguments, answer=""):
+    return shop.run("flash", "dead", *arguments, stdin=answer)
 
 
 def insert(shop, *names):

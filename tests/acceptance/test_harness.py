@@ -1,14 +1,19 @@
-"""The tests' own set-up: default signal handlers, and a deadline for every test."""
+"""The tests' own set-up: default signal handlers, deadlines, and processes that are forked."""
 
+import json
+import os
 import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import psutil
 import pytest
 
+from example_project.servers import wait_until
 from tests.conftest import SOAK_TIMEOUT
+from tests.processes import ForkedProcess, run_python, start_logged_python
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,3 +76,84 @@ def test_timeout_of_a_test_is_set(request):
 @pytest.mark.soak
 def test_timeout_of_a_soak_test_is_longer(request):
     assert request.node.get_closest_marker("timeout").args == (SOAK_TIMEOUT,)
+
+
+#: What a process finds at its start, on its standard output.
+REPORT = """
+import json, os, signal, sys
+from pathlib import Path
+
+print("on stderr", file=sys.stderr)
+found = {
+    "environment": dict(os.environ),
+    "arguments": sys.argv[1:],
+    "input": sys.stdin.read(),
+    "folder": os.getcwd(),
+    "handles": sorted(map(int, os.listdir("/proc/self/fd")))[:4],
+    "signals": [str(signal.getsignal(number)) for number in signal.valid_signals()],
+    "optimized": sys.flags.optimize,
+    "name": __name__,
+}
+print(json.dumps(found))
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def module(tmp_path):
+    """Write a module; return how a process runs it, and the environment for that."""
+
+    def write(name, code):
+        (tmp_path / f"{name}.py").write_text(code)
+        path = os.pathsep.join(map(str, (tmp_path, ROOT)))
+        return [sys.executable, "-m", name], {**os.environ, "PYTHONPATH": path, "FOR_THIS": "1"}
+
+    return write
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="forks on Linux only")
+@pytest.mark.parametrize("optimize", ["", "2"])
+def test_forked_process_starts_as_one_of_its_own(module, optimize):
+    command, environment = module("reporting", REPORT)
+    environment["PYTHONOPTIMIZE"] = optimize
+    command += ["3", "--option"]
+    forked = run_python(command, environment, 60, stdin="yes")
+    own = subprocess.run(
+        command, env=environment, input="yes", capture_output=True, text=True, timeout=60
+    )
+    assert json.loads(forked.stdout) == json.loads(own.stdout)
+    assert (forked.returncode, forked.stderr) == (own.returncode, own.stderr) == (3, "on stderr\n")
+
+
+def test_forked_process_is_waited_for_and_killed(module, tmp_path):
+    command, environment = module("sleeping", "import time; print('here', 5); time.sleep(60)")
+    process = start_logged_python(command, tmp_path / "log", environment)
+    assert isinstance(process, ForkedProcess) is hasattr(os, "pidfd_open")
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.01)
+    assert process.poll() is None
+    os.kill(process.pid, 0)
+    process.kill()
+    assert process.wait(30) == process.poll() == process.returncode == -signal.SIGKILL
+    with pytest.raises(ProcessLookupError):
+        os.kill(process.pid, 0)
+    process.terminate()  # to no other process that has its PID by now
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_python(command, environment, 0.01)
+
+
+def test_forked_process_ends_with_its_tests(module, tmp_path):
+    """Also where pytest is killed."""
+    command, environment = module("sleeping", "import time; time.sleep(60)")
+    code = f"""
+import os, pathlib, signal
+from tests.processes import start_logged_python
+process = start_logged_python({command!r}, pathlib.Path({str(tmp_path / "log")!r}), {environment!r})
+print(process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60
+    )
+    assert ran.returncode == -signal.SIGKILL
+    wait_until(lambda: not psutil.pid_exists(int(ran.stdout)), "the child to end")

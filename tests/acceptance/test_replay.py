@@ -1,13 +1,13 @@
 """`flash replay` delivers changes again, under the same ids."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 
 from example_project.servers import wait_until
 from tests.acceptance.steps import broker_failpoints, insert_rows, wait_until_confirmed
+from tests.processes import run_python
 
 SLOTS = "SELECT count(*) FROM pg_replication_slots WHERE database = current_database()"
 WINDOW = json.dumps({"flash_replay_window": 3600})
@@ -88,7 +88,7 @@ def test_replay_that_was_killed_can_be_repeated(any_shop):
     (step,) = broker_failpoints(shop, "pushed:1", "sent:1")
     command = [sys.executable, "-m", "tests.acceptance.failpoints", step, "--", "-A", "shop"]
     command += ["flash", "replay", "--handler", "each", "--since", since, "--yes"]
-    ran = subprocess.run(command, env=shop.environment, capture_output=True, text=True, timeout=300)
+    ran = run_python(command, shop.environment, timeout=300)
     assert ran.returncode == 0, ran.stderr
     assert "Killed at" in ran.stdout
     assert "100 messages enqueued" in ran.stdout
