@@ -103,7 +103,7 @@ class Certificates:
         curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
         command = ("openssl", "req", "-x509", *curve, "-days", "2", "-subj", f"/CN={name}")
         files = ("-keyout", key, "-out", certificate)
-        named = [part for one in extensions for part in ("-addext", one)]
+        named = [part for extension in extensions for part in ("-addext", extension)]
         subprocess.run(
             [*command, *files, *named, *more], check=True, capture_output=True, timeout=120
         )

@@ -79,11 +79,11 @@ def main():
     wanted = sys.argv[1:] or [*VERSIONS, "18"]
     for major in wanted:
         print(f"== PostgreSQL {major}", flush=True)
-        found = binaries(major)
-        if found is None:
+        bin_directory = binaries(major)
+        if bin_directory is None:
             results[major] = "could not be found"
             continue
-        environment = {**os.environ, "FLASH_PG_BIN": str(found)}
+        environment = {**os.environ, "FLASH_PG_BIN": str(bin_directory)}
         command = [sys.executable, "-m", "pytest", "-q", *TESTS]
         code = subprocess.run(command, cwd=ROOT, env=environment).returncode
         results[major] = "passed" if code == 0 else f"failed (exit {code})"

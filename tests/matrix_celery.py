@@ -48,9 +48,9 @@ def versions(python):
 
 def main():
     arguments = sys.argv[1:]
-    wanted = [one for one in arguments if one in RELEASES] or list(RELEASES)
+    wanted = [argument for argument in arguments if argument in RELEASES] or list(RELEASES)
     # The other arguments are for pytest.
-    more = [one for one in arguments if one not in RELEASES]
+    more = [argument for argument in arguments if argument not in RELEASES]
     results = {}
     for release in wanted:
         print(f"== Celery {release}", flush=True)

@@ -33,10 +33,13 @@ def python(oldest, newest):
         return sys.executable
     for minor in range(newest[1], oldest[1] - 1, -1):
         kept = (Path.home() / ".pyenv" / "versions").glob(f"3.{minor}.*/bin/python")
-        for one in (shutil.which(f"python3.{minor}"), *sorted(kept)):
+        for candidate in (shutil.which(f"python3.{minor}"), *sorted(kept)):
             # pyenv's shims are on PATH also where they lead nowhere.
-            if one and subprocess.run([one, "-c", ""], capture_output=True).returncode == 0:
-                return str(one)
+            if (
+                candidate
+                and subprocess.run([candidate, "-c", ""], capture_output=True).returncode == 0
+            ):
+                return str(candidate)
     return None
 
 

@@ -227,8 +227,8 @@ class _Link:
 
     def ends(self, way: Way) -> tuple[socket.socket, socket.socket]:
         """Where bytes come from, and where they go."""
-        one, other = self._client, self._server
-        return (one, other) if way is Way.TO_SERVER else (other, one)
+        source, other = self._client, self._server
+        return (source, other) if way is Way.TO_SERVER else (other, source)
 
     def half_close(self, way: Way) -> None:
         with contextlib.suppress(OSError):

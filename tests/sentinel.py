@@ -63,9 +63,9 @@ class Replicated:
 
     def __init__(self, **options):
         options = {"repl-diskless-sync-delay": 0, **options}
-        one = Valkey(**options)
-        self._pair = one, Valkey(**options, replicaof=f"127.0.0.1 {one.port}")
-        self.sentinel = Sentinel(one)
+        server = Valkey(**options)
+        self._pair = server, Valkey(**options, replicaof=f"127.0.0.1 {server.port}")
+        self.sentinel = Sentinel(server)
         self._stack = contextlib.ExitStack()
 
     def __enter__(self):

@@ -132,8 +132,8 @@ def _wrapped(real, step, due, end):
     def wrapper(*arguments, **more):
         if step.when is not When.AFTER and step.counts(arguments, None) and due():
             if step.when is When.HALFWAY:
-                said = _said(arguments)
-                half, rest = said[: len(said) // 2], said[len(said) // 2 :]
+                statement = _said(arguments)
+                half, rest = statement[: len(statement) // 2], statement[len(statement) // 2 :]
                 real(arguments[0], half if isinstance(arguments[1], bytes) else [half])
                 arguments = arguments[0], rest if isinstance(arguments[1], bytes) else [rest]
             end()

@@ -62,10 +62,10 @@ def created_nothing(database):
 
 
 def assert_refused(ended, message):
-    *before, said = ended.stderr.strip().splitlines()
+    *before, refusal = ended.stderr.strip().splitlines()
     assert not any("Traceback" in line for line in before), ended.stderr
-    assert said.startswith("Error: ")
-    assert re.search(message, said), said
+    assert refusal.startswith("Error: ")
+    assert re.search(message, refusal), refusal
 
 
 def psql(shop, script, dsn):

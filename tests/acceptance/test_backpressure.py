@@ -165,7 +165,7 @@ def test_full_queue_that_is_deleted_is_declared_again(make_shop, rabbit):
 def test_doctor_warns_that_redis_can_run_out_of_memory():
     with Valkey(maxmemory="64mb") as own:
         app = Celery("shop", broker=own.url, set_as_current=False)
-        said = {
+        findings = {
             limit: [
                 finding.message
                 for finding in broker_checks.findings(
@@ -175,5 +175,5 @@ def test_doctor_warns_that_redis_can_run_out_of_memory():
             ]
             for limit in (0, 1000)
         }
-    assert "maxmemory is 67108864 bytes" in said[0][0]
-    assert said[1000] == []
+    assert "maxmemory is 67108864 bytes" in findings[0][0]
+    assert findings[1000] == []

@@ -55,13 +55,13 @@ def results(tmp_path, monkeypatch):
 
 @pytest.mark.soak
 def test_benchmark_writes_json_charts_and_the_page(results):
-    status, found, docs = results("--only", "updates", "filter")
+    status, results_json, docs = results("--only", "updates", "filter")
     assert status == 0
-    assert [(line["scenario"], len(line["values"])) for line in found["lines"]] == [
+    assert [(line["scenario"], len(line["values"])) for line in results_json["lines"]] == [
         ("updates", 1),
         ("filter", 1),
     ]
-    assert [line["details"][0]["changes"] for line in found["lines"]] == [1000, 10]
+    assert [line["details"][0]["changes"] for line in results_json["lines"]] == [1000, 10]
     for chart in ("throughput.png", "throughput.svg"):
         assert (docs / "performance" / chart).stat().st_size > 5000
     page = (docs / "performance.md").read_text()
@@ -78,9 +78,9 @@ def test_benchmark_that_loses_a_change_fails_and_names_it(results, monkeypatch, 
 
     arrived = drain.places_of
     monkeypatch.setattr(drain, "places_of", lambda bodies: arrived(bodies)[:-1])
-    status, found, _ = results("--only", "updates")
+    status, results_json, _ = results("--only", "updates")
     assert status == 1
-    assert "1000 written, 999 arrived; lost 1: " in found["wrong"][0]
+    assert "1000 written, 999 arrived; lost 1: " in results_json["wrong"][0]
     assert "WRONG updates: flash replicate, batched" in capsys.readouterr().out
 
 

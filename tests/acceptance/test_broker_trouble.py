@@ -46,10 +46,10 @@ def test_broker_outage_of_minutes_loses_nothing(make_shop, seconds):
             insert_rows(shop.database, 101, 1000)
             shop.until_said(replicate, FAILS)
             time.sleep(seconds)
-            found = json.loads(shop.run("flash", "status", "--json").stdout)
-            assert "refused" in found["broker_error"]
-            assert found["slot"]["active"]
-            assert found["slot"]["lag_bytes"] > 50_000
+            status = json.loads(shop.run("flash", "status", "--json").stdout)
+            assert "refused" in status["broker_error"]
+            assert status["slot"]["active"]
+            assert status["slot"]["lag_bytes"] > 50_000
             assert replicate.poll() is None
         # Said at once, and then with the first attempt after each minute.
         times = replicate.log.read_text().count(FAILS)

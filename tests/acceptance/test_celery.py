@@ -64,8 +64,8 @@ def test_handler_is_an_ordinary_task(desk):
     assert keys[each["task_id"]]["result"] == {"id": 1}
     assert canvas["task_id"] not in keys  # ignore_result of the task
     assert many["task_id"] not in keys  # and of task_annotations
-    asked = desk.run("inspect", "registered", "-j")
-    (registered,) = json.loads(asked.stdout).values()
+    inspected = desk.run("inspect", "registered", "-j")
+    (registered,) = json.loads(inspected.stdout).values()
     assert "desk.each [rate_limit=600/m]" in registered
     assert desk.end(replicate) == 0
     assert desk.end(worker) == 0
@@ -76,10 +76,10 @@ def stored_results(desk):
     import redis
 
     with redis.Redis(port=desk.broker.port) as client:
-        found = client.keys("celery-task-meta-*")
+        keys = client.keys("celery-task-meta-*")
         return {
             key.decode().removeprefix("celery-task-meta-"): json.loads(client.get(key))
-            for key in found
+            for key in keys
         }
 
 
@@ -117,14 +117,14 @@ def test_trace_leads_from_the_commit_to_the_handler(desk):
 
 def sentry(desk):
     """Transactions by their names, errors by their types; what was only logged is left out."""
-    found = {}
+    events = {}
     for line in lines(desk, "sentry"):
         event = line["event"]
         if "exception" in event:
-            found[event["exception"]["values"][-1]["type"]] = event
+            events[event["exception"]["values"][-1]["type"]] = event
         elif line["kind"] == "transaction":
-            found[event["transaction"]] = event
-    return found
+            events[event["transaction"]] = event
+    return events
 
 
 def opentelemetry(desk):
@@ -134,11 +134,11 @@ def opentelemetry(desk):
 def recommended(broker):
     """The examples of docs/workers.md for this broker, and those for both."""
     text = (ROOT / "docs" / "workers.md").read_text()
-    found = dict(re.findall(r"<!-- run: (\w+) -->\n```python\n(.*?)```", text, re.DOTALL))
+    examples = dict(re.findall(r"<!-- run: (\w+) -->\n```python\n(.*?)```", text, re.DOTALL))
     other = "rabbitmq" if broker == "redis" else "redis"
-    assert {broker, other} <= set(found)
-    assert len(found) == text.count("```python")
-    return "\n".join(example for name, example in found.items() if name != other)
+    assert {broker, other} <= set(examples)
+    assert len(examples) == text.count("```python")
+    return "\n".join(example for name, example in examples.items() if name != other)
 
 
 @pytest.mark.parametrize("broker", ["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)])
@@ -174,12 +174,12 @@ def test_celery_worker_runs_with_the_recommended_settings(request, make_shop, tm
     (billed,) = desk.until_noted(1, "bill")
     assert billed["order"] == 5
     desk.until_said(worker, "rendering 7")
-    found = desk.run("flash", "doctor").stdout
-    assert "workers: they know every handler" in found
+    findings = desk.run("flash", "doctor").stdout
+    assert "workers: they know every handler" in findings
     if broker == "redis":
-        assert "comes back after 900 s" in found
+        assert "comes back after 900 s" in findings
     else:
-        assert "queue type" not in found
+        assert "queue type" not in findings
         listed = rabbit.control("list_queues", "--no-table-headers", "name", "type").splitlines()
         assert {"flash\tquorum", "slow\tquorum"} <= set(listed)
     assert desk.end(worker) == 0
@@ -264,8 +264,8 @@ def test_flower_shows_names_and_readable_arguments(desk):
         return [task for task in tasks().values() if task["name"] == "desk.many"]
 
     wait_until(batches, "a batch in flower")
-    said = r"\d+ changes from delete public\.items id=\d+ @0/[0-9A-F]+"
-    assert re.fullmatch(said, batches()[0]["args"])
+    argument = r"\d+ changes from delete public\.items id=\d+ @0/[0-9A-F]+"
+    assert re.fullmatch(argument, batches()[0]["args"])
 
 
 @pytest.mark.soak
@@ -280,8 +280,8 @@ def test_inspect_shows_running_handlers(desk):
         assert ran.returncode == 0
         assert ran.stdout.count("insert public.items id=") == count, ran.stdout
         as_json = desk.run("inspect", what, "-j")
-        (found,) = json.loads(as_json.stdout).values()
-        assert {task["name"] for task in found} == {"desk.each"}
+        (running,) = json.loads(as_json.stdout).values()
+        assert {task["name"] for task in running} == {"desk.each"}
     desk.notes_file.with_name("notes.go").touch()
     assert len(desk.until_noted(6)) == 6
 

@@ -29,16 +29,18 @@ def test_status_shows_the_slot_the_handlers_and_their_queues(shop):
     shop.database.execute("INSERT INTO items VALUES (1, 'a'), (2, 'b')")
 
     def enqueued():
-        found = json.loads(shop.run("flash", "status", "--json").stdout)
-        return found if found["queues"]["flash"] == 2 and not found["slot"]["lag_bytes"] else None
+        status = json.loads(shop.run("flash", "status", "--json").stdout)
+        return (
+            status if status["queues"]["flash"] == 2 and not status["slot"]["lag_bytes"] else None
+        )
 
-    found = wait_until(enqueued, "two changes in the queue")
-    assert found["slot"]["name"] == shop.database.slot
-    assert found["slot"]["active"] is True
-    assert found["slot"]["wal_status"] == "reserved"
-    assert found["slot"]["lag_seconds"] < 60
-    assert found["slot"]["reader"]["application_name"] == "flash_celery"
-    assert found["subscriptions"] == [
+    status = wait_until(enqueued, "two changes in the queue")
+    assert status["slot"]["name"] == shop.database.slot
+    assert status["slot"]["active"] is True
+    assert status["slot"]["wal_status"] == "reserved"
+    assert status["slot"]["lag_seconds"] < 60
+    assert status["slot"]["reader"]["application_name"] == "flash_celery"
+    assert status["subscriptions"] == [
         {
             "handler": "shop.each",
             "table": "public.items",
@@ -47,16 +49,16 @@ def test_status_shows_the_slot_the_handlers_and_their_queues(shop):
             "queues": ["cleanup", "flash"],
         }
     ]
-    assert found["unhandled"] is None
+    assert status["unhandled"] is None
     shown = shop.run("flash", "status").stdout
     assert "no Celery worker answers" in shown
     for text in (shop.database.slot, "read by    PID", "flash  2 waiting", "shop.each", "of WAL"):
         assert text in shown
     shop.end(replicate)
     shop.database.execute("INSERT INTO items VALUES (3, 'c')")
-    found = json.loads(shop.run("flash", "status", "--json").stdout)
-    assert found["slot"]["active"] is False
-    assert found["slot"]["lag_bytes"] > 0
+    status = json.loads(shop.run("flash", "status", "--json").stdout)
+    assert status["slot"]["active"] is False
+    assert status["slot"]["lag_bytes"] > 0
 
 
 def test_status_and_doctor_work_without_a_broker(shop):
@@ -122,12 +124,12 @@ def test_reset_shows_its_steps_asks_and_undoes_everything(shop):
     shop.end(replicate)
     shop.database.execute("INSERT INTO items VALUES (2, 'a')")
     command = shop.command("flash", "reset")
-    asked = subprocess.run(
+    reset = subprocess.run(
         command, env=shop.environment, capture_output=True, text=True, input="n\n", timeout=60
     )
-    assert asked.returncode == 1
-    assert re.search(r"[\d.]+ (bytes|kB|MB) of WAL after", asked.stdout)
-    assert 'ALTER TABLE ONLY "public"."items" REPLICA IDENTITY DEFAULT' in asked.stdout
+    assert reset.returncode == 1
+    assert re.search(r"[\d.]+ (bytes|kB|MB) of WAL after", reset.stdout)
+    assert 'ALTER TABLE ONLY "public"."items" REPLICA IDENTITY DEFAULT' in reset.stdout
     assert slots(shop.database) == [shop.database.slot]
     done = shop.run("flash", "reset", "--yes")
     assert done.returncode == 0, done.stderr
@@ -176,12 +178,12 @@ def test_tail_prints_changes_and_leaves_nothing_behind(shop, number):
         "DELETE FROM logs",
     )
     shop.until_said(tail, "insert public.logs")
-    said = tail.log.read_text()
-    assert "insert public.items id=1 @" in said
-    assert "id=1, name='a', note=None" in said
-    assert "update public.items id=1 @" in said
-    assert "delete public.items id=1 @" in said
-    assert "truncate public.items @" in said
+    output = tail.log.read_text()
+    assert "insert public.items id=1 @" in output
+    assert "id=1, name='a', note=None" in output
+    assert "update public.items id=1 @" in output
+    assert "delete public.items id=1 @" in output
+    assert "truncate public.items @" in output
     assert re.fullmatch(r"\['flash_tail_\d+'\]", str(slots(shop.database)))
     assert shop.end(tail, number) == 0
     wait_until(lambda: created_nothing(shop.database), "the slot to end")

@@ -55,12 +55,12 @@ def nothing_is_left(folder):
 
 def test_demo_ends_by_itself_with_everything_handled(folder):
     process = demo("--once", folder=folder)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    assert "Every change reached its handlers." in said
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "Every change reached its handlers." in output
     for text in ("ORM: ", "Bulk update", "Raw SQL", "send_receipt", "index_products", "ms after"):
-        assert text in said
-    assert "Traceback" not in said
+        assert text in output
+    assert "Traceback" not in output
     assert nothing_is_left(folder)
 
 
@@ -72,8 +72,8 @@ def test_demo_leaves_nothing_behind_when_stopped(folder, number):
     deadline = threading.Timer(120, process.kill)  # ends the output, too
     deadline.start()
     for line in process.stdout:
-        if found := re.search(r"The page +(http://127\.0\.0\.1:\d+/)$", line):
-            with urllib.request.urlopen(found.group(1), timeout=30) as answer:
+        if address := re.search(r"The page +(http://127\.0\.0\.1:\d+/)$", line):
+            with urllib.request.urlopen(address.group(1), timeout=30) as answer:
                 pages.append(answer.read().decode())
         if "Bulk update" in line:
             break
@@ -81,18 +81,18 @@ def test_demo_leaves_nothing_behind_when_stopped(folder, number):
     (page,) = pages
     assert "No button calls a handler" in page
     process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == (0 if number == signal.SIGINT else 143), said
-    assert "Traceback" not in said
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == (0 if number == signal.SIGINT else 143), output
+    assert "Traceback" not in output
     assert nothing_is_left(folder)
 
 
 def test_demo_reports_a_port_in_use_before_it_starts(valkey, folder):
     process = demo("--port", str(valkey.port), folder=folder)
-    said, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert f"port {valkey.port} is not available; choose another one" in said
-    assert "PostgreSQL" not in said
+    assert f"port {valkey.port} is not available; choose another one" in output
+    assert "PostgreSQL" not in output
     assert nothing_is_left(folder)
 
 
@@ -141,7 +141,7 @@ def test_manage_py_has_the_commands_of_celery(environment, database):
     assert "shop.handlers.keep_total on public.shop_orderline" in doctor.stdout
     assert "FULL will be set on public.shop_order, public.shop_orderline" in doctor.stdout
     status = json.loads(manage(environment, "status", "--json").stdout)
-    assert {one["handler"] for one in status["subscriptions"]} == {
+    assert {subscription["handler"] for subscription in status["subscriptions"]} == {
         f"shop.handlers.{name}"
         for name in ("audit", "forget_product", "index_products", "keep_total", "send_receipt")
     }

@@ -103,16 +103,16 @@ class Shop:
         """The next events of the stream, with their ids."""
         headers = {"Last-Event-ID": after} if after else {}
         request = urllib.request.Request(f"{self.url}/activity", headers=headers)
-        found, number = [], None
+        events_read, number = [], None
         with urllib.request.urlopen(request, timeout=60) as answer:
             assert answer.headers["Content-Type"] == "text/event-stream"
-            while len(found) < count:
+            while len(events_read) < count:
                 name, _, value = answer.readline().decode().rstrip("\n").partition(": ")
                 if name == "id":
                     number = value
                 elif name == "data":
-                    found.append((number, json.loads(value)))
-        return found
+                    events_read.append((number, json.loads(value)))
+        return events_read
 
 
 @pytest.fixture(scope="module", params=["redis", pytest.param("rabbitmq", marks=pytest.mark.soak)])
@@ -218,10 +218,10 @@ def press(shop, driver, selector, *words):
 
 def until_said(driver, before, *words):
     def says():
-        said = text(driver, "#feed > .commit")
-        number = re.search(r"transaction (\d+)", said)
+        commit = text(driver, "#feed > .commit")
+        number = re.search(r"transaction (\d+)", commit)
         fresh = number and int(number.group(1)) > before
-        return said if fresh and all(word in said for word in words) else None
+        return commit if fresh and all(word in commit for word in words) else None
 
     try:
         return wait_until(says, f"a card of {words}")
@@ -233,7 +233,7 @@ def test_page_shows_the_handlers_of_a_payment_without_a_reload(shop, driver):
     browser.show(driver, shop.url)
     wait_until(lambda: text(driver, "#state") == "Live", "the stream")
     driver.execute_script("window.loaded = 'once'")
-    said = press(
+    feed = press(
         shop,
         driver,
         "#add",
@@ -242,11 +242,11 @@ def test_page_shows_the_handlers_of_a_payment_without_a_reload(shop, driver):
         "keep_total",
         "then keep_total wrote",
     )
-    assert "insert shop_orderline" in said
-    said = press(shop, driver, ".order:first-child [id^=pay-]", "send_receipt", "audit")
-    assert "status open → paid" in said
-    assert 'UPDATE "shop_order" SET "status" = \'paid\'' in said
-    assert re.search(r"\d ms\n", said)
+    assert "insert shop_orderline" in feed
+    feed = press(shop, driver, ".order:first-child [id^=pay-]", "send_receipt", "audit")
+    assert "status open → paid" in feed
+    assert 'UPDATE "shop_order" SET "status" = \'paid\'' in feed
+    assert re.search(r"\d ms\n", feed)
     wait_until(lambda: "paid" in text(driver, ".order:first-child"), "the order to be paid")
     # The keyboard stays where it was.
     driver.execute_script("document.querySelector('.order [id^=more-]').focus()")
@@ -289,7 +289,9 @@ def test_page_stream_ends_when_its_reader_is_gone(shop, driver):
 
         def reading():
             clients = client.client_list()
-            return sum(one["cmd"] == "xread" and "b" in one["flags"] for one in clients)
+            return sum(
+                connected["cmd"] == "xread" and "b" in connected["flags"] for connected in clients
+            )
 
         browser.show(driver, shop.url)
         wait_until(reading, "the stream of the page")

@@ -104,12 +104,12 @@ def test_failover_option_is_added_to_an_existing_slot(shop, primary, standby):
     assert shop.database.one(query)
     copied(shop, standby)
     there = Database(standby, "postgres").dsn
-    said = shop.run("flash", "replicate", SHOP_DSN=there)
-    assert said.returncode == 2
-    assert "This is a standby, and flash_failover_slot works on a primary only" in said.stderr
-    said = shop.run("flash", "replicate", SHOP_DSN=there, SHOP_CONF="{}")
-    assert said.returncode == 2
-    assert "is the copy of the primary's slot, which cannot be read" in said.stderr
+    refused = shop.run("flash", "replicate", SHOP_DSN=there)
+    assert refused.returncode == 2
+    assert "This is a standby, and flash_failover_slot works on a primary only" in refused.stderr
+    refused = shop.run("flash", "replicate", SHOP_DSN=there, SHOP_CONF="{}")
+    assert refused.returncode == 2
+    assert "is the copy of the primary's slot, which cannot be read" in refused.stderr
     shop.end(replicate)
 
 
@@ -140,11 +140,11 @@ def test_doctor_names_what_a_standby_lacks_for_a_failover(shop, primary):
         dsn = shop.database.dsn.replace("host=127.0.0.1,", "host=127.0.0.1,127.0.0.1,")
         dsn = dsn.replace(f"port={primary.port},", f"port={primary.port},{plain.port},")
         alter(primary, synchronized_standby_slots="")
-        said = shop.run("flash", "doctor", SHOP_DSN=dsn).stdout
+        output = shop.run("flash", "doctor", SHOP_DSN=dsn).stdout
     for text in (
         "synchronized_standby_slots: empty",
         f"failover to 127.0.0.1:{plain.port}: sync_replication_slots is not on",
         "hot_standby_feedback is not on",
         "primary_conninfo has no dbname",
     ):
-        assert text in said
+        assert text in output

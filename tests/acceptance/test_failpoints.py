@@ -95,11 +95,11 @@ def test_sigkill_after_every_statement_of_the_start_is_recovered(shop):
     notes = until_all(shop, writer.changes[-1])
     handled = list(dict.fromkeys((note["operation"], note["key"]["id"]) for note in notes))
     for queue in ({"insert", "update"}, {"delete"}):
-        found = [change for change in handled if change[0] in queue]
+        handled_of_queue = [change for change in handled if change[0] in queue]
         wanted = [change for change in writer.changes if change[0] in queue]
         # From the slot's creation on, which was before the last one started, without a gap.
-        assert found == wanted[-len(found) :]
-        assert len(found) >= len(
+        assert handled_of_queue == wanted[-len(handled_of_queue) :]
+        assert len(handled_of_queue) >= len(
             [change for change in writer.changes[since:] if change[0] in queue]
         )
 

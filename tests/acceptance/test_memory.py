@@ -28,14 +28,14 @@ def peak(process):
 
 def enqueued(client, count):
     """The ids in the batches as they arrive, taken away so that the broker stays small."""
-    found = 0
-    while found < count:
+    total = 0
+    while total < count:
         messages = wait_until(lambda: client.rpop("batches", 100), "batches", timeout=300)
         for message in messages:
             body = json.loads(json.loads(message)["body"])
             for change in payload.decode(body[0][0]["__value__"]):
-                found += 1
-                assert change.new["id"] == found
+                total += 1
+                assert change.new["id"] == total
 
 
 @linux
@@ -93,13 +93,13 @@ def test_spool_leaves_no_files_behind(shop, tmp_path):
 
     def spools():
         """The files without a name that it has open there."""
-        found = []
+        sizes = []
         for handle in Path(f"/proc/{replicate.pid}/fd").iterdir():
             target = os.readlink(handle)
             if target.startswith(f"{folder}/"):
                 assert target.endswith(" (deleted)")
-                found.append(target)
-        return found
+                sizes.append(target)
+        return sizes
 
     many = "INSERT INTO items SELECT n, repeat('x', 300) FROM generate_series({}, {}) AS n"
     with shop.database.connect() as connection:

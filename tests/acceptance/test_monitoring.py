@@ -43,20 +43,20 @@ def address():
 
 def ready(address, query=""):
     status, body, _ = http_get(address, f"/ready{query}")
-    said = json.loads(body)
-    assert said["ready"] is (status == 200)
-    return status, said
+    reply = json.loads(body)
+    assert reply["ready"] is (status == 200)
+    return status, reply
 
 
 def samples(text):
     """Prometheus' lines: name, labels and value."""
-    found = {}
+    values = {}
     for line in text.splitlines():
         if not line.startswith("#"):
             named, labels, value = re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+)", line).groups()
             pairs = re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', labels or "")
-            found.setdefault(named, []).append((dict(pairs), float(value)))
-    return found
+            values.setdefault(named, []).append((dict(pairs), float(value)))
+    return values
 
 
 def test_metrics_count_ten_thousand_rows_and_logs_do_not(shop, address):
@@ -76,12 +76,12 @@ def test_metrics_count_ten_thousand_rows_and_logs_do_not(shop, address):
     )
 
     def counted():
-        found = samples(http_get(address, "/metrics")[1])
-        enqueued = found["flash_changes_enqueued_total"]
+        metrics = samples(http_get(address, "/metrics")[1])
+        enqueued = metrics["flash_changes_enqueued_total"]
         done = sum(value for _, value in enqueued) == 20_052
-        return found if done and "flash_slot_active" in found else None
+        return metrics if done and "flash_slot_active" in metrics else None
 
-    found = wait_until(counted, "everything to be counted")
+    metrics = wait_until(counted, "everything to be counted")
     expected = {
         name if kind != "histogram" else f"{name}_bucket" for name, (kind, *_) in METRICS.items()
     }
@@ -89,16 +89,16 @@ def test_metrics_count_ten_thousand_rows_and_logs_do_not(shop, address):
         *("flash_changes_unjudged_total", "flash_publish_failures_total"),
         *("flash_slot_safe_bytes", "flash_queue_limit_messages"),
     }
-    assert expected - rare <= found.keys()
-    for name in found.keys() & METRICS.keys():
-        assert found[name][0][0].keys() == {"source", *METRICS[name].labels}, name
+    assert expected - rare <= metrics.keys()
+    for name in metrics.keys() & METRICS.keys():
+        assert metrics[name][0][0].keys() == {"source", *METRICS[name].labels}, name
     items = {"source": "default", "table": "public.items"}
-    assert ({**items, "operation": "insert"}, 10_000) in found["flash_changes_received_total"]
-    assert ({**items, "operation": "update"}, 50) in found["flash_changes_received_total"]
-    assert ({**items, "operation": "truncate"}, 1) in found["flash_changes_received_total"]
+    assert ({**items, "operation": "insert"}, 10_000) in metrics["flash_changes_received_total"]
+    assert ({**items, "operation": "update"}, 50) in metrics["flash_changes_received_total"]
+    assert ({**items, "operation": "truncate"}, 1) in metrics["flash_changes_received_total"]
     many = {**items, "operation": "insert", "handler": "shop.many", "queue": "batches"}
-    assert (many, 10_000) in found["flash_changes_enqueued_total"]
-    (count,) = found["flash_enqueue_delay_seconds_count"]
+    assert (many, 10_000) in metrics["flash_changes_enqueued_total"]
+    (count,) = metrics["flash_enqueue_delay_seconds_count"]
     assert count[1] > 0
     if shutil.which("promtool"):
         text = http_get(address, "/metrics")[1].encode()
@@ -160,16 +160,16 @@ def test_probes_of_a_hot_spare_and_without_a_broker_are_live_and_not_ready(shop,
     shop.database.execute("INSERT INTO items VALUES (1)")
 
     def waits():
-        status, said = ready(address)
-        return said if status == 503 and said["state"] == "streaming" else None
+        status, reply = ready(address)
+        return reply if status == 503 and reply["state"] == "streaming" else None
 
     (reason,) = wait_until(waits, "the broker to be missed")["reasons"]
     assert re.match(r"The broker has failed for \d+ s\. The broker redis://", reason)
     assert "secret" not in http_get(address, "/status.json")[1] + http_get(address, "/metrics")[1]
     assert http_get(address, "/live")[0] == 200
     shop.until_said(second, "is active for PID")
-    status, said = ready(other)
-    assert (status, said["state"]) == (503, "standby")
+    status, reply = ready(other)
+    assert (status, reply["state"]) == (503, "standby")
     assert ready(other, "?standby=ok")[0] == 200
     assert ready(address, "?standby=ok")[0] == 503
     first.kill()
@@ -198,12 +198,14 @@ def report_of(reported):
     project, database, broker = parts
     slot = database.slot and SlotStatus(**database.slot)
     return StatusReport(
-        replace(project, subscriptions=[HandlerStatus(**one) for one in project.subscriptions]),
+        replace(
+            project, subscriptions=[HandlerStatus(**handler) for handler in project.subscriptions]
+        ),
         replace(
             database,
             slot=slot and replace(slot, reader=slot.reader and Reader(**slot.reader)),
             history=database.history and ReplaySlotStatus(**database.history),
-            paused_handlers=[PausedHandler(**one) for one in database.paused_handlers],
+            paused_handlers=[PausedHandler(**handler) for handler in database.paused_handlers],
         ),
         replace(broker, dead_letters=DeadLetterStatus(**broker.dead_letters)),
         reported["unhandled"],
@@ -218,17 +220,17 @@ def test_paused_handlers_are_shown(shop, address):
     assert shop.run("flash", "pause").returncode == 0
 
     def shown():
-        said = json.loads(http_get(address, "/status.json")[1])
-        return said if said["paused"] and said["paused_handlers"][0]["parked"] == 30 else None
+        status = json.loads(http_get(address, "/status.json")[1])
+        return status if status["paused"] and status["paused_handlers"][0]["parked"] == 30 else None
 
-    said = wait_until(shown, "it to be shown how much is parked")
-    assert said["ready"]
+    status = wait_until(shown, "it to be shown how much is parked")
+    assert status["ready"]
     paused = samples(http_get(address, "/metrics")[1])["flash_paused"]
     handlers = {labels["handler"]: value for labels, value in paused}
     assert handlers == {"": 1, "shop.each": 1}
     reported = json.loads(shop.run("flash", "status", "--json").stdout)
     assert list(report_of(reported).as_json().items()) == list(reported.items())
-    assert reported["paused_handlers"] == said["paused_handlers"]
+    assert reported["paused_handlers"] == status["paused_handlers"]
     console = Console(file=io.StringIO(), width=200)
     console.print(status_watch.render(report_of(reported), None, ""))
     drawn = console.file.getvalue()
@@ -255,8 +257,8 @@ def test_port_in_use_creates_nothing(shop):
         ran = shop.run("flash", "replicate", "--http", address, "--log-json")
     assert ran.returncode == 2
     (line,) = ran.stderr.splitlines()
-    said = f"Cannot listen on flash_http = '{address}': Address already in use; "
-    assert json.loads(line)["message"].startswith(said)
+    error = f"Cannot listen on flash_http = '{address}': Address already in use; "
+    assert json.loads(line)["message"].startswith(error)
     assert not shop.database.one("SELECT count(*) FROM pg_publication")
     assert not shop.database.one(
         "SELECT count(*) FROM pg_replication_slots WHERE database = current_database()"

@@ -78,19 +78,19 @@ def cuts_stalls_delays_and_throttles(network, side, ways):
             fault()
             goes_on(network, writer)
         for way in ways:
-            said = len(replicate.log.read_text())
+            log_length = len(replicate.log.read_text())
             proxy.stall(way)
-            wait_until_given_up(shop, replicate, side, said)
+            wait_until_given_up(shop, replicate, side, log_length)
             proxy.heal()
             goes_on(network, writer)
-        said = len(replicate.log.read_text())
+        log_length = len(replicate.log.read_text())
         proxy.delay(0.2)
         goes_on(network, writer)
         proxy.heal()
         proxy.throttle(20_000)
         goes_on(network, writer)
         # Slow is not dead.
-        assert not re.search(GIVEN_UP[side], replicate.log.read_text()[said:])
+        assert not re.search(GIVEN_UP[side], replicate.log.read_text()[log_length:])
         proxy.heal()
         proxy.refuse()
         proxy.cut()
@@ -111,14 +111,14 @@ def test_silent_connection_to_postgresql_is_replaced(redis_network, picked):
     replicate = shop.replicate()
     insert_rows(shop.database, 1, 10)
     wait_until_confirmed(shop)
-    said = len(replicate.log.read_text())
+    log_length = len(replicate.log.read_text())
     started = time.monotonic()
     proxy.stall(only=picked, new=False)
     insert_rows(shop.database, 11, 20)
-    wait_until_given_up(shop, replicate, "postgresql", said)
+    wait_until_given_up(shop, replicate, "postgresql", log_length)
     noticed = time.monotonic() - started
     wait_until(
-        lambda: "Replicating the slot" in replicate.log.read_text()[said:],
+        lambda: "Replicating the slot" in replicate.log.read_text()[log_length:],
         "another connection",
     )
     replaced = time.monotonic() - started
@@ -138,10 +138,10 @@ def test_silent_connection_to_an_idle_broker_is_replaced(network):
     replicate = shop.replicate()
     insert_rows(shop.database, 1, 10)
     wait_until_confirmed(shop)
-    said = len(replicate.log.read_text())
+    log_length = len(replicate.log.read_text())
     started = time.monotonic()
     proxy.stall(new=False)
-    wait_until_given_up(shop, replicate, "broker", said)
+    wait_until_given_up(shop, replicate, "broker", log_length)
     assert time.monotonic() - started < 6 * INTERVAL
     shop.until_said(replicate, "The broker confirms messages again")
     insert_rows(shop.database, 11, 20)

@@ -78,14 +78,14 @@ def distributions(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(distributions):
-    (found,) = distributions.glob("*.whl")
-    return found
+    (wheel_path,) = distributions.glob("*.whl")
+    return wheel_path
 
 
 @pytest.fixture(scope="module")
 def source(distributions):
-    (found,) = distributions.glob("*.tar.gz")
-    return found
+    (source_path,) = distributions.glob("*.tar.gz")
+    return source_path
 
 
 def environment(folder, requirement):
@@ -150,18 +150,22 @@ def metadata(wheel):
 
 
 def test_description_is_the_readme_without_repository_links(metadata):
-    said = metadata.get_payload(decode=True).decode()
+    description = metadata.get_payload(decode=True).decode()
     assert metadata["Description-Content-Type"] == "text/markdown"
-    assert "| promise | how |" in said
-    assert "The tutorial takes you from" in said
-    links = re.findall(r"\]\((.*?)\)", said)
+    assert "| promise | how |" in description
+    assert "The tutorial takes you from" in description
+    links = re.findall(r"\]\((.*?)\)", description)
     assert [link for link in links if not link.startswith("https://")] == []
-    assert "![" not in said
+    assert "![" not in description
 
 
 def test_wheel_has_four_dependencies(metadata):
-    needed = [one for one in metadata.get_all("Requires-Dist") if "extra ==" not in one]
-    names = {re.match(r"[\w-]+", one).group() for one in needed}
+    needed = [
+        requirement
+        for requirement in metadata.get_all("Requires-Dist")
+        if "extra ==" not in requirement
+    ]
+    names = {re.match(r"[\w-]+", requirement).group() for requirement in needed}
     assert names - {"typing-extensions"} == {"celery", "kombu", "psycopg", "click"}
     extras = {"redis", "django", "demo", "metrics", "test"}
     assert extras <= set(metadata.get_all("Provides-Extra"))
@@ -196,10 +200,10 @@ def test_wheel_types_are_visible(bare, tmp_path):
 
 
 def test_version_is_that_of_the_installed_package(bare, wheel, tmp_path):
-    said = done(
+    output = done(
         bare / "python", "-c", "import flash_celery as f; print(f.__version__)", cwd=tmp_path
     )
-    assert f"-{said.strip()}-" in wheel.name
+    assert f"-{output.strip()}-" in wheel.name
 
 
 @pytest.mark.parametrize("programs", ["bare", "with_redis"])

@@ -61,9 +61,9 @@ def test_paused_handler_receives_its_changes_later_in_order(any_shop):
     insert_rows(shop.database, 31, 40)
     shop.until_noted(40, "many")
     wait_until_confirmed(shop)
-    said = flash(shop, "status")
-    assert "shop.each (paused since" in said
-    assert "36 held in flash.paused.shop.each" in said
+    status = flash(shop, "status")
+    assert "shop.each (paused since" in status
+    assert "36 held in flash.paused.shop.each" in status
     assert len(shop.notes()) == 5
 
     insert_rows(shop.database, 41, 50)
@@ -105,8 +105,8 @@ def test_paused_source_is_not_read_and_its_worker_stays_up(any_shop):
     shop = any_shop
     shop.worker()
     first = shop.replicate()
-    said = flash(shop, "pause")
-    assert "max_slot_wal_keep_size" in said
+    output = flash(shop, "pause")
+    assert "max_slot_wal_keep_size" in output
     shop.until_said(first, "Paused since")
     second = shop.replicate(wait=False)
     shop.until_said(second, "waiting until it is free")
@@ -159,8 +159,8 @@ def test_pause_that_the_database_lost_is_resumed(any_shop):
     wait_until_confirmed(shop)
     shop.database.execute(f"COMMENT ON PUBLICATION {publication} IS '{before}'")
     shop.until_said(replicate, "shop.each continues")
-    said = flash(shop, "doctor")
-    assert "30 messages are held in flash.paused.shop.each, and shop.each is not paused" in said
+    findings = flash(shop, "doctor")
+    assert "30 messages are held in flash.paused.shop.each, and shop.each is not paused" in findings
     flash(shop, "pause", "each")
     flash(shop, "resume", "each")
     until_noted_as_done(shop)

@@ -79,15 +79,15 @@ def test_role_that_can_only_replicate_needs_setup_by_the_owner(shop, owner):
     }
     refused = shop.run("flash", "replicate")
     assert refused.returncode == 2
-    (said,) = refused.stderr.splitlines()
-    assert said.startswith("Error: flash_manage is off, so the owner of the tables")
+    (error,) = refused.stderr.splitlines()
+    assert error.startswith("Error: flash_manage is off, so the owner of the tables")
     for statement in (
         "CREATE PUBLICATION \"flash_publication_insert\" WITH (publish = 'insert'",
         'ALTER TABLE ONLY "public"."items" REPLICA IDENTITY FULL',
         'ALTER PUBLICATION "flash_publication_update" ADD TABLE ONLY "public"."items"',
         f"SELECT pg_create_logical_replication_slot('{database.slot}', 'pgoutput')",
     ):
-        assert statement in said
+        assert statement in error
         assert statement in shop.run("flash", "doctor").stdout
     assert created_nothing(database)
 
@@ -200,7 +200,7 @@ def test_partitions_are_followed_without_management(flash):
     *others, statement = set_up(flash)
     assert "COMMENT ON" in statement
     old = flash.database.one("SHOW server_version_num") < "150000"
-    assert [("SET (publish_via" in one) for one in others] == [True] * old
+    assert [("SET (publish_via" in other) for other in others] == [True] * old
 
 
 def test_dropped_slot_is_recreated_by_its_owner_without_management(flash):
@@ -230,9 +230,9 @@ def test_table_that_becomes_a_partition_is_followed_without_management(flash, ca
     flash.do("INSERT INTO logs VALUES (1, 'a')", "INSERT INTO logs_10 VALUES (10, 'a')")
     flash.do("ALTER TABLE logs ATTACH PARTITION logs_10 FOR VALUES FROM (10) TO (20)")
     flash.wait(lambda: len(flash.replicator._startup.partition_history._recorded) == 2)
-    said = [line for line in caplog.messages if "may leave out rows" in line]
+    warnings = [line for line in caplog.messages if "may leave out rows" in line]
     old = flash.database.one("SHOW server_version_num") < "150000"
-    assert len(said) == old
+    assert len(warnings) == old
     set_up(flash)
     flash.do("INSERT INTO logs VALUES (11, 'b')")
     assert shown(flash.delivered()) == ["insert 1,a", "insert 11,b"]

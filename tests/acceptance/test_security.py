@@ -148,9 +148,9 @@ def test_failing_commands_print_no_password(strict):
     # They wait most of the time.
     with ThreadPoolExecutor(4) as pool:
         output = "".join(pool.map(run_all, (given[number::4] for number in range(4)), range(4)))
-    said = dict(part.split("\n", 1) for part in output.split("=== ")[1:])
-    assert said.keys() == {case["name"] for case in given}, output[-3000:]
-    for name, output in said.items():
+    output_by_command = dict(part.split("\n", 1) for part in output.split("=== ")[1:])
+    assert output_by_command.keys() == {case["name"] for case in given}, output[-3000:]
+    for name, output in output_by_command.items():
         for secret in SECRETS:
             assert secret not in output, f"{name}: {output}"
         assert "Traceback" not in output, f"{name}: {output}"
@@ -231,7 +231,7 @@ def test_hostile_names_and_values_do_no_harm(shop, number):
     insert = sql.SQL("INSERT INTO {} (id, name, note, {}, kind) VALUES ({}, {}, {}, {}, {})")
     with shop.database.connect() as connection:
         for key, what in ((f"1{HOSTILE}", HOSTILE), (f"2{HOSTILE}", "raise")):
-            values = [sql.Literal(one) for one in (key, what, HOSTILE, HOSTILE, NAMES[number])]
+            values = [sql.Literal(value) for value in (key, what, HOSTILE, HOSTILE, NAMES[number])]
             connection.execute(insert.format(table, column, *values))
     (note,) = shop.until_noted(1)
     assert note["new"]["name"] == note["new"]["note"] == HOSTILE
@@ -412,18 +412,18 @@ def test_foreign_messages_in_the_dead_letter_queue_stop_no_command(shop):
 def listening(server):
     """The addresses that a server and its children listen on."""
     process = psutil.Process(server.process.pid)
-    for one in (process, *process.children(recursive=True)):
+    for member in (process, *process.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):  # a backend comes and goes
-            for connection in one.net_connections("inet"):
+            for connection in member.net_connections("inet"):
                 if connection.status == psutil.CONN_LISTEN:
                     yield connection.laddr.ip
 
 
 @pytest.mark.parametrize("name", ["postgres", "valkey", "rabbit"])
 def test_servers_of_demo_and_tests_listen_on_loopback_only(request, name):
-    found = set(listening(request.getfixturevalue(name)))
-    assert found
-    assert found <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    addresses = set(listening(request.getfixturevalue(name)))
+    assert addresses
+    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 def test_dead_letter_that_was_retried_leaves_nothing_behind(rabbit):

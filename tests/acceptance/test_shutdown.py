@@ -156,7 +156,7 @@ def test_sigterm_ends_every_state_in_time(shop, tmp_path, state):
         assert not psutil.wait_procs(family, timeout=0)[1]
         assert list(folder.iterdir()) == []
         assert process.poll() is not None
-    others = [one for one in shop.processes if one.poll() is None]
+    others = [running for running in shop.processes if running.poll() is None]
     shop.close()
     connections = f"""
         SELECT count(*) FROM pg_stat_activity

@@ -61,10 +61,12 @@ def test_commands_concern_one_source(shops, billing):
     shown = shops.run("flash", "status").stdout
     assert "other sources: billing, unused (flash status --source NAME)" in shown
     assert "does not exist yet" in shown
-    found = json.loads(shops.run("flash", "status", "--json", "--source", "billing").stdout)
-    assert found["source"] == "billing"
-    assert found["slot"]["active"] is True
-    assert [one["table"] for one in found["subscriptions"]] == ["billing:public.items"]
+    status = json.loads(shops.run("flash", "status", "--json", "--source", "billing").stdout)
+    assert status["source"] == "billing"
+    assert status["slot"]["active"] is True
+    assert [subscription["table"] for subscription in status["subscriptions"]] == [
+        "billing:public.items"
+    ]
     assert "source     billing" in shops.run("flash", "status", "--source", "billing").stdout
     doctor = shops.run("flash", "doctor", "--source", "billing")
     assert doctor.returncode == 0, doctor.stdout

@@ -61,9 +61,9 @@ def applied(shop):
 
 def set_up_on_the_primary(shop):
     """Return the SQL that the message of `replicate` asks for."""
-    said = shop.run("flash", "replicate")
-    assert said.returncode == 2
-    (statements,) = re.findall(r"on the primary run: (.*);$", said.stderr, re.MULTILINE)
+    ended = shop.run("flash", "replicate")
+    assert ended.returncode == 2
+    (statements,) = re.findall(r"on the primary run: (.*);$", ended.stderr, re.MULTILINE)
     shop.primary.execute(statements)
     applied(shop)
 
@@ -85,8 +85,8 @@ def replicating(shop):
 
 
 def test_standby_delivers_changes(shop):
-    said = shop.run("flash", "doctor")
-    assert "on the primary run: CREATE PUBLICATION" in said.stdout
+    doctor = shop.run("flash", "doctor")
+    assert "on the primary run: CREATE PUBLICATION" in doctor.stdout
     set_up_on_the_primary(shop)
     replicate = replicating(shop)
     shop.worker()
@@ -113,9 +113,9 @@ def test_standby_slot_loss_is_noticed_once_the_primary_records_the_slot(shop):
     shop.database.execute(f"SELECT pg_drop_replication_slot('{shop.database.slot}')")
     applied(shop)
     for setting in ("halt", "recreate"):  # which would have to be recorded
-        said = shop.run("flash", "replicate", SHOP_CONF=f'{{"flash_on_lost_slot": "{setting}"}}')
-        assert said.returncode == 2
-        assert "existed and is gone: changes from an unknown position to " in said.stderr
+        ended = shop.run("flash", "replicate", SHOP_CONF=f'{{"flash_on_lost_slot": "{setting}"}}')
+        assert ended.returncode == 2
+        assert "existed and is gone: changes from an unknown position to " in ended.stderr
 
 
 def test_standby_logs_missing_objects_while_it_waits(shop):

@@ -157,8 +157,8 @@ def test_tls_broker_with_a_wrong_certificate_gets_nothing(
     conf = json.dumps({"broker_use_ssl": settings, "flash_shutdown_timeout": 0.5})
     shop = make_shop(SimpleNamespace(url=url), SHOP_CONF=conf)
     doctor = shop.run("flash", "doctor")
-    (said,) = [line for line in doctor.stdout.splitlines() if "broker" in line]
-    assert "certificate verify failed" in said
+    (finding,) = [line for line in doctor.stdout.splitlines() if "broker" in line]
+    assert "certificate verify failed" in finding
     if mistake == "host":
         return  # and replicate does as with the other one
     replicate = shop.replicate()

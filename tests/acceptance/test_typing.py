@@ -30,10 +30,10 @@ def found():
     )
     assert run.returncode in (0, 1), run.stdout + run.stderr
     for line in run.stdout.splitlines():
-        said = re.fullmatch(r".*?(\w+\.py):(\d+): (note|error): (.*)", line)
-        if said is None:
+        report = re.fullmatch(r".*?(\w+\.py):(\d+): (note|error): (.*)", line)
+        if report is None:
             continue
-        name, number, kind, text = said.groups()
+        name, number, kind, text = report.groups()
         if revealed := re.fullmatch(r'Revealed type is "(.*)"', text):
             yield name, int(number), "reveals", revealed[1].replace("builtins.", "")
         elif kind == "error":

@@ -45,14 +45,14 @@ def test_wait_returns_when_handlers_are_done(any_shop):
     shop.worker("threads")
     shop.replicate()
     insert_rows(shop.database, 1, 40)
-    code, said = wait(shop)
-    assert code == 0, said
+    code, output = wait(shop)
+    assert code == 0, output
     assert len(shop.notes()) == len(shop.notes("many")) == 40
     # Nothing is left, and the server is idle.
-    code, said = wait(shop, "each")
-    assert (code, said[:11]) == (0, "Done up to ")
-    code, said = wait(shop, "--lsn", "FFFFFFFF/0", "--timeout", "0")
-    assert (code, "Not done up to FFFFFFFF/0: the slot flash_" in said) == (1, True)
+    code, output = wait(shop, "each")
+    assert (code, output[:11]) == (0, "Done up to ")
+    code, output = wait(shop, "--lsn", "FFFFFFFF/0", "--timeout", "0")
+    assert (code, "Not done up to FFFFFFFF/0: the slot flash_" in output) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,8 @@ def test_wait_includes_retries_delayed_by_rabbitmq(make_shop, rabbit):
     shop.replicate()
     shop.database.execute("INSERT INTO items VALUES (1, 'retry', '600')")
     shop.until_noted(1)
-    code, said = wait(shop, "each", "--timeout", "5")
-    assert (code, "messages are in the queue celery_delayed_" in said) == (1, True), said
+    code, output = wait(shop, "each", "--timeout", "5")
+    assert (code, "messages are in the queue celery_delayed_" in output) == (1, True), output
 
 
 def test_wait_refuses_impossible_requests(database, twin):

@@ -39,8 +39,8 @@ class Nameless(Textless):
 class Two(Exception):
     """Cannot be unpickled."""
 
-    def __init__(self, one, two):
-        super().__init__(one)
+    def __init__(self, argument, two):
+        super().__init__(argument)
 
 
 class Unreduced(Exception):
@@ -49,7 +49,7 @@ class Unreduced(Exception):
 
 
 class Base(BaseException):
-    def __init__(self, one, two):
+    def __init__(self, argument, two):
         super().__init__("a plain one")
 
 

@@ -25,8 +25,8 @@ def configured():
     """Django in this process. It stays, so DATABASES is empty again after each test."""
     sys.path.insert(0, str(PROJECT))
     if not settings.configured:
-        found = runpy.run_path(str(PROJECT / "bookshop" / "settings.py"))
-        settings.configure(**{name: found[name] for name in found if name.isupper()})
+        namespace = runpy.run_path(str(PROJECT / "bookshop" / "settings.py"))
+        settings.configure(**{name: namespace[name] for name in namespace if name.isupper()})
         django.setup()
 
 

@@ -14,7 +14,7 @@ ORDER = (
 
 def make_change(kind, name="sales_customer", schema="public", row=None, **columns):
     columns = {"id": (20, "int8"), **columns}
-    columns = tuple(Column(one, *of, identity=True) for one, of in columns.items())
+    columns = tuple(Column(column, *of, identity=True) for column, of in columns.items())
     table = Table(schema, name, None, "f", (), columns)
     origin = Origin(table, Transaction(Lsn(1), 1, 0), 0)
     return kind(*([row] if row is not None else []), origin)

@@ -65,8 +65,8 @@ def sign_in(*permissions, staff=True, superuser=False):
     user = User.objects.create(username=next(_numbers), is_staff=staff, is_superuser=superuser)
     for name in permissions:
         kind, _ = ContentType.objects.get_or_create(app_label="flash_celery", model="status")
-        found, _ = Permission.objects.get_or_create(codename=name, content_type=kind)
-        user.user_permissions.add(found)
+        permission, _ = Permission.objects.get_or_create(codename=name, content_type=kind)
+        user.user_permissions.add(permission)
     client = Client(enforce_csrf_checks=True)
     client.force_login(user)
     return client
@@ -113,7 +113,7 @@ def press(client, **fields):
 
 
 def buttons(html, name="one"):
-    return [unescape(one) for one in re.findall(rf'name="{name}" value="([^"]+)"', html)]
+    return [unescape(value) for value in re.findall(rf'name="{name}" value="([^"]+)"', html)]
 
 
 def test_admin_shows_sources_handlers_queues_and_the_slot(project, root, site_database):

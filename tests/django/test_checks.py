@@ -50,13 +50,15 @@ def after(configured, tmp_path, monkeypatch):
 def said():
     from flash_celery.django import checks
 
-    return [(one.id.partition(".")[2], one.obj, one.msg) for one in checks.handlers()]
+    return [
+        (message.id.partition(".")[2], message.obj, message.msg) for message in checks.handlers()
+    ]
 
 
 def said_within():
     from flash_celery.django import checks
 
-    return [(one.id.partition(".")[2], one.msg) for one in checks.database(["default"])]
+    return [(message.id.partition(".")[2], message.msg) for message in checks.database(["default"])]
 
 
 def test_check_passes_fitting_handlers(sales, handle):

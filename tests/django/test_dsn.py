@@ -48,12 +48,12 @@ def test_dsn_takes_options_of_libpq_only(default, app):
             "prepare_threshold": 3,
         },
     )
-    found = conninfo_to_dict(Settings.from_app(app).flash_dsn)
-    assert found.pop("dbname").startswith("test_")
-    assert found.pop("port")
-    assert found.pop("client_encoding") == "UTF8"
-    assert str(found.pop("connect_timeout")) == "5"
-    assert found == {
+    parameters = conninfo_to_dict(Settings.from_app(app).flash_dsn)
+    assert parameters.pop("dbname").startswith("test_")
+    assert parameters.pop("port")
+    assert parameters.pop("client_encoding") == "UTF8"
+    assert str(parameters.pop("connect_timeout")) == "5"
+    assert parameters == {
         "user": "postgres",
         "host": "127.0.0.1",
         "password": "it's a \\ secret",
@@ -80,8 +80,8 @@ def test_dsn_is_the_test_database_under_the_test_runner(default, app):
     connection = connections["default"]
     connection.creation.create_test_db(verbosity=0, autoclobber=True)
     try:
-        found = conninfo_to_dict(Settings.from_app(app).flash_dsn)["dbname"]
-        assert found == f"{os.getpid()}_of_the_runner"
+        dbname = conninfo_to_dict(Settings.from_app(app).flash_dsn)["dbname"]
+        assert dbname == f"{os.getpid()}_of_the_runner"
     finally:
         connection.creation.destroy_test_db(database.name, verbosity=0)
     assert conninfo_to_dict(Settings.from_app(app).flash_dsn)["dbname"] == database.name

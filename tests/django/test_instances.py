@@ -41,9 +41,9 @@ def sales(migrated, models):
 def no_query(sales):
     def run(function, *arguments, **named):
         with CaptureQueriesContext(connection) as queries:
-            found = function(*arguments, **named)
+            result = function(*arguments, **named)
         assert not queries.captured_queries
-        return found
+        return result
 
     return run
 
@@ -131,10 +131,10 @@ def test_instance_reads_types_of_extensions_as_a_query_does(flash, sales, no_que
         f"pair pair, paths {schema}.ltree[])",
     )
     flash.handler("samples_sample").start()
-    one, text = "'{\"x=>1\"}'", "'{A,b,NULL}'"
+    hstore, text = "'{\"x=>1\"}'", "'{A,b,NULL}'"
     flash.do(
-        f"INSERT INTO samples_sample VALUES (1, {one}, {text}, '{{{{x=>1}},{{y=>NULL}}}}', 'x=>1', "
-        f"{one}, ROW('x=>1', {text}, 5), '{{a.b}}')"
+        f"INSERT INTO samples_sample VALUES (1, {hstore}, {text}, '{{{{x=>1}},{{y=>NULL}}}}', "
+        f"'x=>1', {hstore}, ROW('x=>1', {text}, 5), '{{a.b}}')"
     )
     (change,) = flash.delivered()
     instance = no_query(change.instance, model=Sample)

@@ -52,10 +52,10 @@ def test_check_names_the_migration_that_would_break_a_handler(site):
 
 
 def test_checks_run_by_celery_import_tasks_once(site):
-    said = site.manage("shell", "-c", "from bookshop import celery_app as app\n"
+    output = site.manage("shell", "-c", "from bookshop import celery_app as app\n"
         "from celery.signals import import_modules\n"
         "count = []\n"
         "import_modules.connect(lambda **_: count.append(1), weak=False)\n"
         "app.loader.import_default_modules()\n"
         "print('imported', len(count), 'finalized', app.finalized)")  # fmt: skip
-    assert "imported 1 finalized False" in said.stdout, said.stderr
+    assert "imported 1 finalized False" in output.stdout, output.stderr

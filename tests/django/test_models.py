@@ -61,13 +61,13 @@ def test_model_fields_are_columns(models, app):
     @app.task(name="urgent", shared=False)
     def urgent(change): ...
 
-    found = {one.handler: one for one in subscriptions_of(app)}
-    assert found["orders"].fields == ("customer_id", "status")
-    assert found["orders"].where.columns == {"customer_id", "total", "note"}
-    assert found["orders"].key == ("id",)
-    assert found["customers"].fields == ("full_name",)
-    assert found["urgent"].fields == ("customer_id",)
-    assert found["urgent"].where.columns == {"customer_id", "id"}
+    by_handler = {subscription.handler: subscription for subscription in subscriptions_of(app)}
+    assert by_handler["orders"].fields == ("customer_id", "status")
+    assert by_handler["orders"].where.columns == {"customer_id", "total", "note"}
+    assert by_handler["orders"].key == ("id",)
+    assert by_handler["customers"].fields == ("full_name",)
+    assert by_handler["urgent"].fields == ("customer_id",)
+    assert by_handler["urgent"].where.columns == {"customer_id", "id"}
 
 
 def test_model_child_table_has_its_fields_and_pointer(models):

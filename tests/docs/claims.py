@@ -72,7 +72,7 @@ def cells(row):
 
 def written_tests():
     """Return the names of all tests."""
-    found = set()
+    names = set()
     for path in (ROOT / "tests").rglob("test_*.py"):
-        found.update(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
-    return found
+        names.update(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
+    return names

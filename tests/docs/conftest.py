@@ -26,9 +26,9 @@ class Page:
         self.blocks = self._marked("run")
 
     def _marked(self, kind):
-        found = re.findall(MARKED.format(kind), self.text, re.DOTALL)
+        blocks = re.findall(MARKED.format(kind), self.text, re.DOTALL)
         return {
-            name: fenced or re.sub("^    ", "", text, flags=re.M) for name, fenced, text in found
+            name: fenced or re.sub("^    ", "", text, flags=re.M) for name, fenced, text in blocks
         }
 
     def lines(self, name):
@@ -39,7 +39,7 @@ class Page:
     def statements(self, name):
         """The SQL of a block, statement by statement."""
         text = re.sub("--.*", "", self.blocks[name])
-        return [one.strip() for one in text.split(";\n") if one.strip()]
+        return [statement.strip() for statement in text.split(";\n") if statement.strip()]
 
     def python(self):
         """Every example in Python, whether it is a file or not."""

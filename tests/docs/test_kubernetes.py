@@ -29,8 +29,8 @@ def test_kubernetes_accepts_the_manifests(name, version):
 
 def container(name):
     pod = MANIFESTS["Deployment", name]["spec"]["template"]["spec"]
-    (one,) = pod["containers"]
-    return pod, one
+    (found_container,) = pod["containers"]
+    return pod, found_container
 
 
 def test_kubernetes_manifests_are_linked():
@@ -51,8 +51,8 @@ def test_kubernetes_budgets_and_selectors_match_their_pods():
 
 
 def test_kubernetes_secret_and_manifest_configure_the_app(monkeypatch, new_app):
-    _, one = container("flash-replicate")
-    given = {variable["name"]: variable["value"] for variable in one["env"]}
+    _, spec = container("flash-replicate")
+    given = {variable["name"]: variable["value"] for variable in spec["env"]}
     environment = MANIFESTS["Secret", "shop"]["stringData"] | given
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -65,12 +65,12 @@ def test_kubernetes_secret_and_manifest_configure_the_app(monkeypatch, new_app):
 
 
 def test_kubernetes_probes_use_the_address_of_the_worker():
-    _, one = container("flash-replicate")
-    (port,) = one["ports"]
-    (listening,) = [each["value"] for each in one["env"] if each["name"] == "FLASH_HTTP"]
+    _, spec = container("flash-replicate")
+    (port,) = spec["ports"]
+    (listening,) = [each["value"] for each in spec["env"] if each["name"] == "FLASH_HTTP"]
     # The kubelet and Prometheus ask from outside the pod.
     assert http_address(listening) == ("0.0.0.0", port["containerPort"])
-    assert {one[probe]["httpGet"]["port"] for probe in PROBES} == {port["name"]}
+    assert {spec[probe]["httpGet"]["port"] for probe in PROBES} == {port["name"]}
     template = MANIFESTS["Deployment", "flash-replicate"]["spec"]["template"]
     assert template["metadata"]["annotations"]["prometheus.io/port"] == str(port["containerPort"])
 
@@ -85,9 +85,9 @@ def test_kubernetes_new_version_that_waits_alters_nothing(shop):  # noqa: F811
     old = shop.replicate("--http", addresses[0])
     new = shop.replicate("--http", addresses[1], wait=False, SHOP_ALSO="others")
     shop.until_said(new, "waiting until it is free")
-    _, one = container("flash-replicate")
+    _, spec = container("flash-replicate")
     for address in addresses:
-        for path in (one[probe]["httpGet"]["path"] for probe in PROBES):
+        for path in (spec[probe]["httpGet"]["path"] for probe in PROBES):
             wait_until(lambda: http_get(address, path)[0] == 200, path)  # noqa: B023
     assert database.execute(tables) == [("items",)]
     assert old.poll() is None

@@ -28,7 +28,7 @@ QUOTES = [
 @cache
 def templates():
     """Every string of the package, as lists of characters and placeholders."""
-    found = []
+    texts = []
     for path in (ROOT / "flash_celery").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
@@ -40,8 +40,8 @@ def templates():
                 parts = [WILD if re.fullmatch("%[srd]", part) else part for part in parts]
             else:
                 continue
-            found.append([c for part in parts for c in ([WILD] if part is WILD else part)])
-    return found
+            texts.append([c for part in parts for c in ([WILD] if part is WILD else part)])
+    return texts
 
 
 def matches(quote, template):
@@ -60,7 +60,11 @@ def matches(quote, template):
 
 def is_quoted(text):
     quote = [WILD if c == "…" else c for c in " ".join(text.split())]
-    begins = [one for one in templates() if one[:8] == quote[:8] and WILD not in one[:8]]
+    begins = [
+        candidate
+        for candidate in templates()
+        if candidate[:8] == quote[:8] and WILD not in candidate[:8]
+    ]
     return any(matches(quote, template) for template in begins)
 
 

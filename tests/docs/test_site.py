@@ -92,7 +92,7 @@ def test_site_loads_nothing_from_elsewhere(site):
         for tag in re.findall(r"<link\b[^>]*>", text):
             if "canonical" not in tag:
                 loaded += re.findall(r"href=\"?([^\s\">]+)", tag)
-        assert not [one for one in loaded if re.match(r"(?:https?:)?//", one)], page
+        assert not [address for address in loaded if re.match(r"(?:https?:)?//", address)], page
     for style in site.rglob("*.css"):
         assert not re.search(r"(?:@import|url\()\s*['\"]?(?:https?:)?//", style.read_text()), style
 

@@ -43,7 +43,11 @@ class Flash:
         self.app.finalize()
         settings = Settings.from_app(self.app)
         settings = settings.of_source(self.source) if self.source else settings
-        subscriptions = [one for one in subscriptions_of(self.app) if one.source == self.source]
+        subscriptions = [
+            subscription
+            for subscription in subscriptions_of(self.app)
+            if subscription.source == self.source
+        ]
         self.replicator = Replicator(self.app, settings, subscriptions, self.publisher)
         self.thread = threading.Thread(target=self.run)
         self.thread.start()
@@ -111,8 +115,8 @@ def shown(changes):
     def row(values):
         return ",".join("-" if v is None else str(v) for v in values.values())
 
-    found = []
+    lines = []
     for change in changes:
         rows = [row(getattr(change, side)) for side in ("old", "new") if hasattr(change, side)]
-        found.append(f"{change.operation.names()[0]} {' -> '.join(rows)}".strip())
-    return found
+        lines.append(f"{change.operation.names()[0]} {' -> '.join(rows)}".strip())
+    return lines

@@ -418,8 +418,8 @@ def test_types_listed_by_the_ancestor_are_delivered(flash):
     (change,) = flash.delivered()
     # The order of the columns is the table's.
     assert list(change.new) == list(LISTED)
-    found = {kind: str(value) for kind, value in change.new.items()}
-    assert found == {
+    values = {kind: str(value) for kind, value in change.new.items()}
+    assert values == {
         "int8": "9223372036854775807",
         "numeric": "1234.50",
         "bool": "True",

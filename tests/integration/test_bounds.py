@@ -55,11 +55,11 @@ def test_deep_composite_is_text_below_a_depth(flash):
         value = f"ROW({value})::level_{n}"
     flash.do(f"INSERT INTO items VALUES (1, {value})")
     (change,) = flash.delivered()
-    found, depth = change.new["deep"], 0
-    while isinstance(found, dict):
-        found, depth = found["x"], depth + 1
+    value, depth = change.new["deep"], 0
+    while isinstance(value, dict):
+        value, depth = value["x"], depth + 1
     assert depth == DEEPEST
-    assert found.startswith("(")
+    assert value.startswith("(")
 
 
 def test_most_fields_allowed_are_delivered(flash):
@@ -89,17 +89,17 @@ def test_oversize_change_is_a_dead_letter_and_stops_no_handler(flash, options):
     )
     delivered = [f"{c.operation.names()[0]} {c.key['id']}" for c in flash.delivered()]
     assert delivered == ["insert 1", "insert 2"]
-    found = [letters.decode(sealed.body) for sealed in flash.publisher.queues["flash.dead"]]
-    assert [letter.error for letter in found] == ["ChangeTooLarge"] * 4
-    assert found[0].message.startswith("insert public.items id=3 @")
-    changes = [change for letter in found for change in letters.changes_of(letter)]
+    dead = [letters.decode(sealed.body) for sealed in flash.publisher.queues["flash.dead"]]
+    assert [letter.error for letter in dead] == ["ChangeTooLarge"] * 4
+    assert dead[0].message.startswith("insert public.items id=3 @")
+    changes = [change for letter in dead for change in letters.changes_of(letter)]
     assert shown(changes) == [
         *("insert 3,a,UNCHANGED", "insert 4,a,UNCHANGED"),
         "update 3,a,UNCHANGED -> 3,b,UNCHANGED",
         "delete 4,a,UNCHANGED",
     ]
-    assert [letter.changes for letter in found] == [[change.id] for change in changes]
-    assert len({letter.id for letter in found}) == 4
+    assert [letter.changes for letter in dead] == [[change.id] for change in changes]
+    assert len({letter.id for letter in dead}) == 4
 
 
 def test_oversize_message_is_a_dead_letter(flash):
@@ -132,8 +132,8 @@ def received(rabbit, queue):
     """Bodies of the messages in a queue, taken out."""
     with amqp.Connection(host=f"127.0.0.1:{rabbit.port}") as connection:
         channel = connection.channel()
-        found = iter(lambda: channel.basic_get(queue, no_ack=True), None)
-        return [message.body for message in found]
+        messages = iter(lambda: channel.basic_get(queue, no_ack=True), None)
+        return [message.body for message in messages]
 
 
 @pytest.mark.parametrize("options", [{}, {"batch": 1000}], ids=["each", "batched"])
@@ -166,10 +166,10 @@ def test_oversize_change_for_rabbitmq_stops_no_handler(flash, small, options):
     assert list(ids) == [*delivered, *range(1001, large[0])]
     assert [c.new["id"] for c in changes if c.operation is Operation.UPDATE] == [8]
     assert len(bodies) < len(changes) or not options
-    found = [letters.decode(sealed) for sealed in received(small, "flash.dead")]
-    assert {letter.error for letter in found} == {"ChangeTooLarge"}
-    assert "and the broker takes messages of 20000;" in found[0].message
-    rest = [change for letter in found for change in letters.changes_of(letter)]
+    dead = [letters.decode(sealed) for sealed in received(small, "flash.dead")]
+    assert {letter.error for letter in dead} == {"ChangeTooLarge"}
+    assert "and the broker takes messages of 20000;" in dead[0].message
+    rest = [change for letter in dead for change in letters.changes_of(letter)]
     assert [change.new["id"] for change in rest] == [50, 7, *large]
     assert (rest[1].new["note"], rest[1].new["other"]) == (UNCHANGED, "y" * 1000)
     with flash.database.connect() as connection:
@@ -178,7 +178,7 @@ def test_oversize_change_for_rabbitmq_stops_no_handler(flash, small, options):
         replay.enqueue_changes(flash.app, at, subscriptions, "handler", wanted)
     again = [change for body in received(small, "flash") for change in letters.changes_in(body)]
     assert dict.fromkeys(change.id for change in again) == dict.fromkeys(c.id for c in changes)
-    assert len(received(small, "flash.dead")) == len(found)
+    assert len(received(small, "flash.dead")) == len(dead)
 
 
 def test_recreated_tables_leave_nothing_behind(flash):

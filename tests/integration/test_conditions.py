@@ -92,8 +92,10 @@ def types(connection):
 
 
 def compared(connection, table, column):
-    found = catalog.find(connection, TableName("public", table))
-    return column_types.compared(connection, found.oid, column, found.columns[column].type_oid)
+    catalog_table = catalog.find(connection, TableName("public", table))
+    return column_types.compared(
+        connection, catalog_table.oid, column, catalog_table.columns[column].type_oid
+    )
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +200,7 @@ def test_conditions_compare_every_type_as_sql_does(connection, judge, kind):
         except psycopg.DataError:
             assume(False)
         if lookup != "isnull":
-            given_value = [literal(kind, one) for one in constants]
+            given_value = [literal(kind, constant) for constant in constants]
         if lookup == "isnull":
             given_value = constants[0]
         elif lookup not in ("in", "not_in", "between"):
@@ -257,14 +259,17 @@ def test_conditions_join_dicts_by_and_and_lists_by_or(connection, judge, data):
     row = {name: data.draw(st.none() | constants) for name in ("integer", "bigint")}
     expression = " OR ".join(
         "("
-        + " AND ".join(f'"{name}" {OPERATORS[lookup]} {v}' for (name, lookup), v in one.items())
+        + " AND ".join(
+            f'"{name}" {OPERATORS[lookup]} {v}' for (name, lookup), v in alternative.items()
+        )
         + ")"
-        for one in parts
+        for alternative in parts
     )
     query = f'SELECT ({expression}) IS TRUE FROM (SELECT %(integer)s::int AS "integer", '
     expected = connection.execute(query + '%(bigint)s::int8 AS "bigint") AS row', row).fetchone()[0]
     where = [
-        {n if look == "eq" else f"{n}__{look}": v for (n, look), v in one.items()} for one in parts
+        {n if look == "eq" else f"{n}__{look}": v for (n, look), v in alternative.items()}
+        for alternative in parts
     ]
     texts = {name: None if v is None else str(v).encode() for name, v in row.items()}
     assert judge(where, texts) is expected
@@ -447,10 +452,10 @@ def test_collations_are_read_from_the_catalog(connection):
             expected.append(False)
         columns = ", ".join(f"c{n} text COLLATE {name}" for n, name in enumerate(names))
         connection.execute(f"CREATE TABLE collated ({columns}, plain text)")
-        found = [
+        collations = [
             compared(connection, "collated", f"c{n}").sorted_by_code for n in range(len(names))
         ]
-        assert found == expected
+        assert collations == expected
         assert compared(connection, "collated", "plain").sorted_by_code
 
 

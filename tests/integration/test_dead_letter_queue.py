@@ -76,8 +76,8 @@ def box(app):
 def ids(box):
     """In the order of the queue; a quorum queue may shuffle what was given back."""
     with box._open() as read:
-        found = [letter.id for letter, _ in read]
-    return sorted(found) if box._app.conf.task_default_queue_type == "quorum" else found
+        ids_read = [letter.id for letter, _ in read]
+    return sorted(ids_read) if box._app.conf.task_default_queue_type == "quorum" else ids_read
 
 
 def test_dead_letters_keep_their_order_if_a_reader_is_killed(app, box):
@@ -111,8 +111,8 @@ def test_dead_letters_are_counted_without_being_taken(app, box):
         on_redis = app.conf.broker_url.startswith("redis")
         assert depths["not there"] == (0 if on_redis else None)
         newest = watched.newest_dead(COUNT)
-        assert [one["id"] for one in newest] == (IDS[:-6:-1] if on_redis else [])
-    assert all(one["error"] == "ValueError: no" for one in newest)
+        assert [letter["id"] for letter in newest] == (IDS[:-6:-1] if on_redis else [])
+    assert all(letter["error"] == "ValueError: no" for letter in newest)
     watched.close()
     assert ids(box) == IDS
 
@@ -124,5 +124,5 @@ def test_dead_letter_monitoring_survives_foreign_messages(app, box, valkey):
         client.lpush(f"{prefix}flash.dead", "{", "[1]", '{"body": 5}')
     watched = Broker(app, [], "flash.dead")
     count = watched.depths()["flash.dead"]
-    assert [one["id"] for one in watched.newest_dead(count)] == IDS[:-3:-1]
+    assert [letter["id"] for letter in watched.newest_dead(count)] == IDS[:-3:-1]
     watched.close()

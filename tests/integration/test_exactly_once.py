@@ -48,12 +48,12 @@ class Dying(RedisPublisher):
 def delivered(valkey, queue="flash", handler="handler"):
     """The changes in a queue, the first one first, taken out."""
     with redis.Redis(port=valkey.port) as client:
-        found = []
+        changes = []
         for raw in client.rpop(queue, 100_000) or []:
             message = json.loads(raw)
             if message["headers"]["task"] == handler:
-                found += payload.decode(json.loads(message["body"])[0][0]["__value__"])
-        return found
+                changes += payload.decode(json.loads(message["body"])[0][0]["__value__"])
+        return changes
 
 
 def ids(changes):
@@ -144,11 +144,11 @@ def test_lost_reply_enqueues_nothing_twice(on_redis, monkeypatch):
     step, lost = RedisPosition.compare_and_set, []
 
     def cut(self, client, commands):
-        found = step(self, client, commands)
+        result = step(self, client, commands)
         if len(commands) > 1 and len(lost) < 3:  # not the one that forgets an older session's
-            lost.append(found)
+            lost.append(result)
             raise redis.ConnectionError("the reply is lost")
-        return found
+        return result
 
     on_redis.handler("items")
     monkeypatch.setattr(RedisPosition, "compare_and_set", cut)

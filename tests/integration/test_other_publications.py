@@ -75,7 +75,7 @@ REFUSED = {
 def test_identity_that_postgresql_refuses_is_given_back_beside_other_publications(
     flash, since, how
 ):
-    major, before, alteration, said = REFUSED[how]
+    major, before, alteration, message = REFUSED[how]
     since(major)
     flash.database.execute(ITEMS, before)
     flash.handler("items", where={"name": "a"}).start()
@@ -84,7 +84,7 @@ def test_identity_that_postgresql_refuses_is_given_back_beside_other_publication
     flash.database.execute(alteration)
     flash.thread.join(20)
     assert isinstance(flash.error, ReplicaIdentityMissing)
-    assert said in str(flash.error)
+    assert message in str(flash.error)
     assert flash.database.one(IDENTITY) == "d"
     flash.database.execute(*WRITE)
     assert shown(flash.delivered())[0].startswith("insert 1,a")

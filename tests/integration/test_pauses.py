@@ -60,11 +60,11 @@ def test_pauses_end_in_any_order(flash):
     flash.do("UPDATE items SET name = 'd' WHERE id = 3", "INSERT INTO items VALUES (4, 'd')")
     assert shown(flash.delivered("two")) == ["insert 2,b", "insert 3,c", "insert 4,d"]
     # It may have gone on for a moment.
-    one = shown(flash.delivered("one"))
+    first = shown(flash.delivered("one"))
     pause(flash, "one", end=True)
     flash.wait(lambda: not record(flash).resuming)
     flash.do("DELETE FROM items WHERE id = 1")
-    delivered = [*one, *shown(flash.delivered("one"))]
+    delivered = [*first, *shown(flash.delivered("one"))]
     assert delivered == ["insert 2,b", "insert 3,c", "update 3 -> 3,d", "insert 4,d", "delete 1"]
 
 
@@ -152,8 +152,8 @@ def test_pause_of_a_removed_handler_is_kept(flash, caplog):
     del flash.app.tasks["gone"]
     flash.start()
     flash.wait(lambda: list(record(flash).resuming) == ["gone"])
-    said = "gone is no longer a handler; its held messages stay in the queue flash.paused."
-    flash.wait(lambda: said in caplog.text)
+    message = "gone is no longer a handler; its held messages stay in the queue flash.paused."
+    flash.wait(lambda: message in caplog.text)
     settings = Settings.from_app(flash.app)
     with flash.database.connect() as connection:
         assert pauses.resume(Source(connection, settings), ["gone"], removed=["gone"]) == []

@@ -98,7 +98,7 @@ def test_schema_of_a_table_that_leaves_the_publications_needs_usage_too(flash, r
 
 def test_publications_of_another_owner_are_named_with_the_grant(flash, roles):
     flash.handler("sales.items").start().stop()
-    (warned,) = [one for one in findings(flash, roles) if one.subject == "publications"]
+    (warned,) = [finding for finding in findings(flash, roles) if finding.subject == "publications"]
     assert warned.level == WARNING
     assert "flash_publication_update belong to the role postgres" in warned.message
     # As long as nothing is to be altered, that is all.
@@ -183,7 +183,9 @@ def test_event_trigger_is_not_tried_on_a_table_that_is_locked(flash):
     flash.handler("items", fields=["name"])
     with psycopg.connect(flash.database.dsn) as other:
         other.execute("LOCK TABLE items")
-        (found,) = [
-            one for one in findings(flash, flash.database.dsn) if one.subject == "publications"
+        (publications_finding,) = [
+            finding
+            for finding in findings(flash, flash.database.dsn)
+            if finding.subject == "publications"
         ]
-    assert found.message.endswith("statements to run")
+    assert publications_finding.message.endswith("statements to run")

@@ -110,10 +110,10 @@ def killed_after_every_step(connection, database, subscriptions, settings=SETTIN
 
 
 def published(connection):
-    found = publications.read(Source(connection, SETTINGS))
+    existing = publications.read(Source(connection, SETTINGS))
     return {
         operation.names()[0]: sorted(table.name for table in publication.tables.values())
-        for operation, publication in found.by_operation.items()
+        for operation, publication in existing.by_operation.items()
     }
 
 
@@ -194,11 +194,15 @@ def test_identity_full_is_set_only_where_needed(tables, connection):
         subscription("indexed", operations=Operation.INSERT, where=WHERE),
     ]
     ddl.apply(connection, plan(connection, subscriptions))
-    found = identities(tables)
-    assert found["orders"] == "d"
-    assert found["part_1"] == "d"
-    assert (found["plain"], found["made"], found["indexed"]) == ("f", "f", "f")
-    assert found["deferred"] == "f"  # a key that may be checked later is no identity
+    identity_by_table = identities(tables)
+    assert identity_by_table["orders"] == "d"
+    assert identity_by_table["part_1"] == "d"
+    assert (
+        identity_by_table["plain"],
+        identity_by_table["made"],
+        identity_by_table["indexed"],
+    ) == ("f", "f", "f")
+    assert identity_by_table["deferred"] == "f"  # a key that may be checked later is no identity
     assert published(connection)["truncate"] == ["deferred", "made", "orders", "parts", "plain"]
     assert "indexed" in published(connection)["update"]
     assert "indexed" not in published(connection)["delete"]

@@ -43,10 +43,10 @@ class Broker:
     def messages(self, queue):
         with self.app.connection_for_read() as connection:
             bound = self.app.amqp.queues[queue](connection.default_channel)
-            found = []
+            received = []
             while (message := bound.get(no_ack=True)) is not None:
-                found.append(message)
-            return found
+                received.append(message)
+            return received
 
 
 class Twin:
@@ -58,8 +58,8 @@ class Twin:
         return [message.headers["id"] for message in self.messages(queue)]
 
     def messages(self, queue):
-        found, self.publisher.queues[queue] = self.publisher.queues[queue], []
-        return found
+        received, self.publisher.queues[queue] = self.publisher.queues[queue], []
+        return received
 
 
 KINDS = ["memory", "redis", "prefixed", "sentinel", "rabbitmq", "quorum", "kombu"]
@@ -126,17 +126,17 @@ def test_publisher_keeps_every_property_of_a_message(broker):
     packed = message(3, priority=4)
     packed.body = b"\x00\xff"
     broker.publisher.publish([first, altered, packed])
-    one, other, binary = broker.messages("first")
-    for number, found in enumerate((one, other), 1):
-        assert found.headers["task"] == "shop.handle"
-        assert found.headers["argsrepr"] == f'the "{number}"th: 5 %'
-        assert found.headers["id"] == found.headers["root_id"] == str(number)
-        assert found.properties["correlation_id"] == str(number)
-        assert found.properties["priority"] == 4
-        body = found.body if isinstance(found.body, str) else bytes(found.body).decode()
+    plain, other, binary = broker.messages("first")
+    for number, received in enumerate((plain, other), 1):
+        assert received.headers["task"] == "shop.handle"
+        assert received.headers["argsrepr"] == f'the "{number}"th: 5 %'
+        assert received.headers["id"] == received.headers["root_id"] == str(number)
+        assert received.properties["correlation_id"] == str(number)
+        assert received.properties["priority"] == 4
+        body = received.body if isinstance(received.body, str) else bytes(received.body).decode()
         assert body == f'"é{number}"'
-        assert found.content_type == "application/json"
-    assert (one.headers.get("trace"), other.headers["trace"]) == (None, "abc")
+        assert received.content_type == "application/json"
+    assert (plain.headers.get("trace"), other.headers["trace"]) == (None, "abc")
     assert bytes(binary.body) == b"\x00\xff"
 
 
@@ -148,12 +148,12 @@ def test_publisher_writes_the_frames_of_py_amqp():
     publisher._forms = {}
     for length in range(300):
         form = Form("a % b", "shop.handle", {"shadow": "%" * length}, {"priority": 37})
-        one = Message(form, str(uuid4()), "é" * (length // 2), "body")
-        assert one.plain
-        fast = publisher._written(one)
-        assert one.headers["shadow"] == "%" * length
-        assert not one.plain
-        assert publisher._written(one) == fast
+        message = Message(form, str(uuid4()), "é" * (length // 2), "body")
+        assert message.plain
+        fast = publisher._written(message)
+        assert message.headers["shadow"] == "%" * length
+        assert not message.plain
+        assert publisher._written(message) == fast
 
 
 def test_publisher_accepts_no_messages(broker):
@@ -311,8 +311,8 @@ def test_publisher_keeps_order_and_repeats_nothing_if_a_queue_refuses(rabbit):
                 left = left[error.confirmed :]
             publisher.close()
             for _ in range(5):
-                if (found := bound.get(no_ack=True)) is not None:
-                    read.append(int(found.headers["id"]))
+                if (received := bound.get(no_ack=True)) is not None:
+                    read.append(int(received.headers["id"]))
             if not left and len(set(read)) == 60:
                 break
         bound.delete()
@@ -326,9 +326,9 @@ def consuming(rabbit, queue):
     """Consume in the background; yield the numbers of the messages in their order."""
     read, end = [], threading.Event()
 
-    def take(found):
-        read.append(int(found.headers["id"]))
-        found.channel.basic_ack(found.delivery_tag)
+    def take(received):
+        read.append(int(received.headers["id"]))
+        received.channel.basic_ack(received.delivery_tag)
 
     def consume():
         with amqp.Connection(host=f"127.0.0.1:{rabbit.port}") as connection:
@@ -431,10 +431,10 @@ def test_held_messages_are_requeued_in_order_and_unchanged(broker):
     while broker.publisher.requeue(name, partial(restored, ["first"]), admit):
         calls += 1
         assert calls <= 110
-    found = sorted(broker.messages("first"), key=lambda one: int(one.headers["id"]))
-    assert [one.headers["id"] for one in found] == [str(number) for number in range(100)]
-    assert [one.properties["priority"] for one in found] == [n % 10 for n in range(100)]
-    assert not any(HELD in one.headers for one in found)
+    received = sorted(broker.messages("first"), key=lambda message: int(message.headers["id"]))
+    assert [message.headers["id"] for message in received] == [str(number) for number in range(100)]
+    assert [message.properties["priority"] for message in received] == [n % 10 for n in range(100)]
+    assert not any(HELD in message.headers for message in received)
     assert broker.publisher.depth(name) == 0
     broker.publisher.publish([parked(number) for number in (1, 11, 21, 31)])
     while broker.publisher.requeue(name, partial(restored, ["first"]), len):
@@ -448,25 +448,27 @@ def test_hold_queue_of_type_quorum_keeps_its_order(rabbit):
     app.conf.task_default_queue_type = "quorum"
     name = f"flash.paused.{uuid4()}"
     queues = [app.amqp.queues["moved"], declared_queues.queue(app, name)]
-    one, other = for_app(app), for_app(app)
-    one.open(queues)
-    one.publish([message(number, name) for number in range(1000)])
+    first, other = for_app(app), for_app(app)
+    first.open(queues)
+    first.publish([message(number, name) for number in range(1000)])
     other.open([])
     taken = other._get(other._connection.channel(), name)
-    assert [found.headers["id"] for found in taken] == [str(number) for number in range(len(taken))]
+    assert [requeued.headers["id"] for requeued in taken] == [
+        str(number) for number in range(len(taken))
+    ]
     other._connection.connection.transport.sock.close()
     rooms = itertools.cycle(range(12))
 
     def admit(messages):
         return min(len(messages), next(rooms))
 
-    wait_until(lambda: one.depth(name) == 1000, "what was held to be back")
-    while one.requeue(name, partial(restored, ["moved"]), admit):
+    wait_until(lambda: first.depth(name) == 1000, "what was held to be back")
+    while first.requeue(name, partial(restored, ["moved"]), admit):
         pass
-    channel = one.channel
+    channel = first.channel
     read = iter(lambda: channel.basic_get("moved", no_ack=True), None)
-    assert [found.headers["id"] for found in read] == [str(number) for number in range(1000)]
-    one.close()
+    assert [requeued.headers["id"] for requeued in read] == [str(number) for number in range(1000)]
+    first.close()
     rabbit.control("delete_queue", "moved")
     rabbit.control("delete_queue", name)
 
@@ -487,7 +489,7 @@ def test_held_messages_that_cannot_be_read_are_set_aside(valkey, caplog):
         assert client.lrange(f"{name}.unreadable", 0, -1) == broken[::-1]
         client.delete(f"{name}.unreadable")
     publisher.close()
-    assert [one.headers["id"] for one in Broker(app).messages("first")] == ["1", "2", "3"]
+    assert [requeued.headers["id"] for requeued in Broker(app).messages("first")] == ["1", "2", "3"]
     assert caplog.text.count("cannot be read") == len(broken)
 
 
@@ -496,10 +498,10 @@ def test_held_messages_are_requeued_by_one_process(rabbit):
     app = Celery("shop", broker=rabbit.url, set_as_current=False)
     name = f"flash.paused.{uuid4()}"
     queues = [app.amqp.queues["moved"], declared_queues.queue(app, name)]
-    one, other = for_app(app), for_app(app)
-    for publisher in (one, other):
+    first, other = for_app(app), for_app(app)
+    for publisher in (first, other):
         publisher.open(queues)
-    one.publish([message(number, name) for number in range(3)])
+    first.publish([message(number, name) for number in range(3)])
     back = partial(restored, ["moved"])
 
     def admit(messages):
@@ -507,12 +509,12 @@ def test_held_messages_are_requeued_by_one_process(rabbit):
             other.requeue(name, back, len)
         return 1
 
-    assert one.requeue(name, back, admit)
+    assert first.requeue(name, back, admit)
     other.open(queues)
     assert other.requeue(name, back, len)
     assert not other.requeue(name, back, len)
-    assert one.depth("moved") == 3
-    for publisher in (one, other):
+    assert first.depth("moved") == 3
+    for publisher in (first, other):
         publisher.close()
     rabbit.control("delete_queue", "moved")
     rabbit.control("delete_queue", name)

@@ -60,12 +60,12 @@ def test_push_down_sends_only_rows_that_a_condition_may_match(flash):
     flash.handler("items", where={"name": "paid", "total__gte": 100})
     flash.handler("items", "insert", name="second", where={"note__regex": "x", "name": "open"})
     flash.start(flash_push_down=True)
-    one = "((name = 'paid'::text) AND (total >= '100'::numeric))"
-    wanted = f"((name = 'open'::text) OR {one})"
+    condition = "((name = 'paid'::text) AND (total >= '100'::numeric))"
+    wanted = f"((name = 'open'::text) OR {condition})"
     assert shapes(flash) == {
         "insert": (wanted, []),
         "update": (wanted, []),
-        "delete": (one, []),
+        "delete": (condition, []),
         "truncate": (None, []),
     }
     flash.do(
@@ -397,11 +397,14 @@ def pushed(postgres):
 def set_up(connection, prefix, subscriptions):
     """As `replicate` does, for publications with this prefix."""
     while True:
-        tables = {one.table: catalog.find(connection, one.table) for one in subscriptions}
+        tables = {
+            subscription.table: catalog.find(connection, subscription.table)
+            for subscription in subscriptions
+        }
         source = Source(connection, Settings(flash_publication_slot_prefix=prefix))
-        found = publications.read(source)
-        goal = required_tables(connection, subscriptions, tables, found.record, PREFIXES[prefix])
-        steps = set_up_steps(found, goal, {})
+        existing = publications.read(source)
+        goal = required_tables(connection, subscriptions, tables, existing.record, PREFIXES[prefix])
+        steps = set_up_steps(existing, goal, {})
         if not steps:
             return goal
         ddl.apply(connection, steps)
@@ -457,12 +460,12 @@ def test_push_down_delivers_the_same_changes(pushed, declared, script):
         Subscription(
             f"handler {number}",
             table,
-            operations_of(one["operations"]),
-            one.get("fields") and tuple(one["fields"]),
-            parsing.parse(one.get("where")),
-            one.get("key") and tuple(one["key"]),
+            operations_of(subscription["operations"]),
+            subscription.get("fields") and tuple(subscription["fields"]),
+            parsing.parse(subscription.get("where")),
+            subscription.get("key") and tuple(subscription["key"]),
         )
-        for number, one in enumerate(declared)
+        for number, subscription in enumerate(declared)
     ]
     for prefix in PREFIXES:
         set_up(pushed, prefix, subscriptions)

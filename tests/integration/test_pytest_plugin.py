@@ -83,8 +83,8 @@ class Project:
         )
 
     def run(self, tests, *arguments):
-        said, _ = self.start(tests, *arguments).communicate(timeout=120)
-        return said
+        output, _ = self.start(tests, *arguments).communicate(timeout=120)
+        return output
 
     def left(self):
         """List the slots and publications that a test has left in the database."""
@@ -101,7 +101,7 @@ def project(tmp_path, database):
 
 
 def test_plugin_runs_tests_of_users(project):
-    said = project.run("""
+    output = project.run("""
 import pytest
 import shop
 from flash_celery.testing import insert, update
@@ -129,8 +129,8 @@ def test_that_fails(flash_live, sql):
     sql("DELETE FROM orders")
     raise AssertionError("on purpose")
 """)
-    assert "1 failed, 2 passed" in said, said
-    assert "on purpose" in said
+    assert "1 failed, 2 passed" in output, output
+    assert "on purpose" in output
     assert project.left() == []
 
 
@@ -141,15 +141,15 @@ def test_plugin_runs_the_examples_of_the_page(project):
     project.write("pytest.ini", settings)
     project.write("shop.py", f"{app}\nimport os\napp.conf.flash_dsn = os.environ['SHOP']\n")
     project.write("conftest.py", CONFTEST + CONNECTION)
-    said = project.run("\n".join(tests))
-    assert "3 passed" in said, said
+    output = project.run("\n".join(tests))
+    assert "3 passed" in output, output
     assert project.left() == []
 
 
 @pytest.mark.soak
 def test_plugin_runs_handlers_in_a_worker(project):
     project.database.execute("ALTER TABLE orders ADD colour text")
-    said = project.run("""
+    output = project.run("""
 import dataclasses
 import pytest
 import shop
@@ -189,13 +189,13 @@ def test_a_row_that_does_not_fit_is_a_dead_letter(celery_worker, flash_live, sql
         said.append(str(vars(letters.get(timeout=20))))
     assert "is not a valid Row: the column colour is not in this change" in said[-1]
 """)
-    assert "2 passed" in said, said
+    assert "2 passed" in output, output
     assert project.left() == []
 
 
 def test_plugin_changes_nothing_without_its_fixtures(project):
     project.write("pytest.ini", "[pytest]\n")
-    said = project.run("""
+    output = project.run("""
 import sys
 
 def test_nothing_is_loaded():
@@ -205,10 +205,10 @@ def test_nothing_is_loaded():
 def test_no_app(flash):
     pass
 """)
-    assert "1 passed, 1 error" in said, said
-    assert "The Celery app is unknown: write flash_app = shop.celery:app" in said, said
-    said = project.run("def test_no_module(flash): ...", "-o", "flash_app=nowhere:app")
-    assert "flash_app = nowhere:app cannot be imported" in said, said
+    assert "1 passed, 1 error" in output, output
+    assert "The Celery app is unknown: write flash_app = shop.celery:app" in output, output
+    output = project.run("def test_no_module(flash): ...", "-o", "flash_app=nowhere:app")
+    assert "flash_app = nowhere:app cannot be imported" in output, output
 
 
 @pytest.mark.soak
@@ -229,8 +229,8 @@ def test_hangs(flash_live):
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
     assert len(project.left()) == 6
-    said = project.run("def test_nothing(flash_live): ...")
-    assert "1 passed" in said, said
+    output = project.run("def test_nothing(flash_live): ...")
+    assert "1 passed" in output, output
     assert project.left() == []
 
 
@@ -272,12 +272,12 @@ def pytest_configure(config):
 
 @pytest.mark.soak
 def test_plugin_works_with_transactions_of_django(project):
-    said = project.run(DJANGO)
-    assert "2 passed" in said, said
+    output = project.run(DJANGO)
+    assert "2 passed" in output, output
     # What pytest-django is called, which makes a test database only for who asks.
     project.write("conftest.py", CONFTEST + PYTEST_DJANGO)
-    said = project.run(DJANGO, "-k", "test_django")
-    assert "flash_live would read the real database of DATABASES: mark the test" in said, said
+    output = project.run(DJANGO, "-k", "test_django")
+    assert "flash_live would read the real database of DATABASES: mark the test" in output, output
     assert project.left() == []
 
 

@@ -42,8 +42,10 @@ def examine(app):
     """What `doctor` finds of the queues."""
     settings = Settings.from_app(app)
     names, routed = broker_checks.route_finding(app, settings, decorators.subscriptions_of(app))
-    found = [routed, *broker_checks.findings(app, settings, names)]
-    return [doctor.as_text(one) for one in found if one.subject.startswith("queue")]
+    all_findings = [routed, *broker_checks.findings(app, settings, names)]
+    return [
+        doctor.as_text(finding) for finding in all_findings if finding.subject.startswith("queue")
+    ]
 
 
 def declare(app, name="shop.handle"):

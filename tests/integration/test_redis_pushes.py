@@ -182,16 +182,16 @@ FAILURES = {
 
 @pytest.mark.parametrize("what", FAILURES)
 def test_step_that_fails_is_repeated_and_never_acknowledged(new_session, what):
-    said, harm, mend = FAILURES[what]
+    error, harm, repair = FAILURES[what]
     with Valkey(**{"maxmemory-policy": "noeviction"}) as own, redis.Redis(port=own.port) as client:
         allow(client, "on >secret allkeys allchannels +@all")
         publisher, _ = new_session(own.port, "shop:secret@")
         messages = [message(1), message(2, "other"), message(3)]
         harm(client)
-        with pytest.raises(PublishError, match=said) as failed:
+        with pytest.raises(PublishError, match=error) as failed:
             publisher.publish(messages)
         assert failed.value.confirmed == 0
-        mend(client)
+        repair(client)
         # Neither a worker after a crash nor a retry relies on it.
         assert client.hget("_flash.1.slot", "writes") == b"0"
         publisher.open([])

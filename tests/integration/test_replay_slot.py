@@ -31,8 +31,8 @@ def span(flash, since, until=None):
 def levels(flash, **conf):
     flash.app.conf.update(conf)
     with flash.database.connect() as connection:
-        found = replay_slot.findings(Source(connection, Settings.from_app(flash.app)))
-        return [finding.level for finding in found]
+        findings = replay_slot.findings(Source(connection, Settings.from_app(flash.app)))
+        return [finding.level for finding in findings]
 
 
 def oldest(flash):

@@ -291,8 +291,8 @@ def test_unknown_old_values_are_logged_once_for_each_table(flash, caplog):
     assert [c.key["id"] for c in flash.delivered()] == [1, 2, 3]
     # Of the third row the new values are enough to tell that it is not meant.
     assert [(c.key["id"], c.changed) for c in flash.delivered("others")] == [(1, None), (2, None)]
-    said = [record.message for record in caplog.records if "cannot evaluate" in record.message]
-    assert [one.partition(":")[0] for one in said] == ["public.items", "public.others"]
+    messages = [record.message for record in caplog.records if "cannot evaluate" in record.message]
+    assert [message.partition(":")[0] for message in messages] == ["public.items", "public.others"]
 
 
 def test_handler_can_start_before_the_commit_is_visible(flash):

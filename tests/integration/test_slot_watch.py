@@ -176,9 +176,9 @@ def test_slot_watch_logs_each_state_once_and_better_ones_later(guard, clock, cap
     for _ in states:
         clock.now += 25
         guard.check(Lsn(0), listening=False)
-    said = [record.getMessage() for record in caplog.records]
+    messages = [record.getMessage() for record in caplog.records]
     kinds = ["more WAL than max_wal_size (", "lost after", "about to be lost", "no longer"]
-    assert [next(kind for kind in kinds if kind in line) for line in said] == [
+    assert [next(kind for kind in kinds if kind in line) for line in messages] == [
         *("more WAL than max_wal_size (", "lost after", "about to be lost"),
         *("more WAL than max_wal_size (", "no longer"),
     ]

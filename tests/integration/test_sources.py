@@ -24,15 +24,15 @@ def billing(flash, new_database):
 @pytest.fixture
 def both(flash, billing):
     """`handler` is on `items` of either database."""
-    for one in (flash, billing):
-        one.database.execute(ITEMS)
+    for member in (flash, billing):
+        member.database.execute(ITEMS)
     flash.handler("items", where={"id__lt": 100})
     on_change("billing:items", "insert|update", fields=["name"])(flash.app.tasks["handler"])
     return flash, billing
 
 
 def test_handler_receives_both_sources_and_can_distinguish_them(both):
-    here, there = (one.start() for one in both)
+    here, there = (worker.start() for worker in both)
     here.do("INSERT INTO items VALUES (1, 'a'), (100, 'b')", "DELETE FROM items")
     there.do("INSERT INTO items VALUES (1, 'a')", "UPDATE items SET name = 'b'")
     there.do("DELETE FROM items")
@@ -55,25 +55,25 @@ class Speechless(MemoryPublisher):
 
 
 def test_changes_of_sources_repeat_with_equal_ids_after_a_restart(both):
-    for one in both:
-        one.publisher = Speechless()
-        one.start(flash_shutdown_timeout=0.5)
-        one.database.execute("INSERT INTO items VALUES (7, 'x')")
-        one.wait(lambda one=one: one.publisher.queues.get("flash"))
-        one.stop()
-    before = [one.publisher.queues["flash"][0].headers["id"] for one in both]
-    ids = [{change.id for change in one.delivered()} for one in both]
-    for one in reversed(both):
-        one.publisher = MemoryPublisher()
-        one.start().do("SELECT 1")
-    assert [one.publisher.queues["flash"][0].headers["id"] for one in both] == before
-    assert [{change.id for change in one.delivered()} for one in both] == ids
+    for change_id in both:
+        change_id.publisher = Speechless()
+        change_id.start(flash_shutdown_timeout=0.5)
+        change_id.database.execute("INSERT INTO items VALUES (7, 'x')")
+        change_id.wait(lambda change_id=change_id: change_id.publisher.queues.get("flash"))
+        change_id.stop()
+    before = [change_id.publisher.queues["flash"][0].headers["id"] for change_id in both]
+    ids = [{change.id for change in change_id.delivered()} for change_id in both]
+    for change_id in reversed(both):
+        change_id.publisher = MemoryPublisher()
+        change_id.start().do("SELECT 1")
+    assert [change_id.publisher.queues["flash"][0].headers["id"] for change_id in both] == before
+    assert [{change.id for change in change_id.delivered()} for change_id in both] == ids
     assert len(set(before)) == 2
-    assert [one.pop().partition(":")[2] for one in ids] == ["0", "0#1"]
+    assert [change_id.pop().partition(":")[2] for change_id in ids] == ["0", "0#1"]
 
 
 def test_sources_have_their_own_publications_slot_and_identities(both):
-    here, there = (one.start() for one in both)
+    here, there = (worker.start() for worker in both)
     names = "SELECT string_agg(pubname, ' ' ORDER BY pubname) FROM pg_publication"
     assert here.database.one(names) == (
         "flash_publication_delete flash_publication_insert "
@@ -92,10 +92,10 @@ def test_sources_of_one_database_are_independent(flash):
     database.slot += "_2"
     second = Flash(database, flash.app, "second")
     try:
-        for one in (flash, second):
-            one.start()
-        for one in (flash, second):
-            one.do("INSERT INTO items VALUES (1, 'a')", "DELETE FROM items")
+        for worker in (flash, second):
+            worker.start()
+        for worker in (flash, second):
+            worker.do("INSERT INTO items VALUES (1, 'a')", "DELETE FROM items")
         assert shown(flash.delivered()) == ["insert 1,a"] * 2
         assert shown(second.delivered("other")) == ["delete 1"] * 2
         assert flash.delivered("other") == second.delivered() == []
@@ -108,8 +108,8 @@ def test_logical_messages_of_a_source_are_delivered(flash, billing):
     def handler(message): ...
 
     on_message("order.paid", source="billing")(on_message("order.paid")(handler))
-    for one in (flash, billing):
-        one.start().do("SELECT pg_logical_emit_message(true, 'order.paid', 'x')")
+    for worker in (flash, billing):
+        worker.start().do("SELECT pg_logical_emit_message(true, 'order.paid', 'x')")
     (here,), (there,) = flash.delivered("messages"), billing.delivered("messages")
     assert (here.source, there.source) == ("", "billing")
     assert type(there) is LogicalMessage
@@ -118,12 +118,12 @@ def test_logical_messages_of_a_source_are_delivered(flash, billing):
 
 
 def test_batch_handler_receives_both_sources(flash, billing):
-    for one in (flash, billing):
-        one.database.execute(ITEMS)
+    for worker in (flash, billing):
+        worker.database.execute(ITEMS)
     flash.handler("items", batch=10)
     on_change("billing:items", batch=10)(flash.app.tasks["handler"])
-    for one in (flash, billing):
-        one.start().do("INSERT INTO items SELECT n FROM generate_series(1, 25) n")
+    for worker in (flash, billing):
+        worker.start().do("INSERT INTO items SELECT n FROM generate_series(1, 25) n")
     here, there = flash.delivered(), billing.delivered()
     assert [change.source for change in (*here, *there)] == [""] * 25 + ["billing"] * 25
     assert len({change.id for change in (*here, *there)}) == 50

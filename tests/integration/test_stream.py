@@ -48,7 +48,7 @@ def read_until(connection, done, timeout=10.0):
 
 
 def messages(burst):
-    return [pgoutput.decode(one) for one in burst if one[0] != frames.KEEPALIVE]
+    return [pgoutput.decode(frame) for frame in burst if frame[0] != frames.KEEPALIVE]
 
 
 def committed(count):
@@ -119,8 +119,10 @@ def test_keepalive_carries_the_position_of_a_server_busy_elsewhere(table, connec
 
     def caught_up(burst):
         connection.send_status(start, start, start, reply=True)
-        alive = [frames.keepalive(one) for one in burst if one[0] == frames.KEEPALIVE]
-        return any(one.wal_end >= goal for one in alive)
+        alive = [
+            frames.keepalive(keepalive) for keepalive in burst if keepalive[0] == frames.KEEPALIVE
+        ]
+        return any(keepalive.wal_end >= goal for keepalive in alive)
 
     read_until(connection, caught_up)
     assert connection.received >= goal

@@ -86,6 +86,8 @@ def test_doctor_warns_if_the_worker_counts_as_a_synchronous_standby(flash, names
     flash.app.finalize()
     with standby_names(flash, names), connected(Settings.from_app(flash.app)) as source:
         report = preflight.examine(source, subscriptions_of(flash.app))
-    messages = [one.message for one in report.findings if "standby_names" in one.subject]
+    messages = [
+        finding.message for finding in report.findings if "standby_names" in finding.subject
+    ]
     assert bool(messages) is counts
     assert all("ALTER SYSTEM SET synchronous_standby_names" in message for message in messages)

@@ -681,8 +681,8 @@ def test_rows_of_a_partition_that_came_and_went_unseen_are_delivered(flash, unse
     flash.do("INSERT INTO one VALUES (1)")
     assert shown(flash.delivered()) == (["insert 1"] if alike else ["insert 101", "insert 1"])
     assert flash.delivered("two") == []
-    said = [r.levelname for r in caplog.records if "public.late" in r.message]
-    assert said == (["ERROR"] if alike else ["WARNING"])
+    levels = [r.levelname for r in caplog.records if "public.late" in r.message]
+    assert levels == (["ERROR"] if alike else ["WARNING"])
 
 
 def test_rows_of_a_removed_handler_reach_no_other(flash, new_app, caplog):
@@ -702,8 +702,8 @@ def test_rows_of_a_removed_handler_reach_no_other(flash, new_app, caplog):
     finally:
         fewer.stop()
     assert shown(fewer.delivered()) == ["insert 2"]
-    said = [line for line in caplog.messages if "for a handler that is gone" in line]
-    assert [line.split()[2] for line in said] == ["public.plain", "public.late"]
+    warnings = [line for line in caplog.messages if "for a handler that is gone" in line]
+    assert [line.split()[2] for line in warnings] == ["public.plain", "public.late"]
 
 
 def test_rows_of_a_dropped_table_are_not_taken_for_a_partition(flash, new_app, caplog):
@@ -847,15 +847,15 @@ def test_table_with_unread_changes_can_become_a_partition(flash, caplog):
     flash.wait(lambda: f'"{part}"' in flash.database.one(noted))
     flash.publisher.broken = False
     flash.do("INSERT INTO parts VALUES (3, 'c')")
-    said = [line for line in caplog.messages if "may not have sent" in line]
+    warnings = [line for line in caplog.messages if "may not have sent" in line]
     if flash.database.one("SHOW server_version_num") >= "150000":
-        assert (shown(flash.delivered("root")), said) == (
+        assert (shown(flash.delivered("root")), warnings) == (
             ["insert 0,a", "insert 2,b", "insert 3,c"],
             [],
         )
     else:
         assert shown(flash.delivered("root")) == ["insert 0,a", "insert 3,c"]
-        assert [line.split(" between")[0][-11:] for line in said] == ["public.part"]
+        assert [line.split(" between")[0][-11:] for line in warnings] == ["public.part"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -29,12 +29,12 @@ class Tail(threading.Thread):
 def test_tail_works_twice_with_the_same_pid(database):
     database.execute("CREATE TABLE items (id int PRIMARY KEY)")
     tails = [Tail(database.dsn), Tail(database.dsn)]
-    for one in tails:
-        one.start()
-        assert one.ready.wait(30)
+    for tail in tails:
+        tail.start()
+        assert tail.ready.wait(30)
     database.execute("INSERT INTO items VALUES (7)")
-    for one in tails:
-        one.join(30)
-        assert one.error is None
-        assert one.seen == [7]
+    for tail in tails:
+        tail.join(30)
+        assert tail.error is None
+        assert tail.seen == [7]
     assert database.one("SELECT count(*) FROM pg_publication") == 0

@@ -103,7 +103,7 @@ def test_testing_delivers_what_the_replication_worker_delivers(flash):
     without_a_server = Flash(flash.app)
     for statement, change in TOLD:
         flash.do(statement)
-        delivered = [(name, one) for name in NAMES for one in flash.delivered(name)]
+        delivered = [(name, received) for name in NAMES for received in flash.delivered(name)]
         guessed = without_a_server.matching(change)
         assert sorted(map(shown, guessed)) == sorted(map(shown, delivered)), statement
 

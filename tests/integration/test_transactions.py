@@ -173,8 +173,8 @@ class Collected:
 
 
 def collected(connection, streaming):
-    found = Collected()
-    transactions = Transactions(found)
+    collected_rows = Collected()
+    transactions = Transactions(collected_rows)
     streamed = 0
     rows = connection.execute(
         "SELECT data FROM pg_logical_slot_peek_binary_changes('nested', NULL, NULL, "
@@ -191,7 +191,7 @@ def collected(connection, streaming):
     # rolled back; its spool ends with the connection.
     assert transactions._spools == {} or connection.info.server_version < 180000
     transactions.close()
-    return found.found, streamed
+    return collected_rows.found, streamed
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def main():
     folder = Path(tempfile.mkdtemp(prefix="flash-soak-"))
     _say(f"logs and notes: {folder}")
     outcomes = []
-    for broker, share in (part for one in brokers for part in RUNS[one].items()):
+    for broker, share in (part for broker_name in brokers for part in RUNS[broker_name].items()):
         (folder / broker).mkdir()
         seconds = given.minutes * 60 / len(brokers) * share
         outcomes.append(run(broker, seed, folder / broker, seconds, say=_say))

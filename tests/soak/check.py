@@ -51,8 +51,8 @@ def everything(stage, outcome):
 def _enqueued(stage):
     ledger = stage.ledger
     yield from _named(stage, "never enqueued", lost(ledger))
-    found = {sighting.identity for sighting in ledger.enqueued}
-    yield from _named(stage, "enqueued and never committed", found - ledger.committed.keys())
+    identities = {sighting.identity for sighting in ledger.enqueued}
+    yield from _named(stage, "enqueued and never committed", identities - ledger.committed.keys())
     yield from _named(stage, "enqueued before an earlier one", misordered(ledger.enqueued))
     yield from _named(stage, "enqueued twice and not the same", unequal(ledger.enqueued))
 
@@ -80,8 +80,8 @@ def _handled(stage, outcome):
     ledger = stage.ledger
     checksums = {sighting.identity: sighting.checksum for sighting in ledger.enqueued}
     for handler, sightings in ledger.handled.items():
-        found = {sighting.identity for sighting in sightings}
-        unknown = found - ledger.committed.keys()
+        identities = {sighting.identity for sighting in sightings}
+        unknown = identities - ledger.committed.keys()
         yield from _named(stage, f"delivered to {handler} and never committed", unknown)
         other = {
             s.identity for s in sightings if checksums.get(s.identity, s.checksum) != s.checksum
@@ -112,8 +112,8 @@ def excused(outcome, handler):
 def _rows(stage):
     """Compare the rows that the changes lead to with the tables."""
     for table, rows in stage.ledger.rows.items():
-        found = stage.execute(f"SELECT to_jsonb(t) FROM {table} AS t")
-        there = {row["id"]: row for (row,) in found}
+        cursor = stage.execute(f"SELECT to_jsonb(t) FROM {table} AS t")
+        there = {row["id"]: row for (row,) in cursor}
         if rows != there:
             differing = {
                 key for key in rows.keys() | there.keys() if rows.get(key) != there.get(key)

@@ -123,7 +123,7 @@ class Supervisor(threading.Thread):
     def _look(self):
         for process in self._watched:
             with contextlib.suppress(psutil.Error):
-                found = psutil.Process(process.pid)
+                running = psutil.Process(process.pid)
                 self.vitals.append(
-                    Vital(time.time(), found.pid, found.memory_info().rss, found.num_fds())
+                    Vital(time.time(), running.pid, running.memory_info().rss, running.num_fds())
                 )

@@ -33,13 +33,13 @@ def rewrite(text, command, machine, outcomes):
         block += ["", f"### {_TITLES[outcome.broker]}", ""]
         table, remarks = split(lines(outcome))
         block += [*table, "", *(f"- {remark}" for remark in remarks)]
-    text, found = re.subn(
+    text, replaced = re.subn(
         r"(<!-- soak -->\n).*(<!-- /soak -->)",
         lambda match: "\n".join([match[1], *block, "", match[2]]),
         text,
         flags=re.DOTALL,
     )
-    if not found:
+    if not replaced:
         raise ValueError("docs/soak.md has no block for the results")
     return text
 
@@ -127,7 +127,9 @@ def _attributed(outcome, times, guilty=None):
     for at in times:
         place = bisect_right(starts, at) - 1
         if guilty is not None:
-            those = (n for n, one in enumerate(outcome.strikes) if one.over >= at and guilty(one))
+            those = (
+                n for n, fault in enumerate(outcome.strikes) if fault.over >= at and guilty(fault)
+            )
             place = next(those, len(starts) - 1)
         if place >= 0:
             counts[outcome.strikes[place].fault.name] += 1

@@ -114,16 +114,16 @@ class RedisTap(Tap):
         return redis.Redis(port=self._broker.port, socket_timeout=10)
 
     def look(self, connection):
-        found = [json.loads(text) for text in connection.lrange(QUEUE, -_TOGETHER, -1)][::-1]
-        tags = [message["properties"]["delivery_tag"] for message in found]
-        for tag, message in zip(tags, found, strict=True):
+        sightings = [json.loads(text) for text in connection.lrange(QUEUE, -_TOGETHER, -1)][::-1]
+        tags = [message["properties"]["delivery_tag"] for message in sightings]
+        for tag, message in zip(tags, sightings, strict=True):
             if tag not in self._noted:
                 self.note(message["body"], message["headers"]["id"])
         # Those that are there again next time could not be taken away.
         self._noted = set(tags)
-        if found:
-            connection.ltrim(QUEUE, 0, -len(found) - 1)
-        return bool(found)
+        if sightings:
+            connection.ltrim(QUEUE, 0, -len(sightings) - 1)
+        return bool(sightings)
 
 
 class RabbitTap(Tap):

@@ -17,9 +17,9 @@ def ids(message):
 
 
 def test_batcher_makes_a_message_of_each_change_in_order(app):
-    outbox, one = Batcher(None), template(app)
+    outbox, single = Batcher(None), template(app)
     for number in (1, 2, 3):
-        outbox.add(one, delivery(number))
+        outbox.add(single, delivery(number))
         outbox.commit(Lsn(number * 16 + 8))
     unit = outbox.collect()
     assert [ids(message) for message in unit.messages] == [[1], [2], [3]]
@@ -75,9 +75,9 @@ def test_batch_is_bounded_in_bytes(app, monkeypatch):
 
 
 def test_open_transaction_does_not_move_the_position(app):
-    outbox, one = Batcher(None), template(app)
+    outbox, single = Batcher(None), template(app)
     outbox.commit(Lsn(8))
-    outbox.add(one, delivery(1))
+    outbox.add(single, delivery(1))
     unit = outbox.collect()
     assert (len(unit.messages), unit.position) == (1, 8)
 

@@ -166,7 +166,7 @@ def test_batch_keeps_its_order_in_the_message():
     batch = Changes([INSERT, UPDATE, DELETE, TRUNCATE, INSERT])
     received = loads(dumps(batch))
     assert received == batch
-    assert [one.operation for one in received[:2]] == [Operation.INSERT, Operation.UPDATE]
+    assert [change.operation for change in received[:2]] == [Operation.INSERT, Operation.UPDATE]
 
 
 def test_consecutive_changes_share_an_entry_in_the_message():

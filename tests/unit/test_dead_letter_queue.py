@@ -188,10 +188,10 @@ def test_dead_commands_leave_other_messages_in_the_queue(app, box, bury, run):
 
 def test_dead_retry_keeps_a_letter_that_fails_again_at_once(box, bury):
     bury("a1")
-    found = box.find(DeadLetterFilter())
+    letters_found = box.find(DeadLetterFilter())
 
     def fails_again(letter):
-        bury("a1", failed_at=found[0].failed_at)
+        bury("a1", failed_at=letters_found[0].failed_at)
 
-    assert box._process(found, fails_again) == 1
+    assert box._process(letters_found, fails_again) == 1
     assert ids(box) == ["a1"]

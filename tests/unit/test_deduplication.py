@@ -13,11 +13,11 @@ def delivery(lsn=100, rows="abcd", ordinal=0, part=0, number=0, committed_at=1):
 
 
 def enqueued(mark, *known, number=0):
-    return Deduplicator({("one", number): mark}, {identity(one.transaction) for one in known})
+    return Deduplicator({("one", number): mark}, {identity(row.transaction) for row in known})
 
 
-def left(found):
-    return found and (found.ordinal, "".join(found.rows))
+def left(remaining):
+    return remaining and (remaining.ordinal, "".join(remaining.rows))
 
 
 @pytest.mark.parametrize(
@@ -37,14 +37,14 @@ def left(found):
     ],
 )
 def test_deduplicator_keeps_only_what_the_broker_lacks(mark, given, rest):
-    one = delivery(**given)
-    assert left(enqueued(mark, one).filter("one", one)) == rest
+    run = delivery(**given)
+    assert left(enqueued(mark, run).filter("one", run)) == rest
 
 
 def test_deduplicator_ignores_other_templates_and_subscriptions():
-    one = delivery()
-    known = enqueued((200, 0, 0), one)
-    assert known.filter("two", one) == one
+    run = delivery()
+    known = enqueued((200, 0, 0), run)
+    assert known.filter("two", run) == run
     assert known.filter("one", delivery(number=1)).rows == list("abcd")
 
 

@@ -56,7 +56,10 @@ def test_document_examples_run(app):
             names = {"app": app, "database": database, **declare}
             exec(compile(example, name, "exec"), names)
     Settings.from_app(app)
-    declared = [(one.handler.rpartition(".")[2], one.subject) for one in subscriptions_of(app)]
+    declared = [
+        (subscription.handler.rpartition(".")[2], subscription.subject)
+        for subscription in subscriptions_of(app)
+    ]
     assert declared == [
         ("book", "public.orders"),
         ("index", "billing:public.invoices"),
@@ -119,8 +122,8 @@ def test_claims_have_tests(page):
 def test_claims_and_their_entries_need_each_other(text, problem):
     name = "test_claims_and_their_entries_need_each_other"
     entries = {"One": {"It is blue": [name], "It is round": [name], "c": [name]}}
-    found = "\n".join(unproved(text, entries))
-    assert problem in found if problem else not found
+    problems = "\n".join(unproved(text, entries))
+    assert problem in problems if problem else not problems
     assert "not there: {'test_nothing'}" in str(unproved(text, {"One": {"c": ["test_nothing"]}}))
 
 
@@ -148,7 +151,7 @@ ELSEWHERES = {"--database", "--database-flags", "--docs", "--pool"}
 
 def test_documented_commands_and_options_exist():
     options = {
-        name: {each for one in command.params for each in one.opts}
+        name: {each for parameter in command.params for each in parameter.opts}
         for name, command in commands(flash)
     }
     known = set().union(*options.values(), ELSEWHERES)
@@ -158,8 +161,8 @@ def test_documented_commands_and_options_exist():
             first, *more = named.split()
             name = f"{first} {more[0]}" if more and f"{first} {more[0]}" in options else first
             assert name in options, f"flash {named}"
-            said = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", rest))
-            assert said <= options[name], f"flash {named}{rest}"
+            mentioned = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", rest))
+            assert mentioned <= options[name], f"flash {named}{rest}"
         assert set(re.findall(r"`(--[a-z][\w-]*)", text)) <= known
 
 

@@ -31,9 +31,9 @@ def test_escaping_names_changes_errors_and_messages_in_one_line():
     change = Insert(cells, Origin(table, transaction, 0))
     delivery = Delivery(table, transaction, 0, 0, 0, [encode_row("I", 0, None, None, cells)])
     ((_, _, argsrepr),) = encode_each(delivery)
-    for said in (repr(change), argsrepr, repr(Changes([change])), str(CatalogError(HOSTILE))):
-        assert said.isprintable()
-        assert "forged" in said
+    for text in (repr(change), argsrepr, repr(Changes([change])), str(CatalogError(HOSTILE))):
+        assert text.isprintable()
+        assert "forged" in text
     assert argsrepr == repr(change)
 
 

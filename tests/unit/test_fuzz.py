@@ -87,8 +87,8 @@ def places(value, path=()):
     inside = []
     if isinstance(value, (dict, list)):
         inside = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, one in inside:
-        yield from places(one, (*path, key))
+    for key, member in inside:
+        yield from places(member, (*path, key))
 
 
 def put(value, path, what):
@@ -118,12 +118,12 @@ def mutated(draw, valid):
 @st.composite
 def damaged(draw, valid):
     """Bytes with some others among them, cut off, or continued."""
-    found = bytearray(valid)
+    mutated = bytearray(valid)
     for _ in range(draw(st.integers(1, 4))):
-        place = draw(st.integers(0, len(found)))
+        place = draw(st.integers(0, len(mutated)))
         length = draw(st.integers(0, 4))
-        found[place : place + length] = draw(st.binary(max_size=6))
-    return bytes(found)
+        mutated[place : place + length] = draw(st.binary(max_size=6))
+    return bytes(mutated)
 
 
 def use(change):
@@ -224,10 +224,10 @@ def sealed():
 def test_mutated_dead_letter_is_shown_or_skipped(sealed, data):
     value = data.draw(mutated(sealed))
     with suppress(PayloadError):
-        found = letters.decode(json.dumps(value))
-        assert as_table([found])
-        assert as_text(found)
-        assert change_lines(found)
+        letter = letters.decode(json.dumps(value))
+        assert as_table([letter])
+        assert as_text(letter)
+        assert change_lines(letter)
 
 
 @many
@@ -334,8 +334,8 @@ def test_conditions_survive_any_value(data):
         bind(where, {"x": column}, lambda *_: text),
     )
     value = data.draw(damaged(text) | st.sampled_from(MONSTERS))
-    for one in (row("I", new=[value]), row("U", "O", [text], [value])):
-        assert len(transitions.evaluate([one], 0)) <= 1
+    for message in (row("I", new=[value]), row("U", "O", [text], [value])):
+        assert len(transitions.evaluate([message], 0)) <= 1
 
 
 @many

@@ -108,7 +108,10 @@ def test_on_change_on_a_function_with_another_name_in_its_module(app, monkeypatc
     module = types.ModuleType("a_shop")
     monkeypatch.setitem(sys.modules, "a_shop", module)
     exec(MODULE, module.__dict__)
-    tasks = {str(one.table): app.tasks[one.handler] for one in subscriptions_of(app)}
+    tasks = {
+        str(subscription.table): app.tasks[subscription.handler]
+        for subscription in subscriptions_of(app)
+    }
     assert {table: task.name for table, task in tasks.items()} == {
         "public.orders": "a_shop.sync",
         "public.customers": "a_shop.wrapped",
@@ -187,8 +190,10 @@ def test_subscriptions_are_numbered_as_they_are_declared(app):
     for number in range(8):
         on_change(f"table_{number}")(handle)
 
-    found = [(one.table.name, one.number) for one in subscriptions_of(app)]
-    assert found == [(f"table_{number}", number) for number in range(8)]
+    numbered = [
+        (subscription.table.name, subscription.number) for subscription in subscriptions_of(app)
+    ]
+    assert numbered == [(f"table_{number}", number) for number in range(8)]
 
 
 def test_subscriptions_are_numbered_across_sources(app):
@@ -202,8 +207,11 @@ def test_subscriptions_are_numbered_across_sources(app):
     @on_change("billing:orders", source="billing")
     def other(change): ...
 
-    found = [(one.source, one.subject, one.number) for one in subscriptions_of(app)]
-    assert sorted(found) == [
+    numbered = [
+        (subscription.source, subscription.subject, subscription.number)
+        for subscription in subscriptions_of(app)
+    ]
+    assert sorted(numbered) == [
         ("", "public.orders", 0),
         ("billing", "billing:public.invoices", 1),
         ("billing", "billing:public.orders", 0),
@@ -231,11 +239,11 @@ def test_subscription_captures_the_operations_that_it_needs(app):
     @on_change("orders", "update", fields=["status"], batch=Batch(5, 0.1))
     def changed(change): ...
 
-    found = {s.handler.rpartition(".")[2]: s for s in subscriptions_of(app)}
-    assert found["entered"].captured == Operation.INSERT | Operation.UPDATE
-    assert found["entered"].old_columns(Operation.UPDATE) == {"status"}
-    assert found["left"].captured == Operation.UPDATE | Operation.DELETE
-    assert found["changed"].old_columns(Operation.UPDATE) == {"status"}
+    by_name = {s.handler.rpartition(".")[2]: s for s in subscriptions_of(app)}
+    assert by_name["entered"].captured == Operation.INSERT | Operation.UPDATE
+    assert by_name["entered"].old_columns(Operation.UPDATE) == {"status"}
+    assert by_name["left"].captured == Operation.UPDATE | Operation.DELETE
+    assert by_name["changed"].old_columns(Operation.UPDATE) == {"status"}
 
 
 @pytest.mark.parametrize(

@@ -84,9 +84,9 @@ def test_health_shows_each_problem_with_its_error(report):
         {"kind": "NotConfirmed", "message": "No room."},
         {"kind": "ReplicationError", "message": "No server."},
     ]
-    found = health.problems(report(errors=errors, state=CONNECTING, broker_failing_since=1.0))
-    assert found[0].endswith(" No server.")
-    assert found[1].endswith(" No room.")
+    problems = health.problems(report(errors=errors, state=CONNECTING, broker_failing_since=1.0))
+    assert problems[0].endswith(" No server.")
+    assert problems[1].endswith(" No room.")
 
 
 def test_health_of_a_hot_spare_is_ready_unless_something_is_wrong(report):
@@ -216,11 +216,11 @@ def test_json_log_line_is_one_object_with_its_extras():
     line = formatter.format(record)
     assert line.isascii()
     assert "\n" not in line
-    said = json.loads(line)
-    assert said["message"] == "ü\n failed"
-    assert (said["level"], said["source"], said["lsn"]) == ("error", "billing", "0/5")
-    assert said["exception"].endswith("ValueError: two\nlines")
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", said["time"])
+    logged = json.loads(line)
+    assert logged["message"] == "ü\n failed"
+    assert (logged["level"], logged["source"], logged["lsn"]) == ("error", "billing", "0/5")
+    assert logged["exception"].endswith("ValueError: two\nlines")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", logged["time"])
 
 
 def expressions():
@@ -333,9 +333,9 @@ def test_http_server_limits_its_clients(observer):
     place = server.server_address[:2]
     try:
         silent = [socket.create_connection(place, timeout=10) for _ in range(16)]
-        with socket.create_connection(place, timeout=10) as one:
-            one.settimeout(5)
-            assert one.recv(1) == b""
+        with socket.create_connection(place, timeout=10) as client:
+            client.settimeout(5)
+            assert client.recv(1) == b""
         silent.pop().close()
 
         def answered():
@@ -345,8 +345,8 @@ def test_http_server_limits_its_clients(observer):
                 return False
 
         wait_until(answered, "a place to be free")
-        for one in silent:
-            one.close()
+        for client in silent:
+            client.close()
     finally:
         server.close()
 
@@ -360,9 +360,9 @@ def test_http_server_ends_slow_clients(observer, monkeypatch):
     try:
 
         def answered():
-            for one in slow:
+            for client in slow:
                 with suppress(OSError):
-                    one.send(b"G")
+                    client.send(b"G")
             try:
                 return urllib.request.urlopen(f"{server.url}live", timeout=30).status == 200
             except OSError:
@@ -370,6 +370,6 @@ def test_http_server_ends_slow_clients(observer, monkeypatch):
 
         wait_until(answered, "a place to be free")
     finally:
-        for one in slow:
-            one.close()
+        for client in slow:
+            client.close()
         server.close()

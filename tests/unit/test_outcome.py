@@ -16,8 +16,8 @@ from flash_celery.dead_letters import outcome
 
 
 class Two(Exception):
-    def __init__(self, one, two):
-        super().__init__(one)
+    def __init__(self, argument, two):
+        super().__init__(argument)
 
 
 class Unreduced(Exception):
@@ -55,15 +55,15 @@ def ran(error, main_process=None):
 )
 def test_exception_can_be_restored_in_the_main_process(error, restored, text):
     failure = ran(error)
-    found = failure.restored()
+    raised = failure.restored()
     if restored is None:
-        assert found.exc_cls_name == type(error).__name__
+        assert raised.exc_cls_name == type(error).__name__
     else:
-        assert type(found) is restored
+        assert type(raised) is restored
     if restored is Reject:
-        assert (found.reason, found.requeue) == ("1", True)
+        assert (raised.reason, raised.requeue) == ("1", True)
     else:
-        assert str(found) == text
+        assert str(raised) == text
     assert failure.recorded is isinstance(error, Exception)
 
 
@@ -114,9 +114,9 @@ def test_retry_that_cannot_be_sent_fails_with_its_error(app):
 
 
 def test_retry_that_the_broker_cannot_take_now_is_requeued(app):
-    found = retry_with(app, OperationalError("gone")).restored()
-    assert isinstance(found, Reject)
-    assert isinstance(found.reason, OperationalError)
+    restored = retry_with(app, OperationalError("gone")).restored()
+    assert isinstance(restored, Reject)
+    assert isinstance(restored.reason, OperationalError)
 
 
 def test_retry_that_the_broker_refuses_fails_with_its_error(app):

@@ -48,8 +48,8 @@ def test_oversize_batch_becomes_smaller_batches_and_dead_letters(templates, app)
     rows = [(b"%d" % n, LONG if n == 2 else b"a", b"b") for n in range(5)]
     small, large = template.together([delivery(rows[0])]), template.together([delivery(*rows)])
     most = len(large.body) - 1
-    one, first, second, third = oversize.fitting([small, large], 3000)
-    assert one is small
+    unchanged, first, second, third = oversize.fitting([small, large], 3000)
+    assert unchanged is small
     assert len(large.body) > 3000
     assert all(len(message.body) <= 3000 for message in (first, second, third))
     assert (first.queue, second.queue, third.queue) == ("flash", "flash.dead", "flash")

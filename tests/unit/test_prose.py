@@ -76,8 +76,8 @@ def texts(path):
 def words(path):
     """Yield the line and the avoided word for each in the texts and identifiers of a file."""
     for line, text in texts(path):
-        for found in WORDS.finditer(text):
-            yield line + text.count("\n", 0, found.start()), found[0]
+        for match in WORDS.finditer(text):
+            yield line + text.count("\n", 0, match.start()), match[0]
     if path.suffix == ".py":
         for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
             if token.type == tokenize.NAME:
@@ -91,7 +91,9 @@ def public_functions(tree):
         if isinstance(node, ast.ClassDef | ast.If | ast.Try):
             yield from public_functions(node)
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            decorators = {ast.unparse(one).rpartition(".")[2] for one in node.decorator_list}
+            decorators = {
+                ast.unparse(decorator).rpartition(".")[2] for decorator in node.decorator_list
+            }
             # A fixture is documented as the value that it gives, like a property.
             nouns = decorators & {"property", "cached_property", "fixture", "fixture()"}
             if not node.name.startswith("_") and not nouns:
@@ -150,4 +152,6 @@ def test_words_are_found_as_whole_words(text, found):
     ],
 )
 def test_clauses_are_found_unless_they_are_questions(text, number):
-    assert len([one for one in CLAUSE.finditer(text) if not one[1].endswith("?")]) == number
+    assert (
+        len([clause for clause in CLAUSE.finditer(text) if not clause[1].endswith("?")]) == number
+    )

@@ -150,12 +150,14 @@ def test_row_type_error_has_the_reason_and_no_values(into, cells, reason):
     cells = [*cells, b"a secret", b"2024-02-29"]
     with pytest.raises(RowError, match=reason) as caught:
         read(into, insert(cells))
-    said = str(caught.value)
-    assert f"new of insert public.orders id=5 @0/16B3748 is not a valid {into.__name__}: " in said
-    assert "test_row_types" in said or "lambda" in said
-    assert "secret" not in said
+    message = str(caught.value)
+    assert (
+        f"new of insert public.orders id=5 @0/16B3748 is not a valid {into.__name__}: " in message
+    )
+    assert "test_row_types" in message or "lambda" in message
+    assert "secret" not in message
     assert caught.value.__suppress_context__
-    assert str(pickle.loads(pickle.dumps(caught.value))) == said
+    assert str(pickle.loads(pickle.dumps(caught.value))) == message
 
 
 def test_row_type_error_is_bounded():
@@ -302,8 +304,10 @@ def test_row_type_differs_for_each_table_of_a_task(app):
     def handle(change):
         return change.new
 
-    found = {(one.table.name, one.number) for one in subscriptions_of(app)}
-    assert found == {("orders", 0), ("customers", 1), ("orders", 2), ("invoices", 3)}
+    numbered = {
+        (subscription.table.name, subscription.number) for subscription in subscriptions_of(app)
+    }
+    assert numbered == {("orders", 0), ("customers", 1), ("orders", 2), ("invoices", 3)}
     assert isinstance(handle(insert()), Order)
     assert isinstance(handle(insert(number=2)), Other)
     # An earlier version of the code had more subscriptions.
@@ -369,6 +373,6 @@ def test_row_type_does_not_affect_the_enqueued_message(app):
     @on_change("orders", into=Order)
     def handle(change): ...
 
-    (one,) = subscriptions_of(app)
-    assert repr(one) == repr(dataclasses.replace(one, into=None))
-    assert json.dumps(repr(one))
+    (subscription,) = subscriptions_of(app)
+    assert repr(subscription) == repr(dataclasses.replace(subscription, into=None))
+    assert json.dumps(repr(subscription))

@@ -41,7 +41,7 @@ EPOCH = datetime(2000, 1, 1, tzinfo=timezone.utc).timestamp()
 
 def delivery(*ids, ago=60.0):
     committed_at = int((time.time() - ago - EPOCH) * 1e6)
-    rows = [encode_row("I", 0, None, None, [str(one).encode()]) for one in ids]
+    rows = [encode_row("I", 0, None, None, [str(row_id).encode()]) for row_id in ids]
     return Delivery(TABLE, Transaction(Lsn(0x16B3748), 7, committed_at), 0, 0, 0, rows)
 
 

@@ -57,7 +57,9 @@ def test_spool_default_directory_is_not_in_memory():
 
 
 def found(**settings):
-    return [(one.level, one.message) for one in doctor.spool_findings(Settings(**settings))]
+    return [
+        (finding.level, finding.message) for finding in doctor.spool_findings(Settings(**settings))
+    ]
 
 
 def test_doctor_warns_of_a_spool_in_memory():

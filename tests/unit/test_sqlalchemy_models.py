@@ -127,7 +127,7 @@ def test_sqlalchemy_fields_are_attributes_or_columns():
 def test_sqlalchemy_attributes_work_in_conditions():
     where = [{"status": "paid", "order_total__gte": 100}, {Order.status: None}, {Order.id: 5}]
     parsed = parsing.parse(where, lambda name: column_name(name, Order))
-    shown = [[(one.column, one.name) for one in part] for part in parsed.alternatives]
+    shown = [[(lookup.column, lookup.name) for lookup in part] for part in parsed.alternatives]
     assert shown == [
         [("order_status", "eq"), ("total", "gte")],
         [("order_status", "isnull")],
@@ -196,9 +196,12 @@ def test_sqlalchemy_class_has_a_handler(app):
     with pytest.raises(SubscriptionError, match=r"nowhere: Base is not mapped"):
         subscriptions_of(app)
     app.tasks[nowhere.name].flash_subscriptions.clear()
-    (found,) = subscriptions_of(app)
-    assert (str(found.table), found.fields) == ("sales.orders", ("order_status", "total"))
-    assert found.columns == {"order_status", "total", "id"}
+    (subscription,) = subscriptions_of(app)
+    assert (str(subscription.table), subscription.fields) == (
+        "sales.orders",
+        ("order_status", "total"),
+    )
+    assert subscription.columns == {"order_status", "total", "id"}
 
 
 def test_sqlalchemy_mappers_are_not_configured():

@@ -55,9 +55,9 @@ def test_table_name_that_is_invalid_is_refused(text):
     ],
 )
 def test_source_stands_before_the_first_unquoted_colon(text, source, name):
-    found, table = table_of(text, None)
-    assert (found, str(table)) == (source, name)
-    assert table_of(text, source or None) == (found, table)
+    found_source, table = table_of(text, None)
+    assert (found_source, str(table)) == (source, name)
+    assert table_of(text, source or None) == (found_source, table)
 
 
 def test_source_can_be_a_keyword_argument():

@@ -14,9 +14,9 @@ ROUTE = route("public.orders", "insert", "handle", "flash")
 
 
 def test_telemetry_counts_the_changes_of_a_publish_batch_by_route(app):
-    outbox, one = Batcher(None), template(app)
+    outbox, single = Batcher(None), template(app)
     for number in (1, 2):
-        outbox.add(one, delivery(number), ROUTE)
+        outbox.add(single, delivery(number), ROUTE)
     unit = outbox.collect(committed=5.0, latest=6.0)
     assert (unit.counts, unit.committed, unit.latest) == ({ROUTE: 2}, 5.0, 6.0)
     assert outbox.collect().counts == {}
@@ -50,7 +50,7 @@ def test_telemetry_counts_only_confirmed_messages(thread):
     assert thread.oldest_commit() is None
     assert sum(telemetry.delays.counts) == 1
     assert telemetry.delays.sum > 2
-    assert [(one.kind, one.times) for one in telemetry.errors] == [("PublishError", 2)]
+    assert [(error.kind, error.times) for error in telemetry.errors] == [("PublishError", 2)]
 
 
 def test_telemetry_does_not_count_discarded_messages(thread):
@@ -75,8 +75,10 @@ def test_telemetry_counts_repeated_errors_and_keeps_twenty():
     for number in range(30):
         for _ in range(2):
             telemetry.record_error(ReplicationError(f"It failed {number}."))
-    assert [one.message for one in telemetry.errors] == [f"It failed {n}." for n in range(10, 30)]
-    assert {one.times for one in telemetry.errors} == {2}
+    assert [error.message for error in telemetry.errors] == [
+        f"It failed {n}." for n in range(10, 30)
+    ]
+    assert {error.times for error in telemetry.errors} == {2}
     assert telemetry.errors[0].solution == ReplicationError.solution
 
 

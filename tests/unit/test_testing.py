@@ -260,29 +260,29 @@ def test_testing_lists_handlers_and_their_changes(shop):
 )
 def test_testing_applies_transitions_like_the_replication_worker(shop, before, after, told):
     change = update("orders", order(**before), after)
-    assert [type(one) for name, one in shop.matching(change) if name == "reward"] == told
+    assert [type(received) for name, received in shop.matching(change) if name == "reward"] == told
 
 
 def test_testing_splits_a_key_change(shop):
-    told = [one for name, one in shop.matching(update("orders", order(), {"number": 8}))]
-    assert [type(one) for one in told] == [Delete, Insert]
-    assert [dict(one.key) for one in told] == [{"number": 7}, {"number": 8}]
+    told = [part for name, part in shop.matching(update("orders", order(), {"number": 8}))]
+    assert [type(part) for part in told] == [Delete, Insert]
+    assert [dict(part.key) for part in told] == [{"number": 7}, {"number": 8}]
     assert told[0].id != told[1].id
 
 
 def test_testing_returns_the_enqueued_messages(shop):
     change = insert("orders", order(status="paid"))
-    (reward, move) = sorted(shop.enqueued(change), key=lambda one: one.handler, reverse=True)
+    (reward, move) = sorted(shop.enqueued(change), key=lambda task: task.handler, reverse=True)
     assert (reward.queue, reward.priority, reward.ids) == ("flash", None, [change.id])
     assert (move.queue, move.priority, move.changes[0].new) == ("moves", 3, change.new)
     assert reward.task_id == next(
-        one.task_id for one in shop.enqueued(change) if one.handler == "reward"
+        task.task_id for task in shop.enqueued(change) if task.handler == "reward"
     )
 
 
 def test_testing_runs_handlers(shop):
     runs = shop.apply(insert("orders", order(status="paid")), truncate("orders"))
-    assert [(one.handler, one.result, repr(one.error)) for one in runs] == [
+    assert [(run.handler, run.result, repr(run.error)) for run in runs] == [
         ("move", None, "ValueError('no room')"),
         ("reward", ("insert", {"id": 1}), "None"),
         ("reward", ("truncate", {}), "None"),
@@ -292,7 +292,7 @@ def test_testing_runs_handlers(shop):
 def test_testing_batches_rows_and_messages_in_order(shop):
     rows = [insert("lines", id=number) for number in range(2)]
     runs = shop.apply(*rows, message("order.paid"), message("other"))
-    assert [(one.handler, one.result) for one in runs] == [("batch", 2), ("batch", 1)]
+    assert [(run.handler, run.result) for run in runs] == [("batch", 2), ("batch", 1)]
     assert list(runs[0].told) == rows
 
 
@@ -315,7 +315,7 @@ def test_testing_knows_partitions_and_sources(new_app):
         handle(app, table, table, lambda change: change.partition)
     flash = Flash(app)
     leaf = insert("orders", id=1, partition="orders_1")
-    assert [(one.handler, one.told.table, one.result) for one in flash.apply(leaf)] == [
+    assert [(run.handler, run.told.table, run.result) for run in flash.apply(leaf)] == [
         ("orders", "orders", "public.orders_1"),
         ("orders_1", "orders_1", None),
     ]
@@ -381,7 +381,7 @@ def test_testing_raises_if_a_condition_cannot_be_evaluated(app, where, row, sent
 def test_testing_reads_compressed_messages(new_app):
     app = new_app(task_always_eager=True, task_compression="gzip")
     handle(app, "orders", does=lambda change: change.key["id"])
-    assert [one.result for one in Flash(app).apply(insert("orders", id=5))] == [5]
+    assert [run.result for run in Flash(app).apply(insert("orders", id=5))] == [5]
 
 
 def test_testing_reports_a_mistake_in_the_app_at_once(app):

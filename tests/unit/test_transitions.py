@@ -71,14 +71,14 @@ def update(new, old=None, kind="O"):
 
 def shown(outcomes):
     """Each outcome as its operation, part and rows."""
-    found = []
+    lines = []
     for operation, part, data in outcomes:
         row, end = read_row(data)
         assert end == len(data)
         mark = {0: "", 1: "-", 2: "+"}[part]
         rows = " -> ".join(_text(row) for row in (row.old, row.new) if row is not None)
-        found.append(f"{operation.names()[0]}{mark} {rows}")
-    return found
+        lines.append(f"{operation.names()[0]}{mark} {rows}")
+    return lines
 
 
 def _text(row):
@@ -109,68 +109,66 @@ def test_transitions_apply_operations_to_delivered_changes():
 
 
 def test_transitions_evaluate_inserts_and_deletes_by_their_row():
-    judge = transitions(where=PAID)
-    assert shown(judge.insert(Row(None, "I", 0, None, None, cells("1 paid a"))))
-    assert not judge.insert(Row(None, "I", 0, None, None, cells("1 open a")))
-    assert shown(judge.delete(Row(None, "D", 0, "O", cells("1 paid a"), None)))
-    assert not judge.delete(Row(None, "D", 0, "O", cells("1 open a"), None))
+    rows = transitions(where=PAID)
+    assert shown(rows.insert(Row(None, "I", 0, None, None, cells("1 paid a"))))
+    assert not rows.insert(Row(None, "I", 0, None, None, cells("1 open a")))
+    assert shown(rows.delete(Row(None, "D", 0, "O", cells("1 paid a"), None)))
+    assert not rows.delete(Row(None, "D", 0, "O", cells("1 open a"), None))
 
 
 def test_transitions_deliver_unevaluated_changes():
-    asked = []
-    judge = transitions("d", where=PAID, unevaluated=lambda: asked.append(1))
-    assert shown(judge.update(update("1 paid a"))) == ["update 1 paid a"]
-    assert shown(judge.update(update("1 open a"))) == []
-    assert shown(judge.delete(Row(None, "D", 0, "K", cells("1 - -"), None))) == ["delete 1 - -"]
-    assert len(asked) == 3
+    unevaluated = []
+    rows = transitions("d", where=PAID, unevaluated=lambda: unevaluated.append(1))
+    assert shown(rows.update(update("1 paid a"))) == ["update 1 paid a"]
+    assert shown(rows.update(update("1 open a"))) == []
+    assert shown(rows.delete(Row(None, "D", 0, "K", cells("1 - -"), None))) == ["delete 1 - -"]
+    assert len(unevaluated) == 3
 
 
 def test_transitions_skip_updates_that_change_no_field():
-    judge = transitions(fields=("status",), kept=("id", "status"))
-    assert shown(judge.update(update("1 paid b", "1 paid a"))) == []
-    assert shown(judge.update(update("1 paid b", "1 open a"))) == ["update 1 open -> 1 paid"]
-    assert shown(judge.insert(Row(None, "I", 0, None, None, cells("1 open a")))) == [
-        "insert 1 open"
-    ]
+    rows = transitions(fields=("status",), kept=("id", "status"))
+    assert shown(rows.update(update("1 paid b", "1 paid a"))) == []
+    assert shown(rows.update(update("1 paid b", "1 open a"))) == ["update 1 open -> 1 paid"]
+    assert shown(rows.insert(Row(None, "I", 0, None, None, cells("1 open a")))) == ["insert 1 open"]
 
 
 def test_transitions_deliver_updates_without_old_values():
-    judge = transitions("d", fields=("status",), kept=("id", "status"))
-    assert shown(judge.update(update("1 paid b"))) == ["update 1 paid"]
-    assert shown(judge.update(update("1 ~ b"))) == []
+    rows = transitions("d", fields=("status",), kept=("id", "status"))
+    assert shown(rows.update(update("1 paid b"))) == ["update 1 paid"]
+    assert shown(rows.update(update("1 ~ b"))) == []
 
 
 def test_transitions_split_a_key_change_into_delete_and_insert():
-    judge = transitions(key=("id",))
-    assert shown(judge.update(update("2 paid a", "1 paid a"))) == [
+    rows = transitions(key=("id",))
+    assert shown(rows.update(update("2 paid a", "1 paid a"))) == [
         "delete- 1 paid a",
         "insert+ 2 paid a",
     ]
-    assert shown(judge.update(update("1 paid b", "1 paid a"))) == ["update 1 paid a -> 1 paid b"]
+    assert shown(rows.update(update("1 paid b", "1 paid a"))) == ["update 1 paid a -> 1 paid b"]
     only_deletes = transitions(key=("id",), operations=DELETE)
     assert shown(only_deletes.update(update("2 paid a", "1 paid a"))) == ["delete- 1 paid a"]
 
 
 def test_transitions_know_a_key_of_the_identity_without_full():
-    judge = transitions("d", key=("id",))
-    changed = judge.update(update("2 paid a", "1 - -", kind="K"))
+    rows = transitions("d", key=("id",))
+    changed = rows.update(update("2 paid a", "1 - -", kind="K"))
     assert shown(changed) == ["delete- 1 - -", "insert+ 2 paid a"]
-    assert shown(judge.update(update("1 paid b"))) == ["update 1 paid b"]
+    assert shown(rows.update(update("1 paid b"))) == ["update 1 paid b"]
 
 
 def test_transitions_combine_a_condition_with_a_key():
-    judge = transitions(key=("id",), where=PAID)
-    assert shown(judge.update(update("2 paid a", "1 open a"))) == ["insert 2 paid a"]
-    assert shown(judge.update(update("2 open a", "1 paid a"))) == ["delete 1 paid a"]
-    assert shown(judge.update(update("2 paid a", "1 paid a"))) == [
+    rows = transitions(key=("id",), where=PAID)
+    assert shown(rows.update(update("2 paid a", "1 open a"))) == ["insert 2 paid a"]
+    assert shown(rows.update(update("2 open a", "1 paid a"))) == ["delete 1 paid a"]
+    assert shown(rows.update(update("2 paid a", "1 paid a"))) == [
         "delete- 1 paid a",
         "insert+ 2 paid a",
     ]
 
 
 def test_transitions_know_a_row_that_leaves_by_its_key():
-    judge = transitions("d", where=parsing.parse({"id__lt": 5}))
-    left = judge.update(update("7 paid a", "1 - -", kind="K"))
+    rows = transitions("d", where=parsing.parse({"id__lt": 5}))
+    left = rows.update(update("7 paid a", "1 - -", kind="K"))
     assert shown(left) == ["delete 1 - -"]
 
 
@@ -179,27 +177,27 @@ def message(operation, old, new, kind=None):
 
 
 def test_transitions_evaluate_messages_like_rows():
-    judge = transitions(where=PAID)
+    rows = transitions(where=PAID)
     for _ in range(2):  # the second time the verdict is remembered
-        assert shown(judge.judge(message("I", None, "1 paid a"))) == ["insert 1 paid a"]
-        assert judge.judge(message("I", None, "1 open a")) == []
-        assert judge.judge(message("I", None, "1 - a")) == []
+        assert shown(rows.judge(message("I", None, "1 paid a"))) == ["insert 1 paid a"]
+        assert rows.judge(message("I", None, "1 open a")) == []
+        assert rows.judge(message("I", None, "1 - a")) == []
     updated = message("U", "1 paid a", "1 open a", "O")
-    assert shown(judge.judge(updated)) == ["delete 1 paid a"]
-    assert shown(judge.judge(message("D", "1 paid a", None, "O"))) == ["delete 1 paid a"]
+    assert shown(rows.judge(updated)) == ["delete 1 paid a"]
+    assert shown(rows.judge(message("D", "1 paid a", None, "O"))) == ["delete 1 paid a"]
     everything = transitions(fields=("status",), kept=("id", "status"))
     assert shown(everything.judge(message("I", None, "1 open a"))) == ["insert 1 open"]
 
 
 def test_transitions_bound_the_verdict_cache():
-    judge = transitions(where=parsing.parse({"note__startswith": "a", "id__lt": 9999}))
+    rows = transitions(where=parsing.parse({"note__startswith": "a", "id__lt": 9999}))
     for number in range(5000):
-        assert len(judge.judge(message("I", None, f"{number} open a{number}"))) == 1
-    assert judge.judge(message("I", None, "9999 open a")) == []
-    assert len(judge.transitions._results) <= 2000
-    judge.transitions._results.clear()
-    judge.judge(message("I", None, f"1 open a{'b' * 1000}"))
-    assert not judge.transitions._results
+        assert len(rows.judge(message("I", None, f"{number} open a{number}"))) == 1
+    assert rows.judge(message("I", None, "9999 open a")) == []
+    assert len(rows.transitions._results) <= 2000
+    rows.transitions._results.clear()
+    rows.judge(message("I", None, f"1 open a{'b' * 1000}"))
+    assert not rows.transitions._results
 
 
 def test_consecutive_rows_with_one_outcome_are_one_run_forwarded_as_it_came():

@@ -24,9 +24,9 @@ def run(example, page):
 
 def test_typed_rows_page_examples_run(app, capsys):
     typed, _ = (run(example, "typed-rows.md") for example in examples("typed-rows.md"))
-    found = {str(one.table): one for one in subscriptions_of(app)}
-    assert found["public.orders"].into.name == "OrderRow"
-    paid = found["sales.orders"]
+    by_table = {str(subscription.table): subscription for subscription in subscriptions_of(app)}
+    assert by_table["public.orders"].into.name == "OrderRow"
+    paid = by_table["sales.orders"]
     assert (paid.fields, paid.columns) == (("order_status",), {"order_status"})
 
     types = {"id": 23, "status": 25, "total": 1700, "note": 25}
