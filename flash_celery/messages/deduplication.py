@@ -52,6 +52,8 @@ class Lease:
     name: str
     #: A digest of everything that determines which changes there are, and their ordinals.
     binding: str
+    #: Whether an earlier worker has read the slot, so that the broker should know its position.
+    continues: bool = False
     fencing_token: str = field(default_factory=lambda: uuid.uuid4().hex)
     #: The position that was acknowledged; PostgreSQL sends nothing before it again.
     acknowledged: Lsn = Lsn(0)  # noqa: RUF009 - an int

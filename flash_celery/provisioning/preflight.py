@@ -249,8 +249,9 @@ class _Examination:
         steps = plan.set_up_steps(existing, required, restorable, slot)
         self._report.steps, self._report.tables = steps, self._tables
         self._report.required = required
-        if existing.record is None and not existing.empty and managed:
-            return self._stop("publications", _no_record(existing, steps))
+        if existing.record is None and not existing.empty:
+            self._report.script = [] if managed else steps
+            return self._stop("publications", _no_record(existing, steps, managed))
         if managed:
             return self._check_privileges(existing, required, steps)
         return self._check_owner(steps)
@@ -351,11 +352,14 @@ class _Examination:
         return self._add("publications", OK, state)
 
 
-def _no_record(existing: ExistingPublications, steps: Sequence[Step]) -> PublicationMismatch:
+def _no_record(
+    existing: ExistingPublications, steps: Sequence[Step], managed: bool
+) -> PublicationMismatch:
+    statements = "; ".join(map(str, steps))
     return PublicationMismatch(
         f"The publications {existing.prefix}_… have no record (the comment on "
         f"{publication_name(existing.prefix, Operation.INSERT)}): another tool has removed it, or "
         "a dump was restored without comments. Pauses, earlier replica identities and whether the "
         "slot existed are unknown, and changes may be missing. To continue with what there is, "
-        f"run: {'; '.join(map(str, steps))}; or run `flash reset`."
+        f"run{'' if managed else ' as their owner'}: {statements}; or run `flash reset`."
     )

@@ -21,6 +21,8 @@ from ..table_name import TableName
 from . import ddl
 from .ddl import Step
 
+#: How each of our comments begins.
+_OURS = '{"flash_celery'
 #: How many gaps are kept.
 _GAPS = 10
 _COMMENT = b"""
@@ -180,6 +182,22 @@ def comments(source: Source) -> dict[Operation, tuple[int, str]]:
     ).fetchall()
     operations = {publication_name(source.prefix, operation): operation for operation in OPERATIONS}
     return {operations[name]: (oid, text) for name, oid, text in rows if text}
+
+
+def recorded(source: Source) -> set[Operation]:
+    """Return the operations whose publications have a comment of ours."""
+    rows = source.connection.execute(
+        "SELECT pubname FROM pg_publication WHERE pubname = ANY(%s) "
+        "AND starts_with(obj_description(oid, 'pg_publication'), %s)",
+        [publication_names(source.prefix), _OURS],
+    ).fetchall()
+    names = {name for (name,) in rows}
+    return {op for op in OPERATIONS if publication_name(source.prefix, op) in names}
+
+
+def is_ours(text: str) -> bool:
+    """Return whether a comment is one of ours."""
+    return text.startswith(_OURS)
 
 
 #: The key of the tables that are published, in the comment on the publication of updates: versions

@@ -362,7 +362,7 @@ class Replicator:
         ]
         parts += map(repr, self._subscriptions)
         binding = hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
-        return Lease(f"{self._system}.{source.slot}", binding)
+        return Lease(f"{self._system}.{source.slot}", binding, not self._startup.created_slot)
 
     def _on_notice(self, state: str, message: str) -> None:
         if message != self._last_logged_notice:

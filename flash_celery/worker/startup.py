@@ -82,6 +82,8 @@ class Startup:
         self._comments: dict[Operation, tuple[int, str]] = {}
         #: The handlers' tables at the last set-up.
         self._published: PublishedTables | None = None
+        #: Whether this process has created the slot, so that no earlier worker has read it.
+        self.created_slot = False
         #: Whether this process has seen the slot.
         self._slot_seen = False
         #: Stands for the tables and publications as the last preflight found them.
@@ -98,6 +100,10 @@ class Startup:
             return True
         self._unaltered_at = now
         return False
+
+    def record_lost(self, source: Source) -> bool:
+        """Return whether another tool has removed or replaced one of our comments since `run`."""
+        return not self._comments.keys() <= record.recorded(source)
 
     def run(self, source: Source, stream: ReplicationConnection, progress: Progress) -> None:
         """Create and alter what the subscriptions need. Raises the first problem that prevents it.
@@ -136,7 +142,8 @@ class Startup:
         if report.gap is not None:
             self._close_gap(source, report.gap)
         self._check_replaced(source, report, checked_at)
-        self._comments = record.comments(source)
+        comments = record.comments(source)
+        self._comments = {op: each for op, each in comments.items() if record.is_ours(each[1])}
         self.partition_history.record(partition_ancestors(source))
         self.partition_history.add_snapshot(
             Lsn.parse(slots.position_and_time(source.connection)[0]), report.leaves
@@ -151,7 +158,7 @@ class Startup:
         lost = [
             (operation, text)
             for operation, (oid, text) in self._comments.items()
-            if self._exists(source, oid) and not _is_ours(present.get(operation))
+            if self._exists(source, oid) and not record.is_ours(present.get(operation, (0, ""))[1])
         ]
         if not lost:
             return
@@ -304,7 +311,7 @@ class Startup:
 
         failover = self._settings.flash_failover_slot
         position = slots.create(stream, self._slot, failover, while_waiting)
-        self._slot_seen = True
+        self._slot_seen = self.created_slot = True
         fields = {"slot": self._slot, "lsn": str(position)}
         logger.info("Created the slot %s at %s", self._slot, position, extra=fields)
 
@@ -315,7 +322,3 @@ class Startup:
         gap = replace(gap, until=slot.confirmed if slot else None, until_time=time)
         record.remember_gap(source, gap)
         logger.error(_GAP, gap)
-
-
-def _is_ours(comment: tuple[int, str] | None) -> bool:
-    return comment is not None and comment[1].startswith('{"flash_celery')

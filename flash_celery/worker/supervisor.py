@@ -21,8 +21,8 @@ class Reason(Enum):
 
     RECORD_CHANGED = (
         logging.INFO,
-        "The record in the publications' comments changed (`flash pause`, `flash resume`); "
-        "restarting the session",
+        "The record in the publications' comments changed (`flash pause`, `flash resume`, or "
+        "another tool); restarting the session",
     )
     TABLES_CHANGED = (
         logging.WARNING,
@@ -64,7 +64,7 @@ class Supervisor:
         """
         self.next_check = now + _CHECK_SECONDS
         self._watch.check(received, listening)
-        if self._pauses.changed(self._source):
+        if self._pauses.changed(self._source) or self._startup.record_lost(self._source):
             if self._record_changed_at is None:
                 self._record_changed_at = now
             late = now - self._record_changed_at > self._patience

@@ -243,6 +243,80 @@ def test_redis_restored_while_running_is_noticed(on_redis, caplog):
         assert f"changes committed from {changes[0].commit_lsn} on may be missing" in caplog.text
 
 
+@pytest.fixture
+def own_redis(on_redis):
+    """A Valkey of the test's own, a replication worker that has delivered a row, and a client."""
+    with Valkey() as own, redis.Redis(port=own.port) as client:
+        on_redis.valkey, on_redis.app.conf.broker_url = own, own.url
+        on_redis.handler("items")
+        on_redis.publisher = RedisPublisher(on_redis.app)
+        on_redis.start().do("INSERT INTO items VALUES (1, 'a')")
+        yield client
+        on_redis.stop()
+
+
+def position(client):
+    (key,) = client.keys("_flash.*[^s]")  # not `.transactions`
+    return key
+
+
+def test_deleted_position_is_noticed_while_running(on_redis, own_redis, caplog):
+    own_redis.delete(position(own_redis))
+    on_redis.do("INSERT INTO items VALUES (2, 'b')")
+    assert "may be missing" in caplog.text
+    # Nothing was lost here, and nothing is: at worst it is enqueued again.
+    assert set(ids(delivered(on_redis.valkey))) == {1, 2}
+
+
+def test_evicted_position_is_noticed_while_running(on_redis, own_redis, caplog):
+    key = position(own_redis)
+    own_redis.config_set("maxmemory-policy", "allkeys-random")
+    own_redis.config_set("maxmemory", own_redis.info("memory")["used_memory"] + 200_000)
+    numbers = iter(range(100_000))
+    while own_redis.exists(key):
+        own_redis.set(f"cache:{next(numbers)}", b"x" * 1000)
+    own_redis.config_set("maxmemory", 0)
+    on_redis.do("INSERT INTO items VALUES (2, 'b')")
+    assert "may be missing" in caplog.text
+    assert 2 in ids(delivered(on_redis.valkey))
+
+
+@pytest.mark.parametrize("suffix", ["", ".transactions"])
+def test_key_of_another_type_is_named_and_nothing_is_enqueued_twice(
+    on_redis, own_redis, caplog, suffix
+):
+    key = position(own_redis).decode() + suffix
+    own_redis.delete(key)
+    own_redis.set(key, "of another tool")
+    on_redis.database.execute("INSERT INTO items VALUES (2, 'b')")
+    expected = "list" if suffix else "hash"
+    text = f"the key {key} is a string, and flash-celery keeps a {expected} there"
+    on_redis.wait(lambda: text in caplog.text)
+    assert own_redis.llen("flash") == 1
+    own_redis.delete(key)
+    on_redis.do("INSERT INTO items VALUES (3, 'c')")
+    found = ids(delivered(on_redis.valkey))
+    assert set(found) == {1, 2, 3}
+    if suffix:
+        assert found == [1, 2, 3]
+
+
+@pytest.mark.parametrize("lost", ["hash", "everything"])
+def test_position_lost_while_no_worker_runs_is_logged(on_redis, own_redis, caplog, lost):
+    assert "Redis has no position" not in caplog.text
+    on_redis.stop()
+    on_redis.publisher = RedisPublisher(on_redis.app)
+    on_redis.start().do("SELECT 1").stop()
+    assert "Redis has no position" not in caplog.text
+    if lost == "hash":
+        own_redis.delete(position(own_redis))
+    else:
+        own_redis.flushall()
+    assert set(ids(again(on_redis, "INSERT INTO items VALUES (2, 'b')"))) >= {2}
+    said = [one for one in caplog.records if "Redis has no position _flash." in one.message]
+    assert [one.levelname for one in said] == ["ERROR"]
+
+
 def test_loss_noticed_while_stopping_is_logged(on_redis, caplog):
     """Only the process that had the confirmation can know."""
 

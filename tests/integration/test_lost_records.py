@@ -3,11 +3,13 @@
 import json
 
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from flash_celery.commands import reset
 from flash_celery.errors import PublicationMismatch
+from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.postgres.source import connected
-from flash_celery.provisioning import pauses
+from flash_celery.provisioning import ddl, pauses, preflight
 from flash_celery.provisioning.record import Record, read_record
 from flash_celery.settings import Settings
 
@@ -106,6 +108,71 @@ def test_record_removed_while_no_worker_runs_is_an_error(flash):
     with source_of(flash) as source:
         plan = reset.plan_reset(source, flash.database.slot)
     assert "leave REPLICA IDENTITY FULL on public.items" in plan.note
+
+
+@pytest.mark.parametrize("operation", ["insert", "update", "truncate"])
+def test_comment_removed_while_the_worker_runs_is_written_back_at_once(flash, caplog, operation):
+    """Also one that is not the record of pauses: of published tables, and of the replay slot."""
+    comment = RECORD.replace("_insert", f"_{operation}")
+    flash.database.execute(ITEMS)
+    flash.handler("items").start(flash_replay_window=3600)
+    flash.do("SELECT 1").wait(lambda: flash.database.one(comment))
+    before = json.loads(flash.database.one(comment))
+    flash.database.execute(f"COMMENT ON PUBLICATION flash_publication_{operation} IS 'a note'")
+    flash.wait(lambda: "wrote them back" in caplog.text)
+    flash.wait(lambda: flash.database.one(comment).startswith("{"))
+    assert json.loads(flash.database.one(comment)).keys() == before.keys()
+    flash.do("INSERT INTO items VALUES (1, 'a')")
+    assert shown(flash.delivered()) == ["insert 1,a"]
+    assert caplog.text.count("wrote them back") == 1
+
+
+def set_up_by_the_owner(flash):
+    """Set up with the script of `doctor --sql`, as a worker without management needs it."""
+    flash.app.conf.flash_manage = False
+    flash.app.finalize()
+    with source_of(flash) as source:
+        report = preflight.examine(source, subscriptions_of(flash.app))
+    lines = ddl.script(report.script)
+    flash.database.execute(*(line for line in lines if line.startswith("BEGIN")))
+
+
+def test_record_removed_without_management_is_an_error_that_its_owner_can_solve(flash):
+    """Pauses, and whether the slot existed, would be forgotten in silence."""
+    flash.database.execute(ITEMS)
+    flash.handler("items")
+    set_up_by_the_owner(flash)
+    flash.start().stop()
+    flash.database.execute("COMMENT ON PUBLICATION flash_publication_insert IS NULL")
+    with pytest.raises(PublicationMismatch, match="have no record .* run as their owner: COMMENT"):
+        flash.start()
+    flash.error = None
+    set_up_by_the_owner(flash)
+    flash.start()
+    flash.do("INSERT INTO items VALUES (1, 'a')")
+    assert shown(flash.delivered()) == ["insert 1,a"]
+
+
+def test_record_removed_under_a_worker_without_management_ends_it(flash, login):
+    flash.database.execute(ITEMS)
+    flash.handler("items")
+    set_up_by_the_owner(flash)
+    flash.start(flash_dsn=login).do("SELECT 1")
+    flash.database.execute("COMMENT ON PUBLICATION flash_publication_insert IS NULL")
+    flash.thread.join(20)
+    assert isinstance(flash.error, PublicationMismatch)
+    assert "as their owner run: COMMENT ON PUBLICATION" in str(flash.error)
+
+
+@pytest.fixture
+def login(database):
+    """A role that may replicate and owns nothing."""
+    database.execute("CREATE ROLE record_login LOGIN REPLICATION")
+    yield make_conninfo(database.dsn, user="record_login")
+    database.execute(
+        "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE active",
+        "DROP ROLE record_login",
+    )
 
 
 def test_record_of_a_newer_version_is_read():

@@ -15,11 +15,15 @@ class Source(SimpleNamespace):
     settings = SimpleNamespace(flash_shutdown_timeout=10)
     whole_source = False
     record_changed = False
+    record_removed = False
     altered = False
     lost = False
 
     def changed(self, source):
         return self.record_changed
+
+    def record_lost(self, source):
+        return self.record_removed
 
     def tables_changed(self, source):
         return self.altered
@@ -63,6 +67,11 @@ def test_changed_record_waits_for_the_open_transaction_for_a_while(source, check
     assert check(104, transaction_open=True) is None
     assert check(106, transaction_open=True) is Reason.RECORD_CHANGED
     assert check(107) is Reason.RECORD_CHANGED
+
+
+def test_removed_record_begins_a_new_session(source, check):
+    source.record_removed = True
+    assert check(100) is Reason.RECORD_CHANGED
 
 
 def test_lost_slot_is_an_error(source, check):

@@ -17,10 +17,12 @@ Source: Redis documentation, "Transactions" and "Scripting with Lua".
 
 from __future__ import annotations
 
+import logging
 import struct
 from array import array
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from itertools import count
 from typing import Any, NamedTuple, TypeAlias
 
@@ -31,9 +33,17 @@ from ...messages.deduplication import Deduplicator, Lease, Watermark
 from ...messages.task_message import Message
 from ...protocol.lsn import Lsn
 
+logger = logging.getLogger(__name__)
+
 #: A command of Redis: its name, a key and further arguments.
 Command: TypeAlias = Sequence[Any]
 
+_NO_POSITION = (
+    "Redis has no position %s, although an earlier worker has read the slot. Unless that worker "
+    "had another broker, Redis was emptied, restored, or evicts keys: tasks that it had confirmed "
+    "may be missing (run `flash replay --since` if flash_replay_window covers them, or rebuild "
+    "what depends on them), and changes that PostgreSQL sends again are enqueued again"
+)
 #: Prefix of the hash fields with marks.
 _MARK = "mark:"
 #: The head of an entry of the list: the commit LSN of its last transaction.
@@ -45,6 +55,7 @@ _NONE: Watermark = (0, 0, 0)
 #: Returns 1, and does nothing, if the fencing token or the sequence number is not the expected one.
 #: Each command is preceded by the number of its words. The first loop calls LLEN, which fails on a
 #: key that is not a list, before anything is pushed: a script that ends early undoes nothing.
+#: The hash needs no such check: HMGET has read it.
 _STEP = """
 if ARGV[1] ~= '' then
     local found = redis.call('HMGET', KEYS[1], 'owner', 'writes')
@@ -52,7 +63,10 @@ if ARGV[1] ~= '' then
 end
 local at = 3
 while at <= #ARGV do
-    if ARGV[at + 1] == 'LPUSH' then redis.call('LLEN', ARGV[at + 2]) end
+    local name = ARGV[at + 1]
+    if name == 'LPUSH' or name == 'RPUSH' or name == 'LTRIM' then
+        redis.call('LLEN', ARGV[at + 2])
+    end
     at = at + tonumber(ARGV[at]) + 1
 end
 at = 3
@@ -78,7 +92,27 @@ def in_one_step(
     """
     keys = dict.fromkeys([key] * bool(key) + [command[1] for command in commands])
     words = [word for command in commands for word in (len(command), *command)]
-    return client.eval(_STEP, len(keys), *keys, fencing_token, sequence_number, *words)
+    try:
+        return client.eval(_STEP, len(keys), *keys, fencing_token, sequence_number, *words)
+    except redis.ResponseError as error:
+        raise _with_key(client, key, keys, error) from None
+
+
+def _with_key(
+    client: Any, key: str, keys: Iterable[str], error: redis.ResponseError
+) -> redis.ResponseError:
+    """Return the error with the name of the key that is of another type, which Redis omits."""
+    if "WRONGTYPE" not in str(error):
+        return error
+    with suppress(redis.ResponseError):  # an ACL without TYPE
+        for each in keys:
+            expected, found = "hash" if each == key else "list", client.type(each).decode()
+            if found not in (expected, "none"):
+                return redis.ResponseError(
+                    f"WRONGTYPE: the key {each} is a {found}, and flash-celery keeps a {expected} "
+                    "there; rename or delete it"
+                )
+    return error
 
 
 class _Write(NamedTuple):
@@ -129,6 +163,8 @@ class RedisPosition:
             fields, entries, _ = pipeline.execute()
         if previous is not None and previous._key == self._key:
             previous._raise_if_lost(fields)
+        elif self._lease.continues and b"owner" not in fields:
+            logger.error(_NO_POSITION, self._key)
         if fields.get(b"binding") != self._lease.binding.encode():
             self._reset(client, list(fields))
             return Deduplicator({}, ())
