@@ -10,7 +10,7 @@ from contextlib import suppress
 
 
 def escaped(text: str) -> str:
-    """Return the text with unprintable characters escaped as in Python: `\\n`, `\\x1b`, `\\u202e`.
+    r"""Return the text with unprintable characters escaped as in Python: `\n`, `\x1b`, `\u202e`.
 
     Printable characters of all scripts stay.
     """

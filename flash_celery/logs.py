@@ -37,7 +37,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def fields(created: float, level: str, logger: str, message: str) -> dict[str, object]:
-    """Return the fields that every line has. `created` is in Unix seconds."""
+    """Return the fields that every line has; `created` is in Unix seconds."""
     moment = datetime.fromtimestamp(created, timezone.utc)
     time = moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
     return {"time": time, "level": level.lower(), "logger": logger, "message": message}

@@ -77,7 +77,11 @@ class Settings:
 
     @classmethod
     def from_app(cls, app: Any) -> Settings:
-        """Read the settings from `app.conf`. Raises `ConfigurationError` if one is wrong."""
+        """Read the settings from `app.conf`.
+
+        Raises:
+            ConfigurationError: A setting is wrong.
+        """
         # Celery loads its configuration at the first of these, and replaces `app.conf` by it.
         given = {name: app.conf.get(name) for name in _TYPES}
         _refuse_ignored(app.conf)
@@ -91,7 +95,8 @@ class Settings:
     def of_source(self, name: str) -> Settings:
         """Return the settings of a source in `flash_sources`, with its DSN, slot and prefix.
 
-        Raises `ConfigurationError` if there is no such source.
+        Raises:
+            ConfigurationError: There is no such source.
         """
         if name not in self.flash_sources:
             hint = _suggestion(name, self.flash_sources)
@@ -239,7 +244,11 @@ class Settings:
                 )
 
     def require_dsn(self) -> str:
-        """Return the DSN. Raises `ConfigurationError` if it is missing or libpq cannot read it."""
+        """Return the DSN.
+
+        Raises:
+            ConfigurationError: It is missing, or libpq cannot read it.
+        """
         if not self.flash_dsn:
             others = ", ".join(self.flash_sources)
             raise ConfigurationError(
@@ -337,7 +346,11 @@ def _refuse_ignored(conf: Any) -> None:
 
 
 def http_address(address: str) -> tuple[str, int]:
-    """Return the host and port in `flash_http`. Raises `ConfigurationError`."""
+    """Return the host and port in `flash_http`.
+
+    Raises:
+        ConfigurationError: It is no address.
+    """
     host, _, port = address.rpartition(":")
     host = host[1:-1] if host[:1] == "[" and host[-1:] == "]" else host
     if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:

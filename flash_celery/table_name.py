@@ -20,7 +20,10 @@ class TableName:
         """Parse a name as SQL spells it: `orders`, `sales.orders`, `"Sales"."Order lines"`.
 
         A name without a schema is in `public`. Names with dots, colons, spaces or quotes must be
-        quoted. Case is kept even without quotes. Raises `SubscriptionError`.
+        quoted. Case is kept even without quotes.
+
+        Raises:
+            SubscriptionError: The text is not the name of a table.
         """
         if not _NAME.fullmatch(text):
             raise SubscriptionError(

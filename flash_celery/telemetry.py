@@ -143,8 +143,10 @@ class Telemetry:
     def confirm(self, counts: Mapping[Route, int], committed: float, latest: float) -> None:
         """Count a batch that the broker has confirmed.
 
-        `committed` and `latest` are the times at which its oldest and its last change were
-        committed, in Unix seconds; 0 if it had none.
+        Args:
+            counts: How many changes it has, by route.
+            committed: When its oldest change was committed, in Unix seconds; 0 if it has none.
+            latest: When its last change was committed, in Unix seconds; 0 if it has none.
         """
         self.enqueued.update(counts)
         if committed:

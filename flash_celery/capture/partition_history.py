@@ -19,7 +19,8 @@ Ancestors = Mapping[TableName, "Lsn | None"]
 class PartitionHistory:
     """The ancestors of partitions over time, by OID, including partitions that were dropped.
 
-    :param recorded: everything that each has been a partition of, with unknown ends.
+    Args:
+        recorded: Everything that each has been a partition of, with unknown ends.
     """
 
     def __init__(self, recorded: Mapping[int, Iterable[TableName]] | None = None) -> None:

@@ -21,11 +21,12 @@ from .transactions import Transactions, runs
 class Pipeline:
     """Assembles the transactions of one stream and routes their rows to a sink.
 
-    :param subscriptions: all subscriptions to the stream's database.
-    :param catalog: describes the relations of the stream.
-    :param sink: takes the deliveries.
-    :param spool_directory: where large open transactions are kept. Default: `/var/tmp`.
-    :param telemetry: counts rows and messages.
+    Args:
+        subscriptions: All subscriptions to the stream's database.
+        catalog: Describes the relations of the stream.
+        sink: Takes the deliveries.
+        spool_directory: Where large open transactions are kept. Default: `/var/tmp`.
+        telemetry: Counts rows and messages.
     """
 
     def __init__(
@@ -47,7 +48,8 @@ class Pipeline:
     def feed(self, messages: Iterable[bytes]) -> None:
         """Queue what `ReplicationConnection.receive` returned.
 
-        Raises `ProtocolError` for an empty message.
+        Raises:
+            ProtocolError: A message is empty.
         """
         self._arrived.extend(runs(messages))
 
@@ -60,8 +62,10 @@ class Pipeline:
         """Deliver what has arrived, one run of messages each time the iterator is advanced.
 
         Yields the position up to which everything has been delivered, if the run moved it. The
-        caller may stop after any run; the next call goes on from there. Raises `ProtocolError` for
-        what is not pgoutput.
+        caller may stop after any run; the next call goes on from there.
+
+        Raises:
+            ProtocolError: A message is not one of pgoutput.
         """
         arrived, transactions = self._arrived, self.transactions
         while True:

@@ -51,9 +51,10 @@ _NOT_DELIVERED = (
 class RelationCatalog:
     """The catalog, over an ordinary connection, and the history of partitions.
 
-    :param connection: in autocommit, to the stream's database.
-    :param history: the history of partitions. Default: an empty one.
-    :param slot: the slot that the stream reads. Default: one that no commit can wait for.
+    Args:
+        connection: In autocommit, to the stream's database.
+        history: The history of partitions. Default: an empty one.
+        slot: The slot that the stream reads. Default: one that no commit can wait for.
     """
 
     def __init__(
@@ -72,7 +73,9 @@ class RelationCatalog:
         A commit is replicated before other sessions see it: moments before, or as long as a
         synchronous standby takes. If that standby is this worker, the commit waits until its rows
         are confirmed, so this returns at once unless the transaction may have altered the table.
-        Raises `ReplicationError` after two seconds.
+
+        Raises:
+            ReplicationError: The catalog does not show it after two seconds.
         """
         deadline = time.monotonic() + _VISIBLE_SECONDS
         synchronous = None
@@ -96,10 +99,11 @@ class RelationCatalog:
     ) -> Ancestors:
         """Return the tables that rows belong to, besides their own.
 
-        :param relation: the relation of the rows.
-        :param now: the same relation in the catalog; None if it was dropped.
-        :param position: where their transaction committed.
-        :param handled: the tables of handlers.
+        Args:
+            relation: The relation of the rows.
+            now: The same relation in the catalog; None if it was dropped.
+            position: Where their transaction committed.
+            handled: The tables of handlers.
         """
         current = frozenset(now.ancestors if now else ())
         last_seen = self._history.latest(relation.oid) or frozenset()

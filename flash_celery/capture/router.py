@@ -91,7 +91,11 @@ class Router:
     ) -> None:
         """Route consecutive Insert, Update or Delete messages of one relation.
 
-        All of them begin with the five bytes `head`. `ordinal` is the ordinal of the first row.
+        Args:
+            head: The first five bytes of each message.
+            rows: The messages.
+            transaction: The transaction that wrote them.
+            ordinal: The ordinal of the first row.
         """
         self._tallies.get(head, self._unknown).number += len(rows)
         for route in self._routes.get(head, _NO_ROUTES).values():
@@ -107,7 +111,7 @@ class Router:
     def message(
         self, message: pgoutput.LogicalMessage, transaction: Transaction, ordinal: int
     ) -> None:
-        """Route a logical message; `ordinal` counts the messages of its transaction."""
+        """Route a logical message, whose ordinal counts the messages of its transaction."""
         for route in self._messages.get(message.prefix, ()):
             self._telemetry.tally(message.prefix, "message").number += 1
             route([message_row(message.content)], transaction, ordinal)
@@ -115,7 +119,8 @@ class Router:
     def relation(self, relation: pgoutput.Relation, transaction: Transaction) -> None:
         """Learn a relation, or how a transaction has altered it.
 
-        Raises `SubscriptionError` if a column that a subscription names no longer exists.
+        Raises:
+            SubscriptionError: A column that a subscription names no longer exists.
         """
         self._catalog.settle(transaction, relation.oid)
         self._forget(relation.oid)

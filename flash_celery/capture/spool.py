@@ -65,7 +65,8 @@ class Spool:
     def append(self, xid: int, messages: Iterable[bytes]) -> None:
         """Keep messages of the transaction, or of the savepoint in it that has this xid.
 
-        Raises `SpoolError` if the disk is full.
+        Raises:
+            SpoolError: The disk is full.
         """
         parts = []
         for message in messages:
@@ -80,7 +81,11 @@ class Spool:
         self._aborted[xid // _XIDS_PER_PAGE] |= 1 << xid % _XIDS_PER_PAGE
 
     def messages(self) -> Iterator[bytes]:
-        """Yield the messages in order, without those of aborted savepoints. Raises `SpoolError`."""
+        """Yield the messages in order, without those of aborted savepoints.
+
+        Raises:
+            SpoolError: The file cannot be read.
+        """
         try:
             self._file.seek(0)  # flushes the buffer
             while header := self._file.read(_HEADER.size):

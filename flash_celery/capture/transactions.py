@@ -50,8 +50,10 @@ class Rows(Protocol):
 def runs(messages: Iterable[bytes]) -> Iterator[tuple[bytes, list[bytes]]]:
     """Group consecutive messages that begin with the same five bytes; yield bytes and group.
 
-    Most groups are rows of one table, whose routes are then looked up once. Raises `ProtocolError`
-    for an empty message.
+    Most groups are rows of one table, whose routes are then looked up once.
+
+    Raises:
+        ProtocolError: A message is empty.
     """
     for head, run in groupby(messages, _HEAD):
         if not head:
@@ -66,7 +68,9 @@ def runs(messages: Iterable[bytes]) -> Iterator[tuple[bytes, list[bytes]]]:
 class Transactions:
     """Follows the stream of one connection.
 
-    :param spool_directory: where large open transactions are kept. Default: `/var/tmp`.
+    Args:
+        rows: Takes the rows and messages of the transactions.
+        spool_directory: Where large open transactions are kept. Default: `/var/tmp`.
     """
 
     def __init__(self, rows: Rows, spool_directory: str = "") -> None:
@@ -103,7 +107,8 @@ class Transactions:
     def receive(self, head: bytes, run: Sequence[bytes]) -> Lsn | None:
         """Take one of `runs`; return the end position of the transaction if it ends with it.
 
-        Raises `ProtocolError` for a message that cannot follow the messages before it.
+        Raises:
+            ProtocolError: A message cannot follow the messages before it.
         """
         if self._block is not None and head[0] not in _NOT_SPOOLED:
             # In a block, the xid follows the tag; without it the message is as outside a block.

@@ -61,12 +61,14 @@ class Outcome(NamedTuple):
 class Transitions:
     """Evaluates the rows of one relation for one subscription and cuts them to its columns.
 
-    :param columns: the columns of the relation.
-    :param table: the table as the handler sees it.
-    :param matches: the bound condition; None if there is none, or if the rows lack a column that it
-        compares.
-    :param unevaluated: called for each row that cannot be evaluated, for example because it lacks
-        its old values; such a row is delivered.
+    Args:
+        subscription: The subscription.
+        table: The table as the handler sees it.
+        columns: The columns of the relation.
+        matches: The bound condition; None if there is none, or if the rows lack a column that it
+            compares.
+        unevaluated: Called for each row that cannot be evaluated, for example because it lacks its
+            old values; such a row is delivered.
     """
 
     def __init__(
@@ -106,8 +108,14 @@ class Transitions:
     def evaluate(self, rows: Sequence[bytes], ordinal: int) -> list[Outcome]:
         """Return the outcomes of consecutive messages of one tag (Insert, Update or Delete).
 
-        `ordinal` is the ordinal of the first message. Consecutive rows with the same outcome share
-        one `Outcome`, except the parts of key changes. Raises `ProtocolError` for a malformed row.
+        Consecutive rows with the same outcome share one `Outcome`, except the parts of key changes.
+
+        Args:
+            rows: The messages, as pgoutput sends them.
+            ordinal: The ordinal of the first message.
+
+        Raises:
+            ProtocolError: A row is malformed.
         """
         tag = rows[0][0]
         if tag == _INSERT_TAG:

@@ -102,10 +102,12 @@ class Change(Generic[RowT]):
 
         Fields without a value in the change are deferred. The instance is not saved.
 
-        - `side`: `"new"` or `"old"`. Default: `"new"`, or `"old"` for a `Delete`.
-        - `model`: a model of the table. Default: the one model of the table that is no proxy.
+        Args:
+            side: `"new"` or `"old"`. Default: `"new"`, or `"old"` for a `Delete`.
+            model: A model of the table. Default: the one model of the table that is no proxy.
 
-        Raises `NoInstance` if there is no such row, or no model for it.
+        Raises:
+            NoInstance: There is no such row, or no model for it.
         """
         try:
             from ..django import instances

@@ -206,7 +206,8 @@ def _transaction_json(transaction: Transaction, commit_lsn: str = "") -> str:
 def decode(value: Any) -> list[Change]:
     """Return the changes in a JSON value.
 
-    Raises `PayloadError` if it is damaged or has another version.
+    Raises:
+        PayloadError: The value is damaged or has an unknown version.
     """
     try:
         version = value["v"]

@@ -85,8 +85,10 @@ class Table:
 
     @cached_property
     def label_columns(self) -> list[tuple[int, str, Callable[[Any], Any]]]:
-        """The positions and names of the key's columns, in the order of the row, and how a value
-        is shown in a label: most types as PostgreSQL wrote it."""
+        """For each column of the key: its position, its name, and what shows a value in a label.
+
+        Most types are shown as PostgreSQL wrote them.
+        """
         return [
             (n, column.name, bytes.decode if column.type_oid in _SHOWN_AS_SENT else column.load)
             for n, column in enumerate(self.columns)

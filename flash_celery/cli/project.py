@@ -50,7 +50,8 @@ class Project:
     def connected(self) -> Iterator[Any]:
         """Connect to PostgreSQL and yield a `postgres.source.Source`.
 
-        Raises `ReplicationError` if the server cannot be reached, with the fix where it is known.
+        Raises:
+            ReplicationError: The server cannot be reached; the error has the fix where it is known.
         """
         from ..errors import ReplicationError
         from ..postgres.connection import connect, raise_if_fatal
@@ -67,7 +68,8 @@ class Project:
     def table(self, name: str) -> Any:
         """Parse the name of a table of this source; the source's name may precede it.
 
-        Raises `SubscriptionError` for a table of another source.
+        Raises:
+            SubscriptionError: The table is in another source.
         """
         from ..errors import SubscriptionError
         from ..handlers.subscriptions import split_source

@@ -16,7 +16,10 @@ from ..settings import Settings
 def findings(app: Any, settings: Settings, queues: Sequence[str]) -> Iterator[Finding]:
     """Connect to the broker and check it. The first finding states whether it answers.
 
-    `queues` are the names of the handlers' queues.
+    Args:
+        app: The Celery app.
+        settings: The settings of the source.
+        queues: The names of the handlers' queues.
     """
     publisher = ConnectedPublisher(app)
     try:

@@ -43,8 +43,17 @@ def diagnose(
 ) -> Diagnosis:
     """Check PostgreSQL, the settings, the broker and the Celery workers; change nothing.
 
-    `subscriptions` are those of the source, `default` the settings of the default source. Raises
-    `FlashError` or `psycopg.Error` if PostgreSQL cannot be asked.
+    Args:
+        connect: Connects to the source.
+        app: The Celery app.
+        subscriptions: The subscriptions to the source.
+        default: The settings of the default source.
+        all_subscriptions: The subscriptions to all sources.
+        explain: Whether to state where rows and columns are left out.
+
+    Raises:
+        FlashError: PostgreSQL cannot be reached.
+        psycopg.Error: PostgreSQL does not answer.
     """
     with connect() as source:
         settings = source.settings

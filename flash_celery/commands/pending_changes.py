@@ -33,7 +33,10 @@ class PendingChanges(Protocol):
     def first_up_to(self, lsn: Lsn) -> str:
         """Describe a change committed up to a position that is not handled yet, and where it is.
 
-        Returns "" if none is found. Raises `PublishError` if the broker does not answer.
+        Returns "" if none is found.
+
+        Raises:
+            PublishError: The broker does not answer.
         """
 
     def close(self) -> None:
@@ -45,7 +48,8 @@ def pending_changes(
 ) -> PendingChanges:
     """Connect to the broker, to find changes of a source for these handlers in these queues.
 
-    Raises `PublishError` if the broker does not answer.
+    Raises:
+        PublishError: The broker does not answer.
     """
     publisher = ConnectedPublisher(app)
     publisher.open([])

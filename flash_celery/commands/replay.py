@@ -80,8 +80,9 @@ def _is_before(bound: Lsn | datetime, transaction: Transaction) -> bool:
 def parse_span(source: Source, since: str, until: str | None) -> Span:
     """Parse the bounds, which are LSNs or times as PostgreSQL reads them (UTC without a zone).
 
-    Raises `ConfigurationError` for a bound that is neither, and for changes that are no longer
-    retained; `CatalogError` without a replication slot.
+    Raises:
+        ConfigurationError: A bound is neither, or the changes are no longer retained.
+        CatalogError: There is no replication slot.
     """
     _refuse_unless_retained(source)
     first = _parse_bound(source, since)
@@ -191,8 +192,17 @@ def read_changes(
 ) -> None:
     """Read the changes of a span for a handler into a sink.
 
-    `subscriptions` are those of the source, `after_run` is called after each run of rows. Raises
-    `ReplicationError`, and `ConfigurationError` for changes that are no longer retained.
+    Args:
+        source: The source.
+        subscriptions: All subscriptions to the source.
+        handler: The name of the handler's task.
+        span: The transactions to read.
+        sink: Takes the deliveries for the handler.
+        after_run: Called after each run of rows.
+
+    Raises:
+        ReplicationError: The stream cannot be read.
+        ConfigurationError: The changes are no longer retained.
     """
     if isinstance(span.since, Lsn) and span.since >= span.end:
         return
@@ -248,7 +258,11 @@ def enqueue_changes(
 ) -> int:
     """Enqueue the changes of a span for a handler again, with the task ids that they had at first.
 
-    Returns the number of messages. Raises `PublishError`, and what `read_changes` raises.
+    Returns the number of messages.
+
+    Raises:
+        PublishError: The broker has not confirmed a message.
+        FlashError: As for `read_changes`.
     """
     settings = source.settings
     with closing(ReplicationConnection(settings.require_dsn())) as stream:

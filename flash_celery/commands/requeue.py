@@ -44,7 +44,8 @@ def find_held(
 ) -> list[HeldMessages]:
     """Return the held messages of each handler that has any.
 
-    Raises `PublishError` if handlers are paused and the broker cannot be asked.
+    Raises:
+        PublishError: Handlers are paused and the broker does not answer.
     """
     queues = pauses.hold_queues(pauses.read(source), source.settings.source)
     if not queues:
@@ -59,7 +60,11 @@ def find_held(
 
 
 def requeue_held(app: Any, source: str, held: Sequence[HeldMessages]) -> None:
-    """Send held messages back to their queues, each handler's in order. Raises `PublishError`."""
+    """Send held messages back to their queues, each handler's in order.
+
+    Raises:
+        PublishError: The broker has not confirmed a message.
+    """
     resuming = {
         messages.handler: messages.destinations for messages in held if messages.destinations
     }

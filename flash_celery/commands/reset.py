@@ -63,7 +63,8 @@ class Plan:
 def plan_reset(source: Source, slot: str) -> Plan:
     """Return what dropping this slot would undo; change nothing.
 
-    Raises `CatalogError` for a slot that flash-celery did not create.
+    Raises:
+        CatalogError: The slot is not one that flash-celery created.
     """
     connection = source.connection
     row = connection.execute(
@@ -123,8 +124,13 @@ def _kept_identities(source: Source, published: ExistingPublications) -> Iterato
 def run_reset(plan: Plan, force: bool, requeue: Callable[[], object] | None = None) -> None:
     """Carry out a plan.
 
-    With `force`, end the worker that reads the slot; without, raise `SlotInUse` if there is one.
-    `requeue` is called once the slot is gone, before the record of paused handlers is deleted.
+    Args:
+        plan: The plan.
+        force: Whether to end a worker that reads the slot.
+        requeue: Called once the slot is gone, before the record of paused handlers is deleted.
+
+    Raises:
+        SlotInUse: A worker reads the slot, and `force` is off.
     """
     source, connection = plan.source, plan.source.connection
     with advisory_lock.held(source):

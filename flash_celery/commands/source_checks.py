@@ -13,8 +13,10 @@ from ..settings import Settings
 def refuse_mismatch(settings: Settings, subscriptions: Sequence[Subscription], source: str) -> None:
     """Raise `SubscriptionError` if a handler names an unknown source, or none names this one.
 
-    `settings` are those of the default source, `subscriptions` those of all sources. `source` is
-    the one that this process serves; "" is the default source.
+    Args:
+        settings: The settings of the default source.
+        subscriptions: The subscriptions to all sources.
+        source: The source that this process serves; "" is the default source.
     """
     for subscription in subscriptions:
         try:

@@ -177,7 +177,10 @@ class StatusReport:
 def examine(source: Source, app: Any, subscriptions: Sequence[Subscription]) -> StatusReport:
     """Ask PostgreSQL, the broker and the Celery workers, and return their answers.
 
-    A broker that does not answer is part of the report. Raises `psycopg.Error` if PostgreSQL fails.
+    A broker that does not answer is part of the report.
+
+    Raises:
+        psycopg.Error: PostgreSQL does not answer.
     """
     settings = source.settings
     task_options = TaskOptions(app, settings, subscriptions)

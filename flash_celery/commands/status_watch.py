@@ -79,7 +79,10 @@ def _speed(previous: StatusReport | None, now: StatusReport, seconds: float) -> 
 def render(report: StatusReport, speed: float | None, problem: str) -> RenderableType:
     """Return the screen: slot, queues, handlers, and warnings.
 
-    `speed` is in bytes per second, `problem` why the report is not the newest ("" if it is).
+    Args:
+        report: The last report.
+        speed: Bytes of WAL confirmed per second; None if unknown.
+        problem: Why there is no newer report; "" if this is the newest.
     """
     parts: list[RenderableType] = [_slot(report, speed), Text(), _queues(report), Text()]
     parts.append(_handlers(report))

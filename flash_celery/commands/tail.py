@@ -46,11 +46,19 @@ def follow(
 ) -> None:
     """Call `show` with each new change, until it returns False or `control` is stopped.
 
-    - `ready` is called once changes are being followed.
-    - `source` is the name that the changes carry ("" for the default source).
-
     The slot and its publications are dropped at the end; those of a killed process by the next.
-    Raises `SubscriptionError` for an unknown table, and `ReplicationError`.
+
+    Args:
+        dsn: Where to connect, as libpq reads it.
+        tables: The tables to follow.
+        show: Returns whether to continue.
+        ready: Called once changes are being followed.
+        control: Ends the command at a signal.
+        source: The name that the changes carry; "" is the default source.
+
+    Raises:
+        SubscriptionError: A table does not exist.
+        ReplicationError: The stream cannot be read.
     """
     with connect(dsn) as connection:
         # The server's PID, because processes in two containers may have the same one.

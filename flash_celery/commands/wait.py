@@ -45,7 +45,13 @@ class _Wait:
     last_heartbeat: float = 0.0
 
     def run(self) -> None:
-        """Return when everything is done. Raises `NotDone`, `CatalogError` or `PublishError`."""
+        """Return when everything is done.
+
+        Raises:
+            NotDone: They are not handled in time, or never will be.
+            CatalogError: The slot does not exist.
+            PublishError: The broker does not answer.
+        """
         self._until(self._unread)
         self._until(self._being_requeued)
         task_options = TaskOptions(self.app, self.source.settings, self._subscriptions)
@@ -60,7 +66,11 @@ class _Wait:
         return of_source(subscriptions_of(self.app), self.source.settings.source)
 
     def _until(self, find_unfinished: Callable[[], str]) -> None:
-        """Check until nothing is unfinished. Raises `NotDone` with the last reason."""
+        """Check until nothing is unfinished.
+
+        Raises:
+            NotDone: The time is over; it has the last reason.
+        """
         while reason := find_unfinished():
             if time.monotonic() > self.deadline:
                 raise NotDone(f"Not done up to {self.lsn}: {reason}.")
@@ -154,15 +164,21 @@ def wait_for(
 ) -> Lsn:
     """Return once handlers have handled everything that was committed up to a position.
 
-    - `lsn`: the position, such as `"0/16B3748"`. Default: the server's current position.
-    - `timeout`: the most seconds to wait.
-    - `handlers`: their names, or the last parts of their names. Default: all.
-    - `source`: a name in `flash_sources`. Default: the database of `flash_dsn`.
+    Args:
+        app: The Celery app.
+        lsn: The position, such as `"0/16B3748"`. Default: the server's current position.
+        timeout: The most seconds to wait. Default: 60.
+        handlers: Their names, or the last parts of their names. Default: all.
+        source: The database, a name in `flash_sources`. Default: the one of `flash_dsn`.
 
-    Returns the position. Raises `NotDone` (which names an unfinished change and where it is) after
-    the timeout, and at once for a handler that is paused or whose change is a dead letter;
-    `ConfigurationError` for an unknown name or invalid position; `PublishError` if the broker does
-    not answer.
+    Returns:
+        The position.
+
+    Raises:
+        NotDone: After the timeout, with an unfinished change and where it is. At once if a handler
+            is paused, or one of its changes is a dead letter.
+        ConfigurationError: A name is unknown, or the position is invalid.
+        PublishError: The broker does not answer.
     """
     settings = Settings.from_app(app)
     settings = settings.of_source(source) if source else settings

@@ -24,7 +24,8 @@ from .parsing import LISTS, Lookup
 def with_plain_values(lookup: Lookup, column_type: ColumnType) -> Lookup:
     """Return the lookup with the value that the column holds in place of each enum member.
 
-    Raises `SubscriptionError` for a member that no row can equal.
+    Raises:
+        SubscriptionError: No row can equal a member.
     """
     if lookup.name in LISTS:
         values = [_plain(lookup, value, column_type) for value in lookup.value]

@@ -69,8 +69,9 @@ def bind(
 ) -> Callable[[Cells], bool]:
     """Return the predicate of a condition on a table with these column types.
 
-    Raises `SubscriptionError` for a lookup that its column's type does not have, or a constant that
-    does not fit the type.
+    Raises:
+        SubscriptionError: A column's type does not have a lookup, or a constant does not fit the
+            type.
     """
     alternatives = [
         [(lookup.column, _test(lookup, types[lookup.column], canonical)) for lookup in part]

@@ -69,10 +69,13 @@ def parse(
 ) -> Condition | None:
     """Read the `where` of an `on_change`; None if there is none.
 
-    :param column: turns the name of a field into that of a column.
-    :param stored: turns a field and a value into what the field's column holds for that value.
+    Args:
+        where: The argument.
+        column: Turns the name of a field into that of a column.
+        stored: Turns a field and a value into what the field's column holds for that value.
 
-    Raises `SubscriptionError` for what is not a condition.
+    Raises:
+        SubscriptionError: It is not a condition.
     """
     if where is None:
         return None

@@ -54,7 +54,11 @@ def max_length(pattern: str) -> int:
 
 
 def matches(value: str, pattern: str) -> bool:
-    """Return whether a pattern is found in a value. Raises `ValueError` if that may take long."""
+    """Return whether a pattern is found in a value.
+
+    Raises:
+        ValueError: The search may take long.
+    """
     longest = max_length(pattern)
     if longest < MAX_LENGTH and len(value) > longest:
         raise ValueError(f"{len(value)} characters are too many for the pattern {pattern}")

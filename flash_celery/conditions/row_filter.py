@@ -51,7 +51,10 @@ def row_filter(
 ) -> RowFilter:
     """Return the narrowest filter that lets through every row that the condition matches.
 
-    :param columns: the columns that a filter may name, with types that are built in.
+    Args:
+        condition: The condition.
+        columns: The columns that a filter may name, with types that are built in.
+        canonical: Writes a constant as PostgreSQL does.
     """
     alternatives: list[sql.Composable] = []
     left: list[str] = []

@@ -214,7 +214,12 @@ class HandlerRequest(Request):  # type: ignore[misc] # Celery ships no types
         """Store the dead letter, then do what Celery does.
 
         Celery calls this before it acknowledges the message, when the task has failed or its worker
-        process has died. `return_ok` is true if the process survived and has recorded the failure.
+        process has died.
+
+        Args:
+            exc_info: The error, as Celery describes it.
+            send_failed_event: Whether Celery sends the event `task-failed`.
+            return_ok: Whether the process survived and has recorded the failure.
         """
         failure = exc_info.exception
         if isinstance(failure, outcome.Failure):

@@ -90,8 +90,9 @@ def run(main_process: int, trace: Callable[..., Any], *args: Any) -> Any:
 
     Args:
         main_process: The process id of the worker's main process.
-        trace: `fast_trace_task` or `trace_task_ret` of Celery, called with `args`. They return
-            whether the task failed, its exception or the text of its result, and its duration.
+        trace: `fast_trace_task` or `trace_task_ret` of Celery, which return whether the task
+            failed, its exception or the text of its result, and its duration.
+        *args: The arguments of `trace`.
     """
     try:
         failed, outcome, duration = trace(*args)

@@ -1,5 +1,6 @@
-"""System checks: whether the handlers fit the models and migrations, and with `--database` the
-database itself.
+"""System checks: whether the handlers fit the models and migrations.
+
+With `--database` they also check the database itself.
 """
 
 from __future__ import annotations

@@ -91,8 +91,9 @@ class _Batch:
 class Batcher:
     """Collects the messages of one session, in the order of the WAL.
 
-    :param too_large: makes the dead letter for the one change of a delivery that is too large.
-    :param clock: the time by which batches are due.
+    Args:
+        too_large: Makes the dead letter for the one change of a delivery that is too large.
+        clock: The time by which batches are due.
     """
 
     def __init__(
@@ -177,10 +178,11 @@ class Batcher:
     ) -> PublishBatch:
         """Return the messages that can leave now, and forget them.
 
-        :param everything: release all batches, due or not.
-        :param held: seconds that batches wait beyond their time.
-        :param committed: when the oldest change was committed, for `PublishBatch`.
-        :param latest: when the latest change was committed.
+        Args:
+            everything: Release all batches, due or not.
+            held: Seconds that batches wait beyond their time.
+            committed: When the oldest change was committed, for `PublishBatch`.
+            latest: When the latest change was committed.
         """
         now = self._clock() - held
         for template, batch in list(self._batches.items()):

@@ -64,8 +64,9 @@ class Lease:
 class Deduplicator:
     """Filters out the changes that earlier sessions have enqueued.
 
-    :param marks: the watermarks, by template key and subscription number.
-    :param transactions: the identities of the transactions that were enqueued.
+    Args:
+        marks: The watermarks, by template key and subscription number.
+        transactions: The identities of the transactions that were enqueued.
     """
 
     def __init__(

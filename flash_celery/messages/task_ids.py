@@ -14,10 +14,11 @@ import uuid
 def task_id_of_change(source: str, task: str, change_id: str) -> str:
     """Return the id of the task for a change, in the form of a UUID.
 
-    :param source: the server's system identifier and the slot (`7357…/flash`), because positions
-        in the WAL mean nothing elsewhere.
-    :param task: the name of the task.
-    :param change_id: `change.id`.
+    Args:
+        source: The server's system identifier and the slot (`7357…/flash`), because positions in
+            the WAL mean nothing elsewhere.
+        task: The name of the task.
+        change_id: `change.id`.
     """
     digest = short_digest(f"{source}|{task}|{change_id}", 16)
     return f"{digest[:8]}-{digest[8:12]}-{digest[12:16]}-{digest[16:20]}-{digest[20:]}"

@@ -35,15 +35,17 @@ class Form:
 class Message:
     """A task message for a queue, through the default exchange.
 
-    Publishers encode its `form` once for many messages. A message whose `headers` or `properties`
-    were accessed is encoded by itself, because the caller may have altered them.
+    Publishers encode a form once for many messages. A message whose `headers` or `properties` were
+    accessed is encoded by itself, because the caller may have altered them.
 
-    :param task_id: id of the task.
-    :param argsrepr: the arguments as Celery's logs and Flower show them.
-    :param body: the body, which is bytes if it is compressed.
-    :param covered: the changes that it holds, for deduplication.
-    :param deliveries: the same changes as they were delivered, until the message is confirmed.
-    :param position: if it holds only one of the rows of its delivery, which one, from 0.
+    Args:
+        form: The queue, the task, and the headers and properties that many messages share.
+        task_id: The id of the task.
+        argsrepr: The arguments as Celery's logs and Flower show them.
+        body: The body, which is bytes if it is compressed.
+        covered: The changes that it holds, for deduplication.
+        deliveries: The same changes as they were delivered, until the message is confirmed.
+        position: If it holds only one of the rows of its delivery, which one, from 0.
     """
 
     __slots__ = (
@@ -143,9 +145,10 @@ class Message:
 def received_again(message: Any, where: str, headers: Mapping[str, Any]) -> Message:
     """Return a message that a worker received, to publish it again behind those of a queue.
 
-    :param message: what kombu received.
-    :param where: the queue.
-    :param headers: headers to add.
+    Args:
+        message: What kombu received.
+        where: The queue.
+        headers: Headers to add.
     """
     kept = {
         name: value

@@ -27,11 +27,14 @@ _ARGUMENT_LENGTH = 200
 class Template:
     """Makes the messages of one task with one set of options.
 
-    :param options: the options of `task_options.resolve`.
-    :param batch: the size and wait of batches; None for one message per change.
-    :param source: the server and the slot, for task ids.
-    :param max_change_size: bytes of a row beyond which a change becomes a dead letter.
-    :param hold_queue: the queue that holds the messages while the handler is paused.
+    Args:
+        app: The Celery app.
+        task: The task.
+        options: The options of `task_options.resolve`.
+        batch: The size and wait of batches; None for one message per change.
+        source: The server and the slot, for task ids.
+        max_change_size: Bytes of a row beyond which a change becomes a dead letter.
+        hold_queue: The queue that holds the messages while the handler is paused.
     """
 
     def __init__(
@@ -131,9 +134,12 @@ class Template:
 class Templates:
     """The template for each subscription and operation, during one session.
 
-    :param task_options: the resolved options of the tasks.
-    :param source: the server and the slot, for task ids.
-    :param hold_queues: the hold queue of each paused handler, by the name of its task.
+    Args:
+        app: The Celery app.
+        settings: The settings of the source.
+        task_options: The resolved options of the tasks.
+        source: The server and the slot, for task ids.
+        hold_queues: The hold queue of each paused handler, by the name of its task.
     """
 
     def __init__(

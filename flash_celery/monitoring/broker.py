@@ -35,7 +35,8 @@ class Broker:
     def depths(self, others: Sequence[str] = ()) -> dict[str, int | None]:
         """Return the number of messages in each queue and in `others`; None for a missing queue.
 
-        Raises `PublishError` if the broker does not answer.
+        Raises:
+            PublishError: The broker does not answer.
         """
         try:
             return {queue: self._depth(queue) for queue in (*self._queues, *others)}
@@ -47,7 +48,10 @@ class Broker:
         """Return the newest of `count` dead letters, without their messages.
 
         Only Redis can read a queue without taking messages from it; other brokers yield an empty
-        list. Raises `PublishError`.
+        list.
+
+        Raises:
+            PublishError: The broker does not answer.
         """
         if count != self._dead_count and self._opened and self._publisher.driver == "redis":
             try:

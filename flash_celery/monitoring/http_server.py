@@ -43,7 +43,12 @@ _EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 class HttpServer(ThreadingHTTPServer):
     """A server that listens from its creation on, and answers from `start` to `close`.
 
-    `address` is host:port. Raises `ConfigurationError` if that address cannot be used.
+    Args:
+        address: `host:port`.
+        observer: Makes the reports that are served.
+
+    Raises:
+        ConfigurationError: The address cannot be used.
     """
 
     daemon_threads = True

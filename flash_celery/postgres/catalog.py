@@ -262,8 +262,11 @@ def index_columns(
 def is_visible(connection: psycopg.Connection[Any], xid: int) -> bool:
     """Return whether other sessions see a transaction; its changes may be replicated earlier.
 
-    `xid` is the 32-bit id in the replication stream. Source: PostgreSQL documentation, "System
-    Information Functions" (pg_current_snapshot).
+    Source: PostgreSQL documentation, "System Information Functions" (pg_current_snapshot).
+
+    Args:
+        connection: In autocommit, to the stream's database.
+        xid: The 32-bit id in the replication stream.
     """
     row = connection.execute("SELECT pg_current_snapshot()::text").fetchone()
     assert row is not None
@@ -306,8 +309,10 @@ SELECT EXISTS (
 def may_have_altered(connection: psycopg.Connection[Any], xid: int, table: int) -> bool:
     """Return whether a transaction that is not visible yet may have altered a table.
 
-    :param xid: the 32-bit id in the replication stream.
-    :param table: the OID of the table; of the others, partitioned tables and types count.
+    Args:
+        connection: In autocommit, to the stream's database.
+        xid: The 32-bit id in the replication stream.
+        table: The OID of the table; of the others, partitioned tables and types count.
     """
     return connection.execute(_MAY_HAVE_ALTERED.encode(), [str(xid), table]).fetchone() == (True,)
 

@@ -119,7 +119,7 @@ class _Descriptions:
 def compared(
     connection: psycopg.Connection[Any], table: int, column: str, type_oid: int
 ) -> ColumnType:
-    """Return how the values of a column compare. `table` is an OID."""
+    """Return how the values of a column of the table with this OID compare."""
     row = connection.execute(_COLLATION.encode(), [table, column]).fetchone()
     by_code, deterministic, default = row or (True, True, False)
     if default and by_code:
@@ -158,7 +158,11 @@ def _compared(
 
 
 def canonical(connection: psycopg.Connection[Any], type_oid: int, text: bytes) -> bytes:
-    """Return a constant as PostgreSQL writes it. Raises `SubscriptionError` if it is invalid."""
+    """Return a constant as PostgreSQL writes it.
+
+    Raises:
+        SubscriptionError: The constant is invalid.
+    """
     result = connection.pgconn.exec_params(b"SELECT $1", [text], param_types=[type_oid])
     if result.status != pq.ExecStatus.TUPLES_OK:
         message = result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY)
@@ -176,13 +180,19 @@ def matcher(
 ) -> Callable[[Cells], bool] | None:
     """Return the predicate of a condition on the cells of a row.
 
-    `table` is an OID; `types` are the type OIDs of the columns in the row, which may be from before
-    a column or its type was altered. Returns None without a condition, and if the condition does
-    not fit such an older row. Raises `SubscriptionError` if it cannot be evaluated exactly on the
-    columns as they are now.
+    The rows may have been written before a column or its type was altered; returns None if the
+    condition does not fit such older rows. The predicate raises one of `UNREADABLE` for a row that
+    it cannot evaluate. It reads an enum again when a row has an unknown label, because pgoutput
+    does not announce ALTER TYPE ADD VALUE.
 
-    The predicate raises one of `UNREADABLE` for a row that it cannot evaluate. It reads an enum
-    again when a row has an unknown label, because pgoutput does not announce ALTER TYPE ADD VALUE.
+    Args:
+        connection: In autocommit, to the stream's database.
+        table: The OID of the table.
+        condition: The condition.
+        types: The type OIDs of the columns in the rows.
+
+    Raises:
+        SubscriptionError: The condition cannot be evaluated exactly on the columns as they are now.
     """
     if condition is None:
         return None

@@ -130,9 +130,13 @@ def connect(
 ) -> psycopg.Connection[Any]:
     """Open a connection in autocommit mode, with the session settings of `PINNED`.
 
-    A statement that takes longer than `patience` seconds closes the connection. With `replication`
-    it is a replication connection to the database.
-    Raises `ReplicationError` if the server cannot be reached, or keeps another setting.
+    Args:
+        dsn: Where to connect, as libpq reads it.
+        patience: The seconds after which a statement that still runs closes the connection.
+        replication: Whether it is a replication connection to the database.
+
+    Raises:
+        ReplicationError: The server cannot be reached, or keeps another setting.
     """
     parameters = {"replication": "database"} if replication else {}
     try:
@@ -163,7 +167,8 @@ def _pin(connection: psycopg.Connection[Any], replication: bool) -> None:
 def overridden(dsn: str) -> list[str]:
     """Return the settings of environment, DSN, role and database that `connect` overrides.
 
-    Raises `ReplicationError` if the server cannot be reached.
+    Raises:
+        ReplicationError: The server cannot be reached.
     """
     parameters = {"connect_timeout": _effective(dsn).get("connect_timeout", 10)}
     plain = conninfo.make_conninfo(dsn, **parameters)

@@ -49,9 +49,12 @@ def _bound(position: str | None, time: str | None) -> str:
 
 
 def gap_after(name: str, slot: Slot | None, progress: Progress) -> Gap:
-    """Return the gap that an invalidated slot leaves, or a dropped one if `slot` is None.
+    """Return the gap that an invalidated or dropped slot leaves.
 
-    `progress` is how far this process has read the slot.
+    Args:
+        name: The name of the slot.
+        slot: The slot as it is in the catalog; None if it was dropped.
+        progress: How far this process has read the slot.
     """
     time = progress.confirmed_at
     position = slot.confirmed if slot else None

@@ -54,8 +54,10 @@ class OtherPublication:
     def refusal(self, table: CatalogTable, identity: Collection[str], full: bool) -> str:
         """Return why PostgreSQL would refuse UPDATE and DELETE, and the remedy; "" if it would not.
 
-        :param identity: the columns of the replica identity that the table would have.
-        :param full: whether that is REPLICA IDENTITY FULL.
+        Args:
+            table: The table.
+            identity: The columns of the replica identity that the table would have.
+            full: Whether that is REPLICA IDENTITY FULL.
         """
         if self.listed is not None and (full or not self.listed.issuperset(identity)):
             return (
@@ -123,8 +125,10 @@ def fingerprint(
 
     It locks no table.
 
-    :param tables: those whose replica identity, or that of their partitions, may be FULL.
-    :param ours: the names of our own publications.
+    Args:
+        connection: In autocommit, to the source.
+        tables: Those whose replica identity, or that of their partitions, may be FULL.
+        ours: The names of our own publications.
     """
     version = connection.info.server_version
     if version < 150000:

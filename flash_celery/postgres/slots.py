@@ -55,9 +55,14 @@ def create(
 ) -> Lsn:
     """Create the permanent replication slot at the server's present position, and return that.
 
-    With `failover` standbys keep a copy of it (PostgreSQL 17 and later). The server waits until the
-    open transactions have ended; a standby waits for a snapshot from its primary. In the meantime
-    `on_wait` is called about every 0.1 s with the seconds waited so far; it may raise to give up.
+    The server waits until the open transactions have ended; a standby waits for a snapshot from its
+    primary.
+
+    Args:
+        stream: A replication connection.
+        name: The name of the slot.
+        failover: Whether standbys keep a copy of it (PostgreSQL 17 and later).
+        on_wait: Called about every 0.1 s with the seconds waited so far; it may raise to give up.
     """
     options = "NOEXPORT_SNAPSHOT"
     if failover:
@@ -78,7 +83,11 @@ def create(
 def create_statement(name: str, failover: bool) -> sql.Composed:
     """Return the SQL that creates the slot over an ordinary connection.
 
-    Source: PostgreSQL documentation, "Replication Management Functions". `failover` is since 17.
+    Source: PostgreSQL documentation, "Replication Management Functions".
+
+    Args:
+        name: The name of the slot.
+        failover: Whether standbys keep a copy of it (PostgreSQL 17 and later).
     """
     argument = ", failover => true" if failover else ""
     statement = sql.SQL("SELECT pg_create_logical_replication_slot({}, 'pgoutput'{})")
@@ -98,7 +107,11 @@ def copy_temporary(stream: ReplicationConnection, name: str, copy: str) -> None:
 
 
 def copy_permanent(connection: psycopg.Connection[Any], name: str, copy: str) -> None:
-    """Copy a slot, even one that is being read. Raises `psycopg.Error`."""
+    """Copy a slot, even one that is being read.
+
+    Raises:
+        psycopg.Error: The command fails.
+    """
     statement = "SELECT pg_copy_logical_replication_slot(%s, %s, false)"
     with as_login_role(connection):
         connection.execute(statement, [name, copy])

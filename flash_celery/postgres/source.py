@@ -54,9 +54,13 @@ class Source:
 def connected(settings: Settings, patience: float = float("inf")) -> Iterator[Source]:
     """Connect to a source, and close the connection afterwards.
 
-    A statement that takes longer than `patience` seconds closes the connection early.
-    Raises `ConfigurationError` without a usable DSN, `ReplicationError` if the server cannot be
-    reached.
+    Args:
+        settings: The settings of the source.
+        patience: The seconds after which a statement that still runs closes the connection.
+
+    Raises:
+        ConfigurationError: There is no usable DSN.
+        ReplicationError: The server cannot be reached.
     """
     with connect(settings.require_dsn(), patience) as connection:
         yield Source(connection, settings)

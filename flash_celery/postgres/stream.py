@@ -64,9 +64,11 @@ class ReplicationConnection:
     ) -> None:
         """Connect.
 
-        `on_notice` receives the SQLSTATE and the message of each notice of the server. A command
-        fails after `patience` seconds. The server ends the connection after the same time without a
-        message from this side (see `start_session`).
+        Args:
+            dsn: Where to connect, as libpq reads it.
+            on_notice: Receives the SQLSTATE and the message of each notice of the server.
+            patience: The seconds after which a command fails, and after which the server ends a
+                connection without a message from this side (see `start_session`).
         """
         self._dsn = dsn
         self._patience = patience
@@ -116,8 +118,12 @@ class ReplicationConnection:
     ) -> None:
         """Start streaming at the slot's confirmed position, or at `position` if that is later.
 
-        With `streaming` the server sends parts of large transactions before they commit. With
-        `messages` it also sends the messages of `pg_logical_emit_message`.
+        Args:
+            slot: The name of the slot.
+            publications: The names of the publications.
+            position: Where to start at the earliest.
+            streaming: Whether the server sends parts of large transactions before they commit.
+            messages: Whether it also sends the messages of `pg_logical_emit_message`.
         """
         names = sql.SQL(",").join(sql.Identifier(name) for name in publications)
         options = "proto_version '2', streaming 'on'" if streaming else "proto_version '1'"
@@ -181,7 +187,11 @@ class ReplicationConnection:
         self._owner.close()
 
     def cancel(self) -> None:
-        """Ask the server to end the running command. Raises `psycopg.Error`."""
+        """Ask the server to end the running command.
+
+        Raises:
+            psycopg.Error: The command fails.
+        """
         self._connection.get_cancel().cancel()
 
     def execute(
@@ -193,8 +203,14 @@ class ReplicationConnection:
     ) -> pq.abc.PGresult:
         """Run a command and return its last result, which must have the status `expected`.
 
-        Raises `ReplicationError` after `patience` seconds (default: the connection's patience).
-        `on_wait` is called about every 0.1 s with the seconds waited so far, and may raise.
+        Args:
+            command: The command.
+            patience: The seconds to wait. Default: the connection's patience.
+            on_wait: Called about every 0.1 s with the seconds waited so far; may raise.
+            expected: The status of the result.
+
+        Raises:
+            ReplicationError: The server has not answered in time, or its answer is an error.
         """
         patience = self._patience if patience is None else patience
         self._guard(lambda: self._connection.send_query(command.as_bytes(None)))

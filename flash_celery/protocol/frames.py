@@ -32,7 +32,11 @@ class Keepalive:
 
 
 def wal_end(frame: bytes) -> Lsn:
-    """Return the server's position in a frame. Raises `ProtocolError` if it is cut off."""
+    """Return the server's position in a frame.
+
+    Raises:
+        ProtocolError: The frame is cut off.
+    """
     try:
         return Lsn(_WAL_END.unpack_from(frame, 9 if frame[0] == XLOG_DATA else 1)[0])
     except (IndexError, struct.error):
@@ -40,7 +44,11 @@ def wal_end(frame: bytes) -> Lsn:
 
 
 def keepalive(frame: bytes) -> Keepalive:
-    """Read a keepalive. Raises `ProtocolError` for anything else."""
+    """Read a keepalive.
+
+    Raises:
+        ProtocolError: The frame is not a keepalive.
+    """
     if frame[:1] == b"k" and len(frame) == _KEEPALIVE.size:
         _, position, _, reply = _KEEPALIVE.unpack(frame)
         return Keepalive(Lsn(position), reply == 1)

@@ -18,7 +18,11 @@ class Lsn(int):
 
     @classmethod
     def parse(cls, text: str) -> Lsn:
-        """Read `16/B374D848`. Raises `ValueError` for anything else."""
+        """Read `16/B374D848`.
+
+        Raises:
+            ValueError: The text is not a position.
+        """
         halves = _TEXT.fullmatch(text)
         if halves is None:
             raise ValueError(f"{text!r:.50} is no position in the WAL")

@@ -132,9 +132,12 @@ class _Reader:
 def decode(buffer: bytes, streamed: bool = False) -> Message:
     """Decode one message.
 
-    :param streamed: whether it stands between Stream Start and Stream Stop, where it has an xid.
+    Args:
+        buffer: The bytes.
+        streamed: Whether it stands between Stream Start and Stream Stop, where it has an xid.
 
-    Raises `ProtocolError` for anything that is not exactly one message.
+    Raises:
+        ProtocolError: The bytes are not exactly one message.
     """
     reader = _Reader(bytes(buffer))
     message = _message(reader, streamed)
@@ -219,8 +222,10 @@ def read_cells(
 ) -> tuple[list[Cell], int]:
     """Return the first `most` columns of the tuple at `offset`, and where they end.
 
-    It is on the hot path, so it makes no call per field. Raises `ProtocolError` if there is no
-    tuple.
+    It is on the hot path, so it makes no call per field.
+
+    Raises:
+        ProtocolError: There is no tuple.
     """
     cells: list[Cell] = []
     append = cells.append
@@ -251,7 +256,10 @@ def read_cells(
 def read_cell(buffer: bytes, offset: int, position: int, integer: Any = _INT32.unpack_from) -> Cell:
     """Return the column at `position` of the tuple at `offset`, skipping the columns before it.
 
-    It is the hot path of most conditions. Raises `ProtocolError` if there is no such column.
+    It is the hot path of most conditions.
+
+    Raises:
+        ProtocolError: There is no such column.
     """
     try:
         if position >= buffer[offset] << 8 | buffer[offset + 1]:
@@ -279,7 +287,8 @@ def cut_tuple(
 ) -> bytes:
     """Return the tuple at `offset` with the columns at `positions` alone, copied as they are.
 
-    Raises `ProtocolError` if there is no such column.
+    Raises:
+        ProtocolError: There is no such column.
     """
     starts = []
     try:
@@ -298,7 +307,11 @@ def cut_tuple(
 
 
 def end_of_tuple(buffer: bytes, offset: int, integer: Any = _INT32.unpack_from) -> int:
-    """Return where the tuple at `offset` ends. Raises `ProtocolError` if there is no tuple."""
+    """Return where the tuple at `offset` ends.
+
+    Raises:
+        ProtocolError: There is no tuple.
+    """
     try:
         count = buffer[offset] << 8 | buffer[offset + 1]
         offset += 2
@@ -310,7 +323,11 @@ def end_of_tuple(buffer: bytes, offset: int, integer: Any = _INT32.unpack_from) 
 
 
 def read_begin(buffer: bytes) -> tuple[Lsn, int, int]:
-    """Return commit position, xid and time of a Begin. Raises `ProtocolError` if it is none."""
+    """Return commit position, xid and time of a Begin.
+
+    Raises:
+        ProtocolError: The message is another one.
+    """
     if len(buffer) != _BEGIN.size:
         raise _Reader(buffer).error(f"{len(buffer)} bytes")
     _, commit_lsn, committed_at, xid = _BEGIN.unpack(buffer)
@@ -318,7 +335,11 @@ def read_begin(buffer: bytes) -> tuple[Lsn, int, int]:
 
 
 def read_commit(buffer: bytes) -> Lsn:
-    """Return the end position of a Commit. Raises `ProtocolError` if it is none."""
+    """Return the end position of a Commit.
+
+    Raises:
+        ProtocolError: The message is another one.
+    """
     if len(buffer) != _COMMIT.size:
         raise _Reader(buffer).error(f"{len(buffer)} bytes")
     return Lsn(_COMMIT.unpack(buffer)[3])
@@ -327,7 +348,8 @@ def read_commit(buffer: bytes) -> Lsn:
 def read_row(buffer: bytes, offset: int = 0) -> tuple[Row, int]:
     """Return the row that starts at `offset`, and where it ends: rows are self-delimiting.
 
-    Raises `ProtocolError` if there is no row.
+    Raises:
+        ProtocolError: There is no row.
     """
     if len(buffer) < offset + FIRST_TUPLE:
         raise ProtocolError(f"There is no row at byte {offset}.")

@@ -22,7 +22,9 @@ _WAITING = "Another process is setting up, pausing or resetting %s_…; waiting 
 def held(source: Source, wait: Callable[[float], object] = time.sleep) -> Iterator[None]:
     """Wait for the lock of the source's publications, and hold it: two workers may start at once.
 
-    `wait` is called with the seconds to sleep between two attempts, and may raise to give up.
+    Args:
+        source: The source.
+        wait: Called with the seconds to sleep between two attempts; it may raise to give up.
     """
     connection, key = source.connection, f"flash_celery {source.prefix}"
     acquire = "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))"

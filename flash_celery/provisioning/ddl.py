@@ -45,8 +45,14 @@ def apply(
 ) -> None:
     """Run each step in a transaction of its own.
 
-    `wait` is called with the seconds to sleep before another attempt to get a lock, and may raise.
-    Raises `TableLocked` after 5 attempts, and `CatalogError` for a statement that fails.
+    Args:
+        connection: In autocommit, to the source.
+        steps: The steps.
+        wait: Called with the seconds to sleep before another attempt to get a lock; it may raise.
+
+    Raises:
+        TableLocked: A table was still locked at the fifth attempt.
+        CatalogError: A statement fails.
     """
     for step in steps:
         if step.table is not None:

@@ -22,7 +22,8 @@ from .table_checks import quoted
 def check(source: Source, existing: ExistingPublications, required: RequiredTables) -> str:
     """Return in words how the identities will change.
 
-    Raises `ReplicaIdentityMissing` if one must be FULL that cannot be, or may not be altered.
+    Raises:
+        ReplicaIdentityMissing: One must be FULL that cannot be, or may not be altered.
     """
     keep = source.settings.flash_replica_identity == "keep"
     ours = existing.record.identities if existing.record else {}

@@ -73,7 +73,11 @@ def narrowings(
 ) -> dict[int, Narrowing]:
     """Return the narrowing of each table, by OID: the union of what its subscriptions need.
 
-    `full` are the tables (OIDs) whose replica identity is, or will be, FULL.
+    Args:
+        connection: In autocommit, to the source.
+        tables: The tables of the subscriptions.
+        subscriptions: The subscriptions to the source.
+        full: The OIDs of the tables whose replica identity is, or will be, FULL.
     """
     partitioned = [
         _columns_of(table) for table in tables.values() if table.kind == catalog.PARTITIONED

@@ -33,7 +33,8 @@ def queue_of(handler: str, source_name: str = "") -> str:
 def named(names: Iterable[str], handlers: Iterable[str]) -> list[str]:
     """Return the handlers with these names: full names, or their parts after the last dot.
 
-    Raises `ConfigurationError` for a name that matches no handler, or more than one.
+    Raises:
+        ConfigurationError: A name matches no handler, or more than one.
     """
     handlers = sorted(set(handlers))
     found = []
@@ -65,8 +66,14 @@ def removed_handlers(
 ) -> list[str]:
     """Return the names that no longer belong to a handler.
 
-    `depths` returns the lengths of queues. Raises `ConfigurationError` if such a name has held
-    messages: a Celery worker would discard them.
+    Args:
+        names: Names of handlers, and `SOURCE`.
+        handlers: The names of the app's handlers.
+        source_name: The name of the source; "" is the default source.
+        depths: Returns the length of each queue.
+
+    Raises:
+        ConfigurationError: Such a name has held messages, which a Celery worker would discard.
     """
     removed = sorted(set(names) - {*handlers, SOURCE})
     held = depths([queue_of(name, source_name) for name in removed]) if removed else {}
@@ -122,8 +129,9 @@ def hold_queues(record: Record, source_name: str) -> dict[str, str]:
 def pause(source: Source, names: Sequence[str]) -> dict[str, str]:
     """Record that these are paused; return the time at which each pause began.
 
-    Raises `ConfigurationError` for a name that is too long, `CatalogError` if the record cannot be
-    written.
+    Raises:
+        ConfigurationError: A name is too long.
+        CatalogError: The record cannot be written.
     """
     longest = _LONGEST_NAME - len(source.settings.source.encode())
     for handler in names:
@@ -148,8 +156,13 @@ def pause(source: Source, names: Sequence[str]) -> dict[str, str]:
 def resume(source: Source, names: Sequence[str], removed: Collection[str] = ()) -> list[str]:
     """Record that these are no longer paused; return those that were.
 
-    The names in `removed` are also removed from the record. Raises `CatalogError` if the record
-    cannot be written.
+    Args:
+        source: The source.
+        names: Names of handlers, and `SOURCE`.
+        removed: Names of handlers that the app no longer has, to be forgotten.
+
+    Raises:
+        CatalogError: The record cannot be written.
     """
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     were_paused: list[str] = []
@@ -176,9 +189,18 @@ def resume(source: Source, names: Sequence[str], removed: Collection[str] = ()) 
 def requeued(source: Source, handlers: Sequence[str], expected_hash: str) -> str:
     """Record that the held messages of these handlers are back in their queues.
 
-    Do nothing if the record's hash is not `expected_hash`, because another process has changed it.
-    Return the hash of the last record that the caller knows. Raises `CatalogError` if the record
-    cannot be written.
+    Does nothing if another process has changed the record in the meantime.
+
+    Args:
+        source: The source.
+        handlers: The names of the handlers.
+        expected_hash: The hash of the record that the caller knows.
+
+    Returns:
+        The hash of the record that the caller knows then.
+
+    Raises:
+        CatalogError: The record cannot be written.
     """
     with advisory_lock.held(source):
         record = read_record(source)

@@ -28,8 +28,11 @@ def set_up_steps(
 ) -> list[Step]:
     """Return the statements that turn the existing publications into the required ones.
 
-    `restorable` are the tables, by OID, whose original replica identity can be restored. `slot` is
-    recorded as existing, where the same person runs the statements and creates it.
+    Args:
+        existing: The publications as they are.
+        required: What the subscriptions need of their tables.
+        restorable: The tables, by OID, whose original replica identity can be restored.
+        slot: The slot to record as existing, where the owner runs the statements and creates it.
     """
     record = existing.record or Record()
     record = replace(record, slot=slot or record.slot)

@@ -82,7 +82,10 @@ def examine(
 ) -> Report:
     """Check the server, the role, the tables, the publications and the slot; change nothing.
 
-    `progress` has the positions up to which this process has read the slot.
+    Args:
+        source: The source.
+        subscriptions: The subscriptions to the source.
+        progress: The positions up to which this process has read the slot.
     """
     return _Examination(source, subscriptions, progress or Progress()).run()
 

@@ -168,7 +168,11 @@ def forget_slot(source: Source) -> None:
 
 
 def remember_gap(source: Source, gap: Gap) -> None:
-    """Record changes that can no longer be read. Raises `CatalogError` if it cannot be written."""
+    """Record changes that can no longer be read.
+
+    Raises:
+        CatalogError: The record cannot be written.
+    """
     record = read_record(source) or Record()
     ddl.apply(source.connection, [record_step(source.prefix, record.with_gap(gap))])
 
@@ -219,7 +223,10 @@ class PublishedTables:
     ) -> bool:
         """Return whether a table was not published for one of these operations.
 
-        :param names: the present ancestors of the table.
+        Args:
+            oid: The OID of the table.
+            names: The present ancestors of the table.
+            operations: The names of the operations.
         """
         published: set[str] = set()
         for name, (recorded, published_for) in self.tables.items():
@@ -252,7 +259,11 @@ def published_tables(source: Source) -> PublishedTables | None:
 
 
 def remember_published_tables(source: Source, published: PublishedTables) -> None:
-    """Record the handlers' tables. Raises `CatalogError` if that cannot be written."""
+    """Record the handlers' tables.
+
+    Raises:
+        CatalogError: The record cannot be written.
+    """
     tables = [
         [name.schema, name.name, oid, operations]
         for name, (oid, operations) in sorted(published.tables.items(), key=str)

@@ -98,8 +98,9 @@ def findings(source: Source) -> Iterator[Finding]:
 def prepare(source: Source) -> None:
     """Create the slot if it is needed and missing, and drop it if it is no longer needed.
 
-    Raises `ConfigurationError` if the slot exists but flash-celery did not create it, or if the
-    server has no free slot.
+    Raises:
+        ConfigurationError: The slot exists but flash-celery did not create it, or the server has no
+            free slot.
     """
     name = source.replay_slot
     slot, recorded = slots.find(source.connection, name), _recorded(source)

@@ -64,8 +64,12 @@ def required_tables(
 ) -> RequiredTables:
     """Return what the subscriptions need of their tables.
 
-    `record` knows the replica identities that the tables had before us. With `push_down` PostgreSQL
-    is to leave out rows and columns that no subscription needs, as far as it can.
+    Args:
+        connection: In autocommit, to the source.
+        subscriptions: The subscriptions to tables.
+        tables: Their tables.
+        record: Has the replica identities that the tables had before flash-celery altered them.
+        push_down: Whether PostgreSQL is to leave out rows and columns that no subscription needs.
     """
     subscriptions = list(subscriptions)
     original = record.identities if record else {}
@@ -95,8 +99,11 @@ def required_tables(
 def needs_full(table: CatalogTable, subscriptions: Iterable[Subscription], original: str) -> bool:
     """Return whether the WAL must hold whole old rows of the table's updates and deletes.
 
-    `original` is the replica identity that the table had before us: the answer must not change
-    because we have acted on it.
+    Args:
+        table: The table.
+        subscriptions: The subscriptions to it.
+        original: The replica identity that it had before flash-celery altered it, so that acting
+            on the answer does not change the answer.
     """
     subscriptions = [each for each in subscriptions if each.captured & REWRITES]
     if not subscriptions:

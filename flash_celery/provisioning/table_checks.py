@@ -18,7 +18,11 @@ _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
 
 
 def find(connection: psycopg.Connection[Any], subscription: Subscription) -> CatalogTable:
-    """Return the table of a subscription. Raises `SubscriptionError` if there is none."""
+    """Return the table of a subscription.
+
+    Raises:
+        SubscriptionError: There is no such table.
+    """
     name, handler = subscription.table, subscription.handler
     table = catalog.find(connection, name)
     if table is None:

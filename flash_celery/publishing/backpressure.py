@@ -33,10 +33,12 @@ def is_full(depth: int, limit: int) -> bool:
 class Backpressure:
     """Admits messages as long as no queue gets longer than a limit.
 
-    :param limit: messages in a queue; 0 for no limit.
-    :param depth: returns how many messages wait in a queue. It is asked before messages are
-        admitted, so those that other producers publish afterwards exceed the limit.
-    :param unlimited: the name of a queue without a limit.
+    Args:
+        limit: Messages in a queue; 0 for no limit.
+        depth: Returns how many messages wait in a queue. It is asked before messages are admitted,
+            so those that other producers publish afterwards exceed the limit.
+        unlimited: The name of a queue without a limit.
+        telemetry: Notes which queues are full.
     """
 
     def __init__(
@@ -59,9 +61,14 @@ class Backpressure:
     def admit(self, messages: Sequence[Message], given_up: Callable[[float], bool]) -> int:
         """Return how many messages may be published, counted from the first.
 
-        Wait while there is no room for the first one. `given_up` waits for so many seconds at most,
-        and returns whether to stop waiting; 0 is returned then. Raises `PublishError` if the broker
-        cannot be asked.
+        Waits while there is no room for the first one. Returns 0 if the wait is given up.
+
+        Args:
+            messages: The messages, in order.
+            given_up: Waits for so many seconds at most; returns whether to give up.
+
+        Raises:
+            PublishError: The broker does not answer.
         """
         if not self._limit or not messages:
             return len(messages)

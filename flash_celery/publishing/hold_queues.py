@@ -42,7 +42,11 @@ def hold_queues(
 ) -> HoldQueues:
     """Return the hold queues of handlers that are paused, and of those being resumed.
 
-    `resuming` maps the name of a handler to the queues that its held messages go to.
+    Args:
+        app: The Celery app.
+        source: The name of the source; "" is the default source.
+        paused: The names of the paused handlers.
+        resuming: The queues that the held messages go to, by the name of the handler.
     """
     names = [queue_of(handler, source) for handler in (*paused, *resuming)]
     draining = [

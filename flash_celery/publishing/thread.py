@@ -81,13 +81,16 @@ class Claim:
 class PublishingThread(threading.Thread):
     """Publishes the batches of one session after another.
 
-    :param queues: the queues to declare.
-    :param reader: is woken when a batch is confirmed or a claim accepted, and gets fatal errors.
-    :param idle_seconds: the seconds without a message after which the connection is checked.
-    :param max_queue_length: stop publishing while a queue has this many messages; 0 for no limit.
-    :param dead_letter_queue: the queue of dead letters, to which `max_queue_length` does not apply.
-        It is declared with the first dead letter, so that a problem with it does not stop other
-        messages.
+    Args:
+        publisher: The publisher, which only this thread uses from then on.
+        queues: The queues to declare.
+        reader: Is woken when a batch is confirmed or a claim accepted, and gets fatal errors.
+        idle_seconds: The seconds without a message after which the connection is checked.
+        max_queue_length: Stop publishing while a queue has this many messages; 0 for no limit.
+        dead_letter_queue: The queue of dead letters, to which `max_queue_length` does not apply. It
+            is declared with the first dead letter, so that a problem with it does not stop other
+            messages.
+        telemetry: Counts messages, and notes outages.
     """
 
     def __init__(

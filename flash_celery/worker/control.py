@@ -67,7 +67,11 @@ class Control:
         self.forget_wakes()
 
     def sleep(self, seconds: float) -> None:
-        """Wait for so many seconds, even if woken. Raises `Stopped` if the end is requested."""
+        """Wait for so many seconds, even if woken.
+
+        Raises:
+            Stopped: The end is requested.
+        """
         deadline = time.monotonic() + seconds
         while (remaining := deadline - time.monotonic()) > 0:
             if self.stopping:

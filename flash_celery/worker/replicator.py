@@ -90,7 +90,7 @@ class Phase(IntEnum):
 
 
 class Replicator:
-    """Replicates until `stop`, and reconnects after errors. Raises errors that retrying cannot fix.
+    """Replicates until `stop`, and reconnects after errors.
 
     `run` belongs to one thread; any other, and a signal handler, may call `stop`.
     """
@@ -153,15 +153,22 @@ class Replicator:
         self.control.stop()
 
     def give_up(self) -> None:
-        """End `run` or `wait_until` immediately, from a signal handler. Raises `Stopped`.
+        """End `run` or `wait_until` immediately, from a signal handler.
 
         As after a SIGKILL, the next start completes the set-up and reads unconfirmed changes again.
+
+        Raises:
+            Stopped: Always.
         """
         logger.warning("Stopping takes longer than flash_shutdown_timeout; giving up")
         raise Stopped
 
     def run(self) -> None:
-        """Replicate until stopped. Raises errors that retrying cannot fix."""
+        """Replicate until stopped.
+
+        Raises:
+            FlashError: An error that retrying cannot fix.
+        """
         self._publishing.start()
         # The app's own objects live as long as the process. Checking them for garbage repeatedly
         # took a fifth of the time of small transactions.

@@ -108,7 +108,8 @@ class Session:
     def run(self) -> None:
         """Replicate until stopped, or until the supervisor has a reason to begin a new session.
 
-        Raises `ReplicationError` if the connection has to be replaced.
+        Raises:
+            ReplicationError: The connection has to be replaced.
         """
         self._publishing.claim(self._claim)
         if not self._supervisor.paused:
@@ -198,8 +199,7 @@ class Session:
 
     @property
     def _held(self) -> float:
-        """Seconds that batches wait after they are due, which delays nothing while others are
-        published."""
+        """Seconds that batches wait after they are due; it costs nothing while others are sent."""
         return _HELD_SECONDS if self._publishing.busy else 0.0
 
     def _receive(self) -> None:
@@ -245,8 +245,9 @@ class Session:
     def _renew_lease(self) -> None:
         """Extend the lease: PostgreSQL gives no other worker the slot for some time.
 
-        Raises `ReplicationError` if this process did not run for so long that it may have lost the
-        slot. Then it must not even publish what it has, even if its connection looks intact.
+        Raises:
+            ReplicationError: This process did not run for so long that it may have lost the slot.
+                It must not publish even what it has, although its connection looks intact.
         """
         before, self._lease_renewed_at = self._lease_renewed_at, deduplication.now()
         duration = self._stream.timeout / 2

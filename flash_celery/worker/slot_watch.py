@@ -100,10 +100,12 @@ class SlotWatch:
     def check(self, received: Lsn, listening: bool) -> None:
         """Check the slot and the last heartbeat, and write a heartbeat if one is due.
 
-        :param received: the last position that the stream has brought.
-        :param listening: whether the session reads the stream; otherwise `received` cannot advance.
+        Args:
+            received: The last position that the stream has brought.
+            listening: Whether the session reads the stream; otherwise `received` cannot advance.
 
-        Raises `ReplicationError` if a new stream is needed.
+        Raises:
+            ReplicationError: A new stream is needed.
         """
         row = self._connection.execute(_STATE.encode(), [self._slot]).fetchone()
         assert row is not None

@@ -152,7 +152,8 @@ class Startup:
     def _restore_record(self, source: Source) -> None:
         """Write comments back that another tool has removed from the publications, or replaced.
 
-        Raises `PublicationMismatch` if they cannot be written.
+        Raises:
+            PublicationMismatch: They cannot be written.
         """
         present = record.comments(source)
         lost = [
@@ -179,7 +180,10 @@ class Startup:
     def _check_replaced(self, source: Source, report: Report, checked_at: datetime | None) -> None:
         """Record and log the tables that were replaced, whose new rows PostgreSQL has not sent.
 
-        :param checked_at: when this process has last found nothing altered.
+        Args:
+            source: The source.
+            report: The report of the preflight.
+            checked_at: When this process has last found nothing altered.
         """
         tables, required = report.tables, report.required
         if required is None:

@@ -56,11 +56,14 @@ class Supervisor:
     ) -> Reason | None:
         """Return why the session has to end, if it has to. An open transaction is read to its end.
 
-        :param now: the time, by the monotonic clock.
-        :param received: the last position that the stream has brought.
-        :param listening: whether the session waits for the stream.
+        Args:
+            now: The time, by the monotonic clock.
+            received: The last position that the stream has brought.
+            listening: Whether the session waits for the stream.
+            transaction_open: Whether a transaction has begun and not ended.
 
-        Raises `ReplicationError` if the stream has to be replaced.
+        Raises:
+            ReplicationError: The stream has to be replaced.
         """
         self.next_check = now + _CHECK_SECONDS
         self._watch.check(received, listening)

@@ -119,6 +119,40 @@ def test_prose_has_no_clauses_as_subjects():
     ] == []
 
 
+def test_docstrings_have_sections_for_parameters_and_errors():
+    """Ruff (D417) checks the parameters of functions; this checks classes, and the other styles."""
+    problems = []
+    for path in PACKAGE:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            docstring = ast.get_docstring(node) or ""
+            if re.search(r":(param|returns?|raises) |^Raises\s+`|[.:;]\s+Raises\s+`", docstring):
+                problems.append(f"{name_of(path)}:{node.lineno}: {node.name}")
+            section = re.search(r"^Args:\n((?:    .*\n?|\n)*)", docstring, re.M)
+            parameters = constructor_parameters(node)
+            if (
+                section
+                and parameters
+                and re.findall(r"^    (\w+):", section[1], re.M) != parameters
+            ):
+                problems.append(f"{name_of(path)}:{node.lineno}: {node.name}: {parameters}")
+    assert problems == []
+
+
+def constructor_parameters(node):
+    """Return the parameters of a class's own constructor; none for anything else."""
+    constructors = [
+        member.args
+        for member in node.body
+        if isinstance(node, ast.ClassDef) and getattr(member, "name", "") == "__init__"
+    ]
+    names = [
+        each.arg for arguments in constructors for each in arguments.args + arguments.kwonlyargs
+    ]
+    return names[1:]
+
+
 def test_docstrings_of_public_functions_begin_with_a_verb():
     assert [
         f"{name_of(path)}:{function.lineno}: {function.name}"

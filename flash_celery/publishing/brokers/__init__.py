@@ -10,8 +10,12 @@ from .base import TIMEOUT, Publisher, connection_to
 def for_app(app: Any, timeout: float = TIMEOUT) -> Publisher:
     """Return the publisher for the broker of an app. It does not connect yet.
 
-    A broker that does not answer for `timeout` seconds counts as unreachable. Raises
-    `ConfigurationError` for an invalid URL.
+    Args:
+        app: The Celery app.
+        timeout: The seconds after which a broker that does not answer counts as unreachable.
+
+    Raises:
+        ConfigurationError: The URL is invalid, or the client library is not installed.
     """
     with connection_to(app) as connection:
         driver = connection.transport.driver_type, connection.transport.driver_name

@@ -70,7 +70,11 @@ class AmqpPublisher(ConnectedPublisher):
         self._refusing: set[str] = set()
 
     def open(self, queues: Sequence[Any]) -> None:
-        """Connect, declare the queues and ask for confirms. Raises `PublishError`."""
+        """Connect, declare the queues and ask for confirms.
+
+        Raises:
+            PublishError: The broker does not answer, or refuses a queue.
+        """
         super().open(queues)
         self._refusing.update(queue.name for queue in queues if _may_refuse(queue))
         #: How many messages are sent together. It grows from 1, so that few messages overtake the
@@ -98,7 +102,12 @@ class AmqpPublisher(ConnectedPublisher):
             self._channel.confirm_select()
 
     def publish(self, messages: Sequence[Message]) -> None:
-        """Publish messages and wait for every confirm. Raises `NotConfirmed` or `Unroutable`."""
+        """Publish messages and wait for every confirm.
+
+        Raises:
+            NotConfirmed: The broker has not confirmed them.
+            Unroutable: A queue does not exist.
+        """
         first, done = self._sent + 1, 0
         try:
             with self.errors():
@@ -144,7 +153,8 @@ class AmqpPublisher(ConnectedPublisher):
     ) -> bool:
         """Move some messages. If the process is killed they stay in the hold queue, in order.
 
-        Raises `PublishError`, also while another process requeues them.
+        Raises:
+            PublishError: The broker does not answer, or another process requeues them.
         """
         with (
             self.errors(),
@@ -187,7 +197,11 @@ class AmqpPublisher(ConnectedPublisher):
         return True
 
     def check(self) -> None:
-        """Request confirms again, which the broker answers. Raises `PublishError`."""
+        """Request confirms again, which the broker answers.
+
+        Raises:
+            PublishError: The broker does not answer.
+        """
         with self.errors():
             self._channel.confirm_select()
 
@@ -332,7 +346,8 @@ def _lock(channel: Any, name: str) -> Iterator[None]:
 def refused(channel: Any, queue: Any) -> str:
     """Return why the broker would refuse to declare a queue that exists; "" if it would not.
 
-    Raises the errors of the channel if the connection is lost.
+    Raises:
+        Exception: Any of the channel's errors: the connection is lost.
     """
     if not isinstance(channel, Channel):
         return ""  # not py-amqp's, which alone has these errors

@@ -22,20 +22,27 @@ class Publisher(Protocol):
     """Publishes messages to queues of the broker. Only the publishing thread uses it."""
 
     def open(self, queues: Sequence[Any]) -> None:
-        """Connect and declare the queues. Raises `PublishError`."""
+        """Connect and declare the queues.
+
+        Raises:
+            PublishError: The broker does not answer, or refuses a queue.
+        """
 
     def claim(self, lease: Lease) -> Deduplicator:
         """Begin a session, and return what the broker knows of what earlier ones have enqueued.
 
-        A broker that can refuses everything that earlier sessions publish from here on. Raises
-        `PublishError`.
+        From here on the broker refuses everything that earlier sessions publish, if it can.
+
+        Raises:
+            PublishError: The broker does not answer.
         """
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Publish messages, each queue's in this order; return once the broker confirmed them all.
 
-        Raises `PublishError` otherwise. Its `confirmed` counts the confirmed messages, from the
-        first one; the broker may have any of the others.
+        Raises:
+            PublishError: The broker has not confirmed them all. Its `confirmed` counts the
+                confirmed messages, from the first one; the broker may have any of the others.
         """
 
     def requeue(
@@ -43,19 +50,36 @@ class Publisher(Protocol):
     ) -> bool:
         """Move some messages from a hold queue to their own queues, the oldest first.
 
-        `restored` returns the message to publish for a held one, which is removed once the broker
-        has confirmed the new one. `admit` returns how many of the new messages may be published,
-        counted from the first. Return whether the queue may hold more. Raises `PublishError`.
+        A held message is removed once the broker has confirmed the message published in its place.
+
+        Args:
+            queue: The name of the hold queue.
+            restored: Returns the message to publish in place of a held one.
+            admit: Returns how many of these messages may be published, counted from the first.
+
+        Returns:
+            Whether the hold queue may have more messages.
+
+        Raises:
+            PublishError: The broker has not confirmed a message.
         """
 
     def encodes(self, value: Any) -> bool:
         """Return whether a header of a message may have this value."""
 
     def check(self) -> None:
-        """Check that the broker answers, if the transport can. Raises `PublishError`."""
+        """Check that the broker answers, if the transport can.
+
+        Raises:
+            PublishError: The broker does not answer.
+        """
 
     def depth(self, queue: str) -> int:
-        """Return how many messages wait in a queue. Raises `PublishError`."""
+        """Return how many messages wait in a queue.
+
+        Raises:
+            PublishError: The broker does not answer.
+        """
 
     def close(self) -> None:
         """Disconnect; never raises."""
@@ -64,7 +88,8 @@ class Publisher(Protocol):
 def connection_to(app: Any, **options: Any) -> Any:
     """Return a kombu connection to the app's broker, not opened yet.
 
-    Raises `ConfigurationError` for an invalid URL, or if the client library is not installed.
+    Raises:
+        ConfigurationError: The URL is invalid, or the client library is not installed.
     """
     redis_extra.require(app)
     with _url_errors():
@@ -122,7 +147,11 @@ class ConnectedPublisher:
         self.confirmed = 0
 
     def open(self, queues: Sequence[Any]) -> None:
-        """Connect and declare the queues. Raises `PublishError`."""
+        """Connect and declare the queues.
+
+        Raises:
+            PublishError: The broker does not answer, or refuses a queue.
+        """
         self.close()
         self.confirmed = 0  # the count of an earlier call is not the next one's
         self._connection = connection_to(
@@ -216,7 +245,9 @@ class ConnectedPublisher:
         """Return how many messages wait in a queue.
 
         A missing queue is empty on Redis; elsewhere it is a `PublishError` (`is_missing_queue`).
-        Raises `PublishError`.
+
+        Raises:
+            PublishError: The broker does not answer.
         """
         self.confirmed = 0
         with self.errors():
@@ -227,7 +258,8 @@ class ConnectedPublisher:
     def consumers(self, queue: str) -> int:
         """Return how many consumers a queue has; 0 if the broker does not count them.
 
-        Raises `PublishError`.
+        Raises:
+            PublishError: The broker does not answer.
         """
         if self._is_virtual:
             return 0
@@ -275,7 +307,8 @@ def admit_all(messages: Sequence[Message]) -> int:
 def queue_depths(app: Any, queues: Sequence[str]) -> dict[str, int | None]:
     """Return how many messages wait in each queue; None for a queue that does not exist.
 
-    Raises `PublishError` if the broker cannot be asked.
+    Raises:
+        PublishError: The broker does not answer.
     """
     publisher = ConnectedPublisher(app)
     depths: dict[str, int | None] = {}

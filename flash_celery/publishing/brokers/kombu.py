@@ -15,7 +15,11 @@ class KombuPublisher(ConnectedPublisher):
     """Publishes with kombu. A message counts as confirmed once the transport's publish returns."""
 
     def publish(self, messages: Sequence[Message]) -> None:
-        """Publish messages one after another. Raises `PublishError`."""
+        """Publish messages one after another.
+
+        Raises:
+            PublishError: The broker has not confirmed a message.
+        """
         self.confirmed = 0
         with self.errors():
             producer = Producer(self._channel, auto_declare=False)
@@ -34,7 +38,11 @@ class KombuPublisher(ConnectedPublisher):
     def requeue(
         self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
     ) -> bool:
-        """Move the oldest message. Raises `PublishError`."""
+        """Move the oldest message.
+
+        Raises:
+            PublishError: The broker has not confirmed a message.
+        """
         with self.errors():
             message = self._channel.basic_get(queue, no_ack=False)
             if message is None:

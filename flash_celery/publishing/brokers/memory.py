@@ -20,7 +20,11 @@ class MemoryPublisher:
         self._open = False
 
     def open(self, queues: Sequence[Any]) -> None:
-        """Declare the queues. Raises `PublishError` while broken."""
+        """Declare the queues.
+
+        Raises:
+            PublishError: The publisher is broken.
+        """
         if self.broken:
             raise PublishError("The broker in memory is broken.")
         self._open = True
@@ -32,7 +36,12 @@ class MemoryPublisher:
         return Deduplicator({}, ())
 
     def publish(self, messages: Sequence[Message]) -> None:
-        """Keep messages. Raises `PublishError` while broken, `Unroutable` for an unknown queue."""
+        """Keep messages.
+
+        Raises:
+            PublishError: The publisher is broken.
+            Unroutable: A queue does not exist.
+        """
         if self.broken or not self._open:
             raise PublishError("The broker in memory is broken.")
         for message in messages:
@@ -43,7 +52,11 @@ class MemoryPublisher:
     def requeue(
         self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
     ) -> bool:
-        """Move the oldest message. Raises `PublishError` while broken."""
+        """Move the oldest message.
+
+        Raises:
+            PublishError: The publisher is broken.
+        """
         if not self.depth(queue):
             return False
         messages = [restored(self.queues[queue][0])]
@@ -62,7 +75,11 @@ class MemoryPublisher:
             raise PublishError("The broker in memory is broken.")
 
     def depth(self, queue: str) -> int:
-        """Return how many messages are in a queue. Raises `PublishError` while broken."""
+        """Return how many messages are in a queue.
+
+        Raises:
+            PublishError: The publisher is broken.
+        """
         if self.broken or not self._open:
             raise PublishError("The broker in memory is broken.")
         return len(self.queues.get(queue, ()))

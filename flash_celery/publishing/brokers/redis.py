@@ -61,7 +61,11 @@ class RedisPublisher(ConnectedPublisher):
         self._ahead = 0
 
     def open(self, queues: Sequence[Any]) -> None:
-        """Connect and declare the queues. Raises `PublishError`."""
+        """Connect and declare the queues.
+
+        Raises:
+            PublishError: The broker does not answer, or refuses a queue.
+        """
         super().open(queues)
         self._forms: dict[Form, tuple[str, str]] = {}
         # Delivery tags, unique among all messages; a UUID each would take longer than the rest.
@@ -84,7 +88,9 @@ class RedisPublisher(ConnectedPublisher):
     def claim(self, lease: Lease) -> Deduplicator:
         """End the lease of every other session, and return what they have enqueued.
 
-        Raises `PublishError`, and `ConfirmedLost` if Redis has lost what it had confirmed.
+        Raises:
+            PublishError: Redis does not answer.
+            ConfirmedLost: Redis has lost what it had confirmed.
         """
         with self.errors(), literal_client(self._channel) as client:
             position = RedisPosition(prefixed(self._channel, f"_flash.{lease.name}"), lease)
@@ -95,8 +101,10 @@ class RedisPublisher(ConnectedPublisher):
     def publish(self, messages: Sequence[Message]) -> None:
         """Push messages; return once Redis has replied to the last push.
 
-        Raises `PublishError`, `TakenOver` if another session has claimed the lease, and
-        `ConfirmedLost` if Redis has lost what it had confirmed.
+        Raises:
+            PublishError: Redis has not confirmed them.
+            TakenOver: Another session has claimed the lease.
+            ConfirmedLost: Redis has lost what it had confirmed.
         """
         self.confirmed = 0
         expiring = self._expiring()
@@ -120,8 +128,10 @@ class RedisPublisher(ConnectedPublisher):
     ) -> bool:
         """Move some messages in one step, so that none is in two queues.
 
-        Raises `PublishError`, `TakenOver` if another session has claimed the lease, and
-        `ConfirmedLost` if Redis has lost what it had confirmed.
+        Raises:
+            PublishError: Redis has not confirmed them.
+            TakenOver: Another session has claimed the lease.
+            ConfirmedLost: Redis has lost what it had confirmed.
         """
         key = queue_key(self._channel, queue)
         with (
@@ -182,7 +192,11 @@ class RedisPublisher(ConnectedPublisher):
         return commands
 
     def check(self) -> None:
-        """Send a PING. Raises `PublishError`."""
+        """Send a PING.
+
+        Raises:
+            PublishError: The broker does not answer.
+        """
         with self.errors(), self._channel.conn_or_acquire() as client:
             client.ping()
 

@@ -153,8 +153,10 @@ class RedisPosition:
     def claim(self, client: Any, previous: RedisPosition | None = None) -> Deduplicator:
         """End the lease of every other session, and return what they have enqueued.
 
-        `previous` is the position of this process's last session. Raises `ConfirmedLost` if Redis
-        has lost something that it had confirmed to that session.
+        `previous` is the position of this process's last session.
+
+        Raises:
+            ConfirmedLost: Redis has lost something that it had confirmed to that session.
         """
         with client.pipeline(transaction=True) as pipeline:
             pipeline.hgetall(self._key)
@@ -184,7 +186,9 @@ class RedisPosition:
     def recover_reply(self, client: Any) -> int:
         """Return how many messages Redis received in a write whose reply was lost.
 
-        Raises `TakenOver`, and `ConfirmedLost` if Redis has lost a write that it had confirmed.
+        Raises:
+            TakenOver: Another session has claimed the lease.
+            ConfirmedLost: Redis has lost a write that it had confirmed.
         """
         if not self._unanswered:
             return 0
@@ -194,7 +198,9 @@ class RedisPosition:
     def write(self, client: Any, messages: Sequence[Message], pushes: Sequence[Command]) -> None:
         """Push messages, by the commands `pushes`, and move the position in one step.
 
-        Raises `TakenOver`, and `ConfirmedLost` if Redis has lost a write that it had confirmed.
+        Raises:
+            TakenOver: Another session has claimed the lease.
+            ConfirmedLost: Redis has lost a write that it had confirmed.
         """
         marks, highest, transactions = _covered(messages)
         new = transactions if transactions != self._transactions else b""
@@ -227,8 +233,9 @@ class RedisPosition:
     def check(self, client: Any) -> int:
         """Return the sequence number in Redis, of the last confirmed or an unanswered write.
 
-        Raises `ConfirmedLost` if it belongs to no such write, and `TakenOver` if another session
-        has claimed the lease.
+        Raises:
+            ConfirmedLost: It belongs to no such write.
+            TakenOver: Another session has claimed the lease.
         """
         fields = client.hgetall(self._key)
         self._raise_if_lost(fields)
