@@ -67,12 +67,18 @@ class RelationCatalog:
         self._slot = slot
         self._history = history or PartitionHistory()
 
-    def settle(self, transaction: Transaction, oid: int) -> None:
+    def settle(
+        self,
+        transaction: Transaction,
+        relation: pgoutput.Relation,
+        handled: frozenset[TableName],
+    ) -> None:
         """Wait until the catalog shows what a transaction has changed of this table.
 
         A commit is replicated before other sessions see it: moments before, or as long as a
         synchronous standby takes. If that standby is this worker, the commit waits until its rows
-        are confirmed, so this returns at once unless the transaction may have altered the table.
+        are confirmed, so this returns at once unless the transaction may have altered what is read
+        of the table.
 
         Raises:
             ReplicationError: The catalog does not show it after two seconds.
@@ -82,7 +88,9 @@ class RelationCatalog:
         while not catalog.is_visible(self._connection, transaction.xid):
             if synchronous is None:
                 synchronous = catalog.is_synchronous(self._connection, self._slot)
-            if synchronous and not catalog.may_have_altered(self._connection, transaction.xid, oid):
+            if synchronous and not catalog.hides_alteration(
+                self._connection, transaction.xid, relation, handled
+            ):
                 return
             if time.monotonic() > deadline:
                 raise ReplicationError(

@@ -122,7 +122,7 @@ class Router:
         Raises:
             SubscriptionError: A column that a subscription names no longer exists.
         """
-        self._catalog.settle(transaction, relation.oid)
+        self._catalog.settle(transaction, relation, self._handled)
         self._forget(relation.oid)
         own = TableName(relation.schema, relation.name)
         catalog_table = self._catalog.table(relation.oid)

@@ -9,6 +9,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from ..protocol.pgoutput import Relation
 from ..table_name import TableName
 
 #: Values of pg_class.relkind (chapter "System Catalogs").
@@ -292,29 +293,67 @@ def is_synchronous(connection: psycopg.Connection[Any], slot: str) -> bool:
 
 # Locks are held until a transaction is visible. Everything that alters a table or its place among
 # partitions takes one of these modes on the table or on a table above it; writing rows does not.
-_MAY_HAVE_ALTERED = """
-SELECT EXISTS (
-    SELECT FROM pg_locks x
+# pg_class does not show yet what the transaction has created: indexes and copies of the table, or a
+# partitioned table above it. That one can be a handler's table only if the name was free, or is
+# that of a table which the transaction has altered too.
+_HIDES_ALTERATION = """
+WITH altered AS (
+    SELECT DISTINCT l.relation AS oid, c.relkind
+    FROM pg_locks x
     JOIN pg_locks l ON l.virtualtransaction = x.virtualtransaction AND l.granted
     LEFT JOIN pg_class c ON c.oid = l.relation
-    WHERE x.locktype = 'transactionid' AND x.granted AND x.transactionid::text = %s
+    WHERE x.locktype = 'transactionid' AND x.granted AND x.transactionid::text = %(xid)s
     AND l.locktype = 'relation' AND l.database = (
         SELECT oid FROM pg_database WHERE datname = current_database())
     AND l.mode IN ('ShareUpdateExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock',
-                   'AccessExclusiveLock')
-    AND (c.relkind IN ('p', 'c') OR l.relation = %s::oid))
+                   'AccessExclusiveLock')),
+known AS (
+    SELECT c.oid, n.nspname AS schema, c.relname AS name
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace),
+handled AS (
+    SELECT known.oid FROM unnest(%(schemas)s::text[], %(names)s::text[]) AS wanted(schema, name)
+    LEFT JOIN known USING (schema, name))
+SELECT NOT EXISTS (SELECT FROM pg_class WHERE oid = %(table)s)
+    OR EXISTS (SELECT FROM unnest(%(types)s::int8[]) AS used(oid)
+               LEFT JOIN pg_type t ON t.oid = used.oid WHERE t.oid IS NULL)
+    OR EXISTS (SELECT FROM altered WHERE relkind IN ('p', 'c'))
+    OR (EXISTS (SELECT FROM altered WHERE oid = %(table)s)
+        AND EXISTS (SELECT FROM altered WHERE relkind IS NULL)
+        AND (NOT EXISTS (SELECT FROM known WHERE oid = %(table)s
+                         AND schema = %(schema)s AND name = %(name)s)
+             OR EXISTS (SELECT FROM handled LEFT JOIN altered USING (oid)
+                        WHERE handled.oid IS NULL
+                        OR (altered.oid IS NOT NULL AND altered.oid <> %(table)s))))
 """
 
 
-def may_have_altered(connection: psycopg.Connection[Any], xid: int, table: int) -> bool:
-    """Return whether a transaction that is not visible yet may have altered a table.
+def hides_alteration(
+    connection: psycopg.Connection[Any],
+    xid: int,
+    relation: Relation,
+    handled: Iterable[TableName],
+) -> bool:
+    """Return whether a transaction that is not visible yet may have altered a table unseen.
+
+    What the stream itself says of the table (name, columns, replica identity) is not read here.
 
     Args:
         connection: In autocommit, to the stream's database.
         xid: The 32-bit id in the replication stream.
-        table: The OID of the table; of the others, partitioned tables and types count.
+        relation: The table as the transaction sees it.
+        handled: The tables of handlers.
     """
-    return connection.execute(_MAY_HAVE_ALTERED.encode(), [str(xid), table]).fetchone() == (True,)
+    tables = sorted(handled, key=str)
+    parameters = {
+        "xid": str(xid),
+        "table": relation.oid,
+        "schema": relation.schema,
+        "name": relation.name,
+        "types": [column.type_oid for column in relation.columns],
+        "schemas": [table.schema for table in tables],
+        "names": [table.name for table in tables],
+    }
+    return connection.execute(_HIDES_ALTERATION.encode(), parameters).fetchone() == (True,)
 
 
 def _read(

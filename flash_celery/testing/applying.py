@@ -224,7 +224,7 @@ class _ChangeCatalog(RelationCatalog):
             name for subscription in subscriptions for name in subscription.columns
         }
 
-    def settle(self, transaction: Any, oid: int) -> None:
+    def settle(self, *_: Any) -> None:
         """Return at once: there is no catalog to wait for."""
 
     def ancestors(self, *_: Any) -> Ancestors:

@@ -53,7 +53,8 @@ _BEAT = "SELECT pg_logical_emit_message(false, 'flash.heartbeat', ''::text)::tex
 _SYNCHRONOUS = (
     "PostgreSQL counts the reader of the slot %s as a synchronous standby: every commit of the "
     "server waits until the broker has its changes, also while the broker is down or this source "
-    "is paused; name the standbys in synchronous_standby_names instead of *, and reload PostgreSQL"
+    "is paused; name the standbys in synchronous_standby_names instead of *, and reload PostgreSQL "
+    "(docs/operating.md, Synchronous standbys)"
 )
 
 

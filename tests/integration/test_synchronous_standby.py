@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from example_project.servers import Standby
 from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.postgres.source import connected
 from flash_celery.provisioning import preflight
@@ -52,6 +53,107 @@ def test_commits_go_on_where_the_worker_is_a_synchronous_standby(flash, caplog, 
         assert shown(flash.delivered("other")) == ["insert 2"]
         flash.wait(lambda: "as a synchronous standby" in caplog.text)
         assert "reconnecting" not in caplog.text
+
+
+ALTERED = {
+    "truncated": ("TRUNCATE items; INSERT INTO items VALUES (1, 'a')", "insert 1,a"),
+    "truncated with another": (
+        "TRUNCATE items, others; INSERT INTO items VALUES (1, 'a')",
+        "insert 1,a",
+    ),
+    "column added": (
+        "ALTER TABLE items ADD COLUMN more int; INSERT INTO items VALUES (1, 'a', 5)",
+        "insert 1,a,5",
+    ),
+    "column renamed": (
+        "ALTER TABLE items RENAME name TO title; INSERT INTO items VALUES (1, 'a')",
+        "insert 1,a",
+    ),
+    "written anew": (
+        "ALTER TABLE items ALTER id TYPE bigint; INSERT INTO items VALUES (1, 'a')",
+        "insert 1,a",
+    ),
+    "new key": (
+        "ALTER TABLE items DROP CONSTRAINT items_pkey, ADD PRIMARY KEY (name); "
+        "INSERT INTO items VALUES (1, 'a')",
+        "insert 1,a",
+    ),
+    "beside a new partitioned table": (
+        "CREATE TABLE logs (id int) PARTITION BY RANGE (id); TRUNCATE items; "
+        "INSERT INTO items VALUES (1, 'a')",
+        "insert 1,a",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", ALTERED)
+def test_table_altered_by_a_commit_that_waits_for_the_worker_is_read(flash, caplog, how):
+    """Its name and columns are in the stream, and it can have become no partition of a handler."""
+    statements, expected = ALTERED[how]
+    flash.database.execute(ITEMS, "CREATE TABLE others (id int PRIMARY KEY)")
+    flash.handler("items", "insert").handler("others", "insert", name="other").start()
+    with standby_names(flash, "*"):
+        flash.wait(lambda: flash.database.one(COUNTED) == 1)
+        writer = threading.Thread(target=flash.database.execute, args=[statements])
+        writer.start()
+        writer.join(15)
+        assert not writer.is_alive(), caplog.text
+        flash.wait(lambda: len(flash.publisher.queues["flash"]) == 1)
+    flash.do("SELECT 1")
+    assert shown(flash.delivered()) == [expected]
+
+
+def test_table_that_becomes_a_partition_in_a_commit_that_waits_is_not_guessed(flash, caplog):
+    """The new table above it is not visible yet, and has the name of the handler's."""
+    flash.database.execute(ITEMS)
+    flash.handler("items", "insert").start()
+    convert = (
+        "ALTER TABLE items RENAME TO items_0; "
+        "CREATE TABLE items (id int PRIMARY KEY, name text) PARTITION BY RANGE (id); "
+        "ALTER TABLE items ATTACH PARTITION items_0 FOR VALUES FROM (0) TO (100); "
+        "INSERT INTO items VALUES (5, 'a')"
+    )
+    writer = threading.Thread(target=flash.database.execute, args=[convert])
+    with standby_names(flash, "*"):
+        flash.wait(lambda: flash.database.one(COUNTED) == 1)
+        writer.start()
+        flash.wait(lambda: "waits for this worker as its synchronous standby" in caplog.text)
+        assert "name the standbys in synchronous_standby_names" in caplog.text
+    writer.join(20)
+    flash.do("INSERT INTO items VALUES (6, 'b')")
+    assert shown(flash.delivered()) == ["insert 5,a", "insert 6,b"]
+
+
+def test_commit_that_waits_for_the_worker_continues_with_another_standby(flash, caplog):
+    """While the worker pauses before it reconnects, the other one is the synchronous standby."""
+    flash.database.execute(
+        "CREATE TABLE logs (id int PRIMARY KEY) PARTITION BY RANGE (id)",
+        "CREATE TABLE leaf (id int PRIMARY KEY)",
+    )
+    flash.handler("logs", "insert").start().do("SELECT 1")
+    attach = (
+        "ALTER TABLE logs ATTACH PARTITION leaf FOR VALUES FROM (0) TO (100); "
+        "INSERT INTO logs VALUES (5)"
+    )
+    writer = threading.Thread(target=flash.database.execute, args=[attach])
+    try:
+        server, options = flash.database.server, {"max_prepared_transactions": 10}
+        with Standby(server, "other_standby", **options), standby_names(flash, "*"):
+            flash.wait(lambda: flash.database.one(COUNTED) == 1)
+            # PostgreSQL chooses the one that connected first.
+            sync = "SELECT application_name FROM pg_stat_replication WHERE sync_state = 'sync'"
+            assert flash.database.one(sync) == "flash_celery"
+            writer.start()
+            writer.join(60)
+            assert not writer.is_alive(), caplog.text
+            assert "waits for this worker as its synchronous standby" in caplog.text
+            flash.do("INSERT INTO logs VALUES (6)")
+            assert [change.new["id"] for change in flash.delivered()] == [5, 6]
+    finally:
+        flash.database.execute(
+            "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots "
+            "WHERE slot_name = 'other_standby'"
+        )
 
 
 def test_table_altered_by_a_commit_that_waits_for_the_worker_is_not_guessed(flash, caplog):
