@@ -53,6 +53,7 @@ def serve(control):
     Each request comes with the file handles of the standard streams and of a socket, which gets the
     PID of the child and later its exit code.
     """
+    server = os.getpid()
     with selectors.DefaultSelector() as selector:
         selector.register(control, selectors.EVENT_READ)
         while True:
@@ -69,7 +70,7 @@ def serve(control):
                     return None
                 pid = os.fork()
                 if pid == 0:
-                    return json.loads(request), handles[:3]
+                    return {**json.loads(request), "server": server}, handles[:3]
                 *streams, report = handles
                 for handle in streams:
                     os.close(handle)
@@ -85,6 +86,8 @@ def send(report, number):
 def become(request, streams):
     """Do what `python -m` does in a new process."""
     end_with_parent(signal.SIGKILL)()
+    if os.getppid() != request["server"]:  # it had ended before
+        os._exit(1)
     for number, handle in enumerate(streams):
         os.dup2(handle, number)
     os.closerange(3, 1024)
