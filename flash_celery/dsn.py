@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from psycopg import ProgrammingError
@@ -32,13 +33,16 @@ def place_of(dsn: str) -> tuple[list[Any], Any]:
     return [*server, str(parameters.get("port", 5432))], database
 
 
-def of_django() -> str:
-    """Return `DATABASES["default"]` as a connection string, or "" without Django."""
+def of_django() -> str | Callable[[], str]:
+    """Return what returns the DSN of `DATABASES["default"]`, or "" if there is none.
+
+    A custom database backend may have another password for each connection.
+    """
     if "django.conf" not in sys.modules:
         return ""
-    from .django.dsn import dsn
+    from .django.dsn import dsn, is_postgresql
 
-    return dsn()
+    return dsn if is_postgresql() else ""
 
 
 def _password_in_host(dsn: str) -> bool:

@@ -12,7 +12,9 @@
     │   └── TableLocked           (retry)
     ├── ProtocolError             bytes that PostgreSQL should not have sent
     ├── ReplicationError          the connection to PostgreSQL (retry)
-    │   └── DecodingFailed        an internal error of PostgreSQL
+    │   ├── DecodingFailed        an internal error of PostgreSQL
+    │   └── CredentialsError      no DSN or password from a callable or a command
+    │       └── WrongCredentials
     ├── SpoolError                the disk, for a large open transaction (retry)
     ├── PublishError              the broker (retry)
     │   ├── Unroutable
@@ -135,6 +137,21 @@ class DecodingFailed(ReplicationError):
     """PostgreSQL failed to decode its own WAL."""
 
     solution = "If it happens again, see PostgreSQL's log; the slot keeps all changes."
+
+
+class CredentialsError(ReplicationError):
+    """A callable or a command has given no DSN or password to connect with."""
+
+    solution = "It is asked again. Call it by hand, as the user and on the machine of the worker."
+
+
+class WrongCredentials(CredentialsError):
+    """A callable or a command has given something that is no DSN or password, or is not there.
+
+    `flash replicate` ends with it, unless it has connected before.
+    """
+
+    solution = "Correct the setting that the message names, or what it leads to."
 
 
 class SpoolError(FlashError):

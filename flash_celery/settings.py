@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from itertools import combinations
 from types import ModuleType
 from typing import Any
 
 from . import dsn
+from .credentials import Credentials, arguments, is_asked
 from .errors import ConfigurationError, did_you_mean
 
 
@@ -21,9 +23,14 @@ class Settings:
     They are the settings of one source: of the default one, or after `of_source` of a named one.
     """
 
-    #: Connection string of the database to replicate, as libpq reads it
-    #: (`postgresql://…` or `host=… dbname=…`). In Django the default is `DATABASES["default"]`.
-    flash_dsn: str = field(default="", repr=False)
+    #: Connection string of the database to replicate, as libpq reads it (`postgresql://…` or
+    #: `host=… dbname=…`), or a callable that returns it, or the dotted path of one
+    #: (`shop.credentials.dsn`), which is called at each connect. In Django the default is
+    #: `DATABASES["default"]`.
+    flash_dsn: str | Callable[[], str] = field(default="", repr=False)
+    #: Command that is run at each connect, and prints the password of `flash_dsn` as its first
+    #: line: a list, or a string that is split as a shell does; no shell runs it.
+    flash_password_command: str | Sequence[str] = field(default="", repr=False)
     #: Name of the permanent replication slot.
     flash_replication_slot: str = "flash_replication"
     #: Prefix of the four publications; `_insert`, `_update`, `_delete` and `_truncate` follow it.
@@ -70,7 +77,7 @@ class Settings:
     #: (`127.0.0.1:9187`).
     flash_http: str = ""
     #: More databases, by name: a `dsn` for each, and a `slot` and `prefix` unless these are the
-    #: default's with the name appended.
+    #: default's with the name appended, and a `password_command` if it has one.
     flash_sources: Mapping[str, Any] = field(default_factory=dict, repr=False)
     #: The source of these settings: a name in `flash_sources`, "" for the default. Not a setting.
     source: str = ""
@@ -87,7 +94,7 @@ class Settings:
         _refuse_ignored(app.conf)
         settings = cls(**{name: value for name, value in given.items() if value is not None})
         if not settings.flash_dsn:
-            settings = cls(**{**vars(settings), "flash_dsn": dsn.of_django()})
+            settings = replace(settings, flash_dsn=dsn.of_django())
         settings._check()
         settings._check_sources()
         return settings
@@ -107,6 +114,8 @@ class Settings:
             self,
             source=name,
             flash_dsn=values["dsn"],
+            # Not the default's: a password is for one server.
+            flash_password_command=values.get("password_command", ""),
             flash_replication_slot=values.get("slot", f"{self.flash_replication_slot}_{name}"),
             flash_publication_slot_prefix=values.get("prefix", f"{prefix}_{name}"),
             flash_sources={},
@@ -118,7 +127,7 @@ class Settings:
         return f"{self.flash_replication_slot}{_REPLAY_SLOT_SUFFIX}"
 
     def called(self, setting: str) -> str:
-        """Return how the user writes the DSN, slot or prefix setting of this source."""
+        """Return how the user writes a setting that each source has, such as the DSN."""
         return f"flash_sources[{self.source!r}][{_KEYS[setting]!r}]" if self.source else setting
 
     @property
@@ -135,6 +144,7 @@ class Settings:
                 allowed = " or ".join(map(repr, choices))
                 raise ConfigurationError(f"{name} must be {allowed}, not {value!r}.")
         self._check_names()
+        self._check_password_command()
         if self.flash_spool_directory and not os.access(self.flash_spool_directory, os.W_OK):
             raise ConfigurationError(
                 f"flash_spool_directory is {self.flash_spool_directory!r}, where no file can be "
@@ -166,11 +176,11 @@ class Settings:
                 continue
             value = getattr(self, setting.name)
             if not isinstance(value, expected) or (expected is not bool and value is True):
-                types = expected if isinstance(expected, tuple) else (expected,)
-                allowed = " or ".join(each.__name__ for each in types)
                 # A DSN may contain a password, so it is not shown.
                 shown = repr(value) if setting.repr else type(value).__name__
-                raise ConfigurationError(f"{setting.name} must be {allowed}, not {shown}.")
+                raise ConfigurationError(
+                    f"{setting.name} must be {_allowed(expected)}, not {shown}."
+                )
 
     def _check_numbers(self) -> None:
         for name in ("flash_status_interval", "flash_shutdown_timeout"):
@@ -218,7 +228,8 @@ class Settings:
             _check_source(name, values)
             source = self.of_source(name)
             source._check_names()
-            source.require_dsn()
+            source._check_password_command()
+            source.check_dsn()
             sources.append(source)
         for source, other in combinations(sources, 2):
             source._check_distinct(other)
@@ -226,25 +237,42 @@ class Settings:
     def _check_distinct(self, other: Settings) -> None:
         """Raise `ConfigurationError` if two sources have a slot or a publication in common.
 
-        Slots need different names on one server, publications in one database.
+        Slots need different names on one server, publications in one database. Where a callable
+        leads is not known yet, so the names must differ.
         """
-        server, database = dsn.place_of(self.flash_dsn)
-        servers, databases = dsn.place_of(other.flash_dsn)
-        if server != servers:
+        (server, database), (servers, databases) = map(_place, (self.flash_dsn, other.flash_dsn))
+        known = None not in (server, servers)
+        if known and server != servers:
             return
         shared = ["flash_replication_slot"]
-        if database == databases:
+        if not known or database == databases:
             shared.append("flash_publication_slot_prefix")
         for setting in shared:
             name = getattr(self, setting)
             if name == getattr(other, setting):
+                where = "on the same server" if known else "perhaps on the same server"
                 raise ConfigurationError(
-                    f"{self.called(setting)} and {other.called(setting)} are both {name!r} on the "
-                    f"same server; give {other.called(setting)} another name."
+                    f"{self.called(setting)} and {other.called(setting)} are both {name!r} "
+                    f"{where}; give {other.called(setting)} another name."
                 )
 
-    def require_dsn(self) -> str:
-        """Return the DSN.
+    def _check_password_command(self) -> None:
+        try:
+            command = arguments(self.flash_password_command)
+        except ValueError:
+            command = [""]  # a quote is not closed
+        # The text is not shown: a password may have been written in place of the command.
+        if not all(isinstance(word, str) and "\0" not in word for word in command) or (
+            command and not command[0]
+        ):
+            raise ConfigurationError(
+                f"{self.called('flash_password_command')} is not a command; write a list such as "
+                "['vault', 'read', '-field=password', 'database/static-creds/flash'], or a string "
+                "that is quoted as in a shell."
+            )
+
+    def check_dsn(self) -> None:
+        """Check the DSN, without asking a callable.
 
         Raises:
             ConfigurationError: It is missing, or libpq cannot read it.
@@ -257,13 +285,44 @@ class Settings:
                 "DATABASES['default'])"
                 + (f", or choose one of flash_sources with --source: {others}." if others else ".")
             )
-        if not dsn.is_readable(self.flash_dsn):
+        if isinstance(self.flash_dsn, str) and not is_asked(self.flash_dsn):
+            if dsn.is_readable(self.flash_dsn):
+                return
             raise ConfigurationError(
                 f"{self.called('flash_dsn')} is not a connection string; write "
                 "postgresql://user:password@host:5432/database, with %40 for an @ in the password "
                 "and %2F for a /."
             )
-        return self.flash_dsn
+
+    def require_dsn(self) -> str:
+        """Return the DSN to connect with now, with its password; ask for another at each connect.
+
+        Raises:
+            ConfigurationError: It is missing, or libpq cannot read it.
+            CredentialsError: A callable or the command of the password fails.
+        """
+        self.check_dsn()
+        return self._credentials.dsn()
+
+    def place(self) -> tuple[list[Any], Any]:
+        """Return the server and the database, for comparison.
+
+        Raises:
+            ConfigurationError: The DSN is missing, or libpq cannot read it.
+            CredentialsError: A callable fails.
+        """
+        self.check_dsn()
+        return dsn.place_of(self._credentials.address())
+
+    @cached_property
+    def _credentials(self) -> Credentials:
+        return Credentials(
+            self.called("flash_dsn"),
+            self.called("flash_password_command"),
+            self.flash_dsn,
+            arguments(self.flash_password_command),
+            self.longest_silence,
+        )
 
 
 _SLOT = re.compile("[a-z0-9_]+")
@@ -277,6 +336,7 @@ _KEYS = {
     "flash_dsn": "dsn",
     "flash_replication_slot": "slot",
     "flash_publication_slot_prefix": "prefix",
+    "flash_password_command": "password_command",
 }
 #: The accepted types of a value, by the annotation of its field.
 _ACCEPTED: dict[str, Any] = {
@@ -285,6 +345,8 @@ _ACCEPTED: dict[str, Any] = {
     "float": (int, float),
     "bool": bool,
     "Mapping[str, Any]": Mapping,
+    "str | Callable[[], str]": (str, Callable),
+    "str | Sequence[str]": (str, list, tuple),
 }
 #: The accepted types of every setting.
 _TYPES: dict[str, Any] = {
@@ -292,6 +354,19 @@ _TYPES: dict[str, Any] = {
     for setting in fields(Settings)
     if setting.name != "source"
 }
+
+
+def _allowed(types: Any) -> str:
+    """Return the names of accepted types, for an error."""
+    names = (each.__name__ for each in (types if isinstance(types, tuple) else (types,)))
+    return " or ".join("a callable" if name == "Callable" else name for name in names)
+
+
+def _place(given: str | Callable[[], str]) -> tuple[list[Any] | None, Any]:
+    """Return the server and the database of a DSN; None for those of a callable."""
+    if isinstance(given, str) and not is_asked(given):
+        return dsn.place_of(given)
+    return None, None
 
 
 def _suggestion(name: object, known: Collection[str]) -> str:
@@ -314,9 +389,11 @@ def _check_source(name: Any, values: Any) -> None:
         if key not in _KEYS.values():
             hint = _suggestion(key, _KEYS.values())
             raise ConfigurationError(f"flash_sources[{name!r}] has no key {key!r}{hint}")
-        if not isinstance(value, str):
+        setting = next(setting for setting in _KEYS if _KEYS[setting] == key)
+        if not isinstance(value, _TYPES[setting]):
             raise ConfigurationError(
-                f"flash_sources[{name!r}][{key!r}] must be str, not {type(value).__name__}."
+                f"flash_sources[{name!r}][{key!r}] must be {_allowed(_TYPES[setting])}, not "
+                f"{type(value).__name__}."
             )
     if not values.get("dsn"):
         raise ConfigurationError(

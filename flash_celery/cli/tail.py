@@ -55,5 +55,4 @@ def tail(project: Project, tables: tuple[str, ...], limit: int | None) -> None:
 
     for stopping_signal in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stopping_signal, stop)
-    dsn = project.settings.require_dsn()
-    follow(dsn, list(names), show, ready, control, project.settings.source)
+    follow(project.settings, list(names), show, ready, control)

@@ -26,6 +26,7 @@ from ..postgres.connection import connect
 from ..postgres.stream import ReplicationConnection
 from ..provisioning.ddl import Step, apply
 from ..provisioning.requirements import REWRITES
+from ..settings import Settings
 from ..table_name import TableName
 from ..worker.control import Control
 
@@ -37,41 +38,39 @@ _VALUE_LENGTH = 60
 
 
 def follow(
-    dsn: str,
+    settings: Settings,
     tables: Sequence[TableName],
     show: Callable[[Change], bool],
     ready: Callable[[], object],
     control: Control,
-    source: str = "",
 ) -> None:
     """Call `show` with each new change, until it returns False or `control` is stopped.
 
     The slot and its publications are dropped at the end; those of a killed process by the next.
 
     Args:
-        dsn: Where to connect, as libpq reads it.
+        settings: The settings of the source.
         tables: The tables to follow.
         show: Returns whether to continue.
         ready: Called once changes are being followed.
         control: Ends the command at a signal.
-        source: The name that the changes carry; "" is the default source.
 
     Raises:
         SubscriptionError: A table does not exist.
         ReplicationError: The stream cannot be read.
     """
-    with connect(dsn) as connection:
+    with connect(settings.require_dsn()) as connection:
         # The server's PID, because processes in two containers may have the same one.
         name = f"{_PREFIX}{connection.info.backend_pid}"
         # By this name `_drop_abandoned` of other processes sees that ours is alive.
         connection.execute("SELECT set_config('application_name', %s, false)", [name])
         _drop_abandoned(connection, name)
         catalog_tables = [_find(connection, table) for table in tables]
-        steps, subscriptions = _plan(connection, name, catalog_tables, source)
+        steps, subscriptions = _plan(connection, name, catalog_tables, settings.source)
         try:
             apply(connection, steps)
             publications = _names(connection, name)
-            with closing(ReplicationConnection(dsn)) as stream:
+            with closing(ReplicationConnection(settings.require_dsn())) as stream:
                 slots.create_temporary(stream, name)
                 stream.start(name, publications)
                 ready()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -18,7 +19,13 @@ from django.db import connections
 from django.db.migrations.loader import MigrationLoader
 
 from ..dsn import place_of
-from ..errors import ConfigurationError, ReplicationError, SubscriptionError, did_you_mean
+from ..errors import (
+    ConfigurationError,
+    CredentialsError,
+    ReplicationError,
+    SubscriptionError,
+    did_you_mean,
+)
 from ..handlers.decorators import subscriptions_of_task
 from ..handlers.subscriptions import Subscription, of_tables, table_name
 from ..postgres.connection import connect
@@ -76,12 +83,13 @@ def database(databases: Collection[str] | None = None, **_: Any) -> list[CheckMe
         return []  # `handlers` reports it
     messages: list[CheckMessage] = []
     subscriptions = list(_subscriptions(app, []))
+    places = _places(settings, {subscription.source for subscription in subscriptions}, messages)
     for alias in databases:
         dsn = dsn_of_database(alias)
         matching = [
             subscription
             for subscription in subscriptions
-            if dsn and _is_database_of(dsn, settings, subscription.source)
+            if dsn and places.get(subscription.source) == place_of(dsn)
         ]
         if matching:
             messages += _check_database(alias, dsn, matching)
@@ -176,13 +184,20 @@ def _check_removed(subscription: Subscription, history: MigrationHistory) -> Mes
             yield _message(Error, subscription.handler, text, _REMOVED_HINT, "flash_celery.E002")
 
 
-def _is_database_of(dsn: str, settings: Settings, source: str) -> bool:
-    """Return whether the DSN leads to the database of a source."""
-    try:
-        source_settings = settings.of_source(source) if source else settings
-    except ConfigurationError:
-        return False  # `flash doctor` reports that there is no such source
-    return place_of(source_settings.flash_dsn) == place_of(dsn)
+def _places(
+    settings: Settings, sources: Collection[str], messages: list[CheckMessage]
+) -> dict[str, Any]:
+    """Return the database of each source; append a message for each that cannot be asked."""
+    places = {}
+    for source in sorted(sources):
+        # `flash doctor` reports that there is no such source.
+        with suppress(ConfigurationError):
+            source_settings = settings.of_source(source) if source else settings
+            try:
+                places[source] = source_settings.place()
+            except CredentialsError as error:
+                messages.append(Warning(str(error), hint=error.solution, id="flash_celery.W003"))
+    return places
 
 
 def _check_database(

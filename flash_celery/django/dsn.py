@@ -15,8 +15,11 @@ def dsn(alias: str = DEFAULT_DB_ALIAS) -> str:
         alias: The name in `DATABASES`.
 
     Return "" if Django has no settings, or the database is not PostgreSQL.
+
+    With `functools.partial(dsn, "billing")` as the `dsn` of a source, the database is asked at each
+    connect.
     """
-    if not settings.configured or connections[alias].vendor != "postgresql":
+    if not is_postgresql(alias):
         return ""
     # Django's parameters include some that psycopg or Django itself reads, not libpq.
     keywords = {option.keyword.decode() for option in Conninfo.get_defaults()}
@@ -26,3 +29,8 @@ def dsn(alias: str = DEFAULT_DB_ALIAS) -> str:
         if name in keywords and value is not None
     }
     return make_conninfo("", **parameters)
+
+
+def is_postgresql(alias: str = DEFAULT_DB_ALIAS) -> bool:
+    """Return whether Django has settings, and the database is PostgreSQL."""
+    return bool(settings.configured) and connections[alias].vendor == "postgresql"

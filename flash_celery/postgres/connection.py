@@ -13,7 +13,13 @@ from typing import Any
 import psycopg
 from psycopg import conninfo, pq
 
-from ..errors import ConfigurationError, FlashError, ReplicationError
+from ..errors import (
+    ConfigurationError,
+    CredentialsError,
+    FlashError,
+    ReplicationError,
+    WrongCredentials,
+)
 from ..escaping import one_line
 from ..settings import Settings
 
@@ -229,16 +235,28 @@ def without_password(text: str, dsn: str) -> str:
     return shown.replace(str(password), "…") if password else shown
 
 
-def unreachable(error: psycopg.Error, dsn: str) -> ReplicationError:
-    """Return a failure to connect as an error that may be shown."""
+def unreachable(error: psycopg.Error, dsn: str = "") -> ReplicationError:
+    """Return a failure of a connection as an error that may be shown.
+
+    `dsn` is the one that it was opened with; without it, only what looks like a password is hidden.
+    """
     text = one_line(without_password(str(error), dsn)).rstrip(".")
     return ReplicationError(f"The connection to PostgreSQL failed: {text}.")
 
 
 def raise_if_fatal(error: FlashError, settings: Settings) -> None:
     """Raise `ConfigurationError` if connecting failed for a reason that a retry cannot fix."""
+    if isinstance(error, WrongCredentials):
+        raise ConfigurationError(str(error)) from None
+    if isinstance(error, CredentialsError):
+        return  # what it quotes are names of the user's
     if isinstance(error, ReplicationError) and _FATAL.search(str(error)):
-        raise ConfigurationError(_with_hint(str(error), settings.called("flash_dsn"))) from error
+        names = [
+            "flash_dsn",
+            *(["flash_password_command"] if settings.flash_password_command else []),
+        ]
+        where = " and ".join(map(settings.called, names))
+        raise ConfigurationError(_with_hint(str(error), where)) from error
 
 
 def _with_hint(message: str, dsn: str) -> str:

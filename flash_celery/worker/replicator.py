@@ -104,7 +104,7 @@ class Replicator:
     ) -> None:
         self._app = app
         self._settings = settings
-        self._dsn = settings.require_dsn()
+        settings.check_dsn()
         self._subscriptions = subscriptions
         self.control = Control()
         self.telemetry = Telemetry()
@@ -135,6 +135,8 @@ class Replicator:
                 "report that the savepoint of a message in an open transaction was rolled back"
             )
         self._phase = Phase.CONNECTING
+        #: Whether both connections were open at a time since the start.
+        self._has_connected = False
         #: Whether a session has streamed since the start.
         self._has_streamed = False
         #: Whether the preflight is repeated because the slot was lost after it had passed.
@@ -212,7 +214,7 @@ class Replicator:
         if not error.retry and not self._should_recheck(error):
             raise error
         self.telemetry.enter(STANDBY if slot_in_use else CONNECTING)
-        if not self._has_streamed:
+        if not self._has_streamed and not self._is_reconnecting:
             raise_if_fatal(error, self._settings)
         if self._use_streaming and isinstance(error, (DecodingFailed, SpoolError)):
             # A TRUNCATE in a savepoint that is rolled back cannot be decoded while the transaction
@@ -227,6 +229,14 @@ class Replicator:
             logger.warning("%s %s", error, error.solution, extra=error_class)
         self._publishing.discard()
         self.control.sleep(_HOT_SPARE_PAUSE if slot_in_use else next(self._delays))
+
+    @property
+    def _is_reconnecting(self) -> bool:
+        """Whether connecting failed now and has worked before, as where a password is changed.
+
+        A hot spare must survive that too.
+        """
+        return self._has_connected and self._phase == Phase.CONNECTING
 
     def _should_recheck(self, error: FlashError) -> bool:
         """Return whether the slot was lost after a preflight had passed, for the first time.
@@ -246,8 +256,11 @@ class Replicator:
             patience = self._settings.longest_silence
             with (
                 connected(self._settings, patience) as source,
-                closing(ReplicationConnection(self._dsn, self._on_notice, patience)) as stream,
+                closing(
+                    ReplicationConnection(self._settings.require_dsn(), self._on_notice, patience)
+                ) as stream,
             ):
+                self._has_connected = True
                 self._require_same_server(stream, source)
                 with advisory_lock.held(source, self.control.sleep):
                     self._phase = Phase.PREFLIGHT
@@ -260,7 +273,7 @@ class Replicator:
                 ):
                     session.run()
         except psycopg.OperationalError as error:
-            raise unreachable(error, self._dsn) from error
+            raise unreachable(error) from error
 
     def _require_same_server(self, stream: ReplicationConnection, source: Source) -> None:
         """Raise `ReplicationError` if the two connections lead to different servers.

@@ -239,6 +239,18 @@ def test_check_database_reports_an_unreachable_database(sales, handle, configure
         use(None)
 
 
+def test_check_database_asks_callables_for_their_database(sales, migrated, handle, app):
+    handle("made_by_run_sql", "other")
+    app.conf.flash_dsn = lambda: migrated.dsn
+    assert [id for id, _ in said_within()] == ["W006"]
+    app.conf.flash_dsn = lambda: 1 / 0
+    ((id, text),) = said_within()
+    assert id == "W003"
+    assert text.startswith("flash_dsn has given no connection string: ")
+    app.conf.flash_dsn = lambda: "host=127.0.0.1 dbname=other"
+    assert said_within() == []
+
+
 def test_check_database_covers_named_sources_of_django(sales, migrated, handle, app):
     from django.core.management import call_command
 

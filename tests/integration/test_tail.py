@@ -3,6 +3,7 @@
 import threading
 
 from flash_celery.commands.tail import follow
+from flash_celery.settings import Settings
 from flash_celery.table_name import TableName
 from flash_celery.worker.control import Control
 
@@ -12,7 +13,8 @@ class Tail(threading.Thread):
 
     def __init__(self, dsn):
         super().__init__()
-        self.dsn, self.ready, self.seen, self.error = dsn, threading.Event(), [], None
+        self.settings = Settings(flash_dsn=dsn)
+        self.ready, self.seen, self.error = threading.Event(), [], None
 
     def show(self, change):
         self.seen.append(change.new["id"])
@@ -20,7 +22,9 @@ class Tail(threading.Thread):
 
     def run(self):
         try:
-            follow(self.dsn, [TableName("public", "items")], self.show, self.ready.set, Control())
+            follow(
+                self.settings, [TableName("public", "items")], self.show, self.ready.set, Control()
+            )
         except Exception as error:
             self.error = error
             self.ready.set()

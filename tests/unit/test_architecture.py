@@ -14,6 +14,7 @@ ORDER = [
     "escaping",
     "errors",
     "dsn",
+    "credentials",
     "settings",
     "backoff",
     "logs",

@@ -177,7 +177,10 @@ def test_source_has_its_own_database_slot_and_prefix(app):
         ({"billing": "dbname=billing"}, r"flash_sources\['billing'\] must be a dict such as .*str"),
         ({"billing": {}}, "The source billing has no dsn: set"),
         ({"billing": {"dsn": ""}}, "The source billing has no dsn: set"),
-        ({"billing": {"dsn": None}}, r"\['billing'\]\['dsn'\] must be str, not NoneType"),
+        (
+            {"billing": {"dsn": None}},
+            r"\['billing'\]\['dsn'\] must be str or a callable, not NoneType",
+        ),
         ({"billing": {"dns": "dbname=x"}}, "'billing'.* has no key 'dns'; did you mean dsn"),
         ({"billing": {**BILLING, "queue": "x"}}, "no key 'queue'; known are: dsn, slot, prefix"),
         ({"billing": {**BILLING, "slot": 5}}, r"\['billing'\]\['slot'\] must be str, not int"),
