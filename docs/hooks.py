@@ -50,6 +50,7 @@ def settings_table():
         if default is dataclasses.MISSING:
             default = field.default_factory()
         type_name = getattr(types[field.name], "__name__", str(types[field.name]))
+        type_name = type_name.replace("collections.abc.", "")
         django = f"CELERY_{field.name.upper()}"
         lines += [
             f"### `{field.name}`",
