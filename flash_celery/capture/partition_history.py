@@ -1,4 +1,4 @@
-"""The tables that partitions belong and belonged to.
+"""The tables that partitions belong to, now and in the past.
 
 PostgreSQL sends a row long after it was written, but its catalog describes only the present. So
 snapshots of the catalog are kept, each with its position in the WAL. Rows of transactions that
@@ -20,7 +20,7 @@ class PartitionHistory:
     """The ancestors of partitions over time, by OID, including partitions that were dropped.
 
     Args:
-        recorded: Everything that each has been a partition of, with unknown ends.
+        recorded: Every table that a partition has belonged to, by its OID; until when is unknown.
     """
 
     def __init__(self, recorded: Mapping[int, Iterable[TableName]] | None = None) -> None:
@@ -35,7 +35,7 @@ class PartitionHistory:
         return oid in self._recorded
 
     def record(self, ancestors: Mapping[int, Iterable[TableName]]) -> None:
-        """Add tables that these have been partitions of, with unknown ends."""
+        """Add tables that partitions have belonged to; until when is unknown."""
         for oid, tables in ancestors.items():
             self._recorded[oid] = self._recorded.get(oid, frozenset()).union(tables)
 
@@ -66,10 +66,10 @@ class PartitionHistory:
         return set().union(*self._recorded.values())
 
     def at(self, oid: int, position: Lsn) -> Ancestors:
-        """Return the tables that rows belong to whose transaction committed at this position.
+        """Return the tables that rows belong to, by the position at which they were committed.
 
-        Between two snapshots the parent is ambiguous; both are returned, so that no handler
-        misses the row.
+        If the partition was moved between two snapshots, the tables of both are returned, so that
+        no handler misses the row.
         """
         before, end = self._recorded.get(oid, frozenset()), None
         for end, tables in self._snapshots.get(oid, ()):

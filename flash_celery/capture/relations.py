@@ -75,10 +75,10 @@ class RelationCatalog:
     ) -> None:
         """Wait until the catalog shows what a transaction has changed of this table.
 
-        A commit is replicated before other sessions see it: moments before, or as long as a
-        synchronous standby takes. If that standby is this worker, the commit waits until its rows
-        are confirmed, so this returns at once unless the transaction may have altered what is read
-        of the table.
+        A commit is replicated before other sessions see it: by moments, or by as long as a
+        synchronous standby takes. If this worker is that standby, the commit waits until the broker
+        has its rows. So this returns at once unless the transaction may have altered the parts of
+        the catalog that describe the table.
 
         Raises:
             ReplicationError: The catalog does not show it after two seconds.
@@ -135,8 +135,8 @@ class RelationCatalog:
     ) -> Collection[TableName]:
         """Infer the tables of rows from an unknown partition.
 
-        PostgreSQL sends them, so a handler's table was published with them when they were written.
-        A table that was published by itself is recorded under its own name when that ends.
+        PostgreSQL sends the rows, so they belonged to a handler's table when they were written.
+        A table that was published by itself, and no longer is, is recorded under its own name.
         """
         former = self._history.all_of(relation.oid)
         if former & handled and own not in former:
@@ -181,7 +181,7 @@ class RelationCatalog:
     ) -> Callable[[Cells], bool] | None:
         """Return the predicate of a condition on columns of these types.
 
-        None if the types have been altered since the rows were written.
+        It is None if the condition does not fit them, because they were altered since.
         """
         return column_types.matcher(self._connection, oid, condition, types)
 

@@ -35,9 +35,9 @@ Receiver = Callable[[Delivery], object]
 #: Takes consecutive rows of one relation, their transaction, and the ordinal of the first row.
 RunReceiver = Callable[[Sequence[bytes], Transaction, int], None]
 _NO_ROUTES: dict[str, RunReceiver] = {}
-#: The most fields of composite columns in the description of a table; a column beyond it is
-#: delivered as text. Each task message carries the description, and a composite of composites can
-#: have millions of fields.
+#: The most fields of all composite columns of a table; a column beyond that is delivered as text.
+#: Each task message carries the description of its table, and a composite of composites can have
+#: millions of fields.
 MAX_FIELDS = 2000
 _TAGS = {Operation.INSERT: b"I", Operation.UPDATE: b"U", Operation.DELETE: b"D"}
 
@@ -282,11 +282,11 @@ def _columns(
     columns: Iterable[pgoutput.Column], types: Mapping[int, TypeDescription], fields: frozenset[str]
 ) -> Iterator[Column]:
     """Describe columns as their handler sees them."""
-    left = MAX_FIELDS
+    fields_left = MAX_FIELDS
     for column in columns:
         column_type = types.get(column.type_oid, TEXT)
-        column_type = column_type if column_type.size <= left else TEXT
-        left -= column_type.size
+        column_type = column_type if column_type.size <= fields_left else TEXT
+        fields_left -= column_type.size
         yield _column(column.name, column_type, column.key, column.name in fields)
 
 

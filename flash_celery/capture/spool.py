@@ -20,14 +20,14 @@ _HEADER = struct.Struct("!II")
 _IN_MEMORY = 1 << 16
 #: Bytes of a file's buffer. The default of Python 3.14 is 128 KiB.
 _BUFFER = 1 << 13
-#: How many xids share one number, a bit each, in the set of aborted savepoints.
+#: How many xids of aborted savepoints are kept in one int, a bit each.
 _XIDS_PER_PAGE = 4096
 #: A space or another special character in the path of a mount.
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
 def default_directory() -> str:
-    """Return where files go by default: /tmp is often in memory, /var/tmp is not."""
+    """Return the default folder for files: /var/tmp, because /tmp is often in memory."""
     return "/var/tmp" if Path("/var/tmp").is_dir() else tempfile.gettempdir()  # noqa: S108
 
 

@@ -27,7 +27,7 @@ _NOT_SPOOLED = frozenset(b"SEcAO")
 _NONE = Transaction(Lsn(0), 0, 0)
 #: The first five bytes of a message: for a row its tag and relation, in a block its tag and xid.
 _HEAD = itemgetter(slice(0, 5))
-#: Messages in a run at most, so that a session is never busy with one for long.
+#: The most messages in a run, so that none keeps a session busy for long.
 _LONGEST_RUN = 100
 
 
@@ -91,7 +91,7 @@ class Transactions:
         self.count = 0
         #: When the last one was committed, in microseconds since 2000.
         self.committed_at = 0
-        #: When the first one was committed since the owner set this to 0.
+        #: When the first one since the owner set this to 0 was committed.
         self.oldest = 0
 
     @property
@@ -105,7 +105,7 @@ class Transactions:
         return self._transaction is not _NONE
 
     def receive(self, head: bytes, run: Sequence[bytes]) -> Lsn | None:
-        """Take one of `runs`; return the end position of the transaction if it ends with it.
+        """Take one of `runs`; if it ends its transaction, return the position of that end.
 
         Raises:
             ProtocolError: A message cannot follow the messages before it.
@@ -118,7 +118,7 @@ class Transactions:
         return self._apply(head, run)
 
     def replay(self) -> Lsn | None:
-        """Pass on some messages of a spooled transaction; after the last return its end."""
+        """Pass on the next messages of the spooled transaction; without more, return its end."""
         assert self._committed is not None
         messages = list(islice(self._replay, _LONGEST_RUN))
         if not messages:

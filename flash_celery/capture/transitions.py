@@ -1,4 +1,4 @@
-"""Evaluate each row for one subscription: it enters the condition, changes, leaves, or is dropped.
+"""Evaluate each row for one subscription: it enters the condition, stays, leaves, or is dropped.
 
 An UPDATE can bring a row into a condition (for the handler an Insert), take it out (a Delete), or
 change its `key=` (both). The results are messages of pgoutput again, so Celery workers evaluate no

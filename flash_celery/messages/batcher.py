@@ -1,7 +1,7 @@
 """Collects messages for publishing, and fills batches.
 
-A batch that waits for more changes holds the position back: a unit of messages may be acknowledged
-only up to the first change that is still in a batch.
+A batch that waits for more changes holds the position back: nothing after its first change may be
+acknowledged.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PublishBatch(NamedTuple):
     position: Lsn
     #: Bytes of memory that the messages take, roughly, with the rows that they remember.
     size: int
-    #: How many changes are in it, by what they are counted under.
+    #: How many changes it has, by route: the labels of the counter.
     counts: Mapping[Route, int] = {}
     #: When the oldest and the latest change were committed, in seconds since 1970; 0 if unknown.
     committed: float = 0.0
@@ -93,7 +93,7 @@ class Batcher:
 
     Args:
         too_large: Makes the dead letter for the one change of a delivery that is too large.
-        clock: The time by which batches are due.
+        clock: Returns the time, in seconds.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The ids of tasks.
 
 The id of a task for one change is a hash of the change's id, so it is the same at every
-redelivery and after `flash replay`; a user can look a change's task up by it. A batch is packed
+redelivery and after `flash replay`, and users can find the task of a change. A batch is filled
 differently at every redelivery, so its task has a random id.
 """
 

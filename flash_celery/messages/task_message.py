@@ -45,7 +45,7 @@ class Message:
         body: The body, which is bytes if it is compressed.
         covered: The changes that it holds, for deduplication.
         deliveries: The same changes as they were delivered, until the message is confirmed.
-        position: If it holds only one of the rows of its delivery, which one, from 0.
+        position: The index of its row, if it holds only one row of its delivery.
     """
 
     __slots__ = (
@@ -82,7 +82,7 @@ class Message:
 
     @classmethod
     def alone(cls, form: Form, body: str | bytes) -> Message:
-        """Return a message that shares its form with no other, so it has all headers already."""
+        """Return a message with a form of its own, which has all of its headers."""
         task_id, argsrepr = (str(form.headers.get(name, "")) for name in ("id", "argsrepr"))
         message = cls(form, task_id, argsrepr, body)
         message._headers, message._properties = dict(form.headers), dict(form.properties)
@@ -146,8 +146,8 @@ def received_again(message: Any, where: str, headers: Mapping[str, Any]) -> Mess
     """Return a message that a worker received, to publish it again behind those of a queue.
 
     Args:
-        message: What kombu received.
-        where: The queue.
+        message: The message, as kombu received it.
+        where: The name of the queue.
         headers: Headers to add.
     """
     kept = {

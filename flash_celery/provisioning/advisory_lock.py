@@ -20,7 +20,7 @@ _WAITING = "Another process is setting up, pausing or resetting %s_…; waiting 
 
 @contextmanager
 def held(source: Source, wait: Callable[[float], object] = time.sleep) -> Iterator[None]:
-    """Wait for the lock of the source's publications, and hold it: two workers may start at once.
+    """Wait for the lock of the source's publications, and hold it.
 
     Args:
         source: The source.

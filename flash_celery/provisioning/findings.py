@@ -22,5 +22,5 @@ class Finding:
 
 
 def stop(subject: str, error: FlashError) -> Finding:
-    """Return a finding that keeps `flash replicate` from starting, and the error it raises."""
+    """Return a finding that keeps `flash replicate` from starting, which raises this error."""
     return Finding(subject, STOP, str(error), error)

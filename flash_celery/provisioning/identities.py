@@ -1,4 +1,4 @@
-"""Replica identities: which are too small for the handlers, and which can be restored."""
+"""Replica identities: those that are too small for the handlers, and those to be restored."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def check(source: Source, existing: ExistingPublications, required: RequiredTabl
 def refused(
     connection: psycopg.Connection[Any], existing: ExistingPublications
 ) -> dict[int, CatalogTable]:
-    """Return the tables, by OID, with a FULL identity of ours that PostgreSQL now refuses.
+    """Return the tables, by OID, that we set to FULL and that PostgreSQL refuses with FULL now.
 
-    A virtual column was added, say: PostgreSQL refuses their UPDATE and DELETE, and would not with
-    the identity that they had before us.
+    It refuses their UPDATE and DELETE, for example because a virtual column was added, and would
+    not with the identity that they had before.
     """
     return {
         widened.table.oid: widened.table
@@ -80,7 +80,7 @@ def missing(
     existing: ExistingPublications,
     required: RequiredTables,
 ) -> dict[int, CatalogTable]:
-    """Return the tables, by OID, that are published and have no identity.
+    """Return the tables, by OID, that are published without an identity.
 
     PostgreSQL refuses their UPDATE and DELETE.
     """
@@ -103,10 +103,11 @@ def missing(
 def restorable(
     connection: psycopg.Connection[Any], existing: ExistingPublications
 ) -> dict[int, CatalogTable]:
-    """Return the tables, by OID, whose identity we set and may restore.
+    """Return the tables, by OID, that we set to FULL and whose former identity may be restored.
 
-    Not a table whose identity was altered since, nor one in another publication of updates or
-    deletes, which may need the identity: unless PostgreSQL refuses it, and not the former one.
+    It may not if the identity was altered since. It may not if the table is in another publication
+    of updates or deletes, which may need FULL, unless PostgreSQL refuses FULL and not the former
+    identity.
     """
     return {
         widened.table.oid: widened.table
@@ -118,7 +119,7 @@ def restorable(
 def kept(
     connection: psycopg.Connection[Any], existing: ExistingPublications
 ) -> Iterator[tuple[CatalogTable, str]]:
-    """Yield the tables that keep the FULL identity that we set, and why."""
+    """Yield the tables that we set to FULL and that keep it, and the reason."""
     for widened in _widened(connection, existing):
         if widened.obstacle:
             yield widened.table, widened.obstacle
@@ -164,7 +165,7 @@ def _obstacle(
     former: Collection[str],
     refused: str,
 ) -> str:
-    """Return why a table in publications of others must keep its identity."""
+    """Return why a table in other publications must keep its identity; "" if it need not."""
     others = other_publications.read(connection, table, publication_names(prefix))
     if not others:
         return ""

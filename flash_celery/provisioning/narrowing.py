@@ -1,7 +1,8 @@
 """Rows and columns that PostgreSQL can leave out because no subscription needs them.
 
-Only for tables that are not partitioned: rows of a partitioned table are published by its leaves,
-with filters of their own. Source: PostgreSQL documentation, "Row Filters" and "Column Lists".
+This works for tables that are not partitioned. The rows of a partitioned table are published by its
+leaves, with filters of their own. Source: PostgreSQL documentation, chapters "Row Filters" and
+"Column Lists".
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Narrowing:
     columns: tuple[str, ...] | None = None
     #: The row filter of each operation that has one.
     filters: dict[Operation, sql.Composable] = field(default_factory=dict)
-    #: What the replication worker must filter instead, and why.
+    #: The filtering that is left to the replication worker, each with the reason.
     left: tuple[str, ...] = ()
     #: The attribute numbers of the columns that clauses may name. PostgreSQL stores these, so they
     #: show that a column was renamed.
@@ -101,7 +102,7 @@ def narrowings(
 
 
 def _columns_of(table: CatalogTable) -> set[tuple[str, int]]:
-    """Return what must be the same for a table to become a partition of another."""
+    """Return the columns, which must be equal for a table to become a partition of another."""
     return {(column.name, column.type_oid) for column in table.columns.values()}
 
 
@@ -130,7 +131,7 @@ def _filter(
     all_subscriptions: Sequence[Subscription],
     operation: Operation,
 ) -> tuple[sql.Composable | None, list[str]]:
-    """Return the row filter of an operation, and why it lets more rows through than needed."""
+    """Return the row filter of an operation, and the reasons why it lets needless rows through."""
     subscriptions = [each for each in all_subscriptions if operation in each.captured]
     unconditional = [each.handler for each in subscriptions if each.where is None]
     if len(unconditional) == len(subscriptions):
@@ -167,7 +168,7 @@ def _takes_no_updates(subscription: Subscription) -> bool:
 def _columns(
     table: CatalogTable, subscriptions: Sequence[Subscription], full: bool
 ) -> tuple[tuple[str, ...] | None, str]:
-    """Return the columns that the subscriptions need, or None and why all are sent."""
+    """Return the columns that the subscriptions need, or None and the reason why all are sent."""
     on_rows = [each for each in subscriptions if each.captured & ~Operation.TRUNCATE]
     unlimited = [each.handler for each in on_rows if each.fields is None]
     if not on_rows or len(unlimited) == len(on_rows):

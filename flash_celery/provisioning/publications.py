@@ -12,7 +12,7 @@ from .narrowing import SINCE, Shape
 from .record import Record
 from .requirements import RequiredTables
 
-#: PostgreSQL decodes a row with the publications as they were when it was written.
+#: Changes may be missing, because PostgreSQL decodes a row with the publications of its time.
 _UNDO = "undo that, or run `flash reset`; changes written since may be missing."
 
 

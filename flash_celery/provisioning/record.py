@@ -1,4 +1,4 @@
-"""The record: what flash-celery must remember about a source, kept in PostgreSQL itself.
+"""The record: facts about a source that flash-celery must remember, kept in PostgreSQL itself.
 
 It is JSON in the comment on the publication of inserts, so that it survives a crash of any process.
 Its format must stay readable by older and newer versions.
@@ -46,8 +46,8 @@ class Record:
     previous: dict[str, list[int]] = field(default_factory=dict)
     #: The replica identities that we replaced, by OID: `d`, `n`, or `i` and the name of the index.
     identities: dict[str, list[str]] = field(default_factory=dict)
-    #: All ancestors that each partition has had (schema and name), by OID; also the table itself if
-    #: it is no longer published. The WAL may still hold rows from before a change of these.
+    #: All ancestors that each partition has had (schema and name), by OID; and the table itself, if
+    #: it was published and is no longer. The WAL may still hold rows of all of them.
     leaves: dict[str, list[list[str]]] = field(default_factory=dict)
     #: The column lists and row filters of each table that is not published whole, by OID.
     narrowed: dict[str, str] = field(default_factory=dict)
@@ -84,10 +84,10 @@ class Record:
             return None
 
     def without_dropped_tables(self, connection: psycopg.Connection[Any]) -> Record:
-        """Return the record without tables that no longer exist, except as former partitions.
+        """Return the record without tables that no longer exist, except in `leaves`.
 
-        The WAL may still hold rows of a dropped table. It gets an empty list of ancestors unless it
-        has been a partition.
+        The WAL may still hold rows of a dropped table. In `leaves` it has an empty list of
+        ancestors, unless it has been a partition.
         """
         recorded = {int(oid) for oid in self.identities}.union(
             *self.tables.values(), *self.previous.values()
@@ -136,7 +136,7 @@ def read_record(source: Source) -> Record | None:
 
 
 def record_hash(source: Source) -> str:
-    """Return a text that differs whenever the record does; "" without a record."""
+    """Return the hash of the record; "" without a record."""
     name = publication_name(source.prefix, Operation.INSERT)
     row = source.connection.execute(_COMMENT_HASH, [name]).fetchone()
     return str(row[0]) if row else ""
@@ -204,8 +204,8 @@ def is_ours(text: str) -> bool:
     return text.startswith(_OURS)
 
 
-#: The key of the tables that are published, in the comment on the publication of updates: versions
-#: that do not know it refuse a record with another key.
+#: The key of the published tables, in the comment on the publication of updates. They are not in
+#: the record, because older versions refuse a record with an unknown key.
 _TABLES_KEY = "flash_celery_tables"
 
 
@@ -237,7 +237,7 @@ class PublishedTables:
     def is_current(self, source: Source, published: PublishedTables) -> bool:
         """Return whether the same tables were recorded less than a minute ago.
 
-        A connection that is lost again and again thus does not write as often.
+        So a worker whose connection is lost again and again does not write each time.
         """
         if self.tables != published.tables:
             return False

@@ -1,7 +1,8 @@
 """The replay slot: a second slot that trails the replication slot, for `flash replay`.
 
-A slot's confirmed position cannot go back, but a slot that is behind can be copied. The comment on
-the publication of truncates records the position after which the replay slot has every change.
+A slot's confirmed position cannot go back, so `flash replay` reads a copy of this slot, which stays
+behind. The comment on the publication of truncates records the position after which the replay slot
+has every change.
 """
 
 from __future__ import annotations
@@ -254,8 +255,8 @@ class _Advancer(threading.Thread):
     def _restore_sample(self, source: Source, now: Mark) -> None:
         """Continue from the recorded sample of an earlier process.
 
-        If each process began without samples, the slot of a worker that always restarts before the
-        window has passed would never advance.
+        Otherwise the slot would never advance under a worker that is always restarted before the
+        window has passed.
         """
         reached, following = oldest(source), _next(source)
         if reached is None or now.lsn <= reached.lsn:
@@ -279,7 +280,9 @@ class _Advancer(threading.Thread):
 def trailing(settings: Settings, samples: Samples) -> Iterator[None]:
     """In this block, keep the replay slot `flash_replay_window` behind the replication slot.
 
-    The caller keeps `samples` from one session to the next.
+    Args:
+        settings: The settings of the source.
+        samples: Past positions, which the caller keeps from one session to the next.
     """
     if not settings.flash_replay_window:
         yield

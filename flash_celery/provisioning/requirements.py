@@ -1,4 +1,4 @@
-"""What the subscriptions need: the tables to publish, and those that need REPLICA IDENTITY FULL."""
+"""The needs of the subscriptions: tables to publish, and those that need REPLICA IDENTITY FULL."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RequiredTables:
 
     #: The tables to publish for each operation, by OID.
     tables: dict[Operation, dict[int, CatalogTable]]
-    #: The tables that must have REPLICA IDENTITY FULL, by OID; of a partitioned one its partitions.
+    #: The tables that must have REPLICA IDENTITY FULL, by OID; partitions stand for their table.
     full: dict[int, CatalogTable]
     #: All partitions, by OID.
     leaves: dict[int, CatalogTable] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Checks of the server and the role: whether logical replication is possible there at all."""
+"""Checks of the server and the role: is logical replication possible there at all?"""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Role:
 
 
 def findings(source: Source) -> Iterator[Finding]:
-    """Check the version, the settings, and what a standby needs."""
+    """Check the version, the settings, and the needs of a standby."""
     connection, settings = source.connection, source.settings
     version, shown = connection.info.server_version, _setting(connection, "server_version")
     if version < _OLDEST:

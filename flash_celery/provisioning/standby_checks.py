@@ -1,4 +1,4 @@
-"""Checks of standbys: whether one can be read, and whether the slot survives a failover to one."""
+"""Checks of standbys: can one be read, and does the slot survive a failover to one?"""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FROM unnest(string_to_array(replace(current_setting('synchronized_standby_slots'
      AS w(name)
 LEFT JOIN pg_replication_slots s ON s.slot_name = trim(both '"' from w.name)
 """
-#: The required value of a standby's settings, and what goes wrong otherwise.
+#: The required value of a standby's settings, and the consequence of another one.
 _STANDBY_SETTINGS = {
     "sync_replication_slots": ("on", "the slot is not copied from the primary"),
     "hot_standby_feedback": ("on", "the primary may remove rows that the copy of the slot needs"),

@@ -1,4 +1,4 @@
-"""Checks that the table and the columns of a subscription exist, and are in the WAL."""
+"""Checks that a subscription's table and columns exist and that their changes are in the WAL."""
 
 from __future__ import annotations
 

@@ -23,9 +23,10 @@ _REMINDER_SECONDS = 60.0
 
 
 def is_full(depth: int, limit: int) -> bool:
-    """Return whether a queue counts as full, for messages that do not all fit.
+    """Return whether a queue counts as full.
 
-    A tenth must be free again before it gets more, so that it gets more than one at a time.
+    It does until a tenth of it is free, so that it then gets many messages at once. Messages that
+    all fit are published even so.
     """
     return limit - depth < max(1, limit // 10)
 
@@ -34,7 +35,7 @@ class Backpressure:
     """Admits messages as long as no queue gets longer than a limit.
 
     Args:
-        limit: Messages in a queue; 0 for no limit.
+        limit: The most messages in a queue; 0 for no limit.
         depth: Returns how many messages wait in a queue. It is asked before messages are admitted,
             so those that other producers publish afterwards exceed the limit.
         unlimited: The name of a queue without a limit.
@@ -52,7 +53,7 @@ class Backpressure:
         self._unlimited = unlimited
         self._depth = depth
         self._telemetry = telemetry or Telemetry()
-        #: When publishing paused, by the monotonic clock; 0 if it goes on.
+        #: When publishing was paused, by the monotonic clock; 0 if it is not paused.
         self._paused_at = 0.0
         self._last_logged_at = float("-inf")
         #: Whether the current pause was logged.

@@ -20,8 +20,8 @@ class _AsItIs(Queue):
     def declare(self, nowait: bool = False, channel: Any = None) -> Any:
         """Declare the queue unless it exists.
 
-        RabbitMQ closes the channel if the queue has other arguments, and after a passive
-        declaration if the queue is missing; so the latter has a channel of its own.
+        RabbitMQ closes the channel of a declaration with other arguments, and of a passive one if
+        the queue is missing. So a passive declaration, on a channel of its own, comes first.
         """
         if not isinstance(self.channel, amqp.Channel):
             return super().declare(nowait, channel)  # type: ignore[no-untyped-call]
@@ -40,8 +40,8 @@ def is_quorum(app: Any) -> bool:
 def queue(app: Any, name: str) -> Queue:
     """Return a queue that no worker consumes, to be declared.
 
-    On RabbitMQ, if a policy bounds it, it refuses new messages rather than drop old ones; and it
-    has no delivery limit that reading it repeatedly would exhaust.
+    If a policy of RabbitMQ bounds it, it refuses new messages instead of dropping old ones. Its
+    delivery limit is so high that reading it again and again does not exhaust it.
     """
     arguments: dict[str, Any] = {"x-overflow": "reject-publish", "x-queue-type": "classic"}
     if is_quorum(app):

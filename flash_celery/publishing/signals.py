@@ -25,9 +25,12 @@ _REQUIRED = {"id", "task"}
 def announce(messages: Sequence[Message], encodes: Callable[[Any], bool]) -> list[Announcement]:
     """Announce messages that are about to be published; receivers may alter their headers.
 
-    `encodes` returns whether the broker takes a value of a header; others are left out.
+    Args:
+        messages: The messages.
+        encodes: Returns whether the broker takes a value of a header; others are left out.
 
-    Return what has to be ended afterwards: nothing if, as usually, there are no receivers.
+    Returns:
+        The announcements, which the caller has to end; none if there are no receivers, as usual.
     """
     receivers = signals.before_task_publish.receivers or signals.after_task_publish.receivers
     tracers = tracing.active_tracers()
@@ -49,7 +52,7 @@ class Announcement:
     ) -> None:
         self._message = message
         self._body = _decoded(message)
-        #: What ends the traces, in the order in which they began.
+        #: The functions that end the traces, in the order in which these began.
         self._ends: list[tracing.End] = []
         # A context for each message, so that its span does not become the parent of the next one's.
         self._context = copy_context()

@@ -1,4 +1,4 @@
-"""Traces: a span from the commit until the broker has the message, the parent of its publishing.
+"""Traces: a span from the commit until the broker has the message; its publishing is the child.
 
 OpenTelemetry's instrumentation of Celery creates the spans below it by itself, from the signals.
 Sentry's integration replaces functions that the replication worker does not call, so this module

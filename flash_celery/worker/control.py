@@ -1,4 +1,4 @@
-"""How other threads and signal handlers reach the main loop: stop it, wake it, raise errors."""
+"""Lets other threads and signal handlers stop the main loop, wake it, and raise errors in it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Stopped(Exception):
 
 
 class Control:
-    """Waited on with `select` by the main loop. Any thread may call `stop`, `fail` and `wake`."""
+    """The main loop waits for it with `select`. Any thread may call `stop`, `fail` and `wake`."""
 
     def __init__(self) -> None:
         self._receiver, self.waker = socket.socketpair()

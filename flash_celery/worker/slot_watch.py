@@ -1,4 +1,4 @@
-"""Watch the slot from the second connection, since a stream that looks healthy may not be.
+"""Watch the slot from the second connection, because a stream may look healthy and not be.
 
 A socket can be open with no server behind it; the server can have given the slot to another worker,
 hold changes back, or be about to remove WAL that the slot needs.
@@ -31,7 +31,7 @@ _IDLE_BYTES = 1024
 _CALM_SECONDS = 60.0
 #: The slot is in danger if less than this fraction of `max_slot_wal_keep_size` is left.
 _LOW = 0.5
-#: Stands for the type of wait event of a process that does not exist.
+#: The type of wait event that stands for a process that does not exist.
 _GONE = "gone"
 #: Types of wait events of a process that waits for this worker or for work, or does not exist.
 _IDLE = ("Activity", "Client", _GONE)
@@ -64,7 +64,15 @@ class _Heartbeat(NamedTuple):
 
 
 class SlotWatch:
-    """The watch over the slot of one stream; `pid` is the server process that sends the stream."""
+    """Watches the slot of one stream.
+
+    Args:
+        source: The source.
+        pid: The PID of the server process that sends the stream.
+        progress: Gets the server's position and time at each check.
+        clock: Returns the time, in seconds.
+        telemetry: Notes since when PostgreSQL holds changes back.
+    """
 
     def __init__(
         self,
@@ -85,13 +93,13 @@ class SlotWatch:
         self._telemetry = telemetry or Telemetry()
         #: The position that the stream had brought at the last check.
         self._received = Lsn(0)
-        #: When that position last moved, or the session last did not listen.
+        #: When that position last moved, or when the session was last not listening.
         self._moved_at = clock()
         #: The heartbeat that has not come back yet.
         self._heartbeat: _Heartbeat | None = None
         #: When the last heartbeat was written.
         self._beaten_at = clock()
-        #: The danger that was logged last, and when the slot was last in it or in a greater one.
+        #: The danger that was logged last, and when the slot was last in at least that danger.
         self._danger = _Danger.NONE
         self._in_danger_at = clock()
         self._held_back = False
@@ -146,8 +154,9 @@ class SlotWatch:
     def server_is_busy(self) -> bool:
         """Return whether the server process is decoding, and therefore has no time to answer.
 
-        While it decodes a large transaction of other tables PostgreSQL answers only twice in each
-        `wal_sender_timeout`, and before version 16 it may not answer at all (a materialized view).
+        While PostgreSQL decodes a large transaction of other tables it answers only twice in each
+        `wal_sender_timeout`. Before version 16 it may not answer at all, as while it decodes the
+        refresh of a materialized view.
         """
         event_type, _ = self._wait_event()
         return event_type not in _IDLE

@@ -86,7 +86,7 @@ class Startup:
         self.created_slot = False
         #: Whether this process has seen the slot.
         self._slot_seen = False
-        #: Stands for the tables and publications as the last preflight found them.
+        #: The fingerprint of the tables and publications at the last preflight.
         self.fingerprint = ""
         #: When they were last found unaltered.
         self._unaltered_at: datetime | None = None
@@ -106,9 +106,15 @@ class Startup:
         return not self._comments.keys() <= record.recorded(source)
 
     def run(self, source: Source, stream: ReplicationConnection, progress: Progress) -> None:
-        """Create and alter what the subscriptions need. Raises the first problem that prevents it.
+        """Create and alter what the subscriptions need.
 
-        `progress` is of the last session.
+        Args:
+            source: The source.
+            stream: A replication connection to it.
+            progress: The progress of the last session.
+
+        Raises:
+            FlashError: The first problem that prevents it.
         """
         self._restore_record(source)
         checked_at = self._unaltered_at
@@ -218,9 +224,9 @@ class Startup:
                 logger.info("Cannot record which tables are published: %s", error)
 
     def warn_if_slot_moved(self, source: Source, progress: Progress) -> None:
-        """Warn if the slot is ahead of what this process has confirmed.
+        """Warn if the slot is ahead of the position that this process has confirmed.
 
-        PostgreSQL does not distinguish a slot from another of the same name.
+        Another slot of the same name cannot be recognised otherwise.
         """
         found = slots.find(source.connection, self._slot)
         position = Lsn.parse(found.confirmed) if found and found.confirmed else Lsn(0)

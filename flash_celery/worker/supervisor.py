@@ -1,4 +1,4 @@
-"""Whether a session has to end, so that the next one checks and sets up everything again."""
+"""Decides when a session has to end, so that the next one checks and sets up everything again."""
 
 from __future__ import annotations
 

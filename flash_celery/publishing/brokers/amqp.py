@@ -208,7 +208,7 @@ class AmqpPublisher(ConnectedPublisher):
     def _send(self, messages: Sequence[Message]) -> None:
         """Write the frames of messages.
 
-        Not with `basic_publish`, which polls the socket for each message, or waits for a reply.
+        `basic_publish` is not used: it polls the socket for each message, or waits for a reply.
         """
         channel = self._channel
         if channel.connection is None:
@@ -262,8 +262,8 @@ class AmqpPublisher(ConnectedPublisher):
     def _encode_form(self, form: Form) -> tuple[bytes, bytes, int]:
         """Encode what all messages of a form share.
 
-        Return the method, the properties with places for what differs, and the length of the table
-        of headers without `argsrepr`.
+        Returns the method, the properties with placeholders for the parts that differ, and the
+        length of the table of headers without `argsrepr`.
         """
         task_id, argsrepr = str(uuid.uuid4()), uuid.uuid4().hex
         sample = Message(form, task_id, argsrepr, "")

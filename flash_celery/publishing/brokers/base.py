@@ -1,4 +1,4 @@
-"""What a publisher promises (`Publisher`), and the kombu connection most of them share."""
+"""The interface of publishers (`Publisher`), and the kombu connection that most of them share."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Publisher(Protocol):
         """
 
     def claim(self, lease: Lease) -> Deduplicator:
-        """Begin a session, and return what the broker knows of what earlier ones have enqueued.
+        """Begin a session, and return a filter for changes that earlier sessions have enqueued.
 
         From here on the broker refuses everything that earlier sessions publish, if it can.
 
@@ -121,7 +121,7 @@ def _url_errors() -> Iterator[None]:
 
 
 def json_encodes(value: Any) -> bool:
-    """Return whether kombu's JSON can have this value."""
+    """Return whether kombu can encode this value as JSON."""
     try:
         dumps(value)
     except Exception:  # of any type: a value may have a `__json__` of its own
@@ -153,7 +153,7 @@ class ConnectedPublisher:
             PublishError: The broker does not answer, or refuses a queue.
         """
         self.close()
-        self.confirmed = 0  # the count of an earlier call is not the next one's
+        self.confirmed = 0  # the count of an earlier call must not reach the next error
         self._connection = connection_to(
             self._app,
             transport_options=self.options(),

@@ -41,9 +41,9 @@ _TCP = {"TCP_NOTSENT_LOWAT": 1 << 17, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "T
 _TCP_OPTIONS = {
     getattr(socket, name): value for name, value in _TCP.items() if hasattr(socket, name)
 }
-#: The beginning of a client in redis-py's errors, where it names a Sentinel that failed.
+#: How redis-py's errors begin the description of each Sentinel that failed.
 _CLIENT = re.compile(r"<redis\.client\.Redis\(")
-#: What differs between messages of one form; found in the text that kombu makes of a sample.
+#: The parts that differ between messages of one form, found in the text that kombu makes of one.
 _VARYING = ("id", "argsrepr", "body", "tag")
 
 
@@ -72,7 +72,7 @@ class RedisPublisher(ConnectedPublisher):
         self._tags = map(f"{uuid.uuid4()}-{{}}".format, count())
 
     def options(self) -> dict[str, Any]:
-        """Return the options, with those of sockets for Sentinels too, which are tried once."""
+        """Return the options; those of sockets also apply to Sentinels, which are tried once."""
         options = super().options()
         sockets = {name: value for name, value in options.items() if name.startswith("socket_")}
         own = options.get("sentinel_kwargs") or {}
@@ -215,7 +215,7 @@ class RedisPublisher(ConnectedPublisher):
         return key, text % {"id": message.id, "argsrepr": argsrepr, "body": body, "tag": tag}
 
     def _encode_form(self, form: Form) -> tuple[str, str]:
-        """Return the key without prefix, and a text with places for what differs."""
+        """Return the key without prefix, and the text with placeholders for what differs."""
         marks = {uuid.uuid4().hex: f"%({name})s" for name in _VARYING}
         task_id, argsrepr, body, tag = marks
         key, text = self._written(Message(form, task_id, argsrepr, body), tag)

@@ -87,8 +87,15 @@ def in_one_step(
 ) -> Any:
     """Execute commands in order and atomically, up to the first that fails.
 
-    With a fencing token they are executed only if the hash at `key` has that token and sequence
-    number; otherwise 1 is returned.
+    Args:
+        client: The client.
+        commands: The commands.
+        key: The key of the hash with the position.
+        fencing_token: If given, commands are executed only if the hash has this token and number.
+        sequence_number: The number that the hash must have.
+
+    Returns:
+        1 if the hash has another token or number, so that nothing was executed.
     """
     keys = dict.fromkeys([key] * bool(key) + [command[1] for command in commands])
     words = [word for command in commands for word in (len(command), *command)]
@@ -153,7 +160,9 @@ class RedisPosition:
     def claim(self, client: Any, previous: RedisPosition | None = None) -> Deduplicator:
         """End the lease of every other session, and return what they have enqueued.
 
-        `previous` is the position of this process's last session.
+        Args:
+            client: The client.
+            previous: The position of this process's last session.
 
         Raises:
             ConfirmedLost: Redis has lost something that it had confirmed to that session.
@@ -231,10 +240,10 @@ class RedisPosition:
         return in_one_step(client, commands, self._key, token, number)
 
     def check(self, client: Any) -> int:
-        """Return the sequence number in Redis, of the last confirmed or an unanswered write.
+        """Return the sequence number in Redis: that of the last confirmed or an unanswered write.
 
         Raises:
-            ConfirmedLost: It belongs to no such write.
+            ConfirmedLost: It is the number of neither.
             TakenOver: Another session has claimed the lease.
         """
         fields = client.hgetall(self._key)
