@@ -72,6 +72,9 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two attempts to read a slot that another replication worker reads.
 _HOT_SPARE_PAUSE = 1.0
+#: Thresholds of Python's garbage collector. Messages and their deliveries live until the broker has
+#: confirmed them and are in no cycle, so the default thresholds check them for nothing, many times.
+_GC_THRESHOLDS = (20_000, 20, 50)
 _RESTORED = (
     "PostgreSQL is at %s, but had sent WAL up to %s: its data was restored. Reading again from the "
     "confirmed position of its slot"
@@ -176,6 +179,8 @@ class Replicator:
         # took a fifth of the time of small transactions.
         gc.collect()
         gc.freeze()
+        thresholds = gc.get_threshold()
+        gc.set_threshold(*_GC_THRESHOLDS)
         try:
             while not self.control.stopping:
                 try:
@@ -189,6 +194,7 @@ class Replicator:
             self._publishing.end()
             # Sessions wait for the broker; a thread stuck in a socket ends with the process.
             self._publishing.join(1.0)
+            gc.set_threshold(*thresholds)
             gc.unfreeze()
             self.control.close()
             if self._has_streamed:  # otherwise an error ended the start, and it is logged
