@@ -19,10 +19,10 @@ DOCUMENTS = [
 WORDS = re.compile(
     r"\b(nobody|somebody|whoever|anybody|anew|meanwhile|told|mend|mends|mended|mending)\b", re.I
 )
-#: A sentence whose subject is a clause: "What is left of it is sent again."
+#: A sentence whose subject is a clause ("What is left of it is sent again."), or a cell of a table.
 CLAUSE = re.compile(
-    r"(?:^|[.!:;(|>]\s+|\n\n)[\W_]*"
-    r"(What\s+(?:is|are|was|were|has|have|had|can|cannot|could|may|must|will|would)\b"
+    r"(?:(?:^|[.!:;(|>]\s+|\n\n)[\W_]*(?=W)|\|\s+)"
+    r"([Ww]hat\s+(?:is|are|was|were|has|have|had|can|cannot|could|may|must|will|would)\b"
     r"[^.?!|]*[.?!|]?)",
     re.M,
 )
@@ -181,6 +181,7 @@ def test_words_are_found_as_whole_words(text, found):
         ("It ends. What was read is read again.", 1),
         ("What is a slot? It keeps WAL.", 0),
         ("| What is here | a cell |", 1),
+        ("| what was here | a cell |", 1),
         ("Report what is left.", 0),
         ("## What a handler receives", 0),
     ],
