@@ -216,6 +216,24 @@ def test_dsn_callable_that_hangs_at_the_start_does_not_delay_a_signal(shop, user
     assert created_nothing(shop.database)
 
 
+def test_password_command_that_hangs_leaves_no_process_after_a_signal(shop, user):
+    command = ["sh", "-c", f"echo $$ > {user.folder}/pid; sleep 600"]
+    use_command(shop, user, *command)
+    conf = json.loads(shop.environment["SHOP_CONF"])
+    shop.environment["SHOP_CONF"] = json.dumps(conf | {"flash_shutdown_timeout": 0.5})
+    replicate = shop.replicate(wait=False)
+    number = wait_until(lambda: (user.folder / "pid").exists() and pid_of(user), "the command")
+    children = psutil.Process(number).children(recursive=True)
+    assert shop.end(replicate, signal.SIGTERM) == 0
+    _, alive = psutil.wait_procs(children, 30)
+    assert alive == []
+    assert not psutil.pid_exists(number)
+
+
+def pid_of(user):
+    return int((user.folder / "pid").read_text() or 0)
+
+
 def test_sources_have_credentials_of_their_own(shop, user, new_database):
     billing = new_database()
     billing.execute("CREATE TABLE items (id int PRIMARY KEY, name text, note text)")

@@ -283,8 +283,9 @@ def test_every_connection_asks_for_the_dsn(flash, keys, monkeypatch):
         return keys.current()
 
     flash.start(flash_dsn=once, flash_replay_window=3600).do("INSERT INTO items VALUES (1)")
+    # The two connections of the session, and that of the replay slot.
+    flash.wait(lambda: len(used) >= 3)
     started = len(used)
-    assert started >= 3, "the two connections of the session, and that of the replay slot"
     settings = Settings.from_app(flash.app)
     observer = Observer(flash.app, settings, [], flash.replicator.telemetry)
     observer._poll_database()
