@@ -26,7 +26,7 @@ Watermark: TypeAlias = tuple[int, int, int]
 #: the transactions.
 Covered: TypeAlias = tuple[Collection[tuple[int, Watermark]], Collection[int]]
 NOTHING: Covered = (), ()
-#: Leases run out while the host is suspended, when the monotonic clock of Linux stands still.
+#: The clock of leases; it also runs while the host is suspended, unlike Linux's monotonic clock.
 _CLOCK: int | None = getattr(time, "CLOCK_BOOTTIME", None)
 
 

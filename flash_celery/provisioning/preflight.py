@@ -57,7 +57,7 @@ class Report:
     read_by: int | None = None
     #: Whether the slot exists and was invalidated.
     slot_lost: bool = False
-    #: The changes that were missed, if the slot was lost and will be, or has just been, recreated.
+    #: The changes that were missed, if a lost slot is to be recreated or has just been.
     gap: Gap | None = None
     #: Whether the server is a standby, which is read-only.
     standby: bool = False

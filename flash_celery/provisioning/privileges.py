@@ -18,7 +18,7 @@ from .server_checks import Role
 
 #: How long a trial of the statements waits for a lock. Writers would wait behind it.
 _TRIAL_LOCK_TIMEOUT = "50ms"
-#: Since this version a grant says whether the privileges are inherited.
+#: Since this version each grant states whether its privileges are inherited.
 _INHERIT_OPTION = 160000
 _NOT_OWNED = """
 SELECT array_agg(pubname::text ORDER BY pubname), pg_get_userbyid(pubowner)
@@ -132,10 +132,10 @@ def _owner(connection: psycopg.Connection[Any], table: int) -> str:
 
 
 def _inheriting(source: Source, role: Role, owner: str) -> str:
-    """Return the SQL that gives the role the privileges of an owner, and ends with a semicolon.
+    """Return the SQL, up to its semicolon, that gives the role the privileges of an owner.
 
-    A member may be without them: until PostgreSQL 15 a NOINHERIT role inherits nothing, and since
-    16 each grant says so.
+    Even a member may lack them: until PostgreSQL 15 a role with NOINHERIT inherits nothing, and
+    since 16 each grant states whether its privileges are inherited.
     """
     connection, name = source.connection, sql.Identifier(owner).as_string(None)
     grant = f"GRANT {name} TO {role}"
@@ -157,8 +157,8 @@ def _try_event_triggers(
 ) -> None:
     """Raise `CatalogError` if an event trigger refuses a statement.
 
-    Only running a statement shows that, so they run in a transaction that is rolled back. A table
-    that is locked is not waited for.
+    Only running the statements shows that, so they run in a transaction that is rolled back, and
+    that does not wait for locked tables.
     """
     triggers = [name for (name,) in connection.execute(_EVENT_TRIGGERS).fetchall()] if steps else []
     if not triggers:

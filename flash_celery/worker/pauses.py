@@ -62,7 +62,7 @@ class Pauses:
         name = source.settings.source
         destinations = {handler: task_options.queues_for(handler) for handler in resuming}
         self.hold_queues = hold_queues(self._app, name, paused, destinations)
-        # Messages held for a handler that the app has no more stay where they are, resumed or not.
+        # If the app no longer has a handler, its held messages stay where they are, resumed or not.
         stuck = {
             handler: since
             for handler, since in self.record.resuming.items()
@@ -75,13 +75,13 @@ class Pauses:
     def changed(self, source: Source) -> bool:
         """Return whether the record has changed since `read`, as by `flash pause`.
 
-        Once the held messages of resumed handlers are requeued, this records that first.
+        It also records that held messages have been requeued, once they have.
         """
         if record_hash(source) != self._recorded:
             return True
         if self.hold_queues.draining and self._publishing.has_begun:
             self.hold_queues = HoldQueues()
-            # Not of handlers that the app has no more: their messages are still held.
+            # Handlers that the app no longer has are left out: their messages are still held.
             resuming = self._handlers_in(self.record.resuming)
             try:
                 self._recorded = pauses.requeued(source, resuming, self._recorded)
