@@ -48,7 +48,7 @@ long: $(VENV)/.stamp
 	$(BIN)/pytest -m soak $(ARGS)
 	FLASH_EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/pytest -n 2 $(PROPERTIES)
 
-# Runs the integration tests on PostgreSQL 14 to 18; ARGS="14 17" picks versions.
+# Runs the integration tests on PostgreSQL 14 to 19; ARGS="14 17" picks versions.
 matrix: $(VENV)/.stamp
 	$(BIN)/python tests/matrix.py $(ARGS)
 

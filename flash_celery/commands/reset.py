@@ -24,6 +24,19 @@ from .status import SlotStatus, size, slot_status
 _ATTEMPTS = 50
 
 
+# Whether a slot is the last logical one, and keeps effective_wal_level up for a standby.
+_KEEPS_LEVEL = """
+SELECT current_setting('wal_level') = 'replica'
+AND EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = %s)
+AND NOT EXISTS (SELECT FROM pg_replication_slots
+                WHERE slot_type = 'logical' AND NOT temporary AND slot_name <> %s
+                AND invalidation_reason IS NULL)
+AND EXISTS (SELECT FROM pg_stat_replication r
+            LEFT JOIN pg_replication_slots s ON s.active_pid = r.pid
+            WHERE s.slot_type IS DISTINCT FROM 'logical')
+"""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a reset would undo."""
@@ -87,7 +100,7 @@ def plan_reset(source: Source, slot: str) -> Plan:
     if slot == source.slot and replay_slot.ours(source):
         replay_status = slot_status(connection, source.replay_slot)
     steps = undo_steps(published, identities.restorable(connection, published))
-    notes = [*_kept_identities(source, published)]
+    notes = [*_kept_identities(source, published), *_lost_on_standbys(connection, slot)]
     statements = "; ".join(map(str, steps))
     if is_standby(connection):
         if steps:
@@ -98,6 +111,18 @@ def plan_reset(source: Source, slot: str) -> Plan:
         notes.insert(0, note)
         steps = []
     return Plan(source, status, steps, replay_status, "\n".join(filter(None, notes)))
+
+
+def _lost_on_standbys(connection: psycopg.Connection[Any], slot: str) -> Iterator[str]:
+    """Warn if this is the slot that keeps logical slots on standbys usable (PostgreSQL 19)."""
+    if connection.info.server_version < 190000 or is_standby(connection):
+        return
+    if connection.execute(_KEEPS_LEVEL.encode(), [slot, slot]).fetchone() == (True,):
+        yield (
+            f"lose the logical slots of standbys, if there are any: {slot} is the last one here, "
+            "and wal_level is replica; to keep them, first ALTER SYSTEM SET wal_level = 'logical'; "
+            "and restart PostgreSQL"
+        )
 
 
 def _kept_identities(source: Source, published: ExistingPublications) -> Iterator[str]:

@@ -9,10 +9,13 @@ import psycopg
 
 from ..acknowledgement import Progress
 from ..errors import SlotLost, SlotMissing
+from .connection import is_standby
 from .slots import Slot, position_and_time
 
 #: The reason of a gap whose slot does not exist.
 DROPPED = "dropped"
+#: PostgreSQL's reason on a standby whose primary has lowered the level of its WAL.
+_LEVEL_LOWERED = "wal_level_insufficient"
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,15 @@ def gap_error(connection: psycopg.Connection[Any], gap: Gap) -> SlotLost | SlotM
     """Return the error that reports the gap and how to continue."""
     dropped = gap.reason == DROPPED
     error_class = SlotMissing if dropped else SlotLost
+    if is_standby(connection):
+        alone = "on a standby flash_on_lost_slot is always 'halt'"
+    else:
+        alone = "flash_on_lost_slot = 'recreate' does the first by itself"
+    first = ""
+    if gap.reason == _LEVEL_LOWERED:
+        first = "on the primary run ALTER SYSTEM SET wal_level = 'logical'; and restart it, then "
     return error_class(
         f"The slot {gap.slot} {'existed and is gone' if dropped else 'was invalidated'}: "
-        f"{ended_now(connection, gap)}; run `flash reset` to start again at the present, and "
-        "rebuild what depends on them (flash_on_lost_slot = 'recreate' does the first by itself)."
+        f"{ended_now(connection, gap)}; {first}run `flash reset` to start again at the present, "
+        f"and rebuild what depends on them ({alone})."
     )

@@ -34,6 +34,7 @@ _WAIT_SECONDS = 0.1
 _INVALIDATED = re.compile("can no longer|cannot read from logical replication slot|invalidated")
 
 _IN_USE = "55006"
+_FORBIDDEN = "42501"
 _UNDEFINED_OBJECT = "42704"
 _OBJECT_NOT_IN_STATE = "55000"
 _NOT_UTF8 = "22021"
@@ -251,6 +252,12 @@ class ReplicationConnection:
             return CatalogError(
                 f"{message}; text that is not UTF-8 cannot be replicated: the database's encoding "
                 "is SQL_ASCII, or was changed by hand."
+            )
+        if state == _FORBIDDEN and "plugin" in message:
+            return CatalogError(
+                f"PostgreSQL: {message}: as a superuser add pgoutput to output_plugin_libraries "
+                "(SHOW output_plugin_libraries; ALTER SYSTEM SET output_plugin_libraries = "
+                "'pgoutput', …; SELECT pg_reload_conf();)."
             )
         if state == _OBJECT_NOT_IN_STATE:
             if _INVALIDATED.search(message):

@@ -14,9 +14,13 @@ from ..postgres import catalog, other_publications
 from ..postgres.catalog import CatalogTable
 from ..postgres.source import Source, publication_names
 from ..settings import Settings
+from .findings import OK, Finding
 from .publications import ExistingPublications
 from .requirements import REWRITES, RequiredTables
 from .table_checks import quoted
+
+#: The first version with REPACK.
+_REPACK_SINCE = 190000
 
 
 def check(source: Source, existing: ExistingPublications, required: RequiredTables) -> str:
@@ -57,6 +61,14 @@ def check(source: Source, existing: ExistingPublications, required: RequiredTabl
             )
     names = sorted(str(table.name) for table in required.full.values() if table.identity != "f")
     return f"FULL will be set on {', '.join(names)}" if names else "sufficient"
+
+
+def prices(connection: psycopg.Connection[Any], required: RequiredTables) -> Iterator[Finding]:
+    """Name what PostgreSQL does not do with tables that have FULL."""
+    names = sorted(str(table.name) for table in required.full.values())
+    if names and connection.info.server_version >= _REPACK_SINCE:
+        message = f"PostgreSQL refuses it for {', '.join(names)}, because of REPLICA IDENTITY FULL"
+        yield Finding("REPACK (CONCURRENTLY)", OK, message)
 
 
 def refused(

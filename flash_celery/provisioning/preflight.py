@@ -15,6 +15,7 @@ from ..errors import (
     ConfigurationError,
     FlashError,
     PublicationMismatch,
+    SlotLost,
     SubscriptionError,
 )
 from ..handlers.subscriptions import Subscription, of_tables
@@ -69,10 +70,13 @@ class Report:
         return {oid: table.ancestors for oid, table in leaves.items()}
 
     def raise_first(self) -> None:
-        """Raise the error of the first finding that stops `replicate`."""
-        for finding in self.findings:
-            if finding.error is not None:
-                raise finding.error
+        """Raise the error of the first finding that stops `replicate`; that of a lost slot first.
+
+        The cause of a loss may stop it too, and must not hide that changes are missing.
+        """
+        errors = [finding.error for finding in self.findings if finding.error is not None]
+        for error in [*(each for each in errors if isinstance(each, SlotLost)), *errors]:
+            raise error
 
 
 def examine(
@@ -243,6 +247,7 @@ class _Examination:
             publications.check(existing, required)
             self._check_names(existing)
             self._add("replica identity", OK, identities.check(self._source, existing, required))
+            self._report.findings += identities.prices(self._connection, required)
         except FlashError as error:
             self._set_missing_identities(existing, required)
             return self._stop("publications", self._with_repairs(error))

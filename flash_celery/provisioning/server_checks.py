@@ -19,8 +19,14 @@ from . import standby_checks
 from .findings import OK, STOP, WARNING, Finding, stop
 
 _OLDEST = 140000
+#: The newest version that the tests have run on.
+_NEWEST = 19
+#: The first version whose first logical slot raises the level of the WAL by itself.
+_RAISES_LEVEL_SINCE = 190000
 #: Files and sockets that a replication worker has open besides its spools.
 _OTHER_FILES = 100
+#: A name in a setting that is a list, with or without double quotes.
+_LIST_ITEM = re.compile(r'"([^"]*)"|([^\s,"]+)')
 # PostgreSQL lets `session_user` replicate, whatever a `role` setting makes of `current_user`.
 _ROLE = """
 SELECT current_user::text, session_user::text, current_database()::text,
@@ -72,11 +78,11 @@ def findings(source: Source) -> Iterator[Finding]:
     version, shown = connection.info.server_version, _setting(connection, "server_version")
     if version < _OLDEST:
         error = ConfigurationError(
-            f"PostgreSQL {shown} is too old; versions 14 to 18 are supported."
+            f"PostgreSQL {shown} is too old; versions 14 to {_NEWEST} are supported."
         )
         yield stop("server", error)
         return
-    yield Finding("server", OK, f"PostgreSQL {shown}")
+    yield version_finding(version, shown)
     if is_standby(connection):
         yield from standby_checks.reading(source)
     elif settings.flash_failover_slot and version < standby_checks.FAILOVER_SINCE:
@@ -107,16 +113,72 @@ def _synchronous(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
         )
 
 
-def _wal(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
-    level = _setting(connection, "wal_level")
-    if level != "logical":
-        error = ConfigurationError(
-            f"wal_level is {level}, and reading changes needs logical: "
-            "ALTER SYSTEM SET wal_level = 'logical'; then restart PostgreSQL."
+def version_finding(version: int, shown: str) -> Finding:
+    """Return whether the tests have run on this version.
+
+    Args:
+        version: As libpq gives it, such as 180006.
+        shown: As a reader knows it, such as 18.6.
+    """
+    if version >= (_NEWEST + 1) * 10000:
+        message = (
+            f"PostgreSQL {shown} is newer than {_NEWEST}, the newest version that flash-celery is "
+            "tested with: look for a newer flash-celery, and try it on a copy first"
         )
-        yield stop("wal_level", error)
-    else:
-        yield Finding("wal_level", OK, "logical")
+        return Finding("server", WARNING, message)
+    return Finding("server", OK, f"PostgreSQL {shown}")
+
+
+def _wal_level(connection: psycopg.Connection[Any]) -> Finding:
+    """Check that the WAL holds what decoding needs, or will once there is a slot.
+
+    Source: PostgreSQL documentation, "effective_wal_level". It is the primary's, on standbys too.
+    """
+    level, required = _setting(connection, "wal_level"), "logical"
+    if connection.info.server_version >= _RAISES_LEVEL_SINCE:
+        effective = _setting(connection, "effective_wal_level")
+        if is_standby(connection):
+            return standby_checks.wal_level(level, effective)
+        required = "replica"
+        if level == required:
+            message = f"{level}: the first logical slot raises it (effective_wal_level {effective})"
+            return Finding("wal_level", OK, message)
+    if level == "logical":
+        return Finding("wal_level", OK, level)
+    error = ConfigurationError(
+        f"wal_level is {level}, and reading changes needs {required}: "
+        f"ALTER SYSTEM SET wal_level = '{required}'; then restart PostgreSQL."
+    )
+    return stop("wal_level", error)
+
+
+def _output_plugin(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
+    """Check that slots may use pgoutput, where the server restricts that.
+
+    Source: PostgreSQL documentation, "output_plugin_libraries", since the releases of August 2026.
+    """
+    setting = "output_plugin_libraries"
+    # A role without pg_read_all_settings does not see it: PostgreSQL refuses the slot then.
+    query = "SELECT setting FROM pg_settings WHERE name = %s"
+    row = connection.execute(query, [setting]).fetchone()
+    if row is None:
+        return
+    (value,) = row
+    names = [quoted or plain for quoted, plain in _LIST_ITEM.findall(value) if quoted or plain]
+    if "pgoutput" in names:
+        return
+    # Each name is a string of its own: ALTER SYSTEM takes a whole list in one string for one name.
+    allowed = [sql.Literal(name).as_string(None) for name in ["pgoutput", *names]]
+    error = ConfigurationError(
+        f"{setting} is '{value}', and reading changes needs pgoutput in it: "
+        f"ALTER SYSTEM SET {setting} = {', '.join(allowed)}; SELECT pg_reload_conf();"
+    )
+    yield stop(setting, error)
+
+
+def _wal(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
+    yield _wal_level(connection)
+    yield from _output_plugin(connection)
     if _setting(connection, "server_encoding") == "SQL_ASCII":
         yield Finding(
             "encoding",
@@ -152,14 +214,18 @@ def open_files(source: Source) -> Iterator[Finding]:
 
 
 def room_for_a_slot(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
-    """Check that one more slot can be created and read."""
+    """Check that one more slot can be created and read.
+
+    The slots of REPACK (CONCURRENTLY) do not count: PostgreSQL has max_repack_replication_slots for
+    them.
+    """
     for setting, used in (
-        ("max_replication_slots", "pg_replication_slots"),
+        ("max_replication_slots", "pg_replication_slots WHERE plugin IS DISTINCT FROM 'pgrepack'"),
         ("max_wal_senders", "pg_stat_replication"),
     ):
         limit = int(_setting(connection, setting))
-        query = sql.SQL("SELECT count(*) FROM {}").format(sql.Identifier(used))
-        (taken,) = connection.execute(query).fetchone() or (0,)
+        query = f"SELECT count(*) FROM {used}"  # noqa: S608 - constants only
+        (taken,) = connection.execute(query.encode()).fetchone() or (0,)
         if taken >= limit:
             error = ConfigurationError(
                 f"All {limit} of {setting} are in use; free one, or "

@@ -58,6 +58,31 @@ def reading(source: Source) -> Iterator[Finding]:
         yield Finding("standby", OK, "read only")
 
 
+def wal_level(own: str, effective: str) -> Finding:
+    """Check the level of the WAL on a standby of PostgreSQL 19 or later.
+
+    Args:
+        own: The standby's `wal_level`, which counts once it is promoted.
+        effective: Its `effective_wal_level`, which follows the primary.
+    """
+    remedy = "on the primary run ALTER SYSTEM SET wal_level = 'logical'; and restart it"
+    if effective != "logical":
+        error = ConfigurationError(
+            f"effective_wal_level is {effective}, and reading changes from a standby needs "
+            f"logical: {remedy} (a logical slot on the primary raises the level only as long as "
+            "it exists)."
+        )
+        return stop("wal_level", error)
+    if own != "logical":
+        return Finding(
+            "wal_level",
+            WARNING,
+            f"logical, but {own} is set here: if it is set on the primary too, the slot is lost "
+            f"when the primary's last logical slot is dropped; {remedy}",
+        )
+    return Finding("wal_level", OK, "logical")
+
+
 def findings(source: Source) -> Iterator[Finding]:
     """Check the primary, and every standby that the DSN names besides it."""
     connection, settings = source.connection, source.settings

@@ -55,7 +55,7 @@ from ..postgres import slots
 from ..postgres.connection import is_standby, raise_if_fatal, unreachable
 from ..postgres.source import Source, connected, publication_names
 from ..postgres.stream import ReplicationConnection
-from ..provisioning import advisory_lock, replay_slot
+from ..provisioning import advisory_lock, preflight, replay_slot
 from ..publishing import declared_queues
 from ..publishing.brokers.base import Publisher
 from ..publishing.thread import Claim, PublishingThread
@@ -262,9 +262,7 @@ class Replicator:
             patience = self._settings.longest_silence
             with (
                 connected(self._settings, patience) as source,
-                closing(
-                    ReplicationConnection(self._settings.require_dsn(), self._on_notice, patience)
-                ) as stream,
+                closing(self._connect_stream(source, patience)) as stream,
             ):
                 self._has_connected = True
                 self._require_same_server(stream, source)
@@ -280,6 +278,18 @@ class Replicator:
                     session.run()
         except psycopg.OperationalError as error:
             raise unreachable(error) from error
+
+    def _connect_stream(self, source: Source, patience: float) -> ReplicationConnection:
+        """Open the replication connection. Raises why the server has none, if it says so elsewhere.
+
+        With `wal_level = minimal` it refuses every one, for want of `max_wal_senders`.
+        """
+        try:
+            return ReplicationConnection(self._settings.require_dsn(), self._on_notice, patience)
+        except ReplicationError:
+            if not self._has_connected:
+                preflight.examine(source, self._subscriptions, self._progress).raise_first()
+            raise
 
     def _require_same_server(self, stream: ReplicationConnection, source: Source) -> None:
         """Raise `ReplicationError` if the two connections lead to different servers.

@@ -431,6 +431,16 @@ def test_virtual_column_added_under_full_stops_the_worker_only(flash, push_down)
     assert delivered[-2:] == ["insert 2,5", "delete 2,5"]
 
 
+@pytest.mark.parametrize("how", ["REPACK", "REPACK (CONCURRENTLY)"])
+def test_table_that_is_repacked_is_followed(flash, how):
+    if flash.database.one("SHOW server_version_num") < "190000":
+        return  # REPACK is new there
+    flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, name text)")
+    flash.handler("items").start()
+    flash.do("INSERT INTO items VALUES (1, 'a')", f"{how} items", "UPDATE items SET name = 'b'")
+    assert shown(flash.delivered()) == ["insert 1,a", "update 1 -> 1,b"]
+
+
 def test_table_of_1600_columns_is_delivered(flash):
     columns = ", ".join(f"c{n} int" for n in range(1599))
     flash.database.execute(f"CREATE TABLE wide (id int PRIMARY KEY, {columns})")
