@@ -30,6 +30,7 @@ PINNED = {
     "DateStyle": "ISO, MDY",
     "IntervalStyle": "postgres",
     "TimeZone": "UTC",
+    "timezone_abbreviations": "Default",
     "extra_float_digits": "3",
     "bytea_output": "hex",
     "array_nulls": "on",
@@ -40,6 +41,9 @@ PINNED = {
     "quote_all_identifiers": "off",
     "default_transaction_isolation": "read committed",
     "default_transaction_deferrable": "off",
+    "exit_on_error": "off",
+    # PostgreSQL 18 says by a warning that it leaves out a missing publication.
+    "client_min_messages": "notice",
     # Our commits wait for no synchronous standby: `flash replicate` may be the one that they would
     # wait for (synchronous_standby_names = '*').
     "synchronous_commit": "local",
@@ -68,6 +72,13 @@ WHERE (name <> ALL ('{{{limits}}}') OR s.source <> 'client')
     ),
     limits=",".join(LIMITS),
 )
+#: Names of our SQL mean PostgreSQL's own objects, wherever `search_path` has pg_catalog. Its other
+#: schemas stay, because functions of event triggers may need them.
+_PIN_CATALOG = """
+SELECT pg_catalog.set_config(
+    'search_path', 'pg_catalog, ' || pg_catalog.current_setting('search_path'), false)
+WHERE 'pg_catalog'::pg_catalog.name OPERATOR(pg_catalog.=) ANY (pg_catalog.current_schemas(false))
+"""
 _PIN = f"SELECT name, value, set_config(name, value, false) {_PINS}"
 _OVERRIDDEN = f"""
 SELECT name, s.setting || coalesce(s.unit, ''), s.source {_PINS}
@@ -160,6 +171,7 @@ def connect(
 
 def _pin(connection: psycopg.Connection[Any], replication: bool) -> None:
     """Set what libpq's own startup parameters (PGTZ, PGDATESTYLE) override, and read it back."""
+    connection.execute(_PIN_CATALOG.encode())
     for name, value, actual in connection.execute(_PIN.encode()).fetchall():
         if actual != value:
             raise ReplicationError(

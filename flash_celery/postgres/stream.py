@@ -6,7 +6,7 @@ import re
 import select
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import psycopg
 from psycopg import pq, sql
@@ -39,6 +39,8 @@ _UNDEFINED_OBJECT = "42704"
 _OBJECT_NOT_IN_STATE = "55000"
 _NOT_UTF8 = "22021"
 _INTERNAL = "XX000"
+#: The function of the server that finds a publication missing.
+_READS_PUBLICATION = "get_publication_oid"
 
 
 # A time without a unit is in milliseconds. 0 means no timeout; `nullif` makes `least` ignore it.
@@ -47,6 +49,22 @@ SELECT pg_backend_pid(), pg_postmaster_start_time(), least(nullif(setting::int8,
        set_config('wal_sender_timeout', least(nullif(setting::int8, 0), {limit})::text, false)
 FROM pg_settings WHERE name = 'wal_sender_timeout'
 """
+
+
+class Diagnosis(NamedTuple):
+    """An error or notice of the server."""
+
+    #: The SQLSTATE.
+    state: str
+    #: The message, in the language of `lc_messages`, which only a superuser may set.
+    message: str
+    #: The function of the server that has raised it, in every language.
+    function: str
+
+    @property
+    def skips_publication(self) -> bool:
+        """Whether the server goes on without a publication that is missing (PostgreSQL 18)."""
+        return self.state == _OBJECT_NOT_IN_STATE and self.function == "LoadPublications"
 
 
 class ReplicationConnection:
@@ -60,14 +78,14 @@ class ReplicationConnection:
     def __init__(
         self,
         dsn: str,
-        on_notice: Callable[[str, str], None] | None = None,
+        on_notice: Callable[[Diagnosis], None] | None = None,
         patience: float = _PATIENCE,
     ) -> None:
         """Connect.
 
         Args:
             dsn: Where to connect, as libpq reads it.
-            on_notice: Receives the SQLSTATE and the message of each notice of the server.
+            on_notice: Receives each notice of the server.
             patience: The seconds after which a command fails, and after which the server ends a
                 connection without a message from this side (see `start_session`).
         """
@@ -83,7 +101,7 @@ class ReplicationConnection:
         #: Seconds without a message from us after which the server frees the slot.
         self.timeout = patience
         if on_notice is not None:
-            self._connection.notice_handler = lambda result: on_notice(*_diagnosis(result))
+            self._connection.notice_handler = lambda result: on_notice(_diagnosis(result))
 
     def fileno(self) -> int:
         """Return the socket, to wait on."""
@@ -242,11 +260,11 @@ class ReplicationConnection:
         return self._connection.get_result()
 
     def _refused(self, result: pq.abc.PGresult) -> Exception:
-        state, message = _diagnosis(result)
+        state, message, function = _diagnosis(result)
         if state == _IN_USE:
             return SlotInUse(f"{message}.")
         if state == _UNDEFINED_OBJECT:
-            missing = SlotMissing if "slot" in message else PublicationMismatch
+            missing = PublicationMismatch if function == _READS_PUBLICATION else SlotMissing
             return missing(f"{message}; run `flash reset` to start again at the present.")
         if state == _NOT_UTF8:
             return CatalogError(
@@ -283,10 +301,12 @@ class ReplicationConnection:
         return unreachable(psycopg.OperationalError(text), self._dsn)
 
 
-def _diagnosis(result: pq.abc.PGresult) -> tuple[str, str]:
-    """Return the SQLSTATE and the message of an error or notice."""
-    fields = pq.DiagnosticField.SQLSTATE, pq.DiagnosticField.MESSAGE_PRIMARY
-    state, message = (
-        (result.error_field(field) or b"").decode(errors="replace") for field in fields
+def _diagnosis(result: pq.abc.PGresult) -> Diagnosis:
+    fields = (
+        pq.DiagnosticField.SQLSTATE,
+        pq.DiagnosticField.MESSAGE_PRIMARY,
+        pq.DiagnosticField.SOURCE_FUNCTION,
     )
-    return state, message
+    return Diagnosis(
+        *((result.error_field(field) or b"").decode(errors="replace") for field in fields)
+    )

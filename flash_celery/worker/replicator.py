@@ -54,7 +54,7 @@ from ..messages.templates import Templates
 from ..postgres import slots
 from ..postgres.connection import is_standby, raise_if_fatal, unreachable
 from ..postgres.source import Source, connected, publication_names
-from ..postgres.stream import ReplicationConnection
+from ..postgres.stream import Diagnosis, ReplicationConnection
 from ..provisioning import advisory_lock, preflight, replay_slot
 from ..publishing import declared_queues
 from ..publishing.brokers.base import Publisher
@@ -400,11 +400,12 @@ class Replicator:
         binding = hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
         return Lease(f"{self._system}.{source.slot}", binding, not self._startup.created_slot)
 
-    def _on_notice(self, state: str, message: str) -> None:
+    def _on_notice(self, notice: Diagnosis) -> None:
+        message = notice.message
         if message != self._last_logged_notice:
             self._last_logged_notice = message
             logger.warning("PostgreSQL: %s", escaped(message))
-        if state == "55000" and "publication" in message:
-            # PostgreSQL 18 skips a publication that is missing, and sends no changes of its tables.
+        if notice.skips_publication:
+            # No changes of its tables are sent.
             error = PublicationMismatch(f"{message}; run `flash reset` to start again.")
             self.control.fail(error)

@@ -92,6 +92,40 @@ def test_session_limits_of_a_database_are_switched_off(database, alter):
     assert shown(own, "lock_timeout", "statement_timeout") == ["3s", "0"]
 
 
+def test_session_settings_of_the_catalog_are_those_of_postgresql(flash, alter):
+    """An object of the project with the name of one of PostgreSQL's is not taken for it."""
+    flash.database.execute(
+        "CREATE SCHEMA app",
+        "CREATE TABLE app.pg_publication (pubname name)",
+        "CREATE FUNCTION app.pg_is_in_recovery() RETURNS bool LANGUAGE sql AS 'SELECT true'",
+        "CREATE TABLE app.items (id int PRIMARY KEY)",
+    )
+    flash.database.execute(
+        f'ALTER DATABASE "{flash.database.name}" SET search_path = app, pg_catalog'
+    )
+    with connect(flash.database.dsn) as connection:
+        found = connection.execute("SELECT 'pg_class'::regclass, 'items'::regclass").fetchone()
+        assert found == ("pg_class", "items")  # the rest of the path stays
+    flash.handler("app.items").start()
+    insert = "SET search_path TO DEFAULT; INSERT INTO app.items VALUES (1)"
+    with psycopg.connect(flash.database.dsn, autocommit=True) as connection:
+        connection.execute(insert)
+    flash.wait(lambda: flash.publisher.queues["flash"])
+    assert [change.new["id"] for change in flash.delivered()] == [1]
+
+
+def test_session_messages_are_those_that_the_worker_reads(database, alter):
+    alter(client_min_messages="error", exit_on_error="on", timezone_abbreviations="Australia")
+    names = "client_min_messages", "exit_on_error", "timezone_abbreviations"
+    assert shown(database.dsn, *names) == ["notice", "off", "Default"]
+
+
+def test_session_settings_of_money_are_those_of_the_role_on_both_connections(database, alter):
+    """They are part of the meaning of a value: a yen has no cents. So they are not ours."""
+    alter(lc_monetary="POSIX")
+    assert shown(database.dsn, "lc_monetary") == ["POSIX"]
+
+
 def test_session_options_of_environment_and_service_are_kept(database, monkeypatch, tmp_path):
     monkeypatch.setenv("PGOPTIONS", "-c work_mem=7MB")
     assert shown(database.dsn, "work_mem") == ["7MB"]
