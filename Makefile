@@ -50,7 +50,7 @@ long: $(VENV)/.stamp
 
 # Runs the integration tests on PostgreSQL 14 to 19; ARGS="14 17" picks versions.
 matrix: $(VENV)/.stamp
-	$(BIN)/python tests/matrix.py $(ARGS)
+	$(BIN)/python -m tests.matrix $(ARGS)
 
 # Runs the tests that depend on Celery on Celery 5.4 to 5.7; ARGS="5.4 5.6" picks releases.
 celery: $(VENV)/.stamp
