@@ -321,10 +321,13 @@ class Settings:
             self.called("flash_password_command"),
             self.flash_dsn,
             arguments(self.flash_password_command),
-            self.longest_silence,
+            max(self.longest_silence, _CREDENTIALS_SECONDS),
         )
 
 
+#: The least seconds that a callable or command may take to give a DSN or password: the commands
+#: of clouds take some, and flash_status_interval may be short.
+_CREDENTIALS_SECONDS = 10.0
 _SLOT = re.compile("[a-z0-9_]+")
 _REPLAY_SLOT_SUFFIX = "_history"
 _CHOICES = {

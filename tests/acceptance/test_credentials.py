@@ -192,7 +192,7 @@ def test_dsn_callable_that_hangs_is_shown_and_a_signal_ends_it(shop, user):
     assert http_get(address, "/ready")[0] == 200
     user.behave("hang")
     user.end_sessions()
-    sentence = "flash_dsn has given no connection string: credentials.dsn has not returned for 6 s"
+    sentence = "flash_dsn has given no connection string: credentials.dsn has not returned for 10 s"
     shop.until_said(replicate, sentence)
     status, body, _ = http_get(address, "/ready")
     assert status == 503

@@ -7,12 +7,15 @@ import sys
 import threading
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from celery import Celery
+from celery.worker.control import conf
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from example_project.servers import wait_until
+from flash_celery.credentials import Credentials, arguments
 from flash_celery.errors import ConfigurationError, CredentialsError, WrongCredentials
 from flash_celery.settings import Settings
 
@@ -39,17 +42,18 @@ def prints(text, *, before="", after=""):
     return [sys.executable, "-c", code]
 
 
+def credentials(given, command=(), patience=60):
+    return Credentials("flash_dsn", "flash_password_command", given, list(command), patience)
+
+
 @pytest.fixture
 def password():
     """Runs a command, and returns the password that the DSN then has."""
 
-    def read(command, patience=10):
-        settings = Settings(
-            flash_dsn="host=h dbname=shop password=old",
-            flash_password_command=command,
-            flash_status_interval=patience / 3,
-        )
-        return conninfo_to_dict(settings.require_dsn())["password"]
+    def read(command, patience=60):
+        given = "host=h dbname=shop password=old"
+        dsn = credentials(given, arguments(command), patience).dsn()
+        return conninfo_to_dict(dsn)["password"]
 
     return read
 
@@ -169,15 +173,15 @@ def test_dsn_callable_that_never_returns_has_a_deadline():
         release.wait(60)
         return DSN
 
-    settings = Settings(flash_dsn=hangs, flash_status_interval=0.1)
+    hanging = credentials(hangs, patience=0.3)
     for _ in range(3):
         with pytest.raises(CredentialsError, match=r"^flash_dsn .* has not returned for 0\.3 s"):
-            settings.require_dsn()
+            hanging.dsn()
     # The first call still runs, and no others wait behind it.
     assert len(calls) == 1
     release.set()
     calls[0].join(60)
-    assert settings.require_dsn() == DSN
+    assert hanging.dsn() == DSN
 
 
 @pytest.mark.parametrize("change", ["host=other", "port=2", "dbname=other"])
@@ -363,6 +367,16 @@ def test_invalid_password_command_is_named(value, sentence):
 def test_settings_repr_hides_credentials():
     settings = Settings(flash_dsn=DSN, flash_password_command=["vault", SECRET])
     assert SECRET not in repr(settings) + repr(settings._credentials)
+
+
+def test_celery_report_prints_a_password_of_the_dsn_only():
+    app = Celery("shop", set_as_current=False)
+    app.conf.flash_dsn = DSN
+    assert SECRET in app.bugreport()
+    app.conf.flash_dsn = a_dsn
+    app.conf.flash_sources = {"billing": {"dsn": a_dsn}}
+    assert SECRET not in app.bugreport() + str(conf(SimpleNamespace(app=app)))
+    app.close()
 
 
 def test_settings_module_may_define_the_callable(tmp_path, monkeypatch):
