@@ -30,7 +30,7 @@ T = TypeVar("T")
 _PATIENCE = 30.0
 #: Seconds between two calls of `on_wait`.
 _WAIT_SECONDS = 0.1
-#: Matches the messages of PostgreSQL 14 to 18 about an invalidated slot.
+#: Matches the messages of PostgreSQL 14 to 19 about an invalidated slot.
 _INVALIDATED = re.compile("can no longer|cannot read from logical replication slot|invalidated")
 
 _IN_USE = "55006"

@@ -1,4 +1,4 @@
-"""Messages captured from PostgreSQL 14 to 18 (`tests/golden/capture.py`)."""
+"""Messages captured from PostgreSQL 14 to 19 (`tests/golden/capture.py`)."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def read(path):
 
 
 def test_golden_files_have_every_version_and_message_type():
-    assert [path.stem for path in GOLDEN] == ["pg14", "pg15", "pg16", "pg17", "pg18"]
+    assert [path.stem for path in GOLDEN] == ["pg14", "pg15", "pg16", "pg17", "pg18", "pg19"]
     for path in GOLDEN:
         assert {tag for tag, _, _ in read(path)} == set(KINDS), path
 
