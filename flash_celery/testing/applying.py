@@ -91,9 +91,6 @@ class Run:
 class Flash:
     """The handlers of an app.
 
-    `matching`, `enqueued` and `apply` take changes that `flash_celery.testing` builds, in commit
-    order.
-
     Args:
         app: The Celery app.
 
@@ -113,7 +110,11 @@ class Flash:
     def matching(self, *changes: Change[Any]) -> list[tuple[str, Any]]:
         """Return the name of each handler that would receive something, and its argument.
 
-        Runs nothing; raises as `enqueued` does.
+        Args:
+            *changes: As for `enqueued`.
+
+        Raises:
+            FlashError: As for `enqueued`.
         """
         return [(task.handler, task.told) for task in self.enqueued(*changes)]
 
@@ -121,6 +122,9 @@ class Flash:
         """Return the tasks that the replication worker would enqueue; runs nothing.
 
         A batch has the matching changes of one call, up to its size.
+
+        Args:
+            *changes: Changes that `flash_celery.testing` builds, in commit order.
 
         Raises:
             SubscriptionError: A change has no value for a column that a handler names, or only
@@ -136,7 +140,13 @@ class Flash:
     def apply(self, *changes: Change[Any]) -> list[Run]:
         """Run the tasks of the changes in this process, as `task.apply` does.
 
-        Errors of handlers are in the result; raises as `enqueued` does.
+        Errors of handlers are in the result.
+
+        Args:
+            *changes: As for `enqueued`.
+
+        Raises:
+            FlashError: As for `enqueued`.
         """
         return [run(self._app, task) for task in self.enqueued(*changes)]
 
