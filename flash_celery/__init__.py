@@ -19,7 +19,7 @@ from .changes.change import (
 from .changes.rows import UNCHANGED
 from .errors import FlashError
 from .handlers.decorators import on_change, on_message
-from .handlers.subscriptions import Batch
+from .handlers.subscriptions import Batch, Ordered
 from .protocol.lsn import Lsn
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "LogicalMessage",
     "Lsn",
     "Operation",
+    "Ordered",
     "Truncate",
     "Update",
     "on_change",

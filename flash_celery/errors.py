@@ -18,7 +18,8 @@
     ├── SpoolError                the disk, for a large open transaction (retry)
     ├── PublishError              the broker (retry)
     │   ├── Unroutable
-    │   └── NotConfirmed
+    │   ├── NotConfirmed
+    │   └── LanesNotReady
     ├── TakenOver                 another worker publishes now (retry)
     ├── ConfirmedLost             the broker has lost messages that it had confirmed (retry)
     ├── ChangeTooLarge            a change that the broker cannot take
@@ -182,6 +183,12 @@ class Unroutable(PublishError):
 
 class NotConfirmed(PublishError):
     """The broker refused a message, or did not confirm it in time."""
+
+
+class LanesNotReady(PublishError):
+    """The lanes of an ordered handler cannot be filled yet."""
+
+    solution = "Nothing is lost; see `flash lanes list`."
 
 
 class TakenOver(FlashError):

@@ -41,6 +41,12 @@ class Settings:
     flash_dead_queue: str = "flash.dead"
     #: How many processes may die on a change before it becomes a dead letter.
     flash_max_deaths: int = 3
+    #: How many lanes the changes of an `ordered` handler are spread over.
+    flash_lanes: int = 256
+    #: Seconds that a worker handles changes of one lane before others have their turn.
+    flash_lane_budget: float = 1.0
+    #: Seconds after which another worker takes over the lane of one that has died.
+    flash_lane_lease: float = 30.0
     #: How many messages may wait in a queue before reading pauses; 0 for no limit.
     flash_max_queue_length: int = 0
     #: Globs over `schema.table.operation` to task options, in the shape of `task_routes`.
@@ -195,6 +201,12 @@ class Settings:
             raise ConfigurationError(
                 "flash_replay_window must be a number of seconds below a year, or 0 for no replay."
             )
+        if not 1 <= self.flash_lanes <= _MOST_LANES:
+            raise ConfigurationError(f"flash_lanes must be a number from 1 to {_MOST_LANES}.")
+        if not 0 < self.flash_lane_budget <= 60:
+            raise ConfigurationError("flash_lane_budget must be above 0, at most 60 seconds.")
+        if not 3 <= self.flash_lane_lease <= 3600:
+            raise ConfigurationError("flash_lane_lease must be a number of seconds from 3 to 3600.")
         for name in ("flash_max_deaths", "flash_max_change_size"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be a number above 0.")
@@ -329,6 +341,8 @@ class Settings:
 #: of clouds take some, and flash_status_interval may be short.
 _CREDENTIALS_SECONDS = 10.0
 _SLOT = re.compile("[a-z0-9_]+")
+#: The most lanes of a handler: a TRUNCATE puts a marker into each of them.
+_MOST_LANES = 4096
 _REPLAY_SLOT_SUFFIX = "_history"
 _CHOICES = {
     "flash_replica_identity": ("auto", "keep"),

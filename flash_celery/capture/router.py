@@ -316,7 +316,8 @@ def _table(
     key = subscription.key or ()
     key = key if key and names.issuperset(key) else _key(relation, catalog_table)
     fields = frozenset(subscription.fields or (column.name for column in relation.columns))
-    sent = [column for column in relation.columns if column.name in fields or column.name in key]
+    needed = fields | frozenset(key) | subscription.ordering_columns
+    sent = [column for column in relation.columns if column.name in needed]
     return Table(
         subscription.table.schema,
         subscription.table.name,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import click
 
-from . import dead, doctor, pause, replay, replicate, reset, status, tail, wait
+from . import dead, doctor, lanes, pause, replay, replicate, reset, status, tail, wait
 
 
 @click.group(name="flash")
@@ -27,5 +27,6 @@ for _command in (
     reset.reset,
     tail.tail,
     dead.dead,
+    lanes.lanes,
 ):
     flash.add_command(_command)

@@ -16,8 +16,9 @@ from ..changes.change import Change, Changes
 from ..changes.payload import CHANGE, CHANGES
 from ..errors import PublishError
 from ..protocol.lsn import Lsn
-from ..publishing.brokers import redis_keys
+from ..publishing.brokers import lane_access, redis_keys
 from ..publishing.brokers.base import ConnectedPublisher, is_missing_queue
+from ..settings import Settings
 
 #: Seconds that workers have to answer.
 _INSPECT_SECONDS = 1.0
@@ -44,9 +45,11 @@ class PendingChanges(Protocol):
 
 
 def pending_changes(
-    app: Any, source: str, handlers: Collection[str], queues: Sequence[str]
+    app: Any, source: Settings, handlers: Collection[str], queues: Sequence[str]
 ) -> PendingChanges:
     """Connect to the broker, to find changes of a source for these handlers in these queues.
+
+    Their lanes count as well.
 
     Raises:
         PublishError: The broker does not answer.
@@ -87,13 +90,14 @@ class _OnBroker:
         self,
         app: Any,
         publisher: ConnectedPublisher,
-        source: str,
+        source: Settings,
         handlers: Collection[str],
         queues: Sequence[str],
     ) -> None:
         self._app = app
         self._publisher = publisher
-        self._source = source
+        self._source = source.source
+        self._slot = source.flash_replication_slot
         self._handlers = handlers
         self._queues = queues
 
@@ -104,7 +108,7 @@ class _OnBroker:
 class _InRedis(_OnBroker):
     def first_up_to(self, lsn: Lsn) -> str:
         with self._publisher.errors():
-            if reason := self._oldest_of_long_queue(lsn):
+            if reason := self._oldest_of_long_queue(lsn) or self._in_lanes(lsn):
                 return reason
             counts = Counter(self._pending(lsn))
         if not counts:
@@ -128,6 +132,15 @@ class _InRedis(_OnBroker):
         for (queue, _), depth, raw in zip(keys, results[::2], results[1::2], strict=True):
             if depth > _LONG_QUEUE and raw and (handler := self._handler_of(_parsed(raw), lsn)):
                 return f"{depth} messages are in the queue {queue}, the first for {handler}"
+        return ""
+
+    def _in_lanes(self, lsn: Lsn) -> str:
+        """Describe how many lanes of a handler have a pending change; return "" for none."""
+        with lane_access.overviews(self._publisher, self._slot, self._handlers) as found:
+            for handler, overview, _ in found:
+                if count := overview.first_up_to(lsn, self._source):
+                    lanes = "1 lane has" if count == 1 else f"{count} lanes have"
+                    return f"{lanes} changes for {handler} (`flash lanes list`)"
         return ""
 
     def _pending(self, lsn: Lsn) -> Iterator[tuple[str, str]]:

@@ -29,6 +29,8 @@ from ..dead_letters.oversize import Oversize
 from ..errors import CatalogError, ConfigurationError, PublishError
 from ..handlers.subscriptions import Subscription, of_tables
 from ..messages.batcher import Batcher, BatcherSink
+from ..messages.lane_messages import LaneMessage
+from ..messages.task_message import Message
 from ..messages.task_options import TaskOptions
 from ..messages.templates import Templates
 from ..postgres import slots
@@ -326,8 +328,15 @@ class _Enqueuer:
                     raise
                 self._publisher.open(self._queues)
                 admitted, messages = error.confirmed, smaller
+            self.count += sum(map(_count, messages[:admitted]))
             messages = messages[admitted:]
-            self.count += admitted
+
+
+def _count(message: Message) -> int:
+    """Return 1, or how many changes a message for lanes has."""
+    if isinstance(message, LaneMessage):
+        return sum(count for _, count, _ in message.pushes)
+    return 1
 
 
 def _wait(seconds: float) -> bool:

@@ -22,7 +22,9 @@ from ..provisioning import pauses, publications, replay_slot
 from ..provisioning.record import Record
 from ..publishing.backpressure import is_full
 from ..publishing.brokers.base import queue_depths
+from ..publishing.brokers.lane_overview import HandlerLanes
 from ..settings import Settings
+from .lanes import summaries, summary_lines
 from .worker_checks import unhandled
 
 _SLOT = f"""
@@ -152,6 +154,8 @@ class BrokerStatus:
     max_queue_length: int
     dead_letters: DeadLetterStatus
     broker_error: str | None
+    #: The lanes of ordered handlers.
+    lanes: list[HandlerLanes] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -188,8 +192,10 @@ def examine(source: Source, app: Any, subscriptions: Sequence[Subscription]) -> 
     database = database_status(source)
     hold_queues = [handler.queue for handler in database.paused_handlers]
     error, depths = None, {}
+    lanes: list[HandlerLanes] = []
     try:
         depths = queue_depths(app, [*task_options.queues, settings.flash_dead_queue, *hold_queues])
+        lanes = summaries(app, settings, subscriptions)
     except PublishError as failure:
         error = str(failure)
     else:
@@ -198,7 +204,7 @@ def examine(source: Source, app: Any, subscriptions: Sequence[Subscription]) -> 
     return StatusReport(
         project,
         database,
-        broker_status(settings, task_options, depths, error),
+        broker_status(settings, task_options, depths, error, lanes),
         None if error else unhandled(app, subscriptions),
     )
 
@@ -273,6 +279,7 @@ def broker_status(
     task_options: TaskOptions,
     depths: Mapping[str, int | None],
     error: str | None,
+    lanes: Sequence[HandlerLanes] = (),
 ) -> BrokerStatus:
     """Return the queues' lengths from `depths`, which is empty where the broker gave `error`."""
     dead_queue = settings.flash_dead_queue
@@ -283,6 +290,7 @@ def broker_status(
         max_queue_length=settings.flash_max_queue_length,
         dead_letters=DeadLetterStatus(dead_queue, dead_count),
         broker_error=error,
+        lanes=list(lanes),
     )
 
 
@@ -304,6 +312,8 @@ def as_text(report: StatusReport) -> list[str]:
     for name, depth in broker.queues.items():
         lines.append(f"  {name}  {waiting(depth, broker.max_queue_length)}")
     lines.append(f"  {broker.dead_letters.queue}  {dead_letters(broker.dead_letters)}")
+    if broker.lanes:
+        lines += ["", "lanes", *(f"  {line}" for line in summary_lines(broker.lanes))]
     if broker.broker_error:
         lines.append(f"  {broker.broker_error}")
     else:

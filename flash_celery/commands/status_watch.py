@@ -20,6 +20,7 @@ from ..postgres.gaps import Gap
 from ..postgres.source import Source
 from ..protocol.lsn import Lsn
 from . import status
+from .lanes import summary_text
 from .status import SlotStatus, StatusReport
 
 
@@ -122,6 +123,9 @@ def _queues(report: StatusReport) -> Table:
     letters = report.broker.dead_letters
     style = "red" if letters.count else ""
     table.add_row(_text(letters.queue), Text(status.dead_letters(letters), style=style))
+    for lanes in report.broker.lanes:
+        style = "red" if lanes.blocked else ""
+        table.add_row(_text(lanes.handler), Text(summary_text(lanes), style=style))
     return table
 
 

@@ -27,6 +27,7 @@ letters.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import threading
@@ -132,7 +133,7 @@ def _on_unreadable(
         traceback=ExceptionInfo().traceback,
         worker=str(consumer.hostname),
     )
-    if _store(app, letter):
+    if store_letter(app, letter):
         ack(logger, consumer.connection_errors)
     else:
         reject(logger, consumer.connection_errors, True)
@@ -254,7 +255,7 @@ class HandlerRequest(Request):  # type: ignore[misc] # Celery ships no types
             return super().on_failure(exc_info, send_failed_event, return_ok)
         if isinstance(error, _PROCESS_ENDED) and self.task.acks_late:
             deaths = letters.deaths_of(self.message.headers) + 1
-            if deaths < _setting(self.app, "flash_max_deaths"):
+            if deaths < setting(self.app, "flash_max_deaths"):
                 return self._run_again(deaths, error)
             error = ProcessKilled(
                 f"Its worker process has died {deaths} times, most recently with: {text_of(error)}"
@@ -326,15 +327,15 @@ class HandlerRequest(Request):  # type: ignore[misc] # Celery ships no types
             started_at=self.time_start,
             worker=str(self.hostname),
         )
-        if _store(self.app, letter):
+        if store_letter(self.app, letter):
             self.acknowledge()
         else:
             self.reject(requeue=True)
 
 
-def _store(app: Any, letter: DeadLetter) -> bool:
+def store_letter(app: Any, letter: DeadLetter) -> bool:
     """Publish a dead letter; return whether the broker has confirmed it."""
-    name = _setting(app, "flash_dead_queue")
+    name = setting(app, "flash_dead_queue")
     task = _described(letter.handler, letter.id, letter.argsrepr)
     try:
         _sender.send(app, letters.encode(app, letter, name), declared_queues.queue(app, name))
@@ -361,6 +362,8 @@ class _Sender:
         self._lock = threading.Lock()
         self._app: Any = None
         self._publisher: Publisher | None = None
+        #: The process that has opened the publisher; a forked one must not use its connection.
+        self._pid = 0
         self._declared: set[str] = set()
 
     def send(self, app: Any, message: Message, queue: Any) -> None:
@@ -370,6 +373,8 @@ class _Sender:
             PublishError: The broker has not confirmed it.
         """
         deadline = time.monotonic() + _PUBLISH_SECONDS
+        if self._pid != os.getpid():
+            self._lock, self._publisher, self._pid = threading.Lock(), None, os.getpid()
         with self._lock:
             for pause in delays(0.1, 1.0):
                 try:
@@ -412,7 +417,7 @@ def _queue_of(app: Any, delivery_info: Any) -> str:
     return routing_key
 
 
-def _setting(app: Any, name: str) -> Any:
+def setting(app: Any, name: str) -> Any:
     """Read one setting without checking the others: a mistake there must not lose a dead letter."""
     return app.conf.get(name) or getattr(Settings, name)
 

@@ -11,6 +11,7 @@ from typing import Any
 from celery import Celery, Task, current_app
 from celery._state import _get_active_apps, connect_on_app_finalize
 from celery.local import Proxy
+from celery.utils.imports import symbol_by_name
 
 from ..errors import SubscriptionError
 
@@ -18,6 +19,10 @@ from ..errors import SubscriptionError
 _TRANSPARENT = {"celery", "flash_celery"}
 #: What calling a function returns whose body has not run.
 _LAZY_RESULTS = (Coroutine, AsyncGenerator, Generator)
+#: The name of the task that drains a lane.
+WAKE_TASK = "flash_celery.wake"
+#: What runs it. It is a name, so that only workers import the module.
+_WAKE = "flash_celery.lanes.wake"
 
 
 def function_for_task(handler: Any) -> Any:
@@ -174,3 +179,30 @@ def convert_arguments(task: Any, convert: Callable[[Any], Any]) -> None:
         return run(*map(convert, args), **converted)
 
     setattr(task, _run_attribute(task), run_converted)
+
+
+def register_wake(app: Celery) -> None:
+    """Give an app the task that drains the lanes of its ordered handlers."""
+    if WAKE_TASK in app._tasks:
+        return
+
+    def wake(self: Task, source: str, handler: str, lane: str) -> None:
+        symbol_by_name(f"{_WAKE}:wake")(self, source, handler, lane)
+
+    app.task(
+        name=WAKE_TASK,
+        bind=True,
+        shared=False,
+        lazy=False,
+        # A wake that is lost, or comes twice, does no harm; one that waits for a result does.
+        acks_late=True,
+        acks_on_failure=True,
+        acks_on_timeout=True,
+        acks_on_failure_or_timeout=True,
+        reject_on_worker_lost=False,
+        ignore_result=True,
+        rate_limit=0,
+        typing=False,
+        Strategy=f"{_WAKE}:strategy",
+        Request=f"{_WAKE}:WakeRequest",
+    )(wake)

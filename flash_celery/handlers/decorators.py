@@ -28,6 +28,7 @@ from .celery_tasks import (
     function_for_task,
     lazy_kind,
     refuse_lazy_results,
+    register_wake,
     require_argument,
     resolve_shared_task,
     when_finalized,
@@ -36,9 +37,11 @@ from .declarations import Declaration, convert_rows, has_row_types, number_subsc
 from .row_types import RowType
 from .subscriptions import (
     Batch,
+    Ordered,
     Subscription,
     column_name,
     column_names,
+    of_tables,
     operations_of,
     prefix_of,
     source_of,
@@ -150,6 +153,7 @@ def on_change(
     key: Any = ...,
     into: None = ...,
     batch: Any = ...,
+    ordered: Any = ...,
     queue: str | None = ...,
     acks_late: bool = ...,
     source: str | None = ...,
@@ -164,6 +168,7 @@ def on_change(
     key: Any = ...,
     into: type[RowT],
     batch: Any = ...,
+    ordered: Any = ...,
     queue: str | None = ...,
     acks_late: bool = ...,
     source: str | None = ...,
@@ -177,6 +182,7 @@ def on_change(
     key: Any = None,
     into: Any = None,
     batch: Any = None,
+    ordered: Any = None,
     queue: str | None = None,
     acks_late: bool = True,
     source: str | None = None,
@@ -207,6 +213,9 @@ def on_change(
             TypedDict. A row that does not fit fails the task with a `RowError`. Default: mappings.
         batch: The most changes of one task, as a number or a `Batch(size, wait)`. Default: one task
             for each change.
+        ordered: Handle changes with equal keys one at a time and in commit order: `True` for the
+            row's key, the name of a column or a list of names, or `Ordered(by, lanes, on_failure)`.
+            Needs Redis or Valkey. Default: no order.
         queue: The name of the queue. Default: the task's own queue, `flash_routes`, `task_routes`,
             `flash_queue`, in this order.
         acks_late: Whether Celery acknowledges the message after the handler has run. With `False` a
@@ -235,6 +244,7 @@ def on_change(
             key=column_names("key", key, table),
             into=_row_type_of(into, delivered),
             batch=Batch.of(batch),
+            ordered=Ordered.of(ordered, table),
             queue=queue,
             acks_late=acks_late,
         )
@@ -330,6 +340,7 @@ def subscriptions_of_task(task: Any) -> list[Subscription]:
     if subscriptions:
         require_argument(task)
         _require_consistency(subscriptions)
+        subscriptions = _with_one_order(subscriptions)
     return subscriptions
 
 
@@ -344,6 +355,34 @@ def _require_consistency(subscriptions: list[Subscription]) -> None:
                     f"{getattr(first, argument)!r} for {first.subject} and "
                     f"{getattr(other, argument)!r} for {other.subject}; give both the same."
                 )
+
+
+def _with_one_order(subscriptions: list[Subscription]) -> list[Subscription]:
+    """Return the subscriptions of a task, its messages in one order with its changes.
+
+    Raises:
+        SubscriptionError: Some are ordered and others are not, or differently.
+    """
+    changes = of_tables(subscriptions)
+    orders = {replace(each.ordered, by=None) if each.ordered else None for each in changes}
+    if len(orders) > 1:
+        raise SubscriptionError(
+            f"{subscriptions[0].handler} is declared twice, with a contradiction: give every "
+            "on_change of it ordered= with the same lanes and on_failure, or none of them."
+        )
+    order = changes[0].ordered if changes else None
+    if order is None:
+        return subscriptions
+    first = changes[0]
+    if first.batch is not None and first.batch.wait:
+        raise SubscriptionError(
+            f"{first.handler} has ordered= and {first.batch}: in lanes a batch has the changes "
+            "that wait, up to its size, so leave out wait."
+        )
+    return [
+        each if each.ordered else replace(each, ordered=replace(order, by=None))
+        for each in subscriptions
+    ]
 
 
 def _declare(target: Any, declaration: Declaration) -> Any:
@@ -377,6 +416,8 @@ def _attach(task: Any, declaration: Declaration) -> None:
     task.acks_late = task.reject_on_worker_lost = subscription.acks_late
     if task.Strategy == Task.Strategy:
         task.Strategy = _STRATEGY
+    if subscription.ordered is not None:
+        register_wake(task.app)
     if "_flash_refuses_lazy_results" not in task.__dict__:
         task.__dict__["_flash_refuses_lazy_results"] = True
         refuse_lazy_results(task)

@@ -51,6 +51,57 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Ordered:
+    """How a handler's changes are kept in order.
+
+    Attributes:
+        by: The columns of the ordering key, as a name or a list of names (or of model fields).
+            Changes with equal keys are handled one at a time and in commit order. Default: the
+            row's key.
+        lanes: How many keys can be handled at the same time at most, 1 to 4096; a key that is
+            retried holds up those in its lane. Default: `flash_lanes`.
+        on_failure: `"dead"` makes a dead letter of a change that has failed for good, and goes on;
+            `"block"` stops its lane until `flash lanes skip` or `flash lanes retry`.
+    """
+
+    by: Any = None
+    lanes: int | None = None
+    on_failure: str = "dead"
+
+    @classmethod
+    def of(cls, ordered: Any, model: Any) -> Ordered | None:
+        """Read the `ordered=` of an `on_change`: None, a bool, columns or an `Ordered`.
+
+        Raises:
+            SubscriptionError: It is something else, or out of range.
+        """
+        if ordered is None or ordered is False:
+            return None
+        if ordered is True:
+            ordered = cls()
+        elif not isinstance(ordered, Ordered):
+            ordered = cls(by=ordered)
+        by = ordered.by
+        if sqlalchemy_models.is_attribute(by) or isinstance(by, str):
+            by = [by]
+        columns = column_names("ordered", by, model)
+        lanes = ordered.lanes
+        if lanes is not None and not (type(lanes) is int and 1 <= lanes <= MOST_LANES):
+            raise SubscriptionError(
+                f"ordered has lanes={lanes!r}; it is a number from 1 to {MOST_LANES}."
+            )
+        if ordered.on_failure not in ("dead", "block"):
+            raise SubscriptionError(
+                f"ordered has on_failure={ordered.on_failure!r}; it is 'dead' or 'block'."
+            )
+        return cls(columns, lanes, ordered.on_failure)
+
+
+#: The most lanes of a handler: a TRUNCATE puts a marker into each of them.
+MOST_LANES = 4096
+
+
+@dataclass(frozen=True)
 class Subscription:
     """One `on_change` or `on_message` of one handler."""
 
@@ -64,6 +115,8 @@ class Subscription:
     where: parsing.Condition | None = None
     key: tuple[str, ...] | None = None
     batch: Batch | None = None
+    #: How its changes are kept in order; None if they are not.
+    ordered: Ordered | None = None
     queue: str | None = None
     acks_late: bool = True
     #: Its position among the subscriptions of its task, from 0.
@@ -114,13 +167,19 @@ class Subscription:
         fields = self.fields if self.operations & delivered else None
         key = self.key if operation is Operation.UPDATE else None
         where = self.where.columns if self.where is not None else frozenset()
-        return where | frozenset(fields or ()) | frozenset(key or ())
+        return where | frozenset(fields or ()) | frozenset(key or ()) | self.ordering_columns
+
+    @property
+    def ordering_columns(self) -> frozenset[str]:
+        """The columns of its ordering key, if it names them."""
+        return frozenset(self.ordered.by or ()) if self.ordered is not None else frozenset()
 
     @property
     def columns(self) -> frozenset[str]:
-        """Every column that its `where`, `fields` and `key` name."""
+        """Every column that its `where`, `fields`, `key` and `ordered` name."""
         where = self.where.columns if self.where is not None else frozenset()
-        return where | frozenset(self.fields or ()) | frozenset(self.key or ())
+        named = frozenset(self.fields or ()) | frozenset(self.key or ())
+        return where | named | self.ordering_columns
 
 
 def of_tables(subscriptions: Iterable[Subscription]) -> list[Subscription]:
@@ -235,7 +294,7 @@ def column_names(argument: str, names: Any, model: Any) -> tuple[str, ...] | Non
     """Read `fields=` or `key=`, and convert names of a model's fields or attributes to columns.
 
     Args:
-        argument: `"fields"` or `"key"`, for the error.
+        argument: `"fields"`, `"key"` or `"ordered"`, for the error.
         names: The names, or None.
         model: The `table` of the `on_change`.
 

@@ -20,6 +20,7 @@ from ..handlers.subscriptions import Subscription
 from ..protocol.lsn import Lsn
 from ..telemetry import Route
 from .deduplication import Deduplicator
+from .lane_messages import LaneGroup, LaneMessage
 from .task_message import Message
 from .templates import Template, Templates
 
@@ -107,6 +108,8 @@ class Batcher:
         #: Bytes of memory that the messages not collected yet take, roughly.
         self.size = 0
         self._batches: dict[Template, _Batch] = {}
+        #: Changes for lanes, until `collect`.
+        self._groups: dict[Template, LaneGroup] = {}
         self._committed = Lsn(0)
         self._deduplicator: Deduplicator | None = None
         self._counts: defaultdict[Route, int] = defaultdict(int)
@@ -138,10 +141,20 @@ class Batcher:
                 continue
             if template in self._batches:
                 self._release(template)  # its changes precede this one
+            self._flush(template)
             self._emit([self._too_large(template, single)], 0)
             self._letters = True
 
     def _take(self, template: Template, delivery: Delivery, route: Route | None) -> None:
+        if template.lanes is not None:
+            if route is not None:
+                self._counts[route] += len(delivery.rows)
+            group = self._groups.get(template)
+            if group is None:
+                group = self._groups[template] = template.group()
+            self.size += sum(map(len, delivery.rows))
+            self._emit_pushes(group.add(delivery, template.expiry))
+            return
         if template.batch is None:
             if route is not None:
                 self._counts[route] += len(delivery.rows)
@@ -185,6 +198,8 @@ class Batcher:
             latest: When the latest change was committed.
         """
         now = self._clock() - held
+        for template in self._groups:
+            self._flush(template)
         for template, batch in list(self._batches.items()):
             if everything or batch.due <= now:
                 self._release(template)
@@ -213,6 +228,16 @@ class Batcher:
         for route, count in batch.counts.items():
             self._counts[route] += count
         self._emit([template.together(batch.deliveries)], batch.size)
+
+    def _flush(self, template: Template) -> None:
+        """Emit what is collected for the lanes of a template."""
+        if template in self._groups:
+            self._emit_pushes(self._groups[template].flush(template.expiry))
+
+    def _emit_pushes(self, messages: Sequence[LaneMessage]) -> None:
+        for message in messages:
+            self._messages.append(message)
+            self.size += sum(len(text) + MESSAGE_BYTES for *_, text in message.pushes)
 
     def _emit(self, messages: Iterable[Message], row_bytes: int) -> None:
         self.size += row_bytes

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Collection, Mapping
+from array import array
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -42,6 +43,20 @@ def identity(transaction: Transaction) -> int:
     are not recognised, and are enqueued again.
     """
     return hash(transaction)
+
+
+def covered_by(deliveries: Sequence[Delivery]) -> Covered:
+    """Return what a message with many changes covers, in little memory.
+
+    Args:
+        deliveries: Its changes, in the order of the WAL.
+    """
+    marks: dict[int, Watermark] = {}
+    transactions: dict[Transaction, None] = {}
+    for _, transaction, ordinal, part, number, rows in deliveries:
+        marks[number] = transaction.commit_lsn, ordinal + len(rows) - 1, part
+        transactions[transaction] = None
+    return tuple(marks.items()), array("q", map(identity, transactions))
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from celery.app.routes import MapRoute
@@ -22,6 +23,29 @@ from ..settings import Settings
 from ..telemetry import Route, route
 
 _JSON = "application/json"
+
+
+@dataclass(frozen=True)
+class TaskOrder:
+    """How the changes of one task are kept in order."""
+
+    #: How many lanes they are spread over.
+    lanes: int
+    #: The ordering key of each subscription, by its number; None for the row's key.
+    columns: Sequence[Sequence[str] | None]
+    #: Stands for everything that determines in which lane a change is.
+    described: str
+
+    @classmethod
+    def of(cls, subscriptions: Sequence[Subscription], lanes: int) -> TaskOrder:
+        """Return the order of a task with these subscriptions; `lanes` is the default."""
+        order = subscriptions[0].ordered
+        columns: list[Sequence[str] | None] = [None] * (1 + max(s.number for s in subscriptions))
+        for subscription in subscriptions:
+            if subscription.ordered is not None:
+                columns[subscription.number] = subscription.ordered.by
+        keys = [(each.subject, columns[each.number]) for each in subscriptions]
+        return cls((order.lanes if order else None) or lanes, columns, repr(keys))
 
 
 class TaskOptions:
@@ -47,6 +71,34 @@ class TaskOptions:
                 app, settings, subscription, operation
             )
             for subscription, operation in _each_operation(subscriptions)
+        }
+        #: How the changes of each ordered handler are kept in order.
+        self.orders = self._orders(app, settings)
+
+    def _orders(self, app: Any, settings: Settings) -> dict[str, TaskOrder]:
+        by_handler: dict[str, list[Subscription]] = {}
+        for subscription in self.subscriptions:
+            if subscription.ordered is not None:
+                by_handler.setdefault(subscription.handler, []).append(subscription)
+        for handler in by_handler:
+            options = {
+                repr(sorted(each.items()))
+                for key, each in self._options.items()
+                if key[0] == handler
+            }
+            if len(options) > 1:
+                raise SubscriptionError(
+                    f"{handler} has ordered=, and flash_routes gives its operations different "
+                    "options; give all of them the same queue and options."
+                )
+            if app.tasks[handler].rate_limit:
+                raise SubscriptionError(
+                    f"{handler} has ordered= and rate_limit={app.tasks[handler].rate_limit!r}, "
+                    "which would count wakes of lanes and not changes; remove one of the two."
+                )
+        return {
+            handler: TaskOrder.of(subscriptions, settings.flash_lanes)
+            for handler, subscriptions in by_handler.items()
         }
 
     def __getitem__(self, key: tuple[Subscription, Operation]) -> dict[str, Any]:

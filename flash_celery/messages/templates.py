@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
 from types import MappingProxyType
 from typing import Any
 
@@ -12,13 +13,13 @@ from kombu import compression
 from ..changes import labels, payload
 from ..changes.change import Operation
 from ..changes.payload import CHANGE, CHANGES, Delivery
-from ..changes.rows import Transaction
 from ..handlers.subscriptions import Batch, Subscription
 from ..settings import Settings
-from .deduplication import Covered, Watermark, identity
+from .deduplication import Covered, covered_by, identity
+from .lane_messages import LaneForm, LaneGroup, handler_key
 from .task_ids import short_digest, task_id_of_batch, task_id_of_change
 from .task_message import HELD, PERSISTENT, Form, Message
-from .task_options import TaskOptions
+from .task_options import TaskOptions, TaskOrder
 
 #: Characters of `argsrepr`, which is shown in logs.
 _ARGUMENT_LENGTH = 200
@@ -53,6 +54,9 @@ class Template:
         self.key = short_digest(f"{task.name}|{sorted(options.items())}", 8)
         self.queue = str(options["queue"])
         self.batch = batch
+        #: The lanes of an ordered handler, and the columns of each subscription's ordering key.
+        self.lanes: LaneForm | None = None
+        self._ordering: Sequence[Sequence[str] | None] = ()
         self._source = source
         self._expires = options.get("expires")
         self._app = app
@@ -70,7 +74,7 @@ class Template:
         properties = {**task_message.properties, "delivery_mode": PERSISTENT}
         if options.get("priority") is not None:
             properties["priority"] = options["priority"]
-        headers = dict(task_message.headers)
+        headers: dict[str, Any] = dict(task_message.headers)
         if hold_queue:
             # Held messages have no priority, so that they keep the order of the WAL.
             headers[HELD] = {"queue": self.queue, "priority": properties.pop("priority", None)}
@@ -79,12 +83,45 @@ class Template:
         queue = hold_queue or self.queue
         self._form = Form(queue, self.task, headers, properties, template=self.key)
 
+    def order(self, order: TaskOrder, paused: bool) -> None:
+        """Have the changes go to lanes.
+
+        Args:
+            order: How the task's changes are kept in order.
+            paused: Whether drains must leave the lanes alone.
+        """
+        self._compression = None
+        headers = {**self._form.headers}
+        headers.pop("compression", None)
+        self._form = replace(self._form, headers=headers)
+        self._ordering = order.columns
+        self.lanes = LaneForm(
+            handler_key(self._source, self.task),
+            self._source,
+            self.task,
+            order.lanes,
+            short_digest(f"{order.lanes}|{order.described}", 8),
+            self._form,
+            paused,
+        )
+
+    def group(self) -> LaneGroup:
+        """Return what collects changes for the lanes."""
+        assert self.lanes is not None
+        return LaneGroup(self.lanes, self._ordering)
+
+    @property
+    def expiry(self) -> float | None:
+        """When what is enqueued now expires, in seconds since 1970; None for never."""
+        expires = self._expiry() if self._expires is not None else None
+        return None if expires is None else datetime.fromisoformat(expires).timestamp()
+
     def together(self, deliveries: Sequence[Delivery]) -> Message:
         """Return one message with all changes of these deliveries."""
         count = sum(len(delivery.rows) for delivery in deliveries)
         argsrepr = labels.batch(count, payload.change_of(deliveries[0]))
         value = payload.encode(deliveries)
-        covered = _covered(deliveries)
+        covered = covered_by(deliveries)
         return self._message(CHANGES, task_id_of_batch(), argsrepr, value, covered, deliveries)
 
     def each(self, delivery: Delivery) -> list[Message]:
@@ -158,6 +195,8 @@ class Templates:
             shared = (subscription.handler, repr(sorted(options.items())))
             template = self._by_options.get(shared)
             if template is None:
+                # Lanes are paused where they are, so that nothing is reordered.
+                held = hold_queues if subscription.ordered is None else {}
                 template = self._by_options[shared] = Template(
                     app,
                     app.tasks[subscription.handler],
@@ -165,9 +204,17 @@ class Templates:
                     subscription.batch,
                     source,
                     settings.flash_max_change_size,
-                    hold_queues.get(subscription.handler, ""),
+                    held.get(subscription.handler, ""),
                 )
             self._templates[subscription.handler, subscription.number, operation] = template
+        for handler, order in task_options.orders.items():
+            (template,) = {found for key, found in self._templates.items() if key[0] == handler}
+            template.order(order, handler in hold_queues)
+
+    @property
+    def lanes(self) -> list[LaneForm]:
+        """The lanes of all ordered handlers."""
+        return [each.lanes for each in self._by_options.values() if each.lanes is not None]
 
     def __getitem__(self, key: tuple[Subscription, Operation]) -> Template:
         subscription, operation = key
@@ -187,13 +234,3 @@ class Templates:
     def keys(self) -> list[str]:
         """The keys of all templates."""
         return sorted({template.key for template in self._templates.values()})
-
-
-def _covered(deliveries: Sequence[Delivery]) -> Covered:
-    """Return what a batch covers, in little memory: it may hold thousands of transactions."""
-    marks: dict[int, Watermark] = {}
-    transactions: dict[Transaction, None] = {}
-    for _, transaction, ordinal, part, number, rows in deliveries:
-        marks[number] = transaction.commit_lsn, ordinal + len(rows) - 1, part
-        transactions[transaction] = None
-    return tuple(marks.items()), array("q", map(identity, transactions))

@@ -10,8 +10,9 @@ from kombu.utils.json import loads
 
 from ..dead_letters import letters
 from ..errors import PayloadError, PublishError
-from ..publishing.brokers import redis_keys
+from ..publishing.brokers import lane_access, redis_keys
 from ..publishing.brokers.base import ConnectedPublisher, is_missing_queue
+from ..publishing.brokers.lane_overview import HandlerLanes
 
 #: Seconds before a missing queue is asked for again: each question costs a connection.
 _MISSING_SECONDS = 60.0
@@ -40,6 +41,20 @@ class Broker:
         """
         try:
             return {queue: self._depth(queue) for queue in (*self._queues, *others)}
+        except BaseException:
+            self.close()
+            raise
+
+    def lanes(self, slot: str, handlers: Sequence[str]) -> list[HandlerLanes]:
+        """Return how much waits in the lanes of these handlers.
+
+        Raises:
+            PublishError: The broker does not answer.
+        """
+        if not handlers or not self._opened:
+            return []
+        try:
+            return lane_access.summaries(self._publisher, slot, handlers)
         except BaseException:
             self.close()
             raise

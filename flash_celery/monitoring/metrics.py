@@ -105,6 +105,17 @@ METRICS = {
     "flash_slot_gaps": Described("gauge", "Recorded gaps: changes that can no longer be read."),
     "flash_queue_messages": Described("gauge", "Messages waiting in a queue.", ("queue",)),
     "flash_queue_limit_messages": Described("gauge", "flash_max_queue_length, if it is set."),
+    "flash_lane_changes": Described(
+        "gauge", "Changes waiting in the lanes of an ordered handler.", ("handler",)
+    ),
+    "flash_lanes": Described(
+        "gauge",
+        "Lanes of an ordered handler that are busy, asleep (until a retry) or blocked.",
+        ("handler", "state"),
+    ),
+    "flash_lane_oldest_seconds": Described(
+        "gauge", "Age of the oldest change in the lanes of a handler; 0 if none.", ("handler",)
+    ),
     "flash_dead_letters": Described(
         "gauge", "Dead letters: changes whose handler failed for good."
     ),
@@ -202,7 +213,7 @@ def _servers(report: WorkerReport) -> dict[str, _Samples]:
     broker_down = broker.broker_error or report.broker_failing_since
     paused = {"": float(database.paused is not None)}
     paused |= {paused_handler.handler: 1.0 for paused_handler in database.paused_handlers}
-    samples = {
+    samples: dict[str, _Samples] = {
         "flash_paused": _labelled(paused),
         "flash_lag_bytes": _single(report.lag_bytes),
         "flash_broker_up": _single(not broker_down),
@@ -211,6 +222,15 @@ def _servers(report: WorkerReport) -> dict[str, _Samples]:
         "flash_queue_messages": _labelled(broker.queues),
         "flash_queue_limit_messages": _single(broker.max_queue_length or None),
         "flash_dead_letters": _single(broker.dead_letters.count),
+        "flash_lane_changes": _labelled({each.handler: each.waiting for each in broker.lanes}),
+        "flash_lane_oldest_seconds": _labelled(
+            {each.handler: each.oldest_seconds or 0.0 for each in broker.lanes}
+        ),
+        "flash_lanes": [
+            ((each.handler, state), float(getattr(each, state)))
+            for each in broker.lanes
+            for state in ("busy", "asleep", "blocked")
+        ],
     }
     if slot := database.slot:
         samples |= {

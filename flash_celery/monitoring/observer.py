@@ -17,6 +17,7 @@ from typing import Any
 import psycopg
 
 from ..commands import status
+from ..commands.lanes import ordered_handlers
 from ..commands.status import DatabaseStatus
 from ..commands.worker_checks import unhandled
 from ..errors import FlashError
@@ -25,6 +26,7 @@ from ..handlers.subscriptions import Subscription
 from ..messages.task_options import TaskOptions
 from ..postgres.connection import connect
 from ..postgres.source import Source
+from ..publishing.brokers.lane_overview import HandlerLanes
 from ..settings import Settings
 from ..telemetry import CONNECTING, STOPPING, STREAMING, Telemetry
 from . import health
@@ -114,14 +116,17 @@ class Observer:
     def _poll_broker(self) -> None:
         depths: dict[str, int | None] = {}
         error, newest = None, []
+        lanes: list[HandlerLanes] = []
         try:
             hold_queues = [handler.queue for handler in self._database.paused_handlers]
             depths = self._broker.depths(hold_queues)
             newest = self._broker.newest_dead(depths[self._settings.flash_dead_queue])
+            slot = self._settings.flash_replication_slot
+            lanes = self._broker.lanes(slot, ordered_handlers(self._subscriptions))
         except FlashError as failure:
             error = str(failure)
         self._broker_status = status.broker_status(
-            self._settings, self._task_options, depths, error
+            self._settings, self._task_options, depths, error, lanes
         )
         self._newest_dead, self._depths = newest, depths
         if error is None and time.monotonic() - self._workers_asked_at > _WORKERS_SECONDS:

@@ -111,8 +111,12 @@ def needs_full(table: CatalogTable, subscriptions: Iterable[Subscription], origi
     # Without an identity PostgreSQL refuses UPDATE and DELETE of a published table.
     identity = table.identity_columns if table.identity == original else frozenset[str]()
     identity = frozenset(table.default_identity) if original == "d" else identity
-    # A delete is delivered with the key of the row.
-    key_needed = any(each.captured & Operation.DELETE and not each.key for each in subscriptions)
+    # A delete is delivered with the key of the row, and the order goes by the key.
+    key_needed = any(
+        (each.captured & Operation.DELETE and not each.key)
+        or (each.ordered is not None and each.ordered.by is None)
+        for each in subscriptions
+    )
     if not identity or (key_needed and not identity.issuperset(table.primary_key)):
         return True
     return any(

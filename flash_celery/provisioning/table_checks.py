@@ -79,11 +79,24 @@ def check_columns(
                 f"{handler}: {name} is a generated column, which this server does not publish; "
                 "name the columns it is computed from."
             )
+    _require_ordering_key(subscription, table)
     try:
         types = {column.name: column.type_oid for column in table.columns.values()}
         column_types.matcher(connection, table.oid, subscription.where, types)
     except SubscriptionError as error:
         raise SubscriptionError(f"{handler}: on {table.name}, {error}") from None
+
+
+def _require_ordering_key(subscription: Subscription, table: CatalogTable) -> None:
+    """Raise `SubscriptionError` if the changes are to be in the order of a key that is missing."""
+    ordered = subscription.ordered
+    if ordered is None or ordered.by or subscription.key:
+        return
+    if not (table.primary_key or table.index_key or table.default_identity):
+        raise SubscriptionError(
+            f"{subscription.handler}: {table.name} has no primary key for ordered=True; name the "
+            "columns of the ordering key: ordered=[…]."
+        )
 
 
 def _required_columns(subscription: Subscription) -> dict[str, str]:

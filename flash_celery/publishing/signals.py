@@ -13,6 +13,7 @@ from kombu import compression
 from kombu.utils.json import loads
 
 from ..changes.change import Change, Changes
+from ..messages.lane_messages import LaneMessage
 from ..messages.task_message import Message
 from . import tracing
 
@@ -35,7 +36,11 @@ def announce(messages: Sequence[Message], encodes: Callable[[Any], bool]) -> lis
     receivers = signals.before_task_publish.receivers or signals.after_task_publish.receivers
     tracers = tracing.active_tracers()
     return (
-        [Announcement(message, tracers, encodes) for message in messages]
+        [
+            Announcement(message, tracers, encodes)
+            for message in messages
+            if not isinstance(message, LaneMessage)  # no message of Celery's
+        ]
         if receivers or tracers
         else []
     )

@@ -31,6 +31,7 @@ from ..backoff import delays
 from ..errors import ConfirmedLost, PublishError, TakenOver
 from ..messages.batcher import PublishBatch
 from ..messages.deduplication import Deduplicator, Lease, now
+from ..messages.lane_messages import LaneForm
 from ..messages.task_message import Message
 from ..telemetry import Telemetry
 from .backpressure import Backpressure
@@ -76,6 +77,8 @@ class Claim:
     hold_queues: HoldQueues = field(default_factory=HoldQueues)
     #: Replaces messages that are too large; None leaves them as they are.
     oversize: Oversize | None = None
+    #: The lanes of ordered handlers.
+    lanes: Sequence[LaneForm] = ()
 
 
 class PublishingThread(threading.Thread):
@@ -257,6 +260,7 @@ class PublishingThread(threading.Thread):
         def attempt(_: Sequence[Message]) -> int:
             if self._may_publish(generation):
                 deduplicator = self._publisher.claim(session.lease)
+                self._publisher.prepare(session.lanes)
                 for queue in session.hold_queues.draining:
                     self._requeue(generation, queue)
                 with self._changed:

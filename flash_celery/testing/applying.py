@@ -7,7 +7,7 @@ them, pass through the pipeline, and become task messages, which are decoded as 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kombu import compression
@@ -103,7 +103,7 @@ class Flash:
         app.finalize()
         self._app = app
         self._settings = Settings.from_app(app)
-        self._subscriptions = subscriptions_of(app)
+        self._subscriptions = without_lanes(subscriptions_of(app))
         task_options = TaskOptions(app, self._settings, self._subscriptions)
         self._templates = Templates(app, self._settings, task_options)
 
@@ -178,6 +178,14 @@ class _OrdinalSink:
         """Return the receiver of the sink, which gets the ordinal of the change."""
         receive = self._sink.receiver(subscription, operation)
         return lambda delivery: receive(delivery._replace(ordinal=self._ordinal))
+
+
+def without_lanes(subscriptions: Iterable[Subscription]) -> list[Subscription]:
+    """Return the subscriptions for a test, where one process runs the tasks in commit order.
+
+    So the changes of ordered handlers need no lanes.
+    """
+    return [replace(subscription, ordered=None) for subscription in subscriptions]
 
 
 def _refuse(template: Template, delivery: Delivery) -> Message:

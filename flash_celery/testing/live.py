@@ -20,6 +20,7 @@ from ..errors import ConfigurationError
 from ..handlers.decorators import subscriptions_of
 from ..handlers.subscriptions import of_source
 from ..messages.deduplication import Deduplicator, Lease
+from ..messages.lane_messages import LaneForm
 from ..messages.task_message import Message
 from ..postgres.connection import connect
 from ..postgres.source import Source
@@ -28,7 +29,7 @@ from ..publishing.brokers.base import Publisher
 from ..publishing.brokers.memory import MemoryPublisher
 from ..settings import Settings
 from ..worker.replicator import Replicator
-from .applying import Enqueued, Run, read, run
+from .applying import Enqueued, Run, read, run, without_lanes
 
 #: The prefix of the names of tests' slots and publications, by which leftovers are found.
 PREFIX = "flash_test_"
@@ -78,7 +79,7 @@ class Live:
             flash_failover_slot=False,
             flash_replay_window=0,
         )
-        self._subscriptions = of_source(subscriptions_of(app), source)
+        self._subscriptions = without_lanes(of_source(subscriptions_of(app), source))
         if not self._settings.flash_manage:
             raise ConfigurationError(
                 "A test creates its own publications, which flash_manage = False forbids; remove "
@@ -225,6 +226,8 @@ class Live:
 class _Recorder:
     """A publisher that keeps the messages it has published."""
 
+    fills_lanes = False
+
     def __init__(self, publisher: Publisher) -> None:
         self._publisher = publisher
         self.messages: list[Message] = []
@@ -236,6 +239,9 @@ class _Recorder:
     def claim(self, lease: Lease) -> Deduplicator:
         """Start a session."""
         return self._publisher.claim(lease)
+
+    def prepare(self, lanes: Sequence[LaneForm]) -> None:
+        """Do nothing: a test has no lanes."""
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Publish messages, and keep them."""

@@ -35,6 +35,7 @@ from ..capture.pipeline import Pipeline
 from ..capture.relations import RelationCatalog
 from ..dead_letters.oversize import Oversize
 from ..errors import (
+    ConfigurationError,
     ConfirmedLost,
     DecodingFailed,
     FlashError,
@@ -62,6 +63,7 @@ from ..publishing.thread import Claim, PublishingThread
 from ..settings import Settings
 from ..telemetry import CONNECTING, STANDBY, STOPPING, STREAMING, WAITING, Telemetry
 from .control import Control, Stopped
+from .lane_sweeper import LaneSweeper
 from .pauses import Pauses
 from .session import Session
 from .slot_watch import SlotWatch
@@ -112,6 +114,11 @@ class Replicator:
         self.control = Control()
         self.telemetry = Telemetry()
         self._task_options = TaskOptions(app, settings, subscriptions)
+        if self._task_options.orders and not publisher.fills_lanes:
+            raise ConfigurationError(
+                f"{', '.join(self._task_options.orders)} has ordered=, for which the broker must "
+                "be Redis or Valkey; remove ordered=, or set broker_url to one of these."
+            )
         self._publishing = PublishingThread(
             publisher,
             [app.amqp.queues[name] for name in self._task_options.queues],
@@ -175,6 +182,9 @@ class Replicator:
             FlashError: An error that retrying cannot fix.
         """
         self._publishing.start()
+        sweeper = LaneSweeper(self._app)
+        if self._task_options.orders:
+            sweeper.start()
         # The app's own objects live as long as the process. Checking them for garbage repeatedly
         # took a fifth of the time of small transactions.
         gc.collect()
@@ -191,6 +201,7 @@ class Replicator:
         except Stopped:
             pass
         finally:
+            sweeper.end()
             self._publishing.end()
             # Sessions wait for the broker; a thread stuck in a socket ends with the process.
             self._publishing.join(1.0)
@@ -381,7 +392,9 @@ class Replicator:
             self.telemetry,
         )
         hold_queues = self._pauses.hold_queues
-        claim = Claim(self._lease(source, templates), self._progress, hold_queues, oversize)
+        claim = Claim(
+            self._lease(source, templates), self._progress, hold_queues, oversize, templates.lanes
+        )
         watch = SlotWatch(source, stream.pid, self._progress, telemetry=self.telemetry)
         supervisor = Supervisor(source, self._startup, self._pauses, watch)
         return Session(

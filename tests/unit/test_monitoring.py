@@ -121,7 +121,8 @@ def test_keys_of_status_are_promised(observer):
     assert keys == [
         *("source", "other_sources", "slot_name", "subscriptions"),
         *("slot", "history", "gaps", "paused", "paused_handlers"),
-        *("queues", "max_queue_length", "dead_letters", "broker_error", "unhandled"),
+        *("queues", "max_queue_length", "dead_letters", "broker_error", "lanes"),
+        "unhandled",
     ]
     assert list(asdict(SLOT)) == [
         *("name", "plugin", "active", "wal_status", "confirmed_lsn", "restart_lsn", "lag_bytes"),

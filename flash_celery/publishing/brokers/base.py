@@ -12,6 +12,7 @@ from kombu.utils.url import maybe_sanitize_url
 from ... import redis_extra
 from ...errors import ConfigurationError, PublishError
 from ...messages.deduplication import Deduplicator, Lease
+from ...messages.lane_messages import LaneForm
 from ...messages.task_message import Message
 
 #: Default seconds without an answer after which a broker counts as unreachable.
@@ -20,6 +21,9 @@ TIMEOUT = 20.0
 
 class Publisher(Protocol):
     """Publishes messages to queues of the broker. Only the publishing thread uses it."""
+
+    #: Whether it can fill the lanes of ordered handlers.
+    fills_lanes: bool
 
     def open(self, queues: Sequence[Any]) -> None:
         """Connect and declare the queues.
@@ -35,6 +39,15 @@ class Publisher(Protocol):
 
         Raises:
             PublishError: The broker does not answer.
+        """
+
+    def prepare(self, lanes: Sequence[LaneForm]) -> None:
+        """Set up the lanes of ordered handlers, and let their drains go on or pause.
+
+        Publishers that fill no lanes are asked for none.
+
+        Raises:
+            PublishError: The broker failed, or the lanes cannot be filled yet.
         """
 
     def publish(self, messages: Sequence[Message]) -> None:
@@ -132,6 +145,7 @@ def json_encodes(value: Any) -> bool:
 class ConnectedPublisher:
     """A publisher with a kombu connection of its own."""
 
+    fills_lanes = False
     #: Transport options; those of the app take precedence.
     transport_options: Mapping[str, Any] = {}
     #: Names of the transport options that are set to `timeout`.
@@ -178,6 +192,9 @@ class ConnectedPublisher:
     def claim(self, lease: Lease) -> Deduplicator:
         """Begin a session. Nothing is known of earlier ones: this broker keeps no position."""
         return Deduplicator({}, ())
+
+    def prepare(self, lanes: Sequence[LaneForm]) -> None:
+        """Do nothing: this broker has no lanes."""
 
     def check(self) -> None:
         """Do nothing: the transport has no request for this."""

@@ -7,12 +7,15 @@ from typing import Any
 
 from ...errors import PublishError, Unroutable
 from ...messages.deduplication import Deduplicator, Lease
+from ...messages.lane_messages import LaneForm
 from ...messages.task_message import Message
 from .base import json_encodes
 
 
 class MemoryPublisher:
     """Keeps published messages in `queues`. While `broken` is true, it refuses everything."""
+
+    fills_lanes = False
 
     def __init__(self) -> None:
         self.queues: dict[str, list[Message]] = {}
@@ -34,6 +37,9 @@ class MemoryPublisher:
     def claim(self, lease: Lease) -> Deduplicator:
         """Begin a session. Nothing is known of earlier ones."""
         return Deduplicator({}, ())
+
+    def prepare(self, lanes: Sequence[LaneForm]) -> None:
+        """Do nothing: it has no lanes."""
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Keep messages.

@@ -11,18 +11,25 @@ import socket
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from itertools import count, groupby
+from itertools import chain, count, groupby
 from json.encoder import encode_basestring_ascii
-from typing import Any
+from typing import Any, NamedTuple
 
 import redis
 from kombu.utils.json import dumps, loads
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from ...errors import LanesNotReady
+from ...handlers.celery_tasks import WAKE_TASK
+from ...messages import lane_entries
 from ...messages.deduplication import Deduplicator, Lease
-from ...messages.task_message import Form, Message
+from ...messages.lane_messages import REGISTRY, LaneForm, LaneMessage
+from ...messages.task_message import PERSISTENT, Form, Message
+from . import wakes
 from .base import TIMEOUT, ConnectedPublisher
+from .lane_scripts import ID_MARK, LANE_MARK
+from .lane_store import LaneStore
 from .redis_keys import literal_client, prefixed, queue_key
 from .redis_position import Command, RedisPosition, in_one_step
 
@@ -47,9 +54,20 @@ _CLIENT = re.compile(r"<redis\.client\.Redis\(")
 _VARYING = ("id", "argsrepr", "body", "tag")
 
 
+class _Push(NamedTuple):
+    """A message as it is pushed: onto a list, or into lanes by a command."""
+
+    #: The key without prefix; "" for lanes.
+    key: str
+    text: str
+    size: int
+    command: Command = ()
+
+
 class RedisPublisher(ConnectedPublisher):
     """Pushes onto the lists that Celery workers pop from; the reply to the push confirms."""
 
+    fills_lanes = True
     transport_options = {"socket_keepalive": True, "socket_keepalive_options": _TCP_OPTIONS}
     timeouts = "socket_timeout", "socket_connect_timeout"
 
@@ -68,6 +86,8 @@ class RedisPublisher(ConnectedPublisher):
         """
         super().open(queues)
         self._forms: dict[Form, tuple[str, str]] = {}
+        #: The lanes that are set up.
+        self._lanes: set[LaneForm] = set()
         # Delivery tags, unique among all messages; a UUID each would take longer than the rest.
         self._tags = map(f"{uuid.uuid4()}-{{}}".format, count())
 
@@ -98,6 +118,65 @@ class RedisPublisher(ConnectedPublisher):
         self._position, self._ahead = position, 0
         return deduplicator
 
+    def prepare(self, lanes: Sequence[LaneForm]) -> None:
+        """Set up lanes, and let their drains go on or pause.
+
+        Raises:
+            PublishError: The broker failed, or the lanes cannot be filled yet.
+        """
+        with self.errors(), literal_client(self._channel) as client:
+            for form in lanes:
+                self._prepare(client, form, form.paused)
+
+    def _prepare(self, client: Any, form: LaneForm, paused: bool | None = None) -> None:
+        """Set up lanes.
+
+        Raises:
+            LanesNotReady: Changes wait that were placed by another layout.
+        """
+        key, text = self._wake(form)
+        store = LaneStore(client, prefixed(self._channel, form.key))
+        ready = store.configure(
+            prefixed(self._channel, REGISTRY),
+            form.key,
+            form.layout,
+            form.lanes,
+            prefixed(self._channel, key),
+            text,
+            lane_entries.encode_form(form.form.queue, form.form.headers, form.form.properties),
+            paused,
+        )
+        if not ready:
+            raise LanesNotReady(
+                f"The changes in the lanes of {form.handler} were placed by another ordering key "
+                "or number of lanes; new ones wait until workers have handled them "
+                "(`flash lanes list`)."
+            )
+        self._lanes.add(form)
+
+    def _wake(self, form: LaneForm) -> tuple[str, str]:
+        """Return the key without prefix, and the text that the scripts make wakes of."""
+        headers, body = wakes.message(self._app, form.source, form.handler)
+        properties = {"delivery_mode": PERSISTENT}
+        if "priority" in form.form.properties:
+            properties["priority"] = form.form.properties["priority"]
+        wake = Form(form.form.queue, WAKE_TASK, headers, properties)
+        task_id = f"{uuid.uuid4()}.{ID_MARK}"
+        shown = f"lane {LANE_MARK} of {form.handler}"
+        return self._written(Message(wake, task_id, shown, body), task_id)
+
+    def depth(self, queue: str) -> int:
+        """Return how many messages wait in a queue, or changes in the lanes of this name.
+
+        Raises:
+            PublishError: The broker does not answer.
+        """
+        if not queue.startswith(f"{REGISTRY}."):
+            return super().depth(queue)
+        self.confirmed = 0
+        with self.errors(), literal_client(self._channel) as client:
+            return int(client.hget(prefixed(self._channel, f"{queue}.state"), "waiting") or 0)
+
     def publish(self, messages: Sequence[Message]) -> None:
         """Push messages; return once Redis has replied to the last push.
 
@@ -114,6 +193,9 @@ class RedisPublisher(ConnectedPublisher):
                 self._ahead += self._position.recover_reply(client)
                 self.confirmed = min(self._ahead, len(messages))
                 self._ahead -= self.confirmed
+            for message in messages:
+                if isinstance(message, LaneMessage) and message.lane_form not in self._lanes:
+                    self._prepare(client, message.lane_form)
             for pushes in _chunks(map(self._push, messages[self.confirmed :])):
                 part = messages[self.confirmed : self.confirmed + len(pushes)]
                 commands = self._commands(pushes, queues)
@@ -180,11 +262,13 @@ class RedisPublisher(ConnectedPublisher):
                 messages.append(restored(self._channel.message_to_python(loads(text))))
         return messages
 
-    def _commands(self, pushes: Sequence[tuple[str, str]], expiring: set[str]) -> list[Command]:
-        commands: list[Command] = [
-            ("LPUSH", prefixed(self._channel, key), *[text for _, text in run])
-            for key, run in groupby(pushes, lambda push: push[0])
-        ]
+    def _commands(self, pushes: Sequence[_Push], expiring: set[str]) -> list[Command]:
+        commands: list[Command] = []
+        for key, run in groupby(pushes, lambda push: push.key):
+            if key:
+                commands.append(("LPUSH", prefixed(self._channel, key), *[one.text for one in run]))
+            else:
+                commands += [push.command for push in run]
         for queue in expiring:
             for priority in self._channel.priority_steps:
                 key = queue_key(self._channel, queue, priority)
@@ -200,7 +284,20 @@ class RedisPublisher(ConnectedPublisher):
         with self.errors(), self._channel.conn_or_acquire() as client:
             client.ping()
 
-    def _push(self, message: Message) -> tuple[str, str]:
+    def _push(self, message: Message) -> _Push:
+        if isinstance(message, LaneMessage):
+            form = message.lane_form
+            name = "FLASH.BARRIER" if message.barrier else "FLASH.PUSH"
+            words: list[Any] = [name, prefixed(self._channel, form.key), form.layout]
+            if message.barrier:
+                words += [message.pushes[0][2], *message.barrier]
+            else:
+                words += chain.from_iterable(message.pushes)
+            return _Push("", "", sum(len(text) for *_, text in message.pushes), words)
+        key, text = self._stored(message)
+        return _Push(key, text, len(text))
+
+    def _stored(self, message: Message) -> tuple[str, str]:
         """Return the key without prefix, and the message as kombu stores it."""
         if not message.plain:
             return self._written(message)
@@ -238,14 +335,14 @@ class RedisPublisher(ConnectedPublisher):
         return set(getattr(self._channel, "_expires", None) or ())
 
 
-def _chunks(pushes: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    chunk: list[Any] = []
+def _chunks(pushes: Iterable[_Push]) -> Iterator[list[_Push]]:
+    chunk: list[_Push] = []
     size = 0
     for push in pushes:
-        if chunk and (len(chunk) >= _PUSH_MESSAGES or size + len(push[1]) > _PUSH_BYTES):
+        if chunk and (len(chunk) >= _PUSH_MESSAGES or size + push.size > _PUSH_BYTES):
             yield chunk
             chunk, size = [], 0
         chunk.append(push)
-        size += len(push[1])
+        size += push.size
     if chunk:
         yield chunk

@@ -28,10 +28,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import redis
 
-from ...errors import ConfirmedLost, TakenOver
+from ...errors import ConfirmedLost, LanesNotReady, TakenOver
 from ...messages.deduplication import Deduplicator, Lease, Watermark
 from ...messages.task_message import Message
 from ...protocol.lsn import Lsn
+from . import lane_scripts
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,28 @@ while at <= #ARGV do
     at = last + 1
 end
 """
+#: The same with commands of lanes. Returns 2, and does nothing, if lanes have another layout.
+_LANE_STEP = (
+    lane_scripts.COMMANDS
+    + """
+if ARGV[1] ~= '' then
+    local found = redis.call('HMGET', KEYS[1], 'owner', 'writes')
+    if found[1] ~= ARGV[1] or found[2] ~= ARGV[2] then return 1 end
+end
+local at = 3
+while at <= #ARGV do
+    local last = at + tonumber(ARGV[at])
+    if not check(at + 1, last) then return 2 end
+    at = last + 1
+end
+at = 3
+while at <= #ARGV do
+    local last = at + tonumber(ARGV[at])
+    run(at + 1, last)
+    at = last + 1
+end
+"""
+)
 
 
 def in_one_step(
@@ -96,13 +119,24 @@ def in_one_step(
 
     Returns:
         1 if the hash has another token or number, so that nothing was executed.
+
+    Raises:
+        LanesNotReady: The commands fill lanes, and these have another layout.
     """
+    script = _LANE_STEP if any(_fills_lanes(command) for command in commands) else _STEP
     keys = dict.fromkeys([key] * bool(key) + [command[1] for command in commands])
     words = [word for command in commands for word in (len(command), *command)]
     try:
-        return client.eval(_STEP, len(keys), *keys, fencing_token, sequence_number, *words)
+        refused = client.eval(script, len(keys), *keys, fencing_token, sequence_number, *words)
     except redis.ResponseError as error:
         raise _with_key(client, key, keys, error) from None
+    if refused == lane_scripts.OTHER_LAYOUT:
+        raise LanesNotReady("The lanes are not set up, or for another number of lanes or key.")
+    return refused
+
+
+def _fills_lanes(command: Command) -> bool:
+    return str(command[0]).startswith("FLASH.")
 
 
 def _with_key(

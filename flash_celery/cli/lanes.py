@@ -1,0 +1,81 @@
+"""`flash lanes`: list, skip, retry."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+from .project import Project, command, say
+
+
+@click.group()
+def lanes() -> None:
+    """List the lanes of ordered handlers, and let blocked ones go on.
+
+    A lane holds the changes of some keys. It is blocked if a change in it has failed for good and
+    the handler has Ordered(on_failure="block").
+    """
+
+
+@lanes.command("list")
+@click.argument("handlers", nargs=-1, metavar="[HANDLER]...")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (times in seconds since 1970).")
+@command
+def lanes_list(project: Project, handlers: tuple[str, ...], as_json: bool) -> None:
+    """List the lanes in which changes wait, those with the oldest change first."""
+    from ..commands.lanes import as_table, lanes
+
+    names = _named(project, handlers)
+    found = lanes(project.app, project.settings, names)
+    if as_json:
+        listed = {name: [asdict(lane) for lane in each] for name, each in found.items()}
+        click.echo(json.dumps(listed, indent=2))
+        return
+    for name in names:
+        for line in as_table(name, found.get(name, [])):
+            say(line)
+
+
+@lanes.command("skip")
+@click.argument("handler")
+@click.argument("lane", type=int)
+@click.argument("id")
+@command
+def lanes_skip(project: Project, handler: str, lane: int, id: str) -> None:
+    """Drop the change that blocks a lane: it is never handled.
+
+    ID is its change.id, as `flash lanes list` shows it.
+    """
+    from ..commands.lanes import unblock
+
+    (name,) = _named(project, (handler,))
+    unblock(project.app, project.settings, name, lane, id, skip=True)
+    click.echo(f"Skipped {id}; lane {lane} goes on.")
+
+
+@lanes.command("retry")
+@click.argument("handler")
+@click.argument("lane", type=int)
+@click.argument("id")
+@command
+def lanes_retry(project: Project, handler: str, lane: int, id: str) -> None:
+    """Handle the change that blocks a lane again.
+
+    ID is its change.id, as `flash lanes list` shows it.
+    """
+    from ..commands.lanes import unblock
+
+    (name,) = _named(project, (handler,))
+    unblock(project.app, project.settings, name, lane, id, skip=False)
+    click.echo(f"Lane {lane} goes on with {id}.")
+
+
+def _named(project: Project, handlers: tuple[str, ...]) -> list[str]:
+    """Return the full names of ordered handlers; all of them if none is named."""
+    from ..commands.lanes import ordered_handlers
+    from ..provisioning import pauses
+
+    ordered = ordered_handlers(project.subscriptions)
+    return pauses.named(handlers, ordered) if handlers else ordered

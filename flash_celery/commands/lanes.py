@@ -1,0 +1,160 @@
+"""The lanes of ordered handlers: list them, and let blocked ones go on (`flash lanes`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from typing import Any
+
+from ..errors import ConfigurationError
+from ..handlers.subscriptions import Subscription
+from ..messages import lane_entries
+from ..messages.lane_entries import Marker
+from ..publishing.brokers import lane_access
+from ..publishing.brokers.base import ConnectedPublisher
+from ..publishing.brokers.lane_overview import HandlerLanes, LaneStatus
+from ..publishing.brokers.lane_store import Done, LaneStore
+from ..settings import Settings
+
+
+def ordered_handlers(subscriptions: Sequence[Subscription]) -> list[str]:
+    """Return the names of the handlers that have lanes."""
+    return sorted({each.handler for each in subscriptions if each.ordered is not None})
+
+
+@contextmanager
+def _connected(app: Any) -> Iterator[ConnectedPublisher]:
+    publisher = ConnectedPublisher(app)
+    publisher.open([])
+    try:
+        yield publisher
+    finally:
+        publisher.close()
+
+
+def summaries(
+    app: Any, settings: Settings, subscriptions: Sequence[Subscription]
+) -> list[HandlerLanes]:
+    """Return how much waits in the lanes of each ordered handler.
+
+    Raises:
+        PublishError: The broker does not answer.
+    """
+    handlers = ordered_handlers(subscriptions)
+    if not handlers:
+        return []
+    with _connected(app) as publisher:
+        return lane_access.summaries(publisher, settings.flash_replication_slot, handlers)
+
+
+def lanes(app: Any, settings: Settings, handlers: Sequence[str]) -> dict[str, list[LaneStatus]]:
+    """Return the lanes of handlers in which something waits, the oldest first.
+
+    Raises:
+        PublishError: The broker does not answer.
+    """
+    with (
+        _connected(app) as publisher,
+        lane_access.overviews(publisher, settings.flash_replication_slot, handlers) as found,
+    ):
+        return {handler: overview.lanes() for handler, overview, _ in found}
+
+
+def unblock(
+    app: Any, settings: Settings, handler: str, lane: int, change_id: str, skip: bool
+) -> None:
+    """Let a blocked lane go on.
+
+    Args:
+        app: The Celery app.
+        settings: Those of the source.
+        handler: The task's name.
+        lane: The lane's number.
+        change_id: The `change.id` of the change that blocks it.
+        skip: Whether to drop the change (and those of the same batch), and not to handle it again.
+
+    Raises:
+        ConfigurationError: The lane is not blocked, or by another change.
+        PublishError: The broker does not answer.
+    """
+    with (
+        _connected(app) as publisher,
+        lane_access.overviews(publisher, settings.flash_replication_slot, [handler]) as found,
+    ):
+        for _, overview, store in found:
+            status = {each.lane: each for each in overview.lanes()}.get(lane)
+            if status is None or status.state != "blocked":
+                continue
+            if status.first_id != change_id:
+                raise ConfigurationError(
+                    f"Lane {lane} of {handler} is blocked by {status.first_id}, not by {change_id}."
+                )
+            if _unblock(store, str(lane), skip):
+                return
+    raise ConfigurationError(f"Lane {lane} of {handler} is not blocked; see `flash lanes list`.")
+
+
+def _unblock(store: LaneStore, lane: str, skip: bool) -> bool:
+    client, key = store.client, store.key
+    reason, cursor = client.hmget(f"{key}.state", f"x{lane}", f"c{lane}")
+    if reason is None:
+        return False
+    done = Done(0, int(cursor or 0), 0)
+    if not skip:
+        return store.unblock(lane, reason, done)
+    first = client.lindex(f"{key}.{lane}", 0)
+    if first is not None and first[:1] == b"!":
+        marker = lane_entries.decode(first)
+        assert isinstance(marker, Marker)
+        return store.unblock(lane, reason, done, marker.barrier)
+    count = int(json.loads(reason)["changes"])
+    position, removed, texts = int(cursor or 0) + count, 0, client.lrange(f"{key}.{lane}", 0, count)
+    for text in texts:
+        entry = lane_entries.decode(text)
+        if isinstance(entry, Marker) or position < len(entry.changes):
+            break
+        position, removed = position - len(entry.changes), removed + 1
+    return store.unblock(lane, reason, Done(removed, position, count))
+
+
+def as_table(handler: str, found: Sequence[LaneStatus]) -> list[str]:
+    """Return the lines that `flash lanes list` prints for a handler."""
+    if not found:
+        return [f"{handler}: nothing waits"]
+    lines = [handler]
+    for lane in found:
+        until = "" if lane.until is None else f" until {_time(lane.until)}"
+        counted = f"{lane.changes} changes" if lane.changes != 1 else "1 change"
+        parts = [f"  lane {lane.lane}", f"{lane.state}{until}", counted, f"first {lane.first}"]
+        if lane.oldest is not None:
+            parts.append(f"committed {_time(lane.oldest)}")
+        if lane.retries:
+            parts.append(f"retried {lane.retries} times")
+        if lane.error is not None:
+            parts.append(f"id {lane.first_id}")
+            parts.append(lane.error)
+        lines.append(", ".join(parts))
+    return lines
+
+
+def summary_lines(found: Sequence[HandlerLanes]) -> list[str]:
+    """Return one line for each ordered handler, for `flash status`."""
+    return [f"{lanes.handler}  {summary_text(lanes)}" for lanes in found]
+
+
+def summary_text(lanes: HandlerLanes) -> str:
+    """Return how much waits in a handler's lanes, as text."""
+    text = f"{lanes.waiting} waiting in {lanes.lanes} lanes"
+    counts = (("busy", lanes.busy), ("asleep", lanes.asleep), ("blocked", lanes.blocked))
+    parts = [f"{count} {name}" for name, count in counts if count]
+    if lanes.oldest_seconds is not None:
+        parts.append(f"oldest {lanes.oldest_seconds:.1f} s")
+    if lanes.paused:
+        parts.append("paused")
+    return ", ".join([text, *parts])
+
+
+def _time(moment: float) -> str:
+    return f"{datetime.fromtimestamp(moment, timezone.utc):%Y-%m-%d %H:%M:%S} UTC"

@@ -1,0 +1,1 @@
+"""How Celery workers handle the changes of ordered handlers: lane by lane, one after another."""

@@ -1,0 +1,295 @@
+"""Call a handler for the changes at the head of a lane, through Celery's own tracer.
+
+So `self.request`, signals, retries, results and `on_failure` are those of an ordinary task. What
+differs: a retry publishes nothing, because the change stays where it is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import partial
+from typing import Any
+
+from celery.app.trace import build_tracer
+from celery.exceptions import Ignore, Reject, Retry, TimeLimitExceeded
+from celery.utils.serialization import UnpickleableExceptionWrapper
+
+from ..changes import labels, payload
+from ..changes.change import Change, Changes
+from ..changes.payload import CHANGE, CHANGES, delivery_of
+from ..dead_letters import letters, outcome
+from ..dead_letters.failed_tasks import setting, store_letter
+from ..errors import ProcessKilled
+from ..escaping import escaped, text_of
+from ..handlers.decorators import subscriptions_of_task
+from ..messages.task_ids import task_id_of_batch, task_id_of_change
+from ..messages.task_message import Form, Message
+from .drain import Blocked, Head, Later, Verdict
+from .time_limits import time_limits
+
+logger = logging.getLogger(__name__)
+
+#: Seconds until a change is handled again that was neither done nor failed: its dead letter cannot
+#: be stored, or the handler rejected it to have it again.
+_AGAIN_SECONDS = 1.0
+#: Characters of `argsrepr`.
+_ARGUMENT_LENGTH = 200
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A handler's task, and Celery's function that runs it."""
+
+    task: Any
+    trace: Callable[..., Any]
+    #: The most changes of one call, or None for one change that is no batch.
+    batch: int | None
+    #: Whether a change that has failed for good blocks its lane.
+    blocks: bool
+
+
+_traced: dict[tuple[int, Any, str], Traced] = {}
+
+
+def traced(app: Any, handler: str, hostname: str) -> Traced:
+    """Return a handler's task with its tracer, which is made once for each process."""
+    key = os.getpid(), app, handler
+    found = _traced.get(key)
+    if found is None:
+        task = app.tasks[handler]
+        _note_retries(task)
+        tracer = build_tracer(task.name, task, app=app, hostname=hostname)
+        subscriptions = subscriptions_of_task(task)
+        batch = subscriptions[0].batch if subscriptions else None
+        order = subscriptions[0].ordered if subscriptions else None
+
+        def trace(*args: Any) -> tuple[int, Any, float]:
+            result, info, duration, shown = tracer(*args)
+            return (1, result, duration) if info else (0, shown, duration)
+
+        blocks = order is not None and order.on_failure == "block"
+        found = Traced(task, trace, batch.size if batch else None, blocks)
+        _traced[key] = found
+    return found
+
+
+def _note_retries(task: Any) -> None:
+    """Have a task note its retries on the request: with `throw=False` none is raised."""
+    if "_flash_notes_retries" in task.__dict__:
+        return
+    retry = task.retry
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        result = retry(*args, **kwargs)
+        noted_on = getattr(task.request, "flash_retries", None)
+        if noted_on is not None:
+            noted_on.append(result)
+        return result
+
+    task.__dict__.update(retry=noted, _flash_notes_retries=True)
+
+
+class HandlerCalls:
+    """Calls one handler for one drain.
+
+    Args:
+        app: The Celery app.
+        handler: Its task.
+        source: The server and the slot, for the ids of tasks.
+        hostname: The name of the worker.
+        main_process: The process id of the worker's main process.
+    """
+
+    def __init__(
+        self, app: Any, handler: Traced, source: str, hostname: str, main_process: int
+    ) -> None:
+        self._app = app
+        self._handler = handler
+        self._task = handler.task
+        self._source = source
+        self._hostname = hostname
+        self._main_process = main_process
+        self._form = Form("", str(handler.task.name), {}, {})
+        self.size = handler.batch or 1
+        #: Called with the verdict on changes whose handler has reached its hard time limit, and
+        #: their number, on another thread and before the process is killed.
+        self.on_limit: Callable[[Verdict, int], object] = lambda verdict, changes: None
+
+    def read_form(self, text: bytes) -> None:
+        """Take what the handler's messages have in common from the lanes' state."""
+        value = json.loads(text)
+        self._form = Form(
+            value["queue"], str(self._task.name), value["headers"], value["properties"]
+        )
+
+    def handle(self, head: Head) -> Verdict:
+        """Handle changes, and store a dead letter if they fail for good."""
+        message = self._message(head)
+        if head.expires is not None and time.time() > head.expires:
+            logger.info("Discarding expired task: %s", _described(message))
+            return None
+        if head.deaths >= setting(self._app, "flash_max_deaths"):
+            killed = ProcessKilled(f"Its worker process has died {head.deaths} times")
+            return self._failed(head, message, killed, "", None)
+        retries: list[Any] = []
+        request = self._request(message, retries)
+        started_at = time.time()
+        argument = self._argument(head.changes)
+        soft, hard = self._limits_of(message)
+        late = partial(self._reached_limit, head, message, hard, started_at)
+        try:
+            with time_limits(soft, hard, late):
+                failed, result, _ = outcome.run(
+                    self._main_process, self._handler.trace, message.id, [argument], {}, request
+                )
+        finally:
+            # `retry(max_retries=)` leaves it on the task, for the next change.
+            self._task.__dict__.pop("override_max_retries", None)
+        error = _restored(result) if failed else None
+        if retries and not isinstance(error, Retry):
+            error = retries[-1]
+        if isinstance(error, Retry):
+            return Later(_seconds_until(error.when), head.retries + 1)
+        if isinstance(error, Reject) and error.requeue:
+            return Later(_AGAIN_SECONDS, head.retries)
+        if error is None or isinstance(error, (Reject, Ignore)):
+            return None
+        return self._failed(head, message, error, str(result.traceback), started_at)
+
+    def _limits_of(self, message: Message) -> tuple[float | None, float | None]:
+        """Return the soft and the hard time limit of a call, which hold in prefork only."""
+        if os.getpid() == self._main_process:
+            return None, None
+        hard, soft = message.headers.get("timelimit") or (None, None)
+        return soft or self._task.soft_time_limit, hard or self._task.time_limit
+
+    def _reached_limit(
+        self, head: Head, message: Message, hard: float | None, started_at: float
+    ) -> None:
+        """Store the dead letter of changes whose handler does not end, then end this process."""
+        logger.error("Hard time limit (%ss) exceeded for %s", hard, _described(message))
+        verdict = self._failed(head, message, TimeLimitExceeded(hard), "", started_at)
+        self.on_limit(verdict, len(head.changes))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def _argument(self, changes: Sequence[Change]) -> Any:
+        return changes[0] if self._handler.batch is None else Changes(changes)
+
+    def _message(self, head: Head) -> Message:
+        """Return the task message that the changes would have without lanes, but for its body."""
+        changes, headers = head.changes, self._form.headers
+        if self._handler.batch is None:
+            task_id = task_id_of_change(self._source, self._task.name, changes[0].id)
+            argsrepr = repr(changes[0])
+        else:
+            task_id = task_id_of_batch()
+            argsrepr = labels.batch(len(changes), changes[0])
+        own = {
+            "id": task_id,
+            "root_id": task_id,
+            "argsrepr": argsrepr[:_ARGUMENT_LENGTH],
+            "retries": head.retries,
+            letters.DEATHS: head.deaths,
+        }
+        form = Form(
+            self._form.queue,
+            self._form.task,
+            {**headers, **own},
+            {**self._form.properties, "correlation_id": task_id},
+        )
+        return Message.alone(form, "")
+
+    def _request(self, message: Message, retries: list[Any]) -> dict[str, Any]:
+        """Return what becomes `self.request`."""
+        priority = message.properties.get("priority")
+        return {
+            **message.headers,
+            "hostname": self._hostname,
+            "correlation_id": message.id,
+            "reply_to": message.properties.get("reply_to"),
+            "delivery_info": {
+                "exchange": "",
+                "routing_key": message.queue,
+                "priority": priority or 0,
+                "redelivered": False,
+            },
+            # So that a retry publishes nothing.
+            "is_eager": True,
+            "flash_retries": retries,
+        }
+
+    def _failed(
+        self,
+        head: Head,
+        message: Message,
+        error: BaseException,
+        traceback: str,
+        started_at: float | None,
+    ) -> Verdict:
+        """Return what to do with changes that have failed for good."""
+        name = type(error).__name__
+        if isinstance(error, UnpickleableExceptionWrapper):
+            name = str(error.exc_cls_name)
+        if self._handler.blocks:
+            logger.error(
+                "%s has failed, and blocks its lane until `flash lanes skip` or `flash lanes "
+                "retry`: %s",
+                _described(message),
+                escaped(text_of(error)),
+            )
+            reason = {
+                "id": head.changes[0].id,
+                "changes": len(head.changes),
+                "error": name,
+                "message": escaped(text_of(error))[:500],
+                "failed_at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            }
+            return Blocked(json.dumps(reason))
+        message.body = _body(CHANGE if self._handler.batch is None else CHANGES, head.changes)
+        letter = letters.from_message(
+            message,
+            message.queue,
+            error=name,
+            text=text_of(error),
+            traceback=traceback,
+            arguments=[self._argument(head.changes)],
+            started_at=started_at,
+            worker=self._hostname,
+        )
+        if store_letter(self._app, letter):
+            return None
+        return Later(_AGAIN_SECONDS, head.retries)
+
+
+def _body(kind: str, changes: Sequence[Change]) -> str:
+    value = payload.encode([delivery_of(change) for change in changes])
+    return (
+        f'[[{{"__type__":"{kind}","__value__":{value}}}],{{}},'
+        '{"callbacks":null,"errbacks":null,"chain":null,"chord":null}]'
+    )
+
+
+def _described(message: Message) -> str:
+    return escaped(f"{message.task}[{message.id}] ({message.headers.get('argsrepr')})")
+
+
+def _restored(result: Any) -> BaseException:
+    error = result.exception
+    return error.restored() if isinstance(error, outcome.Failure) else error
+
+
+def _seconds_until(when: Any) -> float:
+    """Return the countdown of a `Retry`, whose `when` is seconds or a moment."""
+    if when is None:
+        return 0.0
+    if isinstance(when, datetime):
+        now = datetime.now(timezone.utc) if when.tzinfo else datetime.now()
+        return max((when - now).total_seconds(), 0.0)
+    return max(float(when), 0.0)

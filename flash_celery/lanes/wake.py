@@ -1,0 +1,203 @@
+"""The task that a wake runs: it drains one lane. And what Celery's main process does for it.
+
+The task belongs to the worker, not to the project, so it has none of the project's options for
+tasks: no time limit, no rate limit, no result.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+from typing import Any
+
+import redis
+from billiard.exceptions import Terminated, WorkerLostError
+from billiard.process import current_process
+from celery.worker.request import Request
+from celery.worker.strategy import default
+
+from ..backoff import delays
+from ..dead_letters import outcome
+from ..dead_letters.failed_tasks import setting
+from ..errors import FlashError, PublishError
+from ..escaping import escaped
+from ..messages.deduplication import now
+from ..messages.lane_messages import REGISTRY
+from ..publishing.brokers.lane_store import LostLease
+from . import connection
+from .alarms import Alarm, call_at
+from .calls import HandlerCalls, traced
+from .drain import Drain, HeldLease, Limits, Step
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two sweeps of a worker.
+SWEEP_SECONDS = 2.0
+#: A lease is renewed this many times before it runs out.
+_RENEWALS = 3
+#: The errors of a task whose worker process has ended.
+_PROCESS_ENDED = (WorkerLostError, SystemExit, KeyboardInterrupt)
+
+
+def wake(task: Any, source: str, handler: str, lane: str) -> None:
+    """Drain a lane: the body of the task `flash_celery.wake`."""
+    app, request = task.app, task.request
+    hostname = str(request.hostname)
+    if handler not in app.tasks:
+        logger.error(
+            "This worker has no task %s, whose lane %s waits; another worker of its queue must "
+            "have it",
+            escaped(handler),
+            escaped(lane),
+        )
+        return
+    store = connection.store(app, source, handler)
+    seconds = float(setting(app, "flash_lane_lease"))
+    token = f"{_beginning(request.id, hostname)}{uuid.uuid4().hex}"
+    lease = HeldLease(store, lane, token, seconds, now)
+    main_process = os.getppid() if _in_child() else os.getpid()
+    calls = HandlerCalls(app, traced(app, handler, hostname), source, hostname, main_process)
+    budget = Limits(float(setting(app, "flash_lane_budget")))
+    drain = Drain(lease, calls, budget, outcome.is_stopping)
+    calls.on_limit = drain.end_with
+    _run(drain, lease)
+
+
+def _in_child() -> bool:
+    """Return whether this is a child process of prefork."""
+    return bool(current_process()._identity)
+
+
+def _beginning(wake_id: Any, hostname: str) -> str:
+    """Return how the tokens of a wake's drains begin in this worker."""
+    return f"{wake_id}|{hostname}|"
+
+
+def _run(drain: Drain, lease: HeldLease) -> None:
+    """Run the steps of a drain, and have its lease renewed meantime."""
+    renewal = _Renewal(lease)
+    steps = drain.steps()
+    reply = None
+    ended = False
+    try:
+        while True:
+            try:
+                step = steps.send(reply)
+            except StopIteration:
+                ended = True
+                return
+            reply = _attempt(step, lease)
+            renewal.begin()
+    except LostLease:
+        ended = True
+        logger.info("The lane %s is another worker's now", lease.lane)
+    finally:
+        renewal.end()
+        if not ended:
+            _give_back(lease)
+
+
+def _attempt(step: Step, lease: HeldLease) -> Any:
+    """Make a request, again if the broker fails, as long as the lease is certain to run."""
+    for pause in delays(0.1, 1.0):
+        try:
+            return step()
+        except (redis.ConnectionError, redis.TimeoutError):
+            if not lease.certain:
+                raise
+            time.sleep(pause)
+    raise AssertionError("delays end never")
+
+
+def _give_back(lease: HeldLease) -> None:
+    """Let another worker go on at once, after an error here."""
+    died = not outcome.is_stopping()
+    try:
+        lease.store.release(lease.lane, lease.token, died)
+    except redis.RedisError as error:
+        logger.warning("The lane %s waits until its lease has run out: %s", lease.lane, error)
+
+
+class _Renewal:
+    """Renews a lease while a drain has it."""
+
+    def __init__(self, lease: HeldLease) -> None:
+        self._lease = lease
+        self._alarm: Alarm | None = None
+        self._ended = False
+
+    def begin(self) -> None:
+        """Begin, unless it has begun."""
+        if self._alarm is None:
+            self._schedule()
+
+    def end(self) -> None:
+        """Stop; once this returns, nothing is renewed any more."""
+        self._ended = True
+        if self._alarm is not None:
+            self._alarm.cancel()
+
+    def _schedule(self) -> None:
+        self._alarm = call_at(now() + self._lease.seconds / _RENEWALS, self._renew)
+
+    def _renew(self) -> None:
+        if self._ended:
+            return
+        try:
+            going_on = self._lease.renew()
+        except redis.RedisError as error:
+            logger.warning(
+                "The lease of the lane %s could not be renewed: %s", self._lease.lane, error
+            )
+            going_on = True
+        if going_on:
+            self._schedule()
+
+
+class WakeRequest(Request):  # type: ignore[misc] # Celery ships no types
+    """A wake that a worker has received."""
+
+    def on_failure(
+        self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
+    ) -> Any:
+        """Give the lane back if the process that drained it has ended, then do what Celery does."""
+        error = exc_info.exception
+        error = getattr(error, "exc", error)
+        if isinstance(error, (Terminated, *_PROCESS_ENDED)):
+            stopping = isinstance(error, Terminated) or outcome.is_stopping()
+            self._release(died=not stopping)
+        return super().on_failure(exc_info, send_failed_event, return_ok)
+
+    def _release(self, died: bool) -> None:
+        try:
+            source, handler, lane = self.args
+            store = connection.store(self.app, source, handler)
+            store.release(lane, _beginning(self.id, self.hostname), died)
+        except (FlashError, redis.RedisError, TypeError, ValueError) as failure:
+            logger.warning("A lane waits until its lease has run out: %s", escaped(str(failure)))
+
+
+def strategy(task: Any, app: Any, consumer: Any) -> Any:
+    """Return the function that receives wakes. Celery calls this when a worker starts."""
+    if connection.fills_lanes(app):
+        _sweep_regularly(app, consumer)
+    return default(task, app, consumer)
+
+
+def _sweep_regularly(app: Any, consumer: Any) -> None:
+    earlier = getattr(consumer, "_flash_sweep", None)
+    if earlier is not None:
+        earlier.cancel()
+    consumer._flash_sweep = consumer.timer.call_repeatedly(SWEEP_SECONDS, sweep, (app,))
+
+
+def sweep(app: Any) -> None:
+    """Wake the lanes of all handlers on the broker whose time has come."""
+    try:
+        here = connection.connection(app)
+        for key in here.all_keys():
+            here.store(key).sweep()
+    except (PublishError, redis.RedisError) as error:
+        logger.debug("Cannot sweep %s: %s", REGISTRY, error)

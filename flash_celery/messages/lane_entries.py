@@ -1,0 +1,78 @@
+"""The content of a lane: entries of neighbouring changes, in JSON.
+
+`{"keys": [hash, [old hash, hash], …], "changes": {…}}`: the hashes of the ordering keys, which a
+drain compares without reading the rows, and the changes as `changes.payload` encodes them. With
+`expires` it has the time, in seconds since 1970, after which its changes are no longer handled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..changes import payload
+from ..changes.change import Change
+from ..changes.payload import Delivery
+from ..errors import PayloadError
+from .lane_placing import Place
+
+#: The first byte of the marker of a barrier, which no entry has.
+_MARKER = b"!"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Some neighbouring changes of a lane."""
+
+    changes: list[Change]
+    #: For each change, the hashes of its ordering keys.
+    keys: list[frozenset[int]]
+    #: Seconds since 1970 after which the changes are no longer handled; None for never.
+    expires: float | None = None
+
+
+@dataclass(frozen=True)
+class Marker:
+    """Stands in each lane for a change that has no key."""
+
+    barrier: str
+    #: How many lanes have one.
+    lanes: int
+
+
+def encode(
+    deliveries: Iterable[Delivery], places: Sequence[Place], expires: float | None = None
+) -> str:
+    """Return the text of an entry."""
+    keys = [place.key if place.key == place.old else list(place) for place in places]
+    until = "" if expires is None else f'"expires":{expires:.3f},'
+    return f'{{{until}"keys":{str(keys).replace(" ", "")},"changes":{payload.encode(deliveries)}}}'
+
+
+def decode(text: bytes) -> Entry | Marker:
+    """Read an entry or a marker.
+
+    Raises:
+        PayloadError: It is damaged, or has another version.
+    """
+    if text[:1] == _MARKER:
+        barrier, _, lanes = text[1:].decode().partition(":")
+        return Marker(barrier, int(lanes))
+    try:
+        value = json.loads(text)
+        keys = [frozenset(key if isinstance(key, list) else (key,)) for key in value["keys"]]
+        expires = value.get("expires")
+        changes = value["changes"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise PayloadError(f"This is not an entry of a lane: {error!r:.200}.") from error
+    decoded = payload.decode(changes)
+    if len(keys) != len(decoded):  # a barrier's change has no key
+        keys = [frozenset[int]()] * len(decoded)
+    return Entry(decoded, keys, None if expires is None else float(expires))
+
+
+def encode_form(queue: str, headers: Any, properties: Any) -> str:
+    """Return the text of what the messages of a handler have in common."""
+    return json.dumps({"queue": queue, "headers": headers, "properties": properties})

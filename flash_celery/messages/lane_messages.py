@@ -1,0 +1,179 @@
+"""Messages for lanes: the changes of an ordered handler, and barriers.
+
+A group is one message for one handler, whatever number of lanes its changes go to, because the
+broker has to take all of it in one step: the high-water mark of a subscription says that every
+change before it is enqueued.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..changes.payload import Delivery
+from ..changes.rows import Table
+from . import lane_entries
+from .deduplication import Covered, covered_by
+from .lane_placing import Place, Placer, placer
+from .task_message import Form, Message
+
+#: The name of the set of all handlers' keys on the broker, and the beginning of these keys.
+REGISTRY = "_flash.ordered"
+#: Bytes of rows, and changes, of one message.
+_GROUP_BYTES = 1 << 20
+_GROUP_CHANGES = 2000
+#: Bytes of rows of one entry; a single row may have more.
+_ENTRY_BYTES = 1 << 16
+_ENTRY_CHANGES = 100
+
+
+def handler_key(source: str, handler: str) -> str:
+    """Return the name of a handler's keys, without the broker's prefix.
+
+    Args:
+        source: The server and the slot, as in the ids of tasks.
+        handler: The name of the task.
+    """
+    return f"{REGISTRY}.{source.replace('/', '.')}.{handler}"
+
+
+@dataclass(frozen=True, eq=False)
+class LaneForm:
+    """The lanes of one handler: what all messages to them have in common."""
+
+    #: The name of the keys on the broker.
+    key: str
+    #: The server and the slot, and the handler, for wakes.
+    source: str
+    handler: str
+    lanes: int
+    #: Stands for everything that determines in which lane a key is.
+    layout: str
+    #: The form of the handler's task messages, for those that leave the lanes (dead letters).
+    form: Form
+    #: Whether drains must leave the lanes alone.
+    paused: bool = False
+
+
+class LaneMessage(Message):
+    """Changes for lanes, or one change for a barrier."""
+
+    __slots__ = ("barrier", "lane_form", "pushes")
+
+    def __init__(
+        self,
+        lane_form: LaneForm,
+        pushes: Sequence[tuple[int, int, str]],
+        covered: Covered,
+        barrier: Sequence[int] = (),
+    ) -> None:
+        super().__init__(lane_form.form, "", "", "", covered)
+        self.lane_form = lane_form
+        #: For each entry its lane, its number of changes and its text. A barrier has one, and its
+        #: lanes are those of `barrier`.
+        self.pushes = pushes
+        self.barrier = barrier
+
+    @property
+    def queue(self) -> str:
+        """The name of the lanes' keys."""
+        return self.lane_form.key
+
+
+@dataclass
+class _Lane:
+    """The changes of one lane that are collected for one entry."""
+
+    deliveries: list[Delivery] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
+    size: int = 0
+
+
+class LaneGroup:
+    """Collects the changes of one handler, in the order of the WAL.
+
+    Args:
+        form: The lanes.
+        columns: The ordering key of each subscription, by number; None for the row's key.
+    """
+
+    def __init__(self, form: LaneForm, columns: Sequence[Sequence[str] | None]) -> None:
+        self._form = form
+        self._columns = columns
+        self._placers: dict[tuple[Table, int], Placer] = {}
+        self._lanes: dict[int, _Lane] = {}
+        self._full: list[tuple[int, int, str]] = []
+        self._covered: list[Delivery] = []
+        self._size = 0
+
+    def add(self, delivery: Delivery, expires: float | None) -> list[LaneMessage]:
+        """Add changes; return the messages that are complete.
+
+        Args:
+            delivery: The changes.
+            expires: Seconds since 1970 after which they are no longer handled.
+        """
+        messages: list[LaneMessage] = []
+        place = self._placer(delivery.table, delivery.number)
+        lanes, count = self._lanes, self._form.lanes
+        for ordinal, row in enumerate(delivery.rows, delivery.ordinal):
+            single = delivery._replace(rows=[row], ordinal=ordinal)
+            placed = place(row)
+            crossed = barrier_lanes(placed, count)
+            if crossed:
+                messages += self.flush(expires)
+                messages.append(self._barrier(single, crossed, expires))
+                continue
+            assert placed is not None
+            number = placed.key % count
+            lane = lanes.get(number)
+            if lane is None:
+                lane = lanes[number] = _Lane()
+            elif lane.size + len(row) > _ENTRY_BYTES or len(lane.places) >= _ENTRY_CHANGES:
+                self._full.append(_encoded(number, lane, expires))
+                lane = lanes[number] = _Lane()
+            lane.deliveries.append(single)
+            lane.places.append(placed)
+            lane.size += len(row)
+            self._covered.append(single)
+            self._size += len(row)
+            if self._size >= _GROUP_BYTES or len(self._covered) >= _GROUP_CHANGES:
+                messages += self.flush(expires)
+        return messages
+
+    def flush(self, expires: float | None) -> list[LaneMessage]:
+        """Return the message with what has been added, if anything has, and forget it."""
+        if not self._covered:
+            return []
+        pushes = self._full + [_encoded(*lane, expires) for lane in self._lanes.items()]
+        message = LaneMessage(self._form, pushes, covered_by(self._covered))
+        # In place, because `add` goes on with it.
+        self._lanes.clear()
+        self._full, self._covered, self._size = [], [], 0
+        return [message]
+
+    def _barrier(
+        self, delivery: Delivery, lanes: Sequence[int], expires: float | None
+    ) -> LaneMessage:
+        text = lane_entries.encode([delivery], [], expires)
+        return LaneMessage(self._form, [(0, 1, text)], covered_by([delivery]), lanes)
+
+    def _placer(self, table: Table, number: int) -> Placer:
+        found = self._placers.get((table, number))
+        if found is None:
+            if len(self._placers) >= 10_000:  # a table has a new description after each ALTER
+                self._placers.clear()
+            found = self._placers[table, number] = placer(table, self._columns[number])
+        return found
+
+
+def barrier_lanes(place: Place | None, lanes: int) -> Sequence[int]:
+    """Return the lanes in which everything before a change must be handled first, if several."""
+    if place is None:
+        return range(lanes)
+    crossed = {place.key % lanes, place.old % lanes}
+    return sorted(crossed) if len(crossed) > 1 else ()
+
+
+def _encoded(number: int, lane: _Lane, expires: float | None) -> tuple[int, int, str]:
+    return number, len(lane.places), lane_entries.encode(lane.deliveries, lane.places, expires)

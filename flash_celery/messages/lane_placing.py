@@ -1,0 +1,76 @@
+"""In which lane a change is: a hash of its ordering key, as PostgreSQL wrote it.
+
+It is a pure function of bytes, so it is the same in every process and release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+from zlib import crc32
+
+from ..changes.payload import TRUNCATED
+from ..changes.rows import Table
+from ..protocol.pgoutput import FIRST_TUPLE, UNCHANGED_TOAST, Cell, read_cells, read_row
+
+_INSERT = ord("I")
+_UPDATE = ord("U")
+_MESSAGE = ord("M")
+
+
+class Place(NamedTuple):
+    """The hash of a change's ordering key, and of the key that an UPDATE has replaced."""
+
+    key: int
+    #: The same as `key`, unless the row has moved to another key.
+    old: int
+
+
+#: Returns the place of a row; None for what has no key: a TRUNCATE, a logical message.
+Placer = Callable[[bytes], Place | None]
+
+
+def placer(table: Table, columns: Sequence[str] | None) -> Placer:
+    """Return what places the rows of a table, as its handler's subscription describes it.
+
+    Args:
+        table: The table, with the columns that its rows have.
+        columns: The columns of the ordering key; None for the row's key.
+    """
+    names = [name for name in columns or table.key if name in table.positions]
+    positions = [table.positions[name] for name in names]
+    width = max(positions, default=-1) + 1
+    in_identity = table.identity_columns.issuperset(names)
+
+    def place(row: bytes) -> Place | None:
+        tag = row[0]
+        if tag == _INSERT:
+            key = _digest(read_cells(row, FIRST_TUPLE, width)[0], positions)
+            return Place(key, key)
+        if row == TRUNCATED or tag == _MESSAGE:
+            return None
+        read, _ = read_row(row)
+        if tag != _UPDATE:
+            key = _digest(read.old or (), positions)
+            return Place(key, key)
+        new: Sequence[Cell] = read.new or ()
+        if read.old is None or not (read.old_kind == "O" or in_identity):
+            key = _digest(new, positions)
+            return Place(key, key)
+        # A value that PostgreSQL did not send is the old one.
+        filled = [read.old[n] if cell is UNCHANGED_TOAST else cell for n, cell in enumerate(new)]
+        return Place(_digest(filled, positions), _digest(read.old, positions))
+
+    return place
+
+
+def _digest(cells: Sequence[Cell], positions: Sequence[int]) -> int:
+    """Return a hash of some cells; NULL differs from "", and "a", "bc" from "ab", "c"."""
+    digest = 0
+    for position in positions:
+        cell = cells[position] if position < len(cells) else None
+        if isinstance(cell, bytes):
+            digest = crc32(cell, crc32(b"%d:" % len(cell), digest))
+        else:
+            digest = crc32(b"-", digest)
+    return digest

@@ -1,0 +1,48 @@
+"""The lanes of a project's handlers on its broker, as commands and monitoring read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from .base import ConnectedPublisher
+from .lane_overview import HandlerLanes, Overview, keys_of
+from .lane_store import LaneStore
+from .redis_keys import literal_client, prefixed
+
+
+@contextmanager
+def overviews(
+    publisher: ConnectedPublisher, slot: str, handlers: Iterable[str]
+) -> Iterator[list[tuple[str, Overview, LaneStore]]]:
+    """Yield each handler that has lanes for a slot, with what reads and what alters them.
+
+    Raises:
+        PublishError: The broker does not answer.
+    """
+    channel = publisher.channel
+    if publisher.driver != "redis":
+        yield []
+        return
+    with publisher.errors(), literal_client(channel) as client:
+        yield [
+            (
+                handler,
+                Overview(client, prefixed(channel, key)),
+                LaneStore(client, prefixed(channel, key)),
+            )
+            for handler, key in keys_of(client, partial(prefixed, channel), slot, handlers)
+        ]
+
+
+def summaries(
+    publisher: ConnectedPublisher, slot: str, handlers: Iterable[str]
+) -> list[HandlerLanes]:
+    """Return how much waits in the lanes of each handler.
+
+    Raises:
+        PublishError: The broker does not answer.
+    """
+    with overviews(publisher, slot, handlers) as found:
+        return [overview.summary(handler) for handler, overview, _ in found]

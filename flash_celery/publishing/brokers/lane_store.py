@@ -1,0 +1,195 @@
+"""The lanes of one handler on one Redis server: a method for each script of `scripts`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import lane_scripts as scripts
+
+#: The most entries and bytes that a claim or a commit returns.
+MOST_ENTRIES = 50
+MOST_BYTES = 1 << 18
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """A lease on a lane, and its first entries."""
+
+    #: Grows with each claim of the handler's lanes.
+    fence: int
+    #: How many changes of the first entry are done.
+    cursor: int
+    #: How often the first change was retried, and how many processes have died on it.
+    retries: int
+    deaths: int
+    #: What the handler's messages have in common, as `entries.encode_form` wrote it.
+    form: bytes
+    entries: list[bytes] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a commit removes from a lane."""
+
+    #: How many whole entries.
+    entries: int
+    #: How many changes of the entry after those are done.
+    cursor: int
+    #: How many changes.
+    changes: int
+
+
+class LostLease(Exception):
+    """Another drain has the lane, because this one's lease had run out."""
+
+
+class LaneStore:
+    """The lanes of a handler. Methods may be called by several threads.
+
+    Args:
+        client: A client that adds no prefix to keys.
+        key: The name of the handler's keys, with the broker's prefix.
+        clock: The time for tests; by default the server's counts.
+    """
+
+    def __init__(self, client: Any, key: str, clock: Callable[[], float] | None = None) -> None:
+        self.client = client
+        self.key = key
+        self._clock = clock
+        self._scripts: dict[str, Any] = {}
+
+    def _call(self, name: str, *arguments: Any, keys: Sequence[str] = ()) -> Any:
+        now = "" if self._clock is None else repr(self._clock())
+        script = self._scripts.get(name)
+        if script is None:
+            script = self.client.register_script(getattr(scripts, name))
+            self._scripts[name] = script
+        return script(keys=[self.key, *keys], args=[now, *arguments])
+
+    def configure(
+        self,
+        registry: str,
+        name: str,
+        layout: str,
+        lanes: int,
+        queue: str,
+        wake: str,
+        form: str,
+        paused: bool | None,
+    ) -> bool:
+        """Set up the handler's keys; return whether its lanes may be filled.
+
+        They may not while changes wait that were placed by another layout.
+
+        Args:
+            registry: The key of the set of all names.
+            name: The name of the handler's keys without the prefix.
+            layout: Stands for everything that determines in which lane a key is.
+            lanes: How many lanes there are.
+            queue: The key of the list that workers pop wakes from.
+            wake: The text of a wake, with `LANE_MARK` and `ID_MARK`.
+            form: What the handler's messages have in common.
+            paused: Whether drains must leave the lanes alone; None leaves that as it is.
+        """
+        flag = "" if paused is None else str(int(paused))
+        arguments = name, layout, lanes, queue, wake, form, flag
+        return bool(self._call("CONFIGURE", *arguments, keys=[registry]))
+
+    def claim(self, lane: str, token: str, lease: float, most: int = MOST_ENTRIES) -> Claimed | str:
+        """Take the lease of a lane; otherwise return why there is none to take."""
+        code, *found = self._call("CLAIM", lane, token, lease, most, MOST_BYTES)
+        if code != b"ok":
+            return str(code.decode())
+        fence, cursor, retries, deaths, form, *entries = found
+        return Claimed(fence, cursor, retries, deaths, form, entries)
+
+    def commit(
+        self,
+        lane: str,
+        token: str,
+        lease: float,
+        number: int,
+        done: Done,
+        kept: int,
+        leave: bool = False,
+        most: int = MOST_ENTRIES,
+    ) -> list[bytes] | None:
+        """Remove what is done, and return more entries; None if the lease has ended with it.
+
+        Args:
+            lane: The number of the lane.
+            token: Identifies the drain.
+            lease: Seconds.
+            number: Counts the commits of this token, so that a repetition removes nothing.
+            done: The changes that are done since the last commit.
+            kept: How many entries the caller still has.
+            leave: Give the lane to the next worker, if more wait.
+            most: The most entries to return; 0 for none.
+
+        Raises:
+            LostLease: Another drain has the lane.
+        """
+        code, *entries = self._call(
+            "COMMIT",
+            *(lane, token, lease, number, done.entries, done.cursor, done.changes),
+            *(kept, most, MOST_BYTES, "leave" if leave else ""),
+        )
+        if code == b"lost":
+            raise LostLease
+        return entries if code == b"ok" else None
+
+    def renew(self, lane: str, token: str, lease: float) -> bool:
+        """Extend the lease; return whether it is still this token's."""
+        return bool(self._call("RENEW", lane, token, lease))
+
+    def sleep(self, lane: str, token: str, seconds: float, retries: int) -> bool:
+        """End the lease until the first change may be retried."""
+        return bool(self._call("SLEEP", lane, token, seconds, retries))
+
+    def release(self, lane: str, token: str, died: bool = False) -> bool:
+        """End the lease, without anything done, of a token that begins with this one.
+
+        Args:
+            lane: The number of the lane.
+            token: The beginning of the drain's token.
+            died: Whether the process that handled the first change has died.
+        """
+        return bool(self._call("RELEASE", lane, token, "died" if died else ""))
+
+    def block(self, lane: str, token: str, reason: str) -> bool:
+        """End the lease until an operator decides about the first change."""
+        return bool(self._call("BLOCK", lane, token, reason))
+
+    def unblock(self, lane: str, reason: bytes | str, done: Done, barrier: str = "") -> bool:
+        """Let a blocked lane go on; return whether it was blocked for this reason.
+
+        Args:
+            lane: The number of the lane.
+            reason: The reason, as `block` stored it.
+            done: What to remove from it; nothing to try the first change again.
+            barrier: The id of the barrier to open instead.
+        """
+        return bool(
+            self._call("UNBLOCK", lane, reason, done.entries, done.cursor, done.changes, barrier)
+        )
+
+    def sweep(self, most: int = 100) -> int:
+        """Wake the lanes whose time has come; return how many."""
+        return int(self._call("SWEEP", most))
+
+    def arrive(self, lane: str, token: str, barrier: str, lanes: int) -> bytes | None:
+        """Arrive at a barrier; return its entry if all lanes have, else None: the lease has ended.
+
+        Raises:
+            LostLease: Another drain has the lane.
+        """
+        code, *entry = self._call("ARRIVE", lane, token, barrier, lanes)
+        if code == b"lost":
+            raise LostLease
+        return bytes(entry[0]) if entry else None
+
+    def open(self, lane: str, token: str, barrier: str) -> bool:
+        """Open a barrier, whose change is done, which ends the lease."""
+        return bool(self._call("OPEN", lane, token, barrier))

@@ -1,0 +1,371 @@
+"""Ordered handlers in real Celery workers, on Valkey."""
+
+import json
+import os
+import signal
+from collections import defaultdict
+
+import pytest
+
+from example_project.servers import wait_until
+
+
+@pytest.fixture
+def ordered(shop):
+    """The project of `ordered.py`."""
+    shop.project = "ordered"
+    return shop
+
+
+def keys_of(note):
+    return note["key"].get("id")
+
+
+def ended(shop, handler="each"):
+    return [note for note in shop.notes(handler) if note["event"] == "end"]
+
+
+def until_ended(shop, count, handler="each", timeout=60.0):
+    """The notes of the calls that have ended, once these are so many changes."""
+
+    def enough():
+        notes = ended(shop, handler)
+        return notes if len({note["id"] for note in notes}) >= count else None
+
+    try:
+        return wait_until(enough, f"{count} changes", timeout)
+    except TimeoutError as error:
+        logs = "\n".join(process.log.read_text()[-3000:] for process in shop.processes)
+        raise AssertionError(f"{error}: {len(ended(shop, handler))} notes\n{logs}") from None
+
+
+def assert_in_order(notes):
+    """Each key's changes are in commit order; a repetition is of the last one only."""
+    values = defaultdict(list)
+    for note in notes:
+        if note["new"] is not None:
+            values[keys_of(note)].append(int(note["new"]["name"]))
+    for key, found in values.items():
+        assert found == sorted(found), f"key {key}: {found}"
+    return values
+
+
+def update(shop, keys, first, last):
+    for number in range(first, last):
+        shop.database.execute(
+            *[f"UPDATE items SET name = '{number}' WHERE id = {key}" for key in range(keys)]
+        )
+
+
+def insert(shop, keys):
+    rows = ", ".join(f"({key}, '0', NULL)" for key in range(keys))
+    shop.database.execute(f"INSERT INTO items VALUES {rows}")
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_lanes_keep_the_order_of_each_key(ordered, pool):
+    ordered.replicate()
+    workers = [ordered.worker(pool, "flash") for _ in range(2)]
+    insert(ordered, 8)
+    update(ordered, 8, 1, 20)
+    notes = until_ended(ordered, 8 * 20)
+    values = assert_in_order(notes)
+    assert all(found == list(range(20)) for found in values.values())
+    for worker in workers:
+        assert ordered.end(worker) == 0
+        assert "Traceback" not in worker.log.read_text()
+
+
+def test_lanes_keep_the_order_through_retries(ordered):
+    ordered.replicate()
+    ordered.worker("prefork", "flash")
+    insert(ordered, 4)
+    ordered.database.execute(
+        "UPDATE items SET name = '1', note = 'retry' WHERE id = 0",
+        "UPDATE items SET name = '2', note = '' WHERE id = 0",
+        "UPDATE items SET name = '1', note = 'retry quietly' WHERE id = 1",
+        "UPDATE items SET name = '2', note = '' WHERE id = 1",
+    )
+    values = assert_in_order(until_ended(ordered, 8))
+    # With throw=False the handler goes on to its end each time.
+    assert values == {0: [0, 1, 2], 1: [0, 1, 1, 1, 2], 2: [0], 3: [0]}
+    begun = [n for n in ordered.notes() if n["event"] == "begin" and keys_of(n) == 0]
+    retried = [note for note in begun if note["new"]["note"] == "retry"]
+    assert [note["retries"] for note in retried] == [0, 1, 2]
+    assert len({note["task_id"] for note in retried}) == 1
+
+
+def test_lanes_change_that_fails_for_good_becomes_a_dead_letter(ordered):
+    ordered.replicate()
+    ordered.worker("prefork", "flash")
+    insert(ordered, 2)
+    ordered.database.execute(
+        "UPDATE items SET name = '1', note = 'raise' WHERE id = 0",
+        "UPDATE items SET name = '2', note = '' WHERE id = 0",
+    )
+    assert assert_in_order(until_ended(ordered, 3)) == {0: [0, 2], 1: [0]}
+    (letter,) = json.loads(ordered.run("flash", "dead", "list", "--json").stdout)
+    assert (letter["error"], letter["retries"]) == ("ValueError", 0)
+    open(f"{ordered.notes_file}.fixed", "w").close()
+    assert ordered.run("flash", "dead", "retry", "--all").returncode == 0
+    until_ended(ordered, 4)
+
+
+def test_lanes_go_on_at_once_when_a_process_dies(ordered):
+    ordered.replicate()
+    ordered.worker("prefork", "flash", SHOP_CONF='{"flash_lane_lease": 600}')
+    insert(ordered, 2)
+    ordered.database.execute(
+        "UPDATE items SET name = '1', note = 'kill once' WHERE id = 0",
+        "UPDATE items SET name = '2', note = '' WHERE id = 0",
+    )
+    # Not after the lease.
+    assert assert_in_order(until_ended(ordered, 4)) == {0: [0, 1, 2], 1: [0]}
+
+
+def test_lanes_change_that_kills_its_processes_becomes_a_dead_letter(ordered):
+    ordered.replicate()
+    ordered.worker("prefork", "flash", SHOP_CONF='{"flash_lane_lease": 600}')
+    insert(ordered, 2)
+    ordered.database.execute(
+        "UPDATE items SET name = '1', note = 'kill' WHERE id = 0",
+        "UPDATE items SET name = '2', note = '' WHERE id = 0",
+    )
+    assert assert_in_order(until_ended(ordered, 3)) == {0: [0, 2], 1: [0]}
+    (letter,) = json.loads(ordered.run("flash", "dead", "list", "--json").stdout)
+    assert (letter["error"], letter["deaths"]) == ("ProcessKilled", 3)
+
+
+def test_lanes_of_a_killed_worker_go_on_when_its_lease_has_run_out(ordered):
+    ordered.replicate()
+    worker = ordered.worker("solo", "flash", SHOP_SLEEP="1")
+    insert(ordered, 1)
+    update(ordered, 1, 1, 3)
+    wait_until(lambda: ordered.notes(), "the worker to begin")
+    worker.kill()
+    ordered.worker("solo", "flash")
+    assert assert_in_order(until_ended(ordered, 3)) == {0: [0, 1, 2]}
+
+
+@pytest.mark.parametrize("messages", ["", "1"])
+def test_lanes_barrier_is_handled_after_everything_before_it(ordered, messages):
+    ordered.environment.update(SHOP_MESSAGES=messages, SHOP_SLEEP="0.02")
+    ordered.replicate()
+    ordered.worker("prefork", "flash")
+    ordered.worker("threads", "flash")
+    barrier = "SELECT pg_logical_emit_message(true, 'said', '')" if messages else "TRUNCATE items"
+    insert(ordered, 10)
+    ordered.database.execute(barrier)
+    if messages:
+        update(ordered, 10, 1, 2)
+    else:
+        insert(ordered, 10)
+    until_ended(ordered, 21)
+    notes = ordered.notes()
+    kinds = [(note["event"], note["operation"]) for note in notes]
+    operation = "message" if messages else "truncate"
+    begin, end = kinds.index(("begin", operation)), kinds.index(("end", operation))
+    assert end == begin + 1
+    assert len({n["id"] for n in notes[:begin] if n["event"] == "end"}) == 10
+    assert len(notes[end + 1 :]) == 20
+
+
+def test_lanes_update_of_the_key_waits_for_both_lanes(ordered):
+    ordered.environment.update(SHOP_ORDER="column", SHOP_SLEEP="0.3")
+    ordered.replicate()
+    ordered.worker("prefork", "flash", options=("-c", "4"))
+    ordered.database.execute(
+        "INSERT INTO items VALUES (1, 'a', NULL), (2, 'b', NULL), (3, 'c', NULL)",
+        "UPDATE items SET name = 'b' WHERE id = 1",
+        "UPDATE items SET note = 'after' WHERE id = 2",
+        "INSERT INTO items VALUES (4, 'a', 'after')",
+    )
+    until_ended(ordered, 6)
+    notes = ordered.notes()
+    shown = [(n["event"], n["key"]["id"], n["operation"]) for n in notes]
+    moved = shown.index(("begin", 1, "update"))
+    assert shown.index(("end", 1, "insert")) < moved
+    assert shown.index(("end", 2, "insert")) < moved
+    over = shown.index(("end", 1, "update"))
+    assert shown.index(("begin", 2, "update")) > over
+    assert shown.index(("begin", 4, "insert")) > over
+
+
+def test_lanes_time_limits_hold_for_each_change(ordered):
+    ordered.environment.update(SHOP_LIMIT="3", SHOP_SLEEP="0.5")
+    ordered.replicate()
+    ordered.worker("prefork", "flash", SHOP_CONF='{"flash_lane_lease": 600}')
+    insert(ordered, 1)
+    update(ordered, 1, 1, 6)  # longer than the limit together
+    ordered.database.execute("UPDATE items SET note = 'sleep', name = '6'")
+    ordered.database.execute("UPDATE items SET note = '', name = '7'")
+    assert assert_in_order(until_ended(ordered, 7)) == {0: [0, 1, 2, 3, 4, 5, 7]}
+    (letter,) = json.loads(ordered.run("flash", "dead", "list", "--json").stdout)
+    assert letter["error"] == "TimeLimitExceeded"
+
+
+def test_lanes_soft_time_limit_ends_one_change(ordered):
+    ordered.environment.update(SHOP_SOFT_LIMIT="2")
+    ordered.replicate()
+    ordered.worker("prefork", "flash")
+    insert(ordered, 1)
+    ordered.database.execute("UPDATE items SET note = 'sleep', name = '1'")
+    ordered.database.execute("UPDATE items SET note = '', name = '2'")
+    assert assert_in_order(until_ended(ordered, 2)) == {0: [0, 2]}
+    (letter,) = json.loads(ordered.run("flash", "dead", "list", "--json").stdout)
+    assert letter["error"] == "SoftTimeLimitExceeded"
+
+
+def test_lanes_batches_hold_the_changes_that_wait(ordered):
+    ordered.environment.update(SHOP_BATCH="1")
+    ordered.replicate()
+    insert(ordered, 4)
+    update(ordered, 4, 1, 30)
+    ordered.worker("prefork", "flash")
+    notes = until_ended(ordered, 4 * 30, "many")
+    values = assert_in_order(notes)
+    assert all(found == list(range(30)) for found in values.values())
+    assert max(note["together"] for note in notes) > 10
+
+
+def lanes(shop, *arguments):
+    return json.loads(shop.run("flash", "lanes", "list", "--json", *arguments).stdout)
+
+
+def test_lanes_blocked_by_a_failed_change_go_on_when_an_operator_says_so(ordered):
+    ordered.environment.update(SHOP_ORDER="block")
+    ordered.replicate()
+    ordered.worker("prefork", "flash")
+    insert(ordered, 2)
+    ordered.database.execute(
+        "UPDATE items SET name = '1', note = 'raise' WHERE id = 0",
+        "UPDATE items SET name = '2', note = 'raise' WHERE id = 0",
+        "UPDATE items SET name = '3', note = '' WHERE id = 0",
+        "UPDATE items SET name = '1' WHERE id = 1",
+    )
+
+    def blocked():
+        found = [lane for lane in lanes(ordered)["ordered.each"] if lane["state"] == "blocked"]
+        return found[0] if found else None
+
+    first = wait_until(blocked, "the lane to be blocked")
+    assert (first["changes"], first["error"]) == (3, "ValueError: this item cannot be handled")
+    until_ended(ordered, 3)  # the other key is not held up
+    wrong = ordered.run("flash", "lanes", "skip", "each", str(first["lane"]), "0/1:0")
+    assert wrong.returncode == 2
+    assert first["first_id"] in wrong.stderr
+    status = ordered.run("flash", "status")
+    assert "1 blocked" in status.stdout
+    skip = ordered.run("flash", "lanes", "skip", "each", str(first["lane"]), first["first_id"])
+    assert skip.returncode == 0, skip.stderr
+    second = wait_until(
+        lambda: (found := blocked()) and found["first_id"] != first["first_id"] and found,
+        "the next change to block it",
+    )
+    open(f"{ordered.notes_file}.fixed", "w").close()
+    retry = ordered.run("flash", "lanes", "retry", "each", str(second["lane"]), second["first_id"])
+    assert retry.returncode == 0, retry.stderr
+    assert assert_in_order(until_ended(ordered, 5)) == {0: [0, 2, 3], 1: [0, 1]}
+    assert ordered.run("flash", "wait").returncode == 0
+
+
+def test_lanes_are_waited_for_and_shown(ordered):
+    ordered.replicate()
+    insert(ordered, 3)
+    waited = ordered.run("flash", "wait", "--timeout", "3")
+    assert waited.returncode == 1
+    assert "changes for ordered.each" in waited.stderr
+    (status,) = json.loads(ordered.run("flash", "status", "--json").stdout)["lanes"]
+    assert (status["waiting"], status["busy"], status["lanes"]) == (3, 0, 16)
+    assert status["oldest_seconds"] > 0
+    assert "3 waiting in 16 lanes" in ordered.run("flash", "status").stdout
+    assert "insert public.items id=1" in ordered.run("flash", "lanes", "list", "each").stdout
+    ordered.worker("solo", "flash")
+    assert ordered.run("flash", "wait").returncode == 0
+    assert len(ended(ordered)) == 3
+    assert lanes(ordered) == {"ordered.each": []}
+
+
+def test_lanes_of_a_paused_handler_keep_what_they_have(ordered):
+    ordered.replicate()
+    ordered.worker("solo", "flash")
+    insert(ordered, 1)
+    until_ended(ordered, 1)
+    assert ordered.run("flash", "pause", "each").returncode == 0
+    update(ordered, 1, 1, 3)
+    wait_until(
+        lambda: json.loads(ordered.run("flash", "status", "--json").stdout)["lanes"][0],
+        "the status",
+    )
+
+    def paused():
+        (status,) = json.loads(ordered.run("flash", "status", "--json").stdout)["lanes"]
+        return status["paused"] and status["waiting"] == 2
+
+    wait_until(paused, "the lanes to be paused")
+    assert len(ended(ordered)) == 1
+    assert ordered.run("flash", "resume", "each").returncode == 0
+    assert assert_in_order(until_ended(ordered, 3)) == {0: [0, 1, 2]}
+
+
+def test_lanes_of_another_number_are_filled_when_the_old_ones_are_empty(ordered):
+    replicate = ordered.replicate()
+    insert(ordered, 5)
+    wait_until(
+        lambda: json.loads(ordered.run("flash", "status", "--json").stdout)["lanes"], "the lanes"
+    )
+    wait_until(
+        lambda: json.loads(ordered.run("flash", "status", "--json").stdout)["lanes"][0]["waiting"],
+        "the changes",
+    )
+    assert ordered.end(replicate) == 0
+    ordered.environment.update(SHOP_ORDER="one")
+    replicate = ordered.replicate(wait=False)
+    ordered.until_said(replicate, "were placed by another ordering key")
+    update(ordered, 5, 1, 2)
+    ordered.worker("prefork", "flash")
+    values = assert_in_order(until_ended(ordered, 10))
+    assert all(found == [0, 1] for found in values.values())
+
+
+def test_lanes_keep_the_order_while_processes_and_workers_are_killed(ordered):
+    ordered.environment.update(SHOP_SLEEP="0.01", SHOP_CONF='{"flash_max_deaths": 100}')
+    ordered.replicate()
+    workers = [ordered.worker("prefork", "flash") for _ in range(2)]
+    insert(ordered, 12)
+    kills = 0
+    for number in range(1, 40):
+        update(ordered, 12, number, number + 1)
+        if number % 4 == 0:
+            # One that handles a change just then.
+            begun = {}
+            for note in ordered.notes():
+                begun[note["pid"]] = note["event"]
+            pids = [pid for pid, event in begun.items() if event == "begin"]
+            for pid in pids[:1]:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                    kills += 1
+                except ProcessLookupError:
+                    pass
+        if number in (15, 30):
+            workers[number // 30].kill()
+            workers.append(ordered.worker("prefork", "flash"))
+    notes = until_ended(ordered, 12 * 40, timeout=120)
+    assert kills
+    values = defaultdict(list)
+    for note in notes:
+        values[keys_of(note)].append(int(note["new"]["name"]))
+    for key, found in values.items():
+        assert sorted(set(found)) == list(range(40)), f"key {key}: {found}"
+        assert found == sorted(found), f"key {key}: {found}"
+    # One at a time: nothing begins between the beginning and the end of another of its key.
+    under_way = {}
+    for note in ordered.notes():
+        key = keys_of(note)
+        if note["event"] == "end":
+            assert under_way.pop(key, note["pid"]) == note["pid"]
+        else:
+            other = under_way.get(key)
+            assert other is None or other == note["pid"] or not os.path.exists(f"/proc/{other}")
+            under_way[key] = note["pid"]

@@ -1,0 +1,233 @@
+"""The lanes of ordered handlers on a real server: no schedule of steps and faults breaks the order.
+
+`lane_world` runs the scripts and the drain under a clock of its own.
+"""
+
+import json
+import os
+
+import pytest
+import redis
+
+from flash_celery.lanes.drain import Drain, HeldLease, Limits
+from flash_celery.messages import lane_entries
+from flash_celery.messages.lane_placing import Place
+from flash_celery.publishing.brokers import lane_scripts
+from flash_celery.publishing.brokers.lane_store import Done, LaneStore, LostLease
+from tests.integration.lane_world import KEY, LEASE, PUSH, QUEUE, Faults, World, delivery
+
+#: Schedules of each kind; `make long` runs many more.
+SCHEDULES = int(os.environ.get("FLASH_SCHEDULES", 250))
+
+#: Tests of each kind, so that none takes long on a busy machine.
+PARTS = 5
+#: Changes of one schedule.
+CHANGES = 8 if SCHEDULES == 250 else 20
+#: The faults of one schedule, and what else differs.
+KINDS = {
+    "no faults": ({"crash": 0, "lost_wake": 0}, {}),
+    "crashes": ({"crash": 4}, {}),
+    "frozen": ({"crash": 1, "freeze": 2}, {}),
+    "batches": ({"crash": 3}, {"size": 4}),
+}
+
+
+@pytest.fixture
+def client(valkey):
+    with redis.Redis(port=valkey.port, db=9) as client:
+        yield client
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("kind", KINDS)
+def test_lanes_keep_the_order_in_every_schedule(client, kind, part):
+    faults, options = KINDS[kind]
+    for seed in range(part, SCHEDULES, PARTS):
+        world = World(client, seed, Faults(**faults), changes=CHANGES, **options)
+        try:
+            world.run()
+        except AssertionError as error:
+            raise AssertionError(f"{kind}, seed {seed}: {error}") from error
+
+
+class Lane:
+    """One lane with a clock of its own, and the steps of drains on it."""
+
+    def __init__(self, client):
+        client.flushdb()
+        self.client, self.now = client, 1000.0
+        self.store = LaneStore(client, KEY, lambda: self.now)
+        wake = json.dumps([lane_scripts.LANE_MARK, lane_scripts.ID_MARK])
+        names = "_flash.ordered", KEY, "layout", 4, QUEUE, wake, "{}", False
+        assert self.store.configure(*names)
+
+    def push(self, *keys, lane="0", first=0):
+        """Push one entry of changes with these keys."""
+        numbers = range(first, first + len(keys))
+        places = [Place(key, key) for key in keys]
+        text = lane_entries.encode(map(delivery, numbers), places)
+        script = self.client.register_script(PUSH)
+        script(keys=[KEY], args=[self.now, lane, len(keys), text])
+
+    def claim(self, token="a", lane="0"):
+        return self.store.claim(lane, token, LEASE)
+
+    def commit(self, number, token="a", changes=1, cursor=1, entries=0, kept=1, **options):
+        done = Done(entries, cursor, changes)
+        return self.store.commit("0", token, LEASE, number, done, kept, **options)
+
+    @property
+    def wakes(self):
+        return self.client.llen(QUEUE)
+
+    def cursor(self):
+        return int(self.client.hget(f"{KEY}.state", "c0") or 0)
+
+
+@pytest.fixture
+def lane(client):
+    return Lane(client)
+
+
+class Handler:
+    """Notes the changes that it is called for, among the other steps of a drain."""
+
+    size = 1
+
+    def __init__(self):
+        self.steps = []
+
+    def read_form(self, text): ...
+
+    def handle(self, head):
+        self.steps += [change.transaction.xid for change in head.changes]
+
+
+def drain(lane, handler, before=lambda name: None, token="a"):
+    """Run a drain to its end; `before` is called with the name of each step."""
+    lease = HeldLease(lane.store, "0", token, LEASE, lambda: lane.now)
+    steps, reply = Drain(lease, handler, Limits(budget=100)).steps(), None
+    while True:
+        try:
+            step = steps.send(reply)
+        except StopIteration:
+            return
+        name = getattr(step, "func", step).__name__
+        if name != "handle":
+            handler.steps.append(name)
+        before(name)
+        reply = step()
+
+
+def test_commit_that_is_sent_twice_removes_no_second_change(lane):
+    lane.push(1, 2, 3)
+    lane.claim()
+    for _ in range(2):  # a client that got no reply sends it again
+        assert lane.commit(1, cursor=1) == []
+    assert lane.cursor() == 1
+    assert int(lane.client.hget(f"{KEY}.state", "waiting")) == 2
+
+
+def test_claim_that_is_sent_twice_is_the_same_lease(lane):
+    lane.push(1)
+    first = lane.claim()
+    assert lane.claim() == first
+
+
+def test_drain_commits_before_another_change_of_the_same_key(lane):
+    lane.push(1, 2, 1, 3)
+    handler = Handler()
+    drain(lane, handler)
+    assert handler.steps == ["claim", 0, 1, "commit", 2, 3, "commit"]
+
+
+def test_drain_after_a_death_commits_its_first_change_alone(lane):
+    lane.push(1, 2, 3)
+    lane.claim("dead")
+    lane.store.release("0", "dead", died=True)
+    handler = Handler()
+    drain(lane, handler)
+    assert handler.steps == ["claim", 0, "commit", 1, 2, "commit"]
+
+
+def test_claim_refuses_a_lane_that_sleeps_or_is_held(lane):
+    lane.push(1)
+    lane.claim()
+    # Another wake, as after visibility_timeout, has a token of its own.
+    assert lane.claim("b") == "held"
+    assert lane.store.sleep("0", "a", 60, 1)
+    assert lane.claim("b") == "asleep"
+    lane.now += 60
+    assert lane.store.sweep() == 1
+    assert lane.claim("b").retries == 1
+
+
+def test_drain_that_was_frozen_handles_nothing_more(lane):
+    lane.push(1, 2, 3)
+    handler, other = Handler(), Handler()
+
+    def freeze(name):
+        if name == "handle" and not other.steps:
+            lane.now += LEASE + 1
+            drain(lane, other, token="b")
+
+    drain(lane, handler, freeze)
+    # The call that was under way, and no other, although its buffer has them.
+    assert handler.steps == ["claim", 0, "renew"]
+    assert other.steps == ["claim", 0, "commit", 1, 2, "commit"]
+
+
+def test_sweep_wakes_less_and_less_often_while_no_worker_comes(lane):
+    lane.push(1)
+    swept = 0
+    for _ in range(3600):
+        lane.now += 1
+        swept += lane.store.sweep()
+    assert 5 <= swept <= 12
+    assert lane.wakes == swept + 1
+
+
+def test_push_wakes_a_lane_once(lane):
+    for number in range(5):
+        lane.push(1, first=number)
+    assert lane.wakes == 1
+
+
+def test_release_by_the_parent_process_counts_a_death(lane):
+    lane.push(1)
+    for deaths in range(3):
+        assert lane.claim(f"wake|host|{deaths}").deaths == deaths
+        assert lane.store.release("0", "wake|host|", died=True)
+        assert not lane.store.release("0", "wake|host|", died=True)  # sent twice
+    assert lane.claim("x").deaths == 3
+    assert lane.store.release("0", "x")
+    assert lane.claim("y").deaths == 3  # given back on purpose: none more
+    lane.commit(1, "y", entries=1, cursor=0)
+    lane.push(2)
+    assert lane.claim("z").deaths == 0
+
+
+def test_lost_lease_ends_a_drain_and_changes_nothing(lane):
+    lane.push(1, 2)
+    lane.claim("a")
+    lane.now += LEASE + 1
+    assert lane.claim("b").deaths == 1
+    with pytest.raises(LostLease):
+        lane.commit(1, "a")
+    assert not lane.store.renew("0", "a", LEASE)
+    assert not lane.store.sleep("0", "a", 60, 1)
+    assert not lane.store.release("0", "a")
+    assert not lane.store.block("0", "a", "{}")
+    assert lane.cursor() == 0
+    assert lane.store.renew("0", "b", LEASE)
+
+
+def test_entry_of_another_version_keeps_its_lane_waiting(lane, caplog):
+    lane.push(1)
+    newer = lane.client.lpop(f"{KEY}.0").replace(b'"v":', b'"v":9')
+    lane.client.rpush(f"{KEY}.0", newer)
+    handler = Handler()
+    drain(lane, handler)
+    assert handler.steps == ["claim", "sleep"]
+    assert "Upgrade the Celery workers" in caplog.text
+    assert lane.client.llen(f"{KEY}.0") == 1

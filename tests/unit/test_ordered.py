@@ -1,0 +1,161 @@
+"""Ordered handlers: how they are declared, and in which lane a change is placed."""
+
+import pytest
+
+from flash_celery import Ordered, on_change, on_message
+from flash_celery.changes.payload import TRUNCATED
+from flash_celery.changes.rows import Column, Table
+from flash_celery.errors import ConfigurationError, SubscriptionError
+from flash_celery.handlers.celery_tasks import WAKE_TASK
+from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.messages.lane_messages import barrier_lanes
+from flash_celery.messages.lane_placing import Place, placer
+from flash_celery.messages.task_options import TaskOptions
+from flash_celery.protocol.pgoutput import UNCHANGED_TOAST, encode_row
+from flash_celery.publishing.brokers.memory import MemoryPublisher
+from flash_celery.settings import Settings
+from flash_celery.worker.replicator import Replicator
+
+
+@pytest.fixture
+def declare(new_app):
+    """Declares one task with these decorators, and returns its subscriptions."""
+    app = new_app(broker_url="memory://", flash_dsn="host=x dbname=x")
+
+    def make(*decorators, **options):
+        @app.task(name="handler", **options)
+        def handler(change): ...
+
+        for decorate in decorators:
+            decorate(handler)
+        return app, subscriptions_of(app)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("ordered", "columns"),
+    [
+        (True, None),
+        ("order_id", ("order_id",)),
+        (["a", "b"], ("a", "b")),
+        (Ordered(), None),
+        (Ordered(by="a", lanes=8), ("a",)),
+    ],
+)
+def test_ordered_names_the_ordering_key(declare, ordered, columns):
+    app, (subscription,) = declare(on_change("orders", ordered=ordered))
+    assert subscription.ordered.by == columns
+    assert subscription.columns == frozenset(columns or ())
+    assert WAKE_TASK in app.tasks
+
+
+@pytest.mark.parametrize("ordered", [None, False])
+def test_handler_is_not_ordered_unless_it_says_so(declare, ordered):
+    app, (subscription,) = declare(on_change("orders", ordered=ordered))
+    assert subscription.ordered is None
+    assert WAKE_TASK not in app.tasks
+
+
+@pytest.mark.parametrize(
+    ("ordered", "reason"),
+    [
+        (5, "ordered is a list of column names"),
+        ([], "ordered is empty"),
+        (Ordered(lanes=0), "lanes=0"),
+        (Ordered(lanes=True), "lanes=True"),
+        (Ordered(on_failure="wait"), "'dead' or 'block'"),
+    ],
+)
+def test_ordered_refuses_a_wrong_argument(declare, ordered, reason):
+    with pytest.raises(SubscriptionError, match="handler: .*" + reason):
+        declare(on_change("orders", ordered=ordered))
+
+
+@pytest.mark.parametrize(
+    ("others", "options", "reason"),
+    [
+        ([on_change("lines")], {}, "give every on_change of it ordered="),
+        ([on_change("lines", ordered=Ordered(lanes=4))], {}, "the same lanes"),
+    ],
+)
+def test_ordered_must_be_the_same_for_a_whole_task(declare, others, options, reason):
+    with pytest.raises(SubscriptionError, match=reason):
+        declare(on_change("orders", ordered=True), *others, **options)
+
+
+def test_ordered_batch_does_not_wait(declare):
+    from flash_celery import Batch
+
+    with pytest.raises(SubscriptionError, match="leave out wait"):
+        declare(on_change("orders", ordered=True, batch=Batch(5, wait=1.0)))
+
+
+def test_ordered_handler_has_its_messages_in_the_same_order(declare):
+    _, (rows, messages) = declare(on_change("orders", ordered="a"), on_message("said"))
+    assert (rows.ordered.by, messages.ordered.by) == (("a",), None)
+
+
+def test_ordered_handler_may_not_have_a_rate_limit(declare):
+    app, subscriptions = declare(on_change("orders", ordered=True), rate_limit="5/s")
+    with pytest.raises(SubscriptionError, match="rate_limit='5/s'"):
+        TaskOptions(app, Settings.from_app(app), subscriptions)
+
+
+def test_ordered_handler_has_one_queue(declare):
+    app, subscriptions = declare(on_change("orders", ordered=True))
+    app.conf.flash_routes = {"*.delete": "cleanup"}
+    with pytest.raises(SubscriptionError, match="flash_routes gives its operations different"):
+        TaskOptions(app, Settings.from_app(app), subscriptions)
+
+
+def test_ordered_handler_needs_a_broker_with_lanes(declare):
+    app, subscriptions = declare(on_change("orders", ordered=True))
+    with pytest.raises(ConfigurationError, match="the broker must be Redis or Valkey"):
+        Replicator(app, Settings.from_app(app), subscriptions, MemoryPublisher())
+
+
+COLUMNS = tuple(Column(name, 25, "text", name != "note") for name in ("id", "part", "note"))
+TABLE = Table("public", "t", None, "i", ("id",), COLUMNS)
+
+
+def row(operation, new=None, old=None, kind=None):
+    return encode_row(operation, 1, kind, old, new)
+
+
+def test_place_is_a_function_of_the_bytes_of_the_key():
+    place = placer(TABLE, ["id", "part"])
+    inserted = place(row("I", [b"a", b"bc", b"x"]))
+    # In every process and release.
+    assert inserted == Place(1650811397, 1650811397)
+    assert place(row("I", [b"a", b"bc", b"y"])) == inserted
+    assert place(row("D", old=[b"a", b"bc", None], kind="K")) == inserted
+    assert place(row("U", [b"a", b"bc", b"z"])) == inserted
+    others = [[b"ab", b"c", b""], [b"a", None, b""], [b"a", b"", b""], [None, b"a", b""]]
+    places = {place(row("I", other)).key for other in others} | {inserted.key}
+    assert len(places) == 5
+
+
+def test_place_of_an_update_of_the_key_has_both_keys():
+    place = placer(TABLE, None)
+    before, after = (place(row("I", [key, b"", b""])).key for key in (b"1", b"2"))
+    moved = row("U", [b"2", b"p", UNCHANGED_TOAST], [b"1", b"p", None], "K")
+    assert place(moved) == Place(after, before)
+    unsent = row("U", [UNCHANGED_TOAST, b"q", b""], [b"1", b"p", b""], "O")
+    assert place(unsent) == Place(before, before)
+
+
+def test_place_does_not_take_an_unknown_old_key_for_another():
+    """Rows that were written before the replica identity was set lack the old value."""
+    place = placer(TABLE, ["note"])
+    update = row("U", [b"1", b"p", b"n"], [b"2", b"p", None], "K")
+    assert place(update).key == place(update).old
+
+
+def test_barrier_is_for_what_has_no_key_or_two_lanes():
+    place = placer(TABLE, None)
+    assert place(TRUNCATED) is None
+    assert list(barrier_lanes(None, 3)) == [0, 1, 2]
+    assert not barrier_lanes(Place(5, 5), 4)
+    assert not barrier_lanes(Place(5, 9), 4)
+    assert barrier_lanes(Place(5, 2), 4) == [1, 2]
