@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
+from ..changes.history import History
 from ..handlers.subscriptions import Subscription
 from ..protocol import frames
 from ..protocol.lsn import Lsn
@@ -27,6 +28,7 @@ class Pipeline:
         sink: Takes the deliveries.
         spool_directory: Where large open transactions are kept. Default: `/var/tmp`.
         telemetry: Counts rows and messages.
+        history: The server's history, which the messages carry. Default: unknown.
     """
 
     def __init__(
@@ -36,10 +38,11 @@ class Pipeline:
         sink: Sink,
         spool_directory: str = "",
         telemetry: Telemetry | None = None,
+        history: History | None = None,
     ) -> None:
         self.telemetry = telemetry or Telemetry()
         router = Router(subscriptions, catalog, sink, self.telemetry)
-        self.transactions = Transactions(router, spool_directory)
+        self.transactions = Transactions(router, spool_directory, history)
         #: Runs that have arrived; they wait while a spooled transaction is replayed.
         self._arrived: deque[tuple[bytes, list[bytes]]] = deque()
         #: Whether the server has asked for a status update; the owner of the stream resets it.

@@ -32,8 +32,9 @@ logger = logging.getLogger(__name__)
 
 #: Takes changes for one subscription.
 Receiver = Callable[[Delivery], object]
-#: Takes consecutive rows of one relation, their transaction, and the ordinal of the first row.
-RunReceiver = Callable[[Sequence[bytes], Transaction, int], None]
+#: Takes consecutive rows of one relation, their transaction, the ordinal of the first row, and what
+#: the ordinals lack to the places.
+RunReceiver = Callable[[Sequence[bytes], Transaction, int, int], None]
 _NO_ROUTES: dict[str, RunReceiver] = {}
 #: The most fields of all composite columns of a table; a column beyond that is delivered as text.
 #: Each task message carries the description of its table, and a composite of composites can have
@@ -87,7 +88,7 @@ class Router:
         self._warned: set[TableName] = set()
 
     def rows(
-        self, head: bytes, rows: Sequence[bytes], transaction: Transaction, ordinal: int
+        self, head: bytes, rows: Sequence[bytes], transaction: Transaction, ordinal: int, shift: int
     ) -> None:
         """Route consecutive Insert, Update or Delete messages of one relation.
 
@@ -96,25 +97,35 @@ class Router:
             rows: The messages.
             transaction: The transaction that wrote them.
             ordinal: The ordinal of the first row.
+            shift: How many logical messages of the transaction precede them.
         """
         self._tallies.get(head, self._unknown).number += len(rows)
         for route in self._routes.get(head, _NO_ROUTES).values():
-            route(rows, transaction, ordinal)
+            route(rows, transaction, ordinal, shift)
 
-    def truncate(self, oids: Sequence[int], transaction: Transaction, ordinal: int) -> None:
+    def truncate(
+        self, oids: Sequence[int], transaction: Transaction, ordinal: int, shift: int
+    ) -> None:
         """Route a TRUNCATE; each of its relations counts as a row, partitions included."""
         for position, oid in enumerate(oids, ordinal):
             self._tallies.get(b"T" + oid.to_bytes(4, "big"), self._unknown).number += 1
             for route in self._truncates.get(oid, ()):
-                route([TRUNCATED], transaction, position)
+                route([TRUNCATED], transaction, position, shift)
 
     def message(
-        self, message: pgoutput.LogicalMessage, transaction: Transaction, ordinal: int
+        self, message: pgoutput.LogicalMessage, transaction: Transaction, ordinal: int, shift: int
     ) -> None:
-        """Route a logical message, whose ordinal counts the messages of its transaction."""
+        """Route a logical message.
+
+        Args:
+            message: The message.
+            transaction: The transaction that wrote it.
+            ordinal: How many messages of the transaction precede it.
+            shift: How many rows of the transaction precede it.
+        """
         for route in self._messages.get(message.prefix, ()):
             self._telemetry.tally(message.prefix, "message").number += 1
-            route([message_row(message.content)], transaction, ordinal)
+            route([message_row(message.content)], transaction, ordinal, shift)
 
     def relation(self, relation: pgoutput.Relation, transaction: Transaction) -> None:
         """Learn a relation, or how a transaction has altered it.
@@ -205,8 +216,10 @@ class Router:
     ) -> RunReceiver:
         deliver, number = self._sink.receiver(subscription, operation), subscription.number
 
-        def forward(rows: Sequence[bytes], transaction: Transaction, ordinal: int) -> None:
-            deliver(Delivery(table, transaction, ordinal, part, number, rows))
+        def forward(
+            rows: Sequence[bytes], transaction: Transaction, ordinal: int, shift: int
+        ) -> None:
+            deliver(Delivery(table, transaction, ordinal, part, number, rows, shift))
 
         return forward
 
@@ -223,9 +236,11 @@ class Router:
             if operation in subscription.operations
         }
 
-        def evaluated(rows: Sequence[bytes], transaction: Transaction, ordinal: int) -> None:
+        def evaluated(
+            rows: Sequence[bytes], transaction: Transaction, ordinal: int, shift: int
+        ) -> None:
             for operation, part, first, run in evaluate(rows, ordinal):
-                receivers[operation](Delivery(table, transaction, first, part, number, run))
+                receivers[operation](Delivery(table, transaction, first, part, number, run, shift))
 
         return evaluated
 
@@ -248,9 +263,9 @@ def _before(end: Lsn | None, route: RunReceiver) -> RunReceiver:
     if end is None:
         return route
 
-    def before(rows: Sequence[bytes], transaction: Transaction, ordinal: int) -> None:
+    def before(rows: Sequence[bytes], transaction: Transaction, ordinal: int, shift: int) -> None:
         if transaction.commit_lsn < end:
-            route(rows, transaction, ordinal)
+            route(rows, transaction, ordinal, shift)
 
     return before
 
@@ -258,10 +273,10 @@ def _before(end: Lsn | None, route: RunReceiver) -> RunReceiver:
 def _row_by_row(first: RunReceiver, second: RunReceiver) -> RunReceiver:
     """Join the routes of two subscriptions of one handler, so that it gets the rows in order."""
 
-    def both(rows: Sequence[bytes], transaction: Transaction, ordinal: int) -> None:
+    def both(rows: Sequence[bytes], transaction: Transaction, ordinal: int, shift: int) -> None:
         for position, row in enumerate(rows, ordinal):
-            first([row], transaction, position)
-            second([row], transaction, position)
+            first([row], transaction, position, shift)
+            second([row], transaction, position, shift)
 
     return both
 

@@ -12,6 +12,7 @@ from itertools import groupby, islice
 from operator import itemgetter
 from typing import Protocol
 
+from ..changes.history import History
 from ..changes.rows import Transaction
 from ..errors import ProtocolError
 from ..protocol import pgoutput
@@ -35,13 +36,15 @@ class Rows(Protocol):
     """Takes the rows and messages of transactions, in order (`Router`)."""
 
     def rows(
-        self, head: bytes, rows: Sequence[bytes], transaction: Transaction, ordinal: int
+        self, head: bytes, rows: Sequence[bytes], transaction: Transaction, ordinal: int, shift: int
     ) -> None: ...
 
-    def truncate(self, oids: Sequence[int], transaction: Transaction, ordinal: int) -> None: ...
+    def truncate(
+        self, oids: Sequence[int], transaction: Transaction, ordinal: int, shift: int
+    ) -> None: ...
 
     def message(
-        self, message: pgoutput.LogicalMessage, transaction: Transaction, ordinal: int
+        self, message: pgoutput.LogicalMessage, transaction: Transaction, ordinal: int, shift: int
     ) -> None: ...
 
     def relation(self, relation: pgoutput.Relation, transaction: Transaction) -> None: ...
@@ -71,14 +74,19 @@ class Transactions:
     Args:
         rows: Takes the rows and messages of the transactions.
         spool_directory: Where large open transactions are kept. Default: `/var/tmp`.
+        history: The server's history, which the transactions carry. Default: unknown.
     """
 
-    def __init__(self, rows: Rows, spool_directory: str = "") -> None:
+    def __init__(
+        self, rows: Rows, spool_directory: str = "", history: History | None = None
+    ) -> None:
         self._rows = rows
+        self._history = history
         self._directory = spool_directory or default_directory()
         self._transaction = _NONE
         self._ordinal = 0
-        #: Logical messages of the transaction so far; they do not count as rows.
+        #: Logical messages of the transaction so far; they do not count as rows. The place of a row
+        #: or message is the number of both before it: its ordinal, shifted by the other counter.
         self._messages = 0
         self._spools: dict[int, Spool] = {}
         #: The spool of the open block, if there is one.
@@ -137,7 +145,7 @@ class Transactions:
         tag = head[0]
         if tag in _ROWS:
             self._require_open(head)
-            self._rows.rows(head, run, self._transaction, self._ordinal)
+            self._rows.rows(head, run, self._transaction, self._ordinal, self._messages)
             self._ordinal += len(run)
             return None
         end = None
@@ -158,11 +166,12 @@ class Transactions:
                 self._rows.relation(message, self._transaction)
             case pgoutput.Truncate():
                 self._require_open(payload)
-                self._rows.truncate(message.relation_oids, self._transaction, self._ordinal)
+                oids, transaction = message.relation_oids, self._transaction
+                self._rows.truncate(oids, transaction, self._ordinal, self._messages)
                 self._ordinal += len(message.relation_oids)
             case pgoutput.LogicalMessage(transactional=True):
                 self._require_open(payload)
-                self._rows.message(message, self._transaction, self._messages)
+                self._rows.message(message, self._transaction, self._messages, self._ordinal)
                 self._messages += 1
             case pgoutput.StreamStart():
                 if message.xid not in self._spools:
@@ -178,7 +187,7 @@ class Transactions:
     def _begin(self, transaction: tuple[Lsn, int, int]) -> None:
         if self._transaction is not _NONE:
             raise ProtocolError("A transaction began before the last one had ended.")
-        self._transaction = Transaction._make(transaction)
+        self._transaction = Transaction(*transaction, self._history)
         self.committed_at = committed_at = transaction[2]
         self._ordinal = self._messages = 0
         self.count += 1

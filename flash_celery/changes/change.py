@@ -5,9 +5,11 @@ They keep the bytes that PostgreSQL wrote, and decode a value when it is accesse
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, ClassVar, Generic, cast, overload
 
 from ..errors import NoInstance
@@ -17,7 +19,7 @@ from ..protocol.lsn import Lsn
 from ..protocol.pgoutput import Cell
 from .labels import counted, id_suffix, key_shown
 from .operations import Operation as Operation
-from .rows import UNCHANGED, Origin, Row
+from .rows import UNCHANGED, UNKNOWN, Origin, Row
 
 if sys.version_info >= (3, 13):
     from typing import TypeVar
@@ -36,16 +38,54 @@ class Change(Generic[RowT]):
     """
 
     operation: ClassVar[Operation]
-    __slots__ = ("_source", "_typed", "number", "ordinal", "part", "transaction")
+    __slots__ = (
+        "_coalesced",
+        "_row_id",
+        "_shift",
+        "_source",
+        "_typed",
+        "number",
+        "ordinal",
+        "part",
+        "transaction",
+    )
 
     def __init__(self, origin: Origin) -> None:
-        self._source, self.transaction, self.ordinal, self.part, self.number = origin
+        (
+            self._source,
+            self.transaction,
+            self.ordinal,
+            self.part,
+            self.number,
+            self._shift,
+            self._coalesced,
+            self._row_id,
+        ) = origin
         #: For `old` and `new`: the row as an instance of `into=`, or the error that it raised.
         self._typed: Mapping[str, Any] | None = None
 
     @property
     def _origin(self) -> Origin:
-        return Origin(self._source, self.transaction, self.ordinal, self.part, self.number)
+        return Origin(
+            self._source,
+            self.transaction,
+            self.ordinal,
+            self.part,
+            self.number,
+            self._shift,
+            self._coalesced,
+            self._row_id,
+        )
+
+    @property
+    def _position(self) -> tuple[Lsn, int, int, int] | None:
+        """Its commit LSN, place, number and part; the changes of a handler come in their order.
+
+        None for a change that came in version 1, whose place is unknown.
+        """
+        if self._shift == UNKNOWN:
+            return None
+        return self.commit_lsn, self.ordinal + self._shift, self.number, self.part
 
     @property
     def source(self) -> str:
@@ -85,7 +125,25 @@ class Change(Generic[RowT]):
     @property
     def id(self) -> str:
         """Unique per delivery to a handler, the same at every redelivery."""
-        return f"{self.commit_lsn}:{self.ordinal}{id_suffix(self.part, self.number)}"
+        suffix = id_suffix(self.part, self.number)
+        if self.backfill is not None:
+            return f"backfill/{self.backfill}:{self._row_id.hex()}{suffix}"
+        return f"{self.commit_lsn}:{self.ordinal}{suffix}"
+
+    @property
+    def backfill(self) -> str | None:
+        """The id of the backfill that read the row, which existed already; `None` for a change."""
+        return self.transaction.backfill
+
+    @property
+    def context(self) -> Mapping[str, Any]:
+        """What the application says about the transaction; read-only, and empty by default."""
+        return MappingProxyType(json.loads(self.transaction.context or "{}"))
+
+    @property
+    def coalesced(self) -> int:
+        """How many changes of the row were made into this one; 1 by default."""
+        return self._coalesced
 
     @property
     def key(self) -> Mapping[str, Any]:

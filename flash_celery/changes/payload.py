@@ -1,11 +1,16 @@
-"""Changes ⇄ the JSON that travels in a task message. Version 1; see docs/wire-format.md.
+"""Changes ⇄ the JSON that travels in a task message. Version 2; see docs/wire-format.md.
 
 Rows travel as PostgreSQL wrote them, with a description of their table. The replication worker
 reads no more of them than the key, for the label; the Celery worker decodes them.
+
+Version 1 is read too: its messages may wait on a broker for long. A change that came in version 1
+is passed on in version 1, by a retry for example, because Celery workers that know no other version
+may still run beside this one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from binascii import a2b_base64, b2a_base64
@@ -19,12 +24,18 @@ from ..errors import PayloadError, ProtocolError
 from ..escaping import escaped
 from ..protocol import pgoutput
 from ..protocol.lsn import Lsn
+from ..protocol.pgoutput import Cell
 from .change import Change, Changes, Delete, Insert, LogicalMessage, Truncate, Update
+from .history import Ancestor, History
 from .labels import id_suffix, key_shown
 from .operations import Part
-from .rows import UNCHANGED, Column, Origin, Row, Table, Transaction
+from .rows import UNCHANGED, UNKNOWN, Column, Origin, Row, Table, Transaction
 
-VERSION = 1
+VERSION = 2
+#: The version before, which has no history, place, context, backfills or coalesced changes.
+_FORMER = 1
+#: The elements of a column that is not composite, with its flags.
+_FLAGGED = 5
 #: Changes in one message at most. A batch reaches its limit of bytes long before that.
 MAX_CHANGES = 1_000_000
 CHANGE = "flash_celery.change"
@@ -34,10 +45,16 @@ ROW = "flash_celery.row"
 #: Stands for the row of a TRUNCATE.
 TRUNCATED = b"T"
 _MESSAGE = struct.Struct("!cI")
+#: These may stand before a row: how many changes were made into it, and its id in a backfill.
+_COALESCED = struct.Struct("!cI")
+_BACKFILLED = struct.Struct("!c16s")
+_ROWS = frozenset((b"I", b"U", b"D"))
 #: The first moment that a datetime can represent, in microseconds since 2000-01-01 UTC.
 _FIRST = -63_082_281_600_000_000
 #: The moment after the last one.
 _END = 252_455_616_000_000_000
+#: Characters of the name of a server or a backfill.
+_LONGEST_NAME = 200
 #: Characters of a description beyond which its table is not cached.
 _LONGEST_CACHED = 1 << 16
 T = TypeVar("T")
@@ -56,6 +73,9 @@ class Delivery(NamedTuple):
     part: Part
     number: int
     rows: Sequence[bytes]
+    #: What the ordinals lack to the places, which count rows and messages of the transaction
+    #: together; or `UNKNOWN`.
+    shift: int = 0
 
     def row(self, position: int) -> Delivery:
         """Return the delivery of one of the rows alone."""
@@ -72,29 +92,59 @@ def message_row(content: bytes) -> bytes:
     return _MESSAGE.pack(b"M", len(content)) + content
 
 
+def prefixed(row: bytes, coalesced: int = 1, row_id: bytes = b"") -> bytes:
+    """Return a row behind what a message says about it.
+
+    Args:
+        row: The row.
+        coalesced: How many changes were made into it.
+        row_id: The result of `row_id_of`, for an Insert of a backfill.
+    """
+    prefix = _COALESCED.pack(b"C", coalesced) if coalesced > 1 else b""
+    return prefix + (_BACKFILLED.pack(b"B", row_id) if row_id else b"") + row
+
+
+def row_id_of(cells: Sequence[Cell]) -> bytes:
+    """Return 16 bytes that identify a row in its backfill.
+
+    Args:
+        cells: The values of its replica identity.
+    """
+    return hashlib.blake2b(pgoutput.encode_row("I", 0, None, None, cells), digest_size=16).digest()
+
+
 def encode(deliveries: Iterable[Delivery]) -> str:
     """Return the JSON value for these changes."""
     tables: dict[Table, int] = {}
-    transactions: dict[Transaction, int] = {}
+    histories: dict[History | None, int] = {}
+    transactions: list[str] = []
     runs: list[list[int]] = []
     rows: list[bytes] = []
+    previous: Transaction | None = None
     last, following = None, 0
-    for table, transaction, ordinal, part, number, delivered in deliveries:
+    for table, transaction, ordinal, part, number, delivered, shift in deliveries:
+        if transaction is not previous:
+            if previous is None or transaction.history is not previous.history:
+                history_number = histories.setdefault(transaction.history, len(histories))
+            transactions.append(_transaction_json(transaction, history_number))
+            previous = transaction
         table_number = tables.setdefault(table, len(tables))
-        transaction_number = transactions.setdefault(transaction, len(transactions))
-        same = table_number, transaction_number, part, number
+        transaction_number = len(transactions) - 1
+        same = table_number, transaction_number, part, number, shift
         count = len(delivered)
         # Neighbours in one transaction and table join a run; the parts of an UPDATE share their
         # ordinal, so they do not.
         if same == last and ordinal == following and not part:
             runs[-1][3] += count
         else:
-            runs.append([table_number, transaction_number, ordinal, count, int(part), number])
+            end = _run_end(part, number, shift)
+            runs.append([table_number, transaction_number, ordinal, count, *end])
         last, following = same, ordinal + count
         rows += delivered
     return (
-        f'{{"v":{VERSION},"tables":[{",".join(map(_table_json, tables))}],'
-        f'"transactions":[{",".join(map(_transaction_json, transactions))}],'
+        f'{{"v":{VERSION},"history":[{",".join(map(_history_json, histories))}],'
+        f'"tables":[{",".join(map(_table_json, tables))}],'
+        f'"transactions":[{",".join(transactions)}],'
         # Lists of numbers have the same text in Python and JSON; dumps takes twice the time.
         f'"runs":{str(runs).replace(" ", "")},'
         f'"rows":"{b2a_base64(b"".join(rows), newline=False).decode()}"}}'
@@ -103,19 +153,36 @@ def encode(deliveries: Iterable[Delivery]) -> str:
 
 def encode_each(delivery: Delivery) -> Iterator[tuple[str, str, str]]:
     """Yield for each change: the JSON value for it alone, its id, and its label for logs."""
-    table, transaction, first, part, number, rows = delivery
-    commit, end = str(transaction.commit_lsn), id_suffix(part, number)
+    table, transaction, first, part, number, rows, shift = delivery
+    commit, suffix = str(transaction.commit_lsn), id_suffix(part, number)
     head = (
-        f'{{"v":{VERSION},"tables":[{_table_json(table)}],'
-        f'"transactions":[{_transaction_json(transaction, commit)}],"runs":[[0,0,'
+        f'{{"v":{VERSION},"history":[{_history_json(transaction.history)}],'
+        f'"tables":[{_table_json(table)}],'
+        f'"transactions":[{_transaction_json(transaction, 0, commit)}],"runs":[[0,0,'
     )
-    middle = f',1,{part:d},{number}]],"rows":"'
+    end = "".join(map(",{}".format, _run_end(part, number, shift)))
+    middle = f',1{end}]],"rows":"'
+    backfilled = transaction.backfill is not None
     for ordinal, row in enumerate(rows, first):
         yield (
             f'{head}{ordinal}{middle}{b2a_base64(row, newline=False).decode()}"}}',
-            f"{commit}:{ordinal}{end}",
+            _backfill_id(delivery, ordinal) if backfilled else f"{commit}:{ordinal}{suffix}",
             _label(table, transaction, commit, row),
         )
+
+
+def _run_end(part: int, number: int, shift: int) -> list[int]:
+    """Return the last elements of a run, without zeros at its end."""
+    if not (part or number or shift):
+        return []
+    end = [int(part), number, shift]
+    while not end[-1]:
+        end.pop()
+    return end
+
+
+def _backfill_id(delivery: Delivery, ordinal: int) -> str:
+    return change_of(delivery.row(ordinal - delivery.ordinal)).id
 
 
 def _label(table: Table, transaction: Transaction, commit: str, row: bytes) -> str:
@@ -151,10 +218,10 @@ def _table_json(table: Table) -> str:
             {
                 "schema": table.schema,
                 "name": table.name,
-                "partition": table.partition,
                 "identity": table.identity,
                 "key": table.key,
                 "columns": [_column(column) for column in table.columns],
+                **({"partition": table.partition} if table.partition is not None else {}),
                 **({"source": table.source} if table.source else {}),
             },
             separators=(",", ":"),
@@ -164,20 +231,23 @@ def _table_json(table: Table) -> str:
 
 
 def _column(column: Column) -> list[Any]:
-    """Describe a column; a composite one has two elements more."""
-    plain = [column.name, column.type_oid, column.type_name]
+    """Describe a column: without the elements at the end that most have alike."""
+    described = [column.name, column.type_oid, column.type_name]
     flags = [int(column.identity), int(column.delivered)]
-    if not column.fields:
-        return [*plain, *flags]
-    return [*plain, *flags, [_column(field) for field in column.fields], int(column.array)]
+    if column.fields:
+        fields = [_column(field) for field in column.fields]
+        return [*described, *flags, fields, *([1] if column.array else [])]
+    if not column.delivered:
+        return [*described, *flags]
+    return [*described, 1] if column.identity else described
 
 
 def _column_of(
     name: str,
     type_oid: int,
     type_name: str,
-    identity: int,
-    delivered: int,
+    identity: int = 0,
+    delivered: int = 1,
     fields: Sequence[Any] = (),
     array: int = 0,
 ) -> Column:
@@ -199,8 +269,72 @@ def _below(limit: int, value: Any, least: int = 0) -> int:
     return int(value)
 
 
-def _transaction_json(transaction: Transaction, commit_lsn: str = "") -> str:
-    return f'["{commit_lsn or transaction[0]!s}",{transaction[1]},{transaction[2]},{{}}]'
+def _transaction_json(transaction: Transaction, history: int, commit_lsn: str = "") -> str:
+    """Describe a transaction; the elements that most have alike are left out at the end."""
+    lsn, xid, committed_at, _, context, backfill = transaction
+    plain = f'"{commit_lsn or lsn!s}",{xid},{committed_at}'
+    if backfill is None and not context:
+        return f"[{plain},{history}]" if history else f"[{plain}]"
+    return f"[{plain},{history},{context or '{}'},{json.dumps(backfill)}]"
+
+
+@lru_cache(maxsize=64)
+def _history_json(history: History | None) -> str:
+    if history is None:
+        return "null"
+    ancestors = [[timeline, str(end)] for timeline, end in history.ancestors]
+    elements = [history.system, history.timeline, *([ancestors] if ancestors else ())]
+    return json.dumps(elements, separators=(",", ":"))
+
+
+def value_of(changes: Iterable[Change]) -> Any:
+    """Return the JSON value for changes that a handler passes on, as Python objects.
+
+    It has the version of the message that they came in, if that is the version before.
+    """
+    deliveries = [delivery_of(change) for change in changes]
+    value = json.loads(encode(deliveries))
+    if any(delivery.shift != UNKNOWN for delivery in deliveries):
+        return value
+    return _in_former_version(value)
+
+
+def _in_former_version(value: Any) -> Any:
+    """Return a value in version 1, in which its changes came."""
+    return {
+        "v": _FORMER,
+        "tables": [
+            {"partition": None, **table, "columns": list(map(_former_column, table["columns"]))}
+            for table in value["tables"]
+        ],
+        "transactions": [[*transaction[:3], {}] for transaction in value["transactions"]],
+        "runs": [[*run, 0, 0][:6] for run in value["runs"]],
+        "rows": value["rows"],
+    }
+
+
+def _former_column(column: list[Any]) -> list[Any]:
+    """Return the description of a column in version 1, with all elements."""
+    if len(column) <= _FLAGGED:
+        return [*column, *(0, 1)[len(column) - 3 :]]
+    *plain, fields, array = (*column, 0)[: _FLAGGED + 2]
+    return [*plain, list(map(_former_column, fields)), array]
+
+
+def _from_former_version(value: Any) -> Any:
+    """Return a value of version 1 in version 2, with what it does not say as unknown."""
+    return {
+        **value,
+        "history": [None],
+        "transactions": [
+            [commit_lsn, xid, committed_at]
+            for commit_lsn, xid, committed_at, _ in value["transactions"]
+        ],
+        "runs": [
+            [table, transaction, first, count, part, number, UNKNOWN]
+            for table, transaction, first, count, part, number in value["runs"]
+        ],
+    }
 
 
 def decode(value: Any) -> list[Change]:
@@ -211,10 +345,12 @@ def decode(value: Any) -> list[Change]:
     """
     try:
         version = value["v"]
-        if version != VERSION:
-            shown = f"{version!r:.20}"
-            raise PayloadError(f"This message has version {shown}; version {VERSION} is known.")
-        return _decode(value)
+        if version not in (_FORMER, VERSION):
+            raise PayloadError(
+                f"This message has version {version!r:.20}, and this Celery worker reads the "
+                f"versions {_FORMER} and {VERSION}; update the workers before `flash replicate`."
+            )
+        return _decode(_from_former_version(value) if version == _FORMER else value)
     except _DAMAGED as error:
         raise PayloadError(f"This is not a message of flash-celery: {error!r:.200}.") from error
 
@@ -253,7 +389,7 @@ def _read_table(description: str) -> Table:
     return Table(
         _typed(str, table["schema"]),
         _typed(str, table["name"]),
-        None if table["partition"] is None else _typed(str, table["partition"]),
+        None if table.get("partition") is None else _typed(str, table["partition"]),
         table["identity"],
         key,
         columns,
@@ -271,27 +407,71 @@ def _table_of(description: str) -> Table:
     return read(description)
 
 
-def _transaction_of(lsn: Any, xid: Any, committed_at: Any, _: Any) -> Transaction:
-    return Transaction(
-        Lsn.parse(_typed(str, lsn)), _below(1 << 32, xid), _below(_END, committed_at, _FIRST)
+def _name(value: Any) -> str:
+    """Return a text that is shown in logs as it is."""
+    if not (_typed(str, value).isascii() and value.isprintable() and len(value) <= _LONGEST_NAME):
+        raise ValueError(f"{value!r:.50} is no name")
+    return str(value)
+
+
+def _history_of(value: Any) -> History | None:
+    if value is None:
+        return None
+    system, timeline, *ancestors = _typed(list, value)
+    return _history(system, timeline, *(tuple(map(tuple, each)) for each in ancestors))
+
+
+@lru_cache(maxsize=64, typed=True)
+def _history(system: Any, timeline: Any, ancestors: tuple[tuple[Any, ...], ...] = ()) -> History:
+    read = (
+        Ancestor(_below(1 << 32, former), Lsn.parse(_typed(str, end))) for former, end in ancestors
     )
+    return History(_name(system), _below(1 << 32, timeline), tuple(read))
+
+
+def _transaction_of(
+    histories: Sequence[History | None],
+    lsn: Any,
+    xid: Any,
+    committed_at: Any,
+    history: Any = 0,
+    context: Any = None,
+    backfill: Any = None,
+) -> Transaction:
+    return Transaction(
+        Lsn.parse(_typed(str, lsn)),
+        _below(1 << 32, xid),
+        _below(_END, committed_at, _FIRST),
+        histories[_below(len(histories), history)],
+        json.dumps(context) if _typed(dict, {} if context is None else context) else "",
+        None if backfill is None else _name(backfill),
+    )
+
+
+@lru_cache(maxsize=256, typed=True)
+def _run_end_of(part: Any = 0, number: Any = 0, shift: Any = 0) -> tuple[Part, int, int]:
+    """Return the last elements of a run. Most runs have the same."""
+    return _PARTS[_below(4, part)], _below(1 << 31, number), _below(1 << 63, shift, UNKNOWN)
 
 
 def _decode(value: Any) -> list[Change]:
     tables = [_table_of(json.dumps(table)) for table in value["tables"]]
-    transactions = [_transaction_of(*transaction) for transaction in value["transactions"]]
+    histories = [_history_of(history) for history in value["history"]]
+    transactions = [_transaction_of(histories, *one) for one in value["transactions"]]
     rows = a2b_base64(value["rows"])
     changes: list[Change] = []
     offset, left = 0, MAX_CHANGES
-    for table, transaction, first, count, part, number in value["runs"]:
+    for table, transaction, first, count, *end in value["runs"]:
         source = tables[_below(len(tables), table)]
         its_transaction = transactions[_below(len(transactions), transaction)]
         left -= _below(left + 1, count)
-        same = _PARTS[_below(4, part)], _below(1 << 31, number)
+        same, backfilled = _run_end_of(*end), its_transaction.backfill is not None
         for ordinal in range(_below(1 << 63, first), first + count):
             change, offset = _change(rows, offset, Origin(source, its_transaction, ordinal, *same))
             if not _fits(change, len(source.columns)):
                 raise ValueError("a row has other columns than its table")
+            if backfilled and not change._row_id:
+                raise ValueError("a row of a backfill has no id")
             changes.append(change)
     if offset != len(rows):
         raise ValueError(f"{len(rows) - offset} bytes of rows are too many")
@@ -299,17 +479,21 @@ def _decode(value: Any) -> list[Change]:
 
 
 def _fits(change: Change, width: int) -> bool:
-    cells = getattr(change, "_old", None), getattr(change, "_new", None)
-    return all(row is None or len(row) == width for row in cells)
+    old, new = getattr(change, "_old", None), getattr(change, "_new", None)
+    return (old is None or len(old) == width) and (new is None or len(new) == width)
 
 
 def _change(rows: bytes, offset: int, origin: Origin) -> tuple[Change, int]:
-    if rows[offset : offset + 1] == TRUNCATED:
-        return Truncate(origin), offset + 1
-    if rows[offset : offset + 1] == b"M":
-        start = offset + _MESSAGE.size
-        end = start + _MESSAGE.unpack(rows[offset:start])[1]
-        return LogicalMessage(rows[start:end], origin), end
+    tag = rows[offset : offset + 1]
+    if tag not in _ROWS:
+        origin, offset = _with_prefixes(rows, offset, origin)
+        tag = rows[offset : offset + 1]
+        if tag == TRUNCATED:
+            return Truncate(origin), offset + 1
+        if tag == b"M":
+            start = offset + _MESSAGE.size
+            end = start + _MESSAGE.unpack(rows[offset:start])[1]
+            return LogicalMessage(rows[start:end], origin), end
     row, offset = pgoutput.read_row(rows, offset)
     if row.operation == "I":
         return Insert(row.new or [], origin), offset
@@ -318,42 +502,61 @@ def _change(rows: bytes, offset: int, origin: Origin) -> tuple[Change, int]:
     return Delete(row.old_kind or "K", row.old or [], origin), offset
 
 
+def _with_prefixes(rows: bytes, offset: int, origin: Origin) -> tuple[Origin, int]:
+    """Return the origin with what stands before a row, and where the row begins."""
+    if rows[offset : offset + 1] == b"C":
+        count = _COALESCED.unpack_from(rows, offset)[1]
+        if count < 2 or origin.shift == UNKNOWN:
+            raise ValueError(f"{count} changes in one")
+        origin, offset = origin._replace(coalesced=count), offset + _COALESCED.size
+    if rows[offset : offset + 1] == b"B":
+        its_id = _BACKFILLED.unpack_from(rows, offset)[1]
+        origin, offset = origin._replace(row_id=its_id), offset + _BACKFILLED.size
+        if origin.transaction.backfill is None or rows[offset : offset + 1] != b"I":
+            raise ValueError("a row has the id of a backfill's, and is none")
+    return origin, offset
+
+
 def change_of(delivery: Delivery) -> Change:
     """Return the first change of a delivery."""
-    return _change(delivery.rows[0], 0, Origin._make(delivery[:5]))[0]
+    table, transaction, ordinal, part, number, rows, shift = delivery
+    return _change(rows[0], 0, Origin(table, transaction, ordinal, part, number, shift))[0]
 
 
 def changes_of(delivery: Delivery) -> list[Change]:
     """Return the changes of a delivery."""
-    table, transaction, first, part, number, rows = delivery
+    table, transaction, first, part, number, rows, shift = delivery
     return [
-        _change(row, 0, Origin(table, transaction, ordinal, part, number))[0]
+        _change(row, 0, Origin(table, transaction, ordinal, part, number, shift))[0]
         for ordinal, row in enumerate(rows, first)
     ]
 
 
+def row_of(change: Change) -> bytes:
+    """Return the row of a change as PostgreSQL wrote it."""
+    if isinstance(change, Insert):
+        return pgoutput.encode_row("I", 0, None, None, change._new)
+    if isinstance(change, Update):
+        return pgoutput.encode_row("U", 0, change._old_kind, change._old, change._new)
+    if isinstance(change, Delete):
+        return pgoutput.encode_row("D", 0, change._old_kind, change._old, None)
+    return message_row(change.content) if isinstance(change, LogicalMessage) else TRUNCATED
+
+
 def delivery_of(change: Change) -> Delivery:
     """Return a change as the replication worker delivered it, to pass it on to another task."""
-    row = TRUNCATED
-    if isinstance(change, Insert):
-        row = pgoutput.encode_row("I", 0, None, None, change._new)
-    elif isinstance(change, Update):
-        row = pgoutput.encode_row("U", 0, change._old_kind, change._old, change._new)
-    elif isinstance(change, Delete):
-        row = pgoutput.encode_row("D", 0, change._old_kind, change._old, None)
-    elif isinstance(change, LogicalMessage):
-        row = message_row(change.content)
-    return Delivery(*change._origin, [row])
-
-
-def _encode_changes(changes: Iterable[Change]) -> Any:
-    return json.loads(encode([delivery_of(change) for change in changes]))
+    origin = change._origin
+    row = prefixed(row_of(change), origin.coalesced, origin.row_id)
+    return Delivery(*origin[:5], [row], origin.shift)
 
 
 def _encode_row(row: Row) -> Any:
-    """Return the JSON value of a row, as a task's argument or result: an insert and its columns."""
-    change = Insert(row._cells, Origin(row._table, Transaction(Lsn(0), 0, 0), 0))
-    return {**_encode_changes([change]), "columns": sorted(row._known)}
+    """Return the JSON value of a row, as a task's argument or result: an insert and its columns.
+
+    In version 1, of which it needs no more.
+    """
+    change = Insert(row._cells, Origin(row._table, Transaction(Lsn(0), 0, 0), 0, shift=UNKNOWN))
+    return {**value_of([change]), "columns": sorted(row._known)}
 
 
 def _decode_row(value: Any) -> Row:
@@ -366,6 +569,6 @@ def _decode_row(value: Any) -> Row:
     return Row(change._source, change._new, frozenset(columns))
 
 
-register_type(Change, CHANGE, lambda change: _encode_changes([change]), _one)
-register_type(Changes, CHANGES, _encode_changes, lambda value: Changes(decode(value)))
+register_type(Change, CHANGE, lambda change: value_of([change]), _one)
+register_type(Changes, CHANGES, value_of, lambda value: Changes(decode(value)))
 register_type(Row, ROW, _encode_row, _decode_row)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from ..protocol.lsn import Lsn
 from ..protocol.pgoutput import UNCHANGED_TOAST, Cell
 from ..values.loading import Loader, array_loader, field_loader, loader, record_loader
+from .history import History
 from .operations import Part
 
 #: A TOASTed value that the UPDATE did not touch and PostgreSQL did not send. Never `None`.
@@ -124,6 +125,16 @@ class Transaction(NamedTuple):
     xid: int
     #: Microseconds since 2000-01-01 UTC, as PostgreSQL counts.
     committed_at: int
+    #: None if it is unknown: in a message of version 1, and in tests.
+    history: History | None = None
+    #: What the application says about it: a JSON object, or "" for none.
+    context: str = ""
+    #: The id of the backfill whose rows it stands for; None for a transaction in the WAL.
+    backfill: str | None = None
+
+
+#: The shift of a change whose place is unknown: a message of version 1 does not say it.
+UNKNOWN = -1
 
 
 class Origin(NamedTuple):
@@ -137,6 +148,13 @@ class Origin(NamedTuple):
     part: Part = Part.WHOLE
     #: The number of the subscription it is delivered for, among those of its handler.
     number: int = 0
+    #: What the ordinal lacks to the place, which counts rows and messages of the transaction
+    #: together; or `UNKNOWN`.
+    shift: int = 0
+    #: How many changes were made into this one.
+    coalesced: int = 1
+    #: Identifies the row in its backfill; empty for a change in the WAL.
+    row_id: bytes = b""
 
 
 class Row(Mapping[str, Any]):

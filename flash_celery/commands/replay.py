@@ -209,16 +209,15 @@ def read_changes(
     if isinstance(span.since, Lsn) and span.since >= span.end:
         return
     settings = source.settings
-    pipeline = Pipeline(
-        subscriptions,
-        RelationCatalog(source.connection, PartitionHistory(partition_ancestors(source))),
-        _Selection(sink, handler, span),
-        settings.flash_spool_directory,
-    )
-    with (
-        closing(ReplicationConnection(settings.require_dsn())) as stream,
-        closing(pipeline),
-    ):
+    with closing(ReplicationConnection(settings.require_dsn())) as stream:
+        history, _ = stream.identify()
+        pipeline = Pipeline(
+            subscriptions,
+            RelationCatalog(source.connection, PartitionHistory(partition_ancestors(source))),
+            _Selection(sink, handler, span),
+            settings.flash_spool_directory,
+            history=history,
+        )
         stream.start_session()
         # A random name: processes in two containers may have the same id, and the copy of a killed
         # process may still exist.
@@ -232,7 +231,8 @@ def read_changes(
             span.since if isinstance(span.since, Lsn) else Lsn(0),
             messages=len(of_tables(subscriptions)) < len(subscriptions),
         )
-        _follow(stream, pipeline, span.end, after_run)
+        with closing(pipeline):
+            _follow(stream, pipeline, span.end, after_run)
 
 
 def _follow(
@@ -268,7 +268,7 @@ def enqueue_changes(
     """
     settings = source.settings
     with closing(ReplicationConnection(settings.require_dsn())) as stream:
-        system = stream.identify()[0].partition("/")[0]
+        system = stream.identify()[0].system
     task_options = TaskOptions(app, settings, subscriptions)
     templates = Templates(app, settings, task_options, f"{system}/{source.slot}")
     with closing(brokers.for_app(app)) as publisher:

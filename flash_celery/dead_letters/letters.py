@@ -238,7 +238,7 @@ def split_retry_messages(letter: DeadLetter) -> list[Message]:
     arguments, keywords, embedded = json.loads(letter.body)
     messages = []
     for position, change in enumerate(changes):
-        value = json.loads(payload.encode([payload.delivery_of(change)]))
+        value = payload.value_of([change])
         batch_of_one = {"__type__": payload.CHANGES, "__value__": value}
         body = json.dumps([[batch_of_one, *arguments[1:]], keywords, embedded])
         # Different from the batch's id, and the same each time the letter is split.

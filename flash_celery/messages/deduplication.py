@@ -42,7 +42,7 @@ def identity(transaction: Transaction) -> int:
     A hash of numbers is the same in every process. If a release of Python changes it, transactions
     are not recognised, and are enqueued again.
     """
-    return hash(transaction)
+    return hash(transaction[:3])
 
 
 def covered_by(deliveries: Sequence[Delivery]) -> Covered:
@@ -52,11 +52,11 @@ def covered_by(deliveries: Sequence[Delivery]) -> Covered:
         deliveries: Its changes, in the order of the WAL.
     """
     marks: dict[int, Watermark] = {}
-    transactions: dict[Transaction, None] = {}
-    for _, transaction, ordinal, part, number, rows in deliveries:
+    transactions: dict[int, None] = {}
+    for _, transaction, ordinal, part, number, rows, _ in deliveries:
         marks[number] = transaction.commit_lsn, ordinal + len(rows) - 1, part
-        transactions[transaction] = None
-    return tuple(marks.items()), array("q", map(identity, transactions))
+        transactions[identity(transaction)] = None
+    return tuple(marks.items()), array("q", transactions)
 
 
 @dataclass

@@ -126,7 +126,7 @@ class Template:
 
     def each(self, delivery: Delivery) -> list[Message]:
         """Return a message for each change of a delivery."""
-        _, transaction, first, part, number, _ = delivery
+        _, transaction, first, part, number, _, _ = delivery
         commit_lsn, transactions = transaction.commit_lsn, (identity(transaction),)
         messages, deliveries = [], (delivery,)
         for position, (value, change_id, argsrepr) in enumerate(payload.encode_each(delivery)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import select
 import time
@@ -11,6 +12,7 @@ from typing import NamedTuple, TypeVar
 import psycopg
 from psycopg import pq, sql
 
+from ..changes.history import Ancestor, History, read_ancestors
 from ..errors import (
     CatalogError,
     DecodingFailed,
@@ -24,6 +26,7 @@ from ..protocol import frames, timestamps
 from ..protocol.lsn import Lsn
 from .connection import connect, unreachable, without_password
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 #: Seconds that the server may take to answer a command.
@@ -41,6 +44,10 @@ _NOT_UTF8 = "22021"
 _INTERNAL = "XX000"
 #: The function of the server that finds a publication missing.
 _READS_PUBLICATION = "get_publication_oid"
+_NO_TIMELINE_HISTORY = (
+    "Cannot read the history of timeline %d, so changes that were handled before the last failover "
+    "are not recognised: %s"
+)
 
 
 # A time without a unit is in milliseconds. 0 means no timeout; `nullif` makes `least` ignore it.
@@ -107,14 +114,25 @@ class ReplicationConnection:
         """Return the socket, to wait on."""
         return self._connection.socket
 
-    def identify(self) -> tuple[str, Lsn]:
-        """Return `system/timeline` of the server, and the last position that it can send.
+    def identify(self) -> tuple[History, Lsn]:
+        """Return the history of the server's WAL, and the last position that it can send.
 
-        Positions of different servers or timelines cannot be compared.
+        The timeline of a standby is the one that it has replayed up to now.
         """
         result = self.execute(sql.SQL("IDENTIFY_SYSTEM"))
         system, timeline, position = ((result.get_value(0, n) or b"").decode() for n in range(3))
-        return f"{system}/{timeline}", Lsn.parse(position)
+        history = History(system, int(timeline), self._ancestors(int(timeline)))
+        return history, Lsn.parse(position)
+
+    def _ancestors(self, timeline: int) -> tuple[Ancestor, ...]:
+        if timeline == 1:  # it has no history file
+            return ()
+        try:
+            result = self.execute(sql.SQL("TIMELINE_HISTORY {}").format(sql.Literal(timeline)))
+        except ReplicationError as error:
+            logger.warning(_NO_TIMELINE_HISTORY, timeline, error)
+            return ()
+        return read_ancestors(result.get_value(0, 1) or b"")
 
     def start_session(self) -> None:
         """Set `pid`, `server` and `timeout`, and shorten the server's wal_sender_timeout.

@@ -18,7 +18,8 @@ from ..capture.pipeline import Pipeline
 from ..capture.relations import RelationCatalog
 from ..capture.router import Receiver, Sink
 from ..changes.change import Change, Changes, LogicalMessage, Operation, Truncate
-from ..changes.payload import Delivery
+from ..changes.payload import Delivery, prefixed
+from ..changes.rows import Origin
 from ..conditions.evaluation import Cells, bind
 from ..conditions.parsing import Condition
 from ..dead_letters.oversize import error_of
@@ -157,27 +158,38 @@ class Flash:
         for subscription in matching:
             _require_columns(subscription, change)
         pipeline = Pipeline(
-            matching, _ChangeCatalog(change, matching), _OrdinalSink(sink, change.ordinal)
+            matching, _ChangeCatalog(change, matching), _OriginSink(sink, change._origin)
         )
         pipeline.feed(messages_of(change))
         for _ in pipeline.deliver():
             pass
 
 
-class _OrdinalSink:
-    """A sink that passes on deliveries with the ordinal of their change.
+class _OriginSink:
+    """A sink that passes on deliveries with the origin of their change.
 
     The pipeline numbers each change 0, because it receives no other change of the transaction.
     """
 
-    def __init__(self, sink: Sink, ordinal: int) -> None:
+    def __init__(self, sink: Sink, origin: Origin) -> None:
         self._sink = sink
-        self._ordinal = ordinal
+        self._origin = origin
 
     def receiver(self, subscription: Subscription, operation: Operation) -> Receiver:
-        """Return the receiver of the sink, which gets the ordinal of the change."""
-        receive = self._sink.receiver(subscription, operation)
-        return lambda delivery: receive(delivery._replace(ordinal=self._ordinal))
+        """Return the receiver of the sink, which gets the origin of the change."""
+        receive, origin = self._sink.receiver(subscription, operation), self._origin
+
+        def receive_original(delivery: Delivery) -> None:
+            receive(
+                delivery._replace(
+                    transaction=origin.transaction,
+                    ordinal=origin.ordinal,
+                    shift=origin.shift,
+                    rows=[prefixed(row, origin.coalesced, origin.row_id) for row in delivery.rows],
+                )
+            )
+
+        return receive_original
 
 
 def without_lanes(subscriptions: Iterable[Subscription]) -> list[Subscription]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta, timezone
 from itertools import count
+from types import MappingProxyType
 from typing import Any
 
 from ..changes.change import Delete, Insert, LogicalMessage, Truncate, Update
 from ..changes.operations import Part
+from ..changes.payload import row_id_of
 from ..changes.rows import UNCHANGED, Column, Origin, Table, Transaction
 from ..handlers.subscriptions import column_name, column_names, prefix_of, table_of
 from ..protocol import timestamps
@@ -27,21 +30,22 @@ class _Commit(Transaction):
     rows = 0
     messages = 0
 
-    def next_row(self) -> int:
-        """Return the index of the next row."""
+    def next_row(self) -> tuple[int, int]:
+        """Return the ordinal of the next row, and how many messages precede it."""
         self.rows += 1
-        return self.rows - 1
+        return self.rows - 1, self.messages
 
-    def next_message(self) -> int:
-        """Return the ordinal of the next message."""
+    def next_message(self) -> tuple[int, int]:
+        """Return the ordinal of the next message, and how many rows precede it."""
         self.messages += 1
-        return self.messages - 1
+        return self.messages - 1, self.rows
 
 
 def transaction(
     commit_lsn: int | str | None = None,
     xid: int | None = None,
     committed_at: datetime | None = None,
+    context: Mapping[str, Any] | None = None,
 ) -> Transaction:
     """Build a transaction, to pass to several changes as `transaction=`.
 
@@ -51,6 +55,7 @@ def transaction(
         commit_lsn: Its position in the WAL, as a number or as text (`"16/B374D848"`).
         xid: Its id in PostgreSQL.
         committed_at: An aware datetime. Default: now.
+        context: What the application says about it: `change.context`. Default: nothing.
     """
     number = next(_numbers)
     lsn = Lsn.parse(commit_lsn) if isinstance(commit_lsn, str) else commit_lsn
@@ -59,6 +64,7 @@ def transaction(
         Lsn(0x1000000 + 0x100 * number if lsn is None else lsn),
         1000 + number if xid is None else xid,
         timestamps.from_datetime(at),
+        context=json.dumps(context) if context else "",
     )
 
 
@@ -78,8 +84,10 @@ class _Builder:
         types: Mapping[Any, str] | None = None,
         key: Iterable[Any] | None = None,
         identity: str = "full",
+        backfill: str | None = None,
     ) -> None:
         self._model = table
+        self._backfill = backfill
         self._source, self._name = table_of(table, source)
         self._types = self._columns(types)
         self._key = column_names("key", key, table)
@@ -135,11 +143,17 @@ class _Builder:
         oid = oid_of(self._types.get(name) or _widest_type(values))
         return Column(name, oid, name_of(oid), identity)
 
-    def origin(self, table: Table) -> Origin:
+    def origin(self, table: Table, row: Mapping[str, Any] = MappingProxyType({})) -> Origin:
         """Return the origin of the next row."""
         commit = self._transaction
-        ordinal = commit.next_row() if isinstance(commit, _Commit) else 0
-        return Origin(table, commit, ordinal)
+        ordinal, shift = commit.next_row() if isinstance(commit, _Commit) else (0, 0)
+        if self._backfill is None:
+            return Origin(table, commit, ordinal, shift=shift)
+        chunk = Transaction(commit.commit_lsn, 0, commit.committed_at, backfill=self._backfill)
+        key = [
+            text_of(row[name], table.columns[table.positions[name]].type_oid) for name in table.key
+        ]
+        return Origin(table, chunk, ordinal, row_id=row_id_of(key))
 
     @staticmethod
     def cells(table: Table, row: Mapping[str, Any]) -> list[Cell]:
@@ -173,6 +187,7 @@ def insert(
     partition: str | None = None,
     source: str | None = None,
     transaction: Transaction | None = None,
+    backfill: str | None = None,
     **columns: Any,
 ) -> Insert:
     """Build an `Insert`: `insert("public.orders", id=1, status="paid")`.
@@ -188,16 +203,17 @@ def insert(
         partition: The name of the partition that the row is in.
         source: The database, a name in `flash_sources`. Default: the one of `flash_dsn`.
         transaction: The transaction, from `flash_celery.testing.transaction()`. Default: a new one.
+        backfill: The id of the backfill that read the row: `change.backfill`. Default: none did.
         **columns: The row.
 
     Raises:
         ValueError: PostgreSQL could not send such a row.
     """
-    builder = _Builder(table, source, transaction, partition, types, key, identity)
+    builder = _Builder(table, source, transaction, partition, types, key, identity, backfill)
     row = builder.row(new, columns)
     row_table = builder.table(row)
     _require_values(row, "insert")
-    return Insert(builder.cells(row_table, row), builder.origin(row_table))
+    return Insert(builder.cells(row_table, row), builder.origin(row_table, row))
 
 
 def update(
@@ -320,9 +336,9 @@ def message(
     """
     table = Table("", prefix_of(prefix).name, None, "n", (), (), source or "")
     commit = transaction or _new_transaction()
-    ordinal = commit.next_message() if isinstance(commit, _Commit) else 0
+    ordinal, shift = commit.next_message() if isinstance(commit, _Commit) else (0, 0)
     encoded = content.encode() if isinstance(content, str) else content
-    return LogicalMessage(encoded, Origin(table, commit, ordinal, Part.MESSAGE))
+    return LogicalMessage(encoded, Origin(table, commit, ordinal, Part.MESSAGE, shift=shift))
 
 
 def _require_values(row: Mapping[str, Any], description: str) -> None:

@@ -6,10 +6,10 @@ import struct
 from typing import Any
 
 from ..changes.change import Change, LogicalMessage, Truncate
-from ..changes.payload import delivery_of
+from ..changes.payload import row_of
 from ..table_name import TableName
 
-#: The OID of the change's table: the one in the rows of `delivery_of`.
+#: The OID of the change's table: the one in the rows of `row_of`.
 OID = 0
 _BEGIN = struct.Struct("!cQqI")
 _RELATION = struct.Struct("!cI")
@@ -26,14 +26,14 @@ def messages_of(change: Change[Any]) -> list[bytes]:
     The change is the first of its transaction. PostgreSQL documentation, chapter "Logical
     Replication Message Formats".
     """
-    commit_lsn, xid, committed_at = change._origin.transaction
+    commit_lsn, xid, committed_at, *_ = change._origin.transaction
     begin = _BEGIN.pack(b"B", commit_lsn, committed_at, xid)
     if isinstance(change, LogicalMessage):
         content = struct.pack("!I", len(change.content)) + change.content
         return [begin, _MESSAGE.pack(b"M", True, commit_lsn) + _text(change.prefix) + content]
     if isinstance(change, Truncate):
         return [begin, _relation(change), _TRUNCATE.pack(b"T", 1, 0, OID)]
-    return [begin, _relation(change), *delivery_of(change).rows]
+    return [begin, _relation(change), row_of(change)]
 
 
 def relation_name(change: Change[Any]) -> TableName:

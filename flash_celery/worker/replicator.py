@@ -33,6 +33,7 @@ from ..acknowledgement import Progress
 from ..backoff import delays
 from ..capture.pipeline import Pipeline
 from ..capture.relations import RelationCatalog
+from ..changes.history import History
 from ..dead_letters.oversize import Oversize
 from ..errors import (
     ConfigurationError,
@@ -134,8 +135,8 @@ class Replicator:
         self._startup = Startup(settings, subscriptions, self.control)
         self._pauses = Pauses(app, subscriptions, self._publishing)
         self._progress = Progress()
-        #: The timeline that `_progress` is on, as `system/timeline`; "" to begin a new `_progress`.
-        self._timeline = ""
+        #: The history that `_progress` is of; None to begin a new `_progress`.
+        self._history: History | None = None
         self._has_messages = len(of_tables(subscriptions)) < len(subscriptions)
         self._use_streaming = settings.flash_use_streaming and not self._has_messages
         if settings.flash_use_streaming and self._has_messages:
@@ -239,7 +240,7 @@ class Replicator:
             self._use_streaming = False
             logger.warning("Continuing without flash_use_streaming until the next start")
         if isinstance(error, ConfirmedLost):
-            self._timeline = ""  # read everything again after the slot's confirmed position
+            self._history = None  # read everything again after the slot's confirmed position
         if str(error) != self._last_logged_error:
             self._last_logged_error = str(error)
             error_class = {"error": type(error).__name__}
@@ -354,19 +355,19 @@ class Replicator:
 
     def _follow_timeline(self, stream: ReplicationConnection, source: Source) -> None:
         """Begin a new `Progress` if the server, its timeline or its data has been replaced."""
-        timeline, position = stream.identify()
+        history, position = stream.identify()
         received = self._progress.received
-        if timeline == self._timeline:
+        if history == self._history:
             if position >= received or is_standby(source.connection):
                 return
             logger.warning(_RESTORED, position, received)
-        self._progress, self._timeline = Progress(), timeline
+        self._progress, self._history = Progress(), history
         self._samples.clear()
 
     @property
     def _system(self) -> str:
         """The system identifier of the server."""
-        return self._timeline.partition("/")[0]
+        return self._history.system if self._history else ""
 
     def _read_pauses(self, source: Source) -> Templates:
         """Read the pauses, and return templates that send held messages to hold queues."""
@@ -390,6 +391,7 @@ class Replicator:
             BatcherSink(batcher, templates),
             self._settings.flash_spool_directory,
             self.telemetry,
+            self._history,
         )
         hold_queues = self._pauses.hold_queues
         claim = Claim(
@@ -405,7 +407,7 @@ class Replicator:
         """Return a lease, bound to everything that affects how changes are counted."""
         parts = [
             metadata.version("flash-celery"),
-            self._timeline,
+            str(self._history),
             self._startup.fingerprint,
             *templates.keys,
         ]

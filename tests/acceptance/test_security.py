@@ -22,7 +22,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from example_project.servers import Postgres, Valkey, wait_until
-from flash_celery.changes.payload import encode
+from flash_celery.changes.payload import Delivery, encode
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.dead_letters import letters
 from flash_celery.dead_letters.queue import DeadLetterFilter, DeadLetterQueue
@@ -276,7 +276,13 @@ def test_slot_names_are_restricted(shop):
 
 TABLE = Table("public", "items", None, "d", ("id",), (Column("id", 23, "int4", identity=True),))
 VALUE = json.loads(
-    encode([(TABLE, Transaction(Lsn(16), 1, 0), 0, 0, 0, [encode_row("I", 0, None, None, [b"5"])])])
+    encode(
+        [
+            Delivery(
+                TABLE, Transaction(Lsn(16), 1, 0), 0, 0, 0, [encode_row("I", 0, None, None, [b"5"])]
+            )
+        ]
+    )
 )
 EMBEDDED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 

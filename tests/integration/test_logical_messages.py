@@ -2,7 +2,7 @@
 
 import pytest
 
-from flash_celery import Insert, LogicalMessage, on_message
+from flash_celery import Insert, LogicalMessage, on_change, on_message
 
 from .conftest import shown
 
@@ -59,6 +59,53 @@ def test_logical_message_keeps_its_place_in_the_transaction(flash, streaming):
     assert [c.ordinal for c in delivered if isinstance(c, Insert)] == list(range(301))
     assert first.id == f"{first.commit_lsn}:0m"
     assert len({change.id for change in delivered}) == len(delivered)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_changes_of_a_handler_come_in_the_order_of_their_positions(flash, streaming):
+    """Also those of two subscriptions, and of an UPDATE that changes the key."""
+    flash.database.execute(ITEMS, "CREATE TABLE others (LIKE items INCLUDING ALL)")
+    flash.database.execute("ALTER SYSTEM SET logical_decoding_work_mem = '64kB'")
+    flash.database.execute("SELECT pg_reload_conf()")
+
+    @flash.app.task(name="handle", shared=False)
+    def handle(change): ...
+
+    for prefix in ("a", "b"):
+        on_message(prefix)(handle)
+    on_change("items")(handle)
+    on_change("items", where={"id__lt": 1000})(handle)
+    on_change("others", key=["name"])(handle)
+    flash.start(flash_use_streaming=streaming)
+    with flash.database.connect() as connection:
+        connection.execute("BEGIN")
+        connection.execute(emit("a", "first"))
+        connection.execute(
+            "INSERT INTO items SELECT n, repeat('x', 900) FROM generate_series(1, 200) n"
+        )
+        connection.execute(emit("b", "second"))
+        connection.execute("INSERT INTO others VALUES (1, 'x'), (2, 'y')")
+        connection.execute("UPDATE others SET name = 'z' WHERE id = 1")
+        connection.execute("UPDATE items SET name = '' WHERE id < 3")
+        connection.execute("SAVEPOINT s")
+        connection.execute("INSERT INTO items VALUES (300)")
+        connection.execute(emit("a", "rolled back"))
+        connection.execute("ROLLBACK TO s")
+        connection.execute("TRUNCATE others")
+        connection.execute(emit("a", "last"))
+        connection.execute("COMMIT")
+    flash.do("INSERT INTO items VALUES (500)")
+    delivered = flash.delivered("handle")
+    positions = [change._position for change in delivered]
+    assert len(set(positions)) == len(positions) == len({change.id for change in delivered})
+    assert positions == sorted(positions)
+    places = {position[1] for position in positions if position[0] == positions[0][0]}
+    assert places == set(range(209))
+    with flash.database.connect() as connection:
+        (system,) = connection.execute(
+            "SELECT system_identifier::text FROM pg_control_system()"
+        ).fetchone()
+    assert {str(change.transaction.history) for change in delivered} == {f"{system}/1"}
 
 
 def test_logical_message_rolled_back_or_not_transactional_is_not_delivered(flash):

@@ -7,12 +7,14 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from example_project.servers import Postgres, Standby
 from flash_celery.errors import ReplicationError, SlotInUse, SlotMissing
 from flash_celery.postgres import slots
 from flash_celery.postgres.connection import connect, without_password
 from flash_celery.postgres.stream import ReplicationConnection
 from flash_celery.protocol import frames, pgoutput
 from flash_celery.protocol.lsn import Lsn
+from tests.conftest import Database
 
 
 @pytest.fixture
@@ -173,3 +175,19 @@ def test_session_settings_are_those_of_a_subscriber(table):
         }.items():
             row = connection.execute("SELECT current_setting(%s)", [name]).fetchone()
             assert row == (value,), name
+
+
+def test_stream_history_names_the_ancestors_of_a_promoted_server(connections):
+    with Postgres() as primary, Standby(primary) as standby:
+        before, _ = connections(primary.dsn()).identify()
+        assert (before.timeline, before.ancestors) == (1, ())
+        assert connections(standby.dsn()).identify()[0] == before
+        promoted = Database(standby, "postgres")
+        promoted.execute("SELECT pg_promote()")
+        after, _ = connections(standby.dsn()).identify()
+        (ancestor,) = after.ancestors
+        assert (after.system, after.timeline, ancestor.timeline) == (before.system, 2, 1)
+        assert after.includes(before, Lsn(ancestor.end - 1))
+        assert not after.includes(before, ancestor.end)
+        now = Lsn.parse(promoted.one("SELECT pg_current_wal_insert_lsn()::text"))
+        assert ancestor.end <= now

@@ -14,7 +14,7 @@ from kombu.exceptions import OperationalError
 from kombu.utils.json import loads
 
 from flash_celery import on_change
-from flash_celery.changes.payload import encode
+from flash_celery.changes.payload import Delivery, encode
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.dead_letters import failed_tasks, letters
 from flash_celery.protocol.lsn import Lsn
@@ -23,7 +23,9 @@ from flash_celery.publishing import brokers
 from flash_celery.publishing.brokers.memory import MemoryPublisher
 
 TABLE = Table("public", "items", None, "d", ("id",), (Column("id", 20, "int8", identity=True),))
-DELIVERY = (TABLE, Transaction(Lsn(16), 1, 0), 0, 0, 0, [encode_row("I", 0, None, None, [b"5"])])
+DELIVERY = Delivery(
+    TABLE, Transaction(Lsn(16), 1, 0), 0, 0, 0, [encode_row("I", 0, None, None, [b"5"])]
+)
 
 
 @pytest.fixture

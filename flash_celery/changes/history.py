@@ -1,0 +1,53 @@
+"""The history of WAL that a position belongs to: a position means nothing outside it."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from ..protocol.lsn import Lsn
+
+#: Ancestors to keep. Each message names them, and a server may have failed over hundreds of times.
+MAX_ANCESTORS = 32
+_LINE = re.compile(rb"^[ \t]*(\d+)[ \t]+([0-9A-Fa-f]+/[0-9A-Fa-f]+)", re.MULTILINE)
+
+
+class Ancestor(NamedTuple):
+    """A former timeline, and the position at which the next one began."""
+
+    timeline: int
+    end: Lsn
+
+
+class History(NamedTuple):
+    """A server and its timeline.
+
+    A promotion begins a new timeline. It shares WAL with each ancestor up to the ancestor's end.
+    """
+
+    #: The system identifier that `initdb` gave the server, which its standbys share.
+    system: str
+    timeline: int
+    #: The latest `MAX_ANCESTORS` of them, the oldest first.
+    ancestors: tuple[Ancestor, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.system}/{self.timeline}"
+
+    def includes(self, other: History, position: Lsn) -> bool:
+        """Return whether a position of another history is the same position in this one."""
+        if self.system != other.system:
+            return False
+        return self.timeline == other.timeline or any(
+            ancestor.timeline == other.timeline and position < ancestor.end
+            for ancestor in self.ancestors
+        )
+
+
+def read_ancestors(history_file: bytes) -> tuple[Ancestor, ...]:
+    """Return the ancestors in a timeline history file, the answer to `TIMELINE_HISTORY`."""
+    found = [
+        Ancestor(int(timeline), Lsn.parse(end.decode()))
+        for timeline, end in _LINE.findall(history_file)
+    ]
+    return tuple(found[-MAX_ANCESTORS:])
