@@ -53,11 +53,11 @@ def dead_list(project: Project, criteria: Any, as_json: bool) -> None:
     from . import dead_letters
 
     queue = project.dead_letters()
-    found = queue.find(criteria)
+    letters = queue.find(criteria)
     if as_json:
-        click.echo(json.dumps([dead_letters.as_json(letter) for letter in found], indent=2))
+        click.echo(json.dumps([dead_letters.as_json(letter) for letter in letters], indent=2))
         return
-    for line in dead_letters.as_table(found) if found else ["no dead letters"]:
+    for line in dead_letters.as_table(letters) if letters else ["no dead letters"]:
         say(line)
     if queue.other_messages:
         click.echo(

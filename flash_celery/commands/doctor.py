@@ -86,15 +86,17 @@ def spool_findings(settings: Settings) -> Iterator[Finding]:
     if not settings.flash_use_streaming:
         return
     directory = settings.flash_spool_directory or default_directory()
-    kind = file_system(directory)
-    if kind in ("tmpfs", "ramfs"):
+    file_system_type = file_system(directory)
+    if file_system_type in ("tmpfs", "ramfs"):
         message = (
-            f"{directory} is in memory ({kind}): large open transactions fill it; set "
+            f"{directory} is in memory ({file_system_type}): large open transactions fill it; set "
             "flash_spool_directory to a directory on a disk"
         )
         yield Finding("spool", WARNING, message)
     else:
-        yield Finding("spool", OK, f"{directory} ({kind})" if kind else directory)
+        yield Finding(
+            "spool", OK, f"{directory} ({file_system_type})" if file_system_type else directory
+        )
 
 
 def as_text(finding: Finding) -> str:

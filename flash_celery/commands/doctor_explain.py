@@ -32,7 +32,7 @@ def explain_tables(
         for subscription in table_subscriptions:
             if subscription.table == name:
                 yield f"  the worker       {subscription.handler}: {_left_to_worker(subscription)}"
-        for reason in narrowing.left:
+        for reason in narrowing.left_to_worker:
             yield f"  not pushed down  {reason}"
 
 

@@ -43,7 +43,7 @@ class RowFilter:
     #: The filter; None lets every row through.
     expression: sql.Composable | None
     #: The lookups that it leaves out, each with the reason.
-    left: tuple[str, ...] = ()
+    omitted: tuple[str, ...] = ()
 
 
 def row_filter(
@@ -57,18 +57,18 @@ def row_filter(
         canonical: Writes a constant as PostgreSQL does.
     """
     alternatives: list[sql.Composable] = []
-    left: list[str] = []
+    omitted: list[str] = []
     for lookups in condition.alternatives:
         expressions: list[sql.Composable] = []
         for lookup in lookups:
             try:
                 expressions.append(_expression(lookup, columns, canonical))
             except NotInSql as reason:
-                left.append(f"{lookup}: {reason}")
+                omitted.append(f"{lookup}: {reason}")
         if not expressions:
-            return RowFilter(None, tuple(left))
+            return RowFilter(None, tuple(omitted))
         alternatives.append(sql.SQL(" AND ").join(expressions))
-    return RowFilter(either(alternatives), tuple(left))
+    return RowFilter(either(alternatives), tuple(omitted))
 
 
 def either(expressions: Iterable[sql.Composable]) -> sql.Composable:

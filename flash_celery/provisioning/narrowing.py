@@ -45,7 +45,7 @@ class Narrowing:
     #: The row filter of each operation that has one.
     filters: dict[Operation, sql.Composable] = field(default_factory=dict)
     #: The filtering that is left to the replication worker, each with the reason.
-    left: tuple[str, ...] = ()
+    left_to_worker: tuple[str, ...] = ()
     #: The attribute numbers of the columns that clauses may name. PostgreSQL stores these, so they
     #: show that a column was renamed.
     numbers: tuple[tuple[str, int], ...] = ()
@@ -94,7 +94,7 @@ def narrowings(
             # Rows that are filtered out would be missing for handlers of the partitioned table.
             reason = "it may be attached to a partitioned table that is handled"
         if reason:
-            result[table.oid] = Narrowing(left=(f"everything: {reason}",))
+            result[table.oid] = Narrowing(left_to_worker=(f"everything: {reason}",))
             continue
         on_table = [each for each in subscriptions if tables[each.table] is table]
         result[table.oid] = _narrow(connection, table, on_table, table.oid in full)
@@ -114,15 +114,15 @@ def _narrow(
 ) -> Narrowing:
     columns, why_all = _columns(table, subscriptions, full)
     filters: dict[Operation, sql.Composable] = {}
-    left = [f"columns: {why_all}"] if why_all else []
+    left_to_worker = [f"columns: {why_all}"] if why_all else []
     for operation in _ROW_OPERATIONS:
         filter_, reasons = _filter(connection, table, subscriptions, operation)
         if filter_ is not None:
             filters[operation] = filter_
-        left += [f"{operation.names()[0]}: {reason}" for reason in reasons]
+        left_to_worker += [f"{operation.names()[0]}: {reason}" for reason in reasons]
     named = {*(columns or ())}.union(*(each.columns for each in subscriptions))
     numbers = tuple((name, table.columns[name].number) for name in sorted(named))
-    return Narrowing(columns, filters, tuple(left), numbers)
+    return Narrowing(columns, filters, tuple(left_to_worker), numbers)
 
 
 def _filter(
@@ -153,7 +153,7 @@ def _filter(
         }
         canonical = partial(column_types.canonical, connection)
         translated = row_filter(subscription.where, types, canonical)
-        reasons += [f"{subscription.handler}: {reason}" for reason in translated.left]
+        reasons += [f"{subscription.handler}: {reason}" for reason in translated.omitted]
         if translated.expression is None:
             return None, reasons
         expressions.append(translated.expression)

@@ -37,7 +37,7 @@ def named(names: Iterable[str], handlers: Iterable[str]) -> list[str]:
         ConfigurationError: A name matches no handler, or more than one.
     """
     handlers = sorted(set(handlers))
-    found = []
+    full_names = []
     for name in names:
         matching = [handler for handler in handlers if handler == name] or [
             handler for handler in handlers if handler.rpartition(".")[2] == name
@@ -49,8 +49,8 @@ def named(names: Iterable[str], handlers: Iterable[str]) -> list[str]:
             raise ConfigurationError(
                 f"{name} may be any of {', '.join(matching)}; give its full name."
             )
-        found.append(matching[0])
-    return list(dict.fromkeys(found))
+        full_names.append(matching[0])
+    return list(dict.fromkeys(full_names))
 
 
 def handlers(subscriptions: Iterable[Subscription]) -> list[str]:

@@ -129,15 +129,15 @@ def _leaves(
 
     The WAL may still hold rows of all of them.
     """
-    found = [(oid, name) for oid, table in required.leaves.items() for name in table.ancestors]
+    added = [(oid, name) for oid, table in required.leaves.items() for name in table.ancestors]
     for publication in existing.by_operation.values():
-        found += [
+        added += [
             (oid, name) for oid, name in publication.tables.items() if not required.operations(oid)
         ]
     leaves = dict(record.leaves)
-    for oid, name in found:
-        names, new = leaves.get(str(oid), []), [name.schema, name.name]
-        leaves[str(oid)] = names if new in names else [*names, new]
+    for oid, name in added:
+        names, ancestor = leaves.get(str(oid), []), [name.schema, name.name]
+        leaves[str(oid)] = names if ancestor in names else [*names, ancestor]
     return leaves
 
 

@@ -119,7 +119,7 @@ class Startup:
         self._restore_record(source)
         checked_at = self._unaltered_at
         report = self._preflight(source, progress)
-        found = publications.read(source)
+        existing = publications.read(source)
         manage = self._settings.flash_manage
         if report.gap is not None:
             # Recorded before anything else, so that it is not forgotten if this process ends.
@@ -141,8 +141,8 @@ class Startup:
         elif manage:
             record.remember_slot(source)
             replay_slot.prepare(source)
-        if found.version < 150000:
-            self._warn_of_attached(source.connection, found, report)
+        if existing.version < 150000:
+            self._warn_of_attached(source.connection, existing, report)
         if not manage:
             self.partition_history.record(report.leaves)  # the record does not have them
         if report.gap is not None:
@@ -228,8 +228,8 @@ class Startup:
 
         Another slot of the same name cannot be recognised otherwise.
         """
-        found = slots.find(source.connection, self._slot)
-        position = Lsn.parse(found.confirmed) if found and found.confirmed else Lsn(0)
+        slot = slots.find(source.connection, self._slot)
+        position = Lsn.parse(slot.confirmed) if slot and slot.confirmed else Lsn(0)
         if position > progress.confirmed > Lsn(0):
             logger.warning(_MOVED, self._slot, position, progress.confirmed)
 
@@ -259,8 +259,8 @@ class Startup:
     def _fingerprint(self, source: Source) -> str:
         tables = [subscription.table for subscription in of_tables(self._subscriptions)]
         ours = publication_names(source.prefix)
-        found = catalog.fingerprint(source.connection, tables, ours)
-        return found + other_publications.fingerprint(source.connection, tables, ours)
+        fingerprint = catalog.fingerprint(source.connection, tables, ours)
+        return fingerprint + other_publications.fingerprint(source.connection, tables, ours)
 
     def _preflight(self, source: Source, progress: Progress) -> Report:
         """Check everything, and raise the first problem that a user has to solve.
