@@ -155,8 +155,8 @@ class Credentials:
     def _call(self, names: list[str]) -> Any:
         """Return what the callable returns; append its name first."""
         function = self._function()
-        names.append(_name(function))
         try:
+            names.append(_name(function))
             return function()
         except BaseException as error:
             failure = f"{names[-1]} raised {_class(error)}{_line(error)}; the message {_HIDDEN}"

@@ -146,7 +146,7 @@ class Replicator:
                 "report that the savepoint of a message in an open transaction was rolled back"
             )
         self._phase = Phase.CONNECTING
-        #: Whether both connections were open at a time since the start.
+        #: Whether the two connections have been opened since the start.
         self._has_connected = False
         #: Whether a session has streamed since the start.
         self._has_streamed = False
@@ -276,10 +276,10 @@ class Replicator:
                 connected(self._settings, patience) as source,
                 closing(self._connect_stream(source, patience)) as stream,
             ):
-                self._has_connected = True
                 self._require_same_server(stream, source)
                 with advisory_lock.held(source, self.control.sleep):
                     self._phase = Phase.PREFLIGHT
+                    self._has_connected = True
                     self._startup.run(source, stream, self._progress)
                     self._phase = Phase.STARTING
                     templates = self._start(stream, source)

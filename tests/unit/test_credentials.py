@@ -110,6 +110,16 @@ class Unprintable(Exception):
     __repr__ = __str__
 
 
+class Secretive:
+    """A callable that fails when it is asked for its name."""
+
+    def __getattr__(self, name):
+        raise RuntimeError(SECRET)
+
+    def __call__(self):
+        return DSN
+
+
 async def coroutine():
     return DSN
 
@@ -133,6 +143,7 @@ FAILED = {
         "raised subprocess.CalledProcessError in line",
     ),
     "an error that cannot be shown": (lambda: raises(Unprintable()), "raised .*Unprintable in"),
+    "an object without a name": (Secretive(), "the callable raised RuntimeError in line"),
     "an exit": (lambda: sys.exit(SECRET), "raised SystemExit"),
     "arguments": (lambda argument: argument, "raised TypeError"),
     "an interrupt": (lambda: raises(KeyboardInterrupt(SECRET)), "raised KeyboardInterrupt"),
