@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from ..errors import ConfigurationError, PublishError
+from ..handlers.celery_tasks import WAKE_TASK
 from ..handlers.subscriptions import Subscription
 from ..provisioning import pauses
 from ..provisioning.findings import OK, WARNING, Finding, stop
@@ -44,7 +45,10 @@ def unhandled(app: Any, subscriptions: Sequence[Subscription]) -> list[str] | No
         return None
     # A task may be followed by its options, in brackets.
     registered = {str(task).split(" ")[0] for tasks in replies.values() for task in tasks}
-    return sorted({subscription.handler for subscription in subscriptions} - registered)
+    needed = {subscription.handler for subscription in subscriptions}
+    if any(subscription.ordered is not None for subscription in subscriptions):
+        needed.add(WAKE_TASK)  # a worker of an earlier release has every handler, and not this
+    return sorted(needed - registered)
 
 
 def refuse_eager(app: Any) -> None:

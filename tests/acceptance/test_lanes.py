@@ -7,7 +7,8 @@ from collections import defaultdict
 
 import pytest
 
-from example_project.servers import wait_until
+from example_project.servers import Valkey, wait_until
+from tests.sentinel import OPTIONS, Replicated
 
 
 @pytest.fixture
@@ -228,6 +229,12 @@ def test_lanes_batches_hold_the_changes_that_wait(ordered):
     assert max(note["together"] for note in notes) > 10
 
 
+def summary(shop):
+    """How much waits in the lanes of the one handler."""
+    found = json.loads(shop.run("flash", "status", "--json").stdout)["lanes"]
+    return found[0] if found else {}
+
+
 def lanes(shop, *arguments):
     return json.loads(shop.run("flash", "lanes", "list", "--json", *arguments).stdout)
 
@@ -293,16 +300,8 @@ def test_lanes_of_a_paused_handler_keep_what_they_have(ordered):
     until_ended(ordered, 1)
     assert ordered.run("flash", "pause", "each").returncode == 0
     update(ordered, 1, 1, 3)
-    wait_until(
-        lambda: json.loads(ordered.run("flash", "status", "--json").stdout)["lanes"][0],
-        "the status",
-    )
-
-    def paused():
-        (status,) = json.loads(ordered.run("flash", "status", "--json").stdout)["lanes"]
-        return status["paused"] and status["waiting"] == 2
-
-    wait_until(paused, "the lanes to be paused")
+    wait_until(lambda: summary(ordered)["waiting"] == 2, "the changes to be in lanes")
+    assert summary(ordered)["paused"]
     assert len(ended(ordered)) == 1
     assert ordered.run("flash", "resume", "each").returncode == 0
     assert assert_in_order(until_ended(ordered, 3)) == {0: [0, 1, 2]}
@@ -311,13 +310,7 @@ def test_lanes_of_a_paused_handler_keep_what_they_have(ordered):
 def test_lanes_of_another_number_are_filled_when_the_old_ones_are_empty(ordered):
     replicate = ordered.replicate()
     insert(ordered, 5)
-    wait_until(
-        lambda: json.loads(ordered.run("flash", "status", "--json").stdout)["lanes"], "the lanes"
-    )
-    wait_until(
-        lambda: json.loads(ordered.run("flash", "status", "--json").stdout)["lanes"][0]["waiting"],
-        "the changes",
-    )
+    wait_until(lambda: summary(ordered).get("waiting") == 5, "the changes to be in lanes")
     assert ordered.end(replicate) == 0
     ordered.environment.update(SHOP_ORDER="one")
     replicate = ordered.replicate(wait=False)
@@ -369,3 +362,93 @@ def test_lanes_keep_the_order_while_processes_and_workers_are_killed(ordered):
             other = under_way.get(key)
             assert other is None or other == note["pid"] or not os.path.exists(f"/proc/{other}")
             under_way[key] = note["pid"]
+
+
+def test_lanes_go_on_while_no_replication_worker_runs(ordered):
+    """Workers sweep too: for retries, and for the lanes of killed workers."""
+    replicate = ordered.replicate()
+    insert(ordered, 1)
+    ordered.database.execute("UPDATE items SET name = '1', note = 'retry' WHERE id = 0")
+    ordered.database.execute("UPDATE items SET name = '2', note = '' WHERE id = 0")
+    wait_until(lambda: summary(ordered).get("waiting") == 3, "the changes to be in lanes")
+    assert ordered.end(replicate) == 0
+    ordered.worker("prefork", "flash")
+    assert assert_in_order(until_ended(ordered, 3)) == {0: [0, 1, 2]}
+
+
+def test_lanes_with_a_key_prefix_and_priorities(ordered, valkey):
+    import redis
+
+    options = {"global_keyprefix": "shop:", "priority_steps": [0, 3, 6, 9]}
+    conf = {
+        "broker_transport_options": options,
+        "task_annotations": {"ordered.each": {"priority": 6}},
+    }
+    ordered.environment.update(SHOP_CONF=json.dumps(conf))
+    ordered.replicate()
+    insert(ordered, 5)
+    with redis.Redis(port=valkey.port) as client:
+        wait_until(lambda: client.llen("shop:flash\x06\x166"), "wakes of the handler's priority")
+        assert all(key.startswith(b"shop:") for key in client.scan_iter())
+    update(ordered, 5, 1, 5)
+    ordered.worker("prefork", "flash")
+    values = assert_in_order(until_ended(ordered, 25))
+    assert all(found == [0, 1, 2, 3, 4] for found in values.values())
+    assert ordered.run("flash", "wait").returncode == 0
+    assert lanes(ordered) == {"ordered.each": []}
+
+
+def test_lanes_survive_a_restart_of_the_broker(make_shop):
+    with Valkey() as own:
+        shop = make_shop(own)
+        shop.project = "ordered"
+        shop.environment.update(SHOP_SLEEP="0.02")
+        shop.replicate()
+        for _ in range(2):
+            shop.worker("prefork", "flash")
+        insert(shop, 8)
+        update(shop, 8, 1, 10)
+        wait_until(lambda: len(ended(shop)) > 20, "the workers to be at work")
+        own.stop(signal.SIGKILL)
+        update(shop, 8, 10, 20)
+        own.start()
+        values = assert_in_order(until_ended(shop, 8 * 20, timeout=120))
+        assert all(set(found) == set(range(20)) for found in values.values())
+
+
+def test_lanes_of_a_redis_that_was_emptied_are_set_up_again(make_shop):
+    import redis
+
+    with Valkey() as own, redis.Redis(port=own.port) as client:
+        shop = make_shop(own)
+        shop.project = "ordered"
+        replicate = shop.replicate()
+        shop.worker("prefork", "flash")
+        insert(shop, 4)
+        until_ended(shop, 4)
+        client.flushall()
+        update(shop, 4, 1, 5)
+        shop.until_said(replicate, "Redis has lost")
+        values = assert_in_order(until_ended(shop, 20))
+        assert all(found[-4:] == [1, 2, 3, 4] for found in values.values())
+
+
+@pytest.mark.soak
+def test_lanes_through_a_sentinel_failover_lose_nothing(make_shop):
+    """After a coordinated one, in which the replica has every write; Celery's workers restart."""
+    with Replicated() as own:
+        shop = make_shop(own)
+        shop.project = "ordered"
+        conf = {"broker_transport_options": OPTIONS}
+        shop.environment.update(SHOP_CONF=json.dumps(conf), SHOP_SLEEP="0.01")
+        shop.replicate()
+        worker = shop.worker("prefork", "flash")
+        insert(shop, 4)
+        update(shop, 4, 1, 20)
+        finish = own.hand_over()
+        update(shop, 4, 20, 40)
+        finish()
+        worker.kill()
+        shop.worker("prefork", "flash")
+        values = assert_in_order(until_ended(shop, 4 * 40, timeout=120))
+        assert all(set(found) == set(range(40)) for found in values.values())
