@@ -245,12 +245,13 @@ def session_findings(settings: Settings) -> Iterator[Finding]:
 
 def can_stream(settings: Settings) -> Finding:
     """Check that a replication connection can be opened; poolers do not support one."""
+    dsn = settings.require_dsn()
     try:
-        ReplicationConnection(settings.require_dsn()).close()
+        ReplicationConnection(dsn).close()
     except ReplicationError as error:
-        dsn = settings.called("flash_dsn")
         hint = (
-            f"{dsn} must lead to PostgreSQL itself, not to a pooler, and pg_hba.conf must allow it"
+            f"{settings.called('flash_dsn')} must lead to PostgreSQL itself, not to a pooler, and "
+            "pg_hba.conf must allow it"
         )
         return Finding("replication connection", STOP, f"{str(error)[:-1]}; {hint}", error)
     return Finding("replication connection", OK, "works")

@@ -9,8 +9,9 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from example_project.servers import Postgres
-from flash_celery.errors import ConfigurationError
+from flash_celery.errors import ConfigurationError, CredentialsError
 from flash_celery.monitoring.observer import Observer
+from flash_celery.provisioning import server_checks
 from flash_celery.publishing.brokers.memory import MemoryPublisher
 from flash_celery.settings import Settings
 from flash_celery.testing import Live
@@ -271,6 +272,11 @@ def test_password_command_that_fails_later_is_run_again(flash, keys, tmp_path, c
     (tmp_path / "away").rename(file)
     flash.do("INSERT INTO items VALUES (3)")
     assert [change.new["id"] for change in flash.delivered()] == [1, 2, 3]
+
+
+def test_doctor_blames_no_pooler_for_a_callable_that_fails(keys):
+    with pytest.raises(CredentialsError, match="raised RuntimeError"):
+        server_checks.can_stream(Settings(flash_dsn=lambda: raises(keys)))
 
 
 def test_every_connection_asks_for_the_dsn(flash, keys, monkeypatch):
