@@ -6,8 +6,6 @@ sequences would control the terminal, and bidirectional marks would disguise tex
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 
 def escaped(text: str) -> str:
     r"""Return the text with unprintable characters escaped as in Python: `\n`, `\x1b`, `\u202e`.
@@ -30,10 +28,14 @@ def one_line(error: object) -> str:
 def text_of(error: object) -> str:
     """Return the text of an error that code of the application may have defined.
 
-    Its `__str__` or `__repr__` may raise, which must not stop the worker that reports it.
+    Its `__str__` or `__repr__` may raise anything, which must not stop the worker that reports it.
     """
     for describe in (str, repr):
-        with suppress(Exception):
+        try:
             # Not a subclass of str, whose methods are the application's too.
             return str.__str__(describe(error))
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # noqa: S112 - this is what reports errors
+            continue
     return f"<{type(error).__name__}, whose text cannot be read>"

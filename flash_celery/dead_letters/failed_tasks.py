@@ -98,6 +98,13 @@ def strategy(task: Any, app: Any, consumer: Any) -> Any:
             if message.acknowledged:
                 raise  # the message was read; the error is not about it
             return _on_unreadable(app, consumer, message, error, ack, reject)
+        except Exception:
+            raise  # of the pool or the connection, not of this message
+        except BaseException as error:
+            # A receiver of task_received: Celery logs only its `Exception`s.
+            if message.acknowledged or outcome.ends_the_process(error, in_main_process=True):
+                raise
+            return _on_unreadable(app, consumer, message, error, ack, reject)
 
     return receive
 
@@ -123,7 +130,7 @@ def _check(message: Any) -> None:
 
 
 def _on_unreadable(
-    app: Any, consumer: Any, message: Any, error: Exception, ack: Any, reject: Any
+    app: Any, consumer: Any, message: Any, error: BaseException, ack: Any, reject: Any
 ) -> None:
     letter = letters.from_message(
         message,
@@ -192,7 +199,9 @@ class HandlerRequest(Request):  # type: ignore[misc] # Celery ships no types
             super().__init__(message, *args, **kwargs)
         except _MALFORMED:
             raise
-        except Exception as error:
+        except BaseException as error:
+            if outcome.ends_the_process(error, in_main_process=True):
+                raise
             text = f"its request cannot be made: {type(error).__name__}: {text_of(error)}"
             raise InvalidTaskError(text) from error
 
@@ -230,17 +239,47 @@ class HandlerRequest(Request):  # type: ignore[misc] # Celery ships no types
         with self._errors_logged():
             return self._on_failure(exc_info, send_failed_event, return_ok)
         if not self.acknowledged:
-            # Not too often: it may fail again at once.
-            time.sleep(_REQUEUE_SECONDS)
             error = exc_info.exception
-            self.reject(requeue=error.requeue if isinstance(error, Reject) else True)
+            if isinstance(error, (Retry, Ignore)):
+                self.acknowledge()  # a retry has been sent
+            else:
+                # Not too often: it may fail again at once.
+                time.sleep(_REQUEUE_SECONDS)
+                self.reject(requeue=error.requeue if isinstance(error, Reject) else True)
         return None
+
+    def revoked(self) -> bool:
+        """Return whether the task was revoked, as Celery does."""
+        with self._errors_logged():
+            return bool(super().revoked())
+        return False
+
+    def send_event(self, *args: Any, **fields: Any) -> None:
+        """Send an event, as Celery does."""
+        with self._errors_logged():
+            super().send_event(*args, **fields)
+
+    def acknowledge(self) -> None:
+        """Acknowledge the message, as Celery does."""
+        with self._errors_logged():
+            super().acknowledge()
+            return
+        Request.acknowledge(self)
+
+    def reject(self, requeue: bool = False) -> None:
+        """Reject the message, as Celery does."""
+        with self._errors_logged():
+            super().reject(requeue)
+            return
+        Request.reject(self, requeue)
 
     @contextmanager
     def _errors_logged(self) -> Iterator[None]:
         try:
             yield
-        except Exception:
+        except BaseException as error:
+            if outcome.ends_the_process(error, in_main_process=True):
+                raise
             task = _described(self.name, self.id, self.argsrepr)
             logger.exception("An error outside of the handler, after %s had been received", task)
 

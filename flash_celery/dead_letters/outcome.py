@@ -53,7 +53,9 @@ class Failure(Exception):
         if isinstance(error, Exception):
             try:
                 pickled = pickle.dumps(error)
-            except Exception:
+            except KeyboardInterrupt:
+                raise
+            except BaseException:  # its own code may even exit
                 pickled = b""
         return cls(pickled, _stand_in(error), recorded)
 
@@ -62,7 +64,9 @@ class Failure(Exception):
         if self._pickled:
             try:
                 error = pickle.loads(self._pickled)  # noqa: S301 - from this worker's own process
-            except Exception:
+            except KeyboardInterrupt:
+                raise
+            except BaseException:  # its own code may even exit
                 return self._stand_in
             if isinstance(error, Exception):
                 return error
@@ -97,7 +101,7 @@ def run(main_process: int, trace: Callable[..., Any], *args: Any) -> Any:
     try:
         failed, outcome, duration = trace(*args)
     except BaseException as error:
-        if _ends_the_process(error, os.getpid() == main_process):
+        if ends_the_process(error, os.getpid() == main_process):
             raise
         return 1, _exception_info(Failure.of(error, recorded=False), ExceptionInfo()), 0.0
     if not failed or not isinstance(outcome, ExceptionInfo):
@@ -123,7 +127,7 @@ def _exception_info(failure: Failure, described: Any) -> Any:
     return described
 
 
-def _ends_the_process(error: BaseException, in_main_process: bool) -> bool:
+def ends_the_process(error: BaseException, in_main_process: bool) -> bool:
     """Return whether an exception is meant for the pool or the worker, not an error of the task."""
     if isinstance(error, Exception):
         return False

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
+from copy import deepcopy
 from typing import Any
 
 from celery import signals
@@ -13,22 +14,30 @@ from kombu import compression
 from kombu.utils.json import loads
 
 from ..changes.change import Change, Changes
+from ..escaping import escaped, text_of
 from ..messages.lane_messages import LaneMessage
 from ..messages.task_message import Message
 from . import tracing
 
 logger = logging.getLogger(__name__)
 
+_NOT_SENT = "A receiver of before_task_publish has set %s, which cannot be sent"
+#: Returns whether a message may have these headers and properties.
+Encodes = Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
+#: The headers and the properties of a message.
+_Values = tuple[dict[str, Any], dict[str, Any]]
+_ABSENT = object()
 #: Without these a worker cannot tell which task a message is for, and drops it.
 _REQUIRED = {"id", "task"}
 
 
-def announce(messages: Sequence[Message], encodes: Callable[[Any], bool]) -> list[Announcement]:
+def announce(messages: Sequence[Message], encodes: Encodes) -> list[Announcement]:
     """Announce messages that are about to be published; receivers may alter their headers.
 
     Args:
         messages: The messages.
-        encodes: Returns whether the broker takes a value of a header; others are left out.
+        encodes: Returns whether the broker takes such headers and properties; what it does not
+            take is left out.
 
     Returns:
         The announcements, which the caller has to end; none if there are no receivers, as usual.
@@ -53,7 +62,7 @@ class Announcement:
         self,
         message: Message,
         tracers: Sequence[tracing.Tracer],
-        encodes: Callable[[Any], bool],
+        encodes: Encodes,
     ) -> None:
         self._message = message
         self._body = _decoded(message)
@@ -61,10 +70,11 @@ class Announcement:
         self._ends: list[tracing.End] = []
         # A context for each message, so that its span does not become the parent of the next one's.
         self._context = copy_context()
-        headers, properties = dict(message.headers), dict(message.properties)
+        # Copies: messages share the values of their form, and a receiver may alter them in place.
+        before = deepcopy(message.headers), deepcopy(message.properties)
+        _replace(message.headers, deepcopy(before[0]))
         self._context.run(self._begin, tracers)
-        _restore(message.headers, headers, encodes)
-        _restore(message.properties, properties, encodes)
+        _restore((message.headers, message.properties), before, encodes)
 
     def end(self, published: bool) -> None:
         """End the announcement. A message that was not published is read and announced again."""
@@ -101,19 +111,32 @@ class Announcement:
             )
 
 
-def _restore(
-    altered: dict[str, Any], before: Mapping[str, Any], encodes: Callable[[Any], bool]
-) -> None:
+def _replace(values: dict[str, Any], others: Mapping[str, Any]) -> None:
+    values.clear()
+    values.update(others)
+
+
+def _restore(altered: _Values, before: _Values, encodes: Encodes) -> None:
     """Undo what would make a message unpublishable, or unknown to the worker that receives it."""
-    for name in [
-        name for name in altered if not (isinstance(name, str) and encodes(altered[name]))
-    ]:
-        logger.error("A receiver of before_task_publish has set %r, which cannot be sent", name)
-        del altered[name]
-        if name in before:
-            altered[name] = before[name]
-    for name in _REQUIRED & before.keys():
-        altered.setdefault(name, before[name])
+    for name in _REQUIRED & before[0].keys():
+        altered[0].setdefault(name, before[0][name])
+    if all(isinstance(name, str) for name in altered[0]) and encodes(*altered):
+        return
+    changes = [
+        {name: new for name, new in values.items() if new is not old.get(name, _ABSENT)}
+        for values, old in zip(altered, before, strict=True)
+    ]
+    for values, old in zip(altered, before, strict=True):
+        _replace(values, old)
+    for values, old, changed in zip(altered, before, changes, strict=True):
+        for name, new in changed.items():
+            values[name] = new
+            if isinstance(name, str) and encodes(*altered):
+                continue
+            logger.error(_NOT_SENT, escaped(text_of(name)))
+            del values[name]
+            if name in old:
+                values[name] = old[name]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -254,9 +254,9 @@ class _Recorder:
         """Requeue held messages; a test's database has none."""
         return self._publisher.requeue(queue, restored, admit)
 
-    def encodes(self, value: Any) -> bool:
-        """Return whether a header of a message may have this value."""
-        return self._publisher.encodes(value)
+    def encodes(self, headers: Mapping[str, Any], properties: Mapping[str, Any]) -> bool:
+        """Return whether a message may have these headers and properties."""
+        return self._publisher.encodes(headers, properties)
 
     def check(self) -> None:
         """Check that the broker answers."""

@@ -326,7 +326,18 @@ UNRULY = {
     "refuse": "LookupError",
     "unpicklable retry": "Two",
     "no route": "QueueNotFound",
+    "request exit": "InvalidTaskError",
+    "received": "CancelledError",
+    "prerun": "SystemExit",
+    "postrun": "CancelledError",
+    "leaving": "SystemExit",
+    "leaving reduce": "SystemExit",
+    "leaving init": "SystemExit",
 }
+#: Rows that are handled, though code of the project raises in the worker's main process.
+HANDLED = ["revoked", "event", "acknowledge", "postrun"]
+#: What ends a process of a pool that has its own.
+EXITING = {row: "ProcessKilled" for row, error in UNRULY.items() if error == "SystemExit"}
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
@@ -339,13 +350,14 @@ def test_whatever_a_handler_raises_the_worker_goes_on(any_shop, pool):
     shop.project = "unruly"
     worker = shop.worker(pool, "flash", options=("-c", "1"))
     shop.replicate()
-    names = [*UNRULY, "reject"]
+    names = [*UNRULY, *HANDLED[:-1], "reject"]
     insert(shop, *names, "a")
-    shop.until_noted(1)
+    shop.until_noted(1 + len(HANDLED), timeout=120)
+    assert {note["name"] for note in shop.notes()} == {*HANDLED, "a"}
     found = until_dead(shop, len(UNRULY))
     assert worker.poll() is None
     errors = [(names[number(letter)], letter.error) for letter in found]
-    expected = {**UNRULY, "exit": "ProcessKilled"} if pool == "prefork" else UNRULY
+    expected = {**UNRULY, **EXITING} if pool == "prefork" else UNRULY
     assert sorted(errors) == sorted(expected.items())
 
 

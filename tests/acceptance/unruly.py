@@ -5,7 +5,7 @@ import json
 import os
 import sys
 
-from celery import Celery, Task
+from celery import Celery, Task, signals
 from celery.exceptions import Reject
 from celery.worker.request import Request
 from kombu import Queue
@@ -53,11 +53,55 @@ class Base(BaseException):
         super().__init__("a plain one")
 
 
+class Leaving(Exception):
+    """Its own code exits."""
+
+    def __str__(self):
+        sys.exit("an exception that exits")
+
+    __repr__ = __str__
+
+
+class LeavingReduce(Exception):
+    def __reduce__(self):
+        sys.exit("an exception that exits where it is pickled")
+
+
+def leave(*_):
+    sys.exit("an exception that exits where it is unpickled")
+
+
+class LeavingInit(Exception):
+    def __reduce__(self):
+        return leave, ()
+
+
 class OwnRequest(Request):
     def __init__(self, message, *args, **kwargs):
         super().__init__(message, *args, **kwargs)
-        if self.args[0].new["name"] == "request":
+        if self.row_name == "request":
             raise RuntimeError("it cannot be made")
+        if self.row_name == "request exit":
+            sys.exit("it cannot be made")
+
+    @property
+    def row_name(self):
+        return self.args[0].new["name"]
+
+    def revoked(self):
+        if self.row_name == "revoked":
+            sys.exit("nothing is known of it")
+        return super().revoked()
+
+    def send_event(self, *args, **kwargs):
+        if self.row_name == "event":
+            raise RuntimeError("no events")
+        super().send_event(*args, **kwargs)
+
+    def acknowledge(self):
+        if self.row_name == "acknowledge":
+            raise asyncio.CancelledError
+        super().acknowledge()
 
     def on_failure(self, *args, **kwargs):
         super().on_failure(*args, **kwargs)
@@ -73,7 +117,28 @@ class OwnTask(Task):
         return super().apply_async(args, kwargs, **options)
 
 
+@signals.task_received.connect
+def received(request, **_):
+    if request.name == "unruly.each" and request.args[0].new["name"] == "received":
+        raise asyncio.CancelledError("not taken")
+
+
+@signals.task_prerun.connect
+def prerun(args, **_):
+    if args and args[0].new["name"] == "prerun":
+        sys.exit("not begun")
+
+
+@signals.task_postrun.connect
+def postrun(args, **_):
+    if args and args[0].new["name"] == "postrun":
+        raise asyncio.CancelledError("not ended")
+
+
 RAISED = {
+    "leaving": lambda: Leaving("x"),
+    "leaving reduce": lambda: LeavingReduce("x"),
+    "leaving init": lambda: LeavingInit("x"),
     "str": lambda: Textless("x"),
     "repr": lambda: Nameless("x"),
     "two": lambda: Two(1, 2),

@@ -25,6 +25,22 @@ class Unreduced(Exception):
         raise ValueError
 
 
+class Exits(Exception):
+    """Its own code exits wherever it is called."""
+
+    def __str__(self):
+        raise SystemExit(1)
+
+    __repr__ = __str__
+
+    def __reduce__(self):
+        return (leave, ()) if self.args else self.__str__()
+
+
+def leave():
+    raise SystemExit(1)
+
+
 def ran(error, main_process=None):
     """Run a task that raises, and return the failure as the main process receives it."""
 
@@ -71,6 +87,13 @@ def test_exception_can_be_restored_in_the_main_process(error, restored, text):
 def test_exit_of_a_pool_process_ends_it(error):
     with pytest.raises(type(error)):
         ran(error, main_process=-1)
+
+
+@pytest.mark.parametrize("error", [Exits(), Exits("when it is unpickled")])
+def test_exception_whose_own_code_exits_is_described(error):
+    restored = ran(error).restored()
+    assert restored.exc_cls_name == "Exits"
+    assert "whose text cannot be read" in str(restored)
 
 
 def test_exit_of_a_worker_that_is_being_stopped_ends_it(monkeypatch):

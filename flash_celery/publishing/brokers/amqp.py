@@ -11,17 +11,18 @@ import re
 import struct
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
+import amqp
 from amqp import Channel, ChannelError, PreconditionFailed, RecoverableConnectionError, spec
 from amqp.serialization import dumps
 
 from ...errors import NotConfirmed, PublishError, Unroutable
 from ...messages.task_message import Form, Message
 from .. import declared_queues
-from .base import TIMEOUT, ConnectedPublisher
+from .base import TIMEOUT, ConnectedPublisher, encodes_with
 
 logger = logging.getLogger(__name__)
 
@@ -188,13 +189,10 @@ class AmqpPublisher(ConnectedPublisher):
             size += len(message.body)
         return held
 
-    def encodes(self, value: Any) -> bool:
-        """Return whether a header can have this value; AMQP has fewer types than JSON."""
-        try:
-            dumps("F", [{"value": value}])
-        except Exception:
-            return False
-        return True
+    def encodes(self, headers: Mapping[str, Any], properties: Mapping[str, Any]) -> bool:
+        """Return whether a message can have these; AMQP has fewer types than JSON."""
+        message = amqp.Message("", application_headers=headers, **properties)
+        return encodes_with(message._serialize_properties)
 
     def check(self) -> None:
         """Request confirms again, which the broker answers.

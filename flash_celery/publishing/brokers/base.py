@@ -77,8 +77,8 @@ class Publisher(Protocol):
             PublishError: The broker has not confirmed a message.
         """
 
-    def encodes(self, value: Any) -> bool:
-        """Return whether a header of a message may have this value."""
+    def encodes(self, headers: Mapping[str, Any], properties: Mapping[str, Any]) -> bool:
+        """Return whether a message may have these headers and properties; never raises."""
 
     def check(self) -> None:
         """Check that the broker answers, if the transport can.
@@ -133,11 +133,18 @@ def _url_errors() -> Iterator[None]:
         ) from None
 
 
-def json_encodes(value: Any) -> bool:
-    """Return whether kombu can encode this value as JSON."""
+def json_encodes(headers: Mapping[str, Any], properties: Mapping[str, Any]) -> bool:
+    """Return whether kombu's JSON can have these headers and properties."""
+    return encodes_with(lambda: dumps([headers, properties]))
+
+
+def encodes_with(encode: Callable[[], object]) -> bool:
+    """Return whether a function ends without an error, which code of a value may raise."""
     try:
-        dumps(value)
-    except Exception:  # of any type: a value may have a `__json__` of its own
+        encode()
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # of any type: a value may have a `__json__` of its own
         return False
     return True
 
@@ -199,9 +206,9 @@ class ConnectedPublisher:
     def check(self) -> None:
         """Do nothing: the transport has no request for this."""
 
-    def encodes(self, value: Any) -> bool:
-        """Return whether the broker's messages, in JSON, can have a header of this value."""
-        return json_encodes(value)
+    def encodes(self, headers: Mapping[str, Any], properties: Mapping[str, Any]) -> bool:
+        """Return whether the broker's messages, in JSON, can have these."""
+        return json_encodes(headers, properties)
 
     def close(self) -> None:
         """Disconnect; never raises."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...errors import PublishError, Unroutable
@@ -71,9 +71,9 @@ class MemoryPublisher:
             del self.queues[queue][0]
         return True
 
-    def encodes(self, value: Any) -> bool:
-        """Return whether a message that is sent to another process can have this value."""
-        return json_encodes(value)
+    def encodes(self, headers: Mapping[str, Any], properties: Mapping[str, Any]) -> bool:
+        """Return whether a message that is sent to another process can have these."""
+        return json_encodes(headers, properties)
 
     def check(self) -> None:
         """Raise `PublishError` while broken."""
