@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 #: Takes changes for one subscription.
 Receiver = Callable[[Delivery], object]
-#: Takes consecutive rows of one relation, their transaction, the ordinal of the first row, and what
-#: the ordinals lack to the places.
+#: Takes consecutive rows of one relation, their transaction, the ordinal of the first row, and the
+#: shift: what to add to an ordinal for the place.
 RunReceiver = Callable[[Sequence[bytes], Transaction, int, int], None]
 _NO_ROUTES: dict[str, RunReceiver] = {}
 #: The most fields of all composite columns of a table; a column beyond that is delivered as text.

@@ -1,4 +1,4 @@
-"""The history of WAL that a position belongs to: a position means nothing outside it."""
+"""The history of the WAL that a position belongs to: outside it, the position means nothing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class History(NamedTuple):
     #: The system identifier that `initdb` gave the server, which its standbys share.
     system: str
     timeline: int
-    #: The latest `MAX_ANCESTORS` of them, the oldest first.
+    #: Its former timelines, the oldest first: the last `MAX_ANCESTORS` of them.
     ancestors: tuple[Ancestor, ...] = ()
 
     def __str__(self) -> str:
@@ -46,8 +46,8 @@ class History(NamedTuple):
 
 def read_ancestors(history_file: bytes) -> tuple[Ancestor, ...]:
     """Return the ancestors in a timeline history file, the answer to `TIMELINE_HISTORY`."""
-    found = [
+    ancestors = [
         Ancestor(int(timeline), Lsn.parse(end.decode()))
         for timeline, end in _LINE.findall(history_file)
     ]
-    return tuple(found[-MAX_ANCESTORS:])
+    return tuple(ancestors[-MAX_ANCESTORS:])

@@ -3,9 +3,9 @@
 Rows travel as PostgreSQL wrote them, with a description of their table. The replication worker
 reads no more of them than the key, for the label; the Celery worker decodes them.
 
-Version 1 is read too: its messages may wait on a broker for long. A change that came in version 1
-is passed on in version 1, by a retry for example, because Celery workers that know no other version
-may still run beside this one.
+Version 1 is read too, because its messages may wait on a broker for long. If a handler passes on a
+change that came in version 1, by a retry for example, it travels in version 1 again: Celery workers
+that know no other version may still run beside this one.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ROW = "flash_celery.row"
 #: Stands for the row of a TRUNCATE.
 TRUNCATED = b"T"
 _MESSAGE = struct.Struct("!cI")
-#: These may stand before a row: how many changes were made into it, and its id in a backfill.
+#: These may precede a row: how many changes were merged into it, and its id in a backfill.
 _COALESCED = struct.Struct("!cI")
 _BACKFILLED = struct.Struct("!c16s")
 _ROWS = frozenset((b"I", b"U", b"D"))
@@ -58,13 +58,13 @@ _LONGEST_NAME = 200
 #: Characters of a description beyond which its table is not cached.
 _LONGEST_CACHED = 1 << 16
 T = TypeVar("T")
-#: By their number in a message.
+#: The parts, by their number in a message.
 _PARTS = tuple(Part)
 _NAMES = {b"I": "insert", b"U": "update", b"D": "delete"}
 
 
 class Delivery(NamedTuple):
-    """Neighbouring changes for one subscription, their rows still as PostgreSQL wrote them."""
+    """Consecutive changes for one subscription, their rows still as PostgreSQL wrote them."""
 
     table: Table
     transaction: Transaction
@@ -73,7 +73,7 @@ class Delivery(NamedTuple):
     part: Part
     number: int
     rows: Sequence[bytes]
-    #: What the ordinals lack to the places, which count rows and messages of the transaction
+    #: What to add to an ordinal for the place, which counts rows and messages of the transaction
     #: together; or `UNKNOWN`.
     shift: int = 0
 
@@ -93,11 +93,11 @@ def message_row(content: bytes) -> bytes:
 
 
 def prefixed(row: bytes, coalesced: int = 1, row_id: bytes = b"") -> bytes:
-    """Return a row behind what a message says about it.
+    """Return a row, preceded by what a message says about it.
 
     Args:
         row: The row.
-        coalesced: How many changes were made into it.
+        coalesced: The number of changes that were merged into it.
         row_id: The result of `row_id_of`, for an Insert of a backfill.
     """
     prefix = _COALESCED.pack(b"C", coalesced) if coalesced > 1 else b""
@@ -132,8 +132,8 @@ def encode(deliveries: Iterable[Delivery]) -> str:
         transaction_number = len(transactions) - 1
         same = table_number, transaction_number, part, number, shift
         count = len(delivered)
-        # Neighbours in one transaction and table join a run; the parts of an UPDATE share their
-        # ordinal, so they do not.
+        # Consecutive rows of one transaction and table join a run. The parts of an UPDATE do not,
+        # because they share their ordinal.
         if same == last and ordinal == following and not part:
             runs[-1][3] += count
         else:
@@ -231,7 +231,7 @@ def _table_json(table: Table) -> str:
 
 
 def _column(column: Column) -> list[Any]:
-    """Describe a column: without the elements at the end that most have alike."""
+    """Describe a column, without its last elements if they have the most common values."""
     described = [column.name, column.type_oid, column.type_name]
     flags = [int(column.identity), int(column.delivered)]
     if column.fields:
@@ -270,7 +270,7 @@ def _below(limit: int, value: Any, least: int = 0) -> int:
 
 
 def _transaction_json(transaction: Transaction, history: int, commit_lsn: str = "") -> str:
-    """Describe a transaction; the elements that most have alike are left out at the end."""
+    """Describe a transaction, without its last elements if they have the most common values."""
     lsn, xid, committed_at, _, context, backfill = transaction
     plain = f'"{commit_lsn or lsn!s}",{xid},{committed_at}'
     if backfill is None and not context:
@@ -288,9 +288,9 @@ def _history_json(history: History | None) -> str:
 
 
 def value_of(changes: Iterable[Change]) -> Any:
-    """Return the JSON value for changes that a handler passes on, as Python objects.
+    """Return the JSON value, as Python objects, for changes that a handler passes on.
 
-    It has the version of the message that they came in, if that is the version before.
+    It is of version 1 if they all came in version 1.
     """
     deliveries = [delivery_of(change) for change in changes]
     value = json.loads(encode(deliveries))
@@ -322,7 +322,7 @@ def _former_column(column: list[Any]) -> list[Any]:
 
 
 def _from_former_version(value: Any) -> Any:
-    """Return a value of version 1 in version 2, with what it does not say as unknown."""
+    """Return a value of version 1 in version 2; what version 1 lacks is unknown."""
     return {
         **value,
         "history": [None],
@@ -363,7 +363,7 @@ def _one(value: Any) -> Change:
     return changes[0]
 
 
-#: What reading a damaged message may raise.
+#: The errors that reading a damaged message may raise.
 _DAMAGED = (
     AttributeError,
     IndexError,
@@ -450,7 +450,7 @@ def _transaction_of(
 
 @lru_cache(maxsize=256, typed=True)
 def _run_end_of(part: Any = 0, number: Any = 0, shift: Any = 0) -> tuple[Part, int, int]:
-    """Return the last elements of a run. Most runs have the same."""
+    """Return the last elements of a run, which most runs have in common."""
     return _PARTS[_below(4, part)], _below(1 << 31, number), _below(1 << 63, shift, UNKNOWN)
 
 
@@ -503,7 +503,7 @@ def _change(rows: bytes, offset: int, origin: Origin) -> tuple[Change, int]:
 
 
 def _with_prefixes(rows: bytes, offset: int, origin: Origin) -> tuple[Origin, int]:
-    """Return the origin with what stands before a row, and where the row begins."""
+    """Return the origin with what precedes a row, and where the row begins."""
     if rows[offset : offset + 1] == b"C":
         count = _COALESCED.unpack_from(rows, offset)[1]
         if count < 2 or origin.shift == UNKNOWN:
@@ -513,7 +513,7 @@ def _with_prefixes(rows: bytes, offset: int, origin: Origin) -> tuple[Origin, in
         its_id = _BACKFILLED.unpack_from(rows, offset)[1]
         origin, offset = origin._replace(row_id=its_id), offset + _BACKFILLED.size
         if origin.transaction.backfill is None or rows[offset : offset + 1] != b"I":
-            raise ValueError("a row has the id of a backfill's, and is none")
+            raise ValueError("a row has an id in a backfill, but is not of one")
     return origin, offset
 
 
@@ -553,7 +553,7 @@ def delivery_of(change: Change) -> Delivery:
 def _encode_row(row: Row) -> Any:
     """Return the JSON value of a row, as a task's argument or result: an insert and its columns.
 
-    In version 1, of which it needs no more.
+    It is in version 1, which has all that a row needs.
     """
     change = Insert(row._cells, Origin(row._table, Transaction(Lsn(0), 0, 0), 0, shift=UNKNOWN))
     return {**value_of([change]), "columns": sorted(row._known)}

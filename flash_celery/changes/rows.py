@@ -133,7 +133,7 @@ class Transaction(NamedTuple):
     backfill: str | None = None
 
 
-#: The shift of a change whose place is unknown: a message of version 1 does not say it.
+#: The shift of a change whose place is unknown, because messages of version 1 do not have it.
 UNKNOWN = -1
 
 
@@ -148,10 +148,10 @@ class Origin(NamedTuple):
     part: Part = Part.WHOLE
     #: The number of the subscription it is delivered for, among those of its handler.
     number: int = 0
-    #: What the ordinal lacks to the place, which counts rows and messages of the transaction
+    #: What to add to the ordinal for the place, which counts rows and messages of the transaction
     #: together; or `UNKNOWN`.
     shift: int = 0
-    #: How many changes were made into this one.
+    #: How many changes were merged into this one.
     coalesced: int = 1
     #: Identifies the row in its backfill; empty for a change in the WAL.
     row_id: bytes = b""

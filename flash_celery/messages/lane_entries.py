@@ -1,4 +1,4 @@
-"""The content of a lane: entries of neighbouring changes, in JSON.
+"""The content of a lane: entries of consecutive changes, in JSON.
 
 `{"keys": [hash, [old hash, hash], …], "changes": {…}}`: the hashes of the ordering keys, which a
 drain compares without reading the rows, and the changes as `changes.payload` encodes them. With
@@ -24,7 +24,7 @@ _MARKER = b"!"
 
 @dataclass(frozen=True)
 class Entry:
-    """Some neighbouring changes of a lane."""
+    """Some consecutive changes of a lane."""
 
     changes: list[Change]
     #: For each change, the hashes of its ordering keys.
@@ -74,5 +74,5 @@ def decode(text: bytes) -> Entry | Marker:
 
 
 def encode_form(queue: str, headers: Any, properties: Any) -> str:
-    """Return the text of what the messages of a handler have in common."""
+    """Return the text with everything that the messages of a handler have in common."""
     return json.dumps({"queue": queue, "headers": headers, "properties": properties})

@@ -1,8 +1,8 @@
 """Messages for lanes: the changes of an ordered handler, and barriers.
 
-A group is one message for one handler, whatever number of lanes its changes go to, because the
-broker has to take all of it in one step: the high-water mark of a subscription says that every
-change before it is enqueued.
+A group is one message for one handler, however many lanes its changes go to. The broker has to take
+all of it in one step, because the high-water mark of a subscription means that every change before
+it is enqueued.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class LaneForm:
     source: str
     handler: str
     lanes: int
-    #: Stands for everything that determines in which lane a key is.
+    #: A digest of everything that determines the lane of a key.
     layout: str
     #: The form of the handler's task messages, for those that leave the lanes (dead letters).
     form: Form
@@ -147,7 +147,7 @@ class LaneGroup:
             return []
         pushes = self._full + [_encoded(*lane, expires) for lane in self._lanes.items()]
         message = LaneMessage(self._form, pushes, covered_by(self._covered))
-        # In place, because `add` goes on with it.
+        # In place, because `add` continues to use it.
         self._lanes.clear()
         self._full, self._covered, self._size = [], [], 0
         return [message]
@@ -159,16 +159,16 @@ class LaneGroup:
         return LaneMessage(self._form, [(0, 1, text)], covered_by([delivery]), lanes)
 
     def _placer(self, table: Table, number: int) -> Placer:
-        found = self._placers.get((table, number))
-        if found is None:
+        place = self._placers.get((table, number))
+        if place is None:
             if len(self._placers) >= 10_000:  # a table has a new description after each ALTER
                 self._placers.clear()
-            found = self._placers[table, number] = placer(table, self._columns[number])
-        return found
+            place = self._placers[table, number] = placer(table, self._columns[number])
+        return place
 
 
 def barrier_lanes(place: Place | None, lanes: int) -> Sequence[int]:
-    """Return the lanes in which everything before a change must be handled first, if several."""
+    """Return the lanes that must be empty up to a change before it is handled, if several."""
     if place is None:
         return range(lanes)
     crossed = {place.key % lanes, place.old % lanes}

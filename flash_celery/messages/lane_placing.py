@@ -1,4 +1,4 @@
-"""In which lane a change is: a hash of its ordering key, as PostgreSQL wrote it.
+"""The lane of a change: a hash of its ordering key, as PostgreSQL wrote it.
 
 It is a pure function of bytes, so it is the same in every process and release.
 """
@@ -31,7 +31,7 @@ Placer = Callable[[bytes], Place | None]
 
 
 def placer(table: Table, columns: Sequence[str] | None) -> Placer:
-    """Return what places the rows of a table, as its handler's subscription describes it.
+    """Return the function that places the rows of a table.
 
     Args:
         table: The table, with the columns that its rows have.

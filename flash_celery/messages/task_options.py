@@ -33,7 +33,7 @@ class TaskOrder:
     lanes: int
     #: The ordering key of each subscription, by its number; None for the row's key.
     columns: Sequence[Sequence[str] | None]
-    #: Stands for everything that determines in which lane a change is.
+    #: Everything that determines the lane of a change, as text.
     described: str
 
     @classmethod

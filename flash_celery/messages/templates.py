@@ -84,7 +84,7 @@ class Template:
         self._form = Form(queue, self.task, headers, properties, template=self.key)
 
     def order(self, order: TaskOrder, paused: bool) -> None:
-        """Have the changes go to lanes.
+        """Send the changes to lanes.
 
         Args:
             order: How the task's changes are kept in order.
@@ -106,13 +106,13 @@ class Template:
         )
 
     def group(self) -> LaneGroup:
-        """Return what collects changes for the lanes."""
+        """Return a new collector of changes for the lanes."""
         assert self.lanes is not None
         return LaneGroup(self.lanes, self._ordering)
 
     @property
     def expiry(self) -> float | None:
-        """When what is enqueued now expires, in seconds since 1970; None for never."""
+        """When messages enqueued now expire, in seconds since 1970; None for never."""
         expires = self._expiry() if self._expires is not None else None
         return None if expires is None else datetime.fromisoformat(expires).timestamp()
 
@@ -139,7 +139,7 @@ class Template:
 
     def _message(
         self,
-        kind: str,
+        json_type: str,
         task_id: str,
         argsrepr: str,
         value: str,
@@ -148,7 +148,7 @@ class Template:
         position: int | None = None,
     ) -> Message:
         body: str | bytes = (
-            f'[[{{"__type__":"{kind}","__value__":{value}}}],{{}},'
+            f'[[{{"__type__":"{json_type}","__value__":{value}}}],{{}},'
             '{"callbacks":null,"errbacks":null,"chain":null,"chord":null}]'
         )
         if self._compression:
@@ -208,7 +208,7 @@ class Templates:
                 )
             self._templates[subscription.handler, subscription.number, operation] = template
         for handler, order in task_options.orders.items():
-            (template,) = {found for key, found in self._templates.items() if key[0] == handler}
+            (template,) = {each for key, each in self._templates.items() if key[0] == handler}
             template.order(order, handler in hold_queues)
 
     @property
