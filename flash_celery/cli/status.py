@@ -23,13 +23,15 @@ from .project import Project, command, say
 @command
 def status(project: Project, as_json: bool, watch: bool, interval: float) -> None:
     """Show the slot and its lag, the handlers and their queues."""
-    from ..commands.status import as_text, examine
-
     if watch:
         _watch(project, as_json, interval)
         return
+    from ..commands.status import as_text, examine
+    from ..commands.worker_checks import Registered
+
+    registered = Registered(project.app, project.subscriptions)
     with project.connected() as source:
-        report = examine(source, project.app, project.subscriptions)
+        report = examine(source, project.app, project.subscriptions, registered)
     if as_json:
         click.echo(json.dumps(report.as_json(), indent=2))
     else:

@@ -55,6 +55,7 @@ def diagnose(
         FlashError: PostgreSQL cannot be reached.
         psycopg.Error: PostgreSQL does not answer.
     """
+    registered = worker_checks.Registered(app, subscriptions)
     with connect() as source:
         settings = source.settings
         report = preflight.examine(source, subscriptions)
@@ -73,8 +74,8 @@ def diagnose(
     queues, queue_finding = broker_checks.route_finding(app, settings, subscriptions)
     broker_findings = list(broker_checks.findings(app, settings, queues))
     findings += [queue_finding, *broker_findings]
-    if broker_findings[0].level == OK:  # without a broker, asking for workers only costs time
-        findings += worker_checks.findings(app, subscriptions)
+    if broker_findings[0].level == OK:  # without a broker, waiting for workers only costs time
+        findings += worker_checks.findings(registered)
         handlers = pauses.handlers(subscriptions)
         findings += worker_checks.abandoned_messages(app, record, settings.source, handlers)
     findings += worker_checks.paused_findings(app, record, settings.source)

@@ -19,9 +19,8 @@ from ..protocol.lsn import Lsn
 from ..publishing.brokers import lane_access, redis_keys
 from ..publishing.brokers.base import ConnectedPublisher, is_missing_queue
 from ..settings import Settings
+from .inspection import Inspection
 
-#: Seconds that workers have to answer.
-_INSPECT_SECONDS = 1.0
 #: A Redis queue with more messages is not read whole if its oldest message is pending.
 _LONG_QUEUE = 1000
 #: The queues of Celery's native delayed delivery, in the order in which a message passes them.
@@ -210,18 +209,22 @@ class _OnOtherBrokers(_OnBroker):
                 consumers[queue] = count
             if depth:
                 return f"{depth} messages are in the queue {queue}"
-        inspect = self._app.control.inspect(timeout=_INSPECT_SECONDS)
-        active = inspect.active_queues() or {}
+        # Also those that no longer read the queues: they may still handle what they have read.
+        workers = Inspection(self._app, "active_queues").replies()
         for queue, count in consumers.items():
             answered = sum(
                 queue in {active_queue["name"] for active_queue in active_queues}
-                for active_queues in active.values()
+                for active_queues in workers.values()
             )
             if answered < count:
                 return f"{count - answered} of {count} workers on the queue {queue} do not answer"
-        inspect = self._app.control.inspect(timeout=_INSPECT_SECONDS, limit=len(active) or None)
         for state in ("scheduled", "reserved", "active"):
-            for worker, requests in (getattr(inspect, state)() or {}).items():
+            replies = Inspection(
+                self._app, state, lambda replies: workers.keys() <= replies.keys()
+            ).replies()
+            if silent := workers.keys() - replies.keys():
+                return f"{', '.join(sorted(silent))} do not answer"
+            for worker, requests in replies.items():
                 for request in requests:
                     request = request.get("request", request)
                     if self._is_pending(request, lsn):

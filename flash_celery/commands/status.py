@@ -25,7 +25,7 @@ from ..publishing.brokers.base import queue_depths
 from ..publishing.brokers.lane_overview import HandlerLanes
 from ..settings import Settings
 from .lanes import summaries, summary_lines
-from .worker_checks import unhandled
+from .worker_checks import Registered
 
 _SLOT = f"""
 SELECT s.plugin, s.active, s.wal_status,
@@ -178,8 +178,10 @@ class StatusReport:
         }
 
 
-def examine(source: Source, app: Any, subscriptions: Sequence[Subscription]) -> StatusReport:
-    """Ask PostgreSQL, the broker and the Celery workers, and return their answers.
+def examine(
+    source: Source, app: Any, subscriptions: Sequence[Subscription], registered: Registered
+) -> StatusReport:
+    """Ask PostgreSQL and the broker, wait for the Celery workers, and return all answers.
 
     A broker that does not answer is part of the report.
 
@@ -205,7 +207,7 @@ def examine(source: Source, app: Any, subscriptions: Sequence[Subscription]) -> 
         project,
         database,
         broker_status(settings, task_options, depths, error, lanes),
-        None if error else unhandled(app, subscriptions),
+        None if error else registered.unhandled(),
     )
 
 

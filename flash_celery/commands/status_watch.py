@@ -22,6 +22,7 @@ from ..protocol.lsn import Lsn
 from . import status
 from .lanes import summary_text
 from .status import SlotStatus, StatusReport
+from .worker_checks import Registered
 
 
 def watch(
@@ -62,7 +63,8 @@ def _reports(
     """Yield reports that share one connection."""
     with connect() as source:
         while True:
-            yield status.examine(source, app, subscriptions)
+            registered = Registered(app, subscriptions)
+            yield status.examine(source, app, subscriptions, registered)
 
 
 def _speed(previous: StatusReport | None, now: StatusReport, seconds: float) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from typing import Any
 
 from ..errors import ConfigurationError, PublishError
@@ -13,14 +12,43 @@ from ..provisioning import pauses
 from ..provisioning.findings import OK, WARNING, Finding, stop
 from ..provisioning.record import Record
 from ..publishing.brokers.base import queue_depths
-
-#: Seconds that workers have to answer.
-_INSPECT_SECONDS = 1.0
+from .inspection import Inspection
 
 
-def findings(app: Any, subscriptions: Sequence[Subscription]) -> Iterator[Finding]:
+class Registered:
+    """The handlers that running workers have registered; workers discard tasks they do not know.
+
+    They are asked when this is made, while other work goes on.
+    """
+
+    def __init__(self, app: Any, subscriptions: Sequence[Subscription]) -> None:
+        self._handlers = set(pauses.handlers(subscriptions))
+        if any(subscription.ordered is not None for subscription in subscriptions):
+            # A worker of an earlier release has every handler, and not this.
+            self._handlers.add(WAKE_TASK)
+        self._inspection = Inspection(
+            app, "registered", lambda replies: self._handlers <= _names(replies)
+        )
+
+    def unhandled(self) -> list[str] | None:
+        """Return the handlers that no running worker has registered; None if no worker answers."""
+        replies = self._inspection.replies()
+        return sorted(self._handlers - _names(replies)) if replies else None
+
+
+def _names(replies: dict[str, Any]) -> set[str]:
+    """Return the names of the tasks. Each may be followed by its options, in brackets."""
+    return {str(task).split(" ")[0] for tasks in replies.values() for task in tasks}
+
+
+def unhandled(app: Any, subscriptions: Sequence[Subscription]) -> list[str] | None:
+    """Return the handlers that no running worker has registered; None if no worker answers."""
+    return Registered(app, subscriptions).unhandled()
+
+
+def findings(registered: Registered) -> Iterator[Finding]:
     """Check that running workers have registered every handler: they discard unknown tasks."""
-    missing = unhandled(app, subscriptions)
+    missing = registered.unhandled()
     if missing is None:
         yield Finding(
             "workers", WARNING, "no Celery worker answers; changes will wait in the queue"
@@ -34,21 +62,6 @@ def findings(app: Any, subscriptions: Sequence[Subscription]) -> Iterator[Findin
         )
     else:
         yield Finding("workers", OK, "they know every handler")
-
-
-def unhandled(app: Any, subscriptions: Sequence[Subscription]) -> list[str] | None:
-    """Return the handlers that no running worker has registered; None if no worker answers."""
-    replies = None
-    with suppress(Exception):
-        replies = app.control.inspect(timeout=_INSPECT_SECONDS).registered()
-    if not replies:
-        return None
-    # A task may be followed by its options, in brackets.
-    registered = {str(task).split(" ")[0] for tasks in replies.values() for task in tasks}
-    needed = {subscription.handler for subscription in subscriptions}
-    if any(subscription.ordered is not None for subscription in subscriptions):
-        needed.add(WAKE_TASK)  # a worker of an earlier release has every handler, and not this
-    return sorted(needed - registered)
 
 
 def refuse_eager(app: Any) -> None:
@@ -85,10 +98,8 @@ def paused_findings(app: Any, record: Record, source: str) -> Iterator[Finding]:
                 f"{handler}, since {record.paused[handler]}; resume with `flash resume {handler}`"
             )
             yield Finding("paused", WARNING, message)
-    replies: Any = None
-    with suppress(Exception):
-        replies = hold_queues and app.control.inspect(timeout=_INSPECT_SECONDS).active_queues()
-    for worker, queues in (replies or {}).items():
+    replies = Inspection(app, "active_queues").replies() if hold_queues else {}
+    for worker, queues in replies.items():
         for queue in {str(queue["name"]) for queue in queues} & set(hold_queues.values()):
             message = f"{worker} consumes {queue}, which no worker should; remove it from -Q"
             yield Finding("paused", WARNING, message)

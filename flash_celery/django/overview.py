@@ -8,6 +8,7 @@ from typing import Any
 import psycopg
 
 from ..commands import status
+from ..commands.worker_checks import Registered
 from ..dead_letters.letters import DeadLetter
 from ..dead_letters.queue import DeadLetterFilter, DeadLetterQueue
 from ..errors import FlashError
@@ -39,8 +40,9 @@ def sources(app: Any) -> list[dict[str, Any]]:
         source = source_settings.source
         matching = of_source(subscriptions, source)
         try:
+            registered = Registered(app, matching)
             with connected(source_settings, _STATEMENT_TIMEOUT) as database:
-                report = status.examine(database, app, matching)
+                report = status.examine(database, app, matching, registered)
         except (FlashError, psycopg.Error) as error:
             reports.append({"source": source, "error": one_line(error)})
             continue

@@ -12,7 +12,6 @@ from django.core.management import call_command
 from psycopg import sql
 
 from flash_celery import on_change
-from flash_celery.commands import worker_checks
 from flash_celery.dead_letters import letters
 from flash_celery.dead_letters.queue import DeadLetterFilter, DeadLetterQueue
 from flash_celery.provisioning.record import Record
@@ -44,7 +43,6 @@ def site_database(configured, postgres):
 @pytest.fixture
 def project(site_database, new_app, valkey, monkeypatch):
     use(site_database)
-    monkeypatch.setattr(worker_checks, "_INSPECT_SECONDS", 0.01)  # no worker runs
     with redis.Redis(port=valkey.port) as client:
         client.flushall()
     app = new_app(broker_url=valkey.url, flash_replication_slot=site_database.slot)

@@ -30,3 +30,16 @@ def literal_client(channel: Any) -> Iterator[Any]:
 
     with channel.conn_or_acquire() as client:
         yield redis.Redis(connection_pool=client.connection_pool)
+
+
+def listeners(channel: Any, exchange: str) -> int:
+    """Return how many clients listen to a fanout exchange; more if kombu counts one repeatedly.
+
+    They ignore the empty message that this sends.
+    """
+    if hasattr(channel, "_get_publish_topics"):  # since kombu 5.7
+        topics = channel._get_publish_topics(exchange, "")
+    else:
+        topics = [channel._get_publish_topic(exchange, "")]
+    with channel.conn_or_acquire() as client:
+        return sum(client.publish(topic, b"") for topic in topics)
