@@ -13,8 +13,9 @@ from ..errors import CatalogError, SlotInUse
 from ..postgres import catalog, slots
 from ..postgres.connection import is_standby
 from ..postgres.source import Source
-from ..provisioning import advisory_lock, ddl, identities, publications, replay_slot
+from ..provisioning import advisory_lock, ddl, publications, replay_slot
 from ..provisioning.ddl import Step
+from ..provisioning.identities import Identities
 from ..provisioning.plan import undo_steps
 from ..provisioning.publications import ExistingPublications
 from ..provisioning.record import forget_slot
@@ -92,15 +93,17 @@ def plan_reset(source: Source, slot: str) -> Plan:
         )
     published = publications.read(source)
     status = slot_status(connection, slot)
+    lost = list(_lost_on_standbys(connection, slot))
     owner = published.record.slot if published.record else None
     if owner not in (None, slot):
         note = f"leave the publications {source.prefix}_…: they belong to the slot {owner}"
-        return Plan(source, status, [], note=note)
+        return Plan(source, status, [], note="\n".join([note, *lost]))
     replay_status = None
     if slot == source.slot and replay_slot.ours(source):
         replay_status = slot_status(connection, source.replay_slot)
-    steps = undo_steps(published, identities.restorable(connection, published))
-    notes = [*_kept_identities(source, published), *_lost_on_standbys(connection, slot)]
+    identities = Identities(connection, published)
+    steps = undo_steps(published, identities.restorable())
+    notes = [*_kept_identities(source, published, identities), *lost]
     statements = "; ".join(map(str, steps))
     if is_standby(connection):
         if steps:
@@ -110,7 +113,7 @@ def plan_reset(source: Source, slot: str) -> Plan:
         note = f"leave the rest, because flash_manage is off; its owner runs: {statements};"
         notes.insert(0, note)
         steps = []
-    return Plan(source, status, steps, replay_status, "\n".join(filter(None, notes)))
+    return Plan(source, status, steps, replay_status, "\n".join(notes))
 
 
 def _lost_on_standbys(connection: psycopg.Connection[Any], slot: str) -> Iterator[str]:
@@ -125,9 +128,11 @@ def _lost_on_standbys(connection: psycopg.Connection[Any], slot: str) -> Iterato
         )
 
 
-def _kept_identities(source: Source, published: ExistingPublications) -> Iterator[str]:
+def _kept_identities(
+    source: Source, published: ExistingPublications, identities: Identities
+) -> Iterator[str]:
     """Name the tables that keep REPLICA IDENTITY FULL, and why."""
-    for table, reason in identities.kept(source.connection, published):
+    for table, reason in identities.kept():
         yield f"leave REPLICA IDENTITY FULL on {table.name}: {reason}"
     if published.record is not None:
         return

@@ -252,12 +252,10 @@ WHERE i.indrelid = %s AND c.relname = %s AND i.indisvalid
 """
 
 
-def index_columns(
-    connection: psycopg.Connection[Any], table: int, index: str
-) -> tuple[str, ...] | None:
-    """Return the columns of an index of a table (its OID); None if it has no such index."""
+def index_columns(connection: psycopg.Connection[Any], table: int, index: str) -> tuple[str, ...]:
+    """Return the columns of an index of a table (its OID); none if there is no such index."""
     row = connection.execute(_INDEX_COLUMNS.encode(), [table, index]).fetchone()
-    return tuple(row[0]) if row else None
+    return tuple(row[0]) if row else ()
 
 
 def is_visible(connection: psycopg.Connection[Any], xid: int) -> bool:

@@ -76,6 +76,12 @@ class OtherPublication:
         return ""
 
 
+def exist(connection: psycopg.Connection[Any], ours: Sequence[str]) -> bool:
+    """Return whether there are publications of updates or deletes apart from `ours`."""
+    query = "SELECT 1 FROM pg_publication WHERE (pubupdate OR pubdelete) AND pubname <> ALL(%s)"
+    return connection.execute(query, [list(ours)]).fetchone() is not None
+
+
 def read(
     connection: psycopg.Connection[Any], table: CatalogTable, ours: Sequence[str]
 ) -> list[OtherPublication]:

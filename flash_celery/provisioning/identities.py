@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import psycopg
@@ -12,7 +13,8 @@ from ..changes.operations import Operation
 from ..errors import ReplicaIdentityMissing
 from ..postgres import catalog, other_publications
 from ..postgres.catalog import CatalogTable
-from ..postgres.source import Source, publication_names
+from ..postgres.other_publications import OtherPublication
+from ..postgres.source import publication_names
 from ..settings import Settings
 from .findings import OK, Finding
 from .publications import ExistingPublications
@@ -21,120 +23,6 @@ from .table_checks import quoted
 
 #: The first version with REPACK.
 _REPACK_SINCE = 190000
-
-
-def check(source: Source, existing: ExistingPublications, required: RequiredTables) -> str:
-    """Return in words how the identities will change.
-
-    Raises:
-        ReplicaIdentityMissing: One must be FULL that cannot be, or may not be altered.
-    """
-    keep = source.settings.flash_replica_identity == "keep"
-    ours = existing.record.identities if existing.record else {}
-    stuck = {
-        widened.table.oid: widened.obstacle
-        for widened in _widened(source.connection, existing)
-        if widened.refused and widened.obstacle
-    }
-    for table in required.full.values():
-        if table.oid in stuck:
-            raise ReplicaIdentityMissing(
-                f"{table.name} has REPLICA IDENTITY FULL, and {stuck[table.oid]}."
-            )
-        refusal = _refusal_of_full(source.connection, table, existing.prefix)
-        if refusal and (table.identity != "f" or str(table.oid) in ours or _virtual_columns(table)):
-            raise ReplicaIdentityMissing(
-                f"{table.name} needs REPLICA IDENTITY FULL, and PostgreSQL would refuse its "
-                f"UPDATE and DELETE because {refusal}."
-            )
-        if keep and table.identity != "f":
-            raise ReplicaIdentityMissing(
-                f"{table.name} needs its old values in the WAL, and flash_replica_identity is "
-                f"'keep': ALTER TABLE {quoted(table)} REPLICA IDENTITY FULL;"
-            )
-    for table in _rewritten(required):
-        if table.identity == "f" and (virtual := _virtual_columns(table)):
-            raise ReplicaIdentityMissing(
-                f"{table.name} has REPLICA IDENTITY FULL, and once it is published PostgreSQL "
-                f"refuses its UPDATE and DELETE because of the virtual column {virtual[0]}: "
-                f"ALTER TABLE {quoted(table)} REPLICA IDENTITY DEFAULT;"
-            )
-    names = sorted(str(table.name) for table in required.full.values() if table.identity != "f")
-    return f"FULL will be set on {', '.join(names)}" if names else "sufficient"
-
-
-def prices(connection: psycopg.Connection[Any], required: RequiredTables) -> Iterator[Finding]:
-    """Name what PostgreSQL does not do with tables that have FULL."""
-    names = sorted(str(table.name) for table in required.full.values())
-    if names and connection.info.server_version >= _REPACK_SINCE:
-        message = f"PostgreSQL refuses it for {', '.join(names)}, because of REPLICA IDENTITY FULL"
-        yield Finding("REPACK (CONCURRENTLY)", OK, message)
-
-
-def refused(
-    connection: psycopg.Connection[Any], existing: ExistingPublications
-) -> dict[int, CatalogTable]:
-    """Return the tables, by OID, that we set to FULL and that PostgreSQL refuses with FULL now.
-
-    It refuses their UPDATE and DELETE, for example because a virtual column was added, and would
-    not with the identity that they had before.
-    """
-    return {
-        widened.table.oid: widened.table
-        for widened in _widened(connection, existing)
-        if widened.refused and widened.former and not widened.obstacle
-    }
-
-
-def missing(
-    connection: psycopg.Connection[Any],
-    settings: Settings,
-    existing: ExistingPublications,
-    required: RequiredTables,
-) -> dict[int, CatalogTable]:
-    """Return the tables, by OID, that are published without an identity.
-
-    PostgreSQL refuses their UPDATE and DELETE.
-    """
-    rewritten = {
-        name
-        for operation, publication in existing.by_operation.items()
-        if operation & REWRITES
-        for name in publication.tables.values()
-    }
-    return {
-        oid: table
-        for oid, table in required.full.items()
-        if settings.flash_replica_identity != "keep"
-        and rewritten & {table.name, *table.ancestors}
-        and not table.identity_columns
-        and not _refusal_of_full(connection, table, existing.prefix)
-    }
-
-
-def restorable(
-    connection: psycopg.Connection[Any], existing: ExistingPublications
-) -> dict[int, CatalogTable]:
-    """Return the tables, by OID, that we set to FULL and whose former identity may be restored.
-
-    It may not if the identity was altered since. It may not if the table is in another publication
-    of updates or deletes, which may need FULL, unless PostgreSQL refuses FULL and not the former
-    identity.
-    """
-    return {
-        widened.table.oid: widened.table
-        for widened in _widened(connection, existing)
-        if not widened.obstacle
-    }
-
-
-def kept(
-    connection: psycopg.Connection[Any], existing: ExistingPublications
-) -> Iterator[tuple[CatalogTable, str]]:
-    """Yield the tables that we set to FULL and that keep it, and the reason."""
-    for widened in _widened(connection, existing):
-        if widened.obstacle:
-            yield widened.table, widened.obstacle
 
 
 @dataclass(frozen=True)
@@ -150,35 +38,144 @@ class _Widened:
     obstacle: str
 
 
-def _widened(
-    connection: psycopg.Connection[Any], existing: ExistingPublications
-) -> Iterator[_Widened]:
-    recorded = existing.record.identities if existing.record else {}
-    for oid, (letter, *index) in recorded.items():
-        table = catalog.describe(connection, int(oid))
-        if table is None or table.identity != "f":
-            continue
-        refused = _refusal_of_full(connection, table, existing.prefix)
-        former: tuple[str, ...] = table.default_identity if letter == "d" else ()
-        obstacle = ""
-        if index:
-            columns = catalog.index_columns(connection, table.oid, index[0])
-            former = columns or ()
-            obstacle = "" if columns else f"its index {index[0]} is gone"
-        if not obstacle:
-            obstacle = _obstacle(connection, table, existing.prefix, former, refused)
-        yield _Widened(table, former, refused, obstacle)
+class Identities:
+    """The replica identities of a source at one moment."""
+
+    def __init__(self, connection: psycopg.Connection[Any], existing: ExistingPublications) -> None:
+        self._connection = connection
+        self._existing = existing
+
+    def check(self, settings: Settings, required: RequiredTables) -> str:
+        """Return in words how the identities will change.
+
+        Raises:
+            ReplicaIdentityMissing: One must be FULL that cannot be, or may not be altered.
+        """
+        keep = settings.flash_replica_identity == "keep"
+        ours = {widened.table.oid: widened for widened in self._widened}
+        for oid, table in required.full.items():
+            widened = ours.get(oid)
+            if widened and widened.refused and widened.obstacle:
+                raise ReplicaIdentityMissing(
+                    f"{table.name} has REPLICA IDENTITY FULL, and {widened.obstacle}."
+                )
+            if table.identity != "f" or widened or _virtual_columns(table):
+                self._require_full(table)
+            if keep and table.identity != "f":
+                raise ReplicaIdentityMissing(
+                    f"{table.name} needs its old values in the WAL, and flash_replica_identity is "
+                    f"'keep': ALTER TABLE {quoted(table)} REPLICA IDENTITY FULL;"
+                )
+        for table in _rewritten(required):
+            if table.identity == "f" and (virtual := _virtual_columns(table)):
+                raise ReplicaIdentityMissing(
+                    f"{table.name} has REPLICA IDENTITY FULL, and once it is published PostgreSQL "
+                    f"refuses its UPDATE and DELETE because of the virtual column {virtual[0]}: "
+                    f"ALTER TABLE {quoted(table)} REPLICA IDENTITY DEFAULT;"
+                )
+        names = sorted(str(each.name) for each in required.full.values() if each.identity != "f")
+        return f"FULL will be set on {', '.join(names)}" if names else "sufficient"
+
+    def prices(self, required: RequiredTables) -> Iterator[Finding]:
+        """Name the tables that PostgreSQL does not repack while the application writes."""
+        names = sorted(str(table.name) for table in required.full.values())
+        if names and self._connection.info.server_version >= _REPACK_SINCE:
+            tables = ", ".join(names)
+            message = f"PostgreSQL refuses it for {tables}, because of REPLICA IDENTITY FULL"
+            yield Finding("REPACK (CONCURRENTLY)", OK, message)
+
+    def refused(self) -> dict[int, CatalogTable]:
+        """Return the tables, by OID, that we set to FULL and that PostgreSQL refuses with FULL now.
+
+        It refuses their UPDATE and DELETE, for example because a virtual column was added, and
+        would not with the identity that they had before.
+        """
+        return {
+            widened.table.oid: widened.table
+            for widened in self._widened
+            if widened.refused and widened.former and not widened.obstacle
+        }
+
+    def missing(self, settings: Settings, required: RequiredTables) -> dict[int, CatalogTable]:
+        """Return the tables, by OID, that are published without an identity.
+
+        PostgreSQL refuses their UPDATE and DELETE.
+        """
+        rewritten = {
+            name
+            for operation, publication in self._existing.by_operation.items()
+            if operation & REWRITES
+            for name in publication.tables.values()
+        }
+        return {
+            oid: table
+            for oid, table in required.full.items()
+            if settings.flash_replica_identity != "keep"
+            and rewritten & {table.name, *table.ancestors}
+            and not table.identity_columns
+            and not _refusal_of_full(table, self._others(table))
+        }
+
+    def restorable(self) -> dict[int, CatalogTable]:
+        """Return the tables, by OID, that we set to FULL and whose former identity may be restored.
+
+        It may not if the identity was altered since. It may not if the table is in another
+        publication of updates or deletes, which may need FULL, unless PostgreSQL refuses FULL and
+        not the former identity.
+        """
+        return {
+            widened.table.oid: widened.table for widened in self._widened if not widened.obstacle
+        }
+
+    def kept(self) -> Iterator[tuple[CatalogTable, str]]:
+        """Yield the tables that we set to FULL and that keep it, and the reason."""
+        for widened in self._widened:
+            if widened.obstacle:
+                yield widened.table, widened.obstacle
+
+    @cached_property
+    def _widened(self) -> list[_Widened]:
+        record = self._existing.record
+        found = []
+        for oid, (letter, *index) in (record.identities if record else {}).items():
+            table = catalog.describe(self._connection, int(oid))
+            if table is None or table.identity != "f":
+                continue
+            others = self._others(table)
+            refused = _refusal_of_full(table, others)
+            former: tuple[str, ...] = table.default_identity if letter == "d" else ()
+            if index:
+                former = catalog.index_columns(self._connection, table.oid, index[0])
+            if index and not former:
+                obstacle = f"its index {index[0]} is gone"
+            else:
+                obstacle = _obstacle(table, others, former, refused)
+            found.append(_Widened(table, former, refused, obstacle))
+        return found
+
+    @cached_property
+    def _ours(self) -> list[str]:
+        return publication_names(self._existing.prefix)
+
+    @cached_property
+    def _alone(self) -> bool:
+        return not other_publications.exist(self._connection, self._ours)
+
+    def _others(self, table: CatalogTable) -> list[OtherPublication]:
+        return [] if self._alone else other_publications.read(self._connection, table, self._ours)
+
+    def _require_full(self, table: CatalogTable) -> None:
+        if refusal := _refusal_of_full(table, self._others(table)):
+            raise ReplicaIdentityMissing(
+                f"{table.name} needs REPLICA IDENTITY FULL, and PostgreSQL would refuse its "
+                f"UPDATE and DELETE because {refusal}."
+            )
 
 
 def _obstacle(
-    connection: psycopg.Connection[Any],
-    table: CatalogTable,
-    prefix: str,
-    former: Collection[str],
-    refused: str,
+    table: CatalogTable, others: list[OtherPublication], former: Collection[str], refused: str
 ) -> str:
     """Return why a table in other publications must keep its identity; "" if it need not."""
-    others = other_publications.read(connection, table, publication_names(prefix))
     if not others:
         return ""
     if not refused:
@@ -193,24 +190,20 @@ def _obstacle(
     )
 
 
-def _refusal_of_full(connection: psycopg.Connection[Any], table: CatalogTable, prefix: str) -> str:
+def _refusal_of_full(table: CatalogTable, others: list[OtherPublication]) -> str:
     """Return why PostgreSQL would refuse UPDATE and DELETE with FULL; "" if it would not."""
     if virtual := _virtual_columns(table):
         return (
             f"of the virtual column {virtual[0]}; give it a primary key and leave out fields=, "
             "where= and key= beyond it"
         )
-    others = other_publications.read(connection, table, publication_names(prefix))
     refusals = (other.refusal(table, table.columns, full=True) for other in others)
     return next(filter(None, refusals), "")
 
 
 def _rewritten(required: RequiredTables) -> Iterator[CatalogTable]:
     """Yield the tables whose updates or deletes are to be published, and their partitions."""
-    tables = {
-        **required.tables[Operation.UPDATE],
-        **required.tables[Operation.DELETE],
-    }
+    tables = {**required.tables[Operation.UPDATE], **required.tables[Operation.DELETE]}
     yield from tables.values()
     names = {table.name for table in tables.values()}
     yield from (leaf for leaf in required.leaves.values() if names.intersection(leaf.ancestors))

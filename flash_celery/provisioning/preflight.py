@@ -25,9 +25,10 @@ from ..postgres.connection import is_standby
 from ..postgres.gaps import Gap
 from ..postgres.source import Source, publication_name
 from ..table_name import TableName
-from . import identities, plan, privileges, publications, server_checks
+from . import plan, privileges, publications, server_checks
 from .ddl import Step
 from .findings import OK, WARNING, Finding, stop
+from .identities import Identities
 from .publications import ExistingPublications
 from .requirements import RequiredTables, required_tables
 from .server_checks import Role
@@ -232,6 +233,7 @@ class _Examination:
 
     def _check_publications(self) -> None:
         existing = publications.read(self._source)
+        identities = Identities(self._connection, existing)
         self._check_gap(existing)
         for recorded in existing.record.gaps if existing.record else []:
             self._add("gap", WARNING, f"{Gap(**recorded)}; rebuild what depends on them")
@@ -243,15 +245,15 @@ class _Examination:
             self._settings.flash_push_down,
         )
         try:
-            self._undo_refused_identities(existing)
+            self._undo_refused_identities(existing, identities)
             publications.check(existing, required)
             self._check_names(existing)
-            self._add("replica identity", OK, identities.check(self._source, existing, required))
-            self._report.findings += identities.prices(self._connection, required)
+            self._add("replica identity", OK, identities.check(self._settings, required))
+            self._report.findings += identities.prices(required)
         except FlashError as error:
-            self._set_missing_identities(existing, required)
+            self._set_missing_identities(existing, identities, required)
             return self._stop("publications", self._with_repairs(error))
-        restorable = identities.restorable(self._connection, existing)
+        restorable = identities.restorable()
         managed = self._settings.flash_manage
         slot = None if managed else self._source.slot
         steps = plan.set_up_steps(existing, required, restorable, slot)
@@ -267,25 +269,27 @@ class _Examination:
     def _repair_only(self) -> None:
         """Plan the repairs alone, because something is wrong with a table."""
         existing = publications.read(self._source)
-        self._undo_refused_identities(existing)
+        identities = Identities(self._connection, existing)
+        self._undo_refused_identities(existing, identities)
         subscriptions = [
             subscription
             for subscription in of_tables(self._subscriptions)
             if subscription.table in self._tables
         ]
         required = required_tables(self._connection, subscriptions, self._tables, existing.record)
-        self._set_missing_identities(existing, required)
+        self._set_missing_identities(existing, identities, required)
         if not self._settings.flash_manage:
             self._report.script = self._report.repairs
 
-    def _undo_refused_identities(self, existing: ExistingPublications) -> None:
-        refused = identities.refused(self._connection, existing)
-        self._report.repairs = plan.undo_refused_identities(existing, refused)
+    def _undo_refused_identities(
+        self, existing: ExistingPublications, identities: Identities
+    ) -> None:
+        self._report.repairs = plan.undo_refused_identities(existing, identities.refused())
 
     def _set_missing_identities(
-        self, existing: ExistingPublications, required: RequiredTables
+        self, existing: ExistingPublications, identities: Identities, required: RequiredTables
     ) -> None:
-        tables = identities.missing(self._connection, self._settings, existing, required)
+        tables = identities.missing(self._settings, required)
         self._report.repairs += plan.set_missing_identities(existing, tables)
 
     def _check_names(self, existing: ExistingPublications) -> None:
