@@ -7,19 +7,22 @@ from typing import Any
 
 from ..errors import FlashError, PublishError
 from ..handlers.subscriptions import Subscription
-from ..messages.task_options import TaskOptions
+from ..messages.task_options import TaskOptions, lossy_options
 from ..provisioning.findings import OK, WARNING, Finding, stop
 from ..publishing.brokers.base import ConnectedPublisher
 from ..settings import Settings
 
 
-def findings(app: Any, settings: Settings, queues: Sequence[str]) -> Iterator[Finding]:
+def findings(
+    app: Any, settings: Settings, queues: Sequence[str], own_queues: Sequence[str] = ()
+) -> Iterator[Finding]:
     """Connect to the broker and check it. The first finding states whether it answers.
 
     Args:
         app: The Celery app.
         settings: The settings of the source.
         queues: The names of the handlers' queues.
+        own_queues: The names of the dead-letter queue and of hold queues.
     """
     publisher = ConnectedPublisher(app)
     try:
@@ -42,6 +45,7 @@ def findings(app: Any, settings: Settings, queues: Sequence[str]) -> Iterator[Fi
         elif publisher.driver == "amqp":
             with publisher.errors():
                 yield from _rabbitmq(publisher, app, queues)
+                yield from _own_queues(publisher.channel, own_queues)
     except PublishError as error:
         yield Finding("broker", WARNING, f"its settings cannot be read: {error}")
     finally:
@@ -133,6 +137,24 @@ def _rabbitmq(publisher: ConnectedPublisher, app: Any, names: Sequence[str]) -> 
                 WARNING,
                 f"{queue.name} exists with other arguments, so neither `replicate` nor workers can "
                 f"use it ({reason}); declare it with those, or delete it once it is empty",
+            )
+
+
+def _own_queues(channel: Any, names: Sequence[str]) -> Iterator[Finding]:
+    """Check the dead-letter queue and hold queues, which are used as they exist."""
+    from ..publishing.brokers.amqp import existing
+
+    for name in names:
+        queue = existing(channel, name)
+        options = lossy_options(queue) if queue is not None else []
+        if queue is not None and not queue.durable:
+            options.append("durable=False")
+        if options:
+            yield Finding(
+                "queue",
+                WARNING,
+                f"{name} exists and does not keep what is in it ({', '.join(options)}): read it, "
+                "and delete it; flash-celery declares it as it must be",
             )
 
 

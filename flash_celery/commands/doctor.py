@@ -72,11 +72,13 @@ def diagnose(
     findings += worker_checks.eager_findings(app)
     findings += source_checks.findings(default, all_subscriptions, settings.source)
     queues, queue_finding = broker_checks.route_finding(app, settings, subscriptions)
-    broker_findings = list(broker_checks.findings(app, settings, queues))
+    handlers = pauses.handlers(subscriptions)
+    hold_queues = [pauses.queue_of(name, settings.source) for name in handlers]
+    own_queues = [settings.flash_dead_queue, *hold_queues]
+    broker_findings = list(broker_checks.findings(app, settings, queues, own_queues))
     findings += [queue_finding, *broker_findings]
     if broker_findings[0].level == OK:  # without a broker, waiting for workers only costs time
         findings += worker_checks.findings(registered)
-        handlers = pauses.handlers(subscriptions)
         findings += worker_checks.abandoned_messages(app, record, settings.source, handlers)
     findings += worker_checks.paused_findings(app, record, settings.source)
     return Diagnosis(findings, explanation)

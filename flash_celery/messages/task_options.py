@@ -19,6 +19,7 @@ from ..changes.change import Operation
 from ..errors import ConfigurationError, SubscriptionError
 from ..escaping import one_line
 from ..handlers.subscriptions import Subscription
+from ..provisioning.pauses import handlers, queue_of
 from ..settings import Settings
 from ..telemetry import Route, route
 
@@ -65,6 +66,7 @@ class TaskOptions:
 
     def __init__(self, app: Any, settings: Settings, subscriptions: Sequence[Subscription]) -> None:
         json_codec.require_decodable()
+        _require_kept(app, settings, subscriptions)
         self.subscriptions = subscriptions
         self._options = {
             (subscription.handler, subscription.number, operation): resolve(
@@ -299,6 +301,19 @@ def _declared(app: Any, queue: str, subscription: Subscription) -> str:
             "task_queues, or name another queue."
         )
     return str(declared.name)
+
+
+def _require_kept(app: Any, settings: Settings, subscriptions: Sequence[Subscription]) -> None:
+    """Raise `ConfigurationError` if `task_queues` has a queue of ours, and would lose from it."""
+    held = (queue_of(handler, settings.source) for handler in handlers(subscriptions))
+    ours = {settings.flash_dead_queue, *held}
+    for queue in app.amqp.queues.values():
+        if queue.name in ours and (options := lossy_options(queue)):
+            raise ConfigurationError(
+                f"task_queues has {queue.name!r}, which is for dead letters or held messages, with "
+                f"options that do not keep them ({', '.join(options)}); remove it from task_queues:"
+                " no worker consumes it, and flash-celery declares it."
+            )
 
 
 def lossy_options(queue: Any) -> list[str]:

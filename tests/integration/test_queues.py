@@ -1,5 +1,6 @@
 """The queues of handlers on RabbitMQ: what `doctor` says of them, and of which type they are."""
 
+import amqp
 import pytest
 from kombu import Queue
 from kombu.common import Broadcast
@@ -12,6 +13,7 @@ from flash_celery.publishing.brokers import for_app
 from flash_celery.publishing.hold_queues import hold_queues
 from flash_celery.settings import Settings
 
+OWN = ["flash.dead", "flash.paused.shop.handle"]
 QUORUM = {"task_default_queue_type": "quorum"}
 MISSING_TOO = {**QUORUM, "task_create_missing_queue_type": "quorum"}
 DECLARED = {
@@ -42,7 +44,7 @@ def examine(app):
     """What `doctor` finds of the queues."""
     settings = Settings.from_app(app)
     names, routed = broker_checks.route_finding(app, settings, decorators.subscriptions_of(app))
-    all_findings = [routed, *broker_checks.findings(app, settings, names)]
+    all_findings = [routed, *broker_checks.findings(app, settings, names, OWN)]
     return [
         doctor.as_text(finding) for finding in all_findings if finding.subject.startswith("queue")
     ]
@@ -99,6 +101,61 @@ def test_queue_with_other_arguments_is_named(project):
 def test_queue_that_does_not_keep_changes_stops_the_start(project):
     (stopped,) = examine(project(task_queues=[Broadcast("flash")]))
     assert stopped.startswith("STOP     queues: shop.handle goes to the queue 'flash', which does")
+
+
+LOSSY = {
+    "message_ttl": {"arguments": {"x-message-ttl": 60_000}},
+    "expires": {"arguments": {"x-expires": 60_000, "x-queue-type": "quorum"}},
+    "max_length": {"arguments": {"x-max-length": 5, "x-max-priority": 3}},
+    "stream": {"arguments": {"x-queue-type": "stream"}},
+    "auto_delete": {"auto_delete": True, "arguments": {"x-single-active-consumer": True}},
+    "exclusive": {"exclusive": True, "durable": False},
+    "durable=False": {"durable": False},
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("option", LOSSY)
+def test_queue_of_dead_letters_or_held_messages_that_loses_them_is_named(
+    project, rabbit, option, name
+):
+    with amqp.Connection(host=f"127.0.0.1:{rabbit.port}") as other:
+        options = {"durable": True, "auto_delete": False, **LOSSY[option]}
+        other.channel().queue_declare(name, **options)
+        _, warned = examine(project())
+        assert warned.startswith(f"warning  queue: {name} exists and does not keep what is in it")
+        assert f"{option})" in warned
+
+
+def test_queue_of_dead_letters_with_other_arguments_that_keeps_them_is_right(project, rabbit):
+    arguments = {
+        "x-queue-type": "quorum",
+        "x-max-length": 1000,
+        "x-overflow": "reject-publish",
+        "x-dead-letter-exchange": "elsewhere",
+        "x-delivery-limit": 1_000_000,
+    }
+    with amqp.Connection(host=f"127.0.0.1:{rabbit.port}") as other:
+        other.channel().queue_declare("flash.dead", durable=True, auto_delete=False,
+                                      arguments=arguments)  # fmt: skip
+    assert examine(project()) == ["ok       queues: flash"]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_queue_of_dead_letters_or_held_messages_in_task_queues_must_keep_them(project, name):
+    (stopped,) = examine(project(task_queues=[Queue("flash"), Queue(name, message_ttl=60)]))
+    assert stopped.startswith(
+        f"STOP     queues: task_queues has '{name}', which is for dead letters"
+    )
+    kept = project(task_queues=[Queue("flash"), Queue(name, routing_key=name)])
+    assert examine(kept) == ["ok       queues: flash"]
+
+
+def test_queue_that_belongs_to_another_connection_is_named(project, rabbit):
+    with amqp.Connection(host=f"127.0.0.1:{rabbit.port}") as other:
+        other.channel().queue_declare("flash", exclusive=True, durable=False)
+        _, warned = examine(project())
+        assert "RESOURCE_LOCKED" in warned
 
 
 def test_queue_that_a_restart_loses_is_named(project):

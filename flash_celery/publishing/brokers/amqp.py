@@ -16,8 +16,16 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 import amqp
-from amqp import Channel, ChannelError, PreconditionFailed, RecoverableConnectionError, spec
+from amqp import (
+    Channel,
+    ChannelError,
+    PreconditionFailed,
+    RecoverableConnectionError,
+    ResourceLocked,
+    spec,
+)
 from amqp.serialization import dumps
+from kombu.entity import Queue
 
 from ...errors import NotConfirmed, PublishError, Unroutable
 from ...messages.task_message import Form, Message
@@ -43,6 +51,14 @@ _SETTLE_SECONDS = 0.5
 
 #: RabbitMQ's error for a message whose body is too large; the group is its limit.
 _TOO_LARGE = re.compile(r"message size \d+ is larger than (?:configured )?max size (\d+)")
+
+#: RabbitMQ's error for a queue that exists with another argument; the groups are the name of the
+#: argument, its value and its type.
+_DIFFERS = re.compile(
+    r"inequivalent arg '([^']+)' for .* current is (?:the value )?'([^']*)'(?: of type '(\w+)')?"
+)
+#: More arguments than a queue has.
+_MOST_ARGUMENTS = 20
 
 #: Types of frames.
 _METHOD = 1
@@ -355,8 +371,51 @@ def refused(channel: Any, queue: Any) -> str:
                 queue(probe).queue_declare(passive=passive)
     except ChannelError as error:
         # A role without the permission to declare it gets another error.
-        return str(error.reply_text) if isinstance(error, PreconditionFailed) else ""
+        if isinstance(error, (PreconditionFailed, ResourceLocked)):
+            return str(error.reply_text)
     return ""
+
+
+def existing(channel: Any, name: str) -> Any:
+    """Return a queue as it exists on RabbitMQ; None if it does not, or cannot be asked for.
+
+    AMQP has no request for the arguments of a queue. But RabbitMQ refuses a declaration with
+    others, and names the first that differs.
+
+    Raises:
+        Exception: Any of the channel's errors: the connection is lost.
+    """
+    if not isinstance(channel, Channel):
+        return None
+    options: dict[str, Any] = {"durable": True, "auto_delete": False}
+    arguments: dict[str, Any] = {}
+    for passive in (True, *[False] * _MOST_ARGUMENTS):
+        try:
+            with channel.connection.channel() as probe:
+                probe.queue_declare(name, passive=passive, arguments=arguments, **options)
+        except PreconditionFailed as error:
+            differs = _DIFFERS.search(str(error.reply_text))
+            if differs is None:
+                return None
+            argument, value, amqp_type = differs.groups()
+            if argument in options:
+                options[argument] = value == "true"
+            else:
+                arguments[argument] = _value(value, amqp_type)
+        except ResourceLocked:
+            return Queue(name, exclusive=True)
+        except ChannelError:
+            return None
+        else:
+            if not passive:
+                break
+    return Queue(name, queue_arguments=arguments, **options)
+
+
+def _value(text: str, amqp_type: str) -> Any:
+    if amqp_type == "bool":
+        return text == "true"
+    return text if amqp_type == "longstr" else int(text)
 
 
 def _may_refuse(queue: Any) -> bool:
