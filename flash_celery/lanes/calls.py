@@ -36,8 +36,8 @@ from .time_limits import time_limits
 
 logger = logging.getLogger(__name__)
 
-#: Seconds until a change is handled again that was neither done nor failed: its dead letter cannot
-#: be stored, or the handler rejected it to have it again.
+#: Seconds until a change that has neither succeeded nor failed is handled again: its dead letter
+#: cannot be stored, or the handler has rejected it to receive it again.
 _AGAIN_SECONDS = 1.0
 #: Characters of `argsrepr`.
 _ARGUMENT_LENGTH = 200
@@ -123,7 +123,7 @@ class HandlerCalls:
         self.on_limit: Callable[[Verdict, int], object] = lambda verdict, changes: None
 
     def read_form(self, text: bytes) -> None:
-        """Take what the handler's messages have in common from the lanes' state."""
+        """Read the text with everything that the handler's messages have in common."""
         value = json.loads(text)
         self._form = Form(
             value["queue"], str(self._task.name), value["headers"], value["properties"]
@@ -183,7 +183,7 @@ class HandlerCalls:
         return changes[0] if self._handler.batch is None else Changes(changes)
 
     def _message(self, head: Head) -> Message:
-        """Return the task message that the changes would have without lanes, but for its body."""
+        """Return the task message that the changes would have without lanes, without a body."""
         changes, headers = head.changes, self._form.headers
         if self._handler.batch is None:
             task_id = task_id_of_change(self._source, self._task.name, changes[0].id)
@@ -207,7 +207,7 @@ class HandlerCalls:
         return Message.alone(form, "")
 
     def _request(self, message: Message, retries: list[Any]) -> dict[str, Any]:
-        """Return what becomes `self.request`."""
+        """Return the contents of `self.request`."""
         priority = message.properties.get("priority")
         return {
             **message.headers,
@@ -233,7 +233,7 @@ class HandlerCalls:
         traceback: str,
         started_at: float | None,
     ) -> Verdict:
-        """Return what to do with changes that have failed for good."""
+        """Return the verdict on changes that have failed for good."""
         name = type(error).__name__
         if isinstance(error, UnpickleableExceptionWrapper):
             name = str(error.exc_cls_name)

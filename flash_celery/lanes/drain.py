@@ -6,10 +6,10 @@ crash, a lost reply) can be tested without threads, with the very code that runs
 
 Three rules keep the order of a key:
 
-- A change is handled only while the lease is certain to run: the time is compared, by the clock of
-  this process, with the moment before the last successful request plus the lease.
-- Changes that are done are committed in groups, but before a change is handled whose key is among
-  them. So after a crash only the last change of a key is handled again.
+- A change is handled only while the lease is certain to run. By the clock of this process, it
+  begins at the moment before the last successful request was sent.
+- Done changes are committed in groups, and always before the next change of one of their keys is
+  handled. So after a crash only the last change of a key is handled again.
 - Once the lease is lost, nothing more is done.
 """
 
@@ -33,13 +33,13 @@ logger = logging.getLogger(__name__)
 #: Done changes, and seconds since the first of them, after which they are committed.
 _GROUP = 20
 _GROUP_SECONDS = 0.05
-#: Seconds before the end of a lease in which no change is begun, and the part of a short lease.
+#: No change is begun in the last seconds of a lease, or in the last quarter of a short one.
 _MARGIN_SECONDS = 2.0
 _MARGIN_PART = 4
 #: Seconds until an entry that this worker cannot read is looked at again.
 _UNREADABLE_SECONDS = 30.0
 
-#: What the caller does between two parts of a drain.
+#: A function that the caller calls between two parts of a drain.
 Step = Callable[[], Any]
 Steps = Generator[Step, Any, None]
 
@@ -57,7 +57,7 @@ class Later:
 class Blocked:
     """The first change has failed for good, and its lane stops until an operator decides."""
 
-    #: What the operator reads, in JSON.
+    #: The reason, for the operator, in JSON.
     reason: str
 
 
@@ -85,7 +85,7 @@ class Calls(Protocol):
     size: int
 
     def read_form(self, text: bytes) -> None:
-        """Take what the handler's messages have in common."""
+        """Read the text with everything that the handler's messages have in common."""
 
     def handle(self, head: Head) -> Verdict:
         """Handle changes; raises nothing that a handler raises."""
@@ -325,7 +325,7 @@ class Drain:
         return True
 
     def end_with(self, verdict: Verdict, changes: int) -> None:
-        """End the lease while the handler is in a call that will not come back.
+        """End the lease while the handler is in a call that will not return.
 
         Args:
             verdict: The result of the call.

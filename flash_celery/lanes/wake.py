@@ -1,4 +1,4 @@
-"""The task that a wake runs: it drains one lane. And what Celery's main process does for it.
+"""The task that a wake runs, which drains one lane, and its part in Celery's main process.
 
 The task belongs to the worker, not to the project, so it has none of the project's options for
 tasks: no time limit, no rate limit, no result.
@@ -76,7 +76,7 @@ def _beginning(wake_id: Any, hostname: str) -> str:
 
 
 def _run(drain: Drain, lease: HeldLease) -> None:
-    """Run the steps of a drain, and have its lease renewed meantime."""
+    """Run the steps of a drain, while another thread renews its lease."""
     renewal = _Renewal(lease)
     steps = drain.steps()
     reply = None
@@ -108,7 +108,7 @@ def _attempt(step: Step, lease: HeldLease) -> Any:
             if not lease.certain:
                 raise
             time.sleep(pause)
-    raise AssertionError("delays end never")
+    raise AssertionError("delays never end")
 
 
 def _give_back(lease: HeldLease) -> None:

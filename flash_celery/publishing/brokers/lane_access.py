@@ -16,7 +16,7 @@ from .redis_keys import literal_client, prefixed
 def overviews(
     publisher: ConnectedPublisher, slot: str, handlers: Iterable[str]
 ) -> Iterator[list[tuple[str, Overview, LaneStore]]]:
-    """Yield each handler that has lanes for a slot, with what reads and what alters them.
+    """Yield each handler that has lanes for a slot, with the objects that read and alter them.
 
     Raises:
         PublishError: The broker does not answer.

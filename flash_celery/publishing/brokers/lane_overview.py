@@ -79,7 +79,7 @@ class HandlerLanes:
 
 @dataclass(frozen=True)
 class _State:
-    """The state of all lanes, as `scripts` describes it."""
+    """The state of all lanes, as `lane_scripts` describes it."""
 
     fields: dict[str, str]
     #: When each lane is due.

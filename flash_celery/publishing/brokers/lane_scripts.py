@@ -1,4 +1,4 @@
-"""The scripts of lanes, in the Lua of Redis and Valkey. `store` calls them.
+"""The scripts of lanes, in the Lua of Redis and Valkey. `lane_store` calls them.
 
 Strategy: a lane is a list of entries, and one drain at a time may remove entries from it: the one
 whose token is in the state. Each change of that state is one script, so there is no moment at which

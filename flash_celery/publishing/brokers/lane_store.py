@@ -1,4 +1,4 @@
-"""The lanes of one handler on one Redis server: a method for each script of `scripts`."""
+"""The lanes of one handler on one Redis server: a method for each script of `lane_scripts`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Claimed:
     #: How often the first change was retried, and how many processes have died on it.
     retries: int
     deaths: int
-    #: What the handler's messages have in common, as `entries.encode_form` wrote it.
+    #: What the handler's messages have in common, as `lane_entries.encode_form` wrote it.
     form: bytes
     entries: list[bytes] = field(repr=False)
 
@@ -51,7 +51,7 @@ class LaneStore:
     Args:
         client: A client that adds no prefix to keys.
         key: The name of the handler's keys, with the broker's prefix.
-        clock: The time for tests; by default the server's counts.
+        clock: Returns the time, in tests. Default: the server's time.
     """
 
     def __init__(self, client: Any, key: str, clock: Callable[[], float] | None = None) -> None:
@@ -86,7 +86,7 @@ class LaneStore:
         Args:
             registry: The key of the set of all names.
             name: The name of the handler's keys without the prefix.
-            layout: Stands for everything that determines in which lane a key is.
+            layout: A digest of everything that determines the lane of a key.
             lanes: How many lanes there are.
             queue: The key of the list that workers pop wakes from.
             wake: The text of a wake, with `LANE_MARK` and `ID_MARK`.
@@ -98,7 +98,7 @@ class LaneStore:
         return bool(self._call("CONFIGURE", *arguments, keys=[registry]))
 
     def claim(self, lane: str, token: str, lease: float, most: int = MOST_ENTRIES) -> Claimed | str:
-        """Take the lease of a lane; otherwise return why there is none to take."""
+        """Take the lease of a lane; return why that is impossible, if it is."""
         code, *found = self._call("CLAIM", lane, token, lease, most, MOST_BYTES)
         if code != b"ok":
             return str(code.decode())
@@ -149,7 +149,7 @@ class LaneStore:
         return bool(self._call("SLEEP", lane, token, seconds, retries))
 
     def release(self, lane: str, token: str, died: bool = False) -> bool:
-        """End the lease, without anything done, of a token that begins with this one.
+        """End the lease of the token that begins with this text; nothing counts as done.
 
         Args:
             lane: The number of the lane.
