@@ -1,5 +1,7 @@
 """A PostgreSQL that Debian has only in a newer release: unpacked beside the machine's own packages.
 
+`python -m tests.debian_postgres 19` prints the folder of its programs.
+
 Nothing is installed. apt works on folders of its own, and the programs run with the C library and
 the other libraries of that release, which are unpacked with them.
 """
@@ -8,8 +10,10 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+CACHE = Path(__file__).parents[1] / ".cache" / "postgres"
 KEYS = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 SUITES = "sid", "experimental"
 #: The loader of the C library.
@@ -25,12 +29,13 @@ exec {libraries}/{loader} --library-path {libraries} --argv0 "$0" {program} "$@"
 """
 
 
-def unpack(major, folder):
-    """Return the folder of `postgres` and `initdb`, unpacked into `folder`.
+def unpack(major):
+    """Return the folder of `postgres` and `initdb`, unpacked into `CACHE`.
 
     Raises:
         OSError, subprocess.CalledProcessError: Debian has no such server, or cannot be reached.
     """
+    folder = CACHE / major
     programs = folder / "usr" / "lib" / "postgresql" / major / "bin"
     if (folder / "done").exists():
         return programs
@@ -100,3 +105,10 @@ def _wrap(folder, programs):
             WRAPPER.format(libraries=libraries, loader=LOADERS[machine], program=original)
         )
         wrapper.chmod(0o755)
+
+
+if __name__ == "__main__":
+    try:
+        sys.stdout.write(f"{unpack(sys.argv[1])}\n")
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(str(error))

