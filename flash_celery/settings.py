@@ -73,6 +73,10 @@ class Settings:
     #: What to do when the slot was lost or dropped: `halt`, or `recreate` it at the present and
     #: record the gap.
     flash_on_lost_slot: str = "halt"
+    #: What to do when Redis has lost what it had confirmed: `continue` with a warning, `halt`, or
+    #: `refill` the queues from `flash_replay_window` first. `auto` is `refill` with a window and an
+    #: ordered handler, and otherwise `continue`.
+    flash_on_lost_broker: str = "auto"
     #: For how many seconds `flash replay` can read changes again, from a second slot; 0 for none.
     flash_replay_window: float = 0.0
     #: Have standbys keep a copy of the slot, so that it survives a failover (since PostgreSQL 17).
@@ -171,6 +175,11 @@ class Settings:
             raise ConfigurationError(
                 "flash_replay_window creates a second slot, which flash_manage = False leaves to "
                 "the owner; remove one of the two settings."
+            )
+        if self.flash_on_lost_broker == "refill" and not self.flash_replay_window:
+            raise ConfigurationError(
+                "flash_on_lost_broker = 'refill' reads the changes again that flash_replay_window "
+                "retains, which is 0; set it to a number of seconds, or remove the other setting."
             )
         if self.flash_http:
             http_address(self.flash_http)
@@ -347,6 +356,7 @@ _REPLAY_SLOT_SUFFIX = "_history"
 _CHOICES = {
     "flash_replica_identity": ("auto", "keep"),
     "flash_on_lost_slot": ("halt", "recreate"),
+    "flash_on_lost_broker": ("auto", "continue", "halt", "refill"),
 }
 #: The keys of a source, by the setting that each replaces.
 _KEYS = {

@@ -69,6 +69,10 @@ class Lease:
     binding: str
     #: Whether an earlier worker has read the slot, so that the broker should know its position.
     continues: bool = False
+    #: Whether the session is to end with `ConfirmedLost` if the broker does not know it.
+    refills: bool = False
+    #: Whether the broker is known to have lost it.
+    lost: bool = False
     fencing_token: str = field(default_factory=lambda: uuid.uuid4().hex)
     #: The position that was acknowledged; PostgreSQL sends nothing before it again.
     acknowledged: Lsn = Lsn(0)  # noqa: RUF009 - an int
@@ -82,11 +86,16 @@ class Deduplicator:
     Args:
         marks: The watermarks, by template key and subscription number.
         transactions: The identities of the transactions that were enqueued.
+        acknowledged: A position before which everything was enqueued. Default: unknown.
     """
 
     def __init__(
-        self, marks: Mapping[tuple[str, int], Watermark], transactions: Collection[int]
+        self,
+        marks: Mapping[tuple[str, int], Watermark],
+        transactions: Collection[int],
+        acknowledged: Lsn | None = None,
     ) -> None:
+        self.acknowledged = acknowledged
         self._marks = marks
         self._transactions = transactions
         #: The commit LSN of the last transaction with an enqueued change.

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -39,6 +39,13 @@ _SHORTEST_PAUSE = 1.0
 _LONGEST_PAUSE = 60.0
 #: The recorded position while the slot is being created.
 _UNKNOWN = Lsn((1 << 64) - 1)
+#: The thread that advances the slot and the reading thread both update the record.
+_updating = threading.Lock()
+#: Bytes of WAL after which it is recorded again up to where everything was handled. Each record
+#: writes WAL too, so an idle server would otherwise be kept busy.
+_HANDLED_BYTES = 1 << 16
+#: Seconds between two of these records at least.
+_HANDLED_SECONDS = 60.0
 #: The key of the record.
 _KEY = "flash_celery_history"
 
@@ -53,6 +60,14 @@ class Mark(NamedTuple):
         return f"{self.lsn} ({self.time.isoformat(' ', 'seconds')})"
 
 
+class Refill(NamedTuple):
+    """A range of changes that the broker has lost, and that are being enqueued again."""
+
+    since: Lsn
+    until: Lsn
+
+
+IsDrained = Callable[[], bool]
 #: Past positions of the replication slot, each with the time by this process's monotonic clock.
 Samples = deque[tuple[float, Mark]]
 
@@ -185,9 +200,49 @@ def _parse(recorded: Any) -> Mark | None:
         return None
 
 
+def refill_under_way(source: Source) -> Refill | None:
+    """Return the recorded range that is being enqueued again; None if there is none."""
+    try:
+        refill = _read(source)["refill"]
+        return Refill(Lsn.parse(refill["since"]), Lsn.parse(refill["until"]))
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def remember_refill(source: Source, refill: Refill | None) -> None:
+    """Record the range that is being enqueued again, None for none any more.
+
+    The replay slot does not advance while there is one.
+    """
+    value = refill and {name: str(lsn) for name, lsn in refill._asdict().items()}
+    _update(source, refill=value)
+
+
+def handled_up_to(source: Source, history: str) -> Lsn | None:
+    """Return a position before which all changes had been handled; None if none is recorded.
+
+    Args:
+        source: The source.
+        history: The server and its timeline; a position of another one counts as none.
+    """
+    try:
+        handled = _read(source)["handled"]
+        return Lsn.parse(handled["lsn"]) if handled["history"] == history else None
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
 def _record(source: Source, mark: Mark, following: Mark | None = None) -> None:
-    recorded = _to_json(mark) | ({"next": _to_json(following)} if following else {})
-    _write(source, json.dumps({_KEY: recorded}))
+    _update(source, **_to_json(mark), next=_to_json(following) if following else None)
+
+
+def _update(source: Source, **values: Any) -> None:
+    """Replace values in the record; None removes one."""
+    with _updating:
+        recorded = _read(source)
+        recorded = (recorded if isinstance(recorded, dict) else {}) | values
+        kept = {name: value for name, value in recorded.items() if value is not None}
+        _write(source, json.dumps({_KEY: kept}))
 
 
 def _to_json(mark: Mark) -> dict[str, Any]:
@@ -204,10 +259,18 @@ class _Advancer(threading.Thread):
     It reconnects after any error, because a session may last for months.
     """
 
-    def __init__(self, settings: Settings, samples: Samples) -> None:
+    def __init__(
+        self, settings: Settings, samples: Samples, history: str, is_drained: IsDrained | None
+    ) -> None:
         super().__init__(name="flash-replay-slot", daemon=True)
         self._settings = settings
         self._samples = samples
+        self._history = history
+        self._is_drained = is_drained
+        #: The position at the last check, if the queues were empty then.
+        self._drained_at: Lsn | None = None
+        #: The position that is recorded as handled, and when it was.
+        self._handled, self._recorded_at = Lsn(0), -_HANDLED_SECONDS
         step = settings.flash_replay_window / _STEPS_PER_WINDOW
         self._pause = min(_LONGEST_PAUSE, max(_SHORTEST_PAUSE, step))
         self._stopping = threading.Event()
@@ -236,6 +299,10 @@ class _Advancer(threading.Thread):
 
     def _advance(self, source: Source) -> None:
         now = _position(source)
+        if refill_under_way(source) is not None:
+            return  # it may have to begin again
+        if now is not None and self._is_drained is not None:
+            self._note_handled(source, now.lsn, self._is_drained())
         if now is not None:
             if not self._samples:
                 self._restore_sample(source, now)
@@ -251,6 +318,19 @@ class _Advancer(threading.Thread):
         statement = "SELECT pg_replication_slot_advance(%s, %s)"
         with slots.as_login_role(source.connection):
             source.connection.execute(statement, [source.replay_slot, str(due.lsn)])
+
+    def _note_handled(self, source: Source, position: Lsn, is_drained: bool) -> None:
+        """Record the last position if the queues were empty then, and are again.
+
+        One check does not suffice: a message that a worker is receiving is nowhere for a moment.
+        """
+        handled, self._drained_at = self._drained_at, position if is_drained else None
+        now = time.monotonic()
+        if handled is None or not is_drained or now - self._recorded_at < _HANDLED_SECONDS:
+            return
+        if handled - self._handled >= _HANDLED_BYTES:
+            _update(source, handled={"lsn": str(handled), "history": self._history})
+            self._handled, self._recorded_at = handled, now
 
     def _restore_sample(self, source: Source, now: Mark) -> None:
         """Continue from the recorded sample of an earlier process.
@@ -277,17 +357,22 @@ class _Advancer(threading.Thread):
 
 
 @contextmanager
-def trailing(settings: Settings, samples: Samples) -> Iterator[None]:
+def trailing(
+    settings: Settings, samples: Samples, history: str = "", is_drained: IsDrained | None = None
+) -> Iterator[None]:
     """In this block, keep the replay slot `flash_replay_window` behind the replication slot.
 
     Args:
         settings: The settings of the source.
         samples: Past positions, which the caller keeps from one session to the next.
+        history: The server and its timeline.
+        is_drained: Returns whether every message up to now has been handled. Default: it is not
+            asked, and no such position is recorded.
     """
     if not settings.flash_replay_window:
         yield
         return
-    advancer = _Advancer(settings, samples)
+    advancer = _Advancer(settings, samples, history, is_drained)
     advancer.start()
     try:
         yield

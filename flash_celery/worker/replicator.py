@@ -22,8 +22,9 @@ import hashlib
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from enum import IntEnum
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -33,6 +34,7 @@ from ..acknowledgement import Progress
 from ..backoff import delays
 from ..capture.pipeline import Pipeline
 from ..capture.relations import RelationCatalog
+from ..capture.router import Sink
 from ..changes.history import History
 from ..dead_letters.oversize import Oversize
 from ..errors import (
@@ -57,8 +59,9 @@ from ..postgres import slots
 from ..postgres.connection import is_standby, raise_if_fatal, unreachable
 from ..postgres.source import Source, connected, publication_names
 from ..postgres.stream import Diagnosis, ReplicationConnection
+from ..protocol.lsn import Lsn
 from ..provisioning import advisory_lock, preflight, replay_slot
-from ..publishing import declared_queues
+from ..publishing import declared_queues, drained
 from ..publishing.brokers.base import Publisher
 from ..publishing.thread import Claim, PublishingThread
 from ..settings import Settings
@@ -66,6 +69,7 @@ from ..telemetry import CONNECTING, STANDBY, STOPPING, STREAMING, WAITING, Telem
 from .control import Control, Stopped
 from .lane_sweeper import LaneSweeper
 from .pauses import Pauses
+from .refill import Refill, on_lost_broker
 from .session import Session
 from .slot_watch import SlotWatch
 from .startup import Startup
@@ -81,6 +85,13 @@ _GC_THRESHOLDS = (20_000, 20, 50)
 _RESTORED = (
     "PostgreSQL is at %s, but had sent WAL up to %s: its data was restored. Reading again from the "
     "confirmed position of its slot"
+)
+
+
+_REFILLS = "They are enqueued again."
+_REFILL_GIVEN_UP = (
+    "The broker has lost the changes committed from %s up to %s, and enqueuing them again was not "
+    "completed: they may be missing, since flash_on_lost_broker is no longer 'refill'"
 )
 
 
@@ -158,6 +169,9 @@ class Replicator:
         self._last_logged_error = self._last_logged_notice = ""
         #: Past positions of the slot, from which the replay slot is advanced.
         self._samples: replay_slot.Samples = deque()
+        self._on_lost_broker = on_lost_broker(settings, subscriptions)
+        #: Whether the broker has lost what it had confirmed, and that is not recorded yet.
+        self._broker_lost = False
         self._delays = delays()
 
     def stop(self) -> None:
@@ -240,11 +254,15 @@ class Replicator:
             self._use_streaming = False
             logger.warning("Continuing without flash_use_streaming until the next start")
         if isinstance(error, ConfirmedLost):
+            if self._on_lost_broker == "halt":
+                raise error
             self._history = None  # read everything again after the slot's confirmed position
+            self._broker_lost = self._on_lost_broker == "refill"
         if str(error) != self._last_logged_error:
             self._last_logged_error = str(error)
             error_class = {"error": type(error).__name__}
-            logger.warning("%s %s", error, error.solution, extra=error_class)
+            solution = _REFILLS if self._broker_lost else error.solution
+            logger.warning("%s %s", error, solution, extra=error_class)
         self._publishing.discard()
         self.control.sleep(_HOT_SPARE_PAUSE if slot_in_use else next(self._delays))
 
@@ -285,11 +303,23 @@ class Replicator:
                     templates = self._start(stream, source)
                 with (
                     closing(self._session(stream, source, templates)) as session,
-                    replay_slot.trailing(self._settings, self._samples),
+                    self._trailing_replay_slot(templates),
                 ):
                     session.run()
         except psycopg.OperationalError as error:
             raise unreachable(error) from error
+
+    def _trailing_replay_slot(self, templates: Templates) -> AbstractContextManager[None]:
+        """Have the replay slot trail, and note up to where everything was handled for a refill."""
+        is_drained = None
+        if self._on_lost_broker == "refill":
+            queues = [
+                *self._task_options.queues,
+                *(lanes.key for lanes in templates.lanes),
+                *(str(queue.name) for queue in self._pauses.hold_queues.queues),
+            ]
+            is_drained = partial(drained.is_drained, self._app, queues)
+        return replay_slot.trailing(self._settings, self._samples, str(self._history), is_drained)
 
     def _connect_stream(self, source: Source, patience: float) -> ReplicationConnection:
         """Open the replication connection. Raises why the server has none, if it says so elsewhere.
@@ -385,23 +415,47 @@ class Replicator:
     ) -> Session:
         oversize = Oversize(self._app, self._settings.flash_dead_queue, templates)
         batcher = Batcher(oversize.letter)
+        catalog = RelationCatalog(source.connection, self._startup.partition_history, source.slot)
+        sink = BatcherSink(batcher, templates)
         pipeline = Pipeline(
             self._subscriptions,
-            RelationCatalog(source.connection, self._startup.partition_history, source.slot),
-            BatcherSink(batcher, templates),
+            catalog,
+            sink,
             self._settings.flash_spool_directory,
             self.telemetry,
             self._history,
         )
+        refill = self._refill(source, catalog, sink)
+        lease = self._lease(source, templates)
+        lease.refills, lease.lost = self._on_lost_broker == "refill", refill is not None
         hold_queues = self._pauses.hold_queues
-        claim = Claim(
-            self._lease(source, templates), self._progress, hold_queues, oversize, templates.lanes
-        )
+        claim = Claim(lease, self._progress, hold_queues, oversize, templates.lanes)
         watch = SlotWatch(source, stream.pid, self._progress, telemetry=self.telemetry)
         supervisor = Supervisor(source, self._startup, self._pauses, watch)
-        return Session(
+        session = Session(
             stream, source, pipeline, batcher, self._publishing, claim, self.control, supervisor
         )
+        if refill is not None:
+            session.refill_first(refill)
+        return session
+
+    def _refill(self, source: Source, catalog: RelationCatalog, sink: Sink) -> Refill | None:
+        """Return the refill that the session begins with, if the broker has lost something."""
+        under_way = replay_slot.refill_under_way(source)
+        if self._on_lost_broker != "refill":
+            if under_way is not None:
+                logger.warning(_REFILL_GIVEN_UP, under_way.since, under_way.until)
+                replay_slot.remember_refill(source, None)
+            return None
+        if under_way is None and not self._broker_lost:
+            return None
+        slot = slots.find(source.connection, source.slot)
+        confirmed = Lsn.parse(slot.confirmed) if slot and slot.confirmed else Lsn(0)
+        until = max(confirmed, self._progress.confirmed)
+        assert self._history is not None
+        refill = Refill(source, until, self._history, self._subscriptions, catalog, sink)
+        self._broker_lost = False  # it is recorded
+        return refill
 
     def _lease(self, source: Source, templates: Templates) -> Lease:
         """Return a lease, bound to everything that affects how changes are counted."""

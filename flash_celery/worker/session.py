@@ -24,13 +24,14 @@ from psycopg.errors import AdminShutdown
 from ..capture.pipeline import Pipeline
 from ..errors import ReplicationError
 from ..messages import deduplication
-from ..messages.batcher import Batcher
+from ..messages.batcher import Batcher, PublishBatch
 from ..postgres.source import Source
 from ..postgres.stream import ReplicationConnection
 from ..protocol.lsn import Lsn
 from ..publishing.thread import Claim, PublishingThread
 from ..telemetry import unix
 from .control import Control
+from .refill import Refill
 from .supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ _BATCH_BYTES = 1 << 20
 _WORK_SECONDS = 0.5
 #: Seconds that a due batch may fill up further while earlier ones are being published.
 _HELD_SECONDS = 0.02
+#: Seconds after which a refill asks for the server's position, and whether all is confirmed.
+_REFILL_SECONDS = 1.0
 #: Status intervals without a byte from the server until it counts as silent. Each status requests a
 #: reply.
 _SILENT_INTERVALS = 3
@@ -51,6 +54,8 @@ class State(Enum):
 
     #: It waits until the broker has accepted the claim and held messages are requeued.
     CLAIMING = auto()
+    #: It reads from another stream first what the broker has lost, whenever there is room.
+    REFILLING = auto()
     #: It reads the stream whenever the publishing thread has room.
     READING = auto()
     #: The whole source is paused: it reads nothing, and answers PostgreSQL.
@@ -59,6 +64,7 @@ class State(Enum):
 
 # For the loop, because looking up a member of an Enum takes longer than comparing it.
 _CLAIMING = State.CLAIMING
+_REFILLING = State.REFILLING
 _READING = State.READING
 
 
@@ -101,9 +107,14 @@ class Session:
         self._listening = True
         #: The position acknowledged last, and the last one handed to the publishing thread.
         self._acknowledged = self._handed_over = Lsn(0)
+        self._refill: Refill | None = None
         #: How many transactions the telemetry has counted.
         self._counted = 0
         batcher.commit(self._progress.confirmed)
+
+    def refill_first(self, refill: Refill) -> None:
+        """Before `run`: have the session enqueue again what the broker has lost."""
+        self._refill = refill
 
     def run(self) -> None:
         """Replicate until stopped, or until the supervisor has a reason to begin a new session.
@@ -133,6 +144,8 @@ class Session:
         """Remove the spools of open transactions."""
         self._telemetry.spooled, self._telemetry.held_back = 0, None
         self._pipeline.close()
+        if self._refill is not None:
+            self._refill.close()
 
     def _must_end(self) -> bool:
         """Ask the supervisor, if it is time to; return whether a new session has to begin."""
@@ -150,13 +163,17 @@ class Session:
 
     def _iterate(self) -> None:
         """Wait until there is something to do, and do it."""
-        behind = self._pipeline.pending
-        listening = self._state is _READING and not behind and self._publishing.has_room
+        refill = self._refill if self._state is _REFILLING else None
+        behind = self._pipeline.pending if refill is None else refill.pending
+        ready_to_listen = not behind and self._publishing.has_room
+        listening = self._state is _READING and ready_to_listen
         self._listening = listening
         sockets: list[Any] = [self._control, self._connection]
-        ready, _, _ = select.select(
-            [*sockets, self._stream] if listening else sockets, [], [], self._timeout(behind)
-        )
+        if listening:
+            sockets.append(self._stream)
+        elif refill is not None and ready_to_listen and not refill.has_read_all:
+            sockets.append(refill)
+        ready, _, _ = select.select(sockets, [], [], self._timeout(behind))
         if self._control in ready:
             self._control.forget_wakes()
         if self._connection in ready:
@@ -165,7 +182,9 @@ class Session:
             self._receive()
         if self._state is _CLAIMING:
             self._accept_claim()
-        may_work = self._state is not _CLAIMING and self._publishing.has_room
+        elif refill is not None:
+            self._continue_refill(refill)
+        may_work = self._state is _READING and self._publishing.has_room
         reply_requested = may_work and self._work()
         self._hand_over()
         now = time.monotonic()
@@ -186,13 +205,40 @@ class Session:
         deduplicator = self._publishing.deduplicator
         if deduplicator is not None:
             self._batcher.deduplicate(deduplicator)
-            self._state = State.PAUSED if self._supervisor.paused else State.READING
+            if self._supervisor.paused:
+                self._state = State.PAUSED
+            elif self._refill is not None and self._refill.start(deduplicator.acknowledged):
+                self._state = State.REFILLING
+            else:
+                self._end_refill()
+
+    def _continue_refill(self, refill: Refill) -> None:
+        """Read some of what the broker has lost, and end once it has confirmed all of it."""
+        if self._publishing.has_room:
+            refill.receive()
+            deadline = time.monotonic() + _WORK_SECONDS
+            refill.work(lambda: self._batcher.size >= _BATCH_BYTES or time.monotonic() >= deadline)
+        if refill.has_read_all:
+            refill.count(self._hand_over(everything=True))
+            if self._publishing.idle:
+                self._end_refill()
+        else:
+            refill.count(self._hand_over())
+
+    def _end_refill(self) -> None:
+        """Read the session's own stream from now on."""
+        if self._refill is not None:
+            self._refill.finish()
+            self._refill = None
+        self._state = State.READING
 
     def _timeout(self, behind: bool) -> float:
         """Return the seconds until something is due."""
         if behind and self._publishing.has_room:
             return 0.0
         due = min(self._status_sent_at + self._status_interval, self._supervisor.next_check)
+        if self._state is _REFILLING:
+            due = min(due, time.monotonic() + _REFILL_SECONDS)
         if self._batcher.due is not None:
             due = min(due, self._batcher.due + self._held)
         return max(0.0, due - time.monotonic())
@@ -219,7 +265,7 @@ class Session:
                 break
         return pipeline.reply_requested
 
-    def _hand_over(self, everything: bool = False) -> None:
+    def _hand_over(self, everything: bool = False) -> PublishBatch:
         """Give the publishing thread the messages that are ready, and the position after them."""
         transactions = self._transactions
         batch = self._batcher.collect(
@@ -234,6 +280,7 @@ class Session:
         if batch.messages or batch.position > self._handed_over:
             self._handed_over = max(self._handed_over, batch.position)
             self._publishing.put(batch)
+        return batch
 
     def _send_status(self, request_reply: bool = False) -> None:
         """Acknowledge what the broker has confirmed."""

@@ -46,6 +46,8 @@ def test_missing_dsn_is_explained(app):
         ("flash_queue", "", "flash_queue is empty"),
         ("flash_dead_queue", "flash", "must be a queue of its own"),
         ("flash_max_deaths", 0, "a number above 0"),
+        ("flash_on_lost_broker", "retry", "'auto' or 'continue' or 'halt' or"),
+        ("flash_on_lost_broker", "refill", "flash_replay_window retains, which is 0"),
         ("flash_max_queue_length", -1, "or 0 for no limit"),
         ("flash_max_change_size", 0, "a number above 0"),
     ],

@@ -177,6 +177,15 @@ class RedisPublisher(ConnectedPublisher):
         with self.errors(), literal_client(self._channel) as client:
             return int(client.hget(prefixed(self._channel, f"{queue}.state"), "waiting") or 0)
 
+    def unacknowledged(self) -> int:
+        """Return how many messages of all queues workers have received and not acknowledged.
+
+        Raises:
+            PublishError: The broker does not answer.
+        """
+        with self.errors(), self._channel.conn_or_acquire() as client:
+            return int(client.hlen(self._channel.unacked_key))
+
     def publish(self, messages: Sequence[Message]) -> None:
         """Push messages; return once Redis has replied to the last push.
 

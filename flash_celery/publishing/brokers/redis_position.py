@@ -47,6 +47,8 @@ _NO_POSITION = (
 )
 #: Prefix of the hash fields with marks.
 _MARK = "mark:"
+#: The hash field with the acknowledged position: everything before it had been pushed by then.
+_ACKNOWLEDGED = b"acknowledged"
 #: The head of an entry of the list: the commit LSN of its last transaction.
 _LAST = struct.Struct("=q")
 #: The most writes without a reply to remember. If Redis executes an older one, it counts as a loss.
@@ -201,12 +203,17 @@ class RedisPosition:
         Raises:
             ConfirmedLost: Redis has lost something that it had confirmed to that session.
         """
+        if self._lease.refills and not self._lease.lost:
+            # Before this claim leaves a position, which a session after a crash would believe.
+            self._raise_if_not_there(client.hgetall(self._key), previous)
         with client.pipeline(transaction=True) as pipeline:
             pipeline.hgetall(self._key)
             pipeline.lrange(self._list, 0, -1)
             pipeline.hset(self._key, mapping={"owner": self._lease.fencing_token, "writes": 0})
             fields, entries, _ = pipeline.execute()
-        if previous is not None and previous._key == self._key:
+        if self._lease.lost:
+            pass
+        elif previous is not None and previous._key == self._key:
             previous._raise_if_lost(fields)
         elif self._lease.continues and b"owner" not in fields:
             logger.error(_NO_POSITION, self._key)
@@ -217,7 +224,19 @@ class RedisPosition:
         transactions = array("q", b"".join(entry[_LAST.size :] for entry in entries))
         marks = _marks(fields)
         self._highest = max(marks.values(), default=_NONE)
-        return Deduplicator(marks, frozenset(transactions))
+        acknowledged = Lsn(int(fields[_ACKNOWLEDGED])) if _ACKNOWLEDGED in fields else None
+        return Deduplicator(marks, frozenset(transactions), acknowledged)
+
+    def _raise_if_not_there(
+        self, fields: dict[bytes, bytes], previous: RedisPosition | None
+    ) -> None:
+        if previous is not None and previous._key == self._key:
+            previous._raise_if_lost(fields)
+        elif self._lease.continues and b"owner" not in fields:
+            raise ConfirmedLost(
+                f"Redis has no position {self._key}, although an earlier worker has read the slot: "
+                "it was emptied, or is another one."
+            )
 
     def _reset(self, client: Any, fields: Sequence[bytes]) -> None:
         """Delete the position of another binding: its changes were counted differently."""
@@ -256,7 +275,9 @@ class RedisPosition:
             commands.append(("RPUSH", self._list, _LAST.pack(highest[0]) + new))
         # One command each: Lua unpacks some thousand words at most.
         commands += [("HSET", self._key, field, mark) for field, mark in marks.items()]
-        fields = "writes", number, "binding", self._lease.binding
+        fields: list[Any] = ["writes", number, "binding", self._lease.binding]
+        if self._lease.acknowledged:
+            fields += [_ACKNOWLEDGED, int(self._lease.acknowledged)]
         commands.append(("HSET", self._key, *fields))
         last = highest[0] if new else None
         self._expect(number, _Write(len(messages), last, dropped, transactions, highest))

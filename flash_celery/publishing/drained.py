@@ -1,0 +1,26 @@
+"""Whether the workers have handled everything that was enqueued."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Any
+
+from ..errors import PublishError
+from . import brokers
+
+
+def is_drained(app: Any, queues: Sequence[str]) -> bool:
+    """Return whether these queues or lanes are empty and workers hold no message of any queue.
+
+    False if that cannot be found out: the broker does not answer, or is not Redis.
+    """
+    with closing(brokers.for_app(app)) as publisher:
+        unacknowledged = getattr(publisher, "unacknowledged", None)
+        if unacknowledged is None:
+            return False
+        try:
+            publisher.open([])
+            return not any(map(publisher.depth, queues)) and unacknowledged() == 0
+        except PublishError:
+            return False
