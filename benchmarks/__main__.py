@@ -21,6 +21,7 @@ from benchmarks import (
     latency,
     memory,
     report,
+    startup,
     subscriptions,
 )
 from benchmarks.bench import Bench, Missing
@@ -42,6 +43,8 @@ SCENARIOS = {
     "memory": memory.memory,
     "subscriptions": subscriptions.subscriptions,
     "cost": cost.cost,
+    "startup": startup.startup,
+    "startup_rabbitmq": startup.startup_rabbitmq,
     "alternatives": alternatives.alternatives,
     "advice": advice.advice,
 }
