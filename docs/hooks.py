@@ -38,6 +38,14 @@ def on_page_markdown(markdown, page, config, files):
     return NOTE.sub("\n", FILE.sub(r'\2 title="\1"\n', markdown))
 
 
+def on_post_page(output, page, config):
+    """Publish the Markdown of the page beside it: docs/llms.txt links to it."""
+    markdown = Path(config.site_dir) / page.file.src_uri
+    markdown.parent.mkdir(parents=True, exist_ok=True)
+    markdown.write_text(page.markdown)
+    return output
+
+
 def settings_table():
     """Return every setting, as `settings.py` declares it."""
     comments = attribute_comments(inspect.getsource(settings.Settings))

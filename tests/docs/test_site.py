@@ -28,6 +28,7 @@ from .conftest import DOCS, ROOT
 
 TESTS = "".join(path.read_text() for path in sorted((ROOT / "tests").rglob("test_*.py")))
 TAG = re.compile("<[^>]*>")
+LLMS = (DOCS / "llms.txt").read_text()
 
 
 def build(folder, docs=DOCS):
@@ -106,6 +107,48 @@ def test_site_build_fails_on_a_broken_link(tmp_path, link):
     built = build(tmp_path, tmp_path / "docs")
     assert built.returncode != 0
     assert link.split("#")[-1] in built.stdout + built.stderr
+
+
+@pytest.mark.soak  # `make docs` builds the site
+def test_site_has_llms_txt_and_the_pages_that_it_links(site):
+    text = (site / "llms.txt").read_text()
+    assert text == LLMS
+    for target in re.findall(r"\]\(([^)]*)\)", text):
+        assert (site / target).stat().st_size > 500, target
+        assert "<!--" not in (site / target).read_text(), target
+
+
+def test_llms_txt_has_the_form_of_llmstxt_org():
+    """A title, a summary in one sentence, text without headings, and lists of links."""
+    title, summary, *_ = LLMS.split("\n\n")
+    assert title == "# flash-celery"
+    assert re.fullmatch(r"> [^\n]*\.", summary)
+    assert ". " not in summary
+    introduction, *sections = re.split(r"^## ", LLMS, flags=re.MULTILINE)
+    assert len(re.findall(r"^#+ ", introduction, re.MULTILINE)) == 1
+    for section in sections:
+        heading, _, links = section.partition("\n\n")
+        assert "\n" not in heading
+        for line in links.strip().splitlines():
+            assert re.fullmatch(r"- \[.+\]\(.+\): .+\.", line), line
+
+
+def test_llms_txt_links_every_page():
+    linked = re.findall(r"\]\(([^)]*)\)", LLMS)
+    assert len(linked) == len(set(linked))
+    assert sorted(linked) == sorted(set(PAGES) - {"index.md"})
+
+
+def test_llms_txt_shows_the_handler_of_the_readme():
+    (example,) = examples(LLMS)
+    assert example in README.replace("# shop.py\n", "")
+
+
+def test_llms_txt_names_the_versions_of_the_readme():
+    versions = re.findall(r"\d[\d.]* to \d[\d.]*\d", README.partition("## Supported")[2])
+    assert versions
+    for version in versions:
+        assert version in LLMS, version
 
 
 def test_picture_of_the_packages_shows_each_package_and_its_imports():
