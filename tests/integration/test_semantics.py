@@ -310,7 +310,7 @@ def test_handler_can_start_before_the_commit_is_visible(flash):
     try:
         flash.wait(lambda: flash.database.one("SHOW synchronous_standby_names") == "absent")
         writer.start()
-        flash.wait(lambda: flash.publisher.queues["flash"])
+        flash.wait(lambda: flash.publisher.queues.get("flash"))
         assert shown(flash.delivered()) == ["insert 2,a,-"]
         assert flash.database.one("SELECT max(id) FROM items") == 1
     finally:

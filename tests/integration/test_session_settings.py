@@ -110,7 +110,7 @@ def test_session_settings_of_the_catalog_are_those_of_postgresql(flash, alter):
     insert = "SET search_path TO DEFAULT; INSERT INTO app.items VALUES (1)"
     with psycopg.connect(flash.database.dsn, autocommit=True) as connection:
         connection.execute(insert)
-    flash.wait(lambda: flash.publisher.queues["flash"])
+    flash.wait(lambda: flash.publisher.queues.get("flash"))
     assert [change.new["id"] for change in flash.delivered()] == [1]
 
 

@@ -98,7 +98,7 @@ def test_table_altered_by_a_commit_that_waits_for_the_worker_is_read(flash, capl
         writer.start()
         writer.join(15)
         assert not writer.is_alive(), caplog.text
-        flash.wait(lambda: len(flash.publisher.queues["flash"]) == 1)
+        flash.wait(lambda: len(flash.publisher.queues.get("flash", ())) == 1)
     flash.do("SELECT 1")
     assert shown(flash.delivered()) == [expected]
 
