@@ -55,6 +55,18 @@ class Traced:
     blocks: bool
 
 
+@dataclass(frozen=True)
+class _Call:
+    """One call of the handler."""
+
+    head: Head
+    #: The id of the task.
+    id: str
+    argsrepr: str
+    #: Seconds since 1970.
+    started_at: float
+
+
 _traced: dict[tuple[int, Any, str], Traced] = {}
 
 
@@ -117,6 +129,10 @@ class HandlerCalls:
         self._hostname = hostname
         self._main_process = main_process
         self._form = Form("", str(handler.task.name), {}, {})
+        #: What the requests of all calls have in common.
+        self._request: dict[str, Any] = {}
+        #: The soft and the hard time limit of a call, in seconds.
+        self._limits: tuple[float | None, float | None] = None, None
         self.size = handler.batch or 1
         #: Called with the verdict on changes whose handler has reached its hard time limit, and
         #: their number, on another thread and before the process is killed.
@@ -125,29 +141,52 @@ class HandlerCalls:
     def read_form(self, text: bytes) -> None:
         """Read the text with everything that the handler's messages have in common."""
         value = json.loads(text)
-        self._form = Form(
-            value["queue"], str(self._task.name), value["headers"], value["properties"]
-        )
+        headers, properties = value["headers"], value["properties"]
+        self._form = Form(value["queue"], str(self._task.name), headers, properties)
+        self._request = {
+            **headers,
+            "hostname": self._hostname,
+            "reply_to": properties.get("reply_to"),
+            "delivery_info": {
+                "exchange": "",
+                "routing_key": value["queue"],
+                "priority": properties.get("priority") or 0,
+                "redelivered": False,
+            },
+            # Celery would look for custom headers among all of these, for each call.
+            "headers": {},
+            # So that a retry publishes nothing.
+            "is_eager": True,
+        }
+        if os.getpid() != self._main_process:  # Celery enforces none in other pools either
+            hard, soft = headers.get("timelimit") or (None, None)
+            self._limits = soft or self._task.soft_time_limit, hard or self._task.time_limit
 
     def handle(self, head: Head) -> Verdict:
         """Handle changes, and store a dead letter if they fail for good."""
-        message = self._message(head)
+        call = self._call(head)
         if head.expires is not None and time.time() > head.expires:
-            logger.info("Discarding expired task: %s", _described(message))
+            logger.info("Discarding expired task: %s", self._described(call))
             return None
         if head.deaths >= setting(self._app, "flash_max_deaths"):
             killed = ProcessKilled(f"Its worker process has died {head.deaths} times")
-            return self._failed(head, message, killed, "", None)
+            return self._failed(call, killed, "")
         retries: list[Any] = []
-        request = self._request(message, retries)
-        started_at = time.time()
+        request = {
+            **self._request,
+            "id": call.id,
+            "root_id": call.id,
+            "correlation_id": call.id,
+            "argsrepr": call.argsrepr,
+            "retries": head.retries,
+            "flash_retries": retries,
+        }
         argument = self._argument(head.changes)
-        soft, hard = self._limits_of(message)
-        late = partial(self._reached_limit, head, message, hard, started_at)
+        soft, hard = self._limits
         try:
-            with time_limits(soft, hard, late):
+            with time_limits(soft, hard, partial(self._reached_limit, call)):
                 failed, result, _ = outcome.run(
-                    self._main_process, self._handler.trace, message.id, [argument], {}, request
+                    self._main_process, self._handler.trace, call.id, [argument], {}, request
                 )
         finally:
             # `retry(max_retries=)` leaves it on the task, for the next change.
@@ -161,87 +200,39 @@ class HandlerCalls:
             return Later(_AGAIN_SECONDS, head.retries)
         if error is None or isinstance(error, (Reject, Ignore)):
             return None
-        return self._failed(head, message, error, str(result.traceback), started_at)
+        return self._failed(call, error, str(result.traceback))
 
-    def _limits_of(self, message: Message) -> tuple[float | None, float | None]:
-        """Return the soft and the hard time limit of a call, which hold in prefork only."""
-        if os.getpid() == self._main_process:
-            return None, None
-        hard, soft = message.headers.get("timelimit") or (None, None)
-        return soft or self._task.soft_time_limit, hard or self._task.time_limit
-
-    def _reached_limit(
-        self, head: Head, message: Message, hard: float | None, started_at: float
-    ) -> None:
-        """Store the dead letter of changes whose handler does not end, then end this process."""
-        logger.error("Hard time limit (%ss) exceeded for %s", hard, _described(message))
-        verdict = self._failed(head, message, TimeLimitExceeded(hard), "", started_at)
-        self.on_limit(verdict, len(head.changes))
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def _argument(self, changes: Sequence[Change]) -> Any:
-        return changes[0] if self._handler.batch is None else Changes(changes)
-
-    def _message(self, head: Head) -> Message:
-        """Return the task message that the changes would have without lanes, without a body."""
-        changes, headers = head.changes, self._form.headers
+    def _call(self, head: Head) -> _Call:
+        changes = head.changes
         if self._handler.batch is None:
             task_id = task_id_of_change(self._source, self._task.name, changes[0].id)
             argsrepr = repr(changes[0])
         else:
             task_id = task_id_of_batch()
             argsrepr = labels.batch(len(changes), changes[0])
-        own = {
-            "id": task_id,
-            "root_id": task_id,
-            "argsrepr": argsrepr[:_ARGUMENT_LENGTH],
-            "retries": head.retries,
-            letters.DEATHS: head.deaths,
-        }
-        form = Form(
-            self._form.queue,
-            self._form.task,
-            {**headers, **own},
-            {**self._form.properties, "correlation_id": task_id},
-        )
-        return Message.alone(form, "")
+        return _Call(head, task_id, argsrepr[:_ARGUMENT_LENGTH], time.time())
 
-    def _request(self, message: Message, retries: list[Any]) -> dict[str, Any]:
-        """Return the contents of `self.request`."""
-        priority = message.properties.get("priority")
-        return {
-            **message.headers,
-            "hostname": self._hostname,
-            "correlation_id": message.id,
-            "reply_to": message.properties.get("reply_to"),
-            "delivery_info": {
-                "exchange": "",
-                "routing_key": message.queue,
-                "priority": priority or 0,
-                "redelivered": False,
-            },
-            # So that a retry publishes nothing.
-            "is_eager": True,
-            "flash_retries": retries,
-        }
+    def _argument(self, changes: Sequence[Change]) -> Any:
+        return changes[0] if self._handler.batch is None else Changes(changes)
 
-    def _failed(
-        self,
-        head: Head,
-        message: Message,
-        error: BaseException,
-        traceback: str,
-        started_at: float | None,
-    ) -> Verdict:
-        """Return the verdict on changes that have failed for good."""
-        name = type(error).__name__
+    def _reached_limit(self, call: _Call) -> None:
+        """Store the dead letter of changes whose handler does not end, then end this process."""
+        hard = self._limits[1]
+        logger.error("Hard time limit (%ss) exceeded for %s", hard, self._described(call))
+        verdict = self._failed(call, TimeLimitExceeded(hard), "")
+        self.on_limit(verdict, len(call.head.changes))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def _failed(self, call: _Call, error: BaseException, traceback: str) -> Verdict:
+        """Return what to do with changes that have failed for good."""
+        head, name = call.head, type(error).__name__
         if isinstance(error, UnpickleableExceptionWrapper):
             name = str(error.exc_cls_name)
         if self._handler.blocks:
             logger.error(
                 "%s has failed, and blocks its lane until `flash lanes skip` or `flash lanes "
                 "retry`: %s",
-                _described(message),
+                self._described(call),
                 escaped(text_of(error)),
             )
             reason = {
@@ -252,20 +243,37 @@ class HandlerCalls:
                 "failed_at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             }
             return Blocked(json.dumps(reason))
-        message.body = _body(CHANGE if self._handler.batch is None else CHANGES, head.changes)
         letter = letters.from_message(
-            message,
-            message.queue,
+            self._message(call),
+            self._form.queue,
             error=name,
             text=text_of(error),
             traceback=traceback,
             arguments=[self._argument(head.changes)],
-            started_at=started_at,
+            started_at=call.started_at,
             worker=self._hostname,
         )
         if store_letter(self._app, letter):
             return None
         return Later(_AGAIN_SECONDS, head.retries)
+
+    def _message(self, call: _Call) -> Message:
+        """Return the task message that the changes would have without lanes."""
+        own = {
+            "id": call.id,
+            "root_id": call.id,
+            "argsrepr": call.argsrepr,
+            "retries": call.head.retries,
+            letters.DEATHS: call.head.deaths,
+        }
+        headers = {**self._form.headers, **own}
+        properties = {**self._form.properties, "correlation_id": call.id}
+        kind = CHANGE if self._handler.batch is None else CHANGES
+        form = Form(self._form.queue, self._form.task, headers, properties)
+        return Message.alone(form, _body(kind, call.head.changes))
+
+    def _described(self, call: _Call) -> str:
+        return escaped(f"{self._form.task}[{call.id}] ({call.argsrepr})")
 
 
 def _body(kind: str, changes: Sequence[Change]) -> str:
@@ -274,10 +282,6 @@ def _body(kind: str, changes: Sequence[Change]) -> str:
         f'[[{{"__type__":"{kind}","__value__":{value}}}],{{}},'
         '{"callbacks":null,"errbacks":null,"chain":null,"chord":null}]'
     )
-
-
-def _described(message: Message) -> str:
-    return escaped(f"{message.task}[{message.id}] ({message.headers.get('argsrepr')})")
 
 
 def _restored(result: Any) -> BaseException:

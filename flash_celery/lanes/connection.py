@@ -30,10 +30,16 @@ class Connection:
         self._publisher = publisher
         with literal_client(publisher.channel) as client:
             self.client = client
+        # They are kept, because each computes the digests of its scripts.
+        self._stores: dict[str, LaneStore] = {}
 
     def store(self, key: str) -> LaneStore:
         """Return the lanes of a handler, by the name of its keys without prefix."""
-        return LaneStore(self.client, prefixed(self._publisher.channel, key))
+        found = self._stores.get(key)
+        if found is None:
+            found = LaneStore(self.client, prefixed(self._publisher.channel, key))
+            self._stores[key] = found
+        return found
 
     def all_keys(self) -> list[str]:
         """Return the names of all handlers' keys on this broker."""
