@@ -398,11 +398,16 @@ class PublishingThread(threading.Thread):
             return self._changed.wait_for(lambda: self._generation != generation, seconds)
 
     def _check(self) -> None:
-        """Check that the connection still works, before a message needs it."""
+        """Check that the connection still works, and that nothing confirmed was lost.
+
+        While there is nothing to publish, nothing else would notice it.
+        """
         try:
             self._open()
             self._publisher.check()
             self._outage.over()
+        except (ConfirmedLost, TakenOver) as error:
+            self._reader.fail(error)
         except PublishError as error:
             self._handle_failure(error, [])
 

@@ -111,6 +111,17 @@ def test_flushall_while_no_replication_worker_runs_is_refilled_at_its_start(
     until_handled(shop, 110)
 
 
+def test_flushall_is_noticed_though_nothing_changes_any_more(refilling, valkey_client):
+    shop = refilling
+    replicate = enqueue(shop, 1, 100)
+    valkey_client.flushall()
+    shop.until_said(replicate, ENDED)
+    assert valkey_client.llen("flash") == 100
+    valkey_client.flushall()
+    wait_until(lambda: log(replicate).count(ENDED) == 2, "the second refill")
+    assert valkey_client.llen("flash") == 100
+
+
 @contextmanager
 def refill_under_way(shop, client):
     """A worker whose refill waits, because the queue is full."""

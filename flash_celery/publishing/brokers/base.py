@@ -81,10 +81,12 @@ class Publisher(Protocol):
         """Return whether a message may have these headers and properties; never raises."""
 
     def check(self) -> None:
-        """Check that the broker answers, if the transport can.
+        """Check that the broker answers, and has what it had confirmed, if the transport can.
 
         Raises:
             PublishError: The broker does not answer.
+            TakenOver: Another session has claimed the lease.
+            ConfirmedLost: It has lost something.
         """
 
     def depth(self, queue: str) -> int:

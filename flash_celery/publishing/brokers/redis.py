@@ -285,13 +285,18 @@ class RedisPublisher(ConnectedPublisher):
         return commands
 
     def check(self) -> None:
-        """Send a PING.
+        """Read the position of the session, or send a PING if there is none.
 
         Raises:
             PublishError: The broker does not answer.
+            TakenOver: Another session has claimed the lease.
+            ConfirmedLost: Redis has lost what it had confirmed.
         """
-        with self.errors(), self._channel.conn_or_acquire() as client:
-            client.ping()
+        with self.errors(), literal_client(self._channel) as client:
+            if self._position is not None and self._position.is_current:
+                self._position.check(client)
+            else:
+                client.ping()
 
     def _push(self, message: Message) -> _Push:
         if isinstance(message, LaneMessage):

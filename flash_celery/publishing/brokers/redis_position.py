@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, TypeAlias
 import redis
 
 from ...errors import ConfirmedLost, LanesNotReady, TakenOver
-from ...messages.deduplication import Deduplicator, Lease, Watermark
+from ...messages.deduplication import Deduplicator, Lease, Watermark, now
 from ...messages.task_message import Message
 from ...protocol.lsn import Lsn
 from . import lane_scripts
@@ -244,6 +244,11 @@ class RedisPosition:
         commands: list[Command] = [("HDEL", self._key, field) for field in stale]
         if self.compare_and_set(client, [("DEL", self._list), *commands]):
             self.check(client)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the lease is valid, so that no other session can have claimed another one."""
+        return now() < self._lease.until
 
     def recover_reply(self, client: Any) -> int:
         """Return how many messages Redis received in a write whose reply was lost.
