@@ -293,7 +293,7 @@ def body(value=VALUE, kind="flash_celery.change"):
 
 HEADERS = {"id": "1", "task": "shop.each", "lang": "py", "retries": 0, "argsrepr": "forged"}
 FORGERIES = {
-    "another version": (body(VALUE | {"v": 2}), {}),
+    "another version": (body(VALUE | {"v": 9}), {}),
     "counts": (body(VALUE | {"runs": [[0, 0, 0, 10**12, 0, 0]]}), {}),
     "rows": (body(VALUE | {"rows": "AAAA"}), {}),
     "columns": (body(VALUE | {"tables": [VALUE["tables"][0] | {"columns": []}]}), {}),
@@ -307,15 +307,15 @@ FORGERIES = {
     "keywords of another kind": (json.dumps([[], 5, EMBEDDED]), {}),
     "a number for a change": (json.dumps([[5], {}, EMBEDDED]), {}),
     "type": (body(kind="nonsense"), {}),
-    "retries": (body(VALUE | {"v": 2}), {"retries": "x", "flash_deaths": "y"}),
-    "no id": (body(VALUE | {"v": 2}), {"id": None}),
+    "retries": (body(VALUE | {"v": 9}), {"retries": "x", "flash_deaths": "y"}),
+    "no id": (body(VALUE | {"v": 9}), {"id": None}),
     "an id that is none": (body(), {"id": {"a": 1}}),
-    "a long id": (body(VALUE | {"v": 2}), {"id": "é" * 400}),
+    "a long id": (body(VALUE | {"v": 9}), {"id": "é" * 400}),
     "time limit": (body(), {"timelimit": ["x", {}]}),
     "time limits": (body(), {"timelimit": 5}),
     "expires": (body(), {"expires": "x"}),
     "eta": (body(), {"eta": []}),
-    "hostile": (body(VALUE | {"v": 2}), {"argsrepr": HOSTILE, "id": HOSTILE[:100]}),
+    "hostile": (body(VALUE | {"v": 9}), {"argsrepr": HOSTILE, "id": HOSTILE[:100]}),
 }
 
 
