@@ -109,6 +109,12 @@ def findings(source: Source) -> Iterator[Finding]:
     else:
         message = f"changes after {mark} can be replayed ({slot.wal_status})"
         yield Finding("replay", OK, message)
+    if (refill := refill_under_way(source)) is not None:
+        message = (
+            f"the broker has lost the changes committed from {refill.since} up to {refill.until}; "
+            "`flash replicate` enqueues them again before it reads on"
+        )
+        yield Finding("replay", WARNING, message)
 
 
 def prepare(source: Source) -> None:

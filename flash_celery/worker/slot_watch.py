@@ -16,6 +16,7 @@ from psycopg import errors as postgres
 
 from ..acknowledgement import Progress
 from ..errors import ReplicationError
+from ..postgres.connection import is_standby
 from ..postgres.slots import POSITION
 from ..postgres.source import Source
 from ..protocol.lsn import Lsn
@@ -91,6 +92,8 @@ class SlotWatch:
         self._progress = progress
         self._clock = clock
         self._telemetry = telemetry or Telemetry()
+        #: Whether the server is a standby. When it is promoted, a new timeline begins.
+        self._standby = is_standby(source.connection)
         #: The position that the stream had brought at the last check.
         self._received = Lsn(0)
         #: When that position last moved, or when the session was last not listening.
@@ -124,6 +127,9 @@ class SlotWatch:
                 f"The slot {self._slot} is not read by this worker's connection (PID {self._pid}) "
                 f"any more, but by {f'PID {reader}' if reader else 'no process'}; reconnecting."
             )
+        if self._standby and not standby:
+            # Messages name the timeline that the stream began in.
+            raise ReplicationError("The standby was promoted; reconnecting.")
         position = Lsn.parse(text)
         self._progress.mark(position, server_time)
         self._warn(_danger(wal_status, safe_bytes, limit), safe_bytes)

@@ -138,6 +138,7 @@ def test_refill_that_is_killed_goes_on_where_it_was(refilling, valkey_client):
     with refill_under_way(shop, valkey_client) as replicate:
         insert_rows(shop.database, 501, 510)
         assert "refill" in recorded(shop)
+        assert "the broker has lost the changes" in shop.run("flash", "doctor").stdout
         shop.end(replicate, signal.SIGKILL)
     assert valkey_client.llen("flash") < 500
     replicate = shop.replicate()

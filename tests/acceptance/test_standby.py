@@ -1,6 +1,8 @@
 """A standby is read, and never written (PostgreSQL 16 and later)."""
 
+import json
 import re
+from contextlib import contextmanager
 
 import pytest
 
@@ -98,6 +100,49 @@ def test_standby_delivers_changes(shop):
     insert_rows(shop.primary, 101, 200)
     shop.replicate()
     assert_handled(shop, 1, 200)
+
+
+def test_standby_that_is_promoted_goes_on_in_its_new_timeline(valkey, tmp_path):
+    import redis
+
+    with redis.Redis(port=valkey.port) as client, Postgres() as server:
+        client.flushall()
+        primary = Database(server, "postgres")
+        if primary.one("SHOW server_version_num") < "160000":
+            missing("PostgreSQL 16 or later")
+        primary.execute("CREATE TABLE items (id int PRIMARY KEY, name text, note text)")
+        with Standby(server) as other, closing_shop(other, valkey, tmp_path, primary) as shop:
+            applied(shop)
+            set_up_on_the_primary(shop)
+            replicate = replicating(shop)
+            insert_rows(primary, 1, 10)
+            wait_until(lambda: client.llen("flash") == 10, "the rows")
+            applied(shop)
+            server.stop()
+            shop.database.execute("SELECT pg_promote()")
+            shop.until_said(replicate, "The standby was promoted; reconnecting.")
+            insert_rows(shop.database, 11, 20)
+            wait_until(lambda: client.llen("flash") == 20, "the rows after the promotion")
+            histories = [
+                json.loads(json.loads(text)["body"])[0][0]["__value__"]["history"][0][1:]
+                for text in reversed(client.lrange("flash", 0, -1))
+            ]
+            assert histories[:10] == [[1]] * 10
+            assert [(timeline, ancestors[0][0]) for timeline, ancestors in histories[10:]] == [
+                (2, 1)
+            ] * 10
+            shop.worker()
+            assert_handled(shop, 1, 20)
+
+
+@contextmanager
+def closing_shop(*arguments):
+    server, *others = arguments
+    shop = StandbyShop(Database(server, "postgres"), *others)
+    try:
+        yield shop
+    finally:
+        shop.close()
 
 
 def test_standby_slot_loss_is_noticed_once_the_primary_records_the_slot(shop):
