@@ -35,6 +35,7 @@ WHERE evtenabled <> 'D' AND evtevent IN ('ddl_command_start', 'ddl_command_end',
 AND (evttags IS NULL OR evttags && '{CREATE PUBLICATION,ALTER PUBLICATION,ALTER TABLE,COMMENT}')
 ORDER BY 1
 """
+_IS_SUPERUSER = "SELECT rolsuper FROM pg_roles WHERE rolname = %s"
 _INHERITANCE = """
 SELECT rolinherit, pg_has_role(current_user, %s, 'MEMBER') FROM pg_roles
 WHERE rolname = current_user
@@ -64,9 +65,11 @@ def check(
     for step in steps:
         if step.table is not None and not step.table.owned:
             owner = _owner(connection, step.table.oid)
+            inheriting = _inheriting(source, role, owner)
+            let = f" or let this role do so: {inheriting}" if inheriting else ""
             raise CatalogError(
                 f"The role {role.name} does not own {step.table.name}; as its owner {owner} run: "
-                f"{step}; or let this role do so: {_inheriting(source, role, owner)}"
+                f"{step};{let}"
             )
     if foreign := foreign_publications(source, role):
         raise CatalogError(f"{foreign}.")
@@ -85,9 +88,10 @@ def foreign_publications(source: Source, role: Role) -> str:
         .as_string(None)
         for name in names
     )
+    inheriting = _inheriting(source, role, owner)
     return (
         f"{', '.join(names)} belong to the role {owner}, and {role.name} may not alter them or "
-        f"their comments: {_inheriting(source, role, owner)} or, as a superuser: {transfers};"
+        f"their comments: {f'{inheriting} or, ' if inheriting else ''}as a superuser: {transfers};"
     )
 
 
@@ -135,8 +139,11 @@ def _inheriting(source: Source, role: Role, owner: str) -> str:
     """Return the SQL, up to its semicolon, that gives the role the privileges of an owner.
 
     Even a member may lack them: until PostgreSQL 15 a role with NOINHERIT inherits nothing, and
-    since 16 each grant states whether its privileges are inherited.
+    since 16 each grant states whether its privileges are inherited. Return "" if the owner is a
+    superuser, who has too many.
     """
+    if source.connection.execute(_IS_SUPERUSER, [owner]).fetchone() == (True,):
+        return ""
     connection, name = source.connection, sql.Identifier(owner).as_string(None)
     grant = f"GRANT {name} TO {role}"
     if connection.info.server_version >= _INHERIT_OPTION:

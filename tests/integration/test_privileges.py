@@ -42,6 +42,14 @@ def roles(database):
         database.execute(f"DROP ROLE {role}")
 
 
+def test_role_is_not_advised_to_get_the_privileges_of_a_superuser(flash, roles):
+    flash.database.execute("ALTER TABLE sales.items OWNER TO postgres")
+    flash.handler("sales.items")
+    text = refusal(flash, roles)
+    assert "as its owner postgres run: ALTER PUBLICATION" in text
+    assert "GRANT" not in text
+
+
 def findings(flash, dsn):
     flash.app.conf.flash_dsn = dsn
     flash.app.finalize()
@@ -101,6 +109,7 @@ def test_publications_of_another_owner_are_named_with_the_grant(flash, roles):
     (warned,) = [finding for finding in findings(flash, roles) if finding.subject == "publications"]
     assert warned.level == WARNING
     assert "flash_publication_update belong to the role postgres" in warned.message
+    assert "GRANT" not in warned.message  # not the privileges of a superuser
     # As long as nothing is to be altered, that is all.
     flash.start(flash_dsn=roles).stop()
     flash.database.execute("CREATE TABLE sales.more (id int PRIMARY KEY)")
