@@ -18,7 +18,7 @@ from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.settings import Settings
 from tests.docs.claims import proofs, unproved
-from tests.docs.pages import README, commands, examples
+from tests.docs.pages import PAGES, README, commands, examples
 
 from .test_architecture import ORDER, PACKAGE
 
@@ -66,6 +66,19 @@ def test_document_examples_run(app):
         ("index", "public.orders"),
         ("order_paid", "messages 'order.paid'"),
     ]
+
+
+def test_examples_of_ordered_handlers_declare_their_order(app):
+    (example,) = examples(PAGES["howto/keep-the-order.md"])
+    names = {"app": app, "on_change": on_change}
+    exec(compile(example, "keep-the-order.md", "exec"), names)
+    Settings.from_app(app)
+    orders = {each.subject: each.ordered for each in subscriptions_of(app)}
+    assert orders.keys() == {"public.orders", "public.order_lines", "public.accounts"}
+    assert orders["public.orders"].by is None
+    assert list(orders["public.order_lines"].by) == ["order_id"]
+    assert list(orders["public.accounts"].by) == ["tenant_id"]
+    assert orders["public.accounts"].on_failure == "block"
 
 
 def test_settings_are_documented_with_their_defaults():
