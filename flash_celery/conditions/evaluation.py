@@ -139,7 +139,8 @@ def _key(lookup: Lookup, column_type: ColumnType) -> comparison.Key:
         )
     if key is None:
         raise SubscriptionError(
-            f"{lookup} compares {column_type.name}, which only PostgreSQL can do."
+            f"{lookup} compares {column_type.name}, which only PostgreSQL can do. Leave it out of "
+            "where, and compare the value in the handler."
         )
     return key
 

@@ -38,6 +38,14 @@ class Step:
         return self.statement.as_string(None)
 
 
+class StepFailed(CatalogError):
+    """PostgreSQL refuses a step."""
+
+    def __init__(self, message: str, step: Step | None = None) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 def apply(
     connection: psycopg.Connection[Any],
     steps: Iterable[Step],
@@ -52,7 +60,7 @@ def apply(
 
     Raises:
         TableLocked: A table was still locked at the fifth attempt.
-        CatalogError: A statement fails.
+        StepFailed: A statement fails.
     """
     for step in steps:
         if step.table is not None:
@@ -78,7 +86,7 @@ def _run(connection: psycopg.Connection[Any], step: Step, wait: Callable[[float]
         except psycopg.OperationalError:
             raise
         except psycopg.Error as error:
-            raise CatalogError(f"{step} failed: {error.diag.message_primary}.") from error
+            raise StepFailed(f"{step} failed: {error.diag.message_primary}.", step) from error
 
 
 def _blockers(connection: psycopg.Connection[Any], table: CatalogTable | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
@@ -128,8 +128,10 @@ class Startup:
                 slots.drop(source.connection, self._slot)
             report = self._preflight(source, progress)
         while report.steps and manage:
-            ddl.apply(source.connection, report.steps, self._control.sleep)
+            failed = self._apply(source, report.steps)
             report = self._preflight(source, progress)
+            if failed is not None and failed.step in report.steps:
+                raise failed
         if not report.slot_exists:
             self._create_slot(stream, report)
         elif report.failover_missing and manage:
@@ -154,6 +156,17 @@ class Startup:
         self.partition_history.add_snapshot(
             Lsn.parse(slots.position_and_time(source.connection)[0]), report.leaves
         )
+
+    def _apply(self, source: Source, steps: Iterable[ddl.Step]) -> ddl.StepFailed | None:
+        """Run steps, and return the failure of one: a table may have been dropped since the plan.
+
+        The caller raises it if the next plan has that step, too.
+        """
+        try:
+            ddl.apply(source.connection, steps, self._control.sleep)
+        except ddl.StepFailed as failed:
+            return failed
+        return None
 
     def _restore_record(self, source: Source) -> None:
         """Write comments back that another tool has removed from the publications, or replaced.
@@ -272,7 +285,11 @@ class Startup:
         report = preflight.examine(source, self._subscriptions, progress)
         if report.repairs and not report.standby and self._settings.flash_manage:
             self._require_unused(source.connection, report)
-            ddl.apply(source.connection, report.repairs, self._control.sleep)
+            failed = self._apply(source, report.repairs)
+            if failed is not None:
+                if failed.step in preflight.examine(source, self._subscriptions, progress).repairs:
+                    raise failed
+                return self._preflight(source, progress)
             self.fingerprint = self._fingerprint(source)
         self._raise_first(report)
         self._unaltered_at = now

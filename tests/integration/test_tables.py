@@ -2,10 +2,12 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from flash_celery.errors import SubscriptionError
+from flash_celery.provisioning import ddl
 
 from .conftest import shown
 
@@ -429,6 +431,26 @@ def test_virtual_column_added_under_full_stops_the_worker_only(flash, push_down)
     assert delivered[1].startswith("update")
     assert delivered[1].endswith("1,7")
     assert delivered[-2:] == ["insert 2,5", "delete 2,5"]
+
+
+def test_partition_dropped_during_the_set_up_does_not_end_it(flash, monkeypatch, caplog):
+    monkeypatch.setattr(ddl, "LOCK_TIMEOUT", "50ms")
+    caplog.set_level("WARNING")
+    flash.database.execute(
+        "CREATE TABLE logs (id int PRIMARY KEY, note text) PARTITION BY LIST (id)",
+        *(f"CREATE TABLE logs_{n} PARTITION OF logs FOR VALUES IN ({n})" for n in (1, 2, 3)),
+    )
+    flash.handler("logs", fields=["note"])
+    with flash.database.connect() as reader, ThreadPoolExecutor(1) as pool:
+        reader.execute("BEGIN")
+        reader.execute("SELECT FROM logs_1")
+        started = pool.submit(flash.start)
+        flash.wait(lambda: '"logs_1" REPLICA IDENTITY FULL waits for' in caplog.text)
+        flash.database.execute("DROP TABLE logs_2")
+        reader.execute("ROLLBACK")
+        started.result()
+    flash.do("INSERT INTO logs VALUES (3, 'a')", "UPDATE logs SET note = 'b'")
+    assert shown(flash.delivered()) == ["insert a", "update a -> b"]
 
 
 @pytest.mark.parametrize("how", ["REPACK", "REPACK (CONCURRENTLY)"])
