@@ -1,6 +1,8 @@
 """A PostgreSQL that Debian has only in a newer release: unpacked beside the machine's own packages.
 
-`python -m tests.debian_postgres 19` prints the folder of its programs.
+`python -m tests.debian_postgres 19` prints the folder of its programs, and `… 18 ip4r` that of
+a server with an extension: those of the tests marked `soak` are postgis-3 with postgis-3-scripts,
+ip4r (test_extensions.py), repack, squeeze, partman and cron (test_maintenance.py).
 
 Nothing is installed. apt works on folders of its own, and the programs run with the C library and
 the other libraries of that release, which are unpacked with them.
@@ -29,20 +31,25 @@ exec {libraries}/{loader} --library-path {libraries} --argv0 "$0" {program} "$@"
 """
 
 
-def unpack(major):
+def unpack(major, *extensions):
     """Return the folder of `postgres` and `initdb`, unpacked into `CACHE`.
+
+    Args:
+        major: The major version.
+        extensions: The packages of extensions, without `postgresql-18-`.
 
     Raises:
         OSError, subprocess.CalledProcessError: Debian has no such server, or cannot be reached.
     """
-    folder = CACHE / major
+    folder = CACHE / "-".join([major, *extensions])
     programs = folder / "usr" / "lib" / "postgresql" / major / "bin"
     if (folder / "done").exists():
         return programs
     if not KEYS.exists():
         raise FileNotFoundError(f"{KEYS} (debian-archive-keyring)")
     apt = _Apt(folder / "apt")
-    names = f"postgresql-{major}", f"postgresql-client-{major}"
+    names = [f"postgresql-{major}", f"postgresql-client-{major}"]
+    names += [f"postgresql-{major}-{extension}" for extension in extensions]
     apt.run("apt-get", "update", "-qq")
     listed = apt.run("apt-cache", "depends", "--recurse", *ONLY_DEPENDS, *names).splitlines()
     libraries = {name for name in listed if name.startswith(("lib", "zlib1g"))}
@@ -52,6 +59,10 @@ def unpack(major):
         subprocess.run(["dpkg-deb", "-x", package, folder], check=True)
     shutil.rmtree(folder / "apt")
     _wrap(folder, programs)
+    controls = folder / "usr" / "share" / "postgresql" / major / "extension"
+    for control in controls.glob("postgis*-3.control"):
+        # Installed, the package has this link among Debian's alternatives.
+        control.with_name(control.name.replace("-3", "")).symlink_to(control.name)
     (folder / "done").touch()
     return programs
 
@@ -109,6 +120,6 @@ def _wrap(folder, programs):
 
 if __name__ == "__main__":
     try:
-        sys.stdout.write(f"{unpack(sys.argv[1])}\n")
+        sys.stdout.write(f"{unpack(*sys.argv[1:])}\n")
     except (OSError, subprocess.CalledProcessError) as error:
         sys.exit(str(error))
