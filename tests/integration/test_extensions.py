@@ -41,7 +41,7 @@ def rows(request, database):
     """The rows of an extension, which is created in the database."""
     try:
         database.execute(f"CREATE EXTENSION {request.param} CASCADE")
-    except psycopg.errors.FeatureNotSupported as error:
+    except (psycopg.errors.FeatureNotSupported, psycopg.errors.UndefinedFile) as error:
         pytest.skip(f"{error.diag.message_primary} (packages: tests/debian_postgres.py)")
     return ROWS[request.param]
 

@@ -48,7 +48,7 @@ def postgres():
 def create_extension(database, name):
     try:
         database.execute(f"CREATE EXTENSION {name} CASCADE")
-    except psycopg.errors.FeatureNotSupported as error:
+    except (psycopg.errors.FeatureNotSupported, psycopg.errors.UndefinedFile) as error:
         pytest.skip(f"{error.diag.message_primary} (packages: tests/debian_postgres.py)")
 
 
@@ -246,11 +246,10 @@ def test_rewrite_is_decoded_for_the_slot_as_documented(database, way):
         "SELECT pg_create_logical_replication_slot('others', 'pgoutput')",
     )
     WAYS[way](database)
-    read = (
-        "SELECT count(*) FROM pg_logical_slot_get_binary_changes("
+    database.execute(
+        "SELECT FROM pg_logical_slot_get_binary_changes("
         "'others', NULL, NULL, 'proto_version', '1', 'publication_names', 'others')"
     )
-    assert database.one(read) == 0
     decoded = database.one(
         "SELECT total_bytes FROM pg_stat_replication_slots WHERE slot_name = 'others'"
     )
