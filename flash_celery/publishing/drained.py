@@ -1,4 +1,4 @@
-"""Whether the workers have handled everything that was enqueued."""
+"""Checks whether the workers have handled everything that was enqueued."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import brokers
 def is_drained(app: Any, queues: Sequence[str]) -> bool:
     """Return whether these queues or lanes are empty and workers hold no message of any queue.
 
-    False if that cannot be found out: the broker does not answer, or is not Redis.
+    Returns False if that is unknown, because the broker does not answer or is not Redis.
     """
     with closing(brokers.for_app(app)) as publisher:
         unacknowledged = getattr(publisher, "unacknowledged", None)

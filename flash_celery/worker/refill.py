@@ -2,8 +2,8 @@
 
 The changes come from a copy of the replay slot, through the same publications, so they have the ids
 that they had at first. A session does this before it reads its own stream, so that everything is
-enqueued in the order of the WAL. PostgreSQL records the range, so that the next session goes on
-after a crash; the broker's position leaves out what was enqueued by then.
+enqueued in the order of the WAL. The range is recorded in PostgreSQL, so that the next session
+continues after a crash, and the broker's position excludes the changes that were enqueued by then.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 #: Seconds between two requests for the server's position.
 _STATUS_SECONDS = 1.0
 _STARTS = (
-    "Enqueuing the changes again that were committed from %s up to %s, since the broker has lost "
-    "them: from %s. Reading goes on afterwards"
+    "Enqueuing the changes again that were committed from %s (%s) up to %s, because the broker has "
+    "lost them; reading continues afterwards"
 )
 _ENDED = "Enqueued %d changes again, committed from %s up to %s"
 _MISSING = (
@@ -50,10 +50,10 @@ _NO_WINDOW = (
 
 
 def on_lost_broker(settings: Settings, subscriptions: Iterable[Subscription]) -> str:
-    """Return what to do when the broker has lost what it had confirmed.
+    """Return `continue`, `halt` or `refill`: the reaction if the broker loses confirmed messages.
 
-    `continue`, `halt` or `refill`. An ordered handler would otherwise get older changes after newer
-    ones, once they are replayed.
+    With an ordered handler it is `refill` by default. Otherwise that handler would get the lost
+    changes after newer ones, when they are replayed.
     """
     if settings.flash_on_lost_broker != "auto":
         return settings.flash_on_lost_broker
@@ -153,7 +153,7 @@ class Refill:
             logger.error(_MISSING, beginning.position, end, settings.flash_replay_window)
         if self.since >= self.until:
             return False
-        logger.warning(_STARTS, self.since, self.until, beginning.reason)
+        logger.warning(_STARTS, self.since, beginning.reason, self.until)
         self._stream = self._open_copy(settings)
         names = publication_names(self._source.prefix)
         self._stream.start(self._copy, names, self.since, messages=self._has_messages)
