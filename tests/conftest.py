@@ -13,6 +13,7 @@ from celery import Celery
 from psycopg import sql
 
 from example_project.servers import Postgres, Rabbit, Valkey, free_port
+from tests import memory
 
 pytest.register_assert_rewrite(
     "tests.acceptance.network",
@@ -29,7 +30,7 @@ _numbers = itertools.count(1)
 SOAK_TIMEOUT = 3600
 
 
-def pytest_configure():
+def pytest_configure(config):
     """Give this process, and so its children, the default handlers of SIGINT and SIGQUIT.
 
     A script's shell starts what runs in the background with both ignored, and children inherit
@@ -39,6 +40,12 @@ def pytest_configure():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN:
         signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    # Soak tests write gigabytes. (The processes of xdist inherit the folder of the first.)
+    soak = config.option.markexpr != "not soak"
+    if not soak and "FLASH_FOLDER" not in os.environ and memory.is_enough():
+        folder = memory.new_folder()
+        os.environ["FLASH_FOLDER"] = str(folder)
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(items):
@@ -147,6 +154,7 @@ class Database:
         self.name = name
         self.dsn = server.dsn(name)
         self.slot = f"flash_{name}"
+        self._asked = None, None
 
     def connect(self):
         return psycopg.connect(self.dsn, autocommit=True)
@@ -159,9 +167,33 @@ class Database:
             return cursor.fetchall() if cursor.description else []
 
     def one(self, statement):
-        return self.execute(statement)[0][0]
+        """Return a value, from a session that is kept for the next question.
+
+        Tests ask until the answer is the right one, and connecting costs thirty times as much.
+        """
+        dsn, session = self._asked
+        if dsn != self.dsn or session.closed:
+            session = self._ask()
+        try:
+            return session.execute(statement).fetchone()[0]
+        except psycopg.OperationalError:
+            if not session.closed:
+                raise
+        return self._ask().execute(statement).fetchone()[0]  # the server was restarted
+
+    def _ask(self):
+        self.close()
+        session = psycopg.connect(self.dsn, autocommit=True, prepare_threshold=None)
+        self._asked = self.dsn, session
+        return session
+
+    def close(self):
+        _, session = self._asked
+        if session is not None:
+            session.close()
 
     def drop(self):
+        self.close()
         with psycopg.connect(self.server.dsn(), autocommit=True) as connection:
             connection.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s",
