@@ -116,7 +116,9 @@ def test_comment_removed_while_the_worker_runs_is_written_back_at_once(flash, ca
     comment = RECORD.replace("_insert", f"_{operation}")
     flash.database.execute(ITEMS)
     flash.handler("items").start(flash_replay_window=3600)
-    flash.do("SELECT 1").wait(lambda: flash.database.one(comment))
+    # The replay slot's is written again with the first acknowledgement.
+    written = '"next"' if operation == "truncate" else "{"
+    flash.do("SELECT 1").wait(lambda: written in (flash.database.one(comment) or ""))
     before = json.loads(flash.database.one(comment))
     flash.database.execute(f"COMMENT ON PUBLICATION flash_publication_{operation} IS 'a note'")
     flash.wait(lambda: "wrote them back" in caplog.text)
