@@ -17,7 +17,15 @@ RELEASES = {
     "5.6": ["celery~=5.6.0", "kombu[redis]~=5.6.0"],
     "5.7": ["celery~=5.7.0", "kombu[redis]~=5.7.0"],
 }
-ACCEPTANCE = ("celery", "commands", "dead_letters", "declarations", "pipeline", "typing")
+ACCEPTANCE = [
+    "celery",
+    "commands",
+    "dead_letters",
+    "declarations",
+    "inspection",
+    "pipeline",
+    "typing",
+]
 TESTS = ["tests/unit", *(f"tests/acceptance/test_{name}.py" for name in ACCEPTANCE)]
 
 
