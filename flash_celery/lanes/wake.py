@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two sweeps of a worker.
 SWEEP_SECONDS = 2.0
+#: Seconds before a lane is given back after an error that is not the handler's.
+_PAUSE_SECONDS = 1.0
 #: A lease is renewed this many times before it runs out.
 _RENEWALS = 3
 #: The errors of a task whose worker process has ended.
@@ -114,6 +116,8 @@ def _attempt(step: Step, lease: HeldLease) -> Any:
 def _give_back(lease: HeldLease) -> None:
     """Let another worker go on at once, after an error here."""
     died = not outcome.is_stopping()
+    if died:
+        time.sleep(_PAUSE_SECONDS)  # not too often: it may fail again at once
     try:
         lease.store.release(lease.lane, lease.token, died)
     except redis.RedisError as error:

@@ -187,6 +187,23 @@ def test_sweep_wakes_less_and_less_often_while_no_worker_comes(lane):
     assert lane.wakes == swept + 1
 
 
+def test_lanes_that_wait_for_another_layout_are_resumed(lane):
+    wake = json.dumps([lane_scripts.LANE_MARK, lane_scripts.ID_MARK])
+
+    def configure(layout, paused):
+        return lane.store.configure("_flash.ordered", KEY, layout, 4, QUEUE, wake, "{}", paused)
+
+    lane.push(1)
+    assert configure("layout", True)
+    assert lane.claim() == "paused"
+    assert not configure("other", False)
+    lane.now += 1
+    assert lane.store.sweep() == 1
+    assert lane.claim().deaths == 0
+    assert lane.commit(1, entries=1, cursor=0) is None
+    assert configure("other", False)
+
+
 def test_push_wakes_a_lane_once(lane):
     for number in range(5):
         lane.push(1, first=number)

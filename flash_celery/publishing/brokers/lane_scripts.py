@@ -192,13 +192,7 @@ local now = time_now(ARGV[1])
 CONFIGURE = (
     _BEGIN
     + """
-local layout = redis.call('HGET', S, 'layout')
-if layout and layout ~= ARGV[3] and tonumber(redis.call('HGET', S, 'waiting') or 0) > 0 then
-    return 0
-end
-redis.call('SADD', KEYS[2], ARGV[2])
-redis.call('HSET', S, 'layout', ARGV[3], 'lanes', ARGV[4], 'queue', ARGV[5], 'wake', ARGV[6],
-    'form', ARGV[7])
+-- First, so that lanes that have to be emptied can go on.
 if ARGV[8] == '1' then
     redis.call('HSET', S, 'paused', '1')
 elseif ARGV[8] == '0' and redis.call('HDEL', S, 'paused') == 1 then
@@ -208,6 +202,13 @@ elseif ARGV[8] == '0' and redis.call('HDEL', S, 'paused') == 1 then
         if not found[1] and not found[2] then wake_later(H, lane, now, 0) end
     end
 end
+local layout = redis.call('HGET', S, 'layout')
+if layout and layout ~= ARGV[3] and tonumber(redis.call('HGET', S, 'waiting') or 0) > 0 then
+    return 0
+end
+redis.call('SADD', KEYS[2], ARGV[2])
+redis.call('HSET', S, 'layout', ARGV[3], 'lanes', ARGV[4], 'queue', ARGV[5], 'wake', ARGV[6],
+    'form', ARGV[7])
 return 1
 """
 )
