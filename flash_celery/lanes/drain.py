@@ -358,7 +358,7 @@ class Drain:
         lease = self._lease
         place = lease.lane, lease.token, marker.barrier
         text = yield partial(self._store.arrive, *place, marker.lanes)
-        if text is None:
+        if text is None or not (lease.certain or (yield lease.renew)):
             return
         try:
             entry = lane_entries.decode(text)

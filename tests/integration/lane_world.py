@@ -77,6 +77,8 @@ class Process:
     #: Until which turn of the world it stands still.
     frozen_until: int = 0
     was_frozen: bool = False
+    #: Whether it was frozen between the look at its clock and the call, which no code can prevent.
+    excused: bool = False
 
 
 class World:
@@ -217,6 +219,10 @@ class World:
         return None
 
     def start(self, process):
+        holder = self.client.hget(f"{KEY}.state", f"t{process.lane}")
+        held = holder == process.lease.token.encode()
+        assert held or process.excused, "a call without a lease"
+        process.excused = False
         frozen = self.happened["freeze"]
         for other in filter(None, self.processes):
             pairs = [(a, b) for a in other.running for b in process.running]
@@ -367,6 +373,8 @@ class World:
         if self.may("freeze", 0.02):
             self.happened["freeze"] += 1
             process.was_frozen = True
+            pending = getattr(process.step, "func", None) == self.handle
+            process.excused = pending and not process.running
             process.frozen_until = self.turn + self.random.choice([20, 200])
             self.now += 40
             # The threads of the others have renewed their leases in this time.
