@@ -447,3 +447,38 @@ def test_lanes_through_a_sentinel_failover_lose_nothing(make_shop):
         shop.worker("prefork", "flash")
         values = assert_in_order(until_ended(shop, 4 * 40, timeout=120))
         assert all(set(found) == set(range(40)) for found in values.values())
+
+
+def test_lanes_get_replayed_changes_in_their_order(ordered):
+    ordered.environment.update(SHOP_CONF='{"flash_replay_window": 3600}')
+    ordered.replicate()
+    worker = ordered.worker("prefork", "flash")
+    since = ordered.database.one("SELECT pg_current_wal_insert_lsn()::text")
+    insert(ordered, 3)
+    update(ordered, 3, 1, 6)
+    until_ended(ordered, 18)
+    assert ordered.run("flash", "wait").returncode == 0
+    replayed = ordered.run("flash", "replay", "--handler", "each", "--since", since, "--yes")
+    assert replayed.returncode == 0, replayed.stderr
+    assert "18" in replayed.stdout
+    wait_until(lambda: len(ended(ordered)) == 36, "the replayed changes")
+    for key in range(3):
+        found = [int(n["new"]["name"]) for n in ended(ordered) if keys_of(n) == key]
+        assert found == [*range(6), *range(6)]
+    ids = {(note["id"], note["task_id"]) for note in ended(ordered)}
+    assert len(ids) == 18
+    assert ordered.end(worker) == 0
+
+
+def test_lanes_that_are_full_pause_reading(ordered):
+    ordered.environment.update(SHOP_CONF='{"flash_max_queue_length": 20}')
+    replicate = ordered.replicate()
+    for number in range(8):
+        ordered.database.execute(
+            f"INSERT INTO items SELECT n, '{number}', NULL "
+            f"FROM generate_series({number * 10}, {number * 10 + 9}) AS n"
+        )
+    ordered.until_said(replicate, "further changes stay in the WAL")
+    assert summary(ordered)["waiting"] < 80
+    ordered.worker("prefork", "flash")
+    until_ended(ordered, 80)

@@ -5,6 +5,8 @@
 
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 import redis
@@ -16,6 +18,7 @@ from flash_celery.publishing.brokers import lane_scripts
 from flash_celery.publishing.brokers.lane_store import Done, LaneStore, LostLease
 from tests.integration.lane_world import KEY, LEASE, PUSH, QUEUE, Faults, World, delivery
 
+ROOT = Path(__file__).parents[2]
 #: Schedules of each kind; `make long` runs many more.
 SCHEDULES = int(os.environ.get("FLASH_SCHEDULES", 250))
 
@@ -248,3 +251,31 @@ def test_entry_of_another_version_keeps_its_lane_waiting(lane, caplog):
     assert handler.steps == ["claim", "sleep"]
     assert "Upgrade the Celery workers" in caplog.text
     assert lane.client.llen(f"{KEY}.0") == 1
+
+
+def documented_commands():
+    """The commands that docs/redis.md names for lanes, besides those of every push."""
+    text = (ROOT / "docs/redis.md").read_text()
+    rows = re.findall(r"^\| (?:the commands of the step|ordered handlers).*$", text, re.MULTILINE)
+    return re.findall(r"`([A-Z ]+)`", "".join(rows))
+
+
+def test_lanes_need_only_the_commands_that_are_documented(client, valkey):
+    commands = [name.lower().replace(" ", "|") for name in documented_commands()]
+    assert len(commands) > 20
+    client.acl_setuser(
+        "lanes",
+        enabled=True,
+        passwords=["+secret"],
+        keys=["_flash.*", QUEUE],
+        commands=[f"+{name}" for name in (*commands, "eval", "select", "hello", "client|setinfo")],
+    )
+    options = {"port": valkey.port, "db": 9, "username": "lanes", "password": "secret"}
+    try:
+        with redis.Redis(**options) as limited:
+            for seed in range(20):
+                world = World(client, seed, Faults(crash=2), changes=8)
+                world.store.client = limited
+                world.run()
+    finally:
+        client.acl_deluser("lanes")
