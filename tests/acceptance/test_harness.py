@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from example_project.servers import wait_until
+from tests import memory
 from tests.conftest import SOAK_TIMEOUT
 from tests.processes import ForkedProcess, run_python, start_logged_python
 
@@ -157,3 +158,39 @@ os.kill(os.getpid(), signal.SIGKILL)
     )
     assert ran.returncode == -signal.SIGKILL
     wait_until(lambda: not psutil.pid_exists(int(ran.stdout)), "the child to end")
+
+
+NEW_FOLDER = """
+import pathlib, sys
+from tests import memory
+
+memory.MEMORY = pathlib.Path(sys.argv[1])
+print(memory.new_folder(), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_folder_in_memory_is_removed_after_its_tests_were_killed(tmp_path, monkeypatch):
+    """By the next tests; those that still run keep theirs."""
+    monkeypatch.setattr(memory, "MEMORY", tmp_path)
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", NEW_FOLDER, tmp_path],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    )
+    with first, second:
+        kept, left = (Path(one.stdout.readline().strip()) for one in (first, second))
+        (left / "data").write_text("of a server")
+        second.kill()
+        second.wait(30)
+        assert kept.is_dir()
+        assert left.is_dir()
+        third = memory.new_folder()
+        assert sorted(tmp_path.iterdir()) == sorted((kept, third))
+        assert memory.new_folder() != third
+        first.stdin.close()

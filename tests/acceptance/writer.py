@@ -74,7 +74,8 @@ def assert_writes_handled(shop, writer, handler="each", since=0):
     A change that was handled again had the same ids.
     """
     expected = writer.changes[since:]
-    notes = shop.until_noted(len(expected), handler, timeout=300)
+    # It ends before the limit of the test, and so with the logs.
+    notes = shop.until_noted(len(expected), handler, timeout=150)
     handled = {}
     for note in notes:
         change = note["operation"], note["key"]["id"]

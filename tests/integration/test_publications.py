@@ -138,7 +138,7 @@ NARROW = [
 def test_writes_work_after_every_statement_of_setup_change_and_reset(
     tables, connection, number, push_down
 ):
-    """After every one as a soak test, else after every third; each plan begins elsewhere."""
+    """As a soak test after every one, else after every third one of each plan."""
     before = identities(tables)
     settings = Settings(flash_replication_slot="flash_setup", flash_push_down=push_down)
     killed = partial(killed_after_steps, connection, tables, settings=settings, number=number)
