@@ -9,6 +9,7 @@
     │   ├── SlotInUse             (retry)
     │   ├── PublicationMismatch
     │   ├── ReplicaIdentityMissing
+    │   ├── StepFailed            a statement of the set-up
     │   └── TableLocked           (retry)
     ├── ProtocolError             bytes that PostgreSQL should not have sent
     ├── ReplicationError          the connection to PostgreSQL (retry)
@@ -38,7 +39,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .escaping import escaped
 
@@ -70,6 +71,14 @@ class CatalogError(FlashError):
     """An object or a privilege in PostgreSQL is not what replication needs."""
 
     solution = "`flash doctor` prints the SQL that fixes it."
+
+
+class StepFailed(CatalogError):
+    """PostgreSQL refuses a statement of the set-up, which is in `step`."""
+
+    def __init__(self, message: str, step: Any = None) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class SlotMissing(CatalogError):

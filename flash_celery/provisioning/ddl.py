@@ -13,7 +13,7 @@ from psycopg import errors as postgres
 from psycopg import sql
 
 from ..backoff import delays
-from ..errors import CatalogError, TableLocked
+from ..errors import StepFailed, TableLocked
 from ..escaping import escaped
 from ..postgres.catalog import CatalogTable
 
@@ -36,14 +36,6 @@ class Step:
 
     def __str__(self) -> str:
         return self.statement.as_string(None)
-
-
-class StepFailed(CatalogError):
-    """PostgreSQL refuses a step."""
-
-    def __init__(self, message: str, step: Step | None = None) -> None:
-        super().__init__(message)
-        self.step = step
 
 
 def apply(

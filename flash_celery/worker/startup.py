@@ -13,7 +13,7 @@ import psycopg
 from ..acknowledgement import Progress
 from ..capture.partition_history import PartitionHistory
 from ..changes.operations import Operation
-from ..errors import CatalogError, PublicationMismatch, SlotInUse, SlotMissing
+from ..errors import CatalogError, PublicationMismatch, SlotInUse, SlotMissing, StepFailed
 from ..escaping import escaped
 from ..handlers.subscriptions import Subscription, of_tables
 from ..postgres import catalog, other_publications, slots
@@ -157,14 +157,14 @@ class Startup:
             Lsn.parse(slots.position_and_time(source.connection)[0]), report.leaves
         )
 
-    def _apply(self, source: Source, steps: Iterable[ddl.Step]) -> ddl.StepFailed | None:
+    def _apply(self, source: Source, steps: Iterable[ddl.Step]) -> StepFailed | None:
         """Run steps, and return the failure of one: a table may have been dropped since the plan.
 
         The caller raises it if the next plan has that step, too.
         """
         try:
             ddl.apply(source.connection, steps, self._control.sleep)
-        except ddl.StepFailed as failed:
+        except StepFailed as failed:
             return failed
         return None
 
