@@ -137,8 +137,10 @@ def encode(deliveries: Iterable[Delivery]) -> str:
         if same == last and ordinal == following and not part:
             runs[-1][3] += count
         else:
-            end = _run_end(part, number, shift)
-            runs.append([table_number, transaction_number, ordinal, count, *end])
+            run = [table_number, transaction_number, ordinal, count]
+            if part or number or shift:
+                run += _run_end(part, number, shift)
+            runs.append(run)
         last, following = same, ordinal + count
         rows += delivered
     return (
@@ -160,8 +162,9 @@ def encode_each(delivery: Delivery) -> Iterator[tuple[str, str, str]]:
         f'"tables":[{_table_json(table)}],'
         f'"transactions":[{_transaction_json(transaction, 0, commit)}],"runs":[[0,0,'
     )
-    end = "".join(map(",{}".format, _run_end(part, number, shift)))
-    middle = f',1{end}]],"rows":"'
+    middle = ',1]],"rows":"'
+    if part or number or shift:
+        middle = "".join(f",{each}" for each in (1, *_run_end(part, number, shift))) + ']],"rows":"'
     backfilled = transaction.backfill is not None
     for ordinal, row in enumerate(rows, first):
         yield (
@@ -173,10 +176,8 @@ def encode_each(delivery: Delivery) -> Iterator[tuple[str, str, str]]:
 
 def _run_end(part: int, number: int, shift: int) -> list[int]:
     """Return the last elements of a run, without zeros at its end."""
-    if not (part or number or shift):
-        return []
     end = [int(part), number, shift]
-    while not end[-1]:
+    while end and not end[-1]:
         end.pop()
     return end
 

@@ -29,7 +29,8 @@ class Lsn(int):
         return cls((int(halves[1], 16) << 32) | int(halves[2], 16))
 
     def __str__(self) -> str:
-        return f"{self >> 32:X}/{self & 0xFFFFFFFF:X}"
+        # On the path of each transaction, where an f-string takes a quarter longer.
+        return "%X/%X" % (self >> 32, self & 0xFFFFFFFF)  # noqa: UP031
 
     def __repr__(self) -> str:
         return f"Lsn('{self}')"
