@@ -60,6 +60,12 @@ class Mark(NamedTuple):
         return f"{self.lsn} ({self.time.isoformat(' ', 'seconds')})"
 
 
+_REFILL_GIVEN_UP = (
+    "The broker has lost the changes committed from %s up to %s, and enqueuing them again was not "
+    "completed: they may be missing, because flash_replay_window is 0 now"
+)
+
+
 class Refill(NamedTuple):
     """A range of changes that the broker has lost, and that are being enqueued again."""
 
@@ -128,6 +134,8 @@ def prepare(source: Source) -> None:
     slot, recorded = slots.find(source.connection, name), _recorded(source)
     if not source.settings.flash_replay_window:
         if recorded is not None:
+            if (refill := refill_under_way(source)) is not None:
+                logger.error(_REFILL_GIVEN_UP, refill.since, refill.until)
             forget(source)
             logger.info("Dropped the slot %s because flash_replay_window is 0", name)
         return

@@ -15,6 +15,10 @@ from tests.acceptance.steps import insert_rows, wait_until_confirmed
 
 STARTED = "Enqueuing the changes again that were committed from"
 ENDED = "changes again, committed from"
+COMMENT = (
+    "SELECT obj_description(oid, 'pg_publication') FROM pg_publication "
+    "WHERE pubname = 'flash_publication_truncate'"
+)
 
 
 def conf(**settings):
@@ -61,11 +65,7 @@ def assert_same_ids(shop):
 
 def recorded(shop):
     """The record of the replay slot."""
-    text = shop.database.one(
-        "SELECT obj_description(oid, 'pg_publication') FROM pg_publication "
-        "WHERE pubname = 'flash_publication_truncate'"
-    )
-    return json.loads(text)["flash_celery_history"]
+    return json.loads(shop.database.one(COMMENT))["flash_celery_history"]
 
 
 def enqueue(shop, first, last):
@@ -293,12 +293,25 @@ def test_lost_broker_ends_the_replication_worker_with_halt(refilling, valkey_cli
     assert "Redis has lost the last messages that it had confirmed" in log(replicate)
 
 
-def test_refill_that_is_switched_off_under_way_says_what_may_be_missing(refilling, valkey_client):
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"flash_on_lost_broker": "continue"}, "since flash_on_lost_broker is no longer 'refill'"),
+        (
+            {"flash_on_lost_broker": "auto", "flash_replay_window": 0},
+            "because flash_replay_window is 0 now",
+        ),
+    ],
+)
+def test_refill_that_is_switched_off_under_way_says_what_may_be_missing(
+    refilling, valkey_client, settings, reason
+):
     shop = refilling
     shop.end(enqueue(shop, 1, 500))
     valkey_client.flushall()
     with refill_under_way(shop, valkey_client) as replicate:
         shop.end(replicate, signal.SIGKILL)
-    replicate = shop.replicate(**conf(flash_on_lost_broker="continue"))
+    replicate = shop.replicate(**conf(**settings))
     assert "enqueuing them again was not completed: they may be missing" in log(replicate)
-    assert "refill" not in recorded(shop)
+    assert reason in log(replicate)
+    assert shop.database.one(COMMENT) is None or "refill" not in recorded(shop)
