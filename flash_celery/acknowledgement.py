@@ -1,7 +1,7 @@
 """The position to acknowledge to PostgreSQL: every reported flush position comes from here.
 
-The reading thread reports `Progress.confirmed`; the publishing thread advances it, and nothing else
-does.
+The reading thread (`worker.session`) reports `Progress.confirmed`. Only the publishing thread
+(`publishing.thread`) advances it.
 """
 
 from __future__ import annotations

@@ -67,8 +67,8 @@ class Transitions:
         columns: The columns of the relation.
         matches: The bound condition; None if there is none, or if the rows lack a column that it
             compares.
-        unevaluated: Called for each row that cannot be evaluated, for example because it lacks its
-            old values; such a row is delivered.
+        unevaluated: Called for each row that cannot be evaluated. Such a row is delivered, unless
+            only its old values are missing: then the new ones alone decide.
     """
 
     def __init__(

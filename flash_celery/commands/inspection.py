@@ -1,4 +1,4 @@
-"""Ask the running Celery workers, as `celery inspect` does, and wait only for possible replies.
+"""Ask the running Celery workers, as `celery inspect` does, and stop waiting when none can reply.
 
 `celery inspect` waits for another second after the last reply, even if no worker runs. Here the
 wait also ends when no worker listens, when each that listens has replied, and when no further reply
@@ -34,7 +34,7 @@ class Inspection:
         """Ask the workers.
 
         - `command`: a command of `celery inspect` without arguments.
-        - `enough`: whether the answer is known by these replies, whatever other workers reply.
+        - `enough`: whether these replies settle the answer, whatever the other workers say.
         """
         self._app = app
         self._mailbox = app.control.mailbox
@@ -65,7 +65,8 @@ class Inspection:
     def _collect(self, channel: Any, may_be_returned: bool) -> None:
         mailbox = self._mailbox
         queue = mailbox.get_reply_queue()
-        # Celery's own names repeat in a later thread, which RabbitMQ may refuse for a moment.
+        # A later thread can get the same queue name from Celery, which RabbitMQ may refuse for a
+        # moment; so the queue gets another name.
         queue.routing_key = str(uuid.uuid4())
         queue.name = f"{queue.routing_key}.{mailbox.reply_exchange.name}"
         consumer = Consumer(

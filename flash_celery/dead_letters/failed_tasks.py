@@ -20,8 +20,9 @@ Two cases differ:
 - The message cannot be read (forged, or of an unknown content type). Celery would discard it or end
   the worker. Instead it becomes a dead letter at once.
 
-`queue` reads the dead letters and retries them. A task that sets its own `Strategy` gets no dead
-letters.
+Changes of ordered handlers fail in `lanes.calls`, which stores their dead letters with
+`store_letter`. `queue` reads the dead letters and retries them. A task that sets its own `Strategy`
+gets no dead letters.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 import amqp
 from kombu.entity import Exchange, Queue
 
-#: Settings that make undeclared queues quorum queues, from Celery 5.5 and 5.6.
+#: Settings that make undeclared queues quorum queues: from Celery 5.5, and from 5.6.
 _QUEUE_TYPES = "task_default_queue_type", "task_create_missing_queue_type"
 
 
@@ -20,8 +20,8 @@ class _AsItIs(Queue):
     def declare(self, nowait: bool = False, channel: Any = None) -> Any:
         """Declare the queue unless it exists.
 
-        RabbitMQ closes the channel of a declaration with other arguments, and of a passive one if
-        the queue is missing. So a passive declaration, on a channel of its own, comes first.
+        RabbitMQ closes the channel if the queue exists with other arguments, and also if a passive
+        declaration finds no queue. So a passive one comes first, on a channel of its own.
         """
         if not isinstance(self.channel, amqp.Channel):
             return super().declare(nowait, channel)  # type: ignore[no-untyped-call]
