@@ -126,8 +126,6 @@ def test_table_that_becomes_a_partition_in_a_commit_that_waits_is_not_guessed(fl
 
 def test_commit_that_waits_for_the_worker_continues_with_another_standby(flash, caplog):
     """While the worker pauses before it reconnects, the other one is the synchronous standby."""
-    if not (flash.database.server.binaries / "pg_basebackup").exists():
-        pytest.skip("the binaries of npm have no pg_basebackup")
     flash.database.execute(
         "CREATE TABLE logs (id int PRIMARY KEY) PARTITION BY RANGE (id)",
         "CREATE TABLE leaf (id int PRIMARY KEY)",
