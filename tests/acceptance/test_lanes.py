@@ -2,7 +2,9 @@
 
 import json
 import os
+import random
 import signal
+import time
 from collections import defaultdict
 from contextlib import suppress
 
@@ -482,3 +484,35 @@ def test_lanes_that_are_full_pause_reading(ordered):
     assert summary(ordered)["waiting"] < 80
     ordered.worker("prefork", "flash")
     until_ended(ordered, 80)
+
+
+@pytest.mark.soak
+def test_lanes_lose_nothing_and_keep_the_order_through_minutes_of_faults(ordered):
+    seed = int(os.environ.get("SEED", random.randrange(1 << 30)))
+    chance = random.Random(seed)
+    ordered.environment.update(SHOP_SLEEP="0.01", SHOP_CONF='{"flash_max_deaths": 1000}')
+    replicate = ordered.replicate()
+    workers = [ordered.worker("prefork", "flash") for _ in range(3)]
+    keys, number = 20, 0
+    insert(ordered, keys)
+    until_ended(ordered, keys)
+    deadline = time.monotonic() + float(os.environ.get("SECONDS", 120))
+    while time.monotonic() < deadline:
+        number += 1
+        update(ordered, keys, number, number + 1)
+        fault = chance.random()
+        if fault < 0.15:
+            with suppress(ProcessLookupError):
+                os.kill(ordered.notes()[-1]["pid"], signal.SIGKILL)
+        elif fault < 0.20:
+            victim = chance.randrange(len(workers))
+            workers[victim].send_signal(chance.choice([signal.SIGKILL, signal.SIGTERM]))
+            workers[victim] = ordered.worker("prefork", "flash")
+        elif fault < 0.22:
+            replicate.kill()
+            replicate.wait(30)
+            replicate = ordered.replicate()
+    notes = until_ended(ordered, keys * (number + 1), timeout=120)
+    values = assert_in_order(notes)
+    for key, found in values.items():
+        assert sorted(set(found)) == list(range(number + 1)), f"key {key}, seed {seed}"
