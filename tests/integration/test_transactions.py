@@ -160,13 +160,13 @@ class Collected:
     def __init__(self):
         self.found = []
 
-    def rows(self, kind, rows, transaction, index):
+    def rows(self, kind, rows, transaction, index, shift):
         for place, payload in enumerate(rows, index):
             assert payload[:5] == kind
             row, _ = pgoutput.read_row(payload)
             self.found.append((int(row.new[0]), transaction, place))
 
-    def truncate(self, oids, transaction, index):
+    def truncate(self, oids, transaction, index, shift):
         self.found.append((-1, transaction, index))
 
     def relation(self, relation, transaction): ...
@@ -375,7 +375,10 @@ def test_small_transactions_do_not_wait_for_a_large_open_one(flash, streaming):
         )
         if streaming:
             # (How much was streamed is counted with every block.)
-            count = "SELECT stream_count > 0 FROM pg_stat_replication_slots"
+            count = (
+                "SELECT stream_count > 0 FROM pg_stat_replication_slots "
+                f"WHERE slot_name = '{flash.database.slot}'"
+            )
             flash.wait(lambda: flash.database.one(count))
         flash.do("INSERT INTO items VALUES (-1)", "UPDATE items SET name = 'b'")
         assert shown(flash.delivered()) == ["insert -1,-", "update -1 -> -1,b"]
