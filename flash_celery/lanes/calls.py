@@ -219,9 +219,12 @@ class HandlerCalls:
         """Store the dead letter of changes whose handler does not end, then end this process."""
         hard = self._limits[1]
         logger.error("Hard time limit (%ss) exceeded for %s", hard, self._described(call))
-        verdict = self._failed(call, TimeLimitExceeded(hard), "")
-        self.on_limit(verdict, len(call.head.changes))
-        os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            verdict = self._failed(call, TimeLimitExceeded(hard), "")
+            self.on_limit(verdict, len(call.head.changes))
+        finally:
+            # Also if neither could be stored: the next drain tries again.
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def _failed(self, call: _Call, error: BaseException, traceback: str) -> Verdict:
         """Return what to do with changes that have failed for good."""

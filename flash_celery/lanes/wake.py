@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 import uuid
 from typing import Any
@@ -39,6 +40,10 @@ SWEEP_SECONDS = 2.0
 _PAUSE_SECONDS = 1.0
 #: A lease is renewed this many times before it runs out.
 _RENEWALS = 3
+#: How Redis begins a refusal of writes that may pass. redis-py removes the first word of some.
+_REFUSED_FOR_NOW = re.compile(
+    "OOM|NOREPLICAS|MISCONF|READONLY|LOADING|BUSY|command not allowed when used memory"
+)
 #: The errors of a task whose worker process has ended.
 _PROCESS_ENDED = (WorkerLostError, SystemExit, KeyboardInterrupt)
 
@@ -82,23 +87,26 @@ def _run(drain: Drain, lease: HeldLease) -> None:
     renewal = _Renewal(lease)
     steps = drain.steps()
     reply = None
-    ended = False
     try:
-        while True:
-            try:
-                step = steps.send(reply)
-            except StopIteration:
-                ended = True
-                return
-            reply = _attempt(step, lease)
-            renewal.begin()
+        try:
+            while True:
+                try:
+                    step = steps.send(reply)
+                except StopIteration:
+                    return
+                reply = _attempt(step, lease)
+                renewal.begin()
+        finally:
+            renewal.end()
     except LostLease:
-        ended = True
         logger.info("The lane %s is another worker's now", lease.lane)
-    finally:
-        renewal.end()
-        if not ended:
-            _give_back(lease)
+    except redis.RedisError:
+        # The handler may have succeeded: that Redis does not take the result is no death.
+        _give_back(lease, died=False)
+        raise
+    except BaseException:
+        _give_back(lease, died=not outcome.is_stopping())
+        raise
 
 
 def _attempt(step: Step, lease: HeldLease) -> Any:
@@ -106,22 +114,36 @@ def _attempt(step: Step, lease: HeldLease) -> Any:
     for pause in delays(0.1, 1.0):
         try:
             return step()
-        except (redis.ConnectionError, redis.TimeoutError):
-            if not lease.certain:
+        except redis.RedisError as error:
+            if not (_may_pass(error) and lease.certain):
                 raise
             time.sleep(pause)
     raise AssertionError("delays never end")
 
 
-def _give_back(lease: HeldLease) -> None:
-    """Let another worker go on at once, after an error here."""
-    died = not outcome.is_stopping()
-    if died:
+def _may_pass(error: redis.RedisError) -> bool:
+    """Return whether Redis may accept the same request later."""
+    if isinstance(error, (redis.ConnectionError, redis.TimeoutError)):
+        return True
+    return isinstance(error, redis.ResponseError) and bool(_REFUSED_FOR_NOW.search(str(error)))
+
+
+def _give_back(lease: HeldLease, died: bool) -> None:
+    """Let another worker go on, after an error here."""
+    if not outcome.is_stopping():
         time.sleep(_PAUSE_SECONDS)  # not too often: it may fail again at once
-    try:
-        lease.store.release(lease.lane, lease.token, died)
-    except redis.RedisError as error:
-        logger.warning("The lane %s waits until its lease has run out: %s", lease.lane, error)
+    # Unless the release arrives, the next claim counts a death.
+    for pause in delays(0.1, 1.0):
+        try:
+            lease.store.release(lease.lane, lease.token, died)
+            return
+        except redis.RedisError as error:
+            if died or not _may_pass(error) or now() > lease.until:
+                logger.warning(
+                    "The lane %s waits until its lease has run out: %s", lease.lane, error
+                )
+                return
+            time.sleep(pause)
 
 
 class _Renewal:

@@ -6,13 +6,16 @@
 import json
 import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
 import redis
 
+from flash_celery.lanes import wake
 from flash_celery.lanes.drain import Drain, HeldLease, Limits
 from flash_celery.messages import lane_entries
+from flash_celery.messages.deduplication import now
 from flash_celery.messages.lane_placing import Place
 from flash_celery.publishing.brokers import lane_scripts
 from flash_celery.publishing.brokers.lane_store import Done, LaneStore, LostLease
@@ -251,6 +254,78 @@ def test_entry_of_another_version_keeps_its_lane_waiting(lane, caplog):
     assert handler.steps == ["claim", "sleep"]
     assert "Upgrade the Celery workers" in caplog.text
     assert lane.client.llen(f"{KEY}.0") == 1
+
+
+def lease_of(lane, token, seconds=LEASE):
+    """A lease by the clocks of the server and of the process."""
+    store = LaneStore(lane.client, KEY)
+    return HeldLease(store, "0", token, seconds, now)
+
+
+@pytest.fixture
+def configured(client):
+    """Sets an option of the server for the test."""
+    earlier = {}
+
+    def configure(name, value):
+        earlier.setdefault(name, client.config_get(name)[name])
+        client.config_set(name, value)
+
+    yield configure
+    for name, value in earlier.items():
+        client.config_set(name, value)
+
+
+def test_commit_that_redis_refuses_for_now_is_sent_again(lane, configured):
+    """A replica is away for a moment while the handler runs."""
+    lane.push(1)
+
+    class Handled(Handler):
+        def handle(self, head):
+            super().handle(head)
+            configured("min-replicas-to-write", 1)
+            threading.Timer(0.5, configured, ["min-replicas-to-write", 0]).start()
+
+    handler = Handled()
+    lease = lease_of(lane, "a")
+    wake._run(Drain(lease, handler), lease)
+    assert handler.steps == [0]
+    assert not lane.client.exists(f"{KEY}.0")
+
+
+@pytest.mark.parametrize(
+    ("error", "deaths"), [(redis.ResponseError("ERR refused"), 0), (SystemExit(), 1)]
+)
+def test_drain_counts_a_death_only_if_its_process_ends(
+    lane, configured, monkeypatch, error, deaths
+):
+    lane.push(1)
+    monkeypatch.setattr(wake, "_PAUSE_SECONDS", 0.0)
+
+    class Failing(Handler):
+        def handle(self, head):
+            if not deaths:  # the release is refused, too, for a moment
+                configured("min-replicas-to-write", 1)
+                threading.Timer(0.5, configured, ["min-replicas-to-write", 0]).start()
+            raise error
+
+    lease = lease_of(lane, "a")
+    with pytest.raises(type(error)):
+        wake._run(Drain(lease, Failing()), lease)
+    assert lease.store.claim("0", "b", LEASE).deaths == deaths
+
+
+def test_lanes_are_drained_while_redis_is_full(lane, configured):
+    lane.push(1, 2, 3)
+    used = lane.client.info("memory")["used_memory"]
+    configured("maxmemory", max(used // 2, 1))
+    with pytest.raises(redis.ResponseError, match="memory"):
+        lane.client.set("more", "x")
+    handler = Handler()
+    lease = lease_of(lane, "a")
+    wake._run(Drain(lease, handler), lease)
+    assert handler.steps == [0, 1, 2]
+    assert not lane.client.exists(f"{KEY}.0")
 
 
 def documented_commands():

@@ -1,7 +1,9 @@
 """One call of a handler from a lane: what Celery does of it, and what becomes of the change."""
 
 import os
+import time
 from datetime import datetime, timedelta, timezone
+from signal import SIGKILL
 
 import pytest
 from celery.exceptions import Ignore, Reject
@@ -12,6 +14,7 @@ from flash_celery.lanes.calls import HandlerCalls, traced
 from flash_celery.lanes.drain import Blocked, Head, Later
 from flash_celery.messages.lane_entries import encode_form
 from flash_celery.messages.task_ids import task_id_of_change
+from flash_celery.publishing.brokers.lane_store import LostLease
 
 
 @pytest.fixture
@@ -187,3 +190,21 @@ def letters_of():
         return DeadLetterQueue(app, "flash.dead").find(DeadLetterFilter())
 
     return find
+
+
+def test_lane_call_past_its_limit_ends_its_process_whatever_can_be_stored(call, monkeypatch):
+    killed = []
+    monkeypatch.setattr("flash_celery.lanes.calls.os.kill", lambda *args: killed.append(args))
+
+    def lost(verdict, changes):
+        raise LostLease
+
+    def handler(self, change):
+        time.sleep(0.5)
+
+    calls, _ = call(handler, ordered=Ordered(on_failure="block"))
+    calls._main_process = None
+    calls.on_limit = lost
+    calls.read_form(encode_form("flash", {"task": "handler", "timelimit": [0.1, None]}, {}))
+    calls.handle(head())
+    assert killed == [(os.getpid(), SIGKILL)]

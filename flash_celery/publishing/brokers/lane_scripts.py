@@ -181,6 +181,9 @@ _BEGIN = (
     _FUNCTIONS
     + """
 local H, S, D = KEYS[1], KEYS[1] .. '.state', KEYS[1] .. '.due'
+-- A script that has begun to write may go on when Redis is full. This removes nothing, and so needs
+-- no memory; without it, no drain could make room.
+redis.call('HDEL', S, '')
 local now = time_now(ARGV[1])
 """
 )
