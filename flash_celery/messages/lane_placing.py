@@ -26,7 +26,8 @@ class Place(NamedTuple):
     old: int
 
 
-#: Returns the place of a row; None for what has no key: a TRUNCATE, a logical message.
+#: Returns the place of a row; None for what has no key (a TRUNCATE, a logical message), and for
+#: rows whose old key is unknown.
 Placer = Callable[[bytes], Place | None]
 
 
@@ -50,11 +51,15 @@ def placer(table: Table, columns: Sequence[str] | None) -> Placer:
         if row == TRUNCATED or tag == _MESSAGE:
             return None
         read, _ = read_row(row)
+        if not in_identity and read.old_kind != "O":
+            # It was written before the replica identity was set, and lacks the old key. The row's
+            # earlier changes may be in any lane.
+            return None
         if tag != _UPDATE:
             key = _digest(read.old or (), positions)
             return Place(key, key)
         new: Sequence[Cell] = read.new or ()
-        if read.old is None or not (read.old_kind == "O" or in_identity):
+        if read.old is None:  # the identity, and so the key, did not change
             key = _digest(new, positions)
             return Place(key, key)
         # A value that PostgreSQL did not send is the old one.

@@ -195,6 +195,21 @@ def test_lanes_update_of_the_key_waits_for_both_lanes(ordered):
     assert shown.index(("begin", 4, "insert")) > over
 
 
+def test_lanes_delete_without_its_old_key_waits_for_what_came_before(ordered):
+    """It was written before the replica identity was set, so its lane is unknown."""
+    ordered.end(ordered.replicate())
+    ordered.database.execute(
+        "INSERT INTO items VALUES (1, 'a', NULL)", "DELETE FROM items WHERE id = 1"
+    )
+    ordered.environment |= {"SHOP_ORDER": "column", "SHOP_SLEEP": "1"}
+    ordered.replicate()
+    for _ in range(2):
+        ordered.worker("prefork", "flash")
+    until_ended(ordered, 2)
+    seen = [(note["event"], note["operation"]) for note in ordered.notes()]
+    assert seen == [(event, kind) for kind in ("insert", "delete") for event in ("begin", "end")]
+
+
 def test_lanes_time_limits_hold_for_each_change(ordered):
     ordered.environment.update(SHOP_LIMIT="3", SHOP_SLEEP="0.5")
     ordered.replicate()

@@ -145,11 +145,25 @@ def test_place_of_an_update_of_the_key_has_both_keys():
     assert place(unsent) == Place(before, before)
 
 
-def test_place_does_not_take_an_unknown_old_key_for_another():
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        row("U", [b"1", b"p", b"n"], [b"2", b"p", None], "K"),
+        row("U", [b"1", b"p", b"n"]),
+        row("D", old=[b"2", b"p", None], kind="K"),
+    ],
+    ids=["update of the identity", "update", "delete"],
+)
+def test_place_does_not_take_an_unknown_old_key_for_another(unknown):
     """Rows that were written before the replica identity was set lack the old value."""
+    assert placer(TABLE, ["note"])(unknown) is None
+
+
+def test_place_of_a_row_with_all_old_values_is_known():
     place = placer(TABLE, ["note"])
-    update = row("U", [b"1", b"p", b"n"], [b"2", b"p", None], "K")
-    assert place(update).key == place(update).old
+    inserted = place(row("I", [b"1", b"p", b"n"]))
+    assert place(row("D", old=[b"1", b"p", b"n"], kind="O")) == inserted
+    assert place(row("U", [b"1", b"q", b"n"], [b"1", b"p", b"n"], "O")) == inserted
 
 
 def test_barrier_is_for_what_has_no_key_or_two_lanes():
