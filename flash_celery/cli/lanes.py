@@ -74,8 +74,7 @@ def lanes_retry(project: Project, handler: str, lane: int, id: str) -> None:
 
 def _named(project: Project, handlers: tuple[str, ...]) -> list[str]:
     """Return the full names of ordered handlers; all of them if none is named."""
-    from ..commands.lanes import ordered_handlers
     from ..provisioning import pauses
 
-    ordered = ordered_handlers(project.subscriptions)
+    ordered = pauses.ordered_handlers(project.subscriptions)
     return pauses.named(handlers, ordered) if handlers else ordered

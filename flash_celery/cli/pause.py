@@ -19,13 +19,14 @@ def pause(project: Project, handlers: tuple[str, ...]) -> None:
 
     Without HANDLER nothing is read, and changes wait in the WAL, on PostgreSQL's disk. With HANDLER
     (its name, or the last part of it) only the changes for that handler are held, on the broker, in
-    the queue flash.paused.HANDLER.
+    the queue flash.paused.HANDLER, or in its lanes if it is ordered.
 
     Workers still run the tasks that are in a handler's own queue already.
     """
     from ..provisioning import pauses
 
     names = pauses.named(handlers, pauses.handlers(project.subscriptions)) or [pauses.SOURCE]
+    ordered = pauses.ordered_handlers(project.subscriptions)
     with project.connected() as source:
         since = pauses.pause(source, names)
         row = source.connection.execute("SHOW max_slot_wal_keep_size").fetchone()
@@ -34,9 +35,9 @@ def pause(project: Project, handlers: tuple[str, ...]) -> None:
             say(f"Paused since {since[name]}; changes wait in the WAL.")
             say(f"PostgreSQL keeps the WAL until `flash resume`, {_wal_limit(row)}.", err=True)
         else:
-            queue = pauses.queue_of(name, project.settings.source)
+            place = pauses.place_of(name, ordered, project.settings.source)
             paused = f"{name} has been paused since {since[name]}"
-            say(f"{paused}; its changes wait in the queue {queue}.")
+            say(f"{paused}; its changes wait in {place}.")
 
 
 def _wal_limit(row: tuple[str] | None) -> str:

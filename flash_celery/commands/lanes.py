@@ -12,16 +12,12 @@ from ..errors import ConfigurationError
 from ..handlers.subscriptions import Subscription
 from ..messages import lane_entries
 from ..messages.lane_entries import Marker
+from ..provisioning.pauses import ordered_handlers
 from ..publishing.brokers import lane_access
 from ..publishing.brokers.base import ConnectedPublisher
 from ..publishing.brokers.lane_overview import HandlerLanes, LaneStatus
 from ..publishing.brokers.lane_store import Done, LaneStore
 from ..settings import Settings
-
-
-def ordered_handlers(subscriptions: Sequence[Subscription]) -> list[str]:
-    """Return the names of the handlers that have lanes."""
-    return sorted({each.handler for each in subscriptions if each.ordered is not None})
 
 
 @contextmanager

@@ -361,14 +361,16 @@ def pause_lines(report: StatusReport) -> list[str]:
     if report.database.paused:
         lines.append(f"since {report.database.paused}: nothing is read until `flash resume`")
     handlers = {row.handler for row in report.project.subscriptions}
+    in_lanes = {lanes.handler: lanes.waiting for lanes in report.broker.lanes}
     for paused in report.database.paused_handlers:
         state = "resuming" if paused.resuming else "paused"
         if paused.handler not in handlers:
             state = f"no longer a handler, {state}"
-        count = "unknown" if paused.parked is None else paused.parked
-        lines.append(
-            f"{paused.handler} ({state} since {paused.since}): {count} held in {paused.queue}"
-        )
+        count, place = paused.parked, paused.queue
+        if not count and paused.handler in in_lanes:
+            count, place = in_lanes[paused.handler], "its lanes"
+        shown = "unknown" if count is None else count
+        lines.append(f"{paused.handler} ({state} since {paused.since}): {shown} held in {place}")
     return lines
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import psycopg
 
 from ..commands import status
-from ..commands.lanes import ordered_handlers
 from ..commands.status import DatabaseStatus
 from ..commands.worker_checks import unhandled
 from ..errors import FlashError
@@ -26,6 +25,7 @@ from ..handlers.subscriptions import Subscription
 from ..messages.task_options import TaskOptions
 from ..postgres.connection import connect
 from ..postgres.source import Source
+from ..provisioning.pauses import ordered_handlers
 from ..publishing.brokers.lane_overview import HandlerLanes
 from ..settings import Settings
 from ..telemetry import CONNECTING, STOPPING, STREAMING, Telemetry

@@ -30,6 +30,19 @@ def queue_of(handler: str, source_name: str = "") -> str:
     return f"{_QUEUE_PREFIX}{source_name}:{handler}" if source_name else _QUEUE_PREFIX + handler
 
 
+def place_of(handler: str, ordered: Collection[str], source_name: str = "") -> str:
+    """Return where the changes of a paused handler wait, for people.
+
+    Args:
+        handler: The name of the handler.
+        ordered: The names of the ordered handlers.
+        source_name: The name of the source; "" is the default source.
+    """
+    if handler in ordered:
+        return "its lanes (`flash lanes list`)"
+    return f"the queue {queue_of(handler, source_name)}"
+
+
 def named(names: Iterable[str], handlers: Iterable[str]) -> list[str]:
     """Return the handlers with these names: full names, or their parts after the last dot.
 
@@ -56,6 +69,11 @@ def named(names: Iterable[str], handlers: Iterable[str]) -> list[str]:
 def handlers(subscriptions: Iterable[Subscription]) -> list[str]:
     """Return the names of the handlers."""
     return sorted({subscription.handler for subscription in subscriptions})
+
+
+def ordered_handlers(subscriptions: Iterable[Subscription]) -> list[str]:
+    """Return the names of the handlers that have lanes."""
+    return sorted({each.handler for each in subscriptions if each.ordered is not None})
 
 
 def removed_handlers(
@@ -94,22 +112,25 @@ def read(source: Source) -> Record:
 
 
 def changes(
-    before: Mapping[str, str], now: Mapping[str, str], handlers: Sequence[str], source_name: str
+    before: Mapping[str, str],
+    now: Mapping[str, str],
+    handlers: Sequence[str],
+    ordered: Collection[str],
+    source_name: str,
 ) -> list[str]:
     """Return the log messages for the pauses that have begun and ended between two records."""
     lines = []
     for name in now.keys() - before.keys():
-        queue = queue_of(name, source_name)
         if name == SOURCE:
             lines.append(
                 f"Paused since {now[name]}: nothing is read, and changes stay in the WAL, until "
                 "`flash resume`"
             )
         elif name in handlers:
-            lines.append(
-                f"{name} has been paused since {now[name]}; its changes wait in the queue {queue}"
-            )
+            place = place_of(name, ordered, source_name)
+            lines.append(f"{name} has been paused since {now[name]}; its changes wait in {place}")
         else:
+            queue = queue_of(name, source_name)
             lines.append(
                 f"{name} is no longer a handler; its held messages stay in the queue {queue}"
             )

@@ -27,6 +27,7 @@ class Pauses:
     ) -> None:
         self._app = app
         self._handlers = pauses.handlers(subscriptions)
+        self._ordered = pauses.ordered_handlers(subscriptions)
         self._publishing = publishing
         #: The record as text, as it was read last.
         self._recorded = ""
@@ -69,7 +70,8 @@ class Pauses:
             if handler not in self._handlers
         }
         before, self._last_logged = self._last_logged, self.record.paused | stuck
-        for line in pauses.changes(before, self._last_logged, self._handlers, name):
+        logged = self._last_logged
+        for line in pauses.changes(before, logged, self._handlers, self._ordered, name):
             logger.warning("%s", escaped(line))
 
     def changed(self, source: Source) -> bool:

@@ -312,14 +312,17 @@ def test_lanes_are_waited_for_and_shown(ordered):
 
 
 def test_lanes_of_a_paused_handler_keep_what_they_have(ordered):
-    ordered.replicate()
+    replicate = ordered.replicate()
     ordered.worker("solo", "flash")
     insert(ordered, 1)
     until_ended(ordered, 1)
-    assert ordered.run("flash", "pause", "each").returncode == 0
+    paused = ordered.run("flash", "pause", "each")
+    assert "its changes wait in its lanes (`flash lanes list`)" in paused.stdout
+    ordered.until_said(replicate, "its changes wait in its lanes")
     update(ordered, 1, 1, 3)
     wait_until(lambda: summary(ordered)["waiting"] == 2, "the changes to be in lanes")
     assert summary(ordered)["paused"]
+    assert "2 held in its lanes" in ordered.run("flash", "status").stdout
     assert len(ended(ordered)) == 1
     assert ordered.run("flash", "resume", "each").returncode == 0
     assert assert_in_order(until_ended(ordered, 3)) == {0: [0, 1, 2]}
