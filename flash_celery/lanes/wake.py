@@ -44,6 +44,8 @@ _RENEWALS = 3
 _REFUSED_FOR_NOW = re.compile(
     "OOM|NOREPLICAS|MISCONF|READONLY|LOADING|BUSY|command not allowed when used memory"
 )
+#: Seconds between two warnings of a sweep that keeps failing.
+_WARN_SECONDS = 60.0
 #: The errors of a task whose worker process has ended.
 _PROCESS_ENDED = (WorkerLostError, SystemExit, KeyboardInterrupt)
 
@@ -224,6 +226,26 @@ def sweep(app: Any) -> None:
     try:
         here = connection.connection(app)
         for key in here.all_keys():
-            here.store(key).sweep()
+            try:
+                here.store(key).sweep()
+            except redis.ResponseError as error:  # it must not stop the lanes of other handlers
+                _warn(key, error)
+    except redis.ResponseError as error:
+        _warn(REGISTRY, error)
     except (PublishError, redis.RedisError) as error:
         logger.debug("Cannot sweep %s: %s", REGISTRY, error)
+
+
+#: When each sweep that fails may be warned of again, by its key.
+_silent_until: dict[str, float] = {}
+
+
+def _warn(key: str, error: Exception) -> None:
+    """Warn that lanes cannot be swept, once a minute at most."""
+    if now() >= _silent_until.get(key, 0.0):
+        _silent_until[key] = now() + _WARN_SECONDS
+        logger.warning(
+            "Cannot wake the lanes of %s, whose retries and killed workers' changes wait: %s",
+            escaped(key),
+            escaped(str(error)),
+        )

@@ -193,6 +193,19 @@ def test_sweep_wakes_less_and_less_often_while_no_worker_comes(lane):
     assert lane.wakes == swept + 1
 
 
+def test_sweep_that_fails_for_one_handler_wakes_the_lanes_of_the_others(
+    lane, valkey, new_app, caplog
+):
+    lane.push(1)
+    lane.client.sadd("_flash.ordered", "_flash.ordered.0")  # the first
+    lane.client.set("_flash.ordered.0.due", "of another type")
+    app = new_app(broker_url=f"{valkey.url.rpartition('/')[0]}/9")
+    for _ in range(2):
+        wake.sweep(app)
+    assert lane.wakes == 2
+    assert caplog.text.count("Cannot wake the lanes of _flash.ordered.0,") == 1
+
+
 def test_lanes_that_wait_for_another_layout_are_resumed(lane):
     wake = json.dumps([lane_scripts.LANE_MARK, lane_scripts.ID_MARK])
 
