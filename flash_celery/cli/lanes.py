@@ -73,8 +73,13 @@ def lanes_retry(project: Project, handler: str, lane: int, id: str) -> None:
 
 
 def _named(project: Project, handlers: tuple[str, ...]) -> list[str]:
-    """Return the full names of ordered handlers; all of them if none is named."""
+    """Return the full names of handlers that are ordered or still have changes in lanes.
+
+    All of them are returned if none is named.
+    """
+    from ..commands.lanes import summaries
     from ..provisioning import pauses
 
-    ordered = pauses.ordered_handlers(project.subscriptions)
-    return pauses.named(handlers, ordered) if handlers else ordered
+    waiting = summaries(project.app, project.settings, project.subscriptions)
+    names = {*pauses.ordered_handlers(project.subscriptions), *(each.handler for each in waiting)}
+    return pauses.named(handlers, names) if handlers else sorted(names)

@@ -13,6 +13,7 @@ from ..handlers.subscriptions import Subscription
 from ..messages import lane_entries
 from ..messages.lane_entries import Marker
 from ..provisioning.pauses import ordered_handlers
+from ..publishing import brokers
 from ..publishing.brokers import lane_access
 from ..publishing.brokers.base import ConnectedPublisher
 from ..publishing.brokers.lane_overview import HandlerLanes, LaneStatus
@@ -33,13 +34,13 @@ def _connected(app: Any) -> Iterator[ConnectedPublisher]:
 def summaries(
     app: Any, settings: Settings, subscriptions: Sequence[Subscription]
 ) -> list[HandlerLanes]:
-    """Return how much waits in the lanes of each ordered handler.
+    """Return how much waits in the lanes of each ordered handler, or one that was ordered.
 
     Raises:
         PublishError: The broker does not answer.
     """
     handlers = ordered_handlers(subscriptions)
-    if not handlers:
+    if not brokers.for_app(app).fills_lanes:
         return []
     with _connected(app) as publisher:
         return lane_access.summaries(publisher, settings.flash_replication_slot, handlers)
@@ -55,7 +56,7 @@ def lanes(app: Any, settings: Settings, handlers: Sequence[str]) -> dict[str, li
         _connected(app) as publisher,
         lane_access.overviews(publisher, settings.flash_replication_slot, handlers) as found,
     ):
-        return {handler: overview.lanes() for handler, overview, _ in found}
+        return {name: overview.lanes() for name, overview, _ in found if name in handlers}
 
 
 def unblock(
@@ -79,7 +80,9 @@ def unblock(
         _connected(app) as publisher,
         lane_access.overviews(publisher, settings.flash_replication_slot, [handler]) as found,
     ):
-        for _, overview, store in found:
+        for name, overview, store in found:
+            if name != handler:
+                continue
             status = {each.lane: each for each in overview.lanes()}.get(lane)
             if status is None or status.state != "blocked":
                 continue

@@ -137,6 +137,8 @@ class _InRedis(_OnBroker):
         """Describe how many lanes of a handler have a pending change; return "" for none."""
         with lane_access.overviews(self._publisher, self._slot, self._handlers) as found:
             for handler, overview, _ in found:
+                if handler not in self._handlers:
+                    continue
                 if count := overview.first_up_to(lsn, self._source):
                     lanes = "1 lane has" if count == 1 else f"{count} lanes have"
                     return f"{lanes} changes for {handler} (`flash lanes list`)"

@@ -46,12 +46,12 @@ class Broker:
             raise
 
     def lanes(self, slot: str, handlers: Sequence[str]) -> list[HandlerLanes]:
-        """Return how much waits in the lanes of these handlers.
+        """Return how much waits in the lanes of these handlers, and of others that still have some.
 
         Raises:
             PublishError: The broker does not answer.
         """
-        if not handlers or not self._opened:
+        if not self._opened:
             return []
         try:
             return lane_access.summaries(self._publisher, slot, handlers)

@@ -26,6 +26,7 @@ ORDER = {
     "column": "name",
     "block": Ordered(on_failure="block"),
     "one": Ordered(lanes=1),
+    "none": False,
 }.get(os.environ.get("SHOP_ORDER", ""), True)
 SECONDS = float(os.environ.get("SHOP_SLEEP", "0"))
 LIMIT = float(os.environ.get("SHOP_LIMIT", 0)) or None
@@ -79,7 +80,7 @@ def each(self, change):
 
 
 options = {"bind": True, "max_retries": 5, "time_limit": LIMIT, "soft_time_limit": SOFT_LIMIT}
-each = app.task(name="ordered.each", **options)(each)
+each = app.task(name=os.environ.get("SHOP_NAME", "ordered.each"), **options)(each)
 each = on_change("items", ordered=ORDER)(each)
 if os.environ.get("SHOP_MESSAGES"):
     on_message("said")(each)

@@ -247,9 +247,13 @@ def test_lanes_batches_hold_the_changes_that_wait(ordered):
     assert max(note["together"] for note in notes) > 10
 
 
+def summaries(shop):
+    return json.loads(shop.run("flash", "status", "--json").stdout)["lanes"]
+
+
 def summary(shop):
     """How much waits in the lanes of the one handler."""
-    found = json.loads(shop.run("flash", "status", "--json").stdout)["lanes"]
+    found = summaries(shop)
     return found[0] if found else {}
 
 
@@ -326,6 +330,36 @@ def test_lanes_of_a_paused_handler_keep_what_they_have(ordered):
     assert len(ended(ordered)) == 1
     assert ordered.run("flash", "resume", "each").returncode == 0
     assert assert_in_order(until_ended(ordered, 3)) == {0: [0, 1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"SHOP_ORDER": "none"}, "no longer ordered; no worker handles them until it has"),
+        ({"SHOP_ORDER": "none", "SHOP_BATCH": "1"}, "no longer ordered; workers handle them"),
+        ({"SHOP_NAME": "ordered.new"}, "no longer a task of this project; no worker"),
+    ],
+    ids=["unordered", "unordered beside another", "removed"],
+)
+def test_lanes_of_a_paused_handler_that_is_no_longer_ordered_go_on_and_are_shown(
+    ordered, environment, reason
+):
+    first = ordered.replicate()
+    insert(ordered, 1)
+    assert ordered.run("flash", "pause", "each").returncode == 0
+    ordered.until_said(first, "its changes wait")
+    update(ordered, 1, 1, 2)
+    wait_until(lambda: summary(ordered)["waiting"] == 2, "the changes to be in lanes")
+    ordered.end(first)
+    ordered.environment |= environment
+    second = ordered.replicate()
+    ordered.until_said(second, f"2 changes wait in the lanes of ordered.each, which is {reason}")
+    found = {lanes["handler"]: lanes for lanes in summaries(ordered)}["ordered.each"]
+    assert (found["waiting"], found["paused"]) == (2, False)
+    assert [lane["changes"] for lane in lanes(ordered)["ordered.each"]] == [2]
+    if "SHOP_BATCH" in environment:
+        ordered.worker("solo", "flash")
+        assert assert_in_order(until_ended(ordered, 2)) == {0: [0, 1]}
 
 
 def test_lanes_of_another_number_are_filled_when_the_old_ones_are_empty(ordered):

@@ -14,6 +14,7 @@ from example_project.servers import Valkey, wait_until
 from flash_celery.errors import ConfirmedLost, PublishError, TakenOver
 from flash_celery.messages.deduplication import Lease
 from flash_celery.messages.task_message import Form, Message
+from flash_celery.publishing.brokers import lane_access
 from flash_celery.publishing.brokers.redis import RedisPublisher
 from tests.proxy import Proxy, Way
 
@@ -200,6 +201,18 @@ def test_step_that_fails_is_repeated_and_never_acknowledged(new_session, what):
         assert found(client, "other") == [2]
         _, enqueued = new_session(own.port)
         assert enqueued.watermark == 3
+
+
+def test_lanes_that_an_acl_forbids_stop_no_project_without_ordered_handlers(new_session):
+    with Valkey() as own, redis.Redis(port=own.port) as client:
+        allow(client, "on >secret allkeys allchannels +@all -smembers")
+        publisher, _ = new_session(own.port, "shop:secret@")
+        publisher.prepare([])
+        publisher.publish([message(1)])
+        assert found(client) == [1]
+        assert lane_access.summaries(publisher, "slot", []) == []
+        with pytest.raises(PublishError, match="No permission|NOPERM|no permissions"):
+            lane_access.summaries(publisher, "slot", ["ordered"])
 
 
 def test_crash_after_a_failed_push_loses_nothing(client, valkey, new_session):

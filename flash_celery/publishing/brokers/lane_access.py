@@ -18,6 +18,8 @@ def overviews(
 ) -> Iterator[list[tuple[str, Overview, LaneStore]]]:
     """Yield each handler that has lanes for a slot, with the objects that read and alter them.
 
+    Others than `handlers`, which are gone or no longer ordered, are among them while changes wait.
+
     Raises:
         PublishError: The broker does not answer.
     """
@@ -39,7 +41,7 @@ def overviews(
 def summaries(
     publisher: ConnectedPublisher, slot: str, handlers: Iterable[str]
 ) -> list[HandlerLanes]:
-    """Return how much waits in the lanes of each handler.
+    """Return how much waits in the lanes of each handler, and of others that still have changes.
 
     Raises:
         PublishError: The broker does not answer.

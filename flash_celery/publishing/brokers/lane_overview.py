@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,9 +211,29 @@ class Overview:
 def keys_of(
     client: Any, prefixed: Callable[[str], str], slot: str, handlers: Iterable[str]
 ) -> Iterator[tuple[str, str]]:
-    """Yield each handler that has lanes for a slot, and the name of their keys without prefix."""
-    names = sorted(member.decode() for member in client.smembers(prefixed(REGISTRY)))
-    for handler in sorted(handlers):
-        for name in names:
-            if name.endswith(f".{slot}.{handler}"):
-                yield handler, name
+    """Yield each handler that has lanes for a slot, and the name of their keys without prefix.
+
+    Others than `handlers`, which are gone or no longer ordered, are among them while changes wait.
+    """
+    wanted = set(handlers)
+    names: list[str] = []
+    with lanes_optional(not wanted):
+        names = [member.decode() for member in client.smembers(prefixed(REGISTRY))]
+    for handler, name in sorted((_handler_of(name, slot), name) for name in names):
+        if not handler:
+            continue
+        if handler in wanted or int(client.hget(prefixed(f"{name}.state"), "waiting") or 0) > 0:
+            yield handler, name
+
+
+def lanes_optional(optional: bool) -> AbstractContextManager[None]:
+    """Return a context that ends if an ACL forbids lanes to a project that has none."""
+    from redis.exceptions import NoPermissionError  # only projects on Redis have it
+
+    return suppress(*[NoPermissionError] if optional else [])
+
+
+def _handler_of(name: str, slot: str) -> str:
+    """Return the handler to which keys belong; "" if they are another slot's."""
+    _, _, rest = name.removeprefix(f"{REGISTRY}.").partition(".")  # without the server
+    return rest.removeprefix(f"{slot}.") if rest.startswith(f"{slot}.") else ""

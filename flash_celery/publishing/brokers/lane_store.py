@@ -97,6 +97,15 @@ class LaneStore:
         arguments = name, layout, lanes, queue, wake, form, flag
         return bool(self._call("CONFIGURE", *arguments, keys=[registry]))
 
+    def resume(self, registry: str, name: str) -> int:
+        """Let drains go on, with lanes as they are set up; return how many changes wait."""
+        fields = "paused", "layout", "lanes", "queue", "wake", "form", "waiting"
+        paused, *found, waiting = self.client.hmget(f"{self.key}.state", fields)
+        if paused is not None and None not in found:
+            layout, lanes, queue, wake, form = found
+            self.configure(registry, name, layout, lanes, queue, wake, form, paused=False)
+        return int(waiting or 0)
+
     def claim(self, lane: str, token: str, lease: float, most: int = MOST_ENTRIES) -> Claimed | str:
         """Take the lease of a lane; return why that is impossible, if it is."""
         code, *found = self._call("CLAIM", lane, token, lease, most, MOST_BYTES)

@@ -9,7 +9,7 @@ import logging
 import re
 import socket
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain, count, groupby
 from json.encoder import encode_basestring_ascii
@@ -21,13 +21,15 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from ...errors import LanesNotReady
+from ...escaping import escaped
 from ...handlers.celery_tasks import WAKE_TASK
 from ...messages import lane_entries
 from ...messages.deduplication import Deduplicator, Lease
-from ...messages.lane_messages import REGISTRY, LaneForm, LaneMessage
+from ...messages.lane_messages import REGISTRY, LaneForm, LaneMessage, handler_key
 from ...messages.task_message import PERSISTENT, Form, Message
 from . import wakes
 from .base import TIMEOUT, ConnectedPublisher
+from .lane_overview import lanes_optional
 from .lane_scripts import ID_MARK, LANE_MARK
 from .lane_store import LaneStore
 from .redis_keys import literal_client, prefixed, queue_key
@@ -73,6 +75,10 @@ class RedisPublisher(ConnectedPublisher):
 
     def __init__(self, app: Any, timeout: float = TIMEOUT) -> None:
         super().__init__(app, timeout)
+        #: How the names of the keys of this source's handlers begin.
+        self._beginning: str | None = None
+        #: The keys of handlers that are no longer ordered, of which the log has warned.
+        self._warned: set[str] = set()
         #: The position of the session; None before the first `claim`.
         self._position: RedisPosition | None = None
         #: How many of the next messages Redis has already, by a push whose reply was lost.
@@ -116,17 +122,47 @@ class RedisPublisher(ConnectedPublisher):
             position = RedisPosition(prefixed(self._channel, f"_flash.{lease.name}"), lease)
             deduplicator = position.claim(client, self._position)
         self._position, self._ahead = position, 0
+        self._beginning = handler_key(lease.name, "")
         return deduplicator
 
     def prepare(self, lanes: Sequence[LaneForm]) -> None:
         """Set up lanes, and let their drains go on or pause.
 
+        The lanes of handlers that are no longer ordered go on, because no pause of a handler
+        reaches them any more.
+
         Raises:
             PublishError: The broker failed, or the lanes cannot be filled yet.
         """
         with self.errors(), literal_client(self._channel) as client:
+            with lanes_optional(not lanes):
+                self._resume_others(client, {form.key for form in lanes})
             for form in lanes:
                 self._prepare(client, form, form.paused)
+
+    def _resume_others(self, client: Any, keys: Collection[str]) -> None:
+        """Let the source's lanes other than these go on, and warn if changes wait in them."""
+        registry = prefixed(self._channel, REGISTRY)
+        for key in sorted(member.decode() for member in client.smembers(registry)):
+            if self._beginning is None or not key.startswith(self._beginning) or key in keys:
+                continue
+            waiting = LaneStore(client, prefixed(self._channel, key)).resume(registry, key)
+            if waiting and key not in self._warned:
+                self._warned.add(key)
+                self._warn_of(key.removeprefix(self._beginning), waiting)
+
+    def _warn_of(self, handler: str, waiting: int) -> None:
+        exists = handler in self._app.tasks
+        drained = exists and WAKE_TASK in self._app.tasks
+        logger.warning(
+            "%s in the lanes of %s, which is no longer %s; %s (`flash lanes list`)",
+            "1 change waits" if waiting == 1 else f"{waiting} changes wait",
+            escaped(handler),
+            "ordered" if exists else "a task of this project",
+            "workers handle them beside newer changes"
+            if drained
+            else "no worker handles them until it has `ordered=` again",
+        )
 
     def _prepare(self, client: Any, form: LaneForm, paused: bool | None = None) -> None:
         """Set up lanes.
