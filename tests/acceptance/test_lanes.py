@@ -362,6 +362,27 @@ def test_lanes_of_a_paused_handler_that_is_no_longer_ordered_go_on_and_are_shown
         assert assert_in_order(until_ended(ordered, 2)) == {0: [0, 1]}
 
 
+def test_lanes_blocked_of_a_handler_that_is_no_longer_ordered_can_be_skipped(ordered):
+    ordered.environment.update(SHOP_ORDER="block")
+    first = ordered.replicate()
+    ordered.worker("solo", "flash")
+    ordered.database.execute("INSERT INTO items VALUES (1, '0', 'raise')")
+
+    def blocked():
+        found = lanes(ordered).get("ordered.each")
+        return found[0] if found and found[0]["state"] == "blocked" else None
+
+    wait_until(blocked, "the lane to be blocked")
+    ordered.end(first)
+    ordered.environment |= {"SHOP_ORDER": "none"}
+    ordered.until_said(ordered.replicate(), "1 change waits in the lanes of ordered.each")
+    lane = blocked()
+    arguments = "each", str(lane["lane"]), lane["first_id"]
+    skip = ordered.run("flash", "lanes", "skip", *arguments)
+    assert skip.returncode == 0, skip.stderr
+    assert lanes(ordered) == {}
+
+
 def test_lanes_of_another_number_are_filled_when_the_old_ones_are_empty(ordered):
     replicate = ordered.replicate()
     insert(ordered, 5)
