@@ -13,7 +13,6 @@ import time
 import uuid
 from typing import Any
 
-import redis
 from billiard.exceptions import Terminated, WorkerLostError
 from billiard.process import current_process
 from celery.worker.request import Request
@@ -31,6 +30,11 @@ from . import connection
 from .alarms import Alarm, call_at
 from .calls import HandlerCalls, traced
 from .drain import Drain, HeldLease, Limits, Step
+
+try:
+    import redis
+except ImportError:  # with another broker, whose workers receive no wakes
+    redis = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
