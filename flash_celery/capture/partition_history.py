@@ -28,6 +28,8 @@ class PartitionHistory:
         self._snapshots: dict[int, list[tuple[Lsn, frozenset[TableName]]]] = {}
         #: Tables of handlers (OIDs) that were published by themselves, whatever their name is now.
         self.published: set[int] = set()
+        #: The tables of handlers (OIDs), as the session found them when it began.
+        self.handled: frozenset[int] = frozenset()
         self.record(recorded or {})
 
     def __contains__(self, oid: int) -> bool:

@@ -37,6 +37,10 @@ _ALTERED_AND_WAITS = (
     "synchronous standby, which cannot see the altered table before; name the standbys in "
     "synchronous_standby_names instead of *, and reload PostgreSQL; reconnecting."
 )
+_RENAMED = (
+    "A table of a handler is {} now; checking the tables of all handlers before any of its rows is "
+    "acknowledged."
+)
 _HANDLER_GONE = "Rows of %s arrive that were written for a handler that is gone"
 _INFERRED = (
     "Partition %s was created and removed between two snapshots of the catalog; delivering its "
@@ -107,11 +111,16 @@ class RelationCatalog:
     ) -> Ancestors:
         """Return the tables that rows belong to, besides their own.
 
+        Its present name is among them if the relation was renamed after the rows were written.
+
         Args:
             relation: The relation of the rows.
             now: The same relation in the catalog; None if it was dropped.
             position: Where their transaction committed.
             handled: The tables of handlers.
+
+        Raises:
+            ReplicationError: A handler's table was renamed since the session began.
         """
         current = frozenset(now.ancestors if now else ())
         last_seen = self._history.latest(relation.oid) or frozenset()
@@ -122,9 +131,11 @@ class RelationCatalog:
         unseen = dict.fromkeys(current - last_seen)
         ancestors = {**self._history.at(relation.oid, position), **unseen}
         own = TableName(relation.schema, relation.name)
-        if handled.isdisjoint((own, *ancestors)):
-            return dict.fromkeys(self._infer(relation, own, current, handled))
-        return ancestors
+        if not handled.isdisjoint((own, *ancestors)):
+            return ancestors
+        if now is not None and now.name in handled:
+            return {now.name: None}
+        return dict.fromkeys(self._infer(relation, own, current, handled))
 
     def _infer(
         self,
@@ -149,6 +160,8 @@ class RelationCatalog:
         )
         candidates = [] if is_known else self._partitioned(handled)
         if not candidates:
+            if relation.oid in self._history.handled:
+                raise ReplicationError(_RENAMED.format(escaped(str(own))))
             _log(logging.WARNING, _HANDLER_GONE, own)
             return ()
         columns = {(column.name, column.type_oid) for column in relation.columns}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -140,6 +141,10 @@ class Router:
         ancestors = self._catalog.ancestors(
             relation, catalog_table, transaction.commit_lsn, self._handled
         )
+        if catalog_table is not None and catalog_table.name in ancestors:
+            # It was renamed after these rows were written, and the handler names it as it is now.
+            own = catalog_table.name
+            relation = replace(relation, schema=own.schema, name=own.name)
         types = self._catalog.types([column.type_oid for column in relation.columns])
         interested = [
             subscription

@@ -187,8 +187,11 @@ class Transitions:
         row, _ = read_row(payload)
         new = row.new or []
         old_kind, old, known = self._before(row)
-        if old_kind == "O":
-            new = [b if cell is UNCHANGED_TOAST else cell for b, cell in zip(old, new, strict=True)]
+        if UNCHANGED_TOAST in new:
+            new = [
+                before if cell is UNCHANGED_TOAST and n in known else cell
+                for n, (before, cell) in enumerate(zip(old, new, strict=True))
+            ]
         is_in = self._meets(new, self._everything)
         was_in = self._meets(old, known)
         was_in = is_in if was_in is None else was_in

@@ -250,7 +250,9 @@ class Update(Change[RowT]):
         super().__init__(origin)
         self._old_kind = old_kind
         self._old = old
-        self._new = _fill(new, old) if old_kind == "O" and old is not None else new
+        if old is not None and UNCHANGED in new:
+            new = self._filled(new, old)
+        self._new = new
 
     @property
     def old(self) -> RowT:
@@ -281,6 +283,17 @@ class Update(Change[RowT]):
             if self._new[source.positions[name]] is not UNCHANGED
             and self._new[source.positions[name]] != self._old[source.positions[name]]
         )
+
+    def _filled(self, new: Sequence[Cell], old: Sequence[Cell]) -> Sequence[Cell]:
+        """Return the new row with the values that PostgreSQL did not send, from the old row.
+
+        PostgreSQL sends an old key also if it did not change, but is stored out of line.
+        """
+        known = {self._source.positions[name] for name in self._old_known()}
+        return [
+            before if cell is UNCHANGED and n in known else cell
+            for n, (before, cell) in enumerate(zip(old, new, strict=True))
+        ]
 
     def _old_known(self) -> frozenset[str]:
         if self._old_kind == "O":
@@ -398,10 +411,3 @@ class Changes(Sequence[Change[RowT]]):
             return "no changes"
         first = self._changes[0]
         return escaped(f"{counted(len(self))} of {first._source.shown} @{first.commit_lsn}")
-
-
-def _fill(new: Sequence[Cell], old: Sequence[Cell]) -> Sequence[Cell]:
-    """Return the new row with the values that PostgreSQL did not send, from the old row."""
-    if UNCHANGED not in new:
-        return new
-    return [before if cell is UNCHANGED else cell for before, cell in zip(old, new, strict=True)]

@@ -228,7 +228,9 @@ class Startup:
                 if writable:
                     record.remember_gap(source, gap)
                 logger.error(_GAP, escaped(str(gap)), extra={"table": str(name)})
-        self.partition_history.published.update(oid for oid, _ in published.tables.values())
+        history = self.partition_history
+        history.handled = frozenset(oid for oid, _ in published.tables.values())
+        history.published |= history.handled
         self._published = published
         if writable and not (recorded and recorded.is_current(source, published)):
             try:

@@ -207,7 +207,7 @@ SCENARIOS = {
     "13 DDL while it runs": (
         "a table renamed, or dropped and made again, went silent",
         f"{TABLES}::test_columns_altered_while_running_are_followed",
-        f"{TABLES}::test_renamed_table_stops_the_worker",
+        f"{TABLES}::test_renamed_table_stops_the_worker_and_loses_nothing",
         f"{TABLES}::test_recreated_table_is_delivered_again",
         f"{TABLES}::test_table_swapped_by_renaming_is_followed",
     ),

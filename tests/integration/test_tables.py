@@ -9,7 +9,7 @@ import pytest
 from flash_celery.errors import SubscriptionError
 from flash_celery.provisioning import ddl
 
-from .conftest import shown
+from .conftest import Flash, shown
 
 PARTED = """
 CREATE TABLE parted (id int, at int, note text, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
@@ -555,13 +555,61 @@ def test_recreated_table_is_delivered_again(flash):
     assert shown(flash.delivered()) == ["insert 1,a", "insert 2,a,5", "delete 2,a,5"]
 
 
-def test_renamed_table_stops_the_worker(flash):
+def test_renamed_table_stops_the_worker_and_loses_nothing(flash, new_app):
     flash.database.execute("CREATE TABLE items (id int PRIMARY KEY)")
     flash.handler("items").start()
     flash.do("INSERT INTO items VALUES (1)")
-    flash.database.execute("ALTER TABLE items RENAME TO goods")
+    flash.database.execute("ALTER TABLE items RENAME TO goods", "INSERT INTO goods VALUES (2)")
     with pytest.raises(SubscriptionError, match="handler: there is no table public.items"):
         flash.wait(lambda: False)
+    renamed = Flash(flash.database, new_app())
+    try:
+        renamed.handler("goods").start()
+        renamed.do("INSERT INTO goods VALUES (3)")
+        assert shown(renamed.delivered()) == ["insert 2", "insert 3"]
+    finally:
+        renamed.stop()
+
+
+@pytest.mark.parametrize(
+    ("ddl", "name"),
+    [
+        ("ALTER TABLE items RENAME TO goods", "goods"),
+        ("ALTER TABLE items SET SCHEMA shop", "shop.items"),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"where": {"n": 2}}], ids=["plain", "where"])
+def test_rows_written_before_a_table_and_its_handler_were_renamed_are_delivered(
+    flash, new_app, ddl, name, options
+):
+    """A deploy: the replication worker stops, and its table gets another name."""
+    flash.database.execute(
+        "CREATE SCHEMA shop",
+        "CREATE TABLE items (id int PRIMARY KEY, n int)",
+        "ALTER TABLE items REPLICA IDENTITY FULL",
+    )
+    flash.handler("items", **options).start()
+    flash.do("INSERT INTO items VALUES (1, 2)")
+    flash.stop()
+    flash.database.execute(
+        "INSERT INTO items VALUES (2, 2)", "UPDATE items SET id = 3 WHERE id = 1", ddl
+    )
+    flash.database.execute(f"INSERT INTO {name} VALUES (4, 2)")
+    renamed = Flash(flash.database, new_app())
+    try:
+        renamed.handler(name, **options).start()
+        renamed.do(f"INSERT INTO {name} VALUES (5, 2)")
+        changes = renamed.delivered()
+        assert [row for row in shown(changes) if "insert" in row] == [
+            "insert 2,2",
+            "insert 4,2",
+            "insert 5,2",
+        ]
+        assert {(change.partition, str(change.table)) for change in changes} == {
+            (None, name.rpartition(".")[2])
+        }
+    finally:
+        renamed.stop()
 
 
 def test_table_swapped_by_renaming_is_followed(flash):
@@ -574,6 +622,31 @@ def test_table_swapped_by_renaming_is_followed(flash):
     flash.wait(lambda: flash.database.one(published) == "items")
     flash.do("INSERT INTO items VALUES (1, 2)", "INSERT INTO items_old VALUES (7)")
     assert shown(flash.delivered()) == ["insert 1,2"]
+
+
+def test_key_that_is_stored_out_of_line_is_known_in_updates(flash):
+    """PostgreSQL does not send it in the new row, only as the old key."""
+    flash.database.execute(
+        "CREATE TABLE items (id text PRIMARY KEY, n int)",
+        "ALTER TABLE items ALTER id SET STORAGE EXTERNAL",
+    )
+    flash.handler("items", "update", name="plain", key=["id"])
+    flash.handler("items", name="chosen", where={"id__startswith": "a"})
+    flash.start()
+    flash.database.execute("ALTER TABLE items REPLICA IDENTITY DEFAULT")
+    keys = ["a" * 2500, "b" * 2500]
+    flash.do(
+        *(f"INSERT INTO items VALUES ('{key}', 0)" for key in keys),
+        "UPDATE items SET n = 1",
+    )
+    plain = flash.delivered("plain")
+    assert [change.key["id"] for change in plain] == keys
+    assert [dict(change.new) for change in plain] == [{"id": key, "n": 1} for key in keys]
+    chosen = flash.delivered("chosen")
+    assert [(c.operation.names()[0], c.key["id"][0]) for c in chosen] == [
+        ("insert", "a"),
+        ("update", "a"),
+    ]
 
 
 def test_dropped_type_is_text(flash):
