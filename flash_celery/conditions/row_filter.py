@@ -20,12 +20,10 @@ from .evaluation import Canonical, literal
 from .parsing import Condition, Lookup
 
 #: Types whose operators a filter may use.
-_TYPES = frozenset(
-    {
-        *("bool", "bytea", "int2", "int4", "int8", "oid", "float4", "float8", "numeric"),
-        *("text", "varchar", "bpchar", "uuid", "varbit", "inet", "cidr", "macaddr", "macaddr8"),
-        *("date", "time", "timetz", "timestamp", "timestamptz", "interval"),
-    }
+_TYPES = (
+    {"bool", "bytea", "int2", "int4", "int8", "oid", "float4", "float8", "numeric"}
+    | {"text", "varchar", "bpchar", "uuid", "varbit", "inet", "cidr", "macaddr", "macaddr8"}
+    | {"date", "time", "timetz", "timestamp", "timestamptz", "interval"}
 )
 _COMPARISONS = {"eq": "=", "ne": "<>", "lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
 _SEARCHES = {"startswith": "starts_with({}, {})", "contains": "strpos({}, {}) > 0"}

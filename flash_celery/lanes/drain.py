@@ -303,7 +303,12 @@ class Drain:
         moment = lease.clock()
         found = yield partial(
             self._store.commit,
-            *(lease.lane, lease.token, lease.seconds, self._number, buffer.commit(), kept),
+            lease.lane,
+            lease.token,
+            lease.seconds,
+            self._number,
+            buffer.commit(),
+            kept,
             leave=leave,
             most=wanted,
         )

@@ -36,8 +36,9 @@ from __future__ import annotations
 
 #: Seconds after a wake in which a drain should have claimed its lane; then it is woken again.
 GRACE = 30
-#: Places in the text of a wake.
-LANE_MARK, ID_MARK = "@LANE@", "@ID@"
+#: The places in the text of a wake for the lane's number and for the wake's id.
+LANE_MARK = "@LANE@"
+ID_MARK = "@ID@"
 #: A step is refused because its lanes have another layout, or none.
 OTHER_LAYOUT = 2
 

@@ -142,8 +142,17 @@ class LaneStore:
         """
         code, *entries = self._call(
             "COMMIT",
-            *(lane, token, lease, number, done.entries, done.cursor, done.changes),
-            *(kept, most, MOST_BYTES, "leave" if leave else ""),
+            lane,
+            token,
+            lease,
+            number,
+            done.entries,
+            done.cursor,
+            done.changes,
+            kept,
+            most,
+            MOST_BYTES,
+            "leave" if leave else "",
         )
         if code == b"lost":
             raise LostLease
