@@ -263,7 +263,7 @@ class _ChangeCatalog(RelationCatalog):
         return {TableName(change.schema, change.table): None} if change.partition else {}
 
     def table(self, oid: int) -> CatalogTable:
-        """Return the change's table, with the columns that handlers name."""
+        """Return the change's relation, with the columns that handlers name."""
         source = self._change._source
         oids = {
             **dict.fromkeys(self._subscribed_columns, _TEXT),
@@ -271,7 +271,7 @@ class _ChangeCatalog(RelationCatalog):
         }
         return CatalogTable(
             oid=oid,
-            name=TableName(source.schema, source.name),
+            name=relation_name(self._change),
             kind="r",
             identity=source.identity,
             identity_index=None,
