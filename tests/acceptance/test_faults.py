@@ -206,8 +206,10 @@ def test_second_signal_ends_replicate_at_once(make_shop):
     with Valkey() as own:
         shop = make_shop(own, SHOP_CONF='{"flash_shutdown_timeout": 600}')
         replicate = shop.replicate()
-        own.stop()
         insert_rows(shop.database, 1, 10)
+        wait_until_confirmed(shop)  # before that, nothing is read that a signal could wait for
+        own.stop()
+        insert_rows(shop.database, 11, 20)
         shop.until_said(replicate, "Nothing is acknowledged until it works again")
         replicate.send_signal(signal.SIGTERM)
         time.sleep(0.5)
