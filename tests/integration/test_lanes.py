@@ -19,6 +19,7 @@ from flash_celery.messages.deduplication import now
 from flash_celery.messages.lane_placing import Place
 from flash_celery.publishing.brokers import lane_scripts
 from flash_celery.publishing.brokers.lane_store import Done, LaneStore, LostLease
+from flash_celery.publishing.brokers.redis_position import in_one_step
 from tests.integration.lane_world import KEY, LEASE, PUSH, QUEUE, Faults, World, delivery
 
 ROOT = Path(__file__).parents[2]
@@ -221,6 +222,15 @@ def test_lanes_that_wait_for_another_layout_are_resumed(lane):
     assert lane.claim().deaths == 0
     assert lane.commit(1, entries=1, cursor=0) is None
     assert configure("other", False)
+
+
+def test_push_does_nothing_if_a_list_of_the_same_step_is_none(lane):
+    lane.client.set("held", "no list")
+    text = lane_entries.encode([delivery(0)], [Place(0, 0)])
+    push = "FLASH.PUSH", KEY, "layout", 0, 1, text
+    with pytest.raises(redis.ResponseError, match="held is a string"):
+        in_one_step(lane.client, [push, ("LTRIM", "held", 0, -2)])
+    assert not lane.client.exists(f"{KEY}.0")
 
 
 def test_push_wakes_a_lane_once(lane):

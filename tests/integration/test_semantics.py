@@ -429,7 +429,7 @@ def test_unreadable_value_stops_nothing(flash):
         (4, ('1' || repeat('0', 6000))::json), (5, '{"a": 1}')"""
     )
     assert [change.new["id"] for change in flash.delivered()] == [1, 2, 3, 4, 5]
-    # What cannot be judged is told.
+    # A row that cannot be evaluated is delivered.
     assert [change.new["id"] for change in flash.delivered("where")] == [1, 2, 5]
     flash.do("UPDATE odd SET data = '1e9999999999999999999' WHERE id IN (4, 5)")
     assert [type(change).__name__ for change in flash.delivered("where")] == ["Insert", "Update"]

@@ -69,7 +69,7 @@ ALTERED = {
         "ALTER TABLE items RENAME name TO title; INSERT INTO items VALUES (1, 'a')",
         "insert 1,a",
     ),
-    "written anew": (
+    "rewritten": (
         "ALTER TABLE items ALTER id TYPE bigint; INSERT INTO items VALUES (1, 'a')",
         "insert 1,a",
     ),

@@ -136,7 +136,7 @@ def reader(postgres):
 
 def psycopgs(connection, column):
     """What psycopg reads; what it cannot represent is the server's text."""
-    # psycopg needs to be told of arrays of one's own types; handlers do not.
+    # psycopg has to be given the arrays of one's own types; handlers do not.
     cast = {"enums": "::text[]", "array_of_domain": "::int[]"}.get(column, "")
     try:
         return connection.execute(f'SELECT "{column}"{cast} FROM everything').fetchone()[0]

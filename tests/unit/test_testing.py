@@ -238,17 +238,17 @@ def test_testing_lists_handlers_and_their_changes(shop):
     change = insert("orders", order())
     assert shop.matching(change) == [("move", change)]
     change = update("orders", order(), {"status": "paid"})
-    ((handler, told),) = shop.matching(change)
+    ((handler, received),) = shop.matching(change)
     assert handler == "reward"
-    assert isinstance(told, Insert)
-    assert told.new == {"status": "paid", "total": 120}
-    assert told.id == change.id
+    assert isinstance(received, Insert)
+    assert received.new == {"status": "paid", "total": 120}
+    assert received.id == change.id
     assert shop.matching(update("orders", order(), {"total": 5})) == []
     assert shop.matching(insert("elsewhere", id=1)) == []
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "told"),
+    ("before", "after", "received"),
     [
         ({}, {"status": "paid"}, [Insert]),
         ({"status": "paid"}, {"status": "sent"}, [Delete]),
@@ -258,16 +258,16 @@ def test_testing_lists_handlers_and_their_changes(shop):
         ({"status": None}, {"status": "paid"}, [Insert]),
     ],
 )
-def test_testing_applies_transitions_like_the_replication_worker(shop, before, after, told):
+def test_testing_applies_transitions_like_the_replication_worker(shop, before, after, received):
     change = update("orders", order(**before), after)
-    assert [type(received) for name, received in shop.matching(change) if name == "reward"] == told
+    assert [type(each) for name, each in shop.matching(change) if name == "reward"] == received
 
 
 def test_testing_splits_a_key_change(shop):
-    told = [part for name, part in shop.matching(update("orders", order(), {"number": 8}))]
-    assert [type(part) for part in told] == [Delete, Insert]
-    assert [dict(part.key) for part in told] == [{"number": 7}, {"number": 8}]
-    assert told[0].id != told[1].id
+    received = [part for name, part in shop.matching(update("orders", order(), {"number": 8}))]
+    assert [type(part) for part in received] == [Delete, Insert]
+    assert [dict(part.key) for part in received] == [{"number": 7}, {"number": 8}]
+    assert received[0].id != received[1].id
 
 
 def test_testing_returns_the_enqueued_messages(shop):

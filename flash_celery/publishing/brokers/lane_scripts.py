@@ -411,7 +411,7 @@ COMMANDS = (
     + """
 local function check(at, last)
     local name, H = ARGV[at], ARGV[at + 1]
-    if name == 'LPUSH' then redis.call('LLEN', H) end
+    if name == 'LPUSH' or name == 'RPUSH' or name == 'LTRIM' then redis.call('LLEN', H) end
     if name ~= 'FLASH.PUSH' and name ~= 'FLASH.BARRIER' then return true end
     local found = redis.call('HMGET', H .. '.state', 'layout', 'queue')
     if found[1] ~= ARGV[at + 2] then return false end

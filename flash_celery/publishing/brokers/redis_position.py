@@ -55,34 +55,25 @@ _LAST = struct.Struct("=q")
 _MAX_UNANSWERED = 100
 #: Lower than every other mark.
 _NONE: Watermark = (0, 0, 0)
-#: Returns 1, and does nothing, if the fencing token or the sequence number is not the expected one.
-#: Each command is preceded by the number of its words. The first loop calls LLEN, which fails on a
-#: key that is not a list, before anything is pushed: a script that ends early undoes nothing.
-#: The hash needs no such check: HMGET has read it.
-_STEP = """
-if ARGV[1] ~= '' then
-    local found = redis.call('HMGET', KEYS[1], 'owner', 'writes')
-    if found[1] ~= ARGV[1] or found[2] ~= ARGV[2] then return 1 end
-end
-local at = 3
-while at <= #ARGV do
-    local name = ARGV[at + 1]
+#: What a step does of each command, whose words are those of `ARGV` from `at` to `last`: `check`
+#: fails on a key that is not a list, before anything is pushed, because a script that ends early
+#: undoes nothing. The hash needs no such check: HMGET has read it.
+_COMMANDS = """
+local function check(at, last)
+    local name = ARGV[at]
     if name == 'LPUSH' or name == 'RPUSH' or name == 'LTRIM' then
-        redis.call('LLEN', ARGV[at + 2])
+        redis.call('LLEN', ARGV[at + 1])
     end
-    at = at + tonumber(ARGV[at]) + 1
+    return true
 end
-at = 3
-while at <= #ARGV do
-    local last = at + tonumber(ARGV[at])
-    redis.call(unpack(ARGV, at + 1, last))
-    at = last + 1
+
+local function run(at, last)
+    redis.call(unpack(ARGV, at, last))
 end
 """
-#: The same with commands of lanes. Returns 2, and does nothing, if lanes have another layout.
-_LANE_STEP = (
-    lane_scripts.COMMANDS
-    + """
+#: Returns 1, and does nothing, if the fencing token or the sequence number is not the expected one;
+#: 2, if lanes have another layout. Each command is preceded by the number of its words.
+_STEP = """
 if ARGV[1] ~= '' then
     local found = redis.call('HMGET', KEYS[1], 'owner', 'writes')
     if found[1] ~= ARGV[1] or found[2] ~= ARGV[2] then return 1 end
@@ -100,7 +91,6 @@ while at <= #ARGV do
     at = last + 1
 end
 """
-)
 
 
 def in_one_step(
@@ -125,7 +115,9 @@ def in_one_step(
     Raises:
         LanesNotReady: The commands fill lanes, and these have another layout.
     """
-    script = _LANE_STEP if any(_fills_lanes(command) for command in commands) else _STEP
+    # The commands of lanes are a long text, which a step without them does not send.
+    fills_lanes = any(str(command[0]).startswith("FLASH.") for command in commands)
+    script = (lane_scripts.COMMANDS if fills_lanes else _COMMANDS) + _STEP
     keys = dict.fromkeys([key] * bool(key) + [command[1] for command in commands])
     words = [word for command in commands for word in (len(command), *command)]
     try:
@@ -135,10 +127,6 @@ def in_one_step(
     if refused == lane_scripts.OTHER_LAYOUT:
         raise LanesNotReady("The lanes are not set up, or for another number of lanes or key.")
     return refused
-
-
-def _fills_lanes(command: Command) -> bool:
-    return str(command[0]).startswith("FLASH.")
 
 
 def _with_key(
