@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, cast, overload
@@ -30,6 +31,17 @@ else:
 RowT = TypeVar("RowT", covariant=True, default=Row)
 
 
+@dataclass(frozen=True)
+class Call:
+    """Facts about a change that hold for one call of its handler; they do not travel with it."""
+
+    #: For `Change.fence`.
+    fence: int | None = None
+
+
+_NO_LANE = Call()
+
+
 class Change(Generic[RowT]):
     """One committed change of one row (or table), delivered to one handler.
 
@@ -39,6 +51,7 @@ class Change(Generic[RowT]):
 
     operation: ClassVar[Operation]
     __slots__ = (
+        "_call",
         "_coalesced",
         "_row_id",
         "_shift",
@@ -63,6 +76,7 @@ class Change(Generic[RowT]):
         ) = origin
         #: For `old` and `new`: the row as an instance of `into=`, or the error that it raised.
         self._typed: Mapping[str, Any] | None = None
+        self._call = _NO_LANE
 
     @property
     def _origin(self) -> Origin:
@@ -144,6 +158,14 @@ class Change(Generic[RowT]):
     def coalesced(self) -> int:
         """How many changes of the row were made into this one; 1 by default."""
         return self._coalesced
+
+    @property
+    def fence(self) -> int | None:
+        """A fencing token: of two calls for changes of one lane the later has a greater one.
+
+        `None` if the change did not come from a lane (`ordered=`).
+        """
+        return self._call.fence
 
     @property
     def key(self) -> Mapping[str, Any]:

@@ -22,7 +22,7 @@ from celery.exceptions import Ignore, Reject, Retry, TimeLimitExceeded
 from celery.utils.serialization import UnpickleableExceptionWrapper
 
 from ..changes import labels, payload
-from ..changes.change import Change, Changes
+from ..changes.change import Call, Change, Changes
 from ..changes.payload import CHANGE, CHANGES, delivery_of
 from ..dead_letters import letters, outcome
 from ..dead_letters.failed_tasks import setting, store_letter
@@ -181,6 +181,9 @@ class HandlerCalls:
             "retries": head.retries,
             "flash_retries": retries,
         }
+        in_call = Call(head.fence)
+        for change in head.changes:
+            change._call = in_call
         argument = self._argument(head.changes)
         soft, hard = self._limits
         try:

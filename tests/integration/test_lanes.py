@@ -141,6 +141,22 @@ def test_claim_that_is_sent_twice_is_the_same_lease(lane):
     assert lane.claim() == first
 
 
+def test_fence_grows_with_each_claim_also_if_redis_has_lost_the_last_one(lane):
+    lane.push(1)
+    fences = [lane.claim().fence]
+    assert lane.claim().fence == fences[0]  # sent twice by the client
+    for token in "bc":
+        lane.now += LEASE + 1
+        fences.append(lane.claim(token).fence)
+    later = lane.now + 1
+    lane.__init__(lane.client)  # which flushes the database
+    lane.now = later
+    lane.push(1)
+    fences.append(lane.claim().fence)
+    assert fences == sorted(set(fences))
+    assert fences[-1] < 1 << 53
+
+
 def test_drain_commits_before_another_change_of_the_same_key(lane):
     lane.push(1, 2, 1, 3)
     handler = Handler()

@@ -2,12 +2,14 @@
 
 import os
 import time
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from signal import SIGKILL
 
 import pytest
 from celery.exceptions import Ignore, Reject
 from celery.signals import task_failure, task_postrun, task_prerun, task_retry, task_success
+from kombu.utils.json import dumps, loads
 
 from flash_celery import Changes, Ordered, on_change, testing
 from flash_celery.lanes.calls import HandlerCalls, traced
@@ -57,6 +59,21 @@ def test_lane_call_has_the_request_and_signals_of_a_task(call):
     task_id = task_id_of_change("1/slot", "handler", first.changes[0].id)
     assert seen == [(task_id, 2, "worker@host", 7), ("flash", False)]
     assert signals == [task_prerun, task_success, task_postrun]
+
+
+def test_lane_call_has_a_fence_which_does_not_travel(call):
+    seen = []
+
+    def handler(self, changes):
+        seen.extend(changes)
+
+    calls, _ = call(handler, batch=5)
+    first = head(1, 2)
+    assert [change.fence for change in first.changes] == [None, None]
+    calls.handle(replace(first, fence=7))
+    assert [change.fence for change in seen] == [7, 7]
+    passed_on = loads(dumps(seen[0]))
+    assert (passed_on, passed_on.fence) == (seen[0], None)
 
 
 def test_lane_call_is_retried_without_a_message(call):

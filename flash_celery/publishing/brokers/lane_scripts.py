@@ -10,7 +10,8 @@ The keys of a handler, where `H` is `_flash.ordered.<source>.<handler>`:
 - `H.due`, a sorted set: for each lane that has entries, when a process has to look at it.
 - `H.state`, a hash. Of the handler: `layout`, `lanes`, `queue` and `wake` (the list that Celery
   workers pop from, and the message to push there), `form` (for drains), `paused`, `waiting` (how
-  many changes wait), and the counters `fence`, `wakes`, `barriers`. Of each lane, by a letter:
+  many changes wait), `fence` (of the last claim), and the counters `wakes`, `barriers`. Of each
+  lane, by a letter:
     - `t` the token of the drain that holds it, or held it when its process died
     - `m` its lease runs (until the time in `due`)
     - `s` it sleeps: a retry (until the time in `due`)
@@ -227,8 +228,8 @@ local due = redis.call('ZSCORE', D, lane)
 if not due then return {'nothing'} end
 if redis.call('HEXISTS', S, 'paused') == 1 then return {'paused'} end
 local found = redis.call('HMGET', S, 't' .. lane, 's' .. lane, 'm' .. lane, 'c' .. lane,
-    'r' .. lane, 'form')
-local mine = found[1] == token
+    'r' .. lane, 'form', 'fence')
+local mine, fence = found[1] == token, tonumber(found[7] or 0)
 if tonumber(due) > now and not mine then
     if found[2] then return {'asleep'} end
     if found[3] then return {'held'} end
@@ -241,13 +242,14 @@ end
 if not mine then
     -- The token is still there if its process died, or lost its lease.
     if found[1] then redis.call('HINCRBY', S, 'd' .. lane, 1) end
-    redis.call('HINCRBY', S, 'fence', 1)
+    -- It has to grow even if Redis has lost the last one, because handlers store it.
+    fence = math.max(fence + 1, math.floor(now * 1000000))
+    redis.call('HSET', S, 'fence', string.format('%.0f', fence))
     clear(H, lane, 'swk')
 end
 redis.call('HSET', S, 't' .. lane, token, 'm' .. lane, '1')
 wake_later(H, lane, now, ARGV[4])
 local deaths = tonumber(redis.call('HGET', S, 'd' .. lane) or 0)
-local fence = tonumber(redis.call('HGET', S, 'fence') or 0)
 return {'ok', fence, tonumber(found[4] or 0), tonumber(found[5] or 0), deaths, found[6] or '',
     unpack(entries)}
 """
