@@ -38,7 +38,7 @@ from ..postgres.source import Source, publication_names
 from ..postgres.stream import ReplicationConnection
 from ..protocol import timestamps
 from ..protocol.lsn import Lsn
-from ..provisioning import replay_slot
+from ..provisioning import ordering_keys, replay_slot
 from ..provisioning.record import partition_ancestors
 from ..publishing import brokers, declared_queues
 from ..publishing.backpressure import Backpressure
@@ -270,7 +270,9 @@ def enqueue_changes(
     with closing(ReplicationConnection(settings.require_dsn())) as stream:
         system = stream.identify()[0].system
     task_options = TaskOptions(app, settings, subscriptions)
-    templates = Templates(app, settings, task_options, f"{system}/{source.slot}")
+    keys = ordering_keys.read(source.connection, subscriptions)
+    name = f"{system}/{source.slot}"
+    templates = Templates(app, settings, task_options, name, ordering_keys=keys)
     with closing(brokers.for_app(app)) as publisher:
         enqueuer = _Enqueuer(app, settings, templates, handler, publisher)
         read_changes(

@@ -8,13 +8,16 @@ it is enqueued.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from ..changes.payload import Delivery
 from ..changes.rows import Table
+from ..provisioning.ordering_keys import Key
 from . import lane_entries
 from .deduplication import Covered, covered_by
-from .lane_placing import Place, Placer, placer
+from .lane_placing import Place, Placer, key_of, placer
+from .task_ids import short_digest
 from .task_message import Form, Message
 
 #: The name of the set of all handlers' keys on the broker, and the beginning of these keys.
@@ -47,12 +50,29 @@ class LaneForm:
     source: str
     handler: str
     lanes: int
-    #: A digest of everything that determines the lane of a key.
-    layout: str
     #: The form of the handler's task messages, for those that leave the lanes (dead letters).
     form: Form
+    #: What the handler declares about the order, as text.
+    declared: str = ""
+    #: The ordering keys that the tables of each subscription have, by its number; None for any.
+    keys: tuple[frozenset[Key] | None, ...] = ()
     #: Whether drains must leave the lanes alone.
     paused: bool = False
+
+    @cached_property
+    def layout(self) -> str:
+        """A digest of everything that determines the lane of a change."""
+        keys = [sorted(each or ()) for each in self.keys]
+        return short_digest(f"{self.lanes}|{self.declared}|{keys}", 8)
+
+    def allows(self, number: int, key: Key) -> bool:
+        """Return whether changes of a subscription may be placed by a key in this layout."""
+        keys = self.keys[number] if number < len(self.keys) else None
+        return keys is None or key in keys
+
+    def with_keys(self, number: int, keys: frozenset[Key]) -> LaneForm:
+        """Return lanes in which the tables of one subscription have these keys."""
+        return replace(self, keys=(*self.keys[:number], keys, *self.keys[number + 1 :]))
 
 
 class LaneMessage(Message):
@@ -98,9 +118,10 @@ class LaneGroup:
     """
 
     def __init__(self, form: LaneForm, columns: Sequence[Sequence[str] | None]) -> None:
-        self._form = form
+        #: The lanes as the session began with them, and those of the next message.
+        self._first_form = self._form = form
         self._columns = columns
-        self._placers: dict[tuple[Table, int], Placer] = {}
+        self._placers: dict[tuple[Table, int], tuple[Key, Placer]] = {}
         self._lanes: dict[int, _Lane] = {}
         self._full: list[tuple[int, int, str]] = []
         self._covered: list[Delivery] = []
@@ -114,7 +135,10 @@ class LaneGroup:
             expires: Seconds since 1970 after which they are no longer handled.
         """
         messages: list[LaneMessage] = []
-        place = self._placer(delivery.table, delivery.number)
+        key, place = self._placer(delivery.table, delivery.number)
+        if not self._form.allows(delivery.number, key):
+            messages += self.flush(expires)
+            self._form = self._form_for(delivery.number, key)
         lanes, count = self._lanes, self._form.lanes
         for ordinal, row in enumerate(delivery.rows, delivery.ordinal):
             single = delivery._replace(rows=[row], ordinal=ordinal)
@@ -158,13 +182,26 @@ class LaneGroup:
         text = lane_entries.encode([delivery], [], expires)
         return LaneMessage(self._form, [(0, 1, text)], covered_by([delivery]), lanes)
 
-    def _placer(self, table: Table, number: int) -> Placer:
-        place = self._placers.get((table, number))
-        if place is None:
+    def _form_for(self, number: int, key: Key) -> LaneForm:
+        """Return lanes for a table that has another key than when the session began, or again that.
+
+        Its changes may go to other lanes than earlier ones of the same row. They have another
+        layout, so they are pushed when the lanes are empty.
+        """
+        keys = self._first_form.keys[number]
+        if not self._first_form.allows(number, key):
+            keys = frozenset([key])
+        assert keys is not None
+        return self._form.with_keys(number, keys)
+
+    def _placer(self, table: Table, number: int) -> tuple[Key, Placer]:
+        found = self._placers.get((table, number))
+        if found is None:
             if len(self._placers) >= 10_000:  # a table has a new description after each ALTER
                 self._placers.clear()
-            place = self._placers[table, number] = placer(table, self._columns[number])
-        return place
+            columns = self._columns[number]
+            found = self._placers[table, number] = key_of(table, columns), placer(table, columns)
+        return found
 
 
 def barrier_lanes(place: Place | None, lanes: int) -> Sequence[int]:

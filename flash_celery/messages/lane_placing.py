@@ -12,6 +12,7 @@ from zlib import crc32
 from ..changes.payload import TRUNCATED
 from ..changes.rows import Table
 from ..protocol.pgoutput import FIRST_TUPLE, UNCHANGED_TOAST, Cell, read_cells, read_row
+from ..provisioning.ordering_keys import Key
 
 _INSERT = ord("I")
 _UPDATE = ord("U")
@@ -31,6 +32,12 @@ class Place(NamedTuple):
 Placer = Callable[[bytes], Place | None]
 
 
+def key_of(table: Table, columns: Sequence[str] | None) -> Key:
+    """Return the columns that `placer` places the rows of a table by, and their types."""
+    names = _names(table, columns)
+    return tuple((name, table.columns[table.positions[name]].type_name) for name in names)
+
+
 def placer(table: Table, columns: Sequence[str] | None) -> Placer:
     """Return the function that places the rows of a table.
 
@@ -38,7 +45,7 @@ def placer(table: Table, columns: Sequence[str] | None) -> Placer:
         table: The table, with the columns that its rows have.
         columns: The columns of the ordering key; None for the row's key.
     """
-    names = [name for name in columns or table.key if name in table.positions]
+    names = _names(table, columns)
     positions = [table.positions[name] for name in names]
     width = max(positions, default=-1) + 1
     in_identity = table.identity_columns.issuperset(names)
@@ -67,6 +74,10 @@ def placer(table: Table, columns: Sequence[str] | None) -> Placer:
         return Place(_digest(filled, positions), _digest(read.old, positions))
 
     return place
+
+
+def _names(table: Table, columns: Sequence[str] | None) -> list[str]:
+    return [name for name in columns or table.key if name in table.positions]
 
 
 def _digest(cells: Sequence[Cell], positions: Sequence[int]) -> int:

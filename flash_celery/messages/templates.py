@@ -14,6 +14,7 @@ from ..changes import labels, payload
 from ..changes.change import Operation
 from ..changes.payload import CHANGE, CHANGES, Delivery
 from ..handlers.subscriptions import Batch, Subscription
+from ..provisioning.ordering_keys import Key, OrderingKeys
 from ..settings import Settings
 from .deduplication import Covered, covered_by, identity
 from .lane_messages import LaneForm, LaneGroup, handler_key
@@ -83,11 +84,12 @@ class Template:
         queue = hold_queue or self.queue
         self._form = Form(queue, self.task, headers, properties, template=self.key)
 
-    def order(self, order: TaskOrder, paused: bool) -> None:
+    def order(self, order: TaskOrder, keys: Sequence[frozenset[Key] | None], paused: bool) -> None:
         """Send the changes to lanes.
 
         Args:
             order: How the task's changes are kept in order.
+            keys: The ordering keys that the tables of each subscription have; None for any.
             paused: Whether drains must leave the lanes alone.
         """
         self._compression = None
@@ -100,8 +102,9 @@ class Template:
             self._source,
             self.task,
             order.lanes,
-            short_digest(f"{order.lanes}|{order.described}", 8),
             self._form,
+            order.described,
+            tuple(keys),
             paused,
         )
 
@@ -177,6 +180,7 @@ class Templates:
         task_options: The resolved options of the tasks.
         source: The server and the slot, for task ids.
         hold_queues: The hold queue of each paused handler, by the name of its task.
+        ordering_keys: The ordering keys of the tables at the beginning of the session.
     """
 
     def __init__(
@@ -186,6 +190,7 @@ class Templates:
         task_options: TaskOptions,
         source: str = "",
         hold_queues: Mapping[str, str] = MappingProxyType({}),
+        ordering_keys: OrderingKeys = MappingProxyType({}),
     ) -> None:
         self.task_options = task_options
         self._by_options: dict[tuple[str, str], Template] = {}
@@ -209,7 +214,8 @@ class Templates:
             self._templates[subscription.handler, subscription.number, operation] = template
         for handler, order in task_options.orders.items():
             (template,) = {each for key, each in self._templates.items() if key[0] == handler}
-            template.order(order, handler in hold_queues)
+            keys = [ordering_keys.get((handler, number)) for number in range(len(order.columns))]
+            template.order(order, keys, handler in hold_queues)
 
     @property
     def lanes(self) -> list[LaneForm]:

@@ -150,6 +150,23 @@ def unlogged(connection: psycopg.Connection[Any], table: CatalogTable) -> TableN
     return TableName(*row) if row else None
 
 
+_ROW_KEYS = f"""
+SELECT DISTINCT coalesce((SELECT columns FROM {{keys}} AS k WHERE is_primary),
+                         (SELECT columns FROM {{keys}} AS k WHERE is_identity))
+FROM {tree("%s")} AS c WHERE c.relkind <> 'p'
+"""  # noqa: S608
+
+
+def row_keys(connection: psycopg.Connection[Any], table: CatalogTable) -> list[tuple[str, ...]]:
+    """Return the keys of a table's rows: one, unless its partitions have different ones.
+
+    That is the primary key, else the index of the replica identity, else all columns.
+    """
+    query = sql.SQL(_ROW_KEYS).format(keys=_KEYS)
+    rows = connection.execute(query, [table.oid]).fetchall()
+    return [tuple(key) if key else tuple(table.columns) for (key,) in rows]
+
+
 _ATTACHED = """
 SELECT n.nspname, c.relname FROM pg_class c
 JOIN pg_namespace n ON n.oid = c.relnamespace

@@ -60,7 +60,7 @@ from ..postgres.connection import is_standby, raise_if_fatal, unreachable
 from ..postgres.source import Source, connected, publication_names
 from ..postgres.stream import Diagnosis, ReplicationConnection
 from ..protocol.lsn import Lsn
-from ..provisioning import advisory_lock, preflight, replay_slot
+from ..provisioning import advisory_lock, ordering_keys, preflight, replay_slot
 from ..publishing import declared_queues, drained
 from ..publishing.brokers.base import Publisher
 from ..publishing.thread import Claim, PublishingThread
@@ -408,6 +408,7 @@ class Replicator:
             self._task_options,
             f"{self._system}/{source.slot}",
             self._pauses.queues_by_handler(source),
+            ordering_keys.read(source.connection, self._subscriptions),
         )
 
     def _session(

@@ -397,6 +397,37 @@ def test_lanes_of_another_number_are_filled_when_the_old_ones_are_empty(ordered)
     assert all(found == [0, 1] for found in values.values())
 
 
+@pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
+def test_lanes_keep_the_order_of_rows_whose_table_gets_another_primary_key(ordered, running):
+    """The hash of another column is another lane, so the old lanes have to be empty first."""
+    keys = 8
+    ordered.environment.update(SHOP_SLEEP="0.3")
+    replicate = ordered.replicate()
+    insert(ordered, keys)
+    wait_until(lambda: summary(ordered).get("waiting") == keys, "the changes to be in lanes")
+    if not running:
+        ordered.end(replicate)
+    ordered.database.execute(
+        "UPDATE items SET note = 'unique ' || id",
+        "ALTER TABLE items ALTER note SET NOT NULL, DROP CONSTRAINT items_pkey, "
+        "ADD PRIMARY KEY (note)",
+        "UPDATE items SET name = '1'",
+    )
+    if not running:
+        replicate = ordered.replicate(wait=False)
+    ordered.until_said(replicate, "were placed by another ordering key")
+    ordered.worker("threads", "flash", options=("-c", "8"))
+    until_ended(ordered, keys * 3)
+    for key in range(keys):
+        notes = [n for n in ordered.notes() if n["new"]["id"] == key]
+        events = [n["event"] for n in notes]
+        assert events == ["begin", "end"] * 3, f"key {key}: {events}"
+        assert len({n["id"] for n in notes}) == 3
+        assert notes[0]["operation"] == "insert"
+    notes = ended(ordered)
+    assert [n["key"] for n in notes[-keys:]] == [{"note": n["new"]["note"]} for n in notes[-keys:]]
+
+
 def test_lanes_keep_the_order_while_processes_and_workers_are_killed(ordered):
     ordered.environment.update(SHOP_SLEEP="0.01", SHOP_CONF='{"flash_max_deaths": 100}')
     ordered.replicate()

@@ -11,10 +11,12 @@ import redis
 from celery import Celery
 
 from example_project.servers import Valkey, wait_until
-from flash_celery.errors import ConfirmedLost, PublishError, TakenOver
+from flash_celery.errors import ConfirmedLost, LanesNotReady, PublishError, TakenOver
 from flash_celery.messages.deduplication import Lease
+from flash_celery.messages.lane_messages import LaneForm, LaneMessage, handler_key
 from flash_celery.messages.task_message import Form, Message
 from flash_celery.publishing.brokers import lane_access
+from flash_celery.publishing.brokers.lane_store import Done, LaneStore
 from flash_celery.publishing.brokers.redis import RedisPublisher
 from tests.proxy import Proxy, Way
 
@@ -321,3 +323,35 @@ def test_held_message_stays_until_it_has_been_moved(client, valkey, new_session,
     assert not publisher.requeue("parked", lambda raw: next(moved), len)
     assert (found(client, "parked"), found(client)) == ([], [1, 2])
     publisher.close()
+
+
+def test_push_of_another_layout_waits_for_the_lanes_and_loses_nothing(new_session, client):
+    """As when a table gets another primary key: one publish may have changes of both."""
+    publisher, _ = new_session(client.connection_pool.connection_kwargs["port"])
+    form = Form("flash", "handler", {}, {}, template="t")
+    key = handler_key("1/slot", "handler")
+    old, new = (
+        LaneForm(key, "1/slot", "handler", 4, form, declared) for declared in ("old", "new")
+    )
+
+    def change(number, lanes):
+        covered = [(0, (number, 0, 0))], (number,)
+        return LaneMessage(lanes, [(0, 1, str(number))], covered)
+
+    def empty(changes):
+        store = LaneStore(client, key)
+        store.claim("0", "token", 30)
+        store.commit("0", "token", 30, 1, Done(changes, 0, changes), 0)
+
+    messages = [change(1, old), change(2, old), change(3, new), change(4, old)]
+    pushed = [[b"1", b"2"], [b"3"], [b"4"]]
+    for waiting in pushed:
+        if waiting is pushed[-1]:
+            publisher.publish(messages)
+        else:
+            with pytest.raises(LanesNotReady) as refused:
+                publisher.publish(messages)
+            assert refused.value.confirmed == len(waiting)
+        assert client.lrange(f"{key}.0", 0, -1) == waiting
+        empty(len(waiting))
+        messages = messages[len(waiting) :]

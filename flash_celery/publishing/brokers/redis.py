@@ -92,8 +92,8 @@ class RedisPublisher(ConnectedPublisher):
         """
         super().open(queues)
         self._forms: dict[Form, tuple[str, str]] = {}
-        #: The lanes that are set up.
-        self._lanes: set[LaneForm] = set()
+        #: The lanes as they are set up, by the name of their keys.
+        self._lanes: dict[str, LaneForm] = {}
         # Delivery tags, unique among all messages; a UUID each would take longer than the rest.
         self._tags = map(f"{uuid.uuid4()}-{{}}".format, count())
 
@@ -188,7 +188,24 @@ class RedisPublisher(ConnectedPublisher):
                 "or number of lanes; new ones wait until workers have handled them "
                 "(`flash lanes list`)."
             )
-        self._lanes.add(form)
+        self._lanes[form.key] = form
+
+    def _prepare_for(self, client: Any, messages: Sequence[Message]) -> None:
+        """Set up the lanes of messages that are not set up, or in another way.
+
+        Raises:
+            LanesNotReady: Changes wait that were placed by another layout.
+        """
+        for message in messages:
+            if not isinstance(message, LaneMessage):
+                continue
+            form = message.lane_form
+            if self._lanes.get(form.key) is not form:
+                try:
+                    self._prepare(client, form)
+                except LanesNotReady as error:
+                    error.confirmed = self.confirmed
+                    raise
 
     def _wake(self, form: LaneForm) -> tuple[str, str]:
         """Return the key without prefix, and the text that the scripts make wakes of."""
@@ -238,17 +255,16 @@ class RedisPublisher(ConnectedPublisher):
                 self._ahead += self._position.recover_reply(client)
                 self.confirmed = min(self._ahead, len(messages))
                 self._ahead -= self.confirmed
-            for message in messages:
-                if isinstance(message, LaneMessage) and message.lane_form not in self._lanes:
-                    self._prepare(client, message.lane_form)
-            for pushes in _chunks(map(self._push, messages[self.confirmed :])):
-                part = messages[self.confirmed : self.confirmed + len(pushes)]
-                commands = self._commands(pushes, queues)
-                if self._position is not None:
-                    self._position.write(client, part, commands)
-                else:
-                    in_one_step(client, commands)
-                self.confirmed += len(pushes)
+            for same_lanes in _by_lanes(messages[self.confirmed :]):
+                self._prepare_for(client, same_lanes)
+                for pushes in _chunks(map(self._push, same_lanes)):
+                    part = messages[self.confirmed : self.confirmed + len(pushes)]
+                    commands = self._commands(pushes, queues)
+                    if self._position is not None:
+                        self._position.write(client, part, commands)
+                    else:
+                        in_one_step(client, commands)
+                    self.confirmed += len(pushes)
 
     def requeue(
         self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
@@ -383,6 +399,21 @@ class RedisPublisher(ConnectedPublisher):
     def _expiring(self) -> set[str]:
         """Return the queues declared with `x-expires`; each message restarts their time."""
         return set(getattr(self._channel, "_expires", None) or ())
+
+
+def _by_lanes(messages: Iterable[Message]) -> Iterator[list[Message]]:
+    """Cut messages where the lanes of a handler change, as when its table gets another key."""
+    run: list[Message] = []
+    forms: dict[str, LaneForm] = {}
+    for message in messages:
+        if isinstance(message, LaneMessage):
+            form = message.lane_form
+            if forms.setdefault(form.key, form) is not form:
+                yield run
+                run, forms = [], {form.key: form}
+        run.append(message)
+    if run:
+        yield run
 
 
 def _chunks(pushes: Iterable[_Push]) -> Iterator[list[_Push]]:
