@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import select
+import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
 import psycopg
@@ -33,6 +36,10 @@ T = TypeVar("T")
 _PATIENCE = 30.0
 #: Seconds between two calls of `on_wait`.
 _WAIT_SECONDS = 0.1
+#: Bytes in one `receive` from which the stream counts as busy, and the bytes that have to arrive
+#: then before its socket becomes readable.
+_BUSY_BYTES = 1 << 11
+_BURST_BYTES = 1 << 14
 #: Matches the messages of PostgreSQL 14 to 19 about an invalidated slot.
 _INVALIDATED = re.compile("can no longer|cannot read from logical replication slot|invalidated")
 
@@ -107,6 +114,9 @@ class ReplicationConnection:
         self.pid, self.server = 0, ""
         #: Seconds without a message from us after which the server frees the slot.
         self.timeout = patience
+        #: Whether the socket becomes readable only when much has arrived (see `gather`).
+        self.gathering = False
+        self._received_bytes = 0
         if on_notice is not None:
             self._connection.notice_handler = lambda result: on_notice(_diagnosis(result))
 
@@ -185,7 +195,7 @@ class ReplicationConnection:
         # The hot path: one call and two copies for each message, and no new object.
         read, consume = self._connection.get_copy_data, self._connection.consume_input
         burst: list[bytes] = []
-        frame, seen = b"", -1
+        frame, seen, most = b"", -1, limit
         while limit > 0:
             length, data = read(1)
             if length > 0:
@@ -206,7 +216,23 @@ class ReplicationConnection:
                 break
         if frame:
             self.received = frames.wal_end(frame)
+        self._received_bytes = most - limit
         return burst
+
+    def gather(self) -> None:
+        """While the stream is busy, make its socket readable only when some kilobytes have arrived.
+
+        The server sends each row by itself. A reader that wakes up for each takes processor time
+        from the server and from itself. Call this after `receive`. While `gathering` is true, wait
+        only for a moment, and then call `receive` even if the socket is not readable.
+        """
+        busy = self._received_bytes >= _BUSY_BYTES
+        if busy is not self.gathering:
+            self.gathering = busy
+            # Another descriptor of the same socket, because libpq closes its own. Where a system
+            # cannot do this, or only for TCP, the socket becomes readable as always.
+            with suppress(OSError), socket.socket(fileno=os.dup(self.fileno())) as other:
+                other.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, _BURST_BYTES if busy else 1)
 
     def send_status(self, written: Lsn, flushed: Lsn, applied: Lsn, reply: bool = False) -> None:
         """Send our positions; the server may then remove WAL before `flushed`."""

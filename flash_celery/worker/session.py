@@ -47,6 +47,8 @@ _REFILL_SECONDS = 1.0
 #: Status intervals without a byte from the server until it counts as silent. Each status requests a
 #: reply.
 _SILENT_INTERVALS = 3
+#: Seconds to wait until a burst has arrived, while the stream is busy.
+_GATHER_SECONDS = 0.001
 
 
 class State(Enum):
@@ -173,12 +175,16 @@ class Session:
             sockets.append(self._stream)
         elif refill is not None and ready_to_listen and not refill.has_read_all:
             sockets.append(refill)
-        ready, _, _ = select.select(sockets, [], [], self._timeout(behind))
+        gathering = listening and self._stream.gathering
+        timeout = self._timeout(behind)
+        ready, _, _ = select.select(
+            sockets, [], [], min(timeout, _GATHER_SECONDS) if gathering else timeout
+        )
         if self._control in ready:
             self._control.forget_wakes()
         if self._connection in ready:
             self._check_connection()
-        if self._stream in ready:
+        if self._stream in ready or (gathering and not ready):
             self._receive()
         if self._state is _CLAIMING:
             self._accept_claim()
@@ -251,6 +257,7 @@ class Session:
     def _receive(self) -> None:
         self._received_at = time.monotonic()
         self._pipeline.feed(self._stream.receive())
+        self._stream.gather()
         self._progress.receive(self._stream.received)
 
     def _work(self) -> bool:

@@ -191,3 +191,26 @@ def test_stream_history_names_the_ancestors_of_a_promoted_server(connections):
         assert not after.includes(before, ancestor.end)
         now = Lsn.parse(promoted.one("SELECT pg_current_wal_insert_lsn()::text"))
         assert ancestor.end <= now
+
+
+def test_busy_stream_gathers_rows_and_an_idle_one_passes_each_on(table, connections):
+    connection = connections(table.dsn)
+    slots.create(connection, table.slot)
+    connection.start(table.slot, ["everything"])
+    table.execute("INSERT INTO items SELECT n, 'a name' FROM generate_series(1, 10000) n")
+    gathered, burst = False, []
+    deadline = time.monotonic() + 10
+    while not any(message[:1] == b"C" for message in burst[-100:]):
+        assert time.monotonic() < deadline
+        select.select([connection], [], [], 0.001 if connection.gathering else 0.1)
+        burst += connection.receive()
+        connection.gather()
+        gathered = gathered or connection.gathering
+    rows = [message for message in messages(burst) if isinstance(message, pgoutput.Row)]
+    assert gathered
+    assert len(rows) == 10000
+    while connection.gathering:  # until one call has received little
+        connection.receive()
+        connection.gather()
+    table.execute("INSERT INTO items VALUES (0, 'alone')")
+    assert select.select([connection], [], [], 10.0)[0]
