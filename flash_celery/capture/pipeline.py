@@ -16,7 +16,7 @@ from ..protocol.lsn import Lsn
 from ..telemetry import Telemetry
 from .relations import RelationCatalog
 from .router import Router, Sink
-from .transactions import Transactions, runs
+from .transactions import LONGEST_RUN, Transactions, runs
 
 
 class Pipeline:
@@ -62,15 +62,16 @@ class Pipeline:
         return bool(self._arrived) or self.transactions.replaying
 
     def deliver(self) -> Iterator[Lsn | None]:
-        """Deliver what has arrived, one run of messages each time the iterator is advanced.
+        """Deliver what has arrived, some messages each time the iterator is advanced.
 
-        Yields the position up to which everything has been delivered, if the run moved it. The
-        caller may stop after any run; the next call goes on from there.
+        Yields the position up to which everything has been delivered, or None if it has not moved.
+        The caller may stop each time; the next call goes on from there.
 
         Raises:
             ProtocolError: A message is not one of pgoutput.
         """
         arrived, transactions = self._arrived, self.transactions
+        silent = 0
         while True:
             if transactions.replaying:
                 yield transactions.replay()
@@ -79,7 +80,11 @@ class Pipeline:
                 if head[0] == frames.KEEPALIVE:
                     yield self._keepalive(run)
                 else:
-                    yield transactions.receive(head, run)
+                    position = transactions.receive(head, run)
+                    silent += len(run)
+                    if position is not None or silent >= LONGEST_RUN:
+                        silent = 0
+                        yield position
             else:
                 return
 

@@ -29,7 +29,7 @@ _NONE = Transaction(Lsn(0), 0, 0)
 #: The first five bytes of a message: for a row its tag and relation, in a block its tag and xid.
 _HEAD = itemgetter(slice(0, 5))
 #: The most messages in a run, so that none keeps a session busy for long.
-_LONGEST_RUN = 100
+LONGEST_RUN = 100
 
 
 class Rows(Protocol):
@@ -62,9 +62,9 @@ def runs(messages: Iterable[bytes]) -> Iterator[tuple[bytes, list[bytes]]]:
         if not head:
             raise ProtocolError("A message of pgoutput is empty.")
         members = list(run)
-        while len(members) > _LONGEST_RUN:
-            yield head, members[:_LONGEST_RUN]
-            del members[:_LONGEST_RUN]
+        while len(members) > LONGEST_RUN:
+            yield head, members[:LONGEST_RUN]
+            del members[:LONGEST_RUN]
         yield head, members
 
 
@@ -81,7 +81,8 @@ class Transactions:
         self, rows: Rows, spool_directory: str = "", history: History | None = None
     ) -> None:
         self._rows = rows
-        self._history = history
+        #: The last elements of each transaction.
+        self._common = (history, "", None)
         self._directory = spool_directory or default_directory()
         self._transaction = _NONE
         self._ordinal = 0
@@ -128,7 +129,7 @@ class Transactions:
     def replay(self) -> Lsn | None:
         """Pass on the next messages of the spooled transaction; without more, return its end."""
         assert self._committed is not None
-        messages = list(islice(self._replay, _LONGEST_RUN))
+        messages = list(islice(self._replay, LONGEST_RUN))
         if not messages:
             return self._finish(self._committed)
         for head, run in runs(messages):
@@ -188,7 +189,7 @@ class Transactions:
         if self._transaction is not _NONE:
             raise ProtocolError("A transaction began before the last one had ended.")
         # A call of the class takes twice the time.
-        self._transaction = tuple.__new__(Transaction, (*transaction, self._history, "", None))
+        self._transaction = tuple.__new__(Transaction, transaction + self._common)
         self.committed_at = committed_at = transaction[2]
         self._ordinal = self._messages = 0
         self.count += 1
