@@ -27,8 +27,9 @@ def lanes_list(project: Project, handlers: tuple[str, ...], as_json: bool) -> No
     """List the lanes in which changes wait, those with the oldest change first."""
     from ..commands.lanes import as_table, lanes
 
-    names = _named(project, handlers)
-    found = lanes(project.app, project.settings, names)
+    source = _source(project)
+    names = _named(project, source, handlers)
+    found = lanes(project.app, source, names)
     if as_json:
         listed = {name: [asdict(lane) for lane in each] for name, each in found.items()}
         click.echo(json.dumps(listed, indent=2))
@@ -50,8 +51,9 @@ def lanes_skip(project: Project, handler: str, lane: int, id: str) -> None:
     """
     from ..commands.lanes import unblock
 
-    (name,) = _named(project, (handler,))
-    unblock(project.app, project.settings, name, lane, id, skip=True)
+    source = _source(project)
+    (name,) = _named(project, source, (handler,))
+    unblock(project.app, source, name, lane, id, skip=True)
     click.echo(f"Skipped {id}; lane {lane} goes on.")
 
 
@@ -67,12 +69,26 @@ def lanes_retry(project: Project, handler: str, lane: int, id: str) -> None:
     """
     from ..commands.lanes import unblock
 
-    (name,) = _named(project, (handler,))
-    unblock(project.app, project.settings, name, lane, id, skip=False)
+    source = _source(project)
+    (name,) = _named(project, source, (handler,))
+    unblock(project.app, source, name, lane, id, skip=False)
     click.echo(f"Lane {lane} goes on with {id}.")
 
 
-def _named(project: Project, handlers: tuple[str, ...]) -> list[str]:
+def _source(project: Project) -> str:
+    """Return the server and the slot; without the server if it cannot be reached."""
+    from psycopg import Error
+
+    from ..errors import ReplicationError
+
+    try:
+        with project.connected() as source:
+            return str(source.lanes)
+    except (ReplicationError, Error):
+        return f"/{project.settings.flash_replication_slot}"
+
+
+def _named(project: Project, source: str, handlers: tuple[str, ...]) -> list[str]:
     """Return the full names of handlers that are ordered or still have changes in lanes.
 
     All of them are returned if none is named.
@@ -80,6 +96,6 @@ def _named(project: Project, handlers: tuple[str, ...]) -> list[str]:
     from ..commands.lanes import summaries
     from ..provisioning import pauses
 
-    waiting = summaries(project.app, project.settings, project.subscriptions)
+    waiting = summaries(project.app, source, project.subscriptions)
     names = {*pauses.ordered_handlers(project.subscriptions), *(each.handler for each in waiting)}
     return pauses.named(handlers, names) if handlers else sorted(names)

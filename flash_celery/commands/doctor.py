@@ -13,7 +13,7 @@ from ..postgres.source import Source
 from ..provisioning import pauses, preflight, replay_slot, server_checks, standby_checks
 from ..provisioning.findings import OK, STOP, WARNING, Finding
 from ..settings import Settings
-from . import broker_checks, source_checks, worker_checks
+from . import broker_checks, lane_checks, source_checks, worker_checks
 from .doctor_explain import explain_tables
 
 _LABELS = {OK: "ok     ", WARNING: "warning", STOP: "STOP   "}
@@ -64,7 +64,7 @@ def diagnose(
             *replay_slot.findings(source),
             *standby_checks.findings(source),
         ]
-        record = pauses.read(source)
+        record, lanes = pauses.read(source), source.lanes
         explanation = list(explain_tables(source, subscriptions, report)) if explain else []
     findings += server_checks.session_findings(settings)
     findings.append(server_checks.can_stream(settings))
@@ -80,6 +80,8 @@ def diagnose(
     if broker_findings[0].level == OK:  # without a broker, waiting for workers only costs time
         findings += worker_checks.findings(registered)
         findings += worker_checks.abandoned_messages(app, record, settings.source, handlers)
+        findings += lane_checks.waiting_findings(app, lanes, subscriptions)
+        findings += lane_checks.worker_findings(app, settings, subscriptions)
     findings += worker_checks.paused_findings(app, record, settings.source)
     return Diagnosis(findings, explanation)
 

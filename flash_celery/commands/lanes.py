@@ -18,7 +18,6 @@ from ..publishing.brokers import lane_access
 from ..publishing.brokers.base import ConnectedPublisher
 from ..publishing.brokers.lane_overview import HandlerLanes, LaneStatus
 from ..publishing.brokers.lane_store import Done, LaneStore
-from ..settings import Settings
 
 
 @contextmanager
@@ -31,10 +30,13 @@ def _connected(app: Any) -> Iterator[ConnectedPublisher]:
         publisher.close()
 
 
-def summaries(
-    app: Any, settings: Settings, subscriptions: Sequence[Subscription]
-) -> list[HandlerLanes]:
+def summaries(app: Any, source: str, subscriptions: Sequence[Subscription]) -> list[HandlerLanes]:
     """Return how much waits in the lanes of each ordered handler, or one that was ordered.
+
+    Args:
+        app: The Celery app.
+        source: The server and the slot, as for `lane_access.overviews`.
+        subscriptions: The subscriptions to the source.
 
     Raises:
         PublishError: The broker does not answer.
@@ -43,30 +45,33 @@ def summaries(
     if not brokers.for_app(app).fills_lanes:
         return []
     with _connected(app) as publisher:
-        return lane_access.summaries(publisher, settings.flash_replication_slot, handlers)
+        return lane_access.summaries(publisher, source, handlers)
 
 
-def lanes(app: Any, settings: Settings, handlers: Sequence[str]) -> dict[str, list[LaneStatus]]:
+def lanes(app: Any, source: str, handlers: Sequence[str]) -> dict[str, list[LaneStatus]]:
     """Return the lanes of handlers in which something waits, the oldest first.
+
+    Args:
+        app: The Celery app.
+        source: The server and the slot.
+        handlers: Their names.
 
     Raises:
         PublishError: The broker does not answer.
     """
     with (
         _connected(app) as publisher,
-        lane_access.overviews(publisher, settings.flash_replication_slot, handlers) as found,
+        lane_access.overviews(publisher, source, handlers) as found,
     ):
         return {name: overview.lanes() for name, overview, _ in found if name in handlers}
 
 
-def unblock(
-    app: Any, settings: Settings, handler: str, lane: int, change_id: str, skip: bool
-) -> None:
+def unblock(app: Any, source: str, handler: str, lane: int, change_id: str, skip: bool) -> None:
     """Let a blocked lane go on.
 
     Args:
         app: The Celery app.
-        settings: Those of the source.
+        source: The server and the slot.
         handler: The task's name.
         lane: The lane's number.
         change_id: The `change.id` of the change that blocks it.
@@ -78,7 +83,7 @@ def unblock(
     """
     with (
         _connected(app) as publisher,
-        lane_access.overviews(publisher, settings.flash_replication_slot, [handler]) as found,
+        lane_access.overviews(publisher, source, [handler]) as found,
     ):
         for name, overview, store in found:
             if name != handler:
@@ -148,6 +153,8 @@ def summary_text(lanes: HandlerLanes) -> str:
     text = f"{lanes.waiting} waiting in {lanes.lanes} lanes"
     counts = (("busy", lanes.busy), ("asleep", lanes.asleep), ("blocked", lanes.blocked))
     parts = [f"{count} {name}" for name, count in counts if count]
+    if not lanes.ordered:
+        text += " of a handler that is no longer ordered"
     if lanes.oldest_seconds is not None:
         parts.append(f"oldest {lanes.oldest_seconds:.1f} s")
     if lanes.paused:

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 from ..changes.change import Change, Changes
 from ..changes.payload import CHANGE, CHANGES
 from ..errors import PublishError
+from ..postgres.source import Source
 from ..protocol.lsn import Lsn
 from ..publishing.brokers import lane_access, redis_keys
 from ..publishing.brokers.base import ConnectedPublisher, is_missing_queue
-from ..settings import Settings
 from .inspection import Inspection
 
 #: A Redis queue with more messages is not read whole if its oldest message is pending.
@@ -44,7 +44,7 @@ class PendingChanges(Protocol):
 
 
 def pending_changes(
-    app: Any, source: Settings, handlers: Collection[str], queues: Sequence[str]
+    app: Any, source: Source, handlers: Collection[str], queues: Sequence[str]
 ) -> PendingChanges:
     """Connect to the broker, to find changes of a source for these handlers in these queues.
 
@@ -89,14 +89,14 @@ class _OnBroker:
         self,
         app: Any,
         publisher: ConnectedPublisher,
-        source: Settings,
+        source: Source,
         handlers: Collection[str],
         queues: Sequence[str],
     ) -> None:
         self._app = app
         self._publisher = publisher
-        self._source = source.source
-        self._slot = source.flash_replication_slot
+        self._source = source.settings.source
+        self._lanes = source.lanes
         self._handlers = handlers
         self._queues = queues
 
@@ -135,7 +135,7 @@ class _InRedis(_OnBroker):
 
     def _in_lanes(self, lsn: Lsn) -> str:
         """Describe how many lanes of a handler have a pending change; return "" for none."""
-        with lane_access.overviews(self._publisher, self._slot, self._handlers) as found:
+        with lane_access.overviews(self._publisher, self._lanes, self._handlers) as found:
             for handler, overview, _ in found:
                 if handler not in self._handlers:
                     continue

@@ -197,7 +197,7 @@ def examine(
     lanes: list[HandlerLanes] = []
     try:
         depths = queue_depths(app, [*task_options.queues, settings.flash_dead_queue, *hold_queues])
-        lanes = summaries(app, settings, subscriptions)
+        lanes = summaries(app, source.lanes, subscriptions)
     except PublishError as failure:
         error = str(failure)
     else:

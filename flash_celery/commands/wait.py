@@ -56,8 +56,8 @@ class _Wait:
         self._until(self._being_requeued)
         task_options = TaskOptions(self.app, self.source.settings, self._subscriptions)
         queues = {queue for name in self.handlers for queue in task_options.queues_for(name)}
-        source = self.source.settings
-        with closing(pending_changes(self.app, source, self.handlers, sorted(queues))) as pending:
+        found = pending_changes(self.app, self.source, self.handlers, sorted(queues))
+        with closing(found) as pending:
             self._until(lambda: self._unhandled(pending))
         self._refuse_dead_letters()
 

@@ -23,6 +23,19 @@ _LAZY_RESULTS = (Coroutine, AsyncGenerator, Generator)
 WAKE_TASK = "flash_celery.wake"
 #: What runs it. It is a name, so that only workers import the module.
 _WAKE = "flash_celery.lanes.wake"
+#: Its options, whatever `task_annotations` say. A wake that is lost, or comes twice, does no harm;
+#: one that waits for a result, or for its turn, does.
+_WAKE_OPTIONS = {
+    "acks_late": True,
+    "acks_on_failure": True,
+    "acks_on_timeout": True,
+    "acks_on_failure_or_timeout": True,
+    "reject_on_worker_lost": False,
+    "ignore_result": True,
+    "rate_limit": None,
+    "Strategy": f"{_WAKE}:strategy",
+    "Request": f"{_WAKE}:WakeRequest",
+}
 
 
 def function_for_task(handler: Any) -> Any:
@@ -182,27 +195,12 @@ def convert_arguments(task: Any, convert: Callable[[Any], Any]) -> None:
 
 
 def register_wake(app: Celery) -> None:
-    """Give an app the task that drains the lanes of its ordered handlers."""
+    """Give an app the task that drains the lanes of ordered handlers."""
     if WAKE_TASK in app._tasks:
         return
 
     def wake(self: Task, source: str, handler: str, lane: str) -> None:
         symbol_by_name(f"{_WAKE}:wake")(self, source, handler, lane)
 
-    app.task(
-        name=WAKE_TASK,
-        bind=True,
-        shared=False,
-        lazy=False,
-        # A wake that is lost, or comes twice, does no harm; one that waits for a result does.
-        acks_late=True,
-        acks_on_failure=True,
-        acks_on_timeout=True,
-        acks_on_failure_or_timeout=True,
-        reject_on_worker_lost=False,
-        ignore_result=True,
-        rate_limit=0,
-        typing=False,
-        Strategy=f"{_WAKE}:strategy",
-        Request=f"{_WAKE}:WakeRequest",
-    )(wake)
+    task = app.task(name=WAKE_TASK, bind=True, shared=False, lazy=False, typing=False)(wake)
+    task.__dict__.update(_WAKE_OPTIONS)

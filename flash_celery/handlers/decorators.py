@@ -416,8 +416,8 @@ def _attach(task: Any, declaration: Declaration) -> None:
     task.acks_late = task.reject_on_worker_lost = subscription.acks_late
     if task.Strategy == Task.Strategy:
         task.Strategy = _STRATEGY
-    if subscription.ordered is not None:
-        register_wake(task.app)
+    # Also for a project without ordered handlers: the lanes of earlier ones may not be empty.
+    register_wake(task.app)
     if "_flash_refuses_lazy_results" not in task.__dict__:
         task.__dict__["_flash_refuses_lazy_results"] = True
         refuse_lazy_results(task)

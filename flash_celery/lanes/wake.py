@@ -38,8 +38,10 @@ except ImportError:  # with another broker, whose workers receive no wakes
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two sweeps of a worker.
+#: Seconds between two sweeps of a worker, and of one whose project has no ordered handler: lanes of
+#: a handler that was one may not be empty.
 SWEEP_SECONDS = 2.0
+_SWEEP_OTHERS_SECONDS = 20.0
 #: Seconds before a lane is given back after an error that is not the handler's.
 _PAUSE_SECONDS = 1.0
 #: A lease is renewed this many times before it runs out.
@@ -222,11 +224,26 @@ def _sweep_regularly(app: Any, consumer: Any) -> None:
     earlier = getattr(consumer, "_flash_sweep", None)
     if earlier is not None:
         earlier.cancel()
-    consumer._flash_sweep = consumer.timer.call_repeatedly(SWEEP_SECONDS, sweep, (app,))
+    needed = _has_ordered_handlers(app)
+    seconds = SWEEP_SECONDS if needed else _SWEEP_OTHERS_SECONDS
+    consumer._flash_sweep = consumer.timer.call_repeatedly(seconds, sweep, (app, needed))
 
 
-def sweep(app: Any) -> None:
-    """Wake the lanes of all handlers on the broker whose time has come."""
+def _has_ordered_handlers(app: Any) -> bool:
+    return any(
+        declaration.subscription is not None and declaration.subscription.ordered is not None
+        for task in app.tasks.values()
+        for declaration in task.__dict__.get("flash_subscriptions", ())
+    )
+
+
+def sweep(app: Any, needed: bool = True) -> None:
+    """Wake the lanes of all handlers on the broker whose time has come.
+
+    Args:
+        app: The Celery app.
+        needed: Whether it has ordered handlers; an ACL may forbid lanes to others.
+    """
     try:
         here = connection.connection(app)
         for key in here.all_keys():
@@ -235,7 +252,8 @@ def sweep(app: Any) -> None:
             except redis.ResponseError as error:  # it must not stop the lanes of other handlers
                 _warn(key, error)
     except redis.ResponseError as error:
-        _warn(REGISTRY, error)
+        if needed or not isinstance(error, redis.exceptions.NoPermissionError):
+            _warn(REGISTRY, error)
     except (PublishError, redis.RedisError) as error:
         logger.debug("Cannot sweep %s: %s", REGISTRY, error)
 

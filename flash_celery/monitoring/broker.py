@@ -45,8 +45,12 @@ class Broker:
             self.close()
             raise
 
-    def lanes(self, slot: str, handlers: Sequence[str]) -> list[HandlerLanes]:
+    def lanes(self, source: str, handlers: Sequence[str]) -> list[HandlerLanes]:
         """Return how much waits in the lanes of these handlers, and of others that still have some.
+
+        Args:
+            source: The server and the slot, as for `lane_access.overviews`.
+            handlers: The names of ordered handlers.
 
         Raises:
             PublishError: The broker does not answer.
@@ -54,7 +58,7 @@ class Broker:
         if not self._opened:
             return []
         try:
-            return lane_access.summaries(self._publisher, slot, handlers)
+            return lane_access.summaries(self._publisher, source, handlers)
         except BaseException:
             self.close()
             raise

@@ -73,6 +73,8 @@ class Observer:
         # The last answers. Each is replaced as a whole, because other threads read them.
         self._database = DatabaseStatus()
         self._database_error: str | None = None
+        #: The server, once it is known, and the slot.
+        self._lanes = f"/{settings.flash_replication_slot}"
         self._broker_status = status.broker_status(settings, self._task_options, {}, None)
         self._newest_dead: list[dict[str, Any]] = []
         self._depths: dict[str, int | None] = {}
@@ -103,7 +105,9 @@ class Observer:
         try:
             if self._connection is None:
                 self._connection = connect(self._settings.require_dsn(), _PATIENCE)
-            self._database = status.database_status(Source(self._connection, self._settings))
+            source = Source(self._connection, self._settings)
+            self._database = status.database_status(source)
+            self._lanes = source.lanes
             self._database_error = None
         except (FlashError, psycopg.Error) as error:
             if self._connection is not None:
@@ -121,8 +125,7 @@ class Observer:
             hold_queues = [handler.queue for handler in self._database.paused_handlers]
             depths = self._broker.depths(hold_queues)
             newest = self._broker.newest_dead(depths[self._settings.flash_dead_queue])
-            slot = self._settings.flash_replication_slot
-            lanes = self._broker.lanes(slot, ordered_handlers(self._subscriptions))
+            lanes = self._broker.lanes(self._lanes, ordered_handlers(self._subscriptions))
         except FlashError as failure:
             error = str(failure)
         self._broker_status = status.broker_status(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import psycopg
+from psycopg import errors as postgres
 
 from ..changes.operations import Operation
 from ..settings import Settings
@@ -33,6 +35,22 @@ class Source:
 
     connection: psycopg.Connection[Any]
     settings: Settings
+
+    @cached_property
+    def system(self) -> str:
+        """The system identifier of the server; "" if the role may not read it."""
+        try:
+            row = self.connection.execute(
+                "SELECT system_identifier::text FROM pg_control_system()"
+            ).fetchone()
+        except postgres.InsufficientPrivilege:
+            return ""
+        return str(row[0]) if row else ""
+
+    @property
+    def lanes(self) -> str:
+        """The server and the slot, as in the names of lanes and the ids of tasks."""
+        return f"{self.system}/{self.slot}"
 
     @property
     def slot(self) -> str:

@@ -285,6 +285,7 @@ def test_lanes_blocked_by_a_failed_change_go_on_when_an_operator_says_so(ordered
     assert first["first_id"] in wrong.stderr
     status = ordered.run("flash", "status")
     assert "1 blocked" in status.stdout
+    assert "failed for good block 1 of ordered.each" in ordered.run("flash", "doctor").stdout
     skip = ordered.run("flash", "lanes", "skip", "each", str(first["lane"]), first["first_id"])
     assert skip.returncode == 0, skip.stderr
     second = wait_until(
@@ -298,7 +299,13 @@ def test_lanes_blocked_by_a_failed_change_go_on_when_an_operator_says_so(ordered
     assert ordered.run("flash", "wait").returncode == 0
 
 
-def test_lanes_are_waited_for_and_shown(ordered):
+def test_lanes_are_waited_for_and_shown(ordered, valkey):
+    import redis
+
+    with redis.Redis(port=valkey.port) as client:  # another server has a slot of the same name
+        other = f"_flash.ordered.1.{ordered.database.slot}.ordered.each"
+        client.sadd("_flash.ordered", other)
+        client.hset(f"{other}.state", mapping={"waiting": 7, "lanes": 16, "b3": "x"})
     ordered.replicate()
     insert(ordered, 3)
     waited = ordered.run("flash", "wait", "--timeout", "3")
@@ -313,6 +320,14 @@ def test_lanes_are_waited_for_and_shown(ordered):
     assert ordered.run("flash", "wait").returncode == 0
     assert len(ended(ordered)) == 3
     assert lanes(ordered) == {"ordered.each": []}
+    ordered.worker("solo", "flash", SHOP_NAME="ordered.other", options=("-n", "stranger"))
+
+    def warned():
+        found = ordered.run("flash", "doctor").stdout.splitlines()
+        return [line for line in found if line.startswith("warning  lanes: celery@stranger")]
+
+    (line,) = wait_until(warned, "the doctor to notice the other worker", 30.0)
+    assert "consumes flash and does not know ordered.each, so each lane" in line
 
 
 def test_lanes_of_a_paused_handler_keep_what_they_have(ordered):
@@ -335,7 +350,7 @@ def test_lanes_of_a_paused_handler_keep_what_they_have(ordered):
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
-        ({"SHOP_ORDER": "none"}, "no longer ordered; no worker handles them until it has"),
+        ({"SHOP_ORDER": "none"}, "no longer ordered; workers handle them"),
         ({"SHOP_ORDER": "none", "SHOP_BATCH": "1"}, "no longer ordered; workers handle them"),
         ({"SHOP_NAME": "ordered.new"}, "no longer a task of this project; no worker"),
     ],
@@ -357,7 +372,10 @@ def test_lanes_of_a_paused_handler_that_is_no_longer_ordered_go_on_and_are_shown
     found = {lanes["handler"]: lanes for lanes in summaries(ordered)}["ordered.each"]
     assert (found["waiting"], found["paused"]) == (2, False)
     assert [lane["changes"] for lane in lanes(ordered)["ordered.each"]] == [2]
-    if "SHOP_BATCH" in environment:
+    assert "of a handler that is no longer ordered" in ordered.run("flash", "status").stdout
+    doctor = ordered.run("flash", "doctor").stdout
+    assert "warning  lanes: 2 changes wait in the lanes of ordered.each, which is no lo" in doctor
+    if "SHOP_NAME" not in environment:
         ordered.worker("solo", "flash")
         assert assert_in_order(until_ended(ordered, 2)) == {0: [0, 1]}
 

@@ -212,9 +212,26 @@ def test_lanes_that_an_acl_forbids_stop_no_project_without_ordered_handlers(new_
         publisher.prepare([])
         publisher.publish([message(1)])
         assert found(client) == [1]
-        assert lane_access.summaries(publisher, "slot", []) == []
+        assert lane_access.summaries(publisher, "1/slot", []) == []
         with pytest.raises(PublishError, match="No permission|NOPERM|no permissions"):
-            lane_access.summaries(publisher, "slot", ["ordered"])
+            lane_access.summaries(publisher, "1/slot", ["ordered"])
+
+
+def test_lanes_of_a_slot_of_the_same_name_on_another_server_are_not_shown(publisher, client):
+    for system in ("1", "2"):
+        key = handler_key(f"{system}/slot", "handler")
+        client.sadd("_flash.ordered", key)
+        client.hset(f"{key}.state", "waiting", system)
+
+    def waiting(source):
+        return [
+            (each.waiting, each.ordered) for each in lane_access.summaries(publisher, source, [])
+        ]
+
+    assert waiting("1/slot") == [(1, False)]
+    assert waiting("2/slot") == [(2, False)]
+    assert waiting("/slot") == [(1, False), (2, False)]  # PostgreSQL cannot be reached
+    assert waiting("1/slo") == waiting("1/slot.handler") == waiting("3/slot") == []
 
 
 def test_crash_after_a_failed_push_loses_nothing(client, valkey, new_session):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -14,11 +14,17 @@ from .redis_keys import literal_client, prefixed
 
 @contextmanager
 def overviews(
-    publisher: ConnectedPublisher, slot: str, handlers: Iterable[str]
+    publisher: ConnectedPublisher, source: str, handlers: Iterable[str]
 ) -> Iterator[list[tuple[str, Overview, LaneStore]]]:
-    """Yield each handler that has lanes for a slot, with the objects that read and alter them.
+    """Yield each handler that has lanes for a source, with the objects that read and alter them.
 
     Others than `handlers`, which are gone or no longer ordered, are among them while changes wait.
+
+    Args:
+        publisher: It is open.
+        source: The server's system identifier and the slot (`7357…/flash`). Without the former
+            ("/flash"), slots of this name on all servers that use the broker.
+        handlers: The names of ordered handlers.
 
     Raises:
         PublishError: The broker does not answer.
@@ -34,17 +40,24 @@ def overviews(
                 Overview(client, prefixed(channel, key)),
                 LaneStore(client, prefixed(channel, key)),
             )
-            for handler, key in keys_of(client, partial(prefixed, channel), slot, handlers)
+            for handler, key in keys_of(client, partial(prefixed, channel), source, handlers)
         ]
 
 
 def summaries(
-    publisher: ConnectedPublisher, slot: str, handlers: Iterable[str]
+    publisher: ConnectedPublisher, source: str, handlers: Sequence[str]
 ) -> list[HandlerLanes]:
     """Return how much waits in the lanes of each handler, and of others that still have changes.
+
+    Args:
+        publisher: It is open.
+        source: As for `overviews`.
+        handlers: The names of ordered handlers.
 
     Raises:
         PublishError: The broker does not answer.
     """
-    with overviews(publisher, slot, handlers) as found:
-        return [overview.summary(handler) for handler, overview, _ in found]
+    with overviews(publisher, source, handlers) as found:
+        return [
+            overview.summary(handler, ordered=handler in handlers) for handler, overview, _ in found
+        ]

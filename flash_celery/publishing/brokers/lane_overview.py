@@ -59,6 +59,7 @@ class HandlerLanes:
 
     Attributes:
         handler: The task's name.
+        ordered: Whether it is still an ordered handler of the project.
         lanes: How many lanes it has.
         paused: Whether they are paused (`flash pause`).
         waiting: How many changes wait in all of them.
@@ -69,6 +70,7 @@ class HandlerLanes:
     """
 
     handler: str
+    ordered: bool
     lanes: int
     paused: bool
     waiting: int
@@ -126,8 +128,8 @@ class Overview:
         found = [self._status(read, lane, text) for lane, text in self._firsts(read.lanes).items()]
         return sorted(found, key=lambda lane: lane.oldest or 0.0)
 
-    def summary(self, handler: str) -> HandlerLanes:
-        """Return how much waits in the handler's lanes."""
+    def summary(self, handler: str, ordered: bool) -> HandlerLanes:
+        """Return how much waits in the handler's lanes, which may no longer be ordered."""
         read = self._read()
         states = [read.state_of(lane)[0] for lane in read.lanes]
         # The longest due wait longest, but for lanes that are blocked.
@@ -137,6 +139,7 @@ class Overview:
         oldest = min((moment for moment in first if moment is not None), default=None)
         return HandlerLanes(
             handler=handler,
+            ordered=ordered,
             lanes=int(read.fields.get("lanes") or 0),
             paused="paused" in read.fields,
             waiting=int(read.fields.get("waiting") or 0),
@@ -209,9 +212,9 @@ class Overview:
 
 
 def keys_of(
-    client: Any, prefixed: Callable[[str], str], slot: str, handlers: Iterable[str]
+    client: Any, prefixed: Callable[[str], str], source: str, handlers: Iterable[str]
 ) -> Iterator[tuple[str, str]]:
-    """Yield each handler that has lanes for a slot, and the name of their keys without prefix.
+    """Yield each handler that has lanes for a source, and the name of their keys without prefix.
 
     Others than `handlers`, which are gone or no longer ordered, are among them while changes wait.
     """
@@ -219,7 +222,7 @@ def keys_of(
     names: list[str] = []
     with lanes_optional(not wanted):
         names = [member.decode() for member in client.smembers(prefixed(REGISTRY))]
-    for handler, name in sorted((_handler_of(name, slot), name) for name in names):
+    for handler, name in sorted((_handler_of(name, source), name) for name in names):
         if not handler:
             continue
         if handler in wanted or int(client.hget(prefixed(f"{name}.state"), "waiting") or 0) > 0:
@@ -233,7 +236,10 @@ def lanes_optional(optional: bool) -> AbstractContextManager[None]:
     return suppress(*[NoPermissionError] if optional else [])
 
 
-def _handler_of(name: str, slot: str) -> str:
-    """Return the handler to which keys belong; "" if they are another slot's."""
-    _, _, rest = name.removeprefix(f"{REGISTRY}.").partition(".")  # without the server
-    return rest.removeprefix(f"{slot}.") if rest.startswith(f"{slot}.") else ""
+def _handler_of(name: str, source: str) -> str:
+    """Return the handler to which keys belong; "" if they are another source's."""
+    wanted, _, slot = source.partition("/")
+    system, _, rest = name.removeprefix(f"{REGISTRY}.").partition(".")
+    if wanted not in ("", system) or not rest.startswith(f"{slot}."):
+        return ""
+    return rest.removeprefix(f"{slot}.")

@@ -153,15 +153,14 @@ class RedisPublisher(ConnectedPublisher):
 
     def _warn_of(self, handler: str, waiting: int) -> None:
         exists = handler in self._app.tasks
-        drained = exists and WAKE_TASK in self._app.tasks
         logger.warning(
             "%s in the lanes of %s, which is no longer %s; %s (`flash lanes list`)",
             "1 change waits" if waiting == 1 else f"{waiting} changes wait",
             escaped(handler),
             "ordered" if exists else "a task of this project",
             "workers handle them beside newer changes"
-            if drained
-            else "no worker handles them until it has `ordered=` again",
+            if exists
+            else "no worker handles them until it is one again",
         )
 
     def _prepare(self, client: Any, form: LaneForm, paused: bool | None = None) -> None:
