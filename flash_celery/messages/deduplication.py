@@ -76,8 +76,11 @@ class Lease:
     #: Whether the broker is known to have lost it.
     lost: bool = False
     fencing_token: str = field(default_factory=lambda: uuid.uuid4().hex)
-    #: The position that was acknowledged; PostgreSQL sends nothing before it again.
+    #: The position that was acknowledged. PostgreSQL sends nothing before it again, unless it
+    #: crashes.
     acknowledged: Lsn = Lsn(0)  # noqa: RUF009 - an int
+    #: The position before which PostgreSQL sends nothing again, even if it crashes.
+    durable: Lsn = Lsn(0)  # noqa: RUF009 - an int
     #: When it runs out, by `now`; until then no other process can have the slot.
     until: float = math.inf
 

@@ -158,6 +158,7 @@ class Session:
         reason = self._supervisor.check(
             now, self._stream.received, self._listening, self._transactions.open
         )
+        self._lease.durable = self._supervisor.durable
         if reason is None:
             return False
         logger.log(reason.level, reason.sentence)

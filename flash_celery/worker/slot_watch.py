@@ -41,7 +41,8 @@ _HELD_BACK = "WaitForStandbyConfirmation"
 
 # A standby knows only the time of the last commit that it has applied.
 _STATE = f"""
-SELECT s.active_pid, s.wal_status, s.safe_wal_size, {POSITION}::text, pg_is_in_recovery(),
+SELECT s.active_pid, s.wal_status, s.safe_wal_size, coalesce(s.restart_lsn, '0/0')::text,
+       {POSITION}::text, pg_is_in_recovery(),
        CASE WHEN pg_is_in_recovery() THEN pg_last_xact_replay_timestamp()
             ELSE clock_timestamp() END,
        pg_size_bytes(current_setting('max_slot_wal_keep_size')),
@@ -94,6 +95,10 @@ class SlotWatch:
         self._telemetry = telemetry or Telemetry()
         #: Whether the server is a standby. When it is promoted, a new timeline begins.
         self._standby = is_standby(source.connection)
+        #: The position from which PostgreSQL reads WAL for the slot, as of the last check.
+        self._restart = Lsn(0)
+        #: The same as of the check before.
+        self.durable = Lsn(0)
         #: The position that the stream had brought at the last check.
         self._received = Lsn(0)
         #: When that position last moved, or when the session was last not listening.
@@ -121,7 +126,8 @@ class SlotWatch:
         """
         row = self._connection.execute(_STATE.encode(), [self._slot]).fetchone()
         assert row is not None
-        reader, wal_status, safe_bytes, text, standby, server_time, limit, synchronous = row
+        reader, wal_status, safe_bytes, restart, text, standby, *others = row
+        server_time, limit, synchronous = others
         if reader != self._pid:
             raise ReplicationError(
                 f"The slot {self._slot} is not read by this worker's connection (PID {self._pid}) "
@@ -130,6 +136,8 @@ class SlotWatch:
         if self._standby and not standby:
             # Messages name the timeline that the stream began in.
             raise ReplicationError("The standby was promoted; reconnecting.")
+        # At the next check it is on PostgreSQL's disk, with an acknowledgement that is not older.
+        self.durable, self._restart = self._restart, Lsn.parse(restart)
         position = Lsn.parse(text)
         self._progress.mark(position, server_time)
         self._warn(_danger(wal_status, safe_bytes, limit), safe_bytes)

@@ -76,6 +76,11 @@ class Supervisor:
             return Reason.TABLES_CHANGED
         return None
 
+    @property
+    def durable(self) -> Lsn:
+        """The position before which PostgreSQL sends nothing again, even if it crashes."""
+        return self._watch.durable
+
     def server_is_busy(self) -> bool:
         """Return whether the server's process is working, so that it has no time to answer."""
         return self._watch.server_is_busy()

@@ -18,6 +18,7 @@ from flash_celery.messages.deduplication import Lease
 from flash_celery.messages.task_message import Form, Message
 from flash_celery.postgres.source import Source
 from flash_celery.provisioning import advisory_lock
+from flash_celery.publishing.brokers import redis_position
 from flash_celery.publishing.brokers.redis import RedisPublisher
 from flash_celery.publishing.brokers.redis_position import RedisPosition
 from flash_celery.settings import Settings
@@ -440,6 +441,37 @@ def restored(flash, own, restore, timeline):
     if timeline == "the same":
         # Or this would show nothing.
         assert {c.commit_lsn for c in changes} & {c.commit_lsn for c in lost}
+
+
+def test_crash_of_the_server_and_another_worker_enqueue_nothing_twice(on_redis):
+    """The slot is where it was at the last checkpoint, before what was acknowledged since."""
+    on_redis.publisher = RedisPublisher(on_redis.app)
+    with restored_later(on_redis) as (own, _):
+        on_redis.start()
+        for number in range(1, 11):  # each is acknowledged before the next one is pushed
+            on_redis.do(f"INSERT INTO items VALUES ({number}, 'a')")
+        acknowledged = on_redis.database.one(on_redis.slot("confirmed_flush_lsn"))
+        own.stop(signal.SIGQUIT)
+        on_redis.stop()
+        own.start()
+        on_redis.database.execute("UPDATE items SET name = 'b' WHERE id = 1")
+        assert on_redis.database.one(on_redis.slot("confirmed_flush_lsn")) != acknowledged
+        assert ids(again(on_redis)) == [*range(11), 1]
+
+
+def test_list_of_transactions_stays_short_while_one_is_open(on_redis, monkeypatch):
+    """The slot cannot advance on PostgreSQL's disk, so a crash could send all of them again."""
+    monkeypatch.setattr(redis_position, "_MOST_KEPT", 5)
+    on_redis.publisher = RedisPublisher(on_redis.app)
+    on_redis.handler("items").start()
+    with on_redis.database.connect() as connection, connection.transaction():
+        connection.execute("SELECT pg_current_xact_id()")
+        for number in range(20):
+            on_redis.do(f"INSERT INTO items VALUES ({number}, 'a')")
+        with redis.Redis(port=on_redis.valkey.port) as client:
+            # The last one is dropped by the next push.
+            assert client.llen(position(client) + b".transactions") == 6
+    assert ids(delivered(on_redis.valkey)) == list(range(20))
 
 
 def test_stale_owner_publishes_nothing(valkey):

@@ -51,6 +51,9 @@ _MARK = "mark:"
 _ACKNOWLEDGED = b"acknowledged"
 #: The head of an entry of the list: the commit LSN of its last transaction.
 _LAST = struct.Struct("=q")
+_IDENTITY_BYTES = 8
+#: The most acknowledged transactions to keep: 1 MB.
+_MOST_KEPT = 1 << 17
 #: The most writes without a reply to remember. If Redis executes an older one, it counts as a loss.
 _MAX_UNANSWERED = 100
 #: Lower than every other mark.
@@ -146,13 +149,27 @@ def _with_key(
     return error
 
 
+class _Entry(NamedTuple):
+    """An entry of the list, without the identities of its transactions."""
+
+    #: The commit LSN of the last one.
+    last: int
+    #: Their number.
+    transactions: int
+
+    @classmethod
+    def read(cls, entry: bytes) -> _Entry:
+        """Return what an entry of the list says."""
+        return cls(_LAST.unpack_from(entry)[0], (len(entry) - _LAST.size) // _IDENTITY_BYTES)
+
+
 class _Write(NamedTuple):
     """A write to Redis, and the changes to the position once Redis has executed it."""
 
     #: How many messages it pushes.
     messages: int
-    #: The commit LSN of the last transaction in the entry that it appends to the list, if any.
-    last: int | None
+    #: The entry that it appends to the list, if any.
+    entry: _Entry | None
     #: How many entries of the list it drops.
     dropped: int
     #: The transactions of its messages, packed.
@@ -173,8 +190,10 @@ class RedisPosition:
         self._numbers = count(1)
         #: The highest mark that Redis has confirmed.
         self._highest: Watermark = _NONE
-        #: The commit LSN of the last transaction in each entry of the list.
-        self._entries: deque[int] = deque()
+        #: The entries of the list.
+        self._entries: deque[_Entry] = deque()
+        #: How many transactions are in them.
+        self._kept = 0
         #: The transactions of the last write, packed.
         self._transactions = b""
         #: Writes after the last confirmed one, by sequence number, whose replies were lost. All
@@ -208,7 +227,8 @@ class RedisPosition:
         if fields.get(b"binding") != self._lease.binding.encode():
             self._reset(client, list(fields))
             return Deduplicator({}, ())
-        self._entries.extend(_LAST.unpack_from(entry)[0] for entry in entries)
+        self._entries.extend(map(_Entry.read, entries))
+        self._kept = sum(entry.transactions for entry in self._entries)
         transactions = array("q", b"".join(entry[_LAST.size :] for entry in entries))
         marks = _marks(fields)
         self._highest = max(marks.values(), default=_NONE)
@@ -259,7 +279,7 @@ class RedisPosition:
         """
         marks, highest, transactions = _covered(messages)
         new = transactions if transactions != self._transactions else b""
-        dropped = self._acknowledged_entries()
+        dropped = self._superfluous_entries()
         number = next(self._numbers)
         commands = [*pushes]
         if dropped:
@@ -272,8 +292,8 @@ class RedisPosition:
         if self._lease.acknowledged:
             fields += [_ACKNOWLEDGED, int(self._lease.acknowledged)]
         commands.append(("HSET", self._key, *fields))
-        last = highest[0] if new else None
-        self._expect(number, _Write(len(messages), last, dropped, transactions, highest))
+        entry = _Entry(highest[0], len(new) // _IDENTITY_BYTES) if new else None
+        self._expect(number, _Write(len(messages), entry, dropped, transactions, highest))
         if self.compare_and_set(client, commands):
             self.check(client)
             raise redis.ConnectionError("a push whose reply was lost was executed after all")
@@ -319,11 +339,18 @@ class RedisPosition:
             f"evicts keys, or has failed over): changes committed {since} may be missing."
         )
 
-    def _acknowledged_entries(self) -> int:
-        """Return how many entries, from the first, have only transactions that are acknowledged."""
-        for index, last in enumerate(self._entries):
-            if last >= self._lease.acknowledged:
+    def _superfluous_entries(self) -> int:
+        """Return how many entries, from the first, have only transactions that are not sent again.
+
+        A server that crashes sends transactions again that were acknowledged. They are kept, unless
+        an open transaction makes them too many.
+        """
+        kept = self._kept
+        for index, entry in enumerate(self._entries):
+            acknowledged = entry.last < self._lease.acknowledged
+            if not acknowledged or (entry.last >= self._lease.durable and kept <= _MOST_KEPT):
                 return index
+            kept -= entry.transactions
         return len(self._entries)
 
     def _expect(self, number: int, write: _Write) -> None:
@@ -338,9 +365,10 @@ class RedisPosition:
         self._sequence_number, self._transactions = number, write.transactions
         self._highest = max(self._highest, write.highest)
         for _ in range(write.dropped):
-            self._entries.popleft()
-        if write.last is not None:
-            self._entries.append(write.last)
+            self._kept -= self._entries.popleft().transactions
+        if write.entry is not None:
+            self._entries.append(write.entry)
+            self._kept += write.entry.transactions
         return write.messages
 
 
