@@ -16,20 +16,24 @@ def reset(project: Project, slot: str | None, yes: bool, force: bool) -> None:
     """Drop the slot and publications; restore replica identities.
 
     Changes that have not been read yet are lost; the next `replicate` starts with new changes.
-    Pauses end: messages held for paused handlers go back to the handlers' queues.
+    Pauses end: messages held for paused handlers go back to the handlers' queues, and workers
+    handle the changes in lanes.
     """
+    from ..commands import lanes
     from ..commands.requeue import find_held, requeue_held
     from ..commands.reset import plan_reset, run_reset
 
     name = slot or project.settings.flash_replication_slot
     with project.connected() as source:
         plan = plan_reset(source, name)
-        if plan.empty:
+        server_and_slot = f"{source.system}/{name}"
+        in_lanes, unread = lanes.before_reset(project.app, server_and_slot, project.subscriptions)
+        if plan.empty and not in_lanes:
             say(plan.note or f"Nothing to reset: there is no slot {name}.")
             return
         held = find_held(source, project.app, project.subscriptions) if plan.steps else []
         say("This will")
-        for line in [*map(str, held), *plan.lines()]:
+        for line in [*map(str, held), *unread, *plan.lines()]:
             say(f"  {line}")
         if not yes:
             click.confirm("Continue?", abort=True)
@@ -40,4 +44,6 @@ def reset(project: Project, slot: str | None, yes: bool, force: bool) -> None:
             requeue_held(project.app, project.settings.source, held)
 
         run_reset(plan, force, requeue)
+        if in_lanes:
+            lanes.end(project.app, server_and_slot)
     click.echo("Done.")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, PublishError
 from ..handlers.subscriptions import Subscription
 from ..messages import lane_entries
 from ..messages.lane_entries import Marker
@@ -46,6 +46,41 @@ def summaries(app: Any, source: str, subscriptions: Sequence[Subscription]) -> l
         return []
     with _connected(app) as publisher:
         return lane_access.summaries(publisher, source, handlers)
+
+
+def before_reset(
+    app: Any, source: str, subscriptions: Sequence[Subscription]
+) -> tuple[list[HandlerLanes], list[str]]:
+    """Return the lanes of a source, and what `flash reset` says about the changes in them."""
+    try:
+        found = summaries(app, source, subscriptions)
+    except PublishError as error:
+        return [], [f"leave the lanes of ordered handlers as they are: {error}"]
+    lines = []
+    for lanes in found:
+        count = "1 change" if lanes.waiting == 1 else f"{lanes.waiting} changes"
+        if lanes.handler not in app.tasks:
+            lines.append(
+                f"leave {count} in the lanes of {lanes.handler}: the app has no such task any more"
+            )
+        elif lanes.waiting:
+            blocked = f", {lanes.blocked} blocked" if lanes.blocked else ""
+            paused = ", and end its pause" if lanes.paused else ""
+            lines.append(
+                f"let workers handle {count} that wait in lanes of {lanes.handler}{blocked}{paused}"
+            )
+    return found, [*lines, "remove the keys of empty lanes from the broker"] if found else []
+
+
+def end(app: Any, source: str) -> None:
+    """Let workers empty the lanes of a source whose slot is gone, and remove those that are empty.
+
+    Raises:
+        PublishError: The broker does not answer.
+    """
+    if brokers.for_app(app).fills_lanes:
+        with _connected(app) as publisher:
+            lane_access.end(publisher, source)
 
 
 def lanes(app: Any, source: str, handlers: Sequence[str]) -> dict[str, list[LaneStatus]]:

@@ -401,6 +401,35 @@ def test_lanes_blocked_of_a_handler_that_is_no_longer_ordered_can_be_skipped(ord
     assert lanes(ordered) == {}
 
 
+def test_lanes_keep_their_changes_when_the_slot_is_reset(ordered, valkey):
+    import redis
+
+    replicate = ordered.replicate()
+    insert(ordered, 3)
+    assert ordered.run("flash", "pause", "each").returncode == 0
+    ordered.until_said(replicate, "its changes wait")
+    wait_until(lambda: summary(ordered)["waiting"] == 3, "the changes to be in lanes")
+    ordered.end(replicate)
+    reset = ordered.run("flash", "reset", stdin="n\n")
+    line = "let workers handle 3 changes that wait in lanes of ordered.each, and end its pause"
+    assert line in reset.stdout
+    assert summary(ordered)["paused"]
+    reset = ordered.run("flash", "reset", "--yes")
+    assert reset.returncode == 0, reset.stderr
+    worker = ordered.worker("solo", "flash")
+    until_ended(ordered, 3)
+    ordered.end(worker)
+    reset = ordered.run("flash", "reset", "--yes")  # the slot is gone, the empty lanes are not
+    assert "remove the keys of empty lanes" in reset.stdout
+    with redis.Redis(port=valkey.port) as client:
+        assert client.keys("_flash.ordered*") == []
+    assert "Nothing to reset" in ordered.run("flash", "reset", "--yes").stdout
+    ordered.replicate()
+    update(ordered, 3, 1, 2)
+    ordered.worker("solo", "flash")
+    until_ended(ordered, 6)
+
+
 def test_lanes_of_another_number_are_filled_when_the_old_ones_are_empty(ordered):
     replicate = ordered.replicate()
     insert(ordered, 5)

@@ -391,5 +391,7 @@ def test_lanes_need_only_the_commands_that_are_documented(client, valkey):
                 world = World(client, seed, Faults(crash=2), changes=8)
                 world.store.client = limited
                 world.run()
+            assert world.store.remove("_flash.ordered", KEY) == 0
+            assert client.keys("_flash.*") == []
     finally:
         client.acl_deluser("lanes")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+from ...messages.lane_messages import REGISTRY, handler_key
 from .base import ConnectedPublisher
 from .lane_overview import HandlerLanes, Overview, keys_of
 from .lane_store import LaneStore
@@ -42,6 +43,26 @@ def overviews(
             )
             for handler, key in keys_of(client, partial(prefixed, channel), source, handlers)
         ]
+
+
+def end(publisher: ConnectedPublisher, source: str) -> None:
+    """Let workers empty the lanes of a source whose slot is gone, and remove those that are empty.
+
+    Args:
+        publisher: It is open.
+        source: The server's system identifier and the slot.
+
+    Raises:
+        PublishError: The broker does not answer.
+    """
+    channel, beginning = publisher.channel, handler_key(source, "")
+    registry = prefixed(channel, REGISTRY)
+    with publisher.errors(), literal_client(channel) as client:
+        for name in sorted(member.decode() for member in client.smembers(registry)):
+            if name.startswith(beginning):
+                store = LaneStore(client, prefixed(channel, name))
+                if store.remove(registry, name):
+                    store.resume(registry, name)
 
 
 def summaries(

@@ -357,6 +357,19 @@ return 1
 """
 )
 
+#: Removes the keys of a handler whose slot is gone, unless changes wait. KEYS: H, the registry.
+#: ARGV: time, H without prefix. Returns how many changes wait.
+REMOVE = (
+    _BEGIN
+    + """
+local waiting = tonumber(redis.call('HGET', S, 'waiting') or 0)
+if waiting > 0 then return waiting end
+redis.call('DEL', S, D)
+redis.call('SREM', KEYS[2], ARGV[2])
+return 0
+"""
+)
+
 #: Wakes each lane whose time has come: a wake was lost, a lease has run out, a retry is due. ARGV:
 #: time, most lanes. Returns how many. The time between two wakes grows while no worker comes.
 SWEEP = (

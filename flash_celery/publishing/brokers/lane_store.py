@@ -106,6 +106,10 @@ class LaneStore:
             self.configure(registry, name, layout, lanes, queue, wake, form, paused=False)
         return int(waiting or 0)
 
+    def remove(self, registry: str, name: str) -> int:
+        """Remove the handler's keys, unless changes wait; return how many do."""
+        return int(self._call("REMOVE", name, keys=[registry]))
+
     def claim(self, lane: str, token: str, lease: float, most: int = MOST_ENTRIES) -> Claimed | str:
         """Take the lease of a lane; return why that is impossible, if it is."""
         code, *found = self._call("CLAIM", lane, token, lease, most, MOST_BYTES)
