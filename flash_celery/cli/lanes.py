@@ -47,14 +47,16 @@ def lanes_list(project: Project, handlers: tuple[str, ...], as_json: bool) -> No
 def lanes_skip(project: Project, handler: str, lane: int, id: str) -> None:
     """Drop the change that blocks a lane: it is never handled.
 
-    ID is its change.id, as `flash lanes list` shows it.
+    ID is its change.id, as `flash lanes list` shows it. An entry that no worker can read has an ID
+    too; it becomes a dead letter.
     """
-    from ..commands.lanes import unblock
+    from ..commands.lanes import skip
 
     source = _source(project)
     (name,) = _named(project, source, (handler,))
-    unblock(project.app, source, name, lane, id, skip=True)
-    click.echo(f"Skipped {id}; lane {lane} goes on.")
+    letter = skip(project.app, source, name, lane, id)
+    kept = f": its changes are not handled, and are the dead letter {letter}" if letter else ""
+    click.echo(f"Skipped {id}{kept}; lane {lane} goes on.")
 
 
 @lanes.command("retry")

@@ -18,6 +18,7 @@ from ..publishing.brokers import lane_access
 from ..publishing.brokers.base import ConnectedPublisher
 from ..publishing.brokers.lane_overview import HandlerLanes, LaneStatus
 from ..publishing.brokers.lane_store import Done, LaneStore
+from . import unreadable_entries
 
 
 @contextmanager
@@ -101,6 +102,35 @@ def lanes(app: Any, source: str, handlers: Sequence[str]) -> dict[str, list[Lane
         return {name: overview.lanes() for name, overview, _ in found if name in handlers}
 
 
+def skip(app: Any, source: str, handler: str, lane: int, change_id: str) -> str:
+    """Let a lane go on that a change blocks, or an entry that no worker can read.
+
+    Args:
+        app: The Celery app.
+        source: The server and the slot.
+        handler: The task's name.
+        lane: The lane's number.
+        change_id: The `change.id` of the change that blocks it, or the id of the entry.
+
+    Returns:
+        The id of the dead letter that the entry has become; "" for a change, which is dropped.
+
+    Raises:
+        ConfigurationError: The lane is not blocked, or by another change.
+        PublishError: The broker does not answer.
+    """
+    with (
+        _connected(app) as publisher,
+        lane_access.overviews(publisher, source, [handler]) as found,
+    ):
+        for name, overview, store in found:
+            entry = overview.unreadable(str(lane)) if name == handler else None
+            if entry is not None and entry.id == change_id:
+                return unreadable_entries.discard(app, source, handler, store, str(lane), entry)
+    unblock(app, source, handler, lane, change_id, skip=True)
+    return ""
+
+
 def unblock(app: Any, source: str, handler: str, lane: int, change_id: str, skip: bool) -> None:
     """Let a blocked lane go on.
 
@@ -124,6 +154,13 @@ def unblock(app: Any, source: str, handler: str, lane: int, change_id: str, skip
             if name != handler:
                 continue
             status = {each.lane: each for each in overview.lanes()}.get(lane)
+            entry = overview.unreadable(str(lane))
+            if entry is not None:
+                raise ConfigurationError(
+                    f"The first entry of lane {lane} of {handler} cannot be read: {entry.reason} "
+                    f"{entry.reason.solution} Workers look at it every half a minute; `flash lanes "
+                    f"skip {handler} {lane} {entry.id}` makes a dead letter of it."
+                )
             if status is None or status.state != "blocked":
                 continue
             if status.first_id != change_id:
@@ -171,8 +208,9 @@ def as_table(handler: str, found: Sequence[LaneStatus]) -> list[str]:
             parts.append(f"committed {_time(lane.oldest)}")
         if lane.retries:
             parts.append(f"retried {lane.retries} times")
-        if lane.error is not None:
+        if lane.error is not None or lane.first_id.startswith("unreadable"):
             parts.append(f"id {lane.first_id}")
+        if lane.error is not None:
             parts.append(lane.error)
         lines.append(", ".join(parts))
     return lines

@@ -12,12 +12,18 @@ from pathlib import Path
 import pytest
 import redis
 
+from flash_celery import on_change
+from flash_celery.commands import lanes
+from flash_celery.dead_letters.queue import DeadLetterFilter, DeadLetterQueue
+from flash_celery.errors import ConfigurationError
 from flash_celery.lanes import wake
 from flash_celery.lanes.drain import Drain, HeldLease, Limits
 from flash_celery.messages import lane_entries
 from flash_celery.messages.deduplication import now
 from flash_celery.messages.lane_placing import Place
+from flash_celery.protocol.lsn import Lsn
 from flash_celery.publishing.brokers import lane_scripts
+from flash_celery.publishing.brokers.lane_overview import Overview
 from flash_celery.publishing.brokers.lane_store import Done, LaneStore, LostLease
 from flash_celery.publishing.brokers.redis_position import in_one_step
 from tests.integration.lane_world import KEY, LEASE, PUSH, QUEUE, Faults, World, delivery
@@ -293,6 +299,53 @@ def test_entry_of_another_version_keeps_its_lane_waiting(lane, caplog):
     assert handler.steps == ["claim", "sleep"]
     assert "Upgrade the Celery workers" in caplog.text
     assert lane.client.llen(f"{KEY}.0") == 1
+
+
+@pytest.mark.parametrize("barrier", [False, True], ids=["entry", "barrier"])
+@pytest.mark.parametrize("damage", ["another version", "no JSON"])
+def test_entry_that_cannot_be_read_is_skipped_and_kept_as_a_dead_letter(
+    lane, valkey, new_app, barrier, damage
+):
+    app = new_app(broker_url=f"{valkey.url.rpartition('/')[0]}/9")
+
+    @on_change("items", ordered=True)
+    @app.task(name="handler", shared=False)
+    def handler(change): ...
+
+    app.finalize()
+    for number in range(3):
+        lane.push(number, first=number)
+    key = f"{KEY}.0"
+    first = lane.client.lpop(key)
+    bad = first.replace(b'"v":', b'"v":9') if damage == "another version" else b"\xff" + first[1:]
+    if barrier:
+        lane.client.lpush(key, "!7:1")
+        lane.client.hset(f"{KEY}.barriers", 7, bad)
+        lane.client.sadd(f"{KEY}.barrier.7", 0)
+    else:
+        lane.client.lpush(key, bad)
+    drain(lane, Handler())
+    source, _, name = KEY.removeprefix("_flash.ordered.").rpartition(".")
+    arguments = app, source.replace(".", "/", 1), name, 0
+    (status,) = lanes.lanes(*arguments[:2], [name])[name]
+    assert status.first.startswith("an entry that cannot be read (This ")
+    with pytest.raises(ConfigurationError, match=f"skip {name} 0 {status.first_id}` makes a dead"):
+        lanes.unblock(*arguments, status.first_id, skip=False)
+    assert Overview(lane.client, KEY).first_up_to(Lsn(0), "") == 1  # `flash wait` waits for it
+    letter_id = lanes.skip(*arguments, status.first_id)
+    queue = DeadLetterQueue(app, "flash.dead")
+    (letter,) = queue.read(queue.find(DeadLetterFilter()))
+    assert (letter.id, letter.handler, letter.error) == (letter_id, name, "PayloadError")
+    rows = json.loads(first)["changes"]["rows"]
+    assert rows in letter.body
+    assert int(lane.client.hget(f"{KEY}.state", "waiting")) == 2
+    calls = Handler()
+    lane.now += 100
+    drain(lane, calls, token="b")
+    assert [step for step in calls.steps if isinstance(step, int)] == [1, 2]
+    assert lane.client.hget(f"{KEY}.state", "waiting") == b"0"
+    with pytest.raises(ConfigurationError, match="is not blocked"):
+        lanes.skip(*arguments, status.first_id)
 
 
 def lease_of(lane, token, seconds=LEASE):

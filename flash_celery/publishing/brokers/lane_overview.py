@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,8 +36,8 @@ class LaneStatus:
             seconds since 1970, else None.
         retries: How often its first change was retried.
         deaths: How many worker processes have died on its first change.
-        first: Its first change, as the log shows it.
-        first_id: The `change.id` of it.
+        first: Its first change, as the log shows it; or why it cannot be read.
+        first_id: The `change.id` of it; or the id that `flash lanes skip` takes for such an entry.
         oldest: When the first change was committed, in seconds since 1970; None if unknown.
         error: For `blocked` the error of the first change.
     """
@@ -78,6 +79,21 @@ class HandlerLanes:
     asleep: int
     blocked: int
     oldest_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """The first entry of a lane, if it cannot be read."""
+
+    #: The entry, or that of the barrier which it is the marker of.
+    text: bytes
+    barrier: str
+    reason: PayloadError
+
+    @property
+    def id(self) -> str:
+        """What an operator calls it."""
+        return f"unreadable-{hashlib.blake2b(self.text, digest_size=6).hexdigest()}"
 
 
 @dataclass(frozen=True)
@@ -150,15 +166,18 @@ class Overview:
         )
 
     def first_up_to(self, lsn: Lsn, source: str) -> int:
-        """Return how many lanes have a change of a source committed up to a position."""
+        """Return how many lanes have a change of a source committed up to a position.
+
+        An entry that cannot be read counts as one.
+        """
         return sum(self._has(lane, lsn, source) for lane in self._read().lanes)
 
     def _has(self, lane: str, lsn: Lsn, source: str) -> bool:
         texts = self._client.lrange(f"{self._key}.{lane}", 0, _MOST_ENTRIES - 1)
         return any(
-            change.source == source and change.commit_lsn <= lsn
-            for text in texts
-            for change in self._changes(text)
+            isinstance(decoded, Unreadable)
+            or any(change.source == source and change.commit_lsn <= lsn for change in decoded)
+            for decoded in map(self._decoded, texts)
         )
 
     def _read(self) -> _State:
@@ -181,10 +200,21 @@ class Overview:
             found = pipeline.execute()
         return {lane: text for lane, text in zip(lanes, found, strict=True) if text}
 
+    def unreadable(self, lane: str) -> Unreadable | None:
+        """Return the first entry of a lane if it cannot be read."""
+        text = self._client.lindex(f"{self._key}.{lane}", 0)
+        found = None if text is None else self._decoded(text)
+        return found if isinstance(found, Unreadable) else None
+
     def _status(self, read: _State, lane: str, text: bytes) -> LaneStatus:
         fields = read.fields
         name, until = read.state_of(lane)
-        first = next(iter(self._changes(text)[int(fields.get(f"c{lane}") or 0) :]), None)
+        decoded = self._decoded(text)
+        changes = [] if isinstance(decoded, Unreadable) else decoded
+        first = next(iter(changes[int(fields.get(f"c{lane}") or 0) :]), None)
+        shown, first_id = ("", "") if first is None else (repr(first), first.id)
+        if isinstance(decoded, Unreadable):
+            shown, first_id = f"an entry that cannot be read ({decoded.reason})", decoded.id
         blocked = json.loads(fields[f"x{lane}"]) if name == "blocked" else {}
         return LaneStatus(
             lane=int(lane),
@@ -193,21 +223,23 @@ class Overview:
             until=until,
             retries=int(fields.get(f"r{lane}") or 0),
             deaths=int(fields.get(f"d{lane}") or 0),
-            first="" if first is None else repr(first),
-            first_id="" if first is None else first.id,
+            first=shown,
+            first_id=first_id,
             oldest=None if first is None else first.committed_at.timestamp(),
             error=f"{blocked.get('error')}: {blocked.get('message')}" if blocked else None,
         )
 
-    def _changes(self, text: bytes) -> list[Change]:
-        """Return the changes of an entry or a barrier; none if they cannot be read."""
+    def _decoded(self, text: bytes) -> list[Change] | Unreadable:
+        """Return the changes of an entry or a barrier."""
+        barrier = ""
         try:
             entry = entries.decode(text)
             if isinstance(entry, Marker):
-                stored = self._client.hget(f"{self._key}.barriers", entry.barrier)
-                entry = entries.decode(stored or b"")
-        except PayloadError:
-            return []
+                barrier = entry.barrier
+                text = self._client.hget(f"{self._key}.barriers", barrier) or b""
+                entry = entries.decode(text)
+        except PayloadError as error:
+            return Unreadable(text, barrier, error)
         return [] if isinstance(entry, Marker) else entry.changes
 
 

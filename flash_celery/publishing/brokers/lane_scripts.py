@@ -357,6 +357,31 @@ return 1
 """
 )
 
+#: Removes the first entry of a lane, or opens the barrier it is a marker of, because no worker can
+#: read it. ARGV: time, lane, the text of the entry or the barrier, how many changes it counts for,
+#: the id of the barrier or ''. Returns 1, or 0 if a drain has the lane, another entry is first, or
+#: lanes have not arrived at the barrier.
+DISCARD = (
+    _BEGIN
+    + """
+local lane, due = ARGV[2], redis.call('ZSCORE', D, ARGV[2])
+if redis.call('HEXISTS', S, 'm' .. lane) == 1 and due and tonumber(due) > now then return 0 end
+local first = redis.call('LINDEX', H .. '.' .. lane, 0) or ''
+if ARGV[5] ~= '' then
+    local marker = '!' .. ARGV[5] .. ':' .. redis.call('SCARD', H .. '.barrier.' .. ARGV[5])
+    if first ~= marker then return 0 end
+    if redis.call('HGET', H .. '.barriers', ARGV[5]) ~= ARGV[3] then return 0 end
+    open(H, now, ARGV[5])
+    return 1
+end
+if first ~= ARGV[3] then return 0 end
+clear(H, lane, 'tmsbxkw')
+remove(H, lane, 1, 0, tonumber(ARGV[4]))
+if redis.call('EXISTS', H .. '.' .. lane) == 0 then forget(H, lane) else hand_on(H, lane, now) end
+return 1
+"""
+)
+
 #: Removes the keys of a handler whose slot is gone, unless changes wait. KEYS: H, the registry.
 #: ARGV: time, H without prefix. Returns how many changes wait.
 REMOVE = (

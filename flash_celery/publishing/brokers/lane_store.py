@@ -106,6 +106,19 @@ class LaneStore:
             self.configure(registry, name, layout, lanes, queue, wake, form, paused=False)
         return int(waiting or 0)
 
+    def discard(self, lane: str, text: bytes, changes: int, barrier: str = "") -> bool:
+        """Remove the first entry of a lane, which cannot be read; return whether that was done.
+
+        It is not while a drain has the lane, or if another entry is first.
+
+        Args:
+            lane: The number of the lane.
+            text: The entry, or that of the barrier.
+            changes: How many changes it counts for.
+            barrier: The id of the barrier to open, if the entry is its marker.
+        """
+        return bool(self._call("DISCARD", lane, text, changes, barrier))
+
     def remove(self, registry: str, name: str) -> int:
         """Remove the handler's keys, unless changes wait; return how many do."""
         return int(self._call("REMOVE", name, keys=[registry]))
