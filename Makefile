@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROPERTIES := $(patsubst %,tests/integration/test_%.py,conditions pushdown transactions types) \
-	tests/unit/test_fuzz.py
+	tests/unit/test_coalescing.py tests/unit/test_fuzz.py
 
 # The tests start hundreds of processes, which would compile the package again each time.
 unexport PYTHONDONTWRITEBYTECODE

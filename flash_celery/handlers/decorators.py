@@ -214,7 +214,7 @@ def on_change(
         batch: The most changes of one task, as a number or a `Batch(size, wait)`. Default: one task
             for each change.
         ordered: Handle changes with equal keys one at a time and in commit order: `True` for the
-            row's key, the name of a column or a list of names, or `Ordered(by, lanes, on_failure)`.
+            row's key, the name of a column or a list of names, or an `Ordered`.
             Needs Redis or Valkey. Default: no order.
         queue: The name of the queue. Default: the task's own queue, `flash_routes`, `task_routes`,
             `flash_queue`, in this order.
@@ -368,7 +368,8 @@ def _with_one_order(subscriptions: list[Subscription]) -> list[Subscription]:
     if len(orders) > 1:
         raise SubscriptionError(
             f"{subscriptions[0].handler} is declared twice, with a contradiction: give every "
-            "on_change of it ordered= with the same lanes and on_failure, or none of them."
+            "on_change of it ordered= with the same lanes, on_failure and coalesce, or none of "
+            "them."
         )
     order = changes[0].ordered if changes else None
     if order is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..changes.change import Operation
@@ -62,11 +62,15 @@ class Ordered:
             retried holds up those in its lane. Default: `flash_lanes`.
         on_failure: `"dead"` makes a dead letter of a change that has failed for good, and goes on;
             `"block"` stops its lane until `flash lanes skip` or `flash lanes retry`.
+        coalesce: Seconds, 0 to 3600, that a change may wait so that neighbouring changes of a row
+            become one: an update has `old` of the first and `new` of the last, and a row that was
+            inserted and deleted leaves nothing. With 0 (the default) each change is delivered.
     """
 
     by: Any = None
     lanes: int | None = None
     on_failure: str = "dead"
+    coalesce: float = 0.0
 
     @classmethod
     def of(cls, ordered: Any, model: Any) -> Ordered | None:
@@ -79,22 +83,26 @@ class Ordered:
             return None
         if ordered is True:
             ordered = cls()
-        elif not isinstance(ordered, Ordered):
-            ordered = cls(by=ordered)
-        by = ordered.by
+        order: Ordered = ordered if isinstance(ordered, Ordered) else cls(by=ordered)
+        by = order.by
         if sqlalchemy_models.is_attribute(by) or isinstance(by, str):
             by = [by]
         columns = column_names("ordered", by, model)
-        lanes = ordered.lanes
+        lanes = order.lanes
         if lanes is not None and not (type(lanes) is int and 1 <= lanes <= MOST_LANES):
             raise SubscriptionError(
                 f"ordered has lanes={lanes!r}; it is a number from 1 to {MOST_LANES}."
             )
-        if ordered.on_failure not in ("dead", "block"):
+        if order.on_failure not in ("dead", "block"):
             raise SubscriptionError(
-                f"ordered has on_failure={ordered.on_failure!r}; it is 'dead' or 'block'."
+                f"ordered has on_failure={order.on_failure!r}; it is 'dead' or 'block'."
             )
-        return cls(columns, lanes, ordered.on_failure)
+        seconds = order.coalesce
+        if type(seconds) not in (int, float) or not 0 <= seconds <= 3600:
+            raise SubscriptionError(
+                f"ordered has coalesce={seconds!r}; it is a number of seconds from 0 to 3600."
+            )
+        return replace(order, by=columns)
 
 
 #: The most lanes of a handler: a TRUNCATE puts a marker into each of them.

@@ -1,7 +1,7 @@
 """Collects messages for publishing, and fills batches.
 
 A batch that waits for more changes holds the position back: nothing after its first change may be
-acknowledged.
+acknowledged. So do changes for lanes that wait to be made one with others.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 from ..capture.router import Receiver
@@ -47,18 +48,24 @@ class PublishBatch(NamedTuple):
 
 
 @dataclass
-class _Batch:
-    """Changes that wait for more."""
+class _Waiting:
+    """Changes of one template that wait for more."""
 
     #: The position before the first change.
     since: Lsn
-    #: When it leaves even if it is not full, by the clock.
+    #: When they leave, by the clock, unless they have left by then.
     due: float
+    counts: defaultdict[Route, int] = field(default_factory=lambda: defaultdict(int))
+
+
+@dataclass
+class _Batch(_Waiting):
+    """A batch that is being filled."""
+
     #: How many more changes fit.
-    room: int
+    room: int = 0
     deliveries: list[Delivery] = field(default_factory=list)
     size: int = 0
-    counts: defaultdict[Route, int] = field(default_factory=lambda: defaultdict(int))
 
     def take(self, delivery: Delivery) -> Delivery | None:
         """Take as many rows as fit; return the rest of the delivery, or None."""
@@ -108,7 +115,9 @@ class Batcher:
         #: Bytes of memory that the messages not collected yet take, roughly.
         self.size = 0
         self._batches: dict[Template, _Batch] = {}
-        #: Changes for lanes, until `collect`.
+        #: What waits in the groups below for changes to be made one with.
+        self._coalescing: dict[Template, _Waiting] = {}
+        #: Changes for lanes, until `collect` or as long as they wait.
         self._groups: dict[Template, LaneGroup] = {}
         self._committed = Lsn(0)
         self._deduplicator: Deduplicator | None = None
@@ -139,21 +148,13 @@ class Batcher:
             if len(row) <= template.max_change_size:
                 self._take(template, single, route)
                 continue
-            if template in self._batches:
-                self._release(template)  # its changes precede this one
-            self._flush(template)
+            self._release(template)  # its changes precede this one
             self._emit([self._too_large(template, single)], 0)
             self._letters = True
 
     def _take(self, template: Template, delivery: Delivery, route: Route | None) -> None:
         if template.lanes is not None:
-            if route is not None:
-                self._counts[route] += len(delivery.rows)
-            group = self._groups.get(template)
-            if group is None:
-                group = self._groups[template] = template.group()
-            self.size += sum(map(len, delivery.rows))
-            self._emit_pushes(group.add(delivery, template.expiry))
+            self._take_for_lanes(template, delivery, route)
             return
         if template.batch is None:
             if route is not None:
@@ -164,7 +165,7 @@ class Batcher:
             batch = self._batches.get(template)
             if batch is None:
                 due = self._clock() + template.batch.wait
-                batch = _Batch(self._committed, due, template.batch.size)
+                batch = _Batch(self._committed, due, room=template.batch.size)
                 self._batches[template] = batch
             rest = batch.take(delivery)
             if route is not None:
@@ -175,6 +176,25 @@ class Batcher:
             if rest is None:
                 return
             delivery = rest
+
+    def _take_for_lanes(self, template: Template, delivery: Delivery, route: Route | None) -> None:
+        group = self._groups.get(template)
+        if group is None:
+            group = self._groups[template] = template.group()
+        messages = group.add(delivery, template.expiry)
+        self._emit_pushes(messages)
+        counts = self._counts
+        if not template.coalesce:
+            self.size += sum(map(len, delivery.rows))
+        else:
+            if messages:  # which hold what has waited
+                self._end_wait(template)
+            if not group.is_empty:
+                due = self._clock() + template.coalesce
+                new = _Waiting(self._committed, due)
+                counts = self._coalescing.setdefault(template, new).counts
+        if route is not None:
+            counts[route] += len(delivery.rows)
 
     def commit(self, position: Lsn) -> None:
         """Note that everything up to a position has been added."""
@@ -199,11 +219,12 @@ class Batcher:
         """
         now = self._clock() - held
         for template in self._groups:
-            self._flush(template)
-        for template, batch in list(self._batches.items()):
-            if everything or batch.due <= now:
+            if template not in self._coalescing:
+                self._flush(template)
+        for template, waiting in [*self._waiting]:
+            if everything or waiting.due <= now:
                 self._release(template)
-        since = [batch.since for batch in self._batches.values()]
+        since = [waiting.since for _, waiting in self._waiting]
         position = min([self._committed, *since])
         collected = PublishBatch(
             self._messages,
@@ -220,14 +241,30 @@ class Batcher:
 
     @property
     def due(self) -> float | None:
-        """When the next batch is due, by the clock; None if there is none."""
-        return min((batch.due for batch in self._batches.values()), default=None)
+        """When the next changes that wait are due, by the clock; None if none wait."""
+        return min((waiting.due for _, waiting in self._waiting), default=None)
+
+    @property
+    def _waiting(self) -> Iterable[tuple[Template, _Waiting]]:
+        return chain(self._batches.items(), self._coalescing.items())
 
     def _release(self, template: Template) -> None:
-        batch = self._batches.pop(template)
-        for route, count in batch.counts.items():
+        """Emit the changes of a template that have been collected, if there are any."""
+        batch = self._batches.pop(template, None)
+        if batch is not None:
+            self._count(batch.counts)
+            self._emit([template.together(batch.deliveries)], batch.size)
+        self._end_wait(template)
+        self._flush(template)
+
+    def _end_wait(self, template: Template) -> None:
+        waiting = self._coalescing.pop(template, None)
+        if waiting is not None:
+            self._count(waiting.counts)
+
+    def _count(self, counts: Mapping[Route, int]) -> None:
+        for route, count in counts.items():
             self._counts[route] += count
-        self._emit([template.together(batch.deliveries)], batch.size)
 
     def _flush(self, template: Template) -> None:
         """Emit what is collected for the lanes of a template."""

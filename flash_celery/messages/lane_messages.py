@@ -2,7 +2,8 @@
 
 A group is one message for one handler, however many lanes its changes go to. The broker has to take
 all of it in one step, because the high-water mark of a subscription means that every change before
-it is enqueued.
+it is enqueued. With `coalesce=` that includes changes of which nothing is left, so a message may
+have none.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ..changes.payload import Delivery
 from ..changes.rows import Table
 from ..provisioning.ordering_keys import Key
 from . import lane_entries
+from .coalescing import Coalescer
 from .deduplication import Covered, covered_by
 from .lane_placing import Place, Placer, key_of, placer
 from .task_ids import short_digest
@@ -25,6 +27,8 @@ REGISTRY = "_flash.ordered"
 #: Bytes of rows, and changes, of one message.
 _GROUP_BYTES = 1 << 20
 _GROUP_CHANGES = 2000
+#: The same if they are coalesced, counted before that.
+_COALESCED_CHANGES = 10_000
 #: Bytes of rows of one entry; a single row may have more.
 _ENTRY_BYTES = 1 << 16
 _ENTRY_CHANGES = 100
@@ -100,6 +104,10 @@ class LaneMessage(Message):
         return self.lane_form.key
 
 
+#: Stands for a row that is only counted.
+_NO_ROW = (b"",)
+
+
 @dataclass
 class _Lane:
     """The changes of one lane that are collected for one entry."""
@@ -115,12 +123,20 @@ class LaneGroup:
     Args:
         form: The lanes.
         columns: The ordering key of each subscription, by number; None for the row's key.
+        coalescer: Makes neighbouring changes into one. Default: they stay as they are.
     """
 
-    def __init__(self, form: LaneForm, columns: Sequence[Sequence[str] | None]) -> None:
+    def __init__(
+        self,
+        form: LaneForm,
+        columns: Sequence[Sequence[str] | None],
+        coalescer: Coalescer | None = None,
+    ) -> None:
         #: The lanes as the session began with them, and those of the next message.
         self._first_form = self._form = form
         self._columns = columns
+        self._coalescer = coalescer
+        self._most = _GROUP_CHANGES if coalescer is None else _COALESCED_CHANGES
         self._placers: dict[tuple[Table, int], tuple[Key, Placer]] = {}
         self._lanes: dict[int, _Lane] = {}
         self._full: list[tuple[int, int, str]] = []
@@ -139,41 +155,55 @@ class LaneGroup:
         if not self._form.allows(delivery.number, key):
             messages += self.flush(expires)
             self._form = self._form_for(delivery.number, key)
-        lanes, count = self._lanes, self._form.lanes
         for ordinal, row in enumerate(delivery.rows, delivery.ordinal):
             single = delivery._replace(rows=[row], ordinal=ordinal)
             placed = place(row)
-            crossed = barrier_lanes(placed, count)
+            crossed = barrier_lanes(placed, self._form.lanes)
             if crossed:
                 messages += self.flush(expires)
                 messages.append(self._barrier(single, crossed, expires))
                 continue
             assert placed is not None
-            number = placed.key % count
-            lane = lanes.get(number)
-            if lane is None:
-                lane = lanes[number] = _Lane()
-            elif lane.size + len(row) > _ENTRY_BYTES or len(lane.places) >= _ENTRY_CHANGES:
-                self._full.append(_encoded(number, lane, expires))
-                lane = lanes[number] = _Lane()
-            lane.deliveries.append(single)
-            lane.places.append(placed)
-            lane.size += len(row)
-            self._covered.append(single)
-            self._size += len(row)
-            if self._size >= _GROUP_BYTES or len(self._covered) >= _GROUP_CHANGES:
+            if self._coalescer is None:
+                self._put(single, placed, expires)
+                self._covered.append(single)
+            else:
+                self._coalescer.add(single, placed)
+                self._size = self._coalescer.size
+                self._covered.append(single._replace(rows=_NO_ROW))
+            if self._size >= _GROUP_BYTES or len(self._covered) >= self._most:
                 messages += self.flush(expires)
         return messages
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether everything that was added has left."""
+        return not self._covered
+
+    def _put(self, delivery: Delivery, place: Place, expires: float | None) -> None:
+        """Add one change to its lane."""
+        number, size = place.key % self._form.lanes, len(delivery.rows[0])
+        lane = self._lanes.get(number)
+        if lane is None:
+            lane = self._lanes[number] = _Lane()
+        elif lane.size + size > _ENTRY_BYTES or len(lane.places) >= _ENTRY_CHANGES:
+            self._full.append(_encoded(number, lane, expires))
+            lane = self._lanes[number] = _Lane()
+        lane.deliveries.append(delivery)
+        lane.places.append(place)
+        lane.size += size
+        self._size += size
 
     def flush(self, expires: float | None) -> list[LaneMessage]:
         """Return the message with what has been added, if anything has, and forget it."""
         if not self._covered:
             return []
+        if self._coalescer is not None:
+            for delivery, place in self._coalescer.take():
+                self._put(delivery, place, expires)
         pushes = self._full + [_encoded(*lane, expires) for lane in self._lanes.items()]
         message = LaneMessage(self._form, pushes, covered_by(self._covered))
-        # In place, because `add` continues to use it.
-        self._lanes.clear()
-        self._full, self._covered, self._size = [], [], 0
+        self._lanes, self._full, self._covered, self._size = {}, [], [], 0
         return [message]
 
     def _barrier(

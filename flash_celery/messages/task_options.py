@@ -18,10 +18,11 @@ from ..changes import json_codec
 from ..changes.change import Operation
 from ..errors import ConfigurationError, SubscriptionError
 from ..escaping import one_line
-from ..handlers.subscriptions import Subscription
+from ..handlers.subscriptions import Ordered, Subscription
 from ..provisioning.pauses import handlers, queue_of
 from ..settings import Settings
 from ..telemetry import Route, route
+from .coalescing import Rules
 
 _JSON = "application/json"
 
@@ -36,17 +37,24 @@ class TaskOrder:
     columns: Sequence[Sequence[str] | None]
     #: Everything that determines the lane of a change, as text.
     described: str
+    #: Seconds that changes wait for others to be made one with; 0 for none.
+    coalesce: float
+    #: How changes of each subscription are made into one, by its number.
+    rules: Sequence[Rules | None]
 
     @classmethod
     def of(cls, subscriptions: Sequence[Subscription], lanes: int) -> TaskOrder:
         """Return the order of a task with these subscriptions; `lanes` is the default."""
-        order = subscriptions[0].ordered
-        columns: list[Sequence[str] | None] = [None] * (1 + max(s.number for s in subscriptions))
+        order = subscriptions[0].ordered or Ordered()
+        width = 1 + max(subscription.number for subscription in subscriptions)
+        columns: list[Sequence[str] | None] = [None] * width
+        rules: list[Rules | None] = [None] * width
         for subscription in subscriptions:
+            rules[subscription.number] = Rules.of(subscription)
             if subscription.ordered is not None:
                 columns[subscription.number] = subscription.ordered.by
         keys = [(each.subject, columns[each.number]) for each in subscriptions]
-        return cls((order.lanes if order else None) or lanes, columns, repr(keys))
+        return cls(order.lanes or lanes, columns, repr(keys), order.coalesce, rules)
 
 
 class TaskOptions:

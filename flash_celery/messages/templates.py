@@ -16,6 +16,7 @@ from ..changes.payload import CHANGE, CHANGES, Delivery
 from ..handlers.subscriptions import Batch, Subscription
 from ..provisioning.ordering_keys import Key, OrderingKeys
 from ..settings import Settings
+from .coalescing import Coalescer
 from .deduplication import Covered, covered_by, identity
 from .lane_messages import LaneForm, LaneGroup, handler_key
 from .task_ids import short_digest, task_id_of_batch, task_id_of_change
@@ -55,9 +56,9 @@ class Template:
         self.key = short_digest(f"{task.name}|{sorted(options.items())}", 8)
         self.queue = str(options["queue"])
         self.batch = batch
-        #: The lanes of an ordered handler, and the columns of each subscription's ordering key.
+        #: The lanes of an ordered handler, and how its changes are kept in order.
         self.lanes: LaneForm | None = None
-        self._ordering: Sequence[Sequence[str] | None] = ()
+        self._order: TaskOrder | None = None
         self._source = source
         self._expires = options.get("expires")
         self._app = app
@@ -96,7 +97,7 @@ class Template:
         headers = {**self._form.headers}
         headers.pop("compression", None)
         self._form = replace(self._form, headers=headers)
-        self._ordering = order.columns
+        self._order = order
         self.lanes = LaneForm(
             handler_key(self._source, self.task),
             self._source,
@@ -111,7 +112,16 @@ class Template:
     def group(self) -> LaneGroup:
         """Return a new collector of changes for the lanes."""
         assert self.lanes is not None
-        return LaneGroup(self.lanes, self._ordering)
+        assert self._order is not None
+        coalescer = None
+        if self.coalesce:
+            coalescer = Coalescer(self._order.rules, self.max_change_size)
+        return LaneGroup(self.lanes, self._order.columns, coalescer)
+
+    @property
+    def coalesce(self) -> float:
+        """Seconds that changes for lanes wait for others to be made one with; 0 for none."""
+        return self._order.coalesce if self._order is not None else 0.0
 
     @property
     def expiry(self) -> float | None:

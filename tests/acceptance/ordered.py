@@ -27,6 +27,7 @@ ORDER = {
     "block": Ordered(on_failure="block"),
     "one": Ordered(lanes=1),
     "none": False,
+    "coalesce": Ordered(coalesce=0.2),
 }.get(os.environ.get("SHOP_ORDER", ""), True)
 SECONDS = float(os.environ.get("SHOP_SLEEP", "0"))
 LIMIT = float(os.environ.get("SHOP_LIMIT", 0)) or None
@@ -46,6 +47,7 @@ def note(event, task, argument):
                 "operation": change.operation.names()[0],
                 "id": change.id,
                 "together": len(changes),
+                "coalesced": change.coalesced,
                 "key": dict(change.key),
                 "new": dict(change.new) if hasattr(change, "new") else None,
             }

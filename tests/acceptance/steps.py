@@ -90,7 +90,8 @@ def use_streaming(shop, **conf):
 def start_with_failpoints(shop, *failpoints):
     command = shop.command
     shop.command = lambda *arguments: [
-        *(sys.executable, "-m", "tests.acceptance.failpoints", *failpoints, "--", "-A", "shop"),
+        *(sys.executable, "-m", "tests.acceptance.failpoints", *failpoints),
+        *("--", "-A", shop.project),
         *arguments,
     ]
     try:

@@ -5,12 +5,14 @@ import os
 import random
 import signal
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import suppress
 
 import pytest
 
 from example_project.servers import Valkey, wait_until
+from tests.acceptance.steps import replicate_through, wait_until_confirmed
+from tests.acceptance.writer import Writer
 from tests.sentinel import OPTIONS, Replicated
 
 
@@ -510,6 +512,30 @@ def test_lanes_keep_the_order_while_processes_and_workers_are_killed(ordered):
             other = under_way.get(key)
             assert other is None or other == note["pid"] or not os.path.exists(f"/proc/{other}")
             under_way[key] = note["pid"]
+
+
+def test_coalesced_changes_are_handled_once_though_their_worker_was_killed(ordered):
+    ordered.environment.update(SHOP_ORDER="coalesce")
+    ordered.end(ordered.replicate())
+    steps = "read:3", "half a push:2", "pushed:2", "confirmed:1", "acknowledge:1", "acknowledged:2"
+    with Writer(ordered.database) as writer:
+        replicate_through(ordered, *steps)
+    wait_until_confirmed(ordered)
+    ordered.worker("solo", "flash")
+    assert ordered.run("flash", "wait").returncode == 0
+    notes = ended(ordered)
+    assert len({note["id"] for note in notes}) == len(notes) < len(writer.changes)
+    made_of = Counter()
+    for note in notes:
+        made_of[keys_of(note)] += note["coalesced"]
+    for number in {number for _, number in writer.changes}:
+        # Of a row that was inserted and deleted nothing is left, unless they came apart.
+        assert made_of[number] in ((0, 3) if number % 5 == 0 else (2,)), number
+    with ordered.database.connect() as connection, connection.transaction():
+        connection.execute("INSERT INTO items VALUES (-1, 'a')")
+        connection.execute("DELETE FROM items WHERE id = -1")
+    wait_until_confirmed(ordered)  # although nothing is enqueued
+    assert summary(ordered)["waiting"] == 0
 
 
 def test_lanes_go_on_while_no_replication_worker_runs(ordered):
