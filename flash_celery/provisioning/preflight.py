@@ -246,7 +246,7 @@ class _Examination:
         )
         try:
             self._undo_refused_identities(existing, identities)
-            publications.check(existing, required)
+            publications.check(self._connection, existing, required)
             self._check_names(existing)
             self._add("replica identity", OK, identities.check(self._settings, required))
             self._report.findings += identities.prices(required)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
+
+import psycopg
 
 from ..changes.operations import Operation
 from ..errors import PublicationMismatch
+from ..postgres import catalog
 from ..postgres.source import OPERATIONS, Source, publication_name, publication_names
 from ..table_name import TableName
 from .narrowing import SINCE, Shape
@@ -96,7 +100,9 @@ def read(source: Source) -> ExistingPublications:
     return ExistingPublications(prefix, publications, record, version)
 
 
-def check(existing: ExistingPublications, required: RequiredTables) -> None:
+def check(
+    connection: psycopg.Connection[Any], existing: ExistingPublications, required: RequiredTables
+) -> None:
     """Raise `PublicationMismatch` if the publications were altered by hand or are not ours."""
     for operation, publication in existing.by_operation.items():
         name = publication_name(existing.prefix, operation)
@@ -109,7 +115,7 @@ def check(existing: ExistingPublications, required: RequiredTables) -> None:
             )
     if existing.record is not None:
         for operation in OPERATIONS:
-            _check_tables(existing, existing.record, operation)
+            _check_tables(connection, existing, existing.record, operation)
     elif not existing.empty and not _have_exactly(existing, required):
         raise PublicationMismatch(
             f"The publications {existing.prefix}_… were not created by flash-celery; choose "
@@ -125,16 +131,30 @@ def _have_exactly(existing: ExistingPublications, required: RequiredTables) -> b
     )
 
 
-def _check_tables(existing: ExistingPublications, record: Record, operation: Operation) -> None:
+def _check_tables(
+    connection: psycopg.Connection[Any],
+    existing: ExistingPublications,
+    record: Record,
+    operation: Operation,
+) -> None:
     name, (key,) = publication_name(existing.prefix, operation), operation.names()
     if operation not in existing.by_operation:
         raise PublicationMismatch(f"The publication {name} was dropped; {_UNDO}")
     tables = set(existing.by_operation[operation].tables)
     # A change may have been interrupted after any of its statements.
     before, after = set(record.previous.get(key, [])), set(record.tables.get(key, []))
-    altered = (tables - before - after) | ((before & after) - tables)
-    if altered:
+    added, removed = tables - before - after, (before & after) - tables
+    found = [
+        f"{change} {', '.join(sorted(_name(connection, oid) for oid in oids))}"
+        for change, oids in (("it also has", added), ("it lacks", removed))
+        if oids
+    ]
+    if found:
         raise PublicationMismatch(
-            f"The publication {name} was altered by hand (tables with OID "
-            f"{', '.join(map(str, sorted(altered)))}); {_UNDO}"
+            f"The publication {name} was altered by hand: {' and '.join(found)}; {_UNDO}"
         )
+
+
+def _name(connection: psycopg.Connection[Any], oid: int) -> str:
+    table = catalog.describe(connection, oid)
+    return str(table.name) if table else f"a table that was dropped (OID {oid})"

@@ -403,7 +403,11 @@ def test_publication_altered_by_hand_is_named(shop):
     )
     ended = shop.run("flash", "replicate")
     assert ended.returncode == 2
-    assert_refused(ended, "flash_publication_insert was altered by hand")
+    sentence = "flash_publication_insert was altered by hand: it also has public.other; undo that"
+    assert_refused(ended, sentence)
+    shop.database.execute("ALTER PUBLICATION flash_publication_insert DROP TABLE other, items")
+    ended = shop.run("flash", "replicate")
+    assert_refused(ended, "was altered by hand: it lacks public.items; undo that")
 
 
 def test_dropped_slot_is_not_recreated_silently(shop):

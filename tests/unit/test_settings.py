@@ -6,6 +6,7 @@ from celery import Celery
 
 import flash_celery
 from flash_celery import errors
+from flash_celery.publishing.brokers.base import connection_to
 from flash_celery.settings import Settings
 
 
@@ -255,3 +256,17 @@ def test_errors_pickle_and_have_a_solution():
         assert pickle.loads(pickle.dumps(error("x"))).args == ("x",)
         assert error.solution
         assert error.__name__ in errors.__doc__
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("redis://:secret@127.0.0.1/0?protocol=3", "broker_url has the option protocol=, which"),
+        ("redis://:se?secret=cret@127.0.0.1/0", "broker_url is not the URL of a broker; write"),
+    ],
+)
+def test_broker_url_with_an_option_that_kombu_does_not_take_is_refused(new_app, url, sentence):
+    with pytest.raises(errors.ConfigurationError) as refused:
+        connection_to(new_app(broker_url=url))
+    assert str(refused.value).startswith(sentence)
+    assert "secret" not in str(refused.value)

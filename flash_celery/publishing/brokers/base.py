@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
@@ -107,23 +108,39 @@ def connection_to(app: Any, **options: Any) -> Any:
         ConfigurationError: The URL is invalid, or the client library is not installed.
     """
     redis_extra.require(app)
-    with _url_errors():
+    urls = f"{app.conf.broker_write_url} {app.conf.broker_url}"
+    with _url_errors(urls):
         connection = app.connection_for_write(**options)
         _ = connection.transport
-        urls = f"{app.conf.broker_write_url} {app.conf.broker_url}"
         if "@" in str(connection.virtual_host) and "%40" not in urls:
             raise ValueError  # it is a part of the password, which errors would show
     return connection
 
 
+#: Python's text about an argument that a function does not have.
+_UNKNOWN_OPTION = re.compile(r"unexpected keyword argument '(\w+)'")
+#: A ? in front of the @ begins no options: it is a part of the password.
+_PASSWORD_WITH_MARK = re.compile(r"\?[^ ;]*@")
+
+
 @contextmanager
-def _url_errors() -> Iterator[None]:
-    """Turn kombu's errors about a broker URL into one that shows no part of the URL."""
+def _url_errors(urls: str = "") -> Iterator[None]:
+    """Turn kombu's errors about a broker URL into one that shows no part of a password.
+
+    Args:
+        urls: The URLs, if options may follow a ? in them.
+    """
     try:
         yield
     except OSError:
         raise  # a certificate that fails verification is also a ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError) as error:
+        option = _UNKNOWN_OPTION.search(str(error))
+        if option and not _PASSWORD_WITH_MARK.search(urls):
+            raise ConfigurationError(
+                f"broker_url has the option {option[1]}=, which kombu does not take there; remove "
+                "it from the URL (options of the transport belong in broker_transport_options)."
+            ) from None
         raise ConfigurationError(
             "broker_url is not the URL of a broker; write redis://:password@host:6379/0 or "
             "amqp://user:password@host:5672/vhost, with %40 for an @ in the password, %2F for a /, "
