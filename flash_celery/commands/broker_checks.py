@@ -12,6 +12,9 @@ from ..provisioning.findings import OK, WARNING, Finding, stop
 from ..publishing.brokers.base import ConnectedPublisher
 from ..settings import Settings
 
+#: A delivery limit that only a change reaches which kills its worker again and again.
+_ENOUGH_DELIVERIES = 100
+
 
 def findings(
     app: Any, settings: Settings, queues: Sequence[str], own_queues: Sequence[str] = ()
@@ -131,6 +134,7 @@ def _rabbitmq(publisher: ConnectedPublisher, app: Any, names: Sequence[str]) -> 
                 WARNING,
                 f"{queue.name} does not survive a restart of RabbitMQ (durable=False): remove that",
             )
+        yield from _delivery_limit(publisher, queue)
         if reason := refused(publisher.channel, queue):
             yield Finding(
                 "queue",
@@ -138,6 +142,25 @@ def _rabbitmq(publisher: ConnectedPublisher, app: Any, names: Sequence[str]) -> 
                 f"{queue.name} exists with other arguments, so neither `replicate` nor workers can "
                 f"use it ({reason}); declare it with those, or delete it once it is empty",
             )
+
+
+def _delivery_limit(publisher: ConnectedPublisher, queue: Any) -> Iterator[Finding]:
+    """Warn of an `x-delivery-limit` with which RabbitMQ soon drops a change unhandled."""
+    limit = (queue.queue_arguments or {}).get("x-delivery-limit")
+    if not isinstance(limit, int) or limit >= _ENOUGH_DELIVERIES:
+        return
+    major = str(publisher.channel.connection.server_properties.get("version", "")).split(".")[0]
+    if limit < 0 and major not in ("2", "3"):  # from 4.0 on it means no limit
+        return
+    effect = "workers have received" if limit > 0 else "comes back from a worker that was lost"
+    times = f" {limit} times" if limit > 0 else ""
+    yield Finding(
+        "queue",
+        WARNING,
+        f"{queue.name} has x-delivery-limit={limit}: RabbitMQ drops a change that {effect}{times}; "
+        "each lost connection counts for all that its worker had prefetched. Give the queue a "
+        "limit of 100 or more, and a new name, because a queue keeps its arguments",
+    )
 
 
 def _own_queues(channel: Any, names: Sequence[str]) -> Iterator[Finding]:

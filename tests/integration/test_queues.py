@@ -98,6 +98,22 @@ def test_queue_with_other_arguments_is_named(project):
     assert examine(project()) == ["ok       queues: flash"]
 
 
+@pytest.mark.parametrize("limit", [5, 0, 100])
+def test_queue_with_a_low_delivery_limit_is_named(project, limit):
+    arguments = {"x-queue-type": "quorum", "x-delivery-limit": limit}
+    app = project(**QUORUM, task_queues=[Queue("flash", queue_arguments=arguments)])
+    _, *warned = examine(app)
+    if limit == 100:
+        assert warned == []
+    else:
+        dropped = "workers have received 5 times" if limit else "comes back from a worker that was"
+        (line,) = warned
+        assert line.startswith(
+            f"warning  queue: flash has x-delivery-limit={limit}: RabbitMQ drops"
+        )
+        assert dropped in line
+
+
 def test_queue_that_does_not_keep_changes_stops_the_start(project):
     (stopped,) = examine(project(task_queues=[Broadcast("flash")]))
     assert stopped.startswith("STOP     queues: shop.handle goes to the queue 'flash', which does")
