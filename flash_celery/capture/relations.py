@@ -14,7 +14,7 @@ from ..conditions.evaluation import Cells
 from ..conditions.parsing import Condition
 from ..errors import ReplicationError
 from ..escaping import escaped
-from ..postgres import catalog, column_types, slots
+from ..postgres import catalog, column_types, slots, visibility
 from ..postgres.catalog import CatalogTable
 from ..postgres.column_types import TypeDescription
 from ..protocol import pgoutput
@@ -36,6 +36,12 @@ _ALTERED_AND_WAITS = (
     "Transaction {} has altered a table and written to it, and waits for this worker as its "
     "synchronous standby, which cannot see the altered table before; name the standbys in "
     "synchronous_standby_names instead of *, and reload PostgreSQL; reconnecting."
+)
+_GUESSED = (
+    "Rows of %s are delivered to the handlers of %s: their transaction has changed partitions and "
+    "waits for this worker as its synchronous standby, so PostgreSQL does not show yet to which "
+    "table they belong; name the standbys in synchronous_standby_names instead of *, and reload "
+    "PostgreSQL"
 )
 _RENAMED = (
     "A table of a handler is {} now; checking the tables of all handlers before any of its rows is "
@@ -76,31 +82,46 @@ class RelationCatalog:
         transaction: Transaction,
         relation: pgoutput.Relation,
         handled: frozenset[TableName],
-    ) -> None:
+    ) -> Ancestors | None:
         """Wait until the catalog shows what a transaction has changed of this table.
 
         A commit is replicated before other sessions see it: by moments, or by as long as a
         synchronous standby takes. If this worker is that standby, the commit waits until the broker
-        has its rows. So this returns at once unless the transaction may have altered the parts of
-        the catalog that describe the table.
+        has its rows. So this does not wait then.
+
+        Returns:
+            The tables that the rows may belong to, if the catalog does not show them yet and this
+            worker cannot wait for it.
 
         Raises:
-            ReplicationError: The catalog does not show it after two seconds.
+            ReplicationError: The catalog does not show it after two seconds, or would have to show
+                the types of values.
         """
         deadline = time.monotonic() + _VISIBLE_SECONDS
         synchronous = None
-        while not catalog.is_visible(self._connection, transaction.xid):
+        while not visibility.is_visible(self._connection, transaction.xid):
             if synchronous is None:
-                synchronous = catalog.is_synchronous(self._connection, self._slot)
-            if synchronous and not catalog.hides_alteration(
-                self._connection, transaction.xid, relation, handled
-            ):
-                return
+                synchronous = visibility.is_synchronous(self._connection, self._slot)
+            if synchronous:
+                unseen = visibility.unseen(self._connection, transaction.xid, relation, handled)
+                if unseen is None:
+                    return None
+                if unseen.tables and not unseen.types:
+                    return self._guess(relation, unseen.tables)
             if time.monotonic() > deadline:
                 raise ReplicationError(
                     (_ALTERED_AND_WAITS if synchronous else _NOT_VISIBLE).format(transaction.xid)
                 )
             time.sleep(_VISIBLE_PAUSE)
+        return None
+
+    @staticmethod
+    def _guess(relation: pgoutput.Relation, tables: Collection[TableName]) -> Ancestors:
+        """Return the tables to which rows may belong; no handler may miss a row."""
+        own = TableName(relation.schema, relation.name)
+        if len(tables) > 1:
+            _log(logging.WARNING, _GUESSED, own, escaped(" and ".join(sorted(map(str, tables)))))
+        return dict.fromkeys(tables)
 
     def ancestors(
         self,

@@ -134,14 +134,14 @@ class Router:
         Raises:
             SubscriptionError: A column that a subscription names no longer exists.
         """
-        self._catalog.settle(transaction, relation, self._handled)
+        unseen = self._catalog.settle(transaction, relation, self._handled)
         self._forget(relation.oid)
         own = TableName(relation.schema, relation.name)
         catalog_table = self._catalog.table(relation.oid)
-        ancestors = self._catalog.ancestors(
+        ancestors = unseen or self._catalog.ancestors(
             relation, catalog_table, transaction.commit_lsn, self._handled
         )
-        if catalog_table is not None and catalog_table.name in ancestors:
+        if unseen is None and catalog_table is not None and catalog_table.name in ancestors:
             # It was renamed after these rows were written, and the handler names it as it is now.
             own = catalog_table.name
             relation = replace(relation, schema=own.schema, name=own.name)

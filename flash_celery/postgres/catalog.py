@@ -9,7 +9,6 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from ..protocol.pgoutput import Relation
 from ..table_name import TableName
 
 #: Values of pg_class.relkind (chapter "System Catalogs").
@@ -273,102 +272,6 @@ def index_columns(connection: psycopg.Connection[Any], table: int, index: str) -
     """Return the columns of an index of a table (its OID); none if there is no such index."""
     row = connection.execute(_INDEX_COLUMNS.encode(), [table, index]).fetchone()
     return tuple(row[0]) if row else ()
-
-
-def is_visible(connection: psycopg.Connection[Any], xid: int) -> bool:
-    """Return whether other sessions see a transaction; its changes may be replicated earlier.
-
-    Source: PostgreSQL documentation, "System Information Functions" (pg_current_snapshot).
-
-    Args:
-        connection: In autocommit, to the stream's database.
-        xid: The 32-bit id in the replication stream.
-    """
-    row = connection.execute("SELECT pg_current_snapshot()::text").fetchone()
-    assert row is not None
-    _, latest, running = row[0].split(":")
-    # These are the lower 32 bits of the id that is nearest to the latest one.
-    full = int(latest) + (xid - int(latest) + (1 << 31)) % (1 << 32) - (1 << 31)
-    return full < int(latest) and str(full) not in running.split(",")
-
-
-_SYNCHRONOUS = """
-SELECT EXISTS (SELECT FROM pg_stat_replication r JOIN pg_replication_slots s ON s.active_pid = r.pid
-               WHERE s.slot_name = %s AND r.sync_state IN ('sync', 'quorum'))
-"""
-
-
-def is_synchronous(connection: psycopg.Connection[Any], slot: str) -> bool:
-    """Return whether commits wait until the reader of the slot has confirmed them.
-
-    Source: PostgreSQL documentation, "synchronous_standby_names".
-    """
-    return connection.execute(_SYNCHRONOUS.encode(), [slot]).fetchone() == (True,)
-
-
-# Locks are held until a transaction is visible. Everything that alters a table or its place among
-# partitions takes one of these modes on the table or on a table above it; writing rows does not.
-# pg_class does not show yet what the transaction has created: indexes and copies of the table, or a
-# partitioned table above it. That one can be a handler's table only if the name was free, or is
-# that of a table which the transaction has altered too.
-_HIDES_ALTERATION = """
-WITH altered AS (
-    SELECT DISTINCT l.relation AS oid, c.relkind
-    FROM pg_locks x
-    JOIN pg_locks l ON l.virtualtransaction = x.virtualtransaction AND l.granted
-    LEFT JOIN pg_class c ON c.oid = l.relation
-    WHERE x.locktype = 'transactionid' AND x.granted AND x.transactionid::text = %(xid)s
-    AND l.locktype = 'relation' AND l.database = (
-        SELECT oid FROM pg_database WHERE datname = current_database())
-    AND l.mode IN ('ShareUpdateExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock',
-                   'AccessExclusiveLock')),
-known AS (
-    SELECT c.oid, n.nspname AS schema, c.relname AS name
-    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace),
-handled AS (
-    SELECT known.oid FROM unnest(%(schemas)s::text[], %(names)s::text[]) AS wanted(schema, name)
-    LEFT JOIN known USING (schema, name))
-SELECT NOT EXISTS (SELECT FROM pg_class WHERE oid = %(table)s)
-    OR EXISTS (SELECT FROM unnest(%(types)s::int8[]) AS used(oid)
-               LEFT JOIN pg_type t ON t.oid = used.oid WHERE t.oid IS NULL)
-    OR EXISTS (SELECT FROM altered WHERE relkind IN ('p', 'c'))
-    OR (EXISTS (SELECT FROM altered WHERE oid = %(table)s)
-        AND EXISTS (SELECT FROM altered WHERE relkind IS NULL)
-        AND (NOT EXISTS (SELECT FROM known WHERE oid = %(table)s
-                         AND schema = %(schema)s AND name = %(name)s)
-             OR EXISTS (SELECT FROM handled LEFT JOIN altered USING (oid)
-                        WHERE handled.oid IS NULL
-                        OR (altered.oid IS NOT NULL AND altered.oid <> %(table)s))))
-"""
-
-
-def hides_alteration(
-    connection: psycopg.Connection[Any],
-    xid: int,
-    relation: Relation,
-    handled: Iterable[TableName],
-) -> bool:
-    """Return whether a transaction that is not visible yet may have altered a table unseen.
-
-    What the stream itself says of the table (name, columns, replica identity) is not read here.
-
-    Args:
-        connection: In autocommit, to the stream's database.
-        xid: The 32-bit id in the replication stream.
-        relation: The table as the transaction sees it.
-        handled: The tables of handlers.
-    """
-    tables = sorted(handled, key=str)
-    parameters = {
-        "xid": str(xid),
-        "table": relation.oid,
-        "schema": relation.schema,
-        "name": relation.name,
-        "types": [column.type_oid for column in relation.columns],
-        "schemas": [table.schema for table in tables],
-        "names": [table.name for table in tables],
-    }
-    return connection.execute(_HIDES_ALTERATION.encode(), parameters).fetchone() == (True,)
 
 
 def _read(
