@@ -12,13 +12,22 @@ STRIKES = (
     "Celery worker: SIGKILL of a child",
     "replicate: SIGKILL",
 )
-
-
+#: For ordered handlers.
+LANES = (
+    "lanes: SIGKILL of a draining process",
+    "lanes: SIGKILL of a whole worker",
+    "lanes: frozen for more than a lease",
+    "lanes: restart of the broker in a drain",
+    "password changed",
+    "broker emptied: FLUSHALL",
+)
 FAILOVERS = "Sentinel: failover", "replicate: SIGKILL", "Sentinel: failover", "Sentinel: failover"
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize(("broker", "names"), [("redis", STRIKES), ("sentinel", FAILOVERS)])
+@pytest.mark.parametrize(
+    ("broker", "names"), [("redis", STRIKES), ("redis", LANES), ("sentinel", FAILOVERS)]
+)
 def test_soak_run_of_seconds_loses_nothing(tmp_path, broker, names):
     faults = [next(fault for fault in FAULTS if fault.name == name) for name in names]
     outcome = run(broker, 1, tmp_path, 0, faults, say=lambda line: None)

@@ -2,15 +2,16 @@
 
 from collections import Counter
 
+from tests.soak import calls
+from tests.soak.ledger import ORDERED, TABLES
+
 #: Bounds for a replication worker: bytes, and open files.
 MEMORY, FILES = 200_000_000, 64
-#: The tables of each handler.
-TABLES = {"each": ("items", "probes"), "many": ("items", "orders")}
 
 
 def complete(ledger):
     """Whether everything known to be committed has been enqueued and handled."""
-    return not lost(ledger) and not any(unhandled(ledger, handler) for handler in TABLES)
+    return not lost(ledger) and not any(unhandled(ledger, handler) for handler in ledger.handled)
 
 
 def lost(ledger):
@@ -30,11 +31,12 @@ def everything(stage, outcome):
     problems = [
         *_enqueued(stage),
         *_handled(stage, outcome),
+        *_ordered(stage),
         *_rows(stage),
         *(
             f"{process.name} ended by itself with {code}"
             for process in stage.replicates
-            for _, code in process.ends
+            for _, code, _ in process.ends
         ),
         *(
             f"{type(witness).__name__} failed: {witness.failure!r}"
@@ -91,18 +93,40 @@ def _handled(stage, outcome):
         if missing and not excused(outcome, handler):
             yield from _named(stage, f"enqueued and never handled by {handler}", missing)
     # A task of one change has the same id each time.
-    tasks = {}
-    each = ledger.handled["each"]
-    others = {s.identity for s in each if tasks.setdefault(s.identity, s.task_id) != s.task_id}
-    yield from _named(stage, "handled again under another task id", others)
+    for handler in {"each", "keyed"} & ledger.handled.keys():
+        tasks = {}
+        alone = ledger.handled[handler]
+        others = {s.identity for s in alone if tasks.setdefault(s.identity, s.task_id) != s.task_id}
+        yield from _named(stage, f"handled again by {handler} under another task id", others)
+
+
+def _ordered(stage):
+    """What ordered handlers promise."""
+    if stage.lane_watch is None:
+        return
+    harms = stage.harms
+    for handler in ORDERED:
+        found = [call for call in stage.ledger.calls if call.handler == handler]
+        repeats = calls.repeats(found, harms)
+        named = {
+            "begun after a later one of its key": calls.inversions(found, harms),
+            "begun beside one of its key": calls.overlaps(found, harms),
+            "in a call that vanished": calls.vanished(found, harms),
+            "handled again for no reason": {i for i, _, why in repeats if not why},
+        }
+        for what, identities in named.items():
+            yield from _named(stage, f"{what} ({handler})", identities)
+    for key, lane, state in sorted(stage.lane_watch.stalls):
+        yield f"lane {lane} of {key} stood still ({state})"
 
 
 def excused(outcome, handler):
     """Whether Celery's consumer can have lost what `handler` has not got: Redis only, and a
-    message for each time that it was killed, or its Redis was, or refused its bookkeeping."""
+    message for each time that it was killed, or its Redis was, or refused its bookkeeping. The
+    sweep of lanes brings back those of ordered handlers."""
     from tests.soak.project import BATCH
 
-    if outcome.broker == "rabbitmq":
+    if outcome.broker == "rabbitmq" or handler in ORDERED:
         return False
     times = sum(strike.fault.loses_on_redis for strike in outcome.strikes) + outcome.worker_ends
     most = times * (BATCH if handler == "many" else 1)

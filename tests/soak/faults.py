@@ -1,14 +1,18 @@
 """Random faults. Each does harm and repairs it; it may return a function that repairs the rest."""
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import psutil
+
 from example_project.servers import wait_until
 from tests.proxy import Way
+from tests.soak.calls import LEASE
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,7 @@ class Fault:
 
     name: str
     strike: Callable
-    #: All is well when a change has been handled; of the others, when it is in the queue.
+    #: All is well when a change has been handled by this handler; else, when it is in the queue.
     recovered: str = "enqueued"
     #: How often Celery's consumer on Redis may lose the message it takes just then.
     loses_on_redis: int = 0
@@ -28,6 +32,10 @@ class Fault:
     brokers: tuple = ("redis", "rabbitmq", "sentinel")
     #: Whether recovery counts from the beginning of the harm.
     promotes: bool = False
+    #: Whether it strikes only runs with ordered handlers.
+    lanes: bool = False
+    #: Whether drains of lanes may be unable to commit what they did.
+    uncommitted: bool = False
 
 
 def _kill_reader(stage, choose):
@@ -61,6 +69,68 @@ def _kill_child(stage, choose):
             choose.choice(children).send_signal(signal.SIGKILL)
 
 
+def _kill_drain(stage, choose):
+    """Kill a process while it calls an ordered handler."""
+    call = stage.some_call(choose)
+    began = time.time()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(call.pid, signal.SIGKILL)
+    stage.harms.ended[call.pid] = began, time.time()
+
+
+def _kill_lane_worker(stage, choose):
+    """The processes of a worker die together, as with their machine."""
+    stage.kill_lane_worker(stage.lane_worker_of(stage.some_call(choose)))
+
+
+def _end_lane_worker(number, stage, choose):
+    worker = stage.lane_worker_of(stage.some_call(choose))
+    pid, began = worker.pid, time.time()
+    worker.send(number)
+    wait_until(lambda: not psutil.pid_exists(pid), "the worker to end", 120)
+    if number == signal.SIGQUIT:  # the calls under way end with it
+        stage.harms.ended[pid] = began, time.time()
+
+
+def _freeze_lane_worker(stage, choose):
+    """A process stands still for longer than its lease while it calls a handler, or its worker."""
+    call = stage.some_call(choose)
+    worker = stage.lane_worker_of(call)
+    children = [child.pid for child in worker.children()]
+    pids = choose.choice([[call.pid], [worker.pid, *children]])
+    began = time.time()
+    with contextlib.suppress(ProcessLookupError):
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+    time.sleep(LEASE + choose.uniform(1, 4))
+    with contextlib.suppress(ProcessLookupError):
+        for pid in pids:
+            stage.harms.frozen.append((pid, began, time.time()))
+            os.kill(pid, signal.SIGCONT)
+
+
+def _restart_broker_in_a_drain(stage, choose):
+    stage.some_call(choose)
+    stage.broker.stop(choose.choice([signal.SIGTERM, signal.SIGKILL]))
+    time.sleep(choose.uniform(0, 2))
+    stage.broker.start()
+
+
+def _empty_broker(stage, choose):
+    """Redis forgets everything, and the replication worker fills its queues and lanes again."""
+    import redis
+
+    stage.harms.emptied.append(time.time())
+    with redis.Redis(port=stage.broker.port) as client:
+        client.flushall()
+
+
+def _rotate_password(stage, choose):
+    """Between the change and the file a replication worker may still ask for the old one."""
+    stage.password(choose.randbytes(12).hex(), choose.uniform(0, 2))
+    stage.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE " + _READERS)
+
+
 def _terminate(which, stage, choose):
     stage.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {which}")
 
@@ -86,6 +156,8 @@ def _fail_over(stage, choose):
     mend = choose.choice([stage.broker.hand_over, stage.broker.kill])()
     wait_until(lambda: stage.broker.port != former, "the promotion")
     stage.worker.send(signal.SIGKILL)
+    for worker in stage.lane_workers:
+        stage.kill_lane_worker(worker)
     return mend
 
 
@@ -157,8 +229,9 @@ _HARMS = {
     "slow": _delay,
     "throttled": _throttle,
 }
+_READERS = "usename LIKE 'reader_%'"
 _STREAM = "backend_type = 'walsender'"
-_SECOND = "usename LIKE 'reader_%' AND backend_type = 'client backend'"
+_SECOND = f"{_READERS} AND backend_type = 'client backend'"
 
 _DIRECT = "redis", "rabbitmq"
 FAILOVER = Fault(
@@ -167,23 +240,56 @@ FAILOVER = Fault(
     loses_on_redis=2,  # its Redis, and then itself
     brokers=("sentinel",),
     promotes=True,
+    uncommitted=True,
 )
 
 FAULTS = [
     Fault("replicate: SIGKILL", _kill_reader, crowded=True),
     Fault("replicate: SIGTERM", _restart_reader, crowded=True),
     Fault("replicate: SIGSTOP, then SIGCONT", _stop_reader, crowded=True),
-    Fault("Celery worker: SIGKILL", _kill_worker, "handled", loses_on_redis=1, brokers=_DIRECT),
-    Fault("Celery worker: SIGKILL of a child", _kill_child, "handled", brokers=_DIRECT),
+    Fault("Celery worker: SIGKILL", _kill_worker, "each", loses_on_redis=1, brokers=_DIRECT),
+    Fault("Celery worker: SIGKILL of a child", _kill_child, "each", brokers=_DIRECT),
     Fault("walsender terminated", partial(_terminate, _STREAM), crowded=True),
     Fault("second connection terminated", partial(_terminate, _SECOND), crowded=True),
     Fault("PostgreSQL: stop -m fast", partial(_restart_postgres, signal.SIGINT), crowded=True),
     Fault(
         "PostgreSQL: stop -m immediate", partial(_restart_postgres, signal.SIGQUIT), crowded=True
     ),
-    Fault("broker: SIGKILL", _kill_broker, loses_on_redis=1, brokers=_DIRECT),
-    Fault("broker full", _fill_broker, loses_on_redis=1, brokers=_DIRECT),
+    Fault("password changed", _rotate_password),
+    Fault("broker: SIGKILL", _kill_broker, loses_on_redis=1, brokers=_DIRECT, uncommitted=True),
+    Fault("broker full", _fill_broker, loses_on_redis=1, brokers=_DIRECT, uncommitted=True),
+    Fault("broker emptied: FLUSHALL", _empty_broker, brokers=("redis",), uncommitted=True),
     FAILOVER,
+    *(
+        Fault(f"lanes: {what}", strike, "keyed", lanes=True)
+        for what, strike in {
+            "SIGKILL of a draining process": _kill_drain,
+            "SIGKILL of a whole worker": _kill_lane_worker,
+            "SIGTERM": partial(_end_lane_worker, signal.SIGTERM),
+            "SIGQUIT": partial(_end_lane_worker, signal.SIGQUIT),
+            "frozen for more than a lease": _freeze_lane_worker,
+        }.items()
+    ),
+    Fault(
+        "lanes: restart of the broker in a drain",
+        _restart_broker_in_a_drain,
+        "keyed",
+        loses_on_redis=1,
+        brokers=_DIRECT,
+        lanes=True,
+        uncommitted=True,
+    ),
+    *(
+        Fault(
+            f"lanes: network to broker {how}",
+            partial(_through, "to_lanes", harm),
+            "keyed",
+            brokers=_DIRECT,
+            lanes=True,
+            uncommitted=True,
+        )
+        for how, harm in _HARMS.items()
+    ),
     Fault("a queue deleted", _delete_queue),
     *(
         Fault(

@@ -2,13 +2,21 @@
 
 import struct
 import zlib
+from collections import Counter
 from itertools import count
 from typing import NamedTuple
 
 from flash_celery.changes.change import UNCHANGED, Delete, Truncate, Update
+from tests.soak.calls import ALL, Call, Identity
 
-#: Of a transaction's commit, and of the change in it: what `change.id` is made of.
-Identity = tuple[int, int]
+#: The tables of each handler; the last two are ordered.
+TABLES = {
+    "each": ("items", "probes"),
+    "many": ("items", "orders"),
+    "keyed": ("items", "probes"),
+    "grouped": ("items", "orders"),
+}
+UNORDERED, ORDERED = ("each", "many"), ("keyed", "grouped")
 
 #: Seconds from the Unix epoch to PostgreSQL's.
 EPOCH = 946_684_800
@@ -42,6 +50,13 @@ def identify(change):
     return int(change.commit_lsn), change.ordinal, checksum, change.table, change.key.get("id")
 
 
+def keys(change):
+    """The keys of the rows that a change is about; for the notes of ordered handlers."""
+    if isinstance(change, Truncate):
+        return [ALL]
+    return sorted({change.key["id"], *([change.old["id"]] if isinstance(change, Update) else [])})
+
+
 def committed(messages):
     """The changes in messages of pgoutput (protocol version 1), read with no code of ours.
 
@@ -65,24 +80,43 @@ def committed(messages):
 
 
 class Ledger:
-    """Everything known of one run. Each part is written by one thread."""
+    """Everything known of one run. Each part is written by one thread.
 
-    def __init__(self):
+    Args:
+        handlers: The handlers of the run.
+    """
+
+    def __init__(self, handlers=UNORDERED):
         self.committed: dict[Identity, Commit] = {}
+        self._tables: Counter[str] = Counter()
         #: In the order of the queue.
         self.enqueued: list[Sighting] = []
         #: By handler, in the order of the notes.
-        self.handled: dict[str, list[Sighting]] = {"each": [], "many": []}
+        self.handled: dict[str, list[Sighting]] = {handler: [] for handler in handlers}
+        #: Of ordered handlers, in the order of their beginnings.
+        self.calls: list[Call] = []
+        self.under_way: dict[str, Call] = {}
+        self._done: dict[str, set[Identity]] = {handler: set() for handler in handlers}
         #: Rows by table and key, as the changes that were enqueued make them.
         self.rows: dict[str, dict[int, dict]] = {"items": {}, "orders": {}, "probes": {}}
         self._known: set[Identity] = set()
         #: Probes that have been enqueued and handled.
-        self.probes: dict[str, set[int]] = {"enqueued": set(), "handled": set()}
+        self.probes: dict[str, set[int]] = {"enqueued": set(), "each": set(), "keyed": set()}
 
     @property
     def behind(self):
-        """Changes that are committed, as far as is known, and not handled yet."""
-        return len(self.committed) - len(self.handled["many"])
+        """Changes that are committed, as far as is known, and not handled by the slowest."""
+        return max(
+            sum(self._tables[table] for table in TABLES[handler]) - len(done)
+            for handler, done in self._done.items()
+        )
+
+    def commit(self, changes):
+        """PostgreSQL has committed changes."""
+        for identity, commit in changes:
+            if identity not in self.committed:
+                self.committed[identity] = commit
+                self._tables[commit.table] += 1
 
     def enqueue(self, change, task_id, at):
         """The witness has found a change in its queue."""
@@ -97,8 +131,21 @@ class Ledger:
     def handle(self, handler, at, task_id, lsn, index, checksum, table, key):
         """A handler has noted a change."""
         self.handled[handler].append(Sighting((lsn, index), at, task_id, checksum))
-        if table == "probes":
-            self.probes["handled"].add(key)
+        self._done[handler].add((lsn, index))
+        if table == "probes" and handler in self.probes:
+            self.probes[handler].add(key)
+
+    def begin(self, name, handler, at, pid, parent, retries, changes):
+        """An ordered handler begins a call, of changes given as commit LSN, index and keys."""
+        touched = {(lsn, index): found for lsn, index, found in changes}
+        call = Call(handler, pid, parent, at, retries, touched)
+        self.calls.append(call)
+        self.under_way[name] = call
+
+    def end(self, name, at, again):
+        """A call has ended, perhaps with a retry."""
+        call = self.under_way.pop(name)
+        call.ended, call.again = at, again
 
     def _apply(self, change, table):
         rows = self.rows[table]

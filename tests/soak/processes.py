@@ -29,7 +29,7 @@ class Process:
         self._arguments = arguments
         self._lives = 0
         self._asked = False
-        #: Unexpected ends: the time and the exit code.
+        #: Unexpected ends: the time, the exit code and the process id.
         self.ends = []
         self.start()
 
@@ -60,6 +60,15 @@ class Process:
         self._asked = number not in (signal.SIGSTOP, signal.SIGCONT)
         self._process.send_signal(number)
 
+    def kill(self):
+        """SIGKILL to the process and its children, as when the machine dies; return their ids."""
+        family = [self.pid, *(child.pid for child in self.children())]
+        self._asked = True
+        for pid in family:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return family
+
     def children(self):
         with contextlib.suppress(psutil.NoSuchProcess):
             return psutil.Process(self.pid).children()
@@ -69,7 +78,7 @@ class Process:
         """Start it again if it has ended."""
         if not self.running:
             if not self._asked:
-                self.ends.append((time.time(), self._process.returncode))
+                self.ends.append((time.time(), self._process.returncode, self.pid))
             self._asked = False
             time.sleep(_PAUSE)
             self.start()

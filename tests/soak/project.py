@@ -4,15 +4,22 @@ import json
 import os
 import random
 import time
+import uuid
 
 from celery import Celery
 
 from flash_celery import Changes, on_change
 from tests.sentinel import OPTIONS
-from tests.soak.ledger import identify
+from tests.soak.calls import LEASE
+from tests.soak.ledger import identify, keys
 
-#: Changes in a task of a batch handler.
+#: Changes in a task of a batch handler, and of an ordered one.
 BATCH = 100
+ORDERED_BATCH = 20
+#: Seconds in which what Redis has lost can be enqueued again.
+WINDOW = 60
+#: Seconds of a long call of an ordered handler, and until a retry.
+_LONG, _COUNTDOWN = 3.0, 0.3
 
 app = Celery("soak", broker=os.environ.get("SOAK_BROKER"))
 app.conf.update(
@@ -22,6 +29,8 @@ app.conf.update(
     flash_shutdown_timeout=5,
     # A change that is about when processes are killed at random is not to blame.
     flash_max_deaths=1000,
+    flash_lanes=16,
+    flash_lane_lease=LEASE,
     worker_hijack_root_logger=False,
     worker_prefetch_multiplier=4,
     broker_connection_max_retries=None,
@@ -36,22 +45,49 @@ if str(app.conf.broker_url).startswith(("redis", "sentinel")):
         "unacked_restore_throttle": 1,
         "unacked_restore_limit": 1000,
     }
+    # Also the default `flash_on_lost_broker` needs it, for ordered handlers.
+    app.conf.flash_replay_window = WINDOW
 app.conf.update(json.loads(os.environ.get("SOAK_CONF", "{}")))
 
 
-def note(task, argument):
-    """Append a line for each change, all in one write; a kill comes before it or after."""
-    time.sleep(random.random() / 500)
-    lines = []
-    for change in argument if isinstance(argument, Changes) else [argument]:
-        handler = task.name.rpartition(".")[2]
-        lines.append(json.dumps([handler, time.time(), task.request.id, *identify(change)]))
+def append(notes):
+    """Append a line for each note, all in one write; a kill comes before it or after."""
     handle = os.open(os.environ["SOAK_NOTES"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
-        os.write(handle, ("\n".join(lines) + "\n").encode())
+        os.write(handle, "".join(f"{json.dumps(note)}\n" for note in notes).encode())
     finally:
         os.close(handle)
+
+
+def handled(task, argument):
+    """Return a note for each change that a task has received."""
+    handler, changes = task.name.rpartition(".")[2], listed(argument)
+    return [["handle", handler, time.time(), task.request.id, *identify(c)] for c in changes]
+
+
+def listed(argument):
+    return argument if isinstance(argument, Changes) else [argument]
+
+
+def note(task, argument):
+    """Note what an unordered handler has received."""
     time.sleep(random.random() / 500)
+    append(handled(task, argument))
+    time.sleep(random.random() / 500)
+
+
+def call(task, argument):
+    """Note the beginning and the end of a call of an ordered handler, and sometimes retry it."""
+    name, handler, request = uuid.uuid4().hex, task.name.rpartition(".")[2], task.request
+    changes = [[int(c.commit_lsn), c.ordinal, keys(c)] for c in listed(argument)]
+    process = os.getpid(), os.getppid(), request.retries
+    append([["begin", name, handler, time.time(), *process, changes]])
+    chance = random.random()
+    time.sleep(_LONG if chance < 0.0005 else random.random() / 250)
+    if chance > 0.99:
+        append([["end", name, time.time(), True]])
+        raise task.retry(countdown=_COUNTDOWN, max_retries=None)
+    append([*handled(task, argument), ["end", name, time.time(), False]])
 
 
 @on_change("items", queue="each")
@@ -68,6 +104,23 @@ def each(self, change):
 def many(self, changes):
     """Receives batches, of two tables."""
     note(self, changes)
+
+
+if os.environ.get("SOAK_ORDERED"):
+
+    @on_change("items", ordered=True, queue="lanes")
+    @on_change("probes", ordered=True, queue="lanes")
+    @app.task(bind=True)
+    def keyed(self, change):
+        """Receives single changes of one key in commit order."""
+        call(self, change)
+
+    @on_change("items", ordered=True, batch=ORDERED_BATCH, queue="lanes")
+    @on_change("orders", ordered=True, batch=ORDERED_BATCH, queue="lanes")
+    @app.task(bind=True)
+    def grouped(self, changes):
+        """Receives batches of one lane, in commit order of each key."""
+        call(self, changes)
 
 
 @on_change("probes", queue="spare")

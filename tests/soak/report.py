@@ -7,7 +7,9 @@ from pathlib import Path
 from statistics import median
 
 from tests.soak import check
+from tests.soak.calls import inversions, overlaps, repeats
 from tests.soak.faults import FAULTS
+from tests.soak.ledger import ORDERED
 
 _HEAD = (
     "fault",
@@ -56,7 +58,7 @@ def lines(outcome):
     ledger = outcome.ledger
     rows = [_HEAD, ("---", *["---:"] * (len(_HEAD) - 1))]
     lost = _attributed(outcome, _times(ledger, check.lost(ledger)), lambda strike: True)
-    missing = [i for handler in check.TABLES for i in check.unhandled(ledger, handler)]
+    missing = [i for handler in ledger.handled for i in check.unhandled(ledger, handler)]
     missing = _attributed(
         outcome, _times(ledger, missing), lambda strike: strike.fault.loses_on_redis
     )
@@ -93,15 +95,38 @@ def _remarks(outcome):
         f"{len(check.misordered(ledger.enqueued))} out of order; handled "
         + ", ".join(f"{len(seen):,} ({name})" for name, seen in ledger.handled.items())
     )
-    missing = {handler: len(check.unhandled(ledger, handler)) for handler in check.TABLES}
+    missing = {handler: len(check.unhandled(ledger, handler)) for handler in ledger.handled}
     if any(missing.values()):
         yield "not handled: " + ", ".join(
             f"{count:,} changes of {handler}" for handler, count in missing.items()
         )
+    if outcome.lane_watch is not None:
+        yield from _order(outcome)
     if outcome.worker_ends:
         yield f"Celery workers ended {outcome.worker_ends} times by themselves"
     if outcome.vitals:
         yield _vitals(outcome.vitals)
+
+
+def _order(outcome):
+    """What became of the promises to ordered handlers."""
+    calls, harms = outcome.ledger.calls, outcome.harms
+    wrong, beside, reasons = 0, 0, Counter()
+    for handler in ORDERED:
+        found = [call for call in calls if call.handler == handler]
+        wrong += len(inversions(found, harms))
+        beside += len(overlaps(found, harms))
+        reasons.update(why or "for no reason" for _, _, why in repeats(found, harms))
+    longest = outcome.lane_watch.longest
+    again = ", ".join(f"{count:,} because {why}" for why, count in reasons.most_common())
+    yield (
+        f"{len(calls):,} calls of ordered handlers; {wrong} changes begun after a later one of "
+        f"their key, {beside} beside another of their key; handled again: {again or 'none'}"
+    )
+    yield (
+        f"lanes without a holder or progress: at most {longest['waiting']:.0f} s, at a barrier "
+        f"{longest['barrier']:.0f} s"
+    )
 
 
 def _vitals(vitals):
@@ -145,9 +170,11 @@ class _InFlight:
 
     def __init__(self, ledger):
         self._committed = sorted(commit.at for commit in ledger.committed.values())
+        handled = ledger.handled
         self._arrived = {
             "enqueued": _first(ledger.enqueued),
-            "handled": _first(ledger.handled["each"] + ledger.handled["many"]),
+            "each": _first(handled["each"] + handled["many"]),
+            "keyed": _first(handled.get("keyed", []) + handled.get("grouped", [])),
         }
 
     def at(self, time, where):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from example_project.servers import wait_until
 from tests.soak import check
 from tests.soak.faults import FAILOVER, FAULTS
-from tests.soak.stage import Stage, Stalled
+from tests.soak.stage import ORDERED_ON, Stage, Stalled
 
 #: Seconds after the last write in which everything must have been handled, as long as there is
 #: progress.
@@ -42,13 +42,16 @@ class Outcome:
     vitals: list = field(default_factory=list)
     #: Unexpected ends of Celery workers.
     worker_ends: int = 0
+    #: Of ordered handlers.
+    harms: object = None
+    lane_watch: object = None
 
 
 def settings(choose):
     """Those that change what the replication worker does; the seed picks them."""
     return {
         "flash_use_streaming": choose.random() < 0.5,
-        "flash_max_queue_length": choose.choice([0, 200]),
+        "flash_max_queue_length": choose.choice([0, 1000]),
     }
 
 
@@ -62,7 +65,9 @@ def run(broker, seed, folder, seconds, faults=None, say=print):
     say(f"{broker}, seed {seed}, {_shown(outcome.conf)}")
     with Stage(broker, folder, seed, outcome.conf) as stage:
         outcome.ledger = stage.ledger
-        stage.probe("handled")
+        stage.probe("each")
+        if stage.ordered:
+            stage.probe("keyed")
         for writer in stage.writers:
             writer.start()
         started = time.time()
@@ -77,6 +82,9 @@ def run(broker, seed, folder, seconds, faults=None, say=print):
         _come_to_rest(stage, outcome, say)
         outcome.vitals = stage.supervisor.vitals
         outcome.worker_ends = len(stage.worker.ends)
+        ends = [end for worker in stage.lane_workers for end in worker.ends]
+        stage.harms.ended |= {pid: (at - 10.0, at) for at, _, pid in ends}
+        outcome.harms, outcome.lane_watch = stage.harms, stage.lane_watch
         outcome.problems += check.everything(stage, outcome)
     return outcome
 
@@ -86,7 +94,11 @@ def _random(choose, broker, end):
 
     Where there is a Sentinel, every second one is a failover.
     """
-    kinds = [fault for fault in FAULTS if broker in fault.brokers]
+    kinds = [
+        fault
+        for fault in FAULTS
+        if broker in fault.brokers and (not fault.lanes or broker in ORDERED_ON)
+    ]
     deck = []
     while time.time() < end:
         deck = deck or choose.sample(kinds, len(kinds))
@@ -111,6 +123,8 @@ def _strike(stage, choose, outcome, fault, say, elapsed):
         mend()
         stage.probe(fault.recovered)
     strike.over = time.time()
+    if fault.uncommitted:
+        stage.harms.unreachable.append((strike.at, strike.over))
     say(
         f"{int(elapsed) // 60:02}:{int(elapsed) % 60:02}  {fault.name:<34}  "
         f"harmed {repaired - strike.at:4.1f} s, well after {strike.recovery:4.1f} s   "

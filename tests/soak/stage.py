@@ -9,7 +9,9 @@ import psycopg
 from example_project.servers import Postgres, Rabbit, Valkey, wait_until
 from tests.proxy import Proxy
 from tests.sentinel import Replicated
-from tests.soak.ledger import Ledger
+from tests.soak.calls import LEASE, Harms
+from tests.soak.lane_watch import LaneWatch
+from tests.soak.ledger import ORDERED, UNORDERED, Ledger
 from tests.soak.processes import Process, Supervisor
 from tests.soak.witnesses import PUBLICATION, SLOT, Notes, RabbitTap, RedisTap, Truth
 from tests.soak.writers import SCHEMA, Writer
@@ -28,6 +30,8 @@ class Stalled(Exception):
 
 
 BROKERS = {"redis": Valkey, "sentinel": Replicated, "rabbitmq": Rabbit}
+#: Those with ordered handlers.
+ORDERED_ON = "redis", "sentinel"
 
 
 class Stage:
@@ -36,7 +40,12 @@ class Stage:
     def __init__(self, broker, folder, seed, conf):
         self.folder = folder
         self.kind = broker
-        self.ledger = Ledger()
+        #: Whether there are ordered handlers.
+        self.ordered = broker in ORDERED_ON
+        self.ledger = Ledger(UNORDERED + (ORDERED if self.ordered else ()))
+        self.harms = Harms()
+        self.lane_watch = None
+        self._password_file = folder / "password"
         self._seed = seed
         self._conf = conf
         self._stack = contextlib.ExitStack()
@@ -57,9 +66,11 @@ class Stage:
             # The server gives up a stopped reader soon, and streams whatever is not small.
             Postgres(fsync="on", wal_sender_timeout="5s", logical_decoding_work_mem="64kB")
         )
+        self._ask_for_passwords()
         self.broker = enter(BROKERS[self.kind]())
         self.to_postgres = enter(Proxy(self.postgres.port))
         self.to_broker = enter(Proxy(self.broker.port))
+        self.to_lanes = enter(Proxy(self.broker.port))
         for server in (self.postgres, *getattr(self.broker, "servers", [self.broker])):
             self._stack.callback(self._keep_log, server)
         self._create()
@@ -71,7 +82,12 @@ class Stage:
             tap(self.ledger, self.broker),
             Notes(self.ledger, notes),
         ]
-        environment = {"SOAK_CONF": json.dumps(self._conf), "SOAK_NOTES": str(notes)}
+        command = {"flash_password_command": ["cat", str(self._password_file)]}
+        environment = {
+            "SOAK_CONF": json.dumps({**self._conf, **command}),
+            "SOAK_NOTES": str(notes),
+            "SOAK_ORDERED": "1" if self.ordered else "",
+        }
         self.replicates = [
             Process(
                 f"replicate-{number}",
@@ -89,7 +105,24 @@ class Stage:
             *("-n", "worker{life}@%h"),
             *("--without-gossip", "--without-mingle", "--without-heartbeat"),
         )
-        self.supervisor = Supervisor([*self.replicates, self.worker], self.replicates)
+        self.lane_workers = [
+            Process(
+                f"lanes-{pool}",
+                self.folder,
+                {**environment, "SOAK_BROKER": self._to(self.to_lanes)},
+                *("worker", "-Q", "lanes", "-P", pool, "-c", "2", "-l", "WARNING"),
+                *("-n", pool + "{life}@%h"),
+                *("--without-gossip", "--without-mingle", "--without-heartbeat"),
+            )
+            for pool in ("prefork", "threads")
+            if self.ordered
+        ]
+        if self.ordered:
+            able = lambda: all(worker.running for worker in self.lane_workers)  # noqa: E731
+            self.lane_watch = LaneWatch(self.ledger, self.broker, LEASE, able)
+            self.witnesses.append(self.lane_watch)
+        processes = [*self.replicates, self.worker, *self.lane_workers]
+        self.supervisor = Supervisor(processes, self.replicates)
         for thread in (self.supervisor, *self.witnesses):
             thread.start()
             self._stack.callback(thread.end)
@@ -102,19 +135,37 @@ class Stage:
 
         Not a Valkey whose address Sentinel gives.
         """
-        broker = self.broker.url.replace(str(self.broker.port), str(self.to_broker.port))
         port = self.to_postgres.port
         return {
-            "SOAK_BROKER": broker,
+            "SOAK_BROKER": self._to(self.to_broker),
             "SOAK_DSN": f"postgresql://reader_{number}@127.0.0.1:{port}/postgres",
         }
+
+    def _to(self, proxy):
+        """The address of the broker through a proxy."""
+        return self.broker.url.replace(str(self.broker.port), str(proxy.port))
+
+    def _ask_for_passwords(self):
+        """The replication workers log in with a password, and no one else does."""
+        hba = self.postgres.data / "pg_hba.conf"
+        hba.write_text("host all /^reader_ all scram-sha-256\n" + hba.read_text())
+        self.postgres.stop()
+        self.postgres.start()
+
+    def password(self, password, seconds):
+        """Change the password of the replication workers; they can read it some seconds later."""
+        for number in range(1, _REPLICATES + 1):
+            self.execute(f"ALTER ROLE reader_{number} PASSWORD '{password}'")
+        time.sleep(seconds)
+        self._password_file.write_text(password)
 
     def _create(self):
         with psycopg.connect(self.postgres.dsn(), autocommit=True) as connection:
             for statement in SCHEMA:
                 connection.execute(statement)
             for number in range(1, _REPLICATES + 1):
-                connection.execute(f"CREATE ROLE reader_{number} SUPERUSER LOGIN")
+                connection.execute(f"CREATE ROLE reader_{number} SUPERUSER LOGIN PASSWORD 'first'")
+            self._password_file.write_text("first")
             connection.execute(f"CREATE PUBLICATION {PUBLICATION} FOR TABLE items, orders, probes")
             connection.execute(f"SELECT pg_create_logical_replication_slot('{SLOT}', 'pgoutput')")
 
@@ -158,18 +209,41 @@ class Stage:
         """The same, once there is one."""
         return wait_until(self.reader, "the slot to be read", PATIENCE)
 
+    def some_call(self, choose):
+        """A call of an ordered handler that is under way."""
+        # The thread that reads the notes changes the dictionary.
+        return choose.choice(
+            wait_until(lambda: list(self.ledger.under_way.copy().values()), "a call", PATIENCE)
+        )
+
+    def lane_worker_of(self, call):
+        """The worker that makes a call, or has made it."""
+        for worker in self.lane_workers:
+            if worker.pid in (call.pid, call.parent):
+                return worker
+        return self.lane_workers[0]
+
+    def kill_lane_worker(self, worker):
+        """Kill a worker with all its processes."""
+        began = time.time()
+        pids = worker.kill()
+        self.harms.ended |= dict.fromkeys(pids, (began, time.time()))
+
     def probe(self, where):
-        """Commit a change, and wait until it has been `enqueued` or `handled`.
+        """Commit a change, and wait until it has been enqueued or handled.
 
         Redis may hand the first one to the connection of a worker that was killed just now; the
         reckoning counts it, and here it says nothing of whether all is well: another one is asked.
+
+        Args:
+            where: `enqueued`, or the handler.
         """
         keys = set()
         began = time.monotonic()
         while not keys & self.ledger.probes[where]:
             if time.monotonic() > began + PATIENCE:
                 raise Stalled(f"a change was not {where} within {PATIENCE:g} s")
-            if not keys or (where == "handled" and time.monotonic() > began + len(keys) * _LOST):
+            if not keys or (where == "each" and time.monotonic() > began + len(keys) * _LOST):
                 insert = "INSERT INTO probes VALUES (nextval('keys')) RETURNING id"
                 ((key,),) = self.execute(insert)
                 keys.add(key)

@@ -79,7 +79,7 @@ class Truth(Witness):
             [SLOT, PUBLICATION],
         ).fetchall()
         messages = [data for (data,) in rows]
-        self.ledger.committed.update(committed(messages))
+        self.ledger.commit(committed(messages))
         if not messages:
             self.ends += 1
             return False
@@ -186,5 +186,6 @@ class Notes(Witness):
         # What follows the last newline is still being written.
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
-            self.ledger.handle(*json.loads(line))
+            event, *values = json.loads(line)
+            getattr(self.ledger, event)(*values)
         return bool(text)

@@ -6,6 +6,7 @@ import struct
 import pytest
 
 from tests.soak import check, report
+from tests.soak.calls import ALL, LEASE, Call, Harms, inversions, overlaps, repeats, vanished
 from tests.soak.faults import FAULTS
 from tests.soak.ledger import Commit, Ledger, Sighting, committed
 from tests.soak.run import Outcome, Strike
@@ -142,3 +143,71 @@ def test_soak_report_is_written_into_the_documents(ledger):
     tables = [line for line in block.splitlines() if line.startswith("| fault")]
     assert len(tables) == block.count("### ") == 3
     assert all(table.split() == head for table in tables)
+
+
+def call(began, *changes, ended=None, pid=1, again=False, retries=0):
+    """A call of changes, each a number and its keys; it takes half a second."""
+    keys = {(number, 0): [ALL] if row is ALL else [row] for number, row in changes}
+    ended = began + 0.5 if ended is None else ended or None
+    return Call("keyed", pid, 100 + pid, began, retries, keys, ended, again)
+
+
+def reasons(calls, harms):
+    return [why for _, _, why in repeats(calls, harms)]
+
+
+def test_soak_order_of_each_key_is_that_of_the_commits():
+    well = [call(1, (2, "a")), call(2, (1, "b")), call(3, (3, "a")), call(4, (4, ALL))]
+    assert inversions(well, Harms()) == set()
+    assert inversions([*well, call(5, (3, "a"))], Harms()) == {(3, 0)}
+    assert inversions([*well[:2], call(5, (1, "a"))], Harms()) == {(1, 0)}
+    assert inversions([call(1, (2, "a")), call(2, (1, ALL))], Harms()) == {(1, 0)}
+
+
+def test_soak_batch_may_come_again_as_a_whole():
+    batch = call(1, (1, "a"), (2, "a"))
+    assert inversions([batch, call(2, (1, "a"), (2, "a"), (3, "a"))], Harms()) == set()
+    assert inversions([call(1, (2, "a"), (3, "a")), call(2, (1, "a"))], Harms()) == {(1, 0)}
+
+
+def test_soak_calls_of_one_key_are_not_made_at_once():
+    long = call(1, (1, "a"), ended=9)
+    assert overlaps([long, call(2, (2, "b"))], Harms()) == set()
+    assert overlaps([long, call(2, (2, "a"))], Harms()) == {(2, 0)}
+    assert overlaps([long, call(2, (2, ALL))], Harms()) == {(2, 0)}
+    dead = call(1, (1, "a"), ended=0)
+    assert overlaps([dead, call(3, (1, "a"))], Harms(ended={1: (1.9, 2.0)})) == set()
+    assert overlaps([dead, call(3, (1, "a"))], Harms(ended={1: (3.9, 4.0)})) == {(1, 0)}
+    assert overlaps([dead, call(3, (1, "a"))], Harms(ended={101: (1.9, 2.0)})) == set()
+
+
+def test_soak_frozen_process_and_an_emptied_redis_excuse_the_order():
+    late = [call(1, (1, "a"), ended=20), call(8, (2, "a"), pid=2), call(19, (1, "a"))]
+    assert inversions(late, Harms()) == {(1, 0)}
+    assert overlaps(late, Harms()) == {(2, 0), (1, 0)}
+    frozen = Harms(frozen=[(1, 2.0, 18.0)])
+    assert inversions(late, frozen) == overlaps(late, frozen) == set()
+    refilled = [call(1, (5, "a")), call(3, (1, "a")), call(LEASE + 3, (2, "a"))]
+    assert inversions(refilled, Harms()) == {(1, 0), (2, 0)}
+    assert inversions(refilled, Harms(emptied=[2.0])) == set()
+    again = [*refilled, call(LEASE + 4, (1, "a"))]
+    assert inversions(again, Harms(emptied=[2.0])) == {(1, 0)}
+
+
+def test_soak_repetition_needs_a_harm_that_hit_its_call():
+    twice = [call(1, (1, "a")), call(9, (1, "a"), pid=2)]
+    assert reasons(twice, Harms()) == [None]
+    assert reasons(twice, Harms(ended={2: (5.0, 5.0), 1: (0.4, 0.5)})) == [None]
+    assert reasons(twice, Harms(ended={1: (1.5, 1.6)})) == ["its process was ended"]
+    assert reasons(twice, Harms(frozen=[(1, 1.2, 8.0)])) == ["its process was frozen"]
+    assert reasons(twice, Harms(unreachable=[(1.2, 3.0)])) == ["the broker was away"]
+    assert reasons(twice, Harms(emptied=[5.0])) == ["Redis was emptied"]
+    retried = [call(1, (1, "a"), again=True), call(2, (1, "a"), retries=1)]
+    assert reasons(retried, Harms()) == []
+    assert reasons([call(1, (1, "a")), call(2, (1, "a"), retries=1)], Harms()) == [None]
+
+
+def test_soak_call_without_an_end_needs_a_process_that_has_ended():
+    lost = call(1, (1, "a"), ended=0)
+    assert vanished([lost], Harms()) == {(1, 0)}
+    assert vanished([lost], Harms(ended={101: (1.9, 2.0)})) == set()
