@@ -41,8 +41,9 @@ class Settings:
     flash_dead_queue: str = "flash.dead"
     #: How many processes may die on a change before it becomes a dead letter.
     flash_max_deaths: int = 3
-    #: How many lanes the changes of an `ordered` handler are spread over.
-    flash_lanes: int = 256
+    #: How many lanes the changes of an `ordered` handler are spread over; 0 for 256, or 16 on
+    #: RabbitMQ.
+    flash_lanes: int = 0
     #: Seconds that a worker handles changes of one lane before others have their turn.
     flash_lane_budget: float = 1.0
     #: Seconds after which another worker takes over the lane of one that has died.
@@ -210,8 +211,10 @@ class Settings:
             raise ConfigurationError(
                 "flash_replay_window must be a number of seconds below a year, or 0 for no replay."
             )
-        if not 1 <= self.flash_lanes <= _MOST_LANES:
-            raise ConfigurationError(f"flash_lanes must be a number from 1 to {_MOST_LANES}.")
+        if not 0 <= self.flash_lanes <= _MOST_LANES:
+            raise ConfigurationError(
+                f"flash_lanes must be a number from 1 to {_MOST_LANES}, or 0 for the default."
+            )
         if not 0 < self.flash_lane_budget <= 60:
             raise ConfigurationError("flash_lane_budget must be above 0, at most 60 seconds.")
         if not 3 <= self.flash_lane_lease <= 3600:

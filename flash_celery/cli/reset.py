@@ -45,5 +45,5 @@ def reset(project: Project, slot: str | None, yes: bool, force: bool) -> None:
 
         run_reset(plan, force, requeue)
         if in_lanes:
-            lanes.end(project.app, server_and_slot)
+            lanes.end(project.app, server_and_slot, [each.handler for each in in_lanes])
     click.echo("Done.")

@@ -77,6 +77,7 @@ def diagnose(
     own_queues = [settings.flash_dead_queue, *hold_queues]
     broker_findings = list(broker_checks.findings(app, settings, queues, own_queues))
     findings += [queue_finding, *broker_findings]
+    findings += lane_checks.policy_findings(app, subscriptions)
     if broker_findings[0].level == OK:  # without a broker, waiting for workers only costs time
         findings += worker_checks.findings(registered)
         findings += worker_checks.abandoned_messages(app, record, settings.source, handlers)

@@ -8,9 +8,12 @@ from typing import Any
 from ..errors import FlashError, PublishError
 from ..handlers.celery_tasks import WAKE_TASK
 from ..handlers.subscriptions import Subscription
+from ..messages import lane_transports
+from ..messages.lane_messages import REGISTRY
+from ..messages.lane_transports import RABBITMQ
 from ..messages.task_options import TaskOptions
 from ..provisioning import pauses
-from ..provisioning.findings import WARNING, Finding
+from ..provisioning.findings import OK, WARNING, Finding
 from ..settings import Settings
 from .inspection import Inspection
 from .lanes import summaries
@@ -49,6 +52,18 @@ def waiting_findings(
                 "`flash lanes list`, then skip or retry each"
             )
             yield Finding("lanes", WARNING, message)
+
+
+def policy_findings(app: Any, subscriptions: Sequence[Subscription]) -> Iterator[Finding]:
+    """Name the policies of RabbitMQ that would break lanes: its clients do not see them."""
+    if pauses.ordered_handlers(subscriptions) and lane_transports.of(app) is RABBITMQ:
+        yield Finding(
+            "lanes",
+            OK,
+            "RabbitMQ does not show policies to its clients; make sure that none with "
+            f"delivery-limit, message-ttl, expires or max-length matches {REGISTRY} (rabbitmqctl "
+            "list_policies)",
+        )
 
 
 def worker_findings(

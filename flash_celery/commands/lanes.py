@@ -73,15 +73,20 @@ def before_reset(
     return found, [*lines, "remove the keys of empty lanes from the broker"] if found else []
 
 
-def end(app: Any, source: str) -> None:
+def end(app: Any, source: str, handlers: Sequence[str]) -> None:
     """Let workers empty the lanes of a source whose slot is gone, and remove those that are empty.
+
+    Args:
+        app: The Celery app.
+        source: The server and the slot.
+        handlers: The names of the handlers that have lanes.
 
     Raises:
         PublishError: The broker does not answer.
     """
     if brokers.for_app(app).fills_lanes:
         with _connected(app) as publisher:
-            lane_access.end(publisher, source)
+            lane_access.end(publisher, source, handlers)
 
 
 def lanes(app: Any, source: str, handlers: Sequence[str]) -> dict[str, list[LaneStatus]]:
@@ -124,7 +129,9 @@ def skip(app: Any, source: str, handler: str, lane: int, change_id: str) -> str:
         lane_access.overviews(publisher, source, [handler]) as found,
     ):
         for name, overview, store in found:
-            entry = overview.unreadable(str(lane)) if name == handler else None
+            if name != handler or store is None:
+                continue
+            entry = overview.unreadable(str(lane))
             if entry is not None and entry.id == change_id:
                 return unreadable_entries.discard(app, source, handler, store, str(lane), entry)
     unblock(app, source, handler, lane, change_id, skip=True)
@@ -151,7 +158,7 @@ def unblock(app: Any, source: str, handler: str, lane: int, change_id: str, skip
         lane_access.overviews(publisher, source, [handler]) as found,
     ):
         for name, overview, store in found:
-            if name != handler:
+            if name != handler or store is None:
                 continue
             status = {each.lane: each for each in overview.lanes()}.get(lane)
             entry = overview.unreadable(str(lane))
@@ -203,7 +210,9 @@ def as_table(handler: str, found: Sequence[LaneStatus]) -> list[str]:
     for lane in found:
         until = "" if lane.until is None else f" until {_time(lane.until)}"
         counted = f"{lane.changes} changes" if lane.changes != 1 else "1 change"
-        parts = [f"  lane {lane.lane}", f"{lane.state}{until}", counted, f"first {lane.first}"]
+        parts = [f"  lane {lane.lane}", f"{lane.state}{until}", counted]
+        if lane.first:
+            parts.append(f"first {lane.first}")
         if lane.oldest is not None:
             parts.append(f"committed {_time(lane.oldest)}")
         if lane.retries:

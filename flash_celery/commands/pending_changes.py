@@ -103,6 +103,17 @@ class _OnBroker:
     def close(self) -> None:
         self._publisher.close()
 
+    def _in_lanes(self, lsn: Lsn) -> str:
+        """Describe how many lanes of a handler have a pending change; return "" for none."""
+        with lane_access.overviews(self._publisher, self._lanes, self._handlers) as found:
+            for handler, overview, _ in found:
+                if handler not in self._handlers:
+                    continue
+                if count := overview.first_up_to(lsn, self._source):
+                    lanes = "1 lane has" if count == 1 else f"{count} lanes have"
+                    return f"{lanes} changes for {handler} (`flash lanes list`)"
+        return ""
+
 
 class _InRedis(_OnBroker):
     def first_up_to(self, lsn: Lsn) -> str:
@@ -131,17 +142,6 @@ class _InRedis(_OnBroker):
         for (queue, _), depth, raw in zip(keys, results[::2], results[1::2], strict=True):
             if depth > _LONG_QUEUE and raw and (handler := self._handler_of(_parsed(raw), lsn)):
                 return f"{depth} messages are in the queue {queue}, the first for {handler}"
-        return ""
-
-    def _in_lanes(self, lsn: Lsn) -> str:
-        """Describe how many lanes of a handler have a pending change; return "" for none."""
-        with lane_access.overviews(self._publisher, self._lanes, self._handlers) as found:
-            for handler, overview, _ in found:
-                if handler not in self._handlers:
-                    continue
-                if count := overview.first_up_to(lsn, self._source):
-                    lanes = "1 lane has" if count == 1 else f"{count} lanes have"
-                    return f"{lanes} changes for {handler} (`flash lanes list`)"
         return ""
 
     def _pending(self, lsn: Lsn) -> Iterator[tuple[str, str]]:
@@ -203,6 +203,8 @@ def _parsed(raw: bytes) -> Any:
 
 class _OnOtherBrokers(_OnBroker):
     def first_up_to(self, lsn: Lsn) -> str:
+        if reason := self._in_lanes(lsn):
+            return reason
         consumers = {}
         # Checked in the order in which a message passes the queues, so that none is missed.
         for queue in (*self._delays(), *self._queues):

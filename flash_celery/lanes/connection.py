@@ -6,6 +6,7 @@ import os
 import threading
 from typing import Any
 
+from ..messages import lane_transports
 from ..messages.lane_messages import REGISTRY, handler_key
 from ..publishing import brokers
 from ..publishing.brokers.lane_store import LaneStore
@@ -49,6 +50,8 @@ class Connection:
 
 _lock = threading.Lock()
 _connections: dict[tuple[int, Any], Connection] = {}
+#: Whether the broker is RabbitMQ, by app: each wake asks, and reading the URL takes longer.
+_rabbitmq: dict[Any, bool] = {}
 
 
 def connection(app: Any) -> Connection:
@@ -67,6 +70,13 @@ def connection(app: Any) -> Connection:
 def store(app: Any, source: str, handler: str) -> LaneStore:
     """Return the lanes of a handler for one source."""
     return connection(app).store(handler_key(source, handler))
+
+
+def is_rabbitmq(app: Any) -> bool:
+    """Return whether the app's broker is RabbitMQ, whose lanes are queues."""
+    if app not in _rabbitmq:
+        _rabbitmq[app] = lane_transports.of(app) is lane_transports.RABBITMQ
+    return _rabbitmq[app]
 
 
 def fills_lanes(app: Any) -> bool:

@@ -72,8 +72,8 @@ class Head:
     changes: list[Change]
     retries: int
     deaths: int
-    #: Grows with each claim of the handler's lanes.
-    fence: int
+    #: Grows with each claim of the handler's lanes; None on RabbitMQ, which counts none.
+    fence: int | None
     #: Seconds since 1970 after which they are no longer handled; None for never.
     expires: float | None = None
 

@@ -11,6 +11,7 @@ import os
 import re
 import time
 import uuid
+from contextlib import suppress
 from typing import Any
 
 from billiard.exceptions import Terminated, WorkerLostError
@@ -25,8 +26,9 @@ from ..errors import FlashError, PublishError
 from ..escaping import escaped
 from ..messages.deduplication import now
 from ..messages.lane_messages import REGISTRY
+from ..publishing.brokers.amqp_wakes import Lane
 from ..publishing.brokers.lane_store import LostLease
-from . import connection
+from . import amqp_sweep, amqp_wake, connection
 from .alarms import Alarm, call_at
 from .calls import HandlerCalls, traced
 from .drain import Drain, HeldLease, Limits, Step
@@ -68,12 +70,16 @@ def wake(task: Any, source: str, handler: str, lane: str) -> None:
             escaped(lane),
         )
         return
+    main_process = os.getppid() if _in_child() else os.getpid()
+    calls = HandlerCalls(app, traced(app, handler, hostname), source, hostname, main_process)
+    if connection.is_rabbitmq(app):
+        address = amqp_wake.address((source, handler, lane), request.delivery_info)
+        amqp_wake.drain(task, calls, address)
+        return
     store = connection.store(app, source, handler)
     seconds = float(setting(app, "flash_lane_lease"))
     token = f"{_beginning(request.id, hostname)}{uuid.uuid4().hex}"
     lease = HeldLease(store, lane, token, seconds, now)
-    main_process = os.getppid() if _in_child() else os.getpid()
-    calls = HandlerCalls(app, traced(app, handler, hostname), source, hostname, main_process)
     budget = Limits(float(setting(app, "flash_lane_budget")))
     drain = Drain(lease, calls, budget, outcome.is_stopping)
     calls.on_limit = drain.end_with
@@ -193,6 +199,12 @@ class _Renewal:
 class WakeRequest(Request):  # type: ignore[misc] # Celery ships no types
     """A wake that a worker has received."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if connection.is_rabbitmq(self.app):
+            with suppress(TypeError, ValueError):  # a wake that cannot be read
+                amqp_sweep.watch(self.app, [self._address])
+
     def on_failure(
         self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
     ) -> Any:
@@ -205,12 +217,20 @@ class WakeRequest(Request):  # type: ignore[misc] # Celery ships no types
         return super().on_failure(exc_info, send_failed_event, return_ok)
 
     def _release(self, died: bool) -> None:
+        if connection.is_rabbitmq(self.app):
+            with suppress(TypeError, ValueError):  # a wake that cannot be read
+                amqp_wake.wake_again(self.app, self._address, died)
+            return
         try:
             source, handler, lane = self.args
             store = connection.store(self.app, source, handler)
             store.release(lane, _beginning(self.id, self.hostname), died)
         except (FlashError, redis.RedisError, TypeError, ValueError) as failure:
             logger.warning("A lane waits until its lease has run out: %s", escaped(str(failure)))
+
+    @property
+    def _address(self) -> Lane:
+        return amqp_wake.address(self.args, self.delivery_info)
 
 
 def strategy(task: Any, app: Any, consumer: Any) -> Any:
@@ -244,6 +264,9 @@ def sweep(app: Any, needed: bool = True) -> None:
         app: The Celery app.
         needed: Whether it has ordered handlers; an ACL may forbid lanes to others.
     """
+    if connection.is_rabbitmq(app):
+        amqp_wake.sweep_known(app)
+        return
     try:
         here = connection.connection(app)
         for key in here.all_keys():

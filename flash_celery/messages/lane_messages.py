@@ -19,6 +19,7 @@ from . import lane_entries
 from .coalescing import Coalescer
 from .deduplication import Covered, covered_by
 from .lane_placing import Place, Placer, key_of, placer
+from .lane_transports import REDIS, LaneTransport
 from .task_ids import short_digest
 from .task_message import Form, Message
 
@@ -31,7 +32,8 @@ _GROUP_CHANGES = 2000
 _COALESCED_CHANGES = 10_000
 #: Bytes of rows of one entry; a single row may have more.
 _ENTRY_BYTES = 1 << 16
-_ENTRY_CHANGES = 100
+#: Where a change without a known key goes on a broker without barriers.
+_UNPLACED = Place(0, 0)
 
 
 def handler_key(source: str, handler: str) -> str:
@@ -62,6 +64,7 @@ class LaneForm:
     keys: tuple[frozenset[Key] | None, ...] = ()
     #: Whether drains must leave the lanes alone.
     paused: bool = False
+    transport: LaneTransport = REDIS
 
     @cached_property
     def layout(self) -> str:
@@ -159,11 +162,11 @@ class LaneGroup:
             single = delivery._replace(rows=[row], ordinal=ordinal)
             placed = place(row)
             crossed = barrier_lanes(placed, self._form.lanes)
-            if crossed:
+            if crossed and self._form.transport.has_barriers:
                 messages += self.flush(expires)
                 messages.append(self._barrier(single, crossed, expires))
                 continue
-            assert placed is not None
+            placed = placed or _UNPLACED
             if self._coalescer is None:
                 self._put(single, placed, expires)
                 self._covered.append(single)
@@ -183,10 +186,11 @@ class LaneGroup:
     def _put(self, delivery: Delivery, place: Place, expires: float | None) -> None:
         """Add one change to its lane."""
         number, size = place.key % self._form.lanes, len(delivery.rows[0])
+        most = self._form.transport.entry_changes
         lane = self._lanes.get(number)
         if lane is None:
             lane = self._lanes[number] = _Lane()
-        elif lane.size + size > _ENTRY_BYTES or len(lane.places) >= _ENTRY_CHANGES:
+        elif lane.size + size > _ENTRY_BYTES or len(lane.places) >= most:
             self._full.append(_encoded(number, lane, expires))
             lane = self._lanes[number] = _Lane()
         lane.deliveries.append(delivery)

@@ -22,7 +22,9 @@ from ..handlers.subscriptions import Ordered, Subscription
 from ..provisioning.pauses import handlers, queue_of
 from ..settings import Settings
 from ..telemetry import Route, route
+from . import lane_transports
 from .coalescing import Rules
+from .lane_transports import LaneTransport
 
 _JSON = "application/json"
 
@@ -41,10 +43,13 @@ class TaskOrder:
     coalesce: float
     #: How changes of each subscription are made into one, by its number.
     rules: Sequence[Rules | None]
+    transport: LaneTransport = lane_transports.REDIS
 
     @classmethod
-    def of(cls, subscriptions: Sequence[Subscription], lanes: int) -> TaskOrder:
-        """Return the order of a task with these subscriptions; `lanes` is the default."""
+    def of(
+        cls, subscriptions: Sequence[Subscription], lanes: int, transport: LaneTransport
+    ) -> TaskOrder:
+        """Return the order of a task with these subscriptions; `lanes` is the default if not 0."""
         order = subscriptions[0].ordered or Ordered()
         width = 1 + max(subscription.number for subscription in subscriptions)
         columns: list[Sequence[str] | None] = [None] * width
@@ -54,7 +59,8 @@ class TaskOrder:
             if subscription.ordered is not None:
                 columns[subscription.number] = subscription.ordered.by
         keys = [(each.subject, columns[each.number]) for each in subscriptions]
-        return cls(order.lanes or lanes, columns, repr(keys), order.coalesce, rules)
+        count = order.lanes or lanes or transport.lanes
+        return cls(count, columns, repr(keys), order.coalesce, rules, transport)
 
 
 class TaskOptions:
@@ -106,8 +112,11 @@ class TaskOptions:
                     f"{handler} has ordered= and rate_limit={app.tasks[handler].rate_limit!r}, "
                     "which would count wakes of lanes and not changes; remove one of the two."
                 )
+        transport = lane_transports.of(app)
+        for handler, subscriptions in by_handler.items():
+            transport.check(handler, subscriptions)
         return {
-            handler: TaskOrder.of(subscriptions, settings.flash_lanes)
+            handler: TaskOrder.of(subscriptions, settings.flash_lanes, transport)
             for handler, subscriptions in by_handler.items()
         }
 

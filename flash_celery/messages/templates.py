@@ -107,6 +107,7 @@ class Template:
             order.described,
             tuple(keys),
             paused,
+            order.transport,
         )
 
     def group(self) -> LaneGroup:

@@ -7,7 +7,11 @@ also while it waits for its slot.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
+
+from ..messages.lane_messages import LaneForm
+from ..publishing.brokers.amqp_lanes import address
 
 _SECONDS = 1.0
 
@@ -19,6 +23,14 @@ class LaneSweeper(threading.Thread):
         super().__init__(name="flash-lane-sweeper", daemon=True)
         self._app = app
         self._ended = threading.Event()
+
+    def watch(self, lanes: Sequence[LaneForm]) -> None:
+        """Look at these lanes, on a broker that cannot list them."""
+        from ..lanes import amqp_sweep
+
+        amqp_sweep.watch(
+            self._app, (address(form, lane) for form in lanes for lane in range(form.lanes))
+        )
 
     def run(self) -> None:
         """Sweep until `end`."""

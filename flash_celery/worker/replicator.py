@@ -51,6 +51,7 @@ from ..errors import (
 )
 from ..escaping import escaped
 from ..handlers.subscriptions import Subscription, of_tables
+from ..messages import lane_transports
 from ..messages.batcher import Batcher, BatcherSink
 from ..messages.deduplication import Lease
 from ..messages.task_options import TaskOptions
@@ -129,7 +130,7 @@ class Replicator:
         if self._task_options.orders and not publisher.fills_lanes:
             raise ConfigurationError(
                 f"{', '.join(self._task_options.orders)} has ordered=, for which the broker must "
-                "be Redis or Valkey; remove ordered=, or set broker_url to one of these."
+                "be Redis, Valkey or RabbitMQ; remove ordered=, or set broker_url to one of these."
             )
         self._publishing = PublishingThread(
             publisher,
@@ -173,6 +174,7 @@ class Replicator:
         #: Whether the broker has lost what it had confirmed, and that is not recorded yet.
         self._broker_lost = False
         self._delays = delays()
+        self._sweeper = LaneSweeper(app)
 
     def stop(self) -> None:
         """Stop reading, wait for what is in flight, and return from `run`."""
@@ -197,7 +199,7 @@ class Replicator:
             FlashError: An error that retrying cannot fix.
         """
         self._publishing.start()
-        sweeper = LaneSweeper(self._app)
+        sweeper = self._sweeper
         if self._task_options.orders:
             sweeper.start()
         # The app's own objects live as long as the process. Checking them for garbage repeatedly
@@ -431,6 +433,8 @@ class Replicator:
         lease.refills, lease.lost = self._on_lost_broker == "refill", refill is not None
         hold_queues = self._pauses.hold_queues
         claim = Claim(lease, self._progress, hold_queues, oversize, templates.lanes)
+        if templates.lanes and templates.lanes[0].transport is lane_transports.RABBITMQ:
+            self._sweeper.watch(templates.lanes)
         watch = SlotWatch(source, stream.pid, self._progress, telemetry=self.telemetry)
         supervisor = Supervisor(source, self._startup, self._pauses, watch)
         session = Session(

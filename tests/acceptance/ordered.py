@@ -65,6 +65,8 @@ def misbehave(task, change):
         raise ValueError("this item cannot be handled")
     if asked == "retry" and task.request.retries < 2:
         raise task.retry(countdown=0.3, max_retries=5)
+    if asked == "retry late" and task.request.retries < 2:
+        raise task.retry(countdown=6, max_retries=5)
     if asked == "retry quietly" and task.request.retries < 2:
         task.retry(countdown=0.3, throw=False)
     if asked == "kill" or (asked == "kill once" and not fixed()):
@@ -83,7 +85,8 @@ def each(self, change):
 
 options = {"bind": True, "max_retries": 5, "time_limit": LIMIT, "soft_time_limit": SOFT_LIMIT}
 each = app.task(name=os.environ.get("SHOP_NAME", "ordered.each"), **options)(each)
-each = on_change("items", ordered=ORDER)(each)
+OPERATIONS = os.environ.get("SHOP_OPERATIONS", "insert|update|delete|truncate")
+each = on_change("items", OPERATIONS, ordered=ORDER)(each)
 if os.environ.get("SHOP_MESSAGES"):
     on_message("said")(each)
 

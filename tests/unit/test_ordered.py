@@ -111,7 +111,7 @@ def test_ordered_handler_has_one_queue(declare):
 
 def test_ordered_handler_needs_a_broker_with_lanes(declare):
     app, subscriptions = declare(on_change("orders", ordered=True))
-    with pytest.raises(ConfigurationError, match="the broker must be Redis or Valkey"):
+    with pytest.raises(ConfigurationError, match="the broker must be Redis, Valkey or RabbitMQ"):
         Replicator(app, Settings.from_app(app), subscriptions, MemoryPublisher())
 
 
@@ -173,3 +173,33 @@ def test_barrier_is_for_what_has_no_key_or_two_lanes():
     assert not barrier_lanes(Place(5, 5), 4)
     assert not barrier_lanes(Place(5, 9), 4)
     assert barrier_lanes(Place(5, 2), 4) == [1, 2]
+
+
+RABBITMQ = {"broker_url": "amqp://127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("declared", "reason"),
+    [
+        ([on_change("orders", ordered=True)], "leave them out: on_change.'public.orders', 'insert"),
+        ([on_change("orders", "insert", ordered=True), on_message("said")], "a task of its own"),
+        (
+            [on_change("orders", "insert", ordered=Ordered(on_failure="block"))],
+            "leave on_failure out",
+        ),
+    ],
+    ids=["truncate", "messages", "block"],
+)
+def test_ordered_handler_is_refused_if_it_needs_more_than_rabbitmq_has(declare, declared, reason):
+    app, subscriptions = declare(*declared)
+    app.conf.update(RABBITMQ)
+    with pytest.raises(SubscriptionError, match=reason):
+        TaskOptions(app, Settings.from_app(app), subscriptions)
+
+
+def test_ordered_handler_has_the_number_of_lanes_that_suits_its_broker(declare):
+    app, subscriptions = declare(on_change("orders", "insert", ordered=True))
+    for conf, lanes in [({}, 256), (RABBITMQ, 16), ({"flash_lanes": 3}, 3)]:
+        app.conf.update(conf)
+        options = TaskOptions(app, Settings.from_app(app), subscriptions)
+        assert options.orders[subscriptions[0].handler].lanes == lanes

@@ -11,6 +11,7 @@ import re
 import struct
 import time
 import uuid
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
@@ -28,8 +29,10 @@ from amqp.serialization import dumps
 from kombu.entity import Queue
 
 from ...errors import NotConfirmed, PublishError, Unroutable
+from ...messages.lane_messages import REGISTRY, LaneForm, LaneMessage
 from ...messages.task_message import Form, Message
 from .. import declared_queues
+from .amqp_lanes import AmqpLanes
 from .base import TIMEOUT, ConnectedPublisher, encodes_with
 
 logger = logging.getLogger(__name__)
@@ -78,6 +81,7 @@ _ID_LENGTH = 36
 class AmqpPublisher(ConnectedPublisher):
     """Publishes through the default exchange on a channel of its own."""
 
+    fills_lanes = True
     # Not kombu's `confirm_publish`, which waits for the confirm of each message.
     timeouts = "read_timeout", "write_timeout"
 
@@ -117,14 +121,84 @@ class AmqpPublisher(ConnectedPublisher):
         events["basic_return"].add(self._on_return)
         with self.errors():
             self._channel.confirm_select()
+            self._lanes = AmqpLanes(self._app, broker.channel(), self._publish)
+
+    def prepare(self, lanes: Sequence[LaneForm]) -> None:
+        """Set up lanes, and let their drains go on or pause.
+
+        Raises:
+            PublishError: The broker failed, or the lanes cannot be filled yet.
+        """
+        with self.errors():
+            for form in lanes:
+                self._lanes.prepare(form, form.paused)
+
+    def depth(self, queue: str) -> int:
+        """Return how many messages wait in a queue, or changes in the lanes of this name.
+
+        Raises:
+            PublishError: The broker does not answer.
+        """
+        if not queue.startswith(f"{REGISTRY}."):
+            return super().depth(queue)
+        self.confirmed = 0
+        with self.errors():
+            return self._lanes.depth(queue)
 
     def publish(self, messages: Sequence[Message]) -> None:
-        """Publish messages and wait for every confirm.
+        """Publish messages and wait for every confirm; then wake the lanes that got changes.
 
         Raises:
             NotConfirmed: The broker has not confirmed them.
             Unroutable: A queue does not exist.
+            LanesNotReady: Changes wait that were placed by another layout.
         """
+        filling: list[LaneMessage] = []
+        done, sent, ends = 0, list[Message](), list[int]()
+
+        def flush() -> None:
+            nonlocal done
+            try:
+                self._publish(sent)
+            except PublishError as error:
+                error.confirmed = done + bisect_right(ends, error.confirmed)
+                raise
+            done += len(ends)
+            sent.clear()
+            ends.clear()
+
+        for message in messages:
+            if isinstance(message, LaneMessage):
+                if not self._lanes.has(message.lane_form):
+                    flush()
+                    self._prepare(message.lane_form, done)
+                filling.append(message)
+                sent += self._lanes.messages(message)
+            else:
+                sent.append(message)
+            ends.append(len(sent))
+        flush()
+        if filling:
+            try:
+                self._publish(self._lanes.wakes(filling))
+            except PublishError as error:
+                error.confirmed = done  # the sweep wakes the lanes
+                raise
+
+    def _prepare(self, form: LaneForm, confirmed: int) -> None:
+        """Set up lanes after so many messages were confirmed."""
+        self.confirmed = confirmed
+        try:
+            with self.errors():
+                self._lanes.prepare(form, None)
+        except PublishError as error:
+            error.confirmed = confirmed
+            raise
+        finally:
+            self.confirmed = 0
+
+    def _publish(self, messages: Sequence[Message]) -> None:
+        """Publish messages and wait for every confirm."""
         first, done = self._sent + 1, 0
         try:
             with self.errors():

@@ -172,6 +172,8 @@ class ConnectedPublisher:
     """A publisher with a kombu connection of its own."""
 
     fills_lanes = False
+    #: Seconds of the broker's heartbeats; None for none.
+    heartbeat: int | None = None
     #: Transport options; those of the app take precedence.
     transport_options: Mapping[str, Any] = {}
     #: Names of the transport options that are set to `timeout`.
@@ -197,6 +199,7 @@ class ConnectedPublisher:
         self._connection = connection_to(
             self._app,
             transport_options=self.options(),
+            heartbeat=self.heartbeat,
             connect_timeout=self._app.conf.broker_connection_timeout,
         )
         # Try each host once (kombu counts all Sentinels as one); the caller tries again.

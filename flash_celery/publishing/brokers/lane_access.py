@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
+
+from amqp import Channel
 
 from ...messages.lane_messages import REGISTRY, handler_key
+from .amqp_overview import AmqpOverview
 from .base import ConnectedPublisher
 from .lane_overview import HandlerLanes, Overview, keys_of
 from .lane_store import LaneStore
@@ -16,15 +20,16 @@ from .redis_keys import literal_client, prefixed
 @contextmanager
 def overviews(
     publisher: ConnectedPublisher, source: str, handlers: Iterable[str]
-) -> Iterator[list[tuple[str, Overview, LaneStore]]]:
+) -> Iterator[list[tuple[str, Overview | AmqpOverview, LaneStore | None]]]:
     """Yield each handler that has lanes for a source, with the objects that read and alter them.
 
-    Others than `handlers`, which are gone or no longer ordered, are among them while changes wait.
+    On Redis others than `handlers`, which are gone or no longer ordered, are among them while
+    changes wait.
 
     Args:
         publisher: It is open.
         source: The server's system identifier and the slot (`7357…/flash`). Without the former
-            ("/flash"), slots of this name on all servers that use the broker.
+            ("/flash"), slots of this name on all servers that use the broker; on RabbitMQ, none.
         handlers: The names of ordered handlers.
 
     Raises:
@@ -32,7 +37,8 @@ def overviews(
     """
     channel = publisher.channel
     if publisher.driver != "redis":
-        yield []
+        with publisher.errors():
+            yield list(_on_rabbitmq(channel, source, handlers))
         return
     with publisher.errors(), literal_client(channel) as client:
         yield [
@@ -45,16 +51,22 @@ def overviews(
         ]
 
 
-def end(publisher: ConnectedPublisher, source: str) -> None:
+def end(publisher: ConnectedPublisher, source: str, handlers: Iterable[str]) -> None:
     """Let workers empty the lanes of a source whose slot is gone, and remove those that are empty.
 
     Args:
         publisher: It is open.
         source: The server's system identifier and the slot.
+        handlers: The names of the handlers that have lanes; on Redis it finds others too.
 
     Raises:
         PublishError: The broker does not answer.
     """
+    if publisher.driver != "redis":
+        with publisher.errors():
+            for _, overview, _ in _on_rabbitmq(publisher.channel, source, handlers):
+                overview.end()
+        return
     channel, beginning = publisher.channel, handler_key(source, "")
     registry = prefixed(channel, REGISTRY)
     with publisher.errors(), literal_client(channel) as client:
@@ -63,6 +75,17 @@ def end(publisher: ConnectedPublisher, source: str) -> None:
                 store = LaneStore(client, prefixed(channel, name))
                 if store.remove(registry, name):
                     store.resume(registry, name)
+
+
+def _on_rabbitmq(
+    channel: Any, source: str, handlers: Iterable[str]
+) -> Iterator[tuple[str, AmqpOverview, None]]:
+    if not isinstance(channel, Channel):
+        return  # another broker, which has no lanes
+    for handler in sorted(handlers):
+        overview = AmqpOverview(channel, handler_key(source, handler))
+        if overview.exists:
+            yield handler, overview, None
 
 
 def summaries(

@@ -1,0 +1,311 @@
+"""A drain of a lane on RabbitMQ: one consumer of its queue, for at most the budget.
+
+RabbitMQ lets one consumer of a lane's queue be active at a time, and puts back what a closed
+channel had, in its place. Four rules make order of that:
+
+- A drain looks before it consumes: if the lane has a consumer, that one looks again when it ends.
+- It handles the changes in order and acknowledges each. It never cancels its consumer, and never
+  rejects a change: RabbitMQ would activate the next consumer while this one still has changes, or
+  put changes behind newer ones.
+- It ends by closing its channel. Then it looks until no consumer is left, and wakes the lane if
+  changes wait.
+- It begins no change unless RabbitMQ has answered lately. See `amqp_link`.
+
+An acknowledgement has no confirm. So after a death or a lost connection the last few changes of a
+lane may come again, in order.
+
+A message in a queue cannot be altered. So how often the first change was retried, how many
+processes have died on it, and until when it waits, is in a message of another queue: `Memory`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ..changes.change import Change
+from ..errors import PayloadError
+from ..messages import lane_entries
+from ..messages.deduplication import now
+from ..messages.lane_entries import Entry
+from ..publishing.brokers.amqp_lanes import Depth, head_queue, note
+from ..publishing.brokers.amqp_wakes import Lane
+from .amqp_link import Link, LostLink
+from .drain import Calls, Head, Later, Limits, Verdict
+
+logger = logging.getLogger(__name__)
+
+#: Messages that RabbitMQ sends ahead.
+_PREFETCH = 50
+#: Seconds that a drain waits for messages that it has seen in the queue. They do not come if
+#: another drain was faster.
+_DELIVERY_SECONDS = 1.0
+#: Seconds of a countdown for which a drain waits itself; it costs a process of the worker.
+_WAIT_SECONDS = 5.0
+#: Seconds between two looks at the clock, in such a wait.
+_SLICE_SECONDS = 0.1
+#: Seconds until the consumers of closed channels are gone, which takes 0.1 s at most.
+_SETTLE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The past of the first change of a lane.
+
+    Attributes:
+        id: The `change.id`.
+        retries: How often it was retried.
+        deaths: How many processes have died on it.
+        until: Until when it waits, in seconds since 1970.
+    """
+
+    id: str
+    retries: int = 0
+    deaths: int = 0
+    until: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Received:
+    """A change that RabbitMQ has sent."""
+
+    change: Change
+    expires: float | None
+    tag: int
+    redelivered: bool
+
+
+class AmqpDrain:
+    """Handles the changes of one lane until it is empty, the budget is used up or one must wait.
+
+    Args:
+        link: A connection that nothing else uses.
+        lane: The lane.
+        calls: Calls the handler.
+        limits: When it ends although more changes wait.
+        stopping: Whether the worker is being stopped.
+        died: Whether the process of an earlier drain may have died on the first change.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        lane: Lane,
+        calls: Calls,
+        limits: Limits,
+        stopping: Callable[[], bool] = lambda: False,
+        died: bool = False,
+    ) -> None:
+        self._link = link
+        self._lane = lane
+        self._calls = calls
+        self._limits = limits
+        self._stopping = stopping
+        self._died = died
+        self._channel: Any = None
+        #: Messages that are not taken yet, and how many have not come yet.
+        self._buffer: deque[Any] = deque()
+        self._outstanding = 0
+        #: The tag of the last message of the current call.
+        self._tag = 0
+        #: The retries and deaths of the first change.
+        self._memory = Memory("")
+        #: Whether that is stored.
+        self._stored = False
+        #: Changes that were handled.
+        self.handled = 0
+
+    def run(self) -> None:
+        """Drain the lane, unless another drain has it.
+
+        Raises:
+            LostLink: The connection is lost. RabbitMQ gives the lane to another drain.
+        """
+        if self._link.is_paused(self._lane.name):
+            return
+        depth = self._depth_without_consumers() if self._died else self._depth()
+        if depth is None or depth.consumers or not depth.ready:
+            return
+        self._outstanding = depth.ready
+        prefetch = max(_PREFETCH, self._calls.size)
+        self._channel = self._link.consume(self._lane.name, prefetch, self._receive)
+        try:
+            goes_on = self._handle_all()
+        finally:
+            with suppress(LostLink):
+                self._close()
+        if goes_on:
+            self._look_after()
+
+    def end_with(self, verdict: Verdict, changes: int) -> None:
+        """Give the lane back while the handler is in a call that will not return.
+
+        Args:
+            verdict: The result of the call.
+            changes: Their number.
+        """
+        with suppress(LostLink):
+            if verdict is None:
+                self._done(changes)
+            self._close()
+
+    def _receive(self, message: Any) -> None:
+        self._buffer.append(message)
+        self._outstanding -= 1
+
+    def _handle_all(self) -> bool:
+        """Handle changes; return whether the lane goes on at once if more wait."""
+        began, first = now(), True
+        while self._fill():
+            try:
+                received = self._take()
+            except PayloadError as error:
+                # Most likely a newer replication worker wrote it. Nothing behind it may pass.
+                logger.error("The lane %s waits: %s %s", self._lane.name, error, error.solution)
+                return False
+            if first and not self._recall(received[0]):
+                return False
+            first = False
+            if not self._handle(received):
+                return False
+            if now() - began >= self._limits.budget or self.handled >= self._limits.changes:
+                return True
+            if self._stopping():
+                return True
+        return True
+
+    def _fill(self) -> bool:
+        """Read until a call has its changes, or no more come; return whether there are any."""
+        deadline = now() + _DELIVERY_SECONDS
+        while len(self._buffer) < self._calls.size:
+            timeout = deadline - now() if self._outstanding > 0 else 0.0
+            if timeout < 0 or not self._link.read(timeout):
+                break
+        return bool(self._buffer)
+
+    def _take(self) -> list[_Received]:
+        """Return the changes of the next call."""
+        taken: list[_Received] = []
+        while self._buffer and len(taken) < self._calls.size:
+            try:
+                received = list(_read(self._buffer[0]))
+            except PayloadError:
+                if taken:
+                    break
+                raise
+            if taken and received[0].expires != taken[0].expires:
+                break
+            if not taken and not self.handled:
+                self._calls.read_form(self._form(self._buffer[0]))
+            taken += received
+            self._buffer.popleft()
+        self._tag = taken[-1].tag
+        return taken
+
+    def _form(self, message: Any) -> bytes:
+        names = ("delivery_mode", "priority", "reply_to")
+        properties = {name: message.properties.get(name) for name in names}
+        return lane_entries.encode_form(self._lane.queue, message.headers, properties).encode()
+
+    def _recall(self, first: _Received) -> bool:
+        """Read the memory of the first change; return whether it is handled now."""
+        message = self._link.peek(head_queue(self._lane.name))
+        self._stored = message is not None
+        known = Memory("") if message is None else Memory(**json.loads(message.body))
+        self._memory = known if known.id == first.change.id else Memory(first.change.id)
+        if not self._wait_until(self._memory.until):
+            return False
+        if self._died and first.redelivered:
+            deaths = self._memory.deaths + 1
+            self._remember(replace(self._memory, deaths=deaths, until=0.0))
+        return True
+
+    def _remember(self, memory: Memory) -> None:
+        self._link.publish([note(head_queue(self._lane.name), asdict(memory))])
+        self._memory, self._stored = memory, True
+
+    def _handle(self, received: list[_Received]) -> bool:
+        """Handle changes in one call, or several if they are retried; return whether it is done."""
+        changes, first = [each.change for each in received], received[0]
+        if self._memory.id != first.change.id:
+            self._memory = Memory(first.change.id)
+        while True:
+            self._link.verify()
+            memory = self._memory
+            head = Head(changes, memory.retries, memory.deaths, None, first.expires)
+            verdict = self._calls.handle(head)
+            if verdict is None:
+                self._done(len(changes))
+                return True
+            assert isinstance(verdict, Later)
+            until = time.time() + max(verdict.seconds, 0.0)
+            self._remember(Memory(first.change.id, verdict.retries, 0, until))
+            if not self._wait_until(until):
+                self._link.publish_later(self._link.wakes.to(self._lane), until - time.time())
+                return False
+
+    def _wait_until(self, moment: float) -> bool:
+        """Wait until a moment; return False if that is too long, or the worker is stopped."""
+        if moment - time.time() > _WAIT_SECONDS:
+            return False
+        while (seconds := moment - time.time()) > 0:
+            if self._stopping():
+                return False
+            time.sleep(min(seconds, _SLICE_SECONDS))
+        return True
+
+    def _done(self, count: int) -> None:
+        with self._link.used() as looks:
+            if self._stored:
+                looks.queue_purge(head_queue(self._lane.name))
+                self._stored = False
+            self._channel.basic_ack(self._tag, multiple=True)
+        self.handled += count
+
+    def _close(self) -> None:
+        """Give back what is not acknowledged. RabbitMQ takes the acknowledgements before that."""
+        with self._link.used():
+            self._channel.close()
+
+    def _look_after(self) -> None:
+        """Wake the lane if changes wait that came after this drain's look, or are given back."""
+        depth = self._depth_without_consumers()
+        if depth is not None and depth.ready and not depth.consumers:
+            self._link.publish([self._link.wakes.to(self._lane)])
+
+    def _depth(self) -> Depth | None:
+        return self._link.look(self._lane.name)
+
+    def _depth_without_consumers(self) -> Depth | None:
+        """Return what waits when all consumers are gone: before that, RabbitMQ miscounts.
+
+        If one is left after a second, it is another drain's, which looks when it ends.
+        """
+        pause, end = 0.001, now() + _SETTLE_SECONDS
+        while True:
+            depth = self._depth()
+            if depth is None or not depth.consumers or now() >= end:
+                return depth
+            time.sleep(pause)
+            pause = min(pause * 2, 0.05)
+
+
+def _read(message: Any) -> Iterator[_Received]:
+    """Yield the changes of a message.
+
+    Raises:
+        PayloadError: It is damaged, or has another version.
+    """
+    body = message.body
+    entry = lane_entries.decode(body.encode() if isinstance(body, str) else bytes(body))
+    if not isinstance(entry, Entry) or not entry.changes:
+        raise PayloadError("This is not a change of a lane.")
+    info = message.delivery_info
+    for change in entry.changes:
+        yield _Received(change, entry.expires, info["delivery_tag"], info["redelivered"])

@@ -1,0 +1,220 @@
+"""Ordered handlers in real Celery workers, on RabbitMQ."""
+
+import json
+import os
+import signal
+from collections import defaultdict
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from example_project.servers import wait_until
+
+from .test_lanes import (
+    assert_in_order,
+    ended,
+    insert,
+    keys_of,
+    lanes,
+    summary,
+    until_ended,
+    update,
+)
+
+
+@pytest.fixture
+def ordered(make_shop, rabbit):
+    """The project of `ordered.py`."""
+    rabbit.empty()
+    shop = make_shop(rabbit, SHOP_OPERATIONS="insert|update|delete")
+    shop.project = "ordered"
+    return shop
+
+
+@pytest.mark.parametrize(
+    "pool", [pytest.param(pool, marks=pytest.mark.soak) for pool in ("prefork", "threads", "solo")]
+)
+def test_rabbitmq_lanes_keep_the_order_of_each_key(ordered, pool):
+    ordered.replicate()
+    workers = [ordered.worker(pool, "flash") for _ in range(2)]
+    insert(ordered, 8)
+    update(ordered, 8, 1, 20)
+    notes = until_ended(ordered, 8 * 20)
+    values = assert_in_order(notes)
+    assert all(found == list(range(20)) for found in values.values())
+    for worker in workers:
+        assert ordered.end(worker) == 0
+        assert "Traceback" not in worker.log.read_text()
+
+
+def test_rabbitmq_lanes_keep_the_order_through_retries_failures_and_deaths(ordered):
+    ordered.replicate()
+    ordered.worker("prefork", "flash")
+    insert(ordered, 5)
+    asked = ["retry", "retry quietly", "kill once", "retry late", "kill"]
+    ordered.database.execute(
+        *[
+            f"UPDATE items SET name = '1', note = '{each}' WHERE id = {key}"
+            for key, each in enumerate(asked)
+        ],
+        *[f"UPDATE items SET name = '2', note = '' WHERE id = {key}" for key in range(5)],
+    )
+    values = assert_in_order(until_ended(ordered, 14))
+    assert values[0] == values[2] == values[3] == [0, 1, 2]
+    assert values[1] == [0, 1, 1, 1, 2]  # with throw=False the handler goes on to its end
+    assert values[4] == [0, 2]
+    begun = [n for n in ordered.notes() if n["event"] == "begin" and n["new"]["name"] == "1"]
+    for key in (0, 3):
+        assert [n["retries"] for n in begun if keys_of(n) == key] == [0, 1, 2]
+    letters = json.loads(ordered.run("flash", "dead", "list", "--json").stdout)
+    assert [(each["error"], each["deaths"]) for each in letters] == [("ProcessKilled", 3)]
+
+
+def test_rabbitmq_lanes_are_waited_for_shown_and_paused(ordered):
+    ordered.environment.update(SHOP_SLEEP="0.5")
+    replicate = ordered.replicate()
+    insert(ordered, 3)
+    waited = ordered.run("flash", "wait", "--timeout", "3")
+    assert waited.returncode == 1
+    assert "changes for ordered.each" in waited.stderr
+    assert (summary(ordered)["waiting"], summary(ordered)["lanes"]) == (3, 16)
+    assert "3 waiting in 16 lanes" in ordered.run("flash", "status").stdout
+    assert "waiting, 1 change" in ordered.run("flash", "lanes", "list", "each").stdout
+    ordered.worker("solo", "flash")
+    assert ordered.run("flash", "wait").returncode == 0
+    assert len(ended(ordered)) == 3
+    assert lanes(ordered) == {"ordered.each": []}
+    assert "none with delivery-limit" in ordered.run("flash", "doctor").stdout
+    paused = ordered.run("flash", "pause", "each")
+    assert "its changes wait in its lanes (`flash lanes list`)" in paused.stdout
+    ordered.until_said(replicate, "its changes wait in its lanes")
+    update(ordered, 1, 1, 3)
+    wait_until(lambda: summary(ordered)["waiting"] == 2, "the changes to be in lanes")
+    assert summary(ordered)["paused"]
+    assert "2 held in its lanes" in ordered.run("flash", "status").stdout
+    assert len(ended(ordered)) == 3
+    assert ordered.run("flash", "resume", "each").returncode == 0
+    assert assert_in_order(until_ended(ordered, 5))[0] == [0, 1, 2]
+
+
+@pytest.mark.soak
+def test_rabbitmq_lanes_of_another_number_are_filled_when_the_old_ones_are_empty(ordered):
+    replicate = ordered.replicate()
+    insert(ordered, 5)
+    wait_until(lambda: summary(ordered).get("waiting") == 5, "the changes to be in lanes")
+    assert ordered.end(replicate) == 0
+    ordered.environment.update(SHOP_ORDER="one")
+    replicate = ordered.replicate(wait=False)
+    ordered.until_said(replicate, "were placed by another ordering key")
+    update(ordered, 5, 1, 2)
+    ordered.worker("prefork", "flash")
+    values = assert_in_order(until_ended(ordered, 10))
+    assert all(found == [0, 1] for found in values.values())
+    assert summary(ordered)["lanes"] == 1
+
+
+@pytest.mark.soak
+def test_rabbitmq_lanes_go_on_without_a_replication_worker_after_a_worker_was_killed(ordered):
+    ordered.environment.update(SHOP_SLEEP="1")
+    replicate = ordered.replicate()
+    insert(ordered, 1)
+    update(ordered, 1, 1, 3)
+    wait_until(lambda: summary(ordered).get("waiting") == 3, "the changes to be in lanes")
+    worker = ordered.worker("solo", "flash")
+    wait_until(lambda: ordered.notes(), "the worker to begin")
+    assert ordered.end(replicate) == 0
+    worker.kill()
+    ordered.worker("solo", "flash")
+    assert assert_in_order(until_ended(ordered, 3)) == {0: [0, 1, 2]}
+
+
+def assert_repeats_in_order(notes, count, faults):
+    """Each key's changes came in order; after a fault the last few may have come again."""
+    values = defaultdict(list)
+    for note in notes:
+        values[keys_of(note)].append(int(note["new"]["name"]))
+    repeats = 0
+    for key, found in values.items():
+        firsts = list(dict.fromkeys(found))
+        assert firsts == list(range(count)), f"key {key}: {found}"
+        for before, after in pairwise(found):
+            repeats += after <= before
+            assert before - 5 <= after <= before + 1, f"key {key}: {found}"
+    assert repeats <= faults
+
+
+def overlaps(notes):
+    """How often a process ended a call of a key in which another one had begun a call."""
+    under_way, count = {}, 0
+    for note in notes:
+        key = keys_of(note)
+        if note["event"] == "begin":
+            under_way[key] = note["pid"]
+        else:
+            count += under_way.pop(key, note["pid"]) != note["pid"]
+    return count
+
+
+def ports_of(process):
+    """The local ports of a process's connections."""
+    links = [os.readlink(link) for link in Path(f"/proc/{process.pid}/fd").iterdir()]
+    lines = [
+        line.split() for line in Path(f"/proc/{process.pid}/net/tcp").read_text().split("\n")[1:-1]
+    ]
+    return [int(line[1].partition(":")[2], 16) for line in lines if f"socket:[{line[9]}]" in links]
+
+
+def close_connections(rabbit, besides):
+    """Have RabbitMQ close all connections but those of one process."""
+    rabbit.evaluate(
+        '[rabbit_networking:close_connection(P, "test") || P <- rabbit_networking:connections(), '
+        "not lists:member(proplists:get_value(peer_port, rabbit_networking:connection_info("
+        f"P, [peer_port])), {ports_of(besides)})]"
+    )
+
+
+@pytest.mark.parametrize("kind", ["classic", pytest.param("quorum", marks=pytest.mark.soak)])
+def test_rabbitmq_lanes_keep_the_order_while_processes_workers_and_connections_end(
+    ordered, rabbit, kind
+):
+    keys, rounds = 12, 40
+    conf = {"flash_max_deaths": 100, "flash_lane_lease": 15, "task_default_queue_type": kind}
+    ordered.environment.update(SHOP_SLEEP="0.01", SHOP_CONF=json.dumps(conf))
+    replicate = ordered.replicate()
+    workers = [ordered.worker("prefork", "flash") for _ in range(2)]
+    insert(ordered, keys)
+    until_ended(ordered, 1)
+    faults = lost = 0
+    for number in range(1, rounds):
+        update(ordered, keys, number, number + 1)
+        if number % 4 == 0:
+            # Most likely it is in a handler just then.
+            with suppress(ProcessLookupError):
+                os.kill(ordered.notes()[-1]["pid"], signal.SIGKILL)
+                faults += 1
+        if number in (15, 30):
+            workers[number // 30].kill()
+            workers.append(ordered.worker("prefork", "flash"))
+            faults += 2
+        if number in (10, 20):
+            close_connections(rabbit, besides=replicate)
+            lost += 4
+    notes = until_ended(ordered, keys * rounds, timeout=120)
+    assert_repeats_in_order(notes, rounds, faults + lost)
+    assert overlaps(ordered.notes()) <= lost  # the call under way when a connection was lost
+
+
+@pytest.mark.soak
+def test_rabbitmq_lanes_that_are_empty_are_removed_by_a_reset(ordered, rabbit):
+    replicate = ordered.replicate()
+    insert(ordered, 2)
+    ordered.worker("solo", "flash")
+    until_ended(ordered, 2)
+    assert ordered.run("flash", "wait").returncode == 0
+    assert any(name.startswith("_flash.ordered") for name in rabbit.queues())
+    assert ordered.end(replicate) == 0
+    reset = ordered.run("flash", "reset", "--yes")
+    assert reset.returncode == 0, reset.stderr
+    assert not any(name.startswith("_flash.ordered") for name in rabbit.queues())
