@@ -6,8 +6,9 @@ them, pass through the pipeline, and become task messages, which are decoded as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from kombu import compression
@@ -18,15 +19,16 @@ from ..capture.pipeline import Pipeline
 from ..capture.relations import RelationCatalog
 from ..capture.router import Receiver, Sink
 from ..changes.change import Change, Changes, LogicalMessage, Operation, Truncate
-from ..changes.payload import Delivery, prefixed
-from ..changes.rows import Origin
+from ..changes.payload import Delivery, prefixed, row_of
+from ..changes.rows import Origin, Row
 from ..conditions.evaluation import Cells, bind
 from ..conditions.parsing import Condition
 from ..dead_letters.oversize import error_of
 from ..errors import SubscriptionError
 from ..handlers.decorators import subscriptions_of
-from ..handlers.subscriptions import Subscription
+from ..handlers.subscriptions import Ordered, Subscription
 from ..messages.batcher import Batcher, BatcherSink
+from ..messages.lane_placing import placer
 from ..messages.task_message import Message
 from ..messages.task_options import TaskOptions
 from ..messages.templates import Template, Templates
@@ -36,8 +38,11 @@ from ..settings import Settings
 from ..table_name import TableName
 from ..values.comparison import ColumnType
 from .pgoutput_messages import messages_of, relation_name
+from .rehearsing import Event, schedules
 from .texts import canonical, column_type, name_of, oid_of, type_of
 
+#: The `ordered=` of subscriptions, by their handler and number.
+Orders = Mapping[tuple[str, int], Ordered]
 #: The OID of the type text.
 _TEXT = 25
 
@@ -52,6 +57,9 @@ class Enqueued:
         queue: The name of its queue.
         priority: Its priority, or None.
         task_id: The task's id.
+        ordering_keys: In `Flash.enqueued`, the values of the ordering key of each change, if the
+            handler has `ordered=`. None for a change that waits for all earlier ones, as a TRUNCATE
+            does.
     """
 
     handler: str
@@ -59,6 +67,7 @@ class Enqueued:
     queue: str
     priority: int | None
     task_id: str
+    ordering_keys: list[dict[str, Any] | None] = field(default_factory=list)
 
     @property
     def changes(self) -> list[Change]:
@@ -104,8 +113,13 @@ class Flash:
         app.finalize()
         self._app = app
         self._settings = Settings.from_app(app)
-        self._subscriptions = without_lanes(subscriptions_of(app))
-        task_options = TaskOptions(app, self._settings, self._subscriptions)
+        self._subscriptions = subscriptions_of(app)
+        self._orders = {
+            (subscription.handler, subscription.number): subscription.ordered
+            for subscription in self._subscriptions
+            if subscription.ordered is not None
+        }
+        task_options = TaskOptions(app, self._settings, without_lanes(self._subscriptions))
         self._templates = Templates(app, self._settings, task_options)
 
     def matching(self, *changes: Change[Any]) -> list[tuple[str, Any]]:
@@ -136,7 +150,50 @@ class Flash:
         sink = BatcherSink(batcher, self._templates)
         for change in changes:
             self._deliver(change, sink)
-        return [read(message) for message in batcher.collect(everything=True).messages]
+        messages = batcher.collect(everything=True).messages
+        return [read(message, self._orders) for message in messages]
+
+    def rehearse(
+        self, *changes: Change[Any], times: int = 20, seed: int = 0
+    ) -> Iterator[list[Run]]:
+        """Run the tasks of the changes again and again, each time in an order that may happen.
+
+        First in commit order, then in random ones. An ordered handler has changes with equal
+        ordering keys in commit order, and other handlers have all changes in any order. Some tasks
+        run twice, as after the death of a worker. A batch has one change.
+
+        Args:
+            *changes: As for `enqueued`.
+            times: How many orders.
+            seed: The same seed yields the same orders.
+
+        Yields:
+            The runs of one order. Compare and reset what your handlers have changed before you ask
+            for the next.
+
+        Raises:
+            FlashError: As for `enqueued`.
+        """
+        tasks = {
+            Event(task.handler, self._places(task)): task
+            for change in changes
+            for task in self.enqueued(change)
+        }
+        for events in schedules(list(tasks), times, seed):
+            yield [run(self._app, tasks[event]) for event in events]
+
+    def _places(self, task: Enqueued) -> frozenset[int] | None:
+        """Return the hashes of the ordering keys of a task's changes; None if it waits for all."""
+        keys: set[int] = set()
+        for change in task.changes:
+            order = self._orders.get((task.handler, change.number))
+            if order is None:
+                return frozenset()
+            place = placer(change._source, order.by)(row_of(change))
+            if place is None:
+                return None
+            keys |= {place.key, place.old}
+        return frozenset(keys)
 
     def apply(self, *changes: Change[Any]) -> list[Run]:
         """Run the tasks of the changes in this process, as `task.apply` does.
@@ -204,14 +261,34 @@ def _refuse(template: Template, delivery: Delivery) -> Message:
     raise error_of(template, delivery)
 
 
-def read(message: Message) -> Enqueued:
-    """Decode a task message as a Celery worker does."""
+def read(message: Message, orders: Orders = MappingProxyType({})) -> Enqueued:
+    """Decode a task message as a Celery worker does.
+
+    Args:
+        message: The message.
+        orders: The `ordered=` of its subscriptions.
+    """
     body = message.body
     if encoding := message.headers.get("compression"):
         body = compression.decompress(body, encoding).decode()
     (argument,), *_ = loads(body)
     priority = message.properties.get("priority")
-    return Enqueued(message.task, argument, message.queue, priority, message.id)
+    enqueued = Enqueued(message.task, argument, message.queue, priority, message.id)
+    keys = [
+        _ordering_key(change, order)
+        for change in enqueued.changes
+        if (order := orders.get((message.task, change.number)))
+    ]
+    return replace(enqueued, ordering_keys=keys)
+
+
+def _ordering_key(change: Change[Any], order: Ordered) -> dict[str, Any] | None:
+    table = change._source
+    if placer(table, order.by)(row_of(change)) is None:
+        return None
+    cells: Any = getattr(change, "_new", None) or getattr(change, "_old", ())
+    row = Row(table, cells, frozenset(table.positions))
+    return {name: row[name] for name in order.by or table.key}
 
 
 def run(app: Any, enqueued: Enqueued) -> Run:

@@ -388,3 +388,96 @@ def test_testing_reports_a_mistake_in_the_app_at_once(app):
     handle(app, "orders", where={"a__gt3": 1})
     with pytest.raises(SubscriptionError, match="no lookup __gt3"):
         Flash(app)
+
+
+@pytest.fixture
+def lines(new_app):
+    """A handler that keeps the lines of each order, and a wrong one that keeps the last of all."""
+    app = new_app()
+    app.lines, app.last, app.calls = {}, {}, []
+
+    @on_change("lines", ordered="order_id", fields=["amount"], key=["id"])
+    @app.task(name="total", shared=False)
+    def total(change):
+        app.calls.append(change.id)
+        order = app.lines.setdefault(change.key["id"] // 10, {})
+        if isinstance(change, Delete):
+            order.pop(change.key["id"], None)
+        else:
+            order[change.key["id"]] = change.new["amount"]
+
+    @on_change("lines")
+    @app.task(name="newest", shared=False)
+    def newest(change):
+        app.last.update(change.key)
+
+    return app
+
+
+def line(key, **values):
+    return {"id": key, "order_id": key // 10, "amount": 1, **values}
+
+
+def test_ordering_keys_of_a_task_are_those_of_its_changes(lines):
+    flash = Flash(lines)
+
+    def keys(change):
+        return {task.handler: task.ordering_keys for task in flash.enqueued(change)}
+
+    assert keys(insert("lines", **line(12))) == {"total": [{"order_id": 1}], "newest": []}
+    moved = update("lines", old=line(12), new=line(12, order_id=2, amount=5))
+    assert keys(moved)["total"] == [{"order_id": 2}]
+    assert keys(delete("lines", **line(12)))["total"] == [{"order_id": 1}]
+    assert keys(delete("lines", **line(12), identity="default"))["total"] == [None]
+    assert keys(truncate("lines")) == {"total": [None], "newest": []}
+
+
+def test_rehearse_keeps_the_order_of_equal_keys_only(lines):
+    changes = [
+        insert("lines", **line(11)),
+        insert("lines", **line(21)),
+        update("lines", old=line(11), new=line(11, amount=5)),
+        delete("lines", **line(21)),
+        insert("lines", **line(12)),
+    ]
+    orders, newest = set(), set()
+    for runs in Flash(lines).rehearse(*changes, times=30):
+        assert lines.lines == {1: {11: 5, 12: 1}, 2: {}}
+        calls = list(dict.fromkeys(lines.calls))
+        of_first = [changes[n].id for n in (0, 2, 4)]
+        assert [change for change in calls if change in of_first] == of_first
+        assert len(runs) >= 2 * len(changes)
+        orders.add(tuple(lines.calls))
+        newest.add(lines.last["id"])
+        lines.lines.clear()
+        lines.calls.clear()
+    assert len(orders) > 10
+    assert any(len(set(order)) < len(order) for order in orders)  # some were repeated
+    assert newest == {11, 12, 21}  # it depends on the order
+
+
+def test_rehearse_is_the_same_with_the_same_seed(lines):
+    changes = [insert("lines", **line(key)) for key in (11, 21, 31)]
+
+    def ids(seed):
+        schedules = Flash(lines).rehearse(*changes, times=5, seed=seed)
+        return [[run.told.id for run in runs] for runs in schedules]
+
+    assert ids(1) == ids(1) != ids(2)
+    assert ids(1)[0] == [change.id for change in changes for _ in range(2)]
+
+
+def test_rehearse_lets_a_change_of_the_key_wait_for_both_keys(lines):
+    changes = [
+        insert("lines", **line(11)),
+        insert("lines", **line(21)),
+        update("lines", old=line(11), new=line(11, order_id=2, amount=7)),
+        insert("lines", **line(22)),
+        insert("lines", **line(12)),
+    ]
+    for _ in Flash(lines).rehearse(*changes):
+        first = [lines.calls.index(change.id) for change in changes]
+        last = [len(lines.calls) - lines.calls[::-1].index(change.id) for change in changes]
+        assert first[2] >= max(last[:2])
+        assert last[2] <= min(first[3:])
+        lines.calls.clear()
