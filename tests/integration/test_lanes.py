@@ -170,6 +170,25 @@ def test_drain_commits_before_another_change_of_the_same_key(lane):
     assert handler.steps == ["claim", 0, 1, "commit", 2, 3, "commit"]
 
 
+def test_commit_that_arrives_after_later_ones_removes_nothing(lane):
+    lane.push(1, 2, 3)
+    lane.claim()
+    assert lane.commit(1, cursor=1) == []
+    assert lane.commit(2, cursor=2) == []
+    assert lane.commit(1, cursor=1) == []  # from a connection that was cut
+    assert lane.cursor() == 2
+    assert int(lane.client.hget(f"{KEY}.state", "waiting")) == 1
+
+
+def test_commit_of_a_dead_process_that_arrives_late_does_not_hold_its_lane(lane):
+    lane.push(1, 2)
+    lane.claim("dead")
+    assert lane.store.release("0", "dead", died=True)
+    with pytest.raises(LostLease):
+        lane.commit(1, "dead")
+    assert lane.claim("a").deaths == 1
+
+
 def test_drain_after_a_death_commits_its_first_change_alone(lane):
     lane.push(1, 2, 3)
     lane.claim("dead")

@@ -12,7 +12,7 @@ The keys of a handler, where `H` is `_flash.ordered.<source>.<handler>`:
   workers pop from, and the message to push there), `form` (for drains), `paused`, `waiting` (how
   many changes wait), `fence` (of the last claim), and the counters `wakes`, `barriers`. Of each
   lane, by a letter:
-    - `t` the token of the drain that holds it, or held it when its process died
+    - `t` the token of the drain that holds it or whose lease has run out; `died` if its process has
     - `m` its lease runs (until the time in `due`)
     - `s` it sleeps: a retry (until the time in `due`)
     - `b` it is not in `due`: `1` waits at a barrier, `x` is blocked by a change that failed
@@ -258,13 +258,14 @@ return {'ok', fence, tonumber(found[4] or 0), tonumber(found[5] or 0), deaths, f
 #: Notes what is done. ARGV: time, lane, token, seconds of the lease, number of the commit, entries
 #: removed, cursor, changes done, entries that the caller still has, most entries, most bytes, and
 #: 'leave' or ''. Returns 'lost', 'empty', 'left', or 'ok' and the entries after those that the
-#: caller has. The number makes a repetition remove nothing.
+#: caller has. The number makes a repetition remove nothing, even one that a cut connection delivers
+#: after later commits.
 COMMIT = (
     _BEGIN
     + """
 local lane = ARGV[2]
 if not holds(H, lane, ARGV[3]) then return {'lost'} end
-if redis.call('HGET', S, 'k' .. lane) ~= ARGV[5] then
+if tonumber(redis.call('HGET', S, 'k' .. lane) or 0) < tonumber(ARGV[5]) then
     redis.call('HSET', S, 'k' .. lane, ARGV[5])
     remove(H, lane, tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8]))
 end
@@ -311,15 +312,20 @@ return 1
 )
 
 #: Ends a lease without anything done. ARGV: time, lane, the beginning of the token, 'died' or ''.
-#: After 'died' the token stays, so that the next claim counts a death. Returns 1, or 0 if the lease
-#: is another's.
+#: After 'died' the next claim counts a death, and what the dead process sent has no effect, however
+#: late it arrives. Returns 1, or 0 if the lease is another's.
 RELEASE = (
     _BEGIN
     + """
 local lane, token = ARGV[2], redis.call('HGET', S, 't' .. ARGV[2])
 if not token or string.sub(token, 1, #ARGV[3]) ~= ARGV[3] then return 0 end
 if redis.call('HEXISTS', S, 'm' .. lane) == 0 then return 0 end
-clear(H, lane, ARGV[4] == 'died' and 'm' or 'tmk')
+if ARGV[4] == 'died' then
+    clear(H, lane, 'mk')
+    redis.call('HSET', S, 't' .. lane, 'died')
+else
+    clear(H, lane, 'tmk')
+end
 hand_on(H, lane, now)
 return 1
 """
