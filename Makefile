@@ -47,7 +47,7 @@ long: $(VENV)/.stamp
 	$(BIN)/pip install --quiet --editable '.[long]'
 	$(BIN)/pytest -m soak $(ARGS)
 	FLASH_EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/pytest -n 2 $(PROPERTIES)
-	FLASH_SCHEDULES=25000 $(BIN)/pytest -n 2 --dist load --timeout 36000 -k schedule \
+	FLASH_SCHEDULES=20000 $(BIN)/pytest -n 2 --dist load --timeout 36000 -k schedule \
 		tests/integration/test_lanes.py
 
 # Runs the integration tests on PostgreSQL 14 to 19; ARGS="14 17" picks versions.

@@ -9,7 +9,8 @@ Three rules keep the order of a key:
 - A change is handled only while the lease is certain to run. By the clock of this process, it
   begins at the moment before the last successful request was sent.
 - Done changes are committed in groups, and always before the next change of one of their keys is
-  handled. So after a crash only the last change of a key is handled again.
+  handled. So after a crash only the last change of a key is handled again. A commit is sent one
+  change ahead, and its reply is read when it is needed, so that the handler rarely waits for it.
 - Once the lease is lost, nothing more is done.
 """
 
@@ -143,6 +144,17 @@ class HeldLease:
 
 
 @dataclass
+class _Sent:
+    """A commit whose result has not been read."""
+
+    result: Step
+    #: When it was sent, by the clock.
+    moment: float
+    #: The keys of its changes.
+    keys: set[int]
+
+
+@dataclass
 class _Buffer:
     """The entries of a lane from its head on, as far as they are read."""
 
@@ -177,6 +189,17 @@ class _Buffer:
             cursor = 0
         return changes, keys, expires
 
+    def keys_after(self, count: int) -> frozenset[int]:
+        """Return the keys of the change after the next `count`; none if it is not read yet."""
+        position = self.cursor + count
+        for entry in self.entries:
+            if isinstance(entry, Marker):
+                break
+            if position < len(entry.keys):
+                return entry.keys[position]
+            position -= len(entry.keys)
+        return frozenset()
+
     def finish(self, count: int, keys: set[int]) -> None:
         """Note that the next `count` changes are done."""
         self.done += count
@@ -194,7 +217,7 @@ class _Buffer:
         """Return what is done since the last time, and forget it."""
         done = Done(self.removed, self.cursor, self.done)
         self.removed = self.done = 0
-        self.keys.clear()
+        self.keys = set()
         return done
 
     @property
@@ -233,6 +256,7 @@ class Drain:
         self._buffer = _Buffer()
         #: Counts the commits.
         self._number = 0
+        self._sent: _Sent | None = None
         #: Changes that were handled.
         self.handled = 0
         #: Whether the lane may have entries that are not read yet.
@@ -265,6 +289,13 @@ class Drain:
                 if not (yield from self._commit(retries)):
                     return
                 continue
+            if self._sent and (marker is not None or keys & self._sent.keys):
+                if not (yield from self._settle()):
+                    return
+                continue
+            # The change after this one needs them committed.
+            if buffer.keys & buffer.keys_after(len(changes)) and not (yield from self._send()):
+                return
             if not lease.certain and not (yield lease.renew):
                 return
             if marker is not None:
@@ -273,7 +304,8 @@ class Drain:
             head = Head(changes, retries, deaths, claimed.fence, expires)
             verdict = yield partial(self._calls.handle, head)
             if verdict is not None:
-                if not buffer.done or (yield from self._commit(retries)):
+                commit = self._commit(retries) if buffer.done else self._settle()
+                if (yield from commit):
                     yield self._ending(verdict)
                 return
             if not buffer.done:
@@ -284,10 +316,12 @@ class Drain:
             careful = deaths > 0
             retries = deaths = 0
             late = clock() - first_done >= _GROUP_SECONDS
-            if over or careful or late or buffer.done >= _GROUP or not buffer.entries:
+            if over or careful or not buffer.entries:
                 if not (yield from self._commit(retries, leave=over)):
                     return
                 self._more = True
+            elif (late or buffer.done >= _GROUP) and not (yield from self._send()):
+                return
 
     def _is_over(self, began: float) -> bool:
         limits = self._limits
@@ -296,6 +330,8 @@ class Drain:
 
     def _commit(self, retries: int, leave: bool = False) -> Generator[Step, Any, bool]:
         """Commit what is done, and read more if needed; return whether the lease goes on."""
+        if not (yield from self._settle()):
+            return False
         lease, buffer = self._lease, self._buffer
         kept = len(buffer.entries)
         wanted = MOST_ENTRIES if buffer.count < self._calls.size else 0
@@ -318,6 +354,28 @@ class Drain:
         self._more = bool(found)
         return (yield from self._read(found, retries))
 
+    def _send(self) -> Generator[Step, Any, bool]:
+        """Send a commit of what is done; return whether the lease goes on."""
+        if not (yield from self._settle()):
+            return False
+        lease, buffer = self._lease, self._buffer
+        self._number += 1
+        place = lease.lane, lease.token, lease.seconds, self._number
+        moment, keys, kept = lease.clock(), buffer.keys, len(buffer.entries)
+        result = yield partial(self._store.send_commit, *place, buffer.commit(), kept)
+        self._sent = _Sent(result, moment, keys)
+        return True
+
+    def _settle(self) -> Generator[Step, Any, bool]:
+        """Wait for the result of the commit that was sent; return whether the lease goes on."""
+        sent, self._sent = self._sent, None
+        if sent is None:
+            return True
+        if (yield sent.result) is None:
+            return False
+        self._lease.asked_at(sent.moment)
+        return True
+
     def _read(self, texts: list[bytes], retries: int) -> Generator[Step, Any, bool]:
         """Decode entries; return False if one cannot be read, and the lane sleeps."""
         try:
@@ -337,6 +395,8 @@ class Drain:
             changes: Their number.
         """
         lease, buffer = self._lease, self._buffer
+        if self._sent is not None:
+            self._sent.result()
         marker = buffer.marker()
         if verdict is None and marker is not None:
             self._store.open(lease.lane, lease.token, marker.barrier)

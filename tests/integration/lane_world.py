@@ -54,11 +54,43 @@ class Faults:
     """How many of each may happen in one schedule."""
 
     crash: int = 3
+    crash_rate: float = 0.01
     freeze: int = 0
     lost_wake: int = 3
+    cut: int = 3
     retry: int = 4
     block: int = 1
     pause: int = 1
+
+
+class Flight:
+    """A commit that was sent and may arrive at any moment, or never if its sender is gone."""
+
+    def __init__(self, token, arrive):
+        self.token, self.arrive = token, arrive
+        self.arrived = False
+        self.reply = None
+
+    def land(self):
+        self.arrived = True
+        try:
+            self.reply = self.arrive()
+        except LostLease as error:
+            self.reply = error
+
+
+class SlowStore(LaneStore):
+    """Lanes on a server that receives the commits that were sent when the world lets it."""
+
+    def __init__(self, client, key, clock, world):
+        super().__init__(client, key, clock)
+        self._world = world
+
+    def send_commit(self, *arguments):
+        commit = partial(self.commit, *arguments, most=0)
+        flight = Flight(arguments[1], commit)
+        self._world.flights.append(flight)
+        return partial(self._world.result, flight, commit)
 
 
 @dataclass
@@ -84,18 +116,22 @@ class Process:
 class World:
     """One schedule."""
 
-    def __init__(self, client, seed, faults, twice=0.1, lanes=3, changes=8, size=1, processes=3):
+    def __init__(
+        self, client, seed, faults, twice=0.1, lanes=3, keys=5, changes=8, size=1, processes=3
+    ):
         self.random = random.Random(seed)
         self.client = client
         self.faults, self.happened = faults, {"crash": 0, "freeze": 0}
         self.twice, self.lanes, self.size = twice, lanes, size
         self.now = 1000.0
         self.turn = 0
-        self.store = LaneStore(client, KEY, lambda: self.now)
+        self.store = SlowStore(client, KEY, lambda: self.now, self)
+        #: The commits that may still arrive.
+        self.flights = []
         self.push_script = client.register_script(PUSH)
         self.barrier_script = client.register_script(BARRIER)
         self.todo = list(range(changes))
-        self.key = {n: self.random.randrange(5) for n in self.todo}
+        self.key = {n: self.random.randrange(keys) for n in self.todo}
         #: The lanes of each change: one, two (an UPDATE of the key) or all (a TRUNCATE).
         self.lanes_of = {n: self._lanes_of(n) for n in self.todo}
         self.processes = [None] * processes
@@ -208,6 +244,23 @@ class World:
             return False
         return True
 
+    def land(self):
+        """Let one of the commits arrive."""
+        flight = self.random.choice(self.flights)
+        self.flights.remove(flight)
+        flight.land()
+
+    def result(self, flight, commit):
+        """Wait for the result of a commit, or send it again on another connection."""
+        if self.may("cut", 0.1):
+            return commit()  # the first one may have arrived, or arrive later
+        if not flight.arrived:
+            self.flights.remove(flight)
+            flight.land()
+        if isinstance(flight.reply, LostLease):
+            raise flight.reply
+        return flight.reply
+
     def verdict(self, process):
         n = process.running[0]
         if self.may("retry", 0.1):
@@ -247,6 +300,9 @@ class World:
         """A process dies; its parent may notice and give the lane back."""
         process, self.processes[index] = self.processes[index], None
         self.happened["crash"] += 1
+        if self.random.random() < 0.5:
+            token = process.lease.token  # what it has sent is lost with its machine
+            self.flights = [flight for flight in self.flights if flight.token != token]
         if self.random.random() < 0.5:
             release = partial(
                 self.store.release,
@@ -334,10 +390,14 @@ class World:
             elif kind < 0.21 and (self.paused or self.may("pause", 0.3)):
                 self.paused = not self.paused
                 self.configure()
+            elif kind < 0.26 and self.flights:
+                self.land()
             else:
                 self.move(self.random.randrange(len(self.processes)))
             if not self.todo and not any(self.processes) and not self.client.llen(QUEUE):
                 self.now += 10  # only time helps
+        while self.flights:
+            self.land()
         self.check()
         left = self.client.hgetall(f"{KEY}.state")
         handlers = {
@@ -367,7 +427,7 @@ class World:
             return
         if process.frozen_until > self.turn:
             return
-        if self.may("crash", 0.01):
+        if self.may("crash", self.faults.crash_rate):
             self.crash(index)
             return
         if self.may("freeze", 0.02):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from example_project.servers import wait_until
 from flash_celery import on_change
 from flash_celery.commands import lanes
 from flash_celery.dead_letters.queue import DeadLetterFilter, DeadLetterQueue
@@ -27,19 +28,24 @@ from flash_celery.publishing.brokers.lane_overview import Overview
 from flash_celery.publishing.brokers.lane_store import Done, LaneStore, LostLease
 from flash_celery.publishing.brokers.redis_position import in_one_step
 from tests.integration.lane_world import KEY, LEASE, PUSH, QUEUE, Faults, World, delivery
+from tests.proxy import Proxy, Way
 
 ROOT = Path(__file__).parents[2]
 #: Schedules of each kind; `make long` runs many more.
-SCHEDULES = int(os.environ.get("FLASH_SCHEDULES", 250))
+SCHEDULES = int(os.environ.get("FLASH_SCHEDULES", 200))
 
 #: Tests of each kind, so that none takes long on a busy machine.
 PARTS = 5
 #: Changes of one schedule.
-CHANGES = 8 if SCHEDULES == 250 else 20
+CHANGES = 8 if SCHEDULES == 200 else 20
 #: The faults of one schedule, and what else differs.
 KINDS = {
     "no faults": ({"crash": 0, "lost_wake": 0}, {}),
     "crashes": ({"crash": 4}, {}),
+    "commits lost": (
+        {"crash": 10, "crash_rate": 0.2, "retry": 0},
+        {"lanes": 1, "keys": 2, "processes": 1, "changes": 20},
+    ),
     "frozen": ({"crash": 1, "freeze": 2}, {}),
     "batches": ({"crash": 3}, {"size": 4}),
 }
@@ -56,7 +62,7 @@ def client(valkey):
 def test_lanes_keep_the_order_in_every_schedule(client, kind, part):
     faults, options = KINDS[kind]
     for seed in range(part, SCHEDULES, PARTS):
-        world = World(client, seed, Faults(**faults), changes=CHANGES, **options)
+        world = World(client, seed, Faults(**faults), **{"changes": CHANGES, **options})
         try:
             world.run()
         except AssertionError as error:
@@ -125,7 +131,7 @@ def drain(lane, handler, before=lambda name: None, token="a"):
             step = steps.send(reply)
         except StopIteration:
             return
-        name = getattr(step, "func", step).__name__
+        name = getattr(getattr(step, "func", step), "__name__", "result")
         if name != "handle":
             handler.steps.append(name)
         before(name)
@@ -167,7 +173,15 @@ def test_drain_commits_before_another_change_of_the_same_key(lane):
     lane.push(1, 2, 1, 3)
     handler = Handler()
     drain(lane, handler)
-    assert handler.steps == ["claim", 0, 1, "commit", 2, 3, "commit"]
+    # Sent before the change in between, and confirmed before the next change of the key.
+    assert handler.steps == ["claim", 0, "send_commit", 1, "result", 2, 3, "commit"]
+
+
+def test_drain_waits_for_the_commit_of_a_key_whose_changes_follow_each_other(lane):
+    lane.push(1, 1, 2)
+    handler = Handler()
+    drain(lane, handler)
+    assert handler.steps == ["claim", 0, "commit", 1, 2, "commit"]
 
 
 def test_commit_that_arrives_after_later_ones_removes_nothing(lane):
@@ -424,6 +438,59 @@ def test_drain_counts_a_death_only_if_its_process_ends(
     with pytest.raises(type(error)):
         wake._run(Drain(lease, Failing()), lease)
     assert lease.store.claim("0", "b", LEASE).deaths == deaths
+
+
+def sent(store, number=1, token="a"):
+    return store.send_commit("0", token, LEASE, number, Done(0, number, 1), 1)
+
+
+def test_commit_whose_connection_is_cut_is_sent_again(lane, valkey):
+    lane.push(1, 2, 3)
+    lane.claim()
+    with Proxy(valkey.port) as proxy, redis.Redis(port=proxy.port, db=9) as client:
+        store = LaneStore(client, KEY, lambda: lane.now)
+        assert sent(store)() == []
+        proxy.stall(Way.TO_CLIENT)
+        result = sent(store, 2)
+        wait_until(lambda: lane.cursor() == 2, "the commit to arrive")
+        proxy.cut()
+        proxy.heal()
+        assert result() == []
+        assert result() == []
+        assert lane.cursor() == 2
+        proxy.refuse()
+        proxy.cut()
+        result = sent(store, 3)  # cannot even be sent
+        with pytest.raises(redis.ConnectionError):
+            result()
+        proxy.heal()
+        assert result() == []
+        assert lane.cursor() == 3
+
+
+def test_commit_is_sent_to_a_server_that_does_not_know_its_script_yet(lane):
+    lane.push(1)
+    lane.claim()
+    lane.client.script_flush()
+    assert sent(lane.store)() == []
+    assert lane.cursor() == 1
+
+
+def test_commits_that_are_sent_use_connections_again(lane):
+    lane.push(1, 2, 3)
+    lane.claim()
+    before = lane.client.info("stats")["total_connections_received"]
+    for number in (1, 2, 3):
+        assert sent(lane.store, number)() == []
+    assert lane.client.info("stats")["total_connections_received"] == before + 1
+
+
+def test_commit_that_was_sent_tells_that_the_lease_is_lost(lane):
+    lane.push(1)
+    lane.claim()
+    result = sent(lane.store, token="other")
+    with pytest.raises(LostLease):
+        result()
 
 
 def test_lanes_are_drained_while_redis_is_full(lane, configured):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from . import lane_scripts as scripts
@@ -45,6 +46,29 @@ class LostLease(Exception):
     """Another drain has the lane, because this one's lease had run out."""
 
 
+def _commit_words(
+    lane: str,
+    token: str,
+    lease: float,
+    number: int,
+    done: Done,
+    kept: int,
+    leave: bool,
+    most: int,
+) -> tuple[Any, ...]:
+    """Return the arguments of `COMMIT` after the time."""
+    counts = done.entries, done.cursor, done.changes, kept, most, MOST_BYTES
+    return lane, token, lease, number, *counts, "leave" if leave else ""
+
+
+def _committed(reply: Sequence[bytes]) -> list[bytes] | None:
+    """Return the result of `LaneStore.commit`."""
+    code, *entries = reply
+    if code == b"lost":
+        raise LostLease
+    return entries if code == b"ok" else None
+
+
 class LaneStore:
     """The lanes of a handler. Methods may be called by several threads.
 
@@ -59,14 +83,22 @@ class LaneStore:
         self.key = key
         self._clock = clock
         self._scripts: dict[str, Any] = {}
+        from .sent_commands import Links  # needs a client of Redis
+
+        self._links = Links(client.connection_pool)
 
     def _call(self, name: str, *arguments: Any, keys: Sequence[str] = ()) -> Any:
-        now = "" if self._clock is None else repr(self._clock())
+        return self._script(name)(keys=[self.key, *keys], args=[self._now(), *arguments])
+
+    def _now(self) -> str:
+        return "" if self._clock is None else repr(self._clock())
+
+    def _script(self, name: str) -> Any:
         script = self._scripts.get(name)
         if script is None:
             script = self.client.register_script(getattr(scripts, name))
             self._scripts[name] = script
-        return script(keys=[self.key, *keys], args=[now, *arguments])
+        return script
 
     def configure(
         self,
@@ -157,23 +189,30 @@ class LaneStore:
         Raises:
             LostLease: Another drain has the lane.
         """
-        code, *entries = self._call(
-            "COMMIT",
-            lane,
-            token,
-            lease,
-            number,
-            done.entries,
-            done.cursor,
-            done.changes,
-            kept,
-            most,
-            MOST_BYTES,
-            "leave" if leave else "",
+        words = _commit_words(lane, token, lease, number, done, kept, leave, most)
+        return _committed(self._call("COMMIT", *words))
+
+    def send_commit(
+        self, lane: str, token: str, lease: float, number: int, done: Done, kept: int
+    ) -> Callable[[], list[bytes] | None]:
+        """Send a commit that reads no entries; return the function that waits for its result.
+
+        That function may be called again after an error.
+
+        Args:
+            lane: The number of the lane.
+            token: Identifies the drain.
+            lease: Seconds.
+            number: Counts the commits of this token.
+            done: The changes that are done since the last commit.
+            kept: How many entries the caller still has.
+        """
+        again = partial(self.commit, lane, token, lease, number, done, kept, most=0)
+        words = _commit_words(lane, token, lease, number, done, kept, False, 0)
+        sha = self._script("COMMIT").sha
+        return self._links.send(
+            ("EVALSHA", sha, 1, self.key, self._now(), *words), _committed, again
         )
-        if code == b"lost":
-            raise LostLease
-        return entries if code == b"ok" else None
 
     def renew(self, lane: str, token: str, lease: float) -> bool:
         """Extend the lease; return whether it is still this token's."""
