@@ -11,7 +11,7 @@ import time
 from celery import Celery
 
 from benchmarks.notes import NOTE
-from flash_celery import Changes, on_change
+from flash_celery import Changes, Ordered, on_change
 
 app = Celery("benchmarks", broker=os.environ.get("BENCH_BROKER"))
 app.conf.flash_dsn = os.environ.get("BENCH_DSN")
@@ -23,6 +23,8 @@ app.conf.worker_log_format = "%(created)f %(levelname)s %(message)s"
 app.conf.update(json.loads(os.environ.get("BENCH_CONF", "{}")))
 
 BATCH = int(os.environ.get("BENCH_BATCH", "500"))
+#: One key in so many fails, and is retried after so many seconds.
+FAILING, COUNTDOWN = json.loads(os.environ.get("BENCH_FAILING", "[1, 60]"))
 
 
 @functools.cache
@@ -46,6 +48,21 @@ def handle(argument):
     now = time.time()
     packed = [NOTE.pack(started, now, c.commit_lsn, c.ordinal, c.key["id"]) for c in changes]
     os.write(notes(), b"".join(packed))
+
+
+@app.task(name="slow")
+def slow(change):
+    """Note a change, and take a while."""
+    handle.run(change)
+    time.sleep(0.02)
+
+
+@app.task(name="failing", bind=True, max_retries=1)
+def failing(self, change):
+    """Note a change; some keys are retried once, after a countdown."""
+    if change.key["id"] % FAILING == 0 and not self.request.retries:
+        raise self.retry(countdown=COUNTDOWN)
+    handle.run(change)
 
 
 @app.task(name="row")
@@ -93,6 +110,39 @@ def fifty_handlers():
         elsewhere(number)
 
 
-HANDLERS = {f.__name__: f for f in (batched, single, filtered, thousand_tables, fifty_handlers)}
+def ordered():
+    """Declare one call for each change, in the order of each customer."""
+    on_change("orders", ordered="customer_id")(handle)
+
+
+def ordered_batched():
+    """Declare calls for up to BATCH changes, in the order of each customer."""
+    on_change("orders", ordered="customer_id", batch=BATCH)(handle)
+
+
+def one_lane():
+    """Declare a slow handler that gets all changes one at a time."""
+    on_change("orders", ordered=Ordered(lanes=1))(slow)
+
+
+def some_fail():
+    """Declare a handler that fails for some keys."""
+    on_change("orders", ordered=True)(failing)
+
+
+HANDLERS = {
+    function.__name__: function
+    for function in (
+        batched,
+        single,
+        filtered,
+        thousand_tables,
+        fifty_handlers,
+        ordered,
+        ordered_batched,
+        one_lane,
+        some_fail,
+    )
+}
 if name := os.environ.get("BENCH_HANDLER"):
     HANDLERS[name]()

@@ -73,7 +73,16 @@ class Process:
 class Project:
     """`benchmarks.app` on a database and a broker; its processes end with the block."""
 
-    def __init__(self, dsn, broker, handler="", slot="flash_replication", conf=None, batch=500):
+    def __init__(
+        self,
+        dsn,
+        broker,
+        handler="",
+        slot="flash_replication",
+        conf=None,
+        batch=500,
+        failing=(1, 60),
+    ):
         self.folder = Path(tempfile.mkdtemp(prefix="bench-"))
         self.notes_file = self.folder / "notes"
         self.processes = []
@@ -86,6 +95,7 @@ class Project:
             "BENCH_SLOT": slot,
             "BENCH_CONF": json.dumps(conf or {}),
             "BENCH_BATCH": str(batch),
+            "BENCH_FAILING": json.dumps(failing),
             "BENCH_NOTES": str(self.notes_file),
         }
 
@@ -139,6 +149,10 @@ class Project:
             if self._size() > size:
                 size, deadline = self._size(), time.monotonic() + timeout
         time.sleep(0.2)  # for notes that should not come
+        return self.notes()
+
+    def notes(self):
+        """Return the handlers' notes so far."""
         notes = self.notes_file.read_bytes() if self._size() else b""
         return list(NOTE.iter_unpack(notes[: len(notes) // NOTE.size * NOTE.size]))
 

@@ -1,0 +1,312 @@
+"""Ordered handlers, beside ordinary tasks in the same runs.
+
+Lanes are filled before the worker starts, and the replication worker has ended by then. Each run is
+verified like the others, and the changes of each key must have been handled in their order.
+"""
+
+import signal
+from collections import defaultdict
+from contextlib import contextmanager
+from itertools import pairwise
+from types import SimpleNamespace
+
+import redis
+
+from benchmarks import latency as latencies
+from benchmarks.databases import Source, Workload
+from benchmarks.project import Project
+from benchmarks.results import Goal, Line
+from benchmarks.verify import Wrong, compare, places_of, valkey_bodies
+from example_project.servers import wait_until
+from flash_celery.messages import lane_entries
+from tests.proxy import Proxy
+
+#: The orders belong to so many customers, by whom they are kept in order.
+KEYS = 1000
+PLAIN = "a task for each, same worker"
+#: Seconds of the lease where a whole worker is killed.
+LEASE = 5
+#: How many keys fail, and the seconds until they are retried.
+FAILING, COUNTDOWN = 64, 60
+#: The round trip to a distant broker, in seconds.
+ROUND_TRIP = 0.002
+
+
+def ordered(bench):
+    """One call for each change in lanes, batches, latency, recovery, and keys that fail."""
+    for measure in MEASUREMENTS:
+        measure(bench)
+
+
+def calls(bench):
+    """Measure one call for each change, with one process and with two."""
+    many, few = _backlogs(bench, 100_000, 3000)
+    line = _line(f"{many.rows:,} changes of {KEYS:,} keys in lanes, one call each, worker -c 1")
+    plain = line.against(PLAIN, Goal(10))
+    double = _line("the same, worker -c 2")
+    against_one = double.against("worker -c 1", Goal(1.6))
+    for run in bench.each_run("ordered: one call for each change"):
+        before, _ = handled(bench, few, "single")
+        rate, details = handled(bench, many, "ordered")
+        after, _ = handled(bench, few, "single")
+        rate_of_two, details_of_two = handled(bench, many, "ordered", "-c", "2")
+        alone = (before + after) / 2
+        _note(line, rate, details, plain, alone)
+        _note(double, rate_of_two, details_of_two, against_one, rate)
+        bench.say(
+            f"  ordered, run {run}: {rate:,.0f} changes/s, {rate / alone:.1f} x one by one "
+            f"({alone:,.0f}/s); -c 2 {rate_of_two:,.0f}, {rate_of_two / rate:.2f} x"
+        )
+    bench.add(line)
+    bench.add(double)
+
+
+def batches(bench):
+    """Measure batches of 500: how fast they are enqueued, and handled."""
+    backlog = bench.backlog(Workload(bench.size(300_000), handler="ordered"))
+    plain = bench.backlog(Workload(backlog.rows))
+    drain = _line(f"{backlog.rows:,} changes drained into lanes")
+    against_queue = drain.against("into ordinary batches of 500", Goal(0.6))
+    handle = _line(f"{backlog.rows:,} changes, batch=500 with ordered=, worker -c 1")
+    unordered = handle.against("batch=500 without", Goal(0.7))
+    for run in bench.each_run("ordered: batches of 500"):
+        theirs = filled_and_handled(bench, plain, "batched")
+        ours = filled_and_handled(bench, backlog, "ordered_batched")
+        for line, comparison, mine, other in zip(
+            (drain, handle), (against_queue, unordered), ours[:2], theirs[:2], strict=True
+        ):
+            _note(line, mine, ours[2], comparison, other)
+        bench.say(
+            f"  ordered, run {run}: drained {ours[0]:,.0f} and {theirs[0]:,.0f} changes/s, "
+            f"handled {ours[1]:,.0f} and {theirs[1]:,.0f}; "
+            f"{ours[2]['changes_per_entry']} changes an entry"
+        )
+    bench.add(drain)
+    bench.add(handle)
+
+
+def quiet(bench):
+    """Measure the time from commit to handler in quiet lanes, beside an ordinary task."""
+    seconds = bench.seconds(6)
+    with bench.valkey() as broker:
+        plain = Source(bench.database(), broker, "single")
+        lanes = Source(bench.database(), broker, "ordered")
+    lines, comparisons = {}, {}
+    for name, bound in {"p50": 1.2, "p99": 1.3}.items():
+        lines[name] = _line(f"commit to handler in a quiet lane, {latencies.RATE}/s, {name}", "ms")
+        comparisons[name] = lines[name].against("an ordinary task", Goal(bound, at_least=False))
+    for run in bench.each_run("ordered: latency"):
+        theirs, _ = latencies.replicated(bench, plain, seconds)
+        ours, details = latencies.replicated(bench, lanes, seconds, "ordered")
+        for name, line in lines.items():
+            percent = latencies.PERCENTILES[name][0]
+            mine, other = (latencies.percentile(each, percent) for each in (ours, theirs))
+            _note(line, mine, details, comparisons[name], other)
+            bench.say(f"  ordered, run {run}, {name}: {mine:.2f} ms, ordinary {other:.2f} ms")
+    for line in lines.values():
+        bench.add(line)
+
+
+def recovery(bench):
+    """Measure how long a lane stands still after a kill of its process, and of its worker."""
+    backlog = bench.backlog(Workload(300, handler="one_lane"))
+    child = _line("a lane stands still after SIGKILL of its process", "s")
+    child.goal = Goal(1, at_least=False)
+    worker = _line(f"a lane stands still after SIGKILL of its worker, lease {LEASE} s", "s")
+    worker.goal = Goal(LEASE + 2, at_least=False)
+    for run in bench.each_run("ordered: recovery"):
+        for line, whole in ((child, False), (worker, True)):
+            gap, details = stood_still(bench, backlog, whole)
+            line.values.append(gap)
+            line.details.append(details)
+            bench.say(f"  ordered, run {run}: {line.what}: {gap:.2f} s")
+    bench.add(child)
+    bench.add(worker)
+
+
+def failing(bench):
+    """Measure whether keys that are retried slow down the lanes of the others; one run each."""
+    rows, countdown = bench.size(1_000_000), bench.seconds(COUNTDOWN)
+    backlog = bench.backlog(Workload(rows, handler="some_fail"))
+    bench.doing(f"ordered: {FAILING} of {rows:,} keys fail")
+    # A key beyond the last one: none fails.
+    without, _, _ = seconds_in_lanes(bench, backlog, rows + 1, countdown)
+    every = max(rows // FAILING, 1)
+    times, lanes, details = seconds_in_lanes(bench, backlog, every, countdown)
+    held = {lane for lane, keys in lanes.items() if any(key % every == 0 for key in keys)}
+    share = len(held) / len(lanes)
+    line = _line(
+        f"{rows:,} keys, {FAILING} retried after {countdown:g} s: p99 in the "
+        f"{1 - share:.0%} of the lanes that none of them holds up",
+        "s",
+    )
+    comparison = line.against("the same lanes, no key fails", Goal(1.1, at_least=False))
+    clean = [key for lane, keys in lanes.items() if lane not in held for key in keys]
+    mine, other = (latencies.percentile([of[key] for key in clean], 99) for of in (times, without))
+    _note(line, mine, details, comparison, other)
+    bench.say(f"  ordered: {line.what} {mine:.1f} s; no key fails {other:.1f} s")
+    bench.add(line)
+
+
+def distant(bench):
+    """Measure one call for each change with a distant broker."""
+    many, few = _backlogs(bench, 20_000, 1000)
+    line = _line(f"{many.rows:,} changes in lanes, broker {ROUND_TRIP * 1000:g} ms away, -c 1")
+    plain = line.against(PLAIN)
+    for run in bench.each_run("ordered: a distant broker"):
+        alone, _ = handled(bench, few, "single", far=True)
+        rate, details = handled(bench, many, "ordered", far=True)
+        _note(line, rate, details, plain, alone)
+        bench.say(f"  ordered, run {run}: far away {rate:,.0f} changes/s, alone {alone:,.0f}")
+    bench.add(line)
+
+
+#: What `ordered` measures. Lines for `once=` and for lanes on RabbitMQ belong here, too.
+MEASUREMENTS = (calls, batches, quiet, recovery, failing, distant)
+
+
+def handled(bench, backlog, handler, *options, far=False):
+    """Return changes per second of a worker whose queue or lanes are full, and details."""
+    with bench.valkey() as broker:
+        _fill(backlog, broker, handler)
+        with _away(broker, far) as reached:
+            rate, details, _ = _work_off(backlog, reached, handler, options)
+    return rate, details
+
+
+def filled_and_handled(bench, backlog, handler):
+    """Return changes per second enqueued, and handled by one process, and details."""
+    with bench.valkey() as broker:
+        enqueued = _fill(backlog, broker, handler)
+        if handler == "batched":
+            details = compare(backlog.places, places_of(valkey_bodies(broker)), handler)
+        else:
+            entries = entries_of(broker)
+            found = sorted(place for places in entries for place in places)
+            details = compare(backlog.places, found, handler)
+            details["changes_per_entry"] = round(backlog.rows / len(entries), 1)
+        rate, _, _ = _work_off(backlog, broker, handler, ())
+    return enqueued, rate, details
+
+
+def stood_still(bench, backlog, whole):
+    """Kill what drains the only lane; return the longest time without a change, and details."""
+    with bench.valkey() as broker:
+        _fill(backlog, broker, "one_lane")
+        conf = {"flash_lane_lease": LEASE}
+        with Project(backlog.dsn, broker, "one_lane", conf=conf) as project:
+            worker = project.worker()
+            wait_until(lambda: len(project.notes()) > backlog.rows // 5, "some changes")
+            children = worker.measured.children()
+            if whole:
+                worker.end(signal.SIGKILL)
+                project.processes.remove(worker)
+            for child in children:
+                child.kill()
+            if whole:
+                project.worker()
+            notes = project.noted(backlog.rows, timeout=LEASE + 30)
+    starts = [note[0] for note in notes]
+    # The change that was under way may come again.
+    details = compare(backlog.places, list(dict.fromkeys(note[2:] for note in notes)), "recovery")
+    details["repeated"] = len(notes) - backlog.rows
+    return max(b - a for a, b in pairwise(starts)), details
+
+
+def seconds_in_lanes(bench, backlog, every, countdown):
+    """Return the seconds until each key was handled, the keys of each lane, and details."""
+    with bench.valkey() as broker:
+        _fill(backlog, broker, "some_fail")
+        lanes = lanes_of(broker)
+        failing = every, countdown
+        _, details, notes = _work_off(backlog, broker, "some_fail", (), failing=failing)
+    begun = min(note[0] for note in notes)
+    return {note[4]: note[1] - begun for note in notes}, lanes, details
+
+
+def entries_of(broker):
+    """Return the places of each entry of the lanes."""
+    return [places for entries in _lanes(broker).values() for places in entries]
+
+
+def lanes_of(broker):
+    """Return the keys that wait in each lane."""
+    return {
+        lane: [key for places in entries for _, _, key in places]
+        for lane, entries in _lanes(broker).items()
+    }
+
+
+def _lanes(broker):
+    lanes = {}
+    with redis.Redis(port=broker.port) as client:
+        (handler,) = client.smembers("_flash.ordered")
+        for lane in range(int(client.hget(handler + b".state", "lanes"))):
+            texts = client.lrange(b"%s.%d" % (handler, lane), 0, -1)
+            lanes[lane] = [
+                [(int(c.commit_lsn), c.ordinal, c.key["id"]) for c in entry.changes]
+                for entry in map(lane_entries.decode, texts)
+            ]
+    return lanes
+
+
+@contextmanager
+def _away(broker, far):
+    """Return the broker, or one that is as far away as a distant one."""
+    if not far:
+        yield broker
+        return
+    with Proxy(broker.port) as proxy:
+        proxy.delay(ROUND_TRIP / 2)
+        yield SimpleNamespace(url=f"redis://127.0.0.1:{proxy.port}/0")
+
+
+def _backlogs(bench, many, few):
+    """Return backlogs for an ordered handler and for an ordinary one."""
+    return (
+        bench.backlog(Workload(bench.size(many), handler="ordered")),
+        bench.backlog(Workload(bench.size(few), handler="single")),
+    )
+
+
+def _fill(backlog, broker, handler):
+    """Enqueue a backlog, and end the replication worker; return changes per second."""
+    slot = backlog.again()
+    with Project(backlog.dsn, broker, handler, slot) as project:
+        worker = project.replicate()
+        started = worker.logged_at("Replicating the slot")
+        ended = backlog.database.until_confirmed(slot, backlog.end, worker.alive)
+    return backlog.rows / (ended - started)
+
+
+def _work_off(backlog, broker, handler, options, failing=(1, 0)):
+    """Run a worker until everything is handled; return its rate, details and the notes."""
+    with Project(backlog.dsn, broker, handler, failing=failing) as project:
+        project.worker(*options)
+        notes = project.noted(backlog.rows, timeout=max(60, 2 * failing[1]))
+    name = f"worker, {handler} {' '.join(options)}"
+    details = compare(backlog.places, sorted(note[2:] for note in notes), name)
+    if handler.startswith("ordered"):
+        in_order(notes, name)
+    started, ended = min(note[0] for note in notes), max(note[1] for note in notes)
+    return backlog.rows / (ended - started), details, notes
+
+
+def in_order(notes, name):
+    """Check that the changes of each key were handled in their order."""
+    last = defaultdict(lambda: (0, -1))
+    for _, _, lsn, ordinal, key in notes:
+        customer = key % KEYS
+        if (lsn, ordinal) <= last[customer]:
+            raise Wrong(f"{name}: customer {customer}: order {key} after a newer one")
+        last[customer] = lsn, ordinal
+
+
+def _line(what, unit="changes/s"):
+    return Line("ordered", what, unit)
+
+
+def _note(line, value, details, comparison, other):
+    line.values.append(value)
+    line.details.append(details)
+    comparison.add(other, value / other)
