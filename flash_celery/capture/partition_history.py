@@ -30,6 +30,8 @@ class PartitionHistory:
         self.published: set[int] = set()
         #: The tables of handlers (OIDs), as the session found them when it began.
         self.handled: frozenset[int] = frozenset()
+        #: Tables (OIDs) that were dropped while handlers were on them, perhaps under another name.
+        self.orphans: frozenset[int] = frozenset()
         self.record(recorded or {})
 
     def __contains__(self, oid: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import psycopg
@@ -20,6 +21,7 @@ from ..postgres.column_types import TypeDescription
 from ..protocol import pgoutput
 from ..protocol.lsn import Lsn
 from ..table_name import TableName
+from .lost_rows import LostRows
 from .partition_history import Ancestors, PartitionHistory
 
 logger = logging.getLogger(__name__)
@@ -52,9 +54,14 @@ _INFERRED = (
     "Partition %s was created and removed between two snapshots of the catalog; delivering its "
     "rows as rows of %s"
 )
-_NOT_DELIVERED = (
-    "Rows of %s are not delivered: it was created and removed as a partition between two snapshots "
-    "of the catalog, so its table is unknown; rebuild what depends on these rows"
+#: Why rows are lost.
+_UNKNOWN_PARTITION = (
+    "it was created and removed as a partition between two snapshots of the catalog, so its table "
+    "is unknown"
+)
+_DROPPED = (
+    "the table was dropped before they were read, and no handler names it; a handler that was "
+    "renamed with it cannot be found any more"
 )
 
 
@@ -65,17 +72,25 @@ class RelationCatalog:
         connection: In autocommit, to the stream's database.
         history: The history of partitions. Default: an empty one.
         slot: The slot that the stream reads. Default: one that no commit can wait for.
+        on_lost: Called when the first row of a relation arrives that no handler receives although
+            it should.
     """
+
+    #: The rows of such relations, by OID.
+    lost: Mapping[int, LostRows] = MappingProxyType({})
 
     def __init__(
         self,
         connection: psycopg.Connection[Any],
         history: PartitionHistory | None = None,
         slot: str = "",
+        on_lost: Callable[[LostRows], object] = lambda rows: None,
     ) -> None:
         self._connection = connection
         self._slot = slot
         self._history = history or PartitionHistory()
+        self._on_lost = on_lost
+        self.lost = {}
 
     def settle(
         self,
@@ -183,6 +198,9 @@ class RelationCatalog:
         if not candidates:
             if relation.oid in self._history.handled:
                 raise ReplicationError(_RENAMED.format(escaped(str(own))))
+            if relation.oid in self._history.orphans:
+                self._lose(relation.oid, own, _DROPPED)
+                return ()
             _log(logging.WARNING, _HANDLER_GONE, own)
             return ()
         columns = {(column.name, column.type_oid) for column in relation.columns}
@@ -193,10 +211,19 @@ class RelationCatalog:
         }
         roots = [name for name, above in fitting.items() if fitting.keys().isdisjoint(above)]
         if len(roots) != 1:
-            _log(logging.ERROR, _NOT_DELIVERED, own)
+            self._lose(relation.oid, own, _UNKNOWN_PARTITION)
             return ()
         _log(logging.WARNING, _INFERRED, own, escaped(str(roots[0])))
         return roots
+
+    def _lose(self, oid: int, table: TableName, reason: str) -> None:
+        self.lost = {oid: LostRows(table, reason), **self.lost}
+
+    def report_lost(self, rows: LostRows, transaction: Transaction) -> None:
+        """Report rows that no handler receives, when the first of them arrives."""
+        if rows.first is None:
+            rows.first = transaction
+            self._on_lost(rows)
 
     def _partitioned(self, names: Iterable[TableName]) -> list[CatalogTable]:
         tables = (catalog.find(self._connection, name) for name in sorted(names, key=str))

@@ -151,6 +151,11 @@ class Router:
             for subscription in self._subscriptions
             if subscription.table in (own, *ancestors)
         ]
+        lost = self._catalog.lost.get(relation.oid)
+        if lost is not None:
+            self._catalog.report_lost(lost, transaction)
+            for tag in _TAGS.values():
+                self._routes[tag + relation.oid.to_bytes(4, "big")] = {"": lost.add}
         # There may be thousands of partitions, so they are counted as their table.
         counted = str(interested[0].table if interested else own)
         for operation, tag in (*_TAGS.items(), (Operation.TRUNCATE, b"T")):

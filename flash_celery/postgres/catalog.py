@@ -110,6 +110,14 @@ def describe(connection: psycopg.Connection[Any], oid: int) -> CatalogTable | No
     return _read(connection, sql.SQL("c.oid = %s"), [oid])
 
 
+def existing(connection: psycopg.Connection[Any], oids: Iterable[int]) -> set[int]:
+    """Return those of these relations (OIDs) that exist."""
+    rows = connection.execute(
+        "SELECT oid::int8 FROM pg_class WHERE oid = ANY(%s::int8[]::oid[])", [sorted(oids)]
+    ).fetchall()
+    return {oid for (oid,) in rows}
+
+
 def tree(root: str) -> str:
     """Return a subquery for a table and all its partitions.
 

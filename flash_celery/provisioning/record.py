@@ -15,6 +15,7 @@ import psycopg
 from psycopg import sql
 
 from ..changes.operations import Operation
+from ..postgres import catalog
 from ..postgres.gaps import Gap
 from ..postgres.source import OPERATIONS, Source, publication_name, publication_names
 from ..table_name import TableName
@@ -92,10 +93,7 @@ class Record:
         recorded = {int(oid) for oid in self.identities}.union(
             *self.tables.values(), *self.previous.values()
         )
-        rows = connection.execute(
-            "SELECT oid::int8 FROM pg_class WHERE oid = ANY(%s::int8[]::oid[])", [sorted(recorded)]
-        ).fetchall()
-        existing = {oid for (oid,) in rows}
+        existing = catalog.existing(connection, recorded)
 
         def keep_existing(tables: dict[str, list[int]]) -> dict[str, list[int]]:
             return {
@@ -217,6 +215,9 @@ class PublishedTables:
     tables: dict[TableName, tuple[int, list[str]]]
     #: When that was checked (ISO 8601).
     checked: str
+    #: The tables (OIDs) that were dropped since and may have had another name before: the WAL may
+    #: hold rows of them that no handler's table has.
+    orphans: frozenset[int] = frozenset()
 
     def unpublished(
         self, oid: int, names: Collection[TableName], operations: Collection[str]
@@ -239,7 +240,7 @@ class PublishedTables:
 
         So a worker whose connection is lost again and again does not write each time.
         """
-        if self.tables != published.tables:
+        if (self.tables, self.orphans) != (published.tables, published.orphans):
             return False
         query = "SELECT clock_timestamp() - %s::timestamptz < interval '1 minute'"
         return source.connection.execute(query, [self.checked]).fetchone() == (True,)
@@ -253,7 +254,8 @@ def published_tables(source: Source) -> PublishedTables | None:
             TableName(schema, name): (int(oid), list(operations))
             for schema, name, oid, operations in recorded["tables"]
         }
-        return PublishedTables(tables, str(recorded["checked"]))
+        orphans = frozenset(map(int, recorded.get("orphans", ())))
+        return PublishedTables(tables, str(recorded["checked"]), orphans)
     except (ValueError, TypeError, KeyError):
         return None
 
@@ -268,7 +270,10 @@ def remember_published_tables(source: Source, published: PublishedTables) -> Non
         [name.schema, name.name, oid, operations]
         for name, (oid, operations) in sorted(published.tables.items(), key=str)
     ]
-    text = json.dumps({_TABLES_KEY: {"checked": published.checked, "tables": tables}})
+    value: dict[str, Any] = {"checked": published.checked, "tables": tables}
+    if published.orphans:
+        value["orphans"] = sorted(published.orphans)
+    text = json.dumps({_TABLES_KEY: value})
     ddl.apply(source.connection, [comment_step(source.prefix, Operation.UPDATE, text)])
 
 

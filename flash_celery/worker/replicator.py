@@ -69,6 +69,7 @@ from ..settings import Settings
 from ..telemetry import CONNECTING, STANDBY, STOPPING, STREAMING, WAITING, Telemetry
 from .control import Control, Stopped
 from .lane_sweeper import LaneSweeper
+from .lost_tables import LostTables
 from .pauses import Pauses
 from .refill import Refill, on_lost_broker
 from .session import Session
@@ -145,6 +146,7 @@ class Replicator:
         self.telemetry.unconfirmed = self._publishing.oldest_commit
         self.telemetry.stuck = self.control.seconds_stuck
         self._startup = Startup(settings, subscriptions, self.control)
+        self._lost_tables = LostTables()
         self._pauses = Pauses(app, subscriptions, self._publishing)
         self._progress = Progress()
         #: The history that `_progress` is of; None to begin a new `_progress`.
@@ -219,6 +221,7 @@ class Replicator:
             pass
         finally:
             sweeper.end()
+            self._lost_tables.log_counts()
             self._publishing.end()
             # Sessions wait for the broker; a thread stuck in a socket ends with the process.
             self._publishing.join(1.0)
@@ -418,7 +421,12 @@ class Replicator:
     ) -> Session:
         oversize = Oversize(self._app, self._settings.flash_dead_queue, templates)
         batcher = Batcher(oversize.letter)
-        catalog = RelationCatalog(source.connection, self._startup.partition_history, source.slot)
+        catalog = RelationCatalog(
+            source.connection,
+            self._startup.partition_history,
+            source.slot,
+            partial(self._lost_tables.found, source),
+        )
         sink = BatcherSink(batcher, templates)
         pipeline = Pipeline(
             self._subscriptions,
@@ -436,7 +444,7 @@ class Replicator:
         if templates.lanes and templates.lanes[0].transport is lane_transports.RABBITMQ:
             self._sweeper.watch(templates.lanes)
         watch = SlotWatch(source, stream.pid, self._progress, telemetry=self.telemetry)
-        supervisor = Supervisor(source, self._startup, self._pauses, watch)
+        supervisor = Supervisor(source, self._startup, self._pauses, watch, self._lost_tables)
         session = Session(
             stream, source, pipeline, batcher, self._publishing, claim, self.control, supervisor
         )

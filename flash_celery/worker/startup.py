@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
@@ -17,6 +17,7 @@ from ..errors import CatalogError, PublicationMismatch, SlotInUse, SlotMissing, 
 from ..escaping import escaped
 from ..handlers.subscriptions import Subscription, of_tables
 from ..postgres import catalog, other_publications, slots
+from ..postgres.catalog import CatalogTable
 from ..postgres.gaps import Gap
 from ..postgres.source import Source, publication_name, publication_names
 from ..postgres.stream import ReplicationConnection
@@ -26,12 +27,15 @@ from ..provisioning.preflight import Report
 from ..provisioning.publications import ExistingPublications
 from ..provisioning.record import PublishedTables, Record, partition_ancestors
 from ..settings import Settings
+from ..table_name import TableName
 from .control import Control, Stopped
 
 logger = logging.getLogger(__name__)
 
 #: Seconds after which the log explains why creating a slot takes long.
 _LONG_SECONDS = 3.0
+#: The most tables that were dropped of which rows count as lost.
+_MOST_ORPHANS = 100
 _WAITING_ON_PRIMARY = (
     "Creating the slot %s; PostgreSQL waits for the transactions that are open to end"
 )
@@ -216,6 +220,7 @@ class Startup:
                 for name, table in tables.items()
             },
             now[1],
+            _orphans(source, before, tables),
         )
         writable = self._settings.flash_manage and not report.standby
         for name, (oid, operations) in published.tables.items():
@@ -231,6 +236,7 @@ class Startup:
         history = self.partition_history
         history.handled = frozenset(oid for oid, _ in published.tables.values())
         history.published |= history.handled
+        history.orphans = published.orphans
         self._published = published
         if writable and not (recorded and recorded.is_current(source, published)):
             try:
@@ -351,3 +357,20 @@ class Startup:
         gap = replace(gap, until=slot.confirmed if slot else None, until_time=time)
         record.remember_gap(source, gap)
         logger.error(_GAP, gap)
+
+
+def _orphans(
+    source: Source, before: PublishedTables | None, tables: Mapping[TableName, CatalogTable]
+) -> frozenset[int]:
+    """Return the OIDs of handlers' tables that were dropped, if they may have been renamed before.
+
+    That is so if a handler has a table with a new name. It is not known whose rows these tables
+    had, so they count until the WAL has none of them; a record of many is cut.
+    """
+    if before is None:
+        return frozenset()
+    candidates = set(before.orphans)
+    if tables.keys() - before.tables.keys():
+        candidates |= {oid for name, (oid, _) in before.tables.items() if name not in tables}
+    existing = catalog.existing(source.connection, candidates)
+    return frozenset(sorted(candidates - existing)[-_MOST_ORPHANS:])

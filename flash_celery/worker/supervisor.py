@@ -8,6 +8,7 @@ from enum import Enum
 
 from ..postgres.source import Source
 from ..protocol.lsn import Lsn
+from .lost_tables import LostTables
 from .pauses import Pauses
 from .slot_watch import SlotWatch
 from .startup import Startup
@@ -37,11 +38,19 @@ class Reason(Enum):
 class Supervisor:
     """Checks once a second, on the source's connection, what a session depends on."""
 
-    def __init__(self, source: Source, startup: Startup, pauses: Pauses, watch: SlotWatch) -> None:
+    def __init__(
+        self,
+        source: Source,
+        startup: Startup,
+        pauses: Pauses,
+        watch: SlotWatch,
+        lost_tables: LostTables,
+    ) -> None:
         self._source = source
         self._startup = startup
         self._pauses = pauses
         self._watch = watch
+        self._lost_tables = lost_tables
         #: Whether the whole source is paused.
         self.paused = pauses.whole_source
         #: When the next check is due, by the monotonic clock.
@@ -67,6 +76,7 @@ class Supervisor:
         """
         self.next_check = now + _CHECK_SECONDS
         self._watch.check(received, listening)
+        self._lost_tables.log_counts()
         if self._pauses.changed(self._source) or self._startup.record_lost(self._source):
             if self._record_changed_at is None:
                 self._record_changed_at = now

@@ -6,6 +6,7 @@ import pytest
 
 from flash_celery.errors import ReplicationError
 from flash_celery.protocol.lsn import Lsn
+from flash_celery.worker.lost_tables import LostTables
 from flash_celery.worker.supervisor import Reason, Supervisor
 
 
@@ -40,7 +41,7 @@ def source():
 
 @pytest.fixture
 def check(source):
-    supervisor = Supervisor(source, source, source, source)
+    supervisor = Supervisor(source, source, source, source, LostTables())
 
     def check(now, transaction_open=False):
         reason = supervisor.check(now, Lsn(1), True, transaction_open)
