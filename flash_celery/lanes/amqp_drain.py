@@ -11,8 +11,10 @@ channel had, in its place. Four rules make order of that:
   changes wait.
 - It begins no change unless RabbitMQ has answered lately. See `amqp_link`.
 
-An acknowledgement has no confirm. So after a death or a lost connection the last few changes of a
-lane may come again, in order.
+An acknowledgement has no confirm. So RabbitMQ has to answer another request behind it before a
+second change of its key is handled: after a death or a lost connection the last change of each key
+may come again, before any later one. Quorum queues answer before their leader has written it, so
+there the last few may come again, in order.
 
 A message in a queue cannot be altered. So how often the first change was retried, how many
 processes have died on it, and until when it waits, is in a message of another queue: `Memory`.
@@ -76,6 +78,8 @@ class _Received:
     """A change that RabbitMQ has sent."""
 
     change: Change
+    #: The hashes of its ordering keys.
+    keys: frozenset[int]
     expires: float | None
     tag: int
     redelivered: bool
@@ -109,6 +113,9 @@ class AmqpDrain:
         self._stopping = stopping
         self._died = died
         self._channel: Any = None
+        self._prefetch = max(_PREFETCH, calls.size)
+        #: The keys of changes whose acknowledgement RabbitMQ may not have yet.
+        self._acknowledged: set[int] = set()
         #: Messages that are not taken yet, and how many have not come yet.
         self._buffer: deque[Any] = deque()
         self._outstanding = 0
@@ -133,8 +140,7 @@ class AmqpDrain:
         if depth is None or depth.consumers or not depth.ready:
             return
         self._outstanding = depth.ready
-        prefetch = max(_PREFETCH, self._calls.size)
-        self._channel = self._link.consume(self._lane.name, prefetch, self._receive)
+        self._channel = self._link.consume(self._lane.name, self._prefetch, self._receive)
         try:
             goes_on = self._handle_all()
         finally:
@@ -233,15 +239,18 @@ class AmqpDrain:
     def _handle(self, received: list[_Received]) -> bool:
         """Handle changes in one call, or several if they are retried; return whether it is done."""
         changes, first = [each.change for each in received], received[0]
+        keys = set[int]().union(*(each.keys for each in received))
         if self._memory.id != first.change.id:
             self._memory = Memory(first.change.id)
         while True:
             self._link.verify()
+            self._await_acknowledgements(keys)
             memory = self._memory
             head = Head(changes, memory.retries, memory.deaths, None, first.expires)
             verdict = self._calls.handle(head)
             if verdict is None:
                 self._done(len(changes))
+                self._acknowledged |= keys
                 return True
             assert isinstance(verdict, Later)
             until = time.time() + max(verdict.seconds, 0.0)
@@ -249,6 +258,13 @@ class AmqpDrain:
             if not self._wait_until(until):
                 self._link.publish_later(self._link.wakes.to(self._lane), until - time.time())
                 return False
+
+    def _await_acknowledgements(self, keys: set[int]) -> None:
+        """Wait until RabbitMQ has the acknowledgements of changes of these keys."""
+        if keys & self._acknowledged:
+            with self._link.used():
+                self._channel.basic_qos(0, self._prefetch, False)
+            self._acknowledged.clear()
 
     def _wait_until(self, moment: float) -> bool:
         """Wait until a moment; return False if that is too long, or the worker is stopped."""
@@ -270,8 +286,7 @@ class AmqpDrain:
 
     def _close(self) -> None:
         """Give back what is not acknowledged. RabbitMQ takes the acknowledgements before that."""
-        with self._link.used():
-            self._channel.close()
+        self._link.close_channel(self._channel)
 
     def _look_after(self) -> None:
         """Wake the lane if changes wait that came after this drain's look, or are given back."""
@@ -307,5 +322,5 @@ def _read(message: Any) -> Iterator[_Received]:
     if not isinstance(entry, Entry) or not entry.changes:
         raise PayloadError("This is not a change of a lane.")
     info = message.delivery_info
-    for change in entry.changes:
-        yield _Received(change, entry.expires, info["delivery_tag"], info["redelivered"])
+    for change, keys in zip(entry.changes, entry.keys, strict=True):
+        yield _Received(change, keys, entry.expires, info["delivery_tag"], info["redelivered"])

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from amqp import spec
+
 from ..dead_letters.failed_tasks import setting
 from ..errors import PublishError
 from ..messages.deduplication import now
@@ -163,6 +165,18 @@ class Link:
             channel.basic_qos(0, prefetch, False)
             channel.basic_consume(queue, callback=receive, on_cancel=self._on_cancel)
             return channel
+
+    def close_channel(self, channel: Any) -> None:
+        """Close a channel of `consume`: RabbitMQ puts back what is not acknowledged, in its place.
+
+        `Channel.close` of py-amqp does the same, and warns of each message that comes until then.
+
+        Raises:
+            LostLink: The connection is lost.
+        """
+        with self.used():
+            close = spec.Channel
+            channel.send_method(close.Close, "BsBB", (0, "", 0, 0), wait=close.CloseOk)
 
     def read(self, timeout: float) -> bool:
         """Wait for an event of the connection; return whether there was one.
