@@ -37,6 +37,8 @@ class Call:
 
     #: For `Change.fence`.
     fence: int | None = None
+    #: For `Change.connection`.
+    connection: Any = None
 
 
 _NO_LANE = Call()
@@ -166,6 +168,11 @@ class Change(Generic[RowT]):
         `None` if the change did not come from a lane (`ordered=`).
         """
         return self._call.fence
+
+    @property
+    def connection(self) -> Any:
+        """The database connection of the call, in its transaction (`once=`); else `None`."""
+        return self._call.connection
 
     @property
     def key(self) -> Mapping[str, Any]:
@@ -418,6 +425,11 @@ class Changes(Sequence[Change[RowT]]):
         if isinstance(index, slice):
             return Changes(self._changes[index])
         return self._changes[index]
+
+    @property
+    def connection(self) -> Any:
+        """The database connection of the call, in its transaction (`once=`); else `None`."""
+        return self._changes[0].connection if self._changes else None
 
     def __len__(self) -> int:
         return len(self._changes)

@@ -9,6 +9,7 @@ from ..protocol.lsn import Lsn
 
 #: Ancestors to keep. Each message names them, and a server may have failed over hundreds of times.
 MAX_ANCESTORS = 32
+_GREATEST = Lsn((1 << 64) - 1)
 _LINE = re.compile(rb"^[ \t]*(\d+)[ \t]+([0-9A-Fa-f]+/[0-9A-Fa-f]+)", re.MULTILINE)
 
 
@@ -34,14 +35,22 @@ class History(NamedTuple):
     def __str__(self) -> str:
         return f"{self.system}/{self.timeline}"
 
-    def includes(self, other: History, position: Lsn) -> bool:
-        """Return whether a position of another history is the same position in this one."""
+    def common_end(self, other: History) -> Lsn | None:
+        """Return where the WAL that two histories have in common ends; None if they have none.
+
+        Up to that position, which is excluded, a position is the same in both. Two equal histories
+        have not parted, so it is the greatest position.
+        """
         if self.system != other.system:
-            return False
-        return self.timeline == other.timeline or any(
-            ancestor.timeline == other.timeline and position < ancestor.end
-            for ancestor in self.ancestors
-        )
+            return None
+        mine, theirs = self._ends, other._ends
+        common = mine.keys() & theirs.keys()
+        return max((min(mine[each], theirs[each]) for each in common), default=None)
+
+    @property
+    def _ends(self) -> dict[int, Lsn]:
+        """Where each of its timelines ends; the present one goes on."""
+        return {**dict(self.ancestors), self.timeline: _GREATEST}
 
 
 def read_ancestors(history_file: bytes) -> tuple[Ancestor, ...]:

@@ -147,7 +147,7 @@ def encode(deliveries: Iterable[Delivery]) -> str:
         last, following = same, ordinal + count
         rows += delivered
     return (
-        f'{{"v":{VERSION},"history":[{",".join(map(_history_json, histories))}],'
+        f'{{"v":{VERSION},"history":[{",".join(map(history_json, histories))}],'
         f'"tables":[{",".join(map(_table_json, tables))}],'
         f'"transactions":[{",".join(transactions)}],'
         # Lists of numbers have the same text in Python and JSON; dumps takes twice the time.
@@ -161,7 +161,7 @@ def encode_each(delivery: Delivery) -> Iterator[tuple[str, str, str]]:
     table, transaction, first, part, number, rows, shift = delivery
     commit, suffix = str(transaction.commit_lsn), id_suffix(part, number)
     head = (
-        f'{{"v":{VERSION},"history":[{_history_json(transaction.history)}],'
+        f'{{"v":{VERSION},"history":[{history_json(transaction.history)}],'
         f'"tables":[{_table_json(table)}],'
         f'"transactions":[{_transaction_json(transaction, 0)}],"runs":[[0,0,'
     )
@@ -284,7 +284,8 @@ def _transaction_json(transaction: Transaction, history: int) -> str:
 
 
 @lru_cache(maxsize=64)
-def _history_json(history: History | None) -> str:
+def history_json(history: History | None) -> str:
+    """Return the JSON text of a history."""
     if history is None:
         return "null"
     ancestors = [[timeline, str(end)] for timeline, end in history.ancestors]
@@ -419,7 +420,8 @@ def _name(value: Any) -> str:
     return str(value)
 
 
-def _history_of(value: Any) -> History | None:
+def history_of(value: Any) -> History | None:
+    """Return the history that a JSON value describes."""
     if value is None:
         return None
     system, timeline, *ancestors = _typed(list, value)
@@ -461,7 +463,7 @@ def _run_end_of(part: Any = 0, number: Any = 0, shift: Any = 0) -> tuple[Part, i
 
 def _decode(value: Any) -> list[Change]:
     tables = [_table_of(json.dumps(table)) for table in value["tables"]]
-    histories = [_history_of(history) for history in value["history"]]
+    histories = [history_of(history) for history in value["history"]]
     transactions = [_transaction_of(histories, *one) for one in value["transactions"]]
     rows = a2b_base64(value["rows"])
     changes: list[Change] = []

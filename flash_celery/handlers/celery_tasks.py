@@ -100,6 +100,11 @@ def run_method(task: Any) -> Any:
     return getattr(task, _run_attribute(task))
 
 
+def set_run_method(task: Any, run: Callable[..., Any]) -> None:
+    """Replace what `run_method` returns."""
+    setattr(task, _run_attribute(task), run)
+
+
 def _run_attribute(task: Any) -> str:
     return "_orig_run" if "_orig_run" in vars(task) else "run"
 
@@ -156,7 +161,7 @@ def refuse_lazy_results(task: Any) -> None:
             )
         return result
 
-    setattr(task, _run_attribute(task), run_now)
+    set_run_method(task, run_now)
 
 
 def _is_expression(result: Any) -> bool:
@@ -191,7 +196,7 @@ def convert_arguments(task: Any, convert: Callable[[Any], Any]) -> None:
         converted = {name: convert(value) for name, value in kwargs.items()}
         return run(*map(convert, args), **converted)
 
-    setattr(task, _run_attribute(task), run_converted)
+    set_run_method(task, run_converted)
 
 
 def register_wake(app: Celery) -> None:

@@ -33,7 +33,9 @@ from .celery_tasks import (
     resolve_shared_task,
     when_finalized,
 )
+from .databases import database_of
 from .declarations import Declaration, convert_rows, has_row_types, number_subscriptions
+from .once import run_in_transaction
 from .row_types import RowType
 from .subscriptions import (
     Batch,
@@ -154,6 +156,7 @@ def on_change(
     into: None = ...,
     batch: Any = ...,
     ordered: Any = ...,
+    once: Any = ...,
     queue: str | None = ...,
     acks_late: bool = ...,
     source: str | None = ...,
@@ -169,6 +172,7 @@ def on_change(
     into: type[RowT],
     batch: Any = ...,
     ordered: Any = ...,
+    once: Any = ...,
     queue: str | None = ...,
     acks_late: bool = ...,
     source: str | None = ...,
@@ -183,6 +187,7 @@ def on_change(
     into: Any = None,
     batch: Any = None,
     ordered: Any = None,
+    once: Any = None,
     queue: str | None = None,
     acks_late: bool = True,
     source: str | None = None,
@@ -216,6 +221,10 @@ def on_change(
         ordered: Handle changes with equal keys one at a time and in commit order: `True` for the
             row's key, the name of a column or a list of names, or an `Ordered`.
             Needs Redis or Valkey. Default: no order.
+        once: Run the handler in a transaction of this database, which skips what was handled: the
+            alias of a Django database, a SQLAlchemy `Engine`, or a function that opens a connection
+            of psycopg 3 or SQLAlchemy. `change.connection` is the connection. Needs `ordered`, and
+            the table `flash_celery_marks` there. Default: no transaction.
         queue: The name of the queue. Default: the task's own queue, `flash_routes`, `task_routes`,
             `flash_queue`, in this order.
         acks_late: Whether Celery acknowledges the message after the handler has run. With `False` a
@@ -245,6 +254,7 @@ def on_change(
             into=_row_type_of(into, delivered),
             batch=Batch.of(batch),
             ordered=Ordered.of(ordered, table),
+            once=database_of(once),
             queue=queue,
             acks_late=acks_late,
         )
@@ -372,6 +382,7 @@ def _with_one_order(subscriptions: list[Subscription]) -> list[Subscription]:
             "them."
         )
     order = changes[0].ordered if changes else None
+    _require_one_database(changes)
     if order is None:
         return subscriptions
     first = changes[0]
@@ -381,9 +392,33 @@ def _with_one_order(subscriptions: list[Subscription]) -> list[Subscription]:
             "that wait, up to its size, so leave out wait."
         )
     return [
-        each if each.ordered else replace(each, ordered=replace(order, by=None))
+        each
+        if each.ordered
+        else replace(each, ordered=replace(order, by=None), once=changes[0].once)
         for each in subscriptions
     ]
+
+
+def _require_one_database(subscriptions: list[Subscription]) -> None:
+    """Raise `SubscriptionError` unless the `once=` of one task's subscriptions is usable."""
+    databases = [each.once for each in subscriptions if each.once is not None]
+    if not databases:
+        return
+    handler, database = subscriptions[0].handler, databases[0]
+    if [database] * len(subscriptions) != [each.once for each in subscriptions]:
+        raise SubscriptionError(
+            f"{handler} is declared twice, with a contradiction: give every on_change of it the "
+            "same once=, or none of them."
+        )
+    if subscriptions[0].ordered is None:
+        raise SubscriptionError(
+            f"{handler} has once= without ordered=, and only what comes in order can be compared "
+            "with the last position that was handled; add ordered=True."
+        )
+    try:
+        database.check()
+    except SubscriptionError as error:
+        raise SubscriptionError(f"{handler}: {error}") from None
 
 
 def _declare(target: Any, declaration: Declaration) -> Any:
@@ -422,6 +457,9 @@ def _attach(task: Any, declaration: Declaration) -> None:
     if "_flash_refuses_lazy_results" not in task.__dict__:
         task.__dict__["_flash_refuses_lazy_results"] = True
         refuse_lazy_results(task)
+    if subscription.once is not None and "_flash_runs_once" not in task.__dict__:
+        task.__dict__["_flash_runs_once"] = True
+        run_in_transaction(task, subscription.once)
     if subscription.into is not None and "_flash_converts_rows" not in task.__dict__:
         task.__dict__["_flash_converts_rows"] = True
         convert_arguments(task, partial(convert_rows, task, task.__dict__["flash_subscriptions"]))

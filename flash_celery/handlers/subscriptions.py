@@ -12,6 +12,7 @@ from ..conditions import parsing
 from ..errors import SubscriptionError
 from ..table_name import TableName
 from . import django_models, sqlalchemy_models
+from .databases import MARKS_TABLE, Database
 from .row_types import RowType
 
 _SOURCE_AND_TABLE = re.compile(r'((?:"[^"]*"|[^":])*):(.*)', re.DOTALL)
@@ -131,6 +132,8 @@ class Subscription:
     number: int = 0
     #: The database: a name in `flash_sources`, or "" for the one of `flash_dsn`.
     source: str = ""
+    #: The database in whose transaction the handler runs; None if it runs in none.
+    once: Database | None = field(default=None, repr=False, hash=False)
     #: The class of the rows; the task's message does not depend on it.
     into: RowType | None = field(default=None, repr=False)
 
@@ -233,7 +236,12 @@ def table_of(table: Any, source: Any) -> tuple[str, TableName]:
             f"{prefix}:{table} is in the source {prefix!r}, but source= is {argument!r}; name one "
             "source."
         )
-    return prefix or argument, table_name(table)
+    name = table_name(table)
+    if name.name == MARKS_TABLE:
+        raise SubscriptionError(
+            f"{MARKS_TABLE} cannot have a handler: each call of a handler with once= writes there."
+        )
+    return prefix or argument, name
 
 
 def table_name(table: Any) -> TableName:

@@ -28,10 +28,12 @@ from ..dead_letters import letters, outcome
 from ..dead_letters.failed_tasks import setting, store_letter
 from ..errors import ProcessKilled
 from ..escaping import escaped, text_of
+from ..handlers import once
 from ..handlers.decorators import subscriptions_of_task
 from ..messages.task_ids import task_id_of_batch, task_id_of_change
 from ..messages.task_message import Form, Message
 from .drain import Blocked, Head, Later, Verdict
+from .marks import LaneMark, Layout
 from .time_limits import time_limits
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,8 @@ logger = logging.getLogger(__name__)
 #: Seconds until a change that has neither succeeded nor failed is handled again: its dead letter
 #: cannot be stored, or the handler has rejected it to receive it again.
 _AGAIN_SECONDS = 1.0
+#: The same while the database of `once=` is not set up.
+_WAIT_SECONDS = 5.0
 #: Characters of `argsrepr`.
 _ARGUMENT_LENGTH = 200
 
@@ -53,6 +57,8 @@ class Traced:
     batch: int | None
     #: Whether a change that has failed for good blocks its lane.
     blocks: bool
+    #: Whether marks say what was handled (`once=`).
+    marked: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,8 @@ def traced(app: Any, handler: str, hostname: str) -> Traced:
             return (1, result, duration) if info else (0, shown, duration)
 
         blocks = order is not None and order.on_failure == "block"
-        found = Traced(task, trace, batch.size if batch else None, blocks)
+        marked = bool(subscriptions) and subscriptions[0].once is not None
+        found = Traced(task, trace, batch.size if batch else None, blocks, marked)
         _traced[key] = found
     return found
 
@@ -133,6 +140,9 @@ class HandlerCalls:
         self._request: dict[str, Any] = {}
         #: The soft and the hard time limit of a call, in seconds.
         self._limits: tuple[float | None, float | None] = None, None
+        self._layout = Layout("", 0)
+        #: Returns the digest of the layout before the present one, whose lanes were empty.
+        self.former: Callable[[], str] = lambda: ""
         self.size = handler.batch or 1
         #: Called with the verdict on changes whose handler has reached its hard time limit, and
         #: their number, on another thread and before the process is killed.
@@ -143,6 +153,7 @@ class HandlerCalls:
         value = json.loads(text)
         headers, properties = value["headers"], value["properties"]
         self._form = Form(value["queue"], str(self._task.name), headers, properties)
+        self._layout = Layout(value.get("layout", ""), value.get("lanes", 0), self.former)
         self._request = {
             **headers,
             "hostname": self._hostname,
@@ -180,11 +191,12 @@ class HandlerCalls:
             "argsrepr": call.argsrepr,
             "retries": head.retries,
             "flash_retries": retries,
+            once.MARK: self._mark(head),
         }
         in_call = Call(head.fence)
         for change in head.changes:
             change._call = in_call
-        argument = self._argument(head.changes)
+        argument, mark = self._argument(head.changes), request[once.MARK]
         soft, hard = self._limits
         try:
             with time_limits(soft, hard, partial(self._reached_limit, call)):
@@ -194,6 +206,8 @@ class HandlerCalls:
         finally:
             # `retry(max_retries=)` leaves it on the task, for the next change.
             self._task.__dict__.pop("override_max_retries", None)
+        if mark is not None and mark.waits:
+            return Later(_WAIT_SECONDS, head.retries)
         error = _restored(result) if failed else None
         if retries and not isinstance(error, Retry):
             error = retries[-1]
@@ -204,6 +218,13 @@ class HandlerCalls:
         if error is None or isinstance(error, (Reject, Ignore)):
             return None
         return self._failed(call, error, str(result.traceback))
+
+    def _mark(self, head: Head) -> LaneMark | None:
+        """Return the mark of the changes' lane; None if they are to be handled in any case."""
+        if not self._handler.marked or head.again:
+            return None
+        name = str(self._task.name)
+        return LaneMark(name, self._source, self._layout, head.lane, head.fence)
 
     def _call(self, head: Head) -> _Call:
         changes = head.changes

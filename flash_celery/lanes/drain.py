@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -77,6 +77,10 @@ class Head:
     fence: int | None
     #: Seconds since 1970 after which they are no longer handled; None for never.
     expires: float | None = None
+    #: Whether they are handled even if they were handled before (`once=`).
+    again: bool = False
+    #: The lane; of a barrier's change the first of its lanes, or None if it is not known.
+    lane: int | None = None
 
 
 class Calls(Protocol):
@@ -171,23 +175,26 @@ class _Buffer:
         first = self.entries[0] if self.entries else None
         return first if isinstance(first, Marker) else None
 
-    def take(self, most: int) -> tuple[list[Change], set[int], float | None]:
-        """Return the next changes, their keys and when they expire; they stay in the buffer."""
+    def take(self, most: int) -> tuple[list[Change], set[int], float | None, bool]:
+        """Return the next changes, their keys, when they expire, and whether they come again.
+
+        They stay in the buffer.
+        """
         changes: list[Change] = []
         keys: set[int] = set()
-        expires = None
+        expires, again = None, False
         cursor = self.cursor
         for entry in self.entries:
             if isinstance(entry, Marker) or len(changes) >= most:
                 break
-            if changes and entry.expires != expires:
+            if changes and (entry.expires, entry.again) != (expires, again):
                 break
-            expires = entry.expires
+            expires, again = entry.expires, entry.again
             part = slice(cursor, cursor + most - len(changes))
             changes += entry.changes[part]
             keys.update(*entry.keys[part])
             cursor = 0
-        return changes, keys, expires
+        return changes, keys, expires, again
 
     def keys_after(self, count: int) -> frozenset[int]:
         """Return the keys of the change after the next `count`; none if it is not read yet."""
@@ -284,7 +291,7 @@ class Drain:
                     return
                 self._more = self._more and buffer.count < self._calls.size
                 continue
-            changes, keys, expires = buffer.take(self._calls.size)
+            changes, keys, expires, again = buffer.take(self._calls.size)
             if (marker is not None and buffer.done) or keys & buffer.keys:
                 if not (yield from self._commit(retries)):
                     return
@@ -301,7 +308,8 @@ class Drain:
             if marker is not None:
                 yield from self._cross(marker, Head([], retries, deaths, claimed.fence))
                 return
-            head = Head(changes, retries, deaths, claimed.fence, expires)
+            number = int(lease.lane)
+            head = Head(changes, retries, deaths, claimed.fence, expires, again, number)
             verdict = yield partial(self._calls.handle, head)
             if verdict is not None:
                 commit = self._commit(retries) if buffer.done else self._settle()
@@ -432,7 +440,9 @@ class Drain:
             yield self._ending(Later(_UNREADABLE_SECONDS, head.retries))
             return
         assert isinstance(entry, Entry)
-        head = Head(entry.changes, head.retries, head.deaths, head.fence, entry.expires)
+        head = replace(
+            head, changes=entry.changes, expires=entry.expires, again=entry.again, lane=entry.lane
+        )
         verdict = yield partial(self._calls.handle, head)
         if verdict is not None:
             yield self._ending(verdict)

@@ -83,6 +83,7 @@ def wake(task: Any, source: str, handler: str, lane: str) -> None:
     budget = Limits(float(setting(app, "flash_lane_budget")))
     drain = Drain(lease, calls, budget, outcome.is_stopping)
     calls.on_limit = drain.end_with
+    calls.former = store.former_layout
     _run(drain, lease)
 
 

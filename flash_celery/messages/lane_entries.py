@@ -1,8 +1,12 @@
 """The content of a lane: entries of consecutive changes, in JSON.
 
 `{"keys": [hash, [old hash, hash], …], "changes": {…}}`: the hashes of the ordering keys, which a
-drain compares without reading the rows, and the changes as `changes.payload` encodes them. With
-`expires` it has the time, in seconds since 1970, after which its changes are no longer handled.
+drain compares without reading the rows, and the changes as `changes.payload` encodes them. An
+entry may also have:
+
+- `expires`: the time, in seconds since 1970, after which its changes are no longer handled
+- `again`: its changes are to be handled again, even if `once=` knows that they were
+- `lane`: for the change of a barrier, the first of the lanes that it crosses, whose mark it moves
 """
 
 from __future__ import annotations
@@ -31,6 +35,10 @@ class Entry:
     keys: list[frozenset[int]]
     #: Seconds since 1970 after which the changes are no longer handled; None for never.
     expires: float | None = None
+    #: Whether they are handled even if they were handled before (`once=`).
+    again: bool = False
+    #: For the change of a barrier, the first of its lanes; None if it is not known.
+    lane: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,12 +51,20 @@ class Marker:
 
 
 def encode(
-    deliveries: Iterable[Delivery], places: Sequence[Place], expires: float | None = None
+    deliveries: Iterable[Delivery],
+    places: Sequence[Place],
+    expires: float | None = None,
+    again: bool = False,
+    lane: int | None = None,
 ) -> str:
     """Return the text of an entry."""
     keys = [place.key if place.key == place.old else list(place) for place in places]
-    until = "" if expires is None else f'"expires":{expires:.3f},'
-    return f'{{{until}"keys":{str(keys).replace(" ", "")},"changes":{payload.encode(deliveries)}}}'
+    head = "" if expires is None else f'"expires":{expires:.3f},'
+    if again:
+        head += '"again":1,'
+    if lane is not None:
+        head += f'"lane":{lane},'
+    return f'{{{head}"keys":{str(keys).replace(" ", "")},"changes":{payload.encode(deliveries)}}}'
 
 
 def decode(text: bytes) -> Entry | Marker:
@@ -63,16 +79,26 @@ def decode(text: bytes) -> Entry | Marker:
     try:
         value = json.loads(text)
         keys = [frozenset(key if isinstance(key, list) else (key,)) for key in value["keys"]]
-        expires = value.get("expires")
+        expires, again = value.get("expires"), bool(value.get("again"))
+        lane = None if value.get("lane") is None else int(value["lane"])
         changes = value["changes"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise PayloadError(f"This is not an entry of a lane: {error!r:.200}.") from error
     decoded = payload.decode(changes)
     if len(keys) != len(decoded):  # a barrier's change has no key
         keys = [frozenset[int]()] * len(decoded)
-    return Entry(decoded, keys, None if expires is None else float(expires))
+    return Entry(decoded, keys, None if expires is None else float(expires), again, lane)
 
 
-def encode_form(queue: str, headers: Any, properties: Any) -> str:
-    """Return the text with everything that the messages of a handler have in common."""
-    return json.dumps({"queue": queue, "headers": headers, "properties": properties})
+def encode_form(queue: str, headers: Any, properties: Any, layout: str = "", lanes: int = 0) -> str:
+    """Return the text with everything that the messages of a handler have in common.
+
+    Args:
+        queue: Their queue.
+        headers: Their headers.
+        properties: Their properties.
+        layout: A digest of everything that determines the lane of a key.
+        lanes: How many lanes there are.
+    """
+    form = {"queue": queue, "headers": headers, "properties": properties}
+    return json.dumps({**form, "layout": layout, "lanes": lanes})

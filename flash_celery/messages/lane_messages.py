@@ -65,6 +65,8 @@ class LaneForm:
     #: Whether drains must leave the lanes alone.
     paused: bool = False
     transport: LaneTransport = REDIS
+    #: Whether the changes are handled even if they were handled before (`once=`).
+    again: bool = False
 
     @cached_property
     def layout(self) -> str:
@@ -191,7 +193,7 @@ class LaneGroup:
         if lane is None:
             lane = self._lanes[number] = _Lane()
         elif lane.size + size > _ENTRY_BYTES or len(lane.places) >= most:
-            self._full.append(_encoded(number, lane, expires))
+            self._full.append(self._encoded(number, lane, expires))
             lane = self._lanes[number] = _Lane()
         lane.deliveries.append(delivery)
         lane.places.append(place)
@@ -205,7 +207,7 @@ class LaneGroup:
         if self._coalescer is not None:
             for delivery, place in self._coalescer.take():
                 self._put(delivery, place, expires)
-        pushes = self._full + [_encoded(*lane, expires) for lane in self._lanes.items()]
+        pushes = self._full + [self._encoded(*lane, expires) for lane in self._lanes.items()]
         message = LaneMessage(self._form, pushes, covered_by(self._covered))
         self._lanes, self._full, self._covered, self._size = {}, [], [], 0
         return [message]
@@ -213,8 +215,24 @@ class LaneGroup:
     def _barrier(
         self, delivery: Delivery, lanes: Sequence[int], expires: float | None
     ) -> LaneMessage:
-        text = lane_entries.encode([delivery], [], expires)
+        text = lane_entries.encode([delivery], [], expires, self._form.again, lanes[0])
         return LaneMessage(self._form, [(0, 1, text)], covered_by([delivery]), lanes)
+
+    def _encoded(self, number: int, lane: _Lane, expires: float | None) -> tuple[int, int, str]:
+        places = lane.places
+        text = lane_entries.encode(lane.deliveries, places, expires, self._form.again)
+        return number, len(places), text
+
+    def lanes_of(self, delivery: Delivery) -> list[int]:
+        """Return the lane of each change, and of one that crosses several the first of them."""
+        count = self._form.lanes
+        _, place = self._placer(delivery.table, delivery.number)
+        lanes = []
+        for row in delivery.rows:
+            placed = place(row)
+            crossed = barrier_lanes(placed, count)
+            lanes.append(crossed[0] if placed is None or crossed else placed.key % count)
+        return lanes
 
     def _form_for(self, number: int, key: Key) -> LaneForm:
         """Return lanes for a table that has another key than when the session began, or again that.
@@ -244,7 +262,3 @@ def barrier_lanes(place: Place | None, lanes: int) -> Sequence[int]:
         return range(lanes)
     crossed = {place.key % lanes, place.old % lanes}
     return sorted(crossed) if len(crossed) > 1 else ()
-
-
-def _encoded(number: int, lane: _Lane, expires: float | None) -> tuple[int, int, str]:
-    return number, len(lane.places), lane_entries.encode(lane.deliveries, lane.places, expires)

@@ -27,7 +27,7 @@ class LaneTransport:
         """Refuse a handler that needs what the lanes of this broker cannot do.
 
         Raises:
-            SubscriptionError: It handles TRUNCATEs or messages, or blocks its lanes.
+            SubscriptionError: It handles TRUNCATEs or messages, blocks its lanes, or has marks.
         """
         if self.has_barriers:
             return
@@ -37,6 +37,11 @@ class LaneTransport:
                     f"{handler} has Ordered(on_failure='block'), which needs Redis or Valkey as "
                     "the broker; on RabbitMQ a change that fails for good becomes a dead letter: "
                     "leave on_failure out."
+                )
+            if each.once is not None:
+                raise SubscriptionError(
+                    f"{handler} has once=, which needs Redis or Valkey as the broker; on RabbitMQ "
+                    "leave it out, and compare change.commit_lsn in the statement."
                 )
             if Operation.MESSAGE in each.operations:
                 raise SubscriptionError(

@@ -81,6 +81,13 @@ def test_examples_of_ordered_handlers_declare_their_order(app):
     assert orders["public.accounts"].on_failure == "block"
 
 
+def test_examples_of_handlers_with_once_declare_their_databases(app):
+    (example,) = examples(PAGES["howto/handle-once.md"])
+    exec(compile(example, "handle-once.md", "exec"), {"app": app})
+    databases = {each.subject: type(each.once).__name__ for each in subscriptions_of(app)}
+    assert databases == {"public.payments": "_Engine", "public.orders": "_Function"}
+
+
 def test_settings_are_documented_with_their_defaults():
     rows = re.findall(r"^\| `(flash_\w+)` \| `(.*?)` \|", DOCS["settings.md"], re.MULTILINE)
     documented = {name: eval(default) for name, default in rows}

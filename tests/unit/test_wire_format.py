@@ -164,23 +164,25 @@ TWO = History(ONE.system, 2, (Ancestor(1, Lsn(0x500)),))
 THREE = History(ONE.system, 3, (Ancestor(1, Lsn(0x500)), Ancestor(2, Lsn(0x700))))
 
 
+FOREVER = (1 << 64) - 1
+
+
 @pytest.mark.parametrize(
-    ("history", "other", "position", "included"),
+    ("history", "other", "end"),
     [
-        (ONE, ONE, 0x900, True),
-        (TWO, ONE, 0x4FF, True),
-        (TWO, ONE, 0x500, False),
-        (THREE, ONE, 0x4FF, True),
-        (THREE, ONE, 0x600, False),
-        (THREE, TWO, 0x6FF, True),
-        (THREE, TWO, 0x700, False),
-        (ONE, TWO, 0x400, False),
-        (THREE, History("5", 3), 0x900, False),
-        (THREE, History("5", 1), 0x100, False),
+        (ONE, ONE, FOREVER),
+        (THREE, THREE, FOREVER),
+        (TWO, ONE, 0x500),
+        (THREE, ONE, 0x500),
+        (THREE, TWO, 0x700),
+        (THREE, History(ONE.system, 4, (Ancestor(1, Lsn(0x500)), Ancestor(2, Lsn(0x600)))), 0x600),
+        (THREE, History(ONE.system, 9), None),
+        (THREE, History("5", 3), None),
+        (THREE, History("5", 1), None),
     ],
 )
-def test_history_includes_positions_before_it_branched_off(history, other, position, included):
-    assert history.includes(other, Lsn(position)) is included
+def test_histories_have_the_wal_in_common_up_to_where_one_branched_off(history, other, end):
+    assert history.common_end(other) == other.common_end(history) == end
 
 
 def test_history_file_of_postgresql_is_read():

@@ -8,10 +8,10 @@ Redis clients repeat a call whose reply was lost.
 The keys of a handler, where `H` is `_flash.ordered.<source>.<handler>`:
 
 - `H.due`, a sorted set: for each lane that has entries, when a process has to look at it.
-- `H.state`, a hash. Of the handler: `layout`, `lanes`, `queue` and `wake` (the list that Celery
-  workers pop from, and the message to push there), `form` (for drains), `paused`, `waiting` (how
-  many changes wait), `fence` (of the last claim), and the counters `wakes`, `barriers`. Of each
-  lane, by a letter:
+- `H.state`, a hash. Of the handler: `layout`, `former` (the layout before, whose lanes were empty),
+  `lanes`, `queue` and `wake` (the list that Celery workers pop from, and the message to push
+  there), `form` (for drains), `paused`, `waiting` (how many changes wait), `fence` (of the last
+  claim), and the counters `wakes`, `barriers`. Of each lane, by a letter:
     - `t` the token of the drain that holds it or whose lease has run out; `died` if its process has
     - `m` its lease runs (until the time in `due`)
     - `s` it sleeps: a retry (until the time in `due`)
@@ -211,6 +211,7 @@ local layout = redis.call('HGET', S, 'layout')
 if layout and layout ~= ARGV[3] and tonumber(redis.call('HGET', S, 'waiting') or 0) > 0 then
     return 0
 end
+if layout and layout ~= ARGV[3] then redis.call('HSET', S, 'former', layout) end
 redis.call('SADD', KEYS[2], ARGV[2])
 redis.call('HSET', S, 'layout', ARGV[3], 'lanes', ARGV[4], 'queue', ARGV[5], 'wake', ARGV[6],
     'form', ARGV[7])

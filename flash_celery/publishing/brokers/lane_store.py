@@ -129,6 +129,10 @@ class LaneStore:
         arguments = name, layout, lanes, queue, wake, form, flag
         return bool(self._call("CONFIGURE", *arguments, keys=[registry]))
 
+    def former_layout(self) -> str:
+        """Return the layout before the present one, whose lanes were empty; "" if none is known."""
+        return (self.client.hget(f"{self.key}.state", "former") or b"").decode()
+
     def resume(self, registry: str, name: str) -> int:
         """Let drains go on, with lanes as they are set up; return how many changes wait."""
         fields = "paused", "layout", "lanes", "queue", "wake", "form", "waiting"

@@ -178,7 +178,9 @@ class RedisPublisher(ConnectedPublisher):
             form.lanes,
             prefixed(self._channel, key),
             text,
-            lane_entries.encode_form(form.form.queue, form.form.headers, form.form.properties),
+            lane_entries.encode_form(
+                form.form.queue, form.form.headers, form.form.properties, form.layout, form.lanes
+            ),
             paused,
         )
         if not ready:

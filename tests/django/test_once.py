@@ -1,0 +1,442 @@
+"""`once=`: marks in one transaction with what a handler writes, by each kind of connection."""
+
+import os
+import threading
+from contextlib import contextmanager, suppress
+
+import psycopg
+import pytest
+import sqlalchemy
+from django.db import connections
+
+from flash_celery import Changes, Insert, on_change, on_message
+from flash_celery.changes.change import LogicalMessage
+from flash_celery.changes.history import Ancestor, History
+from flash_celery.changes.operations import Part
+from flash_celery.changes.rows import Column, Origin, Table, Transaction
+from flash_celery.errors import SubscriptionError
+from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.lanes import marks_table
+from flash_celery.lanes.calls import HandlerCalls, traced
+from flash_celery.lanes.drain import Head, Later
+from flash_celery.messages.lane_entries import encode_form
+from flash_celery.protocol.lsn import Lsn
+from tests.django.conftest import use
+
+KINDS = ("django", "psycopg", "function", "engine", "sqlalchemy")
+TABLE = Table("public", "orders", None, "d", ("id",), (Column("id", 23, "integer", True),))
+ONE = History("7412345678901234567", 1)
+TWO = History(ONE.system, 2, (Ancestor(1, Lsn(0x500)),))
+
+
+def change(lsn, ordinal=0, history=ONE, part=Part.WHOLE, number=0, message=False):
+    origin = Origin(TABLE, Transaction(Lsn(lsn), 1, 0, history), ordinal, part, number)
+    return LogicalMessage(b"", origin) if message else Insert([str(lsn).encode()], origin)
+
+
+def ignore(change):
+    """Do nothing."""
+
+
+class World:
+    """A handler with `once=`, which writes the positions that it handles into `effects`."""
+
+    def __init__(self, app, database, kind):
+        self.app = app
+        self.database = database
+        self.kind = kind
+        self.engine = sqlalchemy.create_engine(
+            f"postgresql+psycopg://postgres@127.0.0.1:{database.server.port}/{database.name}"
+        )
+        database.execute(marks_table.CREATE_TABLE, "CREATE TABLE effects (position text)")
+        self.layout, self.lanes, self.former = "one", 4, ""
+        self.fence = 0
+
+    def once(self):
+        @contextmanager
+        def function():
+            with psycopg.connect(self.database.dsn) as connection:
+                yield connection
+
+        return {
+            "django": "default",
+            "psycopg": lambda: psycopg.connect(self.database.dsn, autocommit=True),
+            "function": function,
+            "engine": self.engine,
+            "sqlalchemy": self.engine.connect,
+        }[self.kind]
+
+    def write(self, handled):
+        for one in handled if isinstance(handled, Changes) else [handled]:
+            statement = f"INSERT INTO effects VALUES ('{one.commit_lsn}:{one.ordinal}')"
+            if self.kind == "django":
+                assert one.connection is connections["default"]
+                assert one.connection.in_atomic_block
+                with one.connection.cursor() as cursor:
+                    cursor.execute(statement)
+            elif self.kind in ("engine", "sqlalchemy"):
+                one.connection.execute(sqlalchemy.text(statement))
+            else:
+                one.connection.execute(statement)
+
+    def declare(self, function=None, batch=None, messages=False, **options):
+        def handler(self_, handled):
+            self.write(handled)
+            return (function or (lambda task, handled: None))(self_, handled)
+
+        task = self.app.task(bind=True, name="handler", **options)(handler)
+        on_change("orders", ordered=True, once=self.once(), batch=batch)(task)
+        if messages:
+            on_message("orders")(task)
+        self.app.finalize()
+        subscriptions_of(self.app)
+        return self
+
+    def handle(self, *changes, lane=0, again=False):
+        """Call the handler as a drain of another process would."""
+        self.fence += 1
+        calls = HandlerCalls(
+            self.app, traced(self.app, "handler", "w@host"), "1/slot", "w@host", os.getpid()
+        )
+        calls.former = lambda: self.former
+        form = encode_form("flash", {"task": "handler"}, {}, self.layout, self.lanes)
+        calls.read_form(form)
+        head = Head(list(changes), 0, 0, self.fence, None, again, lane)
+        return calls.handle(head)
+
+    @property
+    def effects(self):
+        return [text for (text,) in self.database.execute("SELECT position FROM effects")]
+
+    def close(self):
+        self.engine.dispose()
+        if self.kind == "django":
+            use(None)
+
+
+@pytest.fixture
+def make(new_app, configured, database):
+    made = []
+
+    def make(kind):
+        app = new_app(broker_url="memory://", task_eager_propagates=False)
+        if kind == "django":
+            use(database)
+        made.append(World(app, database, kind))
+        return made[-1]
+
+    yield make
+    for world in made:
+        world.close()
+
+
+@pytest.fixture(params=KINDS)
+def world(request, make):
+    return make(request.param)
+
+
+@pytest.fixture
+def psycopg_world(make):
+    return make("psycopg")
+
+
+def test_once_skips_what_was_handled(world):
+    world.declare()
+    for lsn, ordinal in [(0x100, 0), (0x100, 1), (0x200, 0)]:
+        assert world.handle(change(lsn, ordinal)) is None
+    for lsn, ordinal in [(0x100, 0), (0x100, 1), (0x200, 0), (0x200, 1)]:
+        assert world.handle(change(lsn, ordinal)) is None
+    assert world.effects == ["0/100:0", "0/100:1", "0/200:0", "0/200:1"]
+
+
+def test_once_failure_rolls_back_effects_and_mark(world):
+    fails = [True]
+
+    def fail(task, handled):
+        if fails:
+            raise ValueError
+
+    world.declare(fail)
+    world.handle(change(0x100))
+    assert world.effects == []
+    fails.clear()
+    world.handle(change(0x100))
+    assert world.effects == ["0/100:0"]
+
+
+@pytest.mark.parametrize("throw", [True, False])
+def test_once_retry_rolls_back_effects_and_mark(world, throw):
+    def retry(task, handled):
+        if not again:
+            task.retry(countdown=5, throw=throw)
+
+    again = []
+    world.declare(retry)
+    assert world.handle(change(0x100)) == Later(5.0, 1)
+    assert world.effects == []
+    again.append(1)
+    assert world.handle(change(0x100)) is None
+    assert world.effects == ["0/100:0"]
+
+
+def test_once_again_passes_by_the_mark(world):
+    world.declare()
+    world.handle(change(0x100))
+    world.handle(change(0x200))
+    world.handle(change(0x100), again=True)
+    world.handle(change(0x200))
+    assert world.effects == ["0/100:0", "0/200:0", "0/100:0"]
+
+
+def test_once_gives_a_call_outside_lanes_its_transaction(world):
+    """A dead letter that is retried, and a user's test."""
+    world.declare()
+    world.handle(change(0x200))
+    world.app.tasks["handler"](change(0x100))
+    world.app.tasks["handler"].apply([change(0x100)])
+    assert world.effects == ["0/200:0", "0/100:0", "0/100:0"]
+
+
+def test_once_leaves_out_of_a_batch_what_was_handled(world):
+    sizes = []
+    world.declare(lambda task, handled: sizes.append(len(handled)), batch=10)
+    world.handle(change(0x100), change(0x200))
+    world.handle(change(0x100), change(0x200), change(0x200, 1), change(0x300))
+    world.handle(change(0x200, 1), change(0x300))
+    world.handle(change(0x300), change(0x400), change(0x400))
+    assert sizes == [2, 2, 1]
+    assert world.effects == ["0/100:0", "0/200:0", "0/200:1", "0/300:0", "0/400:0"]
+
+
+def test_once_each_lane_has_a_mark_of_its_own(psycopg_world):
+    world = psycopg_world.declare()
+    world.handle(change(0x200), lane=1)
+    world.handle(change(0x100), lane=2)
+    world.handle(change(0x200), lane=1)
+    assert world.effects == ["0/200:0", "0/100:0"]
+
+
+def test_once_tells_stacked_handlers_halves_and_messages_apart(psycopg_world):
+    """In the order in which lanes deliver them; none is taken for another."""
+    world = psycopg_world.declare(messages=True)
+    delivered = [
+        change(0x100, 0, message=True, number=2),
+        change(0x100, 0, number=0),
+        change(0x100, 0, number=1),
+        change(0x100, 1, part=Part(1)),
+        change(0x100, 1, part=Part(2)),
+        change(0x100, 1, message=True, number=2),
+        change(0x100, 2, number=3),
+        change(0x200, 0, message=True, number=2),
+        change(0x200, 0),
+    ]
+    for each in delivered:
+        world.handle(each)
+    assert len(world.effects) == len(delivered)
+    for each in delivered:
+        world.handle(each)
+    assert len(world.effects) == len(delivered)
+
+
+def test_once_goes_back_with_a_restored_database(psycopg_world):
+    world = psycopg_world.declare()
+    world.handle(change(0x100))
+    backup = world.database.execute("SELECT * FROM flash_celery_marks")
+    world.handle(change(0x200))
+    world.database.execute(
+        "TRUNCATE flash_celery_marks", "DELETE FROM effects WHERE position > '0/1'"
+    )
+    with world.database.connect() as connection:
+        for row in backup:
+            values = ", ".join(["%s"] * len(row))
+            connection.execute(f"INSERT INTO flash_celery_marks VALUES ({values})", row)
+    world.handle(change(0x100))
+    world.handle(change(0x200))
+    assert world.effects == ["0/200:0"]
+
+
+def test_once_marks_count_after_a_failover_up_to_where_the_timeline_ends(psycopg_world, caplog):
+    world = psycopg_world.declare()
+    world.handle(change(0x300))
+    world.handle(change(0x300, history=TWO))  # the slot begins before the switch
+    world.handle(change(0x400, history=TWO))
+    world.handle(change(0x400))  # an old message
+    world.handle(change(0x600, history=TWO))
+    world.handle(change(0x400))
+    assert world.effects == ["0/300:0", "0/400:0", "0/600:0"]
+    assert "dropped" not in caplog.text
+
+
+def test_once_mark_of_a_transaction_that_a_failover_lost_is_dropped(psycopg_world, caplog):
+    world = psycopg_world.declare()
+    world.handle(change(0x700))
+    world.handle(change(0x400, history=TWO))  # handled before 0/700, on the old server
+    world.handle(change(0x500, history=TWO))
+    assert "The mark at 0/700" in caplog.text
+    world.handle(change(0x500, history=TWO))
+    assert world.effects == ["0/700:0", "0/500:0"]
+
+
+def test_once_marks_of_another_server_are_dropped(psycopg_world, caplog):
+    world = psycopg_world.declare()
+    world.handle(change(0x700))
+    world.handle(change(0x100, history=History("5", 1)))
+    assert world.effects == ["0/700:0", "0/100:0"]
+    assert "The mark at 0/700" in caplog.text
+
+
+def test_once_keeps_a_floor_when_lanes_or_key_change(psycopg_world):
+    world = psycopg_world.declare()
+    world.handle(change(0x100), lane=0)
+    world.handle(change(0x300), lane=3)
+    world.layout, world.lanes, world.former = "two", 8, "one"
+    world.handle(change(0x300), lane=5)
+    world.handle(change(0x200), lane=6)
+    world.handle(change(0x400), lane=6)
+    world.handle(change(0x400), lane=6)
+    assert world.effects == ["0/100:0", "0/300:0", "0/400:0"]
+
+
+def test_once_floor_is_the_least_mark_if_the_broker_may_have_lost_lanes(psycopg_world):
+    world = psycopg_world
+    world.lanes = 2
+    world.declare()
+    world.handle(change(0x100), lane=0)
+    world.handle(change(0x300), lane=1)
+    world.layout, world.lanes = "two", 8
+    world.handle(change(0x100), lane=5)
+    world.handle(change(0x200), lane=6)
+    assert world.effects == ["0/100:0", "0/300:0", "0/200:0"]
+
+
+def test_once_has_no_floor_if_a_lane_may_have_lost_its_first_change(psycopg_world):
+    world = psycopg_world.declare()
+    world.handle(change(0x300), lane=1)
+    world.layout, world.lanes = "two", 8
+    world.handle(change(0x200), lane=5)
+    assert world.effects == ["0/300:0", "0/200:0"]
+
+
+def test_once_call_of_an_earlier_layout_waits(psycopg_world):
+    world = psycopg_world.declare()
+    world.handle(change(0x100))
+    world.layout, world.former = "two", "one"
+    world.handle(change(0x200))
+    world.layout, world.fence = "one", 0
+    assert isinstance(world.handle(change(0x300)), Later)
+    assert world.effects == ["0/100:0", "0/200:0"]
+
+
+def test_once_of_two_holders_of_a_lane_one_handles_a_change(psycopg_world):
+    began, goes_on = threading.Event(), threading.Event()
+
+    def wait(task, handled):
+        began.set()
+        assert goes_on.wait(30)
+
+    world = psycopg_world.declare(wait)
+    goes_on.set()
+    world.handle(change(0x100))
+    began.clear()
+    goes_on.clear()
+    frozen = threading.Thread(target=world.handle, args=[change(0x200)])
+    frozen.start()
+    assert began.wait(30)
+    successor = threading.Thread(target=world.handle, args=[change(0x200)])
+    successor.start()
+    waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    while not world.database.one(waits):
+        pass
+    goes_on.set()
+    frozen.join(30)
+    successor.join(30)
+    assert world.effects == ["0/100:0", "0/200:0"]
+
+
+def test_once_change_of_an_older_message_becomes_a_dead_letter(psycopg_world):
+    world = psycopg_world.declare()
+    for head in [{"lane": None}, {"lane": 0, "history": None}]:
+        history = head.pop("history", ONE)
+        world.handle(change(0x100, history=history), **head)
+    assert world.effects == []
+
+
+def test_once_waits_for_its_table(world, caplog):
+    world.declare(autoretry_for=(Exception,))
+    world.database.execute("DROP TABLE flash_celery_marks")
+    assert world.handle(change(0x100)) == Later(5.0, 0)
+    assert "run what `flash doctor --sql` prints" in caplog.text
+    assert world.effects == []
+    world.database.execute(marks_table.CREATE_TABLE)
+    assert world.handle(change(0x100)) is None
+    assert world.effects == ["0/100:0"]
+
+
+def test_once_refuses_a_context_manager_that_hides_an_error(make):
+    world = make("psycopg")
+
+    @contextmanager
+    def hides():
+        with psycopg.connect(world.database.dsn) as connection, suppress(ValueError):
+            yield connection
+
+    def fail(task, handled):
+        raise ValueError
+
+    world.once = lambda: hides
+    world.declare(fail)
+    result = world.app.tasks["handler"].apply([change(0x100)])
+    assert "rolled back without an error" in str(result.result)
+
+
+def test_once_refuses_a_connection_in_a_transaction(make):
+    world = make("psycopg")
+
+    @contextmanager
+    def begun():
+        with psycopg.connect(world.database.dsn) as connection:
+            connection.execute("SELECT 1")
+            yield connection
+
+    world.once = lambda: begun
+    world.declare()
+    result = world.app.tasks["handler"].apply([change(0x100)])
+    assert "in a transaction already" in str(result.result)
+
+
+@pytest.mark.parametrize(
+    ("once", "said"),
+    [
+        (3, "not 3"),
+        ("", "is not among"),
+        ("defualt", "did you mean default"),
+        (sqlalchemy.create_engine("sqlite://"), "is for sqlite"),
+        (psycopg, "not a module"),
+    ],
+)
+def test_once_that_is_no_database_is_refused(new_app, configured, database, once, said):
+    use(database)
+    try:
+        app = new_app(broker_url="memory://")
+        task = app.task(name="handler")(ignore)
+        on_change("orders", ordered=True, once=once)(task)
+        with pytest.raises(SubscriptionError, match=said):
+            subscriptions_of(app)
+    finally:
+        use(None)
+
+
+@pytest.mark.parametrize(
+    ("decorators", "said"),
+    [
+        ([{"once": "x"}], "once= without ordered="),
+        ([{"once": "x", "ordered": True}, {"ordered": True}], "the same once="),
+    ],
+)
+def test_once_needs_ordered_and_one_database(new_app, decorators, said):
+    app = new_app(broker_url="memory://")
+    task = app.task(name="handler")(ignore)
+    for number, options in enumerate(decorators):
+        on_change(f"orders{number}", **options)(task)
+    with pytest.raises(SubscriptionError, match=said):
+        subscriptions_of(app)
