@@ -15,15 +15,27 @@ from .project import Project, command, say
 @click.option(
     "--until", metavar="LSN|TIME", help="The last commit to replay.  [default: the last one read]"
 )
+@click.option(
+    "--again",
+    is_flag=True,
+    help="Have a handler with once= handle them even if it has handled them already.",
+)
 @click.option("--dry-run", is_flag=True, help="Only count the changes.")
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @command
 def replay(
-    project: Project, handler: str, since: str, until: str | None, dry_run: bool, yes: bool
+    project: Project,
+    handler: str,
+    since: str,
+    until: str | None,
+    again: bool,
+    dry_run: bool,
+    yes: bool,
 ) -> None:
     """Enqueue past changes again, for one handler.
 
-    They keep their change.id, so a handler that remembers ids skips those it has handled. Only
+    They keep their change.id, so a handler that remembers ids skips those it has handled; one with
+    once= does so by itself, unless you add --again. Only
     changes within flash_replay_window can be replayed. Other handlers receive nothing, and the
     slot does not move.
     """
@@ -44,5 +56,5 @@ def replay(
             return
         if not yes:
             click.confirm("Enqueue them again?", abort=True)
-        sent = enqueue_changes(project.app, source, subscriptions, name, span)
+        sent = enqueue_changes(project.app, source, subscriptions, name, span, again)
     click.echo(f"{sent} messages enqueued.")

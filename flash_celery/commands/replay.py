@@ -44,6 +44,7 @@ from ..publishing import brokers, declared_queues
 from ..publishing.backpressure import Backpressure
 from ..publishing.brokers.base import Publisher
 from ..settings import Settings
+from .unhandled import Unhandled
 
 #: Seconds between two requests for the server's position.
 _STATUS_SECONDS = 1.0
@@ -256,13 +257,28 @@ def _follow(
 
 
 def enqueue_changes(
-    app: Any, source: Source, subscriptions: Sequence[Subscription], handler: str, span: Span
+    app: Any,
+    source: Source,
+    subscriptions: Sequence[Subscription],
+    handler: str,
+    span: Span,
+    again: bool = False,
 ) -> int:
     """Enqueue the changes of a span for a handler again, with the task ids that they had at first.
 
-    Returns the number of messages.
+    Args:
+        app: The Celery app.
+        source: The source.
+        subscriptions: All subscriptions to the source.
+        handler: The name of the handler's task.
+        span: The transactions to read.
+        again: Whether the handler handles them even if marks say that it has (`once=`).
+
+    Returns:
+        The number of messages.
 
     Raises:
+        ConfigurationError: All of them were handled, so that the handler would skip them.
         PublishError: The broker has not confirmed a message.
         FlashError: As for `read_changes`.
     """
@@ -272,7 +288,12 @@ def enqueue_changes(
     task_options = TaskOptions(app, settings, subscriptions)
     keys = ordering_keys.read(source.connection, subscriptions)
     name = f"{system}/{source.slot}"
-    templates = Templates(app, settings, task_options, name, ordering_keys=keys)
+    templates = Templates(app, settings, task_options, name, ordering_keys=keys, again=again)
+    if not again:
+        unhandled = Unhandled.of(templates, subscriptions, handler)
+        if unhandled is not None:
+            read_changes(source, subscriptions, handler, span, unhandled)
+            unhandled.require_some(handler)
     with closing(brokers.for_app(app)) as publisher:
         enqueuer = _Enqueuer(app, settings, templates, handler, publisher)
         read_changes(

@@ -85,13 +85,20 @@ class Template:
         queue = hold_queue or self.queue
         self._form = Form(queue, self.task, headers, properties, template=self.key)
 
-    def order(self, order: TaskOrder, keys: Sequence[frozenset[Key] | None], paused: bool) -> None:
+    def order(
+        self,
+        order: TaskOrder,
+        keys: Sequence[frozenset[Key] | None],
+        paused: bool,
+        again: bool = False,
+    ) -> None:
         """Send the changes to lanes.
 
         Args:
             order: How the task's changes are kept in order.
             keys: The ordering keys that the tables of each subscription have; None for any.
             paused: Whether drains must leave the lanes alone.
+            again: Whether they are handled even if they were handled before.
         """
         self._compression = None
         headers = {**self._form.headers}
@@ -108,6 +115,7 @@ class Template:
             tuple(keys),
             paused,
             order.transport,
+            again,
         )
 
     def group(self) -> LaneGroup:
@@ -192,6 +200,7 @@ class Templates:
         source: The server and the slot, for task ids.
         hold_queues: The hold queue of each paused handler, by the name of its task.
         ordering_keys: The ordering keys of the tables at the beginning of the session.
+        again: Whether changes in lanes are handled even if they were handled before (`once=`).
     """
 
     def __init__(
@@ -202,6 +211,7 @@ class Templates:
         source: str = "",
         hold_queues: Mapping[str, str] = MappingProxyType({}),
         ordering_keys: OrderingKeys = MappingProxyType({}),
+        again: bool = False,
     ) -> None:
         self.task_options = task_options
         self._by_options: dict[tuple[str, str], Template] = {}
@@ -226,7 +236,7 @@ class Templates:
         for handler, order in task_options.orders.items():
             (template,) = {each for key, each in self._templates.items() if key[0] == handler}
             keys = [ordering_keys.get((handler, number)) for number in range(len(order.columns))]
-            template.order(order, keys, handler in hold_queues)
+            template.order(order, keys, handler in hold_queues, again)
 
     @property
     def lanes(self) -> list[LaneForm]:
