@@ -49,15 +49,17 @@ def _print_script(project: Project) -> None:
     import sys
     from dataclasses import replace
 
+    from ..commands import once_checks
     from ..escaping import escaped
     from ..provisioning import ddl, preflight
 
     settings = replace(project.settings, flash_manage=False)
     with project.connected() as source:
         report = preflight.examine(replace(source, settings=settings), project.subscriptions)
+        marks = list(once_checks.script(project.subscriptions, source.connection))
     if not report.script:
         report.raise_first()
     terminal = sys.stdout.isatty()
-    for line in ddl.script(report.script):
+    for line in [*ddl.script(report.script), *marks]:
         # psql needs names as they are; without `color`, click would remove escape sequences.
         click.echo(escaped(line) if terminal else line, color=True)

@@ -13,7 +13,7 @@ from ..postgres.source import Source
 from ..provisioning import pauses, preflight, replay_slot, server_checks, standby_checks
 from ..provisioning.findings import OK, STOP, WARNING, Finding
 from ..settings import Settings
-from . import broker_checks, lane_checks, source_checks, worker_checks
+from . import broker_checks, lane_checks, once_checks, source_checks, worker_checks
 from .doctor_explain import explain_tables
 
 _LABELS = {OK: "ok     ", WARNING: "warning", STOP: "STOP   "}
@@ -70,6 +70,7 @@ def diagnose(
     findings.append(server_checks.can_stream(settings))
     findings += spool_findings(settings)
     findings += worker_checks.eager_findings(app)
+    findings += once_checks.findings(subscriptions)
     findings += source_checks.findings(default, all_subscriptions, settings.source)
     queues, queue_finding = broker_checks.route_finding(app, settings, subscriptions)
     handlers = pauses.handlers(subscriptions)

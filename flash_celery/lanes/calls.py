@@ -224,7 +224,7 @@ class HandlerCalls:
         if not self._handler.marked or head.again:
             return None
         name = str(self._task.name)
-        return LaneMark(name, self._source, self._layout, head.lane, head.fence)
+        return LaneMark(name, self._source, self._layout, head.lane, head.fence or 0)
 
     def _call(self, head: Head) -> _Call:
         changes = head.changes

@@ -19,6 +19,7 @@ INSTALLED_APPS = [
     "django.contrib.messages",
     "django.contrib.postgres",
     "django.contrib.sessions",
+    "flash_celery.django.once",
     "sales",
     *os.environ.get("BOOKSHOP_APPS", "flash_celery.django").split(),
 ]

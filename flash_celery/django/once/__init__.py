@@ -1,0 +1,1 @@
+"""The Django app that creates the table of `once=` with a migration."""
