@@ -65,11 +65,24 @@ def run_in_transaction(task: Any, database: Database) -> None:
 
         while not (results := attempt()):
             assert mark is not None
-            with database.transaction() as session:
-                mark.create(session.execute)
+            _create(database, mark)
         return results[0]
 
     set_run_method(task, run_once)
+
+
+def pass_over(database: Database, mark: Mark, changes: Sequence[Change]) -> None:
+    """Move a mark past changes that the handler does not get."""
+    while True:
+        with database.transaction() as session:
+            if mark.advance(session.execute, changes) is not None:
+                return
+        _create(database, mark)
+
+
+def _create(database: Database, mark: Mark) -> None:
+    with database.transaction() as session:
+        mark.create(session.execute)
 
 
 def _delivered(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[Change]:

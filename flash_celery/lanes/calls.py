@@ -29,6 +29,7 @@ from ..dead_letters.failed_tasks import setting, store_letter
 from ..errors import ProcessKilled
 from ..escaping import escaped, text_of
 from ..handlers import once
+from ..handlers.databases import Database
 from ..handlers.decorators import subscriptions_of_task
 from ..messages.task_ids import task_id_of_batch, task_id_of_change
 from ..messages.task_message import Form, Message
@@ -57,8 +58,8 @@ class Traced:
     batch: int | None
     #: Whether a change that has failed for good blocks its lane.
     blocks: bool
-    #: Whether marks say what was handled (`once=`).
-    marked: bool = False
+    #: The database in whose transaction it runs, with marks of what was handled (`once=`).
+    database: Database | None = None
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ def traced(app: Any, handler: str, hostname: str) -> Traced:
             return (1, result, duration) if info else (0, shown, duration)
 
         blocks = order is not None and order.on_failure == "block"
-        marked = bool(subscriptions) and subscriptions[0].once is not None
-        found = Traced(task, trace, batch.size if batch else None, blocks, marked)
+        database = subscriptions[0].once if subscriptions else None
+        found = Traced(task, trace, batch.size if batch else None, blocks, database)
         _traced[key] = found
     return found
 
@@ -221,10 +222,24 @@ class HandlerCalls:
 
     def _mark(self, head: Head) -> LaneMark | None:
         """Return the mark of the changes' lane; None if they are to be handled in any case."""
-        if not self._handler.marked or head.again:
+        if self._handler.database is None or head.again:
             return None
         name = str(self._task.name)
         return LaneMark(name, self._source, self._layout, head.lane, head.fence or 0)
+
+    def _pass_over(self, head: Head) -> None:
+        """Move the mark past changes that are a dead letter now, which alone is retried."""
+        mark, database = self._mark(head), self._handler.database
+        if mark is None or database is None:
+            return
+        try:
+            once.pass_over(database, mark, head.changes)
+        except Exception as error:  # of a database that is down, for example
+            logger.warning(
+                "The mark of %s is not moved past its dead letter, because its database fails (%s)",
+                escaped(self._form.task),
+                type(error).__name__,
+            )
 
     def _call(self, head: Head) -> _Call:
         changes = head.changes
@@ -281,6 +296,7 @@ class HandlerCalls:
             worker=self._hostname,
         )
         if store_letter(self._app, letter):
+            self._pass_over(head)
             return None
         return Later(_AGAIN_SECONDS, head.retries)
 

@@ -4,8 +4,10 @@ import json
 import os
 import signal
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
+import psycopg
 from celery import Celery
 
 from flash_celery import Changes, Ordered, on_change, on_message
@@ -72,21 +74,39 @@ def misbehave(task, change):
     if asked == "kill" or (asked == "kill once" and not fixed()):
         Path(os.environ["SHOP_NOTES"] + (".fixed" if asked == "kill once" else ".killed")).touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    if asked == "kill after" and not fixed():
+        killed_after.append(change)
     if asked == "sleep":
         time.sleep(60)
 
 
+killed_after = []
+
+
+@contextmanager
+def connection():
+    """The database of `once=`; the process may die when the transaction has committed."""
+    with psycopg.connect(os.environ["SHOP_DSN"], autocommit=True) as opened:
+        yield opened
+    if killed_after:
+        Path(os.environ["SHOP_NOTES"] + ".fixed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def each(self, change):
     note("begin", self, change)
+    if change.connection is not None:
+        change.connection.execute("INSERT INTO effects VALUES (%s)", [change.id])
     misbehave(self, change)
     time.sleep(SECONDS)
     note("end", self, change)
 
 
+ONCE = connection if os.environ.get("SHOP_ONCE") else None
 options = {"bind": True, "max_retries": 5, "time_limit": LIMIT, "soft_time_limit": SOFT_LIMIT}
 each = app.task(name=os.environ.get("SHOP_NAME", "ordered.each"), **options)(each)
 OPERATIONS = os.environ.get("SHOP_OPERATIONS", "insert|update|delete|truncate")
-each = on_change("items", OPERATIONS, ordered=ORDER)(each)
+each = on_change("items", OPERATIONS, ordered=ORDER, once=ONCE)(each)
 if os.environ.get("SHOP_MESSAGES"):
     on_message("said")(each)
 

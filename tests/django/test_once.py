@@ -3,6 +3,7 @@
 import os
 import threading
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import psycopg
 import pytest
@@ -18,7 +19,7 @@ from flash_celery.errors import SubscriptionError
 from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.lanes import marks_table
 from flash_celery.lanes.calls import HandlerCalls, traced
-from flash_celery.lanes.drain import Head, Later
+from flash_celery.lanes.drain import Blocked, Head, Later
 from flash_celery.messages.lane_entries import encode_form
 from flash_celery.protocol.lsn import Lsn
 from tests.django.conftest import use
@@ -51,6 +52,8 @@ class World:
         database.execute(marks_table.CREATE_TABLE, "CREATE TABLE effects (position text)")
         self.layout, self.lanes, self.former = "one", 4, ""
         self.fence = 0
+        #: Whether a failure blocks its lane, instead of becoming a dead letter.
+        self.blocking = False
 
     def once(self):
         @contextmanager
@@ -95,9 +98,8 @@ class World:
     def handle(self, *changes, lane=0, again=False):
         """Call the handler as a drain of another process would."""
         self.fence += 1
-        calls = HandlerCalls(
-            self.app, traced(self.app, "handler", "w@host"), "1/slot", "w@host", os.getpid()
-        )
+        handler = replace(traced(self.app, "handler", "w@host"), blocks=self.blocking)
+        calls = HandlerCalls(self.app, handler, "1/slot", "w@host", os.getpid())
         calls.former = lambda: self.former
         form = encode_form("flash", {"task": "handler"}, {}, self.layout, self.lanes)
         calls.read_form(form)
@@ -157,7 +159,8 @@ def test_once_failure_rolls_back_effects_and_mark(world):
             raise ValueError
 
     world.declare(fail)
-    world.handle(change(0x100))
+    world.blocking = True
+    assert isinstance(world.handle(change(0x100)), Blocked)
     assert world.effects == []
     fails.clear()
     world.handle(change(0x100))
@@ -195,6 +198,23 @@ def test_once_gives_a_call_outside_lanes_its_transaction(world):
     world.app.tasks["handler"](change(0x100))
     world.app.tasks["handler"].apply([change(0x100)])
     assert world.effects == ["0/200:0", "0/100:0", "0/100:0"]
+
+
+def test_once_mark_moves_past_a_dead_letter(world):
+    """What comes again must not be handled beside the dead letter."""
+    fails = [True]
+
+    def fail(task, handled):
+        if fails:
+            raise ValueError
+
+    world.declare(fail)
+    assert world.handle(change(0x100)) is None
+    fails.clear()
+    assert world.handle(change(0x100)) is None
+    assert world.effects == []
+    world.app.tasks["handler"].apply([change(0x100)])
+    assert world.effects == ["0/100:0"]
 
 
 def test_once_leaves_out_of_a_batch_what_was_handled(world):
