@@ -8,6 +8,7 @@ from dataclasses import replace
 import psycopg
 import pytest
 import sqlalchemy
+from django.core.management import call_command
 from django.db import connections
 
 from flash_celery import Changes, Insert, on_change, on_message
@@ -15,6 +16,7 @@ from flash_celery.changes.change import LogicalMessage
 from flash_celery.changes.history import Ancestor, History
 from flash_celery.changes.operations import Part
 from flash_celery.changes.rows import Column, Origin, Table, Transaction
+from flash_celery.commands import once_checks
 from flash_celery.errors import SubscriptionError
 from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.lanes import marks_table
@@ -460,3 +462,69 @@ def test_once_needs_ordered_and_one_database(new_app, decorators, said):
         on_change(f"orders{number}", **options)(task)
     with pytest.raises(SubscriptionError, match=said):
         subscriptions_of(app)
+
+
+def test_once_app_creates_the_table(migrated, capsys):
+    exists = "SELECT to_regclass('flash_celery_marks') IS NOT NULL"
+    call_command("sqlmigrate", "flash_celery_once", "0001")
+    assert marks_table.CREATE_TABLE in capsys.readouterr().out
+    call_command("migrate", "flash_celery_once", verbosity=0)
+    assert migrated.one(exists)
+    call_command("migrate", "flash_celery_once", "zero", verbosity=0)
+    assert not migrated.one(exists)
+
+
+def test_once_app_leaves_other_databases_alone(configured):
+    settings = {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}
+    connections.databases["other"] = connections.configure_settings({"default": settings})[
+        "default"
+    ]
+    try:
+        call_command("migrate", "flash_celery_once", database="other", verbosity=0)
+        assert "flash_celery_marks" not in connections["other"].introspection.table_names()
+    finally:
+        connections["other"].close()
+        del connections.databases["other"]
+
+
+def test_once_checks_name_what_is_missing(new_app, database):
+    def texts():
+        return [(each.level, each.message) for each in once_checks.findings(declared)]
+
+    app = new_app(broker_url="memory://")
+    role = f"worker_{database.name}"
+    database.execute(f"CREATE ROLE {role} LOGIN", "CREATE TABLE effects ()")
+    try:
+        dsn = database.dsn.replace("postgres@", f"{role}@")
+        task = app.task(name="handler")(ignore)
+        on_change("orders", ordered=True, once=lambda: psycopg.connect(dsn))(task)
+        declared = subscriptions_of(app)
+        ((level, said),) = texts()
+        assert (level, "has no table flash_celery_marks" in said) == ("warning", True)
+        with database.connect() as connection:
+            lines = list(once_checks.script(declared, connection))
+        assert lines[0] == f"-- For once= of handler, in {database.name}:"
+        create, grant = "\n".join(lines[1:]).rstrip(";").split(";\n")
+        database.execute(create)
+        ((level, said),) = texts()
+        assert (level, said) == (
+            "warning",
+            f"handler: the role {role} may not write flash_celery_marks: {grant};",
+        )
+        database.execute(grant)
+        assert texts() == [("ok", f"handler: flash_celery_marks in {database.name}")]
+        with database.connect() as connection:
+            assert list(once_checks.script(declared, connection)) == []
+    finally:
+        database.execute(f"DROP OWNED BY {role}", f"DROP ROLE {role}")
+
+
+def test_once_checks_show_no_secret_of_a_database_that_is_down(new_app):
+    def down():
+        raise RuntimeError("password=secret")
+
+    app = new_app(broker_url="memory://")
+    on_change("orders", ordered=True, once=down)(app.task(name="handler")(ignore))
+    (found,) = once_checks.findings(subscriptions_of(app))
+    assert "cannot be looked at from here (RuntimeError)" in found.message
+    assert "secret" not in found.message
