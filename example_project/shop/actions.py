@@ -21,6 +21,12 @@ SQL = {
         "UPDATE shop_product SET name = CASE WHEN name LIKE '% (new)'"
         " THEN left(name, -6) ELSE name || ' (new)' END",
     ),
+    "often": (
+        "Change often",
+        "DO 'BEGIN FOR n IN 1..20 LOOP UPDATE shop_orderline SET quantity = n % 4 + 1"
+        " WHERE order_id IN (SELECT id FROM shop_order ORDER BY id DESC LIMIT 3);"
+        " END LOOP; END'",
+    ),
     "nothing": (
         "Change nothing",
         "UPDATE shop_orderline SET quantity = quantity",

@@ -23,7 +23,7 @@ MAX_KEPT = 1000
 MAX_SHOWN = 200
 #: Seconds without an event after which a stream sends a sign of life, and so finds a lost reader.
 HEARTBEAT = 2
-WRITES = ("INSERT", "UPDATE", "DELETE")
+WRITES = ("INSERT", "UPDATE", "DELETE", "DO ")
 #: The open `written_by` blocks of tasks that run in this process, by the task's id.
 _running = {}
 

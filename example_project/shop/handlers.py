@@ -16,10 +16,19 @@ def forget_product(change):
     cache.delete(f"product:{change.key['id']}")
 
 
-@on_change(OrderLine, "insert|update|delete", fields=["order", "quantity", "price"])
+@on_change(
+    OrderLine,
+    "insert|update|delete",
+    fields=["order", "quantity", "price"],
+    ordered="order_id",
+)
 @shared_task
 def keep_total(change):
-    """Keep an order's total. It is computed from all lines, so running twice does no harm."""
+    """Keep an order's total.
+
+    It is computed from all lines, so running twice does no harm. Two at once would: the one that
+    read the lines first could write last. So the changes of one order are handled in sequence.
+    """
     match change:
         case Insert(new):
             orders = {new["order_id"]}

@@ -7,7 +7,7 @@ from django.http import Http404, StreamingHttpResponse
 from django.shortcuts import redirect, render
 from django.views.decorators.http import require_GET, require_POST
 
-from . import actions, activity
+from . import actions, activity, lanes
 from .models import AuditEntry, Order, Receipt, SearchEntry
 
 # Load nothing from other sites, and allow no site to frame the page.
@@ -25,6 +25,7 @@ def page(request):
         "entries": SearchEntry.objects.order_by("pk")[:8],
         "sql": [(name, *label_and_sql) for name, label_and_sql in actions.SQL.items()],
         "live": activity.redis() is not None,
+        "lanes": lanes.waiting(),
         "psql": settings.PSQL,
     }
     response = render(request, "shop/page.html", context)

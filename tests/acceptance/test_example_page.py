@@ -335,3 +335,31 @@ def test_page_refuses_requests_from_other_sites(shop):
     assert status("/add", "GET") == 405
     with urllib.request.urlopen(shop.url, timeout=30) as answer:
         assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
+
+
+def test_page_shows_the_lanes_of_the_orders(shop, driver):
+    browser.show(driver, shop.url)
+    press(shop, driver, "#add", "ORM", "keep_total")
+    shop.database.execute("UPDATE shop_order SET total = 0")
+    press(shop, driver, "#sql-often", "Raw SQL", "keep_total", "then keep_total wrote")
+    wait_until(lambda: "Nothing waits" in text(driver, "#lanes"), "the lanes to be empty")
+    wrong = (
+        "SELECT count(*) FROM shop_order AS o WHERE total <> (SELECT sum(quantity * price) "
+        "FROM shop_orderline WHERE order_id = o.id) AND id > (SELECT max(id) - 3 FROM shop_order)"
+    )
+    wait_until(lambda: shop.database.one(wrong) == 0, "the totals")
+    worker = shop.children[0]
+    os.killpg(worker.pid, signal.SIGSTOP)
+    try:
+        before = shop.last_transaction()
+        shop.database.execute("UPDATE shop_orderline SET quantity = quantity + 1")
+        assert shop.last_transaction() > before
+        wait_until(lambda: re.search(r"\d changes?\b", lanes(shop)), "a lane on the page")
+    finally:
+        os.killpg(worker.pid, signal.SIGCONT)
+    wait_until(lambda: "Nothing waits" in lanes(shop), "the lanes to be empty again")
+
+
+def lanes(shop):
+    """What the page says of them, without a browser."""
+    return shop.page().partition('id="lanes"')[2].partition("</ul>")[0]

@@ -208,10 +208,10 @@ function watch() {
 }
 
 // Reload the parts of the page that the server renders, and keep the keyboard's focus.
-let refreshTimer;
+let refreshTimer = null;
 function refresh() {
-  clearTimeout(refreshTimer);
-  refreshTimer = setTimeout(async () => {
+  refreshTimer ??= setTimeout(async () => {
+    refreshTimer = null;
     const response = await fetch("/").catch(() => null);
     if (response?.ok) show(await response.text());
   }, 150);
@@ -222,6 +222,7 @@ function show(text) {
   for (const part of document.querySelectorAll("[data-fresh]")) {
     const newPart = fresh.getElementById(part.id);
     localTimes(newPart);
+    if (newPart.dataset.waiting > 0) refresh();
     const focused = part.contains(document.activeElement) ? document.activeElement : null;
     const order = focused?.closest(".order")?.getAttribute("aria-label");
     if (newPart.textContent === part.textContent) continue; // CSRF tokens differ each time
