@@ -82,6 +82,44 @@ def test_lanes_keep_the_order_of_each_key(ordered, pool):
         assert "Traceback" not in worker.log.read_text()
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("pool", ["gevent", "eventlet"])
+def test_lanes_keep_the_order_in_green_threads(ordered, pool):
+    keys, versions = 30, 19
+    ordered.environment["SHOP_SLEEP"] = "0.01"
+    ordered.replicate()
+    workers = [ordered.worker(pool, "flash", ("-c", "8")) for _ in range(2)]
+    insert(ordered, keys)
+    update(ordered, keys, 1, versions)
+    for key in range(keys):
+        ordered.database.execute(
+            f"UPDATE items SET name = '{versions}', note = 'retry' WHERE id = {key}"
+        )
+    notes = until_ended(ordered, keys * (versions + 1))
+    values = assert_in_order(notes)
+    assert all(found == list(range(versions + 1)) for found in values.values())
+    begun = [note for note in ordered.notes() if note["event"] == "begin"]
+    assert len(begun) == keys * (versions + 3)  # two retries of each last change
+    assert len({note["pid"] for note in begun}) == 2
+    for worker in workers:
+        assert ordered.end(worker) == 0
+        assert "Traceback" not in worker.log.read_text()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("pool", ["gevent", "eventlet"])
+def test_lanes_lease_is_renewed_while_a_green_thread_waits(ordered, pool):
+    ordered.environment["SHOP_SLEEP"] = "9"  # two leases
+    ordered.replicate()
+    for _ in range(2):
+        ordered.worker(pool, "flash")
+    insert(ordered, 1)
+    update(ordered, 1, 1, 2)
+    until_ended(ordered, 2)
+    shown = [(note["event"], note["new"]["name"]) for note in ordered.notes()]
+    assert shown == [("begin", "0"), ("end", "0"), ("begin", "1"), ("end", "1")]
+
+
 def test_lanes_keep_the_order_through_retries(ordered):
     ordered.replicate()
     ordered.worker("prefork", "flash")
