@@ -50,6 +50,12 @@ class Harms:
     unreachable: list[tuple[float, float]] = field(default_factory=list)
     #: When Redis lost everything, and lanes were filled again with changes that were handled.
     emptied: list[float] = field(default_factory=list)
+    #: Whether less is promised, as on RabbitMQ: several changes of a key may come again in order,
+    #: also because they were enqueued again; and a call goes on beside the next if its worker has
+    #: lost the broker.
+    weak: bool = False
+    #: Changes that were enqueued again.
+    enqueued_again: set[Identity] = field(default_factory=set)
 
     def died(self, call, since, until):
         """Whether the process of a call ended in this time."""
@@ -66,12 +72,17 @@ class Harms:
     def excuses(self, call, until):
         """Whether a call may be out of order, or beside another: its lease may have been lost."""
         emptied = any(at <= call.began <= at + LEASE for at in self.emptied)
-        return emptied or self.stood_still(call, until)
+        cut_off = self.weak and self.cut_off(call, until)
+        return emptied or cut_off or self.stood_still(call, until)
+
+    def cut_off(self, call, until):
+        """Whether the broker was away during a call, or so soon after that nothing was noted."""
+        return any(begin <= until and end >= call.began for begin, end in self.unreachable)
 
 
 def inversions(calls, harms):
     """Changes that were begun after a later one of their key."""
-    wrong = set()
+    wrong, known = set(), set()
     latest: dict = {}
     emptied = sorted(harms.emptied)
     for call in calls:
@@ -82,8 +93,10 @@ def inversions(calls, harms):
         excused = harms.excuses(call, call.ended or call.began)
         for identity, keys in call.keys.items():
             concerned = latest.keys() if ALL in keys else latest.keys() & {*keys, ALL}
-            if not excused and any(identity < latest[key] for key in concerned):
+            again = harms.weak and identity in known
+            if not (excused or again) and any(identity < latest[key] for key in concerned):
                 wrong.add(identity)
+        known |= call.keys.keys()
         _remember(latest, call)
     return wrong
 
@@ -128,7 +141,10 @@ def repeats(calls, harms) -> Iterator[tuple[Identity, float, str | None]]:
     for identity, found in of_change.items():
         for before, after in pairwise(found):
             if not (before.again and after.retries > before.retries):
-                yield identity, after.began, _explanation(before, after, harms)
+                why = _explanation(before, after, harms)
+                if why is None and harms.weak and identity in harms.enqueued_again:
+                    why = "it was enqueued again"
+                yield identity, after.began, why
 
 
 def _explanation(before, after, harms):
@@ -141,7 +157,7 @@ def _explanation(before, after, harms):
         return "its process was ended"
     if harms.stood_still(before, until):
         return "its process was frozen"
-    if any(begin <= latest and end >= before.began for begin, end in harms.unreachable):
+    if harms.cut_off(before, latest):
         return "the broker was away"
     return None
 

@@ -3,7 +3,7 @@
 from collections import Counter
 
 from tests.soak import calls
-from tests.soak.ledger import ORDERED, TABLES
+from tests.soak.ledger import ORDERED
 
 #: Bounds for a replication worker: bytes, and open files.
 MEMORY, FILES = 200_000_000, 64
@@ -21,7 +21,7 @@ def lost(ledger):
 
 def unhandled(ledger, handler):
     """Committed and enqueued, and never delivered to a handler."""
-    wanted = {i for i, commit in ledger.committed.items() if commit.table in TABLES[handler]}
+    wanted = {i for i, commit in ledger.committed.items() if ledger.wants(handler, commit)}
     return wanted - {sighting.identity for sighting in ledger.handled[handler]} - lost(ledger)
 
 
@@ -102,8 +102,6 @@ def _handled(stage, outcome):
 
 def _ordered(stage):
     """What ordered handlers promise."""
-    if stage.lane_watch is None:
-        return
     harms = stage.harms
     for handler in ORDERED:
         found = [call for call in stage.ledger.calls if call.handler == handler]
@@ -116,8 +114,8 @@ def _ordered(stage):
         }
         for what, identities in named.items():
             yield from _named(stage, f"{what} ({handler})", identities)
-    for key, lane, state in sorted(stage.lane_watch.stalls):
-        yield f"lane {lane} of {key} stood still ({state})"
+    for lane, kind in sorted(stage.lane_watch.stalls):
+        yield f"the lane {lane} stood still ({kind})"
 
 
 def excused(outcome, handler):
@@ -160,6 +158,12 @@ def _named(stage, what, identities):
         path = stage.folder / f"{what.replace(' ', '-')}.txt"
         path.write_text("\n".join(str(identity) for identity in sorted(identities)) + "\n")
         yield f"{len(identities):,} {what}: {path}"
+
+
+def twice(sightings):
+    """The changes that came more than once."""
+    seen = Counter(sighting.identity for sighting in sightings)
+    return {identity for identity, count in seen.items() if count > 1}
 
 
 def again(sightings):

@@ -32,8 +32,6 @@ class Fault:
     brokers: tuple = ("redis", "rabbitmq", "sentinel")
     #: Whether recovery counts from the beginning of the harm.
     promotes: bool = False
-    #: Whether it strikes only runs with ordered handlers.
-    lanes: bool = False
     #: Whether drains of lanes may be unable to commit what they did.
     uncommitted: bool = False
 
@@ -71,7 +69,7 @@ def _kill_child(stage, choose):
 
 def _kill_drain(stage, choose):
     """Kill a process while it calls an ordered handler."""
-    call = stage.some_call(choose)
+    call, _ = stage.some_call(choose)
     began = time.time()
     with contextlib.suppress(ProcessLookupError):
         os.kill(call.pid, signal.SIGKILL)
@@ -80,11 +78,12 @@ def _kill_drain(stage, choose):
 
 def _kill_lane_worker(stage, choose):
     """The processes of a worker die together, as with their machine."""
-    stage.kill_lane_worker(stage.lane_worker_of(stage.some_call(choose)))
+    _, worker = stage.some_call(choose)
+    stage.kill_lane_worker(worker)
 
 
 def _end_lane_worker(number, stage, choose):
-    worker = stage.lane_worker_of(stage.some_call(choose))
+    _, worker = stage.some_call(choose)
     pid, began = worker.pid, time.time()
     worker.send(number)
     wait_until(lambda: not psutil.pid_exists(pid), "the worker to end", 120)
@@ -94,8 +93,7 @@ def _end_lane_worker(number, stage, choose):
 
 def _freeze_lane_worker(stage, choose):
     """A process stands still for longer than its lease while it calls a handler, or its worker."""
-    call = stage.some_call(choose)
-    worker = stage.lane_worker_of(call)
+    call, worker = stage.some_call(choose)
     children = [child.pid for child in worker.children()]
     pids = choose.choice([[call.pid], [worker.pid, *children]])
     began = time.time()
@@ -261,7 +259,7 @@ FAULTS = [
     Fault("broker emptied: FLUSHALL", _empty_broker, brokers=("redis",), uncommitted=True),
     FAILOVER,
     *(
-        Fault(f"lanes: {what}", strike, "keyed", lanes=True)
+        Fault(f"lanes: {what}", strike, "keyed")
         for what, strike in {
             "SIGKILL of a draining process": _kill_drain,
             "SIGKILL of a whole worker": _kill_lane_worker,
@@ -276,7 +274,6 @@ FAULTS = [
         "keyed",
         loses_on_redis=1,
         brokers=_DIRECT,
-        lanes=True,
         uncommitted=True,
     ),
     *(
@@ -285,7 +282,6 @@ FAULTS = [
             partial(_through, "to_lanes", harm),
             "keyed",
             brokers=_DIRECT,
-            lanes=True,
             uncommitted=True,
         )
         for how, harm in _HARMS.items()

@@ -50,11 +50,15 @@ def identify(change):
     return int(change.commit_lsn), change.ordinal, checksum, change.table, change.key.get("id")
 
 
-def keys(change):
-    """The keys of the rows that a change is about; for the notes of ordered handlers."""
+def keys(change, old=True):
+    """The keys of the rows that a change is about; for the notes of ordered handlers.
+
+    With `old` also the key that an UPDATE has changed.
+    """
     if isinstance(change, Truncate):
         return [ALL]
-    return sorted({change.key["id"], *([change.old["id"]] if isinstance(change, Update) else [])})
+    before = [change.old["id"]] if isinstance(change, Update) and old else []
+    return sorted({change.key["id"], *before})
 
 
 def committed(messages):
@@ -84,11 +88,14 @@ class Ledger:
 
     Args:
         handlers: The handlers of the run.
+        barriers: Whether ordered handlers get a TRUNCATE.
     """
 
-    def __init__(self, handlers=UNORDERED):
+    def __init__(self, handlers=UNORDERED, barriers=True):
         self.committed: dict[Identity, Commit] = {}
-        self._tables: Counter[str] = Counter()
+        self._barriers = barriers
+        #: How many changes each handler is to receive.
+        self._wanted: Counter[str] = Counter()
         #: In the order of the queue.
         self.enqueued: list[Sighting] = []
         #: By handler, in the order of the notes.
@@ -106,17 +113,19 @@ class Ledger:
     @property
     def behind(self):
         """Changes that are committed, as far as is known, and not handled by the slowest."""
-        return max(
-            sum(self._tables[table] for table in TABLES[handler]) - len(done)
-            for handler, done in self._done.items()
-        )
+        return max(self._wanted[handler] - len(done) for handler, done in self._done.items())
+
+    def wants(self, handler, commit):
+        """Whether a handler is to receive a change."""
+        barrier = commit.operation == "T" and handler in ORDERED
+        return commit.table in TABLES[handler] and (self._barriers or not barrier)
 
     def commit(self, changes):
         """PostgreSQL has committed changes."""
         for identity, commit in changes:
             if identity not in self.committed:
                 self.committed[identity] = commit
-                self._tables[commit.table] += 1
+                self._wanted.update(h for h in self.handled if self.wants(h, commit))
 
     def enqueue(self, change, task_id, at):
         """The witness has found a change in its queue."""

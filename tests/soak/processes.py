@@ -74,6 +74,10 @@ class Process:
             return psutil.Process(self.pid).children()
         return []
 
+    def has(self, pid):
+        """Whether this is its process or that of a child, and it runs."""
+        return self.running and pid in (self.pid, *(child.pid for child in self.children()))
+
     def look_after(self):
         """Start it again if it has ended."""
         if not self.running:

@@ -36,7 +36,10 @@ app.conf.update(
     broker_connection_max_retries=None,
     broker_connection_retry_on_startup=True,
 )
-if str(app.conf.broker_url).startswith(("redis", "sentinel")):
+ON_RABBITMQ = str(app.conf.broker_url).startswith("amqp")
+#: Of ordered handlers: a TRUNCATE waits for all lanes, which RabbitMQ cannot.
+OPERATIONS = "insert|update|delete" if ON_RABBITMQ else "insert|update|delete|truncate"
+if not ON_RABBITMQ:
     app.conf.broker_transport_options = {
         **OPTIONS,
         # The tasks of a killed worker return within the run.
@@ -79,7 +82,8 @@ def note(task, argument):
 def call(task, argument):
     """Note the beginning and the end of a call of an ordered handler, and sometimes retry it."""
     name, handler, request = uuid.uuid4().hex, task.name.rpartition(".")[2], task.request
-    changes = [[int(c.commit_lsn), c.ordinal, keys(c)] for c in listed(argument)]
+    old = not ON_RABBITMQ  # there it has no order with the old key's changes
+    changes = [[int(c.commit_lsn), c.ordinal, keys(c, old)] for c in listed(argument)]
     process = os.getpid(), os.getppid(), request.retries
     append([["begin", name, handler, time.time(), *process, changes]])
     chance = random.random()
@@ -106,21 +110,20 @@ def many(self, changes):
     note(self, changes)
 
 
-if os.environ.get("SOAK_ORDERED"):
+@on_change("items", OPERATIONS, ordered=True, queue="lanes")
+@on_change("probes", OPERATIONS, ordered=True, queue="lanes")
+@app.task(bind=True)
+def keyed(self, change):
+    """Receives single changes of one key in commit order."""
+    call(self, change)
 
-    @on_change("items", ordered=True, queue="lanes")
-    @on_change("probes", ordered=True, queue="lanes")
-    @app.task(bind=True)
-    def keyed(self, change):
-        """Receives single changes of one key in commit order."""
-        call(self, change)
 
-    @on_change("items", ordered=True, batch=ORDERED_BATCH, queue="lanes")
-    @on_change("orders", ordered=True, batch=ORDERED_BATCH, queue="lanes")
-    @app.task(bind=True)
-    def grouped(self, changes):
-        """Receives batches of one lane, in commit order of each key."""
-        call(self, changes)
+@on_change("items", OPERATIONS, ordered=True, batch=ORDERED_BATCH, queue="lanes")
+@on_change("orders", OPERATIONS, ordered=True, batch=ORDERED_BATCH, queue="lanes")
+@app.task(bind=True)
+def grouped(self, changes):
+    """Receives batches of one lane, in commit order of each key."""
+    call(self, changes)
 
 
 @on_change("probes", queue="spare")

@@ -123,10 +123,8 @@ def _order(outcome):
         f"{len(calls):,} calls of ordered handlers; {wrong} changes begun after a later one of "
         f"their key, {beside} beside another of their key; handled again: {again or 'none'}"
     )
-    yield (
-        f"lanes without a holder or progress: at most {longest['waiting']:.0f} s, at a barrier "
-        f"{longest['barrier']:.0f} s"
-    )
+    shown = ", ".join(f"{seconds:.0f} s ({kind})" for kind, seconds in sorted(longest.items()))
+    yield f"lanes with changes, without a holder or progress: at most {shown or '0 s'}"
 
 
 def _vitals(vitals):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from example_project.servers import wait_until
 from tests.soak import check
 from tests.soak.faults import FAILOVER, FAULTS
-from tests.soak.stage import ORDERED_ON, Stage, Stalled
+from tests.soak.stage import Stage, Stalled
 
 #: Seconds after the last write in which everything must have been handled, as long as there is
 #: progress.
@@ -66,8 +66,7 @@ def run(broker, seed, folder, seconds, faults=None, say=print):
     with Stage(broker, folder, seed, outcome.conf) as stage:
         outcome.ledger = stage.ledger
         stage.probe("each")
-        if stage.ordered:
-            stage.probe("keyed")
+        stage.probe("keyed")
         for writer in stage.writers:
             writer.start()
         started = time.time()
@@ -84,6 +83,7 @@ def run(broker, seed, folder, seconds, faults=None, say=print):
         outcome.worker_ends = len(stage.worker.ends)
         ends = [end for worker in stage.lane_workers for end in worker.ends]
         stage.harms.ended |= {pid: (at - 10.0, at) for at, _, pid in ends}
+        stage.harms.enqueued_again = check.twice(stage.ledger.enqueued)
         outcome.harms, outcome.lane_watch = stage.harms, stage.lane_watch
         outcome.problems += check.everything(stage, outcome)
     return outcome
@@ -94,11 +94,7 @@ def _random(choose, broker, end):
 
     Where there is a Sentinel, every second one is a failover.
     """
-    kinds = [
-        fault
-        for fault in FAULTS
-        if broker in fault.brokers and (not fault.lanes or broker in ORDERED_ON)
-    ]
+    kinds = [fault for fault in FAULTS if broker in fault.brokers]
     deck = []
     while time.time() < end:
         deck = deck or choose.sample(kinds, len(kinds))

@@ -9,8 +9,8 @@ import psycopg
 from example_project.servers import Postgres, Rabbit, Valkey, wait_until
 from tests.proxy import Proxy
 from tests.sentinel import Replicated
-from tests.soak.calls import LEASE, Harms
-from tests.soak.lane_watch import LaneWatch
+from tests.soak.calls import Harms
+from tests.soak.lane_watch import RabbitLaneWatch, RedisLaneWatch
 from tests.soak.ledger import ORDERED, UNORDERED, Ledger
 from tests.soak.processes import Process, Supervisor
 from tests.soak.witnesses import PUBLICATION, SLOT, Notes, RabbitTap, RedisTap, Truth
@@ -30,8 +30,6 @@ class Stalled(Exception):
 
 
 BROKERS = {"redis": Valkey, "sentinel": Replicated, "rabbitmq": Rabbit}
-#: Those with ordered handlers.
-ORDERED_ON = "redis", "sentinel"
 
 
 class Stage:
@@ -40,11 +38,8 @@ class Stage:
     def __init__(self, broker, folder, seed, conf):
         self.folder = folder
         self.kind = broker
-        #: Whether there are ordered handlers.
-        self.ordered = broker in ORDERED_ON
-        self.ledger = Ledger(UNORDERED + (ORDERED if self.ordered else ()))
-        self.harms = Harms()
-        self.lane_watch = None
+        self.ledger = Ledger(UNORDERED + ORDERED, barriers=broker != "rabbitmq")
+        self.harms = Harms(weak=broker == "rabbitmq")
         self._password_file = folder / "password"
         self._seed = seed
         self._conf = conf
@@ -86,7 +81,6 @@ class Stage:
         environment = {
             "SOAK_CONF": json.dumps({**self._conf, **command}),
             "SOAK_NOTES": str(notes),
-            "SOAK_ORDERED": "1" if self.ordered else "",
         }
         self.replicates = [
             Process(
@@ -115,12 +109,10 @@ class Stage:
                 *("--without-gossip", "--without-mingle", "--without-heartbeat"),
             )
             for pool in ("prefork", "threads")
-            if self.ordered
         ]
-        if self.ordered:
-            able = lambda: all(worker.running for worker in self.lane_workers)  # noqa: E731
-            self.lane_watch = LaneWatch(self.ledger, self.broker, LEASE, able)
-            self.witnesses.append(self.lane_watch)
+        watch = RabbitLaneWatch if self.kind == "rabbitmq" else RedisLaneWatch
+        self.lane_watch = watch(self.ledger, self.broker, self._able)
+        self.witnesses.append(self.lane_watch)
         processes = [*self.replicates, self.worker, *self.lane_workers]
         self.supervisor = Supervisor(processes, self.replicates)
         for thread in (self.supervisor, *self.witnesses):
@@ -129,6 +121,10 @@ class Stage:
         wait_until(self.reader, "the slot to be read", PATIENCE)
         seeds = [f"{self._seed}/writer {number}" for number in range(_WRITERS)]
         self.writers = [Writer(self.postgres.dsn(), self.ledger, seed) for seed in seeds]
+
+    def _able(self):
+        """Whether both workers for ordered handlers run."""
+        return all(worker.running for worker in self.lane_workers)
 
     def _ways(self, number):
         """Both servers through their proxies; the user's name tells who reads the slot.
@@ -210,18 +206,15 @@ class Stage:
         return wait_until(self.reader, "the slot to be read", PATIENCE)
 
     def some_call(self, choose):
-        """A call of an ordered handler that is under way."""
-        # The thread that reads the notes changes the dictionary.
-        return choose.choice(
-            wait_until(lambda: list(self.ledger.under_way.copy().values()), "a call", PATIENCE)
-        )
+        """A call of an ordered handler that is under way, and the worker that makes it."""
 
-    def lane_worker_of(self, call):
-        """The worker that makes a call, or has made it."""
-        for worker in self.lane_workers:
-            if worker.pid in (call.pid, call.parent):
-                return worker
-        return self.lane_workers[0]
+        def found():
+            # The thread that reads the notes changes the dictionary.
+            calls = list(self.ledger.under_way.copy().values())
+            pairs = [(call, worker) for call in calls for worker in self.lane_workers]
+            return [(call, worker) for call, worker in pairs if worker.has(call.pid)]
+
+        return choose.choice(wait_until(found, "a call", PATIENCE))
 
     def kill_lane_worker(self, worker):
         """Kill a worker with all its processes."""

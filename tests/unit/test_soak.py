@@ -211,3 +211,16 @@ def test_soak_call_without_an_end_needs_a_process_that_has_ended():
     lost = call(1, (1, "a"), ended=0)
     assert vanished([lost], Harms()) == {(1, 0)}
     assert vanished([lost], Harms(ended={101: (1.9, 2.0)})) == set()
+
+
+def test_soak_less_is_promised_where_a_lane_is_a_queue():
+    again = [call(1, (1, "a")), call(2, (2, "a")), call(3, (1, "a")), call(4, (2, "a"))]
+    assert inversions(again, Harms()) == {(1, 0)}
+    assert inversions(again, Harms(weak=True)) == set()
+    assert inversions([*again, call(5, (0, "a"))], Harms(weak=True)) == {(0, 0)}
+    assert reasons(again, Harms(weak=True)) == [None, None]
+    republished = Harms(weak=True, enqueued_again={(1, 0), (2, 0)})
+    assert reasons(again, republished) == ["it was enqueued again"] * 2
+    beside = [call(1, (1, "a"), ended=9), call(5, (1, "a"), pid=2)]
+    assert overlaps(beside, Harms(unreachable=[(2.0, 3.0)])) == {(1, 0)}
+    assert overlaps(beside, Harms(unreachable=[(2.0, 3.0)], weak=True)) == set()
