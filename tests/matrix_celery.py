@@ -23,6 +23,7 @@ ACCEPTANCE = [
     "dead_letters",
     "declarations",
     "inspection",
+    "lanes",
     "pipeline",
     "typing",
 ]

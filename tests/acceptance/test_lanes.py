@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from contextlib import suppress
 
 import pytest
+from celery import Celery
 
 from example_project.servers import Valkey, wait_until
 from tests.acceptance.steps import replicate_through, wait_until_confirmed
@@ -513,6 +514,79 @@ def test_lanes_keep_the_order_of_rows_whose_table_gets_another_primary_key(order
         assert notes[0]["operation"] == "insert"
     notes = ended(ordered)
     assert [n["key"] for n in notes[-keys:]] == [{"note": n["new"]["note"]} for n in notes[-keys:]]
+
+
+@pytest.mark.soak
+def test_lanes_lose_nothing_to_a_worker_that_discards_their_wakes(ordered):
+    """It has a release without lanes. The sweep wakes them again for the workers that follow."""
+    ordered.replicate()
+    ordered.project = "former"
+    former = ordered.worker("solo", "flash")
+    ordered.project = "ordered"
+    insert(ordered, 8)
+    update(ordered, 8, 1, 3)
+    ordered.until_said(former, "Received unregistered task of type 'flash_celery.wake'")
+    ordered.end(former)
+    assert "past its lane" not in former.log.read_text()
+    ordered.worker("prefork", "flash")
+    values = assert_in_order(until_ended(ordered, 24, timeout=120))
+    assert all(found == [0, 1, 2] for found in values.values())
+
+
+@pytest.mark.parametrize("pool", ["prefork", pytest.param("threads", marks=pytest.mark.soak)])
+def test_lanes_keep_the_order_with_everything_else_that_a_handler_may_have(
+    shop, new_database, pool
+):
+    """`into`, `where`, several sources, `bind`, autoretry, `pydantic=True` and results."""
+    billing = new_database()
+    billing.execute(
+        "CREATE TABLE items (id int PRIMARY KEY, name text, note text)",
+        "ALTER TABLE items REPLICA IDENTITY FULL",
+    )
+    shop.project = "ordered_kinds"
+    shop.environment["SHOP_CONF"] = json.dumps({"flash_sources": {"billing": {"dsn": billing.dsn}}})
+    shop.replicate()
+    shop.replicate("--source", "billing")
+    for database in (shop.database, billing):
+        rows = ", ".join(f"({key}, '0', 'in')" for key in range(6))
+        database.execute(f"INSERT INTO items VALUES {rows}")
+        for number in range(1, 10):
+            place = "out" if number in (4, 5) else "in"
+            database.execute(
+                *[
+                    f"UPDATE items SET name = '{number}', note = '{place}' WHERE id = {key}"
+                    for key in range(6)
+                ]
+            )
+        database.execute("DELETE FROM items")
+    shop.worker(pool, "flash", options=("-c", "4"))
+    expected = {
+        ("typed", ""): [*map(str, range(10)), "9"],
+        ("chosen", ""): ["0", "1", "2", "3", "3", "6", "7", "8", "9", "9"],
+        ("both", ""): [*map(str, range(10)), "9"],
+        ("both", "billing"): [*map(str, range(10)), "9"],
+        ("validated", ""): [*map(str, range(10))],
+    }
+    handlers = sorted({handler for handler, _ in expected})
+    count = 6 * sum(map(len, expected.values()))
+
+    def all_notes():
+        notes = [note for handler in handlers for note in shop.notes(handler)]
+        return notes if len(notes) >= count else None
+
+    notes = wait_until(all_notes, f"{count} changes", 90.0)
+    for (handler, source), names in expected.items():
+        for key in range(6):
+            mine = (handler, source, key)
+            found = [n for n in notes if (n["handler"], n["source"], n["key"]) == mine]
+            assert [note["name"] for note in found] == names, mine
+    entering = [n["operation"] for n in shop.notes("chosen") if n["key"] == 0]
+    assert entering == ["insert", *["update"] * 3, "delete", "insert", *["update"] * 3, "delete"]
+    assert {n["retries"] for n in shop.notes("validated") if n["key"] == 3} == {1}
+    assert shop.run("flash", "wait").returncode == 0
+    results = Celery("results", backend=shop.broker.url, set_as_current=False)
+    for noted in shop.notes("validated"):
+        assert results.AsyncResult(noted["task_id"]).get(timeout=10) == {"id": noted["id"]}
 
 
 def test_lanes_keep_the_order_while_processes_and_workers_are_killed(ordered):

@@ -50,6 +50,19 @@ def test_ordered_names_the_ordering_key(declare, ordered, columns):
     assert WAKE_TASK in app.tasks
 
 
+def test_wakes_have_none_of_the_options_that_the_project_gives_to_all_tasks(new_app):
+    options = {"rate_limit": "1/m", "acks_late": False, "ignore_result": False}
+    app = new_app(task_annotations={"*": options}, task_default_rate_limit="2/m")
+
+    @on_change("orders", ordered=True)
+    @app.task(name="handle", shared=False)
+    def handle(change): ...
+
+    app.finalize()
+    wake = app.tasks[WAKE_TASK]
+    assert (wake.rate_limit, wake.acks_late, wake.ignore_result) == (None, True, True)
+
+
 @pytest.mark.parametrize("ordered", [None, False])
 def test_handler_is_not_ordered_unless_it_says_so(declare, ordered):
     app, (subscription,) = declare(on_change("orders", ordered=ordered))
