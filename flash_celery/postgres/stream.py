@@ -21,6 +21,7 @@ from ..errors import (
     DecodingFailed,
     PublicationMismatch,
     ReplicationError,
+    RowTooLarge,
     SlotInUse,
     SlotLost,
     SlotMissing,
@@ -49,6 +50,10 @@ _UNDEFINED_OBJECT = "42704"
 _OBJECT_NOT_IN_STATE = "55000"
 _NOT_UTF8 = "22021"
 _INTERNAL = "XX000"
+_PROGRAM_LIMIT_EXCEEDED = "54000"
+#: The functions of the server that refuse to allocate more than 1 GB.
+_ALLOCATES = ("palloc", "repalloc", "MemoryContext", "enlargeStringInfo")
+_LSN = re.compile(r"\b[0-9A-F]+/[0-9A-F]+\b")
 #: The function of the server that finds a publication missing.
 _READS_PUBLICATION = "get_publication_oid"
 _NO_TIMELINE_HISTORY = (
@@ -74,11 +79,24 @@ class Diagnosis(NamedTuple):
     message: str
     #: The function of the server that has raised it, in every language.
     function: str
+    #: What the server was doing, and the position of the change that it was decoding.
+    context: str
 
     @property
     def skips_publication(self) -> bool:
         """Whether the server goes on without a publication that is missing (PostgreSQL 18)."""
         return self.state == _OBJECT_NOT_IN_STATE and self.function == "LoadPublications"
+
+    @property
+    def exceeds_memory_limit(self) -> bool:
+        """Whether something has more than the 1 GB that the server can allocate."""
+        states = (_INTERNAL, _PROGRAM_LIMIT_EXCEEDED)
+        return self.state in states and self.function.startswith(_ALLOCATES)
+
+    @property
+    def position(self) -> str:
+        """The position of the change that the server was decoding; empty if it names none."""
+        return "".join(_LSN.findall(self.context)[-1:])
 
 
 class ReplicationConnection:
@@ -304,7 +322,13 @@ class ReplicationConnection:
         return self._connection.get_result()
 
     def _refused(self, result: pq.abc.PGresult) -> Exception:
-        state, message, function = _diagnosis(result)
+        diagnosis = _diagnosis(result)
+        state, message, function, _ = diagnosis
+        if diagnosis.exceeds_memory_limit and diagnosis.position:
+            return RowTooLarge(
+                f"PostgreSQL cannot send the row at {diagnosis.position}, which has more than 1 GB "
+                f"as text ({message}); everything behind it waits."
+            )
         if state == _IN_USE:
             return SlotInUse(f"{message}.")
         if state == _UNDEFINED_OBJECT:
@@ -350,6 +374,7 @@ def _diagnosis(result: pq.abc.PGresult) -> Diagnosis:
         pq.DiagnosticField.SQLSTATE,
         pq.DiagnosticField.MESSAGE_PRIMARY,
         pq.DiagnosticField.SOURCE_FUNCTION,
+        pq.DiagnosticField.CONTEXT,
     )
     return Diagnosis(
         *((result.error_field(field) or b"").decode(errors="replace") for field in fields)

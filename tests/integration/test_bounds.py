@@ -3,6 +3,7 @@
 import re
 import threading
 import time
+from pathlib import Path
 
 import amqp
 import psutil
@@ -20,6 +21,8 @@ from flash_celery.publishing.brokers import for_app
 from flash_celery.settings import Settings
 
 from .conftest import shown
+
+OPERATING = Path(__file__).parents[2] / "docs" / "operating.md"
 
 
 def test_nested_composites_do_not_multiply(flash):
@@ -233,3 +236,37 @@ def test_huge_message_without_a_handler_passes(flash):
     watcher.join(30)
     assert [change.key["id"] for change in flash.delivered()] == [1, 2]
     assert most - before < 5 * size
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("columns", [1, 2])
+def test_row_of_more_than_a_gigabyte_is_named_and_can_be_passed(flash, caplog, columns):
+    """PostgreSQL refuses the text of one value and that of a row at different places."""
+    extensions = "SELECT count(*) FROM pg_available_extensions WHERE name = 'pg_walinspect'"
+    if not flash.database.one(extensions):
+        pytest.skip("this PostgreSQL has no pg_walinspect")
+    large = f"convert_to(repeat('a', {560_000_000 // columns}), 'UTF8')"
+    flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, a bytea, b bytea)")
+    flash.handler("items", "insert").start().do("INSERT INTO items VALUES (1)")
+    flash.database.execute(f"INSERT INTO items VALUES (2, {', '.join([large] * columns)})")
+    flash.database.execute("INSERT INTO items VALUES (3)")
+    flash.wait(lambda: "everything behind it waits" in caplog.text, 120)
+    assert "docs/operating.md, A row of more than 1 GB" in caplog.text
+    position = re.search("cannot send the row at ([0-9A-F/]+),", caplog.text).group(1)
+    flash.stop()
+    page = OPERATING.read_text()
+    statements = page.partition("## A row of more than 1 GB")[2].partition("```sql")[2]
+    statements = statements.partition("```")[0].replace("0/1B0A3F8", position)
+    flash.database.execute(statements.replace("flash_replication", flash.database.slot))
+    flash.start().do("INSERT INTO items VALUES (4)")
+    assert [change.key["id"] for change in flash.delivered()] == [1, 3, 4]
+
+
+@pytest.mark.soak
+def test_row_of_more_than_a_gigabyte_passes_without_its_column(flash):
+    flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, name text, b bytea)")
+    if flash.database.connect().info.server_version < 150000:
+        pytest.skip("PostgreSQL 14 has no column lists")
+    flash.handler("items", "insert", fields=["name"]).start(flash_push_down=True)
+    flash.do("INSERT INTO items SELECT 1, 'a', convert_to(repeat('a', 560000000), 'UTF8')")
+    assert [dict(change.new) for change in flash.delivered()] == [{"name": "a"}]
