@@ -104,6 +104,11 @@ class LaneMessage(Message):
         self.barrier = barrier
 
     @property
+    def size(self) -> int:
+        """How many characters its changes have."""
+        return sum(len(text) for *_, text in self.pushes)
+
+    @property
     def queue(self) -> str:
         """The name of the lanes' keys."""
         return self.lane_form.key

@@ -117,6 +117,11 @@ class Message:
         return self.form.queue
 
     @property
+    def size(self) -> int:
+        """How many bytes or characters it has."""
+        return len(self.body)
+
+    @property
     def task(self) -> str:
         """The name of the task."""
         return self.form.task

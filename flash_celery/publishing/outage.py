@@ -67,5 +67,6 @@ class Outage:
 def _described(messages: Sequence[Message]) -> str:
     if not messages:
         return "no message waits for it yet"
-    size = sum(len(message.body) for message in messages)
-    return f"{len(messages)} messages of {size} bytes, the first for {messages[0].argsrepr}"
+    size = sum(message.size for message in messages)
+    first = messages[0].argsrepr or f"the lanes of {messages[0].task}"
+    return f"{len(messages)} messages of {size} bytes, the first for {first}"

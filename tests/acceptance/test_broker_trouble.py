@@ -227,3 +227,21 @@ def test_sentinel_coordinated_failover_loses_nothing(make_shop):
         # In order, and none twice.
         assert [change.new["id"] for change in changes] == list(range(1, 6001))
         assert shop.end(replicate) == 0
+
+
+@pytest.mark.soak
+def test_rabbitmq_that_waits_no_longer_for_a_handler_stops_no_worker(make_shop):
+    """It closes the worker's channel after a minute here, and gives the task to a worker again."""
+    if not Rabbit.installed():
+        missing("RabbitMQ (rabbitmq-server)")
+    with Rabbit("consumer_timeout = 60000") as own:
+        shop = make_shop(own, SHOP_CONF=json.dumps({"broker_channel_error_retry": True}))
+        worker = shop.worker("prefork", options=("-c", "4"))
+        shop.replicate()
+        shop.database.execute("INSERT INTO items VALUES (1, 'wait and fail')")
+        shop.until_said(worker, "PRECONDITION_FAILED - delivery acknowledgement", 180)
+        insert_rows(shop.database, 2, 3)
+        shop.until_noted(2)
+        (shop.folder / "notes.go").touch()
+        shop.until_said(worker, "is a dead letter now", 60)
+        assert shop.end(worker) == 0

@@ -6,6 +6,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import redis
 
 from example_project.servers import free_port, wait_until
 
@@ -174,6 +175,13 @@ def test_celery_worker_runs_with_the_recommended_settings(request, make_shop, tm
     (billed,) = desk.until_noted(1, "bill")
     assert billed["order"] == 5
     desk.until_said(worker, "rendering 7")
+    if broker == "redis":
+        with redis.Redis(port=desk.broker.port) as client:
+            client.replicaof("127.0.0.1", 1)  # as after a failover
+            desk.until_said(worker, "Cannot connect to")
+            client.replicaof("NO", "ONE")
+        desk.database.execute("INSERT INTO items VALUES (101, 'a')")
+        desk.until_noted(105)
     findings = desk.run("flash", "doctor").stdout
     assert "workers: they know every handler" in findings
     if broker == "redis":

@@ -689,7 +689,7 @@ def test_lanes_survive_a_restart_of_the_broker(make_shop):
         shop = make_shop(own)
         shop.project = "ordered"
         shop.environment.update(SHOP_SLEEP="0.02")
-        shop.replicate()
+        replicate = shop.replicate()
         for _ in range(2):
             shop.worker("prefork", "flash")
         insert(shop, 8)
@@ -700,6 +700,7 @@ def test_lanes_survive_a_restart_of_the_broker(make_shop):
         own.start()
         values = assert_in_order(until_ended(shop, 8 * 20, timeout=120))
         assert all(set(found) == set(range(20)) for found in values.values())
+        shop.until_said(replicate, "the first for the lanes of ordered.each")
 
 
 def test_lanes_of_a_redis_that_was_emptied_are_set_up_again(make_shop):
