@@ -71,6 +71,8 @@ class Lease:
     binding: str
     #: Whether an earlier worker has read the slot, so that the broker should know its position.
     continues: bool = False
+    #: The server and the slot before pg_upgrade has given the server another identifier; or "".
+    former_name: str = ""
     #: Whether the session is to end with `ConfirmedLost` if the broker does not know it.
     refills: bool = False
     #: Whether the broker is known to have lost it.

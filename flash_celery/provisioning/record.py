@@ -41,6 +41,8 @@ class Record:
 
     #: The slot that was created with the publications.
     slot: str | None = None
+    #: The system identifier of the server that has the slot, which pg_upgrade replaces.
+    system: str = ""
     #: The tables (OIDs) that each operation is published for, once the present change is complete.
     tables: dict[str, list[int]] = field(default_factory=dict)
     #: The same before the present change; equal to `tables` once it is complete.
@@ -153,9 +155,10 @@ def remember_slot(source: Source) -> None:
 def remember_slot_steps(source: Source) -> list[Step]:
     """Return the statement that records that the slot exists, or nothing if that is recorded."""
     record = read_record(source) or Record()
-    if record.slot == source.slot:
+    if record.slot == source.slot and record.system == source.system:
         return []
-    return [record_step(source.prefix, replace(record, slot=source.slot))]
+    now = replace(record, slot=source.slot, system=source.system)
+    return [record_step(source.prefix, now)]
 
 
 def forget_slot(source: Source) -> None:

@@ -480,7 +480,13 @@ class Replicator:
         ]
         parts += map(repr, self._subscriptions)
         binding = hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
-        return Lease(f"{self._system}.{source.slot}", binding, not self._startup.created_slot)
+        former = self._startup.former_system
+        return Lease(
+            f"{self._system}.{source.slot}",
+            binding,
+            continues=not self._startup.created_slot,
+            former_name=f"{former}.{source.slot}" if former else "",
+        )
 
     def _on_notice(self, notice: Diagnosis) -> None:
         message = notice.message

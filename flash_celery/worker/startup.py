@@ -88,6 +88,9 @@ class Startup:
         self._published: PublishedTables | None = None
         #: Whether this process has created the slot, so that no earlier worker has read it.
         self.created_slot = False
+        #: The system identifier of the server before pg_upgrade, under which the broker knows the
+        #: slot's position; "" if it has not changed.
+        self.former_system = ""
         #: Whether this process has seen the slot.
         self._slot_seen = False
         #: The fingerprint of the tables and publications at the last preflight.
@@ -145,6 +148,9 @@ class Startup:
             if note := record.remember_slot_steps(source):
                 logger.warning(_SLOT_NOT_RECORDED, self._slot, note[0])
         elif manage:
+            recorded = existing.record
+            if recorded is not None and recorded.system not in ("", source.system):
+                self.former_system = recorded.system
             record.remember_slot(source)
             replay_slot.prepare(source)
         if existing.version < 150000:

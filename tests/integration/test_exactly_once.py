@@ -2,6 +2,7 @@
 was restored, recreated or altered makes it omit a change."""
 
 import json
+import logging
 import shutil
 import signal
 import threading
@@ -24,6 +25,11 @@ from flash_celery.publishing.brokers.redis_position import RedisPosition
 from flash_celery.settings import Settings
 
 from .conftest import Flash
+
+COMMENT = (
+    "SELECT obj_description(oid, 'pg_publication') FROM pg_publication "
+    "WHERE pubname = 'flash_publication_insert'"
+)
 
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text)"
 
@@ -316,6 +322,28 @@ def test_position_lost_while_no_worker_runs_is_logged(on_redis, own_redis, caplo
     assert set(ids(again(on_redis, "INSERT INTO items VALUES (2, 'b')"))) >= {2}
     said = [one for one in caplog.records if "Redis has no position _flash." in one.message]
     assert [one.levelname for one in said] == ["ERROR"]
+
+
+@pytest.mark.parametrize("emptied", [False, True])
+def test_position_of_a_server_before_pg_upgrade_is_known(on_redis, own_redis, caplog, emptied):
+    """It gives the server another system identifier, which the record in PostgreSQL tells."""
+    caplog.set_level(logging.INFO)
+    on_redis.stop()
+    key = position(own_redis)
+    system = key.decode().split(".")[1]
+    comment = on_redis.database.one(COMMENT)
+    assert f'"system": "{system}"' in comment
+    former = comment.replace(system, "1").replace("'", "''")
+    on_redis.database.execute(f"COMMENT ON PUBLICATION flash_publication_insert IS '{former}'")
+    if emptied:
+        own_redis.flushall()
+    else:
+        own_redis.rename(key, key.replace(system.encode(), b"1"))
+    on_redis.publisher = RedisPublisher(on_redis.app)
+    on_redis.start().do("SELECT 1")
+    assert ("Redis has no position" in caplog.text) is emptied
+    assert ("another system identifier" in caplog.text) is not emptied
+    assert f'"system": "{system}"' in on_redis.database.one(COMMENT)
 
 
 def test_loss_noticed_while_stopping_is_logged(on_redis, caplog):

@@ -45,6 +45,10 @@ _NO_POSITION = (
     "may be missing (run `flash replay --since` if flash_replay_window covers them, or rebuild "
     "what depends on them), and changes that PostgreSQL sends again are enqueued again"
 )
+_UPGRADED = (
+    "The server has another system identifier than when its position was stored in Redis "
+    "(pg_upgrade); storing it as %s from now on"
+)
 #: Prefix of the hash fields with marks.
 _MARK = "mark:"
 #: The hash field with the acknowledged position: everything before it had been pushed by then.
@@ -212,7 +216,7 @@ class RedisPosition:
         """
         if self._lease.refills and not self._lease.lost:
             # Before this claim leaves a position, which a session after a crash would believe.
-            self._raise_if_not_there(client.hgetall(self._key), previous)
+            self._raise_if_not_there(client, previous)
         with client.pipeline(transaction=True) as pipeline:
             pipeline.hgetall(self._key)
             pipeline.lrange(self._list, 0, -1)
@@ -223,7 +227,10 @@ class RedisPosition:
         elif previous is not None and previous._key == self._key:
             previous._raise_if_lost(fields)
         elif self._lease.continues and b"owner" not in fields:
-            logger.error(_NO_POSITION, self._key)
+            if self._has_former(client):
+                logger.info(_UPGRADED, self._key)
+            else:
+                logger.error(_NO_POSITION, self._key)
         if fields.get(b"binding") != self._lease.binding.encode():
             self._reset(client, list(fields))
             return Deduplicator({}, ())
@@ -235,12 +242,16 @@ class RedisPosition:
         acknowledged = Lsn(int(fields[_ACKNOWLEDGED])) if _ACKNOWLEDGED in fields else None
         return Deduplicator(marks, frozenset(transactions), acknowledged)
 
-    def _raise_if_not_there(
-        self, fields: dict[bytes, bytes], previous: RedisPosition | None
-    ) -> None:
+    def _has_former(self, client: Any) -> bool:
+        """Return whether Redis has the position of the server before pg_upgrade."""
+        key = self._key.removesuffix(self._lease.name) + self._lease.former_name
+        return bool(self._lease.former_name and client.hgetall(key))
+
+    def _raise_if_not_there(self, client: Any, previous: RedisPosition | None) -> None:
+        fields = client.hgetall(self._key)
         if previous is not None and previous._key == self._key:
             previous._raise_if_lost(fields)
-        elif self._lease.continues and b"owner" not in fields:
+        elif self._lease.continues and b"owner" not in fields and not self._has_former(client):
             raise ConfirmedLost(
                 f"Redis has no position {self._key}, although an earlier worker has read the slot: "
                 "it was emptied, or is another one."
