@@ -50,9 +50,9 @@ class Harms:
     unreachable: list[tuple[float, float]] = field(default_factory=list)
     #: When Redis lost everything, and lanes were filled again with changes that were handled.
     emptied: list[float] = field(default_factory=list)
-    #: Whether less is promised, as on RabbitMQ: several changes of a key may come again in order,
-    #: also because they were enqueued again; and a call goes on beside the next if its worker has
-    #: lost the broker.
+    #: Whether less is promised, as on RabbitMQ: several changes of a key may come again in order
+    #: if they were enqueued again, or if the broker was away; and a call goes on beside the next
+    #: one if its worker has lost the broker.
     weak: bool = False
     #: Changes that were enqueued again.
     enqueued_again: set[Identity] = field(default_factory=set)
@@ -82,7 +82,8 @@ class Harms:
 
 def inversions(calls, harms):
     """Changes that were begun after a later one of their key."""
-    wrong, known = set(), set()
+    wrong: set[Identity] = set()
+    known: dict[Identity, Call] = {}
     latest: dict = {}
     emptied = sorted(harms.emptied)
     for call in calls:
@@ -93,10 +94,14 @@ def inversions(calls, harms):
         excused = harms.excuses(call, call.ended or call.began)
         for identity, keys in call.keys.items():
             concerned = latest.keys() if ALL in keys else latest.keys() & {*keys, ALL}
-            again = harms.weak and identity in known
+            before = known.setdefault(identity, call)
+            again = harms.weak and (
+                (before is not call and harms.cut_off(before, _committed(before, call)))
+                or identity in harms.enqueued_again
+            )
             if not (excused or again) and any(identity < latest[key] for key in concerned):
                 wrong.add(identity)
-        known |= call.keys.keys()
+            known[identity] = call
         _remember(latest, call)
     return wrong
 
@@ -147,10 +152,14 @@ def repeats(calls, harms) -> Iterator[tuple[Identity, float, str | None]]:
                 yield identity, after.began, why
 
 
+def _committed(before, after):
+    """When a call of changes that came again must have been committed at the latest."""
+    return min(after.began, (before.ended or after.began) + _UNCOMMITTED)
+
+
 def _explanation(before, after, harms):
     until = after.began
-    # A change that was done is committed soon.
-    latest = min(until, (before.ended or until) + _UNCOMMITTED)
+    latest = _committed(before, after)
     if any(before.began <= at <= until for at in harms.emptied):
         return "Redis was emptied"
     if harms.died(before, before.began, latest):

@@ -215,11 +215,14 @@ def test_soak_call_without_an_end_needs_a_process_that_has_ended():
 
 def test_soak_less_is_promised_where_a_lane_is_a_queue():
     again = [call(1, (1, "a")), call(2, (2, "a")), call(3, (1, "a")), call(4, (2, "a"))]
-    assert inversions(again, Harms()) == {(1, 0)}
-    assert inversions(again, Harms(weak=True)) == set()
-    assert inversions([*again, call(5, (0, "a"))], Harms(weak=True)) == {(0, 0)}
-    assert reasons(again, Harms(weak=True)) == [None, None]
+    assert inversions(again, Harms(weak=True)) == {(1, 0)}
+    away = [(2.2, 2.8)]
+    assert inversions(again, Harms(unreachable=away)) == {(1, 0)}
+    assert inversions(again, Harms(unreachable=away, weak=True)) == set()
+    assert inversions([*again, call(5, (0, "a"))], Harms(unreachable=away, weak=True)) == {(0, 0)}
     republished = Harms(weak=True, enqueued_again={(1, 0), (2, 0)})
+    assert inversions(again, republished) == set()
+    assert reasons(again, Harms(weak=True)) == [None, None]
     assert reasons(again, republished) == ["it was enqueued again"] * 2
     beside = [call(1, (1, "a"), ended=9), call(5, (1, "a"), pid=2)]
     assert overlaps(beside, Harms(unreachable=[(2.0, 3.0)])) == {(1, 0)}
