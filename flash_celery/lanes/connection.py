@@ -42,6 +42,10 @@ class Connection:
             self._stores[key] = found
         return found
 
+    def close(self) -> None:
+        """Disconnect."""
+        self._publisher.close()
+
     def all_keys(self) -> list[str]:
         """Return the names of all handlers' keys on this broker."""
         members = self.client.smembers(prefixed(self._publisher.channel, REGISTRY))
@@ -65,6 +69,14 @@ def connection(app: Any) -> Connection:
         if key not in _connections:
             _connections[key] = Connection(app)
         return _connections[key]
+
+
+def close(app: Any) -> None:
+    """Close this process's connection for an app, if it has one."""
+    with _lock:
+        found = _connections.pop((os.getpid(), app), None)
+    if found is not None:
+        found.close()
 
 
 def store(app: Any, source: str, handler: str) -> LaneStore:

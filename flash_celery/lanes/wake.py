@@ -246,8 +246,24 @@ def _sweep_regularly(app: Any, consumer: Any) -> None:
     if earlier is not None:
         earlier.cancel()
     needed = _has_ordered_handlers(app)
-    seconds = SWEEP_SECONDS if needed else _SWEEP_OTHERS_SECONDS
-    consumer._flash_sweep = consumer.timer.call_repeatedly(seconds, sweep, (app, needed))
+    if needed or _has_lanes(app):
+        seconds = SWEEP_SECONDS if needed else _SWEEP_OTHERS_SECONDS
+        consumer._flash_sweep = consumer.timer.call_repeatedly(seconds, sweep, (app, needed))
+
+
+def _has_lanes(app: Any) -> bool:
+    """Return whether a handler on this broker is, or was, an ordered one; True if unknown."""
+    if connection.is_rabbitmq(app):
+        return True  # a process sweeps only lanes of which it has seen a wake
+    try:
+        if connection.connection(app).all_keys():
+            return True
+    except redis.exceptions.NoPermissionError:
+        pass  # an ACL forbids lanes to this project
+    except (PublishError, redis.RedisError):
+        return True
+    connection.close(app)
+    return False
 
 
 def _has_ordered_handlers(app: Any) -> bool:

@@ -17,7 +17,7 @@ from flash_celery import on_change
 from flash_celery.commands import lanes
 from flash_celery.dead_letters.queue import DeadLetterFilter, DeadLetterQueue
 from flash_celery.errors import ConfigurationError
-from flash_celery.lanes import wake
+from flash_celery.lanes import connection, wake
 from flash_celery.lanes.drain import Drain, HeldLease, Limits
 from flash_celery.messages import lane_entries
 from flash_celery.messages.deduplication import now
@@ -260,6 +260,18 @@ def test_sweep_that_fails_for_one_handler_wakes_the_lanes_of_the_others(
         wake.sweep(app)
     assert lane.wakes == 2
     assert caplog.text.count("Cannot wake the lanes of _flash.ordered.0,") == 1
+
+
+def test_worker_without_ordered_handlers_keeps_a_connection_only_for_lanes_that_exist(
+    lane, valkey, new_app
+):
+    app = new_app(broker_url=f"{valkey.url.rpartition('/')[0]}/9")
+    before = len(lane.client.client_list())
+    assert wake._has_lanes(app)
+    connection.close(app)
+    lane.client.flushdb()
+    assert not wake._has_lanes(app)
+    wait_until(lambda: len(lane.client.client_list()) == before, "the connection to be closed")
 
 
 def test_lanes_that_wait_for_another_layout_are_resumed(lane):
