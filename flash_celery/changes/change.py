@@ -39,6 +39,8 @@ class Call:
     fence: int | None = None
     #: For `Change.connection`.
     connection: Any = None
+    #: For `Change.superseded`.
+    superseded: bool | None = None
 
 
 _NO_LANE = Call()
@@ -173,6 +175,15 @@ class Change(Generic[RowT]):
     def connection(self) -> Any:
         """The database connection of the call, in its transaction (`once=`); else `None`."""
         return self._call.connection
+
+    @property
+    def superseded(self) -> bool | None:
+        """Whether a later change with an equal ordering key (`ordered=`) was handled before it.
+
+        Only a dead letter that is retried can be. `None` if that is unknown: of a handler without
+        `ordered=`, for example, or if Redis has lost its data.
+        """
+        return self._call.superseded
 
     @property
     def key(self) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 from kombu.utils.json import loads
 
 from ..errors import ConfigurationError, NoSuchLetter, PayloadError, SubscriptionError
+from ..handlers.celery_tasks import NOTED
 from ..publishing import brokers
-from ..publishing.brokers import redis_keys
+from ..publishing.brokers import lane_access, redis_keys
 from ..publishing.brokers.base import ConnectedPublisher, queue_depths
 from ..table_name import TableName
 from . import letters
@@ -167,7 +168,8 @@ class DeadLetterQueue:
 
     def drop(self, chosen: Sequence[DeadLetter]) -> int:
         """Delete dead letters; return how many were still in the queue."""
-        return self._process(chosen, lambda letter: None)
+        with closing(_Notes(self._app)) as notes:
+            return self._process(chosen, notes.forget)
 
     def retry(self, chosen: Sequence[DeadLetter], split: bool) -> int:
         """Send dead letters back to the queues they came from; return how many.
@@ -236,6 +238,32 @@ class DeadLetterQueue:
                 yield letters.decode(body), remove
             except PayloadError:
                 self.other_messages += 1
+
+
+class _Notes:
+    """The notes of dead letters, beside the lanes that they came from."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._publisher: ConnectedPublisher | None = None
+
+    def forget(self, letter: DeadLetter) -> None:
+        """Forget the notes of a dead letter, if there are any."""
+        noted = letter.headers.get(NOTED)
+        if noted is None:
+            return
+        if self._publisher is None:
+            self._publisher = ConnectedPublisher(self._app)
+            self._publisher.open([])
+        changes = letter.changes
+        with suppress(PayloadError):
+            changes = [change.id for change in letters.changes_of(letter)]
+        lane_access.forget_letter(self._publisher, letter.handler, noted, changes)
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._publisher is not None:
+            self._publisher.close()
 
 
 def _key(letter: DeadLetter) -> tuple[str, str]:

@@ -19,6 +19,10 @@ from ..errors import SubscriptionError
 _TRANSPARENT = {"celery", "flash_celery"}
 #: What calling a function returns whose body has not run.
 _LAZY_RESULTS = (Coroutine, AsyncGenerator, Generator)
+#: The header with which the task of a dead letter finds what is noted of it beside its lanes.
+NOTED = "flash_noted"
+#: Looks there. It is a name, so that only workers import the module.
+_RETRIED = "flash_celery.lanes.superseding:retried"
 #: The name of the task that drains a lane.
 WAKE_TASK = "flash_celery.wake"
 #: What runs it. It is a name, so that only workers import the module.
@@ -197,6 +201,21 @@ def convert_arguments(task: Any, convert: Callable[[Any], Any]) -> None:
         return run(*map(convert, args), **converted)
 
     set_run_method(task, run_converted)
+
+
+def look_for_superseded(task: Any) -> None:
+    """Have a task that is a retried dead letter find out whether its changes are superseded."""
+    run = run_method(task)
+
+    @wraps(run)
+    def run_with_call(*args: Any, **kwargs: Any) -> Any:
+        noted = task.request.get(NOTED)
+        if noted is None:
+            return run(*args, **kwargs)
+        with symbol_by_name(_RETRIED)(task, noted, (*args, *kwargs.values())):
+            return run(*args, **kwargs)
+
+    set_run_method(task, run_with_call)
 
 
 def register_wake(app: Celery) -> None:

@@ -27,6 +27,7 @@ from .celery_tasks import (
     find_task,
     function_for_task,
     lazy_kind,
+    look_for_superseded,
     refuse_lazy_results,
     register_wake,
     require_argument,
@@ -460,6 +461,9 @@ def _attach(task: Any, declaration: Declaration) -> None:
     if subscription.once is not None and "_flash_runs_once" not in task.__dict__:
         task.__dict__["_flash_runs_once"] = True
         run_in_transaction(task, subscription.once)
+    if subscription.ordered is not None and "_flash_looks_for_superseded" not in task.__dict__:
+        task.__dict__["_flash_looks_for_superseded"] = True
+        look_for_superseded(task)
     if subscription.into is not None and "_flash_converts_rows" not in task.__dict__:
         task.__dict__["_flash_converts_rows"] = True
         convert_arguments(task, partial(convert_rows, task, task.__dict__["flash_subscriptions"]))

@@ -29,12 +29,15 @@ from ..dead_letters.failed_tasks import setting, store_letter
 from ..errors import ProcessKilled
 from ..escaping import escaped, text_of
 from ..handlers import once
+from ..handlers.celery_tasks import NOTED
 from ..handlers.databases import Database
 from ..handlers.decorators import subscriptions_of_task
+from ..handlers.subscriptions import Subscription
 from ..messages.task_ids import task_id_of_batch, task_id_of_change
 from ..messages.task_message import Form, Message
-from .drain import Blocked, Head, Later, Verdict
+from .drain import Blocked, Head, Later, Step, Verdict
 from .marks import LaneMark, Layout
+from .superseding import Superseding
 from .time_limits import time_limits
 
 logger = logging.getLogger(__name__)
@@ -60,6 +63,7 @@ class Traced:
     blocks: bool
     #: The database in whose transaction it runs, with marks of what was handled (`once=`).
     database: Database | None = None
+    subscriptions: Sequence[Subscription] = ()
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ def traced(app: Any, handler: str, hostname: str) -> Traced:
 
         blocks = order is not None and order.on_failure == "block"
         database = subscriptions[0].once if subscriptions else None
-        found = Traced(task, trace, batch.size if batch else None, blocks, database)
+        size = batch.size if batch else None
+        found = Traced(task, trace, size, blocks, database, subscriptions)
         _traced[key] = found
     return found
 
@@ -145,6 +150,11 @@ class HandlerCalls:
         #: Returns the digest of the layout before the present one, whose lanes were empty.
         self.former: Callable[[], str] = lambda: ""
         self.size = handler.batch or 1
+        self.subscriptions = handler.subscriptions
+        #: Notes dead letters, where the broker has room for that.
+        self.superseding: Superseding | None = None
+        #: Whether the last call of the handler has ended well.
+        self._ended_well = False
         #: Called with the verdict on changes whose handler has reached its hard time limit, and
         #: their number, on another thread and before the process is killed.
         self.on_limit: Callable[[Verdict, int], object] = lambda verdict, changes: None
@@ -174,9 +184,19 @@ class HandlerCalls:
             hard, soft = headers.get("timelimit") or (None, None)
             self._limits = soft or self._task.soft_time_limit, hard or self._task.time_limit
 
+    def remaining(self, head: Head) -> Step | None:
+        """Return what marks the dead letters that changes supersede which were handled, if any."""
+        superseding = self.superseding
+        if superseding is None or not self._ended_well:
+            return None
+        if not head.supersedes and not superseding.has_noted:
+            return None
+        return partial(superseding.handled, head.changes)
+
     def handle(self, head: Head) -> Verdict:
         """Handle changes, and store a dead letter if they fail for good."""
         call = self._call(head)
+        self._ended_well = False
         if head.expires is not None and time.time() > head.expires:
             logger.info("Discarding expired task: %s", self._described(call))
             return None
@@ -194,7 +214,7 @@ class HandlerCalls:
             "flash_retries": retries,
             once.MARK: self._mark(head),
         }
-        in_call = Call(head.fence)
+        in_call = Call(head.fence, superseded=False)
         for change in head.changes:
             change._call = in_call
         argument, mark = self._argument(head.changes), request[once.MARK]
@@ -217,6 +237,7 @@ class HandlerCalls:
         if isinstance(error, Reject) and error.requeue:
             return Later(_AGAIN_SECONDS, head.retries)
         if error is None or isinstance(error, (Reject, Ignore)):
+            self._ended_well = True
             return None
         return self._failed(call, error, str(result.traceback))
 
@@ -285,8 +306,9 @@ class HandlerCalls:
                 "failed_at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             }
             return Blocked(json.dumps(reason))
+        noted = self.superseding.note(head.changes) if self.superseding is not None else None
         letter = letters.from_message(
-            self._message(call),
+            self._message(call, noted),
             self._form.queue,
             error=name,
             text=text_of(error),
@@ -300,8 +322,13 @@ class HandlerCalls:
             return None
         return Later(_AGAIN_SECONDS, head.retries)
 
-    def _message(self, call: _Call) -> Message:
-        """Return the task message that the changes would have without lanes."""
+    def _message(self, call: _Call, noted: Any) -> Message:
+        """Return the task message that the changes would have without lanes.
+
+        Args:
+            call: The call.
+            noted: What it has to know of the lanes, or None.
+        """
         own = {
             "id": call.id,
             "root_id": call.id,
@@ -309,6 +336,8 @@ class HandlerCalls:
             "retries": call.head.retries,
             letters.DEATHS: call.head.deaths,
         }
+        if noted is not None:
+            own[NOTED] = noted
         headers = {**self._form.headers, **own}
         properties = {**self._form.properties, "correlation_id": call.id}
         kind = CHANGE if self._handler.batch is None else CHANGES

@@ -81,6 +81,8 @@ class Head:
     again: bool = False
     #: The lane; of a barrier's change the first of its lanes, or None if it is not known.
     lane: int | None = None
+    #: Whether they may supersede dead letters.
+    supersedes: bool = False
 
 
 class Calls(Protocol):
@@ -94,6 +96,9 @@ class Calls(Protocol):
 
     def handle(self, head: Head) -> Verdict:
         """Handle changes; raises nothing that a handler raises."""
+
+    def remaining(self, head: Head) -> Step | None:
+        """Return what is to be done before changes are committed whose verdict is None, if any."""
 
 
 @dataclass(frozen=True)
@@ -308,14 +313,15 @@ class Drain:
             if marker is not None:
                 yield from self._cross(marker, Head([], retries, deaths, claimed.fence))
                 return
-            number = int(lease.lane)
-            head = Head(changes, retries, deaths, claimed.fence, expires, again, number)
+            number, supersedes = int(lease.lane), claimed.letters > 0
+            head = Head(changes, retries, deaths, claimed.fence, expires, again, number, supersedes)
             verdict = yield partial(self._calls.handle, head)
             if verdict is not None:
                 commit = self._commit(retries) if buffer.done else self._settle()
                 if (yield from commit):
                     yield self._ending(verdict)
                 return
+            yield from self._remaining(head)
             if not buffer.done:
                 first_done = clock()
             buffer.finish(len(changes), keys)
@@ -330,6 +336,11 @@ class Drain:
                 self._more = True
             elif (late or buffer.done >= _GROUP) and not (yield from self._send()):
                 return
+
+    def _remaining(self, head: Head) -> Steps:
+        step = self._calls.remaining(head)
+        if step is not None:
+            yield step
 
     def _is_over(self, began: float) -> bool:
         limits = self._limits
@@ -441,11 +452,17 @@ class Drain:
             return
         assert isinstance(entry, Entry)
         head = replace(
-            head, changes=entry.changes, expires=entry.expires, again=entry.again, lane=entry.lane
+            head,
+            changes=entry.changes,
+            expires=entry.expires,
+            again=entry.again,
+            lane=entry.lane,
+            supersedes=True,
         )
         verdict = yield partial(self._calls.handle, head)
         if verdict is not None:
             yield self._ending(verdict)
         else:
+            yield from self._remaining(head)
             self.handled += 1
             yield partial(self._store.open, *place)

@@ -27,11 +27,13 @@ from ..escaping import escaped
 from ..messages.deduplication import now
 from ..messages.lane_messages import REGISTRY
 from ..publishing.brokers.amqp_wakes import Lane
+from ..publishing.brokers.lane_letters import LaneLetters
 from ..publishing.brokers.lane_store import LostLease
 from . import amqp_sweep, amqp_wake, connection
 from .alarms import Alarm, call_at
 from .calls import HandlerCalls, traced
 from .drain import Drain, HeldLease, Limits, Step
+from .superseding import Superseding
 
 try:
     import redis
@@ -80,6 +82,8 @@ def wake(task: Any, source: str, handler: str, lane: str) -> None:
     seconds = float(setting(app, "flash_lane_lease"))
     token = f"{_beginning(request.id, hostname)}{uuid.uuid4().hex}"
     lease = HeldLease(store, lane, token, seconds, now)
+    letters = LaneLetters(store.client, store.key)
+    calls.superseding = Superseding(letters, source, int(lane), calls.subscriptions)
     budget = Limits(float(setting(app, "flash_lane_budget")))
     drain = Drain(lease, calls, budget, outcome.is_stopping)
     calls.on_limit = drain.end_with

@@ -13,6 +13,7 @@ from ..changes.payload import TRUNCATED
 from ..changes.rows import Table
 from ..protocol.pgoutput import FIRST_TUPLE, UNCHANGED_TOAST, Cell, read_cells, read_row
 from ..provisioning.ordering_keys import Key
+from .task_ids import short_digest
 
 _INSERT = ord("I")
 _UPDATE = ord("U")
@@ -38,13 +39,19 @@ def key_of(table: Table, columns: Sequence[str] | None) -> Key:
     return tuple((name, table.columns[table.positions[name]].type_name) for name in names)
 
 
-def placer(table: Table, columns: Sequence[str] | None) -> Placer:
+def placer(
+    table: Table,
+    columns: Sequence[str] | None,
+    digest: Callable[[Sequence[Cell], Sequence[int]], int] | None = None,
+) -> Placer:
     """Return the function that places the rows of a table.
 
     Args:
         table: The table, with the columns that its rows have.
         columns: The columns of the ordering key; None for the row's key.
+        digest: Makes the hash of some cells. Default: the one that decides the lane.
     """
+    digest = digest or _digest
     names = _names(table, columns)
     positions = [table.positions[name] for name in names]
     width = max(positions, default=-1) + 1
@@ -53,7 +60,7 @@ def placer(table: Table, columns: Sequence[str] | None) -> Placer:
     def place(row: bytes) -> Place | None:
         tag = row[0]
         if tag == _INSERT:
-            key = _digest(read_cells(row, FIRST_TUPLE, width)[0], positions)
+            key = digest(read_cells(row, FIRST_TUPLE, width)[0], positions)
             return Place(key, key)
         if row == TRUNCATED or tag == _MESSAGE:
             return None
@@ -63,15 +70,15 @@ def placer(table: Table, columns: Sequence[str] | None) -> Placer:
             # earlier changes may be in any lane.
             return None
         if tag != _UPDATE:
-            key = _digest(read.old or (), positions)
+            key = digest(read.old or (), positions)
             return Place(key, key)
         new: Sequence[Cell] = read.new or ()
         if read.old is None:  # the identity, and so the key, did not change
-            key = _digest(new, positions)
+            key = digest(new, positions)
             return Place(key, key)
         # A value that PostgreSQL did not send is the old one.
         filled = [read.old[n] if cell is UNCHANGED_TOAST else cell for n, cell in enumerate(new)]
-        return Place(_digest(filled, positions), _digest(read.old, positions))
+        return Place(digest(filled, positions), digest(read.old, positions))
 
     return place
 
@@ -90,3 +97,10 @@ def _digest(cells: Sequence[Cell], positions: Sequence[int]) -> int:
         else:
             digest = crc32(b"-", digest)
     return digest
+
+
+def strong_digest(cells: Sequence[Cell], positions: Sequence[int]) -> int:
+    """Return a hash of some cells that is the same only for equal cells."""
+    known = [cells[position] if position < len(cells) else None for position in positions]
+    text = repr([cell if isinstance(cell, bytes) else None for cell in known])
+    return int(short_digest(text, 8), 16)

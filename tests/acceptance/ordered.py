@@ -50,6 +50,7 @@ def note(event, task, argument):
                 "id": change.id,
                 "together": len(changes),
                 "coalesced": change.coalesced,
+                "superseded": change.superseded,
                 "key": dict(change.key),
                 "new": dict(change.new) if hasattr(change, "new") else None,
             }
@@ -115,4 +116,6 @@ if os.environ.get("SHOP_BATCH"):
     @on_change("items", "insert|update", ordered=True, batch=50)
     @app.task(bind=True, name="ordered.many")
     def many(self, changes):
+        for change in changes:
+            misbehave(self, change)
         note("end", self, changes)

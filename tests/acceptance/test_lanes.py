@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from contextlib import suppress
 
 import pytest
+import redis
 from celery import Celery
 
 from example_project.servers import Valkey, wait_until
@@ -154,6 +155,51 @@ def test_lanes_change_that_fails_for_good_becomes_a_dead_letter(ordered):
     open(f"{ordered.notes_file}.fixed", "w").close()
     assert ordered.run("flash", "dead", "retry", "--all").returncode == 0
     until_ended(ordered, 4)
+
+
+def test_dead_letters_of_lanes_know_whether_later_changes_superseded_them(ordered, valkey):
+    ordered.environment.update(SHOP_BATCH="1")
+    ordered.replicate()
+    ordered.worker("solo", "flash")
+    insert(ordered, 3)
+    until_handled_by_both(ordered, 3)
+    fixed = f"{ordered.notes_file}.fixed"
+    client = redis.Redis(port=valkey.port)
+
+    def fail(*keys):
+        for key in keys:
+            ordered.database.execute(f"UPDATE items SET note = 'raise' WHERE id = {key}")
+        wait_until(lambda: client.llen("flash.dead") == 2 * len(keys), "dead letters")
+
+    def retried(*options):
+        open(fixed, "w").close()
+        seen = len(ended(ordered)), len(ended(ordered, "many"))
+        assert ordered.run("flash", "dead", "retry", "--all", *options).returncode == 0
+        assert ordered.run("flash", "wait").returncode == 0
+        os.remove(fixed)
+        notes = [*ended(ordered)[seen[0] :], *ended(ordered, "many")[seen[1] :]]
+        return sorted((note["handler"], keys_of(note), note["superseded"]) for note in notes)
+
+    with client:
+        fail(0, 1)
+        ordered.database.execute("UPDATE items SET note = '' WHERE id <> 1")
+        until_handled_by_both(ordered, 5)
+        assert [note["superseded"] for note in ended(ordered)] == [False] * 5
+        expected = [(name, key, key == 0) for name in ("each", "many") for key in (0, 1)]
+        assert retried("--split") == expected
+        assert client.keys("*.dead.*") == []
+        fail(2)
+        client.delete(*client.keys("*.dead.*"))
+        assert retried() == [("each", 2, None), ("many", 2, None)]
+        fail(2)
+        assert len(client.keys("*.dead.*")) == 2
+        assert ordered.run("flash", "dead", "drop", "--all", "--yes").returncode == 0
+        assert client.keys("*.dead.*") == []
+
+
+def until_handled_by_both(shop, count):
+    until_ended(shop, count)
+    until_ended(shop, count, "many")
 
 
 def test_lanes_go_on_at_once_when_a_process_dies(ordered):
@@ -341,8 +387,6 @@ def test_lanes_blocked_by_a_failed_change_go_on_when_an_operator_says_so(ordered
 
 
 def test_lanes_are_waited_for_and_shown(ordered, valkey):
-    import redis
-
     with redis.Redis(port=valkey.port) as client:  # another server has a slot of the same name
         other = f"_flash.ordered.1.{ordered.database.slot}.ordered.each"
         client.sadd("_flash.ordered", other)
@@ -443,8 +487,6 @@ def test_lanes_blocked_of_a_handler_that_is_no_longer_ordered_can_be_skipped(ord
 
 
 def test_lanes_keep_their_changes_when_the_slot_is_reset(ordered, valkey):
-    import redis
-
     replicate = ordered.replicate()
     insert(ordered, 3)
     assert ordered.run("flash", "pause", "each").returncode == 0
@@ -663,8 +705,6 @@ def test_lanes_go_on_while_no_replication_worker_runs(ordered):
 
 
 def test_lanes_with_a_key_prefix_and_priorities(ordered, valkey):
-    import redis
-
     options = {"global_keyprefix": "shop:", "priority_steps": [0, 3, 6, 9]}
     conf = {
         "broker_transport_options": options,
@@ -704,8 +744,6 @@ def test_lanes_survive_a_restart_of_the_broker(make_shop):
 
 
 def test_lanes_of_a_redis_that_was_emptied_are_set_up_again(make_shop):
-    import redis
-
     with Valkey() as own, redis.Redis(port=own.port) as client:
         shop = make_shop(own)
         shop.project = "ordered"

@@ -213,6 +213,9 @@ class World:
     def handle(self, head):
         raise AssertionError("the world handles changes itself")
 
+    def remaining(self, head):
+        return None
+
     def advance(self, process):
         """Run one step of a process; return whether it goes on."""
         if getattr(process.step, "func", None) == self.handle:

@@ -24,6 +24,7 @@ from flash_celery.messages.deduplication import now
 from flash_celery.messages.lane_placing import Place
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.publishing.brokers import lane_scripts
+from flash_celery.publishing.brokers.lane_letters import LaneLetters, Noted
 from flash_celery.publishing.brokers.lane_overview import Overview
 from flash_celery.publishing.brokers.lane_store import Done, LaneStore, LostLease
 from flash_celery.publishing.brokers.redis_position import in_one_step
@@ -120,6 +121,8 @@ class Handler:
 
     def handle(self, head):
         self.steps += [change.transaction.xid for change in head.changes]
+
+    def remaining(self, head): ...
 
 
 def drain(lane, handler, before=lambda name: None, token="a"):
@@ -542,6 +545,11 @@ def test_lanes_need_only_the_commands_that_are_documented(client, valkey):
                 world = World(client, seed, Faults(crash=2), changes=8)
                 world.store.client = limited
                 world.run()
+            letters = LaneLetters(limited, KEY)
+            letters.note([0], {"1:0": Noted((1, 0, 0, 0), frozenset({7}))})
+            letters.supersede(0, ["1:0"])
+            assert letters.superseded([0], "1:0")
+            letters.forget([0], ["another"])
             assert world.store.remove("_flash.ordered", KEY) == 0
             assert client.keys("_flash.*") == []
     finally:

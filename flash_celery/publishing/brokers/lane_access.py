@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from amqp import Channel
 from ...messages.lane_messages import REGISTRY, handler_key
 from .amqp_overview import AmqpOverview
 from .base import ConnectedPublisher
+from .lane_letters import LaneLetters
 from .lane_overview import HandlerLanes, Overview, keys_of
 from .lane_store import LaneStore
 from .redis_keys import literal_client, prefixed
@@ -105,3 +106,27 @@ def summaries(
         return [
             overview.summary(handler, ordered=handler in handlers) for handler, overview, _ in found
         ]
+
+
+def forget_letter(
+    publisher: ConnectedPublisher, handler: str, noted: Any, changes: Sequence[str]
+) -> None:
+    """Forget what is noted of a dead letter that is dropped.
+
+    Args:
+        publisher: It is open.
+        handler: The name of its task.
+        noted: What its headers say of that.
+        changes: The ids of its changes.
+
+    Raises:
+        PublishError: The broker does not answer.
+    """
+    if publisher.driver != "redis" or not changes:
+        return
+    with suppress(TypeError, ValueError), publisher.errors():  # anyone may have written it
+        source, lanes = noted
+        numbers = [int(lane) for lane in lanes]
+        with literal_client(publisher.channel) as client:
+            key = prefixed(publisher.channel, handler_key(str(source), handler))
+            LaneLetters(client, key).forget(numbers, changes)

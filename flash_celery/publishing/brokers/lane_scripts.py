@@ -24,6 +24,7 @@ The keys of a handler, where `H` is `_flash.ordered.<source>.<handler>`:
     - `w` how many wakes the sweep has sent since the last claim
     - `n` how many changes wait in it
 - `H.<lane>`, a list: the entries, oldest first. `!<id>:<lanes>` is the marker of a barrier.
+- `H.dead.<lane>`, a hash: changes of the lane that became dead letters. See `lane_letters`.
 - `H.barriers`, a hash: the entry of each barrier that is not open yet, by id.
 - `H.barrier.<id>`, a set: the lanes that have arrived at a barrier.
 
@@ -65,6 +66,12 @@ end
 local function forget(H, lane)
     redis.call('ZREM', H .. '.due', lane)
     clear(H, lane, table.concat(OF_LANE))
+end
+
+-- Forget what is noted of dead letters, because later changes may come in other lanes.
+local function forget_letters(H)
+    local lanes = tonumber(redis.call('HGET', H .. '.state', 'lanes') or 0)
+    for lane = 0, lanes - 1 do redis.call('DEL', H .. '.dead.' .. lane) end
 end
 
 -- Push the message that makes a worker look at the lane. Each has an id of its own, because an
@@ -211,7 +218,10 @@ local layout = redis.call('HGET', S, 'layout')
 if layout and layout ~= ARGV[3] and tonumber(redis.call('HGET', S, 'waiting') or 0) > 0 then
     return 0
 end
-if layout and layout ~= ARGV[3] then redis.call('HSET', S, 'former', layout) end
+if layout and layout ~= ARGV[3] then
+    redis.call('HSET', S, 'former', layout)
+    forget_letters(H)
+end
 redis.call('SADD', KEYS[2], ARGV[2])
 redis.call('HSET', S, 'layout', ARGV[3], 'lanes', ARGV[4], 'queue', ARGV[5], 'wake', ARGV[6],
     'form', ARGV[7])
@@ -220,7 +230,8 @@ return 1
 )
 
 #: Takes a lease. ARGV: time, lane, token, seconds of the lease, most entries, most bytes. Returns
-#: 'nothing', 'paused', 'asleep', 'held', or 'ok', fence, cursor, retries, deaths, form, entries.
+#: 'nothing', 'paused', 'asleep', 'held', or 'ok', fence, cursor, retries, deaths, number of
+#: noted dead letters, form, entries.
 CLAIM = (
     _BEGIN
     + """
@@ -251,8 +262,9 @@ end
 redis.call('HSET', S, 't' .. lane, token, 'm' .. lane, '1')
 wake_later(H, lane, now, ARGV[4])
 local deaths = tonumber(redis.call('HGET', S, 'd' .. lane) or 0)
-return {'ok', fence, tonumber(found[4] or 0), tonumber(found[5] or 0), deaths, found[6] or '',
-    unpack(entries)}
+local letters = redis.call('HLEN', H .. '.dead.' .. lane)
+return {'ok', fence, tonumber(found[4] or 0), tonumber(found[5] or 0), deaths, letters,
+    found[6] or '', unpack(entries)}
 """
 )
 
@@ -396,6 +408,7 @@ REMOVE = (
     + """
 local waiting = tonumber(redis.call('HGET', S, 'waiting') or 0)
 if waiting > 0 then return waiting end
+forget_letters(H)
 redis.call('DEL', S, D)
 redis.call('SREM', KEYS[2], ARGV[2])
 return 0
@@ -448,6 +461,15 @@ open(H, now, ARGV[4])
 return 1
 """
 )
+
+#: Notes that dead letters are superseded. KEYS: the hash. ARGV: seconds to keep it, the changes.
+SUPERSEDE = """
+for position = 2, #ARGV do
+    local noted = redis.call('HGET', KEYS[1], ARGV[position])
+    if noted then redis.call('HSET', KEYS[1], ARGV[position], '1' .. string.sub(noted, 2)) end
+end
+redis.call('EXPIRE', KEYS[1], ARGV[1])
+"""
 
 #: For scripts that push among other commands: `check` returns whether a command can be executed,
 #: `run` executes one of Redis or of lanes. The words of the latter are 'FLASH.PUSH', H, layout and,

@@ -25,6 +25,8 @@ class Claimed:
     #: How often the first change was retried, and how many processes have died on it.
     retries: int
     deaths: int
+    #: How many changes of the lane are noted because they became dead letters.
+    letters: int
     #: What the handler's messages have in common, as `lane_entries.encode_form` wrote it.
     form: bytes
     entries: list[bytes] = field(repr=False)
@@ -164,8 +166,8 @@ class LaneStore:
         code, *found = self._call("CLAIM", lane, token, lease, most, MOST_BYTES)
         if code != b"ok":
             return str(code.decode())
-        fence, cursor, retries, deaths, form, *entries = found
-        return Claimed(fence, cursor, retries, deaths, form, entries)
+        fence, cursor, retries, deaths, letters, form, *entries = found
+        return Claimed(fence, cursor, retries, deaths, letters, form, entries)
 
     def commit(
         self,
