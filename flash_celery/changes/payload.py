@@ -146,12 +146,55 @@ def encode(deliveries: Iterable[Delivery]) -> str:
             runs.append(run)
         last, following = same, ordinal + count
         rows += delivered
+    # Lists of numbers have the same text in Python and JSON; dumps takes twice the time.
+    runs_text = str(runs)[1:-1].replace(" ", "")
+    return _value_text(histories, tables, transactions, runs_text, rows)
+
+
+class Picked(NamedTuple):
+    """Some rows of a delivery, in its order."""
+
+    delivery: Delivery
+    ordinals: list[int]
+    rows: list[bytes]
+
+
+def encode_picked(some: Iterable[Picked]) -> str:
+    """Return the JSON value for these changes, faster than from a delivery for each row."""
+    tables: dict[Table, int] = {}
+    histories: dict[History | None, int] = {}
+    transactions: list[str] = []
+    runs: list[str] = []
+    rows: list[bytes] = []
+    previous: Transaction | None = None
+    for delivery, ordinals, picked in some:
+        table, transaction, _, part, number, _, shift = delivery
+        if transaction is not previous:
+            history_number = histories.setdefault(transaction.history, len(histories))
+            transactions.append(_transaction_json(transaction, history_number))
+            previous = transaction
+        start = f"[{tables.setdefault(table, len(tables))},{len(transactions) - 1},"
+        end = "".join([f",{each}" for each in _run_end(part, number, shift)])
+        count = len(ordinals)
+        if ordinals[-1] - ordinals[0] < count:
+            runs.append(f"{start}{ordinals[0]},{count}{end}]")
+        else:
+            runs += [f"{start}{ordinal},1{end}]" for ordinal in ordinals]
+        rows += picked
+    return _value_text(histories, tables, transactions, ",".join(runs), rows)
+
+
+def _value_text(
+    histories: Iterable[History | None],
+    tables: Iterable[Table],
+    transactions: Iterable[str],
+    runs: str,
+    rows: Iterable[bytes],
+) -> str:
     return (
         f'{{"v":{VERSION},"history":[{",".join(map(history_json, histories))}],'
         f'"tables":[{",".join(map(_table_json, tables))}],'
-        f'"transactions":[{",".join(transactions)}],'
-        # Lists of numbers have the same text in Python and JSON; dumps takes twice the time.
-        f'"runs":{str(runs).replace(" ", "")},'
+        f'"transactions":[{",".join(transactions)}],"runs":[{runs}],'
         f'"rows":"{b2a_base64(b"".join(rows), newline=False).decode()}"}}'
     )
 

@@ -12,13 +12,12 @@ entry may also have:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..changes import payload
 from ..changes.change import Change
-from ..changes.payload import Delivery
 from ..errors import PayloadError
 from .lane_placing import Place
 
@@ -51,20 +50,28 @@ class Marker:
 
 
 def encode(
-    deliveries: Iterable[Delivery],
+    changes: str,
     places: Sequence[Place],
     expires: float | None = None,
     again: bool = False,
     lane: int | None = None,
 ) -> str:
-    """Return the text of an entry."""
+    """Return the text of an entry.
+
+    Args:
+        changes: The changes, as `payload.encode` returns them.
+        places: For each of them the hashes of its keys; none for the change of a barrier.
+        expires: Seconds since 1970 after which they are no longer handled.
+        again: Whether they are handled even if `once=` knows them.
+        lane: The lane that a barrier's change belongs to.
+    """
     keys = [place.key if place.key == place.old else list(place) for place in places]
     head = "" if expires is None else f'"expires":{expires:.3f},'
     if again:
         head += '"again":1,'
     if lane is not None:
         head += f'"lane":{lane},'
-    return f'{{{head}"keys":{str(keys).replace(" ", "")},"changes":{payload.encode(deliveries)}}}'
+    return f'{{{head}"keys":{str(keys).replace(" ", "")},"changes":{changes}}}'
 
 
 def decode(text: bytes) -> Entry | Marker:

@@ -9,10 +9,11 @@ have none.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ..changes.payload import Delivery
+from ..changes import payload
+from ..changes.payload import Delivery, Picked
 from ..changes.rows import Table
 from ..provisioning.ordering_keys import Key
 from . import lane_entries
@@ -27,7 +28,7 @@ from .task_message import Form, Message
 REGISTRY = "_flash.ordered"
 #: Bytes of rows, and changes, of one message.
 _GROUP_BYTES = 1 << 20
-_GROUP_CHANGES = 2000
+_GROUP_CHANGES = 8000
 #: The same if they are coalesced, counted before that.
 _COALESCED_CHANGES = 10_000
 #: Bytes of rows of one entry; a single row may have more.
@@ -118,13 +119,30 @@ class LaneMessage(Message):
 _NO_ROW = (b"",)
 
 
-@dataclass
 class _Lane:
     """The changes of one lane that are collected for one entry."""
 
-    deliveries: list[Delivery] = field(default_factory=list)
-    places: list[Place] = field(default_factory=list)
-    size: int = 0
+    __slots__ = ("delivery", "ordinals", "picked", "places", "rows", "size")
+
+    def __init__(self) -> None:
+        self.picked: list[Picked] = []
+        self.places: list[Place] = []
+        self.size = 0
+        #: Of what was picked last.
+        self.delivery: Delivery | None = None
+        self.ordinals: list[int] = []
+        self.rows: list[bytes] = []
+
+    def add(self, delivery: Delivery, ordinal: int, row: bytes, place: Place) -> None:
+        """Add one change of a delivery."""
+        if self.delivery is delivery:
+            self.ordinals.append(ordinal)
+            self.rows.append(row)
+        else:
+            self.delivery, self.ordinals, self.rows = delivery, [ordinal], [row]
+            self.picked.append(Picked(delivery, self.ordinals, self.rows))
+        self.places.append(place)
+        self.size += len(row)
 
 
 class LaneGroup:
@@ -151,7 +169,7 @@ class LaneGroup:
         self._lanes: dict[int, _Lane] = {}
         self._full: list[tuple[int, int, str]] = []
         self._covered: list[Delivery] = []
-        self._size = 0
+        self._size = self._count = 0
 
     def add(self, delivery: Delivery, expires: float | None) -> list[LaneMessage]:
         """Add changes; return the messages that are complete.
@@ -165,44 +183,66 @@ class LaneGroup:
         if not self._form.allows(delivery.number, key):
             messages += self.flush(expires)
             self._form = self._form_for(delivery.number, key)
-        for ordinal, row in enumerate(delivery.rows, delivery.ordinal):
-            single = delivery._replace(rows=[row], ordinal=ordinal)
-            placed = place(row)
-            crossed = barrier_lanes(placed, self._form.lanes)
-            if crossed and self._form.transport.has_barriers:
-                messages += self.flush(expires)
-                messages.append(self._barrier(single, crossed, expires))
-                continue
-            placed = placed or _UNPLACED
+        first = following = delivery.ordinal
+        for row in delivery.rows:
+            placed, ordinal, following = place(row), following, following + 1
+            if placed is None or placed.key != placed.old:
+                crossed = self._crossed(placed)
+                if crossed:
+                    messages += self._flush_to(delivery, first, ordinal, expires)
+                    single = delivery.row(ordinal - delivery.ordinal)
+                    messages.append(self._barrier(single, crossed, expires))
+                    first = following
+                    continue
+                placed = placed or _UNPLACED
             if self._coalescer is None:
-                self._put(single, placed, expires)
-                self._covered.append(single)
+                self._put(delivery, ordinal, row, placed, expires)
             else:
-                self._coalescer.add(single, placed)
+                self._coalescer.add(delivery.row(ordinal - delivery.ordinal), placed)
                 self._size = self._coalescer.size
-                self._covered.append(single._replace(rows=_NO_ROW))
-            if self._size >= _GROUP_BYTES or len(self._covered) >= self._most:
-                messages += self.flush(expires)
+            self._count += 1
+            if self._size >= _GROUP_BYTES or self._count >= self._most:
+                messages += self._flush_to(delivery, first, following, expires)
+                first = following
+        self._cover(delivery, first, following)
         return messages
+
+    def _crossed(self, place: Place | None) -> Sequence[int]:
+        form = self._form
+        return barrier_lanes(place, form.lanes) if form.transport.has_barriers else ()
+
+    def _cover(self, delivery: Delivery, first: int, following: int) -> None:
+        """Note changes of a delivery, from an ordinal on, as part of the next message."""
+        if following > first:
+            rows = _NO_ROW * (following - first)
+            self._covered.append(delivery._replace(rows=rows, ordinal=first))
+
+    def _flush_to(
+        self, delivery: Delivery, first: int, following: int, expires: float | None
+    ) -> list[LaneMessage]:
+        self._cover(delivery, first, following)
+        return self.flush(expires)
 
     @property
     def is_empty(self) -> bool:
         """Whether everything that was added has left."""
         return not self._covered
 
-    def _put(self, delivery: Delivery, place: Place, expires: float | None) -> None:
-        """Add one change to its lane."""
-        number, size = place.key % self._form.lanes, len(delivery.rows[0])
-        most = self._form.transport.entry_changes
+    def _put(
+        self, delivery: Delivery, ordinal: int, row: bytes, place: Place, expires: float | None
+    ) -> None:
+        """Add one change of a delivery to its lane."""
+        number, size = place.key % self._form.lanes, len(row)
         lane = self._lanes.get(number)
         if lane is None:
             lane = self._lanes[number] = _Lane()
-        elif lane.size + size > _ENTRY_BYTES or len(lane.places) >= most:
+        elif (
+            lane.size + size > _ENTRY_BYTES
+            or len(lane.places) >= self._form.transport.entry_changes
+        ):
             self._full.append(self._encoded(number, lane, expires))
             lane = self._lanes[number] = _Lane()
-        lane.deliveries.append(delivery)
-        lane.places.append(place)
-        lane.size += size
+        lane.add(delivery, ordinal, row, place)
         self._size += size
 
     def flush(self, expires: float | None) -> list[LaneMessage]:
@@ -211,22 +251,23 @@ class LaneGroup:
             return []
         if self._coalescer is not None:
             for delivery, place in self._coalescer.take():
-                self._put(delivery, place, expires)
+                self._put(delivery, delivery.ordinal, delivery.rows[0], place, expires)
         pushes = self._full + [self._encoded(*lane, expires) for lane in self._lanes.items()]
         message = LaneMessage(self._form, pushes, covered_by(self._covered))
-        self._lanes, self._full, self._covered, self._size = {}, [], [], 0
+        self._lanes, self._full, self._covered, self._size, self._count = {}, [], [], 0, 0
         return [message]
 
     def _barrier(
         self, delivery: Delivery, lanes: Sequence[int], expires: float | None
     ) -> LaneMessage:
-        text = lane_entries.encode([delivery], [], expires, self._form.again, lanes[0])
+        text = payload.encode([delivery])
+        text = lane_entries.encode(text, [], expires, self._form.again, lanes[0])
         return LaneMessage(self._form, [(0, 1, text)], covered_by([delivery]), lanes)
 
     def _encoded(self, number: int, lane: _Lane, expires: float | None) -> tuple[int, int, str]:
-        places = lane.places
-        text = lane_entries.encode(lane.deliveries, places, expires, self._form.again)
-        return number, len(places), text
+        text = payload.encode_picked(lane.picked)
+        text = lane_entries.encode(text, lane.places, expires, self._form.again)
+        return number, len(lane.places), text
 
     def lanes_of(self, delivery: Delivery) -> list[int]:
         """Return the lane of each change, and of one that crosses several the first of them."""

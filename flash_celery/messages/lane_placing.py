@@ -15,6 +15,8 @@ from ..protocol.pgoutput import FIRST_TUPLE, UNCHANGED_TOAST, Cell, read_cells, 
 from ..provisioning.ordering_keys import Key
 from .task_ids import short_digest
 
+#: What stands for the length of a short value in a hash; formatting takes longer than hashing.
+_LENGTHS = [b"%d:" % length for length in range(64)]
 _INSERT = ord("I")
 _UPDATE = ord("U")
 _MESSAGE = ord("M")
@@ -93,7 +95,9 @@ def _digest(cells: Sequence[Cell], positions: Sequence[int]) -> int:
     for position in positions:
         cell = cells[position] if position < len(cells) else None
         if isinstance(cell, bytes):
-            digest = crc32(cell, crc32(b"%d:" % len(cell), digest))
+            length = len(cell)
+            before = _LENGTHS[length] if length < len(_LENGTHS) else b"%d:" % length
+            digest = crc32(cell, crc32(before, digest))
         else:
             digest = crc32(b"-", digest)
     return digest

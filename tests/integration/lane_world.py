@@ -9,6 +9,7 @@ import random
 from dataclasses import dataclass, field
 from functools import partial
 
+from flash_celery.changes import payload
 from flash_celery.changes.payload import Delivery
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.lanes.drain import Blocked, Drain, HeldLease, Later, Limits
@@ -172,7 +173,7 @@ class World:
             some.append(n)
         if not some:
             n = self.todo.pop(0)
-            text = entries.encode([delivery(n)], [])
+            text = entries.encode(payload.encode([delivery(n)]), [])
             self.barrier_script(keys=[KEY], args=[self.now, text, *sorted(self.lanes_of[n])])
             return
         del self.todo[: len(some)]
@@ -181,7 +182,11 @@ class World:
             by_lane.setdefault(self.key[n] % self.lanes, []).append(n)
         for lane, numbers in by_lane.items():
             places = [Place(self.key[n], self.key[n]) for n in numbers]
-            words += [lane, len(numbers), entries.encode(map(delivery, numbers), places)]
+            words += [
+                lane,
+                len(numbers),
+                entries.encode(payload.encode(map(delivery, numbers)), places),
+            ]
         self.push_script(keys=[KEY], args=words)
 
     # What workers do.

@@ -14,6 +14,7 @@ import redis
 
 from example_project.servers import wait_until
 from flash_celery import on_change
+from flash_celery.changes import payload
 from flash_celery.commands import lanes
 from flash_celery.dead_letters.queue import DeadLetterFilter, DeadLetterQueue
 from flash_celery.errors import ConfigurationError
@@ -85,7 +86,7 @@ class Lane:
         """Push one entry of changes with these keys."""
         numbers = range(first, first + len(keys))
         places = [Place(key, key) for key in keys]
-        text = lane_entries.encode(map(delivery, numbers), places)
+        text = lane_entries.encode(payload.encode(map(delivery, numbers)), places)
         script = self.client.register_script(PUSH)
         script(keys=[KEY], args=[self.now, lane, len(keys), text])
 
@@ -296,7 +297,7 @@ def test_lanes_that_wait_for_another_layout_are_resumed(lane):
 
 def test_push_does_nothing_if_a_list_of_the_same_step_is_none(lane):
     lane.client.set("held", "no list")
-    text = lane_entries.encode([delivery(0)], [Place(0, 0)])
+    text = lane_entries.encode(payload.encode([delivery(0)]), [Place(0, 0)])
     push = "FLASH.PUSH", KEY, "layout", 0, 1, text
     with pytest.raises(redis.ResponseError, match="held is a string"):
         in_one_step(lane.client, [push, ("LTRIM", "held", 0, -2)])

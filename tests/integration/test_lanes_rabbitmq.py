@@ -11,6 +11,7 @@ from itertools import pairwise
 import pytest
 
 from example_project.servers import wait_until
+from flash_celery.changes import payload
 from flash_celery.errors import LanesNotReady
 from flash_celery.lanes import amqp_drain, amqp_sweep
 from flash_celery.lanes.amqp_drain import AmqpDrain
@@ -86,7 +87,7 @@ class World:
         first = self.count[lane]
         self.count[lane] += count
         texts = [
-            lane_entries.encode([delivery(number)], [Place(lane, lane)])
+            lane_entries.encode(payload.encode([delivery(number)]), [Place(lane, lane)])
             for number in range(first, first + count)
         ]
         pushes = [(lane, 1, text) for text in texts]

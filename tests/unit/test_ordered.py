@@ -3,14 +3,18 @@
 import pytest
 
 from flash_celery import Ordered, on_change, on_message
-from flash_celery.changes.payload import TRUNCATED
-from flash_celery.changes.rows import Column, Table
+from flash_celery.changes.operations import Part
+from flash_celery.changes.payload import TRUNCATED, Delivery
+from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.errors import ConfigurationError, SubscriptionError
 from flash_celery.handlers.celery_tasks import WAKE_TASK
 from flash_celery.handlers.decorators import subscriptions_of
-from flash_celery.messages.lane_messages import barrier_lanes
+from flash_celery.messages import lane_entries
+from flash_celery.messages.lane_messages import LaneForm, LaneGroup, barrier_lanes
 from flash_celery.messages.lane_placing import Place, placer
+from flash_celery.messages.task_message import Form
 from flash_celery.messages.task_options import TaskOptions
+from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import UNCHANGED_TOAST, encode_row
 from flash_celery.publishing.brokers.memory import MemoryPublisher
 from flash_celery.settings import Settings
@@ -186,6 +190,28 @@ def test_barrier_is_for_what_has_no_key_or_two_lanes():
     assert not barrier_lanes(Place(5, 5), 4)
     assert not barrier_lanes(Place(5, 9), 4)
     assert barrier_lanes(Place(5, 2), 4) == [1, 2]
+
+
+def test_barrier_within_a_delivery_divides_it():
+    keys = [(b"1", b"1"), (b"2", b"2"), (b"1", b"2"), (b"3", b"3")]
+    rows = [row("U", [new, b"p", b"n"], [old, b"p", b"n"], "O") for old, new in keys]
+    delivery = Delivery(TABLE, Transaction(Lsn(9), 7, 0), 5, Part.WHOLE, 0, rows)
+    form = LaneForm("key", "1/slot", "handler", 1000, Form("flash", "handler", {}, {}))
+    group = LaneGroup(form, [None])
+    messages = [*group.add(delivery, None), *group.flush(None)]
+    changes = [
+        [change.ordinal for _, _, text in message.pushes for change in decoded(text)]
+        for message in messages
+    ]
+    assert changes == [[5, 6], [7], [8]]
+    assert [len(message.barrier) for message in messages] == [0, 2, 0]
+    # The high-water mark of each is its last change.
+    assert [message.covered[0][0][1][1] for message in messages] == [6, 7, 8]
+
+
+def decoded(text):
+    """The changes of an entry."""
+    return lane_entries.decode(text.encode()).changes
 
 
 RABBITMQ = {"broker_url": "amqp://127.0.0.1"}

@@ -195,3 +195,20 @@ def test_history_file_of_postgresql_is_read():
     many = b"".join(b"%d\t0/%X\tx\n" % (n, n) for n in range(1, 100))
     assert len(read_ancestors(many)) == MAX_ANCESTORS
     assert read_ancestors(many)[-1].timeline == 99
+
+
+def test_wire_format_of_picked_rows_is_that_of_a_delivery_for_each():
+    first = delivery_of(insert("orders", {"id": 0}))
+    later = first.transaction._replace(commit_lsn=Lsn(512), xid=7)
+    second = first._replace(transaction=later, number=3)
+    rows = [delivery_of(insert("orders", {"id": number})).rows[0] for number in range(4)]
+    picked = [
+        payload.Picked(first, [2, 3], rows[:2]),  # neighbours
+        payload.Picked(second, [1, 4], rows[2:]),
+    ]
+    singles = [
+        delivery._replace(ordinal=ordinal, rows=[row])
+        for delivery, ordinals, some in picked
+        for ordinal, row in zip(ordinals, some, strict=True)
+    ]
+    assert json.loads(payload.encode_picked(picked)) == json.loads(encode(singles))
