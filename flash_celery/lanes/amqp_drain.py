@@ -4,17 +4,12 @@ RabbitMQ lets one consumer of a lane's queue be active at a time, and puts back 
 channel had, in its place. Four rules make order of that:
 
 - A drain looks before it consumes: if the lane has a consumer, that one looks again when it ends.
-- It handles the changes in order and acknowledges each. It never cancels its consumer, and never
+- It handles the changes in order, and acknowledges them. It never cancels its consumer, and never
   rejects a change: RabbitMQ would activate the next consumer while this one still has changes, or
   put changes behind newer ones.
 - It ends by closing its channel. Then it looks until no consumer is left, and wakes the lane if
   changes wait.
 - It begins no change unless RabbitMQ has answered lately. See `amqp_link`.
-
-An acknowledgement has no confirm. So RabbitMQ has to answer another request behind it before a
-second change of its key is handled: after a death or a lost connection the last change of each key
-may come again, before any later one. Quorum queues answer before their leader has written it, so
-there the last few may come again, in order.
 
 A message in a queue cannot be altered. So how often the first change was retried, how many
 processes have died on it, and until when it waits, is in a message of another queue: `Memory`.
@@ -38,6 +33,7 @@ from ..messages.deduplication import now
 from ..messages.lane_entries import Entry
 from ..publishing.brokers.amqp_lanes import Depth, head_queue, note
 from ..publishing.brokers.amqp_wakes import Lane
+from .amqp_acknowledgements import Acknowledgements
 from .amqp_link import Link, LostLink
 from .drain import Calls, Head, Later, Limits, Verdict
 
@@ -113,18 +109,14 @@ class AmqpDrain:
         self._stopping = stopping
         self._died = died
         self._channel: Any = None
-        self._prefetch = max(_PREFETCH, calls.size)
-        #: The keys of changes whose acknowledgement RabbitMQ may not have yet.
-        self._acknowledged: set[int] = set()
+        self._done: Acknowledgements
         #: Messages that are not taken yet, and how many have not come yet.
         self._buffer: deque[Any] = deque()
         self._outstanding = 0
         #: The tag of the last message of the current call.
         self._tag = 0
-        #: The retries and deaths of the first change.
+        #: What the lane's memory has.
         self._memory = Memory("")
-        #: Whether that is stored.
-        self._stored = False
         #: Changes that were handled.
         self.handled = 0
 
@@ -140,7 +132,9 @@ class AmqpDrain:
         if depth is None or depth.consumers or not depth.ready:
             return
         self._outstanding = depth.ready
-        self._channel = self._link.consume(self._lane.name, self._prefetch, self._receive)
+        prefetch = max(_PREFETCH, self._calls.size)
+        self._channel = self._link.consume(self._lane.name, prefetch, self._receive)
+        self._done = Acknowledgements(self._link, self._channel, prefetch)
         try:
             goes_on = self._handle_all()
         finally:
@@ -158,7 +152,8 @@ class AmqpDrain:
         """
         with suppress(LostLink):
             if verdict is None:
-                self._done(changes)
+                self._forget()
+                self._done.add(self._tag, changes, set())
             self._close()
 
     def _receive(self, message: Any) -> None:
@@ -175,11 +170,12 @@ class AmqpDrain:
                 # Most likely a newer replication worker wrote it. Nothing behind it may pass.
                 logger.error("The lane %s waits: %s %s", self._lane.name, error, error.solution)
                 return False
-            if first and not self._recall(received[0]):
-                return False
-            first = False
+            if first:
+                self._recall(received[0])
+                first = False
             if not self._handle(received):
                 return False
+            self.handled += len(received)
             if now() - began >= self._limits.budget or self.handled >= self._limits.changes:
                 return True
             if self._stopping():
@@ -219,52 +215,51 @@ class AmqpDrain:
         properties = {name: message.properties.get(name) for name in names}
         return lane_entries.encode_form(self._lane.queue, message.headers, properties).encode()
 
-    def _recall(self, first: _Received) -> bool:
-        """Read the memory of the first change; return whether it is handled now."""
+    def _recall(self, first: _Received) -> None:
+        """Read the lane's memory, and count a death of its first change."""
         message = self._link.peek(head_queue(self._lane.name))
-        self._stored = message is not None
-        known = Memory("") if message is None else Memory(**json.loads(message.body))
-        self._memory = known if known.id == first.change.id else Memory(first.change.id)
-        if not self._wait_until(self._memory.until):
-            return False
+        if message is not None:
+            self._memory = Memory(**json.loads(message.body))
         if self._died and first.redelivered:
-            deaths = self._memory.deaths + 1
-            self._remember(replace(self._memory, deaths=deaths, until=0.0))
-        return True
+            known = self._memory_of(first.change)
+            self._remember(replace(known, deaths=known.deaths + 1))
+
+    def _memory_of(self, change: Change) -> Memory:
+        return self._memory if self._memory.id == change.id else Memory(change.id)
 
     def _remember(self, memory: Memory) -> None:
         self._link.publish([note(head_queue(self._lane.name), asdict(memory))])
-        self._memory, self._stored = memory, True
+        self._memory = memory
+
+    def _forget(self) -> None:
+        with self._link.used() as channel:
+            channel.queue_purge(head_queue(self._lane.name))
+        self._memory = Memory("")
 
     def _handle(self, received: list[_Received]) -> bool:
         """Handle changes in one call, or several if they are retried; return whether it is done."""
         changes, first = [each.change for each in received], received[0]
         keys = set[int]().union(*(each.keys for each in received))
-        if self._memory.id != first.change.id:
-            self._memory = Memory(first.change.id)
         while True:
+            memory = self._memory_of(first.change)
+            if not self._wait_until(memory.until):
+                return False
             self._link.verify()
-            self._await_acknowledgements(keys)
-            memory = self._memory
+            self._done.confirm_before(keys)
             head = Head(changes, memory.retries, memory.deaths, None, first.expires)
             verdict = self._calls.handle(head)
             if verdict is None:
-                self._done(len(changes))
-                self._acknowledged |= keys
+                if memory is self._memory:
+                    self._forget()
+                self._done.add(self._tag, len(changes), keys)
                 return True
             assert isinstance(verdict, Later)
-            until = time.time() + max(verdict.seconds, 0.0)
+            self._done.confirm()  # so that this change is the first one
+            seconds = max(verdict.seconds, 0.0)
+            until = time.time() + seconds
             self._remember(Memory(first.change.id, verdict.retries, 0, until))
-            if not self._wait_until(until):
-                self._link.publish_later(self._link.wakes.to(self._lane), until - time.time())
-                return False
-
-    def _await_acknowledgements(self, keys: set[int]) -> None:
-        """Wait until RabbitMQ has the acknowledgements of changes of these keys."""
-        if keys & self._acknowledged:
-            with self._link.used():
-                self._channel.basic_qos(0, self._prefetch, False)
-            self._acknowledged.clear()
+            if seconds > _WAIT_SECONDS:
+                self._link.publish_later(self._link.wakes.to(self._lane), seconds)
 
     def _wait_until(self, moment: float) -> bool:
         """Wait until a moment; return False if that is too long, or the worker is stopped."""
@@ -276,16 +271,9 @@ class AmqpDrain:
             time.sleep(min(seconds, _SLICE_SECONDS))
         return True
 
-    def _done(self, count: int) -> None:
-        with self._link.used() as looks:
-            if self._stored:
-                looks.queue_purge(head_queue(self._lane.name))
-                self._stored = False
-            self._channel.basic_ack(self._tag, multiple=True)
-        self.handled += count
-
     def _close(self) -> None:
-        """Give back what is not acknowledged. RabbitMQ takes the acknowledgements before that."""
+        """Give back what is not done. RabbitMQ takes the acknowledgements before that."""
+        self._done.send()
         self._link.close_channel(self._channel)
 
     def _look_after(self) -> None:

@@ -12,7 +12,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -86,9 +86,11 @@ class Link:
         Raises:
             LostLink: The connection is lost.
         """
+        connection = self._publisher.channel.connection
+        with self.used(), suppress(TimeoutError), connection.transport.having_timeout(0.0):
+            while True:  # a close is behind the messages that were sent before
+                connection.blocking_read(0.0)
         with self.used():
-            while self.read(0.0):  # a close is behind the messages that were sent before
-                pass
             if now() >= self._until - self._interval / _MARGIN_PART:
                 self.ping()
 

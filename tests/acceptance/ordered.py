@@ -68,7 +68,7 @@ def misbehave(task, change):
         raise ValueError("this item cannot be handled")
     if asked == "retry" and task.request.retries < 2:
         raise task.retry(countdown=0.3, max_retries=5)
-    if asked == "retry late" and task.request.retries < 2:
+    if asked == "retry late" and task.request.retries < 1:
         raise task.retry(countdown=6, max_retries=5)
     if asked == "retry quietly" and task.request.retries < 2:
         task.retry(countdown=0.3, throw=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from example_project.servers import wait_until
+from example_project.servers import Rabbit, wait_until
 
 from .test_lanes import (
     assert_in_order,
@@ -66,8 +66,8 @@ def test_rabbitmq_lanes_keep_the_order_through_retries_failures_and_deaths(order
     assert values[1] == [0, 1, 1, 1, 2]  # with throw=False the handler goes on to its end
     assert values[4] == [0, 2]
     begun = [n for n in ordered.notes() if n["event"] == "begin" and n["new"]["name"] == "1"]
-    for key in (0, 3):
-        assert [n["retries"] for n in begun if keys_of(n) == key] == [0, 1, 2]
+    for key, retries in ((0, [0, 1, 2]), (3, [0, 1])):
+        assert [n["retries"] for n in begun if keys_of(n) == key] == retries
     letters = json.loads(ordered.run("flash", "dead", "list", "--json").stdout)
     assert [(each["error"], each["deaths"]) for each in letters] == [("ProcessKilled", 3)]
 
@@ -218,3 +218,69 @@ def test_rabbitmq_lanes_that_are_empty_are_removed_by_a_reset(ordered, rabbit):
     reset = ordered.run("flash", "reset", "--yes")
     assert reset.returncode == 0, reset.stderr
     assert not any(name.startswith("_flash.ordered") for name in rabbit.queues())
+
+
+@pytest.mark.soak
+def test_rabbitmq_lanes_time_limits_hold_for_each_change(ordered):
+    ordered.environment.update(SHOP_LIMIT="3", SHOP_SLEEP="0.5")
+    ordered.replicate()
+    ordered.worker("prefork", "flash")
+    insert(ordered, 1)
+    update(ordered, 1, 1, 6)  # longer than the limit together
+    ordered.database.execute("UPDATE items SET note = 'sleep', name = '6'")
+    ordered.database.execute("UPDATE items SET note = '', name = '7'")
+    assert assert_in_order(until_ended(ordered, 7)) == {0: [0, 1, 2, 3, 4, 5, 7]}
+    (letter,) = json.loads(ordered.run("flash", "dead", "list", "--json").stdout)
+    assert (letter["error"], letter["deaths"]) == ("TimeLimitExceeded", 0)
+
+
+@pytest.mark.soak
+def test_rabbitmq_lanes_batches_hold_the_changes_that_wait(ordered):
+    ordered.environment.update(SHOP_BATCH="1")
+    ordered.replicate()
+    insert(ordered, 4)
+    update(ordered, 4, 1, 30)
+    ordered.worker("prefork", "flash")
+    notes = until_ended(ordered, 4 * 30, "many")
+    values = assert_in_order(notes)
+    assert all(found == list(range(30)) for found in values.values())
+    assert max(note["together"] for note in notes) > 10
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+def test_rabbitmq_lanes_survive_restarts_of_the_broker(make_shop, kind):
+    with Rabbit() as rabbit:
+        shop = make_shop(
+            rabbit,
+            SHOP_OPERATIONS="insert|update|delete",
+            SHOP_SLEEP="0.05",
+            SHOP_CONF=json.dumps({"task_default_queue_type": kind}),
+        )
+        shop.project = "ordered"
+        shop.replicate()
+        for _ in range(2):
+            shop.worker("prefork", "flash")
+        insert(shop, 4)
+        update(shop, 4, 1, 10)
+        shop.database.execute(
+            "UPDATE items SET note = 'retry late', name = '10' WHERE id = 0",
+            "UPDATE items SET note = '' WHERE id = 0",
+        )
+        wait_until(lambda: any(n["new"]["note"] == "retry late" for n in shop.notes()), "the retry")
+        rabbit.stop(signal.SIGKILL)
+        update(shop, 4, 11, 20)
+        rabbit.start()
+        shop.database.execute("UPDATE items SET note = '', name = '20'")
+        wait_until(
+            lambda: {int(n["new"]["name"]) for n in ended(shop) if keys_of(n) == 0} >= {20},
+            "the last change",
+            120,
+        )
+        assert shop.run("flash", "wait").returncode == 0
+        for key in range(4):
+            found = [int(n["new"]["name"]) for n in ended(shop) if keys_of(n) == key]
+            expected = [n for n in range(21) if n != 10 or key == 0]
+            assert list(dict.fromkeys(found)) == expected, f"key {key}: {found}"
+        late = [n for n in shop.notes() if n["new"]["note"] == "retry late"]
+        assert [n["retries"] for n in late if n["event"] == "begin"] == [0, 1]

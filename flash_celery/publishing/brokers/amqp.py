@@ -180,7 +180,9 @@ class AmqpPublisher(ConnectedPublisher):
         flush()
         if filling:
             try:
-                self._publish(self._lanes.wakes(filling))
+                with self.errors():
+                    wakes = self._lanes.wakes(filling)
+                self._publish(wakes)
             except PublishError as error:
                 error.confirmed = done  # the sweep wakes the lanes
                 raise

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -182,20 +183,33 @@ class AmqpLanes:
         ]
 
     def wakes(self, messages: Sequence[LaneMessage]) -> list[Message]:
-        """Return a wake for each lane that got changes, unless it is paused."""
-        touched = {
-            (message.lane_form, number): None
+        """Return a wake for each lane that got changes and needs one."""
+        touched = Counter(
+            (message.lane_form, number)
             for message in messages
             if message.lane_form.key not in self._paused
             for number, *_ in message.pushes
-        }
-        return [self._wakes.to(address(form, number)) for form, number in touched]
+        )
+        return [
+            self._wakes.to(address(form, number))
+            for (form, number), count in touched.items()
+            if self._needs_wake(lane_queue(form.key, number), count)
+        ]
 
     def depth(self, key: str) -> int:
         """Return how many changes wait in the lanes of a key."""
         form = self._set_up.get(key)
         lanes = form.lanes if form else int(recorded(self._channel, key).get("lanes") or 0)
         return sum(depth.ready for _, depth in self._depths(key, lanes))
+
+    def _needs_wake(self, lane: str, count: int) -> bool:
+        """Return whether a lane that got so many changes has to be woken.
+
+        A drain that has it looks again when it ends. If changes wait that came before, the wake for
+        them has not been received, or they wait for a retry.
+        """
+        depth = look(self._channel, lane)
+        return depth is None or (not depth.consumers and depth.ready <= count)
 
     def _form(self, form: LaneForm, number: int) -> Form:
         found = self._forms.get((form, number))
