@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import wraps
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
+import psycopg
 from celery.exceptions import Ignore
 
 from ..changes.change import Change, Changes
-from ..errors import FlashError
+from ..errors import FlashError, PayloadError
 from .celery_tasks import run_method, set_run_method
 from .databases import Database, Execute
 
@@ -32,6 +33,9 @@ class Mark(Protocol):
     def create(self, execute: Execute) -> None:
         """Create the mark, in a transaction of its own."""
 
+    def wait(self, reason: str) -> NoReturn:
+        """Raise `Ignore`; the changes are handled later."""
+
 
 def run_in_transaction(task: Any, database: Database) -> None:
     """Make a task run its function in a transaction of a database."""
@@ -39,36 +43,100 @@ def run_in_transaction(task: Any, database: Database) -> None:
 
     @wraps(run)
     def run_once(*args: Any, **kwargs: Any) -> Any:
-        delivered = _delivered(args, kwargs)
-        mark: Mark | None = getattr(task.request, MARK, None)
-
-        def attempt() -> list[Any]:
-            """Return the handler's result in a list, which is empty if the mark does not exist."""
-            with database.transaction() as session:
-                changes: Sequence[Change] | None = delivered
-                if mark is not None and delivered:
-                    changes = mark.advance(session.execute, delivered)
-                if changes is None:
-                    return []
-                if delivered and not changes:
-                    raise Ignore("handled already")
-                for change in changes:
-                    change._call = replace(change._call, connection=session.connection)
-                call = _without_handled(run, delivered, changes)
-                result = call(*args, **kwargs)
-                _raise_retry(task)
-                return [result]
-            raise FlashError(
-                "The transaction of once= was rolled back without an error; let its context "
-                "manager, and psycopg.Rollback, not hide that."
-            )
-
-        while not (results := attempt()):
-            assert mark is not None
-            _create(database, mark)
-        return results[0]
+        call = _Call(task, database, run, args, kwargs)
+        try:
+            while not call.attempt():
+                assert call.mark is not None
+                _create(database, call.mark)
+        except (Ignore, PayloadError):
+            raise
+        except Exception as error:
+            if call.mark is None or not call.failed_outside(error):
+                raise
+            # A dead letter would leave the order, as would all changes behind it. If a connection
+            # is lost during COMMIT, the mark will say whether that succeeded.
+            call.mark.wait(_described(error))
+        return call.result
 
     set_run_method(task, run_once)
+
+
+class _Call:
+    """One call of a handler.
+
+    Args:
+        task: Its task.
+        database: The database.
+        run: The function of the task.
+        args: The arguments of the function.
+        kwargs: Its keyword arguments.
+    """
+
+    def __init__(
+        self,
+        task: Any,
+        database: Database,
+        run: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self._task = task
+        self._database = database
+        self._run = run
+        self._args = args
+        self._kwargs = kwargs
+        self._delivered = _delivered(args, kwargs)
+        #: The mark of the lane, if the changes are compared with it.
+        self.mark: Mark | None = None
+        if self._delivered:
+            self.mark = getattr(task.request, MARK, None)
+        #: Whether the function was called, and whether it has returned.
+        self._began = self._returned = False
+        #: Its result.
+        self.result: Any = None
+
+    def attempt(self) -> bool:
+        """Call the function, unless everything was handled; return False if there is no mark yet.
+
+        Raises:
+            Ignore: Everything was handled.
+        """
+        with self._database.transaction() as session:
+            changes: Sequence[Change] | None = self._delivered
+            if self.mark is not None:
+                changes = self.mark.advance(session.execute, self._delivered)
+            if changes is None:
+                return False
+            if self._delivered and not changes:
+                raise Ignore("handled already")
+            for change in changes:
+                change._call = replace(change._call, connection=session.connection)
+            self._began = True
+            call = _without_handled(self._run, self._delivered, changes)
+            self.result = call(*self._args, **self._kwargs)
+            _raise_retry(self._task)
+            self._returned = True
+            return True
+        raise FlashError(
+            "The transaction of once= was rolled back without an error; let its context manager, "
+            "and psycopg.Rollback, not hide that."
+        )
+
+    def failed_outside(self, error: Exception) -> bool:
+        """Return whether an error is that of the database, before the function or after it."""
+        return not self._began or (self._returned and _is_operational(error))
+
+
+def _is_operational(error: Exception) -> bool:
+    """Return whether an error of any driver is about the connection or the server."""
+    return any(kind.__name__ == "OperationalError" for kind in type(error).__mro__)
+
+
+def _described(error: Exception) -> str:
+    """Return the name of an error, with its text if that is libpq's, which holds no password."""
+    cause = getattr(error, "orig", None) or error.__cause__ or error
+    text = f": {cause}" if isinstance(cause, psycopg.OperationalError) else ""
+    return f"its database of once= fails ({type(error).__name__}{text})"
 
 
 def pass_over(database: Database, mark: Mark, changes: Sequence[Change]) -> None:

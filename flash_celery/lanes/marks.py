@@ -141,15 +141,16 @@ class LaneMark:
         except Exception as error:
             if not {_state(error), _state(error.__cause__)} & _NOT_SET_UP:
                 raise
-            self._wait(
+            self.wait(
                 f"its database of once= has no table {MARKS_TABLE}, or does not let this role "
                 "write there; run what `flash doctor --sql` prints"
             )
 
-    def _wait(self, reason: str) -> NoReturn:
+    def wait(self, reason: str) -> NoReturn:
         """Leave the changes in their lane until later."""
         self.waits = True
-        logger.error("%s: lane %s waits: %s", escaped(self._of_handler[0]), self._lane, reason)
+        handler = escaped(self._of_handler[0])
+        logger.error("%s: lane %s waits: %s", handler, self._lane, escaped(reason)[:500])
         raise Ignore(reason)
 
     def create(self, execute: Execute) -> None:
@@ -163,7 +164,7 @@ class LaneMark:
         ((found, fence),) = execute(table.LOCK_FLOOR, self._of_handler)
         if found != layout:
             if self._fence < fence:
-                self._wait("the marks are of a newer layout of the lanes than this call")
+                self.wait("the marks are of a newer layout of the lanes than this call")
             self._replace_layout(execute, str(found))
         execute(table.CREATE, (self._lane, *self._of_handler))
 

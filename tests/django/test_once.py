@@ -383,6 +383,54 @@ def test_once_change_of_an_older_message_becomes_a_dead_letter(psycopg_world):
     assert world.effects == []
 
 
+def test_once_asks_the_mark_if_a_commit_has_no_answer(make):
+    world = make("function")
+    lost = [True]
+
+    @contextmanager
+    def loses_the_answer():
+        with psycopg.connect(world.database.dsn) as connection:
+            yield connection
+        if lost:
+            raise psycopg.OperationalError(lost.pop())
+
+    world.once = lambda: loses_the_answer
+    world.declare(autoretry_for=(Exception,))
+    assert world.handle(change(0x100)) == Later(5.0, 0)
+    assert world.handle(change(0x100)) is None
+    assert world.effects == ["0/100:0"]
+
+
+def test_once_deferred_constraint_fails_the_handler(psycopg_world):
+    world = psycopg_world.declare()
+    world.database.execute(
+        "ALTER TABLE effects ADD UNIQUE (position) DEFERRABLE INITIALLY DEFERRED",
+        "INSERT INTO effects VALUES ('0/100:0')",
+    )
+    world.blocking = True
+    assert isinstance(world.handle(change(0x100)), Blocked)
+    assert world.effects == ["0/100:0"]
+
+
+def test_once_waits_while_its_database_is_down(world, caplog):
+    world.declare(autoretry_for=(Exception,))
+    world.handle(change(0x100))
+    name = world.database.name
+    with psycopg.connect(world.database.server.dsn(), autocommit=True) as connection:
+        connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name]
+        )
+        try:
+            for _ in range(2):  # the first finds out that its connection is dead
+                assert world.handle(change(0x200)) == Later(5.0, 0)
+        finally:
+            connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+    assert "its database of once= fails (OperationalError: " in caplog.text
+    assert world.handle(change(0x200)) is None
+    assert world.effects == ["0/100:0", "0/200:0"]
+
+
 def test_once_waits_for_its_table(world, caplog):
     world.declare(autoretry_for=(Exception,))
     world.database.execute("DROP TABLE flash_celery_marks")
