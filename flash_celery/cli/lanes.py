@@ -78,15 +78,22 @@ def lanes_retry(project: Project, handler: str, lane: int, id: str) -> None:
 
 
 def _source(project: Project) -> str:
-    """Return the server and the slot; without the server if it cannot be reached."""
+    """Return the server and the slot; without the server if it cannot be reached.
+
+    Raises:
+        ReplicationError: It cannot be reached, and the broker needs it to find the lanes.
+    """
     from psycopg import Error
 
     from ..errors import ReplicationError
+    from ..messages import lane_transports
 
     try:
         with project.connected() as source:
             return str(source.lanes)
     except (ReplicationError, Error):
+        if lane_transports.of(project.app) is lane_transports.RABBITMQ:
+            raise
         return f"/{project.settings.flash_replication_slot}"
 
 

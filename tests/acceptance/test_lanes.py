@@ -400,7 +400,11 @@ def test_lanes_are_waited_for_and_shown(ordered, valkey):
     assert (status["waiting"], status["busy"], status["lanes"]) == (3, 0, 16)
     assert status["oldest_seconds"] > 0
     assert "3 waiting in 16 lanes" in ordered.run("flash", "status").stdout
-    assert "insert public.items id=1" in ordered.run("flash", "lanes", "list", "each").stdout
+    listed = "flash", "lanes", "list", "each"
+    assert "insert public.items id=1" in ordered.run(*listed).stdout
+    # PostgreSQL need not be reached, but its lanes cannot be told from those of others then.
+    unreachable = ordered.run(*listed, SHOP_DSN="host=127.0.0.1 port=1 dbname=x").stdout
+    assert "insert public.items id=1" in unreachable
     ordered.worker("solo", "flash")
     assert ordered.run("flash", "wait").returncode == 0
     assert len(ended(ordered)) == 3

@@ -82,6 +82,8 @@ def test_rabbitmq_lanes_are_waited_for_shown_and_paused(ordered):
     assert (summary(ordered)["waiting"], summary(ordered)["lanes"]) == (3, 16)
     assert "3 waiting in 16 lanes" in ordered.run("flash", "status").stdout
     assert "waiting, 1 change" in ordered.run("flash", "lanes", "list", "each").stdout
+    no_server = {"SHOP_DSN": "host=127.0.0.1 port=1 dbname=x"}  # its queues have its name
+    assert "Connection refused" in ordered.run("flash", "lanes", "list", **no_server).stderr
     ordered.worker("solo", "flash")
     assert ordered.run("flash", "wait").returncode == 0
     assert len(ended(ordered)) == 3
