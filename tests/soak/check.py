@@ -9,9 +9,15 @@ from tests.soak.ledger import ORDERED
 MEMORY, FILES = 200_000_000, 64
 
 
-def complete(ledger):
+def complete(stage):
     """Whether everything known to be committed has been enqueued and handled."""
-    return not lost(ledger) and not any(unhandled(ledger, handler) for handler in ledger.handled)
+    ledger = stage.ledger
+    if lost(ledger) or any(unhandled(ledger, handler) for handler in ledger.handled):
+        return False
+    if stage.effects is None:
+        return True
+    stage.effects.read()
+    return not stage.effects.missing
 
 
 def lost(ledger):
@@ -114,6 +120,10 @@ def _ordered(stage):
         }
         for what, identities in named.items():
             yield from _named(stage, f"{what} ({handler})", identities)
+    if stage.effects is not None:
+        yield from _named(stage, "without an effect of booked", stage.effects.missing)
+        yield from _named(stage, "with two effects of booked", stage.effects.repeated)
+        yield from _named(stage, "with a late effect of booked", stage.effects.misplaced)
     for lane, kind in sorted(stage.lane_watch.stalls):
         yield f"the lane {lane} stood still ({kind})"
 

@@ -5,11 +5,14 @@ import os
 import random
 import time
 import uuid
+from functools import partial
 
+import psycopg
 from celery import Celery
 
 from flash_celery import Changes, on_change
 from tests.sentinel import OPTIONS
+from tests.soak import effects
 from tests.soak.calls import LEASE
 from tests.soak.ledger import identify, keys
 
@@ -124,6 +127,21 @@ def keyed(self, change):
 def grouped(self, changes):
     """Receives batches of one lane, in commit order of each key."""
     call(self, changes)
+
+
+if not ON_RABBITMQ:
+    connect = partial(psycopg.connect, os.environ.get("SOAK_TARGET", ""))
+    patient = {"autoretry_for": (psycopg.Error,), "max_retries": None, "default_retry_delay": 0.5}
+
+    @on_change("items", ordered=True, once=connect, queue="lanes")
+    @on_change("probes", ordered=True, once=connect, queue="lanes")
+    @app.task(**patient)
+    def booked(change):
+        """Leaves a row for each change, once."""
+        row = int(change.commit_lsn), change.ordinal, keys(change)
+        change.connection.execute(effects.INSERT, row)
+        if random.random() > 0.99:
+            raise psycopg.Error("this time its effect is rolled back")
 
 
 @on_change("probes", queue="spare")

@@ -123,6 +123,12 @@ def _order(outcome):
         f"{len(calls):,} calls of ordered handlers; {wrong} changes begun after a later one of "
         f"their key, {beside} beside another of their key; handled again: {again or 'none'}"
     )
+    if outcome.effects is not None:
+        found = outcome.effects
+        yield (
+            f"{len(found.rows):,} effects of a handler with `once=`: {len(found.missing)} missing, "
+            f"{len(found.repeated)} twice, {len(found.misplaced)} out of order"
+        )
     shown = ", ".join(f"{seconds:.0f} s ({kind})" for kind, seconds in sorted(longest.items()))
     yield f"lanes with changes, without a holder or progress: at most {shown or '0 s'}"
 

@@ -45,6 +45,8 @@ class Outcome:
     #: Of ordered handlers.
     harms: object = None
     lane_watch: object = None
+    #: Of a handler with `once=`.
+    effects: object = None
 
 
 def settings(choose):
@@ -84,6 +86,7 @@ def run(broker, seed, folder, seconds, faults=None, say=print):
         ends = [end for worker in stage.lane_workers for end in worker.ends]
         stage.harms.ended |= {pid: (at - 10.0, at) for at, _, pid in ends}
         stage.harms.enqueued_again = check.twice(stage.ledger.enqueued)
+        outcome.effects = stage.effects
         outcome.harms, outcome.lane_watch = stage.harms, stage.lane_watch
         outcome.problems += check.everything(stage, outcome)
     return outcome
@@ -149,8 +152,10 @@ def _come_to_rest(stage, outcome, say):
     ends = stage.truth.ends + 1
     wait_until(lambda: stage.truth.ends > ends, "all that was committed to be known", timeout=600)
     before, since = None, time.monotonic()
-    while time.monotonic() - since < _REST and not check.complete(ledger):
+    while time.monotonic() - since < _REST and not check.complete(stage):
         seen = len(ledger.committed), len(ledger.enqueued), *map(len, ledger.handled.values())
+        if stage.effects is not None:
+            seen += (len(stage.effects.rows),)
         if seen != before:
             before, since = seen, time.monotonic()
         time.sleep(1)

@@ -9,7 +9,9 @@ import psycopg
 from example_project.servers import Postgres, Rabbit, Valkey, wait_until
 from tests.proxy import Proxy
 from tests.sentinel import Replicated
+from tests.soak import effects
 from tests.soak.calls import Harms
+from tests.soak.effects import Effects
 from tests.soak.lane_watch import RabbitLaneWatch, RedisLaneWatch
 from tests.soak.ledger import ORDERED, UNORDERED, Ledger
 from tests.soak.processes import Process, Supervisor
@@ -40,6 +42,8 @@ class Stage:
         self.kind = broker
         self.ledger = Ledger(UNORDERED + ORDERED, barriers=broker != "rabbitmq")
         self.harms = Harms(weak=broker == "rabbitmq")
+        #: Of the handler with `once=`, which RabbitMQ cannot have.
+        self.effects = None if broker == "rabbitmq" else Effects(self.execute, self.ledger)
         self._password_file = folder / "password"
         self._seed = seed
         self._conf = conf
@@ -81,6 +85,7 @@ class Stage:
         environment = {
             "SOAK_CONF": json.dumps({**self._conf, **command}),
             "SOAK_NOTES": str(notes),
+            "SOAK_TARGET": self.postgres.dsn(),
         }
         self.replicates = [
             Process(
@@ -157,7 +162,7 @@ class Stage:
 
     def _create(self):
         with psycopg.connect(self.postgres.dsn(), autocommit=True) as connection:
-            for statement in SCHEMA:
+            for statement in (*SCHEMA, *effects.SCHEMA):
                 connection.execute(statement)
             for number in range(1, _REPLICATES + 1):
                 connection.execute(f"CREATE ROLE reader_{number} SUPERUSER LOGIN PASSWORD 'first'")

@@ -2,11 +2,13 @@
 
 import re
 import struct
+from typing import NamedTuple
 
 import pytest
 
 from tests.soak import check, report
 from tests.soak.calls import ALL, LEASE, Call, Harms, inversions, overlaps, repeats, vanished
+from tests.soak.effects import Effects
 from tests.soak.faults import FAULTS
 from tests.soak.ledger import Commit, Ledger, Sighting, committed
 from tests.soak.run import Outcome, Strike
@@ -44,6 +46,13 @@ def sighting(lsn, index=0, checksum=1, at=0.0):
     return Sighting((lsn, index), at, "task", checksum)
 
 
+class Stage(NamedTuple):
+    """What is checked."""
+
+    ledger: Ledger
+    effects: Effects | None = None
+
+
 @pytest.fixture
 def ledger():
     """Three changes, all well."""
@@ -57,7 +66,7 @@ def ledger():
 
 
 def test_soak_check_passes_a_correct_run(ledger):
-    assert check.complete(ledger)
+    assert check.complete(Stage(ledger))
     assert not check.misordered(ledger.enqueued)
     assert not check.unequal(ledger.enqueued)
     assert not list(check.again(ledger.enqueued))
@@ -66,7 +75,7 @@ def test_soak_check_passes_a_correct_run(ledger):
 def test_soak_check_finds_lost_changes(ledger):
     del ledger.enqueued[1]
     assert check.lost(ledger) == {(2, 0)}
-    assert not check.complete(ledger)
+    assert not check.complete(Stage(ledger))
     del ledger.handled["each"][0]
     assert check.unhandled(ledger, "each") == {(1, 0)}
     assert check.unhandled(ledger, "many") == set()
@@ -227,3 +236,13 @@ def test_soak_less_is_promised_where_a_lane_is_a_queue():
     beside = [call(1, (1, "a"), ended=9), call(5, (1, "a"), pid=2)]
     assert overlaps(beside, Harms(unreachable=[(2.0, 3.0)])) == {(1, 0)}
     assert overlaps(beside, Harms(unreachable=[(2.0, 3.0)], weak=True)) == set()
+
+
+def test_soak_effects_are_there_once_and_in_order(ledger):
+    rows = [(1, 0, [7]), (2, 0, [7])]
+    effects = Effects(lambda statement: rows, ledger)
+    assert not check.complete(Stage(ledger, effects))
+    assert (effects.missing, effects.repeated, effects.misplaced) == ({(3, 0)}, set(), set())
+    rows += [(3, 0, [None]), (2, 0, [7])]
+    assert check.complete(Stage(ledger, effects))
+    assert (effects.missing, effects.repeated, effects.misplaced) == (set(), {(2, 0)}, {(2, 0)})
