@@ -98,7 +98,9 @@ class LaneMark:
             end, layout = str(last.commit_lsn), self._layout.described
             history = history_json(last.transaction.history)
             before = str(first.commit_lsn), _array(_place(first))
-            moved = end, _array(_place(last)), end, *self._of_lane, layout, history, *before
+            latest = max(change.transaction.committed_at for change in changes)
+            to = end, _array(_place(last)), end, latest
+            moved = *to, *self._of_lane, layout, history, *before
             if self._run(execute, move, moved):
                 return changes
         return self._compare(execute, changes)
@@ -192,23 +194,28 @@ class Position:
     commit_lsn: Lsn = Lsn(0)  # noqa: RUF009 - it is immutable
     row_place: Place = ()
     message_place: Place = ()
+    #: The latest time at which a change was committed that was handled, in microseconds since 2000.
+    #: A server that was restored from a backup writes the same positions again, but later.
+    committed_at: int = 0
 
     @classmethod
-    def of(cls, history: str, commit_lsn: str, row: str, message: str) -> Position:
+    def of(
+        cls, history: str, commit_lsn: str, row: str, message: str, committed_at: int
+    ) -> Position:
         """Return the position in the columns of a mark."""
         places = _place_in(row), _place_in(message)
-        return cls(history_of(json.loads(history)), Lsn.parse(commit_lsn), *places)
+        return cls(history_of(json.loads(history)), Lsn.parse(commit_lsn), *places, committed_at)
 
     @property
-    def columns(self) -> tuple[str, str, str, str]:
+    def columns(self) -> tuple[str, str, str, str, int]:
         """The columns of a mark."""
         places = _array(self.row_place), _array(self.message_place)
-        return history_json(self.history), str(self.commit_lsn), *places
+        return history_json(self.history), str(self.commit_lsn), *places, self.committed_at
 
     def covers(self, change: Change) -> bool:
         """Return whether a change was handled."""
         commit = change.commit_lsn
-        if commit >= self._common_end(change):
+        if commit >= self._common_end(change) or self._is_older_than(change):
             return False
         if commit != self.commit_lsn:
             return commit < self.commit_lsn
@@ -219,11 +226,12 @@ class Position:
         if self.covers(change):
             return False
         end = self._common_end(change)
-        comparable = change.commit_lsn < end
-        if self.history is not None and not comparable and self.commit_lsn >= end:
+        restored = change.commit_lsn <= self.commit_lsn and self._is_older_than(change)
+        comparable = change.commit_lsn < end and not restored
+        if self.history is not None and not comparable and (restored or self.commit_lsn >= end):
             logger.warning(
-                "The mark at %s is dropped: a failover of %s has lost that position, or it is of "
-                "another server; the change is at %s of %s",
+                "The mark at %s of %s is dropped: a failover has lost that position, the server "
+                "was restored from a backup, or it is another; the change is at %s of %s",
                 self.commit_lsn,
                 self.history,
                 change.commit_lsn,
@@ -232,11 +240,15 @@ class Position:
         if not comparable or change.commit_lsn != self.commit_lsn:
             self.row_place = self.message_place = ()
         self.history, self.commit_lsn = change.transaction.history, change.commit_lsn
+        self.committed_at = max(self.committed_at, change.transaction.committed_at)
         if _is_message(change):
             self.message_place = _place(change)
         else:
             self.row_place = _place(change)
         return True
+
+    def _is_older_than(self, change: Change) -> bool:
+        return change.transaction.committed_at > self.committed_at
 
     def _common_end(self, change: Change) -> Lsn:
         """Return up to where the position means something in the WAL of a change.

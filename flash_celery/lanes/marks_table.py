@@ -17,6 +17,7 @@ CREATE_TABLE = """CREATE TABLE flash_celery_marks (
     commit_lsn pg_lsn NOT NULL DEFAULT '0/0',
     row_place bigint[] NOT NULL DEFAULT '{}',
     message_place bigint[] NOT NULL DEFAULT '{}',
+    committed_at bigint NOT NULL DEFAULT 0,
     PRIMARY KEY (handler, source, lane)
 ) WITH (fillfactor = 50)"""
 
@@ -36,7 +37,8 @@ FLOOR = -1
 #: place of a message in an earlier transaction means nothing in this one.
 MOVE_PAST_ROWS = """
 UPDATE flash_celery_marks SET commit_lsn = %s::pg_lsn, row_place = %s::int8[],
-    message_place = CASE WHEN commit_lsn = %s::pg_lsn THEN message_place ELSE '{}' END
+    message_place = CASE WHEN commit_lsn = %s::pg_lsn THEN message_place ELSE '{}' END,
+    committed_at = greatest(committed_at, %s)
 WHERE handler = %s AND source = %s AND lane = %s AND layout = %s AND history = %s
     AND (commit_lsn, row_place) < (%s::pg_lsn, %s::int8[])
 RETURNING 1
@@ -44,29 +46,32 @@ RETURNING 1
 #: The same for messages.
 MOVE_PAST_MESSAGES = """
 UPDATE flash_celery_marks SET commit_lsn = %s::pg_lsn, message_place = %s::int8[],
-    row_place = CASE WHEN commit_lsn = %s::pg_lsn THEN row_place ELSE '{}' END
+    row_place = CASE WHEN commit_lsn = %s::pg_lsn THEN row_place ELSE '{}' END,
+    committed_at = greatest(committed_at, %s)
 WHERE handler = %s AND source = %s AND lane = %s AND layout = %s AND history = %s
     AND (commit_lsn, message_place) < (%s::pg_lsn, %s::int8[])
 RETURNING 1
 """
 LOCK = """
-SELECT layout, history, commit_lsn::text, row_place::text, message_place::text
+SELECT layout, history, commit_lsn::text, row_place::text, message_place::text,
+    committed_at
 FROM flash_celery_marks WHERE handler = %s AND source = %s AND lane = %s FOR UPDATE
 """
 READ = """
-SELECT lane, layout, history, commit_lsn::text, row_place::text, message_place::text
+SELECT lane, layout, history, commit_lsn::text, row_place::text, message_place::text,
+    committed_at
 FROM flash_celery_marks WHERE handler = %s AND source = %s
 """
 SET = """
 UPDATE flash_celery_marks SET history = %s, commit_lsn = %s::pg_lsn, row_place = %s::int8[],
-    message_place = %s::int8[]
+    message_place = %s::int8[], committed_at = %s
 WHERE handler = %s AND source = %s AND lane = %s
 """
 #: Creates a mark at the floor.
 CREATE = """
 INSERT INTO flash_celery_marks
-    (handler, source, lane, layout, history, commit_lsn, row_place, message_place)
-SELECT handler, source, %s, layout, history, commit_lsn, row_place, message_place
+    (handler, source, lane, layout, history, commit_lsn, row_place, message_place, committed_at)
+SELECT handler, source, %s, layout, history, commit_lsn, row_place, message_place, committed_at
 FROM flash_celery_marks WHERE handler = %s AND source = %s AND lane = -1
 ON CONFLICT DO NOTHING
 """
@@ -82,9 +87,10 @@ WHERE handler = %s AND source = %s AND lane = -1 FOR UPDATE
 #: Moves the floor to the greatest mark, and sets the next layout.
 RAISE_FLOOR_TO_GREATEST = """
 UPDATE flash_celery_marks floor SET history = mark.history, commit_lsn = mark.commit_lsn,
-    row_place = mark.row_place, message_place = mark.message_place
+    row_place = mark.row_place, message_place = mark.message_place, committed_at = mark.latest
 FROM (
-    SELECT * FROM flash_celery_marks WHERE handler = %s AND source = %s AND lane >= 0
+    SELECT *, max(committed_at) OVER () AS latest
+    FROM flash_celery_marks WHERE handler = %s AND source = %s AND lane >= 0
     ORDER BY commit_lsn DESC, row_place DESC, message_place DESC LIMIT 1
 ) mark
 WHERE floor.handler = mark.handler AND floor.source = mark.source AND floor.lane = -1
@@ -92,9 +98,10 @@ WHERE floor.handler = mark.handler AND floor.source = mark.source AND floor.lane
 #: Moves the floor to the least mark, if each of the former lanes (the third parameter) has one.
 RAISE_FLOOR_TO_LEAST = """
 UPDATE flash_celery_marks floor SET history = mark.history, commit_lsn = mark.commit_lsn,
-    row_place = mark.row_place, message_place = mark.message_place
+    row_place = mark.row_place, message_place = mark.message_place, committed_at = mark.latest
 FROM (
-    SELECT *, count(*) OVER () AS marks FROM flash_celery_marks
+    SELECT *, count(*) OVER () AS marks, max(committed_at) OVER () AS latest
+    FROM flash_celery_marks
     WHERE handler = %s AND source = %s AND lane >= 0
     ORDER BY commit_lsn, row_place, message_place LIMIT 1
 ) mark

@@ -32,8 +32,9 @@ ONE = History("7412345678901234567", 1)
 TWO = History(ONE.system, 2, (Ancestor(1, Lsn(0x500)),))
 
 
-def change(lsn, ordinal=0, history=ONE, part=Part.WHOLE, number=0, message=False):
-    origin = Origin(TABLE, Transaction(Lsn(lsn), 1, 0, history), ordinal, part, number)
+def change(lsn, ordinal=0, history=ONE, part=Part.WHOLE, number=0, message=False, at=None):
+    transaction = Transaction(Lsn(lsn), 1, lsn if at is None else at, history)
+    origin = Origin(TABLE, transaction, ordinal, part, number)
     return LogicalMessage(b"", origin) if message else Insert([str(lsn).encode()], origin)
 
 
@@ -305,6 +306,31 @@ def test_once_marks_of_another_server_are_dropped(psycopg_world, caplog):
     world.handle(change(0x100, history=History("5", 1)))
     assert world.effects == ["0/700:0", "0/100:0"]
     assert "The mark at 0/700" in caplog.text
+
+
+def test_once_handles_what_a_restored_source_writes_at_the_same_positions(psycopg_world, caplog):
+    world = psycopg_world.declare()
+    world.handle(change(0x100))
+    world.handle(change(0x700))
+    world.handle(change(0x100))  # it comes again
+    world.handle(change(0x200, at=0x800))
+    world.handle(change(0x200, at=0x800))
+    world.handle(change(0x700, at=0x900))
+    world.handle(change(0x700, at=0x900))
+    assert world.effects == ["0/100:0", "0/700:0", "0/200:0", "0/700:0"]
+    assert "The mark at 0/700" in caplog.text
+
+
+def test_once_recognises_commits_whose_times_are_not_in_order(psycopg_world):
+    """A server takes the time of a commit before it writes the commit."""
+    world = psycopg_world.declare()
+    commits = [change(0x100, at=50), change(0x200, at=90), change(0x300, at=70)]
+    for each in commits * 2:
+        world.handle(each)
+    world.layout, world.former = "two", "one"
+    for each in commits:
+        world.handle(each, lane=3)
+    assert world.effects == ["0/100:0", "0/200:0", "0/300:0"]
 
 
 def test_once_keeps_a_floor_when_lanes_or_key_change(psycopg_world):
