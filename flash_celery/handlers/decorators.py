@@ -17,11 +17,11 @@ from celery import Celery, Task, current_app
 from celery.local import PromiseProxy, Proxy
 from celery.signals import celeryd_init
 
-from .. import redis_extra
 from ..changes import json_codec
 from ..changes.change import Changes, Delete, Insert, Operation, Update
 from ..conditions import parsing
 from ..errors import SubscriptionError
+from . import redis_extra
 from .celery_tasks import (
     convert_arguments,
     find_task,

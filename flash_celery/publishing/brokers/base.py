@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from kombu.utils.json import dumps
 from kombu.utils.url import maybe_sanitize_url
 
-from ... import redis_extra
 from ...errors import ConfigurationError, PublishError
+from ...handlers import redis_extra
 from ...messages.deduplication import Deduplicator, Lease
 from ...messages.lane_messages import LaneForm
 from ...messages.task_message import Message

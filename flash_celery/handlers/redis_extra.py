@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from .errors import ConfigurationError
+from ..errors import ConfigurationError
 
 #: The schemes that kombu maps to its Redis transports.
 _REDIS = re.compile(r"\b(redis|rediss|sentinel)(\+\w+)?://")
