@@ -23,6 +23,8 @@ class Progress:
         self.received = start
         #: The broker has every message of every commit up to this position.
         self.confirmed = start
+        #: The number of the last chunk of the session's backfill that the broker has.
+        self.chunk = 0
         #: Everything that was committed before this time is confirmed too; None until it is known.
         self.confirmed_at: datetime | None = None
         #: A position of the server that is not confirmed yet, and when it was there.

@@ -50,6 +50,9 @@ class Settings:
     flash_lane_lease: float = 30.0
     #: How many messages may wait in a queue before reading pauses; 0 for no limit.
     flash_max_queue_length: int = 0
+    #: How many messages of a backfill may wait in a handler's queue; 0 for twice as many as a
+    #: worker prefetches.
+    flash_backfill_ahead: int = 0
     #: Globs over `schema.table.operation` to task options, in the shape of `task_routes`.
     flash_routes: Mapping[str, Any] = field(default_factory=dict)
     #: Receive large transactions while they are open, and spool them on disk until they commit.

@@ -7,7 +7,7 @@ spool until their commit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from operator import itemgetter
 from typing import Protocol
@@ -102,6 +102,10 @@ class Transactions:
         self.committed_at = 0
         #: When the first one since the owner set this to 0 was committed.
         self.oldest = 0
+
+    def observe(self, observer: Callable[[Rows], Rows]) -> None:
+        """Have an observer take the rows, and pass them on to what took them before."""
+        self._rows = observer(self._rows)
 
     @property
     def spooled(self) -> int:

@@ -104,6 +104,11 @@ def prefixed(row: bytes, coalesced: int = 1, row_id: bytes = b"") -> bytes:
     return prefix + (_BACKFILLED.pack(b"B", row_id) if row_id else b"") + row
 
 
+def unprefixed(row: bytes) -> bytes:
+    """Return a row of a backfill as PostgreSQL would have sent it; any other row as it is."""
+    return row[_BACKFILLED.size :] if row[:1] == b"B" else row
+
+
 def row_id_of(cells: Sequence[Cell]) -> bytes:
     """Return 16 bytes that identify a row in its backfill.
 

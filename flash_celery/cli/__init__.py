@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import click
 
-from . import dead, doctor, lanes, pause, replay, replicate, reset, status, tail, wait
+from . import backfill, dead, doctor, lanes, pause, replay, replicate, reset, status, tail, wait
 
 
 @click.group(name="flash")
@@ -28,5 +28,6 @@ for _command in (
     tail.tail,
     dead.dead,
     lanes.lanes,
+    backfill.backfill,
 ):
     flash.add_command(_command)

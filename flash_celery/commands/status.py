@@ -12,6 +12,7 @@ from typing import Any
 import psycopg
 from psycopg.rows import dict_row
 
+from ..backfill import requests
 from ..errors import PublishError
 from ..handlers.subscriptions import Subscription
 from ..messages.task_options import TaskOptions
@@ -24,6 +25,7 @@ from ..publishing.backpressure import is_full
 from ..publishing.brokers.base import queue_depths
 from ..publishing.brokers.lane_overview import HandlerLanes
 from ..settings import Settings
+from . import backfill
 from .lanes import summaries, summary_lines
 from .worker_checks import Registered
 
@@ -137,6 +139,8 @@ class DatabaseStatus:
     #: When the whole source was paused; None if it is not.
     paused: str | None = None
     paused_handlers: list[PausedHandler] = field(default_factory=list)
+    #: The backfills that have not ended, in the form of `flash backfill list --json`.
+    backfills: list[dict[str, Any]] = field(default_factory=list)
 
     def with_held(self, depths: Mapping[str, int | None]) -> DatabaseStatus:
         """Return this status with the number of held messages, by hold queue."""
@@ -247,6 +251,9 @@ def database_status(source: Source) -> DatabaseStatus:
             )
             for handler, queue in pauses.hold_queues(record, source.settings.source).items()
         ],
+        backfills=[
+            backfill.as_json(each) for each in requests.all_of(source) if each.ended_at is None
+        ],
     )
 
 
@@ -305,6 +312,7 @@ def as_text(report: StatusReport) -> list[str]:
         lines.append(_replay_slot_line(database.history))
     lines += [f"gap        {Gap(**gap)}" for gap in database.gaps]
     lines += [f"paused     {line}" for line in pause_lines(report)]
+    lines += [f"backfill   {backfill.summary(each)}" for each in database.backfills]
     lines += ["", "handlers"]
     width = max((len(row.handler) for row in project.subscriptions), default=0)
     for row in project.subscriptions:

@@ -45,6 +45,8 @@ class PublishBatch(NamedTuple):
     latest: float = 0.0
     #: Whether there is a dead letter among the messages.
     letters: bool = False
+    #: The number of the last chunk of a backfill that is in it, or was before it.
+    chunk: int = 0
 
 
 @dataclass

@@ -48,6 +48,9 @@ def coalesce(table: Table, rules: Rules, first: bytes, second: bytes) -> list[by
         first: A row, as PostgreSQL wrote it.
         second: The row after it.
     """
+    if b"B" in (first[:1], second[:1]):
+        # A row of a backfill is not new: without it, a handler would miss that it is gone.
+        return [first, second]
     before, _ = read_row(first)
     after, _ = read_row(second)
     key = _key(table, before)

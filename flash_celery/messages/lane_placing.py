@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 from zlib import crc32
 
-from ..changes.payload import TRUNCATED
+from ..changes.payload import TRUNCATED, unprefixed
 from ..changes.rows import Table
 from ..protocol.pgoutput import FIRST_TUPLE, UNCHANGED_TOAST, Cell, read_cells, read_row
 from ..provisioning.ordering_keys import Key
@@ -20,6 +20,7 @@ _LENGTHS = [b"%d:" % length for length in range(64)]
 _INSERT = ord("I")
 _UPDATE = ord("U")
 _MESSAGE = ord("M")
+_BACKFILLED = ord("B")
 
 
 class Place(NamedTuple):
@@ -61,6 +62,8 @@ def placer(
 
     def place(row: bytes) -> Place | None:
         tag = row[0]
+        if tag == _BACKFILLED:
+            row, tag = unprefixed(row), _INSERT
         if tag == _INSERT:
             key = digest(read_cells(row, FIRST_TUPLE, width)[0], positions)
             return Place(key, key)

@@ -311,6 +311,7 @@ class PublishingThread(threading.Thread):
     def _confirm(self, batch: PublishBatch) -> None:
         """Acknowledge a batch and all before it: the broker has confirmed their messages."""
         self._session.progress.confirm(batch.position)
+        self._session.progress.chunk = batch.chunk
         self._reader.wake()
 
     def _fitted(self, messages: Sequence[Message]) -> Sequence[Message]:

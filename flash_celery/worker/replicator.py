@@ -31,6 +31,7 @@ from typing import Any
 import psycopg
 
 from ..acknowledgement import Progress
+from ..backfill import requests
 from ..backoff import delays
 from ..capture.pipeline import Pipeline
 from ..capture.relations import RelationCatalog
@@ -38,6 +39,7 @@ from ..capture.router import Sink
 from ..changes.history import History
 from ..dead_letters.oversize import Oversize
 from ..errors import (
+    CatalogError,
     ConfigurationError,
     ConfirmedLost,
     DecodingFailed,
@@ -64,9 +66,11 @@ from ..protocol.lsn import Lsn
 from ..provisioning import advisory_lock, ordering_keys, preflight, replay_slot
 from ..publishing import declared_queues, drained
 from ..publishing.brokers.base import Publisher
+from ..publishing.room import Room
 from ..publishing.thread import Claim, PublishingThread
 from ..settings import Settings
 from ..telemetry import CONNECTING, STANDBY, STOPPING, STREAMING, WAITING, Telemetry
+from .backfilling import Backfilling
 from .control import Control, Stopped
 from .lane_sweeper import LaneSweeper
 from .lost_tables import LostTables
@@ -450,7 +454,39 @@ class Replicator:
         )
         if refill is not None:
             session.refill_first(refill)
+        backfilling = self._backfilling(source, catalog, sink, templates)
+        if backfilling is not None:
+            pipeline.transactions.observe(backfilling.observe)
+            session.backfill_beside(backfilling)
+            supervisor.backfilling = backfilling
         return session
+
+    def _backfilling(
+        self, source: Source, catalog: RelationCatalog, sink: Sink, templates: Templates
+    ) -> Backfilling | None:
+        """Return the backfill that the session does beside reading, if one is requested."""
+        backfill = requests.next_of(source)
+        if backfill is None:
+            return None
+        subscriptions = [
+            subscription
+            for subscription in self._subscriptions
+            if subscription.handler == backfill.handler
+            and str(subscription.table) == backfill.table_name
+        ]
+        lanes = [form.key for form in templates.lanes if form.handler == backfill.handler]
+        queues = lanes or self._task_options.queues_for(backfill.handler)
+        try:
+            if not subscriptions:
+                raise CatalogError(f"{backfill.handler} is no handler of {backfill.table_name}.")
+            batch = subscriptions[0].batch
+            size = 1 if batch is None or lanes else batch.size
+            room = Room(self._app, queues, size, self._settings.flash_backfill_ahead)
+            return Backfilling(source, backfill, subscriptions, catalog, sink, self._history, room)
+        except CatalogError as error:
+            requests.enter(source.connection, backfill.id, "paused", requests.ACTIVE, str(error))
+            logger.warning("The backfill %s is paused: %s", backfill.id, error)
+            return None
 
     def _refill(self, source: Source, catalog: RelationCatalog, sink: Sink) -> Refill | None:
         """Return the refill that the session begins with, if the broker has lost something."""

@@ -30,6 +30,7 @@ from ..postgres.stream import ReplicationConnection
 from ..protocol.lsn import Lsn
 from ..publishing.thread import Claim, PublishingThread
 from ..telemetry import unix
+from .backfilling import Backfilling
 from .control import Control
 from .refill import Refill
 from .supervisor import Supervisor
@@ -49,6 +50,8 @@ _REFILL_SECONDS = 1.0
 _SILENT_INTERVALS = 3
 #: Seconds to wait until a burst has arrived, while the stream is busy.
 _GATHER_SECONDS = 0.001
+#: Seconds between two requests for the server's position, while a chunk of a backfill waits for it.
+_ASK_SECONDS = 0.01
 
 
 class State(Enum):
@@ -110,6 +113,11 @@ class Session:
         #: The position acknowledged last, and the last one handed to the publishing thread.
         self._acknowledged = self._handed_over = Lsn(0)
         self._refill: Refill | None = None
+        self._backfilling: Backfilling | None = None
+        #: Whether a chunk was delivered that is not handed over yet.
+        self._has_chunk = False
+        #: When the server was asked for its position last, for a chunk.
+        self._asked_at = 0.0
         #: How many transactions the telemetry has counted.
         self._counted = 0
         batcher.commit(self._progress.confirmed)
@@ -117,6 +125,10 @@ class Session:
     def refill_first(self, refill: Refill) -> None:
         """Before `run`: have the session enqueue again what the broker has lost."""
         self._refill = refill
+
+    def backfill_beside(self, backfilling: Backfilling) -> None:
+        """Before `run`: have the session put the rows of a backfill among the changes."""
+        self._backfilling = backfilling
 
     def run(self) -> None:
         """Replicate until stopped, or until the supervisor has a reason to begin a new session.
@@ -148,6 +160,8 @@ class Session:
         self._pipeline.close()
         if self._refill is not None:
             self._refill.close()
+        if self._backfilling is not None:
+            self._backfilling.close()
 
     def _must_end(self) -> bool:
         """Ask the supervisor, if it is time to; return whether a new session has to begin."""
@@ -195,11 +209,14 @@ class Session:
         reply_requested = may_work and self._work()
         self._hand_over()
         now = time.monotonic()
+        asks = False
+        if self._backfilling is not None:
+            asks = self._continue_backfill(self._backfilling, now)
         if not listening:
             self._received_at = now  # bytes of the server may wait unread
         overdue = now - self._status_sent_at >= self._status_interval
-        if reply_requested or overdue or self._progress.confirmed != self._acknowledged:
-            self._send_status(request_reply=overdue)
+        if reply_requested or overdue or asks or self._progress.confirmed != self._acknowledged:
+            self._send_status(request_reply=overdue or asks)
         if now - self._received_at > _SILENT_INTERVALS * self._status_interval:
             self._check_silence(now - self._received_at)
 
@@ -238,6 +255,17 @@ class Session:
             self._refill.finish()
             self._refill = None
         self._state = State.READING
+        if self._backfilling is not None:
+            self._progress.chunk = 0
+            self._backfilling.start(self._control.wake)
+
+    def _continue_backfill(self, backfilling: Backfilling, now: float) -> bool:
+        """Report confirmed chunks; return whether to ask for the position that the next needs."""
+        backfilling.confirm(self._progress.chunk)
+        if backfilling.waits_for is None or now < self._asked_at + _ASK_SECONDS:
+            return False
+        self._asked_at = now
+        return True
 
     def _timeout(self, behind: bool) -> float:
         """Return the seconds until something is due."""
@@ -246,6 +274,8 @@ class Session:
         due = min(self._status_sent_at + self._status_interval, self._supervisor.next_check)
         if self._state is _REFILLING:
             due = min(due, time.monotonic() + _REFILL_SECONDS)
+        if self._backfilling is not None and self._backfilling.waits_for is not None:
+            due = min(due, self._asked_at + _ASK_SECONDS)
         if self._batcher.due is not None:
             due = min(due, self._batcher.due + self._held)
         return max(0.0, due - time.monotonic())
@@ -264,11 +294,14 @@ class Session:
     def _work(self) -> bool:
         """Process what has arrived, up to a full batch; return whether the server wants a reply."""
         pipeline, batcher = self._pipeline, self._batcher
+        transactions, backfilling = self._transactions, self._backfilling
         pipeline.reply_requested = False
         deadline = time.monotonic() + _WORK_SECONDS
         for position in pipeline.deliver():
             if position is not None:
                 batcher.commit(position)
+                if backfilling is not None and not transactions.open:
+                    self._has_chunk |= backfilling.reached(position)
             if batcher.size >= _BATCH_BYTES or time.monotonic() >= deadline:
                 break
         return pipeline.reply_requested
@@ -277,7 +310,7 @@ class Session:
         """Give the publishing thread the messages that are ready, and the position after them."""
         transactions = self._transactions
         batch = self._batcher.collect(
-            everything=everything,
+            everything=everything or self._has_chunk,
             held=self._held,
             committed=unix(transactions.oldest),
             latest=unix(transactions.committed_at),
@@ -285,7 +318,11 @@ class Session:
         transactions.oldest = transactions.committed_at if transactions.open else 0
         self._telemetry.transactions += transactions.count - self._counted
         self._counted = transactions.count
-        if batch.messages or batch.position > self._handed_over:
+        if self._backfilling is not None:
+            self._backfilling.remember_moved()
+            batch = batch._replace(chunk=self._backfilling.delivered)
+        if batch.messages or batch.position > self._handed_over or self._has_chunk:
+            self._has_chunk = False
             self._handed_over = max(self._handed_over, batch.position)
             self._publishing.put(batch)
         return batch

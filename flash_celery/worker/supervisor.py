@@ -6,8 +6,10 @@ import logging
 import time
 from enum import Enum
 
+from ..backfill import requests
 from ..postgres.source import Source
 from ..protocol.lsn import Lsn
+from .backfilling import Backfilling
 from .lost_tables import LostTables
 from .pauses import Pauses
 from .slot_watch import SlotWatch
@@ -30,6 +32,8 @@ class Reason(Enum):
         "A handler's table changed; restarting the session to check all tables",
     )
 
+    BACKFILL_REQUESTED = (logging.INFO, "A backfill is requested; restarting the session for it")
+
     def __init__(self, level: int, sentence: str) -> None:
         self.level = level
         self.sentence = sentence
@@ -51,6 +55,8 @@ class Supervisor:
         self._pauses = pauses
         self._watch = watch
         self._lost_tables = lost_tables
+        #: The backfill of the session.
+        self.backfilling: Backfilling | None = None
         #: Whether the whole source is paused.
         self.paused = pauses.whole_source
         #: When the next check is due, by the monotonic clock.
@@ -82,9 +88,18 @@ class Supervisor:
                 self._record_changed_at = now
             late = now - self._record_changed_at > self._patience
             return Reason.RECORD_CHANGED if late or not transaction_open else None
-        if not transaction_open and self._startup.tables_changed(self._source):
+        if transaction_open:
+            return None
+        if self._startup.tables_changed(self._source):
             return Reason.TABLES_CHANGED
-        return None
+        return Reason.BACKFILL_REQUESTED if self._backfill_requested() else None
+
+    def _backfill_requested(self) -> bool:
+        """Return whether there is a backfill to do that the session does not do."""
+        backfill = None if self.paused else requests.next_of(self._source)
+        if backfill is None:
+            return False
+        return self.backfilling is None or not self.backfilling.is_for(backfill)
 
     @property
     def durable(self) -> Lsn:

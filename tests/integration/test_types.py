@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg.types.json import Jsonb
 
+from flash_celery.backfill.chunks import ChunkReader
 from flash_celery.capture.relations import RelationCatalog
 from flash_celery.capture.router import Router
 from flash_celery.capture.transactions import Transactions, runs
@@ -112,8 +113,15 @@ class Reader:
         for kind, run in runs(data for (data,) in rows):
             self.transactions.receive(kind, run)
         value = json.loads(payload.encode(self.found))
+        self.rows = [row for delivery in self.found for row in delivery.rows]
         self.found.clear()
         return payload.decode(value)
+
+    def backfilled(self):
+        """The one row of the table as a backfill reads it."""
+        chunk = ChunkReader(self.connection, TableName("public", "everything")).read(None, 2)
+        (cells,) = chunk.rows.values()
+        return pgoutput.encode_row("I", chunk.table.oid, None, None, cells)
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +185,18 @@ def test_handler_receives_what_psycopg_reads(reader, column):
     def check(text):
         handlers, theirs = stored(reader, column, text)
         assert same(handlers, theirs), (text, handlers, theirs)
+
+    check()
+
+
+@pytest.mark.parametrize("column", TYPES)
+def test_backfilled_value_is_the_streamed_one(reader, column):
+    @settings(max_examples=max(2, EXAMPLES // 20), deadline=None)
+    @given(TYPES[column][1])
+    def check(text):
+        handlers, _ = stored(reader, column, text)
+        if handlers is not None:  # otherwise there is no such value
+            assert reader.backfilled() == reader.rows[-1]
 
     check()
 

@@ -1,0 +1,256 @@
+"""Read the rows of a table in chunks, in the order of their key.
+
+A chunk is a transaction of its own, so none is open for longer. It begins with a lock that DDL
+waits for: a snapshot that is taken before an `ALTER TABLE` rewrites the table would show an empty
+one afterwards, which looks like its end.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg import errors, sql
+
+from ..errors import CatalogError
+from ..postgres import catalog
+from ..postgres.catalog import CatalogTable
+from ..protocol.lsn import Lsn
+from ..protocol.pgoutput import Cell, Column, Relation
+from ..table_name import TableName
+from .recent_writes import Key
+from .snapshots import Snapshot
+
+#: Bytes of values after which a chunk ends; a single row may have more.
+_CHUNK_BYTES = 4 << 20
+#: How long a chunk may wait for a lock and take, in milliseconds: DDL of others waits behind it.
+_PATIENCE = {"lock_timeout": 2000, "statement_timeout": 20_000}
+
+
+#: The version from which the stream has stored generated columns.
+_STREAMS_STORED = 180000
+_SNAPSHOT = """
+SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text,
+       extract(epoch FROM clock_timestamp())::float8
+"""
+_COLUMNS = """
+SELECT attname, atttypid::int8, atttypmod, attgenerated::text FROM pg_attribute
+WHERE attrelid = %s AND attnum > 0 AND NOT attisdropped ORDER BY attnum
+"""
+_KEY_TYPES = """
+SELECT attname::text, format_type(atttypid, atttypmod) FROM pg_attribute
+WHERE attrelid = %s AND attname = ANY (%s)
+"""
+_BEHIND = sql.SQL("WHERE ({}) > {}")
+_AMONG = sql.SQL("WHERE ({}) IN (VALUES {})")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of a table, as one snapshot shows them."""
+
+    relation: Relation
+    table: CatalogTable
+    snapshot: Snapshot
+    #: Everything that the snapshot shows was committed before this position.
+    position: Lsn
+    #: The time of the snapshot, in seconds since 1970.
+    time: float
+    #: The rows by the values of their identity, in the order of the primary key.
+    rows: dict[Key, Sequence[Cell]]
+    #: The key of the last row, to go on from; None if there is none, or the order is another.
+    cursor: dict[str, str] | None
+    #: Whether the table has no more rows behind these.
+    is_last: bool
+
+
+class ChunkReader:
+    """Reads the rows of one table.
+
+    Args:
+        connection: In autocommit, to the table's database, for this reader alone.
+        name: The table.
+    """
+
+    def __init__(self, connection: psycopg.Connection[Any], name: TableName) -> None:
+        self._connection = connection
+        self._name = name
+
+    def read(self, cursor: Mapping[str, str] | None, most: int) -> Chunk:
+        """Return the rows behind a cursor.
+
+        Args:
+            cursor: The key of the last row that was read, as text by column; None to begin. It is
+                ignored if the table has another key by now.
+            most: The most rows.
+
+        Raises:
+            CatalogError: The table is gone, or its rows have no key.
+            psycopg.Error: PostgreSQL refuses it.
+        """
+        return self._read(_BEHIND, [] if cursor is None else [cursor], most)
+
+    def read_keys(self, keys: Sequence[Mapping[str, str]]) -> Chunk:
+        """Return the rows with these keys; the chunk has no cursor.
+
+        Raises:
+            CatalogError: The table is gone, or its rows have no key.
+            psycopg.Error: PostgreSQL refuses it.
+        """
+        return self._read(_AMONG, keys, len(keys))
+
+    def _read(self, template: sql.SQL, keys: Sequence[Mapping[str, str]], most: int) -> Chunk:
+        in_order = template is _BEHIND
+        chunk: Chunk | None = None
+        with self._connection.transaction():
+            self._begin()
+            snapshot, position, time = self._snapshot()
+            table, key, relation = self._describe()
+            names = [column.name for column in relation.columns]
+            query = self._query(template, table, names, key, keys, most)
+            rows, whole = self._copy(query, _CHUNK_BYTES if in_order else sys.maxsize)
+            positions = [names.index(column) for column in key]
+            chunk = Chunk(
+                relation,
+                table,
+                snapshot,
+                position,
+                time,
+                {tuple(cells[n] for n in positions): cells for cells in rows},
+                _cursor(rows[-1], key, positions) if rows and in_order else None,
+                in_order and whole and len(rows) < most,
+            )
+            if not whole:
+                raise psycopg.Rollback  # it was cancelled
+        assert chunk is not None
+        return chunk
+
+    def _begin(self) -> None:
+        """Begin the transaction of a chunk: the lock comes before the snapshot."""
+        execute = self._connection.execute
+        execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        for name, milliseconds in _PATIENCE.items():
+            setting = sql.Identifier(name), sql.Literal(milliseconds)
+            execute(sql.SQL("SET LOCAL {} = {}").format(*setting))
+        execute("SET LOCAL row_security = off")
+        execute(sql.SQL("LOCK TABLE ONLY {} IN ACCESS SHARE MODE").format(self._identifier))
+
+    @property
+    def _identifier(self) -> sql.Identifier:
+        return sql.Identifier(self._name.schema, self._name.name)
+
+    def _describe(self) -> tuple[CatalogTable, tuple[str, ...], Relation]:
+        table = catalog.find(self._connection, self._name)
+        key = () if table is None else identity_of(table)
+        if table is None or not key:
+            raise CatalogError(f"{self._name} is gone, or its rows have no key.")
+        return table, key, self._relation(table)
+
+    def _query(
+        self,
+        template: sql.SQL,
+        table: CatalogTable,
+        names: Sequence[str],
+        key: Sequence[str],
+        keys: Sequence[Mapping[str, str]],
+        most: int,
+    ) -> sql.Composed:
+        values = [[each[column] for column in key] for each in keys if each.keys() == set(key)]
+        order = sql.SQL(", ").join(map(sql.Identifier, key))
+        condition: sql.Composable = sql.SQL("")
+        if values:
+            condition = template.format(order, _literals(values, self._types(table, key)))
+        elif template is _AMONG:  # they are of another key that the table had
+            condition = sql.SQL("WHERE false")
+        return sql.SQL("COPY (SELECT {} FROM ONLY {} {} ORDER BY {} LIMIT {}) TO STDOUT").format(
+            sql.SQL(", ").join(map(sql.Identifier, names)),
+            self._identifier,
+            condition,
+            order,
+            sql.Literal(most),
+        )
+
+    def _copy(self, query: sql.Composed, limit: int) -> tuple[list[list[Cell]], bool]:
+        """Return rows up to about `limit` bytes, and whether these are all of them."""
+        rows: list[list[Cell]] = []
+        size = 0
+        try:
+            with self._connection.cursor() as cursor, cursor.copy(query) as copy:
+                for row in copy.rows():
+                    if size > limit:
+                        continue  # until the server notices
+                    cells: list[Cell] = [None if value is None else value.encode() for value in row]
+                    rows.append(cells)
+                    size += sum(len(cell) for cell in cells if isinstance(cell, bytes))
+                    if size > limit:
+                        self._connection.cancel_safe()
+        except errors.QueryCanceled:
+            if size <= limit:  # by statement_timeout, or by an operator
+                raise
+        return rows, size <= limit
+
+    def _snapshot(self) -> tuple[Snapshot, Lsn, float]:
+        """Return the snapshot, a position behind all it shows, and its time.
+
+        The position is taken after the snapshot, in one statement, so that few transactions are
+        before the one and not in the other.
+        """
+        row = self._connection.execute(_SNAPSHOT).fetchone()
+        assert row is not None
+        return Snapshot.parse(row[0]), Lsn.parse(row[1]), float(row[2])
+
+    def _relation(self, table: CatalogTable) -> Relation:
+        """Describe the table as the stream does."""
+        stored = self._connection.info.server_version >= _STREAMS_STORED
+        columns = [
+            Column(name in table.identity_columns, name, type_oid, modifier)
+            for name, type_oid, modifier, generated in self._connection.execute(
+                _COLUMNS, [table.oid]
+            )
+            if not generated or (generated == "s" and stored)
+        ]
+        name = table.name
+        return Relation(None, table.oid, name.schema, name.name, table.identity, tuple(columns))
+
+    def _types(self, table: CatalogTable, columns: Sequence[str]) -> list[str]:
+        rows = self._connection.execute(_KEY_TYPES, [table.oid, list(columns)]).fetchall()
+        types = dict(rows)
+        return [types[name] for name in columns]
+
+
+def identity_of(table: CatalogTable) -> tuple[str, ...]:
+    """Return the columns that identify rows, and read in order.
+
+    They are in every new tuple, and in every old one that differs in them, so that the stream shows
+    each row that moves in this order.
+    """
+    if table.identity == "i":
+        return table.index_key
+    return table.primary_key
+
+
+def _cursor(cells: Sequence[Cell], key: Sequence[str], positions: Sequence[int]) -> dict[str, str]:
+    """Return the key of a row as text, by column."""
+    values = (cells[n] for n in positions)
+    return {
+        column: value.decode()
+        for column, value in zip(key, values, strict=True)
+        if isinstance(value, bytes)
+    }
+
+
+def _literals(keys: Sequence[Sequence[str]], types: Sequence[str]) -> sql.Composed:
+    """Return rows of literals, which PostgreSQL reads and compares as values of these types."""
+    rows = (
+        sql.SQL("({})").format(
+            sql.SQL(", ").join(
+                sql.SQL("{}::{}").format(sql.Literal(value), sql.SQL(name))  # from format_type
+                for value, name in zip(key, types, strict=True)
+            )
+        )
+        for key in keys
+    )
+    return sql.SQL(", ").join(rows)

@@ -1,0 +1,242 @@
+"""The requested backfills and their progress, in tables of the source's database.
+
+The commands write the requests, and the replication worker the progress. So both outlive every
+process, and a second worker goes on where the first one was.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import psycopg
+from psycopg import errors, sql
+from psycopg.rows import class_row
+
+from ..errors import ConfigurationError
+from ..postgres.connection import is_standby
+from ..postgres.source import Source
+
+#: The states in which the replication worker has something to do.
+ACTIVE = ("requested", "running")
+CREATE = """
+CREATE TABLE IF NOT EXISTS public.flash_celery_backfills (
+    id text PRIMARY KEY,
+    slot text NOT NULL,
+    handler text NOT NULL,
+    table_name text NOT NULL,
+    state text NOT NULL DEFAULT 'requested',
+    rate double precision,
+    chunk_rows integer NOT NULL,
+    estimate bigint NOT NULL,
+    requested_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    ended_at timestamptz,
+    chunks bigint NOT NULL DEFAULT 0,
+    row_count bigint NOT NULL DEFAULT 0,
+    cursor_key jsonb,
+    error text
+)"""
+#: Keys that rows have got while their table was read, so that they may have been passed by.
+CREATE_MOVES = """
+CREATE TABLE IF NOT EXISTS public.flash_celery_backfill_moves (
+    number bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    backfill text NOT NULL REFERENCES public.flash_celery_backfills ON DELETE CASCADE,
+    keys jsonb NOT NULL
+)"""
+_INSERT = """
+INSERT INTO public.flash_celery_backfills
+    (id, slot, handler, table_name, rate, chunk_rows, estimate)
+VALUES (%s, %s, %s, %s, %s, %s, %s)"""
+_SELECT = """
+SELECT id, slot, handler, table_name, state, rate, chunk_rows, estimate, requested_at, ended_at,
+       chunks, row_count, cursor_key, error
+FROM public.flash_celery_backfills
+WHERE slot = coalesce(%(slot)s, slot) AND id = coalesce(%(id)s, id)
+  AND (%(ended)s OR state IN ('requested', 'running'))
+ORDER BY requested_at"""
+_USABLE = """
+SELECT found IS NOT NULL, coalesce(bool_and(has_table_privilege(found, privilege)), false)
+FROM to_regclass('public.flash_celery_backfills') AS found,
+     unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) AS privilege GROUP BY found"""
+_PROGRESS = """
+UPDATE public.flash_celery_backfills
+SET chunks = chunks + 1, row_count = row_count + %(rows)s, error = NULL,
+    cursor_key = coalesce(%(cursor)s, cursor_key)
+WHERE id = %(id)s"""
+_MOVED = "INSERT INTO public.flash_celery_backfill_moves (backfill, keys) VALUES (%s, %s)"
+_MOVES = """
+SELECT number, keys FROM public.flash_celery_backfill_moves WHERE backfill = %s
+ORDER BY number LIMIT 5"""
+_READ = "DELETE FROM public.flash_celery_backfill_moves WHERE backfill = %s AND number <= %s"
+_STATE = """
+UPDATE public.flash_celery_backfills
+SET state = %(state)s, error = %(error)s,
+    ended_at = CASE WHEN %(state)s IN ('done', 'stopped') THEN clock_timestamp() END
+WHERE id = %(id)s AND state = ANY (%(allowed)s) RETURNING id"""
+
+
+@dataclass(frozen=True)
+class Backfill:
+    """One backfill: a table for a handler."""
+
+    id: str
+    slot: str
+    handler: str
+    table_name: str
+    #: `requested`, `running`, `paused`, `done` or `stopped`.
+    state: str
+    #: The most rows a second; None without a limit.
+    rate: float | None
+    chunk_rows: int
+    #: The number of rows when it was requested, as PostgreSQL estimates it.
+    estimate: int
+    requested_at: datetime
+    ended_at: datetime | None
+    chunks: int
+    row_count: int
+    #: The key of the last row that is enqueued, as text by column.
+    cursor_key: dict[str, str] | None
+    #: The last error, while it is not overcome.
+    error: str | None
+
+
+def request(
+    source: Source,
+    handler: str,
+    table: str,
+    chunk_rows: int,
+    estimate: int,
+    rate: float | None = None,
+) -> Backfill:
+    """Record that a table is to be backfilled for a handler.
+
+    Raises:
+        ConfigurationError: It is under way already, or our role may not create the table of
+            backfills.
+    """
+    connection = source.connection
+    exists, usable = _usable(connection)
+    if not exists:
+        with suppress(errors.InsufficientPrivilege), connection.transaction():
+            connection.execute(CREATE)
+            connection.execute(CREATE_MOVES)
+            usable = True
+    if not usable:
+        raise ConfigurationError(
+            "This role may not create the tables of backfills, or not write to them; run as one "
+            f"that may: {statements(connection.info.user)}"
+        )
+    for other in all_of(source):
+        if (other.handler, other.table_name) == (handler, table) and other.ended_at is None:
+            raise ConfigurationError(
+                f"The backfill {other.id} of {table} for {handler} is {other.state}; stop it by "
+                f"`flash backfill stop {other.id}` to begin another."
+            )
+    id = secrets.token_hex(4)
+    values = id, source.slot, handler, table, rate, chunk_rows, estimate
+    connection.execute(_INSERT, values)
+    found = find(connection, id)
+    assert found is not None
+    return found
+
+
+def statements(role: str) -> str:
+    """Return the SQL for the tables, with the privileges that a role needs."""
+    grant = sql.SQL(
+        "GRANT SELECT, INSERT, UPDATE, DELETE ON public.flash_celery_backfills, "
+        "public.flash_celery_backfill_moves TO {}"
+    ).format(sql.Identifier(role))
+    parts = [" ".join(each.split()) for each in (CREATE, CREATE_MOVES, grant.as_string(None))]
+    return "; ".join(parts) + ";"
+
+
+def _usable(connection: psycopg.Connection[Any]) -> tuple[bool, bool]:
+    """Return whether there is a table of backfills, and whether our role may use it."""
+    row = connection.execute(_USABLE).fetchone()
+    assert row is not None
+    return row[0], row[1]
+
+
+def all_of(source: Source) -> list[Backfill]:
+    """Return all backfills of a source, in the order in which they were requested."""
+    return _select(source.connection, slot=source.slot)
+
+
+def next_of(source: Source) -> Backfill | None:
+    """Return the backfill that the replication worker has to do; None if there is none.
+
+    A worker that reads a standby has none: they are those of the primary.
+    """
+    found = _select(source.connection, slot=source.slot, ended=False)
+    return found[0] if found and not is_standby(source.connection) else None
+
+
+def find(connection: psycopg.Connection[Any], id: str) -> Backfill | None:
+    """Return a backfill by its id."""
+    found = _select(connection, id=id)
+    return found[0] if found else None
+
+
+def _select(
+    connection: psycopg.Connection[Any],
+    slot: str | None = None,
+    id: str | None = None,
+    ended: bool = True,
+) -> list[Backfill]:
+    if not _usable(connection)[1]:
+        return []
+    with connection.cursor(row_factory=class_row(Backfill)) as cursor:
+        return cursor.execute(_SELECT, {"slot": slot, "id": id, "ended": ended}).fetchall()
+
+
+def advance(
+    connection: psycopg.Connection[Any],
+    id: str,
+    rows: int,
+    cursor: Mapping[str, str] | None,
+) -> None:
+    """Record that the broker has the rows of a chunk.
+
+    Args:
+        connection: To the source's database.
+        id: The backfill.
+        rows: How many rows were enqueued.
+        cursor: The key to go on from; None leaves it as it is.
+    """
+    values = {"rows": rows, "cursor": None if cursor is None else json.dumps(cursor), "id": id}
+    connection.execute(_PROGRESS, values)
+
+
+def remember_moved(
+    connection: psycopg.Connection[Any], id: str, keys: Sequence[Mapping[str, str]]
+) -> None:
+    """Record keys that rows have got, which are read by themselves."""
+    connection.execute(_MOVED, [id, json.dumps(keys)])
+
+
+def moved(connection: psycopg.Connection[Any], id: str) -> tuple[int, list[dict[str, str]]]:
+    """Return the oldest keys of `remember_moved`, and the number up to which these are."""
+    rows = connection.execute(_MOVES, [id]).fetchall()
+    return (rows[-1][0] if rows else 0), [key for _, keys in rows for key in keys]
+
+
+def forget_moved(connection: psycopg.Connection[Any], id: str, number: int) -> None:
+    """Forget the keys up to a number: the broker has their rows."""
+    connection.execute(_READ, [id, number])
+
+
+def enter(
+    connection: psycopg.Connection[Any],
+    id: str,
+    state: str,
+    allowed: Sequence[str],
+    error: str | None = None,
+) -> bool:
+    """Move a backfill to another state; return False if it is in none of the allowed ones."""
+    values = {"state": state, "error": error, "id": id, "allowed": list(allowed)}
+    return connection.execute(_STATE, values).fetchone() is not None

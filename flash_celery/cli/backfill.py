@@ -1,0 +1,177 @@
+"""`flash backfill`: start, list, pause, resume, stop."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from .project import Project, command, say
+
+
+class _StartByDefault(click.Group):
+    """A group in which `backfill HANDLER` is `backfill start HANDLER`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Insert the command if the first argument names none."""
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args.insert(0, "start")
+        return super().parse_args(ctx, args)
+
+
+def _rate(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """Return rows a second, from `5000/s` or `5000`."""
+    if value is None:
+        return None
+    try:
+        rate = float(value.removesuffix("/s"))
+    except ValueError:
+        rate = 0.0
+    if not rate > 0:
+        raise click.BadParameter(f"{value!r} is not a rate, such as 5000/s.")
+    return rate
+
+
+@click.group(cls=_StartByDefault)
+def backfill() -> None:
+    """Deliver the rows that are in a table already.
+
+    Each row is delivered to the handler as an Insert with change.backfill, among the changes that
+    happen at the same time. A running `flash replicate` does it.
+    """
+
+
+@backfill.command("start")
+@click.argument("handlers", nargs=-1, required=True, metavar="HANDLER...")
+@click.option("--table", metavar="TABLE", help="Only this table.  [default: all of the handler's]")
+@click.option(
+    "--rate", metavar="N/s", callback=_rate, help="The most rows a second, such as 5000/s."
+)
+@click.option(
+    "--chunk",
+    type=click.IntRange(1, 100_000),
+    default=5000,
+    show_default=True,
+    help="The most rows that are read at once.",
+)
+@click.option("--dry-run", is_flag=True, help="Only print what would be done.")
+@click.option("--wait", "waits", is_flag=True, help="Wait until the rows are enqueued.")
+@command
+def start(
+    project: Project,
+    handlers: tuple[str, ...],
+    table: str | None,
+    rate: float | None,
+    chunk: int,
+    dry_run: bool,
+    waits: bool,
+) -> None:
+    """Request the rows of a handler's tables.
+
+    HANDLER is the name of the task, or the last part of it.
+    """
+    from ..commands import backfill as backfills
+    from ..provisioning import pauses
+
+    names = pauses.named(handlers, pauses.handlers(project.subscriptions))
+    only = None if table is None else project.table(table)
+    with project.connected() as source:
+        plans = [
+            each
+            for name in names
+            for each in backfills.plan(source, project.subscriptions, name, only, chunk)
+        ]
+        if dry_run:
+            for each in plans:
+                duration = f", {each.rows / rate:,.0f} s at this rate" if rate else ""
+                say(
+                    f"{each.table} for {each.handler}: about {each.rows:,} rows, "
+                    f"{each.size / 1e6:,.1f} MB, {each.chunks:,} chunks{duration}"
+                )
+            return
+        started = backfills.start(source, plans, rate)
+        for backfill in started:
+            say(f"{backfill.id}  {backfill.table_name} for {backfill.handler} is requested.")
+        if waits:
+            backfills.wait(source, [each.id for each in started], _Progress())
+            say("All rows are enqueued.")
+
+
+class _Progress:
+    """Shows how far a backfill is: a bar on a terminal, a line a minute elsewhere."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._printed_at: float | None = None
+
+    def __call__(self, backfill: Any) -> None:
+        import sys
+        import time
+
+        from ..commands.backfill import line
+
+        if sys.stderr.isatty():
+            if self._bar is None:
+                self._bar = click.progressbar(
+                    length=max(backfill.estimate, 1), label=backfill.table_name, file=sys.stderr
+                )
+                self._bar.__enter__()
+            self._bar.update(backfill.row_count - self._bar.pos)
+            if backfill.state == "done":
+                self._bar.render_finish()
+                self._bar = None
+        elif self._printed_at is None or time.monotonic() - self._printed_at >= 60:
+            self._printed_at = time.monotonic()
+            say(line(backfill), err=True)
+
+
+@backfill.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@command
+def list_(project: Project, as_json: bool) -> None:
+    """List the backfills of the source."""
+    from ..backfill import requests
+    from ..commands import backfill as backfills
+
+    with project.connected() as source:
+        found = requests.all_of(source)
+    if as_json:
+        click.echo(json.dumps([backfills.as_json(each) for each in found], indent=2))
+        return
+    for each in found:
+        say(backfills.line(each))
+    if not found:
+        say("No backfill was requested.")
+
+
+@backfill.command()
+@click.argument("id")
+@command
+def pause(project: Project, id: str) -> None:
+    """Pause a backfill, which goes on where it was after `resume`."""
+    _move(project, id, "paused", "is paused")
+
+
+@backfill.command()
+@click.argument("id")
+@command
+def resume(project: Project, id: str) -> None:
+    """Let a paused backfill go on."""
+    _move(project, id, "requested", "goes on")
+
+
+@backfill.command()
+@click.argument("id")
+@command
+def stop(project: Project, id: str) -> None:
+    """Stop a backfill for good. Rows that are enqueued by then are handled."""
+    _move(project, id, "stopped", "is stopped")
+
+
+def _move(project: Project, id: str, state: str, outcome: str) -> None:
+    from ..commands import backfill as backfills
+
+    with project.connected() as source:
+        backfills.move(source, id, state)
+    say(f"The backfill {id} {outcome}.")

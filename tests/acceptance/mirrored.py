@@ -1,0 +1,35 @@
+"""A project whose handlers would keep a copy of a table; the tests read their queues instead."""
+
+import json
+import os
+
+from celery import Celery
+
+from flash_celery import on_change
+
+app = Celery("mirrored", broker=os.environ.get("SHOP_BROKER"))
+app.conf.update(
+    flash_dsn=os.environ.get("SHOP_DSN"),
+    flash_replication_slot=os.environ.get("SHOP_SLOT", "flash_replication"),
+    flash_status_interval=2,
+    flash_backfill_ahead=1000,
+)
+app.conf.update(json.loads(os.environ.get("SHOP_CONF", "{}")))
+
+
+@on_change("items", batch=50)
+@app.task(queue="mirror")
+def mirror(changes):
+    """Would apply the changes."""
+
+
+@on_change("items", "insert")
+@app.task(queue="added")
+def added(change):
+    """Is told of new rows alone."""
+
+
+@on_change("parted")
+@app.task(queue="parted")
+def parted(change):
+    """Is on a partitioned table."""

@@ -1,0 +1,265 @@
+"""`flash backfill`: a handler that applies what it is told ends with the table's state."""
+
+import json
+import random
+import signal
+import threading
+import time
+
+import psycopg
+import pytest
+import redis
+
+from benchmarks.verify import body_of
+from example_project.servers import wait_until
+from flash_celery import UNCHANGED
+from flash_celery.changes import payload
+
+ROWS = 3000
+
+
+@pytest.fixture
+def mirrored(shop):
+    """The project of `mirrored.py`, with rows whose text is kept out of line."""
+    shop.project = "mirrored"
+    shop.database.execute(
+        "ALTER TABLE items ALTER note SET STORAGE EXTERNAL",
+        "CREATE TABLE parted (id int PRIMARY KEY) PARTITION BY RANGE (id)",
+        "INSERT INTO items SELECT n, 'name ' || n, repeat(n::text, 700)"
+        f" FROM generate_series(1, {ROWS}) n",
+    )
+    return shop
+
+
+def flash(shop, *arguments, code=0):
+    ran = shop.run("flash", *arguments)
+    assert ran.returncode == code, ran.stderr + ran.stdout
+    return ran.stdout + ran.stderr
+
+
+def backfills(shop):
+    return json.loads(flash(shop, "backfill", "list", "--json"))
+
+
+def state(shop):
+    (row,) = backfills(shop)
+    return row["state"]
+
+
+class Consumer:
+    """Takes the messages of a queue in order, as a worker would, so that there is always room."""
+
+    def __init__(self, shop, queue="mirror"):
+        self.client, self.queue = redis.Redis.from_url(shop.broker.url), queue
+        self.bodies, self.ending = [], threading.Event()
+        self.thread = threading.Thread(target=self.consume)
+
+    def consume(self):
+        while True:
+            ending = self.ending.is_set()
+            text = self.client.rpop(self.queue)
+            if text is not None:
+                self.bodies.append(body_of(text))
+            elif ending:
+                return
+            else:
+                time.sleep(0.01)
+
+    def changes(self):
+        """All changes, once nothing more is enqueued."""
+        self.ending.set()
+        self.thread.join()
+        changes = []
+        for body in self.bodies:
+            (argument,), _, _ = json.loads(body)
+            changes += payload.decode(argument["__value__"])
+        return changes
+
+    def close(self):
+        self.ending.set()
+        self.thread.join()
+        self.client.close()
+
+
+@pytest.fixture
+def consumer(mirrored):
+    consumer = Consumer(mirrored)
+    consumer.thread.start()
+    yield consumer
+    consumer.close()
+
+
+def applied(changes):
+    """What a handler has that applies the changes; it must know every value by then."""
+    rows = {}
+    for change in changes:
+        match change.operation.names()[0]:
+            case "insert":
+                rows[change.key["id"]] = dict(change.new)
+            case "update":
+                before = rows.pop(change.old["id"] if change.old else change.key["id"], {})
+                new = dict(change.new)
+                for name, value in new.items():
+                    if value is UNCHANGED and name in before:
+                        new[name] = before[name]
+                rows[change.key["id"]] = new
+            case "delete":
+                rows.pop(change.key["id"], None)
+            case "truncate":
+                rows.clear()
+    return rows
+
+
+def table(shop):
+    with psycopg.connect(shop.database.dsn) as connection:
+        rows = connection.execute("SELECT id, name, note FROM items").fetchall()
+    return {row[0]: dict(zip(("id", "name", "note"), row, strict=True)) for row in rows}
+
+
+def drained(shop):
+    """Whether everything that was committed is on the broker."""
+    end = shop.database.one("SELECT pg_current_wal_lsn()")
+    query = f"SELECT confirmed_flush_lsn >= '{end}' FROM pg_replication_slots WHERE active"
+    wait_until(lambda: shop.database.one(query), "everything to be confirmed", 60)
+
+
+def test_backfill_brings_each_row_once_as_an_insert(mirrored, consumer):
+    mirrored.replicate()
+    said = flash(mirrored, "backfill", "mirror", "--chunk", "700", "--wait")
+    assert "is requested" in said
+    changes = consumer.changes()
+    (done,) = backfills(mirrored)
+    assert done["state"] == "done"
+    assert done["rows"] == ROWS
+    assert applied(changes) == table(mirrored)
+    assert len({change.id for change in changes}) == len(changes) == ROWS
+    assert {change.backfill for change in changes} == {done["id"]}
+
+
+STATEMENTS = [
+    "UPDATE items SET name = name || 'x' WHERE id = %(key)s",
+    "UPDATE items SET name = name || 'y' WHERE id / 9 = %(key)s / 9",
+    "UPDATE items SET note = repeat('z', 2500) WHERE id = %(key)s",
+    "DELETE FROM items WHERE id = %(key)s",
+    "INSERT INTO items VALUES (%(key)s, 'new', repeat('n', 3000)) ON CONFLICT DO NOTHING",
+    "UPDATE items SET id = %(other)s WHERE id = %(key)s"
+    " AND NOT EXISTS (SELECT FROM items WHERE id = %(other)s)",
+    "UPDATE items SET id = -id WHERE id = %(key)s",
+]
+
+
+class Writers:
+    """Write to the table until the block ends: every kind of change, also of keys."""
+
+    def __init__(self, dsn, count=3, statements=None):
+        self.dsn, self.ending = dsn, threading.Event()
+        self.statements = STATEMENTS if statements is None else statements
+        self.threads = [
+            threading.Thread(target=self.write, args=(number,)) for number in range(count)
+        ]
+
+    def write(self, number):
+        chance = random.Random(number)
+        with psycopg.connect(self.dsn, autocommit=True) as connection:
+            while not self.ending.is_set():
+                key, other = chance.randint(1, ROWS), chance.randint(ROWS + 1, 9 * ROWS)
+                statement = chance.choice(self.statements)
+                try:
+                    connection.execute(statement, {"key": key, "other": other})
+                except (psycopg.errors.UniqueViolation, psycopg.errors.DeadlockDetected):
+                    continue
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+
+    def __exit__(self, *_):
+        self.ending.set()
+        for thread in self.threads:
+            thread.join()
+
+
+def test_backfill_of_an_ordered_handler_goes_through_its_lanes(shop):
+    shop.project = "ordered"
+    shop.database.execute("INSERT INTO items SELECT n, n, NULL FROM generate_series(1, 40) n")
+    shop.replicate(SHOP_CONF=json.dumps({"flash_backfill_ahead": 100}))
+    shop.worker("prefork", "flash")
+    flash(shop, "backfill", "start", "each", "--wait")
+    shop.database.execute("UPDATE items SET name = '41' WHERE id = 1")
+    wait_until(lambda: len(shop.notes("each")) >= 82, "all rows and the update", 60)
+    notes = [note for note in shop.notes("each") if note["event"] == "end"]
+    inserted = [note["key"]["id"] for note in notes if note["id"].startswith("backfill/")]
+    assert sorted(inserted) == list(range(1, 41))
+    assert notes[-1]["operation"] == "update"
+
+
+def test_backfill_among_writers_ends_with_the_state_of_the_table(mirrored, consumer):
+    mirrored.replicate()
+    with Writers(mirrored.database.dsn):
+        flash(mirrored, "backfill", "mirror", "--chunk", "300", "--wait")
+    drained(mirrored)
+    assert applied(consumer.changes()) == table(mirrored)
+
+
+def test_backfill_goes_on_after_a_kill(mirrored, consumer):
+    first = mirrored.replicate()
+    flash(mirrored, "backfill", "mirror", "--chunk", "100", "--rate", "1000/s")
+    wait_until(lambda: backfills(mirrored)[0]["rows"] >= 500, "some chunks", 60)
+    with Writers(mirrored.database.dsn, 1, STATEMENTS[:5]):  # without rows that move
+        mirrored.end(first, signal.SIGKILL)
+        mirrored.replicate()
+        wait_until(lambda: state(mirrored) == "done", "the backfill", 60)
+    drained(mirrored)
+    changes = consumer.changes()
+    assert applied(changes) == table(mirrored)
+    again = [change.id for change in changes if change.backfill]
+    assert len(again) - len(set(again)) <= 100
+
+
+def test_backfill_waits_for_a_transaction_that_was_open_before(mirrored, consumer):
+    mirrored.replicate()
+    with psycopg.connect(mirrored.database.dsn) as connection:
+        connection.execute("INSERT INTO items VALUES (-1, 'open', 'before')")
+        flash(mirrored, "backfill", "mirror")
+        wait_until(
+            lambda: "older transaction" in (backfills(mirrored)[0]["error"] or ""), "the wait", 60
+        )
+        connection.execute("INSERT INTO items VALUES (-2, 'open', 'after')")
+    wait_until(lambda: state(mirrored) == "done", "the backfill", 60)
+    drained(mirrored)
+    assert applied(consumer.changes()) == table(mirrored)
+
+
+def test_backfill_is_paused_resumed_and_stopped(mirrored, consumer):
+    mirrored.replicate()
+    flash(mirrored, "backfill", "mirror", "--chunk", "100", "--rate", "500/s")
+    (under_way,) = backfills(mirrored)
+    wait_until(lambda: backfills(mirrored)[0]["rows"] >= 200, "some chunks", 60)
+    assert "backfill   public.items for mirrored.mirror: running" in flash(mirrored, "status")
+    assert "is paused" in flash(mirrored, "backfill", "pause", under_way["id"])
+    refused = flash(mirrored, "backfill", "mirror", code=2)
+    assert f"stop it by `flash backfill stop {under_way['id']}`" in refused
+    assert "goes on" in flash(mirrored, "backfill", "resume", under_way["id"])
+    wait_until(lambda: backfills(mirrored)[0]["rows"] >= 400, "more chunks", 60)
+    assert "is stopped" in flash(mirrored, "backfill", "stop", under_way["id"])
+    assert "is stopped" in flash(mirrored, "backfill", "resume", under_way["id"], code=2)
+    flash(mirrored, "backfill", "mirror", "--wait")
+    drained(mirrored)
+    assert applied(consumer.changes()) == table(mirrored)
+
+
+def test_backfill_refuses_what_it_cannot_do(mirrored):
+    mirrored.replicate()
+    for arguments, sentence in {
+        ("added",): "is not on both insert and update of public.items",
+        ("parted",): "has partitions or inheriting tables",
+        ("mirror", "--table", "parted"): "is no handler of public.parted",
+        ("nothing",): "nothing",
+        ("mirror", "--rate", "fast"): "'fast' is not a rate",
+    }.items():
+        assert sentence in flash(mirrored, "backfill", *arguments, code=2), arguments
+    assert backfills(mirrored) == []
+    dry = flash(mirrored, "backfill", "mirror", "--dry-run", "--rate", "100/s")
+    assert "rows" in dry
+    assert "at this rate" in dry
+    assert backfills(mirrored) == []

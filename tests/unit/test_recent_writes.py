@@ -1,0 +1,196 @@
+"""Rows of a chunk are brought up to date by what the stream has brought since its snapshot."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flash_celery.backfill.recent_writes import Merged, RecentWrites
+from flash_celery.backfill.snapshots import Snapshot
+from flash_celery.changes.rows import Transaction
+from flash_celery.protocol.lsn import Lsn
+from flash_celery.protocol.pgoutput import UNCHANGED_TOAST, Column, Relation, encode_row
+
+OID = 77
+U = UNCHANGED_TOAST
+
+
+def transaction(xid, lsn=None):
+    return Transaction(Lsn(lsn or xid * 100), xid, 0)
+
+
+def cells(*values):
+    return [value if value is None or value is U else str(value).encode() for value in values]
+
+
+def insert(*new):
+    return encode_row("I", OID, None, None, cells(*new))
+
+
+def update(*new, old=None, kind="K"):
+    return encode_row("U", OID, kind if old else None, cells(*old) if old else None, cells(*new))
+
+
+def delete(key):
+    return encode_row("D", OID, "K", cells(key, None), None)
+
+
+@pytest.fixture
+def writes():
+    return described()
+
+
+def described():
+    writes = RecentWrites(["id"])
+    columns = Column(True, "id", 23, -1), Column(False, "note", 25, -1)
+    writes.describe(Relation(None, OID, "public", "items", "d", columns))
+    return writes
+
+
+def chunk(*rows):
+    return {(str(key).encode(),): cells(key, note) for key, note in rows}
+
+
+def merged(writes, snapshot, *rows):
+    return {
+        tuple(None if cell is None else cell.decode() for cell in row.cells): row.commit_lsn
+        for row in writes.merge(Snapshot.parse(snapshot), chunk(*rows))
+    }
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "xid", "shows"),
+    [
+        ("10:20:12,14", 9, True),
+        ("10:20:12,14", 13, True),
+        ("10:20:12,14", 12, False),
+        ("10:20:12,14", 20, False),
+        # The stream has 32 bits of the id: the epoch is the snapshot's, or the one beside it.
+        (f"{(3 << 32) + 10}:{(3 << 32) + 20}:{(3 << 32) + 12}", 12, False),
+        (f"{(3 << 32) + 10}:{(3 << 32) + 20}:{(3 << 32) + 12}", 13, True),
+        (f"{(3 << 32) - 5}:{(3 << 32) + 20}:", (1 << 32) - 9, True),
+        (f"{(3 << 32) - 5}:{(3 << 32) - 2}:", 7, False),
+    ],
+)
+def test_snapshot_shows_what_has_ended(snapshot, xid, shows):
+    assert Snapshot.parse(snapshot).shows(xid) is shows
+
+
+def test_row_is_as_the_snapshot_shows_it_if_nothing_was_written(writes):
+    assert merged(writes, "10:10:", (1, "a"), (2, "b")) == {("1", "a"): None, ("2", "b"): None}
+
+
+def test_write_that_the_snapshot_shows_is_left_out(writes):
+    writes.note(OID, [update(1, "old news")], transaction(9))
+    assert merged(writes, "10:10:", (1, "a")) == {("1", "a"): None}
+
+
+def test_write_that_the_snapshot_does_not_show_is_the_state_of_the_row(writes):
+    writes.note(OID, [update(1, "b")], transaction(12))
+    writes.note(OID, [delete(2)], transaction(13))
+    found = merged(writes, "10:20:12,13", (1, "a"), (2, "gone"), (3, "c"))
+    assert found == {("1", "b"): Lsn(1200), ("3", "c"): None}
+
+
+def test_value_that_was_not_sent_is_the_one_of_the_chunk(writes):
+    writes.note(OID, [update(1, U)], transaction(12))
+    assert merged(writes, "10:12:", (1, "kept")) == {("1", "kept"): Lsn(1200)}
+
+
+def test_value_that_was_not_sent_is_the_one_of_the_write_before(writes):
+    writes.note(OID, [update(1, "set"), update(1, U)], transaction(12))
+    writes.note(OID, [update(1, U)], transaction(13))
+    assert merged(writes, "10:12:", (1, "a")) == {("1", "set"): Lsn(1300)}
+
+
+def test_row_that_moves_takes_its_value_along(writes):
+    writes.note(OID, [update(5, U, old=(1, None))], transaction(12))
+    assert merged(writes, "10:12:", (1, "kept")) == {("5", "kept"): Lsn(1200)}
+    assert writes.moved == [(b"5",)]
+
+
+def test_rows_that_swap_their_keys_keep_their_values(writes):
+    swap = [update(0, U, old=(1, None)), update(1, U, old=(2, None)), update(2, U, old=(0, None))]
+    writes.note(OID, swap, transaction(12))
+    found = merged(writes, "10:12:", (1, "first"), (2, "second"))
+    assert found == {("2", "first"): Lsn(1200), ("1", "second"): Lsn(1200)}
+
+
+def test_row_under_the_key_of_a_deleted_one_is_another(writes):
+    writes.note(OID, [delete(5), update(5, U, old=(1, None)), update(5, "new")], transaction(12))
+    found = merged(writes, "10:12:", (1, "kept"), (5, "gone"))
+    assert found == {("5", "new"): Lsn(1200)}
+
+
+def test_row_that_is_inserted_after_the_snapshot_is_not_of_the_chunk(writes):
+    writes.note(OID, [insert(9, "new")], transaction(12))
+    writes.note(OID, [delete(1)], transaction(13))
+    writes.note(OID, [insert(1, "again")], transaction(14))
+    assert merged(writes, "10:12:", (1, "a")) == {}
+
+
+def test_truncate_leaves_no_row_of_the_chunk(writes):
+    writes.note(OID, [update(1, "b")], transaction(12))
+    writes.truncate(transaction(13))
+    assert merged(writes, "10:12:", (1, "a"), (2, "c")) == {}
+    assert merged(writes, "14:14:", (1, "a")) == {("1", "a"): None}
+
+
+def test_transaction_that_writes_too_much_makes_a_chunk_unusable_until_it_is_visible(writes):
+    large = transaction(12)
+    rows = [insert(number, "many") for number in range(10_001)]
+    for first in range(0, len(rows), 100):
+        assert not writes.hides_any(Snapshot.parse("10:12:"))
+        writes.note(OID, rows[first : first + 100], large)
+    assert writes.hides_any(Snapshot.parse("10:12:"))
+    assert not writes.hides_any(Snapshot.parse("13:13:"))
+
+
+def test_forgotten_writes_change_nothing_any_more(writes):
+    writes.note(OID, [update(1, "b")], transaction(12))
+    writes.forget(Snapshot.parse("13:13:"))
+    assert writes.merge(Snapshot.parse("10:12:"), chunk((1, "a"))) == [Merged(cells(1, "a"))]
+
+
+KEYS = st.integers(1, 6)
+OPERATIONS = st.one_of(
+    st.tuples(st.just("set"), KEYS, st.sampled_from("pqr")),
+    st.tuples(st.just("touch"), KEYS),
+    st.tuples(st.just("move"), KEYS, KEYS),
+    st.tuples(st.just("delete"), KEYS),
+    st.tuples(st.just("insert"), KEYS),
+)
+
+
+@given(st.lists(st.lists(OPERATIONS, max_size=6), max_size=4))
+def test_merged_rows_are_those_of_the_table(transactions):
+    """Every row of the chunk that still exists, by whatever key, has its present values."""
+    writes = described()
+    state = {key: (f"row {key}", f"value {key}") for key in range(1, 6)}
+    rows = chunk(*((key, value) for key, (_, value) in state.items()))
+    for xid, operations in enumerate(transactions, 12):
+        current, sent = transaction(xid), []
+        for operation, key, *more in operations:
+            if operation == "insert" and key not in state:
+                state[key] = None, "inserted"
+                sent.append(insert(key, "inserted"))
+            elif key not in state:
+                continue
+            elif operation == "set":
+                state[key] = state[key][0], more[0]
+                sent.append(update(key, more[0]))
+            elif operation == "touch":
+                sent.append(update(key, U))
+            elif operation == "move" and more[0] not in state:
+                state[more[0]] = state.pop(key)
+                sent.append(update(more[0], U, old=(key, None)))
+            elif operation == "delete":
+                del state[key]
+                sent.append(delete(key))
+        for row in sent:
+            writes.note(OID, [row], current)
+    found = {
+        int(row.cells[0]): row.cells[1].decode()
+        for row in writes.merge(Snapshot.parse("10:12:"), rows)
+    }
+    assert found.keys() >= {key for key, (row, _) in state.items() if row is not None}
+    assert found.items() <= {key: value for key, (_, value) in state.items()}.items()
