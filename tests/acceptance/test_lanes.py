@@ -503,6 +503,11 @@ def test_lanes_keep_their_changes_when_the_slot_is_reset(ordered, valkey):
     assert summary(ordered)["paused"]
     reset = ordered.run("flash", "reset", "--yes")
     assert reset.returncode == 0, reset.stderr
+    with redis.Redis(port=valkey.port) as client:  # as if it was killed after it dropped the slot
+        (state,) = client.keys("_flash.ordered.*.state")
+        assert client.hset(state, "paused", "1") == 1
+    reset = ordered.run("flash", "reset", "--yes")
+    assert line in reset.stdout
     worker = ordered.worker("solo", "flash")
     until_ended(ordered, 3)
     ordered.end(worker)

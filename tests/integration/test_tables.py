@@ -6,11 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from flash_celery.capture.lost_rows import LostRows
+from flash_celery.changes.rows import Transaction
 from flash_celery.errors import SubscriptionError
 from flash_celery.postgres.source import Source
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.provisioning import ddl, record
 from flash_celery.settings import Settings
+from flash_celery.table_name import TableName
+from flash_celery.worker.lost_tables import LostTables
 
 from .conftest import Flash, shown
 
@@ -641,6 +645,11 @@ def test_rows_of_a_table_that_was_renamed_and_dropped_are_reported_lost(flash, n
     with flash.database.connect() as connection:
         source = Source(connection, Settings.from_app(flash.app))
         (gap,) = record.read_record(source).gaps
+        # A session that was killed before it has acknowledged them reads them again.
+        table, _, reason = gap["reason"].removeprefix("rows of ").partition(": ")
+        first = Transaction(Lsn.parse(gap["since"]), 1, 0)
+        LostTables().found(source, LostRows(TableName.parse(table), reason, first))
+        assert record.read_record(source).gaps == [gap]
         # A worker that ends before it has read them leaves that to the next.
         assert record.published_tables(source).orphans == {oid}
     assert gap["reason"].startswith("rows of public.items: the table was dropped before they were")
