@@ -11,6 +11,7 @@ from celery import Task
 from ..changes.change import Change
 from ..errors import SubscriptionError
 from . import row_types
+from .databases import Database
 from .row_types import RowType
 from .subscriptions import Subscription
 
@@ -55,6 +56,12 @@ def has_row_types(declarations: Iterable[Declaration]) -> bool:
         declaration.subscription is not None and declaration.subscription.into is not None
         for declaration in declarations
     )
+
+
+def database_for(declarations: Iterable[Declaration]) -> Database | None:
+    """Return the database of `once=`, if a decorator has one."""
+    subscriptions = [each.subscription for each in declarations if each.subscription is not None]
+    return next((each.once for each in subscriptions if each.once is not None), None)
 
 
 def convert_rows(

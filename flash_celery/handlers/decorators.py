@@ -35,8 +35,14 @@ from .celery_tasks import (
     when_finalized,
 )
 from .databases import database_of
-from .declarations import Declaration, convert_rows, has_row_types, number_subscriptions
-from .once import run_in_transaction
+from .declarations import (
+    Declaration,
+    convert_rows,
+    database_for,
+    has_row_types,
+    number_subscriptions,
+)
+from .once import call_directly, run_in_transaction
 from .row_types import RowType
 from .subscriptions import (
     Batch,
@@ -93,12 +99,16 @@ class Handler(Generic[P, R]):
         self.__dict__["_declarations"] = []
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        function: Callable[..., R] = self.__wrapped__
+        database = database_for(self._declarations)
+        if database is not None:
+            function = partial(call_directly, database, self.__wrapped__)
         if not has_row_types(self._declarations):
-            return self.__wrapped__(*args, **kwargs)
+            return function(*args, **kwargs)
         convert = partial(convert_rows, self, self._declarations, keep=True)
         arguments: Any = map(convert, args)
         keywords: Any = {name: convert(value) for name, value in kwargs.items()}
-        return self.__wrapped__(*arguments, **keywords)
+        return function(*arguments, **keywords)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else MethodType(self.__wrapped__, instance)

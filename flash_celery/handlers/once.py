@@ -61,11 +61,20 @@ def run_in_transaction(task: Any, database: Database) -> None:
     set_run_method(task, run_once)
 
 
+def call_directly(database: Database, run: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Call a function in a transaction, unless it is called for a task, which has one."""
+    if any(change.connection is not None for change in _delivered(args, kwargs)):
+        return run(*args, **kwargs)
+    call = _Call(None, database, run, args, kwargs)
+    call.attempt()
+    return call.result
+
+
 class _Call:
     """One call of a handler.
 
     Args:
-        task: Its task.
+        task: Its task; None if the function is called without one.
         database: The database.
         run: The function of the task.
         args: The arguments of the function.
@@ -80,7 +89,7 @@ class _Call:
         args: Sequence[Any],
         kwargs: dict[str, Any],
     ) -> None:
-        self._task = task
+        self._request = getattr(task, "request", None)
         self._database = database
         self._run = run
         self._args = args
@@ -89,7 +98,7 @@ class _Call:
         #: The mark of the lane, if the changes are compared with it.
         self.mark: Mark | None = None
         if self._delivered:
-            self.mark = getattr(task.request, MARK, None)
+            self.mark = getattr(self._request, MARK, None)
         #: Whether the function was called, and whether it has returned.
         self._began = self._returned = False
         #: Its result.
@@ -114,7 +123,7 @@ class _Call:
             self._began = True
             call = _without_handled(self._run, self._delivered, changes)
             self.result = call(*self._args, **self._kwargs)
-            _raise_retry(self._task)
+            _raise_retry(self._request)
             self._returned = True
             return True
         raise FlashError(
@@ -178,8 +187,8 @@ def _without_handled(
     return call
 
 
-def _raise_retry(task: Any) -> None:
+def _raise_retry(request: Any) -> None:
     """Raise the retry that a handler has asked for with `throw=False`, to roll back."""
-    retries = getattr(task.request, "flash_retries", None)
+    retries = getattr(request, "flash_retries", None)
     if retries:
         raise retries[-1]

@@ -1,13 +1,17 @@
 """Handlers with `once=` in real Celery workers: each change has its effect once."""
 
 import json
+import os
+import random
+import signal
 from collections import Counter
+from contextlib import suppress
 
 import pytest
 
 from example_project.servers import wait_until
 from tests.acceptance.steps import wait_until_confirmed
-from tests.acceptance.test_lanes import lanes, ordered  # noqa: F401 - the second is a fixture
+from tests.acceptance.test_lanes import insert, lanes, ordered, update  # noqa: F401 - a fixture
 
 CONF = json.dumps({"flash_replay_window": 3600, "flash_lane_lease": 600})
 
@@ -90,3 +94,26 @@ def test_once_has_each_effect_once_whatever_dies(once):
     until_done(once)
     assert set(effects(once).values()) == {2}
     assert len(effects(once)) == 9
+
+
+@pytest.mark.soak
+def test_once_has_each_effect_once_while_processes_and_workers_are_killed(once):
+    once.environment.update(SHOP_CONF=json.dumps({"flash_max_deaths": 100}), SHOP_SLEEP="0.005")
+    once.replicate()
+    set_up(once)
+    workers = [once.worker("prefork", "flash") for _ in range(2)]
+    insert(once, 12)
+    once.until_noted(1)
+    for number in range(1, 60):
+        update(once, 12, number, number + 1)
+        if number % 3 == 0:
+            with suppress(ProcessLookupError):
+                os.kill(random.choice(once.notes()[-5:])["pid"], signal.SIGKILL)
+        if number in (20, 40):
+            workers.pop(0).kill()
+            workers.append(once.worker("prefork", "flash"))
+    wait_until(lambda: len(effects(once)) == 12 * 60, "all effects", 120)
+    until_done(once)
+    assert set(effects(once).values()) == {1}
+    begun = Counter(note["id"] for note in once.notes() if note["event"] == "begin")
+    assert max(begun.values()) > 1  # what a killed process had begun was begun again

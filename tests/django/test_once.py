@@ -220,6 +220,25 @@ def test_once_mark_moves_past_a_dead_letter(world):
     assert world.effects == ["0/100:0"]
 
 
+def test_once_plain_function_has_one_transaction_however_it_is_called(new_app, database):
+    connections_of = []
+
+    def connect():
+        connections_of.append(psycopg.connect(database.dsn))
+        return connections_of[-1]
+
+    @on_change("orders", ordered=True, once=connect)
+    def handler(change):
+        return change.connection
+
+    app = new_app(broker_url="memory://")
+    app.finalize()
+    assert handler(change(0x100)) is connections_of[0]
+    (task,) = [task for task in app.tasks.values() if task.name.endswith(".handler")]
+    assert task.apply([change(0x100)]).get() is connections_of[1]
+    assert len(connections_of) == 2
+
+
 def test_once_leaves_out_of_a_batch_what_was_handled(world):
     sizes = []
     world.declare(lambda task, handled: sizes.append(len(handled)), batch=10)
