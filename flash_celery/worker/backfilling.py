@@ -195,6 +195,21 @@ class Backfilling:
                 requests.remember_moved(self._source.connection, self._backfill.id, part)
 
 
+class Backfills:
+    """The requested backfills of a source, and the one that a session does."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.backfilling: Backfilling | None = None
+
+    def requested(self) -> bool:
+        """Return whether there is one that the session does not do, so that it has to end."""
+        backfill = requests.next_of(self._source)
+        if backfill is None:
+            return False
+        return self.backfilling is None or not self.backfilling.is_for(backfill)
+
+
 class _Settled(RelationCatalog):
     """A catalog for relations that were read from it, and not from the stream."""
 

@@ -70,7 +70,7 @@ from ..publishing.room import Room
 from ..publishing.thread import Claim, PublishingThread
 from ..settings import Settings
 from ..telemetry import CONNECTING, STANDBY, STOPPING, STREAMING, WAITING, Telemetry
-from .backfilling import Backfilling
+from .backfilling import Backfilling, Backfills
 from .control import Control, Stopped
 from .lane_sweeper import LaneSweeper
 from .lost_tables import LostTables
@@ -448,7 +448,10 @@ class Replicator:
         if templates.lanes and templates.lanes[0].transport is lane_transports.RABBITMQ:
             self._sweeper.watch(templates.lanes)
         watch = SlotWatch(source, stream.pid, self._progress, telemetry=self.telemetry)
-        supervisor = Supervisor(source, self._startup, self._pauses, watch, self._lost_tables)
+        backfills = Backfills(source)
+        supervisor = Supervisor(
+            source, self._startup, self._pauses, watch, self._lost_tables, backfills
+        )
         session = Session(
             stream, source, pipeline, batcher, self._publishing, claim, self.control, supervisor
         )
@@ -458,7 +461,7 @@ class Replicator:
         if backfilling is not None:
             pipeline.transactions.observe(backfilling.observe)
             session.backfill_beside(backfilling)
-            supervisor.backfilling = backfilling
+            backfills.backfilling = backfilling
         return session
 
     def _backfilling(

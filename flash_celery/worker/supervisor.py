@@ -6,10 +6,9 @@ import logging
 import time
 from enum import Enum
 
-from ..backfill import requests
 from ..postgres.source import Source
 from ..protocol.lsn import Lsn
-from .backfilling import Backfilling
+from .backfilling import Backfills
 from .lost_tables import LostTables
 from .pauses import Pauses
 from .slot_watch import SlotWatch
@@ -49,14 +48,14 @@ class Supervisor:
         pauses: Pauses,
         watch: SlotWatch,
         lost_tables: LostTables,
+        backfills: Backfills,
     ) -> None:
         self._source = source
         self._startup = startup
         self._pauses = pauses
         self._watch = watch
         self._lost_tables = lost_tables
-        #: The backfill of the session.
-        self.backfilling: Backfilling | None = None
+        self._backfills = backfills
         #: Whether the whole source is paused.
         self.paused = pauses.whole_source
         #: When the next check is due, by the monotonic clock.
@@ -92,14 +91,7 @@ class Supervisor:
             return None
         if self._startup.tables_changed(self._source):
             return Reason.TABLES_CHANGED
-        return Reason.BACKFILL_REQUESTED if self._backfill_requested() else None
-
-    def _backfill_requested(self) -> bool:
-        """Return whether there is a backfill to do that the session does not do."""
-        backfill = None if self.paused else requests.next_of(self._source)
-        if backfill is None:
-            return False
-        return self.backfilling is None or not self.backfilling.is_for(backfill)
+        return None if self.paused or not self._backfills.requested() else Reason.BACKFILL_REQUESTED
 
     @property
     def durable(self) -> Lsn:

@@ -19,6 +19,10 @@ class Source(SimpleNamespace):
     record_removed = False
     altered = False
     lost = False
+    backfill = False
+
+    def requested(self):
+        return self.backfill
 
     def changed(self, source):
         return self.record_changed
@@ -41,7 +45,7 @@ def source():
 
 @pytest.fixture
 def check(source):
-    supervisor = Supervisor(source, source, source, source, LostTables())
+    supervisor = Supervisor(source, source, source, source, LostTables(), source)
 
     def check(now, transaction_open=False):
         reason = supervisor.check(now, Lsn(1), True, transaction_open)
@@ -83,3 +87,9 @@ def test_lost_slot_is_an_error(source, check):
 
 def test_each_reason_has_a_sentence():
     assert len({reason.sentence for reason in Reason}) == len(Reason)
+
+
+def test_requested_backfill_waits_for_the_open_transaction(source, check):
+    source.backfill = True
+    assert check(100, transaction_open=True) is None
+    assert check(101) is Reason.BACKFILL_REQUESTED
