@@ -61,6 +61,9 @@ class Link:
     def __init__(self, app: Any) -> None:
         lease = float(setting(app, "flash_lane_lease"))
         self._publisher = AmqpPublisher(app, _TIMEOUT)
+        # Waiting processes would handle nothing, so the broker would remain full. The sweep wakes
+        # the lanes when it takes messages again.
+        self._publisher.waits_while_blocked = False
         self._publisher.heartbeat = max(1, int(lease / _INTERVALS))
         self._lock = threading.RLock()
         try:
@@ -217,6 +220,10 @@ class Link:
     def close(self) -> None:
         """Disconnect; never raises."""
         with self._lock:
+            channel = self._publisher.channel
+            if not self.works and channel is not None and channel.connection is not None:
+                # RabbitMQ does not answer a request to close while it is full.
+                channel.connection.collect()
             self.works = False
             self._publisher.close()
 

@@ -269,7 +269,7 @@ def test_rabbitmq_lanes_survive_restarts_of_the_broker(make_shop, kind):
             "UPDATE items SET note = 'retry late', name = '10' WHERE id = 0",
             "UPDATE items SET note = '' WHERE id = 0",
         )
-        wait_until(lambda: any(n["new"]["note"] == "retry late" for n in shop.notes()), "the retry")
+        wait_until(lambda: summary(shop)["asleep"] == 1, "the retry to wait")
         rabbit.stop(signal.SIGKILL)
         update(shop, 4, 11, 20)
         rabbit.start()
@@ -286,3 +286,24 @@ def test_rabbitmq_lanes_survive_restarts_of_the_broker(make_shop, kind):
             assert list(dict.fromkeys(found)) == expected, f"key {key}: {found}"
         late = [n for n in shop.notes() if n["new"]["note"] == "retry late"]
         assert [n["retries"] for n in late if n["event"] == "begin"] == [0, 1]
+
+
+@pytest.mark.soak
+def test_rabbitmq_lanes_of_a_frozen_worker_go_on_and_it_ends_one_call_only(ordered):
+    ordered.environment.update(SHOP_SLEEP="0.5", SHOP_CONF='{"flash_lane_lease": 6}')
+    ordered.replicate()
+    frozen = ordered.worker("solo", "flash")
+    insert(ordered, 1)
+    update(ordered, 1, 1, 8)
+    wait_until(lambda: len(ordered.notes()) >= 3, "the worker to be at work")
+    frozen.send_signal(signal.SIGSTOP)
+    ordered.worker("solo", "flash")
+    until_ended(ordered, 8)
+    before = len(ordered.notes())
+    frozen.send_signal(signal.SIGCONT)
+    update(ordered, 1, 8, 10)
+    until_ended(ordered, 10)
+    late = [n for n in ordered.notes()[before:] if n["pid"] == frozen.pid]
+    assert len([n for n in late if n["event"] == "end" and int(n["new"]["name"]) < 8]) <= 1
+    values = [int(n["new"]["name"]) for n in ended(ordered) if n["pid"] != frozen.pid]
+    assert values == sorted(values)

@@ -255,6 +255,21 @@ def test_rabbitmq_drain_begins_no_change_once_its_connection_is_closed(world, ra
     assert again.handled == list(range(3, 10))
 
 
+@pytest.mark.soak
+def test_rabbitmq_drain_does_not_wait_while_the_broker_is_full(world, rabbit):
+    world.push(20)
+    calls = Calls()
+    rabbit.control("set_vm_memory_high_watermark", "0.0000001")
+    try:
+        with pytest.raises(LostLink, match="short of memory"):
+            world.drain(calls, changes=5)
+    finally:
+        rabbit.control("set_vm_memory_high_watermark", "0.4")
+    assert calls.handled == list(range(5))
+    wait_until(lambda: world.drain(calls) or len(calls.handled) == 20, "the rest")
+    assert calls.handled == list(range(20))
+
+
 def test_rabbitmq_lanes_of_a_paused_handler_are_left_alone(world):
     world.publisher.prepare([world.form_of(2, paused=True)])
     world.form = world.form_of(2)

@@ -82,6 +82,8 @@ class AmqpPublisher(ConnectedPublisher):
     """Publishes through the default exchange on a channel of its own."""
 
     fills_lanes = True
+    #: Whether it waits, for hours if need be, while RabbitMQ is short of memory or disk.
+    waits_while_blocked = True
     # Not kombu's `confirm_publish`, which waits for the confirm of each message.
     timeouts = "read_timeout", "write_timeout"
 
@@ -387,11 +389,16 @@ class AmqpPublisher(ConnectedPublisher):
             raise self._failure
 
     def _on_blocked(self, reason: str) -> None:
-        """Wait without a timeout: RabbitMQ reads nothing from publishers for now.
+        """Wait without a timeout, or fail: RabbitMQ reads nothing from publishers for now.
 
         Source: RabbitMQ documentation, "Blocked Connection Notifications".
         """
         self._blocked = True
+        if not self.waits_while_blocked:
+            self._failure = NotConfirmed(
+                f"The broker {self.url} has blocked publishing: it is short of memory or disk."
+            )
+            return
         logger.warning(
             "The broker %s has blocked publishing: it is short of memory or disk (see `rabbitmqctl "
             "list_alarms`). Nothing is acknowledged until it reads again",
