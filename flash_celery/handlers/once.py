@@ -136,7 +136,7 @@ class _Call:
         return not self._began or (self._returned and _is_operational(error))
 
 
-def _is_operational(error: Exception) -> bool:
+def _is_operational(error: BaseException) -> bool:
     """Return whether an error of any driver is about the connection or the server."""
     return any(kind.__name__ == "OperationalError" for kind in type(error).__mro__)
 
@@ -144,7 +144,8 @@ def _is_operational(error: Exception) -> bool:
 def _described(error: Exception) -> str:
     """Return the name of an error, with its text if that is libpq's, which holds no password."""
     cause = getattr(error, "orig", None) or error.__cause__ or error
-    text = f": {cause}" if isinstance(cause, psycopg.OperationalError) else ""
+    drivers = isinstance(cause, psycopg.OperationalError) or hasattr(cause, "pgcode")
+    text = f": {cause}" if drivers and _is_operational(cause) else ""
     return f"its database of once= fails ({type(error).__name__}{text})"
 
 

@@ -26,7 +26,7 @@ from flash_celery.messages.lane_entries import encode_form
 from flash_celery.protocol.lsn import Lsn
 from tests.django.conftest import use
 
-KINDS = ("django", "psycopg", "function", "engine", "sqlalchemy")
+KINDS = ("django", "psycopg", "function", "engine", "psycopg2", "sqlalchemy")
 TABLE = Table("public", "orders", None, "d", ("id",), (Column("id", 23, "integer", True),))
 ONE = History("7412345678901234567", 1)
 TWO = History(ONE.system, 2, (Ancestor(1, Lsn(0x500)),))
@@ -49,8 +49,9 @@ class World:
         self.app = app
         self.database = database
         self.kind = kind
+        driver = "psycopg2" if kind == "psycopg2" else "psycopg"
         self.engine = sqlalchemy.create_engine(
-            f"postgresql+psycopg://postgres@127.0.0.1:{database.server.port}/{database.name}"
+            f"postgresql+{driver}://postgres@127.0.0.1:{database.server.port}/{database.name}"
         )
         database.execute(marks_table.CREATE_TABLE, "CREATE TABLE effects (position text)")
         self.layout, self.lanes, self.former = "one", 4, ""
@@ -69,6 +70,7 @@ class World:
             "psycopg": lambda: psycopg.connect(self.database.dsn, autocommit=True),
             "function": function,
             "engine": self.engine,
+            "psycopg2": self.engine,
             "sqlalchemy": self.engine.connect,
         }[self.kind]
 
@@ -80,7 +82,7 @@ class World:
                 assert one.connection.in_atomic_block
                 with one.connection.cursor() as cursor:
                     cursor.execute(statement)
-            elif self.kind in ("engine", "sqlalchemy"):
+            elif self.kind in ("engine", "psycopg2", "sqlalchemy"):
                 one.connection.execute(sqlalchemy.text(statement))
             else:
                 one.connection.execute(statement)
@@ -621,3 +623,11 @@ def test_once_checks_show_no_secret_of_a_database_that_is_down(new_app):
     (found,) = once_checks.findings(subscriptions_of(app))
     assert "cannot be looked at from here (RuntimeError)" in found.message
     assert "secret" not in found.message
+
+
+def test_once_table_cannot_have_a_handler(new_app):
+    """Each call of a handler with `once=` writes there, so its own changes would never end."""
+    app = new_app(broker_url="memory://")
+    on_change("flash_celery_marks")(app.task(name="handler")(ignore))
+    with pytest.raises(SubscriptionError, match="flash_celery_marks cannot have a handler"):
+        subscriptions_of(app)
