@@ -106,6 +106,11 @@ def _plan(source: Source, subscription: Subscription, chunk_rows: int) -> Plan:
             "inserts, and one that is updated at the same time would stay as it was. Add them to "
             "its on_change."
         )
+    if subscription.once is not None:
+        raise ConfigurationError(
+            f"{handler} has once=, whose marks do not recognise a row that is backfilled again. "
+            "Backfill a handler without once=."
+        )
     table = catalog.find(source.connection, name)
     _require_table(name, table)
     assert table is not None

@@ -3,6 +3,7 @@
 import json
 import os
 
+import psycopg
 from celery import Celery
 
 from flash_celery import on_change
@@ -27,6 +28,12 @@ def mirror(changes):
 @app.task(queue="added")
 def added(change):
     """Is told of new rows alone."""
+
+
+@on_change("items", ordered=True, once=lambda: psycopg.connect(os.environ["SHOP_DSN"]))
+@app.task(queue="counted")
+def counted(change):
+    """Is handled once."""
 
 
 @on_change("parted")

@@ -252,6 +252,7 @@ def test_backfill_refuses_what_it_cannot_do(mirrored):
     mirrored.replicate()
     for arguments, sentence in {
         ("added",): "is not on both insert and update of public.items",
+        ("counted",): "has once=",
         ("parted",): "has partitions or inheriting tables",
         ("mirror", "--table", "parted"): "is no handler of public.parted",
         ("nothing",): "nothing",
