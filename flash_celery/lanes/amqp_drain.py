@@ -31,7 +31,7 @@ from ..errors import PayloadError
 from ..messages import lane_entries
 from ..messages.deduplication import now
 from ..messages.lane_entries import Entry
-from ..publishing.brokers.amqp_lanes import Depth, head_queue, note
+from ..publishing.brokers.amqp_lanes import LANES, LAYOUT, Depth, head_queue, note, number_of
 from ..publishing.brokers.amqp_wakes import Lane
 from .amqp_acknowledgements import Acknowledgements
 from .amqp_link import Link, LostLink
@@ -77,8 +77,13 @@ class _Received:
     #: The hashes of its ordering keys.
     keys: frozenset[int]
     expires: float | None
+    again: bool
     tag: int
     redelivered: bool
+
+    def is_like(self, other: _Received) -> bool:
+        """Return whether both may be handled by one call."""
+        return (self.expires, self.again) == (other.expires, other.again)
 
 
 class AmqpDrain:
@@ -201,7 +206,7 @@ class AmqpDrain:
                 if taken:
                     break
                 raise
-            if taken and received[0].expires != taken[0].expires:
+            if taken and not received[0].is_like(taken[0]):
                 break
             if not taken and not self.handled:
                 self._calls.read_form(self._form(self._buffer[0]))
@@ -213,7 +218,10 @@ class AmqpDrain:
     def _form(self, message: Any) -> bytes:
         names = ("delivery_mode", "priority", "reply_to")
         properties = {name: message.properties.get(name) for name in names}
-        return lane_entries.encode_form(self._lane.queue, message.headers, properties).encode()
+        headers = dict(message.headers)
+        layout, lanes = headers.pop(LAYOUT, ""), headers.pop(LANES, 0)
+        form = lane_entries.encode_form(self._lane.queue, headers, properties, layout, lanes)
+        return form.encode()
 
     def _recall(self, first: _Received) -> None:
         """Read the lane's memory, and count a death of its first change."""
@@ -246,7 +254,15 @@ class AmqpDrain:
                 return False
             self._link.verify()
             self._done.confirm_before(keys)
-            head = Head(changes, memory.retries, memory.deaths, None, first.expires)
+            head = Head(
+                changes,
+                memory.retries,
+                memory.deaths,
+                None,
+                first.expires,
+                first.again,
+                number_of(self._lane.name),
+            )
             verdict = self._calls.handle(head)
             if verdict is None:
                 if memory is self._memory:
@@ -310,5 +326,6 @@ def _read(message: Any) -> Iterator[_Received]:
     if not isinstance(entry, Entry) or not entry.changes:
         raise PayloadError("This is not a change of a lane.")
     info = message.delivery_info
+    tag, redelivered = info["delivery_tag"], info["redelivered"]
     for change, keys in zip(entry.changes, entry.keys, strict=True):
-        yield _Received(change, keys, entry.expires, info["delivery_tag"], info["redelivered"])
+        yield _Received(change, keys, entry.expires, entry.again, tag, redelivered)

@@ -24,7 +24,7 @@ from ..messages.deduplication import now
 from ..messages.lane_messages import REGISTRY
 from ..messages.task_message import Message
 from ..publishing.brokers.amqp import AmqpPublisher
-from ..publishing.brokers.amqp_lanes import Depth, look, paused_queue, peek
+from ..publishing.brokers.amqp_lanes import Depth, look, paused_queue, peek, recorded
 from ..publishing.brokers.amqp_wakes import Wakes
 from .alarms import call_at
 
@@ -130,6 +130,12 @@ class Link:
         """Return whether the handler of a lane is paused."""
         depth = self.look(paused_queue(lane.rpartition(".")[0]))
         return depth is not None and depth.ready > 0
+
+    def former_layout(self, lane: str) -> str:
+        """Return the layout before that of a lane, whose lanes were empty; "" if it is unknown."""
+        with suppress(LostLink), self.used() as channel:
+            return str(recorded(channel, lane.rpartition(".")[0]).get("former") or "")
+        return ""
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Publish messages, and wait for the confirms.

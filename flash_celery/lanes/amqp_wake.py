@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 from ..dead_letters import outcome
@@ -33,6 +34,7 @@ def drain(task: Any, calls: HandlerCalls, lane: Lane) -> None:
     died = bool(request.get(DIED) or request.delivery_info.get("redelivered"))
     try:
         with borrowed(app) as link:
+            calls.former = partial(link.former_layout, lane.name)
             drained = AmqpDrain(link, lane, calls, limits, outcome.is_stopping, died)
             calls.on_limit = drained.end_with
             drained.run()

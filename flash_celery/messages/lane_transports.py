@@ -27,7 +27,8 @@ class LaneTransport:
         """Refuse a handler that needs what the lanes of this broker cannot do.
 
         Raises:
-            SubscriptionError: It handles TRUNCATEs or messages, blocks its lanes, or has marks.
+            SubscriptionError: It handles TRUNCATEs or messages, blocks its lanes, or has once=
+                with coalesce=.
         """
         if self.has_barriers:
             return
@@ -38,10 +39,11 @@ class LaneTransport:
                     "the broker; on RabbitMQ a change that fails for good becomes a dead letter: "
                     "leave on_failure out."
                 )
-            if each.once is not None:
+            if each.once is not None and each.ordered is not None and each.ordered.coalesce:
                 raise SubscriptionError(
-                    f"{handler} has once=, which needs Redis or Valkey as the broker; on RabbitMQ "
-                    "leave it out, and compare change.commit_lsn in the statement."
+                    f"{handler} has once= and coalesce=, which needs Redis or Valkey as the "
+                    "broker; RabbitMQ may get changes twice, and then others may have become one: "
+                    "leave one of the two out."
                 )
             if Operation.MESSAGE in each.operations:
                 raise SubscriptionError(

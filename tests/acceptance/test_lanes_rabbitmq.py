@@ -22,6 +22,7 @@ from .test_lanes import (
     until_ended,
     update,
 )
+from .test_once import effects, set_up
 
 
 @pytest.fixture
@@ -307,3 +308,35 @@ def test_rabbitmq_lanes_of_a_frozen_worker_go_on_and_it_ends_one_call_only(order
     assert len([n for n in late if n["event"] == "end" and int(n["new"]["name"]) < 8]) <= 1
     values = [int(n["new"]["name"]) for n in ended(ordered) if n["pid"] != frozen.pid]
     assert values == sorted(values)
+
+
+@pytest.mark.soak
+def test_rabbitmq_lanes_with_once_have_each_effect_once_whatever_ends(ordered, rabbit):
+    """Also what the replication worker enqueues again because it has lost its connection."""
+    keys, rounds = 12, 40
+    conf = {"flash_max_deaths": 100, "flash_lane_lease": 15}
+    ordered.environment.update(SHOP_ONCE="1", SHOP_SLEEP="0.005", SHOP_CONF=json.dumps(conf))
+    ordered.database.execute("CREATE TABLE effects (id text)")
+    replicate = ordered.replicate()
+    set_up(ordered)
+    ordered.worker("prefork", "flash")
+    ordered.worker("prefork", "flash")
+    insert(ordered, keys)
+    ordered.until_noted(1)
+    for number in range(1, rounds):
+        update(ordered, keys, number, number + 1)
+        if number % 4 == 0:
+            with suppress(ProcessLookupError):
+                os.kill(ordered.notes()[-1]["pid"], signal.SIGKILL)
+        if number % 10 == 0:
+            rabbit.control("close_all_connections", "test")
+    wait_until(lambda: len(effects(ordered)) == keys * rounds, "all effects", 120)
+    assert ordered.run("flash", "wait").returncode == 0
+    assert set(effects(ordered).values()) == {1}
+    # The marks of another number of lanes begin where those of the last one have ended.
+    assert ordered.end(replicate) == 0
+    ordered.environment["SHOP_ORDER"] = "one"
+    ordered.replicate()
+    update(ordered, keys, rounds, rounds + 1)
+    wait_until(lambda: len(effects(ordered)) == keys * (rounds + 1), "the last effects", 60)
+    assert set(effects(ordered).values()) == {1}

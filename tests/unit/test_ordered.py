@@ -1,5 +1,7 @@
 """Ordered handlers: how they are declared, and in which lane a change is placed."""
 
+from contextlib import nullcontext
+
 import pytest
 
 from flash_celery import Ordered, on_change, on_message
@@ -226,8 +228,12 @@ RABBITMQ = {"broker_url": "amqp://127.0.0.1"}
             [on_change("orders", "insert", ordered=Ordered(on_failure="block"))],
             "leave on_failure out",
         ),
+        (
+            [on_change("orders", "insert", ordered=Ordered(coalesce=1.0), once=nullcontext)],
+            "leave one of the two out",
+        ),
     ],
-    ids=["truncate", "messages", "block"],
+    ids=["truncate", "messages", "block", "once"],
 )
 def test_ordered_handler_is_refused_if_it_needs_more_than_rabbitmq_has(declare, declared, reason):
     app, subscriptions = declare(*declared)

@@ -6,7 +6,7 @@ Each lane is a queue that hands its messages to one consumer at a time
 - `H.<lane>`: the changes, one in a message.
 - `H.<lane>.head`: at most one message, about the first change of the lane: how often it was
   retried, how many processes have died on it, and until when it waits. See `lanes.amqp_drain`.
-- `H.layout`: at most one message, which says how the changes were placed.
+- `H.layout`: at most one message, which says how the changes were placed, and before that.
 - `H.paused`: has a message while drains must leave the lanes alone.
 """
 
@@ -32,6 +32,9 @@ from .amqp_wakes import Lane, Wakes
 #: between two attempts.
 _READS = 3
 _READ_SECONDS = 0.05
+#: Headers of a change: the layout and the number of the lanes.
+LAYOUT = "flash_layout"
+LANES = "flash_lanes"
 #: Forms of messages that are kept.
 _MOST_FORMS = 10_000
 #: A quorum queue drops a message after so many redeliveries. Since RabbitMQ 4 there is a default,
@@ -65,6 +68,11 @@ def head_queue(lane: str) -> str:
 def layout_queue(key: str) -> str:
     """Return the name of the queue that has the layout."""
     return f"{key}.layout"
+
+
+def number_of(lane: str) -> int:
+    """Return the number of the lane with this queue."""
+    return int(lane.rpartition(".")[2])
 
 
 def paused_queue(key: str) -> str:
@@ -166,9 +174,8 @@ class AmqpLanes:
         for number in range(form.lanes):
             self._declare_lane(form, lane_queue(form.key, number))
         if layout != form.layout:
-            self._publish(
-                [note(layout_queue(form.key), {"layout": form.layout, "lanes": form.lanes})]
-            )
+            content = {"layout": form.layout, "lanes": form.lanes, "former": layout or ""}
+            self._publish([note(layout_queue(form.key), content)])
         self._set_up[form.key] = form
         if len(self._forms) > _MOST_FORMS:  # a session makes new ones for a table's new key
             self._forms.clear()
@@ -215,7 +222,9 @@ class AmqpLanes:
         found = self._forms.get((form, number))
         if found is None:
             queue = lane_queue(form.key, number)
-            found = self._forms[form, number] = replace(form.form, queue=queue)
+            headers = {**form.form.headers, LAYOUT: form.layout, LANES: form.lanes}
+            found = replace(form.form, queue=queue, headers=headers)
+            self._forms[form, number] = found
         return found
 
     def _set_paused(self, form: LaneForm, paused: bool | None) -> None:
