@@ -12,7 +12,7 @@ import pytest
 
 from example_project.servers import wait_until
 from flash_celery.changes import payload
-from flash_celery.errors import LanesNotReady
+from flash_celery.errors import LanesNotReady, PublishError
 from flash_celery.lanes import amqp_drain, amqp_sweep
 from flash_celery.lanes.amqp_drain import AmqpDrain
 from flash_celery.lanes.amqp_link import Link, LostLink
@@ -438,3 +438,36 @@ def test_rabbitmq_lanes_keep_the_order_in_a_schedule_of_kills(world, monkeypatch
 @both_types
 def test_rabbitmq_lanes_keep_the_order_in_many_schedules_of_kills(world, monkeypatch, seed):
     run_schedule(world, monkeypatch, seed, 600)
+
+
+def test_rabbitmq_lane_whose_queue_was_deleted_is_declared_again(world):
+    world.push(1)
+    world.publisher.channel.queue_delete(f"{KEY}.0")
+    with pytest.raises(PublishError, match="no queue"):
+        world.push(1)
+    world.publisher.open([])
+    world.push(1)
+    calls = Calls()
+    world.drain(calls)
+    assert calls.handled == [2]
+
+
+@pytest.mark.soak
+def test_rabbitmq_lanes_need_only_the_permissions_that_are_documented(world, rabbit, new_app):
+    rabbit.control("add_user", "lanes", "secret")
+    lanes = r"^(_flash\.ordered\..*|wakes)$"
+    write = r"^(_flash\.ordered\..*|wakes|amq\.default)$"
+    rabbit.control("set_permissions", "-p", "/", "lanes", lanes, write, lanes)
+    rabbit.empty()
+    url = rabbit.url.replace("guest:guest", "lanes:secret")
+    own = World(new_app(broker_url=url, task_default_queue=QUEUE), 1)
+    own.push(2)
+    verdicts = [Later(6.0, 1)]
+    calls = Calls(act=lambda head: verdicts.pop() if verdicts else None)
+    own.drain(calls)
+    own.wakes()
+    assert wait_until(own.wakes, "the delayed wake", 20) == [f"{KEY}.0"]
+    own.drain(calls)
+    assert calls.handled == [0, 1]
+    own.publisher.close()
+    rabbit.control("delete_user", "lanes")
