@@ -32,7 +32,7 @@ def mirrored(shop):
 
 
 def flash(shop, *arguments, code=0):
-    ran = shop.run("flash", *arguments)
+    ran = shop.run("flash", *arguments, timeout=180)
     assert ran.returncode == code, ran.stderr + ran.stdout
     return ran.stdout + ran.stderr
 
@@ -161,7 +161,8 @@ class Writers:
     def write(self, number):
         chance = random.Random(number)
         with psycopg.connect(self.dsn, autocommit=True) as connection:
-            while not self.ending.is_set():
+            # The pause leaves time to the worker that reads this on a busy machine.
+            while not self.ending.wait(0.01):
                 key, other = chance.randint(1, ROWS), chance.randint(ROWS + 1, 9 * ROWS)
                 statement = chance.choice(self.statements)
                 try:
