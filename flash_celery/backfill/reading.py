@@ -26,11 +26,14 @@ from ..table_name import TableName
 from . import requests
 from .chunks import Chunk, ChunkReader
 from .requests import Backfill
+from .snapshots import Snapshot
 
 logger = logging.getLogger(__name__)
 
 #: Seconds between two looks at a transaction that is waited for, or at a queue without room.
 _PAUSE = 0.05
+#: Seconds between two looks at the request, while there is no room.
+_LOOK_SECONDS = 1.0
 #: Seconds before a chunk is read again that could not be brought up to date.
 _AGAIN_SECONDS = 0.5
 #: After how many times the reason is reported.
@@ -91,6 +94,9 @@ class ReadingChunks(threading.Thread):
         self._ending = threading.Event()
         #: The chunk that is offered, until the session takes it.
         self.offered: Chunk | None = None
+        #: A snapshot from before the next chunk, which will show at least as much; the session
+        #: takes it.
+        self.shown: Snapshot | None = None
         #: The session's answers: how many rows the broker has; None to read the chunk again.
         self._answers: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 
@@ -154,7 +160,9 @@ class ReadingChunks(threading.Thread):
             # In turn, so that rows that keep moving do not hold up the others.
             by_key = bool(moved) and (ended or not by_key)
             most = min(backfill.chunk_rows, self._room.most_rows)
-            self._wait_for_room(most)
+            if backfill.rate:  # at most a second is slept, so that a pause is noticed
+                most = min(most, max(1, int(backfill.rate)))
+            self._wait_for_room(connection, most)
             chunk = reader.read_keys(moved) if by_key else reader.read(state.cursor_key, most)
             rows = self._deliver(connection, chunk)
             if rows is None:
@@ -222,8 +230,17 @@ class ReadingChunks(threading.Thread):
         sentence = f"waiting for the older transaction {xid} {holder} to end"
         requests.enter(connection, self._backfill.id, "running", requests.ACTIVE, sentence)
 
-    def _wait_for_room(self, rows: int) -> None:
+    def _wait_for_room(self, connection: psycopg.Connection[Any], rows: int) -> None:
+        """Wait until the queues have room, and let the session forget what the next chunk shows."""
+        look = time.monotonic()
         while not self._room.has(rows):
+            if time.monotonic() >= look:
+                look = time.monotonic() + _LOOK_SECONDS
+                self._state(connection)
+                row = connection.execute("SELECT pg_current_snapshot()::text").fetchone()
+                assert row is not None
+                self.shown = Snapshot.parse(row[0])
+                self._wake()
             self._sleep(_PAUSE)
 
     def _sleep(self, seconds: float) -> None:

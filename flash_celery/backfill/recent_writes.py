@@ -89,6 +89,7 @@ class RecentWrites:
         self.relations: dict[int, Relation] = {}
         self._written: list[_Written] = []
         self._rows = self._size = 0
+        self._ended = False
 
     def describe(self, relation: Relation) -> None:
         """Learn the columns of a relation."""
@@ -102,6 +103,8 @@ class RecentWrites:
 
     def note(self, oid: int, rows: Sequence[bytes], transaction: Transaction) -> None:
         """Note consecutive rows of one relation, as pgoutput sends them."""
+        if self._ended:
+            return
         last = self._of(transaction)
         positions = self._positions(oid)
         if last.incomplete or positions is None:
@@ -119,6 +122,8 @@ class RecentWrites:
 
     def truncate(self, transaction: Transaction) -> None:
         """Note that all rows are gone."""
+        if self._ended:
+            return
         last = self._of(transaction)
         last.add(_Write(None, (), None))
         self._rows += 1
@@ -177,6 +182,10 @@ class RecentWrites:
                     cells = _filled(write.cells, before.cells)
                     merged[write.now] = Merged(cells, each.transaction.commit_lsn)
         return [each for each in merged.values() if each is not None]
+
+    def end(self) -> None:
+        """Forget everything, and note nothing any more."""
+        self._ended, self._written, self.moved = True, [], []
 
     def forget(self, snapshot: Snapshot) -> None:
         """Forget the transactions that a snapshot shows: later ones show them too."""

@@ -147,9 +147,17 @@ class Backfilling:
 
     def confirm(self, chunk: int) -> None:
         """Take note that the broker has the rows of this chunk."""
-        if chunk > self._confirmed and self._reading is not None:
+        reading = self._reading
+        if reading is None:
+            return
+        if chunk > self._confirmed:
             self._confirmed = chunk
-            self._reading.answer(self._rows)
+            reading.answer(self._rows)
+        shown, reading.shown = reading.shown, None
+        if shown is not None:
+            self._writes.forget(shown)
+        if not reading.is_alive():
+            self._writes.end()
 
     def _deliver(self, chunk: Chunk, merged: Sequence[Merged]) -> None:
         if self._relation != chunk.relation:

@@ -194,3 +194,12 @@ def test_merged_rows_are_those_of_the_table(transactions):
     }
     assert found.keys() >= {key for key, (row, _) in state.items() if row is not None}
     assert found.items() <= {key: value for key, (_, value) in state.items()}.items()
+
+
+def test_ended_writes_keep_nothing(writes):
+    writes.note(OID, [update(1, "b")], transaction(12))
+    writes.end()
+    writes.note(OID, [update(1, "c"), update(5, U, old=(1, None))], transaction(13))
+    writes.truncate(transaction(14))
+    assert writes.moved == []
+    assert merged(writes, "10:12:", (1, "a")) == {("1", "a"): None}
