@@ -68,6 +68,9 @@ class LaneForm:
     transport: LaneTransport = REDIS
     #: Whether the changes are handled even if they were handled before (`once=`).
     again: bool = False
+    #: Whether marks say what was handled. They skip a change that comes behind a newer one for the
+    #: first time, as after a refusal of RabbitMQ.
+    marked: bool = False
 
     @cached_property
     def layout(self) -> str:

@@ -44,6 +44,8 @@ class TaskOrder:
     #: How changes of each subscription are made into one, by its number.
     rules: Sequence[Rules | None]
     transport: LaneTransport = lane_transports.REDIS
+    #: Whether marks say what was handled (`once=`).
+    marked: bool = False
 
     @classmethod
     def of(
@@ -60,7 +62,8 @@ class TaskOrder:
                 columns[subscription.number] = subscription.ordered.by
         keys = [(each.subject, columns[each.number]) for each in subscriptions]
         count = order.lanes or lanes or transport.lanes
-        return cls(count, columns, repr(keys), order.coalesce, rules, transport)
+        marked = subscriptions[0].once is not None
+        return cls(count, columns, repr(keys), order.coalesce, rules, transport, marked)
 
 
 class TaskOptions:

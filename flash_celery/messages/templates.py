@@ -116,6 +116,7 @@ class Template:
             paused,
             order.transport,
             again,
+            order.marked,
         )
 
     def group(self) -> LaneGroup:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -471,3 +472,23 @@ def test_rabbitmq_lanes_need_only_the_permissions_that_are_documented(world, rab
     assert calls.handled == [0, 1]
     own.publisher.close()
     rabbit.control("delete_user", "lanes")
+
+
+@both_types
+def test_rabbitmq_lane_with_marks_gets_nothing_behind_a_change_that_it_refuses(world, rabbit):
+    """A mark would skip the refused change when it comes behind a newer one."""
+    bounds = json.dumps({"max-length": 20, "overflow": "reject-publish"})
+    rabbit.control("set_policy", "short", r"handler\.0$", bounds, "--apply-to", "queues")
+    try:
+        world.form = replace(world.form, marked=True)
+        world.publisher.prepare([world.form])
+        before = world.publisher._sent
+        with pytest.raises(PublishError, match="no room"):
+            world.push(100)
+        sent = world.publisher._sent - before
+        calls = Calls()
+        world.drain(calls)
+        # All but the last one, which was refused.
+        assert calls.handled == list(range(sent - 1))
+    finally:
+        rabbit.control("clear_policy", "short")

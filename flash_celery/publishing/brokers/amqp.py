@@ -175,7 +175,11 @@ class AmqpPublisher(ConnectedPublisher):
                     flush()
                     self._prepare(message.lane_form, done)
                 filling.append(message)
-                sent += self._lanes.messages(message)
+                for_lanes = self._lanes.messages(message)
+                if message.lane_form.marked:
+                    # Not even the first message that a lane refuses may be overtaken.
+                    self._refusing.update(each.queue for each in for_lanes)
+                sent += for_lanes
             else:
                 sent.append(message)
             ends.append(len(sent))
