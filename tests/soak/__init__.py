@@ -2,5 +2,6 @@
 
 `run` leads: on a `stage` (servers, proxies, processes) `writers` commit, `faults` strike,
 `witnesses` note in a `ledger` what was committed, enqueued and handled, `check` compares, `report`
-prints.
+prints. For ordered handlers `calls` judges their order, `lane_watch` looks for lanes that stand
+still, and `effects` counts those of `once=`.
 """
