@@ -12,12 +12,11 @@ MEMORY, FILES = 200_000_000, 64
 def complete(stage):
     """Whether everything known to be committed has been enqueued and handled."""
     ledger = stage.ledger
-    if lost(ledger) or any(unhandled(ledger, handler) for handler in ledger.handled):
-        return False
-    if stage.effects is None:
-        return True
-    stage.effects.read()
-    return not stage.effects.missing
+    if stage.effects is not None:
+        stage.effects.read()
+        if stage.effects.missing:
+            return False
+    return not lost(ledger) and not any(unhandled(ledger, handler) for handler in ledger.handled)
 
 
 def lost(ledger):
