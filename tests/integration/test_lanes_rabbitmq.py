@@ -435,7 +435,7 @@ def test_rabbitmq_lanes_keep_the_order_in_a_schedule_of_kills(world, monkeypatch
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 @both_types
 def test_rabbitmq_lanes_keep_the_order_in_many_schedules_of_kills(world, monkeypatch, seed):
     run_schedule(world, monkeypatch, seed, 600)
