@@ -223,7 +223,7 @@ class Change(Generic[RowT]):
         except Exception:
             # The replication worker logs changes, and must not fail because of their values.
             key = " with a key that cannot be decoded"
-        name = self.operation.names()[0]
+        name = str(self.operation.name).lower()
         return escaped(f"{name} {self._source.shown}{key} @{self.commit_lsn}")
 
     def __eq__(self, other: object) -> bool:

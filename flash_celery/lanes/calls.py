@@ -200,7 +200,7 @@ class HandlerCalls:
         if head.expires is not None and time.time() > head.expires:
             logger.info("Discarding expired task: %s", self._described(call))
             return None
-        if head.deaths >= setting(self._app, "flash_max_deaths"):
+        if head.deaths and head.deaths >= setting(self._app, "flash_max_deaths"):
             killed = ProcessKilled(f"Its worker process has died {head.deaths} times")
             return self._failed(call, killed, "")
         retries: list[Any] = []

@@ -232,15 +232,16 @@ class _Buffer:
         self.keys = set()
         return done
 
-    @property
-    def count(self) -> int:
-        """How many changes can be taken."""
-        count = -self.cursor
+    def has(self, count: int) -> bool:
+        """Return whether so many changes can be taken."""
+        missing = count + self.cursor
         for entry in self.entries:
             if isinstance(entry, Marker):
                 break
-            count += len(entry.changes)
-        return max(count, 0)
+            missing -= len(entry.changes)
+            if missing <= 0:
+                return True
+        return False
 
 
 class Drain:
@@ -291,10 +292,10 @@ class Drain:
         first_done = began
         while True:
             marker = buffer.marker()
-            if marker is None and self._more and buffer.count < self._calls.size:
+            if marker is None and self._more and not buffer.has(self._calls.size):
                 if not (yield from self._commit(retries)):
                     return
-                self._more = self._more and buffer.count < self._calls.size
+                self._more = self._more and not buffer.has(self._calls.size)
                 continue
             changes, keys, expires, again = buffer.take(self._calls.size)
             if (marker is not None and buffer.done) or keys & buffer.keys:
@@ -353,7 +354,7 @@ class Drain:
             return False
         lease, buffer = self._lease, self._buffer
         kept = len(buffer.entries)
-        wanted = MOST_ENTRIES if buffer.count < self._calls.size else 0
+        wanted = 0 if buffer.has(self._calls.size) else MOST_ENTRIES
         self._number += 1
         moment = lease.clock()
         found = yield partial(
