@@ -4,13 +4,16 @@ import re
 
 from benchmarks import report
 
+#: The scenarios that have a table of their own.
+OWN_TABLES = ("ordered", "advice")
+
 
 def rewrite(text, results, charts):
     """Return the document with these results."""
     blocks = {
         "machine": _machine(results),
-        "table": report.markdown(_lines(results, advice=False)),
-        "advice": report.markdown(_lines(results, advice=True)),
+        "table": report.markdown(_lines(results)),
+        **{name: report.markdown(_lines(results, name)) for name in OWN_TABLES},
         "charts": "\n\n".join(
             f"![{title}](performance/{name}.svg)" for name, title in charts.items()
         ),
@@ -29,21 +32,29 @@ def rewrite(text, results, charts):
 
 def merged(earlier, results):
     """Return earlier results, with those of now in their place."""
-    if earlier is None:
-        return results
     measured = set(results["scenarios"])
+    if earlier is None or measured >= set(earlier["scenarios"]):
+        return results
     lines = [line for line in earlier["lines"] if line["scenario"] not in measured]
+    facts = {name: results[name] for name in ("measured", "runs", "scale")}
     return {
-        **results,
+        **earlier,
         "lines": lines + results["lines"],
         "series": {**earlier["series"], **results["series"]},
         "scenarios": {**earlier["scenarios"], **results["scenarios"]},
+        "missing": {**earlier["missing"], **results["missing"]},
+        "apart": {**earlier.get("apart", {}), **dict.fromkeys(measured, facts)},
     }
 
 
-def _lines(results, advice):
+def _lines(results, table=None):
+    """Return the lines of a table: that of one scenario, or of all that have none of their own."""
     order = list(results["scenarios"])
-    chosen = [line for line in results["lines"] if (line["scenario"] == "advice") == advice]
+    chosen = [
+        line
+        for line in results["lines"]
+        if (line["scenario"] if line["scenario"] in OWN_TABLES else None) == table
+    ]
     return sorted(chosen, key=lambda line: order.index(line["scenario"]))
 
 
@@ -59,6 +70,11 @@ def _machine(results):
     ]
     if results["scale"] != 1:
         sentences.append(f"The sizes were scaled by {results['scale']:g}.")
+    for name, facts in results.get("apart", {}).items():
+        sentences.append(
+            f"Measured apart, on {facts['measured']}: {name} "
+            f"({facts['runs']} runs, sizes scaled by {facts['scale']:g})."
+        )
     for name, why in results["missing"].items():
         sentences.append(f"Not measured: {name} ({why}).")
     return " ".join(sentences)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from types import SimpleNamespace
 
+import psutil
 import redis
 
 from benchmarks import latency as latencies
@@ -23,6 +24,7 @@ from tests.proxy import Proxy
 
 #: The orders belong to so many customers, by whom they are kept in order.
 KEYS = 1000
+CPU = "cpu_us_per_change"
 PLAIN = "a task for each, same worker"
 #: Seconds of the lease where a whole worker is killed.
 LEASE = 5
@@ -43,22 +45,27 @@ def calls(bench):
     many, few = _backlogs(bench, 100_000, 3000)
     line = _line(f"{many.rows:,} changes of {KEYS:,} keys in lanes, one call each, worker -c 1")
     plain = line.against(PLAIN, Goal(10))
+    cpu = _line("the same, processor time of worker and broker for a change", "µs")
+    plain_cpu = cpu.against(PLAIN, Goal(0.1, at_least=False))
     double = _line("the same, worker -c 2")
     against_one = double.against("worker -c 1", Goal(1.6))
     for run in bench.each_run("ordered: one call for each change"):
-        before, _ = handled(bench, few, "single")
+        before, first = handled(bench, few, "single")
         rate, details = handled(bench, many, "ordered")
-        after, _ = handled(bench, few, "single")
+        after, second = handled(bench, few, "single")
         rate_of_two, details_of_two = handled(bench, many, "ordered", "-c", "2")
         alone = (before + after) / 2
         _note(line, rate, details, plain, alone)
+        used, used_alone = details[CPU], (first[CPU] + second[CPU]) / 2
+        _note(cpu, used, {}, plain_cpu, used_alone)
         _note(double, rate_of_two, details_of_two, against_one, rate)
         bench.say(
             f"  ordered, run {run}: {rate:,.0f} changes/s, {rate / alone:.1f} x one by one "
-            f"({alone:,.0f}/s); -c 2 {rate_of_two:,.0f}, {rate_of_two / rate:.2f} x"
+            f"({alone:,.0f}/s), {used:.0f} µs CPU a change against {used_alone:.0f}; "
+            f"-c 2 {rate_of_two:,.0f}, {rate_of_two / rate:.2f} x"
         )
-    bench.add(line)
-    bench.add(double)
+    for each in (line, cpu, double):
+        bench.add(each)
 
 
 def batches(bench):
@@ -258,7 +265,8 @@ def _away(broker, far):
         return
     with Proxy(broker.port) as proxy:
         proxy.delay(ROUND_TRIP / 2)
-        yield SimpleNamespace(url=f"redis://127.0.0.1:{proxy.port}/0")
+        url = f"redis://127.0.0.1:{proxy.port}/0"
+        yield SimpleNamespace(url=url, process=broker.process)
 
 
 def _backlogs(bench, many, few):
@@ -282,14 +290,28 @@ def _fill(backlog, broker, handler):
 def _work_off(backlog, broker, handler, options, failing=(1, 0)):
     """Run a worker until everything is handled; return its rate, details and the notes."""
     with Project(backlog.dsn, broker, handler, failing=failing) as project:
-        project.worker(*options)
+        worker = project.worker(*options)
+        processes = [
+            psutil.Process(broker.process.pid),
+            worker.measured,
+            *worker.measured.children(recursive=True),
+        ]
+        before = _cpu(processes)
         notes = project.noted(backlog.rows, timeout=max(60, 2 * failing[1]))
+        cpu = _cpu(processes) - before
     name = f"worker, {handler} {' '.join(options)}"
     details = compare(backlog.places, sorted(note[2:] for note in notes), name)
     if handler.startswith("ordered"):
         in_order(notes, name)
+    details[CPU] = round(cpu / backlog.rows * 1e6, 1)
     started, ended = min(note[0] for note in notes), max(note[1] for note in notes)
     return backlog.rows / (ended - started), details, notes
+
+
+def _cpu(processes):
+    """Return the seconds of processor time of some processes."""
+    times = [process.cpu_times() for process in processes]
+    return sum(each.user + each.system for each in times)
 
 
 def in_order(notes, name):
