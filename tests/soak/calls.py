@@ -54,8 +54,12 @@ class Harms:
     #: if they were enqueued again, or if the broker was away; and a call goes on beside the next
     #: one if its worker has lost the broker.
     weak: bool = False
-    #: Changes that were enqueued again.
+    #: Changes that were enqueued again, as far as the witness has seen it.
     enqueued_again: set[Identity] = field(default_factory=set)
+    #: From when to when a message may have been published again, because it was not confirmed.
+    unconfirmed: list[tuple[float, float]] = field(default_factory=list)
+    #: When changes were committed.
+    committed_at: dict[Identity, float] = field(default_factory=dict)
 
     def died(self, call, since, until):
         """Whether the process of a call ended in this time."""
@@ -79,6 +83,14 @@ class Harms:
         """Whether the broker was away during a call, or so soon after that nothing was noted."""
         return any(begin <= until and end >= call.began for begin, end in self.unreachable)
 
+    def published_again(self, identity, before, after):
+        """Whether a change may have been enqueued again since it was handled, or just before."""
+        since, until = self.committed_at.get(identity, before.began), _committed(before, after)
+        return self.weak and (
+            identity in self.enqueued_again
+            or any(begin <= until and end >= since for begin, end in self.unconfirmed)
+        )
+
 
 def inversions(calls, harms):
     """Changes that were begun after a later one of their key."""
@@ -94,10 +106,10 @@ def inversions(calls, harms):
         excused = harms.excuses(call, call.ended or call.began)
         for identity, keys in call.keys.items():
             concerned = latest.keys() if ALL in keys else latest.keys() & {*keys, ALL}
-            before = known.setdefault(identity, call)
-            again = harms.weak and (
-                (before is not call and harms.cut_off(before, _committed(before, call)))
-                or identity in harms.enqueued_again
+            before = known.get(identity)
+            again = before is not None and (
+                harms.published_again(identity, before, call)
+                or (harms.weak and harms.cut_off(before, _committed(before, call)))
             )
             if not (excused or again) and any(identity < latest[key] for key in concerned):
                 wrong.add(identity)
@@ -147,7 +159,7 @@ def repeats(calls, harms) -> Iterator[tuple[Identity, float, str | None]]:
         for before, after in pairwise(found):
             if not (before.again and after.retries > before.retries):
                 why = _explanation(before, after, harms)
-                if why is None and harms.weak and identity in harms.enqueued_again:
+                if why is None and harms.published_again(identity, before, after):
                     why = "it was enqueued again"
                 yield identity, after.began, why
 

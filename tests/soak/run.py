@@ -85,7 +85,9 @@ def run(broker, seed, folder, seconds, faults=None, say=print):
         outcome.worker_ends = len(stage.worker.ends)
         ends = [end for worker in stage.lane_workers for end in worker.ends]
         stage.harms.ended |= {pid: (at - 10.0, at) for at, _, pid in ends}
-        stage.harms.enqueued_again = check.twice(stage.ledger.enqueued)
+        ledger = stage.ledger
+        stage.harms.enqueued_again = check.twice(ledger.enqueued)
+        stage.harms.committed_at = {i: commit.at for i, commit in ledger.committed.items()}
         outcome.effects = stage.effects
         outcome.harms, outcome.lane_watch = stage.harms, stage.lane_watch
         outcome.problems += check.everything(stage, outcome)
@@ -124,6 +126,8 @@ def _strike(stage, choose, outcome, fault, say, elapsed):
     strike.over = time.time()
     if fault.uncommitted:
         stage.harms.unreachable.append((strike.at, strike.over))
+    if fault.recovered == "enqueued" or fault.loses_on_redis:
+        stage.harms.unconfirmed.append((strike.at, strike.over))
     say(
         f"{int(elapsed) // 60:02}:{int(elapsed) % 60:02}  {fault.name:<34}  "
         f"harmed {repaired - strike.at:4.1f} s, well after {strike.recovery:4.1f} s   "

@@ -233,6 +233,11 @@ def test_soak_less_is_promised_where_a_lane_is_a_queue():
     assert inversions(again, republished) == set()
     assert reasons(again, Harms(weak=True)) == [None, None]
     assert reasons(again, republished) == ["it was enqueued again"] * 2
+    unconfirmed = {"weak": True, "unconfirmed": [(0.4, 0.8)]}
+    assert reasons(again[::2], Harms(**unconfirmed)) == [None]
+    committed = Harms(**unconfirmed, committed_at={(1, 0): 0.5})
+    assert reasons(again[::2], committed) == ["it was enqueued again"]
+    assert inversions(again[:3], committed) == set()
     beside = [call(1, (1, "a"), ended=9), call(5, (1, "a"), pid=2)]
     assert overlaps(beside, Harms(unreachable=[(2.0, 3.0)])) == {(1, 0)}
     assert overlaps(beside, Harms(unreachable=[(2.0, 3.0)], weak=True)) == set()
