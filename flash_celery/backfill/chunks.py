@@ -44,6 +44,19 @@ _KEY_TYPES = """
 SELECT attname::text, format_type(atttypid, atttypmod) FROM pg_attribute
 WHERE attrelid = %s AND attname = ANY (%s)
 """
+#: The schemas of the operators that compare the key as ORDER BY does. Without them in search_path,
+#: those of another type may be found, such as those of text for citext.
+_OPERATORS = """
+SELECT set_config('search_path', concat_ws(', ', 'pg_catalog', string_agg(
+       DISTINCT operator.oprnamespace::regnamespace::text, ', ')), true)
+FROM pg_attribute AS a
+JOIN pg_type AS type ON type.oid = a.atttypid
+JOIN pg_opclass AS class ON class.opcintype = coalesce(nullif(type.typbasetype, 0), type.oid)
+     AND class.opcdefault
+JOIN pg_amop AS member ON member.amopfamily = class.opcfamily
+JOIN pg_operator AS operator ON operator.oid = member.amopopr
+WHERE a.attrelid = %s AND a.attname = ANY (%s)
+"""
 _BEHIND = sql.SQL("WHERE ({}) > {}")
 _AMONG = sql.SQL("WHERE ({}) IN (VALUES {})")
 
@@ -110,6 +123,7 @@ class ChunkReader:
             snapshot, position, time = self._snapshot()
             table, key, relation = self._describe()
             names = [column.name for column in relation.columns]
+            self._connection.execute(_OPERATORS, [table.oid, list(key)])
             query = self._query(template, table, names, key, keys, most)
             rows, whole = self._copy(query, _CHUNK_BYTES if in_order else sys.maxsize)
             positions = [names.index(column) for column in key]
