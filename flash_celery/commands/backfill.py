@@ -153,10 +153,13 @@ def start(source: Source, plans: Sequence[Plan], rate: float | None) -> list[Bac
     Raises:
         ConfigurationError: One is under way, or they cannot be recorded.
     """
-    return [
-        requests.request(source, each.handler, str(each.table), each.chunk_rows, each.rows, rate)
-        for each in plans
-    ]
+    with source.connection.transaction():
+        return [
+            requests.request(
+                source, each.handler, str(each.table), each.chunk_rows, each.rows, rate
+            )
+            for each in plans
+        ]
 
 
 def move(source: Source, id: str, state: str) -> None:
