@@ -15,6 +15,7 @@ from contextlib import closing
 from typing import Any, Protocol
 
 import psycopg
+from psycopg import errors
 
 from ..backoff import delays
 from ..errors import CatalogError, FlashError
@@ -128,8 +129,15 @@ class ReadingChunks(threading.Thread):
             except CatalogError as error:
                 self._report(str(error), "paused")
                 return
+            except errors.UndefinedTable as error:
+                self._report(one_line(error), "paused")
+                return
             except (FlashError, psycopg.Error) as error:
                 self._report(one_line(error))
+                self._ending.wait(next(pauses))
+            except Exception as error:  # a thread that ends would be started again at once
+                logger.exception("A chunk of %s cannot be read", escaped(self._backfill.table_name))
+                self._report(f"{type(error).__name__}; the log of flash replicate says more")
                 self._ending.wait(next(pauses))
 
     def _report(self, error: str, state: str = "running") -> None:
@@ -152,6 +160,8 @@ class ReadingChunks(threading.Thread):
         ended = by_key = False
         failures = 0
         while True:
+            most = self._most_rows
+            self._wait_for_room(connection, most)
             state = self._state(connection)
             number, moved = requests.moved(connection, id)
             if ended and not moved:
@@ -159,10 +169,6 @@ class ReadingChunks(threading.Thread):
             began = time.monotonic()
             # In turn, so that rows that keep moving do not hold up the others.
             by_key = bool(moved) and (ended or not by_key)
-            most = min(backfill.chunk_rows, self._room.most_rows)
-            if backfill.rate:  # at most a second is slept, so that a pause is noticed
-                most = min(most, max(1, int(backfill.rate)))
-            self._wait_for_room(connection, most)
             chunk = reader.read_keys(moved) if by_key else reader.read(state.cursor_key, most)
             rows = self._deliver(connection, chunk)
             if rows is None:
@@ -213,11 +219,7 @@ class ReadingChunks(threading.Thread):
         assert row is not None
         limit, reported = row[0], time.monotonic() + 1.0
         while True:
-            row = connection.execute(
-                "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::int8"
-            ).fetchone()
-            assert row is not None
-            if row[0] > limit:
+            if self._look(connection).xmin > limit:
                 return
             if time.monotonic() > reported:
                 reported = time.monotonic() + 10.0
@@ -230,18 +232,28 @@ class ReadingChunks(threading.Thread):
         sentence = f"waiting for the older transaction {xid} {holder} to end"
         requests.enter(connection, self._backfill.id, "running", requests.ACTIVE, sentence)
 
+    @property
+    def _most_rows(self) -> int:
+        """The most rows of a chunk; with a rate, those of a second, so that a pause is noticed."""
+        most = min(self._backfill.chunk_rows, self._room.most_rows)
+        return most if self._backfill.rate is None else min(most, max(1, int(self._backfill.rate)))
+
     def _wait_for_room(self, connection: psycopg.Connection[Any], rows: int) -> None:
-        """Wait until the queues have room, and let the session forget what the next chunk shows."""
         look = time.monotonic()
         while not self._room.has(rows):
             if time.monotonic() >= look:
                 look = time.monotonic() + _LOOK_SECONDS
                 self._state(connection)
-                row = connection.execute("SELECT pg_current_snapshot()::text").fetchone()
-                assert row is not None
-                self.shown = Snapshot.parse(row[0])
-                self._wake()
+                self._look(connection)
             self._sleep(_PAUSE)
+
+    def _look(self, connection: psycopg.Connection[Any]) -> Snapshot:
+        """Take a snapshot, so that the session forgets the writes that later chunks will show."""
+        row = connection.execute("SELECT pg_current_snapshot()::text").fetchone()
+        assert row is not None
+        self.shown = snapshot = Snapshot.parse(row[0])
+        self._wake()
+        return snapshot
 
     def _sleep(self, seconds: float) -> None:
         if self._ending.wait(max(seconds, 0.0)):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..changes.rows import Transaction
 from ..protocol.lsn import Lsn
-from ..protocol.pgoutput import UNCHANGED_TOAST, Cell, Relation, read_row
+from ..protocol.pgoutput import UNCHANGED_TOAST, Cell, Column, Relation, read_row
 from .snapshots import Snapshot
 
 #: The values of the columns that identify rows, as PostgreSQL wrote them.
@@ -53,6 +53,8 @@ class _Written:
     #: Where the last write to each row stands, since one of them has changed its key.
     last: dict[Key, int] = field(default_factory=dict)
     size: int = 0
+    #: The columns of the rows; None if there is none.
+    columns: tuple[Column, ...] | None = None
     #: Whether there are more rows than are kept, so that any row may be among them.
     incomplete: bool = False
 
@@ -69,7 +71,7 @@ class _Written:
             return
         before = self.writes[place].cells
         if write.cells is not None and before is not None:
-            write = write._replace(cells=_filled(write.cells, before))
+            write = write._replace(cells=filled(write.cells, before))
         self.writes[place] = write
 
 
@@ -82,32 +84,26 @@ class RecentWrites:
 
     def __init__(self, identity: Sequence[str]) -> None:
         self._identity = identity
-        #: The new keys of rows that were sent without a value that has not changed: only the table
-        #: has the whole row. The owner empties it.
-        self.moved: list[Key] = []
-        #: The relations as the stream describes them last.
-        self.relations: dict[int, Relation] = {}
+        #: The columns as the stream describes them last, and where the identity is among them.
+        self._columns: tuple[Column, ...] = ()
+        self._positions: list[int] | None = None
         self._written: list[_Written] = []
-        self._rows = self._size = 0
         self._ended = False
+        self._rows = self._size = 0
 
     def describe(self, relation: Relation) -> None:
-        """Learn the columns of a relation."""
-        self.relations[relation.oid] = relation
+        """Learn the columns of the table."""
+        self._columns = relation.columns
+        self._positions = positions_of(self._identity, relation)
 
-    def _positions(self, oid: int) -> list[int] | None:
-        names = [column.name for column in self.relations[oid].columns]
-        if not set(self._identity) <= set(names):
-            return None
-        return [names.index(name) for name in self._identity]
-
-    def note(self, oid: int, rows: Sequence[bytes], transaction: Transaction) -> None:
-        """Note consecutive rows of one relation, as pgoutput sends them."""
+    def note(self, rows: Sequence[bytes], transaction: Transaction) -> None:
+        """Note consecutive rows, as pgoutput sends them."""
         if self._ended:
             return
-        last = self._of(transaction)
-        positions = self._positions(oid)
-        if last.incomplete or positions is None:
+        last, positions = self._of(transaction), self._positions
+        altered = last.columns not in (None, self._columns)
+        last.columns = self._columns
+        if last.incomplete or altered or positions is None:
             self._give_up(last)
             return
         count, size = len(last.writes), sum(map(len, rows))
@@ -133,30 +129,36 @@ class RecentWrites:
             self._written.append(_Written(transaction))
         return self._written[-1]
 
+    def end(self) -> None:
+        """Forget everything, and note nothing any more."""
+        self._ended, self._written = True, []
+
     def _write(self, payload: bytes, positions: Sequence[int]) -> _Write:
         row, _ = read_row(payload)
         if row.new is None:
-            key = _key(row.old or (), positions)
+            key = key_of(row.old or (), positions)
             return _Write(key, key, None)
         if row.old is None:
-            key = _key(row.new, positions)
+            key = key_of(row.new, positions)
             return _Write(key, key, row.new)
-        identified = _filled(row.new, row.old)
+        identified = filled(row.new, row.old)
         new = identified if row.old_kind == "O" else row.new
-        before, now = _key(row.old, positions), _key(identified, positions)
-        if before != now and UNCHANGED_TOAST in new:
-            self.moved.append(now)
-        return _Write(before, now, new)
+        return _Write(key_of(row.old, positions), key_of(identified, positions), new)
 
     def _give_up(self, written: _Written) -> None:
         self._rows -= len(written.writes)
         self._size -= written.size
         written.writes, written.last, written.size, written.incomplete = [], {}, 0, True
 
-    def hides_any(self, snapshot: Snapshot) -> bool:
-        """Return whether a transaction whose rows are not kept is missing in a snapshot."""
+    def hides_any(self, snapshot: Snapshot, columns: Sequence[Column]) -> bool:
+        """Return whether a snapshot lacks a transaction that cannot be merged into its rows.
+
+        Its rows are not kept, or have other columns than those of the snapshot.
+        """
         return any(
-            each.incomplete and not snapshot.shows(each.transaction.xid) for each in self._written
+            (each.incomplete or each.columns not in (None, columns))
+            and not snapshot.shows(each.transaction.xid)
+            for each in self._written
         )
 
     def merge(self, snapshot: Snapshot, rows: Mapping[Key, Sequence[Cell]]) -> list[Merged]:
@@ -179,13 +181,9 @@ class RecentWrites:
                     continue  # not of this chunk, or gone
                 merged[write.before] = None
                 if write.cells is not None:
-                    cells = _filled(write.cells, before.cells)
+                    cells = filled(write.cells, before.cells)
                     merged[write.now] = Merged(cells, each.transaction.commit_lsn)
         return [each for each in merged.values() if each is not None]
-
-    def end(self) -> None:
-        """Forget everything, and note nothing any more."""
-        self._ended, self._written, self.moved = True, [], []
 
     def forget(self, snapshot: Snapshot) -> None:
         """Forget the transactions that a snapshot shows: later ones show them too."""
@@ -198,11 +196,18 @@ class RecentWrites:
         self._written = kept
 
 
-def _key(cells: Sequence[Cell], positions: Iterable[int]) -> Key:
+def positions_of(identity: Sequence[str], relation: Relation) -> list[int] | None:
+    """Return where the columns of an identity are; None if the relation lacks one."""
+    names = [column.name for column in relation.columns]
+    return [names.index(name) for name in identity] if set(identity) <= set(names) else None
+
+
+def key_of(cells: Sequence[Cell], positions: Iterable[int]) -> Key:
+    """Return the key among the cells of a row."""
     return tuple(cells[position] for position in positions)
 
 
-def _filled(cells: Sequence[Cell], before: Sequence[Cell]) -> Sequence[Cell]:
+def filled(cells: Sequence[Cell], before: Sequence[Cell]) -> Sequence[Cell]:
     """Return a new tuple; what PostgreSQL did not send is as it was before."""
     if UNCHANGED_TOAST not in cells:
         return cells

@@ -17,6 +17,7 @@ from typing import Any
 import psycopg
 from psycopg import errors, sql
 from psycopg.rows import class_row
+from psycopg.types.json import Jsonb
 
 from ..errors import ConfigurationError
 from ..postgres.connection import is_standby
@@ -60,18 +61,25 @@ WHERE slot = coalesce(%(slot)s, slot) AND id = coalesce(%(id)s, id)
   AND (%(ended)s OR state IN ('requested', 'running'))
 ORDER BY requested_at"""
 _USABLE = """
-SELECT found IS NOT NULL, coalesce(bool_and(has_table_privilege(found, privilege)), false)
-FROM to_regclass('public.flash_celery_backfills') AS found,
-     unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) AS privilege GROUP BY found"""
+SELECT coalesce(bool_and(has_table_privilege(to_regclass('public.' || name), privilege)), false)
+       AND count(to_regclass('public.' || name)) = 8
+FROM unnest('{flash_celery_backfills,flash_celery_backfill_moves}'::text[]) AS name,
+     unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) AS privilege"""
 _PROGRESS = """
 UPDATE public.flash_celery_backfills
 SET chunks = chunks + 1, row_count = row_count + %(rows)s, error = NULL,
     cursor_key = coalesce(%(cursor)s, cursor_key)
 WHERE id = %(id)s"""
-_MOVED = "INSERT INTO public.flash_celery_backfill_moves (backfill, keys) VALUES (%s, %s)"
+_BEGIN_AGAIN = "UPDATE public.flash_celery_backfills SET cursor_key = NULL WHERE id = %s"
+#: One that has ended, or was deleted, needs none.
+_MOVED = """
+INSERT INTO public.flash_celery_backfill_moves (backfill, keys)
+SELECT id, %s FROM public.flash_celery_backfills WHERE id = %s AND ended_at IS NULL"""
 _MOVES = """
 SELECT number, keys FROM public.flash_celery_backfill_moves WHERE backfill = %s
 ORDER BY number LIMIT 5"""
+_ALL_MOVES = """
+SELECT keys FROM public.flash_celery_backfill_moves WHERE backfill = %s LIMIT %s"""
 _READ = "DELETE FROM public.flash_celery_backfill_moves WHERE backfill = %s AND number <= %s"
 _STATE = """
 UPDATE public.flash_celery_backfills
@@ -120,12 +128,12 @@ def request(
             backfills.
     """
     connection = source.connection
-    exists, usable = _usable(connection)
-    if not exists:
+    usable = _usable(connection)
+    if not usable:
         with suppress(errors.InsufficientPrivilege), connection.transaction():
             connection.execute(CREATE)
             connection.execute(CREATE_MOVES)
-            usable = True
+        usable = _usable(connection)
     if not usable:
         raise ConfigurationError(
             "This role may not create the tables of backfills, or not write to them; run as one "
@@ -155,11 +163,9 @@ def statements(role: str) -> str:
     return "; ".join(parts) + ";"
 
 
-def _usable(connection: psycopg.Connection[Any]) -> tuple[bool, bool]:
-    """Return whether there is a table of backfills, and whether our role may use it."""
-    row = connection.execute(_USABLE).fetchone()
-    assert row is not None
-    return row[0], row[1]
+def _usable(connection: psycopg.Connection[Any]) -> bool:
+    """Return whether there are the tables of backfills, and our role may use them."""
+    return connection.execute(_USABLE).fetchone() == (True,)
 
 
 def all_of(source: Source) -> list[Backfill]:
@@ -176,6 +182,11 @@ def next_of(source: Source) -> Backfill | None:
     return found[0] if found and not is_standby(source.connection) else None
 
 
+def begun(source: Source) -> list[Backfill]:
+    """Return the backfills that have read something and have not ended, also paused ones."""
+    return [each for each in all_of(source) if each.ended_at is None and each.cursor_key]
+
+
 def find(connection: psycopg.Connection[Any], id: str) -> Backfill | None:
     """Return a backfill by its id."""
     found = _select(connection, id=id)
@@ -188,7 +199,7 @@ def _select(
     id: str | None = None,
     ended: bool = True,
 ) -> list[Backfill]:
-    if not _usable(connection)[1]:
+    if not _usable(connection):
         return []
     with connection.cursor(row_factory=class_row(Backfill)) as cursor:
         return cursor.execute(_SELECT, {"slot": slot, "id": id, "ended": ended}).fetchall()
@@ -212,17 +223,27 @@ def advance(
     connection.execute(_PROGRESS, values)
 
 
+def begin_again(connection: psycopg.Connection[Any], id: str) -> None:
+    """Forget up to which row the table was read."""
+    connection.execute(_BEGIN_AGAIN, [id])
+
+
 def remember_moved(
     connection: psycopg.Connection[Any], id: str, keys: Sequence[Mapping[str, str]]
 ) -> None:
     """Record keys that rows have got, which are read by themselves."""
-    connection.execute(_MOVED, [id, json.dumps(keys)])
+    connection.execute(_MOVED, [Jsonb(keys), id])
 
 
 def moved(connection: psycopg.Connection[Any], id: str) -> tuple[int, list[dict[str, str]]]:
     """Return the oldest keys of `remember_moved`, and the number up to which these are."""
     rows = connection.execute(_MOVES, [id]).fetchall()
     return (rows[-1][0] if rows else 0), [key for _, keys in rows for key in keys]
+
+
+def all_moved(connection: psycopg.Connection[Any], id: str, most: int) -> list[dict[str, str]]:
+    """Return the keys of `remember_moved`, at least `most` if there are so many."""
+    return [key for (keys,) in connection.execute(_ALL_MOVES, [id, most]) for key in keys]
 
 
 def forget_moved(connection: psycopg.Connection[Any], id: str, number: int) -> None:

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
+
+import psycopg
 
 from ..backfill import requests
 from ..backfill.chunks import Chunk, identity_of
+from ..backfill.moved_rows import MOST_KEYS, MovedRows
 from ..backfill.reading import ReadingChunks, position_of
-from ..backfill.recent_writes import Merged, RecentWrites
+from ..backfill.recent_writes import Merged, RecentWrites, key_of
 from ..backfill.requests import Backfill
 from ..capture.relations import RelationCatalog
 from ..capture.router import Receiver, Router, Sink
@@ -25,10 +29,12 @@ from ..changes.operations import Operation
 from ..changes.payload import Delivery, prefixed, row_id_of
 from ..changes.rows import Transaction
 from ..errors import CatalogError
+from ..escaping import escaped, one_line
 from ..handlers.subscriptions import Subscription
 from ..postgres import catalog
+from ..postgres.catalog import CatalogTable
 from ..postgres.source import Source
-from ..protocol import pgoutput, timestamps
+from ..protocol import timestamps
 from ..protocol.lsn import Lsn
 from ..protocol.pgoutput import Relation, encode_row
 from ..publishing.room import Room
@@ -51,6 +57,7 @@ class Backfilling:
         sink: Takes the deliveries.
         history: The server's history, which the messages carry.
         room: The room in the handler's queues.
+        moved: Learns which rows have been delivered.
 
     Raises:
         CatalogError: The table is gone, or its rows have no key.
@@ -65,17 +72,18 @@ class Backfilling:
         sink: Sink,
         history: History | None,
         room: Room,
+        moved: MovedRows,
     ) -> None:
+        self._moved = moved
         self._source = source
         self._backfill = backfill
         self._history = history
         self._room = room
-        table = catalog.find(source.connection, TableName.parse(backfill.table_name))
-        key = () if table is None else identity_of(table)
-        if table is None or not key:
+        table = _find(source, backfill)
+        if table is None:
             raise CatalogError(f"{backfill.table_name} is gone, or its rows have no key.")
-        self._oid, self._key = table.oid, key
-        self._writes = RecentWrites(key)
+        self._oid, self._key = table.oid, identity_of(table)
+        self._writes = RecentWrites(self._key)
         self._sink = _RowSink(sink)
         self._router = Router(subscriptions, _Settled(relations), self._sink)
         self._relation: Relation | None = None
@@ -88,8 +96,6 @@ class Backfilling:
         self.delivered = 0
         self._rows = 0
         self._confirmed = 0
-        #: Whether every row of the table has been delivered, or is among those that moved.
-        self._has_all = False
 
     def start(self, wake: Callable[[], object]) -> None:
         """Start reading the table; `wake` wakes the session when there is a chunk."""
@@ -110,7 +116,7 @@ class Backfilling:
 
     def observe(self, rows: Rows) -> Rows:
         """Return rows that are noted before they are passed on."""
-        return _Observed(rows, self._writes, self._oid)
+        return _Observed(rows, self._oid, self._writes)
 
     @property
     def waits_for(self) -> Lsn | None:
@@ -132,15 +138,16 @@ class Backfilling:
         chunk, self._chunk = self._chunk, None
         assert chunk is not None
         assert self._reading is not None
-        relation = self._writes.relations.get(self._oid)
-        altered = relation is not None and relation.columns != chunk.relation.columns
-        if altered or self._writes.hides_any(chunk.snapshot):
+        if (chunk.table.oid, identity_of(chunk.table)) != (self._oid, self._key):
+            self._begin_again()
+            return False
+        if self._writes.hides_any(chunk.snapshot, chunk.relation.columns):
             self._reading.answer(None)
             return False
         merged = self._writes.merge(chunk.snapshot, chunk.rows)
         self._writes.forget(chunk.snapshot)
         self._deliver(chunk, merged)
-        self._has_all = self._has_all or chunk.is_last
+        self._moved.has_all |= chunk.is_last
         self.delivered += 1
         self._rows = len(merged)
         return True
@@ -159,6 +166,16 @@ class Backfilling:
         if not reading.is_alive():
             self._writes.end()
 
+    def _begin_again(self) -> None:
+        """Have another session begin with the first row: the progress is of another order."""
+        logger.warning(
+            "The backfill %s begins again: %s was replaced, or has another key",
+            self._backfill.id,
+            escaped(self._backfill.table_name),
+        )
+        requests.begin_again(self._source.connection, self._backfill.id)
+        self.close()
+
     def _deliver(self, chunk: Chunk, merged: Sequence[Merged]) -> None:
         if self._relation != chunk.relation:
             self._relation = chunk.relation
@@ -169,9 +186,9 @@ class Backfilling:
         positions = [names.index(name) for name in identity]
         for commit_lsn, group in groupby(merged, lambda row: row.commit_lsn):
             rows = [row.cells for row in group]
-            self._sink.begin(
-                self._count, [row_id_of([cells[n] for n in positions]) for cells in rows]
-            )
+            keys = [key_of(cells, positions) for cells in rows]
+            self._moved.deliver(keys)
+            self._sink.begin(self._count, [row_id_of(key) for key in keys])
             payloads = [encode_row("I", self._oid, None, None, cells) for cells in rows]
             transaction = self._transaction(chunk, commit_lsn)
             self._router.rows(head, payloads, transaction, self._count, 0)
@@ -183,24 +200,11 @@ class Backfilling:
         time = timestamps.from_unix(chunk.time)
         return Transaction(position, 0, time, self._history, "", self._backfill.id)
 
-    def remember_moved(self) -> None:
-        """Record the rows that have moved, before anything behind them can be acknowledged.
 
-        PostgreSQL may not send them again.
-        """
-        moved, self._writes.moved = self._writes.moved, []
-        if moved and not self._has_all:  # otherwise they were delivered under their former keys
-            keys = [
-                {
-                    name: value.decode()
-                    for name, value in zip(self._key, key, strict=True)
-                    if isinstance(value, bytes)
-                }
-                for key in moved
-            ]
-            for first in range(0, len(keys), _MOVED_TOGETHER):
-                part = keys[first : first + _MOVED_TOGETHER]
-                requests.remember_moved(self._source.connection, self._backfill.id, part)
+def _find(source: Source, backfill: Backfill) -> CatalogTable | None:
+    """Return the table of a backfill; None if it is gone, or its rows have no key."""
+    table = catalog.find(source.connection, TableName.parse(backfill.table_name))
+    return table if table is not None and identity_of(table) else None
 
 
 class Backfills:
@@ -208,14 +212,82 @@ class Backfills:
 
     def __init__(self, source: Source) -> None:
         self._source = source
+        self._warned = False
         self.backfilling: Backfilling | None = None
+        #: The rows that move, for each backfill that has begun, also while it is paused.
+        self._moved: dict[str, MovedRows] = {}
+
+    def next(self) -> Backfill | None:
+        """Return the backfill to do; None if there is none, or their tables cannot be read."""
+        try:
+            return requests.next_of(self._source)
+        except (psycopg.ProgrammingError, psycopg.errors.LockNotAvailable) as error:
+            if not self._warned:
+                logger.warning("Backfills are not done: %s", one_line(error))
+            self._warned = True
+            return None
 
     def requested(self) -> bool:
         """Return whether there is one that the session does not do, so that it has to end."""
-        backfill = requests.next_of(self._source)
+        backfill = self.next()
         if backfill is None:
             return False
         return self.backfilling is None or not self.backfilling.is_for(backfill)
+
+    def moved_of(self, backfill: Backfill) -> MovedRows:
+        """Return the rows that move, for the backfill that the session does."""
+        return self._moved[backfill.id]
+
+    def observe(self, rows: Rows, doing: Backfill | None) -> Rows:
+        """Return rows that are noted before they are passed on.
+
+        Args:
+            rows: What takes them then.
+            doing: The backfill that the session will do.
+        """
+        begun = [] if self._warned else requests.begun(self._source)
+        for backfill in [*begun, *([] if doing is None else [doing])]:
+            table = _find(self._source, backfill)
+            if table is not None and backfill.id not in self._moved:
+                identity = identity_of(table)
+                owed = requests.all_moved(self._source.connection, backfill.id, MOST_KEYS + 1)
+                keys = [
+                    tuple(key[name].encode() for name in identity)
+                    for key in owed
+                    if key.keys() == set(identity)
+                ]
+                moved = self._moved[backfill.id] = MovedRows(backfill.id, identity, keys)
+                rows = _Observed(rows, table.oid, moved)
+        return rows
+
+    def remember_moved(self) -> None:
+        """Record the rows that have moved, before anything behind them can be acknowledged.
+
+        PostgreSQL may not send them again.
+        """
+        for id, moved in list(self._moved.items()):
+            keys = moved.take()
+            try:
+                for first in range(0, len(keys), _MOVED_TOGETHER):
+                    part = keys[first : first + _MOVED_TOGETHER]
+                    requests.remember_moved(self._source.connection, id, part)
+            except (psycopg.ProgrammingError, psycopg.IntegrityError) as error:
+                self._give_up(id, one_line(error))
+
+    def _give_up(self, id: str, error: str) -> None:
+        """Stop a backfill that would miss rows; changes have to go on."""
+        logger.error(
+            "The backfill %s is stopped, because the rows that move cannot be recorded: %s; "
+            "start another",
+            id,
+            error,
+        )
+        del self._moved[id]
+        if self.backfilling is not None:
+            self.backfilling.close()
+        with suppress(psycopg.ProgrammingError):
+            allowed = [*requests.ACTIVE, "paused"]
+            requests.enter(self._source.connection, id, "stopped", allowed, error)
 
 
 class _Settled(RelationCatalog):
@@ -255,13 +327,23 @@ class _RowSink:
         return identified
 
 
-class _Observed:
-    """Notes the writes to one table, and passes everything on."""
+class _Noting(Protocol):
+    """Notes what happens to one table."""
 
-    def __init__(self, rows: Rows, writes: RecentWrites, oid: int) -> None:
+    def describe(self, relation: Relation) -> None: ...
+
+    def note(self, rows: Sequence[bytes], transaction: Transaction) -> None: ...
+
+    def truncate(self, transaction: Transaction) -> None: ...
+
+
+class _Observed:
+    """Notes what happens to one table, and passes everything on."""
+
+    def __init__(self, rows: Rows, oid: int, noting: _Noting) -> None:
         self._rows = rows
-        self._writes = writes
         self._oid = oid
+        self._noting = noting
         self._heads = {tag + oid.to_bytes(4, "big") for tag in (b"I", b"U", b"D")}
         self.message = rows.message
 
@@ -270,7 +352,7 @@ class _Observed:
     ) -> None:
         """Note and pass on consecutive rows of one relation."""
         if head in self._heads:
-            self._writes.note(self._oid, rows, transaction)
+            self._noting.note(rows, transaction)
         self._rows.rows(head, rows, transaction, ordinal, shift)
 
     def truncate(
@@ -278,11 +360,11 @@ class _Observed:
     ) -> None:
         """Note and pass on a TRUNCATE."""
         if self._oid in oids:
-            self._writes.truncate(transaction)
+            self._noting.truncate(transaction)
         self._rows.truncate(oids, transaction, ordinal, shift)
 
-    def relation(self, relation: pgoutput.Relation, transaction: Transaction) -> None:
+    def relation(self, relation: Relation, transaction: Transaction) -> None:
         """Note and pass on the description of a relation."""
         if relation.oid == self._oid:
-            self._writes.describe(relation)
+            self._noting.describe(relation)
         self._rows.relation(relation, transaction)

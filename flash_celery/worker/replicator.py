@@ -32,6 +32,7 @@ import psycopg
 
 from ..acknowledgement import Progress
 from ..backfill import requests
+from ..backfill.requests import Backfill
 from ..backoff import delays
 from ..capture.pipeline import Pipeline
 from ..capture.relations import RelationCatalog
@@ -457,20 +458,26 @@ class Replicator:
         )
         if refill is not None:
             session.refill_first(refill)
-        backfilling = self._backfilling(source, catalog, sink, templates)
-        if backfilling is not None:
-            pipeline.transactions.observe(backfilling.observe)
-            session.backfill_beside(backfilling)
-            backfills.backfilling = backfilling
+        doing = backfills.next()
+        pipeline.transactions.observe(lambda rows: backfills.observe(rows, doing))
+        if doing is not None:
+            backfilling = self._backfilling(doing, backfills, source, catalog, sink, templates)
+            if backfilling is not None:
+                pipeline.transactions.observe(backfilling.observe)
+                backfills.backfilling = backfilling
+        session.backfill_beside(backfills)
         return session
 
     def _backfilling(
-        self, source: Source, catalog: RelationCatalog, sink: Sink, templates: Templates
+        self,
+        backfill: Backfill,
+        backfills: Backfills,
+        source: Source,
+        catalog: RelationCatalog,
+        sink: Sink,
+        templates: Templates,
     ) -> Backfilling | None:
-        """Return the backfill that the session does beside reading, if one is requested."""
-        backfill = requests.next_of(source)
-        if backfill is None:
-            return None
+        """Return a backfill for the session to do beside reading; None if it has to be paused."""
         subscriptions = [
             subscription
             for subscription in self._subscriptions
@@ -482,10 +489,13 @@ class Replicator:
         try:
             if not subscriptions:
                 raise CatalogError(f"{backfill.handler} is no handler of {backfill.table_name}.")
+            if self._settings.flash_push_down:
+                raise CatalogError("With flash_push_down the stream lacks rows that it needs.")
             batch = subscriptions[0].batch
             size = 1 if batch is None or lanes else batch.size
             room = Room(self._app, queues, size, self._settings.flash_backfill_ahead)
-            return Backfilling(source, backfill, subscriptions, catalog, sink, self._history, room)
+            moved, history = backfills.moved_of(backfill), self._history
+            return Backfilling(source, backfill, subscriptions, catalog, sink, history, room, moved)
         except CatalogError as error:
             requests.enter(source.connection, backfill.id, "paused", requests.ACTIVE, str(error))
             logger.warning("The backfill %s is paused: %s", backfill.id, error)

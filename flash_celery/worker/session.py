@@ -30,7 +30,7 @@ from ..postgres.stream import ReplicationConnection
 from ..protocol.lsn import Lsn
 from ..publishing.thread import Claim, PublishingThread
 from ..telemetry import unix
-from .backfilling import Backfilling
+from .backfilling import Backfilling, Backfills
 from .control import Control
 from .refill import Refill
 from .supervisor import Supervisor
@@ -114,6 +114,7 @@ class Session:
         self._acknowledged = self._handed_over = Lsn(0)
         self._refill: Refill | None = None
         self._backfilling: Backfilling | None = None
+        self._backfills: Backfills | None = None
         #: Whether a chunk was delivered that is not handed over yet.
         self._has_chunk = False
         #: When the server was asked for its position last, for a chunk.
@@ -126,9 +127,9 @@ class Session:
         """Before `run`: have the session enqueue again what the broker has lost."""
         self._refill = refill
 
-    def backfill_beside(self, backfilling: Backfilling) -> None:
+    def backfill_beside(self, backfills: Backfills) -> None:
         """Before `run`: have the session put the rows of a backfill among the changes."""
-        self._backfilling = backfilling
+        self._backfills, self._backfilling = backfills, backfills.backfilling
 
     def run(self) -> None:
         """Replicate until stopped, or until the supervisor has a reason to begin a new session.
@@ -318,8 +319,9 @@ class Session:
         transactions.oldest = transactions.committed_at if transactions.open else 0
         self._telemetry.transactions += transactions.count - self._counted
         self._counted = transactions.count
+        if self._backfills is not None:
+            self._backfills.remember_moved()
         if self._backfilling is not None:
-            self._backfilling.remember_moved()
             batch = batch._replace(chunk=self._backfilling.delivered)
         if batch.messages or batch.position > self._handed_over or self._has_chunk:
             self._has_chunk = False

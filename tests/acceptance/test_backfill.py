@@ -5,6 +5,7 @@ import random
 import signal
 import threading
 import time
+from contextlib import closing
 
 import psycopg
 import pytest
@@ -13,7 +14,10 @@ import redis
 from benchmarks.verify import body_of
 from example_project.servers import wait_until
 from flash_celery import UNCHANGED
+from flash_celery.backfill.chunks import ChunkReader
 from flash_celery.changes import payload
+from flash_celery.postgres.connection import connect
+from flash_celery.table_name import TableName
 
 ROWS = 3000
 
@@ -247,6 +251,100 @@ def test_backfill_is_paused_resumed_and_stopped(mirrored, consumer):
     flash(mirrored, "backfill", "mirror", "--wait")
     drained(mirrored)
     assert applied(consumer.changes()) == table(mirrored)
+
+
+def test_row_that_moves_while_the_backfill_is_paused_is_delivered_whole(mirrored, consumer):
+    """PostgreSQL does not send its text, and the cursor has passed its new key."""
+    first = mirrored.replicate()
+    flash(mirrored, "backfill", "mirror", "--chunk", "100", "--rate", "500/s")
+    wait_until(lambda: backfills(mirrored)[0]["rows"] >= 200, "some chunks", 60)
+    (under_way,) = backfills(mirrored)
+    flash(mirrored, "backfill", "pause", under_way["id"])
+    mirrored.end(first, signal.SIGKILL)
+    mirrored.replicate()
+    mirrored.database.execute(
+        f"UPDATE items SET id = -id WHERE id > {ROWS // 2}",
+        "UPDATE items SET id = id - 1000000 WHERE id % 3 = 0 AND id < 0",
+    )
+    drained(mirrored)
+    flash(mirrored, "backfill", "resume", under_way["id"])
+    wait_until(lambda: state(mirrored) == "done", "the backfill", 60)
+    drained(mirrored)
+    assert applied(consumer.changes()) == table(mirrored)
+
+
+@pytest.mark.soak
+def test_backfill_goes_on_after_an_alter_that_no_write_follows(mirrored, consumer):
+    mirrored.replicate()
+    mirrored.database.execute("UPDATE items SET name = 'first' WHERE id = 1")
+    flash(mirrored, "backfill", "mirror", "--chunk", "500", "--rate", "1000/s")
+    wait_until(lambda: backfills(mirrored)[0]["rows"] >= 500, "a chunk", 60)
+    mirrored.database.execute(
+        "UPDATE items SET name = 'last' WHERE id IN (1, 2999)",
+        "ALTER TABLE items ADD COLUMN added int DEFAULT 7",
+    )
+    wait_until(lambda: state(mirrored) == "done", "the backfill", 60)
+    found = applied(consumer.changes())
+    assert {key: row["name"] for key, row in found.items()} == {
+        key: row["name"] for key, row in table(mirrored).items()
+    }
+    assert found[2999]["added"] == 7
+
+
+@pytest.mark.soak
+def test_backfill_begins_again_if_the_key_of_its_table_changes(mirrored, consumer):
+    mirrored.replicate()
+    flash(mirrored, "backfill", "mirror", "--chunk", "100", "--rate", "2000/s")
+    wait_until(lambda: backfills(mirrored)[0]["rows"] >= 500, "some chunks", 60)
+    mirrored.database.execute(
+        "UPDATE items SET name = 'before' WHERE id % 100 = 0",
+        "ALTER TABLE items ALTER name SET NOT NULL",
+        "CREATE UNIQUE INDEX by_name ON items (name, id)",
+        "ALTER TABLE items REPLICA IDENTITY USING INDEX by_name",
+        "UPDATE items SET name = 'after', id = -id WHERE id % 1000 = 1",
+    )
+    wait_until(lambda: state(mirrored) == "done", "the backfill", 60)
+    drained(mirrored)
+    assert applied(consumer.changes()) == table(mirrored)
+
+
+def test_changes_go_on_if_the_tables_of_backfills_are_damaged(mirrored, consumer):
+    process = mirrored.replicate()
+    flash(mirrored, "backfill", "mirror", "--chunk", "100", "--rate", "100/s")
+    wait_until(lambda: backfills(mirrored)[0]["rows"] >= 100, "a chunk", 60)
+    mirrored.database.execute("ALTER TABLE flash_celery_backfills DROP COLUMN cursor_key")
+    for number in (-1, -2):
+        mirrored.database.execute(f"INSERT INTO items VALUES ({number}, 'new', '')")
+        drained(mirrored)
+    mirrored.until_said(process, "Backfills are not done")
+    mirrored.database.execute(
+        "DROP TABLE flash_celery_backfill_moves", f"UPDATE items SET id = -3 WHERE id = {ROWS}"
+    )
+    mirrored.until_said(process, "the rows that move cannot be recorded")
+    drained(mirrored)
+    assert process.poll() is None
+    assert applied(consumer.changes()).keys() >= {-1, -2, -3}
+
+
+def test_keys_are_compared_by_the_operators_of_their_type(mirrored):
+    """Those of text would be found, if the schema of citext is not in search_path."""
+    mirrored.database.execute(
+        "CREATE SCHEMA elsewhere",
+        "CREATE EXTENSION citext SCHEMA elsewhere",
+        'CREATE TABLE "Wor ds" ("the Key" elsewhere.citext PRIMARY KEY, n int)',
+        """INSERT INTO "Wor ds" SELECT CASE n % 2 WHEN 0 THEN 'a' ELSE 'B' END || n, n
+           FROM generate_series(1, 60) n""",
+    )
+    with closing(connect(mirrored.database.dsn)) as connection:
+        reader = ChunkReader(connection, TableName("public", "Wor ds"))
+        cursor, found = None, []
+        for _ in range(20):
+            chunk = reader.read(cursor, 7)
+            found += chunk.rows
+            cursor = chunk.cursor or cursor
+            if chunk.is_last:
+                break
+    assert len(found) == len(set(found)) == 60
 
 
 def test_backfill_refuses_what_it_cannot_do(mirrored):

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flash_celery.backfill.moved_rows import MovedRows
 from flash_celery.backfill.recent_writes import Merged, RecentWrites
 from flash_celery.backfill.snapshots import Snapshot
 from flash_celery.changes.rows import Transaction
@@ -12,6 +13,7 @@ from flash_celery.protocol.pgoutput import UNCHANGED_TOAST, Column, Relation, en
 
 OID = 77
 U = UNCHANGED_TOAST
+COLUMNS = Column(True, "id", 23, -1), Column(False, "note", 25, -1)
 
 
 def transaction(xid, lsn=None):
@@ -41,9 +43,12 @@ def writes():
 
 def described():
     writes = RecentWrites(["id"])
-    columns = Column(True, "id", 23, -1), Column(False, "note", 25, -1)
-    writes.describe(Relation(None, OID, "public", "items", "d", columns))
+    writes.describe(relation())
     return writes
+
+
+def relation(columns=COLUMNS):
+    return Relation(None, OID, "public", "items", "d", columns)
 
 
 def chunk(*rows):
@@ -80,56 +85,55 @@ def test_row_is_as_the_snapshot_shows_it_if_nothing_was_written(writes):
 
 
 def test_write_that_the_snapshot_shows_is_left_out(writes):
-    writes.note(OID, [update(1, "old news")], transaction(9))
+    writes.note([update(1, "old news")], transaction(9))
     assert merged(writes, "10:10:", (1, "a")) == {("1", "a"): None}
 
 
 def test_write_that_the_snapshot_does_not_show_is_the_state_of_the_row(writes):
-    writes.note(OID, [update(1, "b")], transaction(12))
-    writes.note(OID, [delete(2)], transaction(13))
+    writes.note([update(1, "b")], transaction(12))
+    writes.note([delete(2)], transaction(13))
     found = merged(writes, "10:20:12,13", (1, "a"), (2, "gone"), (3, "c"))
     assert found == {("1", "b"): Lsn(1200), ("3", "c"): None}
 
 
 def test_value_that_was_not_sent_is_the_one_of_the_chunk(writes):
-    writes.note(OID, [update(1, U)], transaction(12))
+    writes.note([update(1, U)], transaction(12))
     assert merged(writes, "10:12:", (1, "kept")) == {("1", "kept"): Lsn(1200)}
 
 
 def test_value_that_was_not_sent_is_the_one_of_the_write_before(writes):
-    writes.note(OID, [update(1, "set"), update(1, U)], transaction(12))
-    writes.note(OID, [update(1, U)], transaction(13))
+    writes.note([update(1, "set"), update(1, U)], transaction(12))
+    writes.note([update(1, U)], transaction(13))
     assert merged(writes, "10:12:", (1, "a")) == {("1", "set"): Lsn(1300)}
 
 
 def test_row_that_moves_takes_its_value_along(writes):
-    writes.note(OID, [update(5, U, old=(1, None))], transaction(12))
+    writes.note([update(5, U, old=(1, None))], transaction(12))
     assert merged(writes, "10:12:", (1, "kept")) == {("5", "kept"): Lsn(1200)}
-    assert writes.moved == [(b"5",)]
 
 
 def test_rows_that_swap_their_keys_keep_their_values(writes):
     swap = [update(0, U, old=(1, None)), update(1, U, old=(2, None)), update(2, U, old=(0, None))]
-    writes.note(OID, swap, transaction(12))
+    writes.note(swap, transaction(12))
     found = merged(writes, "10:12:", (1, "first"), (2, "second"))
     assert found == {("2", "first"): Lsn(1200), ("1", "second"): Lsn(1200)}
 
 
 def test_row_under_the_key_of_a_deleted_one_is_another(writes):
-    writes.note(OID, [delete(5), update(5, U, old=(1, None)), update(5, "new")], transaction(12))
+    writes.note([delete(5), update(5, U, old=(1, None)), update(5, "new")], transaction(12))
     found = merged(writes, "10:12:", (1, "kept"), (5, "gone"))
     assert found == {("5", "new"): Lsn(1200)}
 
 
 def test_row_that_is_inserted_after_the_snapshot_is_not_of_the_chunk(writes):
-    writes.note(OID, [insert(9, "new")], transaction(12))
-    writes.note(OID, [delete(1)], transaction(13))
-    writes.note(OID, [insert(1, "again")], transaction(14))
+    writes.note([insert(9, "new")], transaction(12))
+    writes.note([delete(1)], transaction(13))
+    writes.note([insert(1, "again")], transaction(14))
     assert merged(writes, "10:12:", (1, "a")) == {}
 
 
 def test_truncate_leaves_no_row_of_the_chunk(writes):
-    writes.note(OID, [update(1, "b")], transaction(12))
+    writes.note([update(1, "b")], transaction(12))
     writes.truncate(transaction(13))
     assert merged(writes, "10:12:", (1, "a"), (2, "c")) == {}
     assert merged(writes, "14:14:", (1, "a")) == {("1", "a"): None}
@@ -139,16 +143,87 @@ def test_transaction_that_writes_too_much_makes_a_chunk_unusable_until_it_is_vis
     large = transaction(12)
     rows = [insert(number, "many") for number in range(10_001)]
     for first in range(0, len(rows), 100):
-        assert not writes.hides_any(Snapshot.parse("10:12:"))
-        writes.note(OID, rows[first : first + 100], large)
-    assert writes.hides_any(Snapshot.parse("10:12:"))
-    assert not writes.hides_any(Snapshot.parse("13:13:"))
+        assert not writes.hides_any(Snapshot.parse("10:12:"), COLUMNS)
+        writes.note(rows[first : first + 100], large)
+    assert writes.hides_any(Snapshot.parse("10:12:"), COLUMNS)
+    assert not writes.hides_any(Snapshot.parse("13:13:"), COLUMNS)
+
+
+def test_only_writes_that_the_snapshot_lacks_need_its_columns(writes):
+    """A table that was altered, and is not written since, does not hold up its backfill."""
+    writes.note([update(1, "b")], transaction(12))
+    more = *COLUMNS, Column(False, "added", 23, -1)
+    assert not writes.hides_any(Snapshot.parse("13:13:"), more)
+    assert writes.hides_any(Snapshot.parse("12:12:"), more)
+    writes.describe(relation(more))
+    writes.note([update(1, "c", 1)], transaction(14))
+    assert not writes.hides_any(Snapshot.parse("13:14:"), more)
+    assert writes.hides_any(Snapshot.parse("12:12:"), more)
+
+
+def test_transaction_that_alters_the_table_between_its_writes_is_not_merged(writes):
+    writes.note([update(1, "b")], transaction(12))
+    more = *COLUMNS, Column(False, "added", 23, -1)
+    altering = transaction(13)
+    writes.note([update(1, "b")], altering)
+    writes.describe(relation(more))
+    writes.note([update(1, "c", 1)], altering)
+    assert writes.hides_any(Snapshot.parse("13:13:"), more)
 
 
 def test_forgotten_writes_change_nothing_any_more(writes):
-    writes.note(OID, [update(1, "b")], transaction(12))
+    writes.note([update(1, "b")], transaction(12))
     writes.forget(Snapshot.parse("13:13:"))
     assert writes.merge(Snapshot.parse("10:12:"), chunk((1, "a"))) == [Merged(cells(1, "a"))]
+
+
+@pytest.fixture
+def moved():
+    moved = MovedRows("b1", ["id"])
+    moved.describe(relation())
+    return moved
+
+
+def move(before, now):
+    return update(now, U, old=(before, None))
+
+
+def test_moved_row_is_read_under_its_new_key_if_a_value_was_not_sent(moved):
+    moved.note([update(1, U), update(6, "whole", old=(2, None)), move(1, 5)], transaction(12))
+    assert moved.take() == [{"id": "5"}]
+    assert moved.take() == []
+
+
+def test_every_moved_row_of_a_large_transaction_is_found(moved):
+    """Those after the 10,000th too, which are not kept for merging."""
+    moved.note([move(number, -number) for number in range(1, 12_001)], transaction(12))
+    assert len(moved.take()) == 12_000
+
+
+def test_row_that_is_owed_is_followed_after_the_table_was_read(moved):
+    """It was recorded under the key 5, where reading would find nothing any more."""
+    moved.note([move(1, 5)], transaction(12))
+    moved.has_all = True
+    moved.note([move(5, 6), move(2, 7)], transaction(13))
+    moved.note([move(6, 8)], transaction(14))
+    assert moved.take() == [{"id": "5"}, {"id": "6"}, {"id": "8"}]
+
+
+def test_row_that_was_delivered_is_not_followed_any_more(moved):
+    moved.note([move(1, 5)], transaction(12))
+    moved.has_all = True
+    moved.deliver([(b"5",)])
+    moved.take()
+    moved.note([move(5, 6)], transaction(13))
+    assert moved.take() == []
+
+
+def test_row_that_was_recorded_by_another_session_is_followed():
+    moved = MovedRows("b1", ["id"], [(b"5",)])
+    moved.describe(relation())
+    moved.has_all = True
+    moved.note([move(5, 6)], transaction(13))
+    assert moved.take() == [{"id": "6"}]
 
 
 KEYS = st.integers(1, 6)
@@ -187,7 +262,7 @@ def test_merged_rows_are_those_of_the_table(transactions):
                 del state[key]
                 sent.append(delete(key))
         for row in sent:
-            writes.note(OID, [row], current)
+            writes.note([row], current)
     found = {
         int(row.cells[0]): row.cells[1].decode()
         for row in writes.merge(Snapshot.parse("10:12:"), rows)
@@ -197,9 +272,8 @@ def test_merged_rows_are_those_of_the_table(transactions):
 
 
 def test_ended_writes_keep_nothing(writes):
-    writes.note(OID, [update(1, "b")], transaction(12))
+    writes.note([update(1, "b")], transaction(12))
     writes.end()
-    writes.note(OID, [update(1, "c"), update(5, U, old=(1, None))], transaction(13))
+    writes.note([update(1, "c"), update(5, U, old=(1, None))], transaction(13))
     writes.truncate(transaction(14))
-    assert writes.moved == []
     assert merged(writes, "10:12:", (1, "a")) == {("1", "a"): None}
