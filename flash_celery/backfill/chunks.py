@@ -7,6 +7,7 @@ one afterwards, which looks like its end.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ _CHUNK_BYTES = 4 << 20
 _PATIENCE = {"lock_timeout": 2000, "statement_timeout": 20_000}
 
 
+_ESCAPED = re.compile(rb"\\(.)", re.DOTALL)
+_ESCAPES = {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t", b"v": b"\v"}
 #: The version from which the stream has stored generated columns.
 _STREAMS_STORED = 180000
 _SNAPSHOT = """
@@ -193,12 +196,11 @@ class ChunkReader:
         size = 0
         try:
             with self._connection.cursor() as cursor, cursor.copy(query) as copy:
-                for row in copy.rows():
+                for line in copy:
                     if size > limit:
                         continue  # until the server notices
-                    cells: list[Cell] = [None if value is None else value.encode() for value in row]
-                    rows.append(cells)
-                    size += sum(len(cell) for cell in cells if isinstance(cell, bytes))
+                    rows.append(cells_of(bytes(line)))
+                    size += len(line)
                     if size > limit:
                         self._connection.cancel_safe()
         except errors.QueryCanceled:
@@ -233,6 +235,29 @@ class ChunkReader:
         rows = self._connection.execute(_KEY_TYPES, [table.oid, list(columns)]).fetchall()
         types = dict(rows)
         return [types[name] for name in columns]
+
+
+def cells_of(line: bytes) -> list[Cell]:
+    r"""Return the values of a row that COPY writes as text; `\N` is NULL.
+
+    Args:
+        line: With its newline. The server sends one row in each message.
+
+    Source: PostgreSQL documentation, "COPY", "Text Format".
+    """
+    cells: list[Cell] = []
+    for value in line[:-1].split(b"\t"):
+        if b"\\" not in value:
+            cells.append(value)
+        elif value == b"\\N":
+            cells.append(None)
+        else:
+            cells.append(_ESCAPED.sub(_unescaped, value))
+    return cells
+
+
+def _unescaped(found: re.Match[bytes]) -> bytes:
+    return _ESCAPES.get(found[1], found[1])
 
 
 def identity_of(table: CatalogTable) -> tuple[str, ...]:

@@ -10,11 +10,12 @@ from contextlib import closing
 import psycopg
 import pytest
 import redis
+from psycopg import sql
 
 from benchmarks.verify import body_of
 from example_project.servers import wait_until
 from flash_celery import UNCHANGED
-from flash_celery.backfill.chunks import ChunkReader
+from flash_celery.backfill.chunks import ChunkReader, cells_of
 from flash_celery.changes import payload
 from flash_celery.postgres.connection import connect
 from flash_celery.table_name import TableName
@@ -345,6 +346,19 @@ def test_keys_are_compared_by_the_operators_of_their_type(mirrored):
             if chunk.is_last:
                 break
     assert len(found) == len(set(found)) == 60
+
+
+def test_row_of_copy_has_the_values_of_its_columns(database):
+    values = ["", None, "\\N", "\\", "a\tb\nc\rd\be\ff\vg", "\\t", "é\\\\n", None]
+    columns = sql.SQL(", ").join(map(sql.Literal, values))
+    query = sql.SQL("COPY (SELECT {}) TO STDOUT").format(columns)
+    with (
+        closing(connect(database.dsn)) as connection,
+        connection.cursor() as cursor,
+        cursor.copy(query) as copy,
+    ):
+        (cells,) = [cells_of(bytes(line)) for line in copy]
+    assert [cell if cell is None else cell.decode() for cell in cells] == values
 
 
 def test_backfill_refuses_what_it_cannot_do(mirrored):
