@@ -277,3 +277,37 @@ def test_ended_writes_keep_nothing(writes):
     writes.note([update(1, "c"), update(5, U, old=(1, None))], transaction(13))
     writes.truncate(transaction(14))
     assert merged(writes, "10:12:", (1, "a")) == {("1", "a"): None}
+
+
+def by_position(position, commit_lsn, rows):
+    """The naive rule: what was committed before the chunk's position is in the chunk."""
+    return {} if commit_lsn >= position else rows
+
+
+def test_position_does_not_say_what_a_snapshot_shows(writes):
+    """Under commit_delay, a commit is in the WAL, and sent to us, before others see it."""
+    seen = chunk((1, "old"))
+    writes.note([update(1, "new")], transaction(12, lsn=1200))
+    assert by_position(Lsn(1300), Lsn(1200), seen) == seen  # the old value comes after the new one
+    assert merged(writes, "12:13:12", (1, "old")) == {("1", "new"): Lsn(1200)}
+
+
+def without_streamed(rows, streamed):
+    """The naive rule: a row that the stream has brought is not delivered by the chunk."""
+    return {key: row for key, row in rows.items() if key not in streamed}
+
+
+def test_row_that_was_streamed_is_still_needed(writes):
+    """Its text was not sent, so nobody else delivers that."""
+    seen = chunk((1, "kept"))
+    writes.note([update(1, U)], transaction(12))
+    assert without_streamed(seen, {(b"1",)}) == {}
+    assert merged(writes, "10:12:", (1, "kept")) == {("1", "kept"): Lsn(1200)}
+
+
+def test_hot_row_does_not_make_a_chunk_be_read_again(writes):
+    """A rule that reads again what was written meanwhile never ends."""
+    for xid in range(12, 1012):
+        writes.note([update(1, xid)], transaction(xid))
+        assert not writes.hides_any(Snapshot.parse(f"{xid}:{xid}:"), COLUMNS)
+    assert merged(writes, "1000:1000:", (1, "999")) == {("1", "1011"): Lsn(101100)}
