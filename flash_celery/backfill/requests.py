@@ -60,6 +60,7 @@ FROM public.flash_celery_backfills
 WHERE slot = coalesce(%(slot)s, slot) AND id = coalesce(%(id)s, id)
   AND (%(ended)s OR state IN ('requested', 'running'))
 ORDER BY requested_at"""
+_EXISTS = "SELECT to_regclass('public.flash_celery_backfills') IS NOT NULL"
 _USABLE = """
 SELECT coalesce(bool_and(has_table_privilege(to_regclass('public.' || name), privilege)), false)
        AND count(to_regclass('public.' || name)) = 8
@@ -177,7 +178,16 @@ def next_of(source: Source) -> Backfill | None:
     """Return the backfill that the replication worker has to do; None if there is none.
 
     A worker that reads a standby has none: they are those of the primary.
+
+    Raises:
+        ConfigurationError: There are tables of backfills that our role may not use.
     """
+    connection = source.connection
+    if connection.execute(_EXISTS).fetchone() == (True,) and not _usable(connection):
+        raise ConfigurationError(
+            "This role may not use the tables of backfills; run as one that may: "
+            f"{statements(connection.info.user)}"
+        )
     found = _select(source.connection, slot=source.slot, ended=False)
     return found[0] if found and not is_standby(source.connection) else None
 

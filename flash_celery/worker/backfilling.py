@@ -28,7 +28,7 @@ from ..changes.history import History
 from ..changes.operations import Operation
 from ..changes.payload import Delivery, prefixed, row_id_of
 from ..changes.rows import Transaction
-from ..errors import CatalogError
+from ..errors import CatalogError, ConfigurationError
 from ..escaping import escaped, one_line
 from ..handlers.subscriptions import Subscription
 from ..postgres import catalog
@@ -221,7 +221,7 @@ class Backfills:
         """Return the backfill to do; None if there is none, or their tables cannot be read."""
         try:
             return requests.next_of(self._source)
-        except (psycopg.ProgrammingError, psycopg.errors.LockNotAvailable) as error:
+        except (psycopg.ProgrammingError, ConfigurationError) as error:
             if not self._warned:
                 logger.warning("Backfills are not done: %s", one_line(error))
             self._warned = True

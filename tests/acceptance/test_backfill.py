@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from contextlib import closing
+from types import SimpleNamespace
 
 import psycopg
 import pytest
@@ -15,10 +16,12 @@ from psycopg import sql
 from benchmarks.verify import body_of
 from example_project.servers import wait_until
 from flash_celery import UNCHANGED
+from flash_celery.backfill import requests
 from flash_celery.backfill.chunks import ChunkReader, cells_of
 from flash_celery.changes import payload
 from flash_celery.postgres.connection import connect
 from flash_celery.table_name import TableName
+from flash_celery.worker.backfilling import Backfills
 
 ROWS = 3000
 
@@ -359,6 +362,24 @@ def test_row_of_copy_has_the_values_of_its_columns(database):
     ):
         (cells,) = [cells_of(bytes(line)) for line in copy]
     assert [cell if cell is None else cell.decode() for cell in cells] == values
+
+
+def test_worker_says_that_it_may_not_use_the_tables_of_backfills(database, caplog):
+    database.execute(
+        requests.CREATE,
+        requests.CREATE_MOVES,
+        "DROP ROLE IF EXISTS poor",
+        "CREATE ROLE poor",
+        "GRANT SELECT ON flash_celery_backfills TO poor",
+    )
+    with closing(connect(database.dsn)) as connection:
+        connection.execute("SET ROLE poor")
+        backfills = Backfills(SimpleNamespace(connection=connection, slot="s"))
+        assert not backfills.requested()
+        assert not backfills.requested()
+    database.execute("DROP OWNED BY poor", "DROP ROLE poor")
+    (record,) = caplog.records
+    assert "GRANT SELECT, INSERT, UPDATE, DELETE ON" in record.getMessage()
 
 
 def test_backfill_refuses_what_it_cannot_do(mirrored):
