@@ -2,10 +2,12 @@
 
 import json
 import random
+import re
 import signal
 import threading
 import time
 from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 
 import psycopg
@@ -15,7 +17,7 @@ from psycopg import sql
 
 from benchmarks.verify import body_of
 from example_project.servers import wait_until
-from flash_celery import UNCHANGED
+from flash_celery import UNCHANGED, testing
 from flash_celery.backfill import requests
 from flash_celery.backfill.chunks import ChunkReader, cells_of
 from flash_celery.changes import payload
@@ -23,6 +25,7 @@ from flash_celery.postgres.connection import connect
 from flash_celery.table_name import TableName
 from flash_celery.worker.backfilling import Backfills
 
+DOCS = Path(__file__).parents[2] / "docs"
 ROWS = 3000
 
 
@@ -398,3 +401,13 @@ def test_backfill_refuses_what_it_cannot_do(mirrored):
     assert "rows" in dry
     assert "at this rate" in dry
     assert backfills(mirrored) == []
+
+
+def test_example_of_the_page_tells_rows_that_were_there(app, capsys):
+    text = (DOCS / "howto/backfill.md").read_text()
+    (example,) = re.findall(r"<!-- run: backfill -->\n```python\n(.*?)```", text, re.DOTALL)
+    names = {"app": app}
+    exec(example, names)
+    names["search_index"](testing.insert("orders", {"id": 1}, backfill="b1"))
+    names["search_index"](testing.insert("orders", {"id": 2}))
+    assert capsys.readouterr().out == "put 1 (it was there)\nput 2 (it is new)\n"
