@@ -20,6 +20,13 @@ from flash_celery.publishing.brokers.redis_keys import listeners
 PATIENT = 3600.0
 
 
+@pytest.fixture(autouse=True)
+def no_former_workers(valkey):
+    """End the connections that children of killed workers keep: to Redis these workers listen."""
+    with redis.Redis.from_url(valkey.url) as client:
+        client.client_kill_filter(_type="pubsub")
+
+
 @pytest.fixture
 def endless(monkeypatch):
     """Wait for a further reply longer than any test may take."""
