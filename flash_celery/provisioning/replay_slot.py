@@ -279,6 +279,8 @@ class _Advancer(threading.Thread):
         super().__init__(name="flash-replay-slot", daemon=True)
         self._settings = settings
         self._samples = samples
+        #: Whether the samples reach back to an earlier process, or one is recorded for the next.
+        self._restored = bool(samples)
         self._history = history
         self._is_drained = is_drained
         #: The position at the last check, if the queues were empty then.
@@ -299,7 +301,7 @@ class _Advancer(threading.Thread):
                     while not self._stopping.is_set():
                         self._advance(source)
                         self._last_logged = ""
-                        self._stopping.wait(self._pause)
+                        self._stopping.wait(self._pause if self._restored else _SHORTEST_PAUSE)
             except (psycopg.Error, FlashError) as error:
                 self._log(error)
             self._stopping.wait(self._pause)
@@ -318,8 +320,9 @@ class _Advancer(threading.Thread):
         if now is not None and self._is_drained is not None:
             self._note_handled(source, now.lsn, self._is_drained())
         if now is not None:
-            if not self._samples:
-                self._restore_sample(source, now)
+            if not self._restored:
+                # Again if the first look came before the first acknowledgement.
+                self._restored = self._restore_sample(source, now)
             self._samples.append((time.monotonic(), now))
         due, limit = None, time.monotonic() - self._settings.flash_replay_window
         while self._samples and self._samples[0][0] <= limit:
@@ -346,20 +349,21 @@ class _Advancer(threading.Thread):
             _update(source, handled={"lsn": str(handled), "history": self._history})
             self._handled, self._recorded_at = handled, now
 
-    def _restore_sample(self, source: Source, now: Mark) -> None:
-        """Continue from the recorded sample of an earlier process.
+    def _restore_sample(self, source: Source, now: Mark) -> bool:
+        """Continue from the recorded sample of an earlier process, or record one.
 
         Otherwise the slot would never advance under a worker that is always restarted before the
-        window has passed.
+        window has passed. Returns False if there is nothing to record yet.
         """
         reached, following = oldest(source), _next(source)
         if reached is None or now.lsn <= reached.lsn:
-            return
+            return False
         if following is not None and reached.lsn < following.lsn <= now.lsn:
             age = (now.time - following.time).total_seconds()
-            self._samples.append((time.monotonic() - age, following))
+            self._samples.appendleft((time.monotonic() - age, following))
         else:
             _record(source, reached, now)
+        return True
 
     def stop(self) -> None:
         """Stop, even in the middle of a statement."""
