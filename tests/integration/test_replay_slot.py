@@ -132,7 +132,7 @@ def test_replay_slot_advances_after_its_connection_ended(flash):
     flash.start(flash_replay_window=1)
     keeper = (
         "FROM pg_stat_activity WHERE datname = current_database() "
-        "AND query ~ '^SELECT (obj_description|pg_replication_slot_advance)'"
+        "AND query ~ '^(SELECT (obj_description|pg_replication_slot_advance)|COMMIT)'"
     )
     oldest(flash)
     flash.wait(lambda: flash.database.one(flash.slot("active_pid")))
