@@ -39,8 +39,8 @@ _PATIENCE = 30.0
 _WAIT_SECONDS = 0.1
 #: Bytes in one `receive` from which the stream counts as busy, and the bytes that have to arrive
 #: then before its socket becomes readable.
-_BUSY_BYTES = 1 << 11
-_BURST_BYTES = 1 << 14
+_BUSY_BYTES = 1 << 14
+_BURST_BYTES = 1 << 17
 #: Matches the messages of PostgreSQL 14 to 19 about an invalidated slot.
 _INVALIDATED = re.compile("can no longer|cannot read from logical replication slot|invalidated")
 
@@ -135,6 +135,7 @@ class ReplicationConnection:
         #: Whether the socket becomes readable only when much has arrived (see `gather`).
         self.gathering = False
         self._received_bytes = 0
+        self._socket: socket.socket | None = None
         if on_notice is not None:
             self._connection.notice_handler = lambda result: on_notice(_diagnosis(result))
 
@@ -238,7 +239,7 @@ class ReplicationConnection:
         return burst
 
     def gather(self) -> None:
-        """While the stream is busy, make its socket readable only when some kilobytes have arrived.
+        """While the stream is busy, make its socket readable only when much has arrived.
 
         The server sends each row by itself. A reader that wakes up for each takes processor time
         from the server and from itself. Call this after `receive`. While `gathering` is true, wait
@@ -247,10 +248,14 @@ class ReplicationConnection:
         busy = self._received_bytes >= _BUSY_BYTES
         if busy is not self.gathering:
             self.gathering = busy
-            # Another descriptor of the same socket, because libpq closes its own. Where a system
-            # cannot do this, or only for TCP, the socket becomes readable as always.
-            with suppress(OSError), socket.socket(fileno=os.dup(self.fileno())) as other:
-                other.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, _BURST_BYTES if busy else 1)
+            # Where a system cannot do this, or only for TCP, the socket is readable as always.
+            with suppress(OSError):
+                if self._socket is None:
+                    # Another descriptor of the same socket, because libpq closes its own.
+                    self._socket = socket.socket(fileno=os.dup(self.fileno()))
+                self._socket.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_RCVLOWAT, _BURST_BYTES if busy else 1
+                )
 
     def send_status(self, written: Lsn, flushed: Lsn, applied: Lsn, reply: bool = False) -> None:
         """Send our positions; the server may then remove WAL before `flushed`."""
@@ -266,6 +271,8 @@ class ReplicationConnection:
     def close(self) -> None:
         """Close the connection; the server frees the slot as soon as it notices."""
         self._owner.close()
+        if self._socket is not None:
+            self._socket.close()
 
     def cancel(self) -> None:
         """Ask the server to end the running command.

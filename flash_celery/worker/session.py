@@ -49,7 +49,7 @@ _REFILL_SECONDS = 1.0
 #: reply.
 _SILENT_INTERVALS = 3
 #: Seconds to wait until a burst has arrived, while the stream is busy.
-_GATHER_SECONDS = 0.001
+_GATHER_SECONDS = 0.005
 #: Seconds between two requests for the server's position, while a chunk of a backfill waits for it.
 _ASK_SECONDS = 0.01
 
