@@ -75,7 +75,7 @@ class Chunk:
     position: Lsn
     #: The time of the snapshot, in seconds since 1970.
     time: float
-    #: The rows by the values of their identity, in the order of the primary key.
+    #: The rows by the values of their identity, in the order of the key.
     rows: dict[Key, Sequence[Cell]]
     #: The key of the last row, to go on from; None if there is none, or the order is another.
     cursor: dict[str, str] | None
@@ -261,7 +261,7 @@ def _unescaped(found: re.Match[bytes]) -> bytes:
 
 
 def identity_of(table: CatalogTable) -> tuple[str, ...]:
-    """Return the columns that identify rows, and read in order.
+    """Return the columns that identify the rows of a table, which is read in their order.
 
     They are in every new tuple, and in every old one that differs in them, so that the stream shows
     each row that moves in this order.

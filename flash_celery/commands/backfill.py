@@ -15,13 +15,11 @@ from ..changes.operations import Operation
 from ..errors import ConfigurationError
 from ..handlers.subscriptions import Subscription
 from ..postgres import catalog
-from ..postgres.catalog import PARTITIONED, CatalogTable
+from ..postgres.catalog import PARTITIONED
 from ..postgres.connection import is_standby
 from ..postgres.source import Source
 from ..table_name import TableName
 
-#: The most rows of a chunk.
-CHUNK_ROWS = 5000
 #: Seconds between two looks of `wait`.
 _LOOK_SECONDS = 0.2
 _SIZE = """
@@ -112,14 +110,18 @@ def _plan(source: Source, subscription: Subscription, chunk_rows: int) -> Plan:
             "Backfill a handler without once=."
         )
     table = catalog.find(source.connection, name)
-    _require_table(name, table)
-    assert table is not None
+    if table is None:
+        raise ConfigurationError(f"There is no table {name}.")
     row = source.connection.execute(_SIZE, [table.oid]).fetchone()
     assert row is not None
     rows, size, has_children, secured, unreadable = row
-    if has_children:
+    if has_children or table.kind == PARTITIONED:
         raise ConfigurationError(
             f"{name} has partitions or inheriting tables, whose rows are not backfilled yet."
+        )
+    if not identity_of(table):
+        raise ConfigurationError(
+            f"{name} has no primary key, which backfill needs to read it in chunks."
         )
     if secured:
         raise ConfigurationError(
@@ -132,19 +134,6 @@ def _plan(source: Source, subscription: Subscription, chunk_rows: int) -> Plan:
             f'"{source.connection.info.user}"'
         )
     return Plan(handler, name, max(int(rows), 0), int(size), chunk_rows)
-
-
-def _require_table(name: TableName, table: CatalogTable | None) -> None:
-    if table is None:
-        raise ConfigurationError(f"There is no table {name}.")
-    if table.kind == PARTITIONED:
-        raise ConfigurationError(
-            f"{name} has partitions or inheriting tables, whose rows are not backfilled yet."
-        )
-    if not identity_of(table):
-        raise ConfigurationError(
-            f"{name} has no primary key, which backfill needs to read it in chunks."
-        )
 
 
 def start(source: Source, plans: Sequence[Plan], rate: float | None) -> list[Backfill]:

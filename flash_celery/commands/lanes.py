@@ -15,8 +15,9 @@ from ..messages.lane_entries import Marker
 from ..provisioning.pauses import ordered_handlers
 from ..publishing import brokers
 from ..publishing.brokers import lane_access
+from ..publishing.brokers.amqp_overview import AmqpOverview
 from ..publishing.brokers.base import ConnectedPublisher
-from ..publishing.brokers.lane_overview import HandlerLanes, LaneStatus
+from ..publishing.brokers.lane_overview import HandlerLanes, LaneStatus, Overview
 from ..publishing.brokers.lane_store import Done, LaneStore
 from . import unreadable_entries
 
@@ -29,6 +30,22 @@ def _connected(app: Any) -> Iterator[ConnectedPublisher]:
         yield publisher
     finally:
         publisher.close()
+
+
+@contextmanager
+def _stores(
+    app: Any, source: str, handler: str
+) -> Iterator[list[tuple[Overview | AmqpOverview, LaneStore]]]:
+    """Connect, and yield the lanes of a handler whose entries can be changed (on Redis)."""
+    with (
+        _connected(app) as publisher,
+        lane_access.overviews(publisher, source, [handler]) as found,
+    ):
+        yield [
+            (overview, store)
+            for name, overview, store in found
+            if name == handler and store is not None
+        ]
 
 
 def summaries(app: Any, source: str, subscriptions: Sequence[Subscription]) -> list[HandlerLanes]:
@@ -124,13 +141,8 @@ def skip(app: Any, source: str, handler: str, lane: int, change_id: str) -> str:
         ConfigurationError: The lane is not blocked, or by another change.
         PublishError: The broker does not answer.
     """
-    with (
-        _connected(app) as publisher,
-        lane_access.overviews(publisher, source, [handler]) as found,
-    ):
-        for name, overview, store in found:
-            if name != handler or store is None:
-                continue
+    with _stores(app, source, handler) as found:
+        for overview, store in found:
             entry = overview.unreadable(str(lane))
             if entry is not None and entry.id == change_id:
                 return unreadable_entries.discard(app, source, handler, store, str(lane), entry)
@@ -153,13 +165,8 @@ def unblock(app: Any, source: str, handler: str, lane: int, change_id: str, skip
         ConfigurationError: The lane is not blocked, or by another change.
         PublishError: The broker does not answer.
     """
-    with (
-        _connected(app) as publisher,
-        lane_access.overviews(publisher, source, [handler]) as found,
-    ):
-        for name, overview, store in found:
-            if name != handler or store is None:
-                continue
+    with _stores(app, source, handler) as found:
+        for overview, store in found:
             status = {each.lane: each for each in overview.lanes()}.get(lane)
             entry = overview.unreadable(str(lane))
             if entry is not None:

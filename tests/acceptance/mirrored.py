@@ -27,7 +27,7 @@ def mirror(changes):
 @on_change("items", "insert")
 @app.task(queue="added")
 def added(change):
-    """Is told of new rows alone."""
+    """Would receive new rows only."""
 
 
 @on_change("items", ordered=True, once=lambda: psycopg.connect(os.environ["SHOP_DSN"]))

@@ -1,4 +1,4 @@
-"""`flash backfill`: a handler that applies what it is told ends with the table's state."""
+"""`flash backfill`: a handler that applies its changes ends with the state of the table."""
 
 import json
 import random
@@ -63,10 +63,11 @@ class Consumer:
     def __init__(self, shop, queue="mirror"):
         self.client, self.queue = redis.Redis.from_url(shop.broker.url), queue
         self.bodies, self.ending = [], threading.Event()
-        self.thread = threading.Thread(target=self.consume)
+        self.thread = threading.Thread(target=self.consume, daemon=True)
 
     def consume(self):
-        while True:
+        deadline = time.monotonic() + 280
+        while time.monotonic() < deadline:
             ending = self.ending.is_set()
             text = self.client.rpop(self.queue)
             if text is not None:
@@ -79,7 +80,8 @@ class Consumer:
     def changes(self):
         """All changes, once nothing more is enqueued."""
         self.ending.set()
-        self.thread.join()
+        self.thread.join(60)
+        assert not self.thread.is_alive(), "the queue never becomes empty"
         changes = []
         for body in self.bodies:
             (argument,), _, _ = json.loads(body)
@@ -88,7 +90,7 @@ class Consumer:
 
     def close(self):
         self.ending.set()
-        self.thread.join()
+        self.thread.join(60)
         self.client.close()
 
 
@@ -188,7 +190,7 @@ class Writers:
     def __exit__(self, *_):
         self.ending.set()
         for thread in self.threads:
-            thread.join()
+            thread.join(60)
 
 
 def test_backfill_of_an_ordered_handler_goes_through_its_lanes(shop):

@@ -402,7 +402,7 @@ def test_lanes_are_waited_for_and_shown(ordered, valkey):
     assert "3 waiting in 16 lanes" in ordered.run("flash", "status").stdout
     listed = "flash", "lanes", "list", "each"
     assert "insert public.items id=1" in ordered.run(*listed).stdout
-    # PostgreSQL need not be reached, but its lanes cannot be told from those of others then.
+    # Without PostgreSQL it is unknown which lanes on this Redis belong to this database.
     unreachable = ordered.run(*listed, SHOP_DSN="host=127.0.0.1 port=1 dbname=x").stdout
     assert "insert public.items id=1" in unreachable
     ordered.worker("solo", "flash")

@@ -42,7 +42,7 @@ class Call:
 class Harms:
     """What was done to processes and to what they had stored."""
 
-    #: Processes that were killed or told to end: between when and when they ended.
+    #: The intervals in which processes ended that were killed or got a signal.
     ended: dict[int, tuple[float, float]] = field(default_factory=dict)
     #: Processes that stood still: from when to when.
     frozen: list[tuple[int, float, float]] = field(default_factory=list)

@@ -98,7 +98,7 @@ class Handler:
             self.batcher.deduplicate(deduplicator)
 
     def alter(self):
-        """Describe the table anew, as after an ALTER TABLE."""
+        """Give the table another description, as after an ALTER TABLE."""
         self.transitions = {}
         columns = [
             pgoutput.Column(self.identity == "f" or name == "id", name, 25, -1) for name in NAMES

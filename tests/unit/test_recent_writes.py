@@ -298,7 +298,7 @@ def without_streamed(rows, streamed):
 
 
 def test_row_that_was_streamed_is_still_needed(writes):
-    """Its text was not sent, so nobody else delivers that."""
+    """Its text was not sent, so only the chunk can deliver it."""
     seen = chunk((1, "kept"))
     writes.note([update(1, U)], transaction(12))
     assert without_streamed(seen, {(b"1",)}) == {}
@@ -306,7 +306,7 @@ def test_row_that_was_streamed_is_still_needed(writes):
 
 
 def test_hot_row_does_not_make_a_chunk_be_read_again(writes):
-    """A rule that reads again what was written meanwhile never ends."""
+    """A rule that reads written rows again never ends, because they are always written again."""
     for xid in range(12, 1012):
         writes.note([update(1, xid)], transaction(xid))
         assert not writes.hides_any(Snapshot.parse(f"{xid}:{xid}:"), COLUMNS)
