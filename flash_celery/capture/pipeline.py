@@ -18,6 +18,8 @@ from .relations import RelationCatalog
 from .router import Router, Sink
 from .transactions import LONGEST_RUN, Transactions, runs
 
+_KEEPALIVE = frames.KEEPALIVE
+
 
 class Pipeline:
     """Assembles the transactions of one stream and routes their rows to a sink.
@@ -43,18 +45,14 @@ class Pipeline:
         self.telemetry = telemetry or Telemetry()
         router = Router(subscriptions, catalog, sink, self.telemetry)
         self.transactions = Transactions(router, spool_directory, history)
-        #: Runs that have arrived; they wait while a spooled transaction is replayed.
-        self._arrived: deque[tuple[bytes, list[bytes]]] = deque()
+        #: The rest of each burst that arrived; it waits while a spooled transaction is replayed.
+        self._arrived: deque[Iterator[tuple[bytes, list[bytes]]]] = deque()
         #: Whether the server has asked for a status update; the owner of the stream resets it.
         self.reply_requested = False
 
     def feed(self, messages: Iterable[bytes]) -> None:
-        """Queue what `ReplicationConnection.receive` returned.
-
-        Raises:
-            ProtocolError: A message is empty.
-        """
-        self._arrived.extend(runs(messages))
+        """Queue what `ReplicationConnection.receive` returned."""
+        self._arrived.append(runs(messages))
 
     @property
     def pending(self) -> bool:
@@ -62,7 +60,7 @@ class Pipeline:
         return bool(self._arrived) or self.transactions.replaying
 
     def deliver(self) -> Iterator[Lsn | None]:
-        """Deliver what has arrived, some messages each time the iterator is advanced.
+        """Deliver what has arrived, about `LONGEST_RUN` messages each time it is advanced.
 
         Yields the position up to which everything has been delivered, or None if it has not moved.
         The caller may stop each time; the next call goes on from there.
@@ -71,22 +69,29 @@ class Pipeline:
             ProtocolError: A message is not one of pgoutput.
         """
         arrived, transactions = self._arrived, self.transactions
-        silent = 0
-        while True:
+        position, silent = None, 0
+        while arrived or transactions.replaying:
             if transactions.replaying:
-                yield transactions.replay()
-            elif arrived:
-                head, run = arrived.popleft()
-                if head[0] == frames.KEEPALIVE:
-                    yield self._keepalive(run)
+                yield transactions.replay() or position
+                position = None
+                continue
+            for head, run in arrived[0]:
+                if head[0] == _KEEPALIVE:
+                    reached = self._keepalive(run)
                 else:
-                    position = transactions.receive(head, run)
-                    silent += len(run)
-                    if position is not None or silent >= LONGEST_RUN:
-                        silent = 0
-                        yield position
+                    reached = transactions.receive(head, run)
+                if reached is not None:
+                    position = reached
+                silent += len(run)
+                if silent >= LONGEST_RUN:
+                    yield position
+                    position, silent = None, 0
+                if transactions.replaying:
+                    break
             else:
-                return
+                arrived.popleft()
+        if silent:
+            yield position
 
     def close(self) -> None:
         """Close the spools of open transactions; the server will send them again."""

@@ -8,8 +8,7 @@ spool until their commit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby, islice
-from operator import itemgetter
+from itertools import islice
 from typing import Protocol
 
 from ..changes.history import History
@@ -26,8 +25,6 @@ _ROWS = frozenset(b"IUD")
 #: "Logical Replication Message Formats") and is not used.
 _NOT_SPOOLED = frozenset(b"SEcAO")
 _NONE = Transaction(Lsn(0), 0, 0)
-#: The first five bytes of a message: for a row its tag and relation, in a block its tag and xid.
-_HEAD = itemgetter(slice(0, 5))
 #: The most messages in a run, so that none keeps a session busy for long.
 LONGEST_RUN = 100
 
@@ -53,19 +50,24 @@ class Rows(Protocol):
 def runs(messages: Iterable[bytes]) -> Iterator[tuple[bytes, list[bytes]]]:
     """Group consecutive messages that begin with the same five bytes; yield bytes and group.
 
-    Most groups are rows of one table, whose routes are then looked up once.
+    These are the tag and the relation of a row, or the tag and the xid in a block. Most groups are
+    rows of one table, whose routes are then looked up once.
 
     Raises:
         ProtocolError: A message is empty.
     """
-    for head, run in groupby(messages, _HEAD):
-        if not head:
-            raise ProtocolError("A message of pgoutput is empty.")
-        members = list(run)
-        while len(members) > LONGEST_RUN:
-            yield head, members[:LONGEST_RUN]
-            del members[:LONGEST_RUN]
-        yield head, members
+    head, run = b"", list[bytes]()
+    for message in messages:
+        if message[:5] == head and 0 < len(run) < LONGEST_RUN:
+            run.append(message)
+        else:
+            if run:
+                yield head, run
+            head, run = message[:5], [message]
+            if not head:
+                raise ProtocolError("A message of pgoutput is empty.")
+    if run:
+        yield head, run
 
 
 class Transactions:
@@ -123,33 +125,15 @@ class Transactions:
         Raises:
             ProtocolError: A message cannot follow the messages before it.
         """
-        if self._block is not None and head[0] not in _NOT_SPOOLED:
+        tag = head[0]
+        if self._block is not None and tag not in _NOT_SPOOLED:
             # In a block, the xid follows the tag; without it the message is as outside a block.
             messages = [message[:1] + message[5:] for message in run]
             self._block.append(int.from_bytes(head[1:], "big"), messages)
             return None
-        return self._apply(head, run)
-
-    def replay(self) -> Lsn | None:
-        """Pass on the next messages of the spooled transaction; without more, return its end."""
-        assert self._committed is not None
-        messages = list(islice(self._replay, LONGEST_RUN))
-        if not messages:
-            return self._finish(self._committed)
-        for head, run in runs(messages):
-            self._apply(head, run)
-        return None
-
-    def close(self) -> None:
-        """Close all spools; the server will send their transactions again."""
-        for spool in self._spools.values():
-            spool.close()
-        self._spools.clear()
-
-    def _apply(self, head: bytes, run: Sequence[bytes]) -> Lsn | None:
-        tag = head[0]
         if tag in _ROWS:
-            self._require_open(head)
+            if self._transaction is _NONE:
+                raise self._outside(head)
             self._rows.rows(head, run, self._transaction, self._ordinal, self._messages)
             self._ordinal += len(run)
             return None
@@ -158,12 +142,29 @@ class Transactions:
             if tag == _BEGIN:
                 self._begin(pgoutput.read_begin(message))
             elif tag == _COMMIT:
-                self._require_open(head)
+                if self._transaction is _NONE:
+                    raise self._outside(head)
                 self._transaction = _NONE
                 end = pgoutput.read_commit(message)
             else:
                 self._other(pgoutput.decode(message), message)
         return end
+
+    def replay(self) -> Lsn | None:
+        """Pass on the next messages of the spooled transaction; without more, return its end."""
+        assert self._committed is not None
+        messages = list(islice(self._replay, LONGEST_RUN))
+        if not messages:
+            return self._finish(self._committed)
+        for head, run in runs(messages):
+            self.receive(head, run)
+        return None
+
+    def close(self) -> None:
+        """Close all spools; the server will send their transactions again."""
+        for spool in self._spools.values():
+            spool.close()
+        self._spools.clear()
 
     def _other(self, message: pgoutput.Message, payload: bytes) -> None:
         match message:
@@ -209,6 +210,8 @@ class Transactions:
                 self._spools.pop(abort.xid).close()
 
     def _commit(self, commit: pgoutput.StreamCommit) -> None:
+        if self._block is not None:
+            raise ProtocolError(f"Transaction {commit.xid} committed within a block.")
         if commit.xid not in self._spools:
             raise ProtocolError(f"Transaction {commit.xid} committed without having been streamed.")
         self._begin((commit.commit_lsn, commit.xid, commit.committed_at))
@@ -223,4 +226,8 @@ class Transactions:
 
     def _require_open(self, payload: bytes) -> None:
         if self._transaction is _NONE:
-            raise ProtocolError(f"{payload[:1]!r} came outside a transaction.")
+            raise self._outside(payload)
+
+    @staticmethod
+    def _outside(payload: bytes) -> ProtocolError:
+        return ProtocolError(f"{payload[:1]!r} came outside a transaction.")

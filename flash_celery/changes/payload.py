@@ -123,14 +123,16 @@ def encode(deliveries: Iterable[Delivery]) -> str:
     tables: dict[Table, int] = {}
     histories: dict[History | None, int] = {}
     transactions: list[str] = []
-    runs: list[list[int]] = []
+    runs: list[str] = []
     rows: list[bytes] = []
     previous: Transaction | None = None
     previous_table: Table | None = None
-    last, following = None, 0
+    # The last run: its text before and after the count, and what the rows that join it have.
+    start, count, end = "", 0, ""
+    same, following = None, -1
     for table, transaction, ordinal, part, number, delivered, shift in deliveries:
         if transaction is not previous:
-            last = None
+            following = -1
             if previous is None or transaction.history is not previous.history:
                 history_number = histories.setdefault(transaction.history, len(histories))
             transactions.append(_transaction_json(transaction, history_number))
@@ -138,22 +140,21 @@ def encode(deliveries: Iterable[Delivery]) -> str:
         if table is not previous_table:
             table_number = tables.setdefault(table, len(tables))
             previous_table = table
-        same = table_number, part, number, shift
-        count = len(delivered)
         # Consecutive rows of one transaction and table join a run. The parts of an UPDATE do not,
         # because they share their ordinal.
-        if same == last and ordinal == following and not part:
-            runs[-1][3] += count
+        if ordinal == following and not part and same == (table_number, part, number, shift):
+            count += len(delivered)
         else:
-            run = [table_number, len(transactions) - 1, ordinal, count]
-            if part or number or shift:
-                run += _run_end(part, number, shift)
-            runs.append(run)
-        last, following = same, ordinal + count
+            if count:
+                runs.append(f"{start}{count}{end}]")
+            start, count = f"[{table_number},{len(transactions) - 1},{ordinal},", len(delivered)
+            end = _run_end(part, number, shift) if part or number or shift else ""
+            same = table_number, part, number, shift
+        following = ordinal + len(delivered)
         rows += delivered
-    # Lists of numbers have the same text in Python and JSON; dumps takes twice the time.
-    runs_text = str(runs)[1:-1].replace(" ", "")
-    return _value_text(histories, tables, transactions, runs_text, rows)
+    if count:
+        runs.append(f"{start}{count}{end}]")
+    return _value_text(histories, tables, transactions, runs, rows)
 
 
 class Picked(NamedTuple):
@@ -179,27 +180,27 @@ def encode_picked(some: Iterable[Picked]) -> str:
             transactions.append(_transaction_json(transaction, history_number))
             previous = transaction
         start = f"[{tables.setdefault(table, len(tables))},{len(transactions) - 1},"
-        end = "".join([f",{each}" for each in _run_end(part, number, shift)])
+        end = _run_end(part, number, shift)
         count = len(ordinals)
         if ordinals[-1] - ordinals[0] < count:
             runs.append(f"{start}{ordinals[0]},{count}{end}]")
         else:
             runs += [f"{start}{ordinal},1{end}]" for ordinal in ordinals]
         rows += picked
-    return _value_text(histories, tables, transactions, ",".join(runs), rows)
+    return _value_text(histories, tables, transactions, runs, rows)
 
 
 def _value_text(
     histories: Iterable[History | None],
     tables: Iterable[Table],
     transactions: Iterable[str],
-    runs: str,
+    runs: Iterable[str],
     rows: Iterable[bytes],
 ) -> str:
     return (
         f'{{"v":{VERSION},"history":[{",".join(map(history_json, histories))}],'
         f'"tables":[{",".join(map(_table_json, tables))}],'
-        f'"transactions":[{",".join(transactions)}],"runs":[{runs}],'
+        f'"transactions":[{",".join(transactions)}],"runs":[{",".join(runs)}],'
         f'"rows":"{b2a_base64(b"".join(rows), newline=False).decode()}"}}'
     )
 
@@ -213,9 +214,7 @@ def encode_each(delivery: Delivery) -> Iterator[tuple[str, str, str]]:
         f'"tables":[{_table_json(table)}],'
         f'"transactions":[{_transaction_json(transaction, 0)}],"runs":[[0,0,'
     )
-    middle = ',1]],"rows":"'
-    if part or number or shift:
-        middle = "".join(f",{each}" for each in (1, *_run_end(part, number, shift))) + ']],"rows":"'
+    middle = f',1{_run_end(part, number, shift)}]],"rows":"'
     backfilled = transaction.backfill is not None
     for ordinal, row in enumerate(rows, first):
         yield (
@@ -225,12 +224,13 @@ def encode_each(delivery: Delivery) -> Iterator[tuple[str, str, str]]:
         )
 
 
-def _run_end(part: int, number: int, shift: int) -> list[int]:
-    """Return the last elements of a run, without zeros at its end."""
-    end = [int(part), number, shift]
-    while end and not end[-1]:
-        end.pop()
-    return end
+def _run_end(part: int, number: int, shift: int) -> str:
+    """Return the last elements of a run, each behind a comma, without zeros at its end."""
+    if shift:
+        return f",{int(part)},{number},{shift}"
+    if number:
+        return f",{int(part)},{number}"
+    return f",{int(part)}" if part else ""
 
 
 def _backfill_id(delivery: Delivery, ordinal: int) -> str:

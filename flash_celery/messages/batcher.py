@@ -10,7 +10,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -69,15 +68,23 @@ class _Batch(_Waiting):
     deliveries: list[Delivery] = field(default_factory=list)
     size: int = 0
 
-    def take(self, delivery: Delivery) -> Delivery | None:
-        """Take as many rows as fit; return the rest of the delivery, or None."""
-        rows = delivery.rows[: self.room] if len(delivery.rows) > self.room else delivery.rows
-        size = sum(map(len, rows))
-        if self.size + size > BATCH_BYTES:
-            rows, size = self._fitting(rows)
+    def take(self, delivery: Delivery, size: int) -> Delivery | None:
+        """Take as many rows as fit; return the rest of the delivery, or None.
+
+        Args:
+            delivery: The rows.
+            size: Their bytes.
+        """
+        count = len(delivery.rows)
+        if count <= self.room and self.size + size <= BATCH_BYTES:
+            self.room -= count
+            self.size += size
+            self.deliveries.append(delivery)
+            return None
+        rows, size = self._fitting(delivery.rows[: self.room])
         self.room -= len(rows)
         self.size += size
-        if len(rows) == len(delivery.rows):
+        if len(rows) == count:
             self.deliveries.append(delivery)
             return None
         if rows:
@@ -138,30 +145,31 @@ class Batcher:
             if remaining is None:
                 return
             delivery = remaining
-        if max(map(len, delivery.rows)) > template.max_change_size:
+        size = sum(map(len, delivery.rows))
+        if size > template.max_change_size < max(map(len, delivery.rows)):
             self._take_one_by_one(template, delivery, route)
         else:
-            self._take(template, delivery, route)
+            self._take(template, delivery, size, route)
 
     def _take_one_by_one(self, template: Template, delivery: Delivery, route: Route | None) -> None:
         """Take changes of which some are too large."""
         for ordinal, row in enumerate(delivery.rows, delivery.ordinal):
             single = delivery._replace(rows=[row], ordinal=ordinal)
             if len(row) <= template.max_change_size:
-                self._take(template, single, route)
+                self._take(template, single, len(row), route)
                 continue
             self._release(template)  # its changes precede this one
             self._emit([self._too_large(template, single)], 0)
             self._letters = True
 
-    def _take(self, template: Template, delivery: Delivery, route: Route | None) -> None:
+    def _take(self, template: Template, delivery: Delivery, size: int, route: Route | None) -> None:
         if template.lanes is not None:
             self._take_for_lanes(template, delivery, route)
             return
         if template.batch is None:
             if route is not None:
                 self._counts[route] += len(delivery.rows)
-            self._emit(template.each(delivery), sum(map(len, delivery.rows)))
+            self._emit(template.each(delivery), size)
             return
         while True:
             batch = self._batches.get(template)
@@ -169,15 +177,15 @@ class Batcher:
                 due = self._clock() + template.batch.wait
                 batch = _Batch(self._committed, due, room=template.batch.size)
                 self._batches[template] = batch
-            rest = batch.take(delivery)
+            rest = batch.take(delivery, size)
+            taken = len(delivery.rows) if rest is None else len(delivery.rows) - len(rest.rows)
             if route is not None:
-                taken = len(delivery.rows) - (len(rest.rows) if rest is not None else 0)
                 batch.counts[route] += taken
             if rest is not None or not batch.room:
                 self._release(template)
             if rest is None:
                 return
-            delivery = rest
+            delivery, size = rest, sum(map(len, rest.rows))
 
     def _take_for_lanes(self, template: Template, delivery: Delivery, route: Route | None) -> None:
         group = self._groups.get(template)
@@ -296,4 +304,9 @@ class BatcherSink:
         """Return what adds deliveries to the batcher, with the template for them."""
         template = self._templates[subscription, operation]
         route = self._templates.task_options.route(subscription, operation)
-        return partial(self._batcher.add, template, route=route)
+        add = self._batcher.add
+
+        def receive(delivery: Delivery) -> None:
+            add(template, delivery, route)
+
+        return receive

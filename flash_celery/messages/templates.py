@@ -141,7 +141,7 @@ class Template:
 
     def together(self, deliveries: Sequence[Delivery]) -> Message:
         """Return one message with all changes of these deliveries."""
-        count = sum(len(delivery.rows) for delivery in deliveries)
+        count = sum([len(delivery.rows) for delivery in deliveries])
         argsrepr = labels.batch(count, payload.change_of(deliveries[0]))
         value = payload.encode(deliveries)
         covered = covered_by(deliveries)

@@ -213,6 +213,7 @@ class ReplicationConnection:
     def _receive(self, limit: int) -> list[bytes]:
         # The hot path: one call and two copies for each message, and no new object.
         read, consume = self._connection.get_copy_data, self._connection.consume_input
+        xlog_data, header = frames.XLOG_DATA, frames.HEADER
         burst: list[bytes] = []
         frame, seen, most = b"", -1, limit
         while limit > 0:
@@ -220,11 +221,11 @@ class ReplicationConnection:
             if length > 0:
                 limit -= length
                 frame = data.tobytes()
-                if frame[0] != frames.XLOG_DATA:
+                if frame[0] == xlog_data:
+                    burst.append(frame[header:])
+                else:
                     frames.keepalive(frame)  # raises for an unknown frame
                     burst.append(frame)
-                else:
-                    burst.append(frame[frames.HEADER :])
             elif length < 0:
                 raise self._ended()
             elif len(burst) > seen:

@@ -72,8 +72,8 @@ _ROW = struct.Struct("!cIc")
 #: The tuples that a row may start with: a new row, a whole old row, an old key.
 _TUPLES = {b"I": (b"N",), b"U": (b"N", b"O", b"K"), b"D": (b"O", b"K")}
 
-_BEGIN = struct.Struct("!cQqI")
-_COMMIT = struct.Struct("!cBQQq")
+_BEGIN = struct.Struct("!xQqI")
+_COMMIT_END = struct.Struct("!xx8xQ8x")
 
 _TEXT = ord("t")
 _NULL = ord("n")
@@ -328,9 +328,10 @@ def read_begin(buffer: bytes) -> tuple[Lsn, int, int]:
     Raises:
         ProtocolError: The message is another one.
     """
-    if len(buffer) != _BEGIN.size:
-        raise _Reader(buffer).error(f"{len(buffer)} bytes")
-    _, commit_lsn, committed_at, xid = _BEGIN.unpack(buffer)
+    try:
+        commit_lsn, committed_at, xid = _BEGIN.unpack(buffer)
+    except struct.error:
+        raise _Reader(buffer).error(f"{len(buffer)} bytes") from None
     return Lsn(commit_lsn), xid, committed_at
 
 
@@ -340,9 +341,11 @@ def read_commit(buffer: bytes) -> Lsn:
     Raises:
         ProtocolError: The message is another one.
     """
-    if len(buffer) != _COMMIT.size:
-        raise _Reader(buffer).error(f"{len(buffer)} bytes")
-    return Lsn(_COMMIT.unpack(buffer)[3])
+    try:
+        (end,) = _COMMIT_END.unpack(buffer)
+    except struct.error:
+        raise _Reader(buffer).error(f"{len(buffer)} bytes") from None
+    return Lsn(end)
 
 
 def read_row(buffer: bytes, offset: int = 0) -> tuple[Row, int]:
