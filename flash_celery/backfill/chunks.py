@@ -7,11 +7,13 @@ one afterwards, which looks like its end.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import psycopg
 from psycopg import errors, sql
@@ -64,10 +66,21 @@ _BEHIND = sql.SQL("WHERE ({}) > {}")
 _AMONG = sql.SQL("WHERE ({}) IN (VALUES {})")
 
 
+class Cursor(TypedDict):
+    """The key of a row, to go on behind it, and what it is a key of."""
+
+    table: int
+    columns: list[str]
+    #: The values of the columns, as text.
+    values: list[str]
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Some rows of a table, as one snapshot shows them."""
 
+    #: Identifies it among the chunks of the table, the same if it is read again: 8 bytes.
+    id: bytes
     relation: Relation
     table: CatalogTable
     snapshot: Snapshot
@@ -77,8 +90,8 @@ class Chunk:
     time: float
     #: The rows by the values of their identity, in the order of the key.
     rows: dict[Key, Sequence[Cell]]
-    #: The key of the last row, to go on from; None if there is none, or the order is another.
-    cursor: dict[str, str] | None
+    #: Where to go on; None if there are no rows, or the order is another.
+    cursor: Cursor | None
     #: Whether the table has no more rows behind these.
     is_last: bool
 
@@ -95,30 +108,41 @@ class ChunkReader:
         self._connection = connection
         self._name = name
 
-    def read(self, cursor: Mapping[str, str] | None, most: int) -> Chunk:
+    def read(self, cursor: Cursor | None, most: int) -> Chunk:
         """Return the rows behind a cursor.
 
         Args:
-            cursor: The key of the last row that was read, as text by column; None to begin. It is
-                ignored if the table has another key by now.
+            cursor: That of the chunk before; None to begin. It is ignored if the table was replaced
+                or has another key by now.
             most: The most rows.
 
         Raises:
             CatalogError: The table is gone, or its rows have no key.
             psycopg.Error: PostgreSQL refuses it.
         """
-        return self._read(_BEHIND, [] if cursor is None else [cursor], most)
+        return self._read(_BEHIND, most, cursor=cursor)
 
-    def read_keys(self, keys: Sequence[Mapping[str, str]]) -> Chunk:
+    def read_keys(self, keys: Sequence[Mapping[str, str]], number: int = 0) -> Chunk:
         """Return the rows with these keys; the chunk has no cursor.
+
+        Args:
+            keys: The keys, as text by column.
+            number: Distinguishes the chunk from earlier ones with the same keys.
 
         Raises:
             CatalogError: The table is gone, or its rows have no key.
             psycopg.Error: PostgreSQL refuses it.
         """
-        return self._read(_AMONG, keys, len(keys))
+        return self._read(_AMONG, len(keys), keys, number=number)
 
-    def _read(self, template: sql.SQL, keys: Sequence[Mapping[str, str]], most: int) -> Chunk:
+    def _read(
+        self,
+        template: sql.SQL,
+        most: int,
+        keys: Sequence[Mapping[str, str]] = (),
+        cursor: Cursor | None = None,
+        number: int = 0,
+    ) -> Chunk:
         in_order = template is _BEHIND
         chunk: Chunk | None = None
         with self._connection.transaction():
@@ -127,17 +151,20 @@ class ChunkReader:
             table, key, relation = self._describe()
             names = [column.name for column in relation.columns]
             self._connection.execute(_OPERATORS, [table.oid, list(key)])
+            if cursor is not None and continues(cursor, table):
+                keys = [dict(zip(key, cursor["values"], strict=True))]
             query = self._query(template, table, names, key, keys, most)
             rows, whole = self._copy(query, _CHUNK_BYTES if in_order else sys.maxsize)
             positions = [names.index(column) for column in key]
             chunk = Chunk(
+                _id_of(table, in_order, keys, number),
                 relation,
                 table,
                 snapshot,
                 position,
                 time,
                 {tuple(cells[n] for n in positions): cells for cells in rows},
-                _cursor(rows[-1], key, positions) if rows and in_order else None,
+                _cursor(rows[-1], table, positions) if rows and in_order else None,
                 in_order and whole and len(rows) < most,
             )
             if not whole:
@@ -271,14 +298,23 @@ def identity_of(table: CatalogTable) -> tuple[str, ...]:
     return table.primary_key
 
 
-def _cursor(cells: Sequence[Cell], key: Sequence[str], positions: Sequence[int]) -> dict[str, str]:
-    """Return the key of a row as text, by column."""
-    values = (cells[n] for n in positions)
-    return {
-        column: value.decode()
-        for column, value in zip(key, values, strict=True)
-        if isinstance(value, bytes)
-    }
+def _id_of(
+    table: CatalogTable, in_order: bool, keys: Sequence[Mapping[str, str]], number: int
+) -> bytes:
+    """Identify a chunk by where it begins, or by its keys: it may have other rows by then."""
+    key = identity_of(table)
+    described = json.dumps([table.oid, key, in_order, keys, number], sort_keys=True)
+    return hashlib.blake2b(described.encode(), digest_size=8).digest()
+
+
+def continues(cursor: Cursor, table: CatalogTable) -> bool:
+    """Return whether a cursor is of this table with this key."""
+    return (cursor["table"], tuple(cursor["columns"])) == (table.oid, identity_of(table))
+
+
+def _cursor(cells: Sequence[Cell], table: CatalogTable, positions: Sequence[int]) -> Cursor:
+    values = [value.decode() for n in positions if isinstance(value := cells[n], bytes)]
+    return Cursor(table=table.oid, columns=list(identity_of(table)), values=values)
 
 
 def _literals(keys: Sequence[Sequence[str]], types: Sequence[str]) -> sql.Composed:

@@ -1,7 +1,7 @@
 """The thread that reads the chunks of one backfill, on a connection of its own.
 
-It offers one chunk at a time to the session, which puts it into the stream or asks for it again,
-and says when the broker has its rows. Only then is the progress recorded.
+It offers chunks to the session, which puts each into the stream or asks for it again, and says when
+the broker has its rows. Only then is the progress recorded. The next chunk is read in the meantime.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import psycopg
@@ -25,12 +27,14 @@ from ..protocol.lsn import Lsn
 from ..settings import Settings
 from ..table_name import TableName
 from . import requests
-from .chunks import Chunk, ChunkReader
-from .requests import Backfill
+from .chunks import Chunk, ChunkReader, Cursor
+from .requests import Backfill, Progress
 from .snapshots import Snapshot
 
 logger = logging.getLogger(__name__)
 
+#: Chunks that are read before the broker has the first of them.
+_AHEAD = 2
 #: Seconds between two looks at a transaction that is waited for, or at a queue without room.
 _PAUSE = 0.05
 #: Seconds between two looks at the request, while there is no room.
@@ -50,6 +54,31 @@ SELECT xid, pid FROM (
 ORDER BY age(xid::text::xid) DESC LIMIT 1"""
 #: It ends a chunk's transaction in the WAL: its position follows the chunk's, and is flushed.
 _FOLLOW = "SELECT pg_logical_emit_message(true, 'flash.backfill', '')"
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the session says about a chunk."""
+
+    rows: int
+    chunk: str = ""
+
+
+#: The chunk has to be read again.
+_AGAIN = _Answer(0)
+
+
+@dataclass
+class _InFlight:
+    """Some facts of a chunk, which are recorded once the broker has it."""
+
+    rows: int
+    cursor: Cursor | None
+    is_last: bool
+    #: The number up to which it has the rows that have moved; 0 for none.
+    moved: int
+    #: What the session has said, until it is recorded.
+    answer: _Answer | None = None
 
 
 class _Ended(Exception):
@@ -93,20 +122,53 @@ class ReadingChunks(threading.Thread):
         self._room = room
         self._wake = wake
         self._ending = threading.Event()
-        #: The chunk that is offered, until the session takes it.
-        self.offered: Chunk | None = None
+        #: The chunks that are offered, until the session takes them, with the attempt they are of.
+        self._offered: deque[tuple[int, Chunk]] = deque()
+        #: How often chunks had to be read again, as this thread knows, and as the session does.
+        self._attempt = self._wanted_attempt = 0
         #: A snapshot from before the next chunk, which will show at least as much; the session
         #: takes it.
         self.shown: Snapshot | None = None
-        #: The session's answers: how many rows the broker has; None to read the chunk again.
-        self._answers: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        #: How many chunks are recorded.
+        self.recorded = 0
+        #: The session's answers about the chunks in flight, in their order.
+        self._answers: queue.SimpleQueue[_Answer | None] = queue.SimpleQueue()
+        #: The chunks that the broker is not known to have.
+        self._in_flight: deque[_InFlight] = deque()
+        #: What the next chunk follows, and whether there is none.
+        self._cursor: Cursor | None = None
+        self._has_read_all = False
+        #: The same as far as it is recorded.
+        self._progress = Progress(cursor=None, chunk="")
+        self._recorded_all = False
+        self._failures = 0
+        #: When the rate allows the next chunk.
+        self._next_read = 0.0
 
-    def answer(self, rows: int | None) -> None:
-        """Say that the broker has the rows of the chunk, or that it has to be read again."""
-        self._answers.put(rows)
+    def take(self) -> Chunk | None:
+        """Return the chunk that is offered next. The session calls it."""
+        while self._offered:
+            attempt, chunk = self._offered.popleft()
+            if attempt == self._wanted_attempt:
+                return chunk
+        return None
+
+    def answer(self, rows: int, chunk: str = "") -> None:
+        """Say that the broker has the rows of the oldest chunk in flight.
+
+        Args:
+            rows: How many rows.
+            chunk: Identifies it as the broker knows it; "" if it had no message.
+        """
+        self._answers.put(_Answer(rows, chunk))
+
+    def read_again(self) -> None:
+        """Say that the oldest chunk in flight has to be read again, and those behind it."""
+        self._wanted_attempt += 1
+        self._answers.put(_AGAIN)
 
     def end(self) -> None:
-        """End the thread without waiting for it."""
+        """End the thread without waiting for it. It records the answers that it has."""
         self._ending.set()
         self._answers.put(None)
 
@@ -122,9 +184,7 @@ class ReadingChunks(threading.Thread):
         while not self._ending.is_set():
             try:
                 with closing(connect(self._settings.require_dsn())) as connection:
-                    self._read_table(connection)
-                return
-            except _Ended:
+                    self._read_until_end(connection)
                 return
             except CatalogError as error:
                 self._report(str(error), "paused")
@@ -140,6 +200,14 @@ class ReadingChunks(threading.Thread):
                 self._report(f"{type(error).__name__}; the log of flash replicate says more")
                 self._ending.wait(next(pauses))
 
+    def _read_until_end(self, connection: psycopg.Connection[Any]) -> None:
+        try:
+            self._read_table(connection)
+        except _Ended:
+            # The session may have said more than this thread has heard.
+            with suppress(_Ended):
+                self._settle(connection, _AHEAD)
+
     def _report(self, error: str, state: str = "running") -> None:
         """Record an error; a backfill that is running tries again."""
         backfill = self._backfill
@@ -152,61 +220,122 @@ class ReadingChunks(threading.Thread):
             return  # it is logged
 
     def _read_table(self, connection: psycopg.Connection[Any]) -> None:
-        backfill, id = self._backfill, self._backfill.id
-        if not requests.enter(connection, id, "running", requests.ACTIVE):
+        backfill = self._backfill
+        self._settle(connection, 0)  # after an error
+        if not requests.enter(connection, backfill.id, "running", requests.ACTIVE):
             raise _Ended
+        self._progress = self._state(connection).progress or self._progress
+        self._cursor, self._has_read_all = self._progress["cursor"], self._recorded_all
         self._wait_for_older(connection)
         reader = ChunkReader(connection, TableName.parse(backfill.table_name))
-        ended = by_key = False
-        failures = 0
+        by_key = False
         while True:
+            self._settle(connection, _AHEAD - 1)
             most = self._most_rows
             self._wait_for_room(connection, most)
-            state = self._state(connection)
-            number, moved = requests.moved(connection, id)
-            if ended and not moved:
-                break
-            began = time.monotonic()
+            self._require_active(connection)
             # In turn, so that rows that keep moving do not hold up the others.
-            by_key = bool(moved) and (ended or not by_key)
-            chunk = reader.read_keys(moved) if by_key else reader.read(state.cursor_key, most)
-            rows = self._deliver(connection, chunk)
-            if rows is None:
-                failures += 1
-                if failures == _FAILURES:
-                    self._report(_NOT_UP_TO_DATE)
-                self._sleep(_AGAIN_SECONDS)
-                continue
-            failures = 0
-            requests.advance(connection, id, rows, chunk.cursor)
+            by_key = (self._has_read_all or not by_key) and self._read_moved(connection, reader)
             if by_key:
-                requests.forget_moved(connection, id, number)
-            ended = ended or chunk.is_last
-            if backfill.rate:
-                self._sleep(rows / backfill.rate - (time.monotonic() - began))
-        if requests.enter(connection, id, "done", ["running"]):
+                continue
+            if not self._has_read_all:
+                self._read_chunk(connection, reader, most)
+            elif self._in_flight:
+                self._settle(connection, 0)
+            else:
+                break
+        if requests.enter(connection, backfill.id, "done", ["running"]):
             logger.info(
                 "The backfill %s of %s for %s is done",
-                id,
+                backfill.id,
                 escaped(backfill.table_name),
                 backfill.handler,
             )
 
+    def _require_active(self, connection: psycopg.Connection[Any]) -> None:
+        if self._state(connection).state not in requests.ACTIVE:
+            self._settle(connection, 0)
+            raise _Ended
+
     def _state(self, connection: psycopg.Connection[Any]) -> Backfill:
         state = requests.find(connection, self._backfill.id)
-        if self._ending.is_set() or state is None or state.state not in requests.ACTIVE:
+        if self._ending.is_set() or state is None:
             raise _Ended
         return state
 
-    def _deliver(self, connection: psycopg.Connection[Any], chunk: Chunk) -> int | None:
-        """Offer a chunk; return how many of its rows the broker has, or None to read it again."""
+    def _read_chunk(
+        self, connection: psycopg.Connection[Any], reader: ChunkReader, most: int
+    ) -> None:
+        """Read the next chunk in the order of the key, and offer it."""
+        self._sleep(self._next_read - time.monotonic())
+        began = time.monotonic()
+        chunk = reader.read(self._cursor, most)
+        if self._backfill.rate:
+            self._next_read = began + len(chunk.rows) / self._backfill.rate
+        self._cursor = chunk.cursor or self._cursor
+        self._has_read_all = chunk.is_last
+        self._offer(connection, chunk, 0)
+
+    def _read_moved(self, connection: psycopg.Connection[Any], reader: ChunkReader) -> bool:
+        """Read rows that have moved, if there are any; return whether there are."""
+        if not requests.moved(connection, self._backfill.id)[1]:
+            return False
+        self._settle(connection, 0)
+        number, moved = requests.moved(connection, self._backfill.id)
+        if moved:
+            self._offer(connection, reader.read_keys(moved, number), number)
+        return bool(moved)
+
+    def _offer(self, connection: psycopg.Connection[Any], chunk: Chunk, number: int) -> None:
         connection.execute(_FOLLOW)
-        self.offered = chunk
+        self._in_flight.append(_InFlight(len(chunk.rows), chunk.cursor, chunk.is_last, number))
+        self._offered.append((self._attempt, chunk))
         self._wake()
-        rows = self._answers.get()
-        if self._ending.is_set():
-            raise _Ended
-        return rows
+
+    def _settle(self, connection: psycopg.Connection[Any], most: int) -> None:
+        """Take the session's answers until so many chunks are in flight at most, and record them.
+
+        Raises:
+            _Ended: The session ends.
+        """
+        while self._in_flight and (
+            len(self._in_flight) > most or not self._answers.empty() or self._in_flight[0].answer
+        ):
+            oldest = self._in_flight[0]
+            answer = oldest.answer = oldest.answer or self._answers.get()
+            if answer is None:
+                raise _Ended
+            if answer is _AGAIN:
+                self._read_again()
+            else:
+                self._record(connection, oldest, answer)
+                self._in_flight.popleft()
+
+    def _record(
+        self, connection: psycopg.Connection[Any], chunk: _InFlight, answer: _Answer
+    ) -> None:
+        id = self._backfill.id
+        self._progress = Progress(
+            cursor=chunk.cursor or self._progress["cursor"],
+            chunk=answer.chunk or self._progress["chunk"],
+        )
+        with connection.transaction():
+            requests.advance(connection, id, answer.rows, self._progress)
+            requests.forget_moved(connection, id, chunk.moved)
+        self.recorded += 1
+        self._wake()
+        self._recorded_all |= chunk.is_last
+        self._failures = 0
+
+    def _read_again(self) -> None:
+        """Go back to what is recorded: a chunk could not be brought up to date."""
+        self._in_flight.clear()
+        self._attempt += 1
+        self._cursor, self._has_read_all = self._progress["cursor"], self._recorded_all
+        self._failures += 1
+        if self._failures == _FAILURES:
+            self._report(_NOT_UP_TO_DATE)
+        self._sleep(_AGAIN_SECONDS)
 
     def _wait_for_older(self, connection: psycopg.Connection[Any]) -> None:
         """Wait until every transaction has ended that may have written before we took note.
@@ -235,24 +364,27 @@ class ReadingChunks(threading.Thread):
     @property
     def _most_rows(self) -> int:
         """The most rows of a chunk; with a rate, those of a second, so that a pause is noticed."""
-        most = min(self._backfill.chunk_rows, self._room.most_rows)
+        most = min(self._backfill.chunk_rows, max(1, self._room.most_rows // _AHEAD))
         return most if self._backfill.rate is None else min(most, max(1, int(self._backfill.rate)))
 
     def _wait_for_room(self, connection: psycopg.Connection[Any], rows: int) -> None:
         look = time.monotonic()
-        while not self._room.has(rows):
+        while not self._room.has(rows + sum(chunk.rows for chunk in self._in_flight)):
             if time.monotonic() >= look:
                 look = time.monotonic() + _LOOK_SECONDS
-                self._state(connection)
+                self._require_active(connection)
                 self._look(connection)
             self._sleep(_PAUSE)
+            self._settle(connection, _AHEAD)
 
     def _look(self, connection: psycopg.Connection[Any]) -> Snapshot:
         """Take a snapshot, so that the session forgets the writes that later chunks will show."""
         row = connection.execute("SELECT pg_current_snapshot()::text").fetchone()
         assert row is not None
-        self.shown = snapshot = Snapshot.parse(row[0])
-        self._wake()
+        snapshot = Snapshot.parse(row[0])
+        if not self._in_flight:  # those have been read before
+            self.shown = snapshot
+            self._wake()
         return snapshot
 
     def _sleep(self, seconds: float) -> None:

@@ -6,13 +6,12 @@ process, and a second worker goes on where the first one was.
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypedDict
 
 import psycopg
 from psycopg import errors, sql
@@ -22,6 +21,7 @@ from psycopg.types.json import Jsonb
 from ..errors import ConfigurationError
 from ..postgres.connection import is_standby
 from ..postgres.source import Source
+from .chunks import Cursor
 
 #: The states in which the replication worker has something to do.
 ACTIVE = ("requested", "running")
@@ -39,7 +39,7 @@ CREATE TABLE IF NOT EXISTS public.flash_celery_backfills (
     ended_at timestamptz,
     chunks bigint NOT NULL DEFAULT 0,
     row_count bigint NOT NULL DEFAULT 0,
-    cursor_key jsonb,
+    progress jsonb,
     error text
 )"""
 #: Keys that rows have got while their table was read, so that they may have been passed by.
@@ -55,7 +55,7 @@ INSERT INTO public.flash_celery_backfills
 VALUES (%s, %s, %s, %s, %s, %s, %s)"""
 _SELECT = """
 SELECT id, slot, handler, table_name, state, rate, chunk_rows, estimate, requested_at, ended_at,
-       chunks, row_count, cursor_key, error
+       chunks, row_count, progress, error
 FROM public.flash_celery_backfills
 WHERE slot = coalesce(%(slot)s, slot) AND id = coalesce(%(id)s, id)
   AND (%(ended)s OR state IN ('requested', 'running'))
@@ -69,9 +69,9 @@ FROM unnest('{flash_celery_backfills,flash_celery_backfill_moves}'::text[]) AS n
 _PROGRESS = """
 UPDATE public.flash_celery_backfills
 SET chunks = chunks + 1, row_count = row_count + %(rows)s, error = NULL,
-    cursor_key = coalesce(%(cursor)s, cursor_key)
+    progress = %(progress)s
 WHERE id = %(id)s"""
-_BEGIN_AGAIN = "UPDATE public.flash_celery_backfills SET cursor_key = NULL WHERE id = %s"
+_BEGIN_AGAIN = "UPDATE public.flash_celery_backfills SET progress = NULL WHERE id = %s"
 #: One that has ended, or was deleted, needs none.
 _MOVED = """
 INSERT INTO public.flash_celery_backfill_moves (backfill, keys)
@@ -87,6 +87,15 @@ UPDATE public.flash_celery_backfills
 SET state = %(state)s, error = %(error)s,
     ended_at = CASE WHEN %(state)s IN ('done', 'stopped') THEN clock_timestamp() END
 WHERE id = %(id)s AND state = ANY (%(allowed)s) RETURNING id"""
+
+
+class Progress(TypedDict):
+    """How far a backfill has come."""
+
+    #: None if no chunk was read in the order of the key.
+    cursor: Cursor | None
+    #: Identifies the last chunk that has brought rows, as the broker knows it; "" for none.
+    chunk: str
 
 
 @dataclass(frozen=True)
@@ -108,8 +117,8 @@ class Backfill:
     ended_at: datetime | None
     chunks: int
     row_count: int
-    #: The key of the last row that is enqueued, as text by column.
-    cursor_key: dict[str, str] | None
+    #: Where to go on, and what the broker has of the last chunk.
+    progress: Progress | None
     #: The last error, while it is not overcome.
     error: str | None
 
@@ -194,7 +203,7 @@ def next_of(source: Source) -> Backfill | None:
 
 def begun(source: Source) -> list[Backfill]:
     """Return the backfills that have read something and have not ended, also paused ones."""
-    return [each for each in all_of(source) if each.ended_at is None and each.cursor_key]
+    return [each for each in all_of(source) if each.ended_at is None and each.progress]
 
 
 def find(connection: psycopg.Connection[Any], id: str) -> Backfill | None:
@@ -219,7 +228,7 @@ def advance(
     connection: psycopg.Connection[Any],
     id: str,
     rows: int,
-    cursor: Mapping[str, str] | None,
+    progress: Progress,
 ) -> None:
     """Record that the broker has the rows of a chunk.
 
@@ -227,10 +236,9 @@ def advance(
         connection: To the source's database.
         id: The backfill.
         rows: How many rows were enqueued.
-        cursor: The key to go on from; None leaves it as it is.
+        progress: How far it has come with them.
     """
-    values = {"rows": rows, "cursor": None if cursor is None else json.dumps(cursor), "id": id}
-    connection.execute(_PROGRESS, values)
+    connection.execute(_PROGRESS, {"rows": rows, "progress": Jsonb(progress), "id": id})
 
 
 def begin_again(connection: psycopg.Connection[Any], id: str) -> None:

@@ -109,6 +109,11 @@ def unprefixed(row: bytes) -> bytes:
     return row[_BACKFILLED.size :] if row[:1] == b"B" else row
 
 
+def row_ids(rows: Iterable[bytes]) -> bytes:
+    """Return the ids of rows of a backfill, one after the other."""
+    return b"".join([row[1 : _BACKFILLED.size] for row in rows])
+
+
 def row_id_of(cells: Sequence[Cell]) -> bytes:
     """Return 16 bytes that identify a row in its backfill.
 

@@ -133,6 +133,13 @@ class Transaction(NamedTuple):
     backfill: str | None = None
 
 
+class ChunkTransaction(Transaction):
+    """What the rows of a chunk of a backfill have for a transaction."""
+
+    #: Identifies the chunk, the same if it is read again.
+    chunk: bytes = b""
+
+
 #: The shift of a change whose place is unknown, because messages of version 1 do not have it.
 UNKNOWN = -1
 

@@ -19,6 +19,7 @@ from ..changes.payload import Delivery
 from ..changes.rows import UNCHANGED
 from ..errors import ChangeTooLarge
 from ..escaping import escaped
+from ..messages.deduplication import covered_by
 from ..messages.task_message import Message
 from ..messages.templates import Template, Templates
 from ..protocol.pgoutput import Cell
@@ -83,7 +84,7 @@ class Oversize:
         excess = sum(map(len, delivery.rows)) - limit
         change = _without_the_largest(payload.change_of(delivery), excess)
         (failed,) = template.each(payload.delivery_of(change))
-        failed.body = _plain(failed)
+        failed.body, failed.covered = _plain(failed), covered_by([delivery])
         letter = letters.from_message(
             failed,
             template.queue,

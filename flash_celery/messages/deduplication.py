@@ -4,6 +4,8 @@ A broker that can store a position in one step with the messages (Redis, by a sc
 the next session, which leaves out the changes that PostgreSQL sends again. A position alone is not
 enough, because a restored database reuses its LSNs. So a change is left out only if its transaction
 is the one that was enqueued: the same commit LSN, xid and commit time.
+
+The rows of a backfill are not in the WAL. The broker returns those of the last chunks by their ids.
 """
 
 from __future__ import annotations
@@ -16,17 +18,24 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from ..changes.payload import Delivery
-from ..changes.rows import Transaction
+from ..changes.payload import Delivery, row_ids
+from ..changes.rows import ChunkTransaction, Transaction
 from ..protocol.lsn import Lsn
 
 #: The last change of a subscription that a template has made a message of (the high-water mark):
 #: its commit LSN, ordinal and part. A plain tuple, because every message has one.
 Watermark: TypeAlias = tuple[int, int, int]
-#: The changes in a message: the watermark of each subscription, by number, and the identities of
-#: the transactions.
-Covered: TypeAlias = tuple[Collection[tuple[int, Watermark]], Collection[int]]
-NOTHING: Covered = (), ()
+#: Rows of a chunk of a backfill for one subscription: the result of `chunk_of`, and the ids of the
+#: rows, one after the other.
+ChunkRows: TypeAlias = tuple[bytes, bytes]
+#: The changes in a message: the watermark of each subscription, by number, the identities of the
+#: transactions, and the rows of backfills.
+Covered: TypeAlias = tuple[
+    Collection[tuple[int, Watermark]], Collection[int], Collection[ChunkRows]
+]
+#: Bytes of the result of `chunk_of`, of an id of a chunk, and of the id of a row.
+CHUNK_BYTES, CHUNK_ID_BYTES, ROW_ID_BYTES = 12, 8, 16
+NOTHING: Covered = (), (), ()
 #: The clock of leases; it also runs while the host is suspended, unlike Linux's monotonic clock.
 _CLOCK: int | None = getattr(time, "CLOCK_BOOTTIME", None)
 
@@ -51,6 +60,9 @@ def covered_by(deliveries: Sequence[Delivery]) -> Covered:
     Args:
         deliveries: Its changes, in the order of the WAL.
     """
+    chunks = [delivery for delivery in deliveries if delivery.transaction.backfill is not None]
+    if chunks:
+        deliveries = [each for each in deliveries if each.transaction.backfill is None]
     last = {delivery.number: delivery for delivery in deliveries}
     marks = [
         (number, (transaction.commit_lsn, ordinal + len(rows) - 1, part))
@@ -58,7 +70,19 @@ def covered_by(deliveries: Sequence[Delivery]) -> Covered:
     ]
     # Not by a call of `identity`, which takes twice the time.
     identities = dict.fromkeys([hash(delivery.transaction[:3]) for delivery in deliveries])
-    return marks, array("q", identities)
+    return marks, array("q", identities), list(map(chunk_rows, chunks))
+
+
+def chunk_rows(delivery: Delivery) -> ChunkRows:
+    """Return the rows of a delivery of a backfill."""
+    transaction = delivery.transaction
+    chunk = transaction.chunk if isinstance(transaction, ChunkTransaction) else b""
+    return chunk_of(chunk, delivery.number), row_ids(delivery.rows)
+
+
+def chunk_of(chunk: bytes, number: int) -> bytes:
+    """Return what identifies a chunk for the subscription with this number."""
+    return chunk + number.to_bytes(CHUNK_BYTES - len(chunk), "big")
 
 
 @dataclass
@@ -94,6 +118,8 @@ class Deduplicator:
         marks: The watermarks, by template key and subscription number.
         transactions: The identities of the transactions that were enqueued.
         acknowledged: A position before which everything was enqueued. Default: unknown.
+        chunks: The ids of the rows that were enqueued of the last chunks of backfills, by the
+            result of `chunk_of`; None if the broker does not know them.
     """
 
     def __init__(
@@ -101,8 +127,10 @@ class Deduplicator:
         marks: Mapping[tuple[str, int], Watermark],
         transactions: Collection[int],
         acknowledged: Lsn | None = None,
+        chunks: Mapping[bytes, Collection[bytes]] | None = None,
     ) -> None:
         self.acknowledged = acknowledged
+        self.chunks = chunks
         self._marks = marks
         self._transactions = transactions
         #: The commit LSN of the last transaction with an enqueued change.

@@ -217,7 +217,10 @@ class LaneGroup:
     def _cover(self, delivery: Delivery, first: int, following: int) -> None:
         """Note changes of a delivery, from an ordinal on, as part of the next message."""
         if following > first:
-            rows = _NO_ROW * (following - first)
+            rows: Sequence[bytes] = _NO_ROW * (following - first)
+            if delivery.transaction.backfill is not None:  # whose rows are known by their ids
+                begin = first - delivery.ordinal
+                rows = delivery.rows[begin : begin + len(rows)]
             self._covered.append(delivery._replace(rows=rows, ordinal=first))
 
     def _flush_to(

@@ -17,7 +17,7 @@ from ..handlers.subscriptions import Batch, Subscription
 from ..provisioning.ordering_keys import Key, OrderingKeys
 from ..settings import Settings
 from .coalescing import Coalescer
-from .deduplication import Covered, covered_by, identity
+from .deduplication import Covered, chunk_rows, covered_by, identity
 from .lane_messages import LaneForm, LaneGroup, handler_key
 from .task_ids import short_digest, task_id_of_batch, task_id_of_change
 from .task_message import HELD, PERSISTENT, Form, Message
@@ -151,10 +151,15 @@ class Template:
         """Return a message for each change of a delivery."""
         _, transaction, first, part, number, _, _ = delivery
         commit_lsn, transactions = transaction.commit_lsn, (identity(transaction),)
+        backfilled = transaction.backfill is not None
         messages, deliveries = [], (delivery,)
         for position, (value, change_id, argsrepr) in enumerate(payload.encode_each(delivery)):
             task_id = task_id_of_change(self._source, self.task, change_id)
-            covered = ((number, (commit_lsn, first + position, part)),), transactions
+            covered: Covered
+            if backfilled:
+                covered = (), (), (chunk_rows(delivery.row(position)),)
+            else:
+                covered = ((number, (commit_lsn, first + position, part)),), transactions, ()
             messages.append(
                 self._message(CHANGE, task_id, argsrepr, value, covered, deliveries, position)
             )

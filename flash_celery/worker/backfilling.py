@@ -7,8 +7,10 @@ and nothing waits for it. Rows that were written since are brought up to date fi
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from itertools import groupby
 from typing import Any, Protocol
@@ -16,7 +18,7 @@ from typing import Any, Protocol
 import psycopg
 
 from ..backfill import requests
-from ..backfill.chunks import Chunk, identity_of
+from ..backfill.chunks import Chunk, continues, identity_of
 from ..backfill.moved_rows import MOST_KEYS, MovedRows
 from ..backfill.reading import ReadingChunks, position_of
 from ..backfill.recent_writes import Merged, RecentWrites, key_of
@@ -27,10 +29,11 @@ from ..capture.transactions import Rows
 from ..changes.history import History
 from ..changes.operations import Operation
 from ..changes.payload import Delivery, prefixed, row_id_of
-from ..changes.rows import Transaction
+from ..changes.rows import ChunkTransaction, Transaction
 from ..errors import CatalogError, ConfigurationError
 from ..escaping import escaped, one_line
 from ..handlers.subscriptions import Subscription
+from ..messages.deduplication import CHUNK_ID_BYTES, chunk_of
 from ..postgres import catalog
 from ..postgres.catalog import CatalogTable
 from ..postgres.source import Source
@@ -44,6 +47,9 @@ logger = logging.getLogger(__name__)
 
 #: Keys of rows that are read together by themselves.
 _MOVED_TOGETHER = 100
+#: Seconds to wait at the end of a session until the progress is recorded.
+_RECORDING_SECONDS = 2.0
+_REPLACED = "the table was replaced, or has another key"
 
 
 class Backfilling:
@@ -58,6 +64,7 @@ class Backfilling:
         history: The server's history, which the messages carry.
         room: The room in the handler's queues.
         moved: Learns which rows have been delivered.
+        binding: That of the session's lease.
 
     Raises:
         CatalogError: The table is gone, or its rows have no key.
@@ -73,8 +80,10 @@ class Backfilling:
         history: History | None,
         room: Room,
         moved: MovedRows,
+        binding: str,
     ) -> None:
         self._moved = moved
+        self._binding = binding.encode()
         self._source = source
         self._backfill = backfill
         self._history = history
@@ -82,8 +91,9 @@ class Backfilling:
         table = _find(source, backfill)
         if table is None:
             raise CatalogError(f"{backfill.table_name} is gone, or its rows have no key.")
-        self._oid, self._key = table.oid, identity_of(table)
-        self._writes = RecentWrites(self._key)
+        self._table = table
+        self._oid = table.oid
+        self._writes = RecentWrites(identity_of(table))
         self._sink = _RowSink(sink)
         self._router = Router(subscriptions, _Settled(relations), self._sink)
         self._relation: Relation | None = None
@@ -92,22 +102,45 @@ class Backfilling:
         self._chunk: Chunk | None = None
         #: How many rows have been delivered, which numbers them.
         self._count = backfill.row_count
-        #: The number of the chunk that was delivered last, and its rows.
+        #: The number of the chunk that was delivered last.
         self.delivered = 0
-        self._rows = 0
-        self._confirmed = 0
+        #: For each chunk that is not confirmed: how many rows it has, and what the broker knows it
+        #: by.
+        self._unconfirmed: deque[tuple[int, str]] = deque()
+        #: Whether the chunk behind those cannot be brought up to date.
+        self._stale = False
+        #: Whether the broker knows which rows it has.
+        self._knows_rows = False
 
-    def start(self, wake: Callable[[], object]) -> None:
-        """Start reading the table; `wake` wakes the session when there is a chunk."""
-        if self._reading is None:
-            settings = self._source.settings
-            self._reading = ReadingChunks(settings, self._backfill, self._room, wake)
-            self._reading.start()
+    def start(
+        self, wake: Callable[[], object], enqueued: Mapping[bytes, Collection[bytes]] | None
+    ) -> None:
+        """Start reading the table.
+
+        Args:
+            wake: Wakes the session when there is a chunk.
+            enqueued: The rows of the last chunks that the broker has; None if it does not know.
+        """
+        if self._reading is not None:
+            return
+        progress = self._backfill.progress
+        self._knows_rows, self._sink.enqueued = enqueued is not None, enqueued or {}
+        if progress is not None and progress["chunk"] and enqueued is not None:
+            known = {chunk[:CHUNK_ID_BYTES].hex() for chunk in enqueued}
+            if progress["chunk"] not in known:
+                self._begin_again("the broker has lost rows that it had confirmed")
+                self._sink.enqueued = {}
+        cursor = progress["cursor"] if progress is not None else None
+        if cursor is not None and not continues(cursor, self._table):
+            self._begin_again(_REPLACED)
+        self._reading = ReadingChunks(self._source.settings, self._backfill, self._room, wake)
+        self._reading.start()
 
     def close(self) -> None:
         """End the thread. What the broker has not confirmed is read again."""
         if self._reading is not None:
             self._reading.end()
+            self._reading.join(_RECORDING_SECONDS)
 
     def is_for(self, backfill: Backfill) -> bool:
         """Return whether this does a backfill, and has not ended."""
@@ -121,9 +154,13 @@ class Backfilling:
     @property
     def waits_for(self) -> Lsn | None:
         """The position that the stream has to pass; None if no chunk waits."""
-        if self._chunk is None and self._reading is not None:
-            self._chunk, self._reading.offered = self._reading.offered, None
+        if self._chunk is None and self._reading is not None and self._may_deliver(self._reading):
+            self._chunk = self._reading.take()
         return None if self._chunk is None else self._chunk.position
+
+    def _may_deliver(self, reading: ReadingChunks) -> bool:
+        # A broker that does not know rows gets those of one chunk twice at most.
+        return not self._stale and (self._knows_rows or reading.recorded == self.delivered)
 
     def reached(self, position: Lsn) -> bool:
         """Deliver the chunk if everything before it is delivered; return whether it was.
@@ -138,45 +175,52 @@ class Backfilling:
         chunk, self._chunk = self._chunk, None
         assert chunk is not None
         assert self._reading is not None
-        if (chunk.table.oid, identity_of(chunk.table)) != (self._oid, self._key):
-            self._begin_again()
+        if (chunk.table.oid, identity_of(chunk.table)) != (self._oid, identity_of(self._table)):
+            # Another session notes what happens to this table.
+            self._begin_again(_REPLACED)
+            self.close()
             return False
         if self._writes.hides_any(chunk.snapshot, chunk.relation.columns):
-            self._reading.answer(None)
+            self._stale = True
             return False
         merged = self._writes.merge(chunk.snapshot, chunk.rows)
         self._writes.forget(chunk.snapshot)
         self._deliver(chunk, merged)
         self._moved.has_all |= chunk.is_last
         self.delivered += 1
-        self._rows = len(merged)
+        self._unconfirmed.append((len(merged), self._sink.chunk.hex() if self._sink.used else ""))
         return True
 
     def confirm(self, chunk: int) -> None:
-        """Take note that the broker has the rows of this chunk."""
+        """Take note that the broker has the rows up to this chunk."""
         reading = self._reading
         if reading is None:
             return
-        if chunk > self._confirmed:
-            self._confirmed = chunk
-            reading.answer(self._rows)
+        while self.delivered - len(self._unconfirmed) < chunk:
+            reading.answer(*self._unconfirmed.popleft())
+        if self._stale and not self._unconfirmed:
+            self._stale = False
+            reading.read_again()
         shown, reading.shown = reading.shown, None
         if shown is not None:
             self._writes.forget(shown)
         if not reading.is_alive():
             self._writes.end()
 
-    def _begin_again(self) -> None:
-        """Have another session begin with the first row: the progress is of another order."""
+    def _begin_again(self, reason: str) -> None:
+        """Forget the progress, so that the table is read from its first row on."""
         logger.warning(
-            "The backfill %s begins again: %s was replaced, or has another key",
+            "The backfill %s of %s begins again: %s",
             self._backfill.id,
             escaped(self._backfill.table_name),
+            reason,
         )
         requests.begin_again(self._source.connection, self._backfill.id)
-        self.close()
 
     def _deliver(self, chunk: Chunk, merged: Sequence[Merged]) -> None:
+        described = self._binding + self._backfill.id.encode() + chunk.id
+        self._sink.chunk = hashlib.blake2b(described, digest_size=CHUNK_ID_BYTES).digest()
+        self._sink.used = False
         if self._relation != chunk.relation:
             self._relation = chunk.relation
             self._router.relation(chunk.relation, self._transaction(chunk, None))
@@ -198,7 +242,9 @@ class Backfilling:
         """Return the transaction that rows stand for: the chunk's, or the last that wrote them."""
         position = position_of(chunk) if commit_lsn is None else Lsn(commit_lsn + 1)
         time = timestamps.from_unix(chunk.time)
-        return Transaction(position, 0, time, self._history, "", self._backfill.id)
+        transaction = ChunkTransaction(position, 0, time, self._history, "", self._backfill.id)
+        transaction.chunk = self._sink.chunk
+        return transaction
 
 
 def _find(source: Source, backfill: Backfill) -> CatalogTable | None:
@@ -307,6 +353,11 @@ class _RowSink:
         self._sink = sink
         self._first = 0
         self._ids: Sequence[bytes] = ()
+        #: The rows that earlier sessions have enqueued, by the result of `chunk_of`.
+        self.enqueued: Mapping[bytes, Collection[bytes]] = {}
+        #: What the broker knows the chunk by, and whether it had rows for a handler.
+        self.chunk = b""
+        self.used = False
 
     def begin(self, first: int, ids: Sequence[bytes]) -> None:
         """Set the ordinal of the first row, and the ids of the rows."""
@@ -317,12 +368,16 @@ class _RowSink:
         receive = self._sink.receiver(subscription, operation)
 
         def identified(delivery: Delivery) -> None:
+            self.used = True
             start = delivery.ordinal - self._first
+            enqueued = self.enqueued.get(chunk_of(self.chunk, subscription.number), ())
             rows = [
                 prefixed(row, row_id=row_id)
                 for row, row_id in zip(delivery.rows, self._ids[start:], strict=False)
+                if row_id not in enqueued
             ]
-            receive(delivery._replace(rows=rows))
+            if rows:
+                receive(delivery._replace(rows=rows))
 
         return identified
 

@@ -461,7 +461,9 @@ class Replicator:
         doing = backfills.next()
         pipeline.transactions.observe(lambda rows: backfills.observe(rows, doing))
         if doing is not None:
-            backfilling = self._backfilling(doing, backfills, source, catalog, sink, templates)
+            backfilling = self._backfilling(
+                doing, backfills, source, catalog, sink, templates, lease
+            )
             if backfilling is not None:
                 pipeline.transactions.observe(backfilling.observe)
                 backfills.backfilling = backfilling
@@ -476,6 +478,7 @@ class Replicator:
         catalog: RelationCatalog,
         sink: Sink,
         templates: Templates,
+        lease: Lease,
     ) -> Backfilling | None:
         """Return a backfill for the session to do beside reading; None if it has to be paused."""
         subscriptions = [
@@ -495,7 +498,9 @@ class Replicator:
             size = 1 if batch is None or lanes else batch.size
             room = Room(self._app, queues, size, self._settings.flash_backfill_ahead)
             moved, history = backfills.moved_of(backfill), self._history
-            return Backfilling(source, backfill, subscriptions, catalog, sink, history, room, moved)
+            return Backfilling(
+                source, backfill, subscriptions, catalog, sink, history, room, moved, lease.binding
+            )
         except CatalogError as error:
             requests.enter(source.connection, backfill.id, "paused", requests.ACTIVE, str(error))
             logger.warning("The backfill %s is paused: %s", backfill.id, error)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import select
 import time
+from collections.abc import Collection, Mapping
 from enum import Enum, auto
 from typing import Any
 
@@ -115,6 +116,8 @@ class Session:
         self._refill: Refill | None = None
         self._backfilling: Backfilling | None = None
         self._backfills: Backfills | None = None
+        #: The rows of the last chunks that the broker has; None if it does not know.
+        self._enqueued_rows: Mapping[bytes, Collection[bytes]] | None = None
         #: Whether a chunk was delivered that is not handed over yet.
         self._has_chunk = False
         #: When the server was asked for its position last, for a chunk.
@@ -230,6 +233,7 @@ class Session:
         deduplicator = self._publishing.deduplicator
         if deduplicator is not None:
             self._batcher.deduplicate(deduplicator)
+            self._enqueued_rows = deduplicator.chunks
             if self._supervisor.paused:
                 self._state = State.PAUSED
             elif self._refill is not None and self._refill.start(deduplicator.acknowledged):
@@ -258,7 +262,7 @@ class Session:
         self._state = State.READING
         if self._backfilling is not None:
             self._progress.chunk = 0
-            self._backfilling.start(self._control.wake)
+            self._backfilling.start(self._control.wake, self._enqueued_rows)
 
     def _continue_backfill(self, backfilling: Backfilling, now: float) -> bool:
         """Report confirmed chunks; return whether to ask for the position that the next needs."""
@@ -382,6 +386,8 @@ class Session:
             self._control.rest(min(remaining, 0.1))
             self._renew_lease()
             self._send_status()
+        if self._backfilling is not None:
+            self._backfilling.confirm(self._progress.chunk)
         self._send_status()
         for _ in range(20):
             if self._stream.flush():

@@ -84,6 +84,7 @@ _REQUEUE = (
 )
 _REDIS = ("redis.connection:AbstractConnection.send_packed_command",)
 _AMQP = ("amqp.transport:_AbstractTransport.write",)
+_CHUNKS = "flash_celery.backfill.reading:ReadingChunks"
 _SPOOL = ("flash_celery.capture.spool:Spool.append",)
 
 STEPS = {
@@ -102,6 +103,11 @@ STEPS = {
     "spool": Step(When.BEFORE, _SPOOL),
     "spooled": Step(When.AFTER, _SPOOL),
     "replayed": Step(When.AFTER, ("flash_celery.capture.transactions:Transactions.replay",)),
+    # A chunk of a backfill.
+    "chunk begun": Step(When.AFTER, ("flash_celery.backfill.chunks:ChunkReader._snapshot",)),
+    "chunk row": Step(When.AFTER, ("flash_celery.backfill.chunks:cells_of",)),
+    "chunk confirmed": Step(When.BEFORE, (f"{_CHUNKS}._record",)),
+    "chunk recorded": Step(When.AFTER, (f"{_CHUNKS}._record",)),
     # Start-up.
     "statement": Step(When.BEFORE, ("flash_celery.provisioning.ddl:_run",)),
     "statement done": Step(When.AFTER, ("flash_celery.provisioning.ddl:_run",)),

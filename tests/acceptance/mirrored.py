@@ -18,7 +18,8 @@ app.conf.update(
 app.conf.update(json.loads(os.environ.get("SHOP_CONF", "{}")))
 
 
-@on_change("items", batch=50)
+# A deploy alters the handler.
+@on_change("items", batch=40 if "SHOP_DEPLOYED" in os.environ else 50)
 @app.task(queue="mirror")
 def mirror(changes):
     """Would apply the changes."""
@@ -30,7 +31,12 @@ def added(change):
     """Would receive new rows only."""
 
 
-@on_change("items", ordered=True, once=lambda: psycopg.connect(os.environ["SHOP_DSN"]))
+@on_change(
+    "items",
+    "insert|update|delete",
+    ordered=True,
+    once=lambda: psycopg.connect(os.environ["SHOP_DSN"]),
+)
 @app.task(queue="counted")
 def counted(change):
     """Is handled once."""

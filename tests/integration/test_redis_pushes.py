@@ -25,7 +25,7 @@ PATIENCE = 2.0
 
 
 def message(number, queue="flash"):
-    covered = [(0, (number, 0, 0))], (number,)
+    covered = [(0, (number, 0, 0))], (number,), ()
     return Message(Form(queue, "handler", {}, {}, template="t"), str(number), "", "{}", covered)
 
 
@@ -352,7 +352,7 @@ def test_push_of_another_layout_waits_for_the_lanes_and_loses_nothing(new_sessio
     )
 
     def change(number, lanes):
-        covered = [(0, (number, 0, 0))], (number,)
+        covered = [(0, (number, 0, 0))], (number,), ()
         return LaneMessage(lanes, [(0, 1, str(number))], covered)
 
     def empty(changes):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from flash_celery.changes.payload import Delivery
-from flash_celery.changes.rows import Transaction
-from flash_celery.messages.deduplication import Deduplicator, identity
+from flash_celery.changes.payload import Delivery, prefixed
+from flash_celery.changes.rows import ChunkTransaction, Transaction
+from flash_celery.messages.deduplication import Deduplicator, chunk_of, covered_by, identity
 from flash_celery.protocol.lsn import Lsn
 
 
@@ -52,3 +52,16 @@ def test_deduplicator_ignores_other_templates_and_subscriptions():
 def test_deduplicator_passes_a_transaction_of_another_timeline(given):
     known = enqueued((200, 0, 0), delivery())
     assert left(known.filter("one", delivery(**given))) == (0, "abcd")
+
+
+def test_rows_of_a_backfill_leave_the_mark_of_changes_where_it_is():
+    """Their position may be before changes that were delivered already."""
+    chunk = ChunkTransaction(Lsn(90), 0, 1, None, "", "b1")
+    chunk.chunk = bytes(8)
+    ids = [bytes([n] * 16) for n in (1, 2)]
+    rows = [prefixed(b"I", row_id=row_id) for row_id in ids]
+    backfilled = Delivery(None, chunk, 0, 0, 3, rows)
+    marks, transactions, chunks = covered_by([delivery(), backfilled])
+    assert marks == [(0, (100, 3, 0))]
+    assert list(transactions) == [identity(delivery().transaction)]
+    assert chunks == [(chunk_of(bytes(8), 3), b"".join(ids))]

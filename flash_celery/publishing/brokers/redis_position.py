@@ -2,7 +2,8 @@
 
 Strategy: a hash has the fencing token of the session that may publish (field `owner`), the
 sequence number of its last write (field `writes`), the lease's binding, and the high-water marks of
-each template. A list has the transactions that PostgreSQL may send again. Each write is one
+each template. One list has the transactions that PostgreSQL may send again, another the rows of the
+last chunks of backfills, which may be read again. Each write is one
 compare-and-set: a script pushes the messages and moves the position if token and sequence number
 are the expected ones, and does nothing otherwise. So a process that was frozen while another took
 over its slot publishes nothing when it wakes, and a write that was given up and arrives late has no
@@ -20,7 +21,7 @@ from __future__ import annotations
 import logging
 import struct
 from array import array
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from itertools import count
@@ -29,7 +30,15 @@ from typing import Any, NamedTuple, TypeAlias
 import redis
 
 from ...errors import ConfirmedLost, LanesNotReady, TakenOver
-from ...messages.deduplication import Deduplicator, Lease, Watermark, now
+from ...messages.deduplication import (
+    CHUNK_BYTES,
+    CHUNK_ID_BYTES,
+    ROW_ID_BYTES,
+    Deduplicator,
+    Lease,
+    Watermark,
+    now,
+)
 from ...messages.task_message import Message
 from ...protocol.lsn import Lsn
 from . import lane_scripts
@@ -58,6 +67,9 @@ _LAST = struct.Struct("=q")
 _IDENTITY_BYTES = 8
 #: The most acknowledged transactions to keep: 1 MB.
 _MOST_KEPT = 1 << 17
+#: The chunks whose rows are kept: more than are ever enqueued and not recorded, also if they are
+#: read again a few times.
+_KEPT_CHUNKS = 16
 #: The most writes without a reply to remember. If Redis executes an older one, it counts as a loss.
 _MAX_UNANSWERED = 100
 #: Lower than every other mark.
@@ -180,6 +192,10 @@ class _Write(NamedTuple):
     transactions: bytes
     #: The highest mark among its messages.
     highest: Watermark
+    #: The chunks whose rows it appends, in the order of the list.
+    chunks: Sequence[bytes] = ()
+    #: How many entries of the list of chunks it drops.
+    dropped_chunks: int = 0
 
 
 class RedisPosition:
@@ -187,6 +203,7 @@ class RedisPosition:
 
     def __init__(self, key: str, lease: Lease) -> None:
         self._key, self._list = key, f"{key}.transactions"
+        self._chunk_list = f"{key}.chunks"
         self._lease = lease
         #: The sequence number of the last write that Redis has confirmed.
         self._sequence_number = 0
@@ -200,6 +217,8 @@ class RedisPosition:
         self._kept = 0
         #: The transactions of the last write, packed.
         self._transactions = b""
+        #: The ids of the chunks in the entries of the list of chunks.
+        self._chunks: deque[bytes] = deque()
         #: Writes after the last confirmed one, by sequence number, whose replies were lost. All
         #: begin with the same message and expect the same number, so Redis executes at most one.
         self._unanswered: dict[int, _Write] = {}
@@ -220,8 +239,9 @@ class RedisPosition:
         with client.pipeline(transaction=True) as pipeline:
             pipeline.hgetall(self._key)
             pipeline.lrange(self._list, 0, -1)
+            pipeline.lrange(self._chunk_list, 0, -1)
             pipeline.hset(self._key, mapping={"owner": self._lease.fencing_token, "writes": 0})
-            fields, entries, _ = pipeline.execute()
+            fields, entries, chunks, _ = pipeline.execute()
         if self._lease.lost:
             pass
         elif previous is not None and previous._key == self._key:
@@ -231,16 +251,17 @@ class RedisPosition:
                 logger.info(_UPGRADED, self._key)
             else:
                 logger.error(_NO_POSITION, self._key)
+        self._chunks.extend(entry[:CHUNK_ID_BYTES] for entry in chunks)
         if fields.get(b"binding") != self._lease.binding.encode():
             self._reset(client, list(fields))
-            return Deduplicator({}, ())
+            return Deduplicator({}, (), chunks=_rows_by_chunk(chunks))
         self._entries.extend(map(_Entry.read, entries))
         self._kept = sum(entry.transactions for entry in self._entries)
         transactions = array("q", b"".join(entry[_LAST.size :] for entry in entries))
         marks = _marks(fields)
         self._highest = max(marks.values(), default=_NONE)
         acknowledged = Lsn(int(fields[_ACKNOWLEDGED])) if _ACKNOWLEDGED in fields else None
-        return Deduplicator(marks, frozenset(transactions), acknowledged)
+        return Deduplicator(marks, frozenset(transactions), acknowledged, _rows_by_chunk(chunks))
 
     def _has_former(self, client: Any) -> bool:
         """Return whether Redis has the position of the server before pg_upgrade."""
@@ -288,7 +309,7 @@ class RedisPosition:
             TakenOver: Another session has claimed the lease.
             ConfirmedLost: Redis has lost a write that it had confirmed.
         """
-        marks, highest, transactions = _covered(messages)
+        marks, highest, transactions, chunks = _covered(messages)
         new = transactions if transactions != self._transactions else b""
         dropped = self._superfluous_entries()
         number = next(self._numbers)
@@ -297,6 +318,10 @@ class RedisPosition:
             commands.append(("LTRIM", self._list, dropped, -1))
         if new:
             commands.append(("RPUSH", self._list, _LAST.pack(highest[0]) + new))
+        dropped_chunks = self._superfluous_chunks(chunks)
+        if dropped_chunks:
+            commands.append(("LTRIM", self._chunk_list, dropped_chunks, -1))
+        commands += [("RPUSH", self._chunk_list, chunk + ids) for chunk, ids in chunks.items()]
         # One command each: Lua unpacks some thousand words at most.
         commands += [("HSET", self._key, field, mark) for field, mark in marks.items()]
         fields: list[Any] = ["writes", number, "binding", self._lease.binding]
@@ -304,7 +329,11 @@ class RedisPosition:
             fields += [_ACKNOWLEDGED, int(self._lease.acknowledged)]
         commands.append(("HSET", self._key, *fields))
         entry = _Entry(highest[0], len(new) // _IDENTITY_BYTES) if new else None
-        self._expect(number, _Write(len(messages), entry, dropped, transactions, highest))
+        ids = [chunk[:CHUNK_ID_BYTES] for chunk in chunks]
+        self._expect(
+            number,
+            _Write(len(messages), entry, dropped, transactions, highest, ids, dropped_chunks),
+        )
         if self.compare_and_set(client, commands):
             self.check(client)
             raise redis.ConnectionError("a push whose reply was lost was executed after all")
@@ -364,6 +393,15 @@ class RedisPosition:
             kept -= entry.transactions
         return len(self._entries)
 
+    def _superfluous_chunks(self, new: Iterable[bytes]) -> int:
+        """Return how many entries of the list, from the first, are of chunks that are recorded."""
+        kept = dict.fromkeys(chunk[:CHUNK_ID_BYTES] for chunk in new)
+        for following, chunk in enumerate(reversed(self._chunks)):
+            if chunk not in kept and len(kept) >= _KEPT_CHUNKS:
+                return len(self._chunks) - following
+            kept[chunk] = None
+        return 0
+
     def _expect(self, number: int, write: _Write) -> None:
         if len(self._unanswered) >= _MAX_UNANSWERED:
             del self._unanswered[min(self._unanswered)]
@@ -380,16 +418,29 @@ class RedisPosition:
         if write.entry is not None:
             self._entries.append(write.entry)
             self._kept += write.entry.transactions
+        for _ in range(write.dropped_chunks):
+            self._chunks.popleft()
+        self._chunks.extend(write.chunks)
         return write.messages
 
 
-def _covered(messages: Sequence[Message]) -> tuple[dict[str, str], Watermark, bytes]:
-    """Return hash fields with the marks of messages, the highest mark, and their transactions."""
+def _covered(
+    messages: Sequence[Message],
+) -> tuple[dict[str, str], Watermark, bytes, dict[bytes, bytes]]:
+    """Return what messages cover.
+
+    Returns:
+        Hash fields with marks, the highest mark, the transactions, packed, and the ids of rows by
+        chunk.
+    """
     marks: dict[tuple[str, int], Watermark] = {}
     distinct: dict[int, None] = {}
     previous: Collection[int] = ()
+    chunks: defaultdict[bytes, list[bytes]] = defaultdict(list)
     for message in messages:
-        message_marks, transactions = message.covered
+        message_marks, transactions, chunk_rows = message.covered
+        for chunk, ids in chunk_rows:
+            chunks[chunk].append(ids)
         for number, mark in message_marks:
             marks[message.form.template, number] = mark
         if transactions is not previous:  # the messages of one transaction share the object
@@ -400,7 +451,20 @@ def _covered(messages: Sequence[Message]) -> tuple[dict[str, str], Watermark, by
         f"{_MARK}{template}:{number}": ":".join(map(str, map(int, mark)))
         for (template, number), mark in marks.items()
     }
-    return fields, highest, array("q", distinct).tobytes()
+    rows = {chunk: b"".join(ids) for chunk, ids in chunks.items()}
+    return fields, highest, array("q", distinct).tobytes(), rows
+
+
+def _rows_by_chunk(entries: Iterable[bytes]) -> dict[bytes, frozenset[bytes]]:
+    """Return the ids of the rows that entries of the list of chunks have, by chunk."""
+    joined: defaultdict[bytes, bytes] = defaultdict(bytes)
+    for entry in entries:
+        joined[entry[:CHUNK_BYTES]] += entry[CHUNK_BYTES:]
+    size = ROW_ID_BYTES
+    return {
+        chunk: frozenset(ids[start : start + size] for start in range(0, len(ids), size))
+        for chunk, ids in joined.items()
+    }
 
 
 def _marks(fields: dict[bytes, bytes]) -> dict[tuple[str, int], Watermark]:
