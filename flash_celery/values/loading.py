@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any, cast
 
@@ -23,9 +24,13 @@ Loader = Callable[[bytes], Any]
 
 _UNREADABLE: tuple[type[Exception], ...] = (Error, *UNREADABLE)
 
-#: The OIDs of interval and interval[]. psycopg reads their `infinity` as a span of zero.
+#: The OIDs of interval and interval[]. psycopg reads their `infinity` as a span of zero, and years
+#: of more days than 32 bits count as another span.
 _INTERVAL = 1186
 _INTERVAL_ARRAY = 1187
+#: The years of a timedelta, which psycopg takes for 365 days each.
+_MOST_YEARS = timedelta.max.days // 365
+_MANY_YEARS = re.compile(rb"(\d{7,}) year")
 
 
 class _Session:
@@ -81,8 +86,8 @@ def _loader(type_oid: int) -> Loader:
 
 def _finite(load: Loader) -> Loader:
     def load_finite(text: bytes) -> Any:
-        if b"infinity" in text:
-            raise DataError("infinite")
+        if b"infinity" in text or any(int(n) > _MOST_YEARS for n in _MANY_YEARS.findall(text)):
+            raise DataError("no timedelta")
         return load(text)
 
     return load_finite

@@ -100,9 +100,17 @@ def test_infinite_date_stays_the_text_of_the_server():
 
 
 @pytest.mark.parametrize(
-    ("oid", "text"), [(1186, "-infinity"), (1187, '{"1 day",infinity}'), (1186, "infinity")]
+    ("oid", "text"),
+    [
+        (1186, "-infinity"),
+        (1187, '{"1 day",infinity}'),
+        (1186, "infinity"),
+        (1186, "178000000 years"),
+        (1186, "-178000000 years -1 days"),
+        (1187, '{"1 day","5900000 years 3 mons"}'),
+    ],
 )
-def test_infinite_interval_stays_the_text_of_the_server(oid, text):
+def test_interval_that_is_no_timedelta_stays_the_text_of_the_server(oid, text):
     table = Table("public", "t", None, "d", (), (Column("d", oid, "", identity=True),))
     assert Insert([text.encode()], origin(table)).new["d"] == text
 
