@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 #: An idle server writes fewer bytes after a heartbeat by itself (a checkpoint, its list of running
 #: transactions), so heartbeats do not keep it awake.
 _IDLE_BYTES = 1024
+#: Seconds between two attempts to write a heartbeat after the server has refused one.
+_REFUSED_SECONDS = 60.0
 #: Seconds that an improvement must last before it is logged.
 _CALM_SECONDS = 60.0
 #: The slot is in danger if less than this fraction of `max_slot_wal_keep_size` is left.
@@ -52,6 +54,10 @@ LEFT JOIN pg_stat_replication r ON r.pid = s.active_pid
 """  # noqa: S608 - our own words
 # Not transactional, so that no process waits until it is on disk.
 _BEAT = "SELECT pg_logical_emit_message(false, 'flash.heartbeat', ''::text)::text"
+_NO_HEARTBEATS = (
+    "Cannot write heartbeats, relying on keepalives: %s; GRANT EXECUTE ON FUNCTION "
+    "pg_logical_emit_message to this role, or set flash_heartbeat_interval = 0"
+)
 _SYNCHRONOUS = (
     "PostgreSQL counts the reader of the slot %s as a synchronous standby: every commit of the "
     "server waits until the broker has its changes, also while the broker is down or this source "
@@ -107,6 +113,8 @@ class SlotWatch:
         self._heartbeat: _Heartbeat | None = None
         #: When the last heartbeat was written.
         self._beaten_at = clock()
+        #: Whether the server has refused the last one.
+        self._refused = False
         #: The danger that was logged last, and when the slot was last in at least that danger.
         self._danger = _Danger.NONE
         self._in_danger_at = clock()
@@ -206,14 +214,17 @@ class SlotWatch:
         try:
             row = self._connection.execute(_BEAT).fetchone()
         except (postgres.InsufficientPrivilege, postgres.ReadOnlySqlTransaction) as error:
-            self._interval = 0
-            logger.warning(
-                "Cannot write heartbeats, relying on keepalives: %s; GRANT EXECUTE ON FUNCTION "
-                "pg_logical_emit_message to this role, or set flash_heartbeat_interval = 0",
-                error.diag.message_primary,
-            )
+            # Not for ever: the privilege may come, and a provider makes a server read-only for a
+            # while when its disk is nearly full.
+            self._beaten_at = now + max(_REFUSED_SECONDS - self._interval, 0.0)
+            if not self._refused:
+                self._refused = True
+                logger.warning(_NO_HEARTBEATS, error.diag.message_primary)
             return
         assert row is not None
+        if self._refused:
+            self._refused = False
+            logger.warning("Heartbeats are written again")
         self._heartbeat, self._beaten_at = _Heartbeat(Lsn.parse(row[0]), now), now
 
     def _warn(self, danger: _Danger, safe_bytes: int | None) -> None:

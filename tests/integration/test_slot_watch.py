@@ -123,7 +123,7 @@ def test_heartbeat_does_not_keep_an_idle_server_awake(database, guard, clock):
     assert position(database) - before < 1024
 
 
-def test_heartbeat_without_privilege_is_logged_once(
+def test_heartbeat_without_privilege_is_logged_once_and_tried_again(
     database, stream, connection, guard, clock, caplog
 ):
     database.execute("CREATE ROLE humble")
@@ -139,6 +139,10 @@ def test_heartbeat_without_privilege_is_logged_once(
             guard.check(Lsn(1), listening=True)
         warning = "Cannot write heartbeats, relying on keepalives: permission denied"
         assert caplog.text.count(warning) == 1
+        connection.execute("RESET ROLE")  # as once the privilege is granted
+        clock.now += 100
+        guard.check(Lsn(1), listening=True)
+        assert "Heartbeats are written again" in caplog.text
     finally:
         connection.execute("RESET ROLE")
         database.execute("DROP ROLE humble")
