@@ -450,8 +450,9 @@ def _refuse_ignored(conf: Any) -> None:
                 continue
             if bare not in _TYPES:
                 raise ConfigurationError(f"There is no setting {bare}{_suggestion(bare, _TYPES)}")
-            if conf.get(bare) is None and mapping[key] is not None:
-                right = f"{namespace}{bare.upper()}" if namespace else bare
+            right = f"{namespace}{bare.upper()}" if namespace else bare
+            # Of two values of one name, the later one may be None.
+            if conf.get(bare) is None and mapping[key] is not None and key != right:
                 raise ConfigurationError(f"Celery ignores the setting {key}; rename it to {right}.")
 
 
