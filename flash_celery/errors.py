@@ -14,7 +14,7 @@
     ├── ProtocolError             bytes that PostgreSQL should not have sent
     ├── ReplicationError          the connection to PostgreSQL (retry)
     │   ├── DecodingFailed        an internal error of PostgreSQL
-    │   ├── RowTooLarge           a row of more than 1 GB
+    │   ├── RowNotSent            a row that PostgreSQL cannot send
     │   └── CredentialsError      no DSN or password from a callable or a command
     │       └── WrongCredentials
     ├── SpoolError                the disk, for a large open transaction (retry)
@@ -147,15 +147,18 @@ class ReplicationError(FlashError):
 class DecodingFailed(ReplicationError):
     """PostgreSQL failed to decode its own WAL."""
 
-    solution = "If it happens again, see PostgreSQL's log; the slot keeps all changes."
+    solution = (
+        "If it happens again, see PostgreSQL's log, and docs/operating.md, A row that PostgreSQL "
+        "cannot send; the slot keeps all changes."
+    )
 
 
-class RowTooLarge(ReplicationError):
-    """PostgreSQL cannot send a row, because its text has more than 1 GB."""
+class RowNotSent(ReplicationError):
+    """PostgreSQL cannot send a row, because it cannot make text of it that is UTF-8."""
 
     solution = (
-        "Move the slot past its transaction, which is not delivered then: docs/operating.md, A row "
-        "of more than 1 GB."
+        "Remove the cause, or move the slot past the row's transaction, which is not delivered "
+        "then: docs/operating.md, A row that PostgreSQL cannot send."
     )
 
 

@@ -211,10 +211,11 @@ class Database:
 def new_database(postgres):
     databases = []
 
-    def make():
+    def make(options=""):
         name = f"test_{next(_numbers)}"
         with psycopg.connect(postgres.dsn(), autocommit=True) as connection:
-            connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+            statement = sql.SQL("CREATE DATABASE {} " + options)
+            connection.execute(statement.format(sql.Identifier(name)))
         databases.append(Database(postgres, name))
         return databases[-1]
 

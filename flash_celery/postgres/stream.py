@@ -21,7 +21,7 @@ from ..errors import (
     DecodingFailed,
     PublicationMismatch,
     ReplicationError,
-    RowTooLarge,
+    RowNotSent,
     SlotInUse,
     SlotLost,
     SlotMissing,
@@ -48,8 +48,10 @@ _IN_USE = "55006"
 _FORBIDDEN = "42501"
 _UNDEFINED_OBJECT = "42704"
 _OBJECT_NOT_IN_STATE = "55000"
-_NOT_UTF8 = "22021"
 _INTERNAL = "XX000"
+#: The classes of errors that another attempt may not meet: connections, transactions, resources,
+#: and what an administrator does.
+_PASSING = ("08", "25", "40", "53", "57")
 _PROGRAM_LIMIT_EXCEEDED = "54000"
 #: The functions of the server that refuse to allocate more than 1 GB.
 _ALLOCATES = ("palloc", "repalloc", "MemoryContext", "enlargeStringInfo")
@@ -98,6 +100,12 @@ class Diagnosis(NamedTuple):
         """The position of the change that the server was decoding; empty if it names none."""
         return "".join(_LSN.findall(self.context)[-1:])
 
+    @property
+    def refuses_row(self) -> bool:
+        """Whether the server cannot send a row, however often it is asked."""
+        passing = (*_PASSING, *(() if self.exceeds_memory_limit else (_INTERNAL,)))
+        return bool(self.position) and not self.state.startswith(passing)
+
 
 class ReplicationConnection:
     """A connection that reads a slot.
@@ -134,6 +142,8 @@ class ReplicationConnection:
         self.timeout = patience
         #: Whether the socket becomes readable only when much has arrived (see `gather`).
         self.gathering = False
+        #: Why the server has ended the stream; `receive` raises it after all that came before it.
+        self.ended: Exception | None = None
         self._received_bytes = 0
         self._socket: socket.socket | None = None
         if on_notice is not None:
@@ -213,6 +223,8 @@ class ReplicationConnection:
     def _receive(self, limit: int) -> list[bytes]:
         # The hot path: one call and two copies for each message, and no new object.
         read, consume = self._connection.get_copy_data, self._connection.consume_input
+        if self.ended is not None:
+            raise self.ended
         xlog_data, header = frames.XLOG_DATA, frames.HEADER
         burst: list[bytes] = []
         frame, seen, most = b"", -1, limit
@@ -227,7 +239,11 @@ class ReplicationConnection:
                     frames.keepalive(frame)  # raises for an unknown frame
                     burst.append(frame)
             elif length < 0:
-                raise self._ended()
+                # What came before it must not get lost: it comes only as often as the error.
+                self.ended = self._ended()
+                if not burst:
+                    raise self.ended
+                break
             elif len(burst) > seen:
                 # libpq reads a few kilobytes at a time; repeat until the socket is empty.
                 seen = len(burst)
@@ -260,6 +276,8 @@ class ReplicationConnection:
 
     def send_status(self, written: Lsn, flushed: Lsn, applied: Lsn, reply: bool = False) -> None:
         """Send our positions; the server may then remove WAL before `flushed`."""
+        if self.ended is not None:
+            raise self.ended
         clock = timestamps.from_unix(time.time())
         frame = frames.status(written, flushed, applied, clock, reply)
         self._guard(lambda: self._connection.put_copy_data(frame))
@@ -332,21 +350,11 @@ class ReplicationConnection:
     def _refused(self, result: pq.abc.PGresult) -> Exception:
         diagnosis = _diagnosis(result)
         state, message, function, _ = diagnosis
-        if diagnosis.exceeds_memory_limit and diagnosis.position:
-            return RowTooLarge(
-                f"PostgreSQL cannot send the row at {diagnosis.position}, which has more than 1 GB "
-                f"as text ({message}); everything behind it waits."
-            )
         if state == _IN_USE:
             return SlotInUse(f"{message}.")
         if state == _UNDEFINED_OBJECT:
             missing = PublicationMismatch if function == _READS_PUBLICATION else SlotMissing
             return missing(f"{message}; run `flash reset` to start again at the present.")
-        if state == _NOT_UTF8:
-            return CatalogError(
-                f"{message}; text that is not UTF-8 cannot be replicated: the database's encoding "
-                "is SQL_ASCII, or was changed by hand."
-            )
         if state == _FORBIDDEN and "plugin" in message:
             return CatalogError(
                 f"PostgreSQL: {message}: as a superuser add pgoutput to output_plugin_libraries "
@@ -357,8 +365,15 @@ class ReplicationConnection:
             if _INVALIDATED.search(message):
                 return SlotLost(f"{message}.")
             return CatalogError(f"PostgreSQL: {message}.")
+        if diagnosis.refuses_row:
+            large = ", which has more than 1 GB as text" if diagnosis.exceeds_memory_limit else ""
+            return RowNotSent(
+                f"PostgreSQL cannot send the row at {diagnosis.position}{large} ({message}); "
+                "everything behind it waits."
+            )
         failed = DecodingFailed if state == _INTERNAL else ReplicationError
-        return failed(without_password(f"PostgreSQL: {message}.", self._dsn))
+        place = f" (at {diagnosis.position})" if diagnosis.position else ""
+        return failed(without_password(f"PostgreSQL: {message}{place}.", self._dsn))
 
     def _ended(self) -> Exception:
         result = self._connection.get_result()

@@ -20,13 +20,14 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, suppress
 from enum import IntEnum
 from functools import partial
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
 
@@ -86,6 +87,10 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two attempts to read a slot that another replication worker reads.
 _HOT_SPARE_PAUSE = 1.0
+#: Seconds after which a session counts as one that works.
+_STEADY_SECONDS = 5.0
+#: Seconds between two log messages about the same error.
+_REMINDER_SECONDS = 60.0
 #: Thresholds of Python's garbage collector. Messages and their deliveries live until the broker has
 #: confirmed them and are in no cycle, so the default thresholds check them for nothing, many times.
 _GC_THRESHOLDS = (20_000, 20, 50)
@@ -100,6 +105,20 @@ _REFILL_GIVEN_UP = (
     "The broker has lost the changes committed from %s up to %s, and enqueuing them again was not "
     "completed: they may be missing, since flash_on_lost_broker is no longer 'refill'"
 )
+
+
+class _Streaming(NamedTuple):
+    """The beginning of a session."""
+
+    at: float
+    confirmed: Lsn
+
+    def has_worked(self, now: float, progress: Progress) -> bool:
+        """Return whether the session has lasted, or has got on.
+
+        Otherwise the next one may fail like it, as at a row that PostgreSQL cannot send.
+        """
+        return now - self.at >= _STEADY_SECONDS or progress.confirmed > self.confirmed
 
 
 class Phase(IntEnum):
@@ -169,12 +188,16 @@ class Replicator:
         self._has_connected = False
         #: Whether a session has streamed since the start.
         self._has_streamed = False
+        #: The beginning of the last session that streamed.
+        self._streaming = _Streaming(0.0, Lsn(0))
         #: Whether the preflight is repeated because the slot was lost after it had passed.
         self._rechecking = False
         #: Whether another worker has read the slot since this one did.
         self._slot_was_in_use = False
-        #: The error and the notice of PostgreSQL that were logged last; a repetition is not logged.
+        #: The error and the notice of PostgreSQL that were logged last; the notice is not repeated,
+        #: the error seldom.
         self._last_logged_error = self._last_logged_notice = ""
+        self._error_logged_at = 0.0
         #: Past positions of the slot, from which the replay slot is advanced.
         self._samples: replay_slot.Samples = deque()
         self._on_lost_broker = on_lost_broker(settings, subscriptions)
@@ -268,8 +291,12 @@ class Replicator:
                 raise error
             self._history = None  # read everything again after the slot's confirmed position
             self._broker_lost = self._on_lost_broker == "refill"
-        if str(error) != self._last_logged_error:
-            self._last_logged_error = str(error)
+        now = time.monotonic()
+        if self._phase == Phase.STREAMING and self._streaming.has_worked(now, self._progress):
+            self._delays = delays()
+        is_due = not slot_in_use and now - self._error_logged_at >= _REMINDER_SECONDS
+        if str(error) != self._last_logged_error or is_due:
+            self._last_logged_error, self._error_logged_at = str(error), now
             error_class = {"error": type(error).__name__}
             solution = _REFILLS if self._broker_lost else error.solution
             logger.warning("%s %s", error, solution, extra=error_class)
@@ -380,7 +407,7 @@ class Replicator:
         self._phase = Phase.STREAMING
         self._has_streamed = True
         self._rechecking = self._slot_was_in_use = False
-        self._delays = delays()
+        self._streaming = _Streaming(time.monotonic(), self._progress.confirmed)
         handlers = {subscription.handler for subscription in self._subscriptions}
         logger.info(
             "Replicating the slot %s for %s: %d %s, queues %s",

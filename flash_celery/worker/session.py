@@ -51,6 +51,8 @@ _REFILL_SECONDS = 1.0
 _SILENT_INTERVALS = 3
 #: Seconds to wait until a burst has arrived, while the stream is busy.
 _GATHER_SECONDS = 0.005
+#: The most seconds between two looks whether the broker has what came before the stream ended.
+_ENDED_SECONDS = 0.05
 #: Seconds between two requests for the server's position, while a chunk of a backfill waits for it.
 _ASK_SECONDS = 0.01
 
@@ -146,9 +148,13 @@ class Session:
             self._receive()
         deadline = None
         while True:
-            self._renew_lease()
+            if self._stream.ended is None:
+                self._renew_lease()  # otherwise another worker may read the slot now
             self._control.check()
-            if self._control.stopping:
+            if self._stream.ended is not None:
+                if self._has_finished():
+                    raise self._stream.ended
+            elif self._control.stopping:
                 # Read an open transaction to its end, so that it need not be sent again.
                 deadline = deadline or time.monotonic() + self._shutdown_timeout
                 late = time.monotonic() > deadline - self._shutdown_timeout / 2
@@ -157,6 +163,17 @@ class Session:
             elif self._must_end():
                 return self._drain()
             self._iterate()
+
+    def _has_finished(self) -> bool:
+        """Return whether the broker has what came before the error that has ended the stream.
+
+        It has to: if the error is about a row, PostgreSQL sends no more the next time. Returns True
+        also if there is no time left for it.
+        """
+        if self._control.stopping or deduplication.now() > self._lease.until:
+            return True
+        behind = self._pipeline.pending or not self._publishing.idle
+        return self._state is State.PAUSED or (self._state is _READING and not behind)
 
     def close(self) -> None:
         """Remove the spools of open transactions."""
@@ -187,7 +204,8 @@ class Session:
         refill = self._refill if self._state is _REFILLING else None
         behind = self._pipeline.pending if refill is None else refill.pending
         ready_to_listen = not behind and self._publishing.has_room
-        listening = self._state is _READING and ready_to_listen
+        ended = self._stream.ended is not None
+        listening = self._state is _READING and ready_to_listen and not ended
         self._listening = listening
         sockets: list[Any] = [self._control, self._connection]
         if listening:
@@ -211,13 +229,16 @@ class Session:
             self._continue_refill(refill)
         may_work = self._state is _READING and self._publishing.has_room
         reply_requested = may_work and self._work()
-        self._hand_over()
+        ended = self._stream.ended is not None
+        self._hand_over(everything=ended and not self._pipeline.pending)
         now = time.monotonic()
         asks = False
         if self._backfilling is not None:
             asks = self._continue_backfill(self._backfilling, now)
         if not listening:
             self._received_at = now  # bytes of the server may wait unread
+        if ended:
+            return
         overdue = now - self._status_sent_at >= self._status_interval
         if reply_requested or overdue or asks or self._progress.confirmed != self._acknowledged:
             self._send_status(request_reply=overdue or asks)
@@ -276,6 +297,8 @@ class Session:
         """Return the seconds until something is due."""
         if behind and self._publishing.has_room:
             return 0.0
+        if self._stream.ended is not None:
+            return _ENDED_SECONDS
         due = min(self._status_sent_at + self._status_interval, self._supervisor.next_check)
         if self._state is _REFILLING:
             due = min(due, time.monotonic() + _REFILL_SECONDS)

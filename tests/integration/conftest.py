@@ -38,7 +38,7 @@ class Flash:
         on_change(table, operations, **options)(handler)
         return self
 
-    def start(self, **conf):
+    def start(self, wait=True, **conf):
         self.app.conf.update(conf)
         self.app.finalize()
         settings = Settings.from_app(self.app)
@@ -51,11 +51,8 @@ class Flash:
         self.replicator = Replicator(self.app, settings, subscriptions, self.publisher)
         self.thread = threading.Thread(target=self.run)
         self.thread.start()
-        self.wait(
-            lambda: self.database.one(
-                self.slot("count(*) FILTER (WHERE active AND confirmed_flush_lsn IS NOT NULL)")
-            )
-        )
+        reads = self.slot("count(*) FILTER (WHERE active AND confirmed_flush_lsn IS NOT NULL)")
+        self.wait(lambda: not wait or self.database.one(reads))
         return self
 
     def run(self):

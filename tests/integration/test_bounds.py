@@ -20,7 +20,7 @@ from flash_celery.provisioning import replay_slot
 from flash_celery.publishing.brokers import for_app
 from flash_celery.settings import Settings
 
-from .conftest import shown
+from .conftest import Flash, shown
 
 OPERATING = Path(__file__).parents[2] / "docs" / "operating.md"
 
@@ -238,6 +238,50 @@ def test_huge_message_without_a_handler_passes(flash):
     assert most - before < 5 * size
 
 
+def pass_by(flash, position):
+    """Run the statements of docs/operating.md that move the slot past a row."""
+    page = OPERATING.read_text()
+    statements = page.partition("## A row that PostgreSQL cannot send")[2].partition("```sql")[2]
+    statements = statements.partition("```")[0].replace("0/1B0A3F8", position)
+    flash.database.execute(statements.replace("flash_replication", flash.database.slot))
+
+
+@pytest.fixture
+def legacy(new_database, new_app):
+    """A database in an encoding with bytes that have no character in UTF-8."""
+    options = "ENCODING 'WIN1252' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'"
+    flash = Flash(new_database(options), new_app())
+    yield flash
+    flash.stop()
+
+
+def test_row_that_cannot_be_sent_holds_up_only_what_comes_after_it(legacy, caplog):
+    """What comes before it arrives with the error, and is delivered once."""
+    flash = legacy
+    caplog.set_level("INFO")
+    flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, name text)")
+    flash.handler("items", "insert").start().do("INSERT INTO items VALUES (1, 'a')")
+    flash.stop()
+    flash.database.execute(
+        "SET client_encoding = 'WIN1252'; INSERT INTO items VALUES (2, 'b')",
+        "SET client_encoding = 'WIN1252'; INSERT INTO items VALUES (3, E'\\x81')",
+        "INSERT INTO items VALUES (4, 'd')",
+    )
+    caplog.clear()
+    flash.start(wait=False)
+    flash.wait(lambda: caplog.text.count("Replicating the slot") >= 3)
+    assert shown(flash.delivered()) == ["insert 1,a", "insert 2,b"]
+    assert "docs/operating.md, A row that PostgreSQL cannot send" in caplog.text
+    assert caplog.text.count("everything behind it waits") == 1
+    flash.stop()
+    if flash.database.connect().info.server_version < 150000:
+        return  # it has no pg_walinspect
+    position = re.search("cannot send the row at ([0-9A-F/]+) ", caplog.text).group(1)
+    pass_by(flash, position)
+    flash.start().do("INSERT INTO items VALUES (5, 'e')")
+    assert shown(flash.delivered()) == ["insert 4,d", "insert 5,e"]
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("columns", [1, 2])
 def test_row_of_more_than_a_gigabyte_is_named_and_can_be_passed(flash, caplog, columns):
@@ -251,13 +295,10 @@ def test_row_of_more_than_a_gigabyte_is_named_and_can_be_passed(flash, caplog, c
     flash.database.execute(f"INSERT INTO items VALUES (2, {', '.join([large] * columns)})")
     flash.database.execute("INSERT INTO items VALUES (3)")
     flash.wait(lambda: "everything behind it waits" in caplog.text, 120)
-    assert "docs/operating.md, A row of more than 1 GB" in caplog.text
+    assert "docs/operating.md, A row that PostgreSQL cannot send" in caplog.text
     position = re.search("cannot send the row at ([0-9A-F/]+),", caplog.text).group(1)
     flash.stop()
-    page = OPERATING.read_text()
-    statements = page.partition("## A row of more than 1 GB")[2].partition("```sql")[2]
-    statements = statements.partition("```")[0].replace("0/1B0A3F8", position)
-    flash.database.execute(statements.replace("flash_replication", flash.database.slot))
+    pass_by(flash, position)
     flash.start().do("INSERT INTO items VALUES (4)")
     assert [change.key["id"] for change in flash.delivered()] == [1, 3, 4]
 
