@@ -7,8 +7,11 @@ import functools
 import json
 import os
 import time
+from contextlib import contextmanager
 
+import psycopg
 from celery import Celery
+from psycopg.conninfo import conninfo_to_dict
 
 from benchmarks.notes import NOTE
 from flash_celery import Changes, Ordered, on_change
@@ -25,6 +28,22 @@ app.conf.update(json.loads(os.environ.get("BENCH_CONF", "{}")))
 BATCH = int(os.environ.get("BENCH_BATCH", "500"))
 #: One key in so many fails, and is retried after so many seconds.
 FAILING, COUNTDOWN = json.loads(os.environ.get("BENCH_FAILING", "[1, 60]"))
+#: The database that handlers write to.
+EFFECTS = os.environ.get("BENCH_EFFECTS", "")
+#: Adds a change to its customer.
+UPDATE = "UPDATE totals SET orders = orders + 1, total = total + %s WHERE customer_id = %s"
+
+
+@functools.cache
+def effects():
+    """Return this process's connection to the database that handlers write to."""
+    return psycopg.connect(EFFECTS, autocommit=True)
+
+
+@contextmanager
+def kept():
+    """Yield the connection, and leave it open, as a pool would."""
+    yield effects()
 
 
 @functools.cache
@@ -62,6 +81,24 @@ def failing(self, change):
     """Note a change; some keys are retried once, after a countdown."""
     if change.key["id"] % FAILING == 0 and not self.request.retries:
         raise self.retry(countdown=COUNTDOWN)
+    handle.run(change)
+
+
+@app.task(name="write")
+def write(change):
+    """Write with psycopg, in the transaction of the call if it has one, and note the change."""
+    connection = change.connection or effects()
+    connection.execute(UPDATE, (change.new["total"], change.new["customer_id"]))
+    handle.run(change)
+
+
+@app.task(name="write_django")
+def write_django(change):
+    """Do the same with Django."""
+    from django.db import connection
+
+    with connection.cursor() as cursor:
+        cursor.execute(UPDATE, (change.new["total"], change.new["customer_id"]))
     handle.run(change)
 
 
@@ -115,6 +152,11 @@ def ordered():
     on_change("orders", ordered="customer_id")(handle)
 
 
+def ordered_rows():
+    """Declare the same without TRUNCATE, which lanes of RabbitMQ cannot order."""
+    on_change("orders", "insert|update|delete", ordered="customer_id")(handle)
+
+
 def ordered_batched():
     """Declare calls for up to BATCH changes, in the order of each customer."""
     on_change("orders", ordered="customer_id", batch=BATCH)(handle)
@@ -130,6 +172,46 @@ def some_fail():
     on_change("orders", ordered=True)(failing)
 
 
+def ordered_write():
+    """Declare a handler that writes, in transactions of its own."""
+    on_change("orders", ordered="customer_id")(write)
+
+
+def ordered_once():
+    """Declare a handler that writes in the transaction of its mark."""
+    on_change("orders", ordered="customer_id", once=kept)(write)
+
+
+def ordered_write_django():
+    """Declare a handler that writes with Django."""
+    set_up_django()
+    on_change("orders", ordered="customer_id")(write_django)
+
+
+def ordered_once_django():
+    """Declare a handler that writes with Django in the transaction of its mark."""
+    set_up_django()
+    on_change("orders", ordered="customer_id", once="default")(write_django)
+
+
+def set_up_django():
+    """Make the database that handlers write to Django's."""
+    import django
+    from django.conf import settings
+
+    found = conninfo_to_dict(EFFECTS)
+    database = {
+        "ENGINE": "django.db.backends.postgresql",
+        "NAME": found.get("dbname"),
+        "USER": found.get("user"),
+        "HOST": found.get("host"),
+        "PORT": found.get("port"),
+        "CONN_MAX_AGE": None,
+    }
+    settings.configure(DATABASES={"default": database})
+    django.setup()
+
+
 HANDLERS = {
     function.__name__: function
     for function in (
@@ -139,9 +221,14 @@ HANDLERS = {
         thousand_tables,
         fifty_handlers,
         ordered,
+        ordered_rows,
         ordered_batched,
         one_lane,
         some_fail,
+        ordered_write,
+        ordered_once,
+        ordered_write_django,
+        ordered_once_django,
     )
 }
 if name := os.environ.get("BENCH_HANDLER"):

@@ -98,6 +98,7 @@ class Bench:
             self.doing("starting RabbitMQ")
             self._rabbit = self._servers.enter_context(Rabbit())
         with amqp.Connection(host=f"127.0.0.1:{self._rabbit.port}") as connection:
-            for queue in ("flash", "rows"):
-                connection.channel().queue_delete(queue)
+            channel = connection.channel()
+            for queue in self._rabbit.queues():
+                channel.queue_delete(queue)
         yield self._rabbit

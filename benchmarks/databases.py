@@ -91,6 +91,11 @@ class Database:
                 cursor = connection.execute(statement)
             return cursor.fetchone() if statements and cursor.description else None
 
+    def rows(self, query):
+        """Return the rows of a query."""
+        with self.connect() as connection:
+            return connection.execute(query).fetchall()
+
     def fill(self, rows, per=0):
         """Insert rows, in transactions of `per` rows; 0 for one transaction."""
         with self.connect() as connection:

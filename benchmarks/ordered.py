@@ -19,6 +19,7 @@ from benchmarks.project import Project
 from benchmarks.results import Goal, Line
 from benchmarks.verify import Wrong, compare, places_of, valkey_bodies
 from example_project.servers import wait_until
+from flash_celery.lanes import marks_table
 from flash_celery.messages import lane_entries
 from tests.proxy import Proxy
 
@@ -28,6 +29,13 @@ CPU = "cpu_us_per_change"
 PLAIN = "a task for each, same worker"
 #: Seconds of the lease where a whole worker is killed.
 LEASE = 5
+#: What a handler with effects writes to.
+TOTALS = """
+CREATE TABLE totals (
+    customer_id bigint PRIMARY KEY,
+    orders bigint NOT NULL DEFAULT 0,
+    total numeric(14,2) NOT NULL DEFAULT 0
+) WITH (fillfactor = 50)"""
 #: How many keys fail, and the seconds until they are retried.
 FAILING, COUNTDOWN = 64, 60
 #: The round trip to a distant broker, in seconds.
@@ -168,16 +176,74 @@ def distant(bench):
     bench.add(line)
 
 
-#: What `ordered` measures. Lines for `once=` and for lanes on RabbitMQ belong here, too.
-MEASUREMENTS = (calls, batches, quiet, recovery, failing, distant)
+def once(bench):
+    """Measure `once=`, with a handler that makes one UPDATE."""
+    backlog = bench.backlog(Workload(bench.size(20_000), handler="ordered"))
+    lines = {}
+    for driver, handler in {"psycopg": "", "Django": "_django"}.items():
+        line = _line(f"{backlog.rows:,} changes, one UPDATE each with {driver}, once=, -c 1")
+        lines[handler] = line, line.against("without once=", Goal(0.8))
+    for run in bench.each_run("ordered: once="):
+        _once(bench, run, backlog, lines)
+    for line, _ in lines.values():
+        bench.add(line)
 
 
-def handled(bench, backlog, handler, *options, far=False):
+def _once(bench, run, backlog, lines):
+    for handler, (line, comparison) in lines.items():
+        before, _ = written(bench, backlog, f"ordered_write{handler}")
+        rate, details = written(bench, backlog, f"ordered_once{handler}")
+        after, _ = written(bench, backlog, f"ordered_write{handler}")
+        without = (before + after) / 2
+        _note(line, rate, details, comparison, without)
+        bench.say(
+            f"  ordered, run {run}: {line.what}: {rate:,.0f} changes/s, without "
+            f"{without:,.0f}, {rate / without:.2f} x; {details[CPU]:.0f} µs CPU a change"
+        )
+
+
+def rabbitmq(bench):
+    """Measure one call for each change in lanes of RabbitMQ, classic queues."""
+    many, few = _backlogs(bench, 50_000, 3000, "ordered_rows")
+    line = _line(f"{many.rows:,} changes in lanes of RabbitMQ, one call each, worker -c 1")
+    plain = line.against(PLAIN, Goal(4))
+    for run in bench.each_run("ordered: RabbitMQ"):
+        before, _ = handled(bench, few, "single", server=bench.rabbit)
+        rate, details = handled(bench, many, "ordered_rows", server=bench.rabbit)
+        after, _ = handled(bench, few, "single", server=bench.rabbit)
+        alone = (before + after) / 2
+        _note(line, rate, details, plain, alone)
+        bench.say(
+            f"  ordered, run {run}: RabbitMQ {rate:,.0f} changes/s, {rate / alone:.1f} x one by "
+            f"one ({alone:,.0f}/s)"
+        )
+    bench.add(line)
+
+
+#: What `ordered` measures.
+MEASUREMENTS = (calls, batches, quiet, recovery, failing, distant, once, rabbitmq)
+
+
+def handled(bench, backlog, handler, *options, far=False, server=None, effects=""):
     """Return changes per second of a worker whose queue or lanes are full, and details."""
-    with bench.valkey() as broker:
-        _fill(backlog, broker, handler)
+    with (server or bench.valkey)() as broker:
+        _fill(backlog, broker, handler, effects)
         with _away(broker, far) as reached:
-            rate, details, _ = _work_off(backlog, reached, handler, options)
+            rate, details, _ = _work_off(backlog, reached, handler, options, effects=effects)
+    return rate, details
+
+
+def written(bench, backlog, handler):
+    """Do the same with a handler that writes to a database, and verify what it has written."""
+    database = bench.database()
+    database.execute(TOTALS, f"INSERT INTO totals SELECT n FROM generate_series(0, {KEYS}) n")
+    database.execute(marks_table.CREATE_TABLE)
+    rate, details = handled(bench, backlog, handler, effects=database.dsn)
+    query = "SELECT customer_id, count(*), sum(total) FROM orders GROUP BY 1 ORDER BY 1"
+    expected = backlog.database.rows(query)
+    if database.rows("SELECT * FROM totals WHERE orders > 0 ORDER BY 1") != expected:
+        raise Wrong(f"{handler}: the totals of the customers are wrong")
+    database.drop()
     return rate, details
 
 
@@ -269,33 +335,30 @@ def _away(broker, far):
         yield SimpleNamespace(url=url, process=broker.process)
 
 
-def _backlogs(bench, many, few):
+def _backlogs(bench, many, few, handler="ordered"):
     """Return backlogs for an ordered handler and for an ordinary one."""
     return (
-        bench.backlog(Workload(bench.size(many), handler="ordered")),
+        bench.backlog(Workload(bench.size(many), handler=handler)),
         bench.backlog(Workload(bench.size(few), handler="single")),
     )
 
 
-def _fill(backlog, broker, handler):
+def _fill(backlog, broker, handler, effects=""):
     """Enqueue a backlog, and end the replication worker; return changes per second."""
     slot = backlog.again()
-    with Project(backlog.dsn, broker, handler, slot) as project:
+    with Project(backlog.dsn, broker, handler, slot, effects=effects) as project:
         worker = project.replicate()
         started = worker.logged_at("Replicating the slot")
         ended = backlog.database.until_confirmed(slot, backlog.end, worker.alive)
     return backlog.rows / (ended - started)
 
 
-def _work_off(backlog, broker, handler, options, failing=(1, 0)):
+def _work_off(backlog, broker, handler, options, failing=(1, 0), effects=""):
     """Run a worker until everything is handled; return its rate, details and the notes."""
-    with Project(backlog.dsn, broker, handler, failing=failing) as project:
+    with Project(backlog.dsn, broker, handler, failing=failing, effects=effects) as project:
         worker = project.worker(*options)
-        processes = [
-            psutil.Process(broker.process.pid),
-            worker.measured,
-            *worker.measured.children(recursive=True),
-        ]
+        parents = psutil.Process(broker.process.pid), worker.measured
+        processes = [each for one in parents for each in (one, *one.children(recursive=True))]
         before = _cpu(processes)
         notes = project.noted(backlog.rows, timeout=max(60, 2 * failing[1]))
         cpu = _cpu(processes) - before

@@ -82,6 +82,7 @@ class Project:
         conf=None,
         batch=500,
         failing=(1, 60),
+        effects="",
     ):
         self.folder = Path(tempfile.mkdtemp(prefix="bench-"))
         self.notes_file = self.folder / "notes"
@@ -96,6 +97,7 @@ class Project:
             "BENCH_CONF": json.dumps(conf or {}),
             "BENCH_BATCH": str(batch),
             "BENCH_FAILING": json.dumps(failing),
+            "BENCH_EFFECTS": effects,
             "BENCH_NOTES": str(self.notes_file),
         }
 
