@@ -8,8 +8,8 @@ PROPERTIES := $(patsubst %,tests/integration/test_%.py,conditions pushdown trans
 # The tests start hundreds of processes, which would compile the package again each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo recording screenshots test unit bench soak long matrix celery django docs links lint \
-	types audit release clean
+.PHONY: demo recording screenshots test unit bench bench-compare soak long matrix celery django docs \
+	links lint types audit release clean
 
 # The example shop with servers of its own, and a page on which to make changes. ARGS=--once ends by
 # itself, ARGS='--port 8000' sets the port of the page.
@@ -35,6 +35,11 @@ unit: $(VENV)/.stamp
 # Measures the speed, also of alternatives; ARGS="--only drain --scale 0.1 --runs 1", ARGS=--list.
 bench: $(VENV)/.stamp
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+# Measures this tree and the revision BASE, alternating; fails where this tree is slower.
+bench-compare: $(VENV)/.stamp
+	@$(if $(BASE),,$(error BASE is missing; for example: make bench-compare BASE=v0.1.0))
+	@$(BIN)/python -m benchmarks.compare $(BASE) $(ARGS)
 
 # Writers, handlers and random faults, and then the reckoning; MINUTES=30, BROKER=redis, SEED=5,
 # ARGS=--docs for the results in docs/soak.md.

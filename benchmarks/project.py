@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,19 @@ from benchmarks.notes import NOTE
 from example_project.servers import end_with_parent, wait_until
 
 ROOT = Path(__file__).parents[1]
+#: The folder whose code the processes run, because Python looks for modules there first.
+_tree = ROOT
+
+
+@contextmanager
+def code_of(tree):
+    """Run the processes that are started in this block with the code of another folder."""
+    global _tree
+    before, _tree = _tree, tree
+    try:
+        yield
+    finally:
+        _tree = before
 
 
 class Process:
@@ -26,7 +40,7 @@ class Process:
         with log.open("w") as file:
             self.child = subprocess.Popen(
                 command,
-                cwd=ROOT,
+                cwd=_tree,
                 env=environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -125,7 +139,7 @@ class Project:
         """Run `python -m …`; return its output, parsed as JSON."""
         done = subprocess.run(
             [sys.executable, "-m", *command],
-            cwd=ROOT,
+            cwd=_tree,
             env=self.environment,
             capture_output=True,
             text=True,

@@ -83,6 +83,16 @@ def documents():
     return succeeds("make", "docs") if there else None
 
 
+def speed():
+    """Against the last release, if there was one."""
+    described = subprocess.run(
+        ["git", "describe", "--tags", "--abbrev=0"], cwd=ROOT, capture_output=True, text=True
+    )
+    if described.returncode:
+        return None
+    return succeeds(PYTHON, "-m", "benchmarks.compare", described.stdout.strip())
+
+
 CHECKS = {
     "the changelog": changelog,
     "the README": readme,
@@ -94,6 +104,7 @@ CHECKS = {
     "the build": build,
     "the metadata": metadata,
     "installing": install,
+    "the speed": speed,
 }
 
 

@@ -2,12 +2,16 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from benchmarks import __main__ as command
+from benchmarks import compare as comparison
+from benchmarks.compare import Comparison
 from benchmarks.document import rewrite
+from benchmarks.project import Project, code_of
 from benchmarks.verify import Rolling, Wrong, compare, compare_sums
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +86,36 @@ def test_benchmark_that_loses_a_change_fails_and_names_it(results, monkeypatch, 
     assert status == 1
     assert "1000 written, 999 arrived; lost 1: " in results_json["wrong"][0]
     assert "WRONG updates: flash replicate, batched" in capsys.readouterr().out
+
+
+def test_comparison_fails_where_the_tree_is_slower():
+    bounds = [("cpu", 1.04, False), ("cpu", 1.06, True), ("wall", 1.14, False), ("wall", 1.2, True)]
+    for quantity, ratio, failed in [*bounds, ("p99", 9.0, False)]:
+        measured = Comparison("a drain", quantity, [9.0, 2.0, 1.0], [ratio * 2] * 3)
+        assert (measured.ratio, measured.failed) == (pytest.approx(ratio), failed)
+
+
+def test_comparison_refuses_an_unknown_revision():
+    with pytest.raises(SystemExit, match="BASE=v99 is no commit of this repository"):
+        comparison.main(["v99"])
+
+
+def test_comparison_runs_the_code_of_each_tree(tmp_path):
+    (tmp_path / "whose.py").write_text("print(1)")
+    with code_of(tmp_path):
+        assert Project("", None).output("whose") == 1
+    with pytest.raises(RuntimeError, match="No module named whose"):
+        Project("", None).output("whose")
+
+
+@pytest.mark.soak
+def test_comparison_prints_both_sides_and_leaves_no_worktree(capsys):
+    arguments = ["HEAD", "--only", "updates", "latency", "--scale", "0.01", "--runs", "1"]
+    assert comparison.main(arguments) in (0, 1)
+    printed = capsys.readouterr().out
+    assert "updates, identity FULL, batches" in printed
+    assert "ms p99" in printed
+    assert b"bench-base" not in subprocess.check_output(["git", "worktree", "list"], cwd=ROOT)
 
 
 def test_benchmark_page_keeps_text_outside_its_markers():
