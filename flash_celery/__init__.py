@@ -19,11 +19,13 @@ from .changes.change import (
 from .changes.rows import UNCHANGED
 from .errors import FlashError
 from .handlers.decorators import on_change, on_message
+from .handlers.existing_rows import Backfill
 from .handlers.subscriptions import Batch, Ordered
 from .protocol.lsn import Lsn
 
 __all__ = [
     "UNCHANGED",
+    "Backfill",
     "Batch",
     "Change",
     "Changes",

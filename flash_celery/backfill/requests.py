@@ -134,20 +134,20 @@ def request(
     """Record that a table is to be backfilled for a handler.
 
     Raises:
-        ConfigurationError: It is under way already, or our role may not create the table of
-            backfills.
+        ConfigurationError: It is under way already, or the tables of backfills are missing and
+            cannot be created.
     """
     connection = source.connection
     usable = _usable(connection)
-    if not usable:
+    if not usable and source.settings.flash_manage:
         with suppress(errors.InsufficientPrivilege), connection.transaction():
             connection.execute(CREATE)
             connection.execute(CREATE_MOVES)
         usable = _usable(connection)
     if not usable:
         raise ConfigurationError(
-            "This role may not create the tables of backfills, or not write to them; run as one "
-            f"that may: {statements(connection.info.user)}"
+            "The tables of backfills are missing, or this role may not write to them; as the owner "
+            f"of the database run: {statements(connection.info.user)}"
         )
     for other in all_of(source):
         if (other.handler, other.table_name) == (handler, table) and other.ended_at is None:

@@ -51,9 +51,7 @@ def backfill() -> None:
 @click.option(
     "--chunk",
     type=click.IntRange(1, 100_000),
-    default=5000,
-    show_default=True,
-    help="The most rows that are read at once.",
+    help="The most rows that are read at once.  [default: 5000]",
 )
 @click.option("--dry-run", is_flag=True, help="Only print what would be done.")
 @click.option("--wait", "waits", is_flag=True, help="Wait until the rows are enqueued.")
@@ -63,14 +61,16 @@ def start(
     handlers: tuple[str, ...],
     table: str | None,
     rate: float | None,
-    chunk: int,
+    chunk: int | None,
     dry_run: bool,
     waits: bool,
 ) -> None:
     """Request the rows of a handler's tables.
 
-    HANDLER is the name of the task, or the last part of it.
+    HANDLER is the name of the task, or the last part of it. Its backfill= is the default for
+    options that are not given.
     """
+    from ..backfill import plans as planning
     from ..commands import backfill as backfills
     from ..provisioning import pauses
 
@@ -80,17 +80,19 @@ def start(
         plans = [
             each
             for name in names
-            for each in backfills.plan(source, project.subscriptions, name, only, chunk)
+            for each in planning.plan(source, project.subscriptions, name, only, rate, chunk)
         ]
         if dry_run:
             for each in plans:
-                duration = f", {each.rows / rate:,.0f} s at this rate" if rate else ""
+                duration = (
+                    f", {each.seconds:,.0f} s at this rate" if each.seconds is not None else ""
+                )
                 say(
                     f"{each.table} for {each.handler}: about {each.rows:,} rows, "
                     f"{each.size / 1e6:,.1f} MB, {each.chunks:,} chunks{duration}"
                 )
             return
-        started = backfills.start(source, plans, rate)
+        started = planning.start(source, plans)
         for backfill in started:
             say(f"{backfill.id}  {backfill.table_name} for {backfill.handler} is requested.")
         if waits:

@@ -42,6 +42,7 @@ from .declarations import (
     has_row_types,
     number_subscriptions,
 )
+from .existing_rows import Backfill
 from .once import call_directly, run_in_transaction
 from .row_types import RowType
 from .subscriptions import (
@@ -168,6 +169,7 @@ def on_change(
     batch: Any = ...,
     ordered: Any = ...,
     once: Any = ...,
+    backfill: Any = ...,
     queue: str | None = ...,
     acks_late: bool = ...,
     source: str | None = ...,
@@ -184,6 +186,7 @@ def on_change(
     batch: Any = ...,
     ordered: Any = ...,
     once: Any = ...,
+    backfill: Any = ...,
     queue: str | None = ...,
     acks_late: bool = ...,
     source: str | None = ...,
@@ -199,6 +202,7 @@ def on_change(
     batch: Any = None,
     ordered: Any = None,
     once: Any = None,
+    backfill: Any = None,
     queue: str | None = None,
     acks_late: bool = True,
     source: str | None = None,
@@ -236,6 +240,9 @@ def on_change(
             alias of a Django database, a SQLAlchemy `Engine`, or a function that opens a connection
             of psycopg 3 or SQLAlchemy. `change.connection` is the connection. Needs `ordered`, and
             the table `flash_celery_marks` there. Default: no transaction.
+        backfill: Deliver the rows that the table has already, once for each table of the handler:
+            `True`, or a `Backfill(rate, chunk)`. Each row is an `Insert` with `change.backfill`.
+            Default: only what is committed from now on, and what `flash backfill` asks for.
         queue: The name of the queue. Default: the task's own queue, `flash_routes`, `task_routes`,
             `flash_queue`, in this order.
         acks_late: Whether Celery acknowledges the message after the handler has run. With `False` a
@@ -250,11 +257,12 @@ def on_change(
     def declare() -> Subscription:
         database, name = table_of(table, source)
         delivered = column_names("fields", fields, table)
+        mask = operations_of(operations)
         return Subscription(
             handler="",
             source=database,
             table=name,
-            operations=operations_of(operations),
+            operations=mask,
             fields=delivered,
             where=parsing.parse(
                 where,
@@ -266,6 +274,7 @@ def on_change(
             batch=Batch.of(batch),
             ordered=Ordered.of(ordered, table),
             once=database_of(once),
+            backfill=Backfill.of(backfill, mask),
             queue=queue,
             acks_late=acks_late,
         )
@@ -425,6 +434,11 @@ def _require_one_database(subscriptions: list[Subscription]) -> None:
         raise SubscriptionError(
             f"{handler} has once= without ordered=, and only what comes in order can be compared "
             "with the last position that was handled; add ordered=True."
+        )
+    if any(each.backfill for each in subscriptions):
+        raise SubscriptionError(
+            f"{handler} has once= and backfill=, and its marks do not recognise a row that is "
+            "backfilled again; leave out one of the two."
         )
     try:
         database.check()

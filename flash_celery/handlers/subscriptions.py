@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Set
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from ..changes.change import Operation
 from ..conditions import parsing
@@ -13,6 +13,7 @@ from ..errors import SubscriptionError
 from ..table_name import TableName
 from . import django_models, sqlalchemy_models
 from .databases import MARKS_TABLE, Database
+from .existing_rows import Backfill
 from .row_types import RowType
 
 _SOURCE_AND_TABLE = re.compile(r'((?:"[^"]*"|[^":])*):(.*)', re.DOTALL)
@@ -134,6 +135,9 @@ class Subscription:
     source: str = ""
     #: The database in whose transaction the handler runs; None if it runs in none.
     once: Database | None = field(default=None, repr=False, hash=False)
+    #: Whether it wants the rows that are there already; False also for tables of a pattern that
+    #: join later. The task's message does not depend on it.
+    backfill: Backfill | Literal[False] | None = field(default=None, repr=False)
     #: The class of the rows; the task's message does not depend on it.
     into: RowType | None = field(default=None, repr=False)
 

@@ -6,7 +6,7 @@ import os
 import psycopg
 from celery import Celery
 
-from flash_celery import on_change
+from flash_celery import Backfill, on_change
 
 app = Celery("mirrored", broker=os.environ.get("SHOP_BROKER"))
 app.conf.update(
@@ -18,8 +18,13 @@ app.conf.update(
 app.conf.update(json.loads(os.environ.get("SHOP_CONF", "{}")))
 
 
-# A deploy alters the handler.
-@on_change("items", batch=40 if "SHOP_DEPLOYED" in os.environ else 50)
+#: What `backfill=` is, as JSON; null by default.
+WISH = json.loads(os.environ.get("SHOP_BACKFILL", "null"))
+#: A deploy alters the handler.
+BATCH = 40 if "SHOP_DEPLOYED" in os.environ else 50
+
+
+@on_change("items", batch=BATCH, backfill=Backfill(**WISH) if isinstance(WISH, dict) else WISH)
 @app.task(queue="mirror")
 def mirror(changes):
     """Would apply the changes."""

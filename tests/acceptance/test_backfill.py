@@ -317,6 +317,23 @@ def test_another_worker_takes_a_backfill_over_and_repeats_nothing(mirrored, cons
     assert len(again) == len(set(again))
 
 
+def test_new_handler_is_backfilled_once(mirrored, consumer):
+    """Also if the worker dies, and the handler is taken out and put back."""
+    wish = {"SHOP_BACKFILL": '{"chunk": 100, "rate": 2000}'}
+    first = mirrored.replicate(**wish)
+    wait_until(lambda: [each for each in backfills(mirrored) if each["rows"]], "a chunk", 60)
+    mirrored.end(first, signal.SIGKILL)
+    second = mirrored.replicate(**wish)
+    wait_until(lambda: state(mirrored) == "done", "the backfill", 60)
+    mirrored.end(second)
+    mirrored.end(mirrored.replicate())
+    mirrored.replicate(**wish)
+    mirrored.database.execute("DELETE FROM items WHERE id = 7")
+    drained(mirrored)
+    assert state(mirrored) == "done"  # it is still the only one
+    assert applied(consumer.changes()) == table(mirrored)
+
+
 def test_backfill_waits_for_a_transaction_that_was_open_before(mirrored, consumer):
     mirrored.replicate()
     with psycopg.connect(mirrored.database.dsn) as connection:

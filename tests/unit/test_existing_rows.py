@@ -1,0 +1,59 @@
+"""`backfill=`: how a handler asks for the rows that its table has already."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+
+from flash_celery import Backfill, on_change
+from flash_celery.errors import SubscriptionError
+from flash_celery.handlers.decorators import subscriptions_of
+
+
+@pytest.fixture
+def declare(new_app):
+    """Declares one task with `on_change("orders", …)`, and returns its subscription."""
+
+    def make(*arguments, **options):
+        app = new_app(broker_url="memory://", flash_dsn="host=x dbname=x")
+
+        @on_change("orders", *arguments, **options)
+        @app.task(name="handler")
+        def handler(change): ...
+
+        (subscription,) = subscriptions_of(app)
+        return subscription
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("backfill", "wish"),
+    [
+        (None, None),
+        (False, False),
+        (True, Backfill()),
+        (Backfill(rate=500, chunk=10), Backfill(500, 10)),
+    ],
+)
+def test_handler_is_backfilled_as_it_says(declare, backfill, wish):
+    subscription = declare(backfill=backfill)
+    assert subscription.backfill == wish
+    # The positions on Redis are bound to it.
+    assert repr(subscription) == repr(replace(subscription, backfill=None))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "reason"),
+    [
+        ([], {"backfill": "yes"}, "backfill is True, False or a Backfill, not 'yes'"),
+        ([], {"backfill": Backfill(rate=0)}, "rate=0; it is rows a second, above 0"),
+        ([], {"backfill": Backfill(chunk=True)}, "chunk=True; it is a number of rows from 1 to"),
+        (["update|delete"], {"backfill": True}, "needs a handler of both insert and update"),
+        (["insert"], {"backfill": Backfill()}, "needs a handler of both insert and update"),
+        ([], {"backfill": True, "ordered": True, "once": nullcontext}, "has once= and backfill="),
+    ],
+)
+def test_backfill_refuses_what_it_cannot_do(declare, arguments, options, reason):
+    with pytest.raises(SubscriptionError, match=reason):
+        declare(*arguments, **options)
