@@ -14,6 +14,7 @@
     ├── ProtocolError             bytes that PostgreSQL should not have sent
     ├── ReplicationError          the connection to PostgreSQL (retry)
     │   ├── DecodingFailed        an internal error of PostgreSQL
+    │   ├── SavepointUnclear      messages of a streamed transaction
     │   ├── RowNotSent            a row that PostgreSQL cannot send
     │   └── CredentialsError      no DSN or password from a callable or a command
     │       └── WrongCredentials
@@ -151,6 +152,18 @@ class DecodingFailed(ReplicationError):
         "If it happens again, see PostgreSQL's log, and docs/operating.md, A row that PostgreSQL "
         "cannot send; the slot keeps all changes."
     )
+
+
+class SavepointUnclear(ReplicationError):
+    """A streamed transaction has a message that an aborted savepoint may have written.
+
+    PostgreSQL streams a message without saying which savepoint it is of, and only what has
+    committed after the commit. The session ends, and the next one reads the transaction whole.
+    """
+
+    solution = "Nothing to do; its changes are delivered once it has been read again."
+    #: Where the transaction committed.
+    commit_lsn = 0
 
 
 class RowNotSent(ReplicationError):

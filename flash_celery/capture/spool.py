@@ -8,20 +8,18 @@ from __future__ import annotations
 import re
 import struct
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from ..errors import SpoolError
+from .streamed_messages import Xids
 
 _HEADER = struct.Struct("!II")
 #: Bytes of one transaction that stay in memory. A thousand may be open at the same time.
 _IN_MEMORY = 1 << 16
 #: Bytes of a file's buffer. The default of Python 3.14 is 128 KiB.
 _BUFFER = 1 << 13
-#: How many xids of aborted savepoints are kept in one int, a bit each.
-_XIDS_PER_PAGE = 4096
 #: A space or another special character in the path of a mount.
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
@@ -57,8 +55,7 @@ class Spool:
         self._file = tempfile.SpooledTemporaryFile(  # noqa: SIM115
             _IN_MEMORY, buffering=_BUFFER, dir=directory
         )
-        # A bit for each xid, because a loop of savepoints may have millions.
-        self._aborted: defaultdict[int, int] = defaultdict(int)
+        self._aborted = Xids()
         #: Bytes appended so far.
         self.size = 0
 
@@ -78,7 +75,7 @@ class Spool:
 
     def abort(self, xid: int) -> None:
         """Leave out the messages of a savepoint that was rolled back."""
-        self._aborted[xid // _XIDS_PER_PAGE] |= 1 << xid % _XIDS_PER_PAGE
+        self._aborted.add(xid)
 
     def messages(self) -> Iterator[bytes]:
         """Yield the messages in order, without those of aborted savepoints.
@@ -91,7 +88,7 @@ class Spool:
             while header := self._file.read(_HEADER.size):
                 xid, length = _HEADER.unpack(header)
                 payload = self._file.read(length)
-                if not self._aborted.get(xid // _XIDS_PER_PAGE, 0) >> xid % _XIDS_PER_PAGE & 1:
+                if xid not in self._aborted:
                     yield payload
         except OSError as error:
             raise SpoolError(f"A large transaction cannot be spooled: {error}.") from error

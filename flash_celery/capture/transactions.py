@@ -7,24 +7,30 @@ spool until their commit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Protocol
 
 from ..changes.history import History
 from ..changes.rows import Transaction
-from ..errors import ProtocolError
+from ..errors import ProtocolError, SavepointUnclear
 from ..protocol import pgoutput
 from ..protocol.lsn import Lsn
 from .spool import Spool, default_directory
+from .streamed_messages import StreamedMessages
 
 _BEGIN = ord("B")
 _COMMIT = ord("C")
+_MESSAGE = ord("M")
 _ROWS = frozenset(b"IUD")
+#: Messages of pgoutput with the xid of their savepoint.
+_OF_SAVEPOINTS = frozenset(b"IUDT")
 #: Messages that are not spooled: those that control blocks, and Origin, which has no xid (chapter
 #: "Logical Replication Message Formats") and is not used.
 _NOT_SPOOLED = frozenset(b"SEcAO")
 _NONE = Transaction(Lsn(0), 0, 0)
+#: The prefixes of messages that are ours begin with this.
+OURS = "flash."
 #: The most messages in a run, so that none keeps a session busy for long.
 LONGEST_RUN = 100
 
@@ -77,10 +83,15 @@ class Transactions:
         rows: Takes the rows and messages of the transactions.
         spool_directory: Where large open transactions are kept. Default: `/var/tmp`.
         history: The server's history, which the transactions carry. Default: unknown.
+        prefixes: The prefixes of the messages that are handled, beside ours.
     """
 
     def __init__(
-        self, rows: Rows, spool_directory: str = "", history: History | None = None
+        self,
+        rows: Rows,
+        spool_directory: str = "",
+        history: History | None = None,
+        prefixes: Collection[str] = (),
     ) -> None:
         self._rows = rows
         #: The last elements of each transaction.
@@ -91,9 +102,12 @@ class Transactions:
         #: Logical messages of the transaction so far; they do not count as rows. The place of a row
         #: or message is the number of both before it: its ordinal, shifted by the other counter.
         self._messages = 0
+        self._prefixes = prefixes
         self._spools: dict[int, Spool] = {}
-        #: The spool of the open block, if there is one.
-        self._block: Spool | None = None
+        #: The messages in each spool.
+        self._streamed: dict[int, StreamedMessages] = {}
+        #: The xid of the open block's transaction, if there is one.
+        self._block: int | None = None
         #: Whether a spooled transaction has committed: call `replay` before the next `receive`.
         self.replaying = False
         self._replay: Iterator[bytes] = iter(())
@@ -124,12 +138,18 @@ class Transactions:
 
         Raises:
             ProtocolError: A message cannot follow the messages before it.
+            SavepointUnclear: A transaction has to be read again without streaming.
         """
         tag = head[0]
         if self._block is not None and tag not in _NOT_SPOOLED:
             # In a block, the xid follows the tag; without it the message is as outside a block.
             messages = [message[:1] + message[5:] for message in run]
-            self._block.append(int.from_bytes(head[1:], "big"), messages)
+            xid = int.from_bytes(head[1:], "big")
+            self._spools[self._block].append(xid, messages)
+            if tag in _OF_SAVEPOINTS:
+                self._streamed[self._block].row(xid)
+            elif tag == _MESSAGE and any(map(self._is_handled, messages)):
+                self._streamed[self._block].message()
             return None
         if tag in _ROWS:
             if self._transaction is _NONE:
@@ -165,6 +185,13 @@ class Transactions:
         for spool in self._spools.values():
             spool.close()
         self._spools.clear()
+        self._streamed.clear()
+
+    def _is_handled(self, payload: bytes) -> bool:
+        """Return whether a message is for a handler or for us."""
+        message = pgoutput.decode(payload)
+        assert isinstance(message, pgoutput.LogicalMessage)
+        return message.prefix in self._prefixes or message.prefix.startswith(OURS)
 
     def _other(self, message: pgoutput.Message, payload: bytes) -> None:
         match message:
@@ -182,7 +209,8 @@ class Transactions:
             case pgoutput.StreamStart():
                 if message.xid not in self._spools:
                     self._spools[message.xid] = Spool(self._directory)
-                self._block = self._spools[message.xid]
+                    self._streamed[message.xid] = StreamedMessages(message.xid)
+                self._block = message.xid
             case pgoutput.StreamStop():
                 self._block = None
             case pgoutput.StreamAbort():
@@ -206,23 +234,34 @@ class Transactions:
         if abort.xid in self._spools:
             if abort.xid != abort.subxid:
                 self._spools[abort.xid].abort(abort.subxid)
+                self._streamed[abort.xid].abort(abort.subxid)
             else:
-                self._spools.pop(abort.xid).close()
+                self._forget(abort.xid)
 
     def _commit(self, commit: pgoutput.StreamCommit) -> None:
         if self._block is not None:
             raise ProtocolError(f"Transaction {commit.xid} committed within a block.")
         if commit.xid not in self._spools:
             raise ProtocolError(f"Transaction {commit.xid} committed without having been streamed.")
+        if self._streamed[commit.xid].doubtful:
+            unclear = SavepointUnclear(
+                f"Some messages of the streamed transaction {commit.xid} may be rolled back."
+            )
+            unclear.commit_lsn = commit.commit_lsn
+            raise unclear
         self._begin((commit.commit_lsn, commit.xid, commit.committed_at))
         self._committed, self.replaying = commit, True
         self._replay = self._spools[commit.xid].messages()
 
     def _finish(self, commit: pgoutput.StreamCommit) -> Lsn:
-        self._spools.pop(commit.xid).close()
+        self._forget(commit.xid)
         self._committed, self.replaying = None, False
         self._transaction = _NONE
         return commit.end_lsn
+
+    def _forget(self, xid: int) -> None:
+        self._spools.pop(xid).close()
+        del self._streamed[xid]
 
     def _require_open(self, payload: bytes) -> None:
         if self._transaction is _NONE:

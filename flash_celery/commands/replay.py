@@ -27,7 +27,7 @@ from ..changes.payload import Delivery
 from ..changes.rows import Transaction
 from ..dead_letters.oversize import Oversize
 from ..errors import CatalogError, ConfigurationError, PublishError
-from ..handlers.subscriptions import Subscription, of_tables
+from ..handlers.subscriptions import Subscription
 from ..messages.batcher import Batcher, BatcherSink
 from ..messages.lane_messages import LaneMessage
 from ..messages.task_message import Message
@@ -230,7 +230,6 @@ def read_changes(
             copy,
             publication_names(source.prefix),
             span.since if isinstance(span.since, Lsn) else Lsn(0),
-            messages=len(of_tables(subscriptions)) < len(subscriptions),
         )
         with closing(pipeline):
             _follow(stream, pipeline, span.end, after_run)

@@ -190,25 +190,25 @@ class ReplicationConnection:
         publications: Sequence[str],
         position: Lsn = Lsn(0),  # noqa: B008
         streaming: bool = False,
-        messages: bool = False,
     ) -> None:
         """Start streaming at the slot's confirmed position, or at `position` if that is later.
+
+        The server also sends the messages of `pg_logical_emit_message`: any transaction may have
+        some of ours.
 
         Args:
             slot: The name of the slot.
             publications: The names of the publications.
             position: Where to start at the earliest.
             streaming: Whether the server sends parts of large transactions before they commit.
-            messages: Whether it also sends the messages of `pg_logical_emit_message`.
         """
         names = sql.SQL(",").join(sql.Identifier(name) for name in publications)
         options = "proto_version '2', streaming 'on'" if streaming else "proto_version '1'"
-        options += ", messages 'true'" if messages else ""
         # psycopg would write a name with a backslash as E'…', which this grammar does not have.
         literal = "'{}'".format(names.as_string(None).replace("'", "''"))
-        command = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} ({}, publication_names {})").format(
-            sql.Identifier(slot), sql.SQL(str(position)), sql.SQL(options), sql.SQL(literal)
-        )
+        command = sql.SQL(
+            "START_REPLICATION SLOT {} LOGICAL {} ({}, messages 'true', publication_names {})"
+        ).format(sql.Identifier(slot), sql.SQL(str(position)), sql.SQL(options), sql.SQL(literal))
         self.execute(command, expected=pq.ExecStatus.COPY_BOTH)
         self._connection.nonblocking = 1
 

@@ -21,7 +21,7 @@ from ..changes.history import History
 from ..changes.operations import Operation
 from ..changes.payload import Delivery
 from ..errors import ReplicationError
-from ..handlers.subscriptions import Subscription, of_tables
+from ..handlers.subscriptions import Subscription
 from ..messages.batcher import PublishBatch
 from ..postgres import slots
 from ..postgres.source import Source, publication_names
@@ -90,7 +90,6 @@ class Refill:
         sink: Sink,
     ) -> None:
         self._source = source
-        self._has_messages = len(of_tables(subscriptions)) < len(subscriptions)
         self._pipeline = Pipeline(
             subscriptions,
             catalog,
@@ -156,7 +155,7 @@ class Refill:
         logger.warning(_STARTS, self.since, beginning.reason, self.until)
         self._stream = self._open_copy(settings)
         names = publication_names(self._source.prefix)
-        self._stream.start(self._copy, names, self.since, messages=self._has_messages)
+        self._stream.start(self._copy, names, self.since)
         self.receive()
         return True
 

@@ -49,13 +49,14 @@ from ..errors import (
     FlashError,
     PublicationMismatch,
     ReplicationError,
+    SavepointUnclear,
     SlotInUse,
     SlotLost,
     SlotMissing,
     SpoolError,
 )
 from ..escaping import escaped
-from ..handlers.subscriptions import Subscription, of_tables
+from ..handlers.subscriptions import Subscription
 from ..messages import lane_transports
 from ..messages.batcher import Batcher, BatcherSink
 from ..messages.deduplication import Lease
@@ -77,6 +78,7 @@ from .backfilling import Backfilling, Backfills
 from .control import Control, Stopped
 from .lane_sweeper import LaneSweeper
 from .lost_tables import LostTables
+from .open_transactions import OpenTransactions
 from .pauses import Pauses
 from .refill import Refill, on_lost_broker
 from .session import Session
@@ -177,14 +179,7 @@ class Replicator:
         self._progress = Progress()
         #: The history that `_progress` is of; None to begin a new `_progress`.
         self._history: History | None = None
-        self._has_messages = len(of_tables(subscriptions)) < len(subscriptions)
-        self._use_streaming = settings.flash_use_streaming and not self._has_messages
-        if settings.flash_use_streaming and self._has_messages:
-            # PostgreSQL streams a message under the xid of its transaction, not of its savepoint.
-            logger.warning(
-                "flash_use_streaming is off because a handler is on messages: PostgreSQL does not "
-                "report that the savepoint of a message in an open transaction was rolled back"
-            )
+        self._open_transactions = OpenTransactions(settings.flash_use_streaming)
         self._phase = Phase.CONNECTING
         #: Whether the two connections have been opened since the start.
         self._has_connected = False
@@ -245,6 +240,8 @@ class Replicator:
                 try:
                     self._connect_and_replicate()
                     self._publishing.discard()  # the next session reads it again
+                except SavepointUnclear as unclear:
+                    self._read_whole(unclear)
                 except FlashError as error:
                     self._prepare_retry(error)
         except Stopped:
@@ -273,6 +270,12 @@ class Replicator:
             while not ready():
                 self.control.sleep(next(self._delays))
 
+    def _read_whole(self, unclear: SavepointUnclear) -> None:
+        """Have the next session read a transaction without streaming."""
+        logger.info("%s Reading it again, without flash_use_streaming", unclear)
+        self._open_transactions.read_whole(Lsn(unclear.commit_lsn))
+        self._publishing.discard()
+
     def _prepare_retry(self, error: FlashError) -> None:
         """Log an error, unless it was logged last, and wait. Raises it if it is fatal."""
         self.telemetry.record_error(error)
@@ -283,10 +286,10 @@ class Replicator:
         self.telemetry.enter(STANDBY if slot_in_use else CONNECTING)
         if not self._has_streamed and not self._is_reconnecting:
             raise_if_fatal(error, self._settings)
-        if self._use_streaming and isinstance(error, (DecodingFailed, SpoolError)):
+        if self._open_transactions.streamed and isinstance(error, (DecodingFailed, SpoolError)):
             # A TRUNCATE in a savepoint that is rolled back cannot be decoded while the transaction
             # is open. A transaction that does not fit on our disk can stay on PostgreSQL's.
-            self._use_streaming = False
+            self._open_transactions.end()
             logger.warning("Continuing without flash_use_streaming until the next start")
         if isinstance(error, ConfirmedLost):
             if self._on_lost_broker == "halt":
@@ -398,8 +401,7 @@ class Replicator:
                 source.slot,
                 names,
                 self._progress.confirmed,
-                self._use_streaming,
-                messages=self._has_messages,
+                self._open_transactions.streamed,
             )
         except SlotInUse as error:
             holder = slots.reader(source.connection, source.slot)
@@ -481,7 +483,13 @@ class Replicator:
         watch = SlotWatch(source, stream.pid, self._progress, telemetry=self.telemetry)
         backfills = Backfills(source)
         supervisor = Supervisor(
-            source, self._startup, self._pauses, watch, self._lost_tables, backfills
+            source,
+            self._startup,
+            self._pauses,
+            watch,
+            self._lost_tables,
+            backfills,
+            self._open_transactions,
         )
         session = Session(
             stream, source, pipeline, batcher, self._publishing, claim, self.control, supervisor

@@ -23,7 +23,7 @@ from typing import Any
 from psycopg.errors import AdminShutdown
 
 from ..capture.pipeline import Pipeline
-from ..errors import ReplicationError
+from ..errors import ReplicationError, SavepointUnclear
 from ..messages import deduplication
 from ..messages.batcher import Batcher, PublishBatch
 from ..postgres.source import Source
@@ -141,6 +141,7 @@ class Session:
 
         Raises:
             ReplicationError: The connection has to be replaced.
+            SavepointUnclear: A transaction has to be read again without streaming.
         """
         self._publishing.claim(self._claim)
         if not self._supervisor.paused:
@@ -162,7 +163,12 @@ class Session:
                     return self._drain(deadline)
             elif self._must_end():
                 return self._drain()
-            self._iterate()
+            try:
+                self._iterate()
+            except SavepointUnclear:
+                # What committed before it need not be sent again.
+                self._drain()
+                raise
 
     def _has_finished(self) -> bool:
         """Return whether the broker has what came before the error that has ended the stream.

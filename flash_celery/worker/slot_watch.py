@@ -122,6 +122,11 @@ class SlotWatch:
         #: Whether commits wait until this worker has confirmed them.
         self._synchronous = False
 
+    @property
+    def confirmed(self) -> Lsn:
+        """The position that the broker has confirmed."""
+        return self._progress.confirmed
+
     def check(self, received: Lsn, listening: bool) -> None:
         """Check the slot and the last heartbeat, and write a heartbeat if one is due.
 

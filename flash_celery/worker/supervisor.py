@@ -10,6 +10,7 @@ from ..postgres.source import Source
 from ..protocol.lsn import Lsn
 from .backfilling import Backfills
 from .lost_tables import LostTables
+from .open_transactions import OpenTransactions
 from .pauses import Pauses
 from .slot_watch import SlotWatch
 from .startup import Startup
@@ -31,6 +32,11 @@ class Reason(Enum):
         "A handler's table changed; restarting the session to check all tables",
     )
 
+    STREAMING = (
+        logging.INFO,
+        "The transaction with unclear messages is read; restarting the session with "
+        "flash_use_streaming",
+    )
     BACKFILL_REQUESTED = (logging.INFO, "A backfill is requested; restarting the session for it")
 
     def __init__(self, level: int, sentence: str) -> None:
@@ -49,6 +55,7 @@ class Supervisor:
         watch: SlotWatch,
         lost_tables: LostTables,
         backfills: Backfills,
+        open_transactions: OpenTransactions,
     ) -> None:
         self._source = source
         self._startup = startup
@@ -56,6 +63,7 @@ class Supervisor:
         self._watch = watch
         self._lost_tables = lost_tables
         self._backfills = backfills
+        self._open_transactions = open_transactions
         #: Whether the whole source is paused.
         self.paused = pauses.whole_source
         #: When the next check is due, by the monotonic clock.
@@ -91,6 +99,8 @@ class Supervisor:
             return None
         if self._startup.tables_changed(self._source):
             return Reason.TABLES_CHANGED
+        if self._open_transactions.may_return(self._watch.confirmed, now):
+            return Reason.STREAMING
         return None if self.paused or not self._backfills.requested() else Reason.BACKFILL_REQUESTED
 
     @property

@@ -185,3 +185,37 @@ def test_logical_message_of_a_savepoint_rolled_back_late_is_not_delivered(flash,
     flash.do("SELECT 1")
     assert len(flash.delivered()) == 3
     assert [message.content for message in flash.delivered("messages")] == [b"kept"]
+
+
+def test_streaming_goes_on_after_unclear_messages_in_concurrent_transactions(flash, caplog):
+    """Each unclear transaction is read once more, and nothing is delivered twice or left out."""
+    flash.database.execute(ITEMS, "ALTER SYSTEM SET logical_decoding_work_mem = '64kB'")
+    flash.database.execute("SELECT pg_reload_conf()")
+    caplog.set_level("INFO")
+    listen(flash, "mail").handler("items").start(flash_use_streaming=True)
+    many = "INSERT INTO items SELECT n, repeat('x', 900) FROM generate_series({0}, {0} + 299) n"
+    expected = []
+    with flash.database.connect() as first, flash.database.connect() as second:
+        for base, connection in ((1000, first), (2000, second)):
+            connection.execute("BEGIN")
+            connection.execute("SAVEPOINT a")
+            connection.execute(emit("mail", f"rolled back {base}"))
+            connection.execute(many.format(base))
+            connection.execute("ROLLBACK TO a")
+            connection.execute(emit("mail", f"kept {base}"))
+            connection.execute(many.format(base + 500))
+        flash.do("INSERT INTO items VALUES (1)", emit("mail", "small"))
+        expected += [1, "small"]
+        for base, connection in ((2000, second), (1000, first)):
+            connection.execute("COMMIT")
+            flash.do("SELECT 1")
+            expected += [f"kept {base}", *range(base + 500, base + 800)]
+    flash.wait(lambda: "restarting the session with flash_use_streaming" in caplog.text)
+    flash.do(emit("mail", "end"))
+    expected.append("end")
+    delivered = all_delivered(flash)
+    assert expected == [
+        change.new["id"] if isinstance(change, Insert) else change.content.decode()
+        for change in delivered
+    ]
+    assert "Reading it again, without flash_use_streaming" in caplog.text

@@ -13,7 +13,6 @@ from flash_celery.capture.relations import RelationCatalog
 from flash_celery.changes.change import LogicalMessage
 from flash_celery.changes.payload import changes_of
 from flash_celery.handlers.decorators import subscriptions_of
-from flash_celery.handlers.subscriptions import of_tables
 from flash_celery.lanes.marks import Position
 from flash_celery.postgres.source import publication_names
 from flash_celery.postgres.stream import ReplicationConnection
@@ -60,7 +59,7 @@ def read(database, slot, declared):
         catalog = RelationCatalog(connection, PartitionHistory({}))
         pipeline = Pipeline(declared, catalog, sink, history=history)
         stream.start_session()
-        stream.start(slot, names, messages=len(of_tables(declared)) < len(declared))
+        stream.start(slot, names)
         while stream.received < end or pipeline.transactions.open:
             stream.send_status(stream.received, 0, 0, reply=True)
             select.select([stream], [], [], 1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from flash_celery.capture.spool import Spool
 from flash_celery.capture.transactions import Transactions, runs
-from flash_celery.errors import PublishError
+from flash_celery.errors import PublishError, SavepointUnclear
 from flash_celery.protocol import pgoutput
 from flash_celery.publishing.brokers.memory import MemoryPublisher
 
@@ -169,21 +169,37 @@ class Collected:
     def truncate(self, oids, transaction, index, shift):
         self.found.append((-1, transaction, index))
 
+    def message(self, message, transaction, index, shift):
+        if message.prefix == "counted":
+            self.found.append((int(message.content), transaction, index))
+
     def relation(self, relation, transaction): ...
 
 
-def collected(connection, streaming):
+def collected(connection, plain=()):
+    """What the slot has, and how many blocks were streamed.
+
+    It is streamed if `plain` has the same without streaming. From there come transactions that are
+    to be read again, which end up in `unclear`.
+    """
     collected_rows = Collected()
-    transactions = Transactions(collected_rows)
+    transactions = Transactions(collected_rows, prefixes=["counted"])
     streamed = 0
     rows = connection.execute(
         "SELECT data FROM pg_logical_slot_peek_binary_changes('nested', NULL, NULL, "
-        "'proto_version', '2', 'publication_names', 'nested', 'streaming', %s)",
-        ["on" if streaming else "off"],
+        "'proto_version', '2', 'publication_names', 'nested', 'messages', 'on', 'streaming', %s)",
+        ["on" if plain else "off"],
     ).fetchall()
     for kind, run in runs(data for (data,) in rows):
         streamed += kind[:1] == b"S"
-        end = transactions.receive(kind, run)
+        try:
+            end = transactions.receive(kind, run)
+        except SavepointUnclear as error:
+            unclear.append(error.commit_lsn)
+            found = [row for row in plain if row[1].commit_lsn == error.commit_lsn]
+            collected_rows.found += found
+            transactions._forget(int.from_bytes(run[0][1:5], "big"))
+            end = None
         while transactions.replaying:
             end = transactions.replay()
         assert end is None or not transactions.open
@@ -211,7 +227,7 @@ def nested(postgres):
 
 STEPS = st.lists(
     st.sampled_from(["small", "large", "large", "savepoint", "savepoint", "release", "rollback",
-                     "truncate"]),
+                     "truncate", "message", "message", "other"]),
     max_size=14,
 )  # fmt: skip
 
@@ -231,6 +247,13 @@ def transaction(connection, steps, commit, first):
             )
             levels[-1] += range(number, number + count)
             number += count
+        elif step == "message":
+            emit = "SELECT pg_logical_emit_message(true, 'counted', %s::text)"
+            connection.execute(emit, [str(number)])
+            levels[-1].append(number)
+            number += 1
+        elif step == "other":
+            connection.execute("SELECT pg_logical_emit_message(true, 'other', '')")
         elif step == "truncate":
             connection.execute("TRUNCATE rows")
             levels[-1].append(-1)
@@ -249,6 +272,8 @@ def transaction(connection, steps, commit, first):
 
 
 streamed_blocks = []
+#: Where the transactions committed that could not be streamed.
+unclear = []
 
 
 @settings(
@@ -265,22 +290,53 @@ def test_streaming_delivers_the_same_as_without_and_as_a_model(nested, script):
     expected = []
     for steps, commit in script:
         expected += transaction(nested, steps, commit, len(expected))
-    plain, _ = collected(nested, streaming=False)
+    plain, _ = collected(nested)
+    assert [number for number, _, _ in plain] == expected
+    if not plain:
+        return
     try:
-        streamed, blocks = collected(nested, streaming=True)
+        streamed, blocks = collected(nested, plain)
     except psycopg.errors.InternalError_:
         # PostgreSQL cannot decode a TRUNCATE in a savepoint that was rolled back before it ends;
         # the replication worker goes on without streaming then.
         assert any("truncate" in steps and "rollback" in steps for steps, _ in script)
         return
     streamed_blocks.append(blocks)
-    assert [number for number, _, _ in plain] == expected
     assert streamed == plain
 
 
 def test_streaming_property_saw_streams():
     if streamed_blocks:
         assert max(streamed_blocks) > 1
+
+
+MANY = "INSERT INTO rows SELECT n, repeat('x', 500) FROM generate_series(1, 150) n;"
+MESSAGE = "SELECT pg_logical_emit_message(true, 'counted', '1');"
+#: The beginning of a transaction that writes once more at its end; whether its message is certain.
+SAVEPOINTS = [
+    # A message before the first row, as that of the context is; the savepoint begins later.
+    (f"{MESSAGE} {MANY} SAVEPOINT a; {MANY} ROLLBACK TO a", True),
+    (f"{MESSAGE} {MANY} SAVEPOINT a; {MANY} SAVEPOINT b; {MANY} ROLLBACK TO a", True),
+    (f"{MANY} SAVEPOINT a; {MANY} ROLLBACK TO a; {MESSAGE}", True),
+    (f"SAVEPOINT a; {MANY} RELEASE a; {MESSAGE} {MANY} SAVEPOINT b; {MANY} ROLLBACK TO b", True),
+    (f"{MANY} SAVEPOINT a; {MESSAGE} {MANY} ROLLBACK TO a", False),
+    (f"SAVEPOINT a; SAVEPOINT b; {MESSAGE} RELEASE b; {MANY * 2} ROLLBACK TO a", False),
+]
+
+
+@pytest.mark.parametrize(("statements", "certain"), SAVEPOINTS)
+def test_streamed_message_is_unclear_only_if_its_savepoint_may_be_aborted(
+    nested, statements, certain
+):
+    drop = "SELECT count(*) FROM pg_logical_slot_get_binary_changes('nested', NULL, NULL, {})"
+    nested.execute(drop.format("'proto_version', '1', 'publication_names', 'nested'"))
+    nested.execute(f"BEGIN; {statements}; {MANY} COMMIT")
+    plain, _ = collected(nested)
+    unclear.clear()
+    streamed, blocks = collected(nested, plain)
+    assert streamed == plain
+    assert blocks > 0
+    assert (not unclear) == certain
 
 
 def test_streaming_survives_interleaved_savepoints_and_a_restart(flash):

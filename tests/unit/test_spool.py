@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from flash_celery.capture.spool import Spool, default_directory, file_system
+from flash_celery.capture.streamed_messages import StreamedMessages
 from flash_celery.commands import doctor
 from flash_celery.settings import Settings
 
@@ -132,3 +133,37 @@ def test_spool_closes_on_a_full_disk(tmp_path):
     ran = subprocess.run(code, capture_output=True, text=True, timeout=120)
     assert "cannot be spooled" in ran.stdout
     assert ran.stdout.endswith("closed\n"), ran.stderr
+
+
+#: Rows of an xid, messages (m), and aborted xids (a), of the transaction 10; whether it is certain.
+STREAMED = [
+    ("10 a11", True),
+    ("m a11", False),
+    ("m 11 a11", False),
+    ("m 10 a11", False),
+    ("m 10 11 a11", True),
+    ("m 10 11 12 a12 a11", True),
+    ("m 11 12 a12", True),
+    ("m 12 11 a11", False),
+    ("11 m 10 a11", False),
+    ("11 m 12 13 a13", True),
+    ("11 m 12 13 a13 a12 a11", False),
+    ("10 11 a11 m 10", True),
+    ("m 10 11 m a11", False),
+    ("m 10 11 m 10 12 a12", True),
+]
+
+
+@pytest.mark.parametrize("top", [10, (1 << 32) - 1])
+@pytest.mark.parametrize(("steps", "certain"), STREAMED)
+def test_streamed_message_is_certain_if_no_aborted_savepoint_can_be_its_own(steps, certain, top):
+    messages = StreamedMessages(top)
+    for step in steps.split():
+        xid = (int(step.strip("a")) - 10 + top) % (1 << 32) if step != "m" else 0
+        if step == "m":
+            messages.message()
+        elif step[0] == "a":
+            messages.abort(xid)
+        else:
+            messages.row(xid)
+    assert messages.doubtful != certain

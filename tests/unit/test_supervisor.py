@@ -1,5 +1,6 @@
 """Why a session has to end: what changed, and how long an open transaction may delay it."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from flash_celery.errors import ReplicationError
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.worker.lost_tables import LostTables
+from flash_celery.worker.open_transactions import OpenTransactions
 from flash_celery.worker.supervisor import Reason, Supervisor
 
 
@@ -20,6 +22,8 @@ class Source(SimpleNamespace):
     altered = False
     lost = False
     backfill = False
+    confirmed = Lsn(0)
+    streaming = OpenTransactions(wanted=True)
 
     def requested(self):
         return self.backfill
@@ -45,7 +49,7 @@ def source():
 
 @pytest.fixture
 def check(source):
-    supervisor = Supervisor(source, source, source, source, LostTables(), source)
+    supervisor = Supervisor(source, source, source, source, LostTables(), source, source.streaming)
 
     def check(now, transaction_open=False):
         reason = supervisor.check(now, Lsn(1), True, transaction_open)
@@ -93,3 +97,17 @@ def test_requested_backfill_waits_for_the_open_transaction(source, check):
     source.backfill = True
     assert check(100, transaction_open=True) is None
     assert check(101) is Reason.BACKFILL_REQUESTED
+
+
+def test_streaming_returns_after_the_transaction_that_was_read_whole(source, check):
+    source.streaming.read_whole(Lsn(50))
+    later = time.monotonic() + 1
+    source.confirmed = Lsn(50)
+    assert check(later) is None
+    source.confirmed = Lsn(51)
+    assert check(time.monotonic() - 1) is None
+    assert check(later, transaction_open=True) is None
+    assert not source.streaming.streamed
+    assert check(later) is Reason.STREAMING
+    assert source.streaming.streamed
+    assert check(later) is None
