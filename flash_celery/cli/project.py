@@ -93,7 +93,7 @@ def _print_error(message: str, as_json: bool) -> None:
         return
     import time
 
-    from .. import logs
+    from . import logs
 
     click.echo(logs.line(logs.fields(time.time(), "ERROR", __name__, message)), err=True)
 

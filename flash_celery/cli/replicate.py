@@ -71,7 +71,7 @@ def _refuse_unusable(project: Project) -> None:
 
 
 def _set_up_logging(project: Project, loglevel: str, logfile: str | None, as_json: bool) -> None:
-    from .. import logs
+    from . import logs
 
     # Receivers of Celery's signals use the current app, in the publishing thread too.
     project.app.set_default()

@@ -300,7 +300,8 @@ def on_message(
     Can be stacked with `on_change`.
 
     Args:
-        prefix: Deliver the messages with exactly this prefix.
+        prefix: Deliver the messages with exactly this prefix. Those that begin with `flash.` are
+            flash-celery's own, and refused.
         batch: As for `on_change`.
         queue: As for `on_change`.
         acks_late: As for `on_change`.

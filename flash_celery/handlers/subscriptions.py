@@ -16,6 +16,8 @@ from .databases import MARKS_TABLE, Database
 from .existing_rows import Backfill
 from .row_types import RowType
 
+#: How the prefixes of flash-celery's own logical messages begin.
+RESERVED_PREFIX = "flash."
 _SOURCE_AND_TABLE = re.compile(r'((?:"[^"]*"|[^":])*):(.*)', re.DOTALL)
 
 
@@ -211,6 +213,11 @@ def prefix_of(prefix: Any) -> TableName:
     """Read the `prefix` of an `on_message`."""
     if not isinstance(prefix, str) or not prefix:
         raise SubscriptionError(f"on_message takes the prefix of the messages, not {prefix!r}.")
+    if prefix.startswith(RESERVED_PREFIX):
+        raise SubscriptionError(
+            f"on_message({prefix!r}): messages whose prefix begins with {RESERVED_PREFIX} are "
+            "flash-celery's own; choose another prefix."
+        )
     return TableName("", prefix)
 
 

@@ -17,7 +17,6 @@ ORDER = [
     "credentials",
     "settings",
     "backoff",
-    "logs",
     "table_name",
     "protocol",
     "acknowledgement",

@@ -18,8 +18,8 @@ import yaml
 from click.testing import CliRunner
 
 from example_project.servers import wait_until
-from flash_celery import logs, on_change
-from flash_celery.cli import flash
+from flash_celery import on_change
+from flash_celery.cli import flash, logs
 from flash_celery.commands.status import SlotStatus, StatusReport
 from flash_celery.errors import ConfigurationError
 from flash_celery.monitoring import health

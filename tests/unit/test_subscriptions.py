@@ -145,3 +145,9 @@ def test_operations_of_a_table_exclude_messages(operations):
 def test_message_prefix_is_a_string(prefix):
     with pytest.raises(SubscriptionError, match="on_message takes the prefix"):
         prefix_of(prefix)
+
+
+def test_message_prefixes_of_flash_celery_are_refused():
+    with pytest.raises(SubscriptionError, match="choose another prefix"):
+        prefix_of("flash.task")
+    assert prefix_of("flash").name == "flash"
