@@ -40,21 +40,27 @@ __all__ = [
     "Update",
     "on_change",
     "on_message",
+    "transactional",
     "wait_for",
 ]
 
 if TYPE_CHECKING:
     from .commands.wait import wait_for
+    from .transactional_tasks.blocks import transactional
 
     __version__: str
 else:
 
     def __getattr__(name: str) -> object:
-        """Load `wait_for` and `__version__` lazily, because both are slow to import."""
+        """Load what is slow to import when it is used."""
         if name == "wait_for":
             from .commands.wait import wait_for
 
             return wait_for
+        if name == "transactional":
+            from .transactional_tasks.blocks import transactional
+
+            return transactional
         if name == "__version__":
             from importlib.metadata import version
 

@@ -29,6 +29,8 @@
     ├── PayloadError              a message that cannot be read
     ├── RowError                  a row that does not fit the class of `into=`
     ├── ProcessKilled             a handler whose process dies
+    ├── TransactionError          a task that a transaction cannot carry
+    ├── TaskRefused               a message that carries tasks, and is not signed by the application
     ├── NoInstance                a change that is not a row of a Django model
     ├── NoSuchLetter              a dead letter that does not exist
     └── NotDone                   handlers that `flash wait` waited for
@@ -272,6 +274,21 @@ class ProcessKilled(FlashError):
 
     solution = (
         "Fix the handler, then run `flash dead retry`; the kernel's log shows what it ran out of."
+    )
+
+
+class TransactionError(FlashError):
+    """A transaction cannot carry a task that was sent in `transactional()`."""
+
+    solution = "Roll the transaction back, and correct what the message names."
+
+
+class TaskRefused(FlashError):
+    """A message that carries tasks was not signed by the application for this database."""
+
+    solution = (
+        "Its tasks were not enqueued. If the application wrote it, give `flash replicate` the same "
+        "flash_signing_key; otherwise find out who may run SQL in the database."
     )
 
 

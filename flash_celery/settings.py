@@ -90,6 +90,13 @@ class Settings:
     #: Address at which the replication worker serves its status page, metrics and probes
     #: (`127.0.0.1:9187`).
     flash_http: str = ""
+    #: The secret that signs the tasks in transactions (`transactional`), or a list: the first
+    #: signs, and all are accepted. In Django the default is SECRET_KEY and SECRET_KEY_FALLBACKS.
+    flash_signing_key: str | Sequence[str] = field(default="", repr=False)
+    #: Seconds that may pass between the signing of a task and the commit of its transaction.
+    flash_transactional_max_age: float = 86_400.0
+    #: Refuse tasks in a transaction of a database whose slot does not exist, instead of a warning.
+    flash_transactional_strict: bool = False
     #: More databases, by name: a `dsn` for each, and a `slot` and `prefix` unless these are the
     #: default's with the name appended, and a `password_command` if it has one.
     flash_sources: Mapping[str, Any] = field(default_factory=dict, repr=False)

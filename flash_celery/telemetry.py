@@ -101,6 +101,8 @@ class Telemetry:
         self.enqueued: Counter[Route] = Counter()
         #: Rows that could not be evaluated for lack of old values, by table.
         self.unevaluated: Counter[str] = Counter()
+        #: Messages that carry tasks and were refused, because they are not signed.
+        self.refused_tasks = 0
         self.transactions = 0
         self.reconnections = 0
         #: The messages that the broker has confirmed, the bytes of their bodies, and the batches.

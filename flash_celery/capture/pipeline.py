@@ -15,7 +15,7 @@ from ..protocol import frames
 from ..protocol.lsn import Lsn
 from ..telemetry import Telemetry
 from .relations import RelationCatalog
-from .router import Router, Sink
+from .router import Router, Sink, TaskReceiver
 from .transactions import LONGEST_RUN, Transactions, runs
 
 _KEEPALIVE = frames.KEEPALIVE
@@ -31,6 +31,7 @@ class Pipeline:
         spool_directory: Where large open transactions are kept. Default: `/var/tmp`.
         telemetry: Counts rows and messages.
         history: The server's history, which the messages carry. Default: unknown.
+        tasks: Takes the logical messages that carry tasks. Default: they are left out.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class Pipeline:
         spool_directory: str = "",
         telemetry: Telemetry | None = None,
         history: History | None = None,
+        tasks: TaskReceiver | None = None,
     ) -> None:
         self.telemetry = telemetry or Telemetry()
-        router = Router(subscriptions, catalog, sink, self.telemetry)
+        router = Router(subscriptions, catalog, sink, self.telemetry, tasks)
         prefixes = frozenset(each.prefix for each in subscriptions if each.prefix is not None)
         self.transactions = Transactions(router, spool_directory, history, prefixes)
         #: The rest of each burst that arrived; it waits while a spooled transaction is replayed.

@@ -26,6 +26,7 @@ from ..protocol import pgoutput
 from ..protocol.lsn import Lsn
 from ..table_name import TableName
 from ..telemetry import Tally, Telemetry
+from ..transactional_tasks.signing import PREFIX as TASK_PREFIX
 from .relations import RelationCatalog
 from .transitions import Transitions
 
@@ -36,6 +37,8 @@ Receiver = Callable[[Delivery], object]
 #: Takes consecutive rows of one relation, their transaction, the ordinal of the first row, and the
 #: shift: what to add to an ordinal for the place.
 RunReceiver = Callable[[Sequence[bytes], Transaction, int, int], None]
+#: Takes the logical messages that carry tasks, each with its transaction and ordinal.
+TaskReceiver = Callable[[pgoutput.LogicalMessage, Transaction, int], None]
 _NO_ROUTES: dict[str, RunReceiver] = {}
 #: The most fields of all composite columns of a table; a column beyond that is delivered as text.
 #: Each task message carries the description of its table, and a composite of composites can have
@@ -66,7 +69,9 @@ class Router:
         catalog: RelationCatalog,
         sink: Sink,
         telemetry: Telemetry | None = None,
+        tasks: TaskReceiver | None = None,
     ) -> None:
+        self._tasks = tasks
         self._subscriptions = subscriptions
         self._handled = frozenset(subscription.table for subscription in subscriptions)
         self._catalog = catalog
@@ -124,6 +129,8 @@ class Router:
             ordinal: How many messages of the transaction precede it.
             shift: How many rows of the transaction precede it.
         """
+        if message.prefix == TASK_PREFIX and self._tasks is not None:
+            self._tasks(message, transaction, ordinal)
         for route in self._messages.get(message.prefix, ()):
             self._telemetry.tally(message.prefix, "message").number += 1
             route([message_row(message.content)], transaction, ordinal, shift)

@@ -21,6 +21,7 @@ from ..publishing import brokers
 from ..publishing.brokers import lane_access, redis_keys
 from ..publishing.brokers.base import ConnectedPublisher, queue_depths
 from ..table_name import TableName
+from ..transactional_tasks.signing import PREFIX
 from . import letters
 from .letters import DeadLetter
 
@@ -184,6 +185,11 @@ class DeadLetterQueue:
             ConfigurationError: The app does not have the task or the queue.
         """
         names = sorted({letter.queue for letter in chosen})
+        if any(letter.handler == PREFIX for letter in chosen):
+            raise ConfigurationError(
+                f"The dead letters of {PREFIX} report messages that were refused, and hold no "
+                f"task; drop them (`flash dead drop --handler {PREFIX}`), and retry the others."
+            )
         for handler in sorted({letter.handler for letter in chosen} - set(self._app.tasks)):
             raise ConfigurationError(
                 f"{handler} is not a task of this app, so a worker would discard its change; to "

@@ -18,7 +18,7 @@ from ..changes.change import Operation
 from ..changes.payload import Delivery
 from ..handlers.subscriptions import Subscription
 from ..protocol.lsn import Lsn
-from ..telemetry import Route
+from ..telemetry import Route, route
 from .deduplication import Deduplicator
 from .lane_messages import LaneGroup, LaneMessage
 from .task_message import Message
@@ -151,6 +151,27 @@ class Batcher:
         else:
             self._take(template, delivery, size, route)
 
+    def add_sent(self, delivery: Delivery, messages: Sequence[Message]) -> None:
+        """Add the tasks that a transaction carries.
+
+        Args:
+            delivery: Stands for them in the deduplication.
+            messages: A message for each of its rows.
+        """
+        if self._deduplicator is not None:
+            remaining = self._deduplicator.filter(messages[0].form.template, delivery)
+            if remaining is None:
+                return
+            messages = messages[remaining.ordinal - delivery.ordinal :]
+        for message in messages:
+            self._counts[route(delivery.table.name, "task", message.task, message.queue)] += 1
+        self._emit(messages, 0)
+
+    def add_letter(self, letter: Message) -> None:
+        """Add a dead letter."""
+        self._emit([letter], 0)
+        self._letters = True
+
     def _take_one_by_one(self, template: Template, delivery: Delivery, route: Route | None) -> None:
         """Take changes of which some are too large."""
         for ordinal, row in enumerate(delivery.rows, delivery.ordinal):
@@ -273,8 +294,8 @@ class Batcher:
             self._count(waiting.counts)
 
     def _count(self, counts: Mapping[Route, int]) -> None:
-        for route, count in counts.items():
-            self._counts[route] += count
+        for counted, count in counts.items():
+            self._counts[counted] += count
 
     def _flush(self, template: Template) -> None:
         """Emit what is collected for the lanes of a template."""

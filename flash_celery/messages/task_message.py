@@ -117,6 +117,21 @@ class Message:
         return self.form.queue
 
     @property
+    def exchange(self) -> str:
+        """The exchange that it is published to; "" for the default exchange."""
+        return ""
+
+    @property
+    def routing_key(self) -> str:
+        """The routing key that it is published with."""
+        return self.form.queue
+
+    @property
+    def declare(self) -> Sequence[str]:
+        """Descriptions of the queues and exchanges to declare before it is published."""
+        return ()
+
+    @property
     def size(self) -> int:
         """How many bytes or characters it has."""
         return len(self.body)

@@ -47,6 +47,13 @@ class Source:
             return ""
         return str(row[0]) if row else ""
 
+    @cached_property
+    def database(self) -> str:
+        """The name of the database; that of the DSN may be another one's of a pooler."""
+        row = self.connection.execute("SELECT current_database()::text").fetchone()
+        assert row is not None
+        return str(row[0])
+
     @property
     def lanes(self) -> str:
         """The server and the slot, as in the names of lanes and the ids of tasks."""

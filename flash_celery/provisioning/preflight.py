@@ -25,6 +25,7 @@ from ..postgres.connection import is_standby
 from ..postgres.gaps import Gap
 from ..postgres.source import Source, publication_name
 from ..table_name import TableName
+from ..transactional_tasks.signing import keys_of
 from . import plan, privileges, publications, server_checks
 from .ddl import Step
 from .findings import OK, WARNING, Finding, stop
@@ -33,6 +34,12 @@ from .publications import ExistingPublications
 from .requirements import RequiredTables, required_tables
 from .server_checks import Role
 from .table_checks import check, check_columns, find
+
+#: Reported if there is a key for the tasks of transactions, and no handler.
+ONLY_TASKS = (
+    "no task has an @on_change or @on_message for this database, so only the tasks of "
+    "transactional() are enqueued"
+)
 
 
 @dataclass
@@ -208,12 +215,7 @@ class _Examination:
     def _check_tables(self) -> bool:
         """Check the tables of all subscriptions; return whether all are usable."""
         if not self._subscriptions:
-            error = SubscriptionError(
-                "No task has an @on_change or @on_message for this database; import the modules "
-                "that declare them (app.autodiscover_tasks(), or the setting `imports`)."
-            )
-            self._stop("handlers", error)
-            return False
+            return self._check_tasks_alone()
         tables, usable = self._tables, True
         for subscription in self._subscriptions:
             if subscription.prefix is not None:
@@ -230,6 +232,24 @@ class _Examination:
                 self._stop(subject, error)
                 usable = False
         return usable
+
+    def _check_tasks_alone(self) -> bool:
+        """Check that no handlers are wanted, but the tasks of transactions alone.
+
+        Where tables are published, a module with handlers was probably not imported.
+        """
+        has_tables = not publications.read(self._source).empty
+        if keys_of(self._settings) and not has_tables:
+            self._add("handlers", WARNING, ONLY_TASKS)
+            return True
+        why = "; its tables are published, so it had one (`flash reset` ends that)"
+        error = SubscriptionError(
+            "No task has an @on_change or @on_message for this database"
+            f"{why if has_tables else ''}; import the modules "
+            "that declare them (app.autodiscover_tasks(), or the setting `imports`)."
+        )
+        self._stop("handlers", error)
+        return False
 
     def _check_publications(self) -> None:
         existing = publications.read(self._source)

@@ -73,7 +73,8 @@ class Backpressure:
         """
         if not self._limit or not messages:
             return len(messages)
-        counts = Counter(message.queue for message in messages if message.queue != self._unlimited)
+        # A task for an exchange may go to no queue that is known here.
+        counts = Counter(message.queue for message in messages if self._is_limited(message))
         while True:
             depths = {queue: self._depth(queue) for queue in counts}
             admitted = self._fitting(messages, counts, depths)
@@ -85,6 +86,9 @@ class Backpressure:
             if given_up(_POLL_SECONDS):
                 return 0
 
+    def _is_limited(self, message: Message) -> bool:
+        return message.queue not in ("", self._unlimited)
+
     def _fitting(
         self, messages: Sequence[Message], counts: Mapping[str, int], depths: Mapping[str, int]
     ) -> int:
@@ -93,7 +97,7 @@ class Backpressure:
             closed = is_full(depth, self._limit) and depth + counts[queue] > self._limit
             room[queue] = 0 if closed else self._limit - depth
         for count, message in enumerate(messages):
-            if message.queue == self._unlimited:
+            if not self._is_limited(message):
                 continue
             if room[message.queue] <= 0:
                 return count

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 from ..changes.change import Change
 from ..messages.task_message import Message
+from ..transactional_tasks.tracing import end_publishing_span
 
 #: Ends a trace, in the context where it began; receives whether the message was published.
 End: TypeAlias = Callable[[bool], None]
@@ -60,22 +61,11 @@ def _opentelemetry_span(message: Message, changes: Sequence[Change]) -> End:
 
     def end(published: bool) -> None:
         if not published:
-            _end_publishing_span(message)
+            end_publishing_span(message.task, message.id)
             span.set_status(trace.StatusCode.ERROR, "given up, and read again")
         span.end()
 
     return end
-
-
-def _end_publishing_span(message: Message) -> None:
-    """End the instrumentation's span, which it does not do for a message that is not published."""
-    from opentelemetry.instrumentation.celery import utils
-
-    task = utils.retrieve_task_from_sender({"sender": message.task})
-    span_context = utils.retrieve_context(task, message.id, is_publish=True)
-    if span_context is not None:
-        span_context[1].__exit__(None, None, None)
-        utils.detach_context(task, message.id, is_publish=True)
 
 
 def _sentry_is_enabled() -> bool:

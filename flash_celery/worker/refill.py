@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 from ..capture.pipeline import Pipeline
 from ..capture.relations import RelationCatalog
-from ..capture.router import Receiver, Sink
+from ..capture.router import Receiver, Sink, TaskReceiver
 from ..changes.history import History
 from ..changes.operations import Operation
 from ..changes.payload import Delivery
+from ..changes.rows import Transaction
 from ..errors import ReplicationError
 from ..handlers.subscriptions import Subscription
 from ..messages.batcher import PublishBatch
@@ -27,6 +28,7 @@ from ..postgres import slots
 from ..postgres.source import Source, publication_names
 from ..postgres.stream import ReplicationConnection
 from ..protocol.lsn import Lsn
+from ..protocol.pgoutput import LogicalMessage
 from ..provisioning import replay_slot
 from ..settings import Settings
 
@@ -78,6 +80,7 @@ class Refill:
         subscriptions: All subscriptions to the source.
         catalog: Describes the relations of the stream.
         sink: Takes the deliveries.
+        tasks: Takes the messages that carry tasks. Default: they are left out.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class Refill:
         subscriptions: Sequence[Subscription],
         catalog: RelationCatalog,
         sink: Sink,
+        tasks: TaskReceiver | None = None,
     ) -> None:
         self._source = source
         self._pipeline = Pipeline(
@@ -96,6 +100,7 @@ class Refill:
             _RangeSink(sink, self),
             source.settings.flash_spool_directory,
             history=history,
+            tasks=_in_range(tasks, self) if tasks is not None else None,
         )
         self._stream: ReplicationConnection | None = None
         self.since, self.until = Lsn(0), until
@@ -214,6 +219,16 @@ class Refill:
         self._pipeline.close()
         if self._stream is not None:
             self._stream.close()
+
+
+def _in_range(tasks: TaskReceiver, refill: Refill) -> TaskReceiver:
+    """Return a receiver that gets only the messages in the range of a refill."""
+
+    def receive_in_range(message: LogicalMessage, transaction: Transaction, ordinal: int) -> None:
+        if refill.since <= transaction.commit_lsn < refill.until:
+            tasks(message, transaction, ordinal)
+
+    return receive_in_range
 
 
 class _RangeSink:

@@ -40,7 +40,9 @@ from ..capture.pipeline import Pipeline
 from ..capture.relations import RelationCatalog
 from ..capture.router import Sink
 from ..changes.history import History
+from ..changes.rows import Transaction
 from ..dead_letters.oversize import Oversize
+from ..dead_letters.refused_tasks import RefusedTasks
 from ..errors import (
     CatalogError,
     ConfigurationError,
@@ -60,6 +62,7 @@ from ..handlers.subscriptions import Subscription
 from ..messages import lane_transports
 from ..messages.batcher import Batcher, BatcherSink
 from ..messages.deduplication import Lease
+from ..messages.sent_tasks import SentTasks
 from ..messages.task_options import TaskOptions
 from ..messages.templates import Templates
 from ..postgres import slots
@@ -67,6 +70,7 @@ from ..postgres.connection import is_standby, raise_if_fatal, unreachable
 from ..postgres.source import Source, connected, publication_names
 from ..postgres.stream import Diagnosis, ReplicationConnection
 from ..protocol.lsn import Lsn
+from ..protocol.pgoutput import LogicalMessage
 from ..provisioning import advisory_lock, ordering_keys, preflight, replay_slot
 from ..publishing import declared_queues, drained
 from ..publishing.brokers.base import Publisher
@@ -74,6 +78,8 @@ from ..publishing.room import Room
 from ..publishing.thread import Claim, PublishingThread
 from ..settings import Settings
 from ..telemetry import CONNECTING, STANDBY, STOPPING, STREAMING, WAITING, Telemetry
+from ..transactional_tasks import signing
+from ..transactional_tasks.signing import Database, Verifier
 from .backfilling import Backfilling, Backfills
 from .control import Control, Stopped
 from .lane_sweeper import LaneSweeper
@@ -180,6 +186,8 @@ class Replicator:
         #: The history that `_progress` is of; None to begin a new `_progress`.
         self._history: History | None = None
         self._open_transactions = OpenTransactions(settings.flash_use_streaming)
+        self._keys = signing.keys_of(settings)
+        self._refused_tasks = RefusedTasks(app, settings.flash_dead_queue, self.telemetry)
         self._phase = Phase.CONNECTING
         #: Whether the two connections have been opened since the start.
         self._has_connected = False
@@ -414,6 +422,8 @@ class Replicator:
         self._rechecking = self._slot_was_in_use = False
         self._streaming = _Streaming(time.monotonic(), self._progress.confirmed)
         handlers = {subscription.handler for subscription in self._subscriptions}
+        if not handlers:
+            logger.warning("%s%s", preflight.ONLY_TASKS[:1].upper(), preflight.ONLY_TASKS[1:])
         logger.info(
             "Replicating the slot %s for %s: %d %s, queues %s",
             source.slot,
@@ -465,6 +475,7 @@ class Replicator:
             partial(self._lost_tables.found, source),
         )
         sink = BatcherSink(batcher, templates)
+        tasks = self._sent_tasks(source, batcher)
         pipeline = Pipeline(
             self._subscriptions,
             catalog,
@@ -472,8 +483,9 @@ class Replicator:
             self._settings.flash_spool_directory,
             self.telemetry,
             self._history,
+            tasks.receive,
         )
-        refill = self._refill(source, catalog, sink)
+        refill = self._refill(source, catalog, sink, tasks)
         lease = self._lease(source, templates)
         lease.refills, lease.lost = self._on_lost_broker == "refill", refill is not None
         hold_queues = self._pauses.hold_queues
@@ -507,6 +519,21 @@ class Replicator:
                 backfills.backfilling = backfilling
         session.backfill_beside(backfills)
         return session
+
+    def _sent_tasks(self, source: Source, batcher: Batcher) -> SentTasks:
+        """Return what takes the messages that carry tasks."""
+        verifier = Verifier(
+            self._keys,
+            Database(source.system, source.database),
+            self._settings.flash_transactional_max_age,
+        )
+
+        def refuse(message: LogicalMessage, transaction: Transaction, reason: str) -> None:
+            letter = self._refused_tasks.refuse(message, transaction, reason)
+            if letter is not None:
+                batcher.add_letter(letter)
+
+        return SentTasks(verifier, batcher.add_sent, refuse, self.telemetry)
 
     def _backfilling(
         self,
@@ -544,7 +571,9 @@ class Replicator:
             logger.warning("The backfill %s is paused: %s", backfill.id, error)
             return None
 
-    def _refill(self, source: Source, catalog: RelationCatalog, sink: Sink) -> Refill | None:
+    def _refill(
+        self, source: Source, catalog: RelationCatalog, sink: Sink, tasks: SentTasks
+    ) -> Refill | None:
         """Return the refill that the session begins with, if the broker has lost something."""
         under_way = replay_slot.refill_under_way(source)
         if self._on_lost_broker != "refill":
@@ -558,7 +587,15 @@ class Replicator:
         confirmed = Lsn.parse(slot.confirmed) if slot and slot.confirmed else Lsn(0)
         until = max(confirmed, self._progress.confirmed)
         assert self._history is not None
-        refill = Refill(source, until, self._history, self._subscriptions, catalog, sink)
+        refill = Refill(
+            source,
+            until,
+            self._history,
+            self._subscriptions,
+            catalog,
+            sink,
+            tasks.receive,
+        )
         self._broker_lost = False  # it is recorded
         return refill
 

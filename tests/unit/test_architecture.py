@@ -25,6 +25,7 @@ ORDER = [
     "conditions",
     "changes",
     "handlers",
+    "transactional_tasks",
     "postgres",
     "provisioning",
     "capture",

@@ -18,6 +18,7 @@ from typing import Any
 
 import amqp
 from amqp import (
+    AccessRefused,
     Channel,
     ChannelError,
     PreconditionFailed,
@@ -29,6 +30,7 @@ from amqp.serialization import dumps
 from kombu.entity import Queue
 
 from ...errors import NotConfirmed, PublishError, Unroutable
+from ...escaping import escaped
 from ...messages.lane_messages import REGISTRY, LaneForm, LaneMessage
 from ...messages.task_message import Form, Message
 from .. import declared_queues
@@ -210,6 +212,7 @@ class AmqpPublisher(ConnectedPublisher):
         first, done = self._sent + 1, 0
         try:
             with self.errors():
+                self._declare(messages)
                 while done < len(messages):
                     window = self._limited(messages[done : done + self._window])
                     self._send(window)
@@ -342,7 +345,8 @@ class AmqpPublisher(ConnectedPublisher):
         """Return the encoded method that publishes a message, and its encoded properties."""
         if not message.plain or len(message.id) != _ID_LENGTH:
             # It may be the only one of its form, so the form is not cached.
-            return _method(message.queue), self.prepared(message)._serialize_properties()
+            method = _method(message.exchange, message.routing_key)
+            return method, self.prepared(message)._serialize_properties()
         form = self._forms.get(message.form)
         if form is None:
             form = self._forms[message.form] = self._encode_form(message.form)
@@ -375,7 +379,27 @@ class AmqpPublisher(ConnectedPublisher):
             + b"%(length)b%(argsrepr)b"
             + _escaped(after)
         )
-        return _method(form.queue), text.replace(task_id.encode(), b"%(id)b"), table - len(argsrepr)
+        return (
+            _method("", form.queue),
+            text.replace(task_id.encode(), b"%(id)b"),
+            table - len(argsrepr),
+        )
+
+    def _declare_entity(self, entity: Any) -> None:
+        """Declare on a channel of its own: RabbitMQ closes it if it refuses.
+
+        It does if the queue exists with other arguments, or another process declares it.
+        """
+        try:
+            with self._channel.connection.channel() as channel:
+                entity(channel).declare()
+        except (AccessRefused, PreconditionFailed, ResourceLocked) as error:
+            logger.warning(
+                "RabbitMQ refuses to declare %s, which a task in a transaction names, and gets the "
+                "task nevertheless: %s",
+                escaped(entity.name),
+                escaped(error.reply_text),
+            )
 
     def _wait(self, allowed: int) -> None:
         """Wait until no more than so many messages are unconfirmed."""
@@ -426,7 +450,11 @@ class AmqpPublisher(ConnectedPublisher):
 
     def _on_return(self, error: Any, exchange: str, queue: str, message: Any) -> None:
         # RabbitMQ confirms the message too, after this.
-        self._failure = Unroutable(f"The broker has no queue {queue}.")
+        self._failure = Unroutable(
+            f"No queue is bound to the exchange {exchange} for the routing key {queue}."
+            if exchange
+            else f"The broker has no queue {queue}."
+        )
 
 
 @contextmanager
@@ -518,9 +546,9 @@ def _may_refuse(queue: Any) -> bool:
     return refuses and any(bound is not None for bound in bounds)
 
 
-def _method(queue: str) -> bytes:
-    """The method that publishes to a queue."""
-    arguments = (0, "", queue, True, False)
+def _method(exchange: str, routing_key: str) -> bytes:
+    """The method that publishes to an exchange."""
+    arguments = (0, exchange, routing_key, True, False)
     written: bytes = struct.pack(">HH", *spec.Basic.Publish) + dumps("Bssbb", arguments)
     return written
 

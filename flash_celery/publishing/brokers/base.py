@@ -15,6 +15,7 @@ from ...handlers import redis_extra
 from ...messages.deduplication import Deduplicator, Lease
 from ...messages.lane_messages import LaneForm
 from ...messages.task_message import Message
+from ...transactional_tasks import records
 
 #: Default seconds without an answer after which a broker counts as unreachable.
 TIMEOUT = 20.0
@@ -184,6 +185,8 @@ class ConnectedPublisher:
         #: Seconds without an answer after which the broker counts as unreachable.
         self.timeout = timeout
         self._connection: Any = None
+        #: The descriptions of what was declared for messages on this connection.
+        self._declared: set[str] = set()
         self._channel: Any = None
         #: How many messages of the current call the broker has confirmed, from the first one.
         self.confirmed = 0
@@ -195,6 +198,7 @@ class ConnectedPublisher:
             PublishError: The broker does not answer, or refuses a queue.
         """
         self.close()
+        self._declared = set()
         self.confirmed = 0  # the count of an earlier call must not reach the next error
         self._connection = connection_to(
             self._app,
@@ -212,6 +216,17 @@ class ConnectedPublisher:
         with self.errors():
             for queue in queues:
                 queue(self._channel).declare()
+
+    def _declare(self, messages: Sequence[Message]) -> None:
+        """Declare the queues and exchanges that messages name, once for each connection."""
+        named = {each for message in messages if message.declare for each in message.declare}
+        for description in named - self._declared:
+            self._declare_entity(records.entity_of(description))
+            self._declared.add(description)
+
+    def _declare_entity(self, entity: Any) -> None:
+        """Declare a queue or an exchange."""
+        entity(self._channel).declare()
 
     def options(self) -> dict[str, Any]:
         """Return the options of the transport."""

@@ -22,12 +22,13 @@ class KombuPublisher(ConnectedPublisher):
         """
         self.confirmed = 0
         with self.errors():
+            self._declare(messages)
             producer = Producer(self._channel, auto_declare=False)
             for message in messages:
                 producer.publish(
                     message.body,
-                    routing_key=message.queue,
-                    exchange="",
+                    routing_key=message.routing_key,
+                    exchange=message.exchange,
                     content_type=message.content_type,
                     content_encoding=message.content_encoding,
                     headers=dict(message.headers),

@@ -51,6 +51,8 @@ class MemoryPublisher:
         if self.broken or not self._open:
             raise PublishError("The broker in memory is broken.")
         for message in messages:
+            if message.declare:
+                self.queues.setdefault(message.queue, [])
             if message.queue not in self.queues:
                 raise Unroutable(f"The broker has no queue {message.queue}.")
             self.queues[message.queue].append(message)

@@ -26,6 +26,7 @@ from ...handlers.celery_tasks import WAKE_TASK
 from ...messages import lane_entries
 from ...messages.deduplication import Deduplicator, Lease
 from ...messages.lane_messages import REGISTRY, LaneForm, LaneMessage, handler_key
+from ...messages.sent_tasks import SentTask
 from ...messages.task_message import PERSISTENT, Form, Message
 from . import wakes
 from .base import TIMEOUT, ConnectedPublisher
@@ -63,7 +64,7 @@ class _Push(NamedTuple):
     key: str
     text: str
     size: int
-    command: Command = ()
+    commands: Sequence[Command] = ()
 
 
 class RedisPublisher(ConnectedPublisher):
@@ -252,6 +253,7 @@ class RedisPublisher(ConnectedPublisher):
         expiring = self._expiring()
         queues = {message.queue for message in messages} & expiring if expiring else set()
         with self.errors(), literal_client(self._channel) as client:
+            self._declare(messages)
             if self._position is not None:
                 self._ahead += self._position.recover_reply(client)
                 self.confirmed = min(self._ahead, len(messages))
@@ -330,7 +332,7 @@ class RedisPublisher(ConnectedPublisher):
             if key:
                 commands.append(("LPUSH", prefixed(self._channel, key), *[one.text for one in run]))
             else:
-                commands += [push.command for push in run]
+                commands += [command for push in run for command in push.commands]
         for queue in expiring:
             for priority in self._channel.priority_steps:
                 key = queue_key(self._channel, queue, priority)
@@ -360,9 +362,28 @@ class RedisPublisher(ConnectedPublisher):
                 words += [message.pushes[0][2], *message.barrier]
             else:
                 words += chain.from_iterable(message.pushes)
-            return _Push("", "", sum(len(text) for *_, text in message.pushes), words)
+            return _Push("", "", sum(len(text) for *_, text in message.pushes), [words])
+        if isinstance(message, SentTask):
+            return self._push_sent(message)
         key, text = self._stored(message)
         return _Push(key, text, len(text))
+
+    def _push_sent(self, message: SentTask) -> _Push:
+        """Push a task as kombu does: onto the lists that are bound to its exchange."""
+        channel = self._channel
+        raw = self.prepared(message)
+        channel._inplace_augment_message(raw, message.exchange, message.routing_key)
+        raw["properties"]["delivery_tag"] = next(self._tags)
+        text = dumps(raw)
+        priority = channel._get_message_priority(raw, reverse=False)
+        queues = [message.routing_key]
+        if message.exchange:
+            queues = channel._lookup(message.exchange, message.routing_key)
+        keys = [channel._q_for_pri(queue, priority) for queue in queues]
+        if len(keys) == 1:
+            return _Push(keys[0], text, len(text))
+        commands = [("LPUSH", prefixed(channel, key), text) for key in keys]
+        return _Push("", text, len(text), commands)
 
     def _stored(self, message: Message) -> tuple[str, str]:
         """Return the key without prefix, and the message as kombu stores it."""

@@ -1,0 +1,1 @@
+"""Tasks that a transaction carries: its commit enqueues them."""

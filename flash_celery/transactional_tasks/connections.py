@@ -1,0 +1,413 @@
+"""The connections whose transactions carry tasks: psycopg, psycopg2, SQLAlchemy and Django."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any, TypeAlias
+
+from ..errors import ConfigurationError, TransactionError
+
+_NOTHING_TO_JOIN = (
+    "The connection is in autocommit mode and has no transaction, so the task has nothing to join; "
+    "begin one, or write transactional(…, strict=False) to have each message commit by itself."
+)
+_OTHER_DATABASE = (
+    "transactional() needs a PostgreSQL database, and {} is one of {}; send the task outside it."
+)
+#: How statements that change the nesting of a transaction begin.
+_SAVEPOINT_STATEMENTS = ("SAVEPOINT", "ROLLBACK TO", "RELEASE")
+
+
+#: Yields the statements to run next, each with its parameters, and is sent their rows.
+Statements: TypeAlias = Generator[tuple[str, dict[str, str]], list[Any], None]
+
+
+class Link(ABC):
+    """One connection, as a block uses it.
+
+    Args:
+        connection: The connection or session.
+        strict: Whether there must be a transaction to join.
+    """
+
+    #: Whether messages may be gathered: changes of the nesting are seen.
+    gathers = True
+    #: Whether statements have to be awaited.
+    is_async = False
+    #: Whether `check` waits for nothing.
+    checks_at_once = True
+
+    def __init__(self, connection: Any, strict: bool) -> None:
+        self._connection: Any = connection
+        self._strict = strict
+
+    @property
+    @abstractmethod
+    def driver_connection(self) -> Any:
+        """The driver's connection, which leads to one database as long as it lives."""
+
+    @property
+    @abstractmethod
+    def nesting(self) -> Any:
+        """The savepoints that are open, to compare with an earlier value."""
+
+    @property
+    @abstractmethod
+    def has_transaction(self) -> bool:
+        """Whether a statement becomes part of a transaction."""
+
+    @abstractmethod
+    def execute(self, statement: str, parameters: dict[str, str]) -> list[Any]:
+        """Run a statement with parameters in the form `:name`, and return its rows."""
+
+    def drive(self, statements: Statements) -> None:
+        """Run statements one after another."""
+        with suppress(StopIteration):
+            request = next(statements)
+            while True:
+                request = statements.send(self.execute(*request))
+
+    async def drive_async(self, statements: Statements) -> None:
+        """Run statements one after another in an asynchronous block."""
+        self.drive(statements)
+
+    def before_nesting(self, write: Callable[[], None]) -> AbstractContextManager[Any]:
+        """Call `write` before each change of the nesting in the context, if possible."""
+        return nullcontext()
+
+    def check(self) -> None:
+        """Check that there is a transaction to join.
+
+        Raises:
+            TransactionError: There is none.
+        """
+        if self._strict and not self.has_transaction:
+            raise TransactionError(_NOTHING_TO_JOIN)
+
+
+class _AnyPsycopgLink(Link):
+    """A connection of psycopg 3. What `connection.transaction()` opens is seen, not raw SQL."""
+
+    @property
+    def driver_connection(self) -> Any:
+        """The connection itself."""
+        return self._connection
+
+    @property
+    def nesting(self) -> Any:
+        """How many `connection.transaction()` are open."""
+        return self._connection._num_transactions
+
+    @property
+    def has_transaction(self) -> bool:
+        """Whether one is open, or a statement opens one."""
+        idle = self._connection.pgconn.transaction_status == 0
+        return not (self._connection.autocommit and idle)
+
+
+class PsycopgLink(_AnyPsycopgLink):
+    """A synchronous connection of psycopg 3."""
+
+    def execute(self, statement: str, parameters: dict[str, str]) -> list[Any]:
+        """Run a statement with a plain cursor, whatever cursor the connection makes."""
+        import psycopg
+        from psycopg.rows import tuple_row
+
+        with psycopg.Cursor(self._connection, row_factory=tuple_row) as cursor:
+            cursor.execute(_pyformat(statement), parameters, prepare=False)
+            return cursor.fetchall()
+
+    @contextmanager
+    def before_nesting(self, write: Callable[[], None]) -> Iterator[None]:
+        """Write before `connection.transaction()` opens a savepoint."""
+        connection = self._connection
+        transaction = connection.transaction
+
+        def transaction_after_writing(*args: Any, **kwargs: Any) -> Any:
+            write()
+            return transaction(*args, **kwargs)
+
+        connection.transaction = transaction_after_writing
+        try:
+            yield
+        finally:
+            if vars(connection).get("transaction") is transaction_after_writing:
+                _restore(connection, transaction)
+
+
+def _restore(connection: Any, transaction: Any) -> None:
+    is_own = getattr(transaction, "__self__", None) is connection
+    if is_own:
+        del connection.transaction
+    else:  # that of a block around this one
+        connection.transaction = transaction
+
+
+class AsyncPsycopgLink(_AnyPsycopgLink):
+    """An asynchronous connection of psycopg 3."""
+
+    is_async = True
+
+    async def drive_async(self, statements: Statements) -> None:
+        """Run statements one after another, with plain cursors."""
+        with suppress(StopIteration):
+            request = next(statements)
+            while True:
+                request = statements.send(await self._execute(*request))
+
+    async def _execute(self, statement: str, parameters: dict[str, str]) -> list[Any]:
+        import psycopg
+        from psycopg.rows import tuple_row
+
+        async with psycopg.AsyncCursor(self._connection, row_factory=tuple_row) as cursor:
+            await cursor.execute(_pyformat(statement), parameters, prepare=False)
+            return await cursor.fetchall()
+
+    def execute(self, statement: str, parameters: dict[str, str]) -> list[Any]:
+        """Do not run anything: statements have to be awaited."""
+        raise NotImplementedError
+
+
+class Psycopg2Link(Link):
+    """A connection of psycopg2. Its savepoints are raw SQL, so each task is written at once."""
+
+    gathers = False
+
+    @property
+    def driver_connection(self) -> Any:
+        """The connection itself."""
+        return self._connection
+
+    @property
+    def nesting(self) -> Any:
+        """Unknown."""
+        return None
+
+    @property
+    def has_transaction(self) -> bool:
+        """Whether one is open, or a statement opens one."""
+        idle = self._connection.get_transaction_status() == 0
+        return not (self._connection.autocommit and idle)
+
+    def execute(self, statement: str, parameters: dict[str, str]) -> list[Any]:
+        """Run a statement with a plain cursor."""
+        from psycopg2.extensions import (  # type: ignore[import-untyped]
+            cursor as plain_cursor,
+        )
+
+        with plain_cursor(self._connection) as cursor:
+            cursor.execute(_pyformat(statement), parameters)
+            rows: list[Any] = cursor.fetchall()
+            return rows
+
+
+class _AnySqlalchemyLink(Link):
+    """A connection or session of SQLAlchemy."""
+
+    #: The connection on which a savepoint is about to change.
+    _during: Any = None
+
+    def __init__(self, connection: Any, strict: bool) -> None:
+        super().__init__(connection, strict)
+        bound = connection.get_bind() if hasattr(connection, "get_bind") else connection
+        if bound.dialect.name != "postgresql":
+            raise ConfigurationError(_OTHER_DATABASE.format("the connection", bound.dialect.name))
+
+    @property
+    def _core(self) -> Any:
+        """The connection of the session, or the connection itself."""
+        from sqlalchemy.orm import Session
+
+        if self._during is not None:
+            return self._during
+        if isinstance(self._connection, Session):
+            return self._connection.connection()
+        return self._connection
+
+    @property
+    def driver_connection(self) -> Any:
+        """The driver's connection."""
+        return self._core.connection.dbapi_connection
+
+    @property
+    def nesting(self) -> Any:
+        """The savepoint that is open, if any."""
+        return self._connection.get_nested_transaction()
+
+    @property
+    def has_transaction(self) -> bool:
+        """Whether the driver is not in autocommit mode: SQLAlchemy always begins."""
+        driver = self.driver_connection
+        level = getattr(driver, "isolation_level", None)
+        return not getattr(driver, "autocommit", level == "autocommit")
+
+    def execute(self, statement: str, parameters: dict[str, str]) -> list[Any]:
+        """Run a statement on the connection, so that nothing is flushed before."""
+        from sqlalchemy import text
+
+        return [tuple(row) for row in self._core.execute(text(statement), parameters)]
+
+
+class SqlalchemyLink(_AnySqlalchemyLink):
+    """A synchronous connection or session of SQLAlchemy."""
+
+    @contextmanager
+    def before_nesting(self, write: Callable[[], None]) -> Iterator[None]:
+        """Write before a savepoint is opened, released or rolled back."""
+        from sqlalchemy import event
+
+        def listen(connection: Any, *args: Any) -> None:
+            # At this moment the session gives no connection.
+            self._during = connection
+            try:
+                write()
+            finally:
+                self._during = None
+
+        core = self._core
+        names = ("savepoint", "rollback_savepoint", "release_savepoint")
+        for name in names:
+            event.listen(core, name, listen)
+        try:
+            yield
+        finally:
+            for name in names:
+                event.remove(core, name, listen)
+
+
+class AsyncSqlalchemyLink(_AnySqlalchemyLink):
+    """An asynchronous connection or session of SQLAlchemy."""
+
+    is_async = True
+    checks_at_once = False
+
+    def __init__(self, connection: Any, strict: bool) -> None:
+        sync = getattr(connection, "sync_session", None) or connection.sync_connection
+        if sync is None:
+            raise TransactionError("The connection is not open yet; begin a transaction first.")
+        super().__init__(sync, strict)
+        self._async = connection
+
+    async def drive_async(self, statements: Statements) -> None:
+        """Run statements one after another, where SQLAlchemy may wait for them."""
+        await self._async.run_sync(lambda _: self.drive(statements))
+
+
+class DjangoLink(Link):
+    """A connection of Django."""
+
+    def __init__(self, connection: Any, strict: bool) -> None:
+        super().__init__(connection, strict)
+        if connection.vendor != "postgresql":
+            raise ConfigurationError(
+                _OTHER_DATABASE.format(f"DATABASES[{connection.alias!r}]", connection.vendor)
+            )
+
+    @property
+    def driver_connection(self) -> Any:
+        """The driver's connection."""
+        self._connection.ensure_connection()
+        return self._connection.connection
+
+    @property
+    def nesting(self) -> Any:
+        """The savepoints of the `atomic()` blocks."""
+        return tuple(self._connection.savepoint_ids)
+
+    @property
+    def has_transaction(self) -> bool:
+        """Whether an `atomic()` block is open, or autocommit is off."""
+        return bool(self._connection.in_atomic_block or not self._connection.get_autocommit())
+
+    def execute(self, statement: str, parameters: dict[str, str]) -> list[Any]:
+        """Run a statement."""
+        with self._connection.cursor() as cursor:
+            cursor.execute(_pyformat(statement), parameters)
+            rows: list[Any] = cursor.fetchall()
+            return rows
+
+    @contextmanager
+    def before_nesting(self, write: Callable[[], None]) -> Iterator[None]:
+        """Write before a savepoint is opened, released or rolled back."""
+
+        def wrapper(execute: Any, sql: Any, *args: Any) -> Any:
+            if str(sql).lstrip()[:11].upper().startswith(_SAVEPOINT_STATEMENTS):
+                write()
+            return execute(sql, *args)
+
+        wrappers = self._connection.execute_wrappers
+        wrappers.append(wrapper)
+        try:
+            yield
+        finally:
+            wrappers.remove(wrapper)
+
+
+def _pyformat(statement: str) -> str:
+    """Return a statement with its parameters in the form `%(name)s`."""
+    return statement.replace(":m ", "%(m)s ").replace(":slots ", "%(slots)s ")
+
+
+def link(connection: Any, using: str, strict: bool) -> Link:
+    """Return the link of a connection; without one, of Django's database `using`.
+
+    Raises:
+        ConfigurationError: It is no connection to PostgreSQL of a known kind.
+    """
+    if connection is None:
+        return DjangoLink(_of_django(using), strict)
+    connection = _unwrapped(connection)
+    for names, kind in _KINDS:
+        for module_name, class_name in names:
+            module = sys.modules.get(module_name)
+            known = getattr(module, class_name, None)
+            if known is not None and isinstance(connection, known):
+                return kind(connection, strict)
+    raise ConfigurationError(
+        f"transactional() takes a connection or session of psycopg, psycopg2 or SQLAlchemy, not "
+        f"{type(connection).__name__}; in Django name a database: transactional(using='default')."
+    )
+
+
+_KINDS: list[tuple[list[tuple[str, str]], type[Link]]] = [
+    ([("psycopg", "Connection")], PsycopgLink),
+    ([("psycopg", "AsyncConnection")], AsyncPsycopgLink),
+    ([("psycopg2.extensions", "connection")], Psycopg2Link),
+    ([("sqlalchemy.orm", "Session"), ("sqlalchemy", "Connection")], SqlalchemyLink),
+    (
+        [
+            ("sqlalchemy.ext.asyncio", "AsyncSession"),
+            ("sqlalchemy.ext.asyncio", "AsyncConnection"),
+        ],
+        AsyncSqlalchemyLink,
+    ),
+    ([("django.db.backends.base.base", "BaseDatabaseWrapper")], DjangoLink),
+]
+
+
+def _unwrapped(connection: Any) -> Any:
+    """Return the session of a scoped session, and the connection behind Django's proxy."""
+    if hasattr(connection, "registry") and callable(connection):
+        return connection()
+    alias = getattr(connection, "_alias", None)
+    if alias is not None and type(connection).__module__.startswith("django."):
+        return getattr(connection._connections, alias)
+    return connection
+
+
+def _of_django(using: str) -> Any:
+    if "django" in sys.modules:
+        from django.conf import settings
+        from django.db import connections
+
+        if settings.configured:
+            if using not in connections:
+                raise ConfigurationError(f"DATABASES has no {using!r}; name one that it has.")
+            return connections[using]
+    raise ConfigurationError(
+        "Without Django, transactional() needs the connection or session whose transaction is to "
+        "carry the tasks: transactional(connection)."
+    )

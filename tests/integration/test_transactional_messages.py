@@ -1,0 +1,217 @@
+"""What a transaction carries reaches the broker as Celery would have sent it."""
+
+import json
+from datetime import datetime, timedelta, timezone
+
+import psycopg
+import pytest
+from celery import chain, chord, group
+from kombu import Connection, Exchange, Queue
+
+from flash_celery import transactional
+from flash_celery.errors import TransactionError
+from flash_celery.publishing import brokers
+
+from .conftest import Flash
+
+SOON = datetime.now(timezone.utc) + timedelta(hours=1)
+
+
+class OnBroker(Flash):
+    """A replication worker in this process that publishes to a real broker."""
+
+    def __init__(self, database, app, url):
+        super().__init__(database, app)
+        app.conf.update(
+            broker_url=url,
+            result_backend="cache+memory://",
+            flash_signing_key="a secret of the tests",
+            task_default_queue=database.name,
+            broker_connection_retry_on_startup=True,
+        )
+        self.publisher = brokers.for_app(app)
+
+    def taken(self, *queues):
+        """Return everything that waits in these queues, and take it out."""
+        messages = []
+        with Connection(self.app.conf.broker_url) as connection:
+            for queue in queues or [self.database.name]:
+                channel = connection.channel()
+                while (message := self.get(channel, queue)) is not None:
+                    messages.append(message)
+                channel.close()
+        return messages
+
+    def get(self, channel, queue):
+        message = channel.basic_get(queue, no_ack=True)
+        if message is None:
+            return None
+        message = channel.message_to_python(message)
+        properties = dict(message.properties)
+        for name in ("delivery_tag", "application_headers"):
+            properties.pop(name, None)
+        info = dict(message.delivery_info)
+        for name in ("delivery_tag", "redelivered", "message_count"):
+            info.pop(name, None)
+            properties.get("delivery_info", {}).pop(name, None)
+        body = bytes(message.body) if isinstance(message.body, memoryview) else message.body
+        return (
+            body,
+            message.content_type,
+            message.content_encoding,
+            json.loads(json.dumps(dict(message.headers), default=str)),
+            json.loads(json.dumps(properties, default=str)),
+            info,
+        )
+
+
+@pytest.fixture(params=["valkey", "rabbit"])
+def flash(request, database, new_app):
+    flash = OnBroker(database, new_app(), request.getfixturevalue(request.param).url)
+
+    @flash.app.task(name="receipt", shared=False)
+    def receipt(*args, **kwargs): ...
+
+    @flash.app.task(name="ship", shared=False, expires=900)
+    def ship(*args, **kwargs): ...
+
+    flash.receipt, flash.ship = receipt, ship
+    yield flash
+    flash.stop()
+
+
+def both_ways(flash, send, *queues):
+    """Return the messages of a function that sends, published by Celery and by a transaction."""
+    send()
+    published = flash.taken(*queues)
+    with psycopg.connect(flash.database.dsn) as connection, transactional(connection):
+        send()
+    flash.do("SELECT 1")
+    return published, flash.taken(*queues)
+
+
+def without(message, *names):
+    """Leave out what differs between two calls: moments that are counted from now."""
+    body, kind, encoding, headers, properties, info = message
+    headers = {name: value for name, value in headers.items() if name not in names}
+    properties = {name: value for name, value in properties.items() if name not in names}
+    return body, kind, encoding, headers, properties, info
+
+
+OPTIONS = [
+    {},
+    {"countdown": 60},
+    {"eta": SOON},
+    {"expires": 300},
+    {"expires": SOON},
+    {"priority": 7},
+    {"headers": {"tenant": "a", "n": 5, "when": None, "list": [1, {"x": True}]}},
+    {"link": "ship"},
+    {"link_error": "ship"},
+    {"serializer": "pickle"},
+    {"serializer": "yaml"},
+    {"compression": "zlib"},
+    {"shadow": "another name"},
+    {"time_limit": 30, "soft_time_limit": 20},
+    {"ignore_result": True},
+    {"retry": False},
+    {"delivery_mode": "transient"},
+    {"reply_to": "someone"},
+    {"message_id": "m-1", "app_id": "shop", "user_id": None},
+    {"group_id": "g", "root_id": "r", "parent_id": "p"},
+]
+
+
+def test_every_option_arrives_as_celery_sends_it(flash):
+    flash.start()
+    signatures = {"ship": flash.ship.si(2)}
+
+    def send():
+        for number, options in enumerate(OPTIONS):
+            if "yaml" in options.values():
+                pytest.importorskip("yaml")
+            given = {name: signatures.get(str(value), value) for name, value in options.items()}
+            args, kwargs = ('é\\"%', number, None), {"key": [1.5, {"a": SOON.isoformat()}]}
+            flash.receipt.apply_async(args, kwargs, task_id=f"task-{number}", **given)
+        flash.app.send_task("elsewhere", [1], {"a": 2}, task_id="by-name", priority=2)
+
+    published, carried = both_ways(flash, send)
+    assert len(carried) == len(OPTIONS) + 1
+    # Priorities are queues of their own on Redis, and sort before others there.
+    for normal, ours in zip(published, carried, strict=True):
+        names = ["eta"] if normal[3]["id"] == "task-1" else []
+        names += ["expires", "expiration"] if normal[3]["id"] in ("task-3",) else []
+        names += ["expiration"] if normal[3]["id"] == "task-4" else []
+        assert without(ours, *names) == without(normal, *names)
+
+
+def test_canvas_arrives_as_celery_sends_it(flash):
+    """Ids are given, so that both are the same; on RabbitMQ and Redis alike."""
+    receipt, ship = flash.receipt, flash.ship
+    flash.start()
+
+    def send():
+        named = [receipt.si(n).set(task_id=f"member-{n}") for n in range(3)]
+        group(named).apply_async(task_id="group")
+        chain(receipt.si(1).set(task_id="a"), ship.si(2).set(task_id="b")).apply_async()
+        chord(
+            [receipt.si(n).set(task_id=f"part-{n}") for n in range(2)],
+            ship.s().set(task_id="body"),
+            task_id="chord",
+        ).apply_async()
+
+    published, carried = both_ways(flash, send)
+    assert [message[3]["task"] for message in carried] == [
+        message[3]["task"] for message in published
+    ]
+    assert len(carried) >= 6
+    for normal, ours in zip(published, carried, strict=True):
+        if normal[3]["task"] != "celery.chord_unlock":  # its id is random
+            names = ["expires", "expiration", "group", "root_id"]
+            assert without(ours, *names)[1:] == without(normal, *names)[1:]
+
+
+def test_task_for_a_topic_exchange_reaches_every_queue_bound_to_it(flash, request):
+    name = flash.database.name
+    exchange = Exchange(f"{name}-topic", type="topic")
+    queues = [Queue(f"{name}-{key}", exchange, routing_key=key) for key in ("a.#", "a.b")]
+    flash.app.conf.task_queues = [Queue(name), *queues]
+    with Connection(flash.app.conf.broker_url) as connection:
+        for queue in queues:
+            queue(connection.channel()).declare()
+    flash.start()
+
+    def send():
+        options = {"exchange": exchange.name, "routing_key": "a.b", "exchange_type": "topic"}
+        flash.receipt.apply_async((2,), task_id="x", queue=queues[1].name)
+        flash.receipt.apply_async((1,), task_id="y", **options)
+
+    published, carried = both_ways(flash, send, *[queue.name for queue in queues])
+    assert [message[3]["id"] for message in carried] == [*"xyxy"]
+    assert [m[3]["id"] for m in published] == [*"xyxy"]
+    assert carried == published
+
+
+def test_task_for_a_fanout_exchange_is_refused_in_the_transaction(flash):
+    exchange = Exchange(f"{flash.database.name}-all", type="fanout")
+    everywhere = Queue(f"{flash.database.name}-1", exchange)
+    flash.app.conf.task_queues = [Queue(flash.database.name), everywhere]
+    with psycopg.connect(flash.database.dsn) as connection:
+        for options in ({"queue": everywhere.name}, {"exchange": exchange, "routing_key": "x"}):
+            with pytest.raises(TransactionError, match="fanout"), transactional(connection):
+                flash.receipt.apply_async((1,), **options)
+
+
+def test_task_for_a_queue_that_is_declared_with_the_task(flash):
+    flash.start()
+    options = {"queue_arguments": {"x-max-priority": 5}, "max_length": 7}
+    name = f"{flash.database.name}-own"
+    queue = Queue(name, Exchange(name), routing_key=name, **options)
+    with psycopg.connect(flash.database.dsn) as connection, transactional(connection):
+        flash.receipt.apply_async((1,), queue=queue, priority=4)
+        flash.receipt.apply_async((2,), queue=f"{name}-missing")
+    flash.do("SELECT 1")
+    assert [len(flash.taken(each)) for each in (name, f"{name}-missing")] == [1, 1]
+    if flash.app.conf.broker_url.startswith("amqp"):
+        with Connection(flash.app.conf.broker_url) as connection:
+            queue(connection.channel()).declare()  # with these arguments, or RabbitMQ refuses

@@ -1,0 +1,414 @@
+"""`transactional`: the commit of a transaction enqueues the tasks that were sent in it."""
+
+# Which block an exception leaves is the subject here.
+# ruff: noqa: PT012, SIM117
+
+import asyncio
+import threading
+
+import psycopg
+import pytest
+from kombu.utils.json import loads
+
+from flash_celery import transactional
+from flash_celery.dead_letters import letters
+from flash_celery.dead_letters.queue import DeadLetterQueue
+from flash_celery.errors import ConfigurationError, TransactionError
+from flash_celery.transactional_tasks import records, signing
+from flash_celery.transactional_tasks.signing import Database
+
+KEY = "a secret of the tests"
+
+
+@pytest.fixture
+def tasks(flash):
+    """Starts the replication worker without any handler; `sent` are the tasks it has enqueued."""
+    app = flash.app
+    app.conf.flash_signing_key = KEY
+
+    @app.task(name="receipt", shared=False)
+    def receipt(*args): ...
+
+    flash.receipt = receipt
+
+    def sent():
+        """Return the arguments of the tasks in the queue, in order."""
+        flash.do("SELECT 1")
+        return [
+            tuple(loads(message.body)[0]) for message in flash.publisher.queues.get("celery", [])
+        ]
+
+    flash.sent = sent
+    return flash.start()
+
+
+def test_commit_enqueues_what_was_sent_and_a_rollback_does_not(tasks):
+    with psycopg.connect(tasks.database.dsn) as connection:
+        with connection.transaction(), transactional(connection):
+            result = tasks.receipt.delay(1)
+            tasks.receipt.apply_async((2,), countdown=5)
+        with pytest.raises(ZeroDivisionError), connection.transaction():
+            with transactional(connection):
+                tasks.receipt.delay(3)
+            raise ZeroDivisionError
+        with pytest.raises(ZeroDivisionError), connection.transaction(), transactional(connection):
+            tasks.receipt.delay(4)
+            raise ZeroDivisionError
+        with transactional(connection):
+            tasks.receipt.delay(5)
+            with pytest.raises(ZeroDivisionError), connection.transaction():
+                tasks.receipt.delay(6)
+                raise ZeroDivisionError
+            with connection.transaction():
+                tasks.receipt.delay(7)
+            tasks.receipt.delay(8)
+        connection.commit()
+    assert tasks.sent() == [(1,), (2,), (5,), (7,), (8,)]
+    assert tasks.publisher.queues["celery"][0].id == result.id
+
+
+def sqlalchemy_engine(tasks, driver="psycopg", **options):
+    sqlalchemy = pytest.importorskip("sqlalchemy")
+    info = psycopg.conninfo.conninfo_to_dict(tasks.database.dsn)
+    url = sqlalchemy.URL.create(
+        f"postgresql+{driver}",
+        info.get("user"),
+        host="",
+        database=info["dbname"],
+        query={name: str(info[name]) for name in ("host", "port") if name in info},
+    )
+    return sqlalchemy.create_engine(url, **options)
+
+
+def test_sqlalchemy_connections_and_sessions_carry_tasks(tasks):
+    from sqlalchemy.orm import Session, scoped_session, sessionmaker
+
+    engine = sqlalchemy_engine(tasks)
+    with engine.begin() as connection, transactional(connection):
+        tasks.receipt.delay(1)
+        with pytest.raises(ZeroDivisionError), connection.begin_nested():
+            tasks.receipt.delay(2)
+            raise ZeroDivisionError
+        with connection.begin_nested():
+            tasks.receipt.delay(3)
+        tasks.receipt.delay(4)
+    with Session(engine) as session:
+        with transactional(session):
+            tasks.receipt.delay(5)
+            savepoint = session.begin_nested()
+            tasks.receipt.delay(6)
+            savepoint.rollback()
+        session.commit()
+        with transactional(session):
+            tasks.receipt.delay(7)
+        session.rollback()
+    scoped = scoped_session(sessionmaker(engine))
+    with transactional(scoped):
+        tasks.receipt.delay(8)
+    scoped.commit()
+    scoped.remove()
+    other = sqlalchemy_engine(tasks, "psycopg2")
+    with other.begin() as connection, transactional(connection):
+        tasks.receipt.delay(9)
+    engine.dispose()
+    other.dispose()
+    assert tasks.sent() == [(1,), (3,), (4,), (5,), (8,), (9,)]
+
+
+def test_asynchronous_connections_of_psycopg_carry_tasks(tasks):
+    async def use_psycopg():
+        async with await psycopg.AsyncConnection.connect(tasks.database.dsn) as connection:
+            async with transactional(connection):
+                tasks.receipt.delay(1)
+            await connection.commit()
+            async with transactional(connection):
+                tasks.receipt.delay(2)
+            await connection.rollback()
+            with pytest.raises(TransactionError, match="open the block in the savepoint"):
+                async with connection.transaction(), transactional(connection):
+                    tasks.receipt.delay(3)
+                    async with connection.transaction():
+                        tasks.receipt.delay(4)
+            async with connection.transaction():
+                with pytest.raises(ZeroDivisionError):
+                    async with connection.transaction(), transactional(connection):
+                        tasks.receipt.delay(5)
+                        raise ZeroDivisionError
+                async with connection.transaction(), transactional(connection):
+                    tasks.receipt.delay(6)
+            with pytest.raises(ConfigurationError, match="async with"):
+                with transactional(connection):
+                    pass
+
+    asyncio.run(use_psycopg())
+    assert tasks.sent() == [(1,), (6,)]
+
+
+def test_asynchronous_connections_and_sessions_of_sqlalchemy_carry_tasks(tasks):
+    pytest.importorskip("greenlet")
+    from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+
+    async def use_sqlalchemy():
+        engine = create_async_engine(sqlalchemy_engine(tasks).url)
+        async with AsyncSession(engine) as session:
+            async with transactional(session):
+                tasks.receipt.delay(7)
+            await session.commit()
+            async with transactional(session):
+                tasks.receipt.delay(8)
+        async with engine.begin() as connection, transactional(connection):
+            tasks.receipt.delay(9)
+        await engine.dispose()
+
+    asyncio.run(use_sqlalchemy())
+    assert tasks.sent() == [(7,), (9,)]
+
+
+def test_psycopg2_carries_tasks_and_raw_savepoints_undo_them(tasks):
+    psycopg2 = pytest.importorskip("psycopg2")
+    connection = psycopg2.connect(tasks.database.dsn)
+    with connection, connection.cursor() as cursor, transactional(connection):
+        tasks.receipt.delay(1)
+        cursor.execute("SAVEPOINT a")
+        tasks.receipt.delay(2)
+        cursor.execute("ROLLBACK TO a")
+        tasks.receipt.delay(3)
+    connection.close()
+    assert tasks.sent() == [(1,), (3,)]
+
+
+def test_blocks_side_by_side_do_not_mix(tasks):
+    """Threads, asyncio tasks, and blocks in blocks on connections of their own."""
+
+    def in_thread(number):
+        with psycopg.connect(tasks.database.dsn) as connection, transactional(connection):
+            for place in range(5):
+                tasks.receipt.delay(number, place)
+            if number % 2:
+                connection.rollback()
+                raise ZeroDivisionError
+
+    def run(number):
+        try:
+            in_thread(number)
+        except ZeroDivisionError:
+            assert number % 2
+
+    async def in_task(number):
+        connect = psycopg.AsyncConnection.connect
+        async with await connect(tasks.database.dsn) as connection:
+            async with transactional(connection):
+                for place in range(5):
+                    tasks.receipt.delay(number, place)
+                    await asyncio.sleep(0)
+            if number % 2:
+                await connection.rollback()
+
+    async def all_tasks():
+        await asyncio.gather(*map(in_task, range(10, 14)))
+
+    threads = [threading.Thread(target=run, args=[number]) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    asyncio.run(all_tasks())
+    for thread in threads:
+        thread.join(30)
+    with (
+        psycopg.connect(tasks.database.dsn) as outer,
+        psycopg.connect(tasks.database.dsn) as inner,
+        transactional(outer),
+    ):
+        tasks.receipt.delay("outer")
+        with transactional(inner):
+            tasks.receipt.delay("inner")
+        tasks.receipt.delay("outer")
+        inner.rollback()
+    expected = {(number, place) for number in (0, 2, 4, 10, 12) for place in range(5)}
+    sent = tasks.sent()
+    assert sent[-2:] == [("outer",), ("outer",)]
+    assert sorted(sent[:-2]) == sorted(expected)
+    for number in (0, 2, 4, 10, 12):
+        assert [place for each, place in sent[:-2] if each == number] == [*range(5)]
+
+
+def test_asyncio_task_that_outlives_its_block_publishes_as_ever(tasks):
+    published = []
+    tasks.app.send_task_message = None
+
+    async def late(ended):
+        await ended.wait()
+        tasks.receipt.apply_async(("late",), queue="late")
+
+    async def main():
+        ended = asyncio.Event()
+        async with await psycopg.AsyncConnection.connect(tasks.database.dsn) as connection:
+            async with transactional(connection):
+                task = asyncio.create_task(late(ended))
+                tasks.receipt.delay("in time")
+        ended.set()
+        await task
+
+    asyncio.run(main())
+    assert tasks.sent() == [("in time",)]
+    with tasks.app.connection_for_write() as connection:
+        message = connection.default_channel.basic_get("late", no_ack=True)
+        published.append(message)
+    assert published[0] is not None
+
+
+def test_errors_are_raised_in_the_transaction(tasks):
+    connection = psycopg.connect(tasks.database.dsn, autocommit=True)
+    with pytest.raises(TransactionError, match="nothing to join"), transactional(connection):
+        tasks.receipt.delay(1)
+    with transactional(connection, strict=False):
+        tasks.receipt.delay(2)
+    with connection.transaction(), transactional(connection):
+        with pytest.raises(Exception, match="not JSON serializable"):
+            tasks.receipt.delay(object())
+        tasks.receipt.delay(3)
+    with pytest.raises(ConfigurationError, match="psycopg, psycopg2 or SQLAlchemy, not object"):
+        with transactional(object()):
+            pass
+    with pytest.raises(ConfigurationError, match="needs the connection or session"):
+        with transactional():
+            pass
+    with pytest.raises(ConfigurationError, match="parentheses"):
+        transactional(lambda: None)
+    connection.close()
+    assert tasks.sent() == [(2,), (3,)]
+
+
+@pytest.fixture
+def lonely(database, new_app):
+    """An app whose database has no slot; no replication worker runs."""
+    app = new_app(
+        broker_url="memory://",
+        flash_dsn=database.dsn,
+        flash_replication_slot=database.slot,
+        flash_signing_key=KEY,
+    )
+
+    @app.task(name="receipt", shared=False)
+    def receipt(*args): ...
+
+    with psycopg.connect(database.dsn) as connection:
+        connection.receipt = receipt
+        yield app, connection, receipt
+
+
+def test_database_without_a_reader_is_warned_of_or_refused(lonely, caplog):
+    _, connection, receipt = lonely
+    for _ in range(2):
+        with transactional(connection):
+            receipt.delay()
+    (record,) = [each for each in caplog.records if "no slot of flash-celery" in each.message]
+    assert record.levelname == "WARNING"
+
+
+def test_strict_database_without_a_reader_is_refused(lonely):
+    app, connection, receipt = lonely
+    app.conf.flash_transactional_strict = True
+    with pytest.raises(TransactionError, match="start `flash replicate` once"):
+        with transactional(connection):
+            receipt.delay()
+
+
+def test_task_without_a_key_or_too_large_is_refused(lonely, new_app):
+    app, connection, receipt = lonely
+    app.conf.flash_max_change_size = 1000
+    with pytest.raises(TransactionError, match="flash_max_change_size"):
+        with transactional(connection):
+            receipt.delay("x" * 1000)
+
+    other = new_app("other", broker_url="memory://", flash_dsn=app.conf.flash_dsn)
+
+    @other.task(name="other", shared=False)
+    def task(): ...
+
+    with pytest.raises(ConfigurationError, match="set flash_signing_key"):
+        with transactional(connection):
+            task.delay()
+    with pytest.raises(TransactionError, match="another Celery app"), transactional(connection):
+        receipt.delay()
+        task.delay()
+
+
+def test_decorator_runs_a_function_in_a_block(tasks):
+    connection = psycopg.connect(tasks.database.dsn)
+
+    @transactional(connection)
+    def send(number):
+        tasks.receipt.delay(number)
+        return number
+
+    assert send(1) == 1
+    assert send(2) == 2
+    connection.commit()
+
+    async def main():
+        async with await psycopg.AsyncConnection.connect(tasks.database.dsn) as there:
+
+            @transactional(there)
+            async def send_too(number):
+                tasks.receipt.delay(number)
+
+            await send_too(3)
+
+    asyncio.run(main())
+    connection.close()
+    assert tasks.sent() == [(1,), (2,), (3,)]
+
+
+def test_messages_that_the_application_did_not_sign_are_refused(tasks, caplog):
+    """Unsigned, altered, of another key, of another database, too old, and one that is none."""
+    with psycopg.connect(tasks.database.dsn, autocommit=True) as connection:
+        system, name = connection.execute(
+            "SELECT system_identifier::text, current_database() FROM pg_control_system()"
+        ).fetchone()
+        here, there = Database(system, name), Database(system, "another")
+        (key,) = signing.keys_of(tasks.replicator._settings)
+        other = signing._derived("a key that nobody knows")
+        body = records.encode(
+            [records.TaskRecord("receipt", "x", "", "celery", 0, "a", "b", "[]", False, "", "", ())]
+        )
+        good = signing.sign(key, here, body)
+        old = signing._HEAD.pack(1, key.id, 1, signing._signature(key, here, 1, body)) + body
+        forged = [
+            b"",
+            b"secret content",
+            good[:-1] + b"x",
+            signing.sign(other, here, body),
+            signing.sign(key, there, body),
+            old,
+            signing.sign(key, here, b"no tasks"),
+            b"\x02" + good[1:],
+        ]
+        for content in forged:
+            connection.execute(
+                "SELECT pg_logical_emit_message(true, 'flash.task', %s::bytea)", [content]
+            )
+        with transactional(connection, strict=False):
+            tasks.receipt.delay("good")
+    assert tasks.sent() == [("good",)]
+    assert tasks.replicator.telemetry.refused_tasks == len(forged)
+    (record,) = [each for each in caplog.records if "refused" in each.message]
+    (message,) = tasks.publisher.queues["flash.dead"]
+    letter = letters.decode(message.body)
+    assert letter.summary.startswith("TaskRefused: 1 message with the prefix flash.task refused")
+    assert "secret" not in f"{record.message} {message.body}"
+    with pytest.raises(ConfigurationError, match="hold no task; drop them"):
+        DeadLetterQueue(tasks.app, "flash.dead").retry([letter], split=False)
+
+
+def test_rotated_keys_sign_and_are_accepted(flash):
+    app = flash.app
+    app.conf.flash_signing_key = ["the new secret", "the old secret"]
+    flash.start()
+    settings = flash.replicator._settings
+    keys = signing.keys_of(settings)
+    assert keys == [signing._derived("the new secret"), signing._derived("the old secret")]
+    database = Database("1", "shop")
+    for key in keys:
+        message = signing.sign(key, database, b"body")
+        verifier = signing.Verifier(keys, database, 60)
+        assert verifier.verify(message, 0.0) == b"body"
