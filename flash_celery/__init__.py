@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .changes import payload as _payload  # noqa: F401 - registers changes as task arguments
 from .changes.change import (
+    BackfillEnd,
     Change,
     Changes,
     Delete,
@@ -18,7 +19,7 @@ from .changes.change import (
 )
 from .changes.rows import UNCHANGED
 from .errors import FlashError
-from .handlers.decorators import on_change, on_message
+from .handlers.decorators import on_backfill_end, on_change, on_message
 from .handlers.existing_rows import Backfill
 from .handlers.subscriptions import Batch, Ordered
 from .protocol.lsn import Lsn
@@ -26,6 +27,7 @@ from .protocol.lsn import Lsn
 __all__ = [
     "UNCHANGED",
     "Backfill",
+    "BackfillEnd",
     "Batch",
     "Change",
     "Changes",
@@ -38,6 +40,7 @@ __all__ = [
     "Ordered",
     "Truncate",
     "Update",
+    "on_backfill_end",
     "on_change",
     "on_message",
     "transactional",

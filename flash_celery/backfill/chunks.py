@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 import psycopg
@@ -24,6 +24,7 @@ from ..postgres.catalog import CatalogTable
 from ..protocol.lsn import Lsn
 from ..protocol.pgoutput import Cell, Column, Relation
 from ..table_name import TableName
+from .part import expression_of
 from .recent_writes import Key
 from .snapshots import Snapshot
 
@@ -62,8 +63,11 @@ JOIN pg_amop AS member ON member.amopfamily = class.opcfamily
 JOIN pg_operator AS operator ON operator.oid = member.amopopr
 WHERE a.attrelid = %s AND a.attname = ANY (%s)
 """
-_BEHIND = sql.SQL("WHERE ({}) > {}")
-_AMONG = sql.SQL("WHERE ({}) IN (VALUES {})")
+_BEHIND = sql.SQL("({}) > {}")
+_UP_TO = sql.SQL("({}) <= {}")
+_AMONG = sql.SQL("({}) IN (VALUES {})")
+#: Numbers that distinguish chunks without rows from others.
+_PARTS = {"truncate": -1, "end": -2}
 
 
 class Cursor(TypedDict):
@@ -94,6 +98,9 @@ class Chunk:
     cursor: Cursor | None
     #: Whether the table has no more rows behind these.
     is_last: bool
+    #: `rows`; or without rows, what has a place in the stream like them: `truncate` before all of
+    #: them, or `end` after them.
+    part: str = "rows"
 
 
 class ChunkReader:
@@ -102,11 +109,15 @@ class ChunkReader:
     Args:
         connection: In autocommit, to the table's database, for this reader alone.
         name: The table.
+        where: Lookups, as `part` has them: only rows that match are read. Default: all rows.
     """
 
-    def __init__(self, connection: psycopg.Connection[Any], name: TableName) -> None:
+    def __init__(
+        self, connection: psycopg.Connection[Any], name: TableName, where: Sequence[str] = ()
+    ) -> None:
         self._connection = connection
         self._name = name
+        self._where = where
 
     def read(self, cursor: Cursor | None, most: int) -> Chunk:
         """Return the rows behind a cursor.
@@ -135,6 +146,15 @@ class ChunkReader:
         """
         return self._read(_AMONG, len(keys), keys, number=number)
 
+    def read_none(self, part: str) -> Chunk:
+        """Return a chunk without rows, for what comes before or after them.
+
+        Args:
+            part: `truncate` or `end`.
+        """
+        chunk = self._read(_BEHIND, 0, number=_PARTS[part])
+        return replace(chunk, cursor=None, is_last=False, part=part)
+
     def _read(
         self,
         template: sql.SQL,
@@ -153,9 +173,13 @@ class ChunkReader:
             self._connection.execute(_OPERATORS, [table.oid, list(key)])
             if cursor is not None and continues(cursor, table):
                 keys = [dict(zip(key, cursor["values"], strict=True))]
-            query = self._query(template, table, names, key, keys, most)
+            end = self._end(table, key, keys, most) if self._where and in_order else None
+            query = self._query(template, table, names, key, keys, most, end)
             rows, whole = self._copy(query, _CHUNK_BYTES if in_order else sys.maxsize)
             positions = [names.index(column) for column in key]
+            cursor = _cursor(rows[-1], table, positions) if rows and in_order else None
+            if end is not None and whole:
+                cursor = Cursor(table=table.oid, columns=list(key), values=list(end.values()))
             chunk = Chunk(
                 _id_of(table, in_order, keys, number),
                 relation,
@@ -164,8 +188,8 @@ class ChunkReader:
                 position,
                 time,
                 {tuple(cells[n] for n in positions): cells for cells in rows},
-                _cursor(rows[-1], table, positions) if rows and in_order else None,
-                in_order and whole and len(rows) < most,
+                cursor,
+                in_order and whole and end is None and len(rows) < most,
             )
             if not whole:
                 raise psycopg.Rollback  # it was cancelled
@@ -201,21 +225,58 @@ class ChunkReader:
         key: Sequence[str],
         keys: Sequence[Mapping[str, str]],
         most: int,
+        end: Mapping[str, str] | None,
     ) -> sql.Composed:
-        values = [[each[column] for column in key] for each in keys if each.keys() == set(key)]
-        order = sql.SQL(", ").join(map(sql.Identifier, key))
-        condition: sql.Composable = sql.SQL("")
-        if values:
-            condition = template.format(order, _literals(values, self._types(table, key)))
-        elif template is _AMONG:  # they are of another key that the table had
-            condition = sql.SQL("WHERE false")
+        conditions = self._conditions(template, table, key, keys)
+        if end is not None:
+            conditions += self._conditions(_UP_TO, table, key, [end])
+        if self._where:
+            part = expression_of(self._connection, table, self._where)
+            conditions.append(sql.SQL("({})").format(part))
         return sql.SQL("COPY (SELECT {} FROM ONLY {} {} ORDER BY {} LIMIT {}) TO STDOUT").format(
             sql.SQL(", ").join(map(sql.Identifier, names)),
             self._identifier,
-            condition,
-            order,
+            _where(conditions),
+            sql.SQL(", ").join(map(sql.Identifier, key)),
             sql.Literal(most),
         )
+
+    def _conditions(
+        self,
+        template: sql.SQL,
+        table: CatalogTable,
+        key: Sequence[str],
+        keys: Sequence[Mapping[str, str]],
+    ) -> list[sql.Composable]:
+        values = [[each[column] for column in key] for each in keys if each.keys() == set(key)]
+        if values:
+            order = sql.SQL(", ").join(map(sql.Identifier, key))
+            return [template.format(order, _literals(values, self._types(table, key)))]
+        # Otherwise they are of another key that the table had.
+        return [sql.SQL("false")] if template is _AMONG else []
+
+    def _end(
+        self,
+        table: CatalogTable,
+        key: Sequence[str],
+        keys: Sequence[Mapping[str, str]],
+        most: int,
+    ) -> dict[str, str] | None:
+        """Return the key of the last row to look at; None if these are the last rows.
+
+        So a chunk ends in time, however few rows match.
+        """
+        # Without the name of the table, ORDER BY would take the texts.
+        order = sql.SQL(", ").join(sql.Identifier("r", name) for name in key)
+        query = sql.SQL("SELECT {} FROM ONLY {} AS r {} ORDER BY {} OFFSET {} LIMIT 1").format(
+            sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(name)) for name in key),
+            self._identifier,
+            _where(self._conditions(_BEHIND, table, key, keys)),
+            order,
+            sql.Literal(max(most - 1, 0)),
+        )
+        row = self._connection.execute(query).fetchone()
+        return None if row is None else dict(zip(key, row, strict=True))
 
     def _copy(self, query: sql.Composed, limit: int) -> tuple[list[list[Cell]], bool]:
         """Return rows up to about `limit` bytes, and whether these are all of them."""
@@ -262,6 +323,12 @@ class ChunkReader:
         rows = self._connection.execute(_KEY_TYPES, [table.oid, list(columns)]).fetchall()
         types = dict(rows)
         return [types[name] for name in columns]
+
+
+def _where(conditions: Sequence[sql.Composable]) -> sql.Composable:
+    if not conditions:
+        return sql.SQL("")
+    return sql.SQL("WHERE {}").format(sql.SQL(" AND ").join(conditions))
 
 
 def cells_of(line: bytes) -> list[Cell]:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from psycopg import sql
 
 from ..changes.operations import Operation
 from ..errors import ConfigurationError
-from ..handlers.existing_rows import Backfill
+from ..handlers.existing_rows import ADD_TRUNCATE, Backfill
 from ..handlers.subscriptions import Subscription
 from ..postgres import catalog
-from ..postgres.catalog import PARTITIONED
+from ..postgres.catalog import PARTITIONED, CatalogTable
 from ..postgres.connection import is_standby
 from ..postgres.source import Source
 from ..table_name import TableName
 from . import requests
 from .chunks import identity_of
+from .part import expression_of
 
 _SIZE = """
 SELECT CASE WHEN c.reltuples < 0 OR c.relpages = 0
@@ -41,6 +46,8 @@ class Plan:
     rows: int
     size: int
     wish: Backfill
+    #: Lookups that rows have to match; none for all rows.
+    where: Sequence[str] = ()
 
     @property
     def chunks(self) -> int:
@@ -58,20 +65,20 @@ def plan(
     subscriptions: Sequence[Subscription],
     handler: str,
     table: TableName | None = None,
-    rate: float | None = None,
-    chunk: int | None = None,
+    asked: Mapping[str, Any] = MappingProxyType({}),
+    where: Sequence[str] = (),
 ) -> list[Plan]:
     """Return the backfills of a handler, one for each of its tables.
 
-    Its `backfill=` is the default for arguments that are not given.
+    Its `backfill=` says what is not asked for.
 
     Args:
         source: The source.
         subscriptions: All of its subscriptions.
         handler: The task's name.
         table: Only this table. Default: all of the handler's.
-        rate: The most rows a second.
-        chunk: The most rows of a chunk.
+        asked: Attributes of a `Backfill`; None for what is not asked for.
+        where: Lookups such as `status=paid`, all of which the rows must match.
 
     Raises:
         ConfigurationError: A table cannot be backfilled for it.
@@ -99,12 +106,13 @@ def plan(
     plans = []
     for subscription in tables.values():
         declared = subscription.backfill or Backfill()
-        wish = Backfill(rate or declared.rate, chunk or declared.chunk)
-        plans.append(_plan(source, subscription, wish))
+        given = {name: value for name, value in asked.items() if value is not None}
+        wish = replace(declared, **given)
+        plans.append(_plan(source, subscription, wish, where))
     return plans
 
 
-def _plan(source: Source, subscription: Subscription, wish: Backfill) -> Plan:
+def _plan(source: Source, subscription: Subscription, wish: Backfill, where: Sequence[str]) -> Plan:
     name, handler = subscription.table, subscription.handler
     operations = Operation.INSERT | Operation.UPDATE
     if operations not in subscription.operations:
@@ -113,6 +121,8 @@ def _plan(source: Source, subscription: Subscription, wish: Backfill) -> Plan:
             "inserts, and one that is updated at the same time would stay as it was. Add them to "
             "its on_change."
         )
+    if wish.truncate and Operation.TRUNCATE not in subscription.operations:
+        raise ConfigurationError(f"{handler} is not on truncate of {name}: {ADD_TRUNCATE}")
     if subscription.once is not None:
         raise ConfigurationError(
             f"{handler} has once=, whose marks do not recognise a row that is backfilled again. "
@@ -142,7 +152,27 @@ def _plan(source: Source, subscription: Subscription, wish: Backfill) -> Plan:
             f"This role may not read {', '.join(unreadable)} of {name}: GRANT SELECT ON {name} TO "
             f'"{source.connection.info.user}"'
         )
-    return Plan(handler, name, max(int(rows), 0), int(size), wish)
+    if where:
+        if wish.truncate:
+            raise ConfigurationError(
+                "A Truncate removes also what --where leaves out; leave out one of the two."
+            )
+        rows = _matching(source, table, where)
+    return Plan(handler, name, max(int(rows), 0), int(size), wish, where)
+
+
+def _matching(source: Source, table: CatalogTable, where: Sequence[str]) -> int:
+    """Return how many rows match, as PostgreSQL estimates it."""
+    condition = expression_of(source.connection, table, where)
+    name = sql.Identifier(table.name.schema, table.name.name)
+    query = sql.SQL("EXPLAIN (FORMAT JSON) SELECT FROM ONLY {} WHERE {}").format(name, condition)
+    ((described,),) = source.connection.execute(query)
+    return int(described[0]["Plan"]["Plan Rows"])
+
+
+def _options(plan: Plan) -> dict[str, Any]:
+    truncate = {"truncate": True} if plan.wish.truncate else {}
+    return {**truncate, **({"where": list(plan.where)} if plan.where else {})}
 
 
 def start(source: Source, plans: Sequence[Plan]) -> list[requests.Backfill]:
@@ -160,6 +190,7 @@ def start(source: Source, plans: Sequence[Plan]) -> list[requests.Backfill]:
                 each.wish.chunk,
                 each.rows,
                 each.wish.rate,
+                _options(each),
             )
             for each in plans
         ]

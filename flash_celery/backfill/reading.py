@@ -227,7 +227,10 @@ class ReadingChunks(threading.Thread):
         self._progress = self._state(connection).progress or self._progress
         self._cursor, self._has_read_all = self._progress["cursor"], self._recorded_all
         self._wait_for_older(connection)
-        reader = ChunkReader(connection, TableName.parse(backfill.table_name))
+        name, where = TableName.parse(backfill.table_name), backfill.options.get("where", ())
+        reader = ChunkReader(connection, name, where)
+        if backfill.options.get("truncate") and self._state(connection).progress is None:
+            self._deliver_part(connection, reader, "truncate")
         by_key = False
         while True:
             self._settle(connection, _AHEAD - 1)
@@ -244,6 +247,7 @@ class ReadingChunks(threading.Thread):
                 self._settle(connection, 0)
             else:
                 break
+        self._deliver_part(connection, reader, "end")
         if requests.enter(connection, backfill.id, "done", ["running"]):
             logger.info(
                 "The backfill %s of %s for %s is done",
@@ -251,6 +255,13 @@ class ReadingChunks(threading.Thread):
                 escaped(backfill.table_name),
                 backfill.handler,
             )
+
+    def _deliver_part(
+        self, connection: psycopg.Connection[Any], reader: ChunkReader, part: str
+    ) -> None:
+        """Deliver what comes before or after all rows."""
+        self._offer(connection, reader.read_none(part), 0)
+        self._settle(connection, 0)
 
     def _require_active(self, connection: psycopg.Connection[Any]) -> None:
         if self._state(connection).state not in requests.ACTIVE:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, TypedDict
 
 import psycopg
@@ -39,6 +40,7 @@ CREATE TABLE IF NOT EXISTS public.flash_celery_backfills (
     ended_at timestamptz,
     chunks bigint NOT NULL DEFAULT 0,
     row_count bigint NOT NULL DEFAULT 0,
+    options jsonb NOT NULL DEFAULT '{}',
     progress jsonb,
     error text
 )"""
@@ -51,11 +53,12 @@ CREATE TABLE IF NOT EXISTS public.flash_celery_backfill_moves (
 )"""
 _INSERT = """
 INSERT INTO public.flash_celery_backfills
-    (id, slot, handler, table_name, rate, chunk_rows, estimate)
-VALUES (%s, %s, %s, %s, %s, %s, %s)"""
+    (id, slot, handler, table_name, rate, chunk_rows, estimate, options)
+VALUES (%s, %s, %s, %s, %s, %s, %s,
+        jsonb_build_object('since', pg_current_wal_insert_lsn()::text) || %s)"""
 _SELECT = """
 SELECT id, slot, handler, table_name, state, rate, chunk_rows, estimate, requested_at, ended_at,
-       chunks, row_count, progress, error
+       chunks, row_count, options, progress, error
 FROM public.flash_celery_backfills
 WHERE slot = coalesce(%(slot)s, slot) AND id = coalesce(%(id)s, id)
   AND (%(ended)s OR state IN ('requested', 'running'))
@@ -117,6 +120,9 @@ class Backfill:
     ended_at: datetime | None
     chunks: int
     row_count: int
+    #: `since`: where it was requested in the WAL. `truncate`: whether a Truncate comes before all
+    #: rows. `where`: lookups, if not all rows are to be read.
+    options: dict[str, Any]
     #: Where to go on, and what the broker has of the last chunk.
     progress: Progress | None
     #: The last error, while it is not overcome.
@@ -130,6 +136,7 @@ def request(
     chunk_rows: int,
     estimate: int,
     rate: float | None = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Backfill:
     """Record that a table is to be backfilled for a handler.
 
@@ -156,7 +163,7 @@ def request(
                 f"`flash backfill stop {other.id}` to begin another."
             )
     id = secrets.token_hex(4)
-    values = id, source.slot, handler, table, rate, chunk_rows, estimate
+    values = id, source.slot, handler, table, rate, chunk_rows, estimate, Jsonb(dict(options))
     connection.execute(_INSERT, values)
     found = find(connection, id)
     assert found is not None

@@ -19,7 +19,7 @@ from ..changes.rows import Column, Table, Transaction
 from ..conditions.evaluation import Cells
 from ..errors import SubscriptionError
 from ..escaping import escaped
-from ..handlers.subscriptions import Subscription
+from ..handlers.subscriptions import Subscription, of_messages
 from ..postgres.catalog import CatalogTable
 from ..postgres.column_types import TEXT, TypeDescription
 from ..protocol import pgoutput
@@ -84,12 +84,11 @@ class Router:
         self._routes: dict[bytes, dict[str, RunReceiver]] = {}
         self._truncates: dict[int, list[RunReceiver]] = {}
         self._messages: dict[str, list[RunReceiver]] = {}
-        for subscription in subscriptions:
-            if subscription.prefix is not None:
-                source = subscription.source
-                table = Table("", subscription.prefix, None, "n", (), (), source)
-                route = self._forward(subscription, Operation.MESSAGE, table, Part.MESSAGE)
-                self._messages.setdefault(subscription.prefix, []).append(route)
+        for subscription in of_messages(subscriptions):
+            prefix = subscription.table.name
+            table = Table("", prefix, None, "n", (), (), subscription.source)
+            route = self._forward(subscription, Operation.MESSAGE, table, Part.MESSAGE)
+            self._messages.setdefault(prefix, []).append(route)
         #: The tables for which a warning about unevaluated rows was logged.
         self._warned: set[TableName] = set()
 

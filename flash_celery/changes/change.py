@@ -420,6 +420,39 @@ class LogicalMessage(Change[Row]):
     __hash__ = Change.__hash__
 
 
+class BackfillEnd(Change[Row]):
+    """All rows of a table are enqueued: what `on_backfill_end` receives.
+
+    Its `table` and `schema` are those of the table, and its `backfill` is the id of the backfill.
+    """
+
+    operation = Operation.MESSAGE
+    __match_args__ = ("backfill",)
+    __slots__ = ("content",)
+
+    def __init__(self, content: bytes, origin: Origin) -> None:
+        super().__init__(origin)
+        #: JSON, which the properties read.
+        self.content = content
+
+    @property
+    def rows(self) -> int:
+        """How many rows the backfill has read."""
+        return int(json.loads(self.content)["rows"])
+
+    @property
+    def since(self) -> Lsn:
+        """Where the backfill was requested in the WAL.
+
+        Every row of the table was enqueued with this `commit_lsn` or a greater one, by the backfill
+        or as a change. So a row of a copy with a smaller one was deleted before.
+        """
+        return Lsn.parse(json.loads(self.content)["since"])
+
+    def __repr__(self) -> str:
+        return escaped(f"end of backfill {self.backfill} of {self._source.shown}")
+
+
 class Changes(Sequence[Change[RowT]]):
     """The changes of one task of a batch handler, in commit order."""
 

@@ -25,7 +25,7 @@ from ..escaping import escaped
 from ..protocol import pgoutput
 from ..protocol.lsn import Lsn
 from ..protocol.pgoutput import Cell
-from .change import Change, Changes, Delete, Insert, LogicalMessage, Truncate, Update
+from .change import BackfillEnd, Change, Changes, Delete, Insert, LogicalMessage, Truncate, Update
 from .history import Ancestor, History
 from .labels import id_suffix, key_shown
 from .operations import Part
@@ -49,6 +49,8 @@ _MESSAGE = struct.Struct("!cI")
 _COALESCED = struct.Struct("!cI")
 _BACKFILLED = struct.Struct("!c16s")
 _ROWS = frozenset((b"I", b"U", b"D"))
+#: What a backfill delivers: rows, a TRUNCATE before them, and its end.
+_OF_BACKFILLS = frozenset((b"I", b"T", b"M"))
 #: The first moment that a datetime can represent, in microseconds since 2000-01-01 UTC.
 _FIRST = -63_082_281_600_000_000
 #: The moment after the last one.
@@ -98,10 +100,14 @@ def prefixed(row: bytes, coalesced: int = 1, row_id: bytes = b"") -> bytes:
     Args:
         row: The row.
         coalesced: The number of changes that were merged into it.
-        row_id: The result of `row_id_of`, for an Insert of a backfill.
+        row_id: The result of `row_id_of`, for a change of a backfill.
     """
     prefix = _COALESCED.pack(b"C", coalesced) if coalesced > 1 else b""
     return prefix + (_BACKFILLED.pack(b"B", row_id) if row_id else b"") + row
+
+
+#: The ids of the changes of a backfill that are of no row.
+TRUNCATE_ID, END_ID = (hashlib.blake2b(name, digest_size=16).digest() for name in (b"T", b"M"))
 
 
 def unprefixed(row: bytes) -> bytes:
@@ -553,7 +559,9 @@ def _change(rows: bytes, offset: int, origin: Origin) -> tuple[Change, int]:
         if tag == b"M":
             start = offset + _MESSAGE.size
             end = start + _MESSAGE.unpack(rows[offset:start])[1]
-            return LogicalMessage(rows[start:end], origin), end
+            backfilled = origin.transaction.backfill is not None
+            kind = BackfillEnd if backfilled else LogicalMessage
+            return kind(rows[start:end], origin), end
     row, offset = pgoutput.read_row(rows, offset)
     if row.operation == "I":
         return Insert(row.new or [], origin), offset
@@ -572,7 +580,7 @@ def _with_prefixes(rows: bytes, offset: int, origin: Origin) -> tuple[Origin, in
     if rows[offset : offset + 1] == b"B":
         its_id = _BACKFILLED.unpack_from(rows, offset)[1]
         origin, offset = origin._replace(row_id=its_id), offset + _BACKFILLED.size
-        if origin.transaction.backfill is None or rows[offset : offset + 1] != b"I":
+        if origin.transaction.backfill is None or rows[offset : offset + 1] not in _OF_BACKFILLS:
             raise ValueError("a row has an id in a backfill, but is not of one")
     return origin, offset
 
@@ -600,7 +608,9 @@ def row_of(change: Change) -> bytes:
         return pgoutput.encode_row("U", 0, change._old_kind, change._old, change._new)
     if isinstance(change, Delete):
         return pgoutput.encode_row("D", 0, change._old_kind, change._old, None)
-    return message_row(change.content) if isinstance(change, LogicalMessage) else TRUNCATED
+    if isinstance(change, (LogicalMessage, BackfillEnd)):
+        return message_row(change.content)
+    return TRUNCATED
 
 
 def delivery_of(change: Change) -> Delivery:

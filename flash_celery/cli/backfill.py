@@ -46,12 +46,21 @@ def backfill() -> None:
 @click.argument("handlers", nargs=-1, required=True, metavar="HANDLER...")
 @click.option("--table", metavar="TABLE", help="Only this table.  [default: all of the handler's]")
 @click.option(
+    "--where",
+    multiple=True,
+    metavar="LOOKUP=VALUE",
+    help="Only rows that match, such as status=paid or id__gte=100. Repeatable.",
+)
+@click.option(
     "--rate", metavar="N/s", callback=_rate, help="The most rows a second, such as 5000/s."
 )
 @click.option(
     "--chunk",
     type=click.IntRange(1, 100_000),
     help="The most rows that are read at once.  [default: 5000]",
+)
+@click.option(
+    "--truncate", is_flag=True, help="Deliver a Truncate first, so that a copy begins empty."
 )
 @click.option("--dry-run", is_flag=True, help="Only print what would be done.")
 @click.option("--wait", "waits", is_flag=True, help="Wait until the rows are enqueued.")
@@ -60,8 +69,10 @@ def start(
     project: Project,
     handlers: tuple[str, ...],
     table: str | None,
+    where: tuple[str, ...],
     rate: float | None,
     chunk: int | None,
+    truncate: bool,
     dry_run: bool,
     waits: bool,
 ) -> None:
@@ -77,10 +88,11 @@ def start(
     names = pauses.named(handlers, pauses.handlers(project.subscriptions))
     only = None if table is None else project.table(table)
     with project.connected() as source:
+        asked = {"rate": rate, "chunk": chunk, "truncate": truncate or None}
         plans = [
             each
             for name in names
-            for each in planning.plan(source, project.subscriptions, name, only, rate, chunk)
+            for each in planning.plan(source, project.subscriptions, name, only, asked, where)
         ]
         if dry_run:
             for each in plans:

@@ -51,6 +51,7 @@ from .subscriptions import (
     Subscription,
     column_name,
     column_names,
+    handler_of,
     of_tables,
     operations_of,
     prefix_of,
@@ -63,6 +64,8 @@ _LAZY = (
     "it is {kind}, which Celery calls but never runs, so its changes would be lost; make it an "
     "ordinary function (asyncio.run runs async code)."
 )
+#: The arguments that all subscriptions of a task have in common.
+_SHARED = ("batch", "queue", "acks_late")
 #: How a worker receives a handler's task. It is a name, so that only workers import the module.
 _STRATEGY = "flash_celery.dead_letters.failed_tasks:strategy"
 
@@ -325,6 +328,47 @@ def on_message(
     return _decorator(declare)
 
 
+def on_backfill_end(
+    handler: str | None = None,
+    *,
+    queue: str | None = None,
+    acks_late: bool = True,
+    source: str | None = None,
+) -> _Decorator:
+    """Run a task when a backfill has enqueued all rows of a table.
+
+    The task receives a `BackfillEnd`. A handler that keeps the `commit_lsn` of each row of its copy
+    can then remove those below `since`: they were deleted before. It does not run for a part of a
+    table (`--where`).
+
+    Above or below the `on_change` of the handler, the end comes after the rows in its lanes
+    (`ordered=`), and in `Changes` if it has `batch`. On a task of its own, other workers may still
+    handle the last rows when it runs.
+
+    Args:
+        handler: The name of the task that receives the rows. Default: the decorated task itself.
+        queue: As for `on_change`. Default: that of the task's `on_change`.
+        acks_late: As for `on_change`. Default: that of the task's `on_change`.
+        source: The database, a name in `flash_sources`. Default: the database of `flash_dsn`.
+
+    Raises:
+        SubscriptionError: The decorated object is neither a task nor a function.
+    """
+
+    def declare() -> Subscription:
+        return Subscription(
+            handler="",
+            source=source_of(source),
+            table=prefix_of("flash.backfill_end"),
+            operations=Operation.MESSAGE,
+            queue=queue,
+            acks_late=acks_late,
+            ends_of=handler_of(handler),
+        )
+
+    return _decorator(declare)
+
+
 def _row_type_of(into: Any, fields: tuple[str, ...] | None) -> RowType | None:
     if into is None:
         return None
@@ -353,11 +397,24 @@ def subscriptions_of(app: Celery) -> list[Subscription]:
             contradict each other.
     """
     app.finalize()
-    return [
+    subscriptions = [
         subscription
         for name in sorted(app.tasks)
         for subscription in subscriptions_of_task(app.tasks[name])
     ]
+    _require_known_handlers(subscriptions)
+    return subscriptions
+
+
+def _require_known_handlers(subscriptions: list[Subscription]) -> None:
+    """Raise `SubscriptionError` if an `on_backfill_end` names no handler of a table."""
+    known = {(each.handler, each.source) for each in of_tables(subscriptions)}
+    for each in subscriptions:
+        if each.ends_of is not None and (each.ends_of, each.source) not in known:
+            raise SubscriptionError(
+                f"{each.handler} has on_backfill_end({each.ends_of!r}), which is no handler of a "
+                "table; give the full name of its task."
+            )
 
 
 def subscriptions_of_task(task: Any) -> list[Subscription]:
@@ -370,6 +427,7 @@ def subscriptions_of_task(task: Any) -> list[Subscription]:
     subscriptions = number_subscriptions(task.name, declarations)
     if subscriptions:
         require_argument(task)
+        subscriptions = _with_own_ends(subscriptions)
         _require_consistency(subscriptions)
         subscriptions = _with_one_order(subscriptions)
     return subscriptions
@@ -379,13 +437,37 @@ def _require_consistency(subscriptions: list[Subscription]) -> None:
     """Raise `SubscriptionError` if two decorators on one task contradict each other."""
     first, *others = subscriptions
     for other in others:
-        for argument in ("batch", "queue", "acks_late"):
+        for argument in _SHARED:
             if getattr(first, argument) != getattr(other, argument):
                 raise SubscriptionError(
                     f"{first.handler} is declared twice, with a contradiction: {argument}= is "
                     f"{getattr(first, argument)!r} for {first.subject} and "
                     f"{getattr(other, argument)!r} for {other.subject}; give both the same."
                 )
+
+
+def _with_own_ends(subscriptions: list[Subscription]) -> list[Subscription]:
+    """Return the subscriptions of a task; its own backfills end in the way of its changes.
+
+    Raises:
+        SubscriptionError: It is called for the end of its own backfills, and has no table.
+    """
+    changes = of_tables(subscriptions)
+    if not changes and any(each.ends_of == "" for each in subscriptions):
+        raise SubscriptionError(
+            f"{subscriptions[0].handler} has on_backfill_end() and no on_change; name the handler "
+            "of the rows in it."
+        )
+    return [
+        each
+        if each.ends_of is None
+        else replace(
+            each,
+            ends_of=each.ends_of or each.handler,
+            **{name: getattr(changes[0], name) for name in _SHARED if changes},
+        )
+        for each in subscriptions
+    ]
 
 
 def _with_one_order(subscriptions: list[Subscription]) -> list[Subscription]:

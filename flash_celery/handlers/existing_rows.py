@@ -11,6 +11,7 @@ from ..errors import SubscriptionError
 #: The most rows of a chunk, unless something else is asked for, and the most that may be.
 CHUNK_ROWS = 5000
 MOST_CHUNK_ROWS = 100_000
+ADD_TRUNCATE = "it would not learn that its copy begins empty; add truncate to its operations."
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,13 @@ class Backfill:
     Attributes:
         rate: The most rows a second. Default: no limit.
         chunk: The most rows that are read at once, 1 to 100,000.
+        truncate: Whether a `Truncate` with `change.backfill` comes before all rows, so that a copy
+            begins empty. Default: rows that were deleted before stay in a copy.
     """
 
     rate: float | None = None
     chunk: int = CHUNK_ROWS
+    truncate: bool = False
 
     @classmethod
     def of(cls, backfill: Any, operations: Operation) -> Backfill | Literal[False] | None:
@@ -50,10 +54,16 @@ class Backfill:
                 "inserts, and one that is updated at the same time would stay as it was. Add them "
                 "to the operations, or leave out backfill=."
             )
+        if backfill.truncate and Operation.TRUNCATE not in operations:
+            raise SubscriptionError(
+                f"backfill has truncate=True, and the handler is not on truncate: {ADD_TRUNCATE}"
+            )
         return backfill
 
     def _check(self) -> None:
         rate, chunk = self.rate, self.chunk
+        if type(self.truncate) is not bool:
+            raise SubscriptionError(f"backfill has truncate={self.truncate!r}; it is a bool.")
         if rate is not None and not (type(rate) in (int, float) and rate > 0):
             raise SubscriptionError(f"backfill has rate={rate!r}; it is rows a second, above 0.")
         if type(chunk) is not int or not 1 <= chunk <= MOST_CHUNK_ROWS:

@@ -140,6 +140,8 @@ class Subscription:
     #: Whether it wants the rows that are there already; False also for tables of a pattern that
     #: join later. The task's message does not depend on it.
     backfill: Backfill | Literal[False] | None = field(default=None, repr=False)
+    #: Of an `on_backfill_end`: the handler whose backfills it is about, "" for its own. Else None.
+    ends_of: str | None = None
     #: The class of the rows; the task's message does not depend on it.
     into: RowType | None = field(default=None, repr=False)
 
@@ -149,9 +151,18 @@ class Subscription:
         return self.table.name if self.operations is Operation.MESSAGE else None
 
     @property
+    def decorator(self) -> str:
+        """The name of its decorator."""
+        if self.ends_of is not None:
+            return "on_backfill_end"
+        return "on_change" if self.prefix is None else "on_message"
+
+    @property
     def subject(self) -> str:
         """Its table or messages, in words."""
         source = f"{self.source}:" if self.source else ""
+        if self.ends_of is not None:
+            return f"the end of {source}backfills of {self.ends_of}"
         if self.prefix is None:
             return f"{source}{self.table}"
         return f"messages {source}{self.prefix!r}"
@@ -200,8 +211,18 @@ class Subscription:
 
 
 def of_tables(subscriptions: Iterable[Subscription]) -> list[Subscription]:
-    """Return the subscriptions to tables, without those to logical messages."""
+    """Return the subscriptions to tables."""
     return [subscription for subscription in subscriptions if subscription.prefix is None]
+
+
+def of_messages(subscriptions: Iterable[Subscription]) -> list[Subscription]:
+    """Return the subscriptions to logical messages."""
+    return [each for each in subscriptions if each.prefix is not None and each.ends_of is None]
+
+
+def of_ends(subscriptions: Iterable[Subscription], handler: str) -> list[Subscription]:
+    """Return the subscriptions to the ends of the backfills of a handler."""
+    return [each for each in subscriptions if each.ends_of == handler]
 
 
 def of_source(subscriptions: Iterable[Subscription], source: str) -> list[Subscription]:
@@ -219,6 +240,15 @@ def prefix_of(prefix: Any) -> TableName:
             "flash-celery's own; choose another prefix."
         )
     return TableName("", prefix)
+
+
+def handler_of(handler: Any) -> str:
+    """Read the `handler` of an `on_backfill_end`: the name of a task, or None for its own."""
+    if handler is None:
+        return ""
+    if not isinstance(handler, str) or not handler:
+        raise SubscriptionError(f"on_backfill_end takes the name of a task, not {handler!r}.")
+    return handler
 
 
 def split_source(table: str) -> tuple[str | None, str]:

@@ -63,7 +63,8 @@ def placer(
     def place(row: bytes) -> Place | None:
         tag = row[0]
         if tag == _BACKFILLED:
-            row, tag = unprefixed(row), _INSERT
+            row = unprefixed(row)
+            tag = row[0]
         if tag == _INSERT:
             key = digest(read_cells(row, FIRST_TUPLE, width)[0], positions)
             return Place(key, key)

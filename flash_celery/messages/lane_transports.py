@@ -47,8 +47,8 @@ class LaneTransport:
                 )
             if Operation.MESSAGE in each.operations:
                 raise SubscriptionError(
-                    f"{handler} has ordered= and on_message, which needs Redis or Valkey as the "
-                    "broker; on RabbitMQ handle messages with a task of its own."
+                    f"{handler} has ordered= and {each.decorator}, which needs Redis or Valkey as "
+                    "the broker; on RabbitMQ handle messages with a task of its own."
                 )
             if Operation.TRUNCATE in each.operations:
                 raise SubscriptionError(

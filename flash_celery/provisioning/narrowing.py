@@ -16,7 +16,8 @@ import psycopg
 from psycopg import sql
 
 from ..changes.operations import Operation
-from ..conditions.row_filter import either, row_filter
+from ..conditions.parsing import Condition
+from ..conditions.row_filter import RowFilter, either, row_filter
 from ..handlers.subscriptions import Subscription
 from ..postgres import catalog, column_types
 from ..postgres.catalog import CatalogTable
@@ -143,21 +144,27 @@ def _filter(
         others = [each.handler for each in all_subscriptions if _takes_no_updates(each)]
         if others:
             return None, [f"{others[0]} must not receive an UPDATE as an INSERT or a DELETE"]
-    filterable = {name for (name,) in connection.execute(_FILTERABLE.encode(), [table.oid])}
     expressions, reasons = [], []
     for subscription in subscriptions:
         assert subscription.where is not None
-        types = {
-            name: column_types.compared(connection, table.oid, name, table.columns[name].type_oid)
-            for name in subscription.where.columns & filterable
-        }
-        canonical = partial(column_types.canonical, connection)
-        translated = row_filter(subscription.where, types, canonical)
+        translated = filter_of(connection, table, subscription.where)
         reasons += [f"{subscription.handler}: {reason}" for reason in translated.omitted]
         if translated.expression is None:
             return None, reasons
         expressions.append(translated.expression)
     return either(expressions), reasons
+
+
+def filter_of(
+    connection: psycopg.Connection[Any], table: CatalogTable, condition: Condition
+) -> RowFilter:
+    """Return the row filter of a table for a condition, whose columns the table has."""
+    filterable = {name for (name,) in connection.execute(_FILTERABLE.encode(), [table.oid])}
+    types = {
+        name: column_types.compared(connection, table.oid, name, table.columns[name].type_oid)
+        for name in condition.columns & filterable
+    }
+    return row_filter(condition, types, partial(column_types.canonical, connection))
 
 
 def _takes_no_updates(subscription: Subscription) -> bool:

@@ -4,7 +4,7 @@ Nothing here needs a broker; only `Live` needs a database. See docs/testing.md.
 """
 
 from .applying import Enqueued, Flash, Run
-from .building import delete, insert, message, transaction, truncate, update
+from .building import backfill_end, delete, insert, message, transaction, truncate, update
 from .live import Live
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Flash",
     "Live",
     "Run",
+    "backfill_end",
     "delete",
     "insert",
     "message",

@@ -18,8 +18,8 @@ from ..capture.partition_history import Ancestors
 from ..capture.pipeline import Pipeline
 from ..capture.relations import RelationCatalog
 from ..capture.router import Receiver, Sink
-from ..changes.change import Change, Changes, LogicalMessage, Operation, Truncate
-from ..changes.payload import Delivery, prefixed, row_of
+from ..changes.change import BackfillEnd, Change, Changes, LogicalMessage, Operation, Truncate
+from ..changes.payload import Delivery, delivery_of, prefixed, row_of
 from ..changes.rows import Origin, Row
 from ..conditions.evaluation import Cells, bind
 from ..conditions.parsing import Condition
@@ -209,6 +209,9 @@ class Flash:
         return [run(self._app, task) for task in self.enqueued(*changes)]
 
     def _deliver(self, change: Change[Any], sink: Sink) -> None:
+        if isinstance(change, BackfillEnd):
+            self._deliver_end(change, sink)
+            return
         matching = [
             subscription for subscription in self._subscriptions if _is_about(subscription, change)
         ]
@@ -220,6 +223,13 @@ class Flash:
         pipeline.feed(messages_of(change))
         for _ in pipeline.deliver():
             pass
+
+    def _deliver_end(self, end: BackfillEnd, sink: Sink) -> None:
+        handlers = {each.handler for each in self._subscriptions if _is_about(each, end)}
+        for subscription in self._subscriptions:
+            if subscription.ends_of in handlers:
+                delivery = delivery_of(end)._replace(number=subscription.number)
+                sink.receiver(subscription, Operation.MESSAGE)(delivery)
 
 
 class _OriginSink:

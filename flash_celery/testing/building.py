@@ -9,9 +9,9 @@ from itertools import count
 from types import MappingProxyType
 from typing import Any
 
-from ..changes.change import Delete, Insert, LogicalMessage, Truncate, Update
+from ..changes.change import BackfillEnd, Delete, Insert, LogicalMessage, Truncate, Update
 from ..changes.operations import Part
-from ..changes.payload import row_id_of
+from ..changes.payload import END_ID, TRUNCATE_ID, row_id_of
 from ..changes.rows import UNCHANGED, Column, Origin, Table, Transaction
 from ..handlers.subscriptions import column_name, column_names, prefix_of, table_of
 from ..protocol import timestamps
@@ -22,6 +22,8 @@ from .texts import name_of, oid_of, text_of, type_of
 
 _IDENTITIES = {"full": "f", "default": "d", "nothing": "n"}
 _numbers = count(1)
+#: The id of a backfill, if a test gives none.
+_BACKFILL = "backfill"
 
 
 class _Commit(Transaction):
@@ -84,10 +86,10 @@ class _Builder:
         types: Mapping[Any, str] | None = None,
         key: Iterable[Any] | None = None,
         identity: str = "full",
-        backfill: str | None = None,
+        backfill: str | bool | None = None,
     ) -> None:
         self._model = table
-        self._backfill = backfill
+        self._backfill = _BACKFILL if backfill is True else backfill or None
         self._source, self._name = table_of(table, source)
         self._types = self._columns(types)
         self._key = column_names("key", key, table)
@@ -153,7 +155,7 @@ class _Builder:
         key = [
             text_of(row[name], table.columns[table.positions[name]].type_oid) for name in table.key
         ]
-        return Origin(table, chunk, ordinal, row_id=row_id_of(key))
+        return Origin(table, chunk, ordinal, row_id=row_id_of(key) if key else TRUNCATE_ID)
 
     @staticmethod
     def cells(table: Table, row: Mapping[str, Any]) -> list[Cell]:
@@ -187,7 +189,7 @@ def insert(
     partition: str | None = None,
     source: str | None = None,
     transaction: Transaction | None = None,
-    backfill: str | None = None,
+    backfill: str | bool | None = None,
     **columns: Any,
 ) -> Insert:
     """Build an `Insert`: `insert("public.orders", id=1, status="paid")`.
@@ -203,7 +205,8 @@ def insert(
         partition: The name of the partition that the row is in.
         source: The database, a name in `flash_sources`. Default: the one of `flash_dsn`.
         transaction: The transaction, from `flash_celery.testing.transaction()`. Default: a new one.
-        backfill: The id of the backfill that read the row: `change.backfill`. Default: none did.
+        backfill: The id of the backfill that read the row, or `True` for any: `change.backfill`.
+            Default: none did.
         **columns: The row.
 
     Raises:
@@ -305,6 +308,7 @@ def truncate(
     partition: str | None = None,
     source: str | None = None,
     transaction: Transaction | None = None,
+    backfill: str | bool | None = None,
 ) -> Truncate:
     """Build a `Truncate`: `truncate("orders")`.
 
@@ -313,9 +317,36 @@ def truncate(
         partition: As for `insert`.
         source: As for `insert`.
         transaction: As for `insert`.
+        backfill: The id of the backfill that begins with it. Default: it was a TRUNCATE.
     """
-    builder = _Builder(table, source, transaction, partition)
+    builder = _Builder(table, source, transaction, partition, backfill=backfill)
     return Truncate(builder.origin(builder.table()))
+
+
+def backfill_end(
+    table: Any,
+    backfill: str = _BACKFILL,
+    /,
+    *,
+    rows: int = 0,
+    since: Lsn | str = Lsn(0),  # noqa: B008 - an int
+    source: str | None = None,
+) -> BackfillEnd:
+    """Build a `BackfillEnd`: `backfill_end("orders", "b1", rows=3)`.
+
+    Args:
+        table: The table, as `on_change` takes it.
+        backfill: The id of the backfill.
+        rows: How many rows the backfill has read.
+        since: Where it was requested in the WAL, such as `"0/1F00"`.
+        source: As for `insert`.
+    """
+    name = table_of(table, source)
+    described = Table(name[1].schema, name[1].name, None, "n", (), (), name[0])
+    commit = _new_transaction()
+    chunk = Transaction(commit.commit_lsn, 0, commit.committed_at, backfill=backfill)
+    content = json.dumps({"rows": rows, "since": str(since)}).encode()
+    return BackfillEnd(content, Origin(described, chunk, rows, Part.MESSAGE, row_id=END_ID))
 
 
 def message(

@@ -8,6 +8,7 @@ and nothing waits for it. Rows that were written since are brought up to date fi
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -27,9 +28,16 @@ from ..capture.relations import RelationCatalog
 from ..capture.router import Receiver, Router, Sink
 from ..capture.transactions import Rows
 from ..changes.history import History
-from ..changes.operations import Operation
-from ..changes.payload import Delivery, prefixed, row_id_of
-from ..changes.rows import ChunkTransaction, Transaction
+from ..changes.operations import Operation, Part
+from ..changes.payload import (
+    END_ID,
+    TRUNCATE_ID,
+    Delivery,
+    message_row,
+    prefixed,
+    row_id_of,
+)
+from ..changes.rows import ChunkTransaction, Table, Transaction
 from ..errors import CatalogError, ConfigurationError
 from ..escaping import escaped, one_line
 from ..handlers.subscriptions import Subscription
@@ -45,6 +53,10 @@ from ..table_name import TableName
 
 logger = logging.getLogger(__name__)
 
+_DELETED_STAY = (
+    "The backfill %s does not report rows that were deleted before it, which stay where %s keeps a "
+    "copy of them; on_backfill_end or --truncate is for that"
+)
 #: Keys of rows that are read together by themselves.
 _MOVED_TOGETHER = 100
 #: Seconds to wait at the end of a session until the progress is recorded.
@@ -59,6 +71,7 @@ class Backfilling:
         source: The source.
         backfill: The request.
         subscriptions: Those of its handler to its table.
+        ends: Those to its end.
         relations: Describes relations.
         sink: Takes the deliveries.
         history: The server's history, which the messages carry.
@@ -75,6 +88,7 @@ class Backfilling:
         source: Source,
         backfill: Backfill,
         subscriptions: Sequence[Subscription],
+        ends: Sequence[Subscription],
         relations: RelationCatalog,
         sink: Sink,
         history: History | None,
@@ -94,6 +108,7 @@ class Backfilling:
         self._table = table
         self._oid = table.oid
         self._writes = RecentWrites(identity_of(table))
+        self._ends = () if backfill.options.get("where") else ends
         self._sink = _RowSink(sink)
         self._router = Router(subscriptions, _Settled(relations), self._sink)
         self._relation: Relation | None = None
@@ -135,6 +150,8 @@ class Backfilling:
             self._begin_again(_REPLACED)
         self._reading = ReadingChunks(self._source.settings, self._backfill, self._room, wake)
         self._reading.start()
+        if progress is None and not (self._backfill.options.get("truncate") or self._ends):
+            logger.info(_DELETED_STAY, self._backfill.id, self._backfill.handler)
 
     def close(self) -> None:
         """End the thread. What the broker has not confirmed is read again."""
@@ -180,6 +197,9 @@ class Backfilling:
             self._begin_again(_REPLACED)
             self.close()
             return False
+        if chunk.part != "rows":
+            self._deliver_part(chunk)
+            return True
         if self._writes.hides_any(chunk.snapshot, chunk.relation.columns):
             self._stale = True
             return False
@@ -187,8 +207,7 @@ class Backfilling:
         self._writes.forget(chunk.snapshot)
         self._deliver(chunk, merged)
         self._moved.has_all |= chunk.is_last
-        self.delivered += 1
-        self._unconfirmed.append((len(merged), self._sink.chunk.hex() if self._sink.used else ""))
+        self._await(len(merged))
         return True
 
     def confirm(self, chunk: int) -> None:
@@ -217,13 +236,43 @@ class Backfilling:
         )
         requests.begin_again(self._source.connection, self._backfill.id)
 
-    def _deliver(self, chunk: Chunk, merged: Sequence[Merged]) -> None:
+    def _await(self, rows: int) -> None:
+        """Expect the broker to confirm the chunk that was delivered."""
+        self.delivered += 1
+        self._unconfirmed.append((rows, self._sink.chunk.hex() if self._sink.used else ""))
+
+    def _deliver_part(self, chunk: Chunk) -> None:
+        """Deliver what comes before or after all rows."""
+        self._describe(chunk)
+        transaction = self._transaction(chunk, None)
+        if chunk.part == "truncate":
+            self._sink.begin(self._count, [TRUNCATE_ID])
+            self._router.truncate([self._oid], transaction, self._count, 0)
+        else:
+            self._sink.begin(self._count, [END_ID])
+            for each in self._ends:
+                self._sink.receiver(each, Operation.MESSAGE)(self._end(each, transaction))
+        self._await(0)
+
+    def _end(self, subscription: Subscription, transaction: Transaction) -> Delivery:
+        name = TableName.parse(self._backfill.table_name)
+        table = Table(name.schema, name.name, None, "n", (), (), subscription.source)
+        content = {"rows": self._count, "since": self._backfill.options["since"]}
+        row = message_row(json.dumps(content).encode())
+        number = subscription.number
+        return Delivery(table, transaction, self._count, Part.MESSAGE, number, [row])
+
+    def _describe(self, chunk: Chunk) -> None:
+        """Learn what the broker knows a chunk by, and its columns."""
         described = self._binding + self._backfill.id.encode() + chunk.id
         self._sink.chunk = hashlib.blake2b(described, digest_size=CHUNK_ID_BYTES).digest()
         self._sink.used = False
         if self._relation != chunk.relation:
             self._relation = chunk.relation
             self._router.relation(chunk.relation, self._transaction(chunk, None))
+
+    def _deliver(self, chunk: Chunk, merged: Sequence[Merged]) -> None:
+        self._describe(chunk)
         head = b"I" + self._oid.to_bytes(4, "big")
         identity = identity_of(chunk.table)
         names = [column.name for column in chunk.relation.columns]

@@ -58,7 +58,7 @@ from ..errors import (
     SpoolError,
 )
 from ..escaping import escaped
-from ..handlers.subscriptions import Subscription
+from ..handlers.subscriptions import Subscription, of_ends
 from ..messages import lane_transports
 from ..messages.batcher import Batcher, BatcherSink
 from ..messages.deduplication import Lease
@@ -564,7 +564,16 @@ class Replicator:
             room = Room(self._app, queues, size, self._settings.flash_backfill_ahead)
             moved, history = backfills.moved_of(backfill), self._history
             return Backfilling(
-                source, backfill, subscriptions, catalog, sink, history, room, moved, lease.binding
+                source,
+                backfill,
+                subscriptions,
+                of_ends(self._subscriptions, backfill.handler),
+                catalog,
+                sink,
+                history,
+                room,
+                moved,
+                lease.binding,
             )
         except CatalogError as error:
             requests.enter(source.connection, backfill.id, "paused", requests.ACTIVE, str(error))

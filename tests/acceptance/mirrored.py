@@ -6,7 +6,7 @@ import os
 import psycopg
 from celery import Celery
 
-from flash_celery import Backfill, on_change
+from flash_celery import Backfill, on_backfill_end, on_change
 
 app = Celery("mirrored", broker=os.environ.get("SHOP_BROKER"))
 app.conf.update(
@@ -28,6 +28,10 @@ BATCH = 40 if "SHOP_DEPLOYED" in os.environ else 50
 @app.task(queue="mirror")
 def mirror(changes):
     """Would apply the changes."""
+
+
+if os.environ.get("SHOP_ENDS"):
+    on_backfill_end()(mirror)
 
 
 @on_change("items", "insert")

@@ -10,7 +10,7 @@ from pathlib import Path
 import psycopg
 from celery import Celery
 
-from flash_celery import Changes, Ordered, on_change, on_message
+from flash_celery import Changes, Ordered, on_backfill_end, on_change, on_message
 
 app = Celery("ordered", broker=os.environ.get("SHOP_BROKER"))
 app.conf.update(
@@ -108,6 +108,8 @@ options = {"bind": True, "max_retries": 5, "time_limit": LIMIT, "soft_time_limit
 each = app.task(name=os.environ.get("SHOP_NAME", "ordered.each"), **options)(each)
 OPERATIONS = os.environ.get("SHOP_OPERATIONS", "insert|update|delete|truncate")
 each = on_change("items", OPERATIONS, ordered=ORDER, once=ONCE)(each)
+if os.environ.get("SHOP_ENDS"):
+    on_backfill_end()(each)
 if os.environ.get("SHOP_MESSAGES"):
     on_message("said")(each)
 

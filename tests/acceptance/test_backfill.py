@@ -18,7 +18,7 @@ from psycopg import sql
 
 from benchmarks.verify import body_of
 from example_project.servers import wait_until
-from flash_celery import UNCHANGED, testing
+from flash_celery import UNCHANGED, BackfillEnd, Truncate, testing
 from flash_celery.backfill import requests
 from flash_celery.backfill.chunks import ChunkReader, cells_of
 from flash_celery.changes import payload
@@ -240,14 +240,15 @@ class Writers:
 def test_backfill_of_an_ordered_handler_goes_through_its_lanes(shop):
     shop.project = "ordered"
     shop.database.execute("INSERT INTO items SELECT n, n, NULL FROM generate_series(1, 40) n")
-    shop.replicate(SHOP_CONF=json.dumps({"flash_backfill_ahead": 100}))
-    shop.worker("prefork", "flash")
-    flash(shop, "backfill", "start", "each", "--wait")
+    shop.replicate(SHOP_CONF=json.dumps({"flash_backfill_ahead": 100}), SHOP_ENDS="1")
+    shop.worker("prefork", "flash", SHOP_ENDS="1", SHOP_SLEEP="0.05")
+    flash(shop, "backfill", "start", "each", "--truncate", "--wait")
     shop.database.execute("UPDATE items SET name = '41' WHERE id = 1")
-    wait_until(lambda: len(shop.notes("each")) >= 82, "all rows and the update", 60)
+    wait_until(lambda: len(shop.notes("each")) >= 86, "all rows and the update", 60)
     notes = [note for note in shop.notes("each") if note["event"] == "end"]
-    inserted = [note["key"]["id"] for note in notes if note["id"].startswith("backfill/")]
-    assert sorted(inserted) == list(range(1, 41))
+    first, *inserted, last = [note for note in notes if note["id"].startswith("backfill/")]
+    assert (first["operation"], last["operation"]) == ("truncate", "message")
+    assert sorted(note["key"]["id"] for note in inserted) == list(range(1, 41))
     assert notes[-1]["operation"] == "update"
 
 
@@ -319,7 +320,7 @@ def test_another_worker_takes_a_backfill_over_and_repeats_nothing(mirrored, cons
 
 def test_new_handler_is_backfilled_once(mirrored, consumer):
     """Also if the worker dies, and the handler is taken out and put back."""
-    wish = {"SHOP_BACKFILL": '{"chunk": 100, "rate": 2000}'}
+    wish = {"SHOP_BACKFILL": '{"chunk": 100, "rate": 2000, "truncate": true}', "SHOP_ENDS": "1"}
     first = mirrored.replicate(**wish)
     wait_until(lambda: [each for each in backfills(mirrored) if each["rows"]], "a chunk", 60)
     mirrored.end(first, signal.SIGKILL)
@@ -330,8 +331,17 @@ def test_new_handler_is_backfilled_once(mirrored, consumer):
     mirrored.replicate(**wish)
     mirrored.database.execute("DELETE FROM items WHERE id = 7")
     drained(mirrored)
-    assert state(mirrored) == "done"  # it is still the only one
-    assert applied(consumer.changes()) == table(mirrored)
+    (done,) = backfills(mirrored)
+    changes = consumer.changes()
+    assert applied(changes) == table(mirrored)
+    backfilled = [change for change in changes if change.backfill == done["id"]]
+    assert [change.operation.names()[0] for change in backfilled].count("truncate") == 1
+    assert isinstance(backfilled[0], Truncate)
+    end = backfilled[-1]
+    assert isinstance(end, BackfillEnd)
+    assert (end.schema, end.table, end.rows) == ("public", "items", ROWS)
+    assert [change for change in changes if not change.backfill] == changes[-1:]
+    assert all(change.commit_lsn >= end.since for change in backfilled)
 
 
 def test_backfill_waits_for_a_transaction_that_was_open_before(mirrored, consumer):
@@ -491,6 +501,19 @@ def test_worker_says_that_it_may_not_use_the_tables_of_backfills(database, caplo
     assert "GRANT SELECT, INSERT, UPDATE, DELETE ON" in record.getMessage()
 
 
+def test_backfill_of_a_part_reads_the_rows_that_match(mirrored, consumer):
+    """However few match, a chunk looks at few rows; a Truncate or an end would be wrong."""
+    mirrored.replicate(SHOP_ENDS="1")
+    part = ["--where", "id__between=[10, 2500]", "--where", "name__startswith=name 25"]
+    flash(mirrored, "backfill", "mirror", *part, "--chunk", "500", "--wait")
+    (done,) = backfills(mirrored)
+    assert done["chunks"] == 7 + 1
+    expected = {25, *range(250, 260), 2500}
+    changes = consumer.changes()
+    assert {change.key["id"] for change in changes} == expected
+    assert done["rows"] == len(changes) == len(expected)
+
+
 def test_backfill_refuses_what_it_cannot_do(mirrored):
     mirrored.replicate()
     for arguments, sentence in {
@@ -500,20 +523,48 @@ def test_backfill_refuses_what_it_cannot_do(mirrored):
         ("mirror", "--table", "parted"): "is no handler of public.parted",
         ("nothing",): "nothing",
         ("mirror", "--rate", "fast"): "'fast' is not a rate",
+        ("mirror", "--where", "id"): "takes a lookup such as status=paid",
+        ("mirror", "--where", "id__in=5"): "id__in takes a list of values",
+        ("mirror", "--where", "id__in=["): "id__in takes JSON, such as [1, 2]",
+        ("mirror", "--where", "id=x"): "invalid input syntax for type integer",
+        ("mirror", "--where", "sum=5"): "--where names sum, no column of public.items",
+        ("mirror", "--where", "name__icontains=x"): "__icontains is evaluated by the replication",
+        ("mirror", "--where", "id=1", "--truncate"): "A Truncate removes also what --where",
     }.items():
         assert sentence in flash(mirrored, "backfill", *arguments, code=2), arguments
     assert backfills(mirrored) == []
+    mirrored.database.execute("ANALYZE items")
+    dry = flash(mirrored, "backfill", "mirror", "--where", "id__lte=300", "--dry-run")
+    (rows,) = re.findall(r"about (\d+) rows", dry)
+    assert 250 < int(rows) < 350
     dry = flash(mirrored, "backfill", "mirror", "--dry-run", "--rate", "100/s")
-    assert "rows" in dry
+    assert f"{ROWS:,} rows" in dry
     assert "at this rate" in dry
     assert backfills(mirrored) == []
 
 
-def test_example_of_the_page_tells_rows_that_were_there(app, capsys):
+def example(name, app):
     text = (DOCS / "howto/backfill.md").read_text()
-    (example,) = re.findall(r"<!-- run: backfill -->\n```python\n(.*?)```", text, re.DOTALL)
+    (code,) = re.findall(rf"<!-- run: {name} -->\n```python\n(.*?)```", text, re.DOTALL)
     names = {"app": app}
-    exec(example, names)
+    exec(code, names)
+    return names
+
+
+def test_copy_loses_what_was_deleted_before_the_backfill(app):
+    names = example("backfill end", app)
+    handler, copy = names["keep_copy"], names["copy"]
+    for id, lsn in ((1, "0/10"), (2, "0/20"), (3, "0/30")):
+        at = testing.transaction(commit_lsn=lsn)
+        handler(testing.insert("orders", id=id, status="new", transaction=at))
+    handler(testing.backfill_end("orders", since="0/20"))
+    assert copy.keys() == {2, 3}
+    handler(testing.truncate("orders"))
+    assert not copy
+
+
+def test_example_of_the_page_tells_rows_that_were_there(app, capsys):
+    names = example("backfill", app)
     names["search_index"](testing.insert("orders", {"id": 1}, backfill="b1"))
     names["search_index"](testing.insert("orders", {"id": 2}))
     assert capsys.readouterr().out == "put 1 (it was there)\nput 2 (it is new)\n"

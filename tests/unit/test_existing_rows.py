@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from flash_celery import Backfill, on_change
+from flash_celery import Backfill, on_backfill_end, on_change
 from flash_celery.errors import SubscriptionError
 from flash_celery.handlers.decorators import subscriptions_of
 
@@ -51,9 +51,51 @@ def test_handler_is_backfilled_as_it_says(declare, backfill, wish):
         ([], {"backfill": Backfill(chunk=True)}, "chunk=True; it is a number of rows from 1 to"),
         (["update|delete"], {"backfill": True}, "needs a handler of both insert and update"),
         (["insert"], {"backfill": Backfill()}, "needs a handler of both insert and update"),
+        (
+            ["insert|update"],
+            {"backfill": Backfill(truncate=True)},
+            "is not on truncate: it would not learn that its copy begins empty",
+        ),
         ([], {"backfill": True, "ordered": True, "once": nullcontext}, "has once= and backfill="),
     ],
 )
 def test_backfill_refuses_what_it_cannot_do(declare, arguments, options, reason):
     with pytest.raises(SubscriptionError, match=reason):
         declare(*arguments, **options)
+
+
+def test_end_of_backfills_comes_in_the_way_of_the_changes(new_app):
+    app = new_app(broker_url="memory://", flash_dsn="host=x dbname=x")
+
+    @on_backfill_end()
+    @on_change("orders", batch=5, queue="rows", ordered=True)
+    @app.task(name="rows")
+    def rows(changes): ...
+
+    @on_backfill_end("rows", queue="ends")
+    @app.task(name="other")
+    def other(change): ...
+
+    other_end, _, own_end = subscriptions_of(app)
+    assert (other_end.ends_of, other_end.queue, other_end.batch) == ("rows", "ends", None)
+    assert (own_end.ends_of, own_end.queue, own_end.batch.size) == ("rows", "rows", 5)
+    assert own_end.ordered
+
+
+@pytest.mark.parametrize(
+    ("handler", "reason"),
+    [
+        (None, "has on_backfill_end\\(\\) and no on_change"),
+        ("nothing", "on_backfill_end\\('nothing'\\), which is no handler of a table"),
+        (5, "on_backfill_end takes the name of a task, not 5"),
+    ],
+)
+def test_end_of_backfills_names_a_handler(new_app, handler, reason):
+    app = new_app(broker_url="memory://", flash_dsn="host=x dbname=x")
+
+    @on_backfill_end(handler)
+    @app.task(name="other")
+    def other(change): ...
+
+    with pytest.raises(SubscriptionError, match=reason):
+        subscriptions_of(app)

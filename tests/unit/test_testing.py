@@ -2,6 +2,7 @@
 
 import enum
 import ipaddress
+from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from uuid import UUID
@@ -14,9 +15,28 @@ from hypothesis import strategies as st
 from kombu.utils.json import dumps, loads
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from flash_celery import UNCHANGED, Batch, Changes, Delete, Insert, Update, on_change, on_message
+from flash_celery import (
+    UNCHANGED,
+    Batch,
+    Changes,
+    Delete,
+    Insert,
+    Update,
+    on_backfill_end,
+    on_change,
+    on_message,
+)
 from flash_celery.errors import SubscriptionError
-from flash_celery.testing import Flash, delete, insert, message, transaction, truncate, update
+from flash_celery.testing import (
+    Flash,
+    backfill_end,
+    delete,
+    insert,
+    message,
+    transaction,
+    truncate,
+    update,
+)
 
 
 class Base(DeclarativeBase): ...
@@ -481,3 +501,39 @@ def test_rehearse_lets_a_change_of_the_key_wait_for_both_keys(lines):
         assert first[2] >= max(last[:2])
         assert last[2] <= min(first[3:])
         lines.calls.clear()
+
+
+@dataclass
+class Paid:
+    id: int
+    status: str
+
+
+def test_rows_of_a_backfill_pass_like_others(new_app):
+    """Through `fields`, `where`, `key`, `into` and `batch`, between a Truncate and the end."""
+    app = new_app()
+    received = []
+
+    @on_backfill_end()
+    @on_change(
+        "orders", fields=["id", "status"], where={"status": "paid"}, key=["ref"], into=Paid, batch=5
+    )
+    @app.task(name="copy")
+    def copy(changes):
+        received.extend(changes)
+
+    rows = [
+        insert("orders", id=n, ref=f"r{n}", status=status, backfill="b1")
+        for n, status in enumerate(("paid", "new", "paid"))
+    ]
+    begin, end = truncate("orders", backfill="b1"), backfill_end("orders", "b1", rows=3)
+    (run,) = Flash(app).apply(begin, *rows, end)
+    assert run.error is None
+    assert {change.backfill for change in received} == {"b1"}
+    assert [dict(change.key) for change in received] == [{}, {"ref": "r0"}, {"ref": "r2"}, {}]
+    assert received[1].new == Paid(0, "paid")
+    assert (received[3].table, received[3].rows) == ("orders", 3)
+    assert repr(received[3]) == "end of backfill b1 of public.orders"
+    assert len({change.id for change in received}) == 4
+    assert insert("orders", id=1, backfill=True).backfill == "backfill"
+    assert insert("orders", id=1).backfill is None
