@@ -111,7 +111,7 @@ class _Django:
 
         connection = connections[self.alias]
         if not connection.in_atomic_block:
-            # Celery closes dead connections for its own calls of tasks, but not for those in lanes.
+            # Celery does so before a task, but not in a test, nor without DJANGO_SETTINGS_MODULE.
             connection.close_if_unusable_or_obsolete()
 
         def execute(statement: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:

@@ -87,7 +87,7 @@ def traced(app: Any, handler: str, hostname: str) -> Traced:
     found = _traced.get(key)
     if found is None:
         task = app.tasks[handler]
-        _note_retries(task)
+        _keep_retries(task)
         tracer = build_tracer(task.name, task, app=app, hostname=hostname)
         subscriptions = subscriptions_of_task(task)
         batch = subscriptions[0].batch if subscriptions else None
@@ -105,20 +105,34 @@ def traced(app: Any, handler: str, hostname: str) -> Traced:
     return found
 
 
-def _note_retries(task: Any) -> None:
-    """Have a task note its retries on the request: with `throw=False` none is raised."""
-    if "_flash_notes_retries" in task.__dict__:
+def _keep_retries(task: Any) -> None:
+    """Have the retries of a task publish nothing in a lane, where the change stays.
+
+    It notes them on the request, because with `throw=False` none is raised.
+    """
+    if "_flash_keeps_retries" in task.__dict__:
         return
-    retry = task.retry
+    retry, signature = task.retry, task.signature_from_request
+
+    def noted_on() -> list[Any] | None:
+        return getattr(task.request, "flash_retries", None)
 
     def noted(*args: Any, **kwargs: Any) -> Any:
-        result = retry(*args, **kwargs)
-        noted_on = getattr(task.request, "flash_retries", None)
-        if noted_on is not None:
-            noted_on.append(result)
+        result, noted = retry(*args, **kwargs), noted_on()
+        if noted is not None:
+            noted.append(result)
         return result
 
-    task.__dict__.update(retry=noted, _flash_notes_retries=True)
+    def unpublished(*args: Any, **kwargs: Any) -> Any:
+        # Celery makes it in `retry`, and publishes it. It would not publish that of an eager
+        # request, but an eager task closes no dead connection of Django's, and replaces itself
+        # within the worker.
+        result = signature(*args, **kwargs)
+        if noted_on() is not None:
+            result.apply_async = lambda *_, **__: None
+        return result
+
+    task.__dict__.update(retry=noted, signature_from_request=unpublished, _flash_keeps_retries=True)
 
 
 class HandlerCalls:
@@ -177,8 +191,6 @@ class HandlerCalls:
             },
             # Celery would look for custom headers among all of these, for each call.
             "headers": {},
-            # So that a retry publishes nothing.
-            "is_eager": True,
         }
         if os.getpid() != self._main_process:  # Celery enforces none in other pools either
             hard, soft = headers.get("timelimit") or (None, None)

@@ -9,6 +9,7 @@ from tests.django.rows import CUSTOMER, ORDER
 
 HANDLER = """
 import json
+from django.db import connection
 
 @on_change(Order, "insert|update", fields=["status"])
 @shared_task
@@ -24,6 +25,15 @@ def tell(change):
         told["was"] = change.instance("old").status
     with open(os.environ["NOTES"], "a") as notes:
         print(json.dumps(told), file=notes)
+
+@on_change(Order, "insert", ordered="customer_id")
+@shared_task
+def tell_in_order(change):
+    order = change.instance()
+    if order.status == "cut":  # as after a restart of PostgreSQL
+        connection.cursor().execute("SELECT pg_terminate_backend(pg_backend_pid())")
+    with open(os.environ["NOTES"] + " in order", "a") as notes:
+        print(order.status, order.customer.name, file=notes)
 """
 
 
@@ -54,3 +64,13 @@ def test_instance_is_read_loaded_and_saved_in_a_worker(running, database):
     assert first == {"status": "open", **customer}
     assert second == {"status": "paid", "was": "open", **customer}
     assert database.one("SELECT status FROM sales.orders") == "paid"
+
+
+def test_ordered_handler_whose_connection_is_lost_gets_another_for_the_next_change(
+    running, database, tmp_path
+):
+    """The changes of a lane are handled one after another in one Celery task."""
+    cut = ORDER.replace("'open'", "'cut'")
+    database.execute(CUSTOMER, "; ".join([cut, *[ORDER] * 5]))
+    told = tmp_path / "notes in order"
+    wait_until(lambda: told.exists() and len(told.read_text().splitlines()) == 5, "all but one")

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta, timezone
 from signal import SIGKILL
 
 import pytest
+from celery import Task
 from celery.exceptions import Ignore, Reject
 from celery.signals import task_failure, task_postrun, task_prerun, task_retry, task_success
 from kombu.utils.json import dumps, loads
@@ -108,6 +109,42 @@ def test_lane_call_retried_at_a_moment_waits_until_then(call):
 
     verdict = call(handler)[0].handle(head())
     assert 55 < verdict.seconds <= 60
+
+
+def test_lane_call_retried_past_its_own_retry_publishes_nothing(call):
+    class Patient(Task):
+        def later(self):
+            return super().retry(countdown=5)
+
+    def handler(self, change):
+        raise self.later()
+
+    calls, task = call(handler, base=Patient)
+    assert calls.handle(head()) == Later(5, 1)
+    assert messages_in(task.app, "celery", "flash") == []
+
+
+def test_lane_call_that_replaces_its_task_publishes_the_other(call):
+    eager = []
+
+    def handler(self, change):
+        eager.append(self.request.is_eager)
+        raise self.replace(self.app.signature("other", args=[change.new["id"]]))
+
+    calls, task = call(handler)
+    assert calls.handle(head(7)) is None
+    (message,) = messages_in(task.app, "celery", "flash")
+    assert message.headers["task"] == "other"
+    assert message.payload[0] == [7]
+    assert eager == [False]
+
+
+def messages_in(app, *queues):
+    with app.connection_for_read() as connection:
+        bound = [app.amqp.queues[name](connection.default_channel) for name in queues]
+        for queue in bound:
+            queue.declare()
+        return [message for queue in bound for message in iter(queue.get, None)]
 
 
 def test_lane_call_leaves_no_limit_of_retries_to_the_next_one(call):
