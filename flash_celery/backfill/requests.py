@@ -38,6 +38,7 @@ CREATE TABLE IF NOT EXISTS public.flash_celery_backfills (
     estimate bigint NOT NULL,
     requested_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     ended_at timestamptz,
+    advanced_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     chunks bigint NOT NULL DEFAULT 0,
     row_count bigint NOT NULL DEFAULT 0,
     options jsonb NOT NULL DEFAULT '{}',
@@ -58,7 +59,7 @@ VALUES (%s, %s, %s, %s, %s, %s, %s,
         jsonb_build_object('since', pg_current_wal_insert_lsn()::text) || %s)"""
 _SELECT = """
 SELECT id, slot, handler, table_name, state, rate, chunk_rows, estimate, requested_at, ended_at,
-       chunks, row_count, options, progress, error
+       advanced_at, chunks, row_count, options, progress, error
 FROM public.flash_celery_backfills
 WHERE slot = coalesce(%(slot)s, slot) AND id = coalesce(%(id)s, id)
   AND (%(ended)s OR state IN ('requested', 'running'))
@@ -71,8 +72,8 @@ FROM unnest('{flash_celery_backfills,flash_celery_backfill_moves}'::text[]) AS n
      unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) AS privilege"""
 _PROGRESS = """
 UPDATE public.flash_celery_backfills
-SET chunks = chunks + 1, row_count = row_count + %(rows)s, error = NULL,
-    progress = %(progress)s
+SET advanced_at = clock_timestamp(), chunks = chunks + 1, row_count = row_count + %(rows)s,
+    error = NULL, progress = %(progress)s
 WHERE id = %(id)s"""
 _BEGIN_AGAIN = "UPDATE public.flash_celery_backfills SET progress = NULL WHERE id = %s"
 #: One that has ended, or was deleted, needs none.
@@ -88,6 +89,7 @@ _READ = "DELETE FROM public.flash_celery_backfill_moves WHERE backfill = %s AND 
 _STATE = """
 UPDATE public.flash_celery_backfills
 SET state = %(state)s, error = %(error)s,
+    advanced_at = CASE WHEN %(state)s = 'requested' THEN clock_timestamp() ELSE advanced_at END,
     ended_at = CASE WHEN %(state)s IN ('done', 'stopped') THEN clock_timestamp() END
 WHERE id = %(id)s AND state = ANY (%(allowed)s) RETURNING id"""
 
@@ -118,6 +120,8 @@ class Backfill:
     estimate: int
     requested_at: datetime
     ended_at: datetime | None
+    #: When the broker confirmed the last chunk, or it was requested or resumed.
+    advanced_at: datetime
     chunks: int
     row_count: int
     #: `since`: where it was requested in the WAL. `truncate`: whether a Truncate comes before all

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from .project import Project, command, say
+from .project import STOPPED, Project, command, say
 
 
 class _StartByDefault(click.Group):
@@ -64,6 +65,7 @@ def backfill() -> None:
 )
 @click.option("--dry-run", is_flag=True, help="Only print what would be done.")
 @click.option("--wait", "waits", is_flag=True, help="Wait until the rows are enqueued.")
+@click.option("--wait-handled", is_flag=True, help="Wait until the rows are handled.")
 @command
 def start(
     project: Project,
@@ -75,6 +77,7 @@ def start(
     truncate: bool,
     dry_run: bool,
     waits: bool,
+    wait_handled: bool,
 ) -> None:
     """Request the rows of a handler's tables.
 
@@ -107,9 +110,23 @@ def start(
         started = planning.start(source, plans)
         for backfill in started:
             say(f"{backfill.id}  {backfill.table_name} for {backfill.handler} is requested.")
-        if waits:
+        if waits or wait_handled:
             backfills.wait(source, [each.id for each in started], _Progress())
             say("All rows are enqueued.")
+    if wait_handled:
+        _wait_until_handled(project, names)
+
+
+def _wait_until_handled(project: Project, handlers: Sequence[str]) -> None:
+    from ..commands.wait import wait_for
+    from ..errors import NotDone
+
+    try:
+        wait_for(project.app, None, float("inf"), handlers, project.settings.source)
+    except NotDone as error:
+        say(str(error), err=True)
+        click.get_current_context().exit(STOPPED)
+    say("All rows are handled.")
 
 
 class _Progress:
@@ -123,21 +140,33 @@ class _Progress:
         import sys
         import time
 
-        from ..commands.backfill import line
+        from ..commands.backfill import as_json, line
 
         if sys.stderr.isatty():
-            if self._bar is None:
-                self._bar = click.progressbar(
-                    length=max(backfill.estimate, 1), label=backfill.table_name, file=sys.stderr
-                )
-                self._bar.__enter__()
-            self._bar.update(backfill.row_count - self._bar.pos)
-            if backfill.state == "done":
-                self._bar.render_finish()
-                self._bar = None
+            self._draw(backfill, as_json(backfill))
         elif self._printed_at is None or time.monotonic() - self._printed_at >= 60:
             self._printed_at = time.monotonic()
             say(line(backfill), err=True)
+
+    def _draw(self, backfill: Any, described: Any) -> None:
+        import sys
+
+        if self._bar is None:
+            self._bar = click.progressbar(
+                length=1,
+                label=backfill.table_name,
+                item_show_func=lambda shown: shown,
+                show_pos=True,
+                file=sys.stderr,
+            )
+            self._bar.__enter__()
+        done = backfill.state == "done"
+        self._bar.length = max(described["rows"] if done else described["estimate"], 1)
+        rate = f"{described['rows_per_second']:,.0f} rows/s"
+        self._bar.update(max(described["rows"] - self._bar.pos, 0), rate)
+        if done:
+            self._bar.render_finish()
+            self._bar = None
 
 
 @backfill.command("list")

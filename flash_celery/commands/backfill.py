@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from ..backfill import requests
@@ -78,39 +78,62 @@ def line(backfill: Backfill) -> str:
 
 def summary(described: Mapping[str, Any]) -> str:
     """Return one line about a backfill, from `as_json`."""
-    rows, estimate = described["rows"], max(described["estimate"], described["rows"])
     parts = [
         f"{described['table']} for {described['handler']}: {described['state']}",
-        f"{rows:,} of about {estimate:,} rows",
+        f"{described['rows']:,} of about {described['estimate']:,} rows",
     ]
-    rate = described["rows_per_second"]
-    if rate:
-        parts.append(f"{rate:,.0f} rows/s")
-        if described["state"] == "running":
-            parts.append(f"{(estimate - rows) / rate:,.0f} s left")
+    if described["rows_per_second"]:
+        parts.append(f"{described['rows_per_second']:,.0f} rows/s")
+    if described["seconds_left"] is not None:
+        parts.append(f"{described['seconds_left']:,.0f} s left")
     if described["error"]:
         parts.append(described["error"])
+    if described["fix"]:
+        parts.append(f"then `{described['fix']}`")
     return ", ".join(parts)
+
+
+def recent(source: Source) -> list[dict[str, Any]]:
+    """Return the backfills that have not ended, or in the last day only, from `as_json`."""
+    day_ago = datetime.now(timezone.utc) - timedelta(days=1)
+    return [
+        as_json(each)
+        for each in requests.all_of(source)
+        if each.ended_at is None or each.ended_at > day_ago
+    ]
 
 
 def as_json(backfill: Backfill) -> dict[str, Any]:
     """Return a backfill for `flash backfill list --json`."""
+    estimate, rate = max(backfill.estimate, backfill.row_count), _rate(backfill)
+    active, failed = backfill.state in requests.ACTIVE, _stopped_by_error(backfill)
+    idle = (datetime.now(timezone.utc) - backfill.advanced_at).total_seconds()
     return {
         "id": backfill.id,
         "handler": backfill.handler,
         "table": backfill.table_name,
         "state": backfill.state,
         "rows": backfill.row_count,
-        "estimate": backfill.estimate,
-        "rows_per_second": _rate(backfill),
+        "estimate": estimate,
+        "rows_per_second": rate,
+        "seconds_left": (estimate - backfill.row_count) / rate if active and rate else None,
+        "idle_seconds": round(max(idle, 0.0), 1) if active or failed else None,
+        "where": backfill.options.get("where", []),
+        "truncate": backfill.options.get("truncate", False),
         "chunks": backfill.chunks,
         "requested_at": backfill.requested_at.isoformat(),
         "ended_at": backfill.ended_at.isoformat() if backfill.ended_at else None,
         "error": backfill.error,
+        "fix": f"flash backfill resume {backfill.id}" if failed else None,
     }
 
 
+def _stopped_by_error(backfill: Backfill) -> bool:
+    """Return whether it paused itself; it goes on when the cause is gone and it is resumed."""
+    return backfill.state == "paused" and backfill.error is not None
+
+
 def _rate(backfill: Backfill) -> float:
-    """Return the rows a second since the request."""
-    end = backfill.ended_at or datetime.now(timezone.utc)
-    return round(backfill.row_count / max((end - backfill.requested_at).total_seconds(), 1.0), 1)
+    """Return the rows a second from the request to the last chunk."""
+    seconds = (backfill.advanced_at - backfill.requested_at).total_seconds()
+    return round(backfill.row_count / max(seconds, 1.0), 1)

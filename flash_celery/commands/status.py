@@ -12,7 +12,6 @@ from typing import Any
 import psycopg
 from psycopg.rows import dict_row
 
-from ..backfill import requests
 from ..errors import PublishError
 from ..handlers.subscriptions import Subscription
 from ..messages.task_options import TaskOptions
@@ -139,7 +138,8 @@ class DatabaseStatus:
     #: When the whole source was paused; None if it is not.
     paused: str | None = None
     paused_handlers: list[PausedHandler] = field(default_factory=list)
-    #: The backfills that have not ended, in the form of `flash backfill list --json`.
+    #: The backfills that have not ended, or on the last day, as `flash backfill list --json` has
+    #: them.
     backfills: list[dict[str, Any]] = field(default_factory=list)
 
     def with_held(self, depths: Mapping[str, int | None]) -> DatabaseStatus:
@@ -251,9 +251,7 @@ def database_status(source: Source) -> DatabaseStatus:
             )
             for handler, queue in pauses.hold_queues(record, source.settings.source).items()
         ],
-        backfills=[
-            backfill.as_json(each) for each in requests.all_of(source) if each.ended_at is None
-        ],
+        backfills=backfill.recent(source),
     )
 
 

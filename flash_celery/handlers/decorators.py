@@ -21,6 +21,7 @@ from ..changes import json_codec
 from ..changes.change import Changes, Delete, Insert, Operation, Update
 from ..conditions import parsing
 from ..errors import SubscriptionError
+from ..table_name import TableName
 from . import redis_extra
 from .celery_tasks import (
     convert_arguments,
@@ -359,7 +360,7 @@ def on_backfill_end(
         return Subscription(
             handler="",
             source=source_of(source),
-            table=prefix_of("flash.backfill_end"),
+            table=TableName("", "flash.backfill_end"),
             operations=Operation.MESSAGE,
             queue=queue,
             acks_late=acks_late,

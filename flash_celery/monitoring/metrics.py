@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -115,6 +115,19 @@ METRICS = {
     ),
     "flash_lane_oldest_seconds": Described(
         "gauge", "Age of the oldest change in the lanes of a handler; 0 if none.", ("handler",)
+    ),
+    "flash_backfill_rows": Described(
+        "gauge",
+        "Rows that a backfill has enqueued; absent once it has ended.",
+        ("handler", "table", "state"),
+    ),
+    "flash_backfill_estimated_rows": Described(
+        "gauge", "Rows that a backfill has to read, as estimated.", ("handler", "table")
+    ),
+    "flash_backfill_idle_seconds": Described(
+        "gauge",
+        "Time since a backfill has enqueued rows, unless `flash backfill pause` was run.",
+        ("handler", "table"),
     ),
     "flash_dead_letters": Described(
         "gauge", "Dead letters: changes whose handler failed for good."
@@ -232,6 +245,7 @@ def _servers(report: WorkerReport) -> dict[str, _Samples]:
             for state in ("busy", "asleep", "blocked")
         ],
     }
+    samples |= _backfills(database.backfills)
     if slot := database.slot:
         samples |= {
             "flash_slot_active": _single(slot.active),
@@ -242,3 +256,18 @@ def _servers(report: WorkerReport) -> dict[str, _Samples]:
             ),
         }
     return samples
+
+
+def _backfills(backfills: Sequence[Mapping[str, Any]]) -> dict[str, _Samples]:
+    under_way = [each for each in backfills if each["ended_at"] is None]
+    return {
+        "flash_backfill_rows": _labelled(
+            {(each["handler"], each["table"], each["state"]): each["rows"] for each in under_way}
+        ),
+        "flash_backfill_estimated_rows": _labelled(
+            {(each["handler"], each["table"]): each["estimate"] for each in under_way}
+        ),
+        "flash_backfill_idle_seconds": _labelled(
+            {(each["handler"], each["table"]): each["idle_seconds"] for each in under_way}
+        ),
+    }

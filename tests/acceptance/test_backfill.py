@@ -242,7 +242,9 @@ def test_backfill_of_an_ordered_handler_goes_through_its_lanes(shop):
     shop.database.execute("INSERT INTO items SELECT n, n, NULL FROM generate_series(1, 40) n")
     shop.replicate(SHOP_CONF=json.dumps({"flash_backfill_ahead": 100}), SHOP_ENDS="1")
     shop.worker("prefork", "flash", SHOP_ENDS="1", SHOP_SLEEP="0.05")
-    flash(shop, "backfill", "start", "each", "--truncate", "--wait")
+    said = flash(shop, "backfill", "start", "each", "--truncate", "--wait-handled")
+    assert "All rows are handled" in said
+    assert len(shop.notes("each")) == 84
     shop.database.execute("UPDATE items SET name = '41' WHERE id = 1")
     wait_until(lambda: len(shop.notes("each")) >= 86, "all rows and the update", 60)
     notes = [note for note in shop.notes("each") if note["event"] == "end"]
@@ -364,6 +366,8 @@ def test_backfill_is_paused_resumed_and_stopped(mirrored, consumer):
     (under_way,) = backfills(mirrored)
     wait_until(lambda: backfills(mirrored)[0]["rows"] >= 200, "some chunks", 60)
     assert "backfill   public.items for mirrored.mirror: running" in flash(mirrored, "status")
+    (shown,) = json.loads(flash(mirrored, "status", "--json"))["backfills"]
+    assert shown["seconds_left"] > 0
     assert "is paused" in flash(mirrored, "backfill", "pause", under_way["id"])
     refused = flash(mirrored, "backfill", "mirror", code=2)
     assert f"stop it by `flash backfill stop {under_way['id']}`" in refused

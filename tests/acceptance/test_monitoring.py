@@ -89,6 +89,7 @@ def test_metrics_count_ten_thousand_rows_and_logs_do_not(shop, address):
         *("flash_changes_unjudged_total", "flash_publish_failures_total"),
         *("flash_slot_safe_bytes", "flash_queue_limit_messages"),
         *("flash_lanes", "flash_lane_changes", "flash_lane_oldest_seconds"),
+        *("flash_backfill_rows", "flash_backfill_estimated_rows", "flash_backfill_idle_seconds"),
     }
     assert expected - rare <= metrics.keys()
     for name in metrics.keys() & METRICS.keys():

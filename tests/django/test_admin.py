@@ -12,11 +12,14 @@ from django.core.management import call_command
 from psycopg import sql
 
 from flash_celery import on_change
+from flash_celery.backfill import requests
 from flash_celery.dead_letters import letters
 from flash_celery.dead_letters.queue import DeadLetterFilter, DeadLetterQueue
+from flash_celery.postgres.source import Source
 from flash_celery.provisioning.record import Record
 from flash_celery.publishing import declared_queues
 from flash_celery.publishing.brokers import for_app
+from flash_celery.settings import Settings
 from tests.conftest import Database
 
 from .conftest import use
@@ -150,6 +153,21 @@ def test_admin_shows_pauses(project, root, site_database):
     assert f"Paused since {since}: nothing is read" in html
     assert f"shop.handle (paused since {since}): 0 held in flash.paused.shop.handle." in html
     assert "&lt;b&gt; (resuming since" in html
+
+
+def test_admin_shows_backfills(project, root, site_database):
+    with site_database.connect() as connection:
+        source = Source(connection, Settings.from_app(project))
+        backfill = requests.request(source, "shop.handle", "public.sales_customer", 100, 4000)
+        try:
+            requests.enter(connection, backfill.id, "paused", requests.ACTIVE, "<b>No.")
+            html = page(root)
+        finally:
+            connection.execute(
+                "DROP TABLE flash_celery_backfills, flash_celery_backfill_moves CASCADE"
+            )
+    assert "<td>0 of about 4000</td>" in html
+    assert f"&lt;b&gt;No., then <code>flash backfill resume {backfill.id}</code>" in html
 
 
 def test_admin_index_links_to_the_page(root):

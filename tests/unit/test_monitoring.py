@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 from dataclasses import asdict, replace
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,9 @@ from click.testing import CliRunner
 
 from example_project.servers import wait_until
 from flash_celery import on_change
+from flash_celery.backfill.requests import Backfill
 from flash_celery.cli import flash, logs
+from flash_celery.commands import backfill as commands
 from flash_celery.commands.status import SlotStatus, StatusReport
 from flash_celery.errors import ConfigurationError
 from flash_celery.monitoring import health
@@ -172,6 +175,33 @@ def test_status_of_an_unreachable_server_shows_no_password(app):
     text = json.dumps(page) + Metrics(observer.telemetry, observer.report).text().decode()
     assert "secret" not in text
     assert 'flash_broker_up{source="default"} 0.0' in text
+
+
+def test_backfills_are_reported_until_they_end(observer):
+    """One that has paused itself says what to do, and counts as standing still."""
+    now = datetime.now(timezone.utc)
+
+    def described(state, error=None, ended_at=None):
+        times = now - timedelta(seconds=100), ended_at, now - timedelta(seconds=50)
+        counts = 500, 1000, times[0], times[1], times[2], 2, 800
+        return commands.as_json(
+            Backfill("b1", "s", "h", "public.t", state, None, *counts, {}, None, error)
+        )
+
+    running, paused = described("running"), described("paused")
+    failed, done = described("paused", "No."), described("done", ended_at=now)
+    assert commands.summary(running) == (
+        "public.t for h: running, 800 of about 1,000 rows, 16 rows/s, 12 s left"
+    )
+    assert commands.summary(failed).endswith(", No., then `flash backfill resume b1`")
+    idle = [each["idle_seconds"] for each in (running, paused, failed, done)]
+    assert idle == [pytest.approx(50, abs=5), None, pytest.approx(50, abs=5), None]
+    observer._database = replace(observer._database, backfills=[done, failed])
+    text = Metrics(observer.telemetry, observer.report).text().decode()
+    labels = 'handler="h",source="default"'
+    assert f'flash_backfill_rows{{{labels},state="paused",table="public.t"}} 800.0' in text
+    assert f'flash_backfill_estimated_rows{{{labels},table="public.t"}} 1000.0' in text
+    assert f'flash_backfill_idle_seconds{{{labels},table="public.t"}} 50' in text
 
 
 def test_metrics_escape_names_in_labels(observer):
