@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
 from copy import deepcopy
-from typing import Any
+from typing import Any, Protocol
 
 from celery import signals
-from kombu import compression
+from kombu import compression, serialization
 from kombu.utils.json import loads
 
 from ..changes.change import Change, Changes
 from ..escaping import escaped, text_of
 from ..messages.lane_messages import LaneMessage
+from ..messages.sent_tasks import SentTask
 from ..messages.task_message import Message
 from . import tracing
 
@@ -27,11 +28,21 @@ Encodes = Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
 #: The headers and the properties of a message.
 _Values = tuple[dict[str, Any], dict[str, Any]]
 _ABSENT = object()
+_JSON = "application/json"
+#: The other serializers that are decoded for receivers; pickle may run code.
+_SAFE = ("yaml", "msgpack")
 #: Without these a worker cannot tell which task a message is for, and drops it.
 _REQUIRED = {"id", "task"}
 
 
-def announce(messages: Sequence[Message], encodes: Encodes) -> list[Announcement]:
+class Announced(Protocol):
+    """A message for which signals are sent."""
+
+    def end(self, published: bool) -> None:
+        """Report that the message was published, or given up."""
+
+
+def announce(messages: Sequence[Message], encodes: Encodes) -> list[Announced]:
     """Announce messages that are about to be published; receivers may alter their headers.
 
     Args:
@@ -46,13 +57,27 @@ def announce(messages: Sequence[Message], encodes: Encodes) -> list[Announcement
     tracers = tracing.active_tracers()
     return (
         [
-            Announcement(message, tracers, encodes)
+            SentTaskAnnouncement(message)
+            if isinstance(message, SentTask)
+            else Announcement(message, tracers, encodes)
             for message in messages
             if not isinstance(message, LaneMessage)  # no message of Celery's
         ]
         if receivers or tracers
         else []
     )
+
+
+class SentTaskAnnouncement:
+    """A task that a transaction carried; it was announced in the application."""
+
+    def __init__(self, message: SentTask) -> None:
+        self._message = message
+
+    def end(self, published: bool) -> None:
+        """Send `after_task_publish`."""
+        if published:
+            _send(signals.after_task_publish, self._message, _decoded(self._message))
 
 
 class Announcement:
@@ -85,8 +110,10 @@ class Announcement:
         for trace in tracers if changes else ():
             with _errors_logged():
                 self._ends.append(trace(self._message, changes))
-        self._send(
+        _send(
             signals.before_task_publish,
+            self._message,
+            self._body,
             declare=[],
             properties=self._message.properties,
             retry_policy=None,
@@ -94,21 +121,22 @@ class Announcement:
 
     def _end(self, published: bool) -> None:
         if published:
-            self._send(signals.after_task_publish)
+            _send(signals.after_task_publish, self._message, self._body)
         for end in reversed(self._ends):
             with _errors_logged():
                 end(published)
 
-    def _send(self, signal: Any, **more: Any) -> None:
-        with _errors_logged("A receiver of a signal has failed"):
-            signal.send(
-                sender=self._message.task,
-                body=self._body,
-                exchange="",
-                routing_key=self._message.queue,
-                headers=self._message.headers,
-                **more,
-            )
+
+def _send(signal: Any, message: Message, body: Any, **more: Any) -> None:
+    with _errors_logged("A receiver of a signal has failed"):
+        signal.send(
+            sender=message.task,
+            body=body,
+            exchange=message.exchange,
+            routing_key=message.routing_key,
+            headers=message.headers,
+            **more,
+        )
 
 
 def _replace(values: dict[str, Any], others: Mapping[str, Any]) -> None:
@@ -159,7 +187,12 @@ def _decoded(message: Message) -> Any:
         body: Any = message.body
         if message.headers.get("compression"):
             body = compression.decompress(body, message.headers["compression"])
-        return tuple(loads(body))
+        kind = message.content_type
+        if kind == _JSON:
+            return tuple(loads(body))
+        safe = serialization.prepare_accept_content(_SAFE)
+        if kind in safe:
+            return serialization.loads(body, kind, message.content_encoding, accept=safe)
     return (), {}, {}
 
 

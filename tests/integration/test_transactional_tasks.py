@@ -8,6 +8,8 @@ import threading
 
 import psycopg
 import pytest
+from celery import signals
+from celery.exceptions import Ignore, Retry
 from kombu.utils.json import loads
 
 from flash_celery import transactional
@@ -412,3 +414,82 @@ def test_rotated_keys_sign_and_are_accepted(flash):
         message = signing.sign(key, database, b"body")
         verifier = signing.Verifier(keys, database, 60)
         assert verifier.verify(message, 0.0) == b"body"
+
+
+def test_signals_and_traces_lead_from_the_application_to_the_broker(tasks):
+    from opentelemetry import trace
+    from opentelemetry.instrumentation.celery import CeleryInstrumentor
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    instrumentor = CeleryInstrumentor()
+    instrumentor.instrument(tracer_provider=provider)
+    heard = []
+
+    def before(headers, **_):
+        heard.append(("before", threading.current_thread().name))
+        headers["tenant"] = "a"
+
+    def after(headers, body, **_):
+        heard.append(("after", headers["tenant"], tuple(body[0]), threading.current_thread().name))
+
+    signals.before_task_publish.connect(before)
+    signals.after_task_publish.connect(after)
+    try:
+        tracer = provider.get_tracer("test")
+        with (
+            psycopg.connect(tasks.database.dsn) as connection,
+            tracer.start_as_current_span("request") as request,
+        ):
+            with transactional(connection):
+                tasks.receipt.delay(1)
+                tasks.receipt.apply_async((2,), serializer="yaml")
+                assert trace.get_current_span() is request
+            assert heard == [("before", "MainThread")] * 2
+        tasks.do("SELECT 1")
+        assert heard[2:] == [
+            ("after", "a", (1,), "flash-publishing"),
+            ("after", "a", (2,), "flash-publishing"),
+        ]
+        published, *_ = exporter.get_finished_spans()
+        assert published.name == "apply_async/receipt"
+        assert published.parent.span_id == request.get_span_context().span_id
+        message = tasks.publisher.queues["celery"][0]
+        assert f"{published.context.span_id:016x}" in message.headers["traceparent"]
+    finally:
+        signals.before_task_publish.disconnect(before)
+        signals.after_task_publish.disconnect(after)
+        instrumentor.uninstrument()
+
+
+def test_retry_and_replacement_go_past_the_block(tasks):
+    """They belong to the running task: rolled back, the task would be lost."""
+    app, dsn = tasks.app, tasks.database.dsn
+    app.conf.task_default_queue = "own"
+
+    @app.task(name="retries", bind=True, shared=False, max_retries=3)
+    def retries(self):
+        with psycopg.connect(dsn) as connection, transactional(connection):
+            tasks.receipt.delay("rolled back")
+            raise self.retry(countdown=0)
+
+    @app.task(name="replaces", bind=True, shared=False)
+    def replaces(self):
+        with psycopg.connect(dsn) as connection, transactional(connection):
+            raise self.replace(tasks.receipt.si("replaced"))
+
+    for task in (retries, replaces):
+        task.push_request(id=f"id-{task.name}", called_directly=False, is_eager=False)
+        try:
+            with pytest.raises((Retry, Ignore)):
+                task.run()
+        finally:
+            task.pop_request()
+    with app.connection_for_write() as connection:
+        messages = [connection.default_channel.basic_get("own", no_ack=True) for _ in range(3)]
+    assert [message.headers["id"] for message in messages[:2]] == ["id-retries", "id-replaces"]
+    assert messages[2] is None
+    assert tasks.sent() == []
