@@ -95,6 +95,9 @@ class Settings:
     flash_signing_key: str | Sequence[str] = field(default="", repr=False)
     #: Seconds that may pass between the signing of a task and the commit of its transaction.
     flash_transactional_max_age: float = 86_400.0
+    #: The alias of a database of Django: every task that is sent inside its `atomic()` is carried
+    #: by the transaction, without a `transactional()` block.
+    flash_transactional_database: str = ""
     #: Refuse tasks in a transaction of a database whose slot does not exist, instead of a warning.
     flash_transactional_strict: bool = False
     #: More databases, by name: a `dsn` for each, and a `slot` and `prefix` unless these are the

@@ -12,8 +12,11 @@ class FlashCeleryConfig(AppConfig):
     verbose_name = "flash-celery"
 
     def ready(self) -> None:
-        """Register the system checks."""
+        """Register the system checks, and look for tasks in `atomic()` blocks."""
+        from ..transactional_tasks import in_atomic
         from . import checks
+
+        in_atomic.install()
 
         register(checks.handlers, "flash_celery")
         register(checks.database, Tags.database)

@@ -358,7 +358,7 @@ def link(connection: Any, using: str, strict: bool) -> Link:
         ConfigurationError: It is no connection to PostgreSQL of a known kind.
     """
     if connection is None:
-        return DjangoLink(_of_django(using), strict)
+        return DjangoLink(of_django(using), strict)
     connection = _unwrapped(connection)
     for names, kind in _KINDS:
         for module_name, class_name in names:
@@ -398,7 +398,12 @@ def _unwrapped(connection: Any) -> Any:
     return connection
 
 
-def _of_django(using: str) -> Any:
+def of_django(using: str) -> Any:
+    """Return Django's connection to a database.
+
+    Raises:
+        ConfigurationError: There is no such database, or no Django.
+    """
     if "django" in sys.modules:
         from django.conf import settings
         from django.db import connections

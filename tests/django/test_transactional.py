@@ -1,0 +1,259 @@
+"""`transactional` in Django: atomic(), savepoints, ATOMIC_REQUESTS, several databases, TestCase."""
+
+# Which block an exception leaves is the subject here.
+
+import json
+import unittest
+from contextlib import suppress
+
+import pytest
+from celery import chain
+from celery.contrib.django.task import DjangoTask
+from django.db import connections, transaction
+from django.db.utils import IntegrityError
+from django.http import HttpResponse
+from django.test import RequestFactory, TestCase
+
+from flash_celery import transactional
+from flash_celery.errors import ConfigurationError, TransactionError
+from flash_celery.testing import carried_tasks
+from tests.django.conftest import use
+from tests.docs.conftest import Page
+
+ON_COMMIT = Page("howto/from-on-commit.md")
+TRANSACTIONAL = Page("howto/transactional-tasks.md")
+
+
+@pytest.fixture
+def shop(configured, database, new_app):
+    """An app with a task; nothing reads the database."""
+    use(database)
+    app = new_app(broker_url="memory://", flash_dsn=database.dsn)
+    app.set_default()
+
+    @app.task(name="receipt", shared=False)
+    def receipt(*args, **kwargs): ...
+
+    app.receipt = receipt
+    yield app
+    use(None)
+
+
+def args(tasks):
+    return [tuple(task.args) for task in tasks]
+
+
+def test_blocks_in_atomic_follow_their_savepoints(shop, flash):
+    flash.app.set_default()
+    flash.start()
+
+    @flash.app.task(name="receipt", shared=False)
+    def receipt(*args): ...
+
+    with carried_tasks() as tasks:
+        with transaction.atomic(), transactional():
+            receipt.delay(1)
+            with suppress(ZeroDivisionError), transaction.atomic():
+                receipt.delay(2)
+                raise ZeroDivisionError
+            with transaction.atomic():
+                receipt.delay(3)
+            receipt.delay(4)
+            assert args(tasks) == [(1,), (3,)]
+        assert args(tasks) == [(1,), (3,), (4,)]
+        with suppress(ZeroDivisionError), transaction.atomic():
+            with transactional():
+                receipt.delay(5)
+            raise ZeroDivisionError
+        with transaction.atomic():
+            savepoint = transaction.savepoint()
+            with transactional():
+                receipt.delay(6)
+                transaction.savepoint_rollback(savepoint)
+                receipt.delay(7)
+        with pytest.raises(TransactionError, match="nothing to join"), transactional():
+            receipt.delay(8)
+        with transactional(connections["default"], strict=False):
+            receipt.delay(9)
+    expected = [(1,), (3,), (4,), (7,), (9,)]
+    # Django does not know which callbacks belong to a savepoint that is opened by hand.
+    assert args(tasks) == [*expected[:3], (6,), *expected[3:]]
+    flash.do("SELECT 1")
+    sent = flash.publisher.queues["celery"]
+    assert [tuple(json.loads(message.body)[0]) for message in sent] == expected
+
+
+def test_order_of_tasks_is_kept_across_savepoints_and_a_failed_statement(shop):
+    with carried_tasks() as tasks, transaction.atomic(), transactional():
+        for number in range(3):
+            shop.receipt.delay(number)
+            with suppress(Exception), transaction.atomic():
+                shop.receipt.delay("gone")
+                with connections["default"].cursor() as cursor:
+                    cursor.execute("SELECT 1 / 0")
+    assert args(tasks) == [(0,), (1,), (2,)]
+
+
+def test_atomic_requests_carry_the_tasks_of_a_view(shop):
+    @transactional()
+    def view(request):
+        shop.receipt.delay(request.GET["n"])
+        if request.GET["n"] == "2":
+            raise IntegrityError
+        return HttpResponse()
+
+    request = RequestFactory().get
+    with carried_tasks() as tasks:
+        transaction.atomic(view)(request("/", {"n": "1"}))
+        with pytest.raises(IntegrityError):
+            transaction.atomic(view)(request("/", {"n": "2"}))
+    assert args(tasks) == [("1",)]
+
+
+def test_setting_makes_every_task_in_atomic_transactional(shop):
+    shop.conf.update(flash_transactional_database="default", task_default_queue="outside")
+    receipt = shop.receipt
+    with carried_tasks() as tasks, transaction.atomic():
+        receipt.delay(1)
+        with suppress(ZeroDivisionError), transaction.atomic():
+            receipt.delay(2)
+            raise ZeroDivisionError
+        transaction.on_commit(lambda: receipt.delay("after the commit"))
+        with transactional():
+            receipt.delay(3)
+        receipt.delay(4)
+    receipt.delay("outside")
+    assert args(tasks) == [(1,), (3,), (4,)]
+    with shop.connection_for_write() as connection:
+        take = connection.default_channel.basic_get
+        bodies = [json.loads(take("outside", no_ack=True).body)[0] for _ in range(2)]
+        assert take("outside") is None
+    assert bodies == [["after the commit"], ["outside"]]
+
+
+def test_message_goes_into_the_database_that_is_named(shop, new_database):
+    other = new_database()
+    settings = {**connections.databases["default"], "NAME": other.name}
+    connections.databases["other"] = connections.configure_settings(
+        {"default": {}, "other": settings}
+    )["other"]
+    written = []
+    try:
+        with carried_tasks() as tasks, suppress(ZeroDivisionError), transaction.atomic("other"):
+            with transaction.atomic(), transactional(using="default"):
+                shop.receipt.delay("default")
+            with transactional(using="other"):
+                shop.receipt.delay("other")
+                written = args(tasks)
+            raise ZeroDivisionError
+        assert (written, args(tasks)) == ([("default",)], [("default",)])
+        with (
+            pytest.raises(ConfigurationError, match="DATABASES has no 'third'"),
+            transactional(using="third"),
+        ):
+            pass
+    finally:
+        connections["other"].close()
+        del connections["other"]
+        del connections.databases["other"]
+
+
+def test_other_databases_are_refused(shop):
+    sqlite = {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}
+    connections.databases["lite"] = connections.configure_settings({"default": {}, "lite": sqlite})[
+        "lite"
+    ]
+    try:
+        with (
+            pytest.raises(ConfigurationError, match="is one of sqlite"),
+            transactional(using="lite"),
+        ):
+            pass
+    finally:
+        del connections["lite"]
+        del connections.databases["lite"]
+
+
+def test_test_case_shows_what_would_be_enqueued(shop):
+    seen = []
+
+    class Orders(TestCase):
+        databases = {"default"}
+
+        def test_order(self):
+            with carried_tasks() as tasks, transactional():
+                shop.receipt.apply_async((1,), {"a": 2}, queue="mail")
+            (task,) = tasks
+            seen.append((task.name, task.args, task.kwargs, task.queue))
+            assert task.id == task.headers["id"]
+
+    result = unittest.TestResult()
+    unittest.TestSuite([Orders("test_order")]).run(result)
+    assert result.wasSuccessful(), result.errors + result.failures
+    assert seen == [("receipt", [1], {"a": 2}, "mail")]
+
+
+def tasks_of(shop, *names):
+    """Return functions of an example, as tasks."""
+
+    def function(*args): ...
+
+    make = shop.task
+    return {name: make(name=name, shared=False, base=DjangoTask)(function) for name in names}
+
+
+def test_on_commit_page_sends_the_same_tasks_before_and_after(shop, migrated):
+    from sales.models import Customer, Order
+
+    customer = Customer.objects.create(name="Ada")
+    names = {"Order": Order, "transaction": transaction}
+    names.update(tasks_of(shop, "send_receipt", "reserve"))
+    sent = []
+    for example in (ON_COMMIT.files["before.py"], ON_COMMIT.files["after.py"]):
+        exec(example, names)
+        with carried_tasks() as tasks:
+            order = names["place_order"](customer.pk, 5)
+        with shop.connection_for_write() as connection:
+            messages = []
+            while message := connection.default_channel.basic_get("celery", no_ack=True):
+                messages.append((message.headers["task"], *json.loads(message.body)[0]))
+        sent.append([*messages, *((task.name, *task.args) for task in tasks)])
+        assert sent[-1] == [("send_receipt", order.pk), ("reserve", order.pk)]
+    assert messages == []  # the second time
+
+
+def test_page_of_transactional_tasks_runs(shop, database):
+    import sqlalchemy
+    from sqlalchemy.orm import Session
+
+    class Order:
+        pk = id = 1
+
+        def save(self):
+            pass
+
+    class Client:
+        def post(self, path, values):
+            with transaction.atomic(), transactional():
+                names["send_receipt"].delay(values["item"])
+
+    place = f"postgres@127.0.0.1:{database.server.port}/{database.name}"
+    engine = sqlalchemy.create_engine(f"postgresql+psycopg://{place}")
+    names = {
+        "Session": Session,
+        "chain": chain,
+        "client": Client(),
+        "engine": engine,
+        "order": Order(),
+        "transaction": transaction,
+        **tasks_of(shop, "send_receipt", "charge", "ship"),
+    }
+    names["send_receipt"].name = "shop.send_receipt"
+    sqlalchemy_session, *others = TRANSACTIONAL.python()[1:]
+    with carried_tasks() as tasks:
+        exec(TRANSACTIONAL.python()[0], names)
+        exec(sqlalchemy_session.replace("session.add(order)", "pass"), names)
+    assert [task.name for task in tasks] == ["shop.send_receipt", "charge", "shop.send_receipt"]
+    for example in others:
+        exec(example, names)
+    engine.dispose()
