@@ -85,6 +85,7 @@ SELECT number, keys FROM public.flash_celery_backfill_moves WHERE backfill = %s
 ORDER BY number LIMIT 5"""
 _ALL_MOVES = """
 SELECT keys FROM public.flash_celery_backfill_moves WHERE backfill = %s LIMIT %s"""
+_DROP = "DROP TABLE public.flash_celery_backfill_moves, public.flash_celery_backfills"
 _READ = "DELETE FROM public.flash_celery_backfill_moves WHERE backfill = %s AND number <= %s"
 _STATE = """
 UPDATE public.flash_celery_backfills
@@ -233,6 +234,21 @@ def _select(
         return []
     with connection.cursor(row_factory=class_row(Backfill)) as cursor:
         return cursor.execute(_SELECT, {"slot": slot, "id": id, "ended": ended}).fetchall()
+
+
+def count_of(connection: psycopg.Connection[Any], slot: str) -> int:
+    """Return how many backfills are recorded for a slot."""
+    return len(_select(connection, slot=slot))
+
+
+def forget_slot(source: Source, slot: str) -> None:
+    """Forget the backfills of a slot, and drop the tables that no other slot needs."""
+    connection = source.connection
+    connection.execute("DELETE FROM public.flash_celery_backfills WHERE slot = %s", [slot])
+    others = connection.execute("SELECT FROM public.flash_celery_backfills LIMIT 1").fetchone()
+    if others is None and source.settings.flash_manage:
+        with suppress(errors.InsufficientPrivilege), connection.transaction():
+            connection.execute(_DROP)
 
 
 def advance(

@@ -9,6 +9,7 @@ from typing import Any
 
 import psycopg
 
+from ..backfill import requests
 from ..errors import CatalogError, SlotInUse
 from ..postgres import catalog, slots
 from ..postgres.connection import is_standby
@@ -43,17 +44,23 @@ class Plan:
     """What a reset would undo."""
 
     source: Source
+    #: The name of the slot.
+    name: str
+    #: None if it does not exist.
     slot: SlotStatus | None
     #: Statements about publications and tables.
     steps: list[Step]
     replay_slot: SlotStatus | None = None
+    #: How many backfills are recorded for the slot.
+    backfills: int = 0
     #: Names what a reset keeps, with the reason; "" if it keeps nothing.
     note: str = ""
 
     @property
     def empty(self) -> bool:
         """Whether there is nothing to undo."""
-        return self.slot is None and self.replay_slot is None and not self.steps
+        kept = self.slot is None and self.replay_slot is None
+        return kept and not self.steps and not self.backfills
 
     def lines(self) -> list[str]:
         """Return what would happen, and what would be lost."""
@@ -70,6 +77,9 @@ class Plan:
             lines.append(
                 f"drop the slot {self.replay_slot.name}: past changes can no longer be replayed"
             )
+        if self.backfills:
+            number = "1 backfill" if self.backfills == 1 else f"{self.backfills} backfills"
+            lines.append(f"forget {number}: a handler with backfill= counts as new")
         lines += [str(step) for step in self.steps]
         return lines + ([self.note] if self.note else [])
 
@@ -94,10 +104,11 @@ def plan_reset(source: Source, slot: str) -> Plan:
     published = publications.read(source)
     status = slot_status(connection, slot)
     lost = list(_lost_on_standbys(connection, slot))
+    backfills = 0 if is_standby(connection) else requests.count_of(connection, slot)
     owner = published.record.slot if published.record else None
     if owner not in (None, slot):
         note = f"leave the publications {source.prefix}_…: they belong to the slot {owner}"
-        return Plan(source, status, [], note="\n".join([note, *lost]))
+        return Plan(source, slot, status, [], backfills=backfills, note="\n".join([note, *lost]))
     replay_status = None
     if slot == source.slot and replay_slot.ours(source):
         replay_status = slot_status(connection, source.replay_slot)
@@ -113,7 +124,7 @@ def plan_reset(source: Source, slot: str) -> Plan:
         note = f"leave the rest, because flash_manage is off; its owner runs: {statements};"
         notes.insert(0, note)
         steps = []
-    return Plan(source, status, steps, replay_status, "\n".join(notes))
+    return Plan(source, slot, status, steps, replay_status, backfills, "\n".join(notes))
 
 
 def _lost_on_standbys(connection: psycopg.Connection[Any], slot: str) -> Iterator[str]:
@@ -177,6 +188,8 @@ def run_reset(plan: Plan, force: bool, requeue: Callable[[], object] | None = No
         if plan.steps and requeue is not None:
             requeue()
         ddl.apply(connection, plan.steps)
+        if plan.backfills:
+            requests.forget_slot(source, plan.name)
 
 
 def _refuse_if_in_use(connection: psycopg.Connection[Any], slot: str) -> None:

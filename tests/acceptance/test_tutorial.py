@@ -26,8 +26,8 @@ def commands(text):
     return dict(re.findall(r"<!-- run: (\w+) -->\n    (.+)", text))
 
 
-def expected(text):
-    (block,) = re.findall(r"<!-- expect -->\n((?:    .+\n)+)", text)
+def expected(text, of=""):
+    (block,) = re.findall(rf"<!-- expect{of} -->\n((?:    .+\n)+)", text)
     return [line.strip() for line in block.splitlines()]
 
 
@@ -49,6 +49,7 @@ def follow(database, valkey, tmp_path):
 
     def run(name, background=True):
         words = shlex.split(commands(TUTORIAL)[name])
+        words += ["--yes"] if name == "reset" else []
         with (tmp_path / f"{name}.log").open("w") as log:
             child = subprocess.Popen(
                 words,
@@ -86,12 +87,19 @@ def test_tutorial_works_as_written(follow, database, tmp_path):
     database.execute(*(tmp_path / "change.sql").read_text().strip().split("\n"))
     for line in expected(TUTORIAL):
         said("worker", line)
-    # 7. Pull the plug.
+    assert follow("backfill", background=False).returncode == 0
+    (line,) = expected(TUTORIAL, ": backfill")
+    said("worker", line)
+    assert (tmp_path / "worker.log").read_text().count("receipt for") == 1
     replicate.kill()
     replicate.wait(30)
     database.execute("INSERT INTO orders (total) VALUES (5)")
-    follow("replicate")
-    said("worker", "order 2 over 5.00")
+    replicate = follow("replicate")
+    said("worker", "order 3 over 5.00")
+    replicate.terminate()
+    replicate.wait(30)
+    assert follow("reset", background=False).returncode == 0
+    assert database.one("SELECT to_regclass('flash_celery_backfills') IS NULL")
 
 
 def test_tutorial_privileges_for_a_dba_suffice(database):
