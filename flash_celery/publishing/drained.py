@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -10,8 +10,10 @@ from ..errors import PublishError
 from . import brokers
 
 
-def is_drained(app: Any, queues: Sequence[str]) -> bool:
+def is_drained(app: Any, queues: Sequence[str], more: Collection[str] = ()) -> bool:
     """Return whether these queues or lanes are empty and workers hold no message of any queue.
+
+    `more` are queues that another thread adds to.
 
     Returns False if that is unknown, because the broker does not answer or is not Redis.
     """
@@ -21,6 +23,6 @@ def is_drained(app: Any, queues: Sequence[str]) -> bool:
             return False
         try:
             publisher.open([])
-            return not any(map(publisher.depth, queues)) and unacknowledged() == 0
+            return not any(map(publisher.depth, {*queues, *more})) and unacknowledged() == 0
         except PublishError:
             return False

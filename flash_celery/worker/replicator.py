@@ -40,6 +40,7 @@ from ..capture.pipeline import Pipeline
 from ..capture.relations import RelationCatalog
 from ..capture.router import Sink
 from ..changes.history import History
+from ..changes.payload import Delivery
 from ..changes.rows import Transaction
 from ..dead_letters.oversize import Oversize
 from ..dead_letters.refused_tasks import RefusedTasks
@@ -63,6 +64,7 @@ from ..messages import lane_transports
 from ..messages.batcher import Batcher, BatcherSink
 from ..messages.deduplication import Lease
 from ..messages.sent_tasks import SentTasks
+from ..messages.task_message import Message
 from ..messages.task_options import TaskOptions
 from ..messages.templates import Templates
 from ..postgres import slots
@@ -187,6 +189,8 @@ class Replicator:
         self._history: History | None = None
         self._open_transactions = OpenTransactions(settings.flash_use_streaming)
         self._keys = signing.keys_of(settings)
+        #: The queues of the tasks that transactions have carried.
+        self._task_queues: set[str] = set()
         self._refused_tasks = RefusedTasks(app, settings.flash_dead_queue, self.telemetry)
         self._phase = Phase.CONNECTING
         #: Whether the two connections have been opened since the start.
@@ -369,7 +373,8 @@ class Replicator:
                 *(lanes.key for lanes in templates.lanes),
                 *(str(queue.name) for queue in self._pauses.hold_queues.queues),
             ]
-            is_drained = partial(drained.is_drained, self._app, queues)
+            # Those of tasks in transactions are known as such tasks come.
+            is_drained = partial(drained.is_drained, self._app, queues, self._task_queues)
         return replay_slot.trailing(self._settings, self._samples, str(self._history), is_drained)
 
     def _connect_stream(self, source: Source, patience: float) -> ReplicationConnection:
@@ -533,7 +538,13 @@ class Replicator:
             if letter is not None:
                 batcher.add_letter(letter)
 
-        return SentTasks(verifier, batcher.add_sent, refuse, self.telemetry)
+        self._task_queues.update(self._app.amqp.queues)
+
+        def add(delivery: Delivery, messages: Sequence[Message]) -> None:
+            self._task_queues.update({message.queue for message in messages if message.queue})
+            batcher.add_sent(delivery, messages)
+
+        return SentTasks(verifier, add, refuse, self.telemetry)
 
     def _backfilling(
         self,

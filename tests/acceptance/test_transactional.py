@@ -1,0 +1,100 @@
+"""Tasks in transactions survive the death of every process; those of rolled back ones never run."""
+
+import json
+import random
+import signal
+import sys
+from contextlib import closing
+
+import pytest
+import redis
+from kombu import Connection
+
+from example_project.servers import wait_until
+from tests.acceptance.steps import wait_until_confirmed
+from tests.processes import start_logged_python
+
+#: Orders that each writer writes.
+ORDERS = 250
+
+
+def start_writer(shop, number):
+    command = [sys.executable, "-m", "carried", str(number * 10_000 + 1), str(ORDERS)]
+    log = shop.folder / f"writer-{number}.log"
+    process = start_logged_python(command, log, shop.environment)
+    shop.processes.append(process)
+    return process
+
+
+def enqueued(shop):
+    """Return the ids of the tasks in the queue, and their arguments, in order."""
+    tasks = []
+    with Connection(shop.broker.url) as connection, closing(connection.channel()) as channel:
+        while (message := channel.basic_get("celery", no_ack=True)) is not None:
+            headers = channel.message_to_python(message).headers
+            body = json.loads(channel.message_to_python(message).body)
+            tasks.append((headers["id"], body[0][0]))
+    return tasks
+
+
+def assert_each_order_has_its_task(shop, once):
+    """Compare the tasks with the orders, which were written in the same transactions."""
+    wait_until_confirmed(shop)
+    tasks = enqueued(shop)
+    distinct = list(dict.fromkeys(tasks))
+    committed = [row for (row,) in shop.database.execute("SELECT id FROM items")]
+    assert sorted(number for _, number in distinct) == sorted(committed)
+    assert len({task_id for task_id, _ in distinct}) == len(distinct)
+    if once:
+        assert tasks == distinct
+        for first in {abs(number) // 10_000 for number in committed}:
+            written = [n for _, n in tasks if abs(n) // 10_000 == first]
+            assert [abs(n) for n in written] == sorted(map(abs, written))
+
+
+def kill_and_compare(shop, rounds):
+    """Kill the application, the replication worker and the broker in the middle of writing."""
+    chance = random.Random(1)
+    replicate = shop.replicate()
+    for number in rounds:
+        writer = start_writer(shop, number)
+        reached = f"SELECT max(id) > {number * 10_000 + chance.randrange(20, 200)} FROM items"
+        wait_until(lambda: shop.database.one(reached), "orders")  # noqa: B023
+        if number % 2:
+            shop.end(writer, signal.SIGKILL)
+        shop.end(replicate, signal.SIGKILL)
+        replicate = shop.replicate()
+        if number == 2:
+            shop.broker.stop(signal.SIGKILL)
+            shop.broker.start()
+        writer.wait(60)
+        assert writer.returncode == (-signal.SIGKILL if number % 2 else 0), writer.log.read_text()
+    assert_each_order_has_its_task(shop, once=shop.broker.url.startswith("redis"))
+
+
+def test_killed_applications_and_replication_workers_lose_no_task(shop):
+    shop.project = "carried"
+    kill_and_compare(shop, [1, 2])
+
+
+@pytest.mark.soak
+def test_many_killed_processes_lose_no_task(any_shop):
+    any_shop.project = "carried"
+    kill_and_compare(any_shop, range(1, 9))
+
+
+@pytest.mark.soak
+def test_tasks_that_redis_has_lost_are_enqueued_again(shop):
+    shop.project = "carried"
+    conf = {"flash_on_lost_broker": "refill", "flash_replay_window": 3600}
+    shop.environment["SHOP_CONF"] = json.dumps(conf)
+    replicate = shop.replicate()
+    writer = start_writer(shop, 1)
+    with redis.Redis(port=shop.broker.port) as client:
+        wait_until(lambda: client.llen("celery") > 50, "tasks")
+        client.flushall()
+    assert writer.wait(60) == 0
+    second = start_writer(shop, 2)
+    assert second.wait(60) == 0
+    shop.until_said(replicate, "changes again, committed from")
+    assert_each_order_has_its_task(shop, once=False)
