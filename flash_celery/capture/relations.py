@@ -36,7 +36,7 @@ _NOT_VISIBLE = (
 )
 _ALTERED_AND_WAITS = (
     "Transaction {} has altered a table and written to it, and waits for this worker as its "
-    "synchronous standby, which cannot see the altered table before; name the standbys in "
+    "synchronous standby, which cannot see the altered table before ({}); name the standbys in "
     "synchronous_standby_names instead of *, and reload PostgreSQL; reconnecting."
 )
 _GUESSED = (
@@ -124,11 +124,17 @@ class RelationCatalog:
                 if unseen.tables and not unseen.types:
                     return self._guess(relation, unseen.tables)
             if time.monotonic() > deadline:
-                raise ReplicationError(
-                    (_ALTERED_AND_WAITS if synchronous else _NOT_VISIBLE).format(transaction.xid)
-                )
+                raise self._not_visible(transaction.xid, bool(synchronous))
             time.sleep(_VISIBLE_PAUSE)
         return None
+
+    def _not_visible(self, xid: int, synchronous: bool) -> ReplicationError:
+        """Return the error, after the wait of a transaction for this worker was ended."""
+        pid = visibility.process_of(self._connection, xid) if synchronous else None
+        if pid is None:
+            return ReplicationError(_NOT_VISIBLE.format(xid))
+        ended = visibility.end_wait(self._connection, pid)
+        return ReplicationError(_ALTERED_AND_WAITS.format(xid, ended))
 
     @staticmethod
     def _guess(relation: pgoutput.Relation, tables: Collection[TableName]) -> Ancestors:

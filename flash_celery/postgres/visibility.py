@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import psycopg
+from psycopg.errors import InsufficientPrivilege
 
 from ..protocol.pgoutput import Relation
 from ..table_name import TableName
@@ -56,6 +57,37 @@ def is_synchronous(connection: psycopg.Connection[Any], slot: str) -> bool:
     Source: PostgreSQL documentation, "synchronous_standby_names".
     """
     return connection.execute(_SYNCHRONOUS.encode(), [slot]).fetchone() == (True,)
+
+
+_END_WAIT = """
+SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE pid = %s AND wait_event = 'SyncRep'
+"""
+_PROCESS = """
+SELECT pid FROM pg_locks
+WHERE locktype = 'transactionid' AND granted AND transactionid::text = %s AND pid IS NOT NULL
+"""
+
+
+def end_wait(connection: psycopg.Connection[Any], pid: int) -> str:
+    """End the wait of a commit for its synchronous standbys, which would wait for the commit.
+
+    Its transaction is committed on this server, and its client gets a warning.
+    Source: PostgreSQL documentation, "Server Signaling Functions"; SyncRepWaitForLSN in syncrep.c.
+
+    Returns:
+        What was done, or what the operator has to do, for the log.
+    """
+    try:
+        ended = connection.execute(_END_WAIT, [pid]).fetchone() == (True,)
+    except InsufficientPrivilege:
+        ended = False
+    return "its wait is ended" if ended else f"end its wait: SELECT pg_cancel_backend({pid})"
+
+
+def process_of(connection: psycopg.Connection[Any], xid: int) -> int | None:
+    """Return the server process of a transaction that is not visible; None if it has ended."""
+    row = connection.execute(_PROCESS, [str(xid)]).fetchone()
+    return None if row is None else int(row[0])
 
 
 # Everything that alters a table or its place among partitions takes one of these modes on the table

@@ -7,6 +7,8 @@ import pytest
 
 from example_project.servers import Standby
 from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.postgres import visibility
+from flash_celery.postgres.connection import connect
 from flash_celery.postgres.source import connected
 from flash_celery.provisioning import preflight
 from flash_celery.settings import Settings
@@ -210,23 +212,42 @@ def test_partition_moved_by_a_commit_that_waits_for_the_worker_reaches_both_tabl
     assert "delivered to the handlers of public.one and public.two" in caplog.text
 
 
-def test_type_of_a_commit_that_waits_for_the_worker_is_not_guessed(flash, caplog):
-    """Nothing but the catalog says how to read the values of a type, so the log has the fix."""
+@pytest.mark.parametrize(
+    ("type_", "values"), [("DOMAIN size AS int", [7, 8]), ("TYPE size AS (a int)", [{"a": 7}] * 2)]
+)
+def test_commit_of_a_new_type_that_waits_for_the_worker_waits_no_longer(
+    flash, caplog, type_, values
+):
+    """Nothing but the catalog says how to read the values of a type, and it shows it afterwards.
+
+    For a composite type PostgreSQL itself waits for the commit, and sends nothing.
+    """
     flash.database.execute(ITEMS)
     flash.handler("items", "insert").start().do("SELECT 1")
-    alter = (
-        "CREATE DOMAIN size AS int; ALTER TABLE items ADD size size; "
-        "INSERT INTO items VALUES (5, 'a', 7)"
-    )
+    first, second = ("7", "8") if values[0] == 7 else ("ROW(7)", "ROW(7)")
+    alter = f"CREATE {type_}; ALTER TABLE items ADD size size; "
+    alter += f"INSERT INTO items VALUES (5, 'a', {first})"
     writer = threading.Thread(target=flash.database.execute, args=[alter])
     with standby_names(flash, "*"):
         flash.wait(lambda: flash.database.one(COUNTED) == 1)
         writer.start()
-        flash.wait(lambda: "waits for this worker as its synchronous standby" in caplog.text)
+        writer.join(40)
+        assert not writer.is_alive(), caplog.text
+        flash.wait(lambda: "its wait is ended" in caplog.text)
         assert "name the standbys in synchronous_standby_names" in caplog.text
-    writer.join(20)
-    flash.do("INSERT INTO items VALUES (6, 'b', 8)")
-    assert [change.new["size"] for change in flash.delivered()] == [7, 8]
+    flash.do(f"INSERT INTO items VALUES (6, 'b', {second})")
+    assert [change.new["size"] for change in flash.delivered()] == values
+
+
+def test_wait_of_a_commit_that_the_role_may_not_end_is_left_to_the_operator(database):
+    database.execute("CREATE ROLE humble_reader")
+    with connect(database.dsn) as connection:
+        connection.execute("SET ROLE humble_reader")
+        pid = connection.info.backend_pid
+        assert (
+            visibility.end_wait(connection, pid) == f"end its wait: SELECT pg_cancel_backend({pid})"
+        )
+    database.execute("DROP ROLE humble_reader")
 
 
 def test_commit_that_waits_for_the_worker_continues_with_another_standby(flash, caplog):
