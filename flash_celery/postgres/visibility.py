@@ -75,7 +75,7 @@ def end_wait(connection: psycopg.Connection[Any], pid: int) -> str:
     Source: PostgreSQL documentation, "Server Signaling Functions"; SyncRepWaitForLSN in syncrep.c.
 
     Returns:
-        What was done, or what the operator has to do, for the log.
+        "its wait is ended", or the statement with which somebody else can end it.
     """
     try:
         ended = connection.execute(_END_WAIT, [pid]).fetchone() == (True,)

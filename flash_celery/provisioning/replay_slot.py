@@ -304,6 +304,9 @@ class _Advancer(threading.Thread):
                         self._stopping.wait(self._pause if self._restored else _SHORTEST_PAUSE)
             except (psycopg.Error, FlashError) as error:
                 self._log(error)
+            except Exception as error:  # without this thread WAL would pile up
+                logger.exception("The thread of %s has failed", self._settings.replay_slot)
+                self._log(error)
             self._stopping.wait(self._pause)
 
     def _log(self, error: Exception) -> None:

@@ -6,12 +6,15 @@ also while it waits for its slot.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 from ..messages.lane_messages import LaneForm
 from ..publishing.brokers.amqp_lanes import address
+
+logger = logging.getLogger(__name__)
 
 _SECONDS = 1.0
 
@@ -36,8 +39,14 @@ class LaneSweeper(threading.Thread):
         """Sweep until `end`."""
         from ..lanes.wake import sweep
 
+        last_logged = ""
         while not self._ended.wait(_SECONDS):
-            sweep(self._app)
+            try:
+                sweep(self._app)
+            except Exception as error:  # of a client library, for example
+                if repr(error) != last_logged:
+                    last_logged = repr(error)
+                    logger.exception("Lanes cannot be woken, and this is tried again")
 
     def end(self) -> None:
         """Stop; never blocks."""

@@ -146,6 +146,24 @@ def test_replay_slot_advances_after_its_connection_ended(flash):
     assert flash.database.one(flash.slot("active_pid")) == reader
 
 
+def test_replay_slot_advances_after_an_error_of_any_kind(flash, caplog, monkeypatch):
+    """As a client library may raise one; the thread runs as long as the session."""
+    position, failures = replay_slot._position, [AttributeError("of a library")]
+
+    def fail_once(source):
+        if failures:
+            raise failures.pop()
+        return position(source)
+
+    flash.start(flash_replay_window=1)
+    mark = oldest(flash)
+    monkeypatch.setattr(replay_slot, "_position", fail_once)
+    flash.do("INSERT INTO items VALUES (1, 'a')")
+    flash.wait(lambda: mark.lsn < oldest(flash).lsn)
+    assert not failures
+    assert "AttributeError: of a library" in caplog.text
+
+
 def test_replay_notices_wal_that_is_no_longer_retained(flash):
     """While a person reads how many changes there are."""
     flash.start(flash_replay_window=3600)
