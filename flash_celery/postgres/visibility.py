@@ -75,7 +75,7 @@ def end_wait(connection: psycopg.Connection[Any], pid: int) -> str:
     Source: PostgreSQL documentation, "Server Signaling Functions"; SyncRepWaitForLSN in syncrep.c.
 
     Returns:
-        "its wait is ended", or the statement with which somebody else can end it.
+        "its wait is ended", or the statement with which an administrator can end it.
     """
     try:
         ended = connection.execute(_END_WAIT, [pid]).fetchone() == (True,)
