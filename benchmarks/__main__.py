@@ -14,6 +14,7 @@ from rich.markup import escape
 from benchmarks import (
     advice,
     alternatives,
+    backfill,
     charts,
     cost,
     drain,
@@ -42,6 +43,7 @@ SCENARIOS = {
     "end_to_end": handling.end_to_end,
     "latency": latency.latency,
     "ordered": ordered.ordered,
+    "backfill": backfill.backfill,
     "memory": memory.memory,
     "subscriptions": subscriptions.subscriptions,
     "cost": cost.cost,

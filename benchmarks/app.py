@@ -162,6 +162,15 @@ def ordered_batched():
     on_change("orders", ordered="customer_id", batch=BATCH)(handle)
 
 
+def beside_backfill():
+    """Declare the handler, and one of another table with a queue of its own."""
+    single()
+
+    @on_change("old", batch=BATCH)
+    @app.task(name="old", queue="old")
+    def old(changes): ...
+
+
 def one_lane():
     """Declare a slow handler that gets all changes one at a time."""
     on_change("orders", ordered=Ordered(lanes=1))(slow)
@@ -223,6 +232,7 @@ HANDLERS = {
         ordered,
         ordered_rows,
         ordered_batched,
+        beside_backfill,
         one_lane,
         some_fail,
         ordered_write,

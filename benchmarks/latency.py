@@ -4,6 +4,7 @@ The same commits run at the same rate with `flash replicate` and with an applica
 `delay()` itself; the same worker handles both.
 """
 
+from contextlib import contextmanager
 from statistics import quantiles
 
 from benchmarks.databases import Source
@@ -15,6 +16,12 @@ RATE = 200
 #: The first commits, which are not counted: connections are opened and code is loaded.
 WARM_UP = 100
 PERCENTILES = {"p50": (50, 5.0), "p99": (99, 25.0)}
+
+
+@contextmanager
+def nothing(*_):
+    """Do nothing beside."""
+    yield
 
 
 def latency(bench):
@@ -54,8 +61,11 @@ def percentile(values, percent):
     return quantiles(values, n=100)[percent - 1]
 
 
-def replicated(bench, source, seconds, handler="single"):
-    """Return the milliseconds of each commit with the replication worker."""
+def replicated(bench, source, seconds, handler="single", beside=nothing):
+    """Return the milliseconds of each commit with the replication worker.
+
+    `beside` makes a block of the project and the broker, in which the commits run.
+    """
     with (
         bench.valkey() as broker,
         Project(source.dsn, broker, handler, source.slot) as project,
@@ -63,10 +73,11 @@ def replicated(bench, source, seconds, handler="single"):
         project.worker(queues="flash,celery")
         worker = project.replicate()
         worker.logged_at("Replicating the slot")
-        commits, notes = _commit(project, seconds)
+        with beside(project, broker):
+            commits, notes = _commit(project, seconds)
         source.database.until_confirmed(source.slot, source.database.end_of_wal(), worker.alive)
     received = [note[2:] for note in notes]
-    if handler != "single":  # each key has an order of its own
+    if handler.startswith("ordered"):  # each key has an order of its own
         received.sort()
     details = compare(source.written()[0], received, "latency")
     source.mark()

@@ -126,6 +126,28 @@ class Project:
         """Start the replication worker."""
         return self.start("celery", "-A", "benchmarks.app", "flash", "replicate")
 
+    def request(self, *options, handler="handle"):
+        """Request a backfill of a handler."""
+        self._flash("backfill", "start", handler, *options)
+
+    def stop_backfill(self):
+        """Stop the backfill that is under way."""
+        (under_way,) = [
+            each
+            for each in json.loads(self._flash("backfill", "list", "--json"))
+            if each["state"] in ("requested", "running")
+        ]
+        self._flash("backfill", "stop", under_way["id"])
+
+    def _flash(self, *command):
+        command = [sys.executable, "-m", "celery", "-A", "benchmarks.app", "flash", *command]
+        done = subprocess.run(
+            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
+        return done.stdout
+
     def worker(self, *options, queues="flash"):
         """Start a Celery worker, and wait until it is ready."""
         command = ["celery", "-A", "benchmarks.app", "worker", "-Q", queues, "-l", "INFO"]

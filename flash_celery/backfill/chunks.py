@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
@@ -22,20 +21,22 @@ from ..errors import CatalogError
 from ..postgres import catalog
 from ..postgres.catalog import CatalogTable
 from ..protocol.lsn import Lsn
-from ..protocol.pgoutput import Cell, Column, Relation
+from ..protocol.pgoutput import Column, Relation
 from ..table_name import TableName
+from .copied_rows import row_encoder
 from .part import expression_of
 from .recent_writes import Key
 from .snapshots import Snapshot
 
 #: Bytes of values after which a chunk ends; a single row may have more.
 _CHUNK_BYTES = 4 << 20
-#: How long a chunk may wait for a lock and take, in milliseconds: DDL of others waits behind it.
-_PATIENCE = {"lock_timeout": 2000, "statement_timeout": 20_000}
-
-
-_ESCAPED = re.compile(rb"\\(.)", re.DOTALL)
-_ESCAPES = {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t", b"v": b"\v"}
+#: A chunk may not wait long for its lock, nor take long, in milliseconds: DDL of others waits.
+_BEGIN = """
+SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY;
+SET LOCAL lock_timeout = 2000;
+SET LOCAL statement_timeout = 20000;
+SET LOCAL row_security = off;
+LOCK TABLE ONLY {} IN ACCESS SHARE MODE"""
 #: The version from which the stream has stored generated columns.
 _STREAMS_STORED = 180000
 _SNAPSHOT = """
@@ -92,8 +93,8 @@ class Chunk:
     position: Lsn
     #: The time of the snapshot, in seconds since 1970.
     time: float
-    #: The rows by the values of their identity, in the order of the key.
-    rows: dict[Key, Sequence[Cell]]
+    #: The rows as Inserts, by the values of their identity, in the order of the key.
+    rows: dict[Key, bytes]
     #: Where to go on; None if there are no rows, or the order is another.
     cursor: Cursor | None
     #: Whether the table has no more rows behind these.
@@ -175,9 +176,9 @@ class ChunkReader:
                 keys = [dict(zip(key, cursor["values"], strict=True))]
             end = self._end(table, key, keys, most) if self._where and in_order else None
             query = self._query(template, table, names, key, keys, most, end)
-            rows, whole = self._copy(query, _CHUNK_BYTES if in_order else sys.maxsize)
-            positions = [names.index(column) for column in key]
-            cursor = _cursor(rows[-1], table, positions) if rows and in_order else None
+            encode = row_encoder(table.oid, [names.index(column) for column in key])
+            rows, whole = self._copy(query, encode, _CHUNK_BYTES if in_order else sys.maxsize)
+            cursor = _cursor(next(reversed(rows)), table) if rows and in_order else None
             if end is not None and whole:
                 cursor = Cursor(table=table.oid, columns=list(key), values=list(end.values()))
             chunk = Chunk(
@@ -187,7 +188,7 @@ class ChunkReader:
                 snapshot,
                 position,
                 time,
-                {tuple(cells[n] for n in positions): cells for cells in rows},
+                rows,
                 cursor,
                 in_order and whole and end is None and len(rows) < most,
             )
@@ -198,13 +199,7 @@ class ChunkReader:
 
     def _begin(self) -> None:
         """Begin the transaction of a chunk: the lock comes before the snapshot."""
-        execute = self._connection.execute
-        execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
-        for name, milliseconds in _PATIENCE.items():
-            setting = sql.Identifier(name), sql.Literal(milliseconds)
-            execute(sql.SQL("SET LOCAL {} = {}").format(*setting))
-        execute("SET LOCAL row_security = off")
-        execute(sql.SQL("LOCK TABLE ONLY {} IN ACCESS SHARE MODE").format(self._identifier))
+        self._connection.execute(sql.SQL(_BEGIN).format(self._identifier))
 
     @property
     def _identifier(self) -> sql.Identifier:
@@ -278,16 +273,19 @@ class ChunkReader:
         row = self._connection.execute(query).fetchone()
         return None if row is None else dict(zip(key, row, strict=True))
 
-    def _copy(self, query: sql.Composed, limit: int) -> tuple[list[list[Cell]], bool]:
+    def _copy(
+        self, query: sql.Composed, encode: Callable[[bytes], tuple[Key, bytes]], limit: int
+    ) -> tuple[dict[Key, bytes], bool]:
         """Return rows up to about `limit` bytes, and whether these are all of them."""
-        rows: list[list[Cell]] = []
+        rows: dict[Key, bytes] = {}
         size = 0
         try:
             with self._connection.cursor() as cursor, cursor.copy(query) as copy:
                 for line in copy:
                     if size > limit:
                         continue  # until the server notices
-                    rows.append(cells_of(bytes(line)))
+                    key, row = encode(bytes(line))
+                    rows[key] = row
                     size += len(line)
                     if size > limit:
                         self._connection.cancel_safe()
@@ -331,29 +329,6 @@ def _where(conditions: Sequence[sql.Composable]) -> sql.Composable:
     return sql.SQL("WHERE {}").format(sql.SQL(" AND ").join(conditions))
 
 
-def cells_of(line: bytes) -> list[Cell]:
-    r"""Return the values of a row that COPY writes as text; `\N` is NULL.
-
-    Args:
-        line: With its newline. The server sends one row in each message.
-
-    Source: PostgreSQL documentation, "COPY", "Text Format".
-    """
-    cells: list[Cell] = []
-    for value in line[:-1].split(b"\t"):
-        if b"\\" not in value:
-            cells.append(value)
-        elif value == b"\\N":
-            cells.append(None)
-        else:
-            cells.append(_ESCAPED.sub(_unescaped, value))
-    return cells
-
-
-def _unescaped(found: re.Match[bytes]) -> bytes:
-    return _ESCAPES.get(found[1], found[1])
-
-
 def identity_of(table: CatalogTable) -> tuple[str, ...]:
     """Return the columns that identify the rows of a table, which is read in their order.
 
@@ -379,8 +354,8 @@ def continues(cursor: Cursor, table: CatalogTable) -> bool:
     return (cursor["table"], tuple(cursor["columns"])) == (table.oid, identity_of(table))
 
 
-def _cursor(cells: Sequence[Cell], table: CatalogTable, positions: Sequence[int]) -> Cursor:
-    values = [value.decode() for n in positions if isinstance(value := cells[n], bytes)]
+def _cursor(key: Key, table: CatalogTable) -> Cursor:
+    values = [value.decode() for value in key if isinstance(value, bytes)]
     return Cursor(table=table.oid, columns=list(identity_of(table)), values=values)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import sys
 import threading
 import time
 from collections import deque
@@ -35,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 #: Chunks that are read before the broker has the first of them.
 _AHEAD = 2
+#: The seconds for which this thread keeps others from running. The usual 5 ms would add to the
+#: latency of every change.
+_SWITCH_SECONDS = 0.001
 #: Seconds between two looks at a transaction that is waited for, or at a queue without room.
 _PAUSE = 0.05
 #: Seconds between two looks at the request, while there is no room.
@@ -174,9 +178,12 @@ class ReadingChunks(threading.Thread):
 
     def run(self) -> None:
         """Read until the table ends, the backfill is paused or stopped, or `end`."""
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_SECONDS)
         try:
             self._read()
         finally:
+            sys.setswitchinterval(interval)
             self._room.close()
 
     def _read(self) -> None:

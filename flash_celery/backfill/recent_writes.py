@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..changes.rows import Transaction
 from ..protocol.lsn import Lsn
-from ..protocol.pgoutput import UNCHANGED_TOAST, Cell, Column, Relation, read_row
+from ..protocol.pgoutput import UNCHANGED_TOAST, Cell, Column, Relation, encode_row, read_row
 from .snapshots import Snapshot
 
 #: The values of the columns that identify rows, as PostgreSQL wrote them.
@@ -25,13 +25,11 @@ _MOST_ROWS_OF_ALL = 100_000
 _MOST_BYTES_OF_ALL = 32 << 20
 
 
-@dataclass(frozen=True)
-class Merged:
-    """A row of a chunk in its present state, and the last transaction that has written it."""
+class _Touched(NamedTuple):
+    """A row of a chunk, and where the last transaction that has written it committed."""
 
     cells: Sequence[Cell]
-    #: Where that transaction committed; None if the row is as the chunk shows it.
-    commit_lsn: Lsn | None = None
+    commit_lsn: Lsn | None
 
 
 class _Write(NamedTuple):
@@ -161,29 +159,42 @@ class RecentWrites:
             for each in self._written
         )
 
-    def merge(self, snapshot: Snapshot, rows: Mapping[Key, Sequence[Cell]]) -> list[Merged]:
+    def merge(
+        self, snapshot: Snapshot, rows: Mapping[Key, bytes]
+    ) -> dict[Lsn | None, dict[Key, bytes]]:
         """Return the rows of a chunk in their present state, without those that are gone.
 
         Args:
             snapshot: That of the chunk.
-            rows: The rows, by their key, in the order in which they were read.
+            rows: The rows as Inserts, by their key.
+
+        Returns:
+            The rows, by where the last transaction that has written them committed; those that are
+            as the chunk shows them are under None.
         """
-        merged: dict[Key, Merged | None] = {key: Merged(cells) for key, cells in rows.items()}
+        untouched, touched = dict(rows), dict[Key, _Touched]()
         for each in self._written:
             if snapshot.shows(each.transaction.xid):
                 continue
             for write in each.writes:
                 if write.before is None:
-                    merged = dict.fromkeys(merged)
+                    untouched, touched = {}, {}
                     continue
-                before = merged.get(write.before)
-                if before is None:
+                before = touched.pop(write.before, None)
+                row = untouched.pop(write.before, None)
+                if row is not None:
+                    before = _Touched(read_row(row)[0].new or (), None)
+                if before is None or write.cells is None:
                     continue  # not of this chunk, or gone
-                merged[write.before] = None
-                if write.cells is not None:
-                    cells = filled(write.cells, before.cells)
-                    merged[write.now] = Merged(cells, each.transaction.commit_lsn)
-        return [each for each in merged.values() if each is not None]
+                untouched.pop(write.now, None)
+                cells = filled(write.cells, before.cells)
+                touched[write.now] = _Touched(cells, each.transaction.commit_lsn)
+        merged: dict[Lsn | None, dict[Key, bytes]] = {None: untouched} if untouched else {}
+        oid = next(iter(rows.values()), b"")[1:5]
+        for key, last in touched.items():
+            row = encode_row("I", int.from_bytes(oid, "big"), None, None, last.cells)
+            merged.setdefault(last.commit_lsn, {})[key] = row
+        return merged
 
     def forget(self, snapshot: Snapshot) -> None:
         """Forget the transactions that a snapshot shows: later ones show them too."""

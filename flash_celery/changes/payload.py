@@ -48,6 +48,8 @@ _MESSAGE = struct.Struct("!cI")
 #: These may precede a row: how many changes were merged into it, and its id in a backfill.
 _COALESCED = struct.Struct("!cI")
 _BACKFILLED = struct.Struct("!c16s")
+#: The beginning of a row, as far as the values of ids are concerned.
+_ID_HEAD = pgoutput.encode_row("I", 0, None, None, None) + b"N"
 _ROWS = frozenset((b"I", b"U", b"D"))
 #: What a backfill delivers: rows, a TRUNCATE before them, and its end.
 _OF_BACKFILLS = frozenset((b"I", b"T", b"M"))
@@ -126,7 +128,8 @@ def row_id_of(cells: Sequence[Cell]) -> bytes:
     Args:
         cells: The values of its replica identity.
     """
-    return hashlib.blake2b(pgoutput.encode_row("I", 0, None, None, cells), digest_size=16).digest()
+    row = _ID_HEAD + pgoutput.encode_tuple(cells)
+    return hashlib.blake2b(row, digest_size=16).digest()
 
 
 def encode(deliveries: Iterable[Delivery]) -> str:

@@ -5,6 +5,7 @@ The replication connection of `stream.py` is opened here too, with the same sess
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Generator
@@ -124,7 +125,8 @@ class _Connection(psycopg.Connection[Any]):
         psycopg waits in short intervals and resumes `gen` with 0 after one in which nothing
         happened.
         """
-        return super().wait(self._limited(gen), *args, **kwargs)
+        limited = gen if math.isinf(self.patience) else self._limited(gen)
+        return super().wait(limited, *args, **kwargs)
 
     def _limited(self, statement: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
         deadline = time.monotonic() + self.patience

@@ -13,7 +13,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from itertools import groupby
 from typing import Any, Protocol
 
 import psycopg
@@ -22,7 +21,7 @@ from ..backfill import requests
 from ..backfill.chunks import Chunk, continues, identity_of
 from ..backfill.moved_rows import MOST_KEYS, MovedRows
 from ..backfill.reading import ReadingChunks, position_of
-from ..backfill.recent_writes import Merged, RecentWrites, key_of
+from ..backfill.recent_writes import Key, RecentWrites
 from ..backfill.requests import Backfill
 from ..capture.relations import RelationCatalog
 from ..capture.router import Receiver, Router, Sink
@@ -47,7 +46,7 @@ from ..postgres.catalog import CatalogTable
 from ..postgres.source import Source
 from ..protocol import timestamps
 from ..protocol.lsn import Lsn
-from ..protocol.pgoutput import Relation, encode_row
+from ..protocol.pgoutput import Relation
 from ..publishing.room import Room
 from ..table_name import TableName
 
@@ -207,7 +206,7 @@ class Backfilling:
         self._writes.forget(chunk.snapshot)
         self._deliver(chunk, merged)
         self._moved.has_all |= chunk.is_last
-        self._await(len(merged))
+        self._await(sum(map(len, merged.values())))
         return True
 
     def confirm(self, chunk: int) -> None:
@@ -271,20 +270,14 @@ class Backfilling:
             self._relation = chunk.relation
             self._router.relation(chunk.relation, self._transaction(chunk, None))
 
-    def _deliver(self, chunk: Chunk, merged: Sequence[Merged]) -> None:
+    def _deliver(self, chunk: Chunk, merged: Mapping[Lsn | None, Mapping[Key, bytes]]) -> None:
         self._describe(chunk)
         head = b"I" + self._oid.to_bytes(4, "big")
-        identity = identity_of(chunk.table)
-        names = [column.name for column in chunk.relation.columns]
-        positions = [names.index(name) for name in identity]
-        for commit_lsn, group in groupby(merged, lambda row: row.commit_lsn):
-            rows = [row.cells for row in group]
-            keys = [key_of(cells, positions) for cells in rows]
-            self._moved.deliver(keys)
-            self._sink.begin(self._count, [row_id_of(key) for key in keys])
-            payloads = [encode_row("I", self._oid, None, None, cells) for cells in rows]
+        for commit_lsn, rows in merged.items():
+            self._moved.deliver(rows)
+            self._sink.begin(self._count, list(map(row_id_of, rows)))
             transaction = self._transaction(chunk, commit_lsn)
-            self._router.rows(head, payloads, transaction, self._count, 0)
+            self._router.rows(head, list(rows.values()), transaction, self._count, 0)
             self._count += len(rows)
 
     def _transaction(self, chunk: Chunk, commit_lsn: Lsn | None) -> Transaction:

@@ -20,7 +20,8 @@ from benchmarks.verify import body_of
 from example_project.servers import wait_until
 from flash_celery import UNCHANGED, BackfillEnd, Truncate, testing
 from flash_celery.backfill import requests
-from flash_celery.backfill.chunks import ChunkReader, cells_of
+from flash_celery.backfill.chunks import ChunkReader
+from flash_celery.backfill.copied_rows import cells_of
 from flash_celery.changes import payload
 from flash_celery.postgres.connection import connect
 from flash_celery.table_name import TableName

@@ -5,11 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flash_celery.backfill.moved_rows import MovedRows
-from flash_celery.backfill.recent_writes import Merged, RecentWrites
+from flash_celery.backfill.recent_writes import RecentWrites
 from flash_celery.backfill.snapshots import Snapshot
 from flash_celery.changes.rows import Transaction
 from flash_celery.protocol.lsn import Lsn
-from flash_celery.protocol.pgoutput import UNCHANGED_TOAST, Column, Relation, encode_row
+from flash_celery.protocol.pgoutput import UNCHANGED_TOAST, Column, Relation, encode_row, read_row
 
 OID = 77
 U = UNCHANGED_TOAST
@@ -52,13 +52,14 @@ def relation(columns=COLUMNS):
 
 
 def chunk(*rows):
-    return {(str(key).encode(),): cells(key, note) for key, note in rows}
+    return {(str(key).encode(),): insert(key, note) for key, note in rows}
 
 
 def merged(writes, snapshot, *rows):
     return {
-        tuple(None if cell is None else cell.decode() for cell in row.cells): row.commit_lsn
-        for row in writes.merge(Snapshot.parse(snapshot), chunk(*rows))
+        tuple(None if cell is None else cell.decode() for cell in read_row(row)[0].new): commit_lsn
+        for commit_lsn, group in writes.merge(Snapshot.parse(snapshot), chunk(*rows)).items()
+        for row in group.values()
     }
 
 
@@ -174,7 +175,7 @@ def test_transaction_that_alters_the_table_between_its_writes_is_not_merged(writ
 def test_forgotten_writes_change_nothing_any_more(writes):
     writes.note([update(1, "b")], transaction(12))
     writes.forget(Snapshot.parse("13:13:"))
-    assert writes.merge(Snapshot.parse("10:12:"), chunk((1, "a"))) == [Merged(cells(1, "a"))]
+    assert merged(writes, "10:12:", (1, "a")) == {("1", "a"): None}
 
 
 @pytest.fixture
@@ -263,10 +264,9 @@ def test_merged_rows_are_those_of_the_table(transactions):
                 sent.append(delete(key))
         for row in sent:
             writes.note([row], current)
-    found = {
-        int(row.cells[0]): row.cells[1].decode()
-        for row in writes.merge(Snapshot.parse("10:12:"), rows)
-    }
+    groups = writes.merge(Snapshot.parse("10:12:"), rows).values()
+    new = [read_row(row)[0].new for group in groups for row in group.values()]
+    found = {int(key): note.decode() for key, note in new}
     assert found.keys() >= {key for key, (row, _) in state.items() if row is not None}
     assert found.items() <= {key: value for key, (_, value) in state.items()}.items()
 
