@@ -40,6 +40,7 @@ __all__ = [
     "Ordered",
     "Truncate",
     "Update",
+    "context",
     "on_backfill_end",
     "on_change",
     "on_message",
@@ -49,6 +50,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .commands.wait import wait_for
+    from .handlers.context import context
     from .transactional_tasks.blocks import transactional
 
     __version__: str
@@ -56,6 +58,10 @@ else:
 
     def __getattr__(name: str) -> object:
         """Load what is slow to import when it is used."""
+        if name == "context":
+            from .handlers.context import context
+
+            return context
         if name == "wait_for":
             from .commands.wait import wait_for
 

@@ -26,6 +26,7 @@
     ├── TakenOver                 another worker publishes now (retry)
     ├── ConfirmedLost             the broker has lost messages that it had confirmed (retry)
     ├── ChangeTooLarge            a change that the broker cannot take
+    ├── HandlerLoop               handlers that write each other's tables
     ├── PayloadError              a message that cannot be read
     ├── RowError                  a row that does not fit the class of `into=`
     ├── ProcessKilled             a handler whose process dies
@@ -254,6 +255,18 @@ class ChangeTooLarge(FlashError):
 
     solution = (
         "Leave the large column out (`fields=`), or raise the setting and the broker's own limit."
+    )
+
+
+class HandlerLoop(FlashError):
+    """A change was written for a change that was written for a change …, too many times.
+
+    It becomes a dead letter. Handlers write each other's tables, or one writes its own.
+    """
+
+    solution = (
+        "End the loop: ignore_own=True leaves out a handler's own writes, a condition (`where`) "
+        "those that need nothing. If it is none, raise flash_max_depth. Then `flash dead retry`."
     )
 
 

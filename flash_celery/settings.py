@@ -41,6 +41,9 @@ class Settings:
     flash_dead_queue: str = "flash.dead"
     #: How many processes may die on a change before it becomes a dead letter.
     flash_max_deaths: int = 3
+    #: How deep handlers may handle each other's writes before a change becomes a dead letter; 0 for
+    #: no limit.
+    flash_max_depth: int = 16
     #: How many lanes the changes of an `ordered` handler are spread over; 0 for 256, or 16 on
     #: RabbitMQ.
     flash_lanes: int = 0
@@ -235,6 +238,8 @@ class Settings:
         for name in ("flash_max_deaths", "flash_max_change_size"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be a number above 0.")
+        if self.flash_max_depth < 0:
+            raise ConfigurationError("flash_max_depth must be a number, or 0 for no limit.")
         if self.flash_max_queue_length < 0:
             raise ConfigurationError(
                 "flash_max_queue_length must be a number of messages, or 0 for no limit."

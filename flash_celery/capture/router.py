@@ -19,6 +19,7 @@ from ..changes.rows import Column, Table, Transaction
 from ..conditions.evaluation import Cells
 from ..errors import SubscriptionError
 from ..escaping import escaped
+from ..handlers.own_writes import writer
 from ..handlers.subscriptions import Subscription, of_messages
 from ..postgres.catalog import CatalogTable
 from ..postgres.column_types import TEXT, TypeDescription
@@ -187,7 +188,9 @@ class Router:
         end: Lsn | None,
     ) -> None:
         if Operation.TRUNCATE in subscription.operations:
-            route = self._forward(subscription, Operation.TRUNCATE, table)
+            route = _without_own(
+                subscription, self._forward(subscription, Operation.TRUNCATE, table)
+            )
             self._truncates.setdefault(relation.oid, []).append(_before(end, route))
         transitions = None
         if subscription.fields or subscription.where or subscription.key:
@@ -204,7 +207,7 @@ class Router:
                     route = self._forward(subscription, operation, table)
                 else:
                     route = self._evaluate(subscription, table, transitions)
-                route = _before(end, route)
+                route = _before(end, _without_own(subscription, route))
                 head = tag + relation.oid.to_bytes(4, "big")
                 routes = self._routes.setdefault(head, {})
                 other = routes.get(subscription.handler)
@@ -286,6 +289,21 @@ def _before(end: Lsn | None, route: RunReceiver) -> RunReceiver:
             route(rows, transaction, ordinal, shift)
 
     return before
+
+
+def _without_own(subscription: Subscription, route: RunReceiver) -> RunReceiver:
+    """Leave out what the handler itself has written, if its subscription says so."""
+    if not subscription.ignore_own:
+        return route
+    handler = subscription.handler
+
+    def without_own(
+        rows: Sequence[bytes], transaction: Transaction, ordinal: int, shift: int
+    ) -> None:
+        if writer(transaction.context) != handler:
+            route(rows, transaction, ordinal, shift)
+
+    return without_own
 
 
 def _row_by_row(first: RunReceiver, second: RunReceiver) -> RunReceiver:

@@ -7,17 +7,23 @@ spool until their commit.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Protocol
 
+from ..changes import transaction_context
 from ..changes.history import History
 from ..changes.rows import Transaction
 from ..errors import ProtocolError, SavepointUnclear
+from ..handlers.subscriptions import RESERVED_PREFIX
 from ..protocol import pgoutput
 from ..protocol.lsn import Lsn
 from .spool import Spool, default_directory
 from .streamed_messages import StreamedMessages
+
+logger = logging.getLogger(__name__)
 
 _BEGIN = ord("B")
 _COMMIT = ord("C")
@@ -29,8 +35,8 @@ _OF_SAVEPOINTS = frozenset(b"IUDT")
 #: "Logical Replication Message Formats") and is not used.
 _NOT_SPOOLED = frozenset(b"SEcAO")
 _NONE = Transaction(Lsn(0), 0, 0)
-#: The prefixes of messages that are ours begin with this.
-OURS = "flash."
+#: Seconds between two warnings of contexts that cannot be read.
+_WARNING_SECONDS = 60.0
 #: The most messages in a run, so that none keeps a session busy for long.
 LONGEST_RUN = 100
 
@@ -110,6 +116,8 @@ class Transactions:
         self._block: int | None = None
         #: Whether a spooled transaction has committed: call `replay` before the next `receive`.
         self.replaying = False
+        #: When a warning of a context may be logged again.
+        self._may_warn_at = 0.0
         self._replay: Iterator[bytes] = iter(())
         self._committed: pgoutput.StreamCommit | None = None
         #: How many transactions have begun.
@@ -191,7 +199,7 @@ class Transactions:
         """Return whether a message is for a handler or for us."""
         message = pgoutput.decode(payload)
         assert isinstance(message, pgoutput.LogicalMessage)
-        return message.prefix in self._prefixes or message.prefix.startswith(OURS)
+        return message.prefix in self._prefixes or message.prefix.startswith(RESERVED_PREFIX)
 
     def _other(self, message: pgoutput.Message, payload: bytes) -> None:
         match message:
@@ -204,6 +212,8 @@ class Transactions:
                 self._ordinal += len(message.relation_oids)
             case pgoutput.LogicalMessage(transactional=True):
                 self._require_open(payload)
+                if message.prefix == transaction_context.PREFIX:
+                    self._set_context(message.content)
                 self._rows.message(message, self._transaction, self._messages, self._ordinal)
                 self._messages += 1
             case pgoutput.StreamStart():
@@ -217,6 +227,23 @@ class Transactions:
                 self._abort(message)
             case pgoutput.StreamCommit():
                 self._commit(message)
+
+    def _set_context(self, content: bytes) -> None:
+        """Have the rows that follow in the transaction carry a context."""
+        try:
+            context = transaction_context.decode(content)
+        except ValueError as error:
+            if time.monotonic() >= self._may_warn_at:
+                self._may_warn_at = time.monotonic() + _WARNING_SECONDS
+                logger.warning(
+                    "The transaction %d at %s has a context that is left out: %s",
+                    self._transaction.xid,
+                    self._transaction.commit_lsn,
+                    error,
+                )
+            return
+        if context != self._transaction.context:
+            self._transaction = self._transaction._replace(context=context)
 
     def _begin(self, transaction: tuple[Lsn, int, int]) -> None:
         if self._transaction is not _NONE:

@@ -183,7 +183,10 @@ def _drop(connection: psycopg.Connection[Any], publications: Sequence[str]) -> N
 
 
 def as_text(change: Change) -> str:
-    """Return a change as one line: its time, its row, and its values or the ones that changed."""
+    """Return a change as one line: its time, its row, its values or the ones that changed, context.
+
+    The context is JSON in ASCII, so it has no control characters.
+    """
     committed = change.committed_at.strftime("%H:%M:%S.%f")[:-3]
     values = ""
     if isinstance(change, Insert):
@@ -199,7 +202,8 @@ def as_text(change: Change) -> str:
         )
     elif isinstance(change, Delete):
         values = ", ".join(f"{name}={_value(value)}" for name, value in change.old.items())
-    return f"{committed}  {change!r}  {values}".rstrip()
+    context = f"  {change.transaction.context}" if change.transaction.context else ""
+    return f"{committed}  {change!r}  {values}{context}".rstrip()
 
 
 def _value(value: Any) -> str:

@@ -1,6 +1,7 @@
-"""Changes that are too large for the broker: each becomes a dead letter without its largest values.
+"""Changes that become dead letters instead of tasks, so that they stop no other change.
 
-So it stops no other change.
+A change that is too large for the broker loses its largest values. One that is part of a loop of
+handlers is complete.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from ..changes import payload
 from ..changes.change import Change, Delete, Insert, LogicalMessage, Update
 from ..changes.payload import Delivery
 from ..changes.rows import UNCHANGED
-from ..errors import ChangeTooLarge
+from ..errors import ChangeTooLarge, FlashError, HandlerLoop
 from ..escaping import escaped
+from ..handlers.own_writes import depth, writer
 from ..messages.deduplication import covered_by
 from ..messages.task_message import Message
 from ..messages.templates import Template, Templates
@@ -40,7 +42,7 @@ class Oversize:
     def letter(self, template: Template, delivery: Delivery) -> Message:
         """Return a message for the dead-letter queue in place of the one change of a delivery.
 
-        `flash dead retry` delivers the change with `UNCHANGED` for each value that was too large.
+        `flash dead retry` delivers the change, with `UNCHANGED` for each value that was too large.
         """
         error = error_of(template, delivery)
         _log(error)
@@ -78,7 +80,7 @@ class Oversize:
         return None
 
     def _letter(
-        self, template: Template, delivery: Delivery, error: ChangeTooLarge, limit: int
+        self, template: Template, delivery: Delivery, error: FlashError, limit: int
     ) -> Message:
         """Return the dead letter of a change that is cut to so many bytes."""
         excess = sum(map(len, delivery.rows)) - limit
@@ -99,8 +101,15 @@ class Oversize:
         return message
 
 
-def error_of(template: Template, delivery: Delivery) -> ChangeTooLarge:
-    """Return the error for the one change of a delivery, with more bytes than a setting allows."""
+def error_of(template: Template, delivery: Delivery) -> FlashError:
+    """Return the error for the one change of a delivery, which a setting does not allow."""
+    if template.is_too_deep(delivery):
+        context = delivery.transaction.context
+        return HandlerLoop(
+            f"{payload.change_of(delivery)!r} was written by {writer(context) or 'a handler'} at "
+            f"depth {depth(context)} of handlers that handle each other's writes, and "
+            f"flash_max_depth is {template.max_depth}; a retry delivers it to {template.task}"
+        )
     return _error(template, delivery, f"flash_max_change_size is {template.max_change_size}")
 
 
@@ -112,7 +121,7 @@ def _error(template: Template, delivery: Delivery, limit: str) -> ChangeTooLarge
     )
 
 
-def _log(error: ChangeTooLarge) -> None:
+def _log(error: FlashError) -> None:
     logger.error("%s. It is a dead letter now (`flash dead list`)", escaped(str(error)))
 
 

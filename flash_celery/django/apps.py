@@ -1,7 +1,12 @@
 """The Django app."""
 
+from typing import Any
+
 from django.apps import AppConfig
 from django.core.checks import Tags, register
+from django.db.backends.signals import connection_created
+
+from ..handlers import django_context
 
 
 class FlashCeleryConfig(AppConfig):
@@ -12,7 +17,7 @@ class FlashCeleryConfig(AppConfig):
     verbose_name = "flash-celery"
 
     def ready(self) -> None:
-        """Register the system checks, and look for tasks in `atomic()` blocks."""
+        """Register the system checks, and have connections write contexts and tasks."""
         from ..transactional_tasks import in_atomic
         from . import checks
 
@@ -20,3 +25,8 @@ class FlashCeleryConfig(AppConfig):
 
         register(checks.handlers, "flash_celery")
         register(checks.database, Tags.database)
+        connection_created.connect(_install, dispatch_uid="flash_celery")
+
+
+def _install(connection: Any, **_: Any) -> None:
+    django_context.install(connection)

@@ -45,6 +45,7 @@ from .declarations import (
 )
 from .existing_rows import Backfill
 from .once import call_directly, run_in_transaction
+from .own_writes import mark_own_writes
 from .row_types import RowType
 from .subscriptions import (
     Batch,
@@ -174,6 +175,7 @@ def on_change(
     ordered: Any = ...,
     once: Any = ...,
     backfill: Any = ...,
+    ignore_own: bool = ...,
     queue: str | None = ...,
     acks_late: bool = ...,
     source: str | None = ...,
@@ -191,6 +193,7 @@ def on_change(
     ordered: Any = ...,
     once: Any = ...,
     backfill: Any = ...,
+    ignore_own: bool = ...,
     queue: str | None = ...,
     acks_late: bool = ...,
     source: str | None = ...,
@@ -207,6 +210,7 @@ def on_change(
     ordered: Any = None,
     once: Any = None,
     backfill: Any = None,
+    ignore_own: bool = False,
     queue: str | None = None,
     acks_late: bool = True,
     source: str | None = None,
@@ -247,6 +251,8 @@ def on_change(
         backfill: Deliver the rows that the table has already, once for each table of the handler:
             `True`, or a `Backfill(rate, chunk)`. Each row is an `Insert` with `change.backfill`.
             Default: only what is committed from now on, and what `flash backfill` asks for.
+        ignore_own: Whether to leave out what this handler itself has written, by the context of the
+            transaction: on connections of Django, on `change.connection`, and in `context()`.
         queue: The name of the queue. Default: the task's own queue, `flash_routes`, `task_routes`,
             `flash_queue`, in this order.
         acks_late: Whether Celery acknowledges the message after the handler has run. With `False` a
@@ -279,6 +285,7 @@ def on_change(
             ordered=Ordered.of(ordered, table),
             once=database_of(once),
             backfill=Backfill.of(backfill, mask),
+            ignore_own=bool(ignore_own),
             queue=queue,
             acks_late=acks_late,
         )
@@ -566,6 +573,7 @@ def _attach(task: Any, declaration: Declaration) -> None:
     if "_flash_refuses_lazy_results" not in task.__dict__:
         task.__dict__["_flash_refuses_lazy_results"] = True
         refuse_lazy_results(task)
+        mark_own_writes(task)
     if subscription.once is not None and "_flash_runs_once" not in task.__dict__:
         task.__dict__["_flash_runs_once"] = True
         run_in_transaction(task, subscription.once)

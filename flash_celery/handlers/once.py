@@ -18,8 +18,13 @@ from celery.exceptions import Ignore
 from ..changes.change import Change, Changes
 from ..errors import FlashError, PayloadError
 from .celery_tasks import run_method, set_run_method
-from .databases import Database, Execute
+from .context import write_now
+from .databases import Database, Execute, Session
+from .own_writes import changes_among, layer_for
+from .written_context import MAY_WRITE, warn_of_missing_privilege
 
+#: Whether the role of a database may write contexts.
+_allowed: dict[Database, bool] = {}
 #: The name in a task's request under which a call finds its mark.
 MARK = "flash_mark"
 
@@ -63,7 +68,7 @@ def run_in_transaction(task: Any, database: Database) -> None:
 
 def call_directly(database: Database, run: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Call a function in a transaction, unless it is called for a task, which has one."""
-    if any(change.connection is not None for change in _delivered(args, kwargs)):
+    if any(change.connection is not None for change in changes_among(args, kwargs)):
         return run(*args, **kwargs)
     call = _Call(None, database, run, args, kwargs)
     call.attempt()
@@ -90,11 +95,12 @@ class _Call:
         kwargs: dict[str, Any],
     ) -> None:
         self._request = getattr(task, "request", None)
+        self._handler = str(task.name) if task is not None else ""
         self._database = database
         self._run = run
         self._args = args
         self._kwargs = kwargs
-        self._delivered = _delivered(args, kwargs)
+        self._delivered = changes_among(args, kwargs)
         #: The mark of the lane, if the changes are compared with it.
         self.mark: Mark | None = None
         if self._delivered:
@@ -120,6 +126,7 @@ class _Call:
                 raise Ignore("handled already")
             for change in changes:
                 change._call = replace(change._call, connection=session.connection)
+            self._write_context(session, changes)
             self._began = True
             call = _without_handled(self._run, self._delivered, changes)
             self.result = call(*self._args, **self._kwargs)
@@ -130,6 +137,18 @@ class _Call:
             "The transaction of once= was rolled back without an error; let its context manager, "
             "and psycopg.Rollback, not hide that."
         )
+
+    def _write_context(self, session: Session, changes: Sequence[Change]) -> None:
+        """Have what the function writes say that it was this handler (Django does so by itself)."""
+        if not self._handler or not changes or hasattr(session.connection, "execute_wrappers"):
+            return
+        if self._database not in _allowed:
+            ((_allowed[self._database],),) = session.execute(MAY_WRITE, [])
+        if _allowed[self._database]:
+            with layer_for(self._handler, changes):
+                write_now(lambda statement: session.execute(statement, []))
+        else:
+            warn_of_missing_privilege(f"the database of once= of {self._handler}")
 
     def failed_outside(self, error: Exception) -> bool:
         """Return whether an error is that of the database, before the function or after it."""
@@ -161,15 +180,6 @@ def pass_over(database: Database, mark: Mark, changes: Sequence[Change]) -> None
 def _create(database: Database, mark: Mark) -> None:
     with database.transaction() as session:
         mark.create(session.execute)
-
-
-def _delivered(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[Change]:
-    for argument in (*args, *kwargs.values()):
-        if isinstance(argument, Change):
-            return [argument]
-        if isinstance(argument, Changes):
-            return list(argument)
-    return []
 
 
 def _without_handled(

@@ -142,6 +142,8 @@ class Subscription:
     backfill: Backfill | Literal[False] | None = field(default=None, repr=False)
     #: Of an `on_backfill_end`: the handler whose backfills it is about, "" for its own. Else None.
     ends_of: str | None = None
+    #: Whether to leave out what the handler itself has written.
+    ignore_own: bool = False
     #: The class of the rows; the task's message does not depend on it.
     into: RowType | None = field(default=None, repr=False)
 

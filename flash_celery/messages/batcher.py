@@ -109,16 +109,16 @@ class Batcher:
     """Collects the messages of one session, in the order of the WAL.
 
     Args:
-        too_large: Makes the dead letter for the one change of a delivery that is too large.
+        letter: Makes the dead letter for the one change of a delivery, too large or too deep.
         clock: Returns the time, in seconds.
     """
 
     def __init__(
         self,
-        too_large: Callable[[Template, Delivery], Message],
+        letter: Callable[[Template, Delivery], Message],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._too_large = too_large
+        self._letter = letter
         self._clock = clock
         self._messages: list[Message] = []
         #: Bytes of memory that the messages not collected yet take, roughly.
@@ -146,7 +146,8 @@ class Batcher:
                 return
             delivery = remaining
         size = sum(map(len, delivery.rows))
-        if size > template.max_change_size < max(map(len, delivery.rows)):
+        too_large = size > template.max_change_size < max(map(len, delivery.rows))
+        if too_large or (delivery.transaction.context and template.is_too_deep(delivery)):
             self._take_one_by_one(template, delivery, route)
         else:
             self._take(template, delivery, size, route)
@@ -173,14 +174,15 @@ class Batcher:
         self._letters = True
 
     def _take_one_by_one(self, template: Template, delivery: Delivery, route: Route | None) -> None:
-        """Take changes of which some are too large."""
+        """Take changes of which some are too large, or all too deep."""
+        too_deep = template.is_too_deep(delivery)
         for ordinal, row in enumerate(delivery.rows, delivery.ordinal):
             single = delivery._replace(rows=[row], ordinal=ordinal)
-            if len(row) <= template.max_change_size:
+            if len(row) <= template.max_change_size and not too_deep:
                 self._take(template, single, len(row), route)
                 continue
             self._release(template)  # its changes precede this one
-            self._emit([self._too_large(template, single)], 0)
+            self._emit([self._letter(template, single)], 0)
             self._letters = True
 
     def _take(self, template: Template, delivery: Delivery, size: int, route: Route | None) -> None:

@@ -13,6 +13,7 @@ from kombu import compression
 from ..changes import labels, payload
 from ..changes.change import Operation
 from ..changes.payload import CHANGE, CHANGES, Delivery
+from ..handlers.own_writes import depth
 from ..handlers.subscriptions import Batch, Subscription
 from ..provisioning.ordering_keys import Key, OrderingKeys
 from ..settings import Settings
@@ -38,6 +39,8 @@ class Template:
         source: The server and the slot, for task ids.
         max_change_size: Bytes of a row beyond which a change becomes a dead letter.
         hold_queue: The queue that holds the messages while the handler is paused.
+        max_depth: The depth of handlers that handle each other's writes beyond which a change
+            becomes a dead letter; 0 for no limit.
     """
 
     def __init__(
@@ -49,7 +52,9 @@ class Template:
         source: str,
         max_change_size: int,
         hold_queue: str = "",
+        max_depth: int = 0,
     ) -> None:
+        self.max_depth = max_depth
         self.max_change_size = max_change_size
         self.task = str(task.name)
         #: Identifies the task and its options, the same in every process.
@@ -127,6 +132,11 @@ class Template:
         if self.coalesce:
             coalescer = Coalescer(self._order.rules, self.max_change_size)
         return LaneGroup(self.lanes, self._order.columns, coalescer)
+
+    def is_too_deep(self, delivery: Delivery) -> bool:
+        """Return whether handlers that handle each other's writes seem to go on forever."""
+        context = delivery.transaction.context
+        return bool(context and self.max_depth and depth(context) > self.max_depth)
 
     @property
     def coalesce(self) -> float:
@@ -237,6 +247,7 @@ class Templates:
                     source,
                     settings.flash_max_change_size,
                     held.get(subscription.handler, ""),
+                    settings.flash_max_depth,
                 )
             self._templates[subscription.handler, subscription.number, operation] = template
         for handler, order in task_options.orders.items():

@@ -74,6 +74,12 @@ def transaction(
 _new_transaction = transaction
 
 
+def _transaction(given: Transaction | None, context: Mapping[str, Any] | None) -> Transaction:
+    if given is not None and context is not None:
+        raise ValueError("The transaction has the context: transaction(context=…).")
+    return given or _new_transaction(context=context)
+
+
 class _Builder:
     """The table and transaction of a change, built from the arguments of `insert` and others."""
 
@@ -87,6 +93,7 @@ class _Builder:
         key: Iterable[Any] | None = None,
         identity: str = "full",
         backfill: str | bool | None = None,
+        context: Mapping[str, Any] | None = None,
     ) -> None:
         self._model = table
         self._backfill = _BACKFILL if backfill is True else backfill or None
@@ -95,7 +102,7 @@ class _Builder:
         self._key = column_names("key", key, table)
         self._identity = identity
         self._partition = partition
-        self._transaction = transaction or _new_transaction()
+        self._transaction = _transaction(transaction, context)
         if identity not in _IDENTITIES:
             raise ValueError(f"identity is one of {', '.join(_IDENTITIES)}, not {identity!r}.")
 
@@ -190,6 +197,7 @@ def insert(
     source: str | None = None,
     transaction: Transaction | None = None,
     backfill: str | bool | None = None,
+    context: Mapping[str, Any] | None = None,
     **columns: Any,
 ) -> Insert:
     """Build an `Insert`: `insert("public.orders", id=1, status="paid")`.
@@ -207,12 +215,15 @@ def insert(
         transaction: The transaction, from `flash_celery.testing.transaction()`. Default: a new one.
         backfill: The id of the backfill that read the row, or `True` for any: `change.backfill`.
             Default: none did.
+        context: What the application says about the transaction: `change.context`. Default: {}.
         **columns: The row.
 
     Raises:
         ValueError: PostgreSQL could not send such a row.
     """
-    builder = _Builder(table, source, transaction, partition, types, key, identity, backfill)
+    builder = _Builder(
+        table, source, transaction, partition, types, key, identity, backfill, context
+    )
     row = builder.row(new, columns)
     row_table = builder.table(row)
     _require_values(row, "insert")
@@ -231,6 +242,7 @@ def update(
     partition: str | None = None,
     source: str | None = None,
     transaction: Transaction | None = None,
+    context: Mapping[str, Any] | None = None,
 ) -> Update:
     """Build an `Update`: `update("orders", {"id": 1, "status": "new"}, {"status": "paid"})`.
 
@@ -245,11 +257,12 @@ def update(
         partition: As for `insert`.
         source: As for `insert`.
         transaction: As for `insert`.
+        context: As for `insert`.
 
     Raises:
         ValueError: PostgreSQL could not send such rows.
     """
-    builder = _Builder(table, source, transaction, partition, types, key, identity)
+    builder = _Builder(table, source, transaction, partition, types, key, identity, context=context)
     before, after = builder.row(new, old), builder.row(old, new)
     row_table = builder.table(after, before)
     new_cells, origin = builder.cells(row_table, after), builder.origin(row_table)
@@ -272,6 +285,7 @@ def delete(
     partition: str | None = None,
     source: str | None = None,
     transaction: Transaction | None = None,
+    context: Mapping[str, Any] | None = None,
     **columns: Any,
 ) -> Delete:
     """Build a `Delete`: `delete("orders", id=1, status="paid")`.
@@ -285,12 +299,13 @@ def delete(
         partition: As for `insert`.
         source: As for `insert`.
         transaction: As for `insert`.
+        context: As for `insert`.
         **columns: The row.
 
     Raises:
         ValueError: PostgreSQL could not send such a row.
     """
-    builder = _Builder(table, source, transaction, partition, types, key, identity)
+    builder = _Builder(table, source, transaction, partition, types, key, identity, context=context)
     row = builder.row(old, columns)
     row_table = builder.table(row)
     _require_values(row, "deleted row")
@@ -309,6 +324,7 @@ def truncate(
     source: str | None = None,
     transaction: Transaction | None = None,
     backfill: str | bool | None = None,
+    context: Mapping[str, Any] | None = None,
 ) -> Truncate:
     """Build a `Truncate`: `truncate("orders")`.
 
@@ -318,8 +334,9 @@ def truncate(
         source: As for `insert`.
         transaction: As for `insert`.
         backfill: The id of the backfill that begins with it. Default: it was a TRUNCATE.
+        context: As for `insert`.
     """
-    builder = _Builder(table, source, transaction, partition, backfill=backfill)
+    builder = _Builder(table, source, transaction, partition, backfill=backfill, context=context)
     return Truncate(builder.origin(builder.table()))
 
 
@@ -356,6 +373,7 @@ def message(
     *,
     source: str | None = None,
     transaction: Transaction | None = None,
+    context: Mapping[str, Any] | None = None,
 ) -> LogicalMessage:
     """Build a `LogicalMessage`: `message("order.paid", b"1")`.
 
@@ -364,9 +382,10 @@ def message(
         content: The content, as bytes or as text in UTF-8. Default: empty.
         source: As for `insert`.
         transaction: As for `insert`.
+        context: As for `insert`.
     """
     table = Table("", prefix_of(prefix).name, None, "n", (), (), source or "")
-    commit = transaction or _new_transaction()
+    commit = _transaction(transaction, context)
     ordinal, shift = commit.next_message() if isinstance(commit, _Commit) else (0, 0)
     encoded = content.encode() if isinstance(content, str) else content
     return LogicalMessage(encoded, Origin(table, commit, ordinal, Part.MESSAGE, shift=shift))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from typing import Any
 
+from ..changes import transaction_context
 from ..changes.change import Change, LogicalMessage, Truncate
 from ..changes.payload import row_of
 from ..table_name import TableName
@@ -27,13 +28,19 @@ def messages_of(change: Change[Any]) -> list[bytes]:
     Replication Message Formats".
     """
     commit_lsn, xid, committed_at, *_ = change._origin.transaction
-    begin = _BEGIN.pack(b"B", commit_lsn, committed_at, xid)
+    begin = [_BEGIN.pack(b"B", commit_lsn, committed_at, xid)]
+    if context := change._origin.transaction.context:
+        begin.append(_message(transaction_context.PREFIX, context.encode(), commit_lsn))
     if isinstance(change, LogicalMessage):
-        content = struct.pack("!I", len(change.content)) + change.content
-        return [begin, _MESSAGE.pack(b"M", True, commit_lsn) + _text(change.prefix) + content]
+        return [*begin, _message(change.prefix, change.content, commit_lsn)]
     if isinstance(change, Truncate):
-        return [begin, _relation(change), _TRUNCATE.pack(b"T", 1, 0, OID)]
-    return [begin, _relation(change), row_of(change)]
+        return [*begin, _relation(change), _TRUNCATE.pack(b"T", 1, 0, OID)]
+    return [*begin, _relation(change), row_of(change)]
+
+
+def _message(prefix: str, content: bytes, lsn: int) -> bytes:
+    length = struct.pack("!I", len(content))
+    return _MESSAGE.pack(b"M", True, lsn) + _text(prefix) + length + content
 
 
 def relation_name(change: Change[Any]) -> TableName:

@@ -82,7 +82,11 @@ def _secrets_of_django() -> list[str]:
     if settings is None or not settings.configured:
         return []
     fallbacks = getattr(settings, "SECRET_KEY_FALLBACKS", None) or []
-    secrets = [getattr(settings, "SECRET_KEY", ""), *fallbacks]
+    try:
+        secret = settings.SECRET_KEY
+    except Exception:  # Django refuses an empty one when it is read
+        secret = ""
+    secrets = [secret, *fallbacks]
     return [each.decode() if isinstance(each, bytes) else str(each) for each in secrets]
 
 

@@ -8,6 +8,7 @@ import flash_celery
 from flash_celery import errors
 from flash_celery.publishing.brokers.base import connection_to
 from flash_celery.settings import Settings
+from flash_celery.transactional_tasks import signing
 
 
 @pytest.fixture
@@ -270,3 +271,13 @@ def test_broker_url_with_an_option_that_kombu_does_not_take_is_refused(new_app, 
         connection_to(new_app(broker_url=url))
     assert str(refused.value).startswith(sentence)
     assert "secret" not in str(refused.value)
+
+
+def test_empty_secret_key_of_django_is_no_signing_key(monkeypatch):
+    """Django raises an error where it is read."""
+    from django.conf import LazySettings, UserSettingsHolder, global_settings
+
+    settings = LazySettings()
+    settings._wrapped = UserSettingsHolder(global_settings)
+    monkeypatch.setattr("django.conf.settings", settings)
+    assert signing.keys_of(Settings()) == []
