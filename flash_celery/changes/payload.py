@@ -199,7 +199,8 @@ def encode_picked(some: Iterable[Picked]) -> str:
         if ordinals[-1] - ordinals[0] < count:
             runs.append(f"{start}{ordinals[0]},{count}{end}]")
         else:
-            runs += [f"{start}{ordinal},1{end}]" for ordinal in ordinals]
+            between = f",1{end}],{start}"
+            runs.append(f"{start}{between.join(map(str, ordinals))},1{end}]")
         rows += picked
     return _value_text(histories, tables, transactions, runs, rows)
 

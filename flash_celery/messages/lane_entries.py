@@ -51,7 +51,7 @@ class Marker:
 
 def encode(
     changes: str,
-    places: Sequence[Place],
+    places: Sequence[Place | int],
     expires: float | None = None,
     again: bool = False,
     lane: int | None = None,
@@ -60,18 +60,23 @@ def encode(
 
     Args:
         changes: The changes, as `payload.encode` returns them.
-        places: For each of them the hashes of its keys; none for the change of a barrier.
+        places: For each of them the hashes of its keys, or of its only one; none for the change of
+            a barrier.
         expires: Seconds since 1970 after which they are no longer handled.
         again: Whether they are handled even if `once=` knows them.
         lane: The lane that a barrier's change belongs to.
     """
-    keys = [place.key if place.key == place.old else list(place) for place in places]
+    keys = [place if isinstance(place, int) else _keys(place) for place in places]
     head = "" if expires is None else f'"expires":{expires:.3f},'
     if again:
         head += '"again":1,'
     if lane is not None:
         head += f'"lane":{lane},'
     return f'{{{head}"keys":{str(keys).replace(" ", "")},"changes":{changes}}}'
+
+
+def _keys(place: Place) -> int | list[int]:
+    return place.key if place.key == place.old else list(place)
 
 
 def decode(text: bytes) -> Entry | Marker:

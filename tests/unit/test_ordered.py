@@ -1,19 +1,20 @@
 """Ordered handlers: how they are declared, and in which lane a change is placed."""
 
 from contextlib import nullcontext
+from random import Random
 
 import pytest
 
 from flash_celery import Ordered, on_change, on_message
 from flash_celery.changes.operations import Part
-from flash_celery.changes.payload import TRUNCATED, Delivery
+from flash_celery.changes.payload import TRUNCATED, Delivery, message_row, prefixed
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.errors import ConfigurationError, SubscriptionError
 from flash_celery.handlers.celery_tasks import WAKE_TASK
 from flash_celery.handlers.decorators import subscriptions_of
-from flash_celery.messages import lane_entries
+from flash_celery.messages import lane_entries, lane_messages
 from flash_celery.messages.lane_messages import LaneForm, LaneGroup, barrier_lanes
-from flash_celery.messages.lane_placing import Place, placer
+from flash_celery.messages.lane_placing import Place, hashes, placer
 from flash_celery.messages.task_message import Form
 from flash_celery.messages.task_options import TaskOptions
 from flash_celery.protocol.lsn import Lsn
@@ -183,6 +184,75 @@ def test_place_of_a_row_with_all_old_values_is_known():
     inserted = place(row("I", [b"1", b"p", b"n"]))
     assert place(row("D", old=[b"1", b"p", b"n"], kind="O")) == inserted
     assert place(row("U", [b"1", b"q", b"n"], [b"1", b"p", b"n"], "O")) == inserted
+
+
+def any_row(random):
+    def cell():
+        size = random.choice([0, 1, 3, 63, 64, 300])
+        return random.choice([None, UNCHANGED_TOAST, b"7" * size, b"x" * size])
+
+    cells = [cell(), cell(), cell()]
+    whole = row(
+        *random.choice(
+            [
+                ("I", cells),
+                ("U", cells),
+                ("U", cells, [b"1", b"p", b"n"], "K"),
+                ("U", cells, [b"1", b"p", b"n"], "O"),
+                ("D", None, cells, "K"),
+                ("D", None, cells, "O"),
+            ]
+        )
+    )
+    if random.random() < 0.1:
+        return random.choice([TRUNCATED, message_row(b"content"), prefixed(whole, 1, b"i" * 16)])
+    return whole
+
+
+@pytest.mark.parametrize("columns", [None, ["id"], ["part"], ["note"], ["id", "part"]])
+def test_hashes_of_many_rows_are_those_of_their_places(columns):
+    rows = [any_row(Random(seed)) for seed in range(2000)]
+    hashes_of = hashes(TABLE, columns)
+    if hashes_of is None:
+        assert len(columns or TABLE.key) > 1
+        return
+    place, found = placer(TABLE, columns), hashes_of(rows)
+    for each, key in zip(rows, found, strict=True):
+        assert key is None or place(each) == Place(key, key)
+    plain = [row("I", [b"%d" % n, b"p" * n, b"n"]) for n in range(100)]
+    assert None not in hashes_of(plain)
+    # The placer says what is wrong.
+    damaged = [plain[-1][:end] for end in range(8, 15)] + [b"I\0\0\0\1N\0\3xxx"]
+    assert hashes_of(damaged) == [None] * len(damaged)
+
+
+@pytest.mark.parametrize("count", [1, 7, 9000])
+def test_changes_that_are_placed_together_are_placed_as_each_alone(count, monkeypatch):
+    rows = [
+        row("I", [b"%d" % (n % 300), b"p", b"n" * (70_000 if n % 4000 == 17 else n % 400)])
+        for n in range(10_000)
+    ]
+    transactions = [Transaction(Lsn(9 + n), n, 0) for n in range(3)]
+    form = LaneForm("key", "1/slot", "handler", 16, Form("flash", "handler", {}, {}))
+
+    def messages():
+        group = LaneGroup(form, [["id"]])
+        for n, first in enumerate(range(0, len(rows), count)):
+            some = rows[first : first + count]
+            yield from group.add(Delivery(TABLE, transactions[n % 3], first, 0, 0, some), None)
+        yield from group.flush(None)
+
+    def described():
+        # The order of different lanes does not matter.
+        return [
+            (sorted(message.pushes, key=lambda push: push[0]), message.covered)
+            for message in messages()
+        ]
+
+    together = described()
+    monkeypatch.setattr(lane_messages, "hashes", lambda table, columns: None)
+    assert described() == together
+    assert len(together) > 2
 
 
 def test_barrier_is_for_what_has_no_key_or_two_lanes():
