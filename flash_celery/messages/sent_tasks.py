@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
+from functools import lru_cache
 from typing import Any
 
 from kombu.utils.json import loads
@@ -37,17 +38,8 @@ class SentTask(Message):
     __slots__ = ("_routing_key", "record")
 
     def __init__(self, record: TaskRecord) -> None:
-        names = [name for name in map(records.queue_name, record.declare) if name]
-        queue = names[0] if names else ("" if record.exchange else record.routing_key)
-        form = Form(
-            queue,
-            record.task,
-            {},
-            {},
-            record.content_type,
-            record.content_encoding,
-            TEMPLATE,
-        )
+        named = record.declare, "" if record.exchange else record.routing_key
+        form = _form(record.task, *named, record.content_type, record.content_encoding)
         super().__init__(form, record.id, "", record.content)
         self.record = record
 
@@ -92,6 +84,21 @@ class SentTask(Message):
     def plain(self) -> bool:
         """Whether it can be encoded with its form: it has none in common with others."""
         return False
+
+    @property
+    def forwards(self) -> bool:
+        """Whether the texts of its record can be forwarded: nothing was read or is computed."""
+        unread = self._headers is self._properties is None
+        return unread and '"expiration"' not in self.record.properties
+
+
+@lru_cache(1000)
+def _form(
+    task: str, declare: tuple[str, ...], queue: str, content_type: str, content_encoding: str
+) -> Form:
+    """Return the form of a task; its queue is the first that is declared, or `queue`."""
+    queue = next(filter(None, map(records.queue_name, declare)), queue)
+    return Form(queue, task, {}, {}, content_type, content_encoding, TEMPLATE)
 
 
 def _seconds_until(moment: Any) -> float | None:

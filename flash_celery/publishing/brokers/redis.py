@@ -9,6 +9,7 @@ import logging
 import re
 import socket
 import uuid
+from base64 import b64encode
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain, count, groupby
@@ -93,6 +94,8 @@ class RedisPublisher(ConnectedPublisher):
         """
         super().open(queues)
         self._forms: dict[Form, tuple[str, str]] = {}
+        #: The keys without prefix for tasks, by routing key and priority.
+        self._sent_keys: dict[tuple[str, int | None], str] = {}
         #: The lanes as they are set up, by the name of their keys.
         self._lanes: dict[str, LaneForm] = {}
         # Delivery tags, unique among all messages; a UUID each would take longer than the rest.
@@ -371,6 +374,9 @@ class RedisPublisher(ConnectedPublisher):
     def _push_sent(self, message: SentTask) -> _Push:
         """Push a task as kombu does: onto the lists that are bound to its exchange."""
         channel = self._channel
+        if message.forwards and not message.exchange and channel.body_encoding == "base64":
+            key, text = self._forwarded(message)
+            return _Push(key, text, len(text))
         raw = self.prepared(message)
         channel._inplace_augment_message(raw, message.exchange, message.routing_key)
         raw["properties"]["delivery_tag"] = next(self._tags)
@@ -384,6 +390,32 @@ class RedisPublisher(ConnectedPublisher):
             return _Push(keys[0], text, len(text))
         commands = [("LPUSH", prefixed(channel, key), text) for key in keys]
         return _Push("", text, len(text), commands)
+
+    def _forwarded(self, message: SentTask) -> tuple[str, str]:
+        """Return the key without prefix, and the text that kombu would make of a task.
+
+        The headers and properties are not decoded, which would take most of the time.
+        """
+        record = message.record
+        place = record.routing_key, record.priority
+        key = self._sent_keys.get(place)
+        priority = record.priority or 0
+        if key is None:
+            properties = {"properties": {"priority": priority}}
+            step = self._channel._get_message_priority(properties, reverse=False)
+            key = self._sent_keys[place] = self._channel._q_for_pri(record.routing_key, step)
+        body = record.body if record.binary else b64encode(record.body.encode()).decode()
+        encoding, kind, routing_key = map(
+            encode_basestring_ascii,
+            (record.content_encoding, record.content_type, record.routing_key),
+        )
+        return key, (
+            f'{{"body": "{body}", "content-encoding": {encoding}, "content-type": {kind}, '
+            f'"headers": {record.headers}, "properties": {record.properties[:-1]}, '
+            f'"delivery_info": {{"exchange": "", "routing_key": {routing_key}}}, '
+            f'"priority": {priority}, "body_encoding": "base64", '
+            f'"delivery_tag": "{next(self._tags)}"}}}}'
+        )
 
     def _stored(self, message: Message) -> tuple[str, str]:
         """Return the key without prefix, and the message as kombu stores it."""
