@@ -11,7 +11,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import psycopg
@@ -153,8 +153,14 @@ class ChunkReader:
         Args:
             part: `truncate` or `end`.
         """
-        chunk = self._read(_BEHIND, 0, number=_PARTS[part])
-        return replace(chunk, cursor=None, is_last=False, part=part)
+        with self._connection.transaction():
+            self._begin()
+            snapshot, position, time = self._snapshot()
+            table = catalog.find(self._connection, self._name)
+            if table is None:
+                raise CatalogError(f"{self._name} is gone.")
+            relation, id = self._relation(table), _id_of(table, True, (), _PARTS[part])
+            return Chunk(id, relation, table, snapshot, position, time, {}, None, False, part)
 
     def _read(
         self,

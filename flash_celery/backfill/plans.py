@@ -28,7 +28,6 @@ SELECT CASE WHEN c.reltuples < 0 OR c.relpages = 0
             ELSE c.reltuples / c.relpages * (pg_relation_size(c.oid)
                  / current_setting('block_size')::int) END::int8,
        pg_table_size(c.oid)::int8,
-       EXISTS (SELECT FROM pg_inherits WHERE inhparent = c.oid),
        row_security_active(c.oid),
        ARRAY(SELECT attname::text FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0
              AND NOT attisdropped AND NOT has_column_privilege(c.oid, attnum, 'SELECT'))
@@ -131,42 +130,53 @@ def _plan(source: Source, subscription: Subscription, wish: Backfill, where: Seq
     table = catalog.find(source.connection, name)
     if table is None:
         raise ConfigurationError(f"There is no table {name}.")
-    row = source.connection.execute(_SIZE, [table.oid]).fetchone()
-    assert row is not None
-    rows, size, has_children, secured, unreadable = row
-    if has_children or table.kind == PARTITIONED:
-        raise ConfigurationError(
-            f"{name} has partitions or inheriting tables, whose rows are not backfilled yet."
-        )
-    if not identity_of(table):
-        raise ConfigurationError(
-            f"{name} has no primary key, which backfill needs to read it in chunks."
-        )
-    if secured:
-        raise ConfigurationError(
-            f"Row-level security hides rows of {name} from this role; let it see all: ALTER ROLE "
-            f'"{source.connection.info.user}" BYPASSRLS'
-        )
-    if unreadable:
-        raise ConfigurationError(
-            f"This role may not read {', '.join(unreadable)} of {name}: GRANT SELECT ON {name} TO "
-            f'"{source.connection.info.user}"'
-        )
+    sizes = [_size(source, leaf) for leaf in catalog.leaves(source.connection, table)]
+    rows, size = sum(rows for rows, _ in sizes), sum(size for _, size in sizes)
     if where:
         if wish.truncate:
             raise ConfigurationError(
                 "A Truncate removes also what --where leaves out; leave out one of the two."
             )
         rows = _matching(source, table, where)
-    return Plan(handler, name, max(int(rows), 0), int(size), wish, where)
+    return Plan(handler, name, max(rows, 0), size, wish, where)
+
+
+def _size(source: Source, table: CatalogTable) -> tuple[int, int]:
+    """Return how many rows a table has, as PostgreSQL estimates it, and its bytes.
+
+    Raises:
+        ConfigurationError: It cannot be read, or not in chunks.
+    """
+    name, user = table.name, source.connection.info.user
+    row = source.connection.execute(_SIZE, [table.oid]).fetchone()
+    if row is None:
+        raise ConfigurationError(f"{name} was dropped just now; try again.")
+    rows, size, secured, unreadable = row
+    if not identity_of(table):
+        raise ConfigurationError(
+            f"{name} has no primary key, which backfill needs to read it in chunks; add one, or a "
+            f"unique index of NOT NULL columns and ALTER TABLE {name} REPLICA IDENTITY USING INDEX."
+        )
+    if secured:
+        raise ConfigurationError(
+            f"Row-level security hides rows of {name} from this role; let it see all: ALTER ROLE "
+            f'"{user}" BYPASSRLS'
+        )
+    if unreadable:
+        raise ConfigurationError(
+            f"This role may not read {', '.join(unreadable)} of {name}: GRANT SELECT ON {name} TO "
+            f'"{user}"'
+        )
+    return int(rows), int(size)
 
 
 def _matching(source: Source, table: CatalogTable, where: Sequence[str]) -> int:
     """Return how many rows match, as PostgreSQL estimates it."""
     condition = expression_of(source.connection, table, where)
     name = sql.Identifier(table.name.schema, table.name.name)
-    query = sql.SQL("EXPLAIN (FORMAT JSON) SELECT FROM ONLY {} WHERE {}").format(name, condition)
-    ((described,),) = source.connection.execute(query)
+    only = sql.SQL("" if table.kind == PARTITIONED else "ONLY")
+    query = sql.SQL("EXPLAIN (FORMAT JSON) SELECT FROM {} {} WHERE {}")
+    ((described,),) = source.connection.execute(query.format(only, name, condition))
     return int(described[0]["Plan"]["Plan Rows"])
 
 

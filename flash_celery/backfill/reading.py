@@ -28,7 +28,8 @@ from ..protocol.lsn import Lsn
 from ..settings import Settings
 from ..table_name import TableName
 from . import requests
-from .chunks import Chunk, ChunkReader, Cursor
+from .chunks import Chunk, Cursor
+from .leaves import LeafReader
 from .requests import Backfill, Progress
 from .snapshots import Snapshot
 
@@ -235,7 +236,7 @@ class ReadingChunks(threading.Thread):
         self._cursor, self._has_read_all = self._progress["cursor"], self._recorded_all
         self._wait_for_older(connection)
         name, where = TableName.parse(backfill.table_name), backfill.options.get("where", ())
-        reader = ChunkReader(connection, name, where)
+        reader = LeafReader(connection, name, where)
         if backfill.options.get("truncate") and self._state(connection).progress is None:
             self._deliver_part(connection, reader, "truncate")
         by_key = False
@@ -264,7 +265,7 @@ class ReadingChunks(threading.Thread):
             )
 
     def _deliver_part(
-        self, connection: psycopg.Connection[Any], reader: ChunkReader, part: str
+        self, connection: psycopg.Connection[Any], reader: LeafReader, part: str
     ) -> None:
         """Deliver what comes before or after all rows."""
         self._offer(connection, reader.read_none(part), 0)
@@ -282,7 +283,7 @@ class ReadingChunks(threading.Thread):
         return state
 
     def _read_chunk(
-        self, connection: psycopg.Connection[Any], reader: ChunkReader, most: int
+        self, connection: psycopg.Connection[Any], reader: LeafReader, most: int
     ) -> None:
         """Read the next chunk in the order of the key, and offer it."""
         self._sleep(self._next_read - time.monotonic())
@@ -294,14 +295,18 @@ class ReadingChunks(threading.Thread):
         self._has_read_all = chunk.is_last
         self._offer(connection, chunk, 0)
 
-    def _read_moved(self, connection: psycopg.Connection[Any], reader: ChunkReader) -> bool:
+    def _read_moved(self, connection: psycopg.Connection[Any], reader: LeafReader) -> bool:
         """Read rows that have moved, if there are any; return whether there are."""
-        if not requests.moved(connection, self._backfill.id)[1]:
+        if not requests.moved(connection, self._backfill.id)[2]:
             return False
         self._settle(connection, 0)
-        number, moved = requests.moved(connection, self._backfill.id)
+        number, table, moved = requests.moved(connection, self._backfill.id)
         if moved:
-            self._offer(connection, reader.read_keys(moved, number), number)
+            chunk = reader.read_keys(table, moved, number)
+            if chunk is None:
+                requests.forget_moved(connection, self._backfill.id, number)
+            else:
+                self._offer(connection, chunk, number)
         return bool(moved)
 
     def _offer(self, connection: psycopg.Connection[Any], chunk: Chunk, number: int) -> None:

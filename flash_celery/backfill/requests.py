@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import takewhile
 from types import MappingProxyType
 from typing import Any, TypedDict
 
@@ -50,6 +51,7 @@ CREATE_MOVES = """
 CREATE TABLE IF NOT EXISTS public.flash_celery_backfill_moves (
     number bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     backfill text NOT NULL REFERENCES public.flash_celery_backfills ON DELETE CASCADE,
+    table_oid bigint NOT NULL,
     keys jsonb NOT NULL
 )"""
 _INSERT = """
@@ -78,13 +80,14 @@ WHERE id = %(id)s"""
 _BEGIN_AGAIN = "UPDATE public.flash_celery_backfills SET progress = NULL WHERE id = %s"
 #: One that has ended, or was deleted, needs none.
 _MOVED = """
-INSERT INTO public.flash_celery_backfill_moves (backfill, keys)
-SELECT id, %s FROM public.flash_celery_backfills WHERE id = %s AND ended_at IS NULL"""
+INSERT INTO public.flash_celery_backfill_moves (backfill, table_oid, keys)
+SELECT id, %s, %s FROM public.flash_celery_backfills WHERE id = %s AND ended_at IS NULL"""
 _MOVES = """
-SELECT number, keys FROM public.flash_celery_backfill_moves WHERE backfill = %s
+SELECT number, table_oid, keys FROM public.flash_celery_backfill_moves WHERE backfill = %s
 ORDER BY number LIMIT 5"""
 _ALL_MOVES = """
-SELECT keys FROM public.flash_celery_backfill_moves WHERE backfill = %s LIMIT %s"""
+SELECT keys FROM public.flash_celery_backfill_moves WHERE backfill = %s AND table_oid = %s
+LIMIT %s"""
 _DROP = "DROP TABLE public.flash_celery_backfill_moves, public.flash_celery_backfills"
 _READ = "DELETE FROM public.flash_celery_backfill_moves WHERE backfill = %s AND number <= %s"
 _STATE = """
@@ -274,21 +277,29 @@ def begin_again(connection: psycopg.Connection[Any], id: str) -> None:
 
 
 def remember_moved(
-    connection: psycopg.Connection[Any], id: str, keys: Sequence[Mapping[str, str]]
+    connection: psycopg.Connection[Any], id: str, table: int, keys: Sequence[Mapping[str, str]]
 ) -> None:
-    """Record keys that rows have got, which are read by themselves."""
-    connection.execute(_MOVED, [Jsonb(keys), id])
+    """Record keys that rows of a table (its OID) have got, which are read by themselves."""
+    connection.execute(_MOVED, [table, Jsonb(keys), id])
 
 
-def moved(connection: psycopg.Connection[Any], id: str) -> tuple[int, list[dict[str, str]]]:
-    """Return the oldest keys of `remember_moved`, and the number up to which these are."""
+def moved(connection: psycopg.Connection[Any], id: str) -> tuple[int, int, list[dict[str, str]]]:
+    """Return the oldest keys of `remember_moved`.
+
+    Returns:
+        The number up to which these are, the OID of their table, and the keys.
+    """
     rows = connection.execute(_MOVES, [id]).fetchall()
-    return (rows[-1][0] if rows else 0), [key for _, keys in rows for key in keys]
+    table = rows[0][1] if rows else 0
+    same = list(takewhile(lambda row: row[1] == table, rows))
+    return (same[-1][0] if same else 0), table, [key for *_, keys in same for key in keys]
 
 
-def all_moved(connection: psycopg.Connection[Any], id: str, most: int) -> list[dict[str, str]]:
-    """Return the keys of `remember_moved`, at least `most` if there are so many."""
-    return [key for (keys,) in connection.execute(_ALL_MOVES, [id, most]) for key in keys]
+def all_moved(
+    connection: psycopg.Connection[Any], id: str, table: int, most: int
+) -> list[dict[str, str]]:
+    """Return the keys of `remember_moved` for a table, at least `most` if there are so many."""
+    return [key for (keys,) in connection.execute(_ALL_MOVES, [id, table, most]) for key in keys]
 
 
 def forget_moved(connection: psycopg.Connection[Any], id: str, number: int) -> None:

@@ -18,11 +18,13 @@ from typing import Any, Protocol
 import psycopg
 
 from ..backfill import requests
-from ..backfill.chunks import Chunk, continues, identity_of
+from ..backfill.chunks import Chunk, Cursor, continues, identity_of
+from ..backfill.leaves import leaves_of
 from ..backfill.moved_rows import MOST_KEYS, MovedRows
 from ..backfill.reading import ReadingChunks, position_of
 from ..backfill.recent_writes import Key, RecentWrites
 from ..backfill.requests import Backfill
+from ..backfill.snapshots import Snapshot
 from ..capture.relations import RelationCatalog
 from ..capture.router import Receiver, Router, Sink
 from ..capture.transactions import Rows
@@ -42,7 +44,7 @@ from ..escaping import escaped, one_line
 from ..handlers.subscriptions import Subscription
 from ..messages.deduplication import CHUNK_ID_BYTES, chunk_of
 from ..postgres import catalog
-from ..postgres.catalog import CatalogTable
+from ..postgres.catalog import PARTITIONED, CatalogTable
 from ..postgres.source import Source
 from ..protocol import timestamps
 from ..protocol.lsn import Lsn
@@ -75,7 +77,7 @@ class Backfilling:
         sink: Takes the deliveries.
         history: The server's history, which the messages carry.
         room: The room in the handler's queues.
-        moved: Learns which rows have been delivered.
+        moved: Learn which rows of each leaf have been delivered, by its OID.
         binding: That of the session's lease.
 
     Raises:
@@ -92,7 +94,7 @@ class Backfilling:
         sink: Sink,
         history: History | None,
         room: Room,
-        moved: MovedRows,
+        moved: Mapping[int, MovedRows],
         binding: str,
     ) -> None:
         self._moved = moved
@@ -101,12 +103,12 @@ class Backfilling:
         self._backfill = backfill
         self._history = history
         self._room = room
-        table = _find(source, backfill)
+        name = TableName.parse(backfill.table_name)
+        table, self._leaves = catalog.find(source.connection, name), _leaves(source, backfill)
         if table is None:
-            raise CatalogError(f"{backfill.table_name} is gone, or its rows have no key.")
+            raise CatalogError(f"{name} is gone.")
         self._table = table
-        self._oid = table.oid
-        self._writes = RecentWrites(identity_of(table))
+        self._writes = {oid: RecentWrites(identity_of(leaf)) for oid, leaf in self._leaves.items()}
         self._ends = () if backfill.options.get("where") else ends
         self._sink = _RowSink(sink)
         self._router = Router(subscriptions, _Settled(relations), self._sink)
@@ -145,12 +147,19 @@ class Backfilling:
                 self._begin_again("the broker has lost rows that it had confirmed")
                 self._sink.enqueued = {}
         cursor = progress["cursor"] if progress is not None else None
-        if cursor is not None and not continues(cursor, self._table):
+        if cursor is not None and not self._continues(cursor):
             self._begin_again(_REPLACED)
         self._reading = ReadingChunks(self._source.settings, self._backfill, self._room, wake)
         self._reading.start()
         if progress is None and not (self._backfill.options.get("truncate") or self._ends):
             logger.info(_DELETED_STAY, self._backfill.id, self._backfill.handler)
+
+    def _continues(self, cursor: Cursor) -> bool:
+        """Return whether a cursor is of a leaf as it is, or of a partition that was dropped."""
+        leaf = self._leaves.get(cursor["table"])
+        if leaf is None:
+            return self._table.kind == PARTITIONED
+        return not cursor["columns"] or continues(cursor, leaf)
 
     def close(self) -> None:
         """End the thread. What the broker has not confirmed is read again."""
@@ -165,7 +174,7 @@ class Backfilling:
 
     def observe(self, rows: Rows) -> Rows:
         """Return rows that are noted before they are passed on."""
-        return _Observed(rows, self._oid, self._writes)
+        return _Observed(rows, self._writes)
 
     @property
     def waits_for(self) -> Lsn | None:
@@ -191,23 +200,35 @@ class Backfilling:
         chunk, self._chunk = self._chunk, None
         assert chunk is not None
         assert self._reading is not None
-        if (chunk.table.oid, identity_of(chunk.table)) != (self._oid, identity_of(self._table)):
+        known = self._table if chunk.table.oid == self._table.oid else self._leaf(chunk)
+        if known is None or identity_of(chunk.table) != identity_of(known):
             # Another session notes what happens to this table.
-            self._begin_again(_REPLACED)
+            if known is not None or self._table.kind != PARTITIONED:
+                self._begin_again(_REPLACED)
             self.close()
             return False
         if chunk.part != "rows":
             self._deliver_part(chunk)
             return True
-        if self._writes.hides_any(chunk.snapshot, chunk.relation.columns):
+        writes = self._writes.get(chunk.table.oid)
+        if writes is not None and writes.hides_any(chunk.snapshot, chunk.relation.columns):
             self._stale = True
             return False
-        merged = self._writes.merge(chunk.snapshot, chunk.rows)
-        self._writes.forget(chunk.snapshot)
+        merged = writes.merge(chunk.snapshot, chunk.rows) if writes is not None else {}
+        self._forget(chunk.snapshot)
+        self._describe(chunk)
         self._deliver(chunk, merged)
-        self._moved.has_all |= chunk.is_last
+        for moved in self._moved.values():
+            moved.has_all |= chunk.is_last
         self._await(sum(map(len, merged.values())))
         return True
+
+    def _leaf(self, chunk: Chunk) -> CatalogTable | None:
+        return self._leaves.get(chunk.table.oid)
+
+    def _forget(self, snapshot: Snapshot) -> None:
+        for writes in self._writes.values():
+            writes.forget(snapshot)
 
     def confirm(self, chunk: int) -> None:
         """Take note that the broker has the rows up to this chunk."""
@@ -221,9 +242,10 @@ class Backfilling:
             reading.read_again()
         shown, reading.shown = reading.shown, None
         if shown is not None:
-            self._writes.forget(shown)
+            self._forget(shown)
         if not reading.is_alive():
-            self._writes.end()
+            for writes in self._writes.values():
+                writes.end()
 
     def _begin_again(self, reason: str) -> None:
         """Forget the progress, so that the table is read from its first row on."""
@@ -246,7 +268,7 @@ class Backfilling:
         transaction = self._transaction(chunk, None)
         if chunk.part == "truncate":
             self._sink.begin(self._count, [TRUNCATE_ID])
-            self._router.truncate([self._oid], transaction, self._count, 0)
+            self._router.truncate([chunk.table.oid], transaction, self._count, 0)
         else:
             self._sink.begin(self._count, [END_ID])
             for each in self._ends:
@@ -271,11 +293,13 @@ class Backfilling:
             self._router.relation(chunk.relation, self._transaction(chunk, None))
 
     def _deliver(self, chunk: Chunk, merged: Mapping[Lsn | None, Mapping[Key, bytes]]) -> None:
-        self._describe(chunk)
-        head = b"I" + self._oid.to_bytes(4, "big")
+        oid = chunk.table.oid
+        head = b"I" + oid.to_bytes(4, "big")
+        # Keys of leaves may be equal.
+        leaf = () if oid == self._table.oid else (b"%d" % oid,)
         for commit_lsn, rows in merged.items():
-            self._moved.deliver(rows)
-            self._sink.begin(self._count, list(map(row_id_of, rows)))
+            self._moved[oid].deliver(rows)
+            self._sink.begin(self._count, [row_id_of((*leaf, *key)) for key in rows])
             transaction = self._transaction(chunk, commit_lsn)
             self._router.rows(head, list(rows.values()), transaction, self._count, 0)
             self._count += len(rows)
@@ -289,10 +313,13 @@ class Backfilling:
         return transaction
 
 
-def _find(source: Source, backfill: Backfill) -> CatalogTable | None:
-    """Return the table of a backfill; None if it is gone, or its rows have no key."""
-    table = catalog.find(source.connection, TableName.parse(backfill.table_name))
-    return table if table is not None and identity_of(table) else None
+def _leaves(source: Source, backfill: Backfill) -> dict[int, CatalogTable]:
+    """Return the tables that hold the rows of a backfill's table, by OID.
+
+    Raises:
+        CatalogError: The table is gone, or its rows have no key.
+    """
+    return leaves_of(source.connection, TableName.parse(backfill.table_name))
 
 
 class Backfills:
@@ -302,8 +329,9 @@ class Backfills:
         self._source = source
         self._warned = False
         self.backfilling: Backfilling | None = None
-        #: The rows that move, for each backfill that has begun, also while it is paused.
-        self._moved: dict[str, MovedRows] = {}
+        #: The rows that move, for each backfill that has begun, also while it is paused, and for
+        #: each leaf.
+        self._moved: dict[str, dict[int, MovedRows]] = {}
 
     def next(self) -> Backfill | None:
         """Return the backfill to do; None if there is none, or their tables cannot be read."""
@@ -322,7 +350,7 @@ class Backfills:
             return False
         return self.backfilling is None or not self.backfilling.is_for(backfill)
 
-    def moved_of(self, backfill: Backfill) -> MovedRows:
+    def moved_of(self, backfill: Backfill) -> Mapping[int, MovedRows]:
         """Return the rows that move, for the backfill that the session does."""
         return self._moved[backfill.id]
 
@@ -335,32 +363,43 @@ class Backfills:
         """
         begun = [] if self._warned else requests.begun(self._source)
         for backfill in [*begun, *([] if doing is None else [doing])]:
-            table = _find(self._source, backfill)
-            if table is not None and backfill.id not in self._moved:
-                identity = identity_of(table)
-                owed = requests.all_moved(self._source.connection, backfill.id, MOST_KEYS + 1)
-                keys = [
-                    tuple(key[name].encode() for name in identity)
-                    for key in owed
-                    if key.keys() == set(identity)
-                ]
-                moved = self._moved[backfill.id] = MovedRows(backfill.id, identity, keys)
-                rows = _Observed(rows, table.oid, moved)
+            if backfill.id in self._moved:
+                continue
+            with suppress(CatalogError):  # it is reported when the backfill's turn comes
+                moved = {
+                    oid: self._moved_of_leaf(backfill, leaf)
+                    for oid, leaf in _leaves(self._source, backfill).items()
+                }
+                self._moved[backfill.id] = moved
+                rows = _Observed(rows, moved)
         return rows
+
+    def _moved_of_leaf(self, backfill: Backfill, leaf: CatalogTable) -> MovedRows:
+        identity, connection = identity_of(leaf), self._source.connection
+        owed = requests.all_moved(connection, backfill.id, leaf.oid, MOST_KEYS + 1)
+        keys = [
+            tuple(key[name].encode() for name in identity)
+            for key in owed
+            if key.keys() == set(identity)
+        ]
+        return MovedRows(backfill.id, identity, keys)
 
     def remember_moved(self) -> None:
         """Record the rows that have moved, before anything behind them can be acknowledged.
 
         PostgreSQL may not send them again.
         """
-        for id, moved in list(self._moved.items()):
-            keys = moved.take()
+        for id, leaves in list(self._moved.items()):
             try:
-                for first in range(0, len(keys), _MOVED_TOGETHER):
-                    part = keys[first : first + _MOVED_TOGETHER]
-                    requests.remember_moved(self._source.connection, id, part)
+                for oid, moved in leaves.items():
+                    self._remember(id, oid, moved.take())
             except (psycopg.ProgrammingError, psycopg.IntegrityError) as error:
                 self._give_up(id, one_line(error))
+
+    def _remember(self, id: str, table: int, keys: Sequence[Mapping[str, str]]) -> None:
+        for first in range(0, len(keys), _MOVED_TOGETHER):
+            part = keys[first : first + _MOVED_TOGETHER]
+            requests.remember_moved(self._source.connection, id, table, part)
 
     def _give_up(self, id: str, error: str) -> None:
         """Stop a backfill that would miss rows; changes have to go on."""
@@ -435,33 +474,43 @@ class _Noting(Protocol):
 
 
 class _Observed:
-    """Notes what happens to one table, and passes everything on."""
+    """Notes what happens to some tables, and passes everything on.
 
-    def __init__(self, rows: Rows, oid: int, noting: _Noting) -> None:
+    Args:
+        rows: What takes it then.
+        noting: What notes it, by the OID of the table.
+    """
+
+    def __init__(self, rows: Rows, noting: Mapping[int, _Noting]) -> None:
         self._rows = rows
-        self._oid = oid
         self._noting = noting
-        self._heads = {tag + oid.to_bytes(4, "big") for tag in (b"I", b"U", b"D")}
+        self._heads = {
+            tag + oid.to_bytes(4, "big"): each
+            for oid, each in noting.items()
+            for tag in (b"I", b"U", b"D")
+        }
         self.message = rows.message
 
     def rows(
         self, head: bytes, rows: Sequence[bytes], transaction: Transaction, ordinal: int, shift: int
     ) -> None:
         """Note and pass on consecutive rows of one relation."""
-        if head in self._heads:
-            self._noting.note(rows, transaction)
+        noting = self._heads.get(head)
+        if noting is not None:
+            noting.note(rows, transaction)
         self._rows.rows(head, rows, transaction, ordinal, shift)
 
     def truncate(
         self, oids: Sequence[int], transaction: Transaction, ordinal: int, shift: int
     ) -> None:
         """Note and pass on a TRUNCATE."""
-        if self._oid in oids:
-            self._noting.truncate(transaction)
+        for oid in oids:
+            if oid in self._noting:
+                self._noting[oid].truncate(transaction)
         self._rows.truncate(oids, transaction, ordinal, shift)
 
     def relation(self, relation: Relation, transaction: Transaction) -> None:
         """Note and pass on the description of a relation."""
-        if relation.oid == self._oid:
-            self._noting.describe(relation)
+        if relation.oid in self._noting:
+            self._noting[relation.oid].describe(relation)
         self._rows.relation(relation, transaction)

@@ -51,6 +51,12 @@ def counted(change):
     """Is handled once."""
 
 
+@on_change("keyless")
+@app.task(queue="keyless")
+def keyless(change):
+    """Is on a table without a primary key."""
+
+
 @on_change("parted")
 @app.task(queue="parted")
 def parted(change):

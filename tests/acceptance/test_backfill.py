@@ -18,7 +18,7 @@ from psycopg import sql
 
 from benchmarks.verify import body_of
 from example_project.servers import wait_until
-from flash_celery import UNCHANGED, BackfillEnd, Truncate, testing
+from flash_celery import UNCHANGED, BackfillEnd, Operation, Truncate, testing
 from flash_celery.backfill import requests
 from flash_celery.backfill.chunks import ChunkReader
 from flash_celery.backfill.copied_rows import cells_of
@@ -55,6 +55,7 @@ def with_rows(shop):
     shop.database.execute(
         "ALTER TABLE items ALTER note SET STORAGE EXTERNAL",
         "CREATE TABLE parted (id int PRIMARY KEY) PARTITION BY RANGE (id)",
+        "CREATE TABLE keyless (id int)",
         "INSERT INTO items SELECT n, 'name ' || n, repeat(n::text, 700)"
         f" FROM generate_series(1, {ROWS}) n",
     )
@@ -170,7 +171,7 @@ def applied(changes):
 
 def table(shop):
     with psycopg.connect(shop.database.dsn) as connection:
-        rows = connection.execute("SELECT id, name, note FROM items").fetchall()
+        rows = connection.execute("SELECT id, name, note FROM ONLY items").fetchall()
     return {row[0]: dict(zip(("id", "name", "note"), row, strict=True)) for row in rows}
 
 
@@ -182,7 +183,12 @@ def drained(shop):
 
 
 def test_backfill_brings_each_row_once_as_an_insert(mirrored, consumer):
+    """Rows of a table that inherits belong to that one, as changes of it do."""
+    mirrored.database.execute(
+        "CREATE TABLE heirs () INHERITS (items)", "INSERT INTO heirs VALUES (-5, 'heir', '')"
+    )
     mirrored.replicate()
+    mirrored.database.execute("INSERT INTO heirs VALUES (-6, 'heir', '')")
     said = flash(mirrored, "backfill", "mirror", "--chunk", "700", "--wait")
     assert "is requested" in said
     changes = consumer.changes()
@@ -225,7 +231,11 @@ class Writers:
                 statement = chance.choice(self.statements)
                 try:
                     connection.execute(statement, {"key": key, "other": other})
-                except (psycopg.errors.UniqueViolation, psycopg.errors.DeadlockDetected):
+                except (
+                    psycopg.errors.UniqueViolation,
+                    psycopg.errors.DeadlockDetected,
+                    psycopg.errors.SerializationFailure,  # of a row that moved to another partition
+                ):
                     continue
 
     def __enter__(self):
@@ -519,12 +529,66 @@ def test_backfill_of_a_part_reads_the_rows_that_match(mirrored, consumer):
     assert done["rows"] == len(changes) == len(expected)
 
 
+PARTED = [
+    "ALTER TABLE parted ADD note text",
+    "ALTER TABLE parted ALTER note SET STORAGE EXTERNAL",
+    "CREATE TABLE parted_low PARTITION OF parted FOR VALUES FROM (-10000) TO (1000)",
+    "CREATE TABLE parted_empty PARTITION OF parted FOR VALUES FROM (1000) TO (2000)",
+    "CREATE TABLE parted_middle PARTITION OF parted FOR VALUES FROM (2000) TO (3000)"
+    " PARTITION BY RANGE (id)",
+    "CREATE TABLE parted_leaf PARTITION OF parted_middle FOR VALUES FROM (2000) TO (3000)",
+    "CREATE TABLE parted_gone PARTITION OF parted FOR VALUES FROM (3000) TO (4000)",
+    "CREATE TABLE parted_rest PARTITION OF parted DEFAULT",
+    "INSERT INTO parted SELECT n, repeat(n::text, 700) FROM unnest(ARRAY[1, 2000, 3000, 5000]) AS"
+    " first, generate_series(first, first + 400) AS n",
+]
+PARTED_WRITES = [
+    "UPDATE parted SET note = repeat('z', 2500) WHERE id = %(key)s",
+    "UPDATE parted SET id = %(other)s WHERE id = %(key)s"
+    " AND NOT EXISTS (SELECT FROM parted WHERE id = %(other)s)",
+    "UPDATE parted SET id = -id WHERE id = %(key)s AND id < 1000",
+    "DELETE FROM parted WHERE id = %(key)s",
+    "INSERT INTO parted VALUES (%(key)s, repeat('n', 3000)) ON CONFLICT DO NOTHING",
+]
+
+
+def test_backfill_reads_the_leaves_of_a_partitioned_table(mirrored):
+    """Among writers that move rows between them, while one is dropped and one is made."""
+    mirrored.database.execute(*PARTED)
+    with closing(Consumer(mirrored, "parted")) as consumer:
+        consumer.thread.start()
+        mirrored.replicate(SHOP_ENDS="1")
+        with Writers(mirrored.database.dsn, 2, PARTED_WRITES):
+            flash(mirrored, "backfill", "parted", "--truncate", "--chunk", "100", "--rate", "800/s")
+            wait_until(lambda: backfills(mirrored)[0]["rows"] >= 200, "some chunks", 60)
+            mirrored.database.execute(
+                "DROP TABLE parted_gone",
+                "CREATE TABLE parted_new PARTITION OF parted FOR VALUES FROM (90000) TO (91000)",
+                "INSERT INTO parted VALUES (90001, 'new')",
+            )
+            wait_until(lambda: state(mirrored) == "done", "the backfill", 120)
+        drained(mirrored)
+        changes = consumer.changes()
+    backfilled = [change for change in changes if change.backfill]
+    assert (backfilled[0].operation, backfilled[0].partition) == (Operation.TRUNCATE, None)
+    assert {f"public.{name}" for name in ("parted_low", "parted_leaf", "parted_rest")} <= {
+        change.partition for change in backfilled
+    }
+    with psycopg.connect(mirrored.database.dsn) as connection:
+        rows = connection.execute("SELECT id, note FROM parted").fetchall()
+    found = {key: row["note"] for key, row in applied(changes).items()}
+    # No DELETE tells of the rows of a partition that is dropped.
+    assert {key: found[key] for key in found if not 3000 <= key < 4000} == {
+        key: note for key, note in rows if not 3000 <= key < 4000
+    }
+
+
 def test_backfill_refuses_what_it_cannot_do(mirrored):
     mirrored.replicate()
     for arguments, sentence in {
         ("added",): "is not on both insert and update of public.items",
         ("counted",): "has once=",
-        ("parted",): "has partitions or inheriting tables",
+        ("keyless",): "public.keyless has no primary key",
         ("mirror", "--table", "parted"): "is no handler of public.parted",
         ("nothing",): "nothing",
         ("mirror", "--rate", "fast"): "'fast' is not a rate",
