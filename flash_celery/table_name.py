@@ -25,13 +25,7 @@ class TableName:
         Raises:
             SubscriptionError: The text is not the name of a table.
         """
-        if not _NAME.fullmatch(text):
-            raise SubscriptionError(
-                f"{text!r} is not a table name; "
-                'write orders, sales.orders or "Sales"."Order lines".'
-            )
-        parts = [part for part in _PART.findall(text) if part]
-        unquoted = [p[1:-1].replace('""', '"') if p.startswith('"') else p for p in parts]
+        unquoted = [unquote(part) for part in split(text)]
         return cls("public", unquoted[0]) if len(unquoted) == 1 else cls(*unquoted)
 
     @classmethod
@@ -44,6 +38,24 @@ class TableName:
 
     def __str__(self) -> str:
         return ".".join(_quote(part) for part in (self.schema, self.name))
+
+
+def split(text: str) -> list[str]:
+    """Return the one or two parts of a table's name, each with its quotes.
+
+    Raises:
+        SubscriptionError: The text is not the name of a table.
+    """
+    if not _NAME.fullmatch(text):
+        raise SubscriptionError(
+            f'{text!r} is not a table name; write orders, sales.orders or "Sales"."Order lines".'
+        )
+    return [part for part in _PART.findall(text) if part]
+
+
+def unquote(part: str) -> str:
+    """Return a part of a name without its quotes."""
+    return part[1:-1].replace('""', '"') if part.startswith('"') else part
 
 
 _UNIT = r'(?:"(?:[^"]|"")+"|[^\s".:]+)'

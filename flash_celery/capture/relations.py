@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -232,8 +232,26 @@ class RelationCatalog:
             self._on_lost(rows)
 
     def _partitioned(self, names: Iterable[TableName]) -> list[CatalogTable]:
-        tables = (catalog.find(self._connection, name) for name in sorted(names, key=str))
-        return [table for table in tables if table and table.kind == catalog.PARTITIONED]
+        tables = [catalog.find(self._connection, name) for name in sorted(names, key=str)]
+        # Those of patterns are known from the beginning of the session.
+        tables += catalog.describe_all(self._connection, self._history.handled).values()
+        partitioned = {
+            table.name: table for table in tables if table and table.kind == catalog.PARTITIONED
+        }
+        return list(partitioned.values())
+
+    def former(self, oid: int) -> frozenset[TableName]:
+        """Return every table that a relation is known to have been a partition of."""
+        return self._history.all_of(oid)
+
+    def root_of(self, tables: Sequence[TableName]) -> TableName:
+        """Return the topmost of some tables, each of which is above or below another."""
+        if len(tables) > 1:
+            for name in tables:
+                table = catalog.find(self._connection, name)
+                if table is not None and not table.ancestors:
+                    return name
+        return tables[0]
 
     def table(self, oid: int) -> CatalogTable | None:
         """Return the table as it is now; None if it was dropped."""

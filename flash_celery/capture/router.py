@@ -20,7 +20,7 @@ from ..conditions.evaluation import Cells
 from ..errors import SubscriptionError
 from ..escaping import escaped
 from ..handlers.own_writes import writer
-from ..handlers.subscriptions import Subscription, of_messages
+from ..handlers.subscriptions import Subscription, of_messages, of_patterns
 from ..postgres.catalog import CatalogTable
 from ..postgres.column_types import TEXT, TypeDescription
 from ..protocol import pgoutput
@@ -28,6 +28,7 @@ from ..protocol.lsn import Lsn
 from ..table_name import TableName
 from ..telemetry import Tally, Telemetry
 from ..transactional_tasks.signing import PREFIX as TASK_PREFIX
+from .partition_history import Ancestors
 from .relations import RelationCatalog
 from .transitions import Transitions
 
@@ -40,6 +41,8 @@ Receiver = Callable[[Delivery], object]
 RunReceiver = Callable[[Sequence[bytes], Transaction, int, int], None]
 #: Takes the logical messages that carry tasks, each with its transaction and ordinal.
 TaskReceiver = Callable[[pgoutput.LogicalMessage, Transaction, int], None]
+#: From which position on, and up to which, rows belong to a table; None without a bound.
+Period = tuple["Lsn | None", "Lsn | None"]
 _NO_ROUTES: dict[str, RunReceiver] = {}
 #: The most fields of all composite columns of a table; a column beyond that is delivered as text.
 #: Each task message carries the description of its table, and a composite of composites can have
@@ -74,7 +77,8 @@ class Router:
     ) -> None:
         self._tasks = tasks
         self._subscriptions = subscriptions
-        self._handled = frozenset(subscription.table for subscription in subscriptions)
+        self._named = frozenset(each.table for each in subscriptions if each.pattern is None)
+        self._patterns = of_patterns(subscriptions)
         self._catalog = catalog
         self._sink = sink
         self._telemetry = telemetry or Telemetry()
@@ -141,30 +145,36 @@ class Router:
         Raises:
             SubscriptionError: A column that a subscription names no longer exists.
         """
-        unseen = self._catalog.settle(transaction, relation, self._handled)
+        handled = self._handled(relation)
+        unseen = self._catalog.settle(transaction, relation, handled)
         self._forget(relation.oid)
         own = TableName(relation.schema, relation.name)
         catalog_table = self._catalog.table(relation.oid)
+        handled |= self._handled(relation, catalog_table)
         ancestors = unseen or self._catalog.ancestors(
-            relation, catalog_table, transaction.commit_lsn, self._handled
+            relation, catalog_table, transaction.commit_lsn, handled
         )
-        if unseen is None and catalog_table is not None and catalog_table.name in ancestors:
+        named = own if catalog_table is None or unseen is not None else catalog_table.name
+        if named in ancestors and not any(each.is_on(own) for each in self._patterns):
             # It was renamed after these rows were written, and the handler names it as it is now.
-            own = catalog_table.name
+            own = named
             relation = replace(relation, schema=own.schema, name=own.name)
         types = self._catalog.types([column.type_oid for column in relation.columns])
         interested = [
             subscription
             for subscription in self._subscriptions
-            if subscription.table in (own, *ancestors)
+            if subscription.pattern is None and subscription.table in (own, *ancestors)
         ]
+        matching = list(self._matching(own, ancestors, catalog_table))
         lost = self._catalog.lost.get(relation.oid)
         if lost is not None:
             self._catalog.report_lost(lost, transaction)
             for tag in _TAGS.values():
                 self._routes[tag + relation.oid.to_bytes(4, "big")] = {"": lost.add}
         # There may be thousands of partitions, so they are counted as their table.
-        counted = str(interested[0].table if interested else own)
+        counted = str(next((each.declared for each in interested), own))
+        if not interested and matching:
+            counted = str(matching[0][0].declared)
         for operation, tag in (*_TAGS.items(), (Operation.TRUNCATE, b"T")):
             tally = self._telemetry.tally(counted, operation.names()[0])
             self._tallies[tag + relation.oid.to_bytes(4, "big")] = tally
@@ -172,7 +182,62 @@ class Router:
             _require_columns(subscription, relation, catalog_table)
             table = _table(subscription, relation, catalog_table, types, bool(ancestors))
             end = ancestors.get(subscription.table) if subscription.table != own else None
-            self._add(subscription, relation, table, end)
+            self._add(subscription, relation, table, (None, end))
+        for subscription, period in matching:
+            if self._lacks_columns(subscription, relation, catalog_table):
+                continue
+            table = _table(subscription, relation, catalog_table, types, bool(ancestors))
+            self._add(subscription, relation, table, period)
+
+    def _handled(
+        self, relation: pgoutput.Relation, table: CatalogTable | None = None
+    ) -> frozenset[TableName]:
+        """Return the tables of handlers, those of patterns as far as they concern a relation."""
+        if not self._patterns:
+            return self._named
+        names = {TableName(relation.schema, relation.name)}
+        if table is not None:
+            names |= {table.name, *table.ancestors, *self._catalog.former(relation.oid)}
+        return self._named | {
+            name for name in names if any(each.is_on(name) for each in self._patterns)
+        }
+
+    def _matching(
+        self, own: TableName, ancestors: Ancestors, catalog_table: CatalogTable | None
+    ) -> Iterator[tuple[Subscription, Period]]:
+        """Yield the subscriptions whose pattern names a relation, with the tables it stands for.
+
+        A partition counts as its root, as long as it is one. No row belongs to two tables.
+        """
+        itself = {own, *([] if catalog_table is None else [catalog_table.name])}
+        above: dict[Lsn | None, list[TableName]] = {}
+        for name, end in ancestors.items():
+            if name not in itself:
+                above.setdefault(end, []).append(name)
+        roots = {end: self._catalog.root_of(names) for end, names in above.items()}
+        for subscription in self._patterns:
+            start = None
+            for end in sorted(roots, key=lambda end: (end is None, end or 0)):
+                if subscription.is_on(roots[end]):
+                    yield subscription.of(roots[end]), (start, end)
+                    start = end
+            if None not in roots and subscription.is_on(own):
+                yield subscription.of(own), (start, None)
+
+    def _lacks_columns(
+        self,
+        subscription: Subscription,
+        relation: pgoutput.Relation,
+        catalog_table: CatalogTable | None,
+    ) -> bool:
+        """Return whether a table of a pattern cannot be delivered, and say so; others go on."""
+        try:
+            _require_columns(subscription, relation, catalog_table)
+            self._matcher(subscription, relation)
+        except SubscriptionError as error:
+            logger.warning("Left out: %s", escaped(str(error)))
+            return True
+        return False
 
     def _forget(self, oid: int) -> None:
         number = oid.to_bytes(4, "big")
@@ -185,13 +250,13 @@ class Router:
         subscription: Subscription,
         relation: pgoutput.Relation,
         table: Table,
-        end: Lsn | None,
+        period: Period,
     ) -> None:
         if Operation.TRUNCATE in subscription.operations:
             route = _without_own(
                 subscription, self._forward(subscription, Operation.TRUNCATE, table)
             )
-            self._truncates.setdefault(relation.oid, []).append(_before(end, route))
+            self._truncates.setdefault(relation.oid, []).append(_within(period, route))
         transitions = None
         if subscription.fields or subscription.where or subscription.key:
             transitions = Transitions(
@@ -199,7 +264,7 @@ class Router:
                 table,
                 relation.columns,
                 self._matcher(subscription, relation),
-                partial(self._note_unevaluated, subscription.table),
+                partial(self._note_unevaluated, subscription.declared),
             )
         for operation, tag in _TAGS.items():
             if operation in subscription.captured:
@@ -207,7 +272,7 @@ class Router:
                     route = self._forward(subscription, operation, table)
                 else:
                     route = self._evaluate(subscription, table, transitions)
-                route = _before(end, _without_own(subscription, route))
+                route = _within(period, _without_own(subscription, route))
                 head = tag + relation.oid.to_bytes(4, "big")
                 routes = self._routes.setdefault(head, {})
                 other = routes.get(subscription.handler)
@@ -279,16 +344,18 @@ class Router:
             )
 
 
-def _before(end: Lsn | None, route: RunReceiver) -> RunReceiver:
-    """Limit the route to a partition's former table to transactions committed before `end`."""
-    if end is None:
+def _within(period: Period, route: RunReceiver) -> RunReceiver:
+    """Limit the route to a table to the time in which the rows belong to it."""
+    start, end = period
+    if start is None and end is None:
         return route
 
-    def before(rows: Sequence[bytes], transaction: Transaction, ordinal: int, shift: int) -> None:
-        if transaction.commit_lsn < end:
+    def within(rows: Sequence[bytes], transaction: Transaction, ordinal: int, shift: int) -> None:
+        position = transaction.commit_lsn
+        if (start is None or position >= start) and (end is None or position < end):
             route(rows, transaction, ordinal, shift)
 
-    return before
+    return within
 
 
 def _without_own(subscription: Subscription, route: RunReceiver) -> RunReceiver:

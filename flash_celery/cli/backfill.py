@@ -87,15 +87,17 @@ def start(
     from ..backfill import plans as planning
     from ..commands import backfill as backfills
     from ..provisioning import pauses
+    from ..provisioning.pattern_tables import one_for_each_table
 
     names = pauses.named(handlers, pauses.handlers(project.subscriptions))
     only = None if table is None else project.table(table)
     with project.connected() as source:
+        subscriptions = one_for_each_table(source.connection, project.subscriptions)
         asked = {"rate": rate, "chunk": chunk, "truncate": truncate or None}
         plans = [
             each
             for name in names
-            for each in planning.plan(source, project.subscriptions, name, only, asked, where)
+            for each in planning.plan(source, subscriptions, name, only, asked, where)
         ]
         if dry_run:
             for each in plans:

@@ -80,6 +80,18 @@ class Project:
             raise SubscriptionError(f"{name} belongs to another source; use --source {source}.")
         return TableName.parse(table)
 
+    def tables(self, name: str) -> Any:
+        """Parse the name of a table of this source, or a pattern of names.
+
+        Raises:
+            SubscriptionError: The table is in another source.
+        """
+        from ..handlers.patterns import pattern_of
+        from ..handlers.subscriptions import split_source
+
+        table = self.table(name)
+        return pattern_of(split_source(name)[1], table) or table
+
     def dead_letters(self) -> Any:
         """Return the dead-letter queue."""
         from ..dead_letters.queue import DeadLetterQueue

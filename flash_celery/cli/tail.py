@@ -19,8 +19,9 @@ from .project import Project, command, say
 def tail(project: Project, tables: tuple[str, ...], limit: int | None) -> None:
     """Print changes as they are committed.
 
-    Without TABLE, follows the tables that have handlers. Enqueues nothing, and leaves nothing
-    behind: its slot is temporary.
+    Without TABLE, follows the tables that have handlers. A pattern such as 'tenant_*.orders'
+    stands for the tables that match now. Enqueues nothing, and leaves nothing behind: its slot is
+    temporary.
     """
     from ..commands.tail import as_text, follow
     from ..errors import SubscriptionError
@@ -28,11 +29,9 @@ def tail(project: Project, tables: tuple[str, ...], limit: int | None) -> None:
     from ..worker.control import Control
 
     if tables:
-        names = dict.fromkeys(project.table(name) for name in tables)
+        names = dict.fromkeys(project.tables(name) for name in tables)
     else:
-        names = dict.fromkeys(
-            subscription.table for subscription in of_tables(project.subscriptions)
-        )
+        names = dict.fromkeys(each.tables for each in of_tables(project.subscriptions))
     if not names:
         raise SubscriptionError("No handler names a table; choose one: flash tail TABLE.")
     count = 0

@@ -65,7 +65,7 @@ def diagnose(
             *standby_checks.findings(source),
         ]
         record, lanes = pauses.read(source), source.lanes
-        explanation = list(explain_tables(source, subscriptions, report)) if explain else []
+        explanation = list(explain_tables(source, report)) if explain else []
     findings += server_checks.session_findings(settings)
     findings.append(server_checks.can_stream(settings))
     findings += spool_findings(settings)

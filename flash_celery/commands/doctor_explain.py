@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from ..handlers.subscriptions import Subscription, of_tables
+from ..handlers.subscriptions import Subscription
 from ..postgres.catalog import CatalogTable
 from ..postgres.source import OPERATIONS, Source
 from ..provisioning.narrowing import Narrowing, narrowings
@@ -12,15 +12,13 @@ from ..provisioning.preflight import Report
 from ..provisioning.requirements import RequiredTables
 
 
-def explain_tables(
-    source: Source, subscriptions: Sequence[Subscription], report: Report
-) -> Iterator[str]:
+def explain_tables(source: Source, report: Report) -> Iterator[str]:
     """Yield a few lines for each table of a handler; nothing if `replicate` cannot start."""
     required = report.required
     if required is None:
         return
     push_down = source.settings.flash_push_down
-    table_subscriptions = of_tables(subscriptions)
+    table_subscriptions = report.subscriptions
     narrowing_of = narrowings(source.connection, report.tables, table_subscriptions, required.full)
     for name, table in report.tables.items():
         narrowing = narrowing_of[table.oid]

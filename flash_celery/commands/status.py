@@ -18,7 +18,7 @@ from ..messages.task_options import TaskOptions
 from ..postgres.gaps import Gap
 from ..postgres.slots import POSITION
 from ..postgres.source import Source
-from ..provisioning import pauses, publications, replay_slot
+from ..provisioning import joined, pauses, publications, replay_slot
 from ..provisioning.record import Record
 from ..publishing.backpressure import is_full
 from ..publishing.brokers.base import queue_depths
@@ -127,6 +127,15 @@ class ProjectStatus:
 
 
 @dataclass(frozen=True)
+class LeftOutTable:
+    """A table that matches a handler's pattern and cannot be delivered to it."""
+
+    handler: str
+    table: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class DatabaseStatus:
     """What PostgreSQL reports."""
 
@@ -141,6 +150,8 @@ class DatabaseStatus:
     #: The backfills that have not ended, or on the last day, as `flash backfill list --json` has
     #: them.
     backfills: list[dict[str, Any]] = field(default_factory=list)
+    #: The tables of patterns that are not delivered.
+    left_out: list[LeftOutTable] = field(default_factory=list)
 
     def with_held(self, depths: Mapping[str, int | None]) -> DatabaseStatus:
         """Return this status with the number of held messages, by hold queue."""
@@ -252,6 +263,7 @@ def database_status(source: Source) -> DatabaseStatus:
             for handler, queue in pauses.hold_queues(record, source.settings.source).items()
         ],
         backfills=backfill.recent(source),
+        left_out=[LeftOutTable(*each) for each in joined.read(source).left_out],
     )
 
 
@@ -311,6 +323,8 @@ def as_text(report: StatusReport) -> list[str]:
     lines += [f"gap        {Gap(**gap)}" for gap in database.gaps]
     lines += [f"paused     {line}" for line in pause_lines(report)]
     lines += [f"backfill   {backfill.summary(each)}" for each in database.backfills]
+    for left in database.left_out:
+        lines.append(f"left out   {left.table} for {left.handler}: {left.reason}")
     lines += ["", "handlers"]
     width = max((len(row.handler) for row in project.subscriptions), default=0)
     for row in project.subscriptions:

@@ -19,6 +19,7 @@ from ..changes.change import Change, Delete, Insert, Operation, Update
 from ..changes.payload import Delivery, changes_of
 from ..changes.rows import UNCHANGED
 from ..errors import SubscriptionError
+from ..handlers.patterns import TablePattern
 from ..handlers.subscriptions import Subscription
 from ..postgres import catalog, slots
 from ..postgres.catalog import CatalogTable
@@ -39,7 +40,7 @@ _VALUE_LENGTH = 60
 
 def follow(
     settings: Settings,
-    tables: Sequence[TableName],
+    tables: Sequence[TableName | TablePattern],
     show: Callable[[Change], bool],
     ready: Callable[[], object],
     control: Control,
@@ -50,7 +51,7 @@ def follow(
 
     Args:
         settings: The settings of the source.
-        tables: The tables to follow.
+        tables: The tables to follow; a pattern stands for those that match now.
         show: Returns whether to continue.
         ready: Called once changes are being followed.
         control: Ends the command at a signal.
@@ -65,7 +66,9 @@ def follow(
         # By this name `_drop_abandoned` of other processes sees that ours is alive.
         connection.execute("SELECT set_config('application_name', %s, false)", [name])
         _drop_abandoned(connection, name)
-        catalog_tables = [_find(connection, table) for table in tables]
+        catalog_tables = list(
+            {t.oid: t for each in tables for t in _find(connection, each)}.values()
+        )
         steps, subscriptions = _plan(connection, name, catalog_tables, settings.source)
         try:
             apply(connection, steps)
@@ -79,11 +82,18 @@ def follow(
             _drop(connection, _names(connection, name))
 
 
-def _find(connection: psycopg.Connection[Any], name: TableName) -> CatalogTable:
-    table = catalog.find(connection, name)
-    if table is None or table.kind not in (catalog.ORDINARY, catalog.PARTITIONED):
+def _find(
+    connection: psycopg.Connection[Any], name: TableName | TablePattern
+) -> list[CatalogTable]:
+    if isinstance(name, TablePattern):
+        tables = [each for each in catalog.matching(connection, [name]) if name.matches(each.name)]
+    else:
+        table = catalog.find(connection, name)
+        kinds = catalog.ORDINARY, catalog.PARTITIONED
+        tables = [table] if table is not None and table.kind in kinds else []
+    if not tables:
         raise SubscriptionError(f"The database has no table {name} to follow.")
-    return table
+    return tables
 
 
 def _plan(

@@ -155,6 +155,8 @@ def _check_models(
     history: MigrationHistory,
     model_columns: Mapping[TableName, set[str]],
 ) -> Messages:
+    if subscription.pattern is not None and subscription.pattern.table.has_wildcards:
+        return  # it may stand for tables without a model
     handler, table = subscription.handler, _model_table(subscription.table)
     yield from _check_removed(subscription, history)
     if subscription.source or (table, None) in history.removed:
@@ -248,6 +250,8 @@ def _problem(
     connection: psycopg.Connection[Any], subscription: Subscription
 ) -> CheckMessage | None:
     handler = subscription.handler
+    if subscription.pattern is not None:
+        return None  # it may match no table yet, and leaves out what it cannot have
     try:
         table = table_checks.find(connection, subscription)
         table_checks.check(connection, subscription, table)

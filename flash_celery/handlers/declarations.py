@@ -10,6 +10,7 @@ from celery import Task
 
 from ..changes.change import Change
 from ..errors import SubscriptionError
+from ..table_name import TableName
 from . import row_types
 from .databases import Database
 from .row_types import RowType
@@ -82,14 +83,14 @@ def convert_rows(
     """
 
     def row_type(change: Change[Any]) -> RowType | None:
-        table = (change.source, change.schema, change.table)
+        table = TableName(change.schema, change.table)
         matching: dict[int, Subscription] = {}
         for number, declaration in enumerate(_in_order(declarations)):
             subscription = declaration.subscription
-            if subscription is not None and table == (
-                subscription.source,
-                subscription.table.schema,
-                subscription.table.name,
+            if (
+                subscription is not None
+                and subscription.source == change.source
+                and subscription.is_on(table)
             ):
                 matching[number] = subscription
         # The number differs if the code has changed since the task was enqueued, or in a test.

@@ -46,6 +46,7 @@ from .declarations import (
 from .existing_rows import Backfill
 from .once import call_directly, run_in_transaction
 from .own_writes import mark_own_writes
+from .patterns import pattern_of
 from .row_types import RowType
 from .subscriptions import (
     Batch,
@@ -58,6 +59,7 @@ from .subscriptions import (
     operations_of,
     prefix_of,
     source_of,
+    split_source,
     stored_value,
     table_of,
 )
@@ -179,6 +181,8 @@ def on_change(
     queue: str | None = ...,
     acks_late: bool = ...,
     source: str | None = ...,
+    schema: str | None = ...,
+    exclude: Any = ...,
 ) -> _Decorator: ...
 @overload
 def on_change(
@@ -197,6 +201,8 @@ def on_change(
     queue: str | None = ...,
     acks_late: bool = ...,
     source: str | None = ...,
+    schema: str | None = ...,
+    exclude: Any = ...,
 ) -> _TypedDecorator[RowT]: ...
 def on_change(
     table: Any,
@@ -214,6 +220,8 @@ def on_change(
     queue: str | None = None,
     acks_late: bool = True,
     source: str | None = None,
+    schema: str | None = None,
+    exclude: Any = None,
 ) -> Any:
     """Run a task for committed changes of a table.
 
@@ -227,7 +235,8 @@ def on_change(
     Args:
         table: `"orders"` (in the schema `public`), `"sales.orders"`, `'"Sales"."Order lines"'`, a
             Django model, or a SQLAlchemy mapped class or `Table`. `"billing:public.invoices"` is in
-            the database `billing` of `flash_sources`.
+            the database `billing` of `flash_sources`. `"tenant_*.orders"` and `"*.audit_*"` are
+            patterns: the task runs for all tables that match, also for later ones.
         operations: The operations to deliver: `Operation` flags, a string such as
             `"insert|update"`, or a list of names. Default: all.
         fields: Names of columns (or of model fields). Deliver only these columns, and no UPDATE
@@ -259,6 +268,10 @@ def on_change(
             change is lost if its worker dies in the handler. Default: `True`.
         source: The database, a name in `flash_sources`, for a table that is not given as a string.
             Default: the database of `flash_dsn`.
+        schema: The schema of the table, or a pattern of schemas for a table that is in many, such
+            as `"tenant_*"` for a Django model. Default: the one that `table` names.
+        exclude: Names or patterns of tables that a pattern leaves out; without a schema, in all of
+            them. Default: none.
 
     Raises:
         SubscriptionError: The decorated object is neither a task nor a function.
@@ -266,12 +279,17 @@ def on_change(
 
     def declare() -> Subscription:
         database, name = table_of(table, source)
+        local = split_source(table)[1] if isinstance(table, str) else table
+        pattern = pattern_of(local, name, schema, exclude)
+        if schema is not None and pattern is None:
+            name = TableName(schema, name.name)
         delivered = column_names("fields", fields, table)
         mask = operations_of(operations)
         return Subscription(
             handler="",
             source=database,
-            table=name,
+            table=name if pattern is None else pattern.name,
+            pattern=pattern,
             operations=mask,
             fields=delivered,
             where=parsing.parse(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Set
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from ..changes.change import Operation
@@ -14,6 +15,7 @@ from ..table_name import TableName
 from . import django_models, sqlalchemy_models
 from .databases import MARKS_TABLE, Database
 from .existing_rows import Backfill
+from .patterns import TablePattern
 from .row_types import RowType
 
 #: How the prefixes of flash-celery's own logical messages begin.
@@ -146,6 +148,26 @@ class Subscription:
     ignore_own: bool = False
     #: The class of the rows; the task's message does not depend on it.
     into: RowType | None = field(default=None, repr=False)
+    #: The pattern of its tables; `table` is then one of them, or shows the pattern.
+    pattern: TablePattern | None = None
+
+    @property
+    def declared(self) -> TableName:
+        """Its table or pattern, as the handler names it."""
+        return self.table if self.pattern is None else self.pattern.name
+
+    @property
+    def tables(self) -> TableName | TablePattern:
+        """Its one table, or the pattern of its tables."""
+        return self.pattern or self.table
+
+    def is_on(self, table: TableName) -> bool:
+        """Return whether it is for the changes of a table."""
+        return table == self.table if self.pattern is None else self.pattern.matches(table)
+
+    def of(self, table: TableName) -> Subscription:
+        """Return the same for one of the tables of its pattern."""
+        return replace(self, table=table)
 
     @property
     def prefix(self) -> str | None:
@@ -169,7 +191,7 @@ class Subscription:
             return f"{source}{self.table}"
         return f"messages {source}{self.prefix!r}"
 
-    @property
+    @cached_property
     def captured(self) -> Operation:
         """The operations the server must send to make every delivery possible.
 
@@ -225,6 +247,11 @@ def of_messages(subscriptions: Iterable[Subscription]) -> list[Subscription]:
 def of_ends(subscriptions: Iterable[Subscription], handler: str) -> list[Subscription]:
     """Return the subscriptions to the ends of the backfills of a handler."""
     return [each for each in subscriptions if each.ends_of == handler]
+
+
+def of_patterns(subscriptions: Iterable[Subscription]) -> list[Subscription]:
+    """Return the subscriptions to tables that a pattern names."""
+    return [subscription for subscription in subscriptions if subscription.pattern is not None]
 
 
 def of_source(subscriptions: Iterable[Subscription], source: str) -> list[Subscription]:

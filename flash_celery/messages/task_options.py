@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from celery.app.routes import MapRoute
@@ -21,6 +23,7 @@ from ..escaping import one_line
 from ..handlers.subscriptions import Ordered, Subscription
 from ..provisioning.pauses import handlers, queue_of
 from ..settings import Settings
+from ..table_name import TableName
 from ..telemetry import Route, route
 from . import lane_transports
 from .coalescing import Rules
@@ -86,11 +89,13 @@ class TaskOptions:
         _require_kept(app, settings, subscriptions)
         self.subscriptions = subscriptions
         self._options = {
-            (subscription.handler, subscription.number, operation): resolve(
-                app, settings, subscription, operation
+            (subscription.handler, subscription.number, operation, route): resolve(
+                app, settings, subscription, operation, route
             )
             for subscription, operation in _each_operation(subscriptions)
+            for route in _routes_for(settings.flash_routes, subscription, operation)
         }
+        self._flash_routes = settings.flash_routes
         #: How the changes of each ordered handler are kept in order.
         self.orders = self._orders(app, settings)
 
@@ -125,7 +130,16 @@ class TaskOptions:
 
     def __getitem__(self, key: tuple[Subscription, Operation]) -> dict[str, Any]:
         subscription, operation = key
-        return self._options[subscription.handler, subscription.number, operation]
+        route = _route_of(self._flash_routes, subscription.table, subscription.source, operation)
+        return self._options[subscription.handler, subscription.number, operation, route]
+
+    def all_of(self, subscription: Subscription, operation: Operation) -> list[dict[str, Any]]:
+        """Return the options that an operation may have.
+
+        They are several only for a pattern, whose tables `flash_routes` may tell apart.
+        """
+        key = subscription.handler, subscription.number, operation
+        return [options for (*each, _), options in self._options.items() if tuple(each) == key]
 
     def __iter__(self) -> Iterator[tuple[Subscription, Operation]]:
         return _each_operation(self.subscriptions)
@@ -143,7 +157,13 @@ class TaskOptions:
 
     def queues_of(self, subscription: Subscription) -> list[str]:
         """Return the queues of a subscription's messages."""
-        return sorted({self[key]["queue"] for key in _each_operation([subscription])})
+        return sorted(
+            {
+                options["queue"]
+                for key in _each_operation([subscription])
+                for options in self.all_of(*key)
+            }
+        )
 
     @property
     def routes(self) -> list[Route]:
@@ -152,7 +172,7 @@ class TaskOptions:
 
     def route(self, subscription: Subscription, operation: Operation) -> Route:
         """Return the label set that changes of an operation are counted under."""
-        subject = subscription.prefix or str(subscription.table)
+        subject = subscription.prefix or str(subscription.declared)
         queue = self[subscription, operation]["queue"]
         return route(subject, operation.names()[0], subscription.handler, queue)
 
@@ -166,16 +186,23 @@ def _each_operation(
 
 
 def resolve(
-    app: Any, settings: Settings, subscription: Subscription, operation: Operation
+    app: Any, settings: Settings, subscription: Subscription, operation: Operation, route: str
 ) -> dict[str, Any]:
     """Return the options of the task for an operation, with the name of its one queue.
 
     `on_change(queue=)` wins, then the task's own options, `flash_routes` and `task_routes`.
+
+    Args:
+        app: The Celery app.
+        settings: The settings of the source.
+        subscription: The subscription.
+        operation: The operation.
+        route: The key in `flash_routes` that applies; "" for none.
     """
     task = app.tasks[subscription.handler]
     own = {name: value for name, value in task._get_exec_options().items() if value is not None}
     named = {"queue": subscription.queue} if subscription.queue else {}
-    routed = _flash_route(settings.flash_routes, subscription, operation)
+    routed = _flash_route(settings.flash_routes, route)
     by_celery = _task_route(app, task, own)
     options = {**by_celery, **routed, **own, **named}
     require_protocol_2(app)
@@ -233,17 +260,51 @@ def _takes_json(accepted: Any) -> bool:
     return False
 
 
-def _flash_route(
-    routes: Mapping[str, Any], subscription: Subscription, operation: Operation
-) -> dict[str, Any]:
-    table = subscription.table
+def _flash_route(routes: Mapping[str, Any], route: str) -> dict[str, Any]:
+    options = routes.get(route, {}) if route else {}
+    return {"queue": options} if isinstance(options, str) else dict(options)
+
+
+def _route_name(table: TableName, source: str, operation: Operation) -> str:
+    """Return what the keys of `flash_routes` are compared with."""
     parts = (table.schema, table.name, *operation.names())
-    source = f"{subscription.source}:" if subscription.source else ""
-    name = source + ".".join(filter(None, parts))
-    for pattern, options in routes.items():
-        if fnmatch.fnmatchcase(name, pattern):
-            return {"queue": options} if isinstance(options, str) else dict(options)
-    return {}
+    return (f"{source}:" if source else "") + ".".join(filter(None, parts))
+
+
+def _route_of(
+    routes: Mapping[str, Any], table: TableName, source: str, operation: Operation
+) -> str:
+    """Return the first key of `flash_routes` that matches; "" for none."""
+    name = _route_name(table, source, operation)
+    return next((key for key in routes if fnmatch.fnmatchcase(name, key)), "")
+
+
+def _routes_for(
+    routes: Mapping[str, Any], subscription: Subscription, operation: Operation
+) -> list[str]:
+    """Return the keys of `flash_routes` that may match a subscription's tables; "" for none."""
+    table, source = subscription.table, subscription.source
+    if subscription.pattern is None:
+        return [_route_of(routes, table, source, operation)]
+    name = _route_name(table, source, operation)
+    return [*(key for key in routes if _overlap(key, name)), ""]
+
+
+def _overlap(first: str, second: str) -> bool:
+    """Return whether two globs may match the same text. Brackets count as any character."""
+    parts = [re.sub(r"\[.[^\]]*\]", "?", each) for each in (first, second)]
+
+    @cache
+    def overlap(one: str, other: str) -> bool:
+        if not one or not other:
+            return not (one + other).strip("*")
+        if one[0] == "*":
+            return overlap(one[1:], other) or overlap(one, other[1:])
+        if other[0] == "*":
+            return overlap(one, other[1:]) or overlap(one[1:], other)
+        return (one[0] == other[0] or "?" in one[0] + other[0]) and overlap(one[1:], other[1:])
+
+    return overlap(*parts)
 
 
 def _task_route(app: Any, task: Any, options: Mapping[str, Any]) -> dict[str, Any]:

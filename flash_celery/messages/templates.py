@@ -231,15 +231,14 @@ class Templates:
     ) -> None:
         self.task_options = task_options
         self._by_options: dict[tuple[str, str], Template] = {}
-        self._templates: dict[tuple[str, int, Operation], Template] = {}
         for subscription, operation in task_options:
-            options = task_options[subscription, operation]
-            shared = (subscription.handler, repr(sorted(options.items())))
-            template = self._by_options.get(shared)
-            if template is None:
+            for options in task_options.all_of(subscription, operation):
+                shared = _shared(subscription, options)
+                if shared in self._by_options:
+                    continue
                 # Lanes are paused where they are, so that nothing is reordered.
                 held = hold_queues if subscription.ordered is None else {}
-                template = self._by_options[shared] = Template(
+                self._by_options[shared] = Template(
                     app,
                     app.tasks[subscription.handler],
                     options,
@@ -249,9 +248,8 @@ class Templates:
                     held.get(subscription.handler, ""),
                     settings.flash_max_depth,
                 )
-            self._templates[subscription.handler, subscription.number, operation] = template
         for handler, order in task_options.orders.items():
-            (template,) = {each for key, each in self._templates.items() if key[0] == handler}
+            (template,) = (each for key, each in self._by_options.items() if key[0] == handler)
             keys = [ordering_keys.get((handler, number)) for number in range(len(order.columns))]
             template.order(order, keys, handler in hold_queues, again)
 
@@ -261,8 +259,7 @@ class Templates:
         return [each.lanes for each in self._by_options.values() if each.lanes is not None]
 
     def __getitem__(self, key: tuple[Subscription, Operation]) -> Template:
-        subscription, operation = key
-        return self._templates[subscription.handler, subscription.number, operation]
+        return self._by_options[_shared(key[0], self.task_options[key])]
 
     def of(self, message: Message) -> Template | None:
         """Return the template that made a message, or the one that its dead letter replaces.
@@ -277,4 +274,9 @@ class Templates:
     @property
     def keys(self) -> list[str]:
         """The keys of all templates."""
-        return sorted({template.key for template in self._templates.values()})
+        return sorted({template.key for template in self._by_options.values()})
+
+
+def _shared(subscription: Subscription, options: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what subscriptions with one template have in common."""
+    return subscription.handler, repr(sorted(options.items()))

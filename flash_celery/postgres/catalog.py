@@ -9,6 +9,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from ..handlers.patterns import Glob, TablePattern
 from ..table_name import TableName
 
 #: Values of pg_class.relkind (chapter "System Catalogs").
@@ -94,8 +95,9 @@ LEFT JOIN LATERAL (SELECT columns, index_name FROM {keys} AS k WHERE is_identity
 WHERE {condition} AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
 """)
 _COLUMNS = """
-SELECT attname, atttypid::int8, attgenerated::text, attnum FROM pg_attribute
-WHERE attrelid = %s AND attnum > 0 AND NOT attisdropped ORDER BY attnum
+SELECT attrelid::int8, attname, atttypid::int8, attgenerated::text, attnum FROM pg_attribute
+WHERE attrelid = ANY(%s::int8[]::oid[]) AND attnum > 0 AND NOT attisdropped
+ORDER BY attrelid, attnum
 """
 
 
@@ -108,6 +110,80 @@ def find(connection: psycopg.Connection[Any], name: TableName) -> CatalogTable |
 def describe(connection: psycopg.Connection[Any], oid: int) -> CatalogTable | None:
     """Return a table by its OID; None if it was dropped."""
     return _read(connection, sql.SQL("c.oid = %s"), [oid])
+
+
+def describe_all(
+    connection: psycopg.Connection[Any], oids: Iterable[int]
+) -> dict[int, CatalogTable]:
+    """Return those of these tables (OIDs) that exist, by OID."""
+    condition = sql.SQL("c.oid = ANY(%s::int8[]::oid[])")
+    return {table.oid: table for table in _read_all(connection, condition, [sorted(oids)])}
+
+
+#: Those that a pattern may name: with changes in the WAL, and partitions only by their root.
+_MAY_MATCH = (
+    "c.relkind IN ('r', 'p') AND c.relpersistence = 'p' AND NOT c.relispartition AND {named}"
+)
+
+
+def matching(
+    connection: psycopg.Connection[Any], patterns: Iterable[TablePattern]
+) -> list[CatalogTable]:
+    """Return the tables that patterns may name, by their names."""
+    condition = sql.SQL(_MAY_MATCH).format(named=_named(patterns))
+    # One that was dropped since the first statement has no columns.
+    tables = [table for table in _read_all(connection, condition, []) if table.columns]
+    return sorted(tables, key=lambda table: (table.name.schema, table.name.name))
+
+
+def _named(patterns: Iterable[TablePattern]) -> sql.Composable:
+    """Return the SQL condition that the name of a table is one of these patterns."""
+
+    def like(schema: Glob | None, table: Glob) -> sql.Composed:
+        return sql.SQL("(n.nspname LIKE {} AND c.relname LIKE {})").format(
+            sql.Literal("%" if schema is None else schema.like), sql.Literal(table.like)
+        )
+
+    conditions = []
+    for pattern in patterns:
+        condition: sql.Composable = like(pattern.schema, pattern.table)
+        for excluded in pattern.exclude:
+            condition = sql.SQL("{} AND NOT {}").format(condition, like(*excluded))
+        conditions.append(sql.SQL("({})").format(condition))
+    return sql.SQL("({})").format(sql.SQL(" OR ").join(conditions) if conditions else _NEVER)
+
+
+_NEVER = sql.SQL("false")
+# One number, because sending the names of thousands of tables each second would cost more.
+# Generated columns are counted because one that is virtual cannot be updated under FULL.
+_MATCHING_FINGERPRINT = """
+WITH matching AS MATERIALIZED (
+    SELECT c.oid, n.nspname, c.relname, c.relkind, c.relreplident,
+           CASE WHEN c.relreplident = 'f' THEN (
+               SELECT count(*) FROM pg_attribute
+               WHERE attrelid = c.oid AND attgenerated <> '') END AS generated
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE {may_match})
+SELECT count(*), bit_xor(hashtextextended(
+    concat_ws(' ', m.nspname, m.relname, m.relkind, m.relreplident, m.generated, i.indexrelid,
+              i.indkey, i.indimmediate, i.indisreplident), m.oid::int8)),
+    (SELECT string_agg(concat_ws(' ', t.oid, t.relreplident, t.relpersistence), ',' ORDER BY t.oid)
+     FROM matching p CROSS JOIN LATERAL {tree} AS t WHERE p.relkind = 'p')
+FROM matching m
+LEFT JOIN pg_index i ON i.indrelid = m.oid AND (i.indisprimary OR i.indisreplident)
+"""
+
+
+def matching_fingerprint(
+    connection: psycopg.Connection[Any], patterns: Sequence[TablePattern]
+) -> str:
+    """Return a text that changes when other tables match, or one has to be checked again."""
+    if not patterns:
+        return ""
+    query = sql.SQL(_MATCHING_FINGERPRINT).format(
+        may_match=sql.SQL(_MAY_MATCH).format(named=_named(patterns)),
+        tree=sql.SQL(tree("p.oid")),
+    )
+    return str(connection.execute(query).fetchone())
 
 
 def existing(connection: psycopg.Connection[Any], oids: Iterable[int]) -> set[int]:
@@ -210,19 +286,22 @@ SELECT concat_ws(' | ',
      LEFT JOIN LATERAL (
          SELECT count(*) FROM pg_attribute
          WHERE attrelid = c.oid AND attgenerated <> '') AS made ON true),
-    (SELECT string_agg(concat_ws(' ', p.oid, hashtextextended(concat(to_jsonb(p), to_jsonb(r)), 0),
-                                 named.list, {{schemas}}), ',' ORDER BY p.oid, r.prrelid)
-     FROM pg_publication p LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid
-     LEFT JOIN LATERAL (
-         SELECT string_agg(concat(a.attnum, a.attname), '+' ORDER BY a.attnum) AS list
-         FROM pg_depend d
-         JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
-         WHERE d.classid = 'pg_publication_rel'::regclass AND d.objid = r.oid
-         AND d.refclassid = 'pg_class'::regclass AND d.refobjsubid > 0) AS named ON true
-     WHERE p.pubname = ANY(%s)))
+    (SELECT string_agg(concat_ws(' ', to_jsonb(p), {{schemas}}, (
+         SELECT concat_ws(' ', count(*), bit_xor(hashoidextended(r.oid, r.prrelid::int8)),
+                          string_agg({{named}}, ',' ORDER BY r.prrelid))
+         FROM pg_publication_rel r WHERE r.prpubid = p.oid)), ',' ORDER BY p.oid)
+     FROM pg_publication p WHERE p.pubname = ANY(%s)))
 """  # noqa: S608
 
 
+# The columns that a table's clauses name. A row of pg_publication_rel is never altered: other
+# clauses make another one.
+_NAMED = """CASE WHEN r.prqual IS NOT NULL OR r.prattrs IS NOT NULL THEN (
+             SELECT string_agg(concat(a.attnum, a.attname), '+' ORDER BY a.attnum)
+             FROM pg_depend d
+             JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
+             WHERE d.classid = 'pg_publication_rel'::regclass AND d.objid = r.oid
+             AND d.refclassid = 'pg_class'::regclass AND d.refobjsubid > 0) END"""
 _OF_SCHEMAS = """(SELECT string_agg(s.pnnspid::text, '+' ORDER BY s.pnnspid)
                    FROM pg_publication_namespace s WHERE s.pnpubid = p.oid)"""
 
@@ -259,8 +338,10 @@ def fingerprint(
     """
     names = sorted(set(tables), key=str)
     parameters = [[n.schema for n in names], [n.name for n in names], list(publications)]
-    schemas = _OF_SCHEMAS if connection.info.server_version >= 150000 else "NULL"
-    query = _FINGERPRINT.format(schemas=schemas).encode()
+    clauses = {"schemas": "NULL", "named": "NULL::text"}
+    if connection.info.server_version >= 150000:
+        clauses = {"schemas": _OF_SCHEMAS, "named": _NAMED}
+    query = _FINGERPRINT.format(**clauses).encode()
     row = connection.execute(query, parameters).fetchone()
     made = connection.execute(_ATTRIBUTES.encode(), parameters[:2]).fetchone()
     return str([*(row or ()), *(made or ())])
@@ -285,12 +366,24 @@ def index_columns(connection: psycopg.Connection[Any], table: int, index: str) -
 def _read(
     connection: psycopg.Connection[Any], condition: sql.SQL, parameters: list[Any]
 ) -> CatalogTable | None:
+    return next(iter(_read_all(connection, condition, parameters)), None)
+
+
+def _read_all(
+    connection: psycopg.Connection[Any], condition: sql.Composable, parameters: list[Any]
+) -> list[CatalogTable]:
     query = _TABLE.format(keys=_KEYS, condition=condition)
-    row = connection.execute(query, parameters).fetchone()
-    if row is None:
-        return None
+    # Without parameters a percent sign stands for itself.
+    rows = connection.execute(query, parameters or None).fetchall()
+    columns: dict[int, dict[str, CatalogColumn]] = {row[0]: {} for row in rows}
+    if rows:
+        for oid, name, *values in connection.execute(_COLUMNS.encode(), [[*columns]]):
+            columns[oid][name] = CatalogColumn(name, *values)
+    return [_table(row, columns[row[0]]) for row in rows]
+
+
+def _table(row: tuple[Any, ...], columns: dict[str, CatalogColumn]) -> CatalogTable:
     oid, schema, name, kind, identity, index, primary_key, default, index_key, owned, above = row
-    columns = connection.execute(_COLUMNS.encode(), [oid]).fetchall()
     return CatalogTable(
         oid=oid,
         name=TableName(schema, name),
@@ -301,6 +394,6 @@ def _read(
         default_identity=tuple(default),
         index_key=tuple(index_key),
         owned=owned,
-        columns={column: CatalogColumn(column, *values) for column, *values in columns},
+        columns=columns,
         ancestors=tuple(TableName(*ancestor) for ancestor in above),
     )

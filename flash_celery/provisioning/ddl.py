@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 #: The longest time that a statement waits for a lock, and that other sessions wait behind it.
 LOCK_TIMEOUT = "2s"
 _LOCK_ATTEMPTS = 5
+#: The same for a statement that locks several tables. It is shorter than PostgreSQL's
+#: deadlock_timeout, so that no session that has locked one and waits for another is cancelled.
+_SHARED_LOCK_TIMEOUT = "500ms"
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ class Step:
     """A statement, or several that belong in one transaction."""
 
     statement: sql.Composed
-    #: The table that it locks.
-    table: CatalogTable | None = None
+    #: The tables that it locks.
+    tables: tuple[CatalogTable, ...] = ()
     #: Whether it only writes the record, so that `replicate` can do without it.
     record_only: bool = False
 
@@ -55,7 +58,7 @@ def apply(
         StepFailed: A statement fails.
     """
     for step in steps:
-        if step.table is not None:
+        if step.tables:
             logger.info("%s", escaped(str(step)))
         _run(connection, step, wait)
 
@@ -64,11 +67,12 @@ def _run(connection: psycopg.Connection[Any], step: Step, wait: Callable[[float]
     for pause, attempt in zip(delays(), range(_LOCK_ATTEMPTS), strict=False):
         try:
             with connection.transaction():
-                connection.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
+                timeout = LOCK_TIMEOUT if len(step.tables) < 2 else _SHARED_LOCK_TIMEOUT
+                connection.execute(f"SET LOCAL lock_timeout = '{timeout}'")
                 connection.execute(step.statement)
             return
         except postgres.LockNotAvailable:
-            blockers = _blockers(connection, step.table)
+            blockers = _blockers(connection, step.tables)
             if attempt == _LOCK_ATTEMPTS - 1:
                 raise TableLocked(
                     f"{step} waits for {blockers}; end that session if it is idle."
@@ -81,13 +85,13 @@ def _run(connection: psycopg.Connection[Any], step: Step, wait: Callable[[float]
             raise StepFailed(f"{step} failed: {error.diag.message_primary}.", step) from error
 
 
-def _blockers(connection: psycopg.Connection[Any], table: CatalogTable | None) -> str:
-    """Describe the sessions that have locked the table."""
+def _blockers(connection: psycopg.Connection[Any], tables: Iterable[CatalogTable]) -> str:
+    """Describe the sessions that have locked the tables."""
     rows = connection.execute(
         "SELECT DISTINCT a.pid, a.usename, a.application_name, a.state FROM pg_locks l "
         "JOIN pg_stat_activity a USING (pid) "
-        "WHERE l.relation = %s AND l.granted AND a.pid <> pg_backend_pid()",
-        [table.oid if table else 0],
+        "WHERE l.relation = ANY(%s::int8[]::oid[]) AND l.granted AND a.pid <> pg_backend_pid()",
+        [[table.oid for table in tables]],
     ).fetchall()
     sessions = [
         f"PID {pid} ({user}, {application or 'unnamed'}, {state})"

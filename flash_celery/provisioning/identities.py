@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,6 +23,8 @@ from .table_checks import quoted
 
 #: The first version with REPACK.
 _REPACK_SINCE = 190000
+#: How many tables a finding names.
+_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -51,36 +53,45 @@ class Identities:
         Raises:
             ReplicaIdentityMissing: One must be FULL that cannot be, or may not be altered.
         """
+        for _, problem in self.problems(settings, required):
+            raise ReplicaIdentityMissing(problem)
+        names = sorted(str(each.name) for each in required.full.values() if each.identity != "f")
+        return f"FULL will be set on {_some(names)}" if names else "sufficient"
+
+    def problems(
+        self, settings: Settings, required: RequiredTables
+    ) -> Iterator[tuple[CatalogTable, str]]:
+        """Yield each table whose identity must be FULL and cannot be, with a sentence."""
         keep = settings.flash_replica_identity == "keep"
         ours = {widened.table.oid: widened for widened in self._widened}
         for oid, table in required.full.items():
             widened = ours.get(oid)
             if widened and widened.refused and widened.obstacle:
-                raise ReplicaIdentityMissing(
-                    f"{table.name} has REPLICA IDENTITY FULL, and {widened.obstacle}."
-                )
-            if table.identity != "f" or widened or _virtual_columns(table):
-                self._require_full(table)
+                yield table, f"{table.name} has REPLICA IDENTITY FULL, and {widened.obstacle}."
+            if (table.identity != "f" or widened or _virtual_columns(table)) and (
+                refusal := _refusal_of_full(table, self._others(table))
+            ):
+                needs = f"{table.name} needs REPLICA IDENTITY FULL, and PostgreSQL would refuse its"
+                yield table, f"{needs} UPDATE and DELETE because {refusal}."
             if keep and table.identity != "f":
-                raise ReplicaIdentityMissing(
-                    f"{table.name} needs its old values in the WAL, and flash_replica_identity is "
-                    f"'keep': ALTER TABLE {quoted(table)} REPLICA IDENTITY FULL;"
-                )
+                needs = f"{table.name} needs its old values in the WAL, and flash_replica_identity"
+                full = f"ALTER TABLE {quoted(table)} REPLICA IDENTITY FULL;"
+                yield table, f"{needs} is 'keep': {full}"
         for table in _rewritten(required):
             if table.identity == "f" and (virtual := _virtual_columns(table)):
-                raise ReplicaIdentityMissing(
-                    f"{table.name} has REPLICA IDENTITY FULL, and once it is published PostgreSQL "
-                    f"refuses its UPDATE and DELETE because of the virtual column {virtual[0]}: "
-                    f"ALTER TABLE {quoted(table)} REPLICA IDENTITY DEFAULT;"
+                has = f"{table.name} has REPLICA IDENTITY FULL, and once it is published PostgreSQL"
+                default = f"ALTER TABLE {quoted(table)} REPLICA IDENTITY DEFAULT;"
+                yield (
+                    table,
+                    f"{has} refuses its UPDATE and DELETE because of the virtual column "
+                    f"{virtual[0]}: {default}",
                 )
-        names = sorted(str(each.name) for each in required.full.values() if each.identity != "f")
-        return f"FULL will be set on {', '.join(names)}" if names else "sufficient"
 
     def prices(self, required: RequiredTables) -> Iterator[Finding]:
         """Name the tables that PostgreSQL does not repack while the application writes."""
         names = sorted(str(table.name) for table in required.full.values())
         if names and self._connection.info.server_version >= _REPACK_SINCE:
-            tables = ", ".join(names)
+            tables = _some(names)
             message = f"PostgreSQL refuses it for {tables}, because of REPLICA IDENTITY FULL"
             yield Finding("REPACK (CONCURRENTLY)", OK, message)
 
@@ -137,8 +148,10 @@ class Identities:
     def _widened(self) -> list[_Widened]:
         record = self._existing.record
         found = []
-        for oid, (letter, *index) in (record.identities if record else {}).items():
-            table = catalog.describe(self._connection, int(oid))
+        identities = record.identities if record else {}
+        tables = catalog.describe_all(self._connection, map(int, identities))
+        for oid, (letter, *index) in identities.items():
+            table = tables.get(int(oid))
             if table is None or table.identity != "f":
                 continue
             others = self._others(table)
@@ -163,13 +176,6 @@ class Identities:
 
     def _others(self, table: CatalogTable) -> list[OtherPublication]:
         return [] if self._alone else other_publications.read(self._connection, table, self._ours)
-
-    def _require_full(self, table: CatalogTable) -> None:
-        if refusal := _refusal_of_full(table, self._others(table)):
-            raise ReplicaIdentityMissing(
-                f"{table.name} needs REPLICA IDENTITY FULL, and PostgreSQL would refuse its "
-                f"UPDATE and DELETE because {refusal}."
-            )
 
 
 def _obstacle(
@@ -199,6 +205,12 @@ def _refusal_of_full(table: CatalogTable, others: list[OtherPublication]) -> str
         )
     refusals = (other.refusal(table, table.columns, full=True) for other in others)
     return next(filter(None, refusals), "")
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return the names of a few tables, and how many others there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _rewritten(required: RequiredTables) -> Iterator[CatalogTable]:

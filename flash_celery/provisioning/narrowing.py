@@ -85,7 +85,10 @@ def narrowings(
         _columns_of(table) for table in tables.values() if table.kind == catalog.PARTITIONED
     ]
     result = {}
-    for table in tables.values():
+    by_table: dict[TableName, list[Subscription]] = {}
+    for subscription in subscriptions:
+        by_table.setdefault(subscription.table, []).append(subscription)
+    for name, table in tables.items():
         reason = ""
         if connection.info.server_version < SINCE:
             reason = "PostgreSQL filters from 15 on"
@@ -97,8 +100,7 @@ def narrowings(
         if reason:
             result[table.oid] = Narrowing(left_to_worker=(f"everything: {reason}",))
             continue
-        on_table = [each for each in subscriptions if tables[each.table] is table]
-        result[table.oid] = _narrow(connection, table, on_table, table.oid in full)
+        result[table.oid] = _narrow(connection, table, by_table.get(name, ()), table.oid in full)
     return result
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import psycopg
 
-from ..handlers.subscriptions import Subscription
+from ..handlers.subscriptions import Subscription, of_patterns
 from ..postgres import catalog, column_types
 from ..postgres.catalog import CatalogTable
 
@@ -26,11 +26,15 @@ def read(
 ) -> OrderingKeys:
     """Return the ordering keys of all ordered subscriptions whose table exists."""
     keys: dict[tuple[str, int], frozenset[Key]] = {}
+    subscriptions = [each for each in subscriptions if each.ordered is not None]
+    matching = catalog.matching(
+        connection, [each.pattern for each in of_patterns(subscriptions) if each.pattern]
+    )
     for subscription in subscriptions:
-        if subscription.ordered is None:
-            continue
         found = frozenset[Key]([()])  # a logical message has none
-        if subscription.prefix is None:
+        if subscription.pattern is not None:
+            found = _keys_of_pattern(connection, subscription, matching)
+        elif subscription.prefix is None:
             table = catalog.find(connection, subscription.table)
             if table is None:
                 continue
@@ -39,11 +43,28 @@ def read(
     return keys
 
 
+def _keys_of_pattern(
+    connection: psycopg.Connection[Any],
+    subscription: Subscription,
+    tables: Iterable[CatalogTable],
+) -> frozenset[Key]:
+    """Return the keys of all tables that match. Thousands of them have few different ones."""
+    one_of_each = {
+        (table.kind, table.primary_key, table.index_key, tuple(table.columns.values())): table
+        for table in tables
+        if subscription.is_on(table.name)
+    }
+    keys = (_keys(connection, subscription, table) for table in one_of_each.values())
+    return frozenset[Key]().union(*keys)
+
+
 def _keys(
     connection: psycopg.Connection[Any], subscription: Subscription, table: CatalogTable
 ) -> frozenset[Key]:
     order = subscription.ordered
     named = (order.by if order is not None else None) or subscription.key
+    if named and not table.columns.keys() >= set(named):
+        return frozenset()  # a table of a pattern that is left out
     columns = [tuple(named)] if named else catalog.row_keys(connection, table)
     oids = {name: table.columns[name].type_oid for key in columns for name in key}
     types = column_types.describe(connection, oids.values())

@@ -18,6 +18,8 @@ from .record import Record, record_step
 from .requirements import RequiredTables
 
 _NO_CLAUSE = sql.SQL("")
+#: How many tables one transaction adds to the publications.
+_MOST_ADDED = 50
 
 
 def set_up_steps(
@@ -181,7 +183,7 @@ def _reload_partitions(existing: ExistingPublications) -> list[sql.Composed]:
 def _widen(existing: ExistingPublications, tables: dict[int, CatalogTable]) -> list[Step]:
     """Set FULL. Column lists go first: PostgreSQL requires them to contain the identity."""
     statement = sql.SQL("ALTER TABLE ONLY {} REPLICA IDENTITY FULL")
-    full = [Step(statement.format(_identifier(table)), table) for table in tables.values()]
+    full = [Step(statement.format(_identifier(table)), (table,)) for table in tables.values()]
     return [*_remove_clauses(existing, tables), *full]
 
 
@@ -196,7 +198,7 @@ def _remove_clauses(existing: ExistingPublications, tables: dict[int, CatalogTab
                 parts.append(_drop_table(existing.prefix, operation, name))
                 parts.append(_add_table(existing.prefix, operation, name))
         if parts:
-            steps.append(Step(sql.SQL("; ").join(parts), table))
+            steps.append(Step(sql.SQL("; ").join(parts), (table,)))
     return steps
 
 
@@ -206,10 +208,12 @@ def _alter(existing: ExistingPublications, required: RequiredTables, record: Rec
     A table changes in all publications in one transaction: PostgreSQL cannot decode rows of a table
     whose column lists differ. The transaction also records how the table is narrowed.
     """
-    steps = []
     stale = _stale(existing, record, required)
     oids = [oid for operation in OPERATIONS for oid in required.tables[operation]]
     oids += [oid for publication in existing.by_operation.values() for oid in publication.tables]
+    new = _new(existing, required)
+    steps = _add_together(existing, new)
+    oids = [oid for oid in oids if oid not in new]
     # Tables without clauses come first: once a partitioned table is published, they may join it.
     for oid in sorted(dict.fromkeys(oids), key=lambda oid: bool(required.narrowing(oid))):
         parts, table = _alter_table(existing, required, oid, oid in stale)
@@ -219,7 +223,40 @@ def _alter(existing: ExistingPublications, required: RequiredTables, record: Rec
             record = replace(record, narrowed=narrowed)
             parts.append(record_step(existing.prefix, record).statement)
         if parts:
-            steps.append(Step(sql.SQL("; ").join(parts), table))
+            steps.append(Step(sql.SQL("; ").join(parts), () if table is None else (table,)))
+    return steps
+
+
+def _new(
+    existing: ExistingPublications, required: RequiredTables
+) -> dict[int, tuple[CatalogTable, list[Operation]]]:
+    """Return the tables that are published whole and were not published, if they are many.
+
+    A few are added one by one, so that a lock on one holds up none of the others.
+    """
+    published = {oid for operation in OPERATIONS for oid in existing.tables(operation)}
+    new: dict[int, tuple[CatalogTable, list[Operation]]] = {}
+    for operation in OPERATIONS:
+        for oid, table in required.tables[operation].items():
+            if oid not in published and oid not in required.narrowed:
+                new.setdefault(oid, (table, []))[1].append(operation)
+    return new if len(new) > _MOST_ADDED else {}
+
+
+def _add_together(
+    existing: ExistingPublications, new: dict[int, tuple[CatalogTable, list[Operation]]]
+) -> list[Step]:
+    """Return the statements that add many tables, some in each transaction."""
+    together: dict[tuple[Operation, ...], list[CatalogTable]] = {}
+    for table, operations in new.values():
+        together.setdefault(tuple(operations), []).append(table)
+    steps = []
+    for published_for, tables in together.items():
+        for first in range(0, len(tables), _MOST_ADDED):
+            some = tables[first : first + _MOST_ADDED]
+            names = sql.SQL(", ONLY ").join(map(_identifier, some))
+            parts = [_add_table(existing.prefix, operation, names) for operation in published_for]
+            steps.append(Step(sql.SQL("; ").join(parts), tuple(some)))
     return steps
 
 
@@ -257,7 +294,7 @@ def _alter_table(
 
 
 def _add_table(
-    prefix: str, operation: Operation, table: sql.Identifier, clause: sql.Composable = _NO_CLAUSE
+    prefix: str, operation: Operation, table: sql.Composable, clause: sql.Composable = _NO_CLAUSE
 ) -> sql.Composed:
     statement = sql.SQL("ALTER PUBLICATION {} ADD TABLE ONLY {}{}")
     return statement.format(_publication(prefix, operation), table, clause)
@@ -277,7 +314,7 @@ def _restore(tables: dict[int, CatalogTable], identities: dict[str, list[str]]) 
         identity: sql.Composable = sql.SQL("NOTHING" if letter == "n" else "DEFAULT")
         if index:
             identity = sql.SQL("USING INDEX {}").format(sql.Identifier(index[0]))
-        steps.append(Step(statement.format(_identifier(table), identity), table))
+        steps.append(Step(statement.format(_identifier(table), identity), (table,)))
     return steps
 
 

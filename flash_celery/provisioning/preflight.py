@@ -18,18 +18,19 @@ from ..errors import (
     SlotLost,
     SubscriptionError,
 )
-from ..handlers.subscriptions import Subscription, of_tables
-from ..postgres import gaps, slots
+from ..handlers.subscriptions import Subscription, of_patterns, of_tables
+from ..postgres import catalog, gaps, slots
 from ..postgres.catalog import CatalogTable
 from ..postgres.connection import is_standby
 from ..postgres.gaps import Gap
-from ..postgres.source import Source, publication_name
+from ..postgres.source import OPERATIONS, Source, publication_name
 from ..table_name import TableName
 from ..transactional_tasks.signing import keys_of
 from . import plan, privileges, publications, server_checks
 from .ddl import Step
 from .findings import OK, WARNING, Finding, stop
 from .identities import Identities
+from .pattern_tables import Cause, LeftOut, PatternTables, unpublishable, unpublished
 from .publications import ExistingPublications
 from .requirements import RequiredTables, required_tables
 from .server_checks import Role
@@ -40,6 +41,8 @@ ONLY_TASKS = (
     "no task has an @on_change or @on_message for this database, so only the tasks of "
     "transactional() are enqueued"
 )
+#: How many tables that are left out are named.
+_SHOWN = 20
 
 
 @dataclass
@@ -70,6 +73,10 @@ class Report:
     gap: Gap | None = None
     #: Whether the server is a standby, which is read-only.
     standby: bool = False
+    #: The subscriptions to tables, one for each table.
+    subscriptions: list[Subscription] = field(default_factory=list)
+    #: The tables that match a pattern and are not published for its handler.
+    left_out: list[LeftOut] = field(default_factory=list)
 
     @property
     def leaves(self) -> dict[int, tuple[TableName, ...]]:
@@ -122,6 +129,8 @@ class _Examination:
         self._gap_hint = ""
         #: The tables of handlers that exist.
         self._tables: dict[TableName, CatalogTable] = {}
+        #: The tables of patterns.
+        self._patterns = PatternTables()
 
     def run(self) -> Report:
         self._report.standby = is_standby(self._connection)
@@ -134,7 +143,18 @@ class _Examination:
             self._check_publications()
         else:
             self._repair_only()
+        self._add_patterns()
         return self._report
+
+    @property
+    def _usable(self) -> list[Subscription]:
+        """The subscriptions to tables that exist, one for each table."""
+        plain = [each for each in of_tables(self._subscriptions) if each.table in self._tables]
+        return [*plain, *self._patterns.subscriptions]
+
+    @property
+    def _all_tables(self) -> dict[TableName, CatalogTable]:
+        return {**self._patterns.tables, **self._tables}
 
     def _add(self, subject: str, level: str, message: str) -> None:
         self._report.findings.append(Finding(subject, level, message))
@@ -221,6 +241,8 @@ class _Examination:
             if subscription.prefix is not None:
                 self._add(f"{subscription.handler} on {subscription.subject}", OK, "message")
         for subscription in of_tables(self._subscriptions):
+            if subscription.pattern is not None:
+                continue
             subject = f"{subscription.handler} on {subscription.table}"
             try:
                 table = tables.get(subscription.table) or find(self._connection, subscription)
@@ -231,6 +253,7 @@ class _Examination:
             except SubscriptionError as error:
                 self._stop(subject, error)
                 usable = False
+        self._patterns = PatternTables.find(self._connection, self._subscriptions)
         return usable
 
     def _check_tasks_alone(self) -> bool:
@@ -251,22 +274,91 @@ class _Examination:
         self._stop("handlers", error)
         return False
 
+    def _require(self, existing: ExistingPublications) -> RequiredTables:
+        push_down = self._settings.flash_push_down
+        return required_tables(
+            self._connection, self._usable, self._all_tables, existing.record, push_down
+        )
+
+    def _leave_out(
+        self, existing: ExistingPublications, identities: Identities, required: RequiredTables
+    ) -> bool:
+        """Leave out tables of patterns that cannot be published; return whether there are any."""
+        optional = {
+            name: table for name, table in self._patterns.tables.items() if name not in self._tables
+        }
+        if not optional:
+            return False
+        reasons: dict[TableName, tuple[str, Cause]] = {}
+        if self._alters:
+            role = self._role.name
+            tables = optional.values()
+            reasons |= unpublishable(self._connection, role, tables, existing, required)
+        elif len(existing.by_operation) == len(OPERATIONS):
+            reasons |= unpublished(optional.values(), existing, required)
+        for table, problem in identities.problems(self._settings, required):
+            for name in (table.name, *table.ancestors):
+                if name in optional:
+                    reasons[name] = problem, Cause.TABLE
+        self._patterns.leave_out(reasons)
+        return bool(reasons)
+
+    def _keep_published(self, existing: ExistingPublications, required: RequiredTables) -> None:
+        """Where we alter nothing, let tables that are left out stay in the publications."""
+        left_out = {each.oid: each.table for each in self._left_out}
+        tables = catalog.describe_all(self._connection, left_out)
+        for operation in OPERATIONS:
+            for oid in existing.tables(operation).keys() & tables.keys():
+                required.tables[operation].setdefault(oid, tables[oid])
+
+    @property
+    def _alters(self) -> bool:
+        """Whether `replicate` alters publications and tables."""
+        return self._settings.flash_manage and not self._report.standby
+
+    def _add_patterns(self) -> None:
+        """Say how many tables match each pattern, and which are left out."""
+        for subscription in of_patterns(self._subscriptions):
+            handler, pattern = subscription.handler, subscription.pattern
+            matching = [
+                each
+                for each in self._patterns.subscriptions
+                if (each.handler, each.number) == (handler, subscription.number)
+            ]
+            subject = f"{handler} on {subscription.subject}"
+            if matching:
+                count = "1 table" if len(matching) == 1 else f"{len(matching)} tables"
+                operations = "|".join(subscription.operations.names())
+                self._add(subject, OK, f"{operations}: {count}")
+            elif not any(pattern and pattern.matches(each.table) for each in self._left_out):
+                self._add(subject, WARNING, "no table matches yet")
+        self._report.left_out = self._left_out
+        self._report.subscriptions = self._usable
+        for each in self._left_out[:_SHOWN]:
+            self._add(f"{each.handler} on {each.table}", WARNING, f"left out: {each.reason}")
+        if len(self._left_out) > _SHOWN:
+            more = f"{len(self._left_out) - _SHOWN} more tables are left out"
+            self._add("patterns", WARNING, more)
+
+    @property
+    def _left_out(self) -> list[LeftOut]:
+        return self._patterns.left_out
+
     def _check_publications(self) -> None:
         existing = publications.read(self._source)
         identities = Identities(self._connection, existing)
         self._check_gap(existing)
         for recorded in existing.record.gaps if existing.record else []:
             self._add("gap", WARNING, f"{Gap(**recorded)}; rebuild what depends on them")
-        required = required_tables(
-            self._connection,
-            of_tables(self._subscriptions),
-            self._tables,
-            existing.record,
-            self._settings.flash_push_down,
-        )
+        required = whole = self._require(existing)
+        if self._leave_out(existing, identities, required):
+            required = self._require(existing)
+        if self._left_out and not self._alters:
+            self._keep_published(existing, required)
         try:
             self._undo_refused_identities(existing, identities)
-            publications.check(self._connection, existing, required)
+            patterned = {table.oid for table in self._patterns.tables.values()}
+            publications.check(self._connection, existing, required, patterned)
             self._check_names(existing)
             self._add("replica identity", OK, identities.check(self._settings, required))
             self._report.findings += identities.prices(required)
@@ -277,26 +369,24 @@ class _Examination:
         managed = self._settings.flash_manage
         slot = None if managed else self._source.slot
         steps = plan.set_up_steps(existing, required, restorable, slot)
-        self._report.steps, self._report.tables = steps, self._tables
+        self._report.steps, self._report.tables = steps, self._all_tables
         self._report.required = required
         if existing.record is None and not existing.empty:
             self._report.script = [] if managed else steps
             return self._stop("publications", _no_record(existing, steps, managed))
         if managed:
             return self._check_privileges(existing, required, steps)
-        return self._check_owner(steps)
+        script = plan.set_up_steps(existing, whole, restorable, slot)
+        return self._check_owner(steps, script)
 
     def _repair_only(self) -> None:
         """Plan the repairs alone, because something is wrong with a table."""
         existing = publications.read(self._source)
         identities = Identities(self._connection, existing)
         self._undo_refused_identities(existing, identities)
-        subscriptions = [
-            subscription
-            for subscription in of_tables(self._subscriptions)
-            if subscription.table in self._tables
-        ]
-        required = required_tables(self._connection, subscriptions, self._tables, existing.record)
+        required = required_tables(
+            self._connection, self._usable, self._all_tables, existing.record
+        )
         self._set_missing_identities(existing, identities, required)
         if not self._settings.flash_manage:
             self._report.script = self._report.repairs
@@ -338,15 +428,19 @@ class _Examination:
             f"{statements};"
         )
 
-    def _check_owner(self, steps: Sequence[Step]) -> None:
+    def _check_owner(self, steps: Sequence[Step], script: Sequence[Step]) -> None:
         """Check that the owner has run everything, including the creation of the slot.
 
         Without a record that this role can write, a slot that was dropped looks like one that never
         existed, so the slot is never created silently.
+
+        Args:
+            steps: The statements that must have been run.
+            script: The same, with those that let tables of patterns join.
         """
         slot, repairs = self._source.slot, self._report.repairs
         outstanding = [*repairs, *(steps if not all(step.record_only for step in steps) else ())]
-        self._report.script = [*repairs, *steps]
+        self._report.script = [*repairs, *script]
         if not self._report.slot_exists:
             create = Step(slots.create_statement(slot, self._settings.flash_failover_slot))
             outstanding.append(create)

@@ -63,12 +63,13 @@ def check(
     _check_read_only(connection, role)
     _check_schemas(connection, role, _schemas(existing, required, steps))
     for step in steps:
-        if step.table is not None and not step.table.owned:
-            owner = _owner(connection, step.table.oid)
+        table = next((each for each in step.tables if not each.owned), None)
+        if table is not None:
+            owner = _owner(connection, table.oid)
             inheriting = _inheriting(source, role, owner)
             let = f" or let this role do so: {inheriting}" if inheriting else ""
             raise CatalogError(
-                f"The role {role.name} does not own {step.table.name}; as its owner {owner} run: "
+                f"The role {role.name} does not own {table.name}; as its owner {owner} run: "
                 f"{step};{let}"
             )
     if foreign := foreign_publications(source, role):
@@ -109,7 +110,7 @@ def _schemas(
     existing: ExistingPublications, required: RequiredTables, steps: Sequence[Step]
 ) -> set[str]:
     """Return the schemas of the tables that the statements name."""
-    altered = {step.table.name.schema for step in steps if step.table is not None}
+    altered = {table.name.schema for step in steps for table in step.tables}
     dropped = {
         name.schema
         for operation, publication in existing.by_operation.items()

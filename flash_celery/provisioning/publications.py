@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +45,11 @@ class ExistingPublications:
     record: Record | None
     #: `server_version` of PostgreSQL.
     version: int
+
+    def tables(self, operation: Operation) -> dict[int, TableName]:
+        """Return the tables that are published for an operation, by OID."""
+        publication = self.by_operation.get(operation)
+        return publication.tables if publication is not None else {}
 
     @property
     def empty(self) -> bool:
@@ -101,9 +107,19 @@ def read(source: Source) -> ExistingPublications:
 
 
 def check(
-    connection: psycopg.Connection[Any], existing: ExistingPublications, required: RequiredTables
+    connection: psycopg.Connection[Any],
+    existing: ExistingPublications,
+    required: RequiredTables,
+    joining: Collection[int] = (),
 ) -> None:
-    """Raise `PublicationMismatch` if the publications were altered by hand or are not ours."""
+    """Raise `PublicationMismatch` if the publications were altered by hand or are not ours.
+
+    Args:
+        connection: In autocommit, to the source.
+        existing: The publications.
+        required: What the subscriptions need.
+        joining: Tables (OIDs) that an event trigger may have added.
+    """
     for operation, publication in existing.by_operation.items():
         name = publication_name(existing.prefix, operation)
         (published,) = operation.names()
@@ -115,7 +131,7 @@ def check(
             )
     if existing.record is not None:
         for operation in OPERATIONS:
-            _check_tables(connection, existing, existing.record, operation)
+            _check_tables(connection, existing, existing.record, operation, joining)
     elif not existing.empty and not _have_exactly(existing, required):
         raise PublicationMismatch(
             f"The publications {existing.prefix}_… were not created by flash-celery; choose "
@@ -136,6 +152,7 @@ def _check_tables(
     existing: ExistingPublications,
     record: Record,
     operation: Operation,
+    joining: Collection[int],
 ) -> None:
     name, (key,) = publication_name(existing.prefix, operation), operation.names()
     if operation not in existing.by_operation:
@@ -143,7 +160,7 @@ def _check_tables(
     tables = set(existing.by_operation[operation].tables)
     # A change may have been interrupted after any of its statements.
     before, after = set(record.previous.get(key, [])), set(record.tables.get(key, []))
-    added, removed = tables - before - after, (before & after) - tables
+    added, removed = tables - before - after - {*joining}, (before & after) - tables
     found = [
         f"{change} {', '.join(sorted(_name(connection, oid) for oid in oids))}"
         for change, oids in (("it also has", added), ("it lacks", removed))

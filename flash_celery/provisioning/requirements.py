@@ -42,6 +42,8 @@ class RequiredTables:
 
     def narrowing(self, oid: int) -> str:
         """Return the clauses of all operations as one text, to record and compare; "" for none."""
+        if oid not in self.narrowed:
+            return ""
         clauses = (self.clause(op, oid).as_string(None) for op in self.operations(oid))
         text = ";".join(clauses).strip(";")
         return f"{text};{self.narrowed[oid].numbers}" if text else ""

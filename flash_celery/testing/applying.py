@@ -316,8 +316,10 @@ def _is_about(subscription: Subscription, change: Change[Any]) -> bool:
         return False
     if isinstance(change, LogicalMessage):
         return subscription.prefix == change.prefix
-    names = (TableName(change.schema, change.table), relation_name(change))
-    return subscription.prefix is None and subscription.table in names
+    names = {TableName(change.schema, change.table)}
+    if subscription.pattern is None:
+        names.add(relation_name(change))
+    return subscription.prefix is None and any(map(subscription.is_on, names))
 
 
 def _require_columns(subscription: Subscription, change: Change[Any]) -> None:
@@ -348,6 +350,10 @@ class _ChangeCatalog(RelationCatalog):
         """Return the change's table as the parent of its partition."""
         change = self._change
         return {TableName(change.schema, change.table): None} if change.partition else {}
+
+    def former(self, oid: int) -> frozenset[TableName]:
+        """Return nothing: there is no history."""
+        return frozenset()
 
     def table(self, oid: int) -> CatalogTable:
         """Return the change's relation, with the columns that handlers name."""

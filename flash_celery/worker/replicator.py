@@ -79,6 +79,7 @@ from ..publishing.brokers.base import Publisher
 from ..publishing.room import Room
 from ..publishing.thread import Claim, PublishingThread
 from ..settings import Settings
+from ..table_name import TableName
 from ..telemetry import CONNECTING, STANDBY, STOPPING, STREAMING, WAITING, Telemetry
 from ..transactional_tasks import signing
 from ..transactional_tasks.signing import Database, Verifier
@@ -181,7 +182,7 @@ class Replicator:
         self.telemetry.unconfirmed = self._publishing.oldest_commit
         self.telemetry.stuck = self.control.seconds_stuck
         self._startup = Startup(settings, subscriptions, self.control)
-        self._new_handlers = NewHandlers(subscriptions)
+        self._new_handlers = NewHandlers([each for each in subscriptions if each.pattern is None])
         self._lost_tables = LostTables()
         self._pauses = Pauses(app, subscriptions, self._publishing)
         self._progress = Progress()
@@ -561,7 +562,7 @@ class Replicator:
             subscription
             for subscription in self._subscriptions
             if subscription.handler == backfill.handler
-            and str(subscription.table) == backfill.table_name
+            and subscription.is_on(TableName.parse(backfill.table_name))
         ]
         lanes = [form.key for form in templates.lanes if form.handler == backfill.handler]
         queues = lanes or self._task_options.queues_for(backfill.handler)

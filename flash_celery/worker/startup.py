@@ -22,13 +22,15 @@ from ..postgres.gaps import Gap
 from ..postgres.source import Source, publication_name, publication_names
 from ..postgres.stream import ReplicationConnection
 from ..protocol.lsn import Lsn
-from ..provisioning import ddl, preflight, publications, record, replay_slot
+from ..provisioning import ddl, pattern_tables, preflight, publications, record, replay_slot
+from ..provisioning.pattern_tables import LeftOut
 from ..provisioning.preflight import Report
 from ..provisioning.publications import ExistingPublications
 from ..provisioning.record import PublishedTables, Record, partition_ancestors
 from ..settings import Settings
 from ..table_name import TableName
 from .control import Control, Stopped
+from .joining import Joining
 
 logger = logging.getLogger(__name__)
 
@@ -99,11 +101,16 @@ class Startup:
         self._unaltered_at: datetime | None = None
         #: The ancestors of every partition of the handlers' tables, including removed partitions.
         self.partition_history = PartitionHistory()
+        self._joining = Joining(subscriptions)
+        #: The tables of patterns that are not published.
+        self._left_out: list[LeftOut] = []
 
     def tables_changed(self, source: Source) -> bool:
         """Return whether a table or a publication has changed since `run`."""
         now = datetime.now(timezone.utc)
         if self._fingerprint(source) != self.fingerprint:
+            return True
+        if pattern_tables.may_join(source.connection, self._left_out):
             return True
         self._unaltered_at = now
         return False
@@ -159,6 +166,8 @@ class Startup:
             self.partition_history.record(report.leaves)  # the record does not have them
         if report.gap is not None:
             self._close_gap(source, report.gap)
+        if manage and not report.standby:
+            self._joining.note(source, report)
         self._check_replaced(source, report, checked_at)
         comments = record.comments(source)
         self._comments = {op: each for op, each in comments.items() if record.is_ours(each[1])}
@@ -217,6 +226,10 @@ class Startup:
         tables, required = report.tables, report.required
         if required is None:
             return
+        handled = frozenset(table.oid for table in tables.values())
+        plain = {each.table for each in self._subscriptions if each.pattern is None}
+        # A table of a pattern that was replaced joins like a new one.
+        tables = {name: table for name, table in tables.items() if name in plain}
         recorded = record.published_tables(source)
         before = self._published or recorded
         now = slots.position_and_time(source.connection)
@@ -240,7 +253,7 @@ class Startup:
                     record.remember_gap(source, gap)
                 logger.error(_GAP, escaped(str(gap)), extra={"table": str(name)})
         history = self.partition_history
-        history.handled = frozenset(oid for oid, _ in published.tables.values())
+        history.handled = handled
         history.published |= history.handled
         history.orphans = published.orphans
         self._published = published
@@ -284,10 +297,14 @@ class Startup:
                 logger.warning(_LEFT_OUT, name)
 
     def _fingerprint(self, source: Source) -> str:
-        tables = [subscription.table for subscription in of_tables(self._subscriptions)]
-        ours = publication_names(source.prefix)
-        fingerprint = catalog.fingerprint(source.connection, tables, ours)
-        return fingerprint + other_publications.fingerprint(source.connection, tables, ours)
+        tables = [each.table for each in of_tables(self._subscriptions) if each.pattern is None]
+        ours, connection = publication_names(source.prefix), source.connection
+        patterns = [each.pattern for each in self._subscriptions if each.pattern is not None]
+        return (
+            catalog.fingerprint(connection, tables, ours)
+            + other_publications.fingerprint(connection, tables, ours)
+            + catalog.matching_fingerprint(connection, patterns)
+        )
 
     def _preflight(self, source: Source, progress: Progress) -> Report:
         """Check everything, and raise the first problem that a user has to solve.
@@ -307,9 +324,18 @@ class Startup:
             self.fingerprint = self._fingerprint(source)
         self._raise_first(report)
         self._unaltered_at = now
+        self._warn_of_left_out(report)
         self._require_known_slot(report)
         self._require_unused(source.connection, report)
         return report
+
+    def _warn_of_left_out(self, report: Report) -> None:
+        """Log which tables of patterns are left out, unless that is known."""
+        for each in report.left_out:
+            if each not in self._left_out:
+                text = f"{each.handler} does not receive changes of {each.table}: {each.reason}"
+                logger.warning("%s", escaped(text), extra={"table": str(each.table)})
+        self._left_out = report.left_out
 
     def _require_unused(self, connection: psycopg.Connection[Any], report: Report) -> None:
         """Raise `SlotInUse` if another worker reads the slot: it has set up the source."""

@@ -175,7 +175,7 @@ def explained(flash, **conf):
     with connect(flash.database.dsn) as connection:
         source = Source(connection, settings)
         report = preflight.examine(source, subscriptions)
-        return list(explain_tables(source, subscriptions, report))
+        return list(explain_tables(source, report))
 
 
 def test_doctor_explains_where_rows_are_filtered(flash):

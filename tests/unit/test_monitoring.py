@@ -123,7 +123,7 @@ def test_keys_of_status_are_promised(observer):
     keys = list(StatusReport(report.project, report.database, report.broker, None).as_json())
     assert keys == [
         *("source", "other_sources", "slot_name", "subscriptions"),
-        *("slot", "history", "gaps", "paused", "paused_handlers", "backfills"),
+        *("slot", "history", "gaps", "paused", "paused_handlers", "backfills", "left_out"),
         *("queues", "max_queue_length", "dead_letters", "broker_error", "lanes"),
         "unhandled",
     ]

@@ -1,0 +1,114 @@
+"""Tables that join a pattern: records them, and requests what they held before."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+
+from ..backfill import plans, requests
+from ..errors import ConfigurationError
+from ..escaping import escaped, one_line
+from ..handlers.subscriptions import Subscription, of_patterns
+from ..postgres import slots
+from ..postgres.gaps import Gap
+from ..postgres.source import Source
+from ..provisioning import joined, record
+from ..provisioning.joined import Joined
+from ..provisioning.preflight import Report
+
+logger = logging.getLogger(__name__)
+
+#: How many tables that are left out are recorded.
+_MOST_LEFT_OUT = 100
+_NOT_REQUESTED = "rows that {} had before it joined are not delivered to {}: {}"
+_GAP = "%s; rebuild what depends on them. `flash status` shows them again"
+
+
+def _key(subscription: Subscription) -> str:
+    return f"{subscription.handler} {subscription.pattern}"
+
+
+class Joining:
+    """Compares the tables of patterns with those that are recorded.
+
+    A table that has joined is backfilled, and that is recorded in the transaction of the request.
+    So a crash forgets neither, and repeats neither. Those that match when a handler first starts
+    are backfilled only if it has `backfill=`.
+    """
+
+    def __init__(self, subscriptions: Sequence[Subscription]) -> None:
+        self._patterns = of_patterns(subscriptions)
+
+    def note(self, source: Source, report: Report) -> None:
+        """Record the tables, and request the rows of those that have joined.
+
+        Call it when they are published, and where the record can be written.
+        """
+        if not self._patterns:
+            return
+        before = joined.read(source)
+        now = self._now(before, report)
+        wanted = list(self._wanted(source, before, report))
+        if now == before and not wanted:
+            return
+        missing = []
+        with source.connection.transaction():
+            for subscription in wanted:
+                problem = _request(source, subscription)
+                if problem:
+                    missing.append(
+                        _NOT_REQUESTED.format(subscription.table, subscription.handler, problem)
+                    )
+            source.connection.execute(joined.step(source.prefix, now).statement)
+        for reason in missing:
+            gap = Gap(source.slot, reason, None, None, *slots.position_and_time(source.connection))
+            record.remember_gap(source, gap)
+            logger.error(_GAP, escaped(str(gap)))
+
+    def _now(self, before: Joined, report: Report) -> Joined:
+        tables = {key: set(oids) for key, oids in before.tables.items()}
+        tables.update({_key(subscription): set() for subscription in self._patterns})
+        for subscription in of_patterns(report.subscriptions):
+            tables[_key(subscription)].add(report.tables[subscription.table].oid)
+        left_out = [
+            [each.handler, str(each.table), each.reason]
+            for each in report.left_out[:_MOST_LEFT_OUT]
+        ]
+        return Joined({key: sorted(oids) for key, oids in tables.items()}, left_out)
+
+    def _wanted(self, source: Source, before: Joined, report: Report) -> Iterable[Subscription]:
+        """Yield the subscriptions to tables whose rows are to be delivered."""
+        tables = {key: set(oids) for key, oids in before.tables.items()}
+        new: dict[tuple[str, int], Subscription] = {}
+        for subscription in of_patterns(report.subscriptions):
+            oid = report.tables[subscription.table].oid
+            known = tables.get(_key(subscription))
+            if known is None and not subscription.backfill:
+                continue  # the handler is new, and begins with the present
+            if oid not in (known or ()) and subscription.backfill is not False:
+                new.setdefault((subscription.handler, oid), subscription)
+        complete = joined.published_when_created(source, [oid for _, oid in new]) if new else set()
+        for (_, oid), subscription in new.items():
+            table = report.tables[subscription.table]
+            if oid not in complete and not joined.is_surely_empty(source.connection, table):
+                yield subscription
+
+
+def _request(source: Source, subscription: Subscription) -> str:
+    """Request a backfill; return why that is impossible, or ""."""
+    handler, table = subscription.handler, subscription.table
+    name = escaped(str(table))
+    for other in requests.all_of(source):
+        if (other.handler, other.table_name, other.ended_at) == (handler, str(table), None):
+            return ""  # it begins again, if the table was replaced
+    try:
+        (backfill,) = plans.start(source, plans.plan(source, [subscription], handler, table))
+    except ConfigurationError as error:
+        return one_line(error)
+    logger.info(
+        "%s has joined %s: the backfill %s of it is requested",
+        name,
+        escaped(str(subscription.pattern)),
+        backfill.id,
+    )
+    return ""

@@ -1,0 +1,383 @@
+"""Tables by pattern: which match, how they join, and what is left out."""
+
+import threading
+import time
+
+import psycopg
+import pytest
+
+from flash_celery import Delete, Insert, Update
+from flash_celery.commands import status
+from flash_celery.errors import CatalogError
+from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.postgres.source import connected
+from flash_celery.provisioning import ddl, joined, preflight
+from flash_celery.publishing.brokers.memory import MemoryPublisher
+from flash_celery.settings import Settings
+from flash_celery.worker.replicator import Replicator
+from tests.integration.conftest import shown
+
+ORDERS = "CREATE TABLE {}.orders (id int PRIMARY KEY, total int)"
+
+
+def tenant(name):
+    return [f"CREATE SCHEMA {name}", ORDERS.format(name)]
+
+
+def state(changes):
+    """The tables as a handler has them that applies what it receives."""
+    rows = {}
+    for change in changes:
+        match change:
+            case Insert(new=new) | Update(new=new):
+                rows[change.schema, change.key["id"]] = dict(new)
+            case Delete(key=key):
+                rows.pop((change.schema, key["id"]), None)
+    return rows
+
+
+def tables(changes):
+    return [f"{change.schema}.{change.table}" for change in changes]
+
+
+def published(flash):
+    rows = flash.database.execute(
+        "SELECT relnamespace::regnamespace || '.' || relname FROM pg_publication_rel r "
+        "JOIN pg_publication p ON p.oid = r.prpubid JOIN pg_class c ON c.oid = r.prrelid "
+        "WHERE pubname = 'flash_publication_insert' ORDER BY 1"
+    )
+    return [name for (name,) in rows]
+
+
+def when_published(flash, *names):
+    flash.wait(lambda: published(flash) == sorted(names))
+
+
+def examine(flash, **conf):
+    flash.app.conf.update(conf)
+    flash.app.finalize()
+    settings = Settings.from_app(flash.app)
+    with connected(settings) as source:
+        return preflight.examine(source, subscriptions_of(flash.app))
+
+
+def test_pattern_delivers_the_changes_of_each_table(flash):
+    flash.database.execute(*tenant("tenant_a"), *tenant("tenant_b"), *tenant("other"))
+    flash.app.conf.flash_routes = {"tenant_b.*.*": "flash.b"}
+    flash.handler("tenant_*.orders")
+    flash.handler("tenant_a.orders", "insert", name="plain")
+    flash.handler("*.orders", name="narrow", exclude=["tenant_b.*"], where={"total__gt": 15})
+    flash.handler("*.orders", "update", name="fields", schema=None, fields=["total"], batch=10)
+    flash.start()
+    flash.do(
+        "INSERT INTO tenant_a.orders VALUES (1, 10)",
+        "INSERT INTO tenant_b.orders VALUES (2, 20)",
+        "INSERT INTO other.orders VALUES (3, 30)",
+        "UPDATE tenant_a.orders SET total = 21",
+        "UPDATE tenant_a.orders SET total = 21",
+        "DELETE FROM tenant_b.orders",
+        "TRUNCATE tenant_a.orders",
+    )
+    messages = flash.publisher.queues["flash.b"]
+    assert [message.task for message in messages] == ["handler", "handler"]
+    changes = flash.delivered()
+    assert tables(changes) == ["tenant_a.orders"] * 4
+    assert shown(changes)[:2] == ["insert 1,10", "update 1,10 -> 1,21"]
+    assert shown(flash.delivered("plain")) == ["insert 1,10"]
+    narrow = flash.delivered("narrow")
+    assert tables(narrow) == ["other.orders", *["tenant_a.orders"] * 3]
+    assert shown(narrow) == ["insert 3,30", "insert 1,21", "update 1,21 -> 1,21", "truncate"]
+    assert shown(flash.delivered("fields")) == ["update 10 -> 21"]
+
+
+def test_pattern_never_has_what_cannot_or_must_not_be_handled(flash):
+    flash.database.execute(
+        "CREATE TABLE a (id int PRIMARY KEY)",
+        "CREATE TABLE flash_celery_marks (id int PRIMARY KEY)",
+        "CREATE TABLE celery_taskmeta (id int PRIMARY KEY)",
+        "CREATE TABLE django_migrations (id int PRIMARY KEY)",
+        "CREATE TABLE skipped_1 (id int PRIMARY KEY)",
+        "CREATE UNLOGGED TABLE unlogged (id int PRIMARY KEY)",
+        "CREATE VIEW seen AS SELECT * FROM a",
+        "CREATE MATERIALIZED VIEW kept AS SELECT * FROM a",
+        "CREATE SCHEMA pgs",
+        'CREATE TABLE pgs."a*" (id int PRIMARY KEY)',
+    )
+    flash.handler("public.*", exclude="skipped_?")
+    flash.handler("*.django_migrations", name="spelled")
+    flash.handler('"pgs"."a*"', name="quoted")
+    report = examine(flash)
+    assert [(each.handler, str(each.table)) for each in report.subscriptions] == [
+        ("quoted", "pgs.a*"),
+        ("handler", "public.a"),
+        ("spelled", "public.django_migrations"),
+    ]
+    assert not report.left_out
+
+
+def test_table_that_lacks_a_column_joins_when_it_has_it(flash, caplog):
+    flash.database.execute(
+        *tenant("tenant_a"), "CREATE SCHEMA tenant_b", "CREATE TABLE tenant_b.orders (id int)"
+    )
+    flash.handler("tenant_*.orders", fields=["total"], ordered="id")
+    flash.app.conf.update(broker_url="memory://")
+    report = examine(flash)
+    assert [str(each.table) for each in report.left_out] == ["tenant_b.orders"]
+    assert "has no column total" in report.left_out[0].reason
+
+
+def test_tables_join_and_leave_while_the_worker_runs(flash, caplog):
+    flash.handler("tenant_*.orders", where={"total__gt": 0})
+    findings = examine(flash).findings
+    (finding,) = [each for each in findings if each.subject == "handler on tenant_*.orders"]
+    assert finding.message == "no table matches yet"
+    flash.start()
+    flash.database.execute(
+        *tenant("tenant_a"), "CREATE SCHEMA tenant_b", "CREATE TABLE tenant_b.orders (id int)"
+    )
+    when_published(flash, "tenant_a.orders")
+    flash.do("INSERT INTO tenant_a.orders VALUES (1, 10)", "UPDATE tenant_a.orders SET total = 0")
+    assert shown(flash.delivered())[-1] == "delete 1,10"
+    flash.wait(lambda: "tenant_b.orders: tenant_b.orders has no column total" in caplog.text)
+    flash.database.execute("ALTER TABLE tenant_b.orders ADD total int")
+    when_published(flash, "tenant_a.orders", "tenant_b.orders")
+    # A session that has locked a table keeps it from joining, and nothing else.
+    with psycopg.connect(flash.database.dsn) as connection:
+        flash.database.execute(*tenant("tenant_c"))
+        connection.execute("LOCK TABLE tenant_c.orders IN ACCESS SHARE MODE")
+        flash.database.execute(*tenant("tenant_d"))
+        flash.wait(lambda: "tenant_d.orders" in published(flash))
+        flash.do("INSERT INTO tenant_d.orders VALUES (1, 10)")
+    flash.wait(lambda: "tenant_c.orders" in published(flash))
+    # What is dropped or renamed leaves, and what was written before is delivered.
+    flash.do(
+        "INSERT INTO tenant_a.orders VALUES (2, 20)",
+        "ALTER TABLE tenant_a.orders RENAME TO former",
+        "INSERT INTO tenant_d.orders VALUES (3, 30)",
+        "DROP SCHEMA tenant_d CASCADE",
+    )
+    when_published(flash, "tenant_b.orders", "tenant_c.orders")
+    flash.do("INSERT INTO tenant_c.orders VALUES (4, 40)")
+    delivered = [each for each in shown(flash.delivered()) if each != "insert 1,10"]
+    assert delivered == ["insert 2,20", "insert 3,30", "insert 4,40"]
+
+
+def test_rows_of_a_schema_that_was_dropped_before_they_were_read_are_delivered(flash):
+    flash.database.execute(*tenant("tenant_a"), *tenant("tenant_b"))
+    flash.handler("tenant_*.orders").start()
+    flash.stop()
+    flash.database.execute(
+        "INSERT INTO tenant_a.orders VALUES (1, 10)",
+        "DROP SCHEMA tenant_a CASCADE",
+        "ALTER TABLE tenant_b.orders RENAME TO former",
+        "INSERT INTO tenant_b.former VALUES (2, 20)",
+        *tenant("tenant_a"),
+    )
+    flash.start().do("INSERT INTO tenant_a.orders VALUES (3, 30)")
+    changes = flash.delivered()
+    assert shown(changes) == ["insert 1,10", "insert 3,30"]
+    assert tables(changes) == ["tenant_a.orders"] * 2
+
+
+def test_partition_counts_as_its_root(flash):
+    flash.database.execute(
+        "CREATE TABLE events (id int PRIMARY KEY, total int) PARTITION BY RANGE (id)",
+        "CREATE TABLE events_1 PARTITION OF events FOR VALUES FROM (0) TO (10)",
+        "CREATE TABLE events_2 PARTITION OF events FOR VALUES FROM (10) TO (20) "
+        "PARTITION BY RANGE (id)",
+        "CREATE TABLE events_3 PARTITION OF events_2 FOR VALUES FROM (10) TO (20)",
+    )
+    flash.handler("public.*").handler("*.events_*", name="leaves").start()
+    flash.do("INSERT INTO events VALUES (1, 1), (11, 2)")
+    changes = flash.delivered()
+    assert tables(changes) == ["public.events"] * 2
+    assert [change.partition for change in changes] == ["public.events_1", "public.events_3"]
+    assert not flash.delivered("leaves")
+    # A partition that is detached is a table of its own.
+    flash.do("INSERT INTO events VALUES (2, 2)", "ALTER TABLE events DETACH PARTITION events_1")
+    when_published(flash, "public.events", "public.events_1")
+    flash.wait(lambda: flash.replicator.telemetry.state == "streaming")
+    flash.do("INSERT INTO events_1 VALUES (3, 3)")
+    assert tables(flash.delivered()) == ["public.events", "public.events_1"]
+    assert tables(flash.delivered("leaves")) == ["public.events_1"]
+
+
+def test_owner_is_told_what_to_run_if_nothing_may_be_altered(flash, caplog):
+    flash.database.execute(*tenant("tenant_a"))
+    flash.handler("tenant_*.orders", where={"total__gt": 0})
+    with pytest.raises(CatalogError, match="flash_manage is off"):
+        examine(flash, flash_manage=False).raise_first()
+
+    def run_script():
+        script = "\n".join(ddl.script(examine(flash).script))
+        flash.database.execute(
+            *(line for line in script.splitlines() if not line.startswith(("--", "\\")))
+        )
+
+    run_script()
+    flash.start()
+    flash.database.execute(*tenant("tenant_b"))
+    needed = 'ALTER TABLE ONLY "tenant_b"."orders" REPLICA IDENTITY FULL; ALTER PUBLICATION'
+    flash.wait(lambda: needed in caplog.text)
+    flash.do(
+        "INSERT INTO tenant_a.orders VALUES (1, 10)", "INSERT INTO tenant_b.orders VALUES (2, 2)"
+    )
+    run_script()
+    flash.do("INSERT INTO tenant_b.orders VALUES (3, 30)")
+    flash.wait(lambda: "A handler's table changed" in caplog.text)
+    flash.do("INSERT INTO tenant_b.orders VALUES (4, 40)")
+    assert shown(flash.delivered()) == ["insert 1,10", "insert 3,30", "insert 4,40"]
+
+
+class Tenants(threading.Thread):
+    """Creates tenants, fills them, and uses them at once."""
+
+    def __init__(self, dsn, names):
+        super().__init__()
+        self.dsn, self.names, self.error = dsn, names, None
+
+    def run(self):
+        try:
+            with psycopg.connect(self.dsn, autocommit=True) as connection:
+                for name in self.names:
+                    with connection.transaction():
+                        for statement in tenant(name):
+                            connection.execute(statement)
+                        connection.execute(
+                            f"INSERT INTO {name}.orders SELECT n, n FROM generate_series(1, 50) n"
+                        )
+                    for n in range(60):
+                        connection.execute(f"INSERT INTO {name}.orders VALUES ({100 + n}, {n})")
+                        connection.execute(f"UPDATE {name}.orders SET total = -{n} WHERE id = {n}")
+                        connection.execute(f"DELETE FROM {name}.orders WHERE id = {2 * n}")
+                        time.sleep(0.02)
+        except psycopg.Error as error:
+            self.error = error
+
+
+def test_tenants_that_are_created_and_used_at_once_are_delivered_whole(flash):
+    flash.database.execute(*tenant("tenant_old"), "INSERT INTO tenant_old.orders VALUES (1, 1)")
+    flash.handler("tenant_*.orders", ordered=False, where={"id__gt": 0}).start()
+    writer = Tenants(flash.database.dsn, ["tenant_a", "tenant_b"])
+    writer.start()
+    writer.join(60)
+    assert writer.error is None
+    done = "SELECT count(*) = 2 FROM flash_celery_backfills WHERE state = 'done'"
+    flash.wait(lambda: flash.database.one(done), timeout=120)
+    flash.do("SELECT pg_logical_emit_message(true, '', '')")
+    rows = flash.database.execute(
+        "SELECT 'tenant_a', id, total FROM tenant_a.orders "
+        "UNION ALL SELECT 'tenant_b', id, total FROM tenant_b.orders"
+    )
+    expected = {(schema, id): {"id": id, "total": total} for schema, id, total in rows}
+    assert state(flash.delivered()) == expected
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def killed_after(flash, monkeypatch, count):
+    """Run a replication worker that dies after so many statements."""
+    run, left = ddl._run, count
+
+    def dying(*arguments):
+        nonlocal left
+        run(*arguments)
+        left -= 1
+        if left == 0:
+            raise Killed
+
+    settings = Settings.from_app(flash.app)
+    worker = Replicator(flash.app, settings, subscriptions_of(flash.app), MemoryPublisher())
+    monkeypatch.setattr(ddl, "_run", dying)
+    # The last statement is outside of `ddl`: it requests the backfills and records the tables.
+    monkeypatch.setattr(joined, "step", dying_step)
+    with pytest.raises(Killed):
+        worker.run()
+    monkeypatch.undo()
+
+
+def dying_step(*_):
+    raise Killed
+
+
+def test_worker_that_dies_while_a_table_joins_forgets_and_refuses_nothing(flash, monkeypatch):
+    flash.handler("tenant_*.orders", where={"id__gt": 0, "total__gt": -99})
+    flash.start()
+    flash.stop()
+    names = []
+    for count in range(1, 7):
+        names.append(f"tenant_{count}")
+        flash.database.execute(
+            *tenant(names[-1]),
+            f"INSERT INTO {names[-1]}.orders SELECT n, n FROM generate_series(1, 9) n",
+        )
+        killed_after(flash, monkeypatch, count)
+        for name in names:
+            flash.database.execute(
+                f"UPDATE {name}.orders SET total = {count} WHERE id = {count}",
+                f"DELETE FROM {name}.orders WHERE id = {count + 1}",
+            )
+    flash.start()
+    done = "SELECT count(*) = 6 FROM flash_celery_backfills WHERE state = 'done'"
+    flash.wait(lambda: flash.database.one(done), timeout=120)
+    flash.do("SELECT pg_logical_emit_message(true, '', '')")
+    assert flash.database.one("SELECT count(*) FROM flash_celery_backfills") == 6
+    expected = {
+        (name, id): {"id": id, "total": total}
+        for name in names
+        for id, total in flash.database.execute(f"SELECT * FROM {name}.orders")
+    }
+    assert state(flash.delivered()) == expected
+
+
+@pytest.mark.parametrize("wish", [True, False])
+def test_backfill_of_a_pattern_is_as_the_handler_wishes(flash, wish):
+    flash.database.execute(
+        *tenant("tenant_a"), "INSERT INTO tenant_a.orders VALUES (1, 1)", *tenant("tenant_empty")
+    )
+    flash.handler("tenant_*.orders", backfill=wish).start()
+    flash.database.execute(*tenant("tenant_b"), "INSERT INTO tenant_b.orders VALUES (2, 2)")
+    when_published(flash, *(f"tenant_{name}.orders" for name in ("a", "b", "empty")))
+    flash.stop()
+    # Dropped, and created again, while no worker runs.
+    flash.database.execute(
+        "DROP SCHEMA tenant_a CASCADE",
+        *tenant("tenant_a"),
+        "INSERT INTO tenant_a.orders VALUES (3, 3)",
+    )
+    flash.start()
+    if wish:
+        done = "SELECT count(*) = 3 FROM flash_celery_backfills WHERE state = 'done'"
+        flash.wait(lambda: flash.database.one(done), timeout=120)
+    flash.do("INSERT INTO tenant_b.orders VALUES (4, 4)")
+    changes = flash.delivered()
+    told = {(change.schema, change.new["id"], bool(change.backfill)) for change in changes}
+    backfilled = {("tenant_b", 2, True), ("tenant_a", 3, True)} if wish else set()
+    assert told - {("tenant_a", 1, True)} == backfilled | {("tenant_b", 4, False)}
+
+
+def test_table_that_cannot_be_backfilled_is_a_gap(flash, caplog):
+    flash.handler("tenant_*.log", "insert").start()
+    flash.database.execute(
+        "CREATE SCHEMA tenant_a",
+        "CREATE TABLE tenant_a.log (id int)",
+        "INSERT INTO tenant_a.log VALUES (1)",
+    )
+    flash.wait(lambda: "rows that tenant_a.log had before it joined" in caplog.text)
+    flash.do("INSERT INTO tenant_a.log VALUES (2)")
+    assert shown(flash.delivered())[-1] == "insert 2"
+    settings = Settings.from_app(flash.app)
+    with connected(settings) as source:
+        (gap,) = status.database_status(source).gaps
+    assert "not on both insert and update" in gap["reason"]
+
+
+def test_status_shows_tables_that_are_left_out(flash):
+    flash.database.execute("CREATE SCHEMA tenant_a", "CREATE TABLE tenant_a.orders (id int)")
+    flash.handler("tenant_*.orders", fields=["total"]).start()
+    with connected(Settings.from_app(flash.app)) as source:
+        (left,) = status.database_status(source).left_out
+    assert (left.handler, left.table) == ("handler", "tenant_a.orders")
+    assert left.reason == "tenant_a.orders has no column total."
