@@ -16,6 +16,8 @@ def complete(stage):
         stage.effects.read()
         if stage.effects.missing:
             return False
+    if stage.copy.differing:
+        return False
     return not lost(ledger) and not any(unhandled(ledger, handler) for handler in ledger.handled)
 
 
@@ -38,6 +40,7 @@ def everything(stage, outcome):
         *_handled(stage, outcome),
         *_ordered(stage),
         *_rows(stage),
+        *_named(stage, "rows of the copy are not those of the table", stage.copy.differing),
         *(
             f"{process.name} ended by itself with {code}"
             for process in stage.replicates

@@ -150,6 +150,12 @@ def spare(change):
     """Never runs: its queue is deleted now and then."""
 
 
+@on_change("items", batch=BATCH, queue="copies")
+@app.task
+def copied(changes):
+    """Never runs: its queue is read as a handler would that keeps a copy of the table."""
+
+
 @on_change("items", batch=BATCH, queue="witness")
 @on_change("orders", batch=BATCH, queue="witness")
 @on_change("probes", batch=BATCH, queue="witness")

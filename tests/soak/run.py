@@ -40,6 +40,8 @@ class Outcome:
     problems: list[str] = field(default_factory=list)
     ledger: object = None
     vitals: list = field(default_factory=list)
+    #: How many backfills were requested.
+    backfills: int = 0
     #: Unexpected ends of Celery workers.
     worker_ends: int = 0
     #: Of ordered handlers.
@@ -110,6 +112,9 @@ def _random(choose, broker, end):
 
 def _strike(stage, choose, outcome, fault, say, elapsed):
     time.sleep(choose.uniform(0.5, 3))
+    if choose.random() < 0.4:
+        stage.copy.begin()
+        time.sleep(choose.uniform(0, 2))
     if fault.crowded and choose.random() < 0.5:
         stage.to_broker.delay(choose.uniform(0.2, 1))
         time.sleep(choose.uniform(0.5, 2))
@@ -152,6 +157,11 @@ def _come_to_rest(stage, outcome, say):
         )
     except TimeoutError as error:
         outcome.problems.append(f"everything stands still: {error}")
+    try:
+        wait_until(stage.copy.rests, "the backfill to end", timeout=300)
+    except TimeoutError as error:
+        outcome.problems.append(str(error))
+    outcome.backfills = stage.copy.begun
     # The second look from here on begins after the last commit.
     ends = stage.truth.ends + 1
     wait_until(lambda: stage.truth.ends > ends, "all that was committed to be known", timeout=600)

@@ -9,8 +9,9 @@ import psycopg
 from example_project.servers import Postgres, Rabbit, Valkey, wait_until
 from tests.proxy import Proxy
 from tests.sentinel import Replicated
-from tests.soak import effects
+from tests.soak import copies, effects
 from tests.soak.calls import Harms
+from tests.soak.copies import Copy
 from tests.soak.effects import Effects
 from tests.soak.lane_watch import RabbitLaneWatch, RedisLaneWatch
 from tests.soak.ledger import ORDERED, UNORDERED, Ledger
@@ -76,9 +77,12 @@ class Stage:
         tap = RabbitTap if self.kind == "rabbitmq" else RedisTap
         notes = self.folder / "notes"
         self.truth = Truth(self.ledger, self.postgres.dsn())
+        direct = {"SOAK_BROKER": self.broker.url, "SOAK_DSN": self.postgres.dsn()}
+        self.copy = Copy(self.execute, direct)
         self.witnesses = [
             self.truth,
             tap(self.ledger, self.broker),
+            tap(self.copy, self.broker, copies.QUEUE),
             Notes(self.ledger, notes),
         ]
         command = {"flash_password_command": ["cat", str(self._password_file)]}
@@ -99,7 +103,7 @@ class Stage:
         self.worker = Process(
             "worker",
             self.folder,
-            {**environment, "SOAK_BROKER": self.broker.url, "SOAK_DSN": self.postgres.dsn()},
+            {**environment, **direct},
             *("worker", "-Q", "each,many", "-P", "prefork", "-c", "2", "-l", "WARNING"),
             *("-n", "worker{life}@%h"),
             *("--without-gossip", "--without-mingle", "--without-heartbeat"),

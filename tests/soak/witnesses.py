@@ -91,7 +91,13 @@ class Truth(Witness):
 
 
 class Tap(Witness):
-    """The messages in the queue of the witness, in order."""
+    """The messages in a queue that no worker consumes, in order."""
+
+    def __init__(self, ledger, broker, queue=QUEUE):
+        super().__init__(ledger)
+        self._broker = broker
+        self._queue = queue
+        self._noted = set()
 
     def note(self, body, task_id):
         now = time.time()
@@ -104,17 +110,14 @@ class RedisTap(Tap):
 
     errors = (redis.RedisError, OSError)
 
-    def __init__(self, ledger, broker):
-        super().__init__(ledger)
-        self._broker = broker
-        self._noted = set()
-
     def connected(self):
         # With a Sentinel it is another one's after a failover.
         return redis.Redis(port=self._broker.port, socket_timeout=10)
 
     def look(self, connection):
-        sightings = [json.loads(text) for text in connection.lrange(QUEUE, -_TOGETHER, -1)][::-1]
+        sightings = [json.loads(text) for text in connection.lrange(self._queue, -_TOGETHER, -1)][
+            ::-1
+        ]
         tags = [message["properties"]["delivery_tag"] for message in sightings]
         for tag, message in zip(tags, sightings, strict=True):
             if tag not in self._noted:
@@ -122,7 +125,7 @@ class RedisTap(Tap):
         # Those that are there again next time could not be taken away.
         self._noted = set(tags)
         if sightings:
-            connection.ltrim(QUEUE, 0, -len(sightings) - 1)
+            connection.ltrim(self._queue, 0, -len(sightings) - 1)
         return bool(sightings)
 
 
@@ -131,15 +134,10 @@ class RabbitTap(Tap):
 
     errors = (amqp.AMQPError, OSError)
 
-    def __init__(self, ledger, broker):
-        super().__init__(ledger)
-        self._port = broker.port
-        self._noted = set()
-
     @contextlib.contextmanager
     def connected(self):
         connection = amqp.Connection(
-            host=f"127.0.0.1:{self._port}", connect_timeout=5, read_timeout=30
+            host=f"127.0.0.1:{self._broker.port}", connect_timeout=5, read_timeout=30
         )
         connection.connect()
         try:
@@ -151,7 +149,7 @@ class RabbitTap(Tap):
     def look(self, connection):
         last = None
         for _ in range(_TOGETHER):
-            message = connection.basic_get(QUEUE)
+            message = connection.basic_get(self._queue)
             if message is None:
                 break
             last, task_id = message.delivery_tag, message.headers["id"]
