@@ -77,8 +77,8 @@ class Settings:
     #: Seconds between two heartbeats, which are written to the WAL unless the server is idle, and
     #: must arrive through the stream; 0 for none.
     flash_heartbeat_interval: float = 10.0
-    #: What to do when the slot was lost or dropped: `halt`, or `recreate` it at the present and
-    #: record the gap.
+    #: What to do when the slot was lost or dropped: `halt`, `recreate` it at the present and record
+    #: the gap, or `backfill` the handlers' tables as well.
     flash_on_lost_slot: str = "halt"
     #: What to do when Redis has lost what it had confirmed: `continue` with a warning, `halt`, or
     #: `refill` the queues from `flash_replay_window` first. `auto` is `refill` with a window and an
@@ -153,6 +153,11 @@ class Settings:
         """The name of the second slot, from which `flash replay` reads."""
         return f"{self.flash_replication_slot}{_REPLAY_SLOT_SUFFIX}"
 
+    @property
+    def recreates_slot(self) -> bool:
+        """Whether a lost slot is created again."""
+        return self.flash_on_lost_slot != "halt"
+
     def called(self, setting: str) -> str:
         """Return how the user writes a setting that each source has, such as the DSN."""
         return f"flash_sources[{self.source!r}][{_KEYS[setting]!r}]" if self.source else setting
@@ -183,10 +188,10 @@ class Settings:
             raise ConfigurationError(
                 "flash_dead_queue must be a queue of its own, which no worker consumes."
             )
-        if self.flash_on_lost_slot == "recreate" and not self.flash_manage:
+        if self.recreates_slot and not self.flash_manage:
             raise ConfigurationError(
-                "flash_on_lost_slot = 'recreate' creates a slot, which flash_manage = False leaves "
-                "to the owner; remove one of the two settings."
+                f"flash_on_lost_slot = {self.flash_on_lost_slot!r} creates a slot, which "
+                "flash_manage = False leaves to the owner; remove one of the two settings."
             )
         if self.flash_replay_window and not self.flash_manage:
             raise ConfigurationError(
@@ -376,7 +381,7 @@ _MOST_LANES = 4096
 _REPLAY_SLOT_SUFFIX = "_history"
 _CHOICES = {
     "flash_replica_identity": ("auto", "keep"),
-    "flash_on_lost_slot": ("halt", "recreate"),
+    "flash_on_lost_slot": ("halt", "recreate", "backfill"),
     "flash_on_lost_broker": ("auto", "continue", "halt", "refill"),
 }
 #: The keys of a source, by the setting that each replaces.

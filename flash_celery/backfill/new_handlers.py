@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 
 import psycopg
 
@@ -15,6 +16,8 @@ from . import plans, requests
 
 logger = logging.getLogger(__name__)
 
+_LOST = "changes were lost with the slot, so another has begun"
+
 
 class NewHandlers:
     """Requests the backfills of the handlers with `backfill=`.
@@ -24,11 +27,10 @@ class NewHandlers:
     lost in a crash is.
 
     Args:
-        subscriptions: All those of the source.
+        subscriptions: Those of the source to tables that they name.
     """
 
     def __init__(self, subscriptions: Sequence[Subscription]) -> None:
-        self._subscriptions = subscriptions
         self._wanting = {
             (each.handler, str(each.table)): each for each in subscriptions if each.backfill
         }
@@ -48,12 +50,29 @@ class NewHandlers:
             self._warn("Backfills are not requested: %s", one_line(error))
             return
         for pair in self._wanting.keys() - known:
-            self._request(source, self._wanting[pair])
+            self._request(source, self._wanting[pair], f"{pair[0]} is new")
 
-    def _request(self, source: Source, subscription: Subscription) -> None:
+    def request_all(self, source: Source, subscriptions: Sequence[Subscription]) -> None:
+        """Request the backfills of tables whose changes were lost.
+
+        Those that are under way begin again, because rows that they have read may have changed.
+
+        Args:
+            source: The source.
+            subscriptions: To all tables of handlers.
+        """
+        with suppress(psycopg.ProgrammingError):  # it is reported for each table
+            for backfill in requests.all_of(source):
+                allowed = [*requests.ACTIVE, "paused"]
+                requests.enter(source.connection, backfill.id, "stopped", allowed, _LOST)
+        pairs = {(each.handler, each.table): each for each in subscriptions}
+        for subscription in pairs.values():
+            self._request(source, subscription, "Changes were lost")
+
+    def _request(self, source: Source, subscription: Subscription, why: str) -> None:
         handler, table = subscription.handler, subscription.table
         try:
-            planned = plans.plan(source, self._subscriptions, handler, table)
+            planned = plans.plan(source, [subscription], handler, table)
             (backfill,) = plans.start(source, planned)
         except (ConfigurationError, psycopg.ProgrammingError, psycopg.IntegrityError) as error:
             text = (
@@ -63,7 +82,8 @@ class NewHandlers:
             self._warn("%s", text)
             return
         name = escaped(str(table))
-        logger.info("%s is new: the backfill %s of %s is requested", handler, backfill.id, name)
+        template = "%s: the backfill %s of %s for %s is requested"
+        logger.info(template, why, backfill.id, name, handler)
 
     def _warn(self, template: str, text: str) -> None:
         if text not in self._logged:

@@ -80,7 +80,7 @@ def gap_error(connection: psycopg.Connection[Any], gap: Gap) -> SlotLost | SlotM
     if is_standby(connection):
         alone = "on a standby flash_on_lost_slot is always 'halt'"
     else:
-        alone = "flash_on_lost_slot = 'recreate' does the first by itself"
+        alone = "flash_on_lost_slot = 'recreate' does the first by itself, 'backfill' also the rest"
     first = ""
     if gap.reason == _LEVEL_LOWERED:
         first = "on the primary run ALTER SYSTEM SET wal_level = 'logical'; and restart it, then "

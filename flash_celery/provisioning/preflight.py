@@ -226,7 +226,7 @@ class _Examination:
             return
         gap = open_gap or gap
         error = gaps.gap_error(self._connection, gap)
-        if self._settings.flash_on_lost_slot == "recreate" and record and not self._report.standby:
+        if self._settings.recreates_slot and record and not self._report.standby:
             self._report.gap = gap
             self._add("slot", WARNING, f"{str(error)[:-1]}; `flash replicate` recreates it")
         else:

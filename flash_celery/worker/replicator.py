@@ -33,7 +33,6 @@ import psycopg
 
 from ..acknowledgement import Progress
 from ..backfill import requests
-from ..backfill.new_handlers import NewHandlers
 from ..backfill.requests import Backfill
 from ..backoff import delays
 from ..capture.pipeline import Pipeline
@@ -182,7 +181,6 @@ class Replicator:
         self.telemetry.unconfirmed = self._publishing.oldest_commit
         self.telemetry.stuck = self.control.seconds_stuck
         self._startup = Startup(settings, subscriptions, self.control)
-        self._new_handlers = NewHandlers([each for each in subscriptions if each.pattern is None])
         self._lost_tables = LostTables()
         self._pauses = Pauses(app, subscriptions, self._publishing)
         self._progress = Progress()
@@ -354,7 +352,6 @@ class Replicator:
                     self._phase = Phase.PREFLIGHT
                     self._has_connected = True
                     self._startup.run(source, stream, self._progress)
-                    self._new_handlers.request(source)
                     self._phase = Phase.STARTING
                     templates = self._start(stream, source)
                 with (

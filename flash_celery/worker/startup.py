@@ -11,6 +11,7 @@ from typing import Any
 import psycopg
 
 from ..acknowledgement import Progress
+from ..backfill.new_handlers import NewHandlers
 from ..capture.partition_history import PartitionHistory
 from ..changes.operations import Operation
 from ..errors import CatalogError, PublicationMismatch, SlotInUse, SlotMissing, StepFailed
@@ -84,6 +85,7 @@ class Startup:
         self._subscriptions = subscriptions
         self._control = control
         self._slot = settings.flash_replication_slot
+        self._new_handlers = NewHandlers([each for each in subscriptions if each.pattern is None])
         #: The OIDs and comments of the publications at the last set-up.
         self._comments: dict[Operation, tuple[int, str]] = {}
         #: The handlers' tables at the last set-up.
@@ -138,6 +140,8 @@ class Startup:
         if report.gap is not None:
             # Recorded before anything else, so that it is not forgotten if this process ends.
             record.remember_gap(source, report.gap)
+            if self._settings.flash_on_lost_slot == "backfill":
+                self._new_handlers.request_all(source, report.subscriptions)
             if report.slot_lost:
                 slots.drop(source.connection, self._slot)
             report = self._preflight(source, progress)
@@ -169,6 +173,7 @@ class Startup:
         if manage and not report.standby:
             self._joining.note(source, report)
         self._check_replaced(source, report, checked_at)
+        self._new_handlers.request(source)
         comments = record.comments(source)
         self._comments = {op: each for op, each in comments.items() if record.is_ours(each[1])}
         self.partition_history.record(partition_ancestors(source))
