@@ -22,14 +22,21 @@ class LaneTransport:
     entry_changes: int
     #: Whether a change can wait for several lanes.
     has_barriers: bool
+    #: The most bytes of a handler's name.
+    longest_name: int
 
     def check(self, handler: str, subscriptions: Sequence[Subscription]) -> None:
         """Refuse a handler that needs what the lanes of this broker cannot do.
 
         Raises:
-            SubscriptionError: It handles TRUNCATEs or messages, blocks its lanes, or has once=
-                with coalesce=.
+            SubscriptionError: It handles TRUNCATEs or messages, blocks its lanes, has once= with
+                coalesce=, or a name that is too long.
         """
+        if len(handler.encode()) > self.longest_name:
+            raise SubscriptionError(
+                f"The name {handler} is too long for the queues of its lanes on RabbitMQ; give the "
+                f"task a name= of {self.longest_name} bytes at most."
+            )
         if self.has_barriers:
             return
         for each in subscriptions:
@@ -58,9 +65,10 @@ class LaneTransport:
                 )
 
 
-REDIS = LaneTransport(lanes=256, entry_changes=100, has_barriers=True)
-#: A change is a message, so that it can be acknowledged by itself.
-RABBITMQ = LaneTransport(lanes=16, entry_changes=1, has_barriers=False)
+REDIS = LaneTransport(lanes=256, entry_changes=100, has_barriers=True, longest_name=1 << 20)
+#: A change is a message, so that it can be acknowledged by itself. The name of a queue has 255
+#: bytes at most, among them the server, the slot (63) and the number of the lane.
+RABBITMQ = LaneTransport(lanes=16, entry_changes=1, has_barriers=False, longest_name=140)
 
 
 def of(app: Any) -> LaneTransport:

@@ -29,8 +29,8 @@ def declare(new_app):
     """Declares one task with these decorators, and returns its subscriptions."""
     app = new_app(broker_url="memory://", flash_dsn="host=x dbname=x")
 
-    def make(*decorators, **options):
-        @app.task(name="handler", **options)
+    def make(*decorators, name="handler", **options):
+        @app.task(name=name, **options)
         def handler(change): ...
 
         for decorate in decorators:
@@ -309,6 +309,14 @@ def test_ordered_handler_is_refused_if_it_needs_more_than_rabbitmq_has(declare, 
     app, subscriptions = declare(*declared)
     app.conf.update(RABBITMQ)
     with pytest.raises(SubscriptionError, match=reason):
+        TaskOptions(app, Settings.from_app(app), subscriptions)
+
+
+def test_ordered_handler_whose_name_is_too_long_for_rabbitmq_is_refused(declare):
+    app, subscriptions = declare(on_change("orders", "insert", ordered=True), name="h" * 141)
+    TaskOptions(app, Settings.from_app(app), subscriptions)
+    app.conf.update(RABBITMQ)
+    with pytest.raises(SubscriptionError, match="a name= of 140 bytes at most"):
         TaskOptions(app, Settings.from_app(app), subscriptions)
 
 
