@@ -219,7 +219,8 @@ class Change(Generic[RowT]):
 
     def __repr__(self) -> str:
         try:
-            key = key_shown(self.key.items())
+            row = self.key
+            key = key_shown([(name, row[name]) for name in row])
         except Exception:
             # The replication worker logs changes, and must not fail because of their values.
             key = " with a key that cannot be decoded"

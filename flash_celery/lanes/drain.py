@@ -303,12 +303,10 @@ class Drain:
                     return
                 continue
             if self._sent and (marker is not None or keys & self._sent.keys):
-                if not (yield from self._settle()):
-                    return
-                continue
+                yield from self._settle()
             # The change after this one needs them committed.
-            if buffer.keys & buffer.keys_after(len(changes)) and not (yield from self._send()):
-                return
+            if buffer.keys & buffer.keys_after(len(changes)):
+                yield from self._send()
             if not lease.certain and not (yield lease.renew):
                 return
             if marker is not None:
@@ -318,8 +316,8 @@ class Drain:
             head = Head(changes, retries, deaths, claimed.fence, expires, again, number, supersedes)
             verdict = yield partial(self._calls.handle, head)
             if verdict is not None:
-                commit = self._commit(retries) if buffer.done else self._settle()
-                if (yield from commit):
+                yield from self._settle()
+                if not buffer.done or (yield from self._commit(retries)):
                     yield self._ending(verdict)
                 return
             yield from self._remaining(head)
@@ -335,8 +333,8 @@ class Drain:
                 if not (yield from self._commit(retries, leave=over)):
                     return
                 self._more = True
-            elif (late or buffer.done >= _GROUP) and not (yield from self._send()):
-                return
+            elif late or buffer.done >= _GROUP:
+                yield from self._send()
 
     def _remaining(self, head: Head) -> Steps:
         step = self._calls.remaining(head)
@@ -350,8 +348,7 @@ class Drain:
 
     def _commit(self, retries: int, leave: bool = False) -> Generator[Step, Any, bool]:
         """Commit what is done, and read more if needed; return whether the lease goes on."""
-        if not (yield from self._settle()):
-            return False
+        yield from self._settle()
         lease, buffer = self._lease, self._buffer
         kept = len(buffer.entries)
         wanted = 0 if buffer.has(self._calls.size) else MOST_ENTRIES
@@ -374,27 +371,22 @@ class Drain:
         self._more = bool(found)
         return (yield from self._read(found, retries))
 
-    def _send(self) -> Generator[Step, Any, bool]:
-        """Send a commit of what is done; return whether the lease goes on."""
-        if not (yield from self._settle()):
-            return False
+    def _send(self) -> Steps:
+        """Send a commit of what is done, while entries are left."""
+        yield from self._settle()
         lease, buffer = self._lease, self._buffer
         self._number += 1
         place = lease.lane, lease.token, lease.seconds, self._number
-        moment, keys, kept = lease.clock(), buffer.keys, len(buffer.entries)
-        result = yield partial(self._store.send_commit, *place, buffer.commit(), kept)
+        moment, keys = lease.clock(), buffer.keys
+        result = yield partial(self._store.send_commit, *place, buffer.commit())
         self._sent = _Sent(result, moment, keys)
-        return True
 
-    def _settle(self) -> Generator[Step, Any, bool]:
-        """Wait for the result of the commit that was sent; return whether the lease goes on."""
+    def _settle(self) -> Steps:
+        """Wait for the result of the commit that was sent, if one was."""
         sent, self._sent = self._sent, None
-        if sent is None:
-            return True
-        if (yield sent.result) is None:
-            return False
-        self._lease.asked_at(sent.moment)
-        return True
+        if sent is not None:
+            yield sent.result
+            self._lease.asked_at(sent.moment)
 
     def _read(self, texts: list[bytes], retries: int) -> Generator[Step, Any, bool]:
         """Decode entries; return False if one cannot be read, and the lane sleeps."""

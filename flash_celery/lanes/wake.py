@@ -130,14 +130,15 @@ def _run(drain: Drain, lease: HeldLease) -> None:
 
 def _attempt(step: Step, lease: HeldLease) -> Any:
     """Make a request, again if the broker fails, as long as the lease is certain to run."""
-    for pause in delays(0.1, 1.0):
+    pauses = None
+    while True:
         try:
             return step()
         except redis.RedisError as error:
             if not (_may_pass(error) and lease.certain):
                 raise
-            time.sleep(pause)
-    raise AssertionError("delays never end")
+            pauses = pauses or delays(0.1, 1.0)
+            time.sleep(next(pauses))
 
 
 def _may_pass(error: redis.RedisError) -> bool:

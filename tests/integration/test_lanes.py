@@ -457,7 +457,7 @@ def test_drain_counts_a_death_only_if_its_process_ends(
 
 
 def sent(store, number=1, token="a"):
-    return store.send_commit("0", token, LEASE, number, Done(0, number, 1), 1)
+    return store.send_commit("0", token, LEASE, number, Done(0, number, 1))
 
 
 def test_commit_whose_connection_is_cut_is_sent_again(lane, valkey):
@@ -465,14 +465,14 @@ def test_commit_whose_connection_is_cut_is_sent_again(lane, valkey):
     lane.claim()
     with Proxy(valkey.port) as proxy, redis.Redis(port=proxy.port, db=9) as client:
         store = LaneStore(client, KEY, lambda: lane.now)
-        assert sent(store)() == []
+        sent(store)()
         proxy.stall(Way.TO_CLIENT)
         result = sent(store, 2)
         wait_until(lambda: lane.cursor() == 2, "the commit to arrive")
         proxy.cut()
         proxy.heal()
-        assert result() == []
-        assert result() == []
+        result()
+        result()
         assert lane.cursor() == 2
         proxy.refuse()
         proxy.cut()
@@ -480,7 +480,7 @@ def test_commit_whose_connection_is_cut_is_sent_again(lane, valkey):
         with pytest.raises(redis.ConnectionError):
             result()
         proxy.heal()
-        assert result() == []
+        result()
         assert lane.cursor() == 3
 
 
@@ -488,7 +488,7 @@ def test_commit_is_sent_to_a_server_that_does_not_know_its_script_yet(lane):
     lane.push(1)
     lane.claim()
     lane.client.script_flush()
-    assert sent(lane.store)() == []
+    sent(lane.store)()
     assert lane.cursor() == 1
 
 
@@ -497,7 +497,7 @@ def test_commits_that_are_sent_use_connections_again(lane):
     lane.claim()
     before = lane.client.info("stats")["total_connections_received"]
     for number in (1, 2, 3):
-        assert sent(lane.store, number)() == []
+        sent(lane.store, number)()
     assert lane.client.info("stats")["total_connections_received"] == before + 1
 
 

@@ -297,6 +297,31 @@ return read(H, lane, tonumber(ARGV[9]), tonumber(ARGV[10]), tonumber(ARGV[11]), 
 """
 )
 
+#: Notes what is done, like COMMIT, for a drain that has more entries. ARGV: time, lane, token,
+#: seconds of the lease, number of the commit, entries removed, cursor, changes done. Returns 'ok'
+#: or 'lost'. It runs for every few changes, so it has only the commands that are needed then.
+ADVANCE = """
+local S, lane, now = KEYS[1] .. '.state', ARGV[2], tonumber(ARGV[1])
+redis.call('HDEL', S, '')
+local found = redis.call('HMGET', S, 't' .. lane, 'k' .. lane)
+if found[1] ~= ARGV[3] then return redis.status_reply('lost') end
+if tonumber(found[2] or 0) < tonumber(ARGV[5]) then
+    if ARGV[6] ~= '0' then redis.call('LTRIM', KEYS[1] .. '.' .. lane, ARGV[6], -1) end
+    redis.call('HSET', S, 'k' .. lane, ARGV[5], 'c' .. lane, ARGV[7], 'm' .. lane, '1')
+    redis.call('HDEL', S, 'r' .. lane, 'd' .. lane)
+    redis.call('HINCRBY', S, 'n' .. lane, '-' .. ARGV[8])
+    redis.call('HINCRBY', S, 'waiting', '-' .. ARGV[8])
+else
+    redis.call('HSET', S, 'm' .. lane, '1')
+end
+if not now then
+    local time = redis.call('TIME')
+    now = time[1] + time[2] / 1000000
+end
+redis.call('ZADD', KEYS[1] .. '.due', string.format('%.6f', now + ARGV[4]), lane)
+return redis.status_reply('ok')
+"""
+
 #: Extends a lease, also one that has run out while no other drain claimed the lane. ARGV: time,
 #: lane, token, seconds. Returns 1, or 0 if the lease is another's.
 RENEW = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from . import lane_scripts as scripts
@@ -48,27 +47,10 @@ class LostLease(Exception):
     """Another drain has the lane, because this one's lease had run out."""
 
 
-def _commit_words(
-    lane: str,
-    token: str,
-    lease: float,
-    number: int,
-    done: Done,
-    kept: int,
-    leave: bool,
-    most: int,
-) -> tuple[Any, ...]:
-    """Return the arguments of `COMMIT` after the time."""
-    counts = done.entries, done.cursor, done.changes, kept, most, MOST_BYTES
-    return lane, token, lease, number, *counts, "leave" if leave else ""
-
-
-def _committed(reply: Sequence[bytes]) -> list[bytes] | None:
-    """Return the result of `LaneStore.commit`."""
-    code, *entries = reply
-    if code == b"lost":
+def _advanced(reply: bytes) -> None:
+    """Read the result of a commit that was sent."""
+    if reply == b"lost":
         raise LostLease
-    return entries if code == b"ok" else None
 
 
 class LaneStore:
@@ -195,29 +177,33 @@ class LaneStore:
         Raises:
             LostLease: Another drain has the lane.
         """
-        words = _commit_words(lane, token, lease, number, done, kept, leave, most)
-        return _committed(self._call("COMMIT", *words))
+        counts = done.entries, done.cursor, done.changes, kept, most, MOST_BYTES
+        words = lane, token, lease, number, *counts, "leave" if leave else ""
+        code, *entries = self._call("COMMIT", *words)
+        if code == b"lost":
+            raise LostLease
+        return entries if code == b"ok" else None
 
     def send_commit(
-        self, lane: str, token: str, lease: float, number: int, done: Done, kept: int
-    ) -> Callable[[], list[bytes] | None]:
-        """Send a commit that reads no entries; return the function that waits for its result.
+        self, lane: str, token: str, lease: float, number: int, done: Done
+    ) -> Callable[[], None]:
+        """Send a commit of a drain that has more entries; return the function that waits for it.
 
-        That function may be called again after an error.
+        That function may be called again after an error. It raises `LostLease`.
 
         Args:
             lane: The number of the lane.
             token: Identifies the drain.
             lease: Seconds.
             number: Counts the commits of this token.
-            done: The changes that are done since the last commit.
-            kept: How many entries the caller still has.
+            done: The changes that are done since the last commit; one at least.
         """
-        again = partial(self.commit, lane, token, lease, number, done, kept, most=0)
-        words = _commit_words(lane, token, lease, number, done, kept, False, 0)
-        sha = self._script("COMMIT").sha
+        words = lane, token, lease, number, done.entries, done.cursor, done.changes
+        sha = self._script("ADVANCE").sha
         return self._links.send(
-            ("EVALSHA", sha, 1, self.key, self._now(), *words), _committed, again
+            ("EVALSHA", sha, 1, self.key, self._now(), *words),
+            _advanced,
+            lambda: _advanced(self._call("ADVANCE", *words)),
         )
 
     def renew(self, lane: str, token: str, lease: float) -> bool:
