@@ -14,24 +14,32 @@ from ..messages.deduplication import now
 
 logger = logging.getLogger(__name__)
 
+#: Alarms that may be kept although they are cancelled.
+_FEW = 100
+
 
 class Alarm:
     """A call that is due at a time, unless it is cancelled before."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
-        self._function = function
+        #: None once it is cancelled, so that what belongs to the call is freed before it is due.
+        self._function: Callable[[], Any] | None = function
         self._lock = threading.Lock()
-        self._cancelled = False
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether it will never ring."""
+        return self._function is None
 
     def cancel(self) -> None:
         """Prevent the call; wait until it has ended if it is under way."""
         with self._lock:
-            self._cancelled = True
+            self._function = None
 
     def ring(self) -> None:
         """Make the call, unless it was cancelled."""
         with self._lock:
-            if not self._cancelled:
+            if self._function is not None:
                 self._function()
 
 
@@ -41,13 +49,24 @@ class _Alarms(threading.Thread):
         self._changed = threading.Condition()
         self._due: list[tuple[float, int, Alarm]] = []
         self._numbers = count()
+        #: Beyond so many, those that are cancelled are removed.
+        self._most = _FEW
 
     def call_at(self, moment: float, function: Callable[[], Any]) -> Alarm:
         alarm = Alarm(function)
         with self._changed:
+            if len(self._due) >= self._most:
+                self._remove_cancelled()
             heapq.heappush(self._due, (moment, next(self._numbers), alarm))
-            self._changed.notify()
+            if self._due[0][2] is alarm:  # else the thread sleeps on: each call has an alarm
+                self._changed.notify()
         return alarm
+
+    def _remove_cancelled(self) -> None:
+        """Remove the alarms that will never ring: nearly all, and some are due in hours."""
+        left = [due for due in self._due if not due[2].is_cancelled]
+        heapq.heapify(left)
+        self._due, self._most = left, 2 * len(left) + _FEW
 
     def run(self) -> None:
         while True:
