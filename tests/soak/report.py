@@ -102,7 +102,8 @@ def _remarks(outcome):
         )
     if outcome.lane_watch is not None:
         yield from _order(outcome)
-    yield f"{outcome.backfills} backfills of a copy, which ended with the rows of the table"
+    if outcome.backfills:
+        yield f"{outcome.backfills} backfills of a copy"
     if outcome.worker_ends:
         yield f"Celery workers ended {outcome.worker_ends} times by themselves"
     if outcome.vitals:

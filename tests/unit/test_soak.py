@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import pytest
 
+from flash_celery import UNCHANGED, testing
 from tests.soak import check, report
 from tests.soak.calls import ALL, LEASE, Call, Harms, inversions, overlaps, repeats, vanished
+from tests.soak.copies import Copy
 from tests.soak.effects import Effects
 from tests.soak.faults import FAULTS
 from tests.soak.ledger import Commit, Ledger, Sighting, committed
@@ -51,6 +53,7 @@ class Stage(NamedTuple):
 
     ledger: Ledger
     effects: Effects | None = None
+    copy: Copy = Copy(lambda statement: [], {})
 
 
 @pytest.fixture
@@ -70,6 +73,18 @@ def test_soak_check_passes_a_correct_run(ledger):
     assert not check.misordered(ledger.enqueued)
     assert not check.unequal(ledger.enqueued)
     assert not list(check.again(ledger.enqueued))
+
+
+def test_soak_check_compares_the_copy_with_the_table(ledger):
+    table = [({"id": 1, "n": 7, "note": "kept"},)]
+    copy = Copy(lambda statement: table, {})
+    assert copy.differing == {1}
+    assert not check.complete(Stage(ledger, copy=copy))
+    copy.enqueue(testing.insert("items", {"id": 2, "n": 6, "note": "kept"}, backfill="b"), "t", 0.0)
+    moved = {"id": 1, "n": 7, "note": UNCHANGED}
+    copy.enqueue(testing.update("items", old={"id": 2}, new=moved, identity="default"), "t", 0.0)
+    assert copy.rows[1] == table[0][0]
+    assert check.complete(Stage(ledger, copy=copy))
 
 
 def test_soak_check_finds_lost_changes(ledger):
