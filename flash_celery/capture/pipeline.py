@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from ..changes.history import History
+from ..errors import SavepointUnclear
 from ..handlers.subscriptions import Subscription
 from ..protocol import frames
 from ..protocol.lsn import Lsn
@@ -52,6 +53,8 @@ class Pipeline:
         self._arrived: deque[Iterator[tuple[bytes, list[bytes]]]] = deque()
         #: Whether the server has asked for a status update; the owner of the stream resets it.
         self.reply_requested = False
+        #: Why no more may be delivered.
+        self._unclear: SavepointUnclear | None = None
 
     def feed(self, messages: Iterable[bytes]) -> None:
         """Queue what `ReplicationConnection.receive` returned."""
@@ -60,7 +63,8 @@ class Pipeline:
     @property
     def pending(self) -> bool:
         """Whether something has arrived that `deliver` has not delivered."""
-        return bool(self._arrived) or self.transactions.replaying
+        unclear = self._unclear is not None
+        return bool(self._arrived) or self.transactions.replaying or unclear
 
     def deliver(self) -> Iterator[Lsn | None]:
         """Deliver what has arrived, about `LONGEST_RUN` messages each time it is advanced.
@@ -70,7 +74,10 @@ class Pipeline:
 
         Raises:
             ProtocolError: A message is not one of pgoutput.
+            SavepointUnclear: The next transaction has to be read again without streaming.
         """
+        if self._unclear is not None:
+            raise self._unclear
         arrived, transactions = self._arrived, self.transactions
         position, silent = None, 0
         while arrived or transactions.replaying:
@@ -82,7 +89,13 @@ class Pipeline:
                 if head[0] == _KEEPALIVE:
                     reached = self._keepalive(run)
                 else:
-                    reached = transactions.receive(head, run)
+                    try:
+                        reached = transactions.receive(head, run)
+                    except SavepointUnclear as unclear:
+                        self._unclear = unclear
+                        if position is not None:
+                            yield position
+                        raise
                 if reached is not None:
                     position = reached
                 silent += len(run)

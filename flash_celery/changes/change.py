@@ -455,12 +455,19 @@ class BackfillEnd(Change[Row]):
 
 
 class Changes(Sequence[Change[RowT]]):
-    """The changes of one task of a batch handler, in commit order."""
+    """The changes of one task of a batch handler, in commit order.
 
-    __slots__ = ("_changes",)
+    With `batch="transaction"` they are those of one transaction, or a part of it.
+    """
 
-    def __init__(self, changes: Sequence[Change[RowT]]) -> None:
+    __slots__ = ("_changes", "last", "part")
+
+    def __init__(self, changes: Sequence[Change[RowT]], part: int = 0, last: bool = True) -> None:
         self._changes = tuple(changes)
+        #: The number of the part of its transaction, from 0 (`batch="transaction"`).
+        self.part = part
+        #: Whether no part of its transaction follows.
+        self.last = last
 
     @overload
     def __getitem__(self, index: int) -> Change[RowT]: ...
@@ -468,7 +475,7 @@ class Changes(Sequence[Change[RowT]]):
     def __getitem__(self, index: slice) -> Changes[RowT]: ...
     def __getitem__(self, index: int | slice) -> Change[RowT] | Changes[RowT]:
         if isinstance(index, slice):
-            return Changes(self._changes[index])
+            return Changes(self._changes[index], self.part, self.last)
         return self._changes[index]
 
     @property

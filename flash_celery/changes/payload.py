@@ -132,8 +132,13 @@ def row_id_of(cells: Sequence[Cell]) -> bytes:
     return hashlib.blake2b(row, digest_size=16).digest()
 
 
-def encode(deliveries: Iterable[Delivery]) -> str:
-    """Return the JSON value for these changes."""
+def encode(deliveries: Iterable[Delivery], batch_part: TransactionPart | None = None) -> str:
+    """Return the JSON value for these changes.
+
+    Args:
+        deliveries: The changes.
+        batch_part: Which part of their transaction they are. Default: they are no part.
+    """
     tables: dict[Table, int] = {}
     histories: dict[History | None, int] = {}
     transactions: list[str] = []
@@ -168,7 +173,21 @@ def encode(deliveries: Iterable[Delivery]) -> str:
         rows += delivered
     if count:
         runs.append(f"{start}{count}{end}]")
-    return _value_text(histories, tables, transactions, runs, rows)
+    text = _value_text(histories, tables, transactions, runs, rows)
+    if batch_part is None or batch_part == _WHOLE:
+        return text
+    return f'{text[:-1]},"part":[{batch_part.number},{int(batch_part.last)}]}}'
+
+
+class TransactionPart(NamedTuple):
+    """Which part of its transaction a batch is (`batch="transaction"`)."""
+
+    number: int = 0
+    last: bool = True
+
+
+#: All of it; and what a batch of several transactions has.
+_WHOLE = TransactionPart()
 
 
 class Picked(NamedTuple):
@@ -424,6 +443,26 @@ def decode(value: Any) -> list[Change]:
         raise PayloadError(f"This is not a message of flash-celery: {error!r:.200}.") from error
 
 
+def decode_batch(value: Any) -> Changes:
+    """Return the changes of a batch.
+
+    Raises:
+        PayloadError: As for `decode`.
+    """
+    changes = decode(value)
+    try:
+        number, last = _typed(list, value.get("part", [*_WHOLE]))
+        return Changes(changes, _below(1 << 31, number), bool(_below(2, int(last))))
+    except _DAMAGED as error:
+        raise PayloadError(f"This is not a message of flash-celery: {error!r:.200}.") from error
+
+
+def _batch_value(changes: Changes) -> Any:
+    part = TransactionPart(changes.part, changes.last)
+    value = value_of(changes)
+    return value if part == _WHOLE else {**value, "part": [part.number, int(part.last)]}
+
+
 def _one(value: Any) -> Change:
     """Return the change of a message that has one."""
     changes = decode(value)
@@ -644,5 +683,5 @@ def _decode_row(value: Any) -> Row:
 
 
 register_type(Change, CHANGE, lambda change: value_of([change]), _one)
-register_type(Changes, CHANGES, value_of, lambda value: Changes(decode(value)))
+register_type(Changes, CHANGES, _batch_value, decode_batch)
 register_type(Row, ROW, _encode_row, _decode_row)

@@ -333,6 +333,7 @@ class _Enqueuer:
 
     def publish(self) -> None:
         """Publish everything that has been collected."""
+        self._batcher.end_transaction()
         self._publish(everything=True)
 
     def _publish(self, everything: bool) -> None:

@@ -64,8 +64,7 @@ class Oversize:
             if sum(len(delivery.rows) for delivery in deliveries) == 1:
                 fits.append(self._fitting_letter(template, deliveries[0], limit) or message)
                 continue
-            halves = [template.together(half) for half in _halves(deliveries)]
-            fits += self.fitting(halves, limit)
+            fits += self.fitting(_split(template, message), limit)
         return fits
 
     def _fitting_letter(self, template: Template, delivery: Delivery, limit: int) -> Message | None:
@@ -123,6 +122,15 @@ def _error(template: Template, delivery: Delivery, limit: str) -> ChangeTooLarge
 
 def _log(error: FlashError) -> None:
     logger.error("%s. It is a dead letter now (`flash dead list`)", escaped(str(error)))
+
+
+def _split(template: Template, message: Message) -> list[Message]:
+    """Return two messages with half of the changes each; of a part, both have its number."""
+    first, second = _halves(message.deliveries)
+    if message.part is None:
+        return [template.together(first), template.together(second)]
+    not_last = message.part._replace(last=False)
+    return [template.together(first, not_last), template.together(second, message.part)]
 
 
 def _halves(deliveries: Sequence[Delivery]) -> tuple[list[Delivery], list[Delivery]]:

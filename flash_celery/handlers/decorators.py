@@ -248,8 +248,8 @@ def on_change(
             `Insert`. Default: the table's primary key.
         into: The class of `old` and `new`: a dataclass, a pydantic model, a msgspec Struct or a
             TypedDict. A row that does not fit fails the task with a `RowError`. Default: mappings.
-        batch: The most changes of one task, as a number or a `Batch(size, wait)`. Default: one task
-            for each change.
+        batch: The most changes of one task, as a number or a `Batch(size, wait)`; `"transaction"`
+            for all changes of one transaction. Default: one task for each change.
         ordered: Handle changes with equal keys one at a time and in commit order: `True` for the
             row's key, the name of a column or a list of names, or an `Ordered`.
             Needs Redis or Valkey. Default: no order.
@@ -515,6 +515,11 @@ def _with_one_order(subscriptions: list[Subscription]) -> list[Subscription]:
     if order is None:
         return subscriptions
     first = changes[0]
+    if first.batch is not None and first.batch.transaction:
+        raise SubscriptionError(
+            f"{first.handler} has ordered= and a batch of whole transactions, which has changes of "
+            "many lanes; remove one of the two."
+        )
     if first.batch is not None and first.batch.wait:
         raise SubscriptionError(
             f"{first.handler} has ordered= and {first.batch}: in lanes a batch has the changes "

@@ -145,7 +145,8 @@ def convert(
         RowError: A row does not fit its class.
     """
     if isinstance(argument, Changes):
-        return Changes([convert(change, row_type, handler, keep) for change in argument])
+        changes = [convert(change, row_type, handler, keep) for change in argument]
+        return Changes(changes, argument.part, argument.last)
     if not isinstance(argument, Change) or (keep and argument._typed is not None):
         return argument
     into = row_type(argument)

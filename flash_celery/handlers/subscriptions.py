@@ -31,14 +31,19 @@ class Batch:
         size: The most changes in a task; at least 1.
         wait: The most seconds to wait until a batch is full, 0 to 3600. With 0 (the default) a
             batch has the changes that arrived together.
+        transaction: Whether a batch has all changes of one transaction for the handler, of all
+            tables that it is declared on. Above the size, or 4 MB of rows, it comes in parts
+            (`changes.part`, `changes.last`). `batch="transaction"` is `Batch(10_000,
+            transaction=True)`.
     """
 
     size: int
     wait: float = 0.0
+    transaction: bool = False
 
     @classmethod
     def of(cls, batch: Any) -> Batch | None:
-        """Read the `batch=` of an `on_change`: None, a number or a `Batch`.
+        """Read the `batch=` of an `on_change`: None, a number, `"transaction"` or a `Batch`.
 
         Raises:
             SubscriptionError: It is something else, or out of range.
@@ -47,13 +52,26 @@ class Batch:
             return None
         if isinstance(batch, int) and not isinstance(batch, bool):
             batch = cls(batch)
+        if batch == "transaction":
+            batch = cls(_TRANSACTION_SIZE, transaction=True)
         if not isinstance(batch, Batch):
-            raise SubscriptionError(f"batch is a number of changes or a Batch, not {batch!r}.")
+            raise SubscriptionError(
+                f"batch is a number of changes, 'transaction' or a Batch, not {batch!r}."
+            )
         if batch.size < 1 or not 0 <= batch.wait <= 3600:
             raise SubscriptionError(
                 f"{batch} is out of range: size is at least 1, wait is 0 to 3600 seconds."
             )
+        if batch.transaction and batch.wait:
+            raise SubscriptionError(
+                f"{batch} has changes of one transaction, which do not wait for others; leave out "
+                "wait."
+            )
         return batch
+
+
+#: The most changes in one part of a transaction.
+_TRANSACTION_SIZE = 10_000
 
 
 @dataclass(frozen=True)

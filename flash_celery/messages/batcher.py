@@ -6,6 +6,7 @@ acknowledged. So do changes for lanes that wait to be made one with others.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 from ..capture.router import Receiver
 from ..changes.change import Operation
-from ..changes.payload import Delivery
+from ..changes.payload import Delivery, TransactionPart
 from ..handlers.subscriptions import Subscription
 from ..protocol.lsn import Lsn
 from ..telemetry import Route, route
@@ -67,6 +68,11 @@ class _Batch(_Waiting):
     room: int = 0
     deliveries: list[Delivery] = field(default_factory=list)
     size: int = 0
+    #: With `batch="transaction"` the commit LSN of the transaction, and which part of it this is.
+    transaction: Lsn | None = None
+    part: int = 0
+    #: The dead letters of changes behind its last one.
+    letters: list[Message] = field(default_factory=list)
 
     def take(self, delivery: Delivery, size: int) -> Delivery | None:
         """Take as many rows as fit; return the rest of the delivery, or None.
@@ -75,6 +81,8 @@ class _Batch(_Waiting):
             delivery: The rows.
             size: Their bytes.
         """
+        if self.letters:
+            return delivery
         count = len(delivery.rows)
         if count <= self.room and self.size + size <= BATCH_BYTES:
             self.room -= count
@@ -140,7 +148,7 @@ class Batcher:
 
     def add(self, template: Template, delivery: Delivery, route: Route | None = None) -> None:
         """Add changes for one task, which are counted under `route`."""
-        if self._deduplicator is not None:
+        if self._deduplicator is not None and _transaction_of(template, delivery) is None:
             remaining = self._deduplicator.filter(template.key, delivery)
             if remaining is None:
                 return
@@ -181,9 +189,25 @@ class Batcher:
             if len(row) <= template.max_change_size and not too_deep:
                 self._take(template, single, len(row), route)
                 continue
-            self._release(template)  # its changes precede this one
-            self._emit([self._letter(template, single)], 0)
-            self._letters = True
+            self._take_letter(template, single)
+
+    def _take_letter(self, template: Template, single: Delivery) -> None:
+        """Take the dead letter of a change, behind the changes before it."""
+        transaction = _transaction_of(template, single)
+        if transaction is not None and self._is_enqueued(template, single):
+            return
+        letter = self._letter(template, single)
+        batch = self._batches.get(template)
+        if transaction is not None and batch is not None and batch.transaction == transaction:
+            # Whether that is the last part is only known when the next change comes.
+            batch.letters.append(letter)
+            return
+        self._release(template)
+        self.add_letter(letter)
+
+    def _is_enqueued(self, template: Template, delivery: Delivery) -> bool:
+        deduplicator = self._deduplicator
+        return deduplicator is not None and deduplicator.filter(template.key, delivery) is None
 
     def _take(self, template: Template, delivery: Delivery, size: int, route: Route | None) -> None:
         if template.lanes is not None:
@@ -194,18 +218,26 @@ class Batcher:
                 self._counts[route] += len(delivery.rows)
             self._emit(template.each(delivery), size)
             return
+        transaction, part = _transaction_of(template, delivery), 0
+        batch = self._batches.get(template)
+        if batch is not None and batch.transaction != transaction:
+            self._release(template)
         while True:
             batch = self._batches.get(template)
             if batch is None:
-                due = self._clock() + template.batch.wait
+                # A part leaves with the end of its transaction, or when it is full.
+                now = self._clock() + template.batch.wait
+                due = now if transaction is None else math.inf
                 batch = _Batch(self._committed, due, room=template.batch.size)
+                batch.transaction, batch.part = transaction, part
                 self._batches[template] = batch
             rest = batch.take(delivery, size)
             taken = len(delivery.rows) if rest is None else len(delivery.rows) - len(rest.rows)
             if route is not None:
                 batch.counts[route] += taken
-            if rest is not None or not batch.room:
-                self._release(template)
+            if rest is not None or (transaction is None and not batch.room):
+                part = batch.part + 1
+                self._release(template, last=False)
             if rest is None:
                 return
             delivery, size = rest, sum(map(len, rest.rows))
@@ -231,9 +263,25 @@ class Batcher:
 
     def commit(self, position: Lsn) -> None:
         """Note that everything up to a position has been added."""
+        if self._batches:
+            self._release_transactions(position)
         self._committed = position
         if self._deduplicator is not None and position > self._deduplicator.watermark:
             self._deduplicator = None
+
+    def end_transaction(self) -> None:
+        """Release the batches of one transaction; it has no more changes."""
+        self._release_transactions(None)
+
+    def _release_transactions(self, position: Lsn | None) -> None:
+        """Release the batches of transactions that have committed before a position, or of all.
+
+        A position is noted late, when the next transaction may have begun.
+        """
+        for template, batch in [*self._batches.items()]:
+            transaction = batch.transaction
+            if transaction is not None and (position is None or transaction < position):
+                self._release(template)
 
     def collect(
         self,
@@ -245,7 +293,7 @@ class Batcher:
         """Return the messages that can leave now, and forget them.
 
         Args:
-            everything: Release all batches, due or not.
+            everything: Release all batches, due or not, except those of an open transaction.
             held: Seconds that batches wait beyond their time.
             committed: When the oldest change was committed, for `PublishBatch`.
             latest: When the latest change was committed.
@@ -255,7 +303,7 @@ class Batcher:
             if template not in self._coalescing:
                 self._flush(template)
         for template, waiting in [*self._waiting]:
-            if everything or waiting.due <= now:
+            if waiting.due <= now or (everything and waiting.due < math.inf):
                 self._release(template)
         since = [waiting.since for _, waiting in self._waiting]
         position = min([self._committed, *since])
@@ -274,21 +322,42 @@ class Batcher:
 
     @property
     def due(self) -> float | None:
-        """When the next changes that wait are due, by the clock; None if none wait."""
-        return min((waiting.due for _, waiting in self._waiting), default=None)
+        """When the next changes that wait are due, by the clock; None if none are."""
+        dues = [waiting.due for _, waiting in self._waiting if waiting.due < math.inf]
+        return min(dues, default=None)
 
     @property
     def _waiting(self) -> Iterable[tuple[Template, _Waiting]]:
         return chain(self._batches.items(), self._coalescing.items())
 
-    def _release(self, template: Template) -> None:
-        """Emit the changes of a template that have been collected, if there are any."""
+    def _release(self, template: Template, last: bool = True) -> None:
+        """Emit the changes of a template that have been collected, if there are any.
+
+        Args:
+            template: The template.
+            last: Whether no part of a transaction follows.
+        """
         batch = self._batches.pop(template, None)
-        if batch is not None:
+        if batch is not None and batch.transaction is not None:
+            self._emit_part(template, batch, last)
+        elif batch is not None:
             self._count(batch.counts)
             self._emit([template.together(batch.deliveries)], batch.size)
         self._end_wait(template)
         self._flush(template)
+
+    def _emit_part(self, template: Template, batch: _Batch, last: bool) -> None:
+        """Emit a part of a transaction and the letters behind it.
+
+        The transaction is cut in the same places each time that it is read, so a part that an
+        earlier session has enqueued is left out as a whole.
+        """
+        if not all(self._is_enqueued(template, each) for each in batch.deliveries):
+            self._count(batch.counts)
+            part = TransactionPart(batch.part, last)
+            self._emit([template.together(batch.deliveries, part)], batch.size)
+        for letter in batch.letters:
+            self.add_letter(letter)
 
     def _end_wait(self, template: Template) -> None:
         waiting = self._coalescing.pop(template, None)
@@ -314,6 +383,17 @@ class Batcher:
         for message in messages:
             self._messages.append(message)
             self.size += len(message.body) + MESSAGE_BYTES
+
+
+def _transaction_of(template: Template, delivery: Delivery) -> Lsn | None:
+    """Return the commit LSN of the one transaction whose changes share a batch; None for any.
+
+    The rows of a backfill are of no transaction.
+    """
+    if template.batch is None or not template.batch.transaction:
+        return None
+    transaction = delivery.transaction
+    return transaction.commit_lsn if transaction.backfill is None else None
 
 
 class BatcherSink:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..changes.payload import Delivery
+from ..changes.payload import Delivery, TransactionPart
 from .deduplication import NOTHING, Covered
 
 #: Header of a held message, with the queue and the priority that it is requeued with.
@@ -58,6 +58,7 @@ class Message:
         "covered",
         "form",
         "id",
+        "part",
     )
 
     def __init__(
@@ -77,6 +78,8 @@ class Message:
         self.id = task_id
         self.argsrepr = argsrepr
         self.body = body
+        #: Which part of its transaction a batch is; None for others.
+        self.part: TransactionPart | None = None
         self._headers: dict[str, Any] | None = None
         self._properties: dict[str, Any] | None = None
 

@@ -98,6 +98,20 @@ class TaskOptions:
         self._flash_routes = settings.flash_routes
         #: How the changes of each ordered handler are kept in order.
         self.orders = self._orders(app, settings)
+        for subscription in self.subscriptions:
+            if subscription.batch is not None and subscription.batch.transaction:
+                self._require_one_queue(subscription.handler, "a batch of whole transactions")
+
+    def _require_one_queue(self, handler: str, why: str) -> None:
+        """Raise `SubscriptionError` if the operations of a handler have different options."""
+        options = {
+            repr(sorted(each.items())) for key, each in self._options.items() if key[0] == handler
+        }
+        if len(options) > 1:
+            raise SubscriptionError(
+                f"{handler} has {why}, and flash_routes gives its operations different options; "
+                "give all of them the same queue and options."
+            )
 
     def _orders(self, app: Any, settings: Settings) -> dict[str, TaskOrder]:
         by_handler: dict[str, list[Subscription]] = {}
@@ -105,16 +119,7 @@ class TaskOptions:
             if subscription.ordered is not None:
                 by_handler.setdefault(subscription.handler, []).append(subscription)
         for handler in by_handler:
-            options = {
-                repr(sorted(each.items()))
-                for key, each in self._options.items()
-                if key[0] == handler
-            }
-            if len(options) > 1:
-                raise SubscriptionError(
-                    f"{handler} has ordered=, and flash_routes gives its operations different "
-                    "options; give all of them the same queue and options."
-                )
+            self._require_one_queue(handler, "ordered=")
             if app.tasks[handler].rate_limit:
                 raise SubscriptionError(
                     f"{handler} has ordered= and rate_limit={app.tasks[handler].rate_limit!r}, "

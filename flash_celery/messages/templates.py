@@ -12,7 +12,7 @@ from kombu import compression
 
 from ..changes import labels, payload
 from ..changes.change import Operation
-from ..changes.payload import CHANGE, CHANGES, Delivery
+from ..changes.payload import CHANGE, CHANGES, Delivery, TransactionPart
 from ..handlers.own_writes import depth
 from ..handlers.subscriptions import Batch, Subscription
 from ..provisioning.ordering_keys import Key, OrderingKeys
@@ -149,13 +149,26 @@ class Template:
         expires = self._expiry() if self._expires is not None else None
         return None if expires is None else datetime.fromisoformat(expires).timestamp()
 
-    def together(self, deliveries: Sequence[Delivery]) -> Message:
-        """Return one message with all changes of these deliveries."""
+    def together(
+        self, deliveries: Sequence[Delivery], part: TransactionPart | None = None
+    ) -> Message:
+        """Return one message with all changes of these deliveries.
+
+        Args:
+            deliveries: The changes.
+            part: Which part of one transaction they are; None if they are of several.
+        """
         count = sum([len(delivery.rows) for delivery in deliveries])
         argsrepr = labels.batch(count, payload.change_of(deliveries[0]))
-        value = payload.encode(deliveries)
+        value = payload.encode(deliveries, part)
         covered = covered_by(deliveries)
-        return self._message(CHANGES, task_id_of_batch(), argsrepr, value, covered, deliveries)
+        task_id = task_id_of_batch()
+        if part is not None:  # its changes are the same at every redelivery
+            first = f"transaction/{payload.change_of(deliveries[0]).id}"
+            task_id = task_id_of_change(self._source, self.task, first)
+        message = self._message(CHANGES, task_id, argsrepr, value, covered, deliveries)
+        message.part = part
+        return message
 
     def each(self, delivery: Delivery) -> list[Message]:
         """Return a message for each change of a delivery."""

@@ -150,6 +150,7 @@ class Flash:
         sink = BatcherSink(batcher, self._templates)
         for change in changes:
             self._deliver(change, sink)
+        batcher.end_transaction()
         messages = batcher.collect(everything=True).messages
         return [read(message, self._orders) for message in messages]
 

@@ -275,6 +275,7 @@ class Session:
             deadline = time.monotonic() + _WORK_SECONDS
             refill.work(lambda: self._batcher.size >= _BATCH_BYTES or time.monotonic() >= deadline)
         if refill.has_read_all:
+            self._batcher.end_transaction()
             refill.count(self._hand_over(everything=True))
             if self._publishing.idle:
                 self._end_refill()

@@ -1,6 +1,7 @@
 """Which rows count: savepoints, rollbacks, prepared and empty transactions."""
 
 import contextlib
+import json
 import os
 
 import psycopg
@@ -8,9 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from flash_celery import Batch, on_change, on_message
 from flash_celery.capture.spool import Spool
 from flash_celery.capture.transactions import Transactions, runs
-from flash_celery.errors import PublishError, SavepointUnclear
+from flash_celery.changes import payload
+from flash_celery.errors import PublishError, SavepointUnclear, SubscriptionError
 from flash_celery.protocol import pgoutput
 from flash_celery.publishing.brokers.memory import MemoryPublisher
 
@@ -161,9 +164,9 @@ class Collected:
         self.found = []
 
     def rows(self, kind, rows, transaction, index, shift):
-        for place, payload in enumerate(rows, index):
-            assert payload[:5] == kind
-            row, _ = pgoutput.read_row(payload)
+        for place, message in enumerate(rows, index):
+            assert message[:5] == kind
+            row, _ = pgoutput.read_row(message)
             self.found.append((int(row.new[0]), transaction, place))
 
     def truncate(self, oids, transaction, index, shift):
@@ -487,3 +490,59 @@ def test_transaction_the_server_cannot_stream_is_read_whole(flash):
     flash.do("SELECT 1")
     ids = [change.new["id"] for change in flash.delivered()]
     assert list(dict.fromkeys(ids)) == [*range(1, 1001), *range(2000, 3000)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_batch_of_a_transaction_has_all_its_changes_of_all_tables(flash, streaming):
+    flash.database.execute(ITEMS, "CREATE TABLE others (LIKE items INCLUDING ALL)")
+    options = "-c logical_decoding_work_mem=64kB"
+    flash.handler("items", batch="transaction")
+    on_change("others", where={"id__lt": 1000}, batch="transaction")(flash.app.tasks["handler"])
+    on_message("done", batch="transaction")(flash.app.tasks["handler"])
+    flash.handler("items", "insert", name="small", batch=Batch(400, transaction=True))
+    flash.start(
+        flash_use_streaming=streaming,
+        flash_dsn=psycopg.conninfo.make_conninfo(flash.database.dsn, options=options),
+    )
+    with flash.database.connect() as connection:
+        connection.execute("INSERT INTO items VALUES (0)")
+        connection.execute("UPDATE items SET name = 'a'")
+        connection.execute(
+            "BEGIN; INSERT INTO items SELECT n, repeat('x', 500) FROM generate_series(1, 1000) n;"
+            "INSERT INTO others VALUES (1), (5000); SAVEPOINT a; DELETE FROM items;"
+            "ROLLBACK TO a; SELECT pg_logical_emit_message(true, 'done', 'x');"
+            "DELETE FROM others; COMMIT"
+        )
+    flash.do("INSERT INTO others VALUES (2)")
+    batches = {"handler": [], "small": []}
+    for message in flash.publisher.queues.pop("flash"):
+        value = json.loads(message.body)[0][0]["__value__"]
+        batches[message.task].append(payload.decode_batch(value))
+    kinds = [[change.operation.names()[0] for change in changes] for changes in batches["handler"]]
+    large = [*["insert"] * 1001, "message", "delete"]
+    assert [len(kind) for kind in kinds] == [1, 1, 1003, 1]
+    assert kinds == [["insert"], ["update"], large, ["insert"]]
+    assert all((changes.part, changes.last) == (0, True) for changes in batches["handler"])
+    assert len({changes[0].commit_lsn for changes in batches["handler"]}) == 4
+    assert [(len(changes), changes.part, changes.last) for changes in batches["small"]] == [
+        *((1, 0, True), (400, 0, False), (400, 1, False), (200, 2, True)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "conf", "said"),
+    [
+        ({"ordered": True}, {}, "ordered= and a batch of whole transactions"),
+        ({"batch": Batch(9, wait=1, transaction=True)}, {}, "which do not wait for others"),
+        ({"batch": "all"}, {}, "'transaction' or a Batch, not 'all'"),
+        (
+            {},
+            {"flash_routes": {"public.items.delete": {"queue": "other"}}},
+            "flash_routes gives its operations different options",
+        ),
+    ],
+)
+def test_batch_of_a_transaction_that_cannot_be_is_refused(flash, options, conf, said):
+    flash.handler("items", **{"batch": "transaction", **options})
+    with pytest.raises(SubscriptionError, match=said):
+        flash.start(**conf)

@@ -65,6 +65,8 @@ def test_document_examples_run(app):
         ("index", "billing:public.invoices"),
         ("index", "public.orders"),
         ("order_paid", "messages 'order.paid'"),
+        ("post", "public.order_lines"),
+        ("post", "public.orders"),
     ]
 
 

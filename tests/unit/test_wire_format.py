@@ -212,3 +212,17 @@ def test_wire_format_of_picked_rows_is_that_of_a_delivery_for_each():
         for ordinal, row in zip(ordinals, some, strict=True)
     ]
     assert json.loads(payload.encode_picked(picked)) == json.loads(encode(singles))
+
+
+def test_part_of_a_transaction_travels_with_its_changes():
+    part = Changes([insert("orders", id=1)], 2, False)
+    sent = json.loads(dumps(part))
+    assert sent["__value__"]["part"] == [2, 0]
+    back = loads(json.dumps(sent))
+    assert (back, back.part, back.last) == (part, 2, False)
+    assert (back[:1].part, back[:1].last) == (2, False)
+    whole = json.loads(dumps(Changes(part)))
+    assert "part" not in whole["__value__"]
+    for wrong in ([1], [1, 2], [-1, 1], ["0", 1], "ab", None, [0, 0, 0]):
+        with pytest.raises(PayloadError):
+            payload.decode_batch({**sent["__value__"], "part": wrong})
