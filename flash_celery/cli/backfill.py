@@ -113,7 +113,7 @@ def start(
         for backfill in started:
             say(f"{backfill.id}  {backfill.table_name} for {backfill.handler} is requested.")
         if waits or wait_handled:
-            backfills.wait(source, [each.id for each in started], _Progress())
+            backfills.wait(source, [each.id for each in started], Progress())
             say("All rows are enqueued.")
     if wait_handled:
         _wait_until_handled(project, names)
@@ -131,7 +131,7 @@ def _wait_until_handled(project: Project, handlers: Sequence[str]) -> None:
     say("All rows are handled.")
 
 
-class _Progress:
+class Progress:
     """Shows how far a backfill is: a bar on a terminal, a line a minute elsewhere."""
 
     def __init__(self) -> None:
@@ -155,7 +155,7 @@ class _Progress:
 
         if self._bar is None:
             self._bar = click.progressbar(
-                length=1,
+                length=max(described["estimate"], 1),
                 label=backfill.table_name,
                 item_show_func=lambda shown: shown,
                 show_pos=True,

@@ -13,7 +13,7 @@ from ..postgres.source import Source
 from ..provisioning import pauses, preflight, replay_slot, server_checks, standby_checks
 from ..provisioning.findings import OK, STOP, WARNING, Finding
 from ..settings import Settings
-from . import broker_checks, lane_checks, once_checks, source_checks, worker_checks
+from . import backfill_checks, broker_checks, lane_checks, once_checks, source_checks, worker_checks
 from .doctor_explain import explain_tables
 
 _LABELS = {OK: "ok     ", WARNING: "warning", STOP: "STOP   "}
@@ -63,6 +63,7 @@ def diagnose(
             *report.findings,
             *replay_slot.findings(source),
             *standby_checks.findings(source),
+            *backfill_checks.findings(source, subscriptions),
         ]
         record, lanes = pauses.read(source), source.lanes
         explanation = list(explain_tables(source, report)) if explain else []

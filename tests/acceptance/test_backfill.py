@@ -1,12 +1,16 @@
 """`flash backfill`: a handler that applies its changes ends with the state of the table."""
 
 import json
+import os
+import pty
 import random
 import re
+import select
 import signal
 import threading
 import time
 from contextlib import closing, contextmanager, suppress
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,12 +22,18 @@ from psycopg import sql
 
 from benchmarks.verify import body_of
 from example_project.servers import wait_until
-from flash_celery import UNCHANGED, BackfillEnd, Operation, Truncate, testing
-from flash_celery.backfill import requests
+from flash_celery import UNCHANGED, Backfill, BackfillEnd, Operation, Truncate, testing
+from flash_celery.backfill import plans, requests
 from flash_celery.backfill.chunks import ChunkReader
 from flash_celery.backfill.copied_rows import cells_of
 from flash_celery.changes import payload
+from flash_celery.cli.backfill import Progress
+from flash_celery.commands import backfill_checks
+from flash_celery.errors import ConfigurationError
+from flash_celery.handlers.subscriptions import Subscription
 from flash_celery.postgres.connection import connect
+from flash_celery.postgres.source import Source
+from flash_celery.settings import Settings
 from flash_celery.table_name import TableName
 from flash_celery.worker.backfilling import Backfills
 from tests.acceptance.steps import replicate_through
@@ -527,6 +537,64 @@ def test_row_of_copy_has_the_values_of_its_columns(database):
     ):
         (cells,) = [cells_of(bytes(line)) for line in copy]
     assert [cell if cell is None else cell.decode() for cell in cells] == values
+
+
+def test_plan_refuses_what_the_role_may_not_read(database, new_app):
+    """With the SQL that mends it, and nothing recorded; `flash doctor` says it as well."""
+    database.execute(
+        "DROP ROLE IF EXISTS reader",
+        "CREATE ROLE reader LOGIN",
+        "CREATE TABLE secret (id int PRIMARY KEY, name text)",
+        "CREATE TABLE hidden (id int PRIMARY KEY)",
+        "ALTER TABLE hidden ENABLE ROW LEVEL SECURITY",
+        "CREATE TABLE parts (id int PRIMARY KEY) PARTITION BY RANGE (id)",
+        "CREATE TABLE parts_1 PARTITION OF parts FOR VALUES FROM (0) TO (9)",
+        "GRANT SELECT ON hidden, parts TO reader",
+    )
+    subscriptions = [
+        Subscription("h", TableName("public", name), backfill=Backfill())
+        for name in ("secret", "hidden", "parts", "nothing")
+    ]
+    sentences = [
+        "may not read id, name of public.secret: GRANT SELECT ON public.secret TO",
+        'rows of public.hidden from this role; let it see all: ALTER ROLE "reader" BYPASSRLS',
+        "may not read id of public.parts_1: GRANT SELECT ON public.parts_1 TO",
+        "There is no table public.nothing.",
+    ]
+    dsn = psycopg.conninfo.make_conninfo(database.dsn, user="reader")
+    with closing(connect(dsn)) as connection:
+        source = Source(connection, Settings(flash_dsn=dsn))
+        for each, sentence in zip(subscriptions, sentences, strict=True):
+            with pytest.raises(ConfigurationError, match=re.escape(sentence)):
+                plans.plan(source, subscriptions, "h", each.table)
+        found = list(backfill_checks.findings(source, subscriptions))
+        assert not requests.all_of(source)
+    assert all(text in each.message for text, each in zip(sentences, found, strict=True))
+    database.execute("DROP OWNED BY reader", "DROP ROLE reader")
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch):
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        show = Progress()
+        for state, rows in (("running", 0), ("running", 300), ("running", 600), ("done", 900)):
+            show(described(state, rows))
+        shown = ""
+        while "900/900" not in shown:
+            assert select.select([master], [], [], 10)[0], shown
+            shown += os.read(master, 10_000).decode()
+    os.close(master)
+    assert "public.items" in shown
+    assert "600/1000" in shown
+    assert "rows/s" in shown
+
+
+def described(state, rows):
+    now = datetime.now(timezone.utc)
+    times = now - timedelta(seconds=rows / 100 + 1), None, now
+    counts = 500, 1000, *times, 2, rows
+    return requests.Backfill("b", "s", "h", "public.items", state, None, *counts, {}, None, None)
 
 
 def test_worker_says_that_it_may_not_use_the_tables_of_backfills(database, caplog):

@@ -157,6 +157,8 @@ def test_standby_slot_loss_is_noticed_once_the_primary_records_the_slot(shop):
     )
     shop.database.execute(f"SELECT pg_drop_replication_slot('{shop.database.slot}')")
     applied(shop)
+    refused = shop.run("flash", "backfill", "start", "each")
+    assert "This server is a standby, which does not show which transactions run" in refused.stderr
     for setting in ("halt", "recreate"):  # which would have to be recorded
         ended = shop.run("flash", "replicate", SHOP_CONF=f'{{"flash_on_lost_slot": "{setting}"}}')
         assert ended.returncode == 2
