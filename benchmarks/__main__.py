@@ -25,6 +25,7 @@ from benchmarks import (
     report,
     startup,
     subscriptions,
+    tenants,
 )
 from benchmarks.bench import Bench, Missing
 from benchmarks.document import merged, rewrite
@@ -46,6 +47,7 @@ SCENARIOS = {
     "backfill": backfill.backfill,
     "memory": memory.memory,
     "subscriptions": subscriptions.subscriptions,
+    "tenants": tenants.tenants,
     "cost": cost.cost,
     "startup": startup.startup,
     "startup_rabbitmq": startup.startup_rabbitmq,

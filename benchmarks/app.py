@@ -140,6 +140,11 @@ def thousand_tables():
         on_change(f"other_{number}", batch=BATCH)(handle)
 
 
+def tenants():
+    """Declare one handler of every table of every tenant."""
+    on_change("tenant_*.*", batch=BATCH)(handle)
+
+
 def fifty_handlers():
     """Declare the handler, and fifty handlers of other tables."""
     batched()
@@ -229,6 +234,7 @@ HANDLERS = {
         filtered,
         thousand_tables,
         fifty_handlers,
+        tenants,
         ordered,
         ordered_rows,
         ordered_batched,

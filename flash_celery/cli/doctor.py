@@ -21,11 +21,20 @@ from .project import STOPPED, Project, command, say
     help="Print the SQL that the owner of the tables runs in psql, so that `replicate` has nothing "
     "to set up (flash_manage = False).",
 )
+@click.option(
+    "--event-trigger",
+    is_flag=True,
+    help="Print the SQL of an event trigger, which a superuser may create, so that tables join a "
+    "pattern in the transaction that creates them.",
+)
 @command
-def doctor(project: Project, explain: bool, as_sql: bool) -> None:
+def doctor(project: Project, explain: bool, as_sql: bool, event_trigger: bool) -> None:
     """Check every prerequisite, and show how to fix what is missing."""
     from ..commands.doctor import as_text, diagnose
 
+    if event_trigger:
+        _print_event_trigger(project)
+        return
     if as_sql:
         _print_script(project)
         return
@@ -45,6 +54,18 @@ def doctor(project: Project, explain: bool, as_sql: bool) -> None:
         click.get_current_context().exit(STOPPED)
 
 
+def _print_event_trigger(project: Project) -> None:
+    from ..errors import SubscriptionError
+    from ..provisioning.event_trigger import script
+
+    text = script(project.settings.flash_publication_slot_prefix, project.subscriptions)
+    if not text:
+        raise SubscriptionError(
+            "No handler is on a pattern such as tenant_*.orders, so no table joins one."
+        )
+    click.echo(text)
+
+
 def _print_script(project: Project) -> None:
     import sys
     from dataclasses import replace
@@ -59,6 +80,10 @@ def _print_script(project: Project) -> None:
         marks = list(once_checks.script(project.subscriptions, source.connection))
     if not report.script:
         report.raise_first()
+    if any(each.pattern for each in project.subscriptions):
+        marks.append(
+            "-- `flash doctor --event-trigger` prints the SQL with which later tables join."
+        )
     terminal = sys.stdout.isatty()
     for line in [*ddl.script(report.script), *marks]:
         # psql needs names as they are; without `color`, click would remove escape sequences.

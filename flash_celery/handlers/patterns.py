@@ -13,15 +13,6 @@ from ..table_name import TableName, split, unquote
 
 #: `*` stands for any characters, `?` for one. In quotes they stand for themselves.
 _WILDCARDS = re.compile(r"[*?]")
-#: Schemas that are PostgreSQL's own.
-_SYSTEM_SCHEMAS = re.compile(r"pg_.*|information_schema")
-#: How the names of our own tables begin. Handling a change writes to them.
-_OURS = "flash_celery_"
-#: What frameworks keep for themselves. With a result backend in the same database, each handled
-#: change would be followed by one of its result. A pattern has them if it spells their name out.
-_BOOKKEEPING = re.compile(
-    "django_migrations|celery_taskmeta|celery_tasksetmeta|django_celery_results_.*|kombu_.*"
-)
 
 
 @dataclass(frozen=True)
@@ -53,6 +44,26 @@ class Glob:
         return escaped if self.quoted else escaped.replace("*", "%").replace("?", "_")
 
 
+#: Schemas that are PostgreSQL's own.
+SYSTEM_SCHEMAS = (Glob("pg_*"), Glob("information_schema"))
+#: Our own tables. Handling a change writes to them.
+OURS = (Glob("flash_celery_*"),)
+#: What frameworks keep for themselves. With a result backend in the same database, each handled
+#: change would be followed by one of its result. A pattern has them if it spells their name out.
+BOOKKEEPING = tuple(
+    map(
+        Glob,
+        (
+            "django_migrations",
+            "celery_taskmeta",
+            "celery_tasksetmeta",
+            "django_celery_results_*",
+            "kombu_*",
+        ),
+    )
+)
+
+
 @lru_cache(maxsize=256)
 def _compiled(glob: Glob) -> re.Pattern[str]:
     escaped = re.escape(glob.text)
@@ -78,13 +89,18 @@ class TablePattern:
     def __str__(self) -> str:
         return str(self.name)
 
+    @property
+    def never(self) -> tuple[Glob, ...]:
+        """The tables that it has in no schema."""
+        return (*OURS, *BOOKKEEPING) if self.table.has_wildcards else OURS
+
     def matches(self, name: TableName) -> bool:
         """Return whether a table of this name is one of them, if it can have handlers at all."""
         if not (self.schema.matches(name.schema) and self.table.matches(name.name)):
             return False
-        if name.name.startswith(_OURS) or _SYSTEM_SCHEMAS.fullmatch(name.schema):
+        if any(glob.matches(name.schema) for glob in SYSTEM_SCHEMAS):
             return False
-        if self.table.has_wildcards and _BOOKKEEPING.fullmatch(name.name):
+        if any(glob.matches(name.name) for glob in self.never):
             return False
         return not any(
             (schema is None or schema.matches(name.schema)) and table.matches(name.name)

@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from ..handlers.patterns import Glob, TablePattern
+from ..handlers.patterns import SYSTEM_SCHEMAS, Glob, TablePattern
 from ..table_name import TableName
 
 #: Values of pg_class.relkind (chapter "System Catalogs").
@@ -130,14 +130,14 @@ def matching(
     connection: psycopg.Connection[Any], patterns: Iterable[TablePattern]
 ) -> list[CatalogTable]:
     """Return the tables that patterns may name, by their names."""
-    condition = sql.SQL(_MAY_MATCH).format(named=_named(patterns))
+    condition = sql.SQL(_MAY_MATCH).format(named=named(patterns))
     # One that was dropped since the first statement has no columns.
     tables = [table for table in _read_all(connection, condition, []) if table.columns]
     return sorted(tables, key=lambda table: (table.name.schema, table.name.name))
 
 
-def _named(patterns: Iterable[TablePattern]) -> sql.Composable:
-    """Return the SQL condition that the name of a table is one of these patterns."""
+def named(patterns: Iterable[TablePattern]) -> sql.Composable:
+    """Return the SQL condition that a table `c` in a schema `n` has a name of these patterns."""
 
     def like(schema: Glob | None, table: Glob) -> sql.Composed:
         return sql.SQL("(n.nspname LIKE {} AND c.relname LIKE {})").format(
@@ -149,6 +149,13 @@ def _named(patterns: Iterable[TablePattern]) -> sql.Composable:
         condition: sql.Composable = like(pattern.schema, pattern.table)
         for excluded in pattern.exclude:
             condition = sql.SQL("{} AND NOT {}").format(condition, like(*excluded))
+        condition = sql.SQL(
+            "{} AND NOT c.relname LIKE ANY({}) AND NOT n.nspname LIKE ANY({})"
+        ).format(
+            condition,
+            sql.Literal([glob.like for glob in pattern.never]),
+            sql.Literal([glob.like for glob in SYSTEM_SCHEMAS]),
+        )
         conditions.append(sql.SQL("({})").format(condition))
     return sql.SQL("({})").format(sql.SQL(" OR ").join(conditions) if conditions else _NEVER)
 
@@ -180,7 +187,7 @@ def matching_fingerprint(
     if not patterns:
         return ""
     query = sql.SQL(_MATCHING_FINGERPRINT).format(
-        may_match=sql.SQL(_MAY_MATCH).format(named=_named(patterns)),
+        may_match=sql.SQL(_MAY_MATCH).format(named=named(patterns)),
         tree=sql.SQL(tree("p.oid")),
     )
     return str(connection.execute(query).fetchone())
@@ -286,22 +293,24 @@ SELECT concat_ws(' | ',
      LEFT JOIN LATERAL (
          SELECT count(*) FROM pg_attribute
          WHERE attrelid = c.oid AND attgenerated <> '') AS made ON true),
-    (SELECT string_agg(concat_ws(' ', to_jsonb(p), {{schemas}}, (
-         SELECT concat_ws(' ', count(*), bit_xor(hashoidextended(r.oid, r.prrelid::int8)),
-                          string_agg({{named}}, ',' ORDER BY r.prrelid))
-         FROM pg_publication_rel r WHERE r.prpubid = p.oid)), ',' ORDER BY p.oid)
-     FROM pg_publication p WHERE p.pubname = ANY(%s)))
+    (SELECT string_agg(concat_ws(' ', to_jsonb(p), {{schemas}}, tables.count, tables.hash,
+                                 tables.named), ',' ORDER BY p.oid)
+     FROM pg_publication p LEFT JOIN (
+         SELECT r.prpubid, count(*), bit_xor(hashoidextended(r.oid, r.prrelid::int8)) AS hash,
+                string_agg({{named}}, ',' ORDER BY r.prrelid) FILTER (WHERE {{clauses}}) AS named
+         FROM pg_publication_rel r GROUP BY r.prpubid) AS tables ON tables.prpubid = p.oid
+     WHERE p.pubname = ANY(%s)))
 """  # noqa: S608
 
 
 # The columns that a table's clauses name. A row of pg_publication_rel is never altered: other
 # clauses make another one.
-_NAMED = """CASE WHEN r.prqual IS NOT NULL OR r.prattrs IS NOT NULL THEN (
-             SELECT string_agg(concat(a.attnum, a.attname), '+' ORDER BY a.attnum)
+_CLAUSES = "r.prqual IS NOT NULL OR r.prattrs IS NOT NULL"
+_NAMED = """(SELECT string_agg(concat(a.attnum, a.attname), '+' ORDER BY a.attnum)
              FROM pg_depend d
              JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
              WHERE d.classid = 'pg_publication_rel'::regclass AND d.objid = r.oid
-             AND d.refclassid = 'pg_class'::regclass AND d.refobjsubid > 0) END"""
+             AND d.refclassid = 'pg_class'::regclass AND d.refobjsubid > 0)"""
 _OF_SCHEMAS = """(SELECT string_agg(s.pnnspid::text, '+' ORDER BY s.pnnspid)
                    FROM pg_publication_namespace s WHERE s.pnpubid = p.oid)"""
 
@@ -338,10 +347,10 @@ def fingerprint(
     """
     names = sorted(set(tables), key=str)
     parameters = [[n.schema for n in names], [n.name for n in names], list(publications)]
-    clauses = {"schemas": "NULL", "named": "NULL::text"}
+    parts = {"schemas": "NULL", "named": "NULL::text", "clauses": "false"}
     if connection.info.server_version >= 150000:
-        clauses = {"schemas": _OF_SCHEMAS, "named": _NAMED}
-    query = _FINGERPRINT.format(**clauses).encode()
+        parts = {"schemas": _OF_SCHEMAS, "named": _NAMED, "clauses": _CLAUSES}
+    query = _FINGERPRINT.format(**parts).encode()
     row = connection.execute(query, parameters).fetchone()
     made = connection.execute(_ATTRIBUTES.encode(), parameters[:2]).fetchone()
     return str([*(row or ()), *(made or ())])

@@ -11,7 +11,7 @@ from flash_celery.commands import status
 from flash_celery.errors import CatalogError
 from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.postgres.source import connected
-from flash_celery.provisioning import ddl, joined, preflight
+from flash_celery.provisioning import ddl, event_trigger, joined, preflight
 from flash_celery.publishing.brokers.memory import MemoryPublisher
 from flash_celery.settings import Settings
 from flash_celery.worker.replicator import Replicator
@@ -194,9 +194,10 @@ def test_partition_counts_as_its_root(flash):
     assert [change.partition for change in changes] == ["public.events_1", "public.events_3"]
     assert not flash.delivered("leaves")
     # A partition that is detached is a table of its own.
+    sessions = flash.replicator.telemetry.reconnections
     flash.do("INSERT INTO events VALUES (2, 2)", "ALTER TABLE events DETACH PARTITION events_1")
-    when_published(flash, "public.events", "public.events_1")
-    flash.wait(lambda: flash.replicator.telemetry.state == "streaming")
+    flash.wait(lambda: flash.replicator.telemetry.reconnections > sessions)
+    assert published(flash) == ["public.events", "public.events_1"]
     flash.do("INSERT INTO events_1 VALUES (3, 3)")
     assert tables(flash.delivered()) == ["public.events", "public.events_1"]
     assert tables(flash.delivered("leaves")) == ["public.events_1"]
@@ -381,3 +382,34 @@ def test_status_shows_tables_that_are_left_out(flash):
         (left,) = status.database_status(source).left_out
     assert (left.handler, left.table) == ("handler", "tenant_a.orders")
     assert left.reason == "tenant_a.orders has no column total."
+
+
+def test_event_trigger_lets_tables_join_in_the_transaction_that_creates_them(flash):
+    flash.database.execute(*tenant("tenant_old"))
+    flash.handler("tenant_*.orders", where={"total__gt": 0})
+    flash.handler("tenant_*.lines", "insert", name="lines", fields=["id"])
+    flash.app.finalize()
+    created = event_trigger.script("flash_publication", subscriptions_of(flash.app))
+    flash.database.execute(created, created)  # a second time does no harm
+    flash.database.execute(*tenant("tenant_early"))  # before there are publications
+    flash.start()
+    with psycopg.connect(flash.database.dsn) as connection:
+        for statement in (
+            *tenant("tenant_a"),
+            "INSERT INTO tenant_a.orders SELECT n, n FROM generate_series(1, 3) n",
+            "UPDATE tenant_a.orders SET total = 0 WHERE id = 1",
+            "CREATE TABLE tenant_a.lines (id int)",
+            "INSERT INTO tenant_a.lines VALUES (7)",
+            "CREATE TABLE tenant_a.others (id int)",
+            "CREATE TEMPORARY TABLE orders (id int)",
+        ):
+            connection.execute(statement)
+    flash.wait(lambda: flash.replicator.telemetry.reconnections > 0)
+    flash.do("DELETE FROM tenant_a.orders WHERE id = 2")
+    expected = ["insert 1,1", "insert 2,2", "insert 3,3", "delete 1,1", "delete 2,2"]
+    assert shown(flash.delivered()) == expected
+    assert shown(flash.delivered("lines")) == ["insert 7"]
+    assert flash.database.one("SELECT to_regclass('flash_celery_backfills') IS NULL")
+    # Without publications it does nothing.
+    flash.stop()
+    flash.database.execute("DROP PUBLICATION flash_publication_insert", *tenant("tenant_b"))
