@@ -3,8 +3,9 @@
 from celery import shared_task
 from django.core.cache import cache
 from django.core.mail import send_mail
+from django.db import transaction
 
-from flash_celery import Changes, Delete, Insert, Update, on_change
+from flash_celery import Changes, Delete, Insert, Update, on_change, transactional
 
 from .models import AuditEntry, Customer, Order, OrderLine, Product, Receipt, SearchEntry
 
@@ -61,15 +62,27 @@ def audit(change):
 
 
 @on_change(Order, "insert", where={"status": "paid"})
-@shared_task(bind=True, max_retries=5)
-def send_receipt(self, change):
-    """Send a receipt when an order becomes paid: a row that starts to match is an `Insert`."""
+@shared_task
+def send_receipt(change):
+    """Note a receipt when an order becomes paid: a row that starts to match is an `Insert`.
+
+    The commit of that row enqueues the mail. So no receipt is noted without a mail, and no mail is
+    sent for a receipt that was rolled back.
+    """
     order = change.new
-    _, first_time = Receipt.objects.get_or_create(order_id=order["id"])
-    if first_time:
-        customer = Customer.objects.get(pk=order["customer_id"])
-        text = f"You paid {order['total']} for order {order['id']}."
-        send_mail("Your receipt", text, "shop@example.com", [customer.email])
+    with transaction.atomic():
+        _, first_time = Receipt.objects.get_or_create(order_id=order["id"])
+        if first_time:
+            customer = Customer.objects.get(pk=order["customer_id"])
+            text = f"You paid {order['total']} for order {order['id']}."
+            with transactional():
+                mail_receipt.delay(customer.email, text)
+
+
+@shared_task(queue="flash", autoretry_for=(OSError,), retry_backoff=True, max_retries=5)
+def mail_receipt(address, text):
+    """Mail a receipt."""
+    send_mail("Your receipt", text, "shop@example.com", [address])
 
 
 @on_change(Product, "insert|update|delete", fields=["name"], batch=100)

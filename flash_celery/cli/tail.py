@@ -15,35 +15,47 @@ from .project import Project, command, say
 @click.option(
     "--limit", type=click.IntRange(min=1), default=None, help="End after this many changes."
 )
+@click.option(
+    "--arguments", is_flag=True, help="Show the arguments of tasks that transactions carry."
+)
 @command
-def tail(project: Project, tables: tuple[str, ...], limit: int | None) -> None:
+def tail(project: Project, tables: tuple[str, ...], limit: int | None, arguments: bool) -> None:
     """Print changes as they are committed.
 
-    Without TABLE, follows the tables that have handlers. A pattern such as 'tenant_*.orders'
-    stands for the tables that match now. Enqueues nothing, and leaves nothing behind: its slot is
-    temporary.
+    Without TABLE, follows the tables that have handlers, and the tasks that transactions carry. A
+    pattern such as 'tenant_*.orders' stands for the tables that match now. Enqueues nothing, and
+    leaves nothing behind: its slot is temporary.
     """
-    from ..commands.tail import as_text, follow
+    from ..commands.tail import as_text, follow, task_as_text
     from ..errors import SubscriptionError
     from ..handlers.subscriptions import of_tables
+    from ..transactional_tasks.signing import keys_of
     from ..worker.control import Control
 
+    with_tasks = not tables and bool(keys_of(project.settings))
     if tables:
         names = dict.fromkeys(project.tables(name) for name in tables)
     else:
         names = dict.fromkeys(each.tables for each in of_tables(project.subscriptions))
-    if not names:
+    if not names and not with_tasks:
         raise SubscriptionError("No handler names a table; choose one: flash tail TABLE.")
     count = 0
 
-    def show(change: Any) -> bool:
+    def show_line(line: str) -> bool:
         nonlocal count
         count += 1
-        say(as_text(change))
+        say(line)
         return limit is None or count < limit
 
+    def show(change: Any) -> bool:
+        return show_line(as_text(change))
+
+    def show_task(task: Any, transaction: Any) -> bool:
+        return show_line(task_as_text(task, transaction, arguments))
+
     def ready() -> None:
-        say(f"Following {', '.join(map(str, names))}; press Ctrl-C to end.", err=True)
+        followed = [*map(str, names), *["tasks of transactions"] * with_tasks]
+        say(f"Following {', '.join(followed)}; press Ctrl-C to end.", err=True)
 
     control = Control()
 
@@ -54,4 +66,5 @@ def tail(project: Project, tables: tuple[str, ...], limit: int | None) -> None:
 
     for stopping_signal in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stopping_signal, stop)
-    follow(project.settings, list(names), show, ready, control)
+    tasks = show_task if with_tasks else None
+    follow(project.settings, list(names), show, ready, control, tasks)

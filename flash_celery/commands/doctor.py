@@ -13,6 +13,7 @@ from ..postgres.source import Source
 from ..provisioning import pauses, preflight, replay_slot, server_checks, standby_checks
 from ..provisioning.findings import OK, STOP, WARNING, Finding
 from ..settings import Settings
+from ..transactional_tasks.signing import SHORTEST_SECRET, keys_of
 from . import backfill_checks, broker_checks, lane_checks, once_checks, source_checks, worker_checks
 from .doctor_explain import explain_tables
 
@@ -72,6 +73,7 @@ def diagnose(
     findings += spool_findings(settings)
     findings += worker_checks.eager_findings(app)
     findings += once_checks.findings(subscriptions)
+    findings.append(key_finding(settings))
     findings += source_checks.findings(default, all_subscriptions, settings.source)
     queues, queue_finding = broker_checks.route_finding(app, settings, subscriptions)
     handlers = pauses.handlers(subscriptions)
@@ -87,6 +89,22 @@ def diagnose(
         findings += lane_checks.worker_findings(app, settings, subscriptions)
     findings += worker_checks.paused_findings(app, record, settings.source)
     return Diagnosis(findings, explanation)
+
+
+def key_finding(settings: Settings) -> Finding:
+    """Check the key of tasks in transactions."""
+    keys = keys_of(settings)
+    if not keys:
+        return Finding("tasks", OK, "no flash_signing_key, so transactional() refuses tasks")
+    given = settings.flash_signing_key
+    name = "flash_signing_key" if given else "Django's SECRET_KEY"
+    secrets = [given] if isinstance(given, str) else [*given]
+    if any(0 < len(secret) < SHORTEST_SECRET for secret in secrets):
+        message = f"a secret in flash_signing_key has fewer than {SHORTEST_SECRET} characters"
+        return Finding("tasks", WARNING, f"{message}; anyone may guess it: use a random text")
+    others = f", and {len(keys) - 1} more accepted" if len(keys) > 1 else ""
+    ids = ", ".join(key.id.hex() for key in keys)
+    return Finding("tasks", OK, f"transactional() signs with {name}{others} (ids {ids})")
 
 
 def spool_findings(settings: Settings) -> Iterator[Finding]:

@@ -24,6 +24,7 @@ from ..publishing.backpressure import is_full
 from ..publishing.brokers.base import queue_depths
 from ..publishing.brokers.lane_overview import HandlerLanes
 from ..settings import Settings
+from ..transactional_tasks.signing import keys_of
 from . import backfill
 from .lanes import summaries, summary_lines
 from .worker_checks import Registered
@@ -124,6 +125,8 @@ class ProjectStatus:
     other_sources: list[str]
     slot_name: str
     subscriptions: list[HandlerStatus]
+    #: Whether there is a key for tasks in transactions.
+    carries_tasks: bool = False
 
 
 @dataclass(frozen=True)
@@ -242,6 +245,7 @@ def project_status(settings: Settings, task_options: TaskOptions) -> ProjectStat
             )
             for subscription in task_options.subscriptions
         ],
+        carries_tasks=bool(keys_of(settings)),
     )
 
 
@@ -313,6 +317,17 @@ def broker_status(
     )
 
 
+def gap_lines(project: ProjectStatus, database: DatabaseStatus) -> list[str]:
+    """Return the lines about changes, and tasks of transactions, that were never read."""
+    lines = []
+    for gap in (Gap(**each) for each in database.gaps):
+        lines.append(f"gap        {gap}")
+        if project.carries_tasks:
+            since = gap.since_time or "an unknown time"
+            lines.append(f"gap        tasks of transactions since {since} may be missing, too")
+    return lines
+
+
 def as_text(report: StatusReport) -> list[str]:
     """Return the lines that `flash status` prints."""
     project, database, broker = report.project, report.database, report.broker
@@ -320,7 +335,7 @@ def as_text(report: StatusReport) -> list[str]:
     lines += slot_lines(project.slot_name, database.slot)
     if database.history:
         lines.append(_replay_slot_line(database.history))
-    lines += [f"gap        {Gap(**gap)}" for gap in database.gaps]
+    lines += gap_lines(project, database)
     lines += [f"paused     {line}" for line in pause_lines(report)]
     lines += [f"backfill   {backfill.summary(each)}" for each in database.backfills]
     for left in database.left_out:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from datetime import datetime, timezone
 from typing import Any
 
 import psycopg
@@ -17,18 +18,24 @@ from ..capture.relations import RelationCatalog
 from ..capture.router import Receiver
 from ..changes.change import Change, Delete, Insert, Operation, Update
 from ..changes.payload import Delivery, changes_of
-from ..changes.rows import UNCHANGED
+from ..changes.rows import UNCHANGED, Transaction
 from ..errors import SubscriptionError
 from ..handlers.patterns import TablePattern
 from ..handlers.subscriptions import Subscription
+from ..messages.sent_tasks import SentTask, SentTasks
+from ..messages.task_message import Message
 from ..postgres import catalog, slots
 from ..postgres.catalog import CatalogTable
 from ..postgres.connection import connect
+from ..postgres.source import Source
 from ..postgres.stream import ReplicationConnection
+from ..protocol import timestamps
 from ..provisioning.ddl import Step, apply
 from ..provisioning.requirements import REWRITES
 from ..settings import Settings
 from ..table_name import TableName
+from ..telemetry import Telemetry
+from ..transactional_tasks.signing import Database, Verifier, keys_of
 from ..worker.control import Control
 
 _PREFIX = "flash_tail_"
@@ -44,6 +51,7 @@ def follow(
     show: Callable[[Change], bool],
     ready: Callable[[], object],
     control: Control,
+    show_task: Callable[[SentTask, Transaction], bool] | None = None,
 ) -> None:
     """Call `show` with each new change, until it returns False or `control` is stopped.
 
@@ -55,6 +63,7 @@ def follow(
         show: Returns whether to continue.
         ready: Called once changes are being followed.
         control: Ends the command at a signal.
+        show_task: Shows the tasks that transactions carry, in the same way.
 
     Raises:
         SubscriptionError: A table does not exist.
@@ -77,7 +86,7 @@ def follow(
                 slots.create_temporary(stream, name)
                 stream.start(name, publications)
                 ready()
-                _read(stream, connection, subscriptions, show, control)
+                _read(stream, Source(connection, settings), subscriptions, show, control, show_task)
         finally:
             _drop(connection, _names(connection, name))
 
@@ -124,6 +133,9 @@ def _plan(
             )
             publication = sql.Identifier(f"{name}_{suffix}")
             steps.append(Step(create.format(publication, names, sql.Literal(published[suffix]))))
+    if not steps:  # for messages alone
+        publication = sql.Identifier(f"{name}_all")
+        steps.append(Step(sql.SQL("CREATE PUBLICATION {}").format(publication)))
     return steps, subscriptions
 
 
@@ -143,19 +155,31 @@ class _ChangesSink:
 
 def _read(
     stream: ReplicationConnection,
-    connection: psycopg.Connection[Any],
+    source: Source,
     subscriptions: Sequence[Subscription],
     show: Callable[[Change], bool],
     control: Control,
+    show_task: Callable[[SentTask, Transaction], bool] | None,
 ) -> None:
     sink = _ChangesSink()
-    pipeline = Pipeline(subscriptions, RelationCatalog(connection), sink)
+    # The tasks of a transaction are shown before its rows.
+    tasks: list[tuple[SentTask, Transaction]] = []
+    pipeline = Pipeline(
+        subscriptions,
+        RelationCatalog(source.connection),
+        sink,
+        tasks=_sent_tasks(source, tasks).receive if show_task is not None else None,
+    )
     last_status = time.monotonic()
     sockets: list[Any] = [stream, control]
     while not control.stopping:
         select.select(sockets, [], [], _STATUS_SECONDS)
         pipeline.feed(stream.receive())
         for _ in pipeline.deliver():
+            for task in tasks:
+                if show_task is not None and not show_task(*task):
+                    return
+            tasks.clear()
             for change in sink.changes:
                 if not show(change):
                     return
@@ -165,6 +189,22 @@ def _read(
             stream.send_status(position, position, position)
             last_status = time.monotonic()
             pipeline.reply_requested = False
+
+
+def _sent_tasks(source: Source, shown: list[tuple[SentTask, Transaction]]) -> SentTasks:
+    """Return what takes the messages that carry tasks, and drops those that are not signed."""
+
+    def add(delivery: Delivery, messages: Sequence[Message]) -> None:
+        for message in messages:
+            if isinstance(message, SentTask):
+                shown.append((message, delivery.transaction))
+
+    verifier = Verifier(
+        keys_of(source.settings),
+        Database(source.system, source.database),
+        source.settings.flash_transactional_max_age,
+    )
+    return SentTasks(verifier, add, lambda *refused: None, Telemetry())
 
 
 def _names(connection: psycopg.Connection[Any], name: str) -> list[str]:
@@ -214,6 +254,15 @@ def as_text(change: Change) -> str:
         values = ", ".join(f"{name}={_value(value)}" for name, value in change.old.items())
     context = f"  {change.transaction.context}" if change.transaction.context else ""
     return f"{committed}  {change!r}  {values}{context}".rstrip()
+
+
+def task_as_text(task: SentTask, transaction: Transaction, arguments: bool = False) -> str:
+    """Return a task as one line: its time, name and id, and its arguments if they are wanted."""
+    committed = datetime.fromtimestamp(timestamps.to_unix(transaction.committed_at), timezone.utc)
+    line = f"{committed.strftime('%H:%M:%S.%f')[:-3]}  task {task.task}[{task.id}]"
+    if arguments:
+        line += "  " + " ".join(str(task.headers.get(n)) for n in ("argsrepr", "kwargsrepr"))
+    return line
 
 
 def _value(value: Any) -> str:

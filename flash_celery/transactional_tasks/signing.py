@@ -21,6 +21,8 @@ from ..settings import Settings
 
 #: The prefix of the logical messages.
 PREFIX = "flash.task"
+#: The fewest characters of a secret that is not easily guessed.
+SHORTEST_SECRET = 16
 _VERSION = 1
 #: Version, id of the key, microseconds since 1970 at signing, signature.
 _HEAD = struct.Struct(">B4sQ32s")

@@ -13,11 +13,17 @@ from celery.exceptions import Ignore, Retry
 from kombu.utils.json import loads
 
 from flash_celery import transactional
+from flash_celery.commands.doctor import key_finding
+from flash_celery.commands.status import DatabaseStatus, ProjectStatus, gap_lines
+from flash_celery.commands.tail import follow, task_as_text
 from flash_celery.dead_letters import letters
 from flash_celery.dead_letters.queue import DeadLetterQueue
 from flash_celery.errors import ConfigurationError, TransactionError
+from flash_celery.postgres.gaps import Gap
+from flash_celery.settings import Settings
 from flash_celery.transactional_tasks import records, signing
 from flash_celery.transactional_tasks.signing import Database
+from flash_celery.worker.control import Control
 
 KEY = "a secret of the tests"
 
@@ -493,3 +499,47 @@ def test_retry_and_replacement_go_past_the_block(tasks):
     assert [message.headers["id"] for message in messages[:2]] == ["id-retries", "id-replaces"]
     assert messages[2] is None
     assert tasks.sent() == []
+
+
+def test_tail_shows_the_name_and_id_of_tasks_and_arguments_if_asked(tasks):
+    lines, ready, control = [], threading.Event(), Control()
+
+    def show(task, transaction):
+        lines.extend(task_as_text(task, transaction, arguments) for arguments in (False, True))
+        return False
+
+    settings = tasks.replicator._settings
+    arguments = settings, [], lambda change: True, ready.set, control, show
+    tail = threading.Thread(target=follow, args=arguments)
+    tail.start()
+    assert ready.wait(30)
+    with psycopg.connect(tasks.database.dsn, autocommit=True) as connection:
+        connection.execute("SELECT pg_logical_emit_message(true, 'flash.task', 'forged')")
+        with transactional(connection, strict=False):
+            result = tasks.receipt.delay("a value")
+    tail.join(30)
+    assert lines[0].endswith(f"task receipt[{result.id}]")
+    assert lines[1].endswith(f"task receipt[{result.id}]  ('a value',) {{}}")
+    assert tasks.database.one("SELECT count(*) FROM pg_publication WHERE pubname ~ 'tail'") == 0
+
+
+def test_doctor_checks_the_key():
+    def finding(key):
+        found = key_finding(Settings(flash_signing_key=key))
+        return found.level, found.message
+
+    assert finding("") == ("ok", "no flash_signing_key, so transactional() refuses tasks")
+    assert finding("short")[0] == "warning"
+    level, message = finding(["x" * 16, "y" * 16])
+    ids = ", ".join(signing._derived(each * 16).id.hex() for each in "xy")
+    assert (level, message) == (
+        "ok",
+        f"transactional() signs with flash_signing_key, and 1 more accepted (ids {ids})",
+    )
+
+
+def test_status_says_since_when_tasks_may_be_missing():
+    project = ProjectStatus("", [], "flash", [], carries_tasks=True)
+    gap = Gap("flash", "wal_removed", "0/1", "2026-01-02 03:04:05").to_json()
+    lines = gap_lines(project, DatabaseStatus(gaps=[gap]))
+    assert "gap        tasks of transactions since 2026-01-02 03:04:05 may be missing, too" in lines
