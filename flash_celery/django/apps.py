@@ -3,6 +3,7 @@
 from typing import Any
 
 from django.apps import AppConfig
+from django.conf import settings
 from django.core.checks import Tags, register
 from django.db.backends.signals import connection_created
 
@@ -22,6 +23,9 @@ class FlashCeleryConfig(AppConfig):
         from . import checks
 
         in_atomic.install()
+        backends = (each.get("BACKEND", "") for each in getattr(settings, "TASKS", {}).values())
+        if any(str(each).startswith(f"{self.name}.backends.") for each in backends):
+            from .backends import celery_task  # noqa: F401 - registers the task
 
         register(checks.handlers, "flash_celery")
         register(checks.database, Tags.database)

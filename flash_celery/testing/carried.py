@@ -25,6 +25,7 @@ class CarriedTask:
         args: Its positional arguments, if the message is JSON.
         kwargs: Its keyword arguments.
         queue: The name of its queue.
+        priority: Its priority, or None.
         headers: The headers of its message.
     """
 
@@ -33,6 +34,7 @@ class CarriedTask:
     args: list[Any]
     kwargs: dict[str, Any]
     queue: str
+    priority: int | None
     headers: dict[str, Any] = field(repr=False)
 
 
@@ -94,7 +96,9 @@ def _carried(record: TaskRecord) -> CarriedTask:
     kwargs: dict[str, Any] = {}
     if record.content_type == "application/json" and not record.binary:
         args, kwargs, _ = loads(record.body)
-    return CarriedTask(record.task, record.id, args, kwargs, message.queue, message.headers)
+    return CarriedTask(
+        record.task, record.id, args, kwargs, message.queue, record.priority, message.headers
+    )
 
 
 @contextmanager
