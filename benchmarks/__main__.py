@@ -49,6 +49,7 @@ SCENARIOS = {
     "subscriptions": subscriptions.subscriptions,
     "tenants": tenants.tenants,
     "cost": cost.cost,
+    "context": cost.context,
     "startup": startup.startup,
     "startup_rabbitmq": startup.startup_rabbitmq,
     "alternatives": alternatives.alternatives,

@@ -4,6 +4,7 @@ With one client a core is free for the reader, so the loss is the cost for a tra
 the machine is saturated, so the loss is the processor time that the reader takes.
 """
 
+import os
 import re
 import subprocess
 import tempfile
@@ -15,6 +16,8 @@ from benchmarks.project import Project
 from benchmarks.results import Goal, Line
 from benchmarks.verify import compare, places_of, valkey_bodies
 from example_project.servers import Postgres
+from flash_celery.changes import transaction_context
+from flash_celery.handlers.written_context import statement_for
 
 SCRIPT = r"""
 \set customer random(1, 1000)
@@ -24,6 +27,29 @@ VALUES (:customer, 'new', 12.34, 'please leave it at the door') RETURNING id AS 
 UPDATE orders SET status = 'paid', updated_at = now() WHERE id = :key;
 COMMIT;
 """
+#: The transaction of pgbench itself (TPC-B). A context travels with its first write, as in Django.
+TPC_B = r"""
+\set aid random(1, 100000 * :scale)
+\set bid random(1, 1 * :scale)
+\set tid random(1, 10 * :scale)
+\set delta random(-5000, 5000)
+BEGIN;
+{context}UPDATE pgbench_accounts SET abalance = abalance + :delta WHERE aid = :aid;
+SELECT abalance FROM pgbench_accounts WHERE aid = :aid;
+UPDATE pgbench_tellers SET tbalance = tbalance + :delta WHERE tid = :tid;
+UPDATE pgbench_branches SET bbalance = bbalance + :delta WHERE bid = :bid;
+INSERT INTO pgbench_history (tid, bid, aid, delta, mtime)
+VALUES (:tid, :bid, :aid, :delta, CURRENT_TIMESTAMP);
+END;
+"""
+CONTEXT = {
+    "user": 1234567,
+    "path": "/shop/orders/1234567/",
+    "request_id": "7b0c1a52-6a70-4f3b-9d0a-3d7c1f1c2f11",
+    "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+}
+#: The least share of the transactions per second that is left with a context.
+WRITERS = {"on": 0.97, "off": 0.92}
 CLIENTS = {1: 0.97, 8: None}
 FLASH = "flash replicate"
 TRIGGERED = "a trigger with pg_notify"
@@ -64,15 +90,50 @@ def _cost(bench, source, plain):
             bench.add(line)
 
 
-def pgbench(database, clients, seconds):
-    """Return pgbench's transactions per second."""
+def context(bench):
+    """Transactions per second of pgbench whose transactions carry a context."""
+    statement = statement_for(transaction_context.encode(CONTEXT))
+    scripts = [TPC_B.format(context=""), TPC_B.format(context=f"{statement} \\;\n")]
+    with Postgres(**{**POSTGRES, "fsync": "on"}) as server:
+        database = Database(server, "written")
+        fill = [server.binaries / "pgbench", "-i", "-q", "-s", "10", database.dsn]
+        subprocess.run(fill, check=True, capture_output=True)
+        for mode, goal in WRITERS.items():
+            what = f"pgbench -c 1 with a context, synchronous_commit {mode}"
+            line = Line("context", what, "tps")
+            line.against("without", Goal(goal))
+            seconds = max(1, round(bench.seconds(3)))
+            for run in bench.each_run(f"context: synchronous_commit {mode}"):
+                first, ours, last = (
+                    pgbench(database, 1, seconds, script, "simple", mode)
+                    for script in (scripts[0], scripts[1], scripts[0])
+                )
+                around = (first + last) / 2
+                line.values.append(ours)
+                line.comparisons[0].add(around, ours / around)
+                bench.say(f"  context, {mode}, run {run}: {ours:,.0f} tps, {around:,.0f} without")
+            bench.add(line)
+
+
+def pgbench(database, clients, seconds, script=SCRIPT, protocol="prepared", commits="on"):
+    """Return pgbench's transactions per second.
+
+    Args:
+        database: The database.
+        clients: The number of connections.
+        seconds: How long it runs.
+        script: The transaction.
+        protocol: How pgbench sends a statement (`-M`).
+        commits: The setting synchronous_commit.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder, "script.sql")
-        script.write_text(SCRIPT)
-        command = [database.server.binaries / "pgbench", "-n", "-M", "prepared", "-f", script]
+        path = Path(folder, "script.sql")
+        path.write_text(script)
+        command = [database.server.binaries / "pgbench", "-n", "-M", protocol, "-f", path]
         command += ["-c", str(clients), "-j", str(min(2, clients)), "-T", str(seconds)]
-        command += [database.dsn]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        command += ["-D", "scale=10", database.dsn]
+        environment = {**os.environ, "PGOPTIONS": f"-c synchronous_commit={commits}"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise RuntimeError(f"pgbench: {done.stderr}")
     return float(re.search(r"tps = ([\d.]+)", done.stdout).group(1))
