@@ -88,6 +88,8 @@ ORDER BY number LIMIT 5"""
 _ALL_MOVES = """
 SELECT keys FROM public.flash_celery_backfill_moves WHERE backfill = %s AND table_oid = %s
 LIMIT %s"""
+#: Until the end of the transaction, so that two requests do not miss each other.
+_ONE_AT_A_TIME = "SELECT pg_advisory_xact_lock(hashtext('public.flash_celery_backfills'))"
 _DROP = "DROP TABLE public.flash_celery_backfill_moves, public.flash_celery_backfills"
 _READ = "DELETE FROM public.flash_celery_backfill_moves WHERE backfill = %s AND number <= %s"
 _STATE = """
@@ -164,6 +166,7 @@ def request(
             "The tables of backfills are missing, or this role may not write to them; as the owner "
             f"of the database run: {statements(connection.info.user)}"
         )
+    connection.execute(_ONE_AT_A_TIME)
     for other in all_of(source):
         if (other.handler, other.table_name) == (handler, table) and other.ended_at is None:
             raise ConfigurationError(

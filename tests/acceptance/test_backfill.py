@@ -573,6 +573,33 @@ def test_plan_refuses_what_the_role_may_not_read(database, new_app):
     database.execute("DROP OWNED BY reader", "DROP ROLE reader")
 
 
+def test_two_requests_at_once_are_one_backfill(database):
+    """As when a new handler starts while somebody asks for its rows."""
+    database.execute("CREATE TABLE t (id int PRIMARY KEY)")
+    subscription = Subscription("h", TableName("public", "t"))
+    refused = []
+    with closing(connect(database.dsn)) as first, closing(connect(database.dsn)) as second:
+        one, other = (Source(each, Settings(flash_dsn=database.dsn)) for each in (first, second))
+        requests.request(one, "h", "public.other", 1, 1)
+
+        def ask():
+            try:
+                plans.start(other, plans.plan(other, [subscription], "h"))
+            except ConfigurationError as error:
+                refused.append(str(error))
+
+        thread = threading.Thread(target=ask)
+        with first.transaction():
+            plans.start(one, plans.plan(one, [subscription], "h"))
+            thread.start()
+            waiting = (
+                "SELECT count(*) = 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+            )
+            wait_until(lambda: database.one(waiting), "the second to wait", 30)
+        thread.join(30)
+    assert "of public.t for h is requested; stop it by" in refused[0]
+
+
 def test_progress_is_a_bar_on_a_terminal(monkeypatch):
     master, slave = pty.openpty()
     with os.fdopen(slave, "w") as terminal:
