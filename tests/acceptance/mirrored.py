@@ -30,6 +30,10 @@ def mirror(changes):
     """Would apply the changes."""
 
 
+if "SHOP_LATE" in os.environ:
+    on_change("late", batch=50)(mirror)
+
+
 if os.environ.get("SHOP_ENDS"):
     on_backfill_end()(mirror)
 

@@ -400,16 +400,44 @@ def test_lost_slot_is_followed_by_backfills(mirrored, consumer):
 
 def test_backfill_waits_for_a_transaction_that_was_open_before(mirrored, consumer):
     mirrored.replicate()
-    with psycopg.connect(mirrored.database.dsn) as connection:
+    with (
+        psycopg.connect(mirrored.database.dsn) as connection,
+        psycopg.connect(mirrored.database.dsn) as other,
+    ):
         connection.execute("INSERT INTO items VALUES (-1, 'open', 'before')")
+        other.tpc_begin("prepared")
+        other.execute("INSERT INTO items VALUES (-3, 'prepared', 'before')")
+        other.tpc_prepare()
         flash(mirrored, "backfill", "mirror")
         wait_until(
             lambda: "older transaction" in (backfills(mirrored)[0]["error"] or ""), "the wait", 60
         )
         connection.execute("INSERT INTO items VALUES (-2, 'open', 'after')")
+        connection.commit()
+        wait_until(lambda: "prepared" in (backfills(mirrored)[0]["error"] or ""), "the wait", 60)
+        other.tpc_commit()
     wait_until(lambda: state(mirrored) == "done", "the backfill", 60)
     drained(mirrored)
     assert applied(consumer.changes()) == table(mirrored)
+
+
+def test_backfill_waits_for_a_transaction_that_was_open_when_its_table_was_published(mirrored):
+    """What it wrote before is not in the stream, and not visible yet."""
+    mirrored.end(mirrored.replicate())
+    mirrored.database.execute("CREATE TABLE late (id int PRIMARY KEY, name text, note text)")
+    with psycopg.connect(mirrored.database.dsn) as connection, consuming(mirrored) as consumer:
+        connection.execute("INSERT INTO late VALUES (1, 'before', '')")
+        mirrored.environment["SHOP_LATE"] = "1"
+        mirrored.replicate()
+        flash(mirrored, "backfill", "mirror", "--table", "late")
+        wait_until(
+            lambda: "older transaction" in (backfills(mirrored)[0]["error"] or ""), "the wait", 60
+        )
+        connection.execute("INSERT INTO late VALUES (2, 'after', '')")
+        connection.commit()
+        wait_until(lambda: state(mirrored) == "done", "the backfill", 60)
+        drained(mirrored)
+        assert applied(consumer.changes()).keys() == {1, 2}
 
 
 def test_backfill_is_paused_resumed_and_stopped(mirrored, consumer):

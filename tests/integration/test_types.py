@@ -120,8 +120,8 @@ class Reader:
     def backfilled(self):
         """The one row of the table as a backfill reads it."""
         chunk = ChunkReader(self.connection, TableName("public", "everything")).read(None, 2)
-        (cells,) = chunk.rows.values()
-        return pgoutput.encode_row("I", chunk.table.oid, None, None, cells)
+        (row,) = chunk.rows.values()
+        return row
 
 
 @pytest.fixture(scope="module")

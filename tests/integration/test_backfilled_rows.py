@@ -1,0 +1,122 @@
+"""A chunk has each row once, byte for byte as the stream sends it."""
+
+from contextlib import closing, contextmanager
+
+import psycopg
+import pytest
+
+from flash_celery.backfill.chunks import ChunkReader
+from flash_celery.postgres.connection import connect
+from flash_celery.table_name import TableName
+
+MANY = ", ".join(f"c{number} int" for number in range(1599))
+WORDS = (
+    "(VALUES ('a'), ('A'), ('b'), ('B'), ('ä'), ('z'), ('Z'), ('_'), ('a b'), (''), ('10'), ('9'))"
+)
+#: The columns of a table, and the query that fills it.
+TABLES = {
+    "composite": (
+        "a int, b text, c uuid, note text, PRIMARY KEY (b, a, c)",
+        "SELECT n % 3, 'key ' || n % 5, gen_random_uuid(), E'\\\\ \\t\\n'"
+        " FROM generate_series(1, 40) n",
+    ),
+    "collated": (
+        'word text COLLATE "C" PRIMARY KEY, n int',
+        f"SELECT word, 1 FROM {WORDS} AS word",
+    ),
+    "padded": (
+        "code char(4) PRIMARY KEY, n numeric(9, 3)",
+        "SELECT n, n FROM generate_series(1, 20) n",
+    ),
+    "instants": (
+        "at timestamptz PRIMARY KEY",
+        "SELECT 'infinity' UNION ALL"
+        " SELECT now() + n * interval '1 us' FROM generate_series(1, 20) n",
+    ),
+    "generated": (
+        "id int PRIMARY KEY, dropped int, twice int GENERATED ALWAYS AS (id * 2) STORED",
+        "SELECT n FROM generate_series(1, 20) n",
+    ),
+    "toasted": (
+        "id int PRIMARY KEY, note text",
+        "SELECT n, repeat(md5(n::text), n * 9000) FROM generate_series(1, 20) n",
+    ),
+    "wide": (f"id int PRIMARY KEY, {MANY}", "SELECT n, NULL, n FROM generate_series(1, 8) n"),
+}
+
+
+@contextmanager
+def streaming(connection, table):
+    """A function that returns the Inserts of a table since the beginning of the block."""
+    with_generated = connection.info.server_version >= 180000
+    options = "WITH (publish_generated_columns = stored)" if with_generated else ""
+    connection.execute(f"CREATE PUBLICATION rows FOR TABLE {table} {options}")
+    connection.execute("SELECT pg_create_logical_replication_slot('rows', 'pgoutput')")
+    query = (
+        "SELECT data FROM pg_logical_slot_peek_binary_changes('rows', NULL, NULL, "
+        "'proto_version', '1', 'publication_names', 'rows')"
+    )
+    try:
+        yield lambda: [data for (data,) in connection.execute(query) if data[:1] == b"I"]
+    finally:
+        connection.execute("SELECT pg_drop_replication_slot('rows')")
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_chunks_have_the_rows_of_the_stream(database, table):
+    columns, rows = TABLES[table]
+    with closing(connect(database.dsn)) as connection:
+        connection.execute(f"CREATE TABLE {table} ({columns})")
+        connection.execute(f"ALTER TABLE {table} DROP COLUMN IF EXISTS dropped")
+        with streaming(connection, table) as streamed:
+            connection.execute(f"INSERT INTO {table} {rows}")
+            assert sorted(chunked(connection, table)) == sorted(streamed())
+
+
+def chunked(connection, table):
+    """All rows, in chunks of seven."""
+    reader, cursor, found = ChunkReader(connection, TableName("public", table)), None, []
+    for _ in range(20):
+        chunk = reader.read(cursor, 7)
+        found += chunk.rows.values()
+        if chunk.is_last:
+            return found
+        cursor = chunk.cursor
+    raise AssertionError("the chunks do not end")
+
+
+class Altered(ChunkReader):
+    """A reader beside whom someone alters the table right after the snapshot."""
+
+    error = None
+
+    def _snapshot(self):
+        found = super()._snapshot()
+        with psycopg.connect(self.dsn, autocommit=True) as other:
+            try:
+                other.execute("SET lock_timeout = 100")
+                other.execute("ALTER TABLE items ALTER n TYPE bigint")
+            except psycopg.errors.LockNotAvailable as error:
+                self.error = error
+        return found
+
+
+class WithoutLock(Altered):
+    """The naive order: a snapshot before the lock."""
+
+    def _begin(self):
+        self._connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+
+
+@pytest.mark.parametrize(("kind", "rows"), [(Altered, 50), (WithoutLock, 0)])
+def test_table_is_not_rewritten_between_the_snapshot_and_its_rows(database, kind, rows):
+    """Otherwise the chunk is empty, and looks like the end of the table."""
+    database.execute(
+        "CREATE TABLE items (id int PRIMARY KEY, n int)",
+        "INSERT INTO items SELECT n, n FROM generate_series(1, 50) n",
+    )
+    with closing(connect(database.dsn)) as connection:
+        reader = kind(connection, TableName("public", "items"))
+        reader.dsn = database.dsn
+        assert len(reader.read(None, 100).rows) == rows
+        assert (reader.error is None) == (kind is WithoutLock)
