@@ -166,7 +166,7 @@ class World:
     def configure(self):
         registry = "_flash.ordered"
         wake = json.dumps([scripts.LANE_MARK, scripts.ID_MARK])
-        arguments = registry, KEY, "layout", self.lanes, QUEUE, wake, "{}", self.paused
+        arguments = registry, KEY, "layout", self.lanes, QUEUE, wake, "{}", self.paused, 20.0
         assert self.store.configure(*arguments)
 
     def push(self):
@@ -418,6 +418,7 @@ class World:
             b"queue",
             b"wake",
             b"form",
+            b"grace",
             b"paused",
             b"waiting",
             b"fence",

@@ -79,8 +79,8 @@ class Lane:
         self.client, self.now = client, 1000.0
         self.store = LaneStore(client, KEY, lambda: self.now)
         wake = json.dumps([lane_scripts.LANE_MARK, lane_scripts.ID_MARK])
-        names = "_flash.ordered", KEY, "layout", 4, QUEUE, wake, "{}", False
-        assert self.store.configure(*names)
+        self.names = "_flash.ordered", KEY, "layout", 4, QUEUE, wake, "{}", False
+        assert self.store.configure(*self.names)
 
     def push(self, *keys, lane="0", first=0):
         """Push one entry of changes with these keys."""
@@ -251,6 +251,18 @@ def test_sweep_wakes_less_and_less_often_while_no_worker_comes(lane):
         swept += lane.store.sweep()
     assert 5 <= swept <= 12
     assert lane.wakes == swept + 1
+
+
+def test_lane_that_no_worker_begins_is_woken_again_after_a_short_lease(lane):
+    assert lane.store.configure(*lane.names, 5.0)
+    assert lane.store.configure(*lane.names)  # as `flash resume` does
+    lane.push(1)
+    swept = []
+    for _ in range(40):
+        lane.now += 1
+        if lane.store.sweep():
+            swept.append(lane.now - 1000)
+    assert swept == [5, 10, 20, 40]
 
 
 def test_sweep_that_fails_for_one_handler_wakes_the_lanes_of_the_others(

@@ -205,6 +205,16 @@ def test_step_that_fails_is_repeated_and_never_acknowledged(new_session, what):
         assert enqueued.watermark == 3
 
 
+def test_lanes_are_woken_again_after_the_lease_but_after_30_seconds_at_most(new_session, client):
+    key = handler_key("1/slot", "handler")
+    form = LaneForm(key, "1/slot", "handler", 4, Form("flash", "handler", {}, {}))
+    for lease, grace in ((5, 5), (None, 30), (600, 30)):
+        publisher, _ = new_session(client.get_connection_kwargs()["port"])
+        publisher._app.conf.flash_lane_lease = lease
+        publisher.prepare([form])
+        assert float(client.hget(f"{key}.state", "grace")) == grace
+
+
 def test_lanes_that_an_acl_forbids_stop_no_project_without_ordered_handlers(new_session):
     with Valkey() as own, redis.Redis(port=own.port) as client:
         allow(client, "on >secret allkeys allchannels +@all -smembers")

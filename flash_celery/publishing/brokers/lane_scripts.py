@@ -36,8 +36,9 @@ Time is that of the server, unless a test passes its own as the first argument.
 
 from __future__ import annotations
 
-#: Seconds after a wake in which a drain should have claimed its lane; then it is woken again.
-GRACE = 30
+#: Seconds after a wake in which a drain should have claimed its lane; then it is woken again. With
+#: a shorter lease it is the length of that.
+GRACE = 30.0
 #: The places in the text of a wake for the lane's number and for the wake's id.
 LANE_MARK = "@LANE@"
 ID_MARK = "@ID@"
@@ -46,7 +47,6 @@ OTHER_LAYOUT = 2
 
 #: Functions that several scripts share. `H` is the name of the handler's keys.
 _FUNCTIONS = """
-local GRACE = 30
 local OF_LANE = {'t', 'm', 's', 'b', 'x', 'c', 'k', 'r', 'd', 'w', 'n'}
 
 local function time_now(given)
@@ -89,9 +89,14 @@ local function wake_later(H, lane, now, seconds)
     redis.call('ZADD', H .. '.due', string.format('%.6f', now + seconds), lane)
 end
 
+-- The seconds after which a lane is woken again. A replication worker of before has not set them.
+local function grace(H)
+    return tonumber(redis.call('HGET', H .. '.state', 'grace') or 30)
+end
+
 -- Give a lane to the next worker.
 local function hand_on(H, lane, now)
-    wake_later(H, lane, now, GRACE)
+    wake_later(H, lane, now, grace(H))
     wake(H, lane, now)
 end
 
@@ -198,9 +203,9 @@ local now = time_now(ARGV[1])
 )
 
 #: Sets up the keys of a handler before anything is pushed. KEYS: H, the registry. ARGV: time, H
-#: without prefix, layout, lanes, queue, wake, form, paused ('1', '0', or '' to leave it). A new
-#: layout is taken only when nothing waits, because it may place a key into another lane. Returns 1,
-#: or 0 if it must wait.
+#: without prefix, layout, lanes, queue, wake, form, paused ('1', '0', or '' to leave it), grace (or
+#: '' to leave it). A new layout is taken only when nothing waits, because it may place a key into
+#: another lane. Returns 1, or 0 if it must wait.
 CONFIGURE = (
     _BEGIN
     + """
@@ -214,6 +219,7 @@ elseif ARGV[8] == '0' and redis.call('HDEL', S, 'paused') == 1 then
         if not found[1] and not found[2] then wake_later(H, lane, now, 0) end
     end
 end
+if ARGV[9] ~= '' then redis.call('HSET', S, 'grace', ARGV[9]) end
 local layout = redis.call('HGET', S, 'layout')
 if layout and layout ~= ARGV[3] and tonumber(redis.call('HGET', S, 'waiting') or 0) > 0 then
     return 0
@@ -451,7 +457,7 @@ local lanes = redis.call('ZRANGEBYSCORE', D, '-inf', string.format('%.6f', now),
 for _, lane in ipairs(lanes) do
     local count = redis.call('HINCRBY', S, 'w' .. lane, 1)
     clear(H, lane, 'sm')
-    wake_later(H, lane, now, GRACE * math.min(2 ^ (count - 1), 16))
+    wake_later(H, lane, now, grace(H) * math.min(2 ^ (count - 1), 16))
     wake(H, lane, now)
 end
 return #lanes

@@ -94,6 +94,7 @@ class LaneStore:
         wake: str,
         form: str,
         paused: bool | None,
+        grace: float | None = None,
     ) -> bool:
         """Set up the handler's keys; return whether its lanes may be filled.
 
@@ -108,9 +109,11 @@ class LaneStore:
             wake: The text of a wake, with `LANE_MARK` and `ID_MARK`.
             form: What the handler's messages have in common.
             paused: Whether drains must leave the lanes alone; None leaves that as it is.
+            grace: Seconds until a lane that no drain has claimed is woken again; None leaves that
+                as it is, `GRACE` at first.
         """
         flag = "" if paused is None else str(int(paused))
-        arguments = name, layout, lanes, queue, wake, form, flag
+        arguments = name, layout, lanes, queue, wake, form, flag, "" if grace is None else grace
         return bool(self._call("CONFIGURE", *arguments, keys=[registry]))
 
     def former_layout(self) -> str:

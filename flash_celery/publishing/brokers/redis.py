@@ -32,7 +32,7 @@ from ...messages.task_message import PERSISTENT, Form, Message
 from . import wakes
 from .base import TIMEOUT, ConnectedPublisher
 from .lane_overview import lanes_optional
-from .lane_scripts import ID_MARK, LANE_MARK
+from .lane_scripts import GRACE, ID_MARK, LANE_MARK
 from .lane_store import LaneStore
 from .redis_keys import literal_client, prefixed, queue_key
 from .redis_position import Command, RedisPosition, in_one_step
@@ -186,6 +186,7 @@ class RedisPublisher(ConnectedPublisher):
                 form.form.queue, form.form.headers, form.form.properties, form.layout, form.lanes
             ),
             paused,
+            min(GRACE, float(self._app.conf.get("flash_lane_lease") or GRACE)),
         )
         if not ready:
             raise LanesNotReady(
