@@ -67,7 +67,8 @@ def statement_for(text: str) -> str:
 
 #: Whether the role may write a context; EXECUTE may be revoked from PUBLIC.
 MAY_WRITE = (
-    "SELECT pg_catalog.has_function_privilege(oid, 'EXECUTE') FROM pg_catalog.pg_proc "
+    "SELECT pg_catalog.bool_and(pg_catalog.has_function_privilege(oid, 'EXECUTE')) "
+    "FROM pg_catalog.pg_proc "
     "WHERE proname = 'pg_logical_emit_message' AND pronamespace = 'pg_catalog'::regnamespace "
     "AND proargtypes[2] = 'bytea'::regtype"
 )

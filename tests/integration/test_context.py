@@ -213,6 +213,32 @@ def test_loop_of_two_handlers_ends_in_a_dead_letter(flash):
     assert change.context["handler"] == "second"
 
 
+@pytest.mark.parametrize("kind", ["psycopg", "sqlalchemy"])
+def test_handler_with_once_writes_with_its_context(flash, new_app, kind):
+    flash.database.execute(ITEMS)
+    flash.handler("items").start()
+    app, dsn, server = new_app(), flash.database.dsn, flash.database.server
+    engine = sqlalchemy.create_engine(
+        f"postgresql+psycopg://postgres@127.0.0.1:{server.port}/{flash.database.name}"
+    )
+    once = engine if kind == "sqlalchemy" else lambda: psycopg.connect(dsn, autocommit=True)
+
+    @app.task(name="once", shared=False)
+    def handle(change):
+        statement = ADD.format(change.new["id"] + 1)
+        change.connection.execute(sqlalchemy.text(statement) if kind == "sqlalchemy" else statement)
+
+    on_change("items", ordered=True, once=once)(handle)
+    app.finalize()
+    flash.do(ADD.format(1))
+    (change,) = flash.delivered()
+    handle.apply(args=[change], throw=True)
+    engine.dispose()
+    flash.do("SELECT 1")
+    own = {"handler": "once", "change": change.id, "depth": 1}
+    assert contexts(flash) == [(2, own)]
+
+
 def test_handler_does_not_receive_what_it_wrote_itself(flash):
     flash.database.execute(ITEMS)
 
