@@ -147,6 +147,8 @@ class ReadingChunks(threading.Thread):
         self._progress = Progress(cursor=None, chunk="")
         self._recorded_all = False
         self._failures = 0
+        #: Those after errors, since the last chunk was recorded.
+        self._pauses = delays()
         #: When the rate allows the next chunk.
         self._next_read = 0.0
 
@@ -188,7 +190,6 @@ class ReadingChunks(threading.Thread):
             self._room.close()
 
     def _read(self) -> None:
-        pauses = delays()
         while not self._ending.is_set():
             try:
                 with closing(connect(self._settings.require_dsn())) as connection:
@@ -202,11 +203,11 @@ class ReadingChunks(threading.Thread):
                 return
             except (FlashError, psycopg.Error) as error:
                 self._report(one_line(error))
-                self._ending.wait(next(pauses))
+                self._ending.wait(next(self._pauses))
             except Exception as error:  # a thread that ends would be started again at once
                 logger.exception("A chunk of %s cannot be read", escaped(self._backfill.table_name))
                 self._report(f"{type(error).__name__}; the log of flash replicate says more")
-                self._ending.wait(next(pauses))
+                self._ending.wait(next(self._pauses))
 
     def _read_until_end(self, connection: psycopg.Connection[Any]) -> None:
         try:
@@ -348,7 +349,7 @@ class ReadingChunks(threading.Thread):
         self.recorded += 1
         self._wake()
         self._recorded_all |= chunk.is_last
-        self._failures = 0
+        self._failures, self._pauses = 0, delays()
 
     def _read_again(self) -> None:
         """Go back to what is recorded: a chunk could not be brought up to date."""

@@ -92,12 +92,19 @@ LIMIT %s"""
 _ONE_AT_A_TIME = "SELECT pg_advisory_xact_lock(hashtext('public.flash_celery_backfills'))"
 _DROP = "DROP TABLE public.flash_celery_backfill_moves, public.flash_celery_backfills"
 _READ = "DELETE FROM public.flash_celery_backfill_moves WHERE backfill = %s AND number <= %s"
+#: One that has ended needs no keys of rows that have moved.
 _STATE = """
-UPDATE public.flash_celery_backfills
-SET state = %(state)s, error = %(error)s,
-    advanced_at = CASE WHEN %(state)s = 'requested' THEN clock_timestamp() ELSE advanced_at END,
-    ended_at = CASE WHEN %(state)s IN ('done', 'stopped') THEN clock_timestamp() END
-WHERE id = %(id)s AND state = ANY (%(allowed)s) RETURNING id"""
+WITH entered AS (
+    UPDATE public.flash_celery_backfills
+    SET state = %(state)s, error = %(error)s,
+        advanced_at = CASE WHEN %(state)s = 'requested' THEN clock_timestamp() ELSE advanced_at END,
+        ended_at = CASE WHEN %(state)s IN ('done', 'stopped') THEN clock_timestamp() END
+    WHERE id = %(id)s AND state = ANY (%(allowed)s) RETURNING id
+), forgotten AS (
+    DELETE FROM public.flash_celery_backfill_moves AS moves USING entered
+    WHERE moves.backfill = entered.id AND %(state)s IN ('done', 'stopped')
+)
+SELECT id FROM entered"""
 
 
 class Progress(TypedDict):

@@ -453,7 +453,10 @@ def test_backfill_is_paused_resumed_and_stopped(mirrored, consumer):
     assert f"stop it by `flash backfill stop {under_way['id']}`" in refused
     assert "goes on" in flash(mirrored, "backfill", "resume", under_way["id"])
     wait_until(lambda: backfills(mirrored)[0]["rows"] >= 400, "more chunks", 60)
+    mirrored.database.execute(f"UPDATE items SET id = -id WHERE id > {ROWS // 2}")
+    drained(mirrored)
     assert "is stopped" in flash(mirrored, "backfill", "stop", under_way["id"])
+    assert mirrored.database.one("SELECT count(*) FROM flash_celery_backfill_moves") == 0
     assert "is stopped" in flash(mirrored, "backfill", "resume", under_way["id"], code=2)
     flash(mirrored, "backfill", "mirror", "--wait")
     drained(mirrored)
