@@ -161,22 +161,29 @@ def named(patterns: Iterable[TablePattern]) -> sql.Composable:
 
 
 _NEVER = sql.SQL("false")
-# One number, because sending the names of thousands of tables each second would cost more.
-# Generated columns are counted because one that is virtual cannot be updated under FULL.
+# Hashes of numbers and names, because sending the names of thousands of tables each second, or
+# hashing texts, would cost more. Generated columns are counted because one that is virtual cannot
+# be updated under FULL. An index never gets other columns.
 _MATCHING_FINGERPRINT = """
 WITH matching AS MATERIALIZED (
-    SELECT c.oid, n.nspname, c.relname, c.relkind, c.relreplident,
+    SELECT c.oid, c.relname, c.relnamespace, c.relkind, c.relreplident,
            CASE WHEN c.relreplident = 'f' THEN (
                SELECT count(*) FROM pg_attribute
-               WHERE attrelid = c.oid AND attgenerated <> '') END AS generated
+               WHERE attrelid = c.oid AND attgenerated <> '') ELSE 0 END AS generated
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE {may_match})
-SELECT count(*), bit_xor(hashtextextended(
-    concat_ws(' ', m.nspname, m.relname, m.relkind, m.relreplident, m.generated, i.indexrelid,
-              i.indkey, i.indimmediate, i.indisreplident), m.oid::int8)),
+SELECT
+    (SELECT concat_ws(' ', count(*), bit_xor(hashnameextended(relname, hashint8extended(
+         oid::int8, (generated << 48) + (relnamespace::int8 << 16)
+                    + (ascii(relkind::text) << 8) + ascii(relreplident::text)))))
+     FROM matching),
+    (SELECT concat_ws(' ', count(*), bit_xor(hashoidextended(
+         i.indexrelid, (m.oid::int8 << 1) + i.indisreplident::int)))
+     FROM pg_index i JOIN matching m ON m.oid = i.indrelid
+     WHERE i.indisprimary OR i.indisreplident),
+    (SELECT bit_xor(hashnameextended(nspname, oid::int8)) FROM pg_namespace
+     WHERE oid IN (SELECT relnamespace FROM matching)),
     (SELECT string_agg(concat_ws(' ', t.oid, t.relreplident, t.relpersistence), ',' ORDER BY t.oid)
      FROM matching p CROSS JOIN LATERAL {tree} AS t WHERE p.relkind = 'p')
-FROM matching m
-LEFT JOIN pg_index i ON i.indrelid = m.oid AND (i.indisprimary OR i.indisreplident)
 """
 
 
