@@ -81,6 +81,11 @@ class SentTask(Message):
         return self._properties
 
     @property
+    def size(self) -> int:
+        """How many characters its record has."""
+        return self.record.size
+
+    @property
     def plain(self) -> bool:
         """Whether it can be encoded with its form: it has none in common with others."""
         return False

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from kombu.entity import Exchange, Queue, binding
@@ -94,6 +95,7 @@ def decode(body: bytes) -> list[TaskRecord]:
         raise TaskRefused(f"it cannot be read ({type(error).__name__})") from None
 
 
+@lru_cache(1000)
 def describe(entity: Any) -> str:
     """Return a description of a queue or an exchange, of which `entity_of` makes one."""
     if isinstance(entity, Exchange):
@@ -133,6 +135,7 @@ def entity_of(description: str) -> Any:
     return Queue(exchange=Exchange(**queue.pop("exchange", {})), bindings=bindings, **queue)
 
 
+@lru_cache(1000)
 def queue_name(description: str) -> str:
     """Return the name of the queue of a description; "" for an exchange."""
     return str(json.loads(description).get("queue", {}).get("name", ""))
