@@ -26,6 +26,7 @@ from benchmarks import (
     startup,
     subscriptions,
     tenants,
+    transactional,
 )
 from benchmarks.bench import Bench, Missing
 from benchmarks.document import merged, rewrite
@@ -45,6 +46,7 @@ SCENARIOS = {
     "latency": latency.latency,
     "ordered": ordered.ordered,
     "backfill": backfill.backfill,
+    "transactional": transactional.transactional,
     "memory": memory.memory,
     "subscriptions": subscriptions.subscriptions,
     "tenants": tenants.tenants,
