@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any
 
@@ -22,9 +22,11 @@ from ..errors import ChangeTooLarge, FlashError, HandlerLoop
 from ..escaping import escaped
 from ..handlers.own_writes import depth, writer
 from ..messages.deduplication import covered_by
+from ..messages.sent_tasks import SentTask
 from ..messages.task_message import Message
 from ..messages.templates import Template, Templates
 from ..protocol.pgoutput import Cell
+from ..transactional_tasks.signing import PREFIX
 from . import letters
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,9 @@ class Oversize:
         """
         fits: list[Message] = []
         for message in messages:
+            if isinstance(message, SentTask) and len(message.body) > limit:
+                fits.append(self._letter_of_task(message, limit))
+                continue
             template = self.templates.of(message) if len(message.body) > limit else None
             if template is None:  # it fits, or belongs to an earlier session, which is given up
                 fits.append(message)
@@ -66,6 +71,22 @@ class Oversize:
                 continue
             fits += self.fitting(_split(template, message), limit)
         return fits
+
+    def _letter_of_task(self, sent: SentTask, limit: int) -> Message:
+        """Return the dead letter of a task of a transaction, without its arguments."""
+        error = ChangeTooLarge(
+            f"The message of {sent.task}[{sent.id}], which a transaction carried, has "
+            f"{len(sent.body)} bytes, and the broker takes messages of {limit}; raise that, and "
+            "send the task again"
+        )
+        _log(error)
+        text = f"{error}."
+        kind = type(error).__name__
+        letter = letters.from_message(sent, sent.queue, error=kind, text=text, traceback="")
+        alone = replace(letter, handler=PREFIX, headers={}, body="", argsrepr="")
+        message = letters.encode(self.app, alone, self.queue)
+        message.stand_for(sent)
+        return message
 
     def _fitting_letter(self, template: Template, delivery: Delivery, limit: int) -> Message | None:
         error = _error(template, delivery, f"the broker takes messages of {limit}")

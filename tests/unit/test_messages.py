@@ -1,6 +1,8 @@
 """Task messages: options, queues, ids."""
 
 import json
+import time
+from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 
 import celery
@@ -15,10 +17,13 @@ from flash_celery.changes import json_codec
 from flash_celery.changes.change import Operation
 from flash_celery.changes.payload import Delivery
 from flash_celery.changes.rows import Column, Table, Transaction
+from flash_celery.dead_letters.oversize import Oversize
 from flash_celery.errors import ConfigurationError, SubscriptionError
 from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.messages.sent_tasks import SentTask
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
+from flash_celery.transactional_tasks.records import TaskRecord
 from tests.unit.builders import templates_of
 
 # Celery would rather see queue= and routing_key= in task_routes; they work all the same.
@@ -352,3 +357,40 @@ def test_compression_is_honoured(make):
 def test_priority_unknown_to_brokers_is_refused(make, priority):
     with pytest.raises(ConfigurationError, match="is a number from 0 to 255"):
         make(conf={"flash_routes": {"*": {"priority": priority}}})
+
+
+def test_sent_task_counts_its_times_again_and_may_be_too_large(new_app):
+    """A native delay of Celery's, and the expiration, are counted from the publishing on."""
+    delivery = pytest.importorskip("kombu.transport.native_delayed_delivery")  # kombu 5.5
+    calculate_routing_key = delivery.calculate_routing_key
+    now = datetime.now(timezone.utc)
+    headers = {
+        "id": "x",
+        "task": "t",
+        "eta": (now + timedelta(seconds=100.9)).isoformat(),
+        "expires": (now + timedelta(seconds=50)).isoformat(),
+    }
+    record = TaskRecord(
+        "t",
+        "x",
+        "celery_delayed_27",
+        calculate_routing_key(5000, "a.b"),
+        None,
+        "application/json",
+        "utf-8",
+        "[]",
+        False,
+        json.dumps(headers),
+        json.dumps({"expiration": "9000000"}),
+        (),
+    )
+    sent = SentTask(record)
+    assert sent.routing_key in {calculate_routing_key(n, "a.b") for n in range(90, 101)}
+    assert 40_000 <= int(sent.properties["expiration"]) <= 50_000
+    oversize = Oversize(new_app(), "flash.dead", templates_of(new_app(), []))
+    letter = oversize.fitting([sent], 1)
+    assert [message.queue for message in letter] == ["flash.dead"]
+    assert "The message of t[x]" in letter[0].body
+    late = record._replace(headers=json.dumps({**headers, "eta": now.isoformat()}))
+    time.sleep(0.001)
+    assert SentTask(late).routing_key == ".".join(["0"] * 28) + ".a.b"
