@@ -102,3 +102,37 @@ def test_tenants_are_delivered_whole_though_worker_and_broker_are_killed(make_sh
         }
         assert state_of(changes) == expected
         assert shop.end(worker) == 0
+
+
+def test_commands_know_patterns(shop):
+    shop.project = "tenants"
+    shop.database.execute(
+        "CREATE SCHEMA tenant_a; CREATE TABLE tenant_a.orders (id int PRIMARY KEY, total int)",
+        "INSERT INTO tenant_a.orders VALUES (1, 1)",
+        "CREATE SCHEMA tenant_b; CREATE TABLE tenant_b.orders (id int PRIMARY KEY)",
+    )
+
+    def flash(*arguments):
+        ran = shop.run("flash", *arguments)
+        assert ran.returncode == 0, ran.stderr + ran.stdout
+        return ran.stdout + ran.stderr
+
+    assert "tenant_a" in flash("doctor", "--sql")
+    assert "CREATE EVENT TRIGGER" in flash("doctor", "--event-trigger")
+    worker = shop.replicate()
+    status = flash("status")
+    assert "left out   tenant_b.orders for tenants.mirror: tenant_b.orders has no column" in status
+    assert "tenants.mirror  tenant_*.orders" in status
+    diagnosis = flash("doctor")
+    assert "tenants.mirror on tenant_*.orders: insert|update|delete|truncate: 1 table" in diagnosis
+    assert "tenants.mirror on tenant_b.orders: left out: " in diagnosis
+    assert "tenant_a.orders for tenants.mirror" in flash("backfill", "mirror", "--dry-run")
+    started = flash("backfill", "mirror", "--table", "tenant_a.orders", "--wait")
+    assert "tenant_a.orders for tenants.mirror is requested" in started
+    tail = shop.start("flash", "tail", "tenant_*.orders", "--limit", "1")
+    shop.until_said(tail, "Following tenant_*.orders")
+    shop.database.execute("INSERT INTO tenant_a.orders VALUES (2, 2)")
+    shop.until_said(tail, "insert tenant_a.orders id=2")
+    assert shop.end(worker) == 0
+    flash("reset", "--yes")
+    assert shop.database.one("SELECT count(*) FROM pg_publication") == 0

@@ -413,3 +413,20 @@ def test_event_trigger_lets_tables_join_in_the_transaction_that_creates_them(fla
     # Without publications it does nothing.
     flash.stop()
     flash.database.execute("DROP PUBLICATION flash_publication_insert", *tenant("tenant_b"))
+
+
+def test_rows_of_a_transaction_that_is_open_while_the_table_joins_are_delivered(flash):
+    flash.handler("tenant_*.orders", ordered=None).start()
+    with psycopg.connect(flash.database.dsn) as early, psycopg.connect(flash.database.dsn) as late:
+        late.execute("SELECT pg_current_xact_id()")
+        flash.database.execute(*tenant("tenant_a"))
+        early.execute("INSERT INTO tenant_a.orders VALUES (1, 1)")
+        when_published(flash, "tenant_a.orders")
+        early.execute("INSERT INTO tenant_a.orders VALUES (2, 2)")
+        late.execute("INSERT INTO tenant_a.orders VALUES (3, 3)")
+        requested = "SELECT to_regclass('flash_celery_backfills') IS NOT NULL"
+        flash.wait(lambda: flash.database.one(requested))
+    done = "SELECT count(*) = 1 FROM flash_celery_backfills WHERE state = 'done'"
+    flash.wait(lambda: flash.database.one(done), timeout=120)
+    flash.do("SELECT pg_logical_emit_message(true, '', '')")
+    assert {id for _, id in state(flash.delivered())} == {1, 2, 3}

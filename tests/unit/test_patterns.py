@@ -1,5 +1,7 @@
 """The patterns of `on_change`: how they are read, and which names they match."""
 
+from dataclasses import dataclass
+
 import pytest
 
 from flash_celery import on_change, testing
@@ -106,3 +108,25 @@ def test_example_of_the_page(app, capsys):
     assert capsys.readouterr().out == (
         "put tenant_a 1\nremove tenant_a 1\narchive crm.audit_login {'id': 3}\n"
     )
+
+
+@dataclass
+class Order:
+    id: int
+    total: int = 0
+
+
+def test_rows_of_a_pattern_are_typed_and_ordered(app):
+    told = []
+
+    @app.task(name="typed", shared=False)
+    def typed(change):
+        told.append(change.new)
+
+    on_change("tenant_*.orders", "insert", into=Order, ordered=True)(typed)
+    flash = testing.Flash(app)
+    change = testing.insert("tenant_a.orders", {"id": 1, "total": 5}, key=["id"])
+    (task,) = flash.enqueued(change)
+    assert task.ordering_keys == [{"id": 1}]
+    flash.apply(change)
+    assert told == [Order(1, 5)]
