@@ -13,6 +13,7 @@ import redis
 from celery import Celery
 
 from example_project.servers import Postgres, Valkey, wait_until
+from flash_celery import Batch
 from flash_celery.changes import payload
 from flash_celery.errors import TakenOver
 from flash_celery.messages.deduplication import Lease
@@ -118,7 +119,11 @@ def test_crash_before_the_acknowledgement_enqueues_nothing_twice(on_redis):
     assert len({change.id for change in changes}) == 4
 
 
-@pytest.mark.parametrize("options", [{}, {"batch": 400}], ids=["each", "batched"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"batch": 400}, {"batch": Batch(400, transaction=True)}],
+    ids=["each", "batched", "in parts"],
+)
 def test_crash_within_a_transaction_enqueues_nothing_twice(on_redis, options):
     on_redis.handler("items", **options)
     rows = 20_000
