@@ -317,6 +317,24 @@ def test_backfill_begins_again_if_redis_loses_its_rows(mirrored, consumer):
     assert applied(consumer.changes()) == table(mirrored)
 
 
+def test_backfill_goes_on_after_its_connection_was_cut(mirrored, consumer):
+    mirrored.replicate()
+    flash(mirrored, "backfill", "mirror", "--chunk", "100", "--rate", "1500/s")
+    readers = (
+        "FROM pg_stat_activity WHERE query LIKE '%flash_celery_backfill%'"
+        " AND datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    for rows in (300, 900):
+        wait_until(lambda rows=rows: backfills(mirrored)[0]["rows"] >= rows, "some chunks", 60)
+        mirrored.database.execute(f"SELECT pg_terminate_backend(pid) {readers}")
+    wait_until(lambda: state(mirrored) == "done", "the backfill", 60)
+    assert backfills(mirrored)[0]["error"] is None
+    drained(mirrored)
+    changes = consumer.changes()
+    assert applied(changes) == table(mirrored)
+    assert len(changes) == len({change.id for change in changes})
+
+
 def test_another_worker_takes_a_backfill_over_and_repeats_nothing(mirrored, consumer):
     """After a pause of the handler, a deploy that alters it, and the end of the first worker."""
     mirrored.replicate()
