@@ -149,6 +149,8 @@ def enqueued(bench, source, rows, kill=False):
             if kill:
                 half = f"SELECT row_count >= {rows // 2} FROM flash_celery_backfills"
                 wait_until(lambda: database.execute(half)[0], "half of the rows", 300)
+                sampler.done.set()
+                sampler.join()
                 worker.end(signal.SIGKILL)
                 worker = project.replicate()
             ended = until_done(database, worker)
@@ -231,6 +233,7 @@ def request(project, broker):
     """Have a backfill run until the block ends."""
     with taking(broker, "old"):
         project.request("--rate", f"{RATE}/s", handler="old")
-        time.sleep(2)
+        # The session that begins with it must not count.
+        wait_until(lambda: project.backfilled() > RATE, "its first rows", 60)
         yield
         project.stop_backfill()

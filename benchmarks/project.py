@@ -130,14 +130,18 @@ class Project:
         """Request a backfill of a handler."""
         self._flash("backfill", "start", handler, *options)
 
+    def backfilled(self):
+        """Return how many rows the backfill that is under way has enqueued."""
+        return self._under_way()["rows"]
+
     def stop_backfill(self):
         """Stop the backfill that is under way."""
-        (under_way,) = [
-            each
-            for each in json.loads(self._flash("backfill", "list", "--json"))
-            if each["state"] in ("requested", "running")
-        ]
-        self._flash("backfill", "stop", under_way["id"])
+        self._flash("backfill", "stop", self._under_way()["id"])
+
+    def _under_way(self):
+        found = json.loads(self._flash("backfill", "list", "--json"))
+        (under_way,) = [each for each in found if each["state"] in ("requested", "running")]
+        return under_way
 
     def _flash(self, *command):
         command = [sys.executable, "-m", "celery", "-A", "benchmarks.app", "flash", *command]
