@@ -172,6 +172,10 @@ class LaneGroup:
         self._full: list[tuple[int, int, str]] = []
         self._covered: list[Delivery] = []
         self._size = self._count = 0
+        #: Consecutive rows that are not in their lanes yet, and the hashes of their keys.
+        self._run: Delivery | None = None
+        self._rows: list[bytes] = []
+        self._hashed: list[int] = []
 
     def add(self, delivery: Delivery, expires: float | None) -> list[LaneMessage]:
         """Add changes; return the messages that are complete.
@@ -189,6 +193,7 @@ class LaneGroup:
             hashed = [each for each in hashes_of(delivery.rows) if each is not None]
             if len(hashed) == len(delivery.rows):
                 return messages + self._add_hashed(delivery, hashed, expires)
+        self._distribute(expires)
         first = following = delivery.ordinal
         for row in delivery.rows:
             placed, ordinal, following = place(row), following, following + 1
@@ -232,11 +237,7 @@ class LaneGroup:
             end = min(
                 len(hashed), start + self._most - self._count, bisect_left(totals, full, start + 1)
             )
-            by_lane: defaultdict[int, list[int]] = defaultdict(list)
-            for position in range(start, end):
-                by_lane[hashed[position] % self._form.lanes].append(position)
-            for number, positions in by_lane.items():
-                self._put_all(delivery, number, positions, hashed, expires)
+            self._gather(delivery, start, end, hashed, expires)
             self._size += totals[end] - totals[start]
             self._count += end - start
             self._cover(delivery, first + start, first + end)
@@ -244,6 +245,37 @@ class LaneGroup:
                 messages += self.flush(expires)
             start = end
         return messages
+
+    def _gather(
+        self,
+        delivery: Delivery,
+        start: int,
+        end: int,
+        hashed: Sequence[int],
+        expires: float | None,
+    ) -> None:
+        """Keep rows of a delivery until they are distributed, with those before them if they fit.
+
+        A large transaction comes in deliveries that are smaller than the number of lanes.
+        """
+        run, ordinal = self._run, delivery.ordinal + start
+        if run is None or delivery.part or not _continues(run, delivery, ordinal):
+            self._distribute(expires)
+            self._run = delivery._replace(rows=self._rows, ordinal=ordinal)
+        self._rows += delivery.rows[start:end]
+        self._hashed += hashed[start:end]
+
+    def _distribute(self, expires: float | None) -> None:
+        """Add the rows that are kept to their lanes."""
+        run, hashed = self._run, self._hashed
+        if run is None:
+            return
+        self._run, self._rows, self._hashed = None, [], []
+        by_lane: defaultdict[int, list[int]] = defaultdict(list)
+        for position, key in enumerate(hashed):
+            by_lane[key % self._form.lanes].append(position)
+        for number, positions in by_lane.items():
+            self._put_all(run, number, positions, hashed, expires)
 
     def _put_all(
         self,
@@ -315,6 +347,7 @@ class LaneGroup:
         """Return the message with what has been added, if anything has, and forget it."""
         if not self._covered:
             return []
+        self._distribute(expires)
         if self._coalescer is not None:
             for delivery, place in self._coalescer.take():
                 self._put(delivery, delivery.ordinal, delivery.rows[0], place, expires)
@@ -367,6 +400,16 @@ class LaneGroup:
             found = key_of(table, columns), placer(table, columns), hashes(table, columns)
             self._placers[table, number] = found
         return found
+
+
+def _continues(run: Delivery, delivery: Delivery, ordinal: int) -> bool:
+    """Return whether the rows of a delivery from an ordinal on follow those of a run."""
+    return (
+        run.table is delivery.table
+        and run.transaction is delivery.transaction
+        and run.ordinal + len(run.rows) == ordinal
+        and (run.part, run.number, run.shift) == (delivery.part, delivery.number, delivery.shift)
+    )
 
 
 def barrier_lanes(place: Place | None, lanes: int) -> Sequence[int]:

@@ -226,20 +226,22 @@ def test_hashes_of_many_rows_are_those_of_their_places(columns):
     assert hashes_of(damaged) == [None] * len(damaged)
 
 
-@pytest.mark.parametrize("count", [1, 7, 9000])
+@pytest.mark.parametrize("count", [1, 70, 9000])
 def test_changes_that_are_placed_together_are_placed_as_each_alone(count, monkeypatch):
     rows = [
         row("I", [b"%d" % (n % 300), b"p", b"n" * (70_000 if n % 4000 == 17 else n % 400)])
         for n in range(10_000)
     ]
+    rows[77::1000] = [row("U", [b"1", b"p", b"n"], [b"17", b"p", b"n"], "O")] * 10
     transactions = [Transaction(Lsn(9 + n), n, 0) for n in range(3)]
     form = LaneForm("key", "1/slot", "handler", 16, Form("flash", "handler", {}, {}))
 
     def messages():
-        group = LaneGroup(form, [["id"]])
+        group = LaneGroup(form, [["id"], ["id"]])
         for n, first in enumerate(range(0, len(rows), count)):
             some = rows[first : first + count]
-            yield from group.add(Delivery(TABLE, transactions[n % 3], first, 0, 0, some), None)
+            transaction = transactions[n // 5 % 3]
+            yield from group.add(Delivery(TABLE, transaction, first, 0, n // 40 % 2, some), None)
         yield from group.flush(None)
 
     def described():
