@@ -1,6 +1,6 @@
 """Finds out whether a message of a streamed transaction may be of an aborted savepoint.
 
-PostgreSQL 14 to 19 stream a row under the xid of its savepoint, but a message under that of the
+PostgreSQL 14 to 18 stream a row under the xid of its savepoint, but a message under that of the
 whole transaction. When a savepoint is aborted, the server names its xid if it has streamed anything
 of it. So a message is certain unless an xid is aborted later that may be its own.
 
