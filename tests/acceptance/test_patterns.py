@@ -7,6 +7,7 @@ import time
 from itertools import count
 
 import psycopg
+import pytest
 import redis
 
 from benchmarks.verify import body_of
@@ -51,7 +52,7 @@ class Tenants(threading.Thread):
             connection.execute(
                 f"INSERT INTO {schema}.orders VALUES ({100 + n}, {n}) ON CONFLICT DO NOTHING"
             )
-            time.sleep(0.03)
+            time.sleep(0.02)
 
 
 def state_of(changes):
@@ -66,14 +67,15 @@ def state_of(changes):
     return rows
 
 
-def test_tenants_are_delivered_whole_though_worker_and_broker_are_killed(make_shop):
+@pytest.mark.parametrize("pauses", [[0.4], pytest.param([1.3, 0.4, 0.8], marks=pytest.mark.soak)])
+def test_tenants_are_delivered_whole_though_worker_and_broker_are_killed(make_shop, pauses):
     with Valkey() as own:
         shop = make_shop(own)
         shop.project = "tenants"
         worker = shop.replicate()
         writer = Tenants(shop.database.dsn)
         writer.start()
-        for pause in (1.3, 0.4):
+        for pause in pauses:
             writer.until_another()
             time.sleep(pause)  # about when its table joins
             shop.end(worker, signal.SIGKILL)
