@@ -8,7 +8,8 @@ from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
-from django.db import transaction
+from asgiref.sync import sync_to_async
+from django.db import connections, transaction
 from django.test import override_settings
 from django.utils import timezone
 
@@ -49,6 +50,17 @@ def jobs(request, configured, database, new_app):
     use(None)
 
 
+async def enqueue_later(task, argument):
+    """Enqueue a task, and close the connection of the thread in which Django does it."""
+
+    def forget():
+        connections["default"].close()
+        del connections["default"]
+
+    await task.aenqueue(argument)
+    await sync_to_async(forget)()
+
+
 def run(jobs, carried):
     """Run a task as a Celery worker does, and store its result."""
     task = jobs.app.tasks[carried.name]
@@ -63,7 +75,7 @@ def test_enqueue_writes_into_the_transaction_and_runs_on_celery(jobs):
                 jobs.mail.enqueue(2)
                 raise ZeroDivisionError
         assert jobs.mail.enqueue(3).status == "READY"  # a transaction of its own
-        asyncio.run(jobs.later.aenqueue(4))
+        asyncio.run(enqueue_later(jobs.later, 4))
         with transaction.atomic():
             jobs.context.enqueue(5)
     assert tasks[0].id == result.id
