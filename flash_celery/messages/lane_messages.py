@@ -34,6 +34,8 @@ _GROUP_BYTES = 1 << 20
 _GROUP_CHANGES = 8000
 #: The same if they are coalesced, counted before that.
 _COALESCED_CHANGES = 10_000
+#: Rows of a delivery from which on it takes less time to place them together.
+_MANY = 16
 #: Bytes of rows of one entry; a single row may have more.
 _ENTRY_BYTES = 1 << 16
 #: Where a change without a known key goes on a broker without barriers.
@@ -146,6 +148,16 @@ class _Lane:
         self.places += places
         self.size += size
 
+    def add_row(self, delivery: Delivery, ordinal: int, row: bytes, place: Place | int) -> None:
+        """Add one change of a delivery."""
+        if self.picked and self.picked[-1].delivery is delivery:
+            self.picked[-1].ordinals.append(ordinal)
+            self.picked[-1].rows.append(row)
+        else:
+            self.picked.append(Picked(delivery, [ordinal], [row]))
+        self.places.append(place)
+        self.size += len(row)
+
 
 class LaneGroup:
     """Collects the changes of one handler, in the order of the WAL.
@@ -189,7 +201,8 @@ class LaneGroup:
         if not self._form.allows(delivery.number, key):
             messages += self.flush(expires)
             self._form = self._form_for(delivery.number, key)
-        if hashes_of is not None and self._coalescer is None:
+        many = len(delivery.rows) >= _MANY
+        if many and hashes_of is not None and self._coalescer is None:
             hashed = [each for each in hashes_of(delivery.rows) if each is not None]
             if len(hashed) == len(delivery.rows):
                 return messages + self._add_hashed(delivery, hashed, expires)
@@ -341,7 +354,7 @@ class LaneGroup:
         elif lane.places and (lane.size + size > _ENTRY_BYTES or len(lane.places) >= most):
             self._full.append(self._encoded(number, lane, expires))
             lane = self._lanes[number] = _Lane()
-        lane.add(Picked(delivery, [ordinal], [row]), [place], size)
+        lane.add_row(delivery, ordinal, row, place)
 
     def flush(self, expires: float | None) -> list[LaneMessage]:
         """Return the message with what has been added, if anything has, and forget it."""

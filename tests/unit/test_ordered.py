@@ -226,7 +226,7 @@ def test_hashes_of_many_rows_are_those_of_their_places(columns):
     assert hashes_of(damaged) == [None] * len(damaged)
 
 
-@pytest.mark.parametrize("count", [1, 70, 9000])
+@pytest.mark.parametrize("count", [7, 70, 9000])
 def test_changes_that_are_placed_together_are_placed_as_each_alone(count, monkeypatch):
     rows = [
         row("I", [b"%d" % (n % 300), b"p", b"n" * (70_000 if n % 4000 == 17 else n % 400)])
