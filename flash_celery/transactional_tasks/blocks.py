@@ -254,17 +254,19 @@ class _Block:
         self._size = 0
         self._nesting: Any = None
         self._active = False
+        #: Whether the transaction that was open when the block began has ended.
+        self._ended = False
         self._token: Token[tuple[Collector, ...]] | None = None
         self._hooks = ExitStack()
 
     def enter(self) -> None:
         """Begin to collect."""
         self._nesting = self.link.nesting
-        self._hooks.enter_context(self.link.before_nesting(self._write_gathered))
+        self._hooks.enter_context(self.link.watch(self))
         for block in collecting.current.get():
             # Their tasks were sent before those of this block.
             if isinstance(block, _Block) and block.is_active() and not block.link.is_async:
-                block._write_gathered()
+                block.keep()
         self._active = True
         self._token = collecting.current.set((*collecting.current.get(), self))
 
@@ -288,22 +290,49 @@ class _Block:
             TransactionError: The transaction cannot carry it.
         """
         self._writer.accept(app, record)
-        if self.link.gathers and self.link.nesting == self._nesting:
+        if self.link.gathers and not self._ended and self.link.nesting == self._nesting:
             self._gathered.append(record)
             self._size += record.size
             full = len(self._gathered) >= _MOST_TASKS or self._size >= _MOST_CHARACTERS
             if full and not self.link.is_async:
-                self._write_gathered()
+                self.keep()
         elif self.link.is_async:
             raise TransactionError(
-                "A savepoint was opened in an `async with transactional()` block; open the block "
-                "in the savepoint."
+                "In an `async with transactional()` block "
+                + (
+                    "the transaction has ended; open a block in each transaction."
+                    if self._ended
+                    else "a savepoint was opened; open the block in the savepoint."
+                )
             )
         else:
             self.link.drive(self._writer.statements([record]))
 
-    def _write_gathered(self) -> None:
+    def keep(self) -> None:
+        """Write what was gathered."""
         self.link.drive(self.written())
+
+    def undo(self) -> None:
+        """Discard what was gathered: it was sent after the savepoint that is rolled back.
+
+        The tasks before it were written when it was opened.
+        """
+        self._gathered, self._size = [], 0
+
+    def commit(self) -> None:
+        """Write what was gathered before the transaction is committed."""
+        self.keep()
+        self._ended = True
+
+    async def commit_async(self) -> None:
+        """Write what was gathered before the transaction is committed."""
+        await self.link.drive_async(self.written())
+        self._ended = True
+
+    def roll_back(self) -> None:
+        """Discard what was gathered before the transaction is rolled back."""
+        self.undo()
+        self._ended = True
 
     def written(self) -> Statements:
         """Write what was gathered."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from ..errors import ConfigurationError, TransactionError
 
@@ -17,12 +18,28 @@ _NOTHING_TO_JOIN = (
 _OTHER_DATABASE = (
     "transactional() needs a PostgreSQL database, and {} is one of {}; send the task outside it."
 )
-#: How statements that change the nesting of a transaction begin.
-_SAVEPOINT_STATEMENTS = ("SAVEPOINT", "ROLLBACK TO", "RELEASE")
-
 
 #: Yields the statements to run next, each with its parameters, and is sent their rows.
 Statements: TypeAlias = Generator[tuple[str, dict[str, str]], list[Any], None]
+
+
+class Watcher(Protocol):
+    """Is called before a transaction changes."""
+
+    def keep(self) -> None:
+        """Write what was gathered: a savepoint is opened or released."""
+
+    def undo(self) -> None:
+        """Discard what was gathered: it was sent after the savepoint that is rolled back."""
+
+    def commit(self) -> None:
+        """Write what was gathered: the transaction is committed."""
+
+    async def commit_async(self) -> None:
+        """Do so on an asynchronous connection."""
+
+    def roll_back(self) -> None:
+        """Discard what was gathered: the transaction is rolled back."""
 
 
 class Link(ABC):
@@ -74,8 +91,8 @@ class Link(ABC):
         """Run statements one after another in an asynchronous block."""
         self.drive(statements)
 
-    def before_nesting(self, write: Callable[[], None]) -> AbstractContextManager[Any]:
-        """Call `write` before each change of the nesting in the context, if possible."""
+    def watch(self, watcher: Watcher) -> AbstractContextManager[Any]:
+        """Tell a watcher of each savepoint and end of the transaction in the context, if seen."""
         return nullcontext()
 
     def check(self) -> None:
@@ -121,35 +138,77 @@ class PsycopgLink(_AnyPsycopgLink):
             return cursor.fetchall()
 
     @contextmanager
-    def before_nesting(self, write: Callable[[], None]) -> Iterator[None]:
-        """Write before `connection.transaction()` opens a savepoint."""
+    def watch(self, watcher: Watcher) -> Iterator[None]:
+        """Watch `connection.transaction()`, `commit()` and `rollback()`."""
         connection = self._connection
-        transaction = connection.transaction
-
-        def transaction_after_writing(*args: Any, **kwargs: Any) -> Any:
-            write()
-            return transaction(*args, **kwargs)
-
-        connection.transaction = transaction_after_writing
-        try:
+        with (
+            _called_before(connection, "transaction", watcher.keep),
+            _ends_called(connection, watcher),
+        ):
             yield
-        finally:
-            if vars(connection).get("transaction") is transaction_after_writing:
-                _restore(connection, transaction)
 
 
-def _restore(connection: Any, transaction: Any) -> None:
-    is_own = getattr(transaction, "__self__", None) is connection
+@contextmanager
+def _ends_called(connection: Any, watcher: Watcher) -> Iterator[None]:
+    """Watch the methods of a connection that end its transaction."""
+    with (
+        _called_before(connection, "commit", watcher.commit),
+        _called_before(connection, "rollback", watcher.roll_back),
+    ):
+        yield
+
+
+@contextmanager
+def _called_before(connection: Any, name: str, before: Callable[[], Any]) -> Iterator[None]:
+    """Have a function called before a method of one connection, in the context.
+
+    If it is a coroutine function, so is the method.
+    """
+    method = getattr(connection, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        before()
+        return method(*args, **kwargs)
+
+    async def call_async(*args: Any, **kwargs: Any) -> Any:
+        await before()
+        return await method(*args, **kwargs)
+
+    around = call_async if inspect.iscoroutinefunction(before) else call
+    setattr(connection, name, around)
+    try:
+        yield
+    finally:
+        if vars(connection).get(name) is around:
+            _restore(connection, name, method)
+
+
+def _restore(connection: Any, name: str, method: Any) -> None:
+    is_own = getattr(method, "__self__", None) is connection
     if is_own:
-        del connection.transaction
+        delattr(connection, name)
     else:  # that of a block around this one
-        connection.transaction = transaction
+        setattr(connection, name, method)
 
 
 class AsyncPsycopgLink(_AnyPsycopgLink):
     """An asynchronous connection of psycopg 3."""
 
     is_async = True
+
+    @contextmanager
+    def watch(self, watcher: Watcher) -> Iterator[None]:
+        """Watch `commit()` and `rollback()`."""
+        connection = self._connection
+
+        async def roll_back() -> None:
+            watcher.roll_back()
+
+        with (
+            _called_before(connection, "commit", watcher.commit_async),
+            _called_before(connection, "rollback", roll_back),
+        ):
+            yield
 
     async def drive_async(self, statements: Statements) -> None:
         """Run statements one after another, with plain cursors."""
@@ -244,6 +303,33 @@ class _AnySqlalchemyLink(Link):
         level = getattr(driver, "isolation_level", None)
         return not getattr(driver, "autocommit", level == "autocommit")
 
+    @contextmanager
+    def _listening(self, target: Any, called: dict[str, Callable[[], None]]) -> Iterator[None]:
+        """Call functions before events of a connection or a session."""
+        from sqlalchemy import event
+        from sqlalchemy.orm import Session
+
+        def listener(before: Callable[[], None]) -> Callable[..., None]:
+            def listen(source: Any, *args: Any) -> None:
+                # During its events a session gives no connection, and during those of its
+                # connection neither.
+                self._during = None if isinstance(source, Session) else source
+                try:
+                    before()
+                finally:
+                    self._during = None
+
+            return listen
+
+        listeners = [(name, listener(before)) for name, before in called.items()]
+        for name, listen in listeners:
+            event.listen(target, name, listen)
+        try:
+            yield
+        finally:
+            for name, listen in listeners:
+                event.remove(target, name, listen)
+
     def execute(self, statement: str, parameters: dict[str, str]) -> list[Any]:
         """Run a statement on the connection, so that nothing is flushed before."""
         from sqlalchemy import text
@@ -251,31 +337,25 @@ class _AnySqlalchemyLink(Link):
         return [tuple(row) for row in self._core.execute(text(statement), parameters)]
 
 
+def _ends(watcher: Watcher) -> dict[str, Callable[[], None]]:
+    """Return what to call before the events of SQLAlchemy, which it has only for a transaction."""
+    return {"commit": watcher.commit, "rollback": watcher.roll_back}
+
+
 class SqlalchemyLink(_AnySqlalchemyLink):
     """A synchronous connection or session of SQLAlchemy."""
 
     @contextmanager
-    def before_nesting(self, write: Callable[[], None]) -> Iterator[None]:
-        """Write before a savepoint is opened, released or rolled back."""
-        from sqlalchemy import event
-
-        def listen(connection: Any, *args: Any) -> None:
-            # At this moment the session gives no connection.
-            self._during = connection
-            try:
-                write()
-            finally:
-                self._during = None
-
+    def watch(self, watcher: Watcher) -> Iterator[None]:
+        """Watch savepoints, and the end of the transaction."""
+        called = {
+            "savepoint": watcher.keep,
+            "release_savepoint": watcher.keep,
+            "rollback_savepoint": watcher.undo,
+        }
         core = self._core
-        names = ("savepoint", "rollback_savepoint", "release_savepoint")
-        for name in names:
-            event.listen(core, name, listen)
-        try:
+        with self._listening(core, {**called, **_ends(watcher)}), _ends_called(core, watcher):
             yield
-        finally:
-            for name in names:
-                event.remove(core, name, listen)
 
 
 class AsyncSqlalchemyLink(_AnySqlalchemyLink):
@@ -290,6 +370,26 @@ class AsyncSqlalchemyLink(_AnySqlalchemyLink):
             raise TransactionError("The connection is not open yet; begin a transaction first.")
         super().__init__(sync, strict)
         self._async = connection
+
+    @contextmanager
+    def watch(self, watcher: Watcher) -> Iterator[None]:
+        """Watch the end of the transaction."""
+        from sqlalchemy.orm import Session
+
+        session = self._connection
+        if not isinstance(session, Session):
+            with self._listening(session, _ends(watcher)), _ends_called(session, watcher):
+                yield
+            return
+
+        def commit() -> None:
+            if not session.in_nested_transaction():
+                watcher.commit()
+
+        # Its connection is not known yet.
+        called = {"before_commit": commit, "after_rollback": watcher.roll_back}
+        with self._listening(session, called), _ends_called(session, watcher):
+            yield
 
     async def drive_async(self, statements: Statements) -> None:
         """Run statements one after another, where SQLAlchemy may wait for them."""
@@ -314,8 +414,8 @@ class DjangoLink(Link):
 
     @property
     def nesting(self) -> Any:
-        """The savepoints of the `atomic()` blocks."""
-        return tuple(self._connection.savepoint_ids)
+        """The `atomic()` blocks: whether there is one, and the savepoints of those in it."""
+        return self._connection.in_atomic_block, *self._connection.savepoint_ids
 
     @property
     def has_transaction(self) -> bool:
@@ -330,20 +430,24 @@ class DjangoLink(Link):
             return rows
 
     @contextmanager
-    def before_nesting(self, write: Callable[[], None]) -> Iterator[None]:
-        """Write before a savepoint is opened, released or rolled back."""
+    def watch(self, watcher: Watcher) -> Iterator[None]:
+        """Watch savepoints, and the end of the transaction."""
 
         def wrapper(execute: Any, sql: Any, *args: Any) -> Any:
-            if str(sql).lstrip()[:11].upper().startswith(_SAVEPOINT_STATEMENTS):
-                write()
+            begins = str(sql).lstrip()[:11].upper()
+            if begins.startswith("ROLLBACK TO"):
+                watcher.undo()
+            elif begins.startswith(("SAVEPOINT", "RELEASE")):
+                watcher.keep()
             return execute(sql, *args)
 
-        wrappers = self._connection.execute_wrappers
-        wrappers.append(wrapper)
+        connection = self._connection
+        connection.execute_wrappers.append(wrapper)
         try:
-            yield
+            with _ends_called(connection, watcher):
+                yield
         finally:
-            wrappers.remove(wrapper)
+            connection.execute_wrappers.remove(wrapper)
 
 
 def _pyformat(statement: str) -> str:

@@ -172,6 +172,69 @@ def test_asynchronous_connections_and_sessions_of_sqlalchemy_carry_tasks(tasks):
     assert tasks.sent() == [(7,), (9,)]
 
 
+@pytest.mark.parametrize("kind", ["psycopg", "session", "connection"])
+def test_end_of_the_transaction_in_a_block_takes_the_tasks_before_it(tasks, kind):
+    send, engine = tasks.receipt.delay, sqlalchemy_engine(tasks)
+    if kind == "psycopg":
+        opened = psycopg.connect(tasks.database.dsn)
+    else:
+        from sqlalchemy.orm import Session
+
+        opened = Session(engine) if kind == "session" else engine.connect()
+    with opened as connection:
+        with transactional(connection), transactional(connection):
+            send(1)
+            connection.commit()
+            send("undone")
+            connection.rollback()
+            send(2)
+            connection.commit()
+        with transactional(connection):
+            send("undone")
+            connection.rollback()
+        connection.commit()
+        assert not {"commit", "rollback"} & set(vars(connection))
+    engine.dispose()
+    assert tasks.sent() == [(1,), (2,)]
+
+
+async def end_in_blocks(tasks, connection, number):
+    async with transactional(connection):
+        tasks.receipt.delay(number)
+        await connection.commit()
+        with pytest.raises(TransactionError, match="the transaction has ended"):
+            tasks.receipt.delay("later")
+    async with transactional(connection):
+        tasks.receipt.delay("undone")
+        await connection.rollback()
+    await connection.commit()
+
+
+def test_end_of_the_transaction_in_an_asynchronous_block_takes_the_tasks_before_it(tasks):
+    async def use_psycopg():
+        async with await psycopg.AsyncConnection.connect(tasks.database.dsn) as connection:
+            await end_in_blocks(tasks, connection, 1)
+
+    asyncio.run(use_psycopg())
+    assert tasks.sent() == [(1,)]
+
+
+def test_end_of_the_transaction_in_an_asynchronous_block_of_sqlalchemy(tasks):
+    pytest.importorskip("greenlet")
+    from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+
+    async def use_sqlalchemy():
+        engine = create_async_engine(sqlalchemy_engine(tasks).url)
+        async with AsyncSession(engine) as session:
+            await end_in_blocks(tasks, session, 1)
+        async with engine.connect() as connection:
+            await end_in_blocks(tasks, connection, 2)
+        await engine.dispose()
+
+    asyncio.run(use_sqlalchemy())
+    assert tasks.sent() == [(1,), (2,)]
+
+
 def test_psycopg2_carries_tasks_and_raw_savepoints_undo_them(tasks):
     psycopg2 = pytest.importorskip("psycopg2")
     connection = psycopg2.connect(tasks.database.dsn)
