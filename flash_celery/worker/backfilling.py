@@ -351,7 +351,13 @@ class Backfills:
         return self.backfilling is None or not self.backfilling.is_for(backfill)
 
     def moved_of(self, backfill: Backfill) -> Mapping[int, MovedRows]:
-        """Return the rows that move, for the backfill that the session does."""
+        """Return the rows that move, for the backfill that the session does.
+
+        Raises:
+            CatalogError: The table was gone when the session began, or its rows had no key.
+        """
+        if backfill.id not in self._moved:
+            raise CatalogError(f"{backfill.table_name} is gone, or its rows have no key.")
         return self._moved[backfill.id]
 
     def observe(self, rows: Rows, doing: Backfill | None) -> Rows:

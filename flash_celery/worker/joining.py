@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 #: How many tables that are left out are recorded.
 _MOST_LEFT_OUT = 100
 _NOT_REQUESTED = "rows that {} had before it joined are not delivered to {}: {}"
+_JOINED_AGAIN = "the table has joined its pattern again, so another has begun"
 _GAP = "%s; rebuild what depends on them. `flash status` shows them again"
 
 
@@ -100,7 +101,9 @@ def _request(source: Source, subscription: Subscription) -> str:
     name = escaped(str(table))
     for other in requests.all_of(source):
         if (other.handler, other.table_name, other.ended_at) == (handler, str(table), None):
-            return ""  # it begins again, if the table was replaced
+            # It may have read rows that were changed while the table was not published.
+            allowed = [*requests.ACTIVE, "paused"]
+            requests.enter(source.connection, other.id, "stopped", allowed, _JOINED_AGAIN)
     try:
         (backfill,) = plans.start(source, plans.plan(source, [subscription], handler, table))
     except ConfigurationError as error:

@@ -359,6 +359,26 @@ def test_backfill_of_a_pattern_is_as_the_handler_wishes(flash, wish):
     assert told - {("tenant_a", 1, True)} == backfilled | {("tenant_b", 4, False)}
 
 
+def test_table_that_is_created_again_while_its_backfill_is_under_way_is_delivered(flash):
+    """The first backfill cannot end, and must not stand for the rows of the second table."""
+    flash.handler("tenant_*.orders").start()
+    with psycopg.connect(flash.database.dsn) as older:
+        older.execute("SELECT pg_current_xact_id()")
+        flash.database.execute(*tenant("tenant_a"), "INSERT INTO tenant_a.orders VALUES (1, 1)")
+        requested = "SELECT to_regclass('flash_celery_backfills') IS NOT NULL"
+        flash.wait(lambda: flash.database.one(requested))
+        running = "SELECT count(*) = 1 FROM flash_celery_backfills WHERE state = 'running'"
+        flash.wait(lambda: flash.database.one(running))
+        flash.database.execute("DROP SCHEMA tenant_a CASCADE")
+        paused = "SELECT count(*) = 1 FROM flash_celery_backfills WHERE state = 'paused'"
+        flash.wait(lambda: flash.database.one(paused))
+    flash.database.execute(*tenant("tenant_a"), "INSERT INTO tenant_a.orders VALUES (2, 2)")
+    done = "SELECT count(*) = 1 FROM flash_celery_backfills WHERE state = 'done'"
+    flash.wait(lambda: flash.database.one(done))
+    flash.do("SELECT pg_logical_emit_message(true, '', '')")
+    assert state(flash.delivered()) == {("tenant_a", 2): {"id": 2, "total": 2}}
+
+
 def test_table_that_cannot_be_backfilled_is_a_gap(flash, caplog):
     flash.handler("tenant_*.log", "insert").start()
     flash.database.execute(
