@@ -76,6 +76,8 @@ class Cursor(TypedDict):
 
     table: int
     columns: list[str]
+    #: The OIDs of the type and the collation of each, which decide what is behind the key.
+    order: list[list[int]]
     #: The values of the columns, as text.
     values: list[str]
 
@@ -186,7 +188,7 @@ class ChunkReader:
             rows, whole = self._copy(query, encode, _CHUNK_BYTES if in_order else sys.maxsize)
             cursor = _cursor(next(reversed(rows)), table) if rows and in_order else None
             if end is not None and whole:
-                cursor = Cursor(table=table.oid, columns=list(key), values=list(end.values()))
+                cursor = _behind(table, list(end.values()))
             chunk = Chunk(
                 _id_of(table, in_order, keys, number),
                 relation,
@@ -357,12 +359,18 @@ def _id_of(
 
 def continues(cursor: Cursor, table: CatalogTable) -> bool:
     """Return whether a cursor is of this table with this key."""
-    return (cursor["table"], tuple(cursor["columns"])) == (table.oid, identity_of(table))
+    return cursor == _behind(table, cursor["values"])
 
 
 def _cursor(key: Key, table: CatalogTable) -> Cursor:
-    values = [value.decode() for value in key if isinstance(value, bytes)]
-    return Cursor(table=table.oid, columns=list(identity_of(table)), values=values)
+    return _behind(table, [value.decode() for value in key if isinstance(value, bytes)])
+
+
+def _behind(table: CatalogTable, values: list[str]) -> Cursor:
+    key = identity_of(table)
+    columns = [table.columns[name] for name in key]
+    order = [[column.type_oid, column.collation] for column in columns]
+    return Cursor(table=table.oid, columns=list(key), order=order, values=values)
 
 
 def _literals(keys: Sequence[Sequence[str]], types: Sequence[str]) -> sql.Composed:

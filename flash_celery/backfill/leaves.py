@@ -79,7 +79,7 @@ class LeafReader:
             following = self._from(leaf.oid + 1)
             if not chunk.is_last or following is None:
                 return chunk
-            start = Cursor(table=following.oid, columns=[], values=[])
+            start = Cursor(table=following.oid, columns=[], order=[], values=[])
             return replace(chunk, cursor=start, is_last=False)
         return replace(self.read_none("end"), part="rows", is_last=True)
 

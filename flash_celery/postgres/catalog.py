@@ -30,6 +30,8 @@ class CatalogColumn:
     generated: str
     #: Its attribute number, which stays when the column is renamed.
     number: int = 0
+    #: The OID of its collation; 0 if its type has none.
+    collation: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ LEFT JOIN LATERAL (SELECT columns, index_name FROM {keys} AS k WHERE is_identity
 WHERE {condition} AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
 """)
 _COLUMNS = """
-SELECT attrelid::int8, attname, atttypid::int8, attgenerated::text, attnum FROM pg_attribute
+SELECT attrelid::int8, attname, atttypid::int8, attgenerated::text, attnum, attcollation::int8
+FROM pg_attribute
 WHERE attrelid = ANY(%s::int8[]::oid[]) AND attnum > 0 AND NOT attisdropped
 ORDER BY attrelid, attnum
 """

@@ -85,6 +85,23 @@ def chunked(connection, table):
     raise AssertionError("the chunks do not end")
 
 
+def test_table_is_read_again_if_its_key_gets_another_order(database):
+    """Otherwise rows that were not read come before the cursor."""
+    database.execute(
+        "CREATE TABLE items (id numeric PRIMARY KEY)",
+        "INSERT INTO items SELECT n FROM generate_series(1, 20) n",
+    )
+    with closing(connect(database.dsn)) as connection:
+        reader = ChunkReader(connection, TableName("public", "items"))
+        cursor = reader.read(None, 9).cursor
+        assert len(reader.read(cursor, 100).rows) == 11
+        database.execute("ALTER TABLE items ALTER id TYPE text")
+        assert len(reader.read(cursor, 100).rows) == 20
+        cursor = reader.read(None, 9).cursor
+        database.execute('ALTER TABLE items ALTER id TYPE text COLLATE "POSIX"')
+        assert len(reader.read(cursor, 100).rows) == 20
+
+
 class Altered(ChunkReader):
     """A reader beside whom someone alters the table right after the snapshot."""
 
