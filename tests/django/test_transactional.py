@@ -148,15 +148,15 @@ def test_setting_makes_every_task_in_atomic_transactional(shop):
 def test_message_goes_into_the_database_that_is_named(shop, new_database):
     other = new_database()
     settings = {**connections.databases["default"], "NAME": other.name}
-    connections.databases["other"] = connections.configure_settings(
-        {"default": {}, "other": settings}
-    )["other"]
+    connections.databases["ledger"] = connections.configure_settings(
+        {"default": {}, "ledger": settings}
+    )["ledger"]
     written = []
     try:
-        with carried_tasks() as tasks, suppress(ZeroDivisionError), transaction.atomic("other"):
+        with carried_tasks() as tasks, suppress(ZeroDivisionError), transaction.atomic("ledger"):
             with transaction.atomic(), transactional(using="default"):
                 shop.receipt.delay("default")
-            with transactional(using="other"):
+            with transactional(using="ledger"):
                 shop.receipt.delay("other")
                 written = args(tasks)
             raise ZeroDivisionError
@@ -167,9 +167,9 @@ def test_message_goes_into_the_database_that_is_named(shop, new_database):
         ):
             pass
     finally:
-        connections["other"].close()
-        del connections["other"]
-        del connections.databases["other"]
+        connections["ledger"].close()
+        del connections["ledger"]
+        del connections.databases["ledger"]
 
 
 def test_other_databases_are_refused(shop):
