@@ -186,19 +186,32 @@ SELECT
     (SELECT bit_xor(hashnameextended(nspname, oid::int8)) FROM pg_namespace
      WHERE oid IN (SELECT relnamespace FROM matching)),
     (SELECT string_agg(concat_ws(' ', t.oid, t.relreplident, t.relpersistence), ',' ORDER BY t.oid)
-     FROM matching p CROSS JOIN LATERAL {tree} AS t WHERE p.relkind = 'p')
+     FROM matching p CROSS JOIN LATERAL {tree} AS t WHERE p.relkind = 'p'),
+    (SELECT concat_ws(' ', count(*), bit_xor(hashnameextended(
+         a.attname, (a.attrelid::int8 << 32) + a.atttypid::int8)))
+     FROM pg_attribute a JOIN matching m ON m.oid = a.attrelid
+     WHERE a.attname = ANY({columns}::name[]) AND NOT a.attisdropped)
 """
 
 
 def matching_fingerprint(
-    connection: psycopg.Connection[Any], patterns: Sequence[TablePattern]
+    connection: psycopg.Connection[Any],
+    patterns: Sequence[TablePattern],
+    columns: Iterable[str] = (),
 ) -> str:
-    """Return a text that changes when other tables match, or one has to be checked again."""
+    """Return a text that changes when other tables match, or one has to be checked again.
+
+    Args:
+        connection: To the source.
+        patterns: The patterns.
+        columns: The columns that their subscriptions name.
+    """
     if not patterns:
         return ""
     query = sql.SQL(_MATCHING_FINGERPRINT).format(
         may_match=sql.SQL(_MAY_MATCH).format(named=named(patterns)),
         tree=sql.SQL(tree("p.oid")),
+        columns=sql.Literal(sorted(columns)),
     )
     return str(connection.execute(query).fetchone())
 

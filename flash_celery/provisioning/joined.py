@@ -1,11 +1,12 @@
 """Which tables of each pattern are known, kept in the comment on the publication of deletes.
 
-A table that is not among them joins, and has rows that no handler has received.
+A table that is not among them joins, and has rows that no handler has received under its name.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,12 +31,16 @@ GROUP BY made.attrelid HAVING bool_and(r.xmin = made.xmin)
 """
 
 
+#: A table: its OID, and a checksum of its name.
+Known = tuple[int, int]
+
+
 @dataclass(frozen=True)
 class Joined:
     """The tables of all patterns."""
 
-    #: The OIDs of the tables, by the handler and its pattern.
-    tables: dict[str, list[int]] = field(default_factory=dict)
+    #: The tables, by the handler and its pattern.
+    tables: dict[str, list[Known]] = field(default_factory=dict)
     #: Handler, table and reason of tables that are left out, for `flash status`.
     left_out: list[list[str]] = field(default_factory=list)
 
@@ -44,9 +49,17 @@ def read(source: Source) -> Joined:
     """Return what is recorded."""
     try:
         recorded = json.loads(comment(source, Operation.DELETE) or "")[_KEY]
-        return Joined(dict(recorded["tables"]), list(recorded["left_out"]))
-    except (ValueError, TypeError, KeyError):
+        tables = {
+            key: [(oid, name) for oid, name in tables] for key, tables in recorded["tables"].items()
+        }
+        return Joined(tables, list(recorded["left_out"]))
+    except (ValueError, TypeError, KeyError, AttributeError):
         return Joined()
+
+
+def known(table: CatalogTable) -> Known:
+    """Return what is recorded of a table."""
+    return table.oid, zlib.crc32(str(table.name).encode())
 
 
 def step(prefix: str, joined: Joined) -> Step:

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 _MOST_LEFT_OUT = 100
 _NOT_REQUESTED = "rows that {} had before it joined are not delivered to {}: {}"
 _JOINED_AGAIN = "the table has joined its pattern again, so another has begun"
+_UNDER_FORMER_NAME = "%s was renamed: its rows were delivered to %s under its former name only: %s"
 _GAP = "%s; rebuild what depends on them. `flash status` shows them again"
 
 
@@ -54,12 +55,13 @@ class Joining:
             return
         missing = []
         with source.connection.transaction():
-            for subscription in wanted:
+            for subscription, renamed in wanted:
                 problem = _request(source, subscription)
-                if problem:
-                    missing.append(
-                        _NOT_REQUESTED.format(subscription.table, subscription.handler, problem)
-                    )
+                table, handler = subscription.table, subscription.handler
+                if problem and renamed:
+                    logger.warning(_UNDER_FORMER_NAME, escaped(str(table)), handler, problem)
+                elif problem:
+                    missing.append(_NOT_REQUESTED.format(table, handler, problem))
             source.connection.execute(joined.step(source.prefix, now).statement)
         for reason in missing:
             gap = Gap(source.slot, reason, None, None, *slots.position_and_time(source.connection))
@@ -70,29 +72,37 @@ class Joining:
         tables = {key: set(oids) for key, oids in before.tables.items()}
         tables.update({_key(subscription): set() for subscription in self._patterns})
         for subscription in of_patterns(report.subscriptions):
-            tables[_key(subscription)].add(report.tables[subscription.table].oid)
+            tables[_key(subscription)].add(joined.known(report.tables[subscription.table]))
         left_out = [
             [each.handler, str(each.table), each.reason]
             for each in report.left_out[:_MOST_LEFT_OUT]
         ]
         return Joined({key: sorted(oids) for key, oids in tables.items()}, left_out)
 
-    def _wanted(self, source: Source, before: Joined, report: Report) -> Iterable[Subscription]:
-        """Yield the subscriptions to tables whose rows are to be delivered."""
+    def _wanted(
+        self, source: Source, before: Joined, report: Report
+    ) -> Iterable[tuple[Subscription, bool]]:
+        """Yield the subscriptions to tables whose rows are to be delivered.
+
+        Each with whether the table was known under another name.
+        """
         tables = {key: set(oids) for key, oids in before.tables.items()}
         new: dict[tuple[str, int], Subscription] = {}
         for subscription in of_patterns(report.subscriptions):
-            oid = report.tables[subscription.table].oid
+            table = report.tables[subscription.table]
             known = tables.get(_key(subscription))
             if known is None and not subscription.backfill:
                 continue  # the handler is new, and begins with the present
-            if oid not in (known or ()) and subscription.backfill is not False:
-                new.setdefault((subscription.handler, oid), subscription)
+            if joined.known(table) not in (known or ()) and subscription.backfill is not False:
+                new.setdefault((subscription.handler, table.oid), subscription)
         complete = joined.published_when_created(source, [oid for _, oid in new]) if new else set()
         for (_, oid), subscription in new.items():
             table = report.tables[subscription.table]
-            if oid not in complete and not joined.is_surely_empty(source.connection, table):
-                yield subscription
+            renamed = any(oid == former for former, _ in tables.get(_key(subscription), ()))
+            if oid in complete and not renamed:
+                continue
+            if not joined.is_surely_empty(source.connection, table):
+                yield subscription, renamed
 
 
 def _request(source: Source, subscription: Subscription) -> str:

@@ -16,7 +16,7 @@ from ..capture.partition_history import PartitionHistory
 from ..changes.operations import Operation
 from ..errors import CatalogError, PublicationMismatch, SlotInUse, SlotMissing, StepFailed
 from ..escaping import escaped
-from ..handlers.subscriptions import Subscription, of_tables
+from ..handlers.subscriptions import Subscription, of_patterns, of_tables
 from ..postgres import catalog, other_publications, slots
 from ..postgres.catalog import CatalogTable
 from ..postgres.gaps import Gap
@@ -305,10 +305,11 @@ class Startup:
         tables = [each.table for each in of_tables(self._subscriptions) if each.pattern is None]
         ours, connection = publication_names(source.prefix), source.connection
         patterns = [each.pattern for each in self._subscriptions if each.pattern is not None]
+        columns = {name for each in of_patterns(self._subscriptions) for name in each.columns}
         return (
             catalog.fingerprint(connection, tables, ours)
             + other_publications.fingerprint(connection, tables, ours)
-            + catalog.matching_fingerprint(connection, patterns)
+            + catalog.matching_fingerprint(connection, patterns, columns)
         )
 
     def _preflight(self, source: Source, progress: Progress) -> Report:

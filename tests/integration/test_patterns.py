@@ -53,6 +53,12 @@ def when_published(flash, *names):
     flash.wait(lambda: published(flash) == sorted(names))
 
 
+def when_backfilled(flash, name):
+    done = f"SELECT count(*) = 1 FROM flash_celery_backfills WHERE table_name = '{name}'"
+    flash.wait(lambda: flash.database.one("SELECT to_regclass('flash_celery_backfills')"))
+    flash.wait(lambda: flash.database.one(f"{done} AND state = 'done'"))
+
+
 def examine(flash, **conf):
     flash.app.conf.update(conf)
     flash.app.finalize()
@@ -377,6 +383,39 @@ def test_table_that_is_created_again_while_its_backfill_is_under_way_is_delivere
     flash.wait(lambda: flash.database.one(done))
     flash.do("SELECT pg_logical_emit_message(true, '', '')")
     assert state(flash.delivered()) == {("tenant_a", 2): {"id": 2, "total": 2}}
+
+
+def test_rows_of_a_table_that_is_renamed_within_its_pattern_are_delivered_again(flash):
+    """Under its new name, also if it was renamed while no worker ran; that is no gap."""
+    flash.database.execute(*tenant("tenant_a"), "INSERT INTO tenant_a.orders VALUES (1, 1)")
+    flash.handler("tenant_*.orders").handler("tenant_*.orders", "insert", name="archive").start()
+    flash.do("INSERT INTO tenant_a.orders VALUES (2, 2)")
+    for name, after in ("tenant_a", "tenant_b"), ("tenant_b", "tenant_c"):
+        if after == "tenant_c":
+            flash.stop()
+        flash.database.execute(f"ALTER SCHEMA {name} RENAME TO {after}")
+        if after == "tenant_c":
+            flash.start()
+        when_backfilled(flash, f"{after}.orders")
+        flash.do("SELECT pg_logical_emit_message(true, '', '')")
+        rows = {(after, id): {"id": id, "total": id} for id in (1, 2)}
+        assert rows.items() <= state(flash.delivered()).items()
+    with connected(Settings.from_app(flash.app)) as source:
+        assert not status.database_status(source).gaps
+
+
+def test_table_that_lacks_a_column_for_a_while_leaves_and_joins_again(flash):
+    flash.database.execute(*tenant("tenant_a"), "INSERT INTO tenant_a.orders VALUES (1, 1)")
+    flash.handler("tenant_*.orders", where={"total__gt": 0}).start()
+    flash.database.execute("ALTER TABLE tenant_a.orders DROP total")
+    when_published(flash)
+    flash.do("INSERT INTO tenant_a.orders VALUES (2)")
+    flash.database.execute("ALTER TABLE tenant_a.orders ADD total int DEFAULT 5")
+    when_published(flash, "tenant_a.orders")
+    when_backfilled(flash, "tenant_a.orders")
+    flash.do("SELECT pg_logical_emit_message(true, '', '')")
+    rows = {("tenant_a", id): {"id": id, "total": 5} for id in (1, 2)}
+    assert state(flash.delivered()) == rows
 
 
 def test_table_that_cannot_be_backfilled_is_a_gap(flash, caplog):
