@@ -6,7 +6,7 @@ read is published by then, so its rows arrive as changes; one that is dropped is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -71,10 +71,8 @@ class LeafReader:
         """
         table = 0 if cursor is None else cursor["table"]
         while (leaf := self._from(table)) is not None:
-            try:
-                chunk = self._reader(leaf).read(cursor, most)
-            except (CatalogError, errors.UndefinedTable):
-                self._forget(leaf)
+            chunk = self._read(leaf, lambda reader: reader.read(cursor, most))
+            if chunk is None:
                 continue
             following = self._from(leaf.oid + 1)
             if not chunk.is_last or following is None:
@@ -91,33 +89,42 @@ class LeafReader:
             keys: As for `ChunkReader.read_keys`.
             number: As for `ChunkReader.read_keys`.
         """
-        leaf = self._leaves.get(table)
-        if leaf is None:
-            return None
-        try:
-            return self._reader(leaf).read_keys(keys, number)
-        except (CatalogError, errors.UndefinedTable):
-            self._forget(leaf)
-            return None
+        while (leaf := self._leaves.get(table)) is not None:
+            chunk = self._read(leaf, lambda reader: reader.read_keys(keys, number))
+            if chunk is not None:
+                return chunk
+        return None
 
     def read_none(self, part: str) -> Chunk:
         """Return a chunk of the table without rows: as for `ChunkReader.read_none`."""
         return ChunkReader(self._connection, self._name).read_none(part)
 
-    def _reader(self, leaf: CatalogTable) -> ChunkReader:
-        return ChunkReader(self._connection, leaf.name, self._where)
+    def _read(self, leaf: CatalogTable, read: Callable[[ChunkReader], Chunk]) -> Chunk | None:
+        """Return a chunk of a leaf; None if the leaves have to be looked at again."""
+        try:
+            chunk = read(ChunkReader(self._connection, leaf.name, self._where))
+        except (CatalogError, errors.UndefinedTable):
+            self._forget(leaf)
+            return None
+        if chunk.table.oid != leaf.oid and leaf.name != self._name:
+            # Its name is that of another table now.
+            self._leaves = leaves_of(self._connection, self._name)
+            return None
+        return chunk
 
     def _from(self, table: int) -> CatalogTable | None:
         """Return the leaf with this OID, or the next one."""
         return next((leaf for oid, leaf in self._leaves.items() if oid >= table), None)
 
     def _forget(self, leaf: CatalogTable) -> None:
-        """Go on without a partition that was dropped.
+        """Go on without a partition that was dropped, or with one by its new name.
 
         Raises:
             CatalogError: It is still there and cannot be read, or the whole table is gone.
         """
         self._leaves = leaves_of(self._connection, self._name)
         table = catalog.find(self._connection, self._name)
-        if table is None or table.kind != PARTITIONED or leaf.oid in self._leaves:
+        present = self._leaves.get(leaf.oid)
+        unaltered = present is not None and present.name == leaf.name
+        if table is None or table.kind != PARTITIONED or unaltered:
             raise CatalogError(f"{leaf.name} is gone, or its rows have no key.")

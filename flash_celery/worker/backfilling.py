@@ -104,10 +104,12 @@ class Backfilling:
         self._history = history
         self._room = room
         name = TableName.parse(backfill.table_name)
-        table, self._leaves = catalog.find(source.connection, name), _leaves(source, backfill)
+        table, leaves = catalog.find(source.connection, name), _leaves(source, backfill)
         if table is None:
             raise CatalogError(f"{name} is gone.")
         self._table = table
+        # A partition that has come since then is noted by the next session.
+        self._leaves = {oid: leaf for oid, leaf in leaves.items() if oid in moved}
         self._writes = {oid: RecentWrites(identity_of(leaf)) for oid, leaf in self._leaves.items()}
         self._ends = () if backfill.options.get("where") else ends
         self._sink = _RowSink(sink)
@@ -200,7 +202,9 @@ class Backfilling:
         chunk, self._chunk = self._chunk, None
         assert chunk is not None
         assert self._reading is not None
-        known = self._table if chunk.table.oid == self._table.oid else self._leaf(chunk)
+        known = self._leaves.get(chunk.table.oid)
+        if not chunk.rows and chunk.table.oid == self._table.oid:
+            known = self._table
         if known is None or identity_of(chunk.table) != identity_of(known):
             # Another session notes what happens to this table.
             if known is not None or self._table.kind != PARTITIONED:
@@ -222,9 +226,6 @@ class Backfilling:
             moved.has_all |= chunk.is_last
         self._await(sum(map(len, merged.values())))
         return True
-
-    def _leaf(self, chunk: Chunk) -> CatalogTable | None:
-        return self._leaves.get(chunk.table.oid)
 
     def _forget(self, snapshot: Snapshot) -> None:
         for writes in self._writes.values():

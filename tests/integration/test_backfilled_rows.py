@@ -6,6 +6,7 @@ import psycopg
 import pytest
 
 from flash_celery.backfill.chunks import ChunkReader
+from flash_celery.backfill.leaves import LeafReader
 from flash_celery.postgres.connection import connect
 from flash_celery.table_name import TableName
 
@@ -100,6 +101,37 @@ def test_table_is_read_again_if_its_key_gets_another_order(database):
         cursor = reader.read(None, 9).cursor
         database.execute('ALTER TABLE items ALTER id TYPE text COLLATE "POSIX"')
         assert len(reader.read(cursor, 100).rows) == 20
+
+
+def test_leaves_are_read_whole_though_they_are_renamed(database):
+    """Also if two of them exchange their names, and by key."""
+    database.execute(
+        "CREATE TABLE parted (id int PRIMARY KEY) PARTITION BY RANGE (id)",
+        "CREATE TABLE low PARTITION OF parted FOR VALUES FROM (0) TO (21)",
+        "CREATE TABLE high PARTITION OF parted FOR VALUES FROM (21) TO (99)",
+        "INSERT INTO parted SELECT n FROM generate_series(1, 40) n",
+    )
+    low = database.one("SELECT 'low'::regclass::oid::int8")
+    renamings = [
+        ["ALTER TABLE low RENAME TO lower"],
+        [
+            "ALTER TABLE lower RENAME TO other",
+            "ALTER TABLE high RENAME TO lower",
+            "ALTER TABLE other RENAME TO high",
+        ],
+    ]
+    found, cursor, is_last = [], None, False
+    with closing(connect(database.dsn)) as connection:
+        reader = LeafReader(connection, TableName("public", "parted"))
+        while not is_last:
+            chunk = reader.read(cursor, 7)
+            found += chunk.rows
+            cursor, is_last = chunk.cursor, chunk.is_last
+            if renamings:
+                database.execute(*renamings.pop(0))
+        database.execute("ALTER TABLE high RENAME TO low")
+        assert len(reader.read_keys(low, [{"id": "3"}], 1).rows) == 1
+    assert sorted(int(key) for (key,) in found) == list(range(1, 41))
 
 
 class Altered(ChunkReader):
