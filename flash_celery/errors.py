@@ -210,6 +210,8 @@ class PublishError(FlashError):
     confirmed = 0
     #: The size in bytes of the largest message that the broker takes, if one was larger; else 0.
     size_limit = 0
+    #: Whether the broker refuses the first message that it did not take, whenever it is sent.
+    refused = False
     solution = "The messages are sent again. Check that the broker runs and has room."
 
 

@@ -23,7 +23,7 @@ from ..escaping import escaped
 from ..handlers.own_writes import depth, writer
 from ..messages.deduplication import covered_by
 from ..messages.sent_tasks import SentTask
-from ..messages.task_message import Message
+from ..messages.task_message import Form, Message
 from ..messages.templates import Template, Templates
 from ..protocol.pgoutput import Cell
 from ..transactional_tasks.signing import PREFIX
@@ -71,6 +71,34 @@ class Oversize:
                 continue
             fits += self.fitting(_split(template, message), limit)
         return fits
+
+    def refused(self, sent: SentTask, error: FlashError) -> Message:
+        """Return the dead letter of a task of a transaction that the broker refuses.
+
+        `flash dead retry` sends it to its queue, or to Celery's default queue if it has none.
+        """
+        queue = sent.queue if sent.queue in self.app.amqp.queues else None
+        failed = Message.alone(
+            Form(
+                queue or self.app.conf.task_default_queue,
+                sent.task,
+                sent.headers,
+                sent.properties,
+                sent.content_type,
+                sent.content_encoding,
+            ),
+            _plain(sent),
+        )
+        text = (
+            f"The broker refuses {sent.task}[{sent.id}], which a transaction carried; a retry "
+            f"sends it to the queue {failed.queue}. {error}"
+        )
+        kind = type(error).__name__
+        letter = letters.from_message(failed, failed.queue, error=kind, text=text, traceback="")
+        logger.error("%s It is a dead letter now (`flash dead list`)", escaped(text))
+        message = letters.encode(self.app, letter, self.queue)
+        message.stand_for(sent)
+        return message
 
     def _letter_of_task(self, sent: SentTask, limit: int) -> Message:
         """Return the dead letter of a task of a transaction, without its arguments."""
@@ -171,7 +199,7 @@ def _halves(deliveries: Sequence[Delivery]) -> tuple[list[Delivery], list[Delive
 
 def _plain(message: Message) -> str | bytes:
     """Return the body, decompressed."""
-    compressed = message.form.headers.get("compression")
+    compressed = message.headers.get("compression")
     return compression.decompress(message.body, compressed) if compressed else message.body
 
 

@@ -35,13 +35,15 @@ _TABLE = Table("", PREFIX, None, "n", (), ())
 class SentTask(Message):
     """A task message that Celery has prepared."""
 
-    __slots__ = ("_routing_key", "record")
+    __slots__ = ("record", "refused")
 
     def __init__(self, record: TaskRecord) -> None:
         named = record.declare, "" if record.exchange else record.routing_key
         form = _form(record.task, *named, record.content_type, record.content_encoding)
         super().__init__(form, record.id, "", record.content)
         self.record = record
+        #: Whether the broker has refused it, so that a dead letter takes its place.
+        self.refused = False
 
     @property
     def exchange(self) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ..errors import PublishError
+from ..messages.lane_messages import LaneMessage
 from ..messages.task_message import Message
 from ..telemetry import Telemetry
 
@@ -68,5 +69,6 @@ def _described(messages: Sequence[Message]) -> str:
     if not messages:
         return "no message waits for it yet"
     size = sum(message.size for message in messages)
-    first = messages[0].argsrepr or f"the lanes of {messages[0].task}"
+    lanes = "the lanes of " if isinstance(messages[0], LaneMessage) else ""
+    first = messages[0].argsrepr or f"{lanes}{messages[0].task}"
     return f"{len(messages)} messages of {size} bytes, the first for {first}"

@@ -76,7 +76,7 @@ class SentTaskAnnouncement:
 
     def end(self, published: bool) -> None:
         """Send `after_task_publish`."""
-        if published:
+        if published and not self._message.refused:
             _send(signals.after_task_publish, self._message, _decoded(self._message))
 
 

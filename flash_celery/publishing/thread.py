@@ -38,6 +38,7 @@ from .backpressure import Backpressure
 from .brokers.base import Publisher
 from .hold_queues import DrainingQueue, HoldQueues
 from .outage import Outage
+from .refusals import Letters, Refusals
 from .signals import announce
 
 logger = logging.getLogger(__name__)
@@ -60,8 +61,8 @@ class ReadingThread(Protocol):
         """Make the reading thread raise an error."""
 
 
-class Oversize(Protocol):
-    """Replaces messages that the broker refuses for their size."""
+class Oversize(Letters, Protocol):
+    """Replaces messages that the broker refuses."""
 
     def fitting(self, messages: Sequence[Message], limit: int) -> Sequence[Message]:
         """Return the messages, with each larger than `limit` bytes replaced by a smaller one."""
@@ -123,6 +124,7 @@ class PublishingThread(threading.Thread):
         self._outage = Outage(self._telemetry)
         #: Bytes of the largest message that the broker takes; 0 until it has refused one.
         self._largest = 0
+        self._refusals = Refusals()
         #: Whether the publisher is connected and has declared the queues of the session.
         self._opened = False
         #: When the broker was used last, by the monotonic clock; 0 before the first time.
@@ -290,7 +292,8 @@ class PublishingThread(threading.Thread):
             logger.info("Moved %d held messages from %s back to their queues", moved, queue.name)
 
     def _deliver(self, generation: int, batches: Sequence[PublishBatch]) -> None:
-        messages = self._fitted([message for batch in batches for message in batch.messages])
+        collected = [message for batch in batches for message in batch.messages]
+        messages = self._without_refused(self._fitted(collected))
         if self._dead_letter_queue is not None and any(batch.letters for batch in batches):
             self._declare_dead_letter_queue()
         announced = announce(messages, self._publisher.encodes)
@@ -322,6 +325,18 @@ class PublishingThread(threading.Thread):
         if self._dead_letter_queue is not None:
             self._declare_dead_letter_queue()
         return oversize.fitting(messages, limit)
+
+    def _without_refused(
+        self, messages: Sequence[Message], error: PublishError | None = None
+    ) -> Sequence[Message]:
+        """Return the messages, with dead letters for tasks of transactions that are refused."""
+        oversize = self._session.oversize
+        if oversize is None:
+            return messages
+        remaining = self._refusals.replaced(messages, oversize, error)
+        if remaining is not messages and self._dead_letter_queue is not None:
+            self._declare_dead_letter_queue()
+        return remaining
 
     def _declare_dead_letter_queue(self) -> None:
         """Have the next attempt connect again, and declare this queue too."""
@@ -385,7 +400,10 @@ class PublishingThread(threading.Thread):
             except PublishError as error:
                 messages = messages[error.confirmed :]
                 self._handle_failure(error, messages)
-                messages = self._fitted(messages)
+                fitted = self._fitted(messages)
+                messages = self._without_refused(fitted, error)
+                if messages is not fitted:
+                    pauses = delays()
                 pause = next(pauses)
             if self._is_given_up(generation, pause):
                 return False

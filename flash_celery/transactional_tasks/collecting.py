@@ -25,6 +25,8 @@ from .records import TaskRecord, describe, encode_content
 from .tracing import end_publishing_span
 
 _lock = threading.Lock()
+#: AMQP's longest short string, in bytes.
+_LONGEST_NAME = 255
 
 
 class Collector(Protocol):
@@ -215,7 +217,9 @@ class CollectingProducer(Producer):
         exchange: str,
         routing_key: str,
     ) -> None:
-        _refuse_unsendable(self._app, headers, properties)
+        _refuse_unsendable(self._app, priority, headers, properties)
+        if _driver(self._app) == "amqp":
+            _refuse_long_names(exchange, routing_key or "")
         text, binary = encode_content(body)
         self._collector.collect(
             self._app,
@@ -255,7 +259,16 @@ def refuse_fanout(app: Celery, exchange: Any) -> None:
         )
 
 
-def _refuse_unsendable(app: Celery, headers: Any, properties: Any) -> None:
+def _refuse_long_names(*names: str) -> None:
+    for name in names:
+        if len(name.encode(errors="replace")) > _LONGEST_NAME:
+            raise TransactionError(
+                f"RabbitMQ has no names of more than {_LONGEST_NAME} bytes, and the exchange or "
+                f"routing key {name[:50]}… is longer; give a shorter one."
+            )
+
+
+def _refuse_unsendable(app: Celery, priority: int | None, headers: Any, properties: Any) -> None:
     """Raise `TransactionError` for values that the broker's client could not write later."""
     if _driver(app) != "amqp":
         return
@@ -264,11 +277,13 @@ def _refuse_unsendable(app: Celery, headers: Any, properties: Any) -> None:
     try:
         # What travels in JSON is what the replication worker reads.
         headers, properties = loads(dumps(headers)), loads(dumps(properties))
+        if priority is not None:
+            properties["priority"] = priority
         amqp.Message("", application_headers=headers, **properties)._serialize_properties()
     except Exception as error:
         raise TransactionError(
-            f"The headers of the task cannot be sent to RabbitMQ ({error}); give values that AMQP "
-            "has."
+            f"The properties or headers of the task cannot be sent to RabbitMQ ({error}); give "
+            "values that AMQP has."
         ) from error
 
 

@@ -9,8 +9,10 @@ from celery import chain, chord, group
 from kombu import Connection, Exchange, Queue
 
 from flash_celery import transactional
+from flash_celery.dead_letters.queue import DeadLetterFilter, DeadLetterQueue
 from flash_celery.errors import TransactionError
 from flash_celery.publishing import brokers
+from flash_celery.settings import Settings
 
 from .conftest import Flash
 
@@ -199,6 +201,55 @@ def test_task_for_a_fanout_exchange_is_refused_in_the_transaction(flash):
     with psycopg.connect(flash.database.dsn) as connection:
         for options in ({"queue": everywhere.name}, {"exchange": exchange, "routing_key": "x"}):
             with pytest.raises(TransactionError, match="fanout"), transactional(connection):
+                flash.receipt.apply_async((1,), **options)
+
+
+REFUSED = {
+    "unbound": {"exchange": "amq.direct", "routing_key": "unbound"},
+    "missing": {"exchange": "missing", "routing_key": "x"},
+    "type": {"queue": Queue("typed", Exchange("typed", type="x-unknown"), routing_key="x")},
+    "user": {"user_id": "someone else"},
+    "expiration": {"expiration": -1},
+}
+
+
+def letters_of(flash):
+    queue = DeadLetterQueue(flash.app, Settings.from_app(flash.app).flash_dead_queue)
+    found = queue.find(DeadLetterFilter())
+    return queue, {letter.id: letter for letter in found}
+
+
+def test_tasks_that_the_broker_refuses_are_dead_letters_and_hold_up_nothing(flash):
+    flash.app.conf.flash_dead_queue = f"{flash.database.name}-dead"
+    flash.app.conf.task_queues = [Queue(flash.database.name)]
+    is_rabbit = flash.app.conf.broker_url.startswith("amqp")
+    refused = REFUSED if is_rabbit else {"missing": REFUSED["missing"]}
+    flash.start()
+    with psycopg.connect(flash.database.dsn) as connection, transactional(connection):
+        for name, options in refused.items():
+            flash.receipt.apply_async((name,), task_id=name, **options)
+            flash.receipt.apply_async((name,), task_id=f"after {name}")
+        for number in range(50):
+            flash.receipt.apply_async((1,), task_id=f"more {number}", **refused["missing"])
+        flash.receipt.apply_async((1,), task_id="last")
+    flash.do("SELECT 1")
+    # RabbitMQ may have those twice whose confirm was lost with the channel.
+    arrived = dict.fromkeys(message[3]["id"] for message in flash.taken())
+    assert list(arrived) == [*(f"after {name}" for name in refused), "last"]
+    queue, letters = letters_of(flash)
+    assert set(letters) == {*refused, *(f"more {number}" for number in range(50))}
+    assert letters["missing"].error == "Unroutable"
+    assert "exchange" in letters["missing"].message
+    assert queue.retry([letters["missing"]], split=False) == 1
+    assert [message[3]["id"] for message in flash.taken()] == ["missing"]
+
+
+def test_task_that_the_client_of_rabbitmq_cannot_write_is_refused_in_the_transaction(flash):
+    if not flash.app.conf.broker_url.startswith("amqp"):
+        return
+    with psycopg.connect(flash.database.dsn) as connection:
+        for options in ({"priority": 300}, {"queue": "q" * 300}):
+            with pytest.raises(TransactionError, match="RabbitMQ"), transactional(connection):
                 flash.receipt.apply_async((1,), **options)
 
 

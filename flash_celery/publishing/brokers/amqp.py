@@ -21,6 +21,8 @@ from amqp import (
     AccessRefused,
     Channel,
     ChannelError,
+    IrrecoverableConnectionError,
+    NotFound,
     PreconditionFailed,
     RecoverableConnectionError,
     ResourceLocked,
@@ -32,7 +34,9 @@ from kombu.entity import Queue
 from ...errors import NotConfirmed, PublishError, Unroutable
 from ...escaping import escaped
 from ...messages.lane_messages import REGISTRY, LaneForm, LaneMessage
+from ...messages.sent_tasks import SentTask
 from ...messages.task_message import Form, Message
+from ...transactional_tasks import records
 from .. import declared_queues
 from .amqp_lanes import AmqpLanes
 from .base import TIMEOUT, ConnectedPublisher, encodes_with
@@ -62,6 +66,18 @@ _TOO_LARGE = re.compile(r"message size \d+ is larger than (?:configured )?max si
 _DIFFERS = re.compile(
     r"inequivalent arg '([^']+)' for .* current is (?:the value )?'([^']*)'(?: of type '(\w+)')?"
 )
+
+
+class _Unsendable(Exception):
+    """A message has values that AMQP has not."""
+
+
+#: The errors with which RabbitMQ refuses a message or a declaration, whenever it gets it.
+_REFUSALS = ChannelError, IrrecoverableConnectionError, _Unsendable
+
+#: The errors of a declaration, also of a description that another version has written.
+_UNDECLARABLE = *_REFUSALS, KeyError, TypeError, ValueError, struct.error
+
 #: More arguments than a queue has.
 _MOST_ARGUMENTS = 20
 
@@ -93,6 +109,8 @@ class AmqpPublisher(ConnectedPublisher):
         super().__init__(app, timeout)
         #: Queues that may refuse a message and take a later one. Each gets one at a time.
         self._refusing: set[str] = set()
+        #: The descriptions for which RabbitMQ has closed the connection.
+        self._undeclarable: set[str] = set()
 
     def open(self, queues: Sequence[Any]) -> None:
         """Connect, declare the queues and ask for confirms.
@@ -223,10 +241,15 @@ class AmqpPublisher(ConnectedPublisher):
         except PublishError as error:
             self._limit_to_one({messages[tag - first].queue for tag in self._refused})
             error.confirmed = min(self._pending, default=self._sent + 1) - first
+            # The broker names no message, so only one that was sent alone is known to be it.
+            is_refusal = isinstance(error, Unroutable) or isinstance(error.__cause__, _REFUSALS)
+            error.refused = is_refusal and len(self._pending) == 1
+            if error.refused and isinstance(error.__cause__, (AccessRefused, NotFound)):
+                error = _unroutable(error)
             if isinstance(error.__cause__, PreconditionFailed):
                 limit = _TOO_LARGE.search(str(error))
                 error.size_limit = int(limit[1]) if limit else 0
-            raise
+            raise error from error.__cause__
 
     def _limited(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Return the first messages, with one at most for each queue that may refuse messages."""
@@ -316,7 +339,15 @@ class AmqpPublisher(ConnectedPublisher):
         for message in messages:
             self._sent += 1
             self._pending.add(self._sent)
-            method, properties = self._written(message)
+            try:
+                method, properties = self._written(message)
+            except Exception as error:  # of any type: an application has chosen the values
+                if not isinstance(message, SentTask):
+                    raise
+                raise PublishError(
+                    f"AMQP has no form for the properties or headers of {escaped(message.task)}: "
+                    f"{escaped(str(error))}."
+                ) from _Unsendable()
             body = message.body.encode() if isinstance(message.body, str) else message.body
             content = _CONTENT.pack(spec.Basic.CLASS_ID, 0, len(body)) + properties
             gathered += [self._frame(_METHOD, method), self._frame(_HEADER, content)]
@@ -385,21 +416,28 @@ class AmqpPublisher(ConnectedPublisher):
             table - len(argsrepr),
         )
 
-    def _declare_entity(self, entity: Any) -> None:
+    def _declare_entity(self, description: str) -> None:
         """Declare on a channel of its own: RabbitMQ closes it if it refuses.
 
-        It does if the queue exists with other arguments, or another process declares it.
+        It does if the queue exists with other arguments, or another process declares it. It closes
+        the connection for an exchange of an unknown type.
         """
+        if description in self._undeclarable:
+            return
         try:
+            entity = records.entity_of(description)
             with self._channel.connection.channel() as channel:
                 entity(channel).declare()
-        except (AccessRefused, PreconditionFailed, ResourceLocked) as error:
+        except _UNDECLARABLE as error:
             logger.warning(
-                "RabbitMQ refuses to declare %s, which a task in a transaction names, and gets the "
-                "task nevertheless: %s",
-                escaped(entity.name),
-                escaped(error.reply_text),
+                "RabbitMQ refuses to declare what a task in a transaction names, and gets the task "
+                "nevertheless (%s): %s",
+                escaped(description),
+                escaped(str(error)),
             )
+            if isinstance(error, IrrecoverableConnectionError):
+                self._undeclarable.add(description)
+                raise
 
     def _wait(self, allowed: int) -> None:
         """Wait until no more than so many messages are unconfirmed."""
@@ -531,6 +569,14 @@ def _value(text: str, amqp_type: str) -> Any:
     if amqp_type == "bool":
         return text == "true"
     return text if amqp_type == "longstr" else int(text)
+
+
+def _unroutable(error: PublishError) -> Unroutable:
+    """Return the error as one of the exchange."""
+    found = Unroutable(str(error))
+    found.confirmed, found.refused = error.confirmed, error.refused
+    found.__cause__ = error.__cause__
+    return found
 
 
 def _may_refuse(queue: Any) -> bool:

@@ -221,12 +221,12 @@ class ConnectedPublisher:
         """Declare the queues and exchanges that messages name, once for each connection."""
         named = {each for message in messages if message.declare for each in message.declare}
         for description in named - self._declared:
-            self._declare_entity(records.entity_of(description))
+            self._declare_entity(description)
             self._declared.add(description)
 
-    def _declare_entity(self, entity: Any) -> None:
+    def _declare_entity(self, description: str) -> None:
         """Declare a queue or an exchange."""
-        entity(self._channel).declare()
+        records.entity_of(description)(self._channel).declare()
 
     def options(self) -> dict[str, Any]:
         """Return the options of the transport."""

@@ -12,7 +12,7 @@ import uuid
 from base64 import b64encode
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
-from itertools import chain, count, groupby
+from itertools import chain, count, groupby, takewhile
 from json.encoder import encode_basestring_ascii
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from kombu.utils.json import dumps, loads
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from ...errors import LanesNotReady
+from ...errors import LanesNotReady, Unroutable
 from ...escaping import escaped
 from ...handlers.celery_tasks import WAKE_TASK
 from ...messages import lane_entries
@@ -66,6 +66,10 @@ class _Push(NamedTuple):
     text: str
     size: int
     commands: Sequence[Command] = ()
+
+    def goes_somewhere(self) -> bool:
+        """Return whether there is a list or a lane for it."""
+        return bool(self.key or self.commands)
 
 
 class RedisPublisher(ConnectedPublisher):
@@ -252,6 +256,7 @@ class RedisPublisher(ConnectedPublisher):
             PublishError: Redis has not confirmed them.
             TakenOver: Another session has claimed the lease.
             ConfirmedLost: Redis has lost what it had confirmed.
+            Unroutable: No queue is bound to the exchange of a task.
         """
         self.confirmed = 0
         expiring = self._expiring()
@@ -265,13 +270,24 @@ class RedisPublisher(ConnectedPublisher):
             for same_lanes in _by_lanes(messages[self.confirmed :]):
                 self._prepare_for(client, same_lanes)
                 for pushes in _chunks(map(self._push, same_lanes)):
-                    part = messages[self.confirmed : self.confirmed + len(pushes)]
-                    commands = self._commands(pushes, queues)
+                    routed = list(takewhile(_Push.goes_somewhere, pushes))
+                    part = messages[self.confirmed : self.confirmed + len(routed)]
+                    commands = self._commands(routed, queues)
                     if self._position is not None:
                         self._position.write(client, part, commands)
                     else:
                         in_one_step(client, commands)
-                    self.confirmed += len(pushes)
+                    self.confirmed += len(routed)
+                    if len(routed) < len(pushes):
+                        raise self._unroutable(messages[self.confirmed])
+
+    def _unroutable(self, message: Message) -> Unroutable:
+        error = Unroutable(
+            f"No queue is bound to the exchange {escaped(message.exchange)} for the routing key "
+            f"{escaped(message.routing_key)}."
+        )
+        error.confirmed, error.refused = self.confirmed, True
+        return error
 
     def requeue(
         self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
