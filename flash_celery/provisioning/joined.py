@@ -43,6 +43,8 @@ class Joined:
     tables: dict[str, list[Known]] = field(default_factory=dict)
     #: Handler, table and reason of tables that are left out, for `flash status`.
     left_out: list[list[str]] = field(default_factory=list)
+    #: The keys of `tables` whose handlers were not there: the stream has brought nothing for them.
+    absent: list[str] = field(default_factory=list)
 
 
 def read(source: Source) -> Joined:
@@ -52,7 +54,7 @@ def read(source: Source) -> Joined:
         tables = {
             key: [(oid, name) for oid, name in tables] for key, tables in recorded["tables"].items()
         }
-        return Joined(tables, list(recorded["left_out"]))
+        return Joined(tables, list(recorded["left_out"]), list(recorded["absent"]))
     except (ValueError, TypeError, KeyError, AttributeError):
         return Joined()
 
@@ -70,7 +72,8 @@ def step(prefix: str, joined: Joined) -> Step:
 def published_when_created(source: Source, oids: Sequence[int]) -> set[int]:
     """Return the tables that the transaction which created them has published, too.
 
-    An event trigger does that (`flash doctor --sql`), so none of their rows is missing.
+    An event trigger does that (`flash doctor --sql`), so none of their rows is missing to handlers
+    that were there.
     """
     parameters = [publication_names(source.prefix), list(oids)]
     rows = source.connection.execute(_PUBLISHED_WHEN_CREATED.encode(), parameters).fetchall()

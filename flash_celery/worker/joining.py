@@ -70,14 +70,16 @@ class Joining:
 
     def _now(self, before: Joined, report: Report) -> Joined:
         tables = {key: set(oids) for key, oids in before.tables.items()}
-        tables.update({_key(subscription): set() for subscription in self._patterns})
+        present = {_key(subscription) for subscription in self._patterns}
+        tables.update({key: set() for key in present})
         for subscription in of_patterns(report.subscriptions):
             tables[_key(subscription)].add(joined.known(report.tables[subscription.table]))
         left_out = [
             [each.handler, str(each.table), each.reason]
             for each in report.left_out[:_MOST_LEFT_OUT]
         ]
-        return Joined({key: sorted(oids) for key, oids in tables.items()}, left_out)
+        found = {key: sorted(known) for key, known in tables.items()}
+        return Joined(found, left_out, sorted(found.keys() - present))
 
     def _wanted(
         self, source: Source, before: Joined, report: Report
@@ -98,8 +100,10 @@ class Joining:
         complete = joined.published_when_created(source, [oid for _, oid in new]) if new else set()
         for (_, oid), subscription in new.items():
             table = report.tables[subscription.table]
-            renamed = any(oid == former for former, _ in tables.get(_key(subscription), ()))
-            if oid in complete and not renamed:
+            known = tables.get(_key(subscription))
+            renamed = any(oid == former for former, _ in known or ())
+            was_there = known is not None and _key(subscription) not in before.absent
+            if oid in complete and was_there and not renamed:
                 continue
             if not joined.is_surely_empty(source.connection, table):
                 yield subscription, renamed

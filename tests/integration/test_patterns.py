@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import contextmanager
 
 import psycopg
 import pytest
@@ -15,7 +16,7 @@ from flash_celery.provisioning import ddl, event_trigger, joined, preflight
 from flash_celery.publishing.brokers.memory import MemoryPublisher
 from flash_celery.settings import Settings
 from flash_celery.worker.replicator import Replicator
-from tests.integration.conftest import shown
+from tests.integration.conftest import Flash, shown
 
 ORDERS = "CREATE TABLE {}.orders (id int PRIMARY KEY, total int)"
 
@@ -53,8 +54,16 @@ def when_published(flash, *names):
     flash.wait(lambda: published(flash) == sorted(names))
 
 
-def when_backfilled(flash, name):
-    done = f"SELECT count(*) = 1 FROM flash_celery_backfills WHERE table_name = '{name}'"
+@contextmanager
+def closing(flash):
+    try:
+        yield flash
+    finally:
+        flash.stop()
+
+
+def when_backfilled(flash, name, times=1):
+    done = f"SELECT count(*) = {times} FROM flash_celery_backfills WHERE table_name = '{name}'"
     flash.wait(lambda: flash.database.one("SELECT to_regclass('flash_celery_backfills')"))
     flash.wait(lambda: flash.database.one(f"{done} AND state = 'done'"))
 
@@ -472,6 +481,33 @@ def test_event_trigger_lets_tables_join_in_the_transaction_that_creates_them(fla
     # Without publications it does nothing.
     flash.stop()
     flash.database.execute("DROP PUBLICATION flash_publication_insert", *tenant("tenant_b"))
+
+
+def test_handler_that_was_absent_gets_the_rows_of_tables_that_joined_by_the_event_trigger(
+    database, new_app
+):
+    """They were delivered to the handlers of that time only."""
+    delivered = {}
+    for number, names in enumerate((["one", "two"], ["one"], ["one", "two", "three"])):
+        flash = Flash(database, new_app())
+        for name in names:
+            flash.handler("tenant_*.orders", name=name, backfill=name == "three" or None)
+        flash.app.finalize()
+        database.execute(event_trigger.script("flash_publication", subscriptions_of(flash.app)))
+        with closing(flash.start()) as flash:
+            if number < 2:
+                name = f"tenant_{number}"
+                database.execute(*tenant(name), f"INSERT INTO {name}.orders VALUES (1, 1)")
+                flash.wait(lambda flash=flash: flash.replicator.telemetry.reconnections > 0)
+            else:
+                when_backfilled(flash, "tenant_1.orders", 2)
+                when_backfilled(flash, "tenant_0.orders")
+            flash.do("SELECT pg_logical_emit_message(true, '', '')")
+        for name in names:
+            delivered.setdefault(name, []).extend(tables(flash.delivered(name)))
+    assert {name: sorted(found) for name, found in delivered.items()} == {
+        name: ["tenant_0.orders", "tenant_1.orders"] for name in ("one", "two", "three")
+    }
 
 
 def test_rows_of_a_transaction_that_is_open_while_the_table_joins_are_delivered(flash):
