@@ -47,8 +47,7 @@ class Pipeline:
     ) -> None:
         self.telemetry = telemetry or Telemetry()
         router = Router(subscriptions, catalog, sink, self.telemetry, tasks)
-        prefixes = frozenset(each.prefix for each in subscriptions if each.prefix is not None)
-        self.transactions = Transactions(router, spool_directory, history, prefixes)
+        self.transactions = Transactions(router, spool_directory, history)
         #: The rest of each burst that arrived; it waits while a spooled transaction is replayed.
         self._arrived: deque[Iterator[tuple[bytes, list[bytes]]]] = deque()
         #: Whether the server has asked for a status update; the owner of the stream resets it.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Protocol
 
@@ -17,7 +17,6 @@ from ..changes import transaction_context
 from ..changes.history import History
 from ..changes.rows import Transaction
 from ..errors import ProtocolError, SavepointUnclear
-from ..handlers.subscriptions import RESERVED_PREFIX
 from ..protocol import pgoutput
 from ..protocol.lsn import Lsn
 from .spool import Spool, default_directory
@@ -89,7 +88,6 @@ class Transactions:
         rows: Takes the rows and messages of the transactions.
         spool_directory: Where large open transactions are kept. Default: `/var/tmp`.
         history: The server's history, which the transactions carry. Default: unknown.
-        prefixes: The prefixes of the messages that are handled, beside ours.
     """
 
     def __init__(
@@ -97,7 +95,6 @@ class Transactions:
         rows: Rows,
         spool_directory: str = "",
         history: History | None = None,
-        prefixes: Collection[str] = (),
     ) -> None:
         self._rows = rows
         #: The last elements of each transaction.
@@ -108,7 +105,6 @@ class Transactions:
         #: Logical messages of the transaction so far; they do not count as rows. The place of a row
         #: or message is the number of both before it: its ordinal, shifted by the other counter.
         self._messages = 0
-        self._prefixes = prefixes
         self._spools: dict[int, Spool] = {}
         #: The messages in each spool.
         self._streamed: dict[int, StreamedMessages] = {}
@@ -156,7 +152,8 @@ class Transactions:
             self._spools[self._block].append(xid, messages)
             if tag in _OF_SAVEPOINTS:
                 self._streamed[self._block].row(xid)
-            elif tag == _MESSAGE and any(map(self._is_handled, messages)):
+            elif tag == _MESSAGE:
+                # Also one that has no handler: it counts in the ids of the changes behind it.
                 self._streamed[self._block].message()
             return None
         if tag in _ROWS:
@@ -194,12 +191,6 @@ class Transactions:
             spool.close()
         self._spools.clear()
         self._streamed.clear()
-
-    def _is_handled(self, payload: bytes) -> bool:
-        """Return whether a message is for a handler or for us."""
-        message = pgoutput.decode(payload)
-        assert isinstance(message, pgoutput.LogicalMessage)
-        return message.prefix in self._prefixes or message.prefix.startswith(RESERVED_PREFIX)
 
     def _other(self, message: pgoutput.Message, payload: bytes) -> None:
         match message:

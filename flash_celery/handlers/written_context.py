@@ -89,8 +89,8 @@ class WrittenContext:
 
     def __init__(self) -> None:
         self.text = ""
-        #: The layers that it was made of.
-        self.layers: tuple[Layer, ...] = ()
+        #: The layers that it was made of; None after a rollback to a savepoint.
+        self.layers: tuple[Layer, ...] | None = ()
         #: The open savepoints, each with the context that the transaction had when it began.
         self._savepoints: list[tuple[str, str]] = []
         #: Whether it is being written.
@@ -123,5 +123,5 @@ class WrittenContext:
         if positions:
             text = self._savepoints[positions[-1]][1]
             del self._savepoints[positions[-1] + 1 :]
-        self.text, self.layers = text, ()
+        self.text, self.layers = text, None
         return True

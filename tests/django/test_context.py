@@ -128,6 +128,17 @@ def test_context_is_written_again_after_a_rollback_to_a_savepoint(site):
     assert messages(site) == 1
 
 
+def test_context_ends_with_its_block_also_after_a_rollback_to_a_savepoint(site):
+    with transaction.atomic():
+        with context("default", why="block"):
+            add(1)
+            with suppress(ZeroDivisionError), transaction.atomic():
+                add(2)
+                raise ZeroDivisionError
+        add(3)
+    assert contexts(site) == [(1, {"why": "block"}), (3, {})]
+
+
 def test_context_of_a_block_is_added_and_ends_with_it(site):
     def view():
         with transaction.atomic():

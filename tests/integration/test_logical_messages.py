@@ -167,8 +167,10 @@ def test_rows_are_delivered_unchanged_beside_logical_messages(flash):
     assert shown(flash.delivered()) == ["insert 1,-", "delete 1"]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_logical_message_of_a_savepoint_rolled_back_late_is_not_delivered(flash, streaming):
+@pytest.mark.parametrize(
+    ("streaming", "prefix"), [(False, "mail"), (True, "mail"), (True, "of another program")]
+)
+def test_logical_message_of_a_savepoint_rolled_back_late_is_not_delivered(flash, streaming, prefix):
     flash.database.execute(ITEMS, "ALTER SYSTEM SET logical_decoding_work_mem = '64kB'")
     flash.database.execute("SELECT pg_reload_conf()")
     listen(flash, "mail").handler("items").start(flash_use_streaming=streaming)
@@ -176,7 +178,7 @@ def test_logical_message_of_a_savepoint_rolled_back_late_is_not_delivered(flash,
     with flash.database.connect() as connection:
         connection.execute("BEGIN")
         connection.execute("SAVEPOINT a")
-        connection.execute(emit("mail", "rolled back"))
+        connection.execute(emit(prefix, "rolled back"))
         connection.execute(many.format(1, 300))
         connection.execute("ROLLBACK TO a")
         connection.execute(many.format(1001, 1003))
@@ -184,7 +186,10 @@ def test_logical_message_of_a_savepoint_rolled_back_late_is_not_delivered(flash,
         connection.execute("COMMIT")
     flash.do("SELECT 1")
     assert len(flash.delivered()) == 3
-    assert [message.content for message in flash.delivered("messages")] == [b"kept"]
+    (message,) = flash.delivered("messages")
+    assert message.content == b"kept"
+    # Its id is the same whether it was streamed or not.
+    assert message._position[1] == 3
 
 
 def test_streaming_goes_on_after_unclear_messages_in_concurrent_transactions(flash, caplog):

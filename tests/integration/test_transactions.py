@@ -186,7 +186,7 @@ def collected(connection, plain=()):
     to be read again, which end up in `unclear`.
     """
     collected_rows = Collected()
-    transactions = Transactions(collected_rows, prefixes=["counted"])
+    transactions = Transactions(collected_rows)
     streamed = 0
     rows = connection.execute(
         "SELECT data FROM pg_logical_slot_peek_binary_changes('nested', NULL, NULL, "

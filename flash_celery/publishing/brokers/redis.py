@@ -273,10 +273,10 @@ class RedisPublisher(ConnectedPublisher):
                     routed = list(takewhile(_Push.goes_somewhere, pushes))
                     part = messages[self.confirmed : self.confirmed + len(routed)]
                     commands = self._commands(routed, queues)
-                    if self._position is not None:
-                        self._position.write(client, part, commands)
-                    else:
+                    if self._position is None:
                         in_one_step(client, commands)
+                    elif part:
+                        self._position.write(client, part, commands)
                     self.confirmed += len(routed)
                     if len(routed) < len(pushes):
                         raise self._unroutable(messages[self.confirmed])
