@@ -21,6 +21,7 @@ pytestmark = pytest.mark.soak
 ROOT = Path(__file__).parents[2]
 #: The libraries of the extras, and ours that cannot be imported without them.
 OPTIONAL = {
+    "asgiref": "flash_celery.django",
     "django": "flash_celery.django",
     "prometheus_client": "flash_celery.monitoring",
     "pytest": "flash_celery.pytest_plugin",
