@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -112,6 +112,7 @@ class ReadingChunks(threading.Thread):
         backfill: What to read.
         room: The room in the handler's queues.
         wake: Wakes the session: a chunk is offered.
+        known: The chunks that the broker knows when the session begins.
     """
 
     def __init__(
@@ -120,12 +121,14 @@ class ReadingChunks(threading.Thread):
         backfill: Backfill,
         room: Room,
         wake: Callable[[], object],
+        known: Collection[str] = (),
     ) -> None:
         super().__init__(name="flash-backfill", daemon=True)
         self._settings = settings
         self._backfill = backfill
         self._room = room
         self._wake = wake
+        self._known = known
         self._ending = threading.Event()
         #: The chunks that are offered, until the session takes them, with the attempt they are of.
         self._offered: deque[tuple[int, Chunk]] = deque()
@@ -339,12 +342,15 @@ class ReadingChunks(threading.Thread):
         self, connection: psycopg.Connection[Any], chunk: _InFlight, answer: _Answer
     ) -> None:
         id = self._backfill.id
+        known = [each for each in (*self._known, self._progress["chunk"]) if each]
         self._progress = Progress(
             cursor=chunk.cursor or self._progress["cursor"],
             chunk=answer.chunk or self._progress["chunk"],
         )
         with connection.transaction():
             requests.advance(connection, id, answer.rows, self._progress)
+            if answer.chunk and known:
+                requests.vouch(connection, self._backfill, answer.chunk, known)
             requests.forget_moved(connection, id, chunk.moved)
         self.recorded += 1
         self._wake()

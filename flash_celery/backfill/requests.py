@@ -77,6 +77,11 @@ UPDATE public.flash_celery_backfills
 SET advanced_at = clock_timestamp(), chunks = chunks + 1, row_count = row_count + %(rows)s,
     error = NULL, progress = %(progress)s
 WHERE id = %(id)s"""
+_VOUCH = """
+UPDATE public.flash_celery_backfills
+SET progress = jsonb_set(progress, '{chunk}', to_jsonb(%(chunk)s::text))
+WHERE slot = %(slot)s AND id <> %(id)s AND ended_at IS NULL
+  AND progress->>'chunk' = ANY(%(known)s)"""
 _BEGIN_AGAIN = "UPDATE public.flash_celery_backfills SET progress = NULL WHERE id = %s"
 #: One that has ended, or was deleted, needs none.
 _MOVED = """
@@ -279,6 +284,23 @@ def advance(
         progress: How far it has come with them.
     """
     connection.execute(_PROGRESS, {"rows": rows, "progress": Jsonb(progress), "id": id})
+
+
+def vouch(
+    connection: psycopg.Connection[Any], backfill: Backfill, chunk: str, known: Sequence[str]
+) -> None:
+    """Record that a broker which knows a chunk has the rows of other backfills, too.
+
+    It knows the last chunks only, so those of a backfill that is paused are forgotten.
+
+    Args:
+        connection: To the source's database.
+        backfill: The one that the chunk is of.
+        chunk: What the broker knows the chunk by.
+        known: Chunks that it knew when it got this one.
+    """
+    values = {"chunk": chunk, "slot": backfill.slot, "id": backfill.id, "known": list(known)}
+    connection.execute(_VOUCH, values)
 
 
 def begin_again(connection: psycopg.Connection[Any], id: str) -> None:

@@ -143,15 +143,17 @@ class Backfilling:
             return
         progress = self._backfill.progress
         self._knows_rows, self._sink.enqueued = enqueued is not None, enqueued or {}
-        if progress is not None and progress["chunk"] and enqueued is not None:
-            known = {chunk[:CHUNK_ID_BYTES].hex() for chunk in enqueued}
-            if progress["chunk"] not in known:
-                self._begin_again("the broker has lost rows that it had confirmed")
-                self._sink.enqueued = {}
+        known = {chunk[:CHUNK_ID_BYTES].hex() for chunk in enqueued or ()}
+        last = "" if progress is None else progress["chunk"]
+        if last and enqueued is not None and last not in known:
+            self._begin_again("the broker has lost rows that it had confirmed")
+            self._sink.enqueued = {}
         cursor = progress["cursor"] if progress is not None else None
         if cursor is not None and not self._continues(cursor):
             self._begin_again(_REPLACED)
-        self._reading = ReadingChunks(self._source.settings, self._backfill, self._room, wake)
+        self._reading = ReadingChunks(
+            self._source.settings, self._backfill, self._room, wake, known
+        )
         self._reading.start()
         if progress is None and not (self._backfill.options.get("truncate") or self._ends):
             logger.info(_DELETED_STAY, self._backfill.id, self._backfill.handler)
