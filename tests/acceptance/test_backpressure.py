@@ -153,7 +153,7 @@ def test_full_queue_that_is_deleted_is_declared_again(make_shop, rabbit):
     shop.until_said(replicate, "Paused:")
     with amqp.Connection(host=f"127.0.0.1:{rabbit.port}") as connection:
         connection.channel().queue_delete("flash")
-    shop.until_said(replicate, "no queue 'flash'")
+    shop.until_said(replicate, "no queue flash")
     # The messages in a deleted queue are lost; the rest arrives.
     wait_until_confirmed(shop)
     shop.worker()

@@ -127,9 +127,12 @@ OPTIONS = [
 def test_every_option_arrives_as_celery_sends_it(flash):
     flash.start()
     signatures = {"ship": flash.ship.si(2)}
+    is_redis = flash.app.conf.broker_url.startswith("redis")
+    # AMQP has no priorities that are texts.
+    all_options = [*OPTIONS, *[{"priority": "7"}] * is_redis]
 
     def send():
-        for number, options in enumerate(OPTIONS):
+        for number, options in enumerate(all_options):
             if "yaml" in options.values():
                 pytest.importorskip("yaml")
             given = {name: signatures.get(str(value), value) for name, value in options.items()}
@@ -138,7 +141,7 @@ def test_every_option_arrives_as_celery_sends_it(flash):
         flash.app.send_task("elsewhere", [1], {"a": 2}, task_id="by-name", priority=2)
 
     published, carried = both_ways(flash, send)
-    assert len(carried) == len(OPTIONS) + 1
+    assert len(carried) == len(all_options) + 1
     # Priorities are queues of their own on Redis, and sort before others there.
     for normal, ours in zip(published, carried, strict=True):
         names = ["eta"] if normal[3]["id"] == "task-1" else []
@@ -242,6 +245,20 @@ def test_tasks_that_the_broker_refuses_are_dead_letters_and_hold_up_nothing(flas
     assert "exchange" in letters["missing"].message
     assert queue.retry([letters["missing"]], split=False) == 1
     assert [message[3]["id"] for message in flash.taken()] == ["missing"]
+
+
+def test_length_limit_lets_tasks_pass_whose_queue_does_not_exist(flash):
+    name = flash.database.name
+    flash.app.conf.update(flash_max_queue_length=50, flash_dead_queue=f"{name}-dead")
+    flash.start()
+    with psycopg.connect(flash.database.dsn) as connection, transactional(connection):
+        flash.receipt.apply_async((1,), task_id="first")
+        flash.receipt.apply_async((2,), task_id="new", queue=f"{name}-new")
+        flash.receipt.apply_async(("lost",), exchange="missing", routing_key="x", task_id="lost")
+    flash.do("SELECT 1")
+    for queue, task_id in ((name, "first"), (f"{name}-new", "new")):
+        assert {message[3]["id"] for message in flash.taken(queue)} == {task_id}
+    assert set(letters_of(flash)[1]) == {"lost"}
 
 
 def test_task_that_the_client_of_rabbitmq_cannot_write_is_refused_in_the_transaction(flash):

@@ -158,14 +158,16 @@ class AmqpPublisher(ConnectedPublisher):
     def depth(self, queue: str) -> int:
         """Return how many messages wait in a queue, or changes in the lanes of this name.
 
+        A missing queue is empty: a task of a transaction may bring its queue along.
+
         Raises:
             PublishError: The broker does not answer.
         """
-        if not queue.startswith(f"{REGISTRY}."):
-            return super().depth(queue)
         self.confirmed = 0
         with self.errors():
-            return self._lanes.depth(queue)
+            if queue.startswith(f"{REGISTRY}."):
+                return self._lanes.depth(queue)
+            return self._lanes.waiting(queue)
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Publish messages and wait for every confirm; then wake the lanes that got changes.

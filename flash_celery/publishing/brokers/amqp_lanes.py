@@ -209,6 +209,12 @@ class AmqpLanes:
         lanes = form.lanes if form else int(recorded(self._channel, key).get("lanes") or 0)
         return sum(depth.ready for _, depth in self._depths(key, lanes))
 
+    def waiting(self, queue: str) -> int:
+        """Return how many messages wait in a queue; 0 if it does not exist."""
+        # Not on the channel that publishes, which RabbitMQ would close.
+        depth = look(self._channel, queue)
+        return depth.ready if depth is not None else 0
+
     def _needs_wake(self, lane: str, count: int) -> bool:
         """Return whether a lane that got so many changes has to be woken.
 

@@ -421,6 +421,7 @@ class RedisPublisher(ConnectedPublisher):
             properties = {"properties": {"priority": priority}}
             step = self._channel._get_message_priority(properties, reverse=False)
             key = self._sent_keys[place] = self._channel._q_for_pri(record.routing_key, step)
+        number = priority if type(priority) is int else dumps(priority)
         body = record.body if record.binary else b64encode(record.body.encode()).decode()
         encoding, kind, routing_key = map(
             encode_basestring_ascii,
@@ -430,7 +431,7 @@ class RedisPublisher(ConnectedPublisher):
             f'{{"body": "{body}", "content-encoding": {encoding}, "content-type": {kind}, '
             f'"headers": {record.headers}, "properties": {record.properties[:-1]}, '
             f'"delivery_info": {{"exchange": "", "routing_key": {routing_key}}}, '
-            f'"priority": {priority}, "body_encoding": "base64", '
+            f'"priority": {number}, "body_encoding": "base64", '
             f'"delivery_tag": "{next(self._tags)}"}}}}'
         )
 
