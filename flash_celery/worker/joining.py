@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 
+import psycopg
+
 from ..backfill import plans, requests
 from ..errors import ConfigurationError
 from ..escaping import escaped, one_line
@@ -15,6 +17,7 @@ from ..postgres.source import Source
 from ..provisioning import joined, record
 from ..provisioning.joined import Joined
 from ..provisioning.preflight import Report
+from ..table_name import TableName
 
 logger = logging.getLogger(__name__)
 
@@ -112,20 +115,24 @@ class Joining:
 def _request(source: Source, subscription: Subscription) -> str:
     """Request a backfill; return why that is impossible, or ""."""
     handler, table = subscription.handler, subscription.table
-    name = escaped(str(table))
-    for other in requests.all_of(source):
-        if (other.handler, other.table_name, other.ended_at) == (handler, str(table), None):
-            # It may have read rows that were changed while the table was not published.
-            allowed = [*requests.ACTIVE, "paused"]
-            requests.enter(source.connection, other.id, "stopped", allowed, _JOINED_AGAIN)
     try:
-        (backfill,) = plans.start(source, plans.plan(source, [subscription], handler, table))
-    except ConfigurationError as error:
+        with source.connection.transaction():
+            _stop(source, handler, table)
+            (backfill,) = plans.start(source, plans.plan(source, [subscription], handler, table))
+    except (ConfigurationError, psycopg.ProgrammingError, psycopg.IntegrityError) as error:
         return one_line(error)
     logger.info(
         "%s has joined %s: the backfill %s of it is requested",
-        name,
+        escaped(str(table)),
         escaped(str(subscription.pattern)),
         backfill.id,
     )
     return ""
+
+
+def _stop(source: Source, handler: str, table: TableName) -> None:
+    """Stop a backfill of the table: rows that it has read may have changed unseen."""
+    for other in requests.all_of(source):
+        if (other.handler, other.table_name, other.ended_at) == (handler, str(table), None):
+            allowed = [*requests.ACTIVE, "paused"]
+            requests.enter(source.connection, other.id, "stopped", allowed, _JOINED_AGAIN)

@@ -443,6 +443,20 @@ def test_table_that_cannot_be_backfilled_is_a_gap(flash, caplog):
     assert "not on both insert and update" in gap["reason"]
 
 
+def test_table_joins_though_the_tables_of_backfills_are_damaged(flash, caplog):
+    flash.handler("tenant_*.orders").start()
+    flash.database.execute(*tenant("tenant_a"), "INSERT INTO tenant_a.orders VALUES (1, 1)")
+    when_backfilled(flash, "tenant_a.orders")
+    flash.database.execute(
+        "ALTER TABLE flash_celery_backfills DROP COLUMN progress",
+        *tenant("tenant_b"),
+        "INSERT INTO tenant_b.orders VALUES (2, 2)",
+    )
+    flash.wait(lambda: "rows that tenant_b.orders had before it joined" in caplog.text)
+    flash.do("INSERT INTO tenant_b.orders VALUES (3, 3)")
+    assert shown(flash.delivered())[-1] == "insert 3,3"
+
+
 def test_status_shows_tables_that_are_left_out(flash):
     flash.database.execute("CREATE SCHEMA tenant_a", "CREATE TABLE tenant_a.orders (id int)")
     flash.handler("tenant_*.orders", fields=["total"]).start()
