@@ -247,6 +247,23 @@ def test_tasks_that_the_broker_refuses_are_dead_letters_and_hold_up_nothing(flas
     assert [message[3]["id"] for message in flash.taken()] == ["missing"]
 
 
+def test_task_that_other_transports_would_drop_is_a_dead_letter(database, new_app):
+    flash = OnBroker(database, new_app(), "memory://")
+    flash.app.conf.flash_dead_queue = f"{database.name}-dead"
+
+    @flash.app.task(name="receipt", shared=False)
+    def receipt(*args): ...
+
+    flash.start()
+    with psycopg.connect(database.dsn) as connection, transactional(connection):
+        receipt.apply_async((1,), exchange="missing", routing_key="x", task_id="lost")
+        receipt.apply_async((2,), task_id="after")
+    flash.do("SELECT 1")
+    assert [message[3]["id"] for message in flash.taken()] == ["after"]
+    assert len(flash.taken(flash.app.conf.flash_dead_queue)) == 1
+    flash.stop()
+
+
 def test_length_limit_lets_tasks_pass_whose_queue_does_not_exist(flash):
     name = flash.database.name
     flash.app.conf.update(flash_max_queue_length=50, flash_dead_queue=f"{name}-dead")

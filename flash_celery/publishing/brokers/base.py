@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from kombu.utils.json import dumps
 from kombu.utils.url import maybe_sanitize_url
 
-from ...errors import ConfigurationError, PublishError
+from ...errors import ConfigurationError, PublishError, Unroutable
+from ...escaping import escaped
 from ...handlers import redis_extra
 from ...messages.deduplication import Deduplicator, Lease
 from ...messages.lane_messages import LaneForm
@@ -315,6 +316,15 @@ class ConnectedPublisher:
             if self._is_virtual:
                 return int(self._channel._size(queue))
             return int(self._channel.queue_declare(queue=queue, passive=True).message_count)
+
+    def unroutable(self, message: Message) -> Unroutable:
+        """Return the error of a message for which its exchange has no queue."""
+        error = Unroutable(
+            f"No queue is bound to the exchange {escaped(message.exchange)} for the routing key "
+            f"{escaped(message.routing_key)}."
+        )
+        error.confirmed, error.refused = self.confirmed, True
+        return error
 
     def consumers(self, queue: str) -> int:
         """Return how many consumers a queue has; 0 if the broker does not count them.

@@ -19,12 +19,15 @@ class KombuPublisher(ConnectedPublisher):
 
         Raises:
             PublishError: The broker has not confirmed a message.
+            Unroutable: No queue is bound to the exchange of a task.
         """
         self.confirmed = 0
         with self.errors():
             self._declare(messages)
             producer = Producer(self._channel, auto_declare=False)
             for message in messages:
+                if message.exchange and not self._reaches_a_queue(message):
+                    raise self.unroutable(message)
                 producer.publish(
                     message.body,
                     routing_key=message.routing_key,
@@ -35,6 +38,12 @@ class KombuPublisher(ConnectedPublisher):
                     **message.properties,
                 )
                 self.confirmed += 1
+
+    def _reaches_a_queue(self, message: Message) -> bool:
+        """Return False if kombu, which emulates exchanges, would drop a message."""
+        if not self._is_virtual:
+            return True
+        return bool(self._channel._lookup(message.exchange, message.routing_key))
 
     def requeue(
         self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]

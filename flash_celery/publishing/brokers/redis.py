@@ -21,7 +21,7 @@ from kombu.utils.json import dumps, loads
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from ...errors import LanesNotReady, Unroutable
+from ...errors import LanesNotReady
 from ...escaping import escaped
 from ...handlers.celery_tasks import WAKE_TASK
 from ...messages import lane_entries
@@ -279,15 +279,7 @@ class RedisPublisher(ConnectedPublisher):
                         self._position.write(client, part, commands)
                     self.confirmed += len(routed)
                     if len(routed) < len(pushes):
-                        raise self._unroutable(messages[self.confirmed])
-
-    def _unroutable(self, message: Message) -> Unroutable:
-        error = Unroutable(
-            f"No queue is bound to the exchange {escaped(message.exchange)} for the routing key "
-            f"{escaped(message.routing_key)}."
-        )
-        error.confirmed, error.refused = self.confirmed, True
-        return error
+                        raise self.unroutable(messages[self.confirmed])
 
     def requeue(
         self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
