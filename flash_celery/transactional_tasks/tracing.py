@@ -11,7 +11,9 @@ def end_publishing_span(task_name: str, task_id: str) -> None:
     It ends it after the message was published, which does not happen in this process, or not now.
     """
     module = sys.modules.get("opentelemetry.instrumentation.celery")
-    if module is None or not module.CeleryInstrumentor().is_instrumented_by_opentelemetry:
+    # Another thread may be importing it just now.
+    instrumentor = getattr(module, "CeleryInstrumentor", None)
+    if instrumentor is None or not instrumentor().is_instrumented_by_opentelemetry:
         return
     from opentelemetry.instrumentation.celery import utils
 
