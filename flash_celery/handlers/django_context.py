@@ -68,9 +68,8 @@ def _write_before(
     cursor = context["cursor"].cursor
     together = not many and first_word(statement) in _TOGETHER and _binds_itself(cursor)
     if together:
-        result = execute(f"{statement_for(text)}; {sql}", params, many, context)
-        if isinstance(cursor, psycopg.Cursor):
-            cursor.nextset()  # psycopg2 has the last result already
+        with _SentTogether(context["cursor"], statement_for(text)):
+            result = execute(sql, params, many, context)
     else:
         if not (begins and connection.get_autocommit()):
             with connection.connection.cursor() as own:
@@ -78,6 +77,36 @@ def _write_before(
         result = execute(sql, params, many, context)
     written.write(text, active)
     return result
+
+
+class _SentTogether:
+    """Sends a statement in one round trip with the next one of a cursor.
+
+    It takes the place of the driver's cursor until then, so that the other wrappers of Django see
+    the statement of the application alone.
+    """
+
+    def __init__(self, wrapper: Any, statement: str) -> None:
+        self._wrapper = wrapper
+        self._cursor = wrapper.cursor
+        self._statement = statement
+
+    def __enter__(self) -> None:
+        self._wrapper.cursor = self
+
+    def __exit__(self, *_: object) -> None:
+        self._wrapper.cursor = self._cursor
+
+    def execute(self, sql: str, *params: Any) -> Any:
+        """Execute both; the result is that of the second."""
+        self._wrapper.cursor = self._cursor
+        result = self._cursor.execute(f"{self._statement}; {sql}", *params)
+        if isinstance(self._cursor, psycopg.Cursor):
+            self._cursor.nextset()  # psycopg2 has the last result already
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cursor, name)
 
 
 def _may_write(connection: Any) -> bool:

@@ -60,6 +60,22 @@ def site(request, configured, flash):
     flash.database.execute("SELECT pg_drop_replication_slot('counted')")
 
 
+def test_other_wrappers_see_the_statement_of_the_application_alone(site):
+    seen = []
+
+    def note(execute, sql, params, many, wrapped):
+        result = execute(sql, params, many, wrapped)
+        seen.append((sql, wrapped["cursor"].cursor.rowcount))
+        return result
+
+    with transaction.atomic(), context(connection, user=7), connection.execute_wrapper(note):
+        add(1)
+    assert seen == [("INSERT INTO items VALUES (%s, '%%') RETURNING id", 1)]
+    site.do("SELECT 1")
+    (change,) = site.delivered()
+    assert dict(change.context) == {"user": 7}
+
+
 def contexts(flash):
     flash.do("SELECT 1")
     return [(change.new["id"], dict(change.context)) for change in flash.delivered()]

@@ -6,10 +6,12 @@
 import asyncio
 import threading
 
+import django.conf
 import psycopg
 import pytest
 from celery import signals
 from celery.exceptions import Ignore, Retry
+from django.utils.functional import empty
 from kombu.utils.json import loads
 
 from flash_celery import transactional
@@ -327,7 +329,10 @@ def test_asyncio_task_that_outlives_its_block_publishes_as_ever(tasks):
     assert published[0] is not None
 
 
-def test_errors_are_raised_in_the_transaction(tasks):
+def test_errors_are_raised_in_the_transaction(tasks, monkeypatch):
+    # Other tests in this process may have configured Django.
+    if django.conf.settings.configured:
+        monkeypatch.setattr(django.conf.settings, "_wrapped", empty)
     connection = psycopg.connect(tasks.database.dsn, autocommit=True)
     with pytest.raises(TransactionError, match="nothing to join"), transactional(connection):
         tasks.receipt.delay(1)

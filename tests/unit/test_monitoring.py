@@ -122,7 +122,7 @@ def test_keys_of_status_are_promised(observer):
     report = observer.report()
     keys = list(StatusReport(report.project, report.database, report.broker, None).as_json())
     assert keys == [
-        *("source", "other_sources", "slot_name", "subscriptions"),
+        *("source", "other_sources", "slot_name", "subscriptions", "carries_tasks"),
         *("slot", "history", "gaps", "paused", "paused_handlers", "backfills", "left_out"),
         *("queues", "max_queue_length", "dead_letters", "broker_error", "lanes"),
         "unhandled",
