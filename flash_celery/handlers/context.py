@@ -27,7 +27,7 @@ _IDLE, _IN_ERROR = 0, 3
 class context:  # noqa: N801 - used as a function
     """Have what is written in the block carry values, which handlers get as `change.context`.
 
-    It costs one message in a transaction that writes, and none in one that only reads. Blocks can
+    It costs two short records of WAL in a transaction that writes, and none in others. Blocks can
     be nested: the values of the inner one are added.
 
     With Django and SQLAlchemy, the message is written before the first statement that is not

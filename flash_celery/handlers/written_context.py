@@ -61,7 +61,10 @@ def statement_for(text: str) -> str:
     content = b64encode((text or "{}").encode()).decode()
     return (
         "SELECT pg_catalog.pg_logical_emit_message(true, 'flash.context', "
-        f"pg_catalog.decode('{content}', 'base64'))::text"
+        f"pg_catalog.decode('{content}', 'base64'))::text, "
+        # The position of a message is the end of its record, where the next one begins. If that is
+        # a row of another savepoint, PostgreSQL sends either first; so another record follows.
+        "pg_catalog.pg_logical_emit_message(false, 'flash.next', ''::bytea)::text"
     )
 
 

@@ -214,6 +214,24 @@ def test_loop_of_two_handlers_ends_in_a_dead_letter(flash):
     assert change.context["handler"] == "second"
 
 
+def test_context_in_savepoints_begins_and_ends_before_the_next_row(flash):
+    """PostgreSQL does not order a message and a row of another savepoint that follows at once."""
+    flash.database.execute(ITEMS)
+    flash.handler("items").start()
+    with flash.database.connect() as connection:
+        with connection.transaction():
+            connection.execute(ADD.format(1))
+            with connection.transaction(), context(connection, user=7), connection.transaction():
+                connection.execute(ADD.format(2))
+        with connection.transaction():
+            connection.execute(ADD.format(3))
+            with connection.transaction(), context(connection, user=8):
+                pass
+            connection.execute(ADD.format(4))
+    flash.do("SELECT 1")
+    assert contexts(flash) == [(1, {}), (2, {"user": 7}), (3, {}), (4, {})]
+
+
 @pytest.mark.parametrize("kind", ["psycopg", "sqlalchemy"])
 def test_handler_with_once_writes_with_its_context(flash, new_app, kind):
     flash.database.execute(ITEMS)
