@@ -203,7 +203,7 @@ def checksum(rows):
 
 
 def others(bench):
-    """Measure the latency of changes of another queue, with a worker of its own, meanwhile."""
+    """Measure the latency of changes of another queue, which has its own worker, in a backfill."""
     seconds = bench.seconds(6)
     database = bench.database()
     database.execute(

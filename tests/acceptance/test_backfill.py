@@ -607,7 +607,7 @@ def test_row_of_copy_has_the_values_of_its_columns(database):
 
 
 def test_plan_refuses_what_the_role_may_not_read(database, new_app):
-    """With the SQL that mends it, and nothing recorded; `flash doctor` says it as well."""
+    """The error has the SQL that grants it, and nothing is recorded; `flash doctor` reports it."""
     database.execute(
         "DROP ROLE IF EXISTS reader",
         "CREATE ROLE reader LOGIN",
@@ -641,7 +641,7 @@ def test_plan_refuses_what_the_role_may_not_read(database, new_app):
 
 
 def test_two_requests_at_once_are_one_backfill(database):
-    """As when a new handler starts while somebody asks for its rows."""
+    """A new handler may start while `flash backfill` requests its rows."""
     database.execute("CREATE TABLE t (id int PRIMARY KEY)")
     subscription = Subscription("h", TableName("public", "t"))
     refused = []

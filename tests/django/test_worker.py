@@ -72,5 +72,5 @@ def test_ordered_handler_whose_connection_is_lost_gets_another_for_the_next_chan
     """The changes of a lane are handled one after another in one Celery task."""
     cut = ORDER.replace("'open'", "'cut'")
     database.execute(CUSTOMER, "; ".join([cut, *[ORDER] * 5]))
-    told = tmp_path / "notes in order"
-    wait_until(lambda: told.exists() and len(told.read_text().splitlines()) == 5, "all but one")
+    file = tmp_path / "notes in order"
+    wait_until(lambda: file.exists() and len(file.read_text().splitlines()) == 5, "all but one")

@@ -369,9 +369,9 @@ def test_backfill_of_a_pattern_is_as_the_handler_wishes(flash, wish):
         flash.wait(lambda: flash.database.one(done), timeout=120)
     flash.do("INSERT INTO tenant_b.orders VALUES (4, 4)")
     changes = flash.delivered()
-    told = {(change.schema, change.new["id"], bool(change.backfill)) for change in changes}
+    received = {(change.schema, change.new["id"], bool(change.backfill)) for change in changes}
     backfilled = {("tenant_b", 2, True), ("tenant_a", 3, True)} if wish else set()
-    assert told - {("tenant_a", 1, True)} == backfilled | {("tenant_b", 4, False)}
+    assert received - {("tenant_a", 1, True)} == backfilled | {("tenant_b", 4, False)}
 
 
 def test_table_that_is_created_again_while_its_backfill_is_under_way_is_delivered(flash):

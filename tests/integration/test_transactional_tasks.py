@@ -443,7 +443,7 @@ def test_messages_that_the_application_did_not_sign_are_refused(tasks, caplog):
         ).fetchone()
         here, there = Database(system, name), Database(system, "another")
         (key,) = signing.keys_of(tasks.replicator._settings)
-        other = signing._derived("a key that nobody knows")
+        other = signing._derived("another key")
         body = records.encode(
             [records.TaskRecord("receipt", "x", "", "celery", 0, "a", "b", "[]", False, "", "", ())]
         )

@@ -1,4 +1,4 @@
-"""A copy of `items` that a handler keeps, and begins anew with a backfill now and then."""
+"""A copy of `items` that a handler keeps, and starts again with a backfill now and then."""
 
 import json
 import os

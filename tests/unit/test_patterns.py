@@ -117,11 +117,11 @@ class Order:
 
 
 def test_rows_of_a_pattern_are_typed_and_ordered(app):
-    told = []
+    received = []
 
     @app.task(name="typed", shared=False)
     def typed(change):
-        told.append(change.new)
+        received.append(change.new)
 
     on_change("tenant_*.orders", "insert", into=Order, ordered=True)(typed)
     flash = testing.Flash(app)
@@ -129,4 +129,4 @@ def test_rows_of_a_pattern_are_typed_and_ordered(app):
     (task,) = flash.enqueued(change)
     assert task.ordering_keys == [{"id": 1}]
     flash.apply(change)
-    assert told == [Order(1, 5)]
+    assert received == [Order(1, 5)]
