@@ -141,6 +141,8 @@ def compared(bench, name, base):
             bench.doing(f"{name}, run {run + 1} of {bench.runs}, {side}")
             with project.code_of(base if side == "base" else project.ROOT):
                 measured = once()
+            values = ", ".join(f"{value:.2f} {UNITS[key]}" for key, value in measured.items())
+            bench.say(f"    {side}: {values}")
             for quantity, value in measured.items():
                 new = Comparison(EXPLAINED[name], quantity)
                 getattr(comparisons.setdefault(quantity, new), side).append(value)

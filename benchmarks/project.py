@@ -1,5 +1,6 @@
 """Run the real `celery` commands as processes."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -70,6 +71,10 @@ class Process:
 
     def cpu(self):
         """Return the seconds of processor time so far."""
+        # The scheduler's own nanoseconds; the times of processes come in steps of 10 ms.
+        with contextlib.suppress(OSError):
+            threads = Path("/proc", str(self.measured.pid), "task").glob("*/schedstat")
+            return sum(int(each.read_text().split()[0]) for each in threads) / 1e9
         times = self.measured.cpu_times()
         return times.user + times.system
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import select
-import socket
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
 import psycopg
@@ -37,10 +34,12 @@ T = TypeVar("T")
 _PATIENCE = 30.0
 #: Seconds between two calls of `on_wait`.
 _WAIT_SECONDS = 0.1
-#: Bytes in one `receive` from which the stream counts as busy, and the bytes that have to arrive
-#: then before its socket becomes readable.
+#: Bytes in one `receive` from which the stream counts as busy.
 _BUSY_BYTES = 1 << 14
-_BURST_BYTES = 1 << 17
+#: Seconds between two reads of a busy stream, over TCP and over a Unix socket. A Unix socket holds
+#: no more than some 250 rows, and the server waits when it is full.
+_PAUSE_SECONDS = 0.01
+_UNIX_PAUSE_SECONDS = 0.0005
 #: Matches the messages of PostgreSQL 14 to 19 about an invalidated slot.
 _INVALIDATED = re.compile("can no longer|cannot read from logical replication slot|invalidated")
 
@@ -140,12 +139,14 @@ class ReplicationConnection:
         self.pid, self.server = 0, ""
         #: Seconds without a message from us after which the server frees the slot.
         self.timeout = patience
-        #: Whether the socket becomes readable only when much has arrived (see `gather`).
-        self.gathering = False
         #: Why the server has ended the stream; `receive` raises it after all that came before it.
         self.ended: Exception | None = None
-        self._received_bytes = 0
-        self._socket: socket.socket | None = None
+        is_unix = self._connection.host.startswith((b"/", b"@"))
+        self._busy_pause = _UNIX_PAUSE_SECONDS if is_unix else _PAUSE_SECONDS
+        #: When to call `receive` again, by `time.monotonic`, whether or not the socket is readable;
+        #: None while little arrives. The server sends each row by itself: a reader that wakes up
+        #: for each takes processor time from the server and from itself.
+        self.resumes_at: float | None = None
         if on_notice is not None:
             self._connection.notice_handler = lambda result: on_notice(_diagnosis(result))
 
@@ -252,27 +253,9 @@ class ReplicationConnection:
                 break
         if frame:
             self.received = frames.wal_end(frame)
-        self._received_bytes = most - limit
+        busy = most - limit >= _BUSY_BYTES
+        self.resumes_at = time.monotonic() + self._busy_pause if busy else None
         return burst
-
-    def gather(self) -> None:
-        """While the stream is busy, make its socket readable only when much has arrived.
-
-        The server sends each row by itself. A reader that wakes up for each takes processor time
-        from the server and from itself. Call this after `receive`. While `gathering` is true, wait
-        only for a moment, and then call `receive` even if the socket is not readable.
-        """
-        busy = self._received_bytes >= _BUSY_BYTES
-        if busy is not self.gathering:
-            self.gathering = busy
-            # Where a system cannot do this, or only for TCP, the socket is readable as always.
-            with suppress(OSError):
-                if self._socket is None:
-                    # Another descriptor of the same socket, because libpq closes its own.
-                    self._socket = socket.socket(fileno=os.dup(self.fileno()))
-                self._socket.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_RCVLOWAT, _BURST_BYTES if busy else 1
-                )
 
     def send_status(self, written: Lsn, flushed: Lsn, applied: Lsn, reply: bool = False) -> None:
         """Send our positions; the server may then remove WAL before `flushed`."""
@@ -290,8 +273,6 @@ class ReplicationConnection:
     def close(self) -> None:
         """Close the connection; the server frees the slot as soon as it notices."""
         self._owner.close()
-        if self._socket is not None:
-            self._socket.close()
 
     def cancel(self) -> None:
         """Ask the server to end the running command.

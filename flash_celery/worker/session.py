@@ -49,8 +49,6 @@ _REFILL_SECONDS = 1.0
 #: Status intervals without a byte from the server until it counts as silent. Each status requests a
 #: reply.
 _SILENT_INTERVALS = 3
-#: Seconds to wait until a burst has arrived, while the stream is busy.
-_GATHER_SECONDS = 0.005
 #: The most seconds between two looks whether the broker has what came before the stream ended.
 _ENDED_SECONDS = 0.05
 #: Seconds between two requests for the server's position, while a chunk of a backfill waits for it.
@@ -214,20 +212,21 @@ class Session:
         listening = self._state is _READING and ready_to_listen and not ended
         self._listening = listening
         sockets: list[Any] = [self._control, self._connection]
-        if listening:
+        timeout = self._timeout(behind)
+        resumes_at = self._stream.resumes_at
+        if listening and resumes_at is not None:
+            timeout = max(0.0, min(timeout, resumes_at - time.monotonic()))
+        elif listening:
             sockets.append(self._stream)
         elif refill is not None and ready_to_listen and not refill.has_read_all:
             sockets.append(refill)
-        gathering = listening and self._stream.gathering
-        timeout = self._timeout(behind)
-        ready, _, _ = select.select(
-            sockets, [], [], min(timeout, _GATHER_SECONDS) if gathering else timeout
-        )
+        ready, _, _ = select.select(sockets, [], [], timeout)
         if self._control in ready:
             self._control.forget_wakes()
         if self._connection in ready:
             self._check_connection()
-        if self._stream in ready or (gathering and not ready):
+        resumes = listening and resumes_at is not None and time.monotonic() >= resumes_at
+        if self._stream in ready or resumes:
             self._receive()
         if self._state is _CLAIMING:
             self._accept_claim()
@@ -323,7 +322,6 @@ class Session:
     def _receive(self) -> None:
         self._received_at = time.monotonic()
         self._pipeline.feed(self._stream.receive())
-        self._stream.gather()
         self._progress.receive(self._stream.received)
 
     def _work(self) -> bool:
