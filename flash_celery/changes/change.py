@@ -178,7 +178,7 @@ class Change(Generic[RowT]):
 
     @property
     def superseded(self) -> bool | None:
-        """Whether a later change with an equal ordering key (`ordered=`) was handled before it.
+        """Whether a later change of its table and ordering key (`ordered=`) was handled before it.
 
         Only a dead letter that is retried can be. `None` if that is unknown: of a handler without
         `ordered=`, for example, or if Redis has lost its data.

@@ -1,7 +1,8 @@
 """`change.superseded`: whether a later change of a dead letter's ordering key has been handled.
 
 A drain notes the changes of a dead letter beside their lane. A drain that handles a later change
-with an equal ordering key marks them there. The task of a dead letter that is retried looks there
+of the same table with an equal ordering key marks them there. Equal keys of different tables share
+a lane, but may be those of different things: the order 1 of each tenant, for example. The task of a dead letter that is retried looks there
 before it calls the handler.
 """
 
@@ -80,7 +81,8 @@ class Superseding:
                     return None
                 lane, key = places
                 lanes |= self._crossed(lane)
-                letters[change.id] = Noted(tuple(map(int, position)), frozenset(key))
+                at, table = tuple(map(int, position)), change._source.full_name
+                letters[change.id] = Noted(at, table, frozenset(key))
             self._letters.note(lanes, letters)
             self.has_noted = True
             for number in lanes:
@@ -107,6 +109,7 @@ class Superseding:
 
     def _superseded_by(self, change: Change) -> Iterator[tuple[int, str]]:
         places, position = self._places(change), change._position
+        table = change._source.full_name
         if isinstance(change, Truncate):
             lanes, keys = set(range(self._number_of_lanes)), None
         elif places is not None:
@@ -115,7 +118,7 @@ class Superseding:
             return
         for lane in lanes:
             for letter, noted in self._noted(lane).items():
-                same = keys is None or keys & noted.keys
+                same = noted.table == table and (keys is None or keys & noted.keys)
                 later = position is None or position > noted.position
                 if same and later and not noted.superseded:
                     yield lane, letter

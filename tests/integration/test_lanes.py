@@ -559,7 +559,7 @@ def test_lanes_need_only_the_commands_that_are_documented(client, valkey):
                 world.store.client = limited
                 world.run()
             letters = LaneLetters(limited, KEY)
-            letters.note([0], {"1:0": Noted((1, 0, 0, 0), frozenset({7}))})
+            letters.note([0], {"1:0": Noted((1, 0, 0, 0), "public.t", frozenset({7}))})
             letters.supersede(0, ["1:0"])
             assert letters.superseded([0], "1:0")
             letters.forget([0], ["another"])

@@ -83,6 +83,17 @@ def test_dead_letters_of_all_lanes_are_superseded_by_a_truncate(drain, letters):
     assert (at(letters, first), at(letters, second)) == (True, True)
 
 
+def test_dead_letter_is_not_superseded_by_a_change_of_another_table(drain, letters):
+    dead = order("a")
+    drain().note([dead])
+    later = testing.insert("tenant_2.orders", id=1, name="a")
+    drain().handled([later])
+    drain().handled([testing.truncate("tenant_2.orders")])
+    drain().note([later])
+    letters.handled([1], [later.id])
+    assert at(letters, dead) is False
+
+
 def test_dead_letter_is_superseded_by_an_update_that_takes_its_key_away(drain, letters):
     first, second, third = order("a"), order("b"), order("c")
     moved = testing.update("orders", {"id": 1, "name": "a"}, {"id": 1, "name": "b"})
@@ -127,7 +138,7 @@ def test_dead_letters_are_unknown_in_other_lanes_and_beyond_a_number(
 def test_dead_letter_that_is_gone_does_not_come_back(letters):
     letters.supersede(1, ["1:0"])
     assert letters.superseded([1], "1:0") is None
-    letters.note([1], {"1:0": Noted((1, 0, 0, 0), frozenset({5}))})
+    letters.note([1], {"1:0": Noted((1, 0, 0, 0), "public.t", frozenset({5}))})
     letters.forget([1], ["1:0"])
     letters.supersede(1, ["1:0"])
     assert letters.superseded([1], "1:0") is None

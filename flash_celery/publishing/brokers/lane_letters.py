@@ -26,9 +26,16 @@ class Noted:
 
     #: Its place among the handler's changes: commit LSN, place, subscription, part.
     position: tuple[int, ...]
+    #: Its table.
+    table: str
     #: Digests of its ordering key, and of the one that an UPDATE has replaced.
     keys: frozenset[int]
     superseded: bool = False
+
+    def is_before(self, other: Noted) -> bool:
+        """Return whether it is before another change of its table with an equal ordering key."""
+        same = self.table == other.table and self.keys & other.keys
+        return bool(same) and self.position < other.position
 
 
 class LaneLetters:
@@ -94,7 +101,7 @@ class LaneLetters:
             superseded = [
                 change
                 for change, letter in noted.items()
-                if any(letter.keys & one.keys and letter.position < one.position for one in done)
+                if any(letter.is_before(one) for one in done)
             ]
             if superseded:
                 self.supersede(lane, superseded)
@@ -108,12 +115,12 @@ class LaneLetters:
 
 def _text(noted: Noted) -> str:
     # The script replaces the first character.
-    return f"{int(noted.superseded)}{json.dumps([noted.position, sorted(noted.keys)])}"
+    return f"{int(noted.superseded)}{json.dumps([noted.position, noted.table, sorted(noted.keys)])}"
 
 
 def _read(text: bytes) -> Noted:
-    position, keys = json.loads(text[1:])
-    return Noted(tuple(position), frozenset(keys), text[:1] == b"1")
+    position, table, keys = json.loads(text[1:])
+    return Noted(tuple(position), table, frozenset(keys), text[:1] == b"1")
 
 
 def _oldest(letters: Mapping[str, Noted], count: int) -> list[str]:
