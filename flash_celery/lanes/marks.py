@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -30,15 +31,19 @@ from ..changes.payload import history_json, history_of
 from ..errors import PayloadError
 from ..escaping import escaped
 from ..handlers.databases import MARKS_TABLE, Execute
+from ..messages.deduplication import now
 from ..messages.lane_messages import LaneForm
 from ..protocol.lsn import Lsn
 from . import marks_table as table
+from .alarms import Alarm, call_at
 
 logger = logging.getLogger(__name__)
 
 #: The errors of a database that lacks the table or the privileges: undefined_table and
 #: insufficient_privilege.
 _NOT_SET_UP = {"42P01", "42501"}
+#: Seconds for which a call waits for its mark until the log says so, and says so again.
+_LOCKED_SECONDS = 10.0
 
 #: The ordinal of a row or message in its transaction, its subscription, and its part.
 Place = tuple[int, ...]
@@ -91,6 +96,10 @@ class LaneMark:
             Ignore: The database is not set up; the changes have to wait.
         """
         self._require_positions(changes)
+        with self._logged_while_locked():
+            return self._advance(execute, changes)
+
+    def _advance(self, execute: Execute, changes: Sequence[Change]) -> Sequence[Change] | None:
         first, last = changes[0], changes[-1]
         alike = {(change.transaction.history, _is_message(change)) for change in changes}
         if len(alike) == 1:
@@ -104,6 +113,35 @@ class LaneMark:
             if self._run(execute, move, moved):
                 return changes
         return self._compare(execute, changes)
+
+    @contextmanager
+    def _logged_while_locked(self) -> Iterator[None]:
+        """Have the log say if the block waits for long: the lane stands still until then.
+
+        There is no timeout, because the lock is that of a transaction with the same changes, whose
+        process was frozen or cut off, and whose result decides whether they are handled.
+        """
+        began = now()
+        alarms: list[Alarm] = []
+
+        def log() -> None:
+            logger.warning(
+                "%s: lane %s has waited for its mark for %.0f s, because another transaction has "
+                "its row in %s: that of a process that stands still in a call, or has lost its "
+                "connection; pg_blocking_pids() names its session",
+                escaped(self._of_handler[0]),
+                self._lane,
+                now() - began,
+                MARKS_TABLE,
+            )
+            alarms.append(call_at(now() + _LOCKED_SECONDS, log))
+
+        alarms.append(call_at(began + _LOCKED_SECONDS, log))
+        try:
+            yield
+        finally:
+            while alarms:  # one that rings just now adds the next
+                alarms.pop().cancel()
 
     def _require_positions(self, changes: Sequence[Change]) -> None:
         for change in changes:

@@ -2,8 +2,8 @@
 
 A drain notes the changes of a dead letter beside their lane. A drain that handles a later change
 of the same table with an equal ordering key marks them there. Equal keys of different tables share
-a lane, but may be those of different things: the order 1 of each tenant, for example. The task of a dead letter that is retried looks there
-before it calls the handler.
+a lane, but may be those of different things: the order 1 of each tenant, for example. The task of
+a dead letter that is retried looks there before it calls the handler.
 """
 
 from __future__ import annotations

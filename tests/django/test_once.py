@@ -11,6 +11,7 @@ import sqlalchemy
 from django.core.management import call_command
 from django.db import connections
 
+from example_project.servers import wait_until
 from flash_celery import Changes, Insert, on_change, on_message
 from flash_celery.changes.change import LogicalMessage
 from flash_celery.changes.history import Ancestor, History
@@ -19,7 +20,7 @@ from flash_celery.changes.rows import Column, Origin, Table, Transaction
 from flash_celery.commands import once_checks
 from flash_celery.errors import SubscriptionError
 from flash_celery.handlers.decorators import subscriptions_of
-from flash_celery.lanes import marks_table
+from flash_celery.lanes import marks, marks_table
 from flash_celery.lanes.calls import HandlerCalls, traced
 from flash_celery.lanes.drain import Blocked, Head, Later
 from flash_celery.messages.lane_entries import encode_form
@@ -250,6 +251,26 @@ def test_once_leaves_out_of_a_batch_what_was_handled(world):
     world.handle(change(0x300), change(0x400), change(0x400))
     assert sizes == [2, 2, 1]
     assert world.effects == ["0/100:0", "0/200:0", "0/200:1", "0/300:0", "0/400:0"]
+
+
+def test_once_log_says_that_a_lane_waits_for_its_mark(psycopg_world, caplog, monkeypatch):
+    """Another process stands still in a call, whose transaction is open."""
+    monkeypatch.setattr(marks, "_LOCKED_SECONDS", 0.05)
+    world = psycopg_world.declare()
+    world.handle(change(0x100))
+    caplog.clear()
+    frozen = psycopg.connect(world.database.dsn)
+    frozen.execute("UPDATE flash_celery_marks SET commit_lsn = '0/200'")
+    waiting = threading.Thread(target=world.handle, args=[change(0x200)], daemon=True)
+    waiting.start()
+
+    def twice():
+        return caplog.text.count("lane 0 has waited for its mark") >= 2
+
+    wait_until(twice, "two warnings", timeout=20)
+    frozen.close()
+    waiting.join(20)
+    assert world.effects == ["0/100:0", "0/200:0"]
 
 
 def test_once_each_lane_has_a_mark_of_its_own(psycopg_world):
