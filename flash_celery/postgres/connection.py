@@ -43,6 +43,9 @@ PINNED = {
     "default_transaction_isolation": "read committed",
     "default_transaction_deferrable": "off",
     "exit_on_error": "off",
+    # PostgreSQL would compile the looks of each second at thousands of tables, for which it takes
+    # many times as long as for running them.
+    "jit": "off",
     # PostgreSQL 18 says by a warning that it leaves out a missing publication.
     "client_min_messages": "notice",
     # Our commits wait for no synchronous standby: `flash replicate` may be the one that they would

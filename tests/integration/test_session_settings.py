@@ -85,9 +85,10 @@ def test_session_limits_of_a_database_are_switched_off(database, alter):
     limits = {name: "7s" for name in connections.LIMITS if name != "transaction_timeout"}
     if int(database.one("SHOW server_version_num")) >= 170000:
         limits["transaction_timeout"] = "9s"
-    alter(**limits, synchronous_commit="off", quote_all_identifiers="on")
+    alter(**limits, synchronous_commit="off", quote_all_identifiers="on", jit="on")
     assert shown(database.dsn, *limits) == ["0"] * len(limits)
     assert shown(database.dsn, "synchronous_commit", "quote_all_identifiers") == ["local", "off"]
+    assert shown(database.dsn, "jit") == ["off"]
     own = make_conninfo(database.dsn, options="-c lock_timeout=3s")
     assert shown(own, "lock_timeout", "statement_timeout") == ["3s", "0"]
 
