@@ -31,6 +31,7 @@ from ..provisioning.record import PublishedTables, Record, partition_ancestors
 from ..settings import Settings
 from ..table_name import TableName
 from .control import Control, Stopped
+from .dropped_tables import DroppedTables
 from .joining import Joining
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ class Startup:
         #: The ancestors of every partition of the handlers' tables, including removed partitions.
         self.partition_history = PartitionHistory()
         self._joining = Joining(subscriptions)
+        self._dropped_tables = DroppedTables()
         #: The tables of patterns that are not published.
         self._left_out: list[LeftOut] = []
 
@@ -163,6 +165,7 @@ class Startup:
             if recorded is not None and recorded.system not in ("", source.system):
                 self.former_system = recorded.system
             record.remember_slot(source)
+            self._dropped_tables.forget(source)
             replay_slot.prepare(source)
         if existing.version < 150000:
             self._warn_of_attached(source.connection, existing, report)

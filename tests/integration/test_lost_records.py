@@ -10,8 +10,9 @@ from flash_celery.errors import PublicationMismatch
 from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.postgres.source import connected
 from flash_celery.provisioning import ddl, pauses, preflight
-from flash_celery.provisioning.record import Record, read_record
+from flash_celery.provisioning.record import Record, read_record, record_step
 from flash_celery.settings import Settings
+from flash_celery.worker.dropped_tables import DroppedTables
 
 from .conftest import shown
 
@@ -194,3 +195,22 @@ def test_published_tables_are_recorded_again_if_the_record_lacks_them(flash):
     flash.start().stop()
     tables = json.loads(flash.database.one(update))["flash_celery_tables"]["tables"]
     assert tables == json.loads(recorded)["flash_celery_tables"]["tables"]
+
+
+def test_dropped_table_is_forgotten_when_each_slot_has_passed_it(flash):
+    """Otherwise the record grows with each tenant and each partition that is dropped."""
+    flash.database.execute(ITEMS, "CREATE PUBLICATION flash_publication_insert")
+    items = flash.database.one("SELECT 'items'::regclass::oid::text")
+    dropped, leaves = DroppedTables(), {"4000000000": [["public", "gone"]], items: []}
+    for slot in ("own", "replay"):
+        flash.database.one(f"SELECT pg_create_logical_replication_slot('{slot}', 'pgoutput')")
+    with source_of(flash) as source:
+        ddl.apply(source.connection, [record_step(source.prefix, Record(leaves=leaves))])
+        for slot, left in ("none", leaves), ("own", leaves), ("replay", {items: []}):
+            flash.database.execute(
+                "SELECT pg_logical_emit_message(true, '', '')",
+                "SELECT pg_replication_slot_advance(slot_name, pg_current_wal_lsn())"
+                f" FROM pg_replication_slots WHERE slot_name = '{slot}'",
+            )
+            dropped.forget(source)
+            assert read_record(source).leaves == left, slot
