@@ -20,6 +20,7 @@ from psycopg import errors, sql
 from ..errors import CatalogError
 from ..postgres import catalog
 from ..postgres.catalog import CatalogTable
+from ..postgres.copying import copied
 from ..protocol.lsn import Lsn
 from ..protocol.pgoutput import Column, Relation
 from ..table_name import TableName
@@ -282,21 +283,22 @@ class ChunkReader:
         return None if row is None else dict(zip(key, row, strict=True))
 
     def _copy(
-        self, query: sql.Composed, encode: Callable[[bytes], tuple[Key, bytes]], limit: int
+        self,
+        query: sql.Composed,
+        encode: Callable[[Sequence[bytes]], dict[Key, bytes]],
+        limit: int,
     ) -> tuple[dict[Key, bytes], bool]:
         """Return rows up to about `limit` bytes, and whether these are all of them."""
         rows: dict[Key, bytes] = {}
         size = 0
         try:
-            with self._connection.cursor() as cursor, cursor.copy(query) as copy:
-                for line in copy:
-                    if size > limit:
-                        continue  # until the server notices
-                    key, row = encode(bytes(line))
-                    rows[key] = row
-                    size += len(line)
-                    if size > limit:
-                        self._connection.cancel_safe()
+            for lines in copied(self._connection, query):
+                if size > limit:
+                    continue  # until the server notices
+                rows.update(encode(lines))
+                size += sum(map(len, lines))
+                if size > limit:
+                    self._connection.cancel_safe()
         except errors.QueryCanceled:
             if size <= limit:  # by statement_timeout, or by an operator
                 raise

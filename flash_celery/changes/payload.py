@@ -14,8 +14,9 @@ import hashlib
 import json
 import struct
 from binascii import a2b_base64, b2a_base64
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 from kombu.utils.json import register_type
@@ -122,14 +123,32 @@ def row_ids(rows: Iterable[bytes]) -> bytes:
     return b"".join([row[1 : _BACKFILLED.size] for row in rows])
 
 
+def identified(rows: Iterable[bytes], ids: Iterable[bytes]) -> list[bytes]:
+    """Return rows, each preceded by its id in a backfill."""
+    return [b"B" + row_id + row for row, row_id in zip(rows, ids, strict=True)]
+
+
 def row_id_of(cells: Sequence[Cell]) -> bytes:
     """Return 16 bytes that identify a row in its backfill.
 
     Args:
         cells: The values of its replica identity.
     """
-    row = _ID_HEAD + pgoutput.encode_tuple(cells)
-    return hashlib.blake2b(row, digest_size=16).digest()
+    return _row_id(_ID_HEAD + pgoutput.encode_tuple(cells))
+
+
+def row_ids_of(keys: Collection[Sequence[Cell]]) -> list[bytes]:
+    """Return the results of `row_id_of` for many rows.
+
+    Args:
+        keys: The values of the replica identity of each, of which none is NULL.
+    """
+    values: list[Any] = [*chain.from_iterable(keys)]
+    return [*map(_row_id, pgoutput.encode_tuples(_ID_HEAD, values, len(values) // len(keys)))]
+
+
+def _row_id(key: bytes) -> bytes:
+    return hashlib.blake2b(key, digest_size=16).digest()
 
 
 def encode(deliveries: Iterable[Delivery], batch_part: TransactionPart | None = None) -> str:

@@ -7,7 +7,7 @@ Replication Message Formats".
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ..errors import ProtocolError
@@ -386,21 +386,45 @@ def encode_row(
     return b"".join(parts)
 
 
+def encode_tuple(cells: Sequence[Cell]) -> bytes:
+    """Encode a tuple, without the letter that precedes it in a row."""
+    return _INT16.pack(len(cells)) + b"".join(map(_value, cells))
+
+
 #: The tag and the length of a value, by its length.
 _HEADS = [b"t" + _INT32.pack(length) for length in range(1000)]
 
 
-def encode_tuple(cells: Sequence[Cell]) -> bytes:
-    """Encode a tuple, without the letter that precedes it in a row."""
-    count = _INT16.pack(len(cells))
+def encode_tuples(
+    head: bytes, values: Sequence[bytes], width: int, nulls: Iterable[int] = ()
+) -> Iterator[bytes]:
+    """Encode many tuples, in a fraction of the time that it takes one by one.
+
+    Args:
+        head: What precedes each.
+        values: The values of all tuples, one after another.
+        width: The number of values of each.
+        nulls: Where NULLs stand among the values, which are empty there.
+    """
+    lengths = list(map(len, values))
     try:
-        # Rows of a backfill come this way, and most of them have short values only.
-        return count + b"".join([_HEADS[len(cell)] + cell for cell in cells])  # type: ignore[arg-type, operator]
-    except (IndexError, TypeError):
-        return count + b"".join(map(_value, cells))
+        heads = list(map(_HEADS.__getitem__, lengths))
+    except IndexError:
+        heads = [_head(length) for length in lengths]
+    for null in nulls:
+        heads[null] = b"n"
+    head += _INT16.pack(width)
+    heads[::width] = [head + first for first in heads[::width]]
+    parts = [b""] * (2 * len(values))
+    parts[::2], parts[1::2] = heads, values
+    return map(b"".join, zip(*[iter(parts)] * (2 * width), strict=True))
 
 
 def _value(cell: Cell) -> bytes:
     if isinstance(cell, bytes):
-        return b"t" + _INT32.pack(len(cell)) + cell
+        return _head(len(cell)) + cell
     return b"n" if cell is None else b"u"
+
+
+def _head(length: int) -> bytes:
+    return b"t" + _INT32.pack(length)

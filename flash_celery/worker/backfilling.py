@@ -34,9 +34,9 @@ from ..changes.payload import (
     END_ID,
     TRUNCATE_ID,
     Delivery,
+    identified,
     message_row,
-    prefixed,
-    row_id_of,
+    row_ids_of,
 )
 from ..changes.rows import ChunkTransaction, Table, Transaction
 from ..errors import CatalogError, ConfigurationError
@@ -302,7 +302,8 @@ class Backfilling:
         leaf = () if oid == self._table.oid else (b"%d" % oid,)
         for commit_lsn, rows in merged.items():
             self._moved[oid].deliver(rows)
-            self._sink.begin(self._count, [row_id_of((*leaf, *key)) for key in rows])
+            keys = [(*leaf, *key) for key in rows] if leaf else list(rows)
+            self._sink.begin(self._count, row_ids_of(keys))
             transaction = self._transaction(chunk, commit_lsn)
             self._router.rows(head, list(rows.values()), transaction, self._count, 0)
             self._count += len(rows)
@@ -457,19 +458,20 @@ class _RowSink:
         """Return the receiver of the sink, with ids added."""
         receive = self._sink.receiver(subscription, operation)
 
-        def identified(delivery: Delivery) -> None:
+        def with_ids(delivery: Delivery) -> None:
             self.used = True
-            start = delivery.ordinal - self._first
-            enqueued = self.enqueued.get(chunk_of(self.chunk, subscription.number), ())
-            rows = [
-                prefixed(row, row_id=row_id)
-                for row, row_id in zip(delivery.rows, self._ids[start:], strict=False)
-                if row_id not in enqueued
-            ]
-            if rows:
-                receive(delivery._replace(rows=rows))
+            rows, start = delivery.rows, delivery.ordinal - self._first
+            ids = self._ids[start : start + len(rows)]
+            enqueued = self.enqueued.get(chunk_of(self.chunk, subscription.number))
+            if enqueued:
+                pairs = zip(rows, ids, strict=True)
+                missing = [(row, row_id) for row, row_id in pairs if row_id not in enqueued]
+                if not missing:
+                    return
+                rows, ids = zip(*missing, strict=True)
+            receive(delivery._replace(rows=identified(rows, ids)))
 
-        return identified
+        return with_ids
 
 
 class _Noting(Protocol):

@@ -18,14 +18,12 @@ import amqp
 import psycopg
 import pytest
 import redis
-from psycopg import sql
 
 from benchmarks.verify import body_of
 from example_project.servers import wait_until
 from flash_celery import UNCHANGED, Backfill, BackfillEnd, Operation, Truncate, testing
 from flash_celery.backfill import plans, requests
 from flash_celery.backfill.chunks import ChunkReader
-from flash_celery.backfill.copied_rows import cells_of
 from flash_celery.changes import payload
 from flash_celery.cli.backfill import Progress
 from flash_celery.commands import backfill_checks
@@ -593,19 +591,6 @@ def test_keys_are_compared_by_the_operators_of_their_type(mirrored):
             if chunk.is_last:
                 break
     assert len(found) == len(set(found)) == 60
-
-
-def test_row_of_copy_has_the_values_of_its_columns(database):
-    values = ["", None, "\\N", "\\", "a\tb\nc\rd\be\ff\vg", "\\t", "é\\\\n", None]
-    columns = sql.SQL(", ").join(map(sql.Literal, values))
-    query = sql.SQL("COPY (SELECT {}) TO STDOUT").format(columns)
-    with (
-        closing(connect(database.dsn)) as connection,
-        connection.cursor() as cursor,
-        cursor.copy(query) as copy,
-    ):
-        (cells,) = [cells_of(bytes(line)) for line in copy]
-    assert [cell if cell is None else cell.decode() for cell in cells] == values
 
 
 def test_plan_refuses_what_the_role_may_not_read(database, new_app):

@@ -42,6 +42,12 @@ TABLES = {
         "id int PRIMARY KEY, note text",
         "SELECT n, repeat(md5(n::text), n * 9000) FROM generate_series(1, 20) n",
     ),
+    "escaped": (
+        "id int PRIMARY KEY, note text, n int, other text",
+        "SELECT row_number() OVER (), note, nullif(length(note), 1), repeat(note, 400) FROM"
+        r" (VALUES (''), (NULL), ('\N'), ('\'), ('\\'), ('\t'), ('N'), (E'a\tb\nc\rd\be\ff\vg'),"
+        r" (E'é\\\n'), (E'\n')) AS notes (note)",
+    ),
     "wide": (f"id int PRIMARY KEY, {MANY}", "SELECT n, NULL, n FROM generate_series(1, 8) n"),
 }
 
