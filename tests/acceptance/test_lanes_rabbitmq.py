@@ -286,7 +286,9 @@ def test_rabbitmq_lanes_survive_restarts_of_the_broker(make_shop, kind):
             expected = [n for n in range(21) if n != 10 or key == 0]
             assert list(dict.fromkeys(found)) == expected, f"key {key}: {found}"
         late = [n for n in shop.notes() if n["new"]["note"] == "retry late"]
-        assert [n["retries"] for n in late if n["event"] == "begin"] == [0, 1]
+        begun = [n["retries"] for n in late if n["event"] == "begin"]
+        # RabbitMQ 4 shows a message before it has written it: the first call may come again.
+        assert begun in ([0, 1], [0, 0, 1])
 
 
 @pytest.mark.soak

@@ -307,6 +307,14 @@ def test_lanes_that_wait_for_another_layout_are_resumed(lane):
     assert configure("other", False)
 
 
+def test_lane_whose_list_was_deleted_holds_up_no_other_layout(lane):
+    lane.push(1, 2)
+    lane.push(3, lane="1")
+    lane.client.delete(f"{KEY}.0")
+    assert lane.claim() == "nothing"
+    assert lane.client.hgetall(f"{KEY}.state")[b"waiting"] == b"1"
+
+
 def test_push_does_nothing_if_a_list_of_the_same_step_is_none(lane):
     lane.client.set("held", "no list")
     text = lane_entries.encode(payload.encode([delivery(0)]), [Place(0, 0)])
@@ -383,6 +391,7 @@ def test_entry_that_cannot_be_read_is_skipped_and_kept_as_a_dead_letter(
         lane.client.lpush(key, "!7:1")
         lane.client.hset(f"{KEY}.barriers", 7, bad)
         lane.client.sadd(f"{KEY}.barrier.7", 0)
+        lane.client.hincrby(f"{KEY}.state", "n0", -1)  # it counts for no lane
     else:
         lane.client.lpush(key, bad)
     drain(lane, Handler())

@@ -65,6 +65,10 @@ end
 
 local function forget(H, lane)
     redis.call('ZREM', H .. '.due', lane)
+    -- None are left, unless the list was deleted or evicted. A count that stayed would hold up
+    -- another layout for ever.
+    local lost = tonumber(redis.call('HGET', H .. '.state', 'n' .. lane) or 0)
+    if lost ~= 0 then redis.call('HINCRBY', H .. '.state', 'waiting', -lost) end
     clear(H, lane, table.concat(OF_LANE))
 end
 
