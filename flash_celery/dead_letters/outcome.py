@@ -13,18 +13,22 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable
+from traceback import walk_tb
 from typing import Any
 
 from amqp.exceptions import IrrecoverableChannelError
 from billiard import common
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from celery.exceptions import Ignore, Reject, Retry, WorkerShutdown, WorkerTerminate
+from celery.platforms import EX_FAILURE
 from celery.utils.serialization import UnpickleableExceptionWrapper
 from celery.worker import state
 from kombu.exceptions import OperationalError
 
 from ..escaping import text_of
 
+#: Where Celery handles the signals that stop a worker.
+_SIGNALS = "celery.apps.worker"
 #: The packages whose exceptions are signals of a pool of greenlets, not errors of a handler.
 _GREENLETS = {"gevent", "eventlet", "greenlet"}
 
@@ -109,6 +113,8 @@ def run(main_process: int, trace: Callable[..., Any], *args: Any) -> Any:
     raised = outcome.exception
     if isinstance(raised, ExceptionWithTraceback):
         raised = raised.exc
+    if _comes_from_a_signal(raised):
+        raise WorkerTerminate(EX_FAILURE) from raised
     unsent = _unsent_retry(raised)
     failure = Failure.of(raised, True) if unsent is None else Failure.of(unsent, recorded=False)
     return failed, _exception_info(failure, outcome), duration
@@ -140,6 +146,17 @@ def ends_the_process(error: BaseException, in_main_process: bool) -> bool:
     # The pool replaces a process that exits, and billiard knows whether it was asked to.
     was_stopped: Callable[[], bool] = getattr(common, "terminate_handler_fired", lambda: False)
     return isinstance(error, (SystemExit, KeyboardInterrupt)) or was_stopped()
+
+
+def _comes_from_a_signal(error: BaseException) -> bool:
+    """Return whether Celery raised an exception because it could not stop the worker as asked to.
+
+    In the solo pool a task runs where signals are handled. A cold shutdown cannot cancel it there,
+    which raises NotImplementedError (celery/worker/request.py, `cancel`).
+    """
+    return any(
+        frame.f_globals.get("__name__") == _SIGNALS for frame, _ in walk_tb(error.__traceback__)
+    )
 
 
 def _unsent_retry(error: BaseException) -> BaseException | None:

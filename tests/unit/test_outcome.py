@@ -8,7 +8,7 @@ import pytest
 from amqp.exceptions import PreconditionFailed
 from billiard.einfo import ExceptionInfo
 from celery import Task
-from celery.exceptions import Ignore, Reject, Retry, WorkerShutdown
+from celery.exceptions import Ignore, Reject, Retry, WorkerShutdown, WorkerTerminate
 from celery.worker import state
 from kombu.exceptions import OperationalError
 
@@ -102,6 +102,21 @@ def test_exit_of_a_worker_that_is_being_stopped_ends_it(monkeypatch):
     monkeypatch.setattr(state, "should_terminate", 0)
     with pytest.raises(SystemExit):
         ran(SystemExit(0))
+
+
+def test_task_that_a_cold_shutdown_cannot_cancel_has_not_failed():
+    """In the solo pool Celery handles the signal within the task."""
+    of_celery = {"__name__": "celery.apps.worker"}
+    exec("def on_signal(): raise NotImplementedError('kill_job')", of_celery)
+
+    def trace():
+        try:
+            of_celery["on_signal"]()
+        except NotImplementedError:
+            return 1, ExceptionInfo(), 1.0
+
+    with pytest.raises(WorkerTerminate):
+        outcome.run(os.getpid(), trace)
 
 
 class Refusing(Task):
