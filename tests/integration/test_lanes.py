@@ -287,7 +287,8 @@ def test_worker_without_ordered_handlers_keeps_a_connection_only_for_lanes_that_
     connection.close(app)
     lane.client.flushdb()
     assert not wake._has_lanes(app)
-    wait_until(lambda: len(lane.client.client_list()) == before, "the connection to be closed")
+    # Those of tests before it may end as well.
+    wait_until(lambda: len(lane.client.client_list()) <= before, "the connection to be closed")
 
 
 def test_lanes_that_wait_for_another_layout_are_resumed(lane):
