@@ -19,9 +19,9 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..changes.change import Change
 from ..errors import PayloadError
@@ -37,6 +37,8 @@ _GROUP_SECONDS = 0.05
 #: No change is begun in the last seconds of a lease, or in the last quarter of a short one.
 _MARGIN_SECONDS = 2.0
 _MARGIN_PART = 4
+#: A commit that is sent extends the lease only if less than this part of it is left.
+_FRESH_PART = 0.9
 #: Seconds until an entry that this worker cannot read is looked at again.
 _UNREADABLE_SECONDS = 30.0
 
@@ -66,8 +68,7 @@ class Blocked:
 Verdict = Later | Blocked | None
 
 
-@dataclass(frozen=True)
-class Head:
+class Head(NamedTuple):
     """The first changes of a lane, which are handled by one call."""
 
     changes: list[Change]
@@ -131,12 +132,12 @@ class HeldLease:
         self.clock = clock
         #: Until when it certainly runs, by the clock.
         self.until = float("-inf")
+        self._margin = min(_MARGIN_SECONDS, seconds / _MARGIN_PART)
 
     @property
     def certain(self) -> bool:
         """Whether a change may be begun."""
-        margin = min(_MARGIN_SECONDS, self.seconds / _MARGIN_PART)
-        return self.clock() < self.until - margin
+        return self.clock() < self.until - self._margin
 
     def asked_at(self, moment: float) -> None:
         """Note that a request of that moment has extended it."""
@@ -157,8 +158,8 @@ class _Sent:
     """A commit whose result has not been read."""
 
     result: Step
-    #: When it was sent, by the clock.
-    moment: float
+    #: When it was sent, by the clock; None if it does not extend the lease.
+    moment: float | None
     #: The keys of its changes.
     keys: set[int]
 
@@ -185,6 +186,11 @@ class _Buffer:
 
         They stay in the buffer.
         """
+        first = self.entries[0] if self.entries else None
+        end = self.cursor + most
+        if isinstance(first, Entry) and end <= len(first.changes):  # as it nearly always is
+            part = slice(self.cursor, end)
+            return first.changes[part], set().union(*first.keys[part]), first.expires, first.again
         changes: list[Change] = []
         keys: set[int] = set()
         expires, again = None, False
@@ -320,15 +326,18 @@ class Drain:
                 if not buffer.done or (yield from self._commit(retries)):
                     yield self._ending(verdict)
                 return
-            yield from self._remaining(head)
+            remaining = self._calls.remaining(head)
+            if remaining is not None:
+                yield remaining
+            moment = clock()
             if not buffer.done:
-                first_done = clock()
+                first_done = moment
             buffer.finish(len(changes), keys)
             self.handled += len(changes)
-            over = self._is_over(began)
+            over = self._is_over(moment - began)
             careful = deaths > 0
             retries = deaths = 0
-            late = clock() - first_done >= _GROUP_SECONDS
+            late = moment - first_done >= _GROUP_SECONDS
             if over or careful or not buffer.entries:
                 if not (yield from self._commit(retries, leave=over)):
                     return
@@ -336,15 +345,9 @@ class Drain:
             elif late or buffer.done >= _GROUP:
                 yield from self._send()
 
-    def _remaining(self, head: Head) -> Steps:
-        step = self._calls.remaining(head)
-        if step is not None:
-            yield step
-
-    def _is_over(self, began: float) -> bool:
+    def _is_over(self, seconds: float) -> bool:
         limits = self._limits
-        used = self._lease.clock() - began >= limits.budget
-        return used or self.handled >= limits.changes or self._stopping()
+        return seconds >= limits.budget or self.handled >= limits.changes or self._stopping()
 
     def _commit(self, retries: int, leave: bool = False) -> Generator[Step, Any, bool]:
         """Commit what is done, and read more if needed; return whether the lease goes on."""
@@ -376,17 +379,19 @@ class Drain:
         yield from self._settle()
         lease, buffer = self._lease, self._buffer
         self._number += 1
-        place = lease.lane, lease.token, lease.seconds, self._number
         moment, keys = lease.clock(), buffer.keys
+        extends = lease.until - moment < lease.seconds * _FRESH_PART
+        place = lease.lane, lease.token, lease.seconds if extends else None, self._number
         result = yield partial(self._store.send_commit, *place, buffer.commit())
-        self._sent = _Sent(result, moment, keys)
+        self._sent = _Sent(result, moment if extends else None, keys)
 
     def _settle(self) -> Steps:
         """Wait for the result of the commit that was sent, if one was."""
         sent, self._sent = self._sent, None
         if sent is not None:
             yield sent.result
-            self._lease.asked_at(sent.moment)
+            if sent.moment is not None:
+                self._lease.asked_at(sent.moment)
 
     def _read(self, texts: list[bytes], retries: int) -> Generator[Step, Any, bool]:
         """Decode entries; return False if one cannot be read, and the lane sleeps."""
@@ -444,8 +449,7 @@ class Drain:
             yield self._ending(Later(_UNREADABLE_SECONDS, head.retries))
             return
         assert isinstance(entry, Entry)
-        head = replace(
-            head,
+        head = head._replace(
             changes=entry.changes,
             expires=entry.expires,
             again=entry.again,
@@ -456,6 +460,8 @@ class Drain:
         if verdict is not None:
             yield self._ending(verdict)
         else:
-            yield from self._remaining(head)
+            remaining = self._calls.remaining(head)
+            if remaining is not None:
+                yield remaining
             self.handled += 1
             yield partial(self._store.open, *place)

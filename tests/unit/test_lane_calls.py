@@ -2,7 +2,6 @@
 
 import os
 import time
-from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from signal import SIGKILL
 
@@ -71,7 +70,7 @@ def test_lane_call_has_a_fence_which_does_not_travel(call):
     calls, _ = call(handler, batch=5)
     first = head(1, 2)
     assert [change.fence for change in first.changes] == [None, None]
-    calls.handle(replace(first, fence=7))
+    calls.handle(first._replace(fence=7))
     assert [change.fence for change in seen] == [7, 7]
     passed_on = loads(dumps(seen[0]))
     assert (passed_on, passed_on.fence) == (seen[0], None)

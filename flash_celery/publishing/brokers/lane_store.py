@@ -188,7 +188,7 @@ class LaneStore:
         return entries if code == b"ok" else None
 
     def send_commit(
-        self, lane: str, token: str, lease: float, number: int, done: Done
+        self, lane: str, token: str, lease: float | None, number: int, done: Done
     ) -> Callable[[], None]:
         """Send a commit of a drain that has more entries; return the function that waits for it.
 
@@ -197,11 +197,12 @@ class LaneStore:
         Args:
             lane: The number of the lane.
             token: Identifies the drain.
-            lease: Seconds.
+            lease: Seconds; None not to extend the lease.
             number: Counts the commits of this token.
             done: The changes that are done since the last commit; one at least.
         """
-        words = lane, token, lease, number, done.entries, done.cursor, done.changes
+        seconds = "" if lease is None else lease
+        words = lane, token, seconds, number, done.entries, done.cursor, done.changes
         sha = self._script("ADVANCE").sha
         return self._links.send(
             ("EVALSHA", sha, 1, self.key, self._now(), *words),
