@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic, cast, overload
+from typing import Any, ClassVar, Generic, NamedTuple, cast, overload
 
 from ..errors import NoInstance
 from ..escaping import escaped
@@ -31,8 +30,7 @@ else:
 RowT = TypeVar("RowT", covariant=True, default=Row)
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """Facts about a change that hold for one call of its handler; they do not travel with it."""
 
     #: For `Change.fence`.
@@ -146,7 +144,7 @@ class Change(Generic[RowT]):
         suffix = id_suffix(self.part, self.number)
         if self.backfill is not None:
             return f"backfill/{self.backfill}:{self._row_id.hex()}{suffix}"
-        return f"{self.commit_lsn}:{self.ordinal}{suffix}"
+        return f"{self.transaction.commit_lsn!s}:{self.ordinal}{suffix}"
 
     @property
     def backfill(self) -> str | None:
@@ -187,8 +185,12 @@ class Change(Generic[RowT]):
 
     @property
     def key(self) -> Mapping[str, Any]:
-        """The row's key: the subscription's `key=`, else primary key, else replica identity."""
-        return {}
+        """The row's key: the subscription's `key=`, else primary key, else replica identity.
+
+        Of an update it is the key after the change.
+        """
+        cells = self._key_cells()
+        return {} if cells is None else Row(self._source, cells, frozenset(self._source.key))
 
     @property
     def changed(self) -> frozenset[str] | None:
@@ -219,13 +221,13 @@ class Change(Generic[RowT]):
 
     def __repr__(self) -> str:
         try:
-            row = self.key
-            key = key_shown([(name, row[name]) for name in row])
+            cells = self._key_cells()
+            key = "" if cells is None else key_shown(self._source.labelled(cells))
         except Exception:
             # The replication worker logs changes, and must not fail because of their values.
             key = " with a key that cannot be decoded"
         name = str(self.operation.name).lower()
-        return escaped(f"{name} {self._source.shown}{key} @{self.commit_lsn}")
+        return escaped(f"{name} {self._source.shown}{key} @{self.transaction.commit_lsn!s}")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Change):
@@ -246,8 +248,9 @@ class Change(Generic[RowT]):
             raise converted
         return cast(RowT, converted)
 
-    def _key_from(self, cells: Sequence[Cell]) -> Mapping[str, Any]:
-        return Row(self._source, cells, frozenset(self._source.key))
+    def _key_cells(self) -> Sequence[Cell] | None:
+        """Return the row that has its key; None if it has no row."""
+        return None
 
 
 class Insert(Change[RowT]):
@@ -266,10 +269,8 @@ class Insert(Change[RowT]):
         """The row."""
         return self._converted("new", self._new_row())
 
-    @property
-    def key(self) -> Mapping[str, Any]:
-        """The row's key."""
-        return self._key_from(self._new)
+    def _key_cells(self) -> Sequence[Cell]:
+        return self._new
 
     def _sides(self) -> Iterator[tuple[str, Row]]:
         yield "new", self._new_row()
@@ -306,11 +307,6 @@ class Update(Change[RowT]):
         return self._converted("new", self._new_row())
 
     @property
-    def key(self) -> Mapping[str, Any]:
-        """The row's key, after the change."""
-        return self._key_from(self._new)
-
-    @property
     def changed(self) -> frozenset[str] | None:
         """The columns whose value changed, within `fields`; `None` if the old row is unknown."""
         source = self._source
@@ -345,6 +341,9 @@ class Update(Change[RowT]):
         # "Logical Replication Message Formats", Update).
         return self._source.identity_columns
 
+    def _key_cells(self) -> Sequence[Cell]:
+        return self._new
+
     def _sides(self) -> Iterator[tuple[str, Row]]:
         yield "old", self._old_row()
         yield "new", self._new_row()
@@ -374,10 +373,8 @@ class Delete(Change[RowT]):
         """The deleted row: the columns that the replica identity provides."""
         return self._converted("old", self._old_row())
 
-    @property
-    def key(self) -> Mapping[str, Any]:
-        """The row's key."""
-        return self._key_from(self._old)
+    def _key_cells(self) -> Sequence[Cell]:
+        return self._old
 
     def _sides(self) -> Iterator[tuple[str, Row]]:
         yield "old", self._old_row()

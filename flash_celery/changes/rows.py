@@ -96,6 +96,13 @@ class Table:
             if column.name in self.key
         ]
 
+    def labelled(self, cells: Sequence[Cell]) -> list[tuple[str, Any]]:
+        """Return the columns of the key in a row, with values to show in a label."""
+        return [
+            (name, cell if (cell := cells[n]) is None or cell is UNCHANGED else show(cell))
+            for n, name, show in self.label_columns
+        ]
+
     @cached_property
     def delivered(self) -> frozenset[str]:
         """The columns a handler may see."""

@@ -12,9 +12,8 @@ a change.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar, Token
 from typing import Any, NamedTuple
 
 #: The prefix of the messages.
@@ -94,16 +93,31 @@ def layers() -> tuple[Layer, ...]:
     return _layers.get()
 
 
-@contextmanager
-def layer(
-    matches: Callable[[Any], bool], values: Mapping[str, Any] | Callable[[], Mapping[str, Any]]
-) -> Iterator[None]:
-    """Have values hold in the block, on top of those around it."""
-    token = _layers.set((*_layers.get(), Layer(matches, values)))
-    try:
-        yield
-    finally:
-        _layers.reset(token)
+class layer:  # noqa: N801 - used as a function
+    """Have values hold in the block, on top of those around it.
+
+    Each call of a handler has one, and a generator would take three times as long.
+
+    Args:
+        matches: Returns whether they hold for a connection.
+        values: The values, or what returns them when they are first written.
+    """
+
+    __slots__ = ("_layer", "_token")
+
+    def __init__(
+        self,
+        matches: Callable[[Any], bool],
+        values: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
+    ) -> None:
+        self._layer = Layer(matches, values)
+        self._token: Token[tuple[Layer, ...]]
+
+    def __enter__(self) -> None:
+        self._token = _layers.set((*_layers.get(), self._layer))
+
+    def __exit__(self, *error: object) -> None:
+        _layers.reset(self._token)
 
 
 def text_for(connection: Any, some: tuple[Layer, ...]) -> str:

@@ -123,8 +123,11 @@ def run(main_process: int, trace: Callable[..., Any], *args: Any) -> Any:
 def is_stopping() -> bool:
     """Return whether this worker is being stopped."""
     # Celery keeps exit codes in these two, and 0 is one.
-    exit_codes = (state.should_stop, state.should_terminate)
-    return any(code is not None and code is not False for code in exit_codes)
+    return _is_set(state.should_stop) or _is_set(state.should_terminate)
+
+
+def _is_set(exit_code: Any) -> bool:
+    return exit_code is not None and exit_code is not False
 
 
 def _exception_info(failure: Failure, described: Any) -> Any:

@@ -155,7 +155,8 @@ def refuse_lazy_results(task: Any) -> None:
     @wraps(run)
     def run_now(*args: Any, **kwargs: Any) -> Any:
         result = run(*args, **kwargs)
-        if isinstance(result, _LAZY_RESULTS) and not _is_expression(result):
+        # An ABC takes long to say no.
+        if result is not None and isinstance(result, _LAZY_RESULTS) and not _is_expression(result):
             if isinstance(result, (Coroutine, Generator)):
                 result.close()
             raise SubscriptionError(

@@ -8,7 +8,6 @@ in a test, has the transaction alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import wraps
 from typing import Any, NoReturn, Protocol
 
@@ -125,7 +124,7 @@ class _Call:
             if self._delivered and not changes:
                 raise Ignore("handled already")
             for change in changes:
-                change._call = replace(change._call, connection=session.connection)
+                change._call = change._call._replace(connection=session.connection)
             self._write_context(session, changes)
             self._began = True
             call = _without_handled(self._run, self._delivered, changes)

@@ -37,8 +37,11 @@ def depth(context: str) -> int:
 
 def layer_for(handler: str, changes: Sequence[Change]) -> AbstractContextManager[None]:
     """Return a block in which everything that is written is a handler's for some changes."""
-    deepest = max(depth(change.transaction.context) for change in changes)
-    values = {HANDLER: handler, CHANGE: changes[0].id, DEPTH: deepest + 1}
+
+    def values() -> dict[str, Any]:
+        deepest = max(depth(change.transaction.context) for change in changes)
+        return {HANDLER: handler, CHANGE: changes[0].id, DEPTH: deepest + 1}
+
     return layer(every_connection, values)
 
 
@@ -61,7 +64,7 @@ def changes_among(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[Chang
     """Return the changes among the arguments of a handler."""
     for argument in (*args, *kwargs.values()):
         if isinstance(argument, Change):
-            return [argument]
+            return (argument,)
         if isinstance(argument, Changes):
-            return list(argument)
-    return []
+            return tuple(argument)
+    return ()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from celery.app.trace import build_tracer
 from celery.exceptions import Ignore, Reject, Retry, TimeLimitExceeded
@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 _AGAIN_SECONDS = 1.0
 #: The same while the database of `once=` is not set up.
 _WAIT_SECONDS = 5.0
+_NO_LIMITS: tuple[float | None, float | None] = (None, None)
 #: Characters of `argsrepr`.
 _ARGUMENT_LENGTH = 200
 
@@ -66,8 +67,7 @@ class Traced:
     subscriptions: Sequence[Subscription] = ()
 
 
-@dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """One call of the handler."""
 
     head: Head
@@ -156,10 +156,11 @@ class HandlerCalls:
         self._hostname = hostname
         self._main_process = main_process
         self._form = Form("", str(handler.task.name), {}, {})
-        #: What the requests of all calls have in common.
+        #: The request of a call: each replaces what is its own in that of the last, because most is
+        #: the same. Celery copies it.
         self._request: dict[str, Any] = {}
         #: The soft and the hard time limit of a call, in seconds.
-        self._limits: tuple[float | None, float | None] = None, None
+        self._limits: tuple[float | None, float | None] = _NO_LIMITS
         self._layout = Layout("", 0)
         #: Returns the digest of the layout before the present one, whose lanes were empty.
         self.former: Callable[[], str] = lambda: ""
@@ -194,7 +195,10 @@ class HandlerCalls:
         }
         if os.getpid() != self._main_process:  # Celery enforces none in other pools either
             hard, soft = headers.get("timelimit") or (None, None)
-            self._limits = soft or self._task.soft_time_limit, hard or self._task.time_limit
+            self._limits = (
+                soft or self._task.soft_time_limit or None,
+                hard or self._task.time_limit or None,
+            )
 
     def remaining(self, head: Head) -> Step | None:
         """Return what marks the dead letters that changes supersede which were handled, if any."""
@@ -216,26 +220,25 @@ class HandlerCalls:
             killed = ProcessKilled(f"Its worker process has died {head.deaths} times")
             return self._failed(call, killed, "")
         retries: list[Any] = []
-        request = {
-            **self._request,
-            "id": call.id,
-            "root_id": call.id,
-            "correlation_id": call.id,
-            "argsrepr": call.argsrepr,
-            "retries": head.retries,
-            "flash_retries": retries,
-            once.MARK: self._mark(head),
-        }
+        mark = self._mark(head)
+        request = self._request
+        request["id"] = request["root_id"] = request["correlation_id"] = call.id
+        request["argsrepr"] = call.argsrepr
+        request["retries"] = head.retries
+        request["flash_retries"] = retries
+        request[once.MARK] = mark
         in_call = Call(head.fence, superseded=False)
         for change in head.changes:
             change._call = in_call
-        argument, mark = self._argument(head.changes), request[once.MARK]
-        soft, hard = self._limits
+        arguments = [self._argument(head.changes)]
+        trace = self._handler.trace
+        run = partial(outcome.run, self._main_process, trace, call.id, arguments, {}, request)
         try:
-            with time_limits(soft, hard, partial(self._reached_limit, call)):
-                failed, result, _ = outcome.run(
-                    self._main_process, self._handler.trace, call.id, [argument], {}, request
-                )
+            if self._limits == _NO_LIMITS:
+                failed, result, _ = run()
+            else:
+                with time_limits(*self._limits, partial(self._reached_limit, call)):
+                    failed, result, _ = run()
         finally:
             # `retry(max_retries=)` leaves it on the task, for the next change.
             self._task.__dict__.pop("override_max_retries", None)

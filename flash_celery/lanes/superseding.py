@@ -172,7 +172,7 @@ def retried(task: Any, noted: Any, arguments: Iterable[Any]) -> Iterator[None]:
         letters = LaneLetters(store.client, store.key)
         for change in changes:
             superseded = letters.superseded(lanes, change.id)
-            change._call = replace(change._call, superseded=superseded)
+            change._call = change._call._replace(superseded=superseded)
         handled = partial(letters.handled, lanes, [change.id for change in changes])
     except (PublishError, redis.RedisError, TypeError, ValueError) as error:
         logger.warning("It is unknown whether %s is superseded: %s", task.name, escaped(str(error)))
