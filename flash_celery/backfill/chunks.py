@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, TypedDict
 
 import psycopg
@@ -295,8 +297,11 @@ class ChunkReader:
             for lines in copied(self._connection, query):
                 if size > limit:
                     continue  # until the server notices
-                rows.update(encode(lines))
-                size += sum(map(len, lines))
+                # The same rows if it is read again, whatever has arrived by then.
+                within = bisect_right(list(accumulate(map(len, lines), initial=size)), limit)
+                taken = lines[:within]
+                rows.update(encode(taken))
+                size += sum(map(len, taken))
                 if size > limit:
                     self._connection.cancel_safe()
         except errors.QueryCanceled:

@@ -105,7 +105,7 @@ STEPS = {
     "replayed": Step(When.AFTER, ("flash_celery.capture.transactions:Transactions.replay",)),
     # A chunk of a backfill.
     "chunk begun": Step(When.AFTER, ("flash_celery.backfill.chunks:ChunkReader._snapshot",)),
-    "chunk row": Step(When.AFTER, ("psycopg:Copy.read",)),
+    "chunk rows": Step(When.AFTER, ("flash_celery.backfill.copied_rows:split",)),
     "chunk confirmed": Step(When.BEFORE, (f"{_CHUNKS}._record",)),
     "chunk recorded": Step(When.AFTER, (f"{_CHUNKS}._record",)),
     # Start-up.

@@ -92,6 +92,21 @@ def chunked(connection, table):
     raise AssertionError("the chunks do not end")
 
 
+def test_chunk_ends_with_the_row_that_exceeds_its_bytes(database, monkeypatch):
+    """Otherwise a chunk that is read again has other rows, and Redis gets some twice."""
+    monkeypatch.setattr("flash_celery.backfill.chunks._CHUNK_BYTES", 550)
+    database.execute(
+        "CREATE TABLE items (id int PRIMARY KEY, note text)",
+        "INSERT INTO items SELECT n, repeat('n', 96) FROM generate_series(10, 30) n",
+    )
+    with closing(connect(database.dsn)) as connection:
+        reader, cursor = ChunkReader(connection, TableName("public", "items")), None
+        for size in (6, 6, 6, 3):
+            chunk = reader.read(cursor, 100)
+            assert len(chunk.rows) == size
+            cursor = chunk.cursor
+
+
 def test_table_is_read_again_if_its_key_gets_another_order(database):
     """Otherwise rows that were not read come before the cursor."""
     database.execute(
