@@ -1,7 +1,8 @@
 """Rows that get another key while a backfill of their table is under way, maybe behind its cursor.
 
 PostgreSQL does not send a value that is kept out of line if it has not changed. So a row that moves
-before it was read has to be read under its new key, or a handler never has all of it.
+before it was read has to be read under its new key, or a handler never has all of it. So has every
+row that moves if its handler does not receive each update.
 """
 
 from __future__ import annotations
@@ -24,11 +25,19 @@ class MovedRows:
         backfill: The id of the backfill.
         identity: The columns that identify rows.
         owed: The keys that are recorded already, whose rows were not delivered since.
+        every: Whether rows count that PostgreSQL sends whole.
     """
 
-    def __init__(self, backfill: str, identity: Sequence[str], owed: Iterable[Key] = ()) -> None:
+    def __init__(
+        self,
+        backfill: str,
+        identity: Sequence[str],
+        owed: Iterable[Key] = (),
+        every: bool = False,
+    ) -> None:
         self.backfill = backfill
         self.identity = identity
+        self._every = every
         #: Whether every row has been delivered, or is among those that moved before. From then on
         #: only these matter: rows that keep moving must not keep a backfill from ending.
         self.has_all = False
@@ -59,7 +68,8 @@ class MovedRows:
             return
         identified = filled(row.new, row.old)
         before, now = key_of(row.old, positions), key_of(identified, positions)
-        if before == now or UNCHANGED_TOAST not in (identified if row.old_kind == "O" else row.new):
+        sent = identified if row.old_kind == "O" else row.new
+        if before == now or not (self._every or UNCHANGED_TOAST in sent):
             return
         if self._lacks_some or not self.has_all or before in self._owed:
             self._found.append(now)

@@ -113,20 +113,18 @@ def plan(
 
 def _plan(source: Source, subscription: Subscription, wish: Backfill, where: Sequence[str]) -> Plan:
     name, handler = subscription.table, subscription.handler
-    operations = Operation.INSERT | Operation.UPDATE
-    if operations not in subscription.operations:
+    if Operation.INSERT not in subscription.operations:
         raise ConfigurationError(
-            f"{handler} is not on both insert and update of {name}: rows are backfilled as "
-            "inserts, and one that is updated at the same time would stay as it was. Add them to "
-            "its on_change."
+            f"{handler} is not on insert of {name}, and rows are backfilled as inserts. Add insert "
+            "to its on_change."
+        )
+    if Operation.UPDATE not in subscription.captured:
+        raise ConfigurationError(
+            f"{handler} is on insert of {name} without update, so a row whose key is updated might "
+            "be passed by. Add backfill=True to its on_change, which has the updates watched."
         )
     if wish.truncate and Operation.TRUNCATE not in subscription.operations:
         raise ConfigurationError(f"{handler} is not on truncate of {name}: {ADD_TRUNCATE}")
-    if subscription.once is not None:
-        raise ConfigurationError(
-            f"{handler} has once=, whose marks do not recognise a row that is backfilled again. "
-            "Backfill a handler without once=."
-        )
     table = catalog.find(source.connection, name)
     if table is None:
         raise ConfigurationError(f"There is no table {name}.")

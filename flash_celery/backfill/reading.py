@@ -24,7 +24,6 @@ from ..backoff import delays
 from ..errors import CatalogError, FlashError
 from ..escaping import escaped, one_line
 from ..postgres.connection import connect
-from ..protocol.lsn import Lsn
 from ..settings import Settings
 from ..table_name import TableName
 from . import requests
@@ -420,11 +419,3 @@ class ReadingChunks(threading.Thread):
     def _sleep(self, seconds: float) -> None:
         if self._ending.wait(max(seconds, 0.0)):
             raise _Ended
-
-
-def position_of(chunk: Chunk) -> Lsn:
-    """Return the position of rows as the chunk shows them.
-
-    It is above everything that the chunk contains, and no record starts there.
-    """
-    return Lsn(chunk.position - 1)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..changes.rows import Transaction
-from ..protocol.lsn import Lsn
 from ..protocol.pgoutput import UNCHANGED_TOAST, Cell, Column, Relation, encode_row, read_row
 from .snapshots import Snapshot
 
@@ -23,13 +22,6 @@ Key = tuple[Cell, ...]
 _MOST_ROWS = 10_000
 _MOST_ROWS_OF_ALL = 100_000
 _MOST_BYTES_OF_ALL = 32 << 20
-
-
-class _Touched(NamedTuple):
-    """A row of a chunk, and where the last transaction that has written it committed."""
-
-    cells: Sequence[Cell]
-    commit_lsn: Lsn | None
 
 
 class _Write(NamedTuple):
@@ -159,20 +151,14 @@ class RecentWrites:
             for each in self._written
         )
 
-    def merge(
-        self, snapshot: Snapshot, rows: Mapping[Key, bytes]
-    ) -> dict[Lsn | None, dict[Key, bytes]]:
+    def merge(self, snapshot: Snapshot, rows: Mapping[Key, bytes]) -> dict[Key, bytes]:
         """Return the rows of a chunk in their present state, without those that are gone.
 
         Args:
             snapshot: That of the chunk.
             rows: The rows as Inserts, by their key.
-
-        Returns:
-            The rows, by where the last transaction that has written them committed; those that are
-            as the chunk shows them are under None.
         """
-        untouched, touched = dict(rows), dict[Key, _Touched]()
+        untouched, touched = dict(rows), dict[Key, Sequence[Cell]]()
         for each in self._written:
             if snapshot.shows(each.transaction.xid):
                 continue
@@ -183,18 +169,14 @@ class RecentWrites:
                 before = touched.pop(write.before, None)
                 row = untouched.pop(write.before, None)
                 if row is not None:
-                    before = _Touched(read_row(row)[0].new or (), None)
+                    before = read_row(row)[0].new or ()
                 if before is None or write.cells is None:
                     continue  # not of this chunk, or gone
                 untouched.pop(write.now, None)
-                cells = filled(write.cells, before.cells)
-                touched[write.now] = _Touched(cells, each.transaction.commit_lsn)
-        merged: dict[Lsn | None, dict[Key, bytes]] = {None: untouched} if untouched else {}
-        oid = next(iter(rows.values()), b"")[1:5]
-        for key, last in touched.items():
-            row = encode_row("I", int.from_bytes(oid, "big"), None, None, last.cells)
-            merged.setdefault(last.commit_lsn, {})[key] = row
-        return merged
+                touched[write.now] = filled(write.cells, before)
+        oid = int.from_bytes(next(iter(rows.values()), b"")[1:5], "big")
+        present = {key: encode_row("I", oid, None, None, row) for key, row in touched.items()}
+        return untouched | present
 
     def forget(self, snapshot: Snapshot) -> None:
         """Forget the transactions that a snapshot shows: later ones show them too."""

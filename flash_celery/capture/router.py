@@ -266,8 +266,9 @@ class Router:
                 self._matcher(subscription, relation),
                 partial(self._note_unevaluated, subscription.declared),
             )
+        operations = subscription.captured if transitions else subscription.operations
         for operation, tag in _TAGS.items():
-            if operation in subscription.captured:
+            if operation in operations:
                 if transitions is None:
                     route = self._forward(subscription, operation, table)
                 else:

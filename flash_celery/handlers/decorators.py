@@ -549,11 +549,6 @@ def _require_one_database(subscriptions: list[Subscription]) -> None:
             f"{handler} has once= without ordered=, and only what comes in order can be compared "
             "with the last position that was handled; add ordered=True."
         )
-    if any(each.backfill for each in subscriptions):
-        raise SubscriptionError(
-            f"{handler} has once= and backfill=, and its marks do not recognise a row that is "
-            "backfilled again; leave out one of the two."
-        )
     try:
         database.check()
     except SubscriptionError as error:

@@ -48,11 +48,10 @@ class Backfill:
         if not isinstance(backfill, Backfill):
             raise SubscriptionError(f"backfill is True, False or a Backfill, not {backfill!r}.")
         backfill._check()
-        if Operation.INSERT | Operation.UPDATE not in operations:
+        if Operation.INSERT not in operations:
             raise SubscriptionError(
-                "backfill= needs a handler of both insert and update: rows are backfilled as "
-                "inserts, and one that is updated at the same time would stay as it was. Add them "
-                "to the operations, or leave out backfill=."
+                "backfill= needs a handler of insert, because rows are backfilled as inserts. Add "
+                "insert to the operations, or leave out backfill=."
             )
         if backfill.truncate and Operation.TRUNCATE not in operations:
             raise SubscriptionError(

@@ -214,7 +214,7 @@ class Subscription:
         """The operations the server must send to make every delivery possible.
 
         These include UPDATE if a condition or a key is set: an UPDATE can make a row enter or leave
-        the condition, and change its key.
+        the condition, and change its key. For a backfill it can move a row to where it was read.
         """
         captured = self.operations
         rows = Operation.INSERT | Operation.UPDATE | Operation.DELETE
@@ -222,7 +222,12 @@ class Subscription:
             captured |= Operation.UPDATE
         if self.key and captured & (Operation.INSERT | Operation.DELETE):
             captured |= Operation.UPDATE
-        return captured
+        return captured | Operation.UPDATE if self.backfill else captured
+
+    @property
+    def receives_each_update(self) -> bool:
+        """Whether every UPDATE of a row that is of its `where` is delivered."""
+        return Operation.UPDATE in self.operations and not (self.fields or self.ignore_own)
 
     def old_columns(self, operation: Operation) -> frozenset[str]:
         """Return the columns whose old values the handler or its condition needs.

@@ -145,8 +145,7 @@ class LaneMark:
 
     def _require_positions(self, changes: Sequence[Change]) -> None:
         for change in changes:
-            unknown = change.transaction.history is None or change.backfill is not None
-            if self._lane is None or unknown:
+            if self._lane is None or change.transaction.history is None:
                 raise PayloadError(
                     "This change does not say to which server its position belongs, so `once=` "
                     "cannot know whether it was handled: an older `flash replicate` has enqueued "

@@ -21,7 +21,7 @@ from ..backfill import requests
 from ..backfill.chunks import Chunk, Cursor, continues, identity_of
 from ..backfill.leaves import leaves_of
 from ..backfill.moved_rows import MOST_KEYS, MovedRows
-from ..backfill.reading import ReadingChunks, position_of
+from ..backfill.reading import ReadingChunks
 from ..backfill.recent_writes import Key, RecentWrites
 from ..backfill.requests import Backfill
 from ..backfill.snapshots import Snapshot
@@ -214,7 +214,7 @@ class Backfilling:
             self.close()
             return False
         if chunk.part != "rows":
-            self._deliver_part(chunk)
+            self._deliver_part(chunk, position)
             return True
         writes = self._writes.get(chunk.table.oid)
         if writes is not None and writes.hides_any(chunk.snapshot, chunk.relation.columns):
@@ -222,11 +222,10 @@ class Backfilling:
             return False
         merged = writes.merge(chunk.snapshot, chunk.rows) if writes is not None else {}
         self._forget(chunk.snapshot)
-        self._describe(chunk)
-        self._deliver(chunk, merged)
+        self._deliver(chunk, merged, position)
         for moved in self._moved.values():
             moved.has_all |= chunk.is_last
-        self._await(sum(map(len, merged.values())))
+        self._await(len(merged))
         return True
 
     def _forget(self, snapshot: Snapshot) -> None:
@@ -265,10 +264,9 @@ class Backfilling:
         self.delivered += 1
         self._unconfirmed.append((rows, self._sink.chunk.hex() if self._sink.used else ""))
 
-    def _deliver_part(self, chunk: Chunk) -> None:
+    def _deliver_part(self, chunk: Chunk, position: Lsn) -> None:
         """Deliver what comes before or after all rows."""
-        self._describe(chunk)
-        transaction = self._transaction(chunk, None)
+        transaction = self._describe(chunk, position)
         if chunk.part == "truncate":
             self._sink.begin(self._count, [TRUNCATE_ID])
             self._router.truncate([chunk.table.oid], transaction, self._count, 0)
@@ -286,35 +284,36 @@ class Backfilling:
         number = subscription.number
         return Delivery(table, transaction, self._count, Part.MESSAGE, number, [row])
 
-    def _describe(self, chunk: Chunk) -> None:
-        """Learn what the broker knows a chunk by, and its columns."""
+    def _describe(self, chunk: Chunk, position: Lsn) -> Transaction:
+        """Learn what the broker knows a chunk by, and its columns.
+
+        Returns:
+            What the rows count as a part of: a transaction right before all that follows. Their
+            state is that of this moment, and no commit starts there.
+        """
         described = self._binding + self._backfill.id.encode() + chunk.id
         self._sink.chunk = hashlib.blake2b(described, digest_size=CHUNK_ID_BYTES).digest()
         self._sink.used = False
+        time, before = timestamps.from_unix(chunk.time), Lsn(position - 1)
+        transaction = ChunkTransaction(before, 0, time, self._history, "", self._backfill.id)
+        transaction.chunk = self._sink.chunk
         if self._relation != chunk.relation:
             self._relation = chunk.relation
-            self._router.relation(chunk.relation, self._transaction(chunk, None))
+            self._router.relation(chunk.relation, transaction)
+        return transaction
 
-    def _deliver(self, chunk: Chunk, merged: Mapping[Lsn | None, Mapping[Key, bytes]]) -> None:
-        oid = chunk.table.oid
-        head = b"I" + oid.to_bytes(4, "big")
+    def _deliver(self, chunk: Chunk, rows: Mapping[Key, bytes], position: Lsn) -> None:
+        transaction, oid = self._describe(chunk, position), chunk.table.oid
+        if not rows:
+            return
         # Keys of leaves may be equal.
         leaf = () if oid == self._table.oid else (b"%d" % oid,)
-        for commit_lsn, rows in merged.items():
-            self._moved[oid].deliver(rows)
-            keys = [(*leaf, *key) for key in rows] if leaf else list(rows)
-            self._sink.begin(self._count, row_ids_of(keys))
-            transaction = self._transaction(chunk, commit_lsn)
-            self._router.rows(head, list(rows.values()), transaction, self._count, 0)
-            self._count += len(rows)
-
-    def _transaction(self, chunk: Chunk, commit_lsn: Lsn | None) -> Transaction:
-        """Return the transaction that rows stand for: the chunk's, or the last that wrote them."""
-        position = position_of(chunk) if commit_lsn is None else Lsn(commit_lsn + 1)
-        time = timestamps.from_unix(chunk.time)
-        transaction = ChunkTransaction(position, 0, time, self._history, "", self._backfill.id)
-        transaction.chunk = self._sink.chunk
-        return transaction
+        self._moved[oid].deliver(rows)
+        keys = [(*leaf, *key) for key in rows] if leaf else list(rows)
+        self._sink.begin(self._count, row_ids_of(keys))
+        head = b"I" + oid.to_bytes(4, "big")
+        self._router.rows(head, list(rows.values()), transaction, self._count, 0)
+        self._count += len(rows)
 
 
 def _leaves(source: Source, backfill: Backfill) -> dict[int, CatalogTable]:
@@ -327,10 +326,16 @@ def _leaves(source: Source, backfill: Backfill) -> dict[int, CatalogTable]:
 
 
 class Backfills:
-    """The requested backfills of a source, and the one that a session does."""
+    """The requested backfills of a source, and the one that a session does.
 
-    def __init__(self, source: Source) -> None:
+    Args:
+        source: The source.
+        subscriptions: Those to its tables.
+    """
+
+    def __init__(self, source: Source, subscriptions: Sequence[Subscription]) -> None:
         self._source = source
+        self._subscriptions = subscriptions
         self._warned = False
         self.backfilling: Backfilling | None = None
         #: The rows that move, for each backfill that has begun, also while it is paused, and for
@@ -392,7 +397,11 @@ class Backfills:
             for key in owed
             if key.keys() == set(identity)
         ]
-        return MovedRows(backfill.id, identity, keys)
+        every = any(
+            each.handler == backfill.handler and not each.receives_each_update
+            for each in self._subscriptions
+        )
+        return MovedRows(backfill.id, identity, keys, every)
 
     def remember_moved(self) -> None:
         """Record the rows that have moved, before anything behind them can be acknowledged.

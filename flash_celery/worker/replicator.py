@@ -496,7 +496,7 @@ class Replicator:
         if templates.lanes and templates.lanes[0].transport is lane_transports.RABBITMQ:
             self._sweeper.watch(templates.lanes)
         watch = SlotWatch(source, stream.pid, self._progress, telemetry=self.telemetry)
-        backfills = Backfills(source)
+        backfills = Backfills(source, self._subscriptions)
         supervisor = Supervisor(
             source,
             self._startup,

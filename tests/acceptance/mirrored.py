@@ -3,7 +3,6 @@
 import json
 import os
 
-import psycopg
 from celery import Celery
 
 from flash_celery import Backfill, on_backfill_end, on_change
@@ -42,17 +41,6 @@ if os.environ.get("SHOP_ENDS"):
 @app.task(queue="added")
 def added(change):
     """Would receive new rows only."""
-
-
-@on_change(
-    "items",
-    "insert|update|delete",
-    ordered=True,
-    once=lambda: psycopg.connect(os.environ["SHOP_DSN"]),
-)
-@app.task(queue="counted")
-def counted(change):
-    """Is handled once."""
 
 
 @on_change("keyless")

@@ -9,6 +9,7 @@ from flash_celery.backfill.chunks import ChunkReader
 from flash_celery.backfill.leaves import LeafReader
 from flash_celery.postgres.connection import connect
 from flash_celery.table_name import TableName
+from tests.integration.conftest import shown
 
 MANY = ", ".join(f"c{number} int" for number in range(1599))
 WORDS = (
@@ -24,6 +25,16 @@ TABLES = {
     "collated": (
         'word text COLLATE "C" PRIMARY KEY, n int',
         f"SELECT word, 1 FROM {WORDS} AS word",
+    ),
+    "linguistic": (
+        'word text COLLATE "und-x-icu" PRIMARY KEY, n int',
+        f"SELECT word, 1 FROM {WORDS} AS word",
+    ),
+    # 'a' and 'A' would be equal.
+    "folded": (
+        "word text COLLATE folding PRIMARY KEY, n int",
+        "SELECT DISTINCT lower(word), 1 FROM unnest(ARRAY['B', 'a', 'C', 'É', 'z', 'd', 'e', 'F',"
+        " 'g', '_', '1']) AS word",
     ),
     "padded": (
         "code char(4) PRIMARY KEY, n numeric(9, 3)",
@@ -52,6 +63,10 @@ TABLES = {
 }
 
 
+FOLDING = """CREATE COLLATION folding
+    (provider = icu, locale = 'und-u-ks-level2', deterministic = false)"""
+
+
 @contextmanager
 def streaming(connection, table):
     """A function that returns the Inserts of a table since the beginning of the block."""
@@ -73,6 +88,11 @@ def streaming(connection, table):
 def test_chunks_have_the_rows_of_the_stream(database, table):
     columns, rows = TABLES[table]
     with closing(connect(database.dsn)) as connection:
+        if table in ("linguistic", "folded"):
+            try:
+                connection.execute(FOLDING)
+            except psycopg.errors.FeatureNotSupported:
+                pytest.skip("this PostgreSQL is built without ICU")
         connection.execute(f"CREATE TABLE {table} ({columns})")
         connection.execute(f"ALTER TABLE {table} DROP COLUMN IF EXISTS dropped")
         with streaming(connection, table) as streamed:
@@ -190,3 +210,19 @@ def test_table_is_not_rewritten_between_the_snapshot_and_its_rows(database, kind
         reader.dsn = database.dsn
         assert len(reader.read(None, 100).rows) == rows
         assert (reader.error is None) == (kind is WithoutLock)
+
+
+def test_handler_of_inserts_gets_the_rows_that_are_there(flash):
+    """Its updates are watched for rows that move, and not delivered."""
+    flash.database.execute(
+        "CREATE TABLE items (id int PRIMARY KEY, n int)",
+        "INSERT INTO items SELECT n, n FROM generate_series(1, 3) n",
+    )
+    flash.handler("items", "insert", backfill=True).start()
+    done = "SELECT count(*) = 1 FROM flash_celery_backfills WHERE state = 'done'"
+    flash.wait(lambda: flash.database.one("SELECT to_regclass('flash_celery_backfills')"))
+    flash.wait(lambda: flash.database.one(done))
+    flash.do("UPDATE items SET n = 0", "INSERT INTO items VALUES (4, 4)")
+    changes = flash.delivered()
+    assert shown(changes) == ["insert 1,1", "insert 2,2", "insert 3,3", "insert 4,4"]
+    assert [change.backfill is None for change in changes] == [False, False, False, True]

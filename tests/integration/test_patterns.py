@@ -440,7 +440,7 @@ def test_table_that_cannot_be_backfilled_is_a_gap(flash, caplog):
     settings = Settings.from_app(flash.app)
     with connected(settings) as source:
         (gap,) = status.database_status(source).gaps
-    assert "not on both insert and update" in gap["reason"]
+    assert "is on insert of tenant_a.log without update" in gap["reason"]
 
 
 def test_table_joins_though_the_tables_of_backfills_are_damaged(flash, caplog):

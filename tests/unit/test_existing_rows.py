@@ -1,6 +1,5 @@
 """`backfill=`: how a handler asks for the rows that its table has already."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -8,6 +7,7 @@ import pytest
 from flash_celery import Backfill, on_backfill_end, on_change
 from flash_celery.errors import SubscriptionError
 from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.subscriptions import operations_of
 
 
 @pytest.fixture
@@ -49,19 +49,32 @@ def test_handler_is_backfilled_as_it_says(declare, backfill, wish):
         ([], {"backfill": "yes"}, "backfill is True, False or a Backfill, not 'yes'"),
         ([], {"backfill": Backfill(rate=0)}, "rate=0; it is rows a second, above 0"),
         ([], {"backfill": Backfill(chunk=True)}, "chunk=True; it is a number of rows from 1 to"),
-        (["update|delete"], {"backfill": True}, "needs a handler of both insert and update"),
-        (["insert"], {"backfill": Backfill()}, "needs a handler of both insert and update"),
+        (["update|delete"], {"backfill": True}, "needs a handler of insert, because rows are"),
         (
             ["insert|update"],
             {"backfill": Backfill(truncate=True)},
             "is not on truncate: it would not learn that its copy begins empty",
         ),
-        ([], {"backfill": True, "ordered": True, "once": nullcontext}, "has once= and backfill="),
     ],
 )
 def test_backfill_refuses_what_it_cannot_do(declare, arguments, options, reason):
     with pytest.raises(SubscriptionError, match=reason):
         declare(*arguments, **options)
+
+
+@pytest.mark.parametrize(("backfill", "captured"), [(True, "INSERT|UPDATE"), (False, "INSERT")])
+def test_updates_are_watched_for_backfills_of_inserts(declare, backfill, captured):
+    subscription = declare("insert", backfill=backfill)
+    assert subscription.captured == operations_of(captured)
+    assert not subscription.receives_each_update
+
+
+@pytest.mark.parametrize(
+    ("options", "receives"),
+    [({}, True), ({"fields": ["n"]}, False), ({"ignore_own": True}, False)],
+)
+def test_rows_that_move_are_read_unless_each_update_is_delivered(declare, options, receives):
+    assert declare(**options).receives_each_update is receives
 
 
 def test_end_of_backfills_comes_in_the_way_of_the_changes(new_app):

@@ -57,9 +57,8 @@ def chunk(*rows):
 
 def merged(writes, snapshot, *rows):
     return {
-        tuple(None if cell is None else cell.decode() for cell in read_row(row)[0].new): commit_lsn
-        for commit_lsn, group in writes.merge(Snapshot.parse(snapshot), chunk(*rows)).items()
-        for row in group.values()
+        tuple(None if cell is None else cell.decode() for cell in read_row(row)[0].new)
+        for row in writes.merge(Snapshot.parse(snapshot), chunk(*rows)).values()
     }
 
 
@@ -82,62 +81,62 @@ def test_snapshot_shows_what_has_ended(snapshot, xid, shows):
 
 
 def test_row_is_as_the_snapshot_shows_it_if_nothing_was_written(writes):
-    assert merged(writes, "10:10:", (1, "a"), (2, "b")) == {("1", "a"): None, ("2", "b"): None}
+    assert merged(writes, "10:10:", (1, "a"), (2, "b")) == {("1", "a"), ("2", "b")}
 
 
 def test_write_that_the_snapshot_shows_is_left_out(writes):
     writes.note([update(1, "old news")], transaction(9))
-    assert merged(writes, "10:10:", (1, "a")) == {("1", "a"): None}
+    assert merged(writes, "10:10:", (1, "a")) == {("1", "a")}
 
 
 def test_write_that_the_snapshot_does_not_show_is_the_state_of_the_row(writes):
     writes.note([update(1, "b")], transaction(12))
     writes.note([delete(2)], transaction(13))
     found = merged(writes, "10:20:12,13", (1, "a"), (2, "gone"), (3, "c"))
-    assert found == {("1", "b"): Lsn(1200), ("3", "c"): None}
+    assert found == {("1", "b"), ("3", "c")}
 
 
 def test_value_that_was_not_sent_is_the_one_of_the_chunk(writes):
     writes.note([update(1, U)], transaction(12))
-    assert merged(writes, "10:12:", (1, "kept")) == {("1", "kept"): Lsn(1200)}
+    assert merged(writes, "10:12:", (1, "kept")) == {("1", "kept")}
 
 
 def test_value_that_was_not_sent_is_the_one_of_the_write_before(writes):
     writes.note([update(1, "set"), update(1, U)], transaction(12))
     writes.note([update(1, U)], transaction(13))
-    assert merged(writes, "10:12:", (1, "a")) == {("1", "set"): Lsn(1300)}
+    assert merged(writes, "10:12:", (1, "a")) == {("1", "set")}
 
 
 def test_row_that_moves_takes_its_value_along(writes):
     writes.note([update(5, U, old=(1, None))], transaction(12))
-    assert merged(writes, "10:12:", (1, "kept")) == {("5", "kept"): Lsn(1200)}
+    assert merged(writes, "10:12:", (1, "kept")) == {("5", "kept")}
 
 
 def test_rows_that_swap_their_keys_keep_their_values(writes):
     swap = [update(0, U, old=(1, None)), update(1, U, old=(2, None)), update(2, U, old=(0, None))]
     writes.note(swap, transaction(12))
     found = merged(writes, "10:12:", (1, "first"), (2, "second"))
-    assert found == {("2", "first"): Lsn(1200), ("1", "second"): Lsn(1200)}
+    assert found == {("2", "first"), ("1", "second")}
 
 
 def test_row_under_the_key_of_a_deleted_one_is_another(writes):
     writes.note([delete(5), update(5, U, old=(1, None)), update(5, "new")], transaction(12))
     found = merged(writes, "10:12:", (1, "kept"), (5, "gone"))
-    assert found == {("5", "new"): Lsn(1200)}
+    assert found == {("5", "new")}
 
 
 def test_row_that_is_inserted_after_the_snapshot_is_not_of_the_chunk(writes):
     writes.note([insert(9, "new")], transaction(12))
     writes.note([delete(1)], transaction(13))
     writes.note([insert(1, "again")], transaction(14))
-    assert merged(writes, "10:12:", (1, "a")) == {}
+    assert merged(writes, "10:12:", (1, "a")) == set()
 
 
 def test_truncate_leaves_no_row_of_the_chunk(writes):
     writes.note([update(1, "b")], transaction(12))
     writes.truncate(transaction(13))
-    assert merged(writes, "10:12:", (1, "a"), (2, "c")) == {}
-    assert merged(writes, "14:14:", (1, "a")) == {("1", "a"): None}
+    assert merged(writes, "10:12:", (1, "a"), (2, "c")) == set()
+    assert merged(writes, "14:14:", (1, "a")) == {("1", "a")}
 
 
 def test_transaction_that_writes_too_much_makes_a_chunk_unusable_until_it_is_visible(writes):
@@ -175,7 +174,7 @@ def test_transaction_that_alters_the_table_between_its_writes_is_not_merged(writ
 def test_forgotten_writes_change_nothing_any_more(writes):
     writes.note([update(1, "b")], transaction(12))
     writes.forget(Snapshot.parse("13:13:"))
-    assert merged(writes, "10:12:", (1, "a")) == {("1", "a"): None}
+    assert merged(writes, "10:12:", (1, "a")) == {("1", "a")}
 
 
 @pytest.fixture
@@ -193,6 +192,14 @@ def test_moved_row_is_read_under_its_new_key_if_a_value_was_not_sent(moved):
     moved.note([update(1, U), update(6, "whole", old=(2, None)), move(1, 5)], transaction(12))
     assert moved.take() == [{"id": "5"}]
     assert moved.take() == []
+
+
+def test_moved_row_is_read_if_its_update_may_not_be_delivered():
+    """As to a handler of `insert`, or with `fields`."""
+    moved = MovedRows("b1", ["id"], every=True)
+    moved.describe(relation())
+    moved.note([update(1, "b"), update(6, "whole", old=(2, None))], transaction(12))
+    assert moved.take() == [{"id": "6"}]
 
 
 def test_every_moved_row_of_a_large_transaction_is_found(moved):
@@ -264,8 +271,8 @@ def test_merged_rows_are_those_of_the_table(transactions):
                 sent.append(delete(key))
         for row in sent:
             writes.note([row], current)
-    groups = writes.merge(Snapshot.parse("10:12:"), rows).values()
-    new = [read_row(row)[0].new for group in groups for row in group.values()]
+    found = writes.merge(Snapshot.parse("10:12:"), rows).values()
+    new = [read_row(row)[0].new for row in found]
     found = {int(key): note.decode() for key, note in new}
     assert found.keys() >= {key for key, (row, _) in state.items() if row is not None}
     assert found.items() <= {key: value for key, (_, value) in state.items()}.items()
@@ -276,7 +283,7 @@ def test_ended_writes_keep_nothing(writes):
     writes.end()
     writes.note([update(1, "c"), update(5, U, old=(1, None))], transaction(13))
     writes.truncate(transaction(14))
-    assert merged(writes, "10:12:", (1, "a")) == {("1", "a"): None}
+    assert merged(writes, "10:12:", (1, "a")) == {("1", "a")}
 
 
 def by_position(position, commit_lsn, rows):
@@ -289,7 +296,7 @@ def test_position_does_not_say_what_a_snapshot_shows(writes):
     seen = chunk((1, "old"))
     writes.note([update(1, "new")], transaction(12, lsn=1200))
     assert by_position(Lsn(1300), Lsn(1200), seen) == seen  # the old value comes after the new one
-    assert merged(writes, "12:13:12", (1, "old")) == {("1", "new"): Lsn(1200)}
+    assert merged(writes, "12:13:12", (1, "old")) == {("1", "new")}
 
 
 def without_streamed(rows, streamed):
@@ -302,7 +309,7 @@ def test_row_that_was_streamed_is_still_needed(writes):
     seen = chunk((1, "kept"))
     writes.note([update(1, U)], transaction(12))
     assert without_streamed(seen, {(b"1",)}) == {}
-    assert merged(writes, "10:12:", (1, "kept")) == {("1", "kept"): Lsn(1200)}
+    assert merged(writes, "10:12:", (1, "kept")) == {("1", "kept")}
 
 
 def test_hot_row_does_not_make_a_chunk_be_read_again(writes):
@@ -310,4 +317,4 @@ def test_hot_row_does_not_make_a_chunk_be_read_again(writes):
     for xid in range(12, 1012):
         writes.note([update(1, xid)], transaction(xid))
         assert not writes.hides_any(Snapshot.parse(f"{xid}:{xid}:"), COLUMNS)
-    assert merged(writes, "1000:1000:", (1, "999")) == {("1", "1011"): Lsn(101100)}
+    assert merged(writes, "1000:1000:", (1, "999")) == {("1", "1011")}
