@@ -96,6 +96,9 @@ def test_standby_delivers_changes(shop):
     assert_handled(shop, 1, 100)
     status = shop.run("flash", "status")
     assert status.returncode == 0, status.stderr
+    backfill = shop.run("flash", "backfill", "each")
+    assert backfill.returncode == 2
+    assert "name the primary in flash_dsn to backfill" in backfill.stderr
     assert shop.end(replicate) == 0
     insert_rows(shop.primary, 101, 200)
     shop.replicate()
