@@ -144,10 +144,10 @@ def failing(bench):
     rows, countdown = bench.size(1_000_000), bench.seconds(COUNTDOWN)
     backlog = bench.backlog(Workload(rows, handler="some_fail"))
     bench.doing(f"ordered: {FAILING} of {rows:,} keys fail")
-    # A key beyond the last one: none fails.
-    without, _, _ = seconds_in_lanes(bench, backlog, rows + 1, countdown)
-    every = max(rows // FAILING, 1)
+    none, every = rows + 1, max(rows // FAILING, 1)  # the former is beyond the last key
+    before, _, _ = seconds_in_lanes(bench, backlog, none, countdown)
     times, lanes, details = seconds_in_lanes(bench, backlog, every, countdown)
+    after, _, _ = seconds_in_lanes(bench, backlog, none, countdown)
     held = {lane for lane, keys in lanes.items() if any(key % every == 0 for key in keys)}
     share = len(held) / len(lanes)
     line = _line(
@@ -157,10 +157,19 @@ def failing(bench):
     )
     comparison = line.against("the same lanes, no key fails", Goal(1.1, at_least=False))
     clean = [key for lane, keys in lanes.items() if lane not in held for key in keys]
-    mine, other = (latencies.percentile([of[key] for key in clean], 99) for of in (times, without))
+    first, mine, last = (
+        latencies.percentile([of[key] for key in clean], 99) for of in (before, times, after)
+    )
+    other = (first + last) / 2
     _note(line, mine, details, comparison, other)
+    held_up = _line(f"the part of the {len(lanes)} lanes that these {FAILING} keys hold up", "%")
+    expected = 1 - (1 - 1 / len(lanes)) ** FAILING
+    by_chance = held_up.against(f"1 - (1 - 1/{len(lanes)})^{FAILING}", Goal(1.1, at_least=False))
+    _note(held_up, share * 100, {}, by_chance, expected * 100)
     bench.say(f"  ordered: {line.what} {mine:.1f} s; no key fails {other:.1f} s")
+    bench.say(f"  ordered: {held_up.what}: {share:.1%}, by chance {expected:.1%}")
     bench.add(line)
+    bench.add(held_up)
 
 
 def distant(bench):
