@@ -212,6 +212,8 @@ class PublishError(FlashError):
     size_limit = 0
     #: Whether the broker refuses the first message that it did not take, whenever it is sent.
     refused = False
+    #: The most seconds until the others are sent again.
+    longest_pause = 15.0
     solution = "The messages are sent again. Check that the broker runs and has room."
 
 

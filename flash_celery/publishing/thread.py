@@ -402,9 +402,9 @@ class PublishingThread(threading.Thread):
                 self._handle_failure(error, messages)
                 fitted = self._fitted(messages)
                 messages = self._without_refused(fitted, error)
-                if messages is not fitted:
+                if error.confirmed or messages is not fitted:
                     pauses = delays()
-                pause = next(pauses)
+                pause = min(next(pauses), error.longest_pause)
             if self._is_given_up(generation, pause):
                 return False
 

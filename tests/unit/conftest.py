@@ -18,6 +18,7 @@ class Flaky(MemoryPublisher):
     def __init__(self):
         super().__init__()
         self.failures = []
+        self.longest_pause = 15.0
         self.opened = 0
         self.tried = threading.Event()
 
@@ -31,7 +32,7 @@ class Flaky(MemoryPublisher):
             taken = self.failures.pop(0)
             super().publish(messages[:taken])
             error = PublishError("It failed.")
-            error.confirmed = taken
+            error.confirmed, error.longest_pause = taken, self.longest_pause
             raise error
         super().publish(messages)
 

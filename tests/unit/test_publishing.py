@@ -2,6 +2,7 @@
 
 import threading
 import time
+from itertools import repeat
 
 import pytest
 
@@ -9,6 +10,7 @@ from flash_celery.errors import ConfirmedLost, TakenOver
 from flash_celery.messages.batcher import PublishBatch
 from flash_celery.messages.deduplication import Lease, now
 from flash_celery.protocol.lsn import Lsn
+from flash_celery.publishing import thread as publishing
 from flash_celery.publishing.backpressure import Backpressure
 from flash_celery.publishing.thread import Claim
 from flash_celery.worker.control import Control
@@ -37,6 +39,25 @@ def test_confirmed_messages_are_not_sent_again(thread):
     thread.start()
     wait(lambda: thread.idle)
     assert [m.body for m in thread.publisher.queues["flash"]] == [str(n) for n in range(10)]
+    assert thread.confirmed == [1]
+
+
+def test_pause_after_a_failure_is_short_if_messages_were_confirmed(thread, monkeypatch):
+    """As when several ordering keys follow each other, each of which waits for empty lanes."""
+    monkeypatch.setattr(publishing, "delays", lambda: iter((0.0, 3600.0)))
+    thread.publisher.failures = [1, 1, 1]
+    thread.put(unit(0, 10, 1))
+    thread.start()
+    wait(lambda: thread.idle)
+    assert thread.confirmed == [1]
+
+
+def test_pause_after_a_failure_is_no_longer_than_its_reason_needs(thread, monkeypatch):
+    monkeypatch.setattr(publishing, "delays", lambda: repeat(3600.0))
+    thread.publisher.failures, thread.publisher.longest_pause = [0, 0], 0.0
+    thread.put(unit(0, 10, 1))
+    thread.start()
+    wait(lambda: thread.idle)
     assert thread.confirmed == [1]
 
 

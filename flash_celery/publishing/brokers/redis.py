@@ -44,6 +44,8 @@ _PUSH_MESSAGES = 500
 _PUSH_BYTES = 4 << 20
 #: Messages that are requeued in one step; a batch may have megabytes.
 _REQUEUE_MESSAGES = 20
+#: Seconds between two looks whether lanes are empty, which cost Redis next to nothing.
+_LOOK_SECONDS = 1.0
 #: TCP_NOTSENT_LOWAT bounds the bytes that the kernel buffers: the wait for a reply begins when the
 #: kernel has taken everything, so on a slow line megabytes would time out, and be sent again
 #: forever. The others are the kernel's keepalives: idle seconds, interval in seconds, probes.
@@ -193,11 +195,13 @@ class RedisPublisher(ConnectedPublisher):
             min(GRACE, float(self._app.conf.get("flash_lane_lease") or GRACE)),
         )
         if not ready:
-            raise LanesNotReady(
+            error = LanesNotReady(
                 f"The changes in the lanes of {form.handler} were placed by another ordering key "
                 "or number of lanes; new ones wait until workers have handled them "
                 "(`flash lanes list`)."
             )
+            error.longest_pause = _LOOK_SECONDS
+            raise error
         self._lanes[form.key] = form
 
     def _prepare_for(self, client: Any, messages: Sequence[Message]) -> None:
