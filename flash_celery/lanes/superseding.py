@@ -22,7 +22,7 @@ from ..errors import PublishError
 from ..escaping import escaped
 from ..handlers.subscriptions import Subscription
 from ..messages.lane_messages import barrier_lanes
-from ..messages.lane_placing import Place, Placer, placer, strong_digest
+from ..messages.lane_placing import Place, Placer, placer, seed_of, strong_digest
 from ..publishing.brokers.lane_letters import LaneLetters, Noted
 from . import connection
 
@@ -49,7 +49,7 @@ class Superseding:
         letters: LaneLetters,
         source: str,
         lane: int,
-        subscriptions: Iterable[Subscription],
+        subscriptions: Sequence[Subscription],
     ) -> None:
         self._letters = letters
         self._source = source
@@ -57,6 +57,7 @@ class Superseding:
         self._columns = {
             each.number: each.ordered.by for each in subscriptions if each.ordered is not None
         }
+        self._patterns = {each.number: each.pattern for each in subscriptions}
         self._placers: dict[tuple[Table, int], tuple[Placer, Placer]] = {}
         #: The notes beside lanes, as far as they were read.
         self._found: dict[int, dict[str, Noted]] = {}
@@ -128,8 +129,8 @@ class Superseding:
         table, number = change._source, change.number
         found = self._placers.get((table, number))
         if found is None:
-            columns = self._columns.get(number)
-            found = placer(table, columns), placer(table, columns, strong_digest)
+            columns, seed = self._columns.get(number), seed_of(table, self._patterns.get(number))
+            found = placer(table, columns, seed=seed), placer(table, columns, strong_digest)
             self._placers[table, number] = found
         row = row_of(change)
         lane, key = (place(row) for place in found)

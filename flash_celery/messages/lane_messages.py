@@ -10,19 +10,21 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from types import MappingProxyType
 
 from ..changes import payload
 from ..changes.payload import Delivery, Picked
 from ..changes.rows import Table
+from ..handlers.patterns import TablePattern
 from ..provisioning.ordering_keys import Key
 from . import lane_entries
 from .coalescing import Coalescer
 from .deduplication import Covered, covered_by
-from .lane_placing import Hashes, Place, Placer, hashes, key_of, placer
+from .lane_placing import Hashes, Place, Placer, hashes, key_of, placer, seed_of
 from .lane_transports import REDIS, LaneTransport
 from .task_ids import short_digest
 from .task_message import Form, Message
@@ -166,6 +168,7 @@ class LaneGroup:
         form: The lanes.
         columns: The ordering key of each subscription, by number; None for the row's key.
         coalescer: Makes neighbouring changes into one. Default: they stay as they are.
+        patterns: The pattern of each subscription that has one, by number.
     """
 
     def __init__(
@@ -173,10 +176,12 @@ class LaneGroup:
         form: LaneForm,
         columns: Sequence[Sequence[str] | None],
         coalescer: Coalescer | None = None,
+        patterns: Mapping[int, TablePattern] = MappingProxyType({}),
     ) -> None:
         #: The lanes as the session began with them, and those of the next message.
         self._first_form = self._form = form
         self._columns = columns
+        self._patterns = patterns
         self._coalescer = coalescer
         self._most = _GROUP_CHANGES if coalescer is None else _COALESCED_CHANGES
         self._placers: dict[tuple[Table, int], tuple[Key, Placer, Hashes | None]] = {}
@@ -409,8 +414,9 @@ class LaneGroup:
         if found is None:
             if len(self._placers) >= 10_000:  # a table has a new description after each ALTER
                 self._placers.clear()
-            columns = self._columns[number]
-            found = key_of(table, columns), placer(table, columns), hashes(table, columns)
+            columns, seed = self._columns[number], seed_of(table, self._patterns.get(number))
+            place = placer(table, columns, seed=seed)
+            found = key_of(table, columns), place, hashes(table, columns, seed)
             self._placers[table, number] = found
         return found
 

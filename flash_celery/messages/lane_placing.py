@@ -13,6 +13,7 @@ from zlib import crc32
 
 from ..changes.payload import TRUNCATED, unprefixed
 from ..changes.rows import Table
+from ..handlers.patterns import TablePattern
 from ..protocol.pgoutput import FIRST_TUPLE, UNCHANGED_TOAST, Cell, read_cells, read_row
 from ..provisioning.ordering_keys import Key
 from .task_ids import short_digest
@@ -53,10 +54,24 @@ def key_of(table: Table, columns: Sequence[str] | None) -> Key:
     return tuple((name, table.columns[table.positions[name]].type_name) for name in names)
 
 
+def seed_of(table: Table, pattern: TablePattern | None) -> int:
+    """Return what tells the keys of a pattern's tables apart; 0 if the handler names one table.
+
+    It is a hash of the parts of the table's name that the pattern leaves open. So the orders 1 of
+    two tenants have different keys, and `tenant_*.orders` and `tenant_*.lines` share those of one.
+    """
+    if pattern is None:
+        return 0
+    schema = table.schema if pattern.schema.has_wildcards else ""
+    name = table.name if pattern.table.has_wildcards else ""
+    return crc32(f"{schema}\0{name}".encode())
+
+
 def placer(
     table: Table,
     columns: Sequence[str] | None,
     digest: Callable[[Sequence[Cell], Sequence[int]], int] | None = None,
+    seed: int = 0,
 ) -> Placer:
     """Return the function that places the rows of a table.
 
@@ -64,6 +79,7 @@ def placer(
         table: The table, with the columns that its rows have.
         columns: The columns of the ordering key; None for the row's key.
         digest: Makes the hash of some cells. Default: the one that decides the lane.
+        seed: Tells equal keys of different tables apart; see `seed_of`.
     """
     digest = digest or _digest
     names = _names(table, columns)
@@ -77,7 +93,7 @@ def placer(
             row = unprefixed(row)
             tag = row[0]
         if tag == _INSERT:
-            key = digest(read_cells(row, FIRST_TUPLE, width)[0], positions)
+            key = digest(read_cells(row, FIRST_TUPLE, width)[0], positions) ^ seed
             return Place(key, key)
         if row == TRUNCATED or tag == _MESSAGE:
             return None
@@ -87,20 +103,20 @@ def placer(
             # earlier changes may be in any lane.
             return None
         if tag != _UPDATE:
-            key = digest(read.old or (), positions)
+            key = digest(read.old or (), positions) ^ seed
             return Place(key, key)
         new: Sequence[Cell] = read.new or ()
         if read.old is None:  # the identity, and so the key, did not change
-            key = digest(new, positions)
+            key = digest(new, positions) ^ seed
             return Place(key, key)
         # A value that PostgreSQL did not send is the old one.
         filled = [read.old[n] if cell is UNCHANGED_TOAST else cell for n, cell in enumerate(new)]
-        return Place(digest(filled, positions), digest(read.old, positions))
+        return Place(digest(filled, positions) ^ seed, digest(read.old, positions) ^ seed)
 
     return place
 
 
-def hashes(table: Table, columns: Sequence[str] | None) -> Hashes | None:
+def hashes(table: Table, columns: Sequence[str] | None, seed: int = 0) -> Hashes | None:
     """Return the function that hashes many keys at once; None if a key has not just one column.
 
     It is on the hot path of the replication worker. The hashes are those of `placer`.
@@ -108,17 +124,19 @@ def hashes(table: Table, columns: Sequence[str] | None) -> Hashes | None:
     Args:
         table: The table, with the columns that its rows have.
         columns: The columns of the ordering key; None for the row's key.
+        seed: As for `placer`.
     """
     names = _names(table, columns)
     if len(names) != 1:
         return None
     (name,) = names
-    return partial(_hashes, table.positions[name], name in table.identity_columns)
+    return partial(_hashes, table.positions[name], name in table.identity_columns, seed)
 
 
 def _hashes(
     position: int,
     in_identity: bool,
+    seed: int,
     rows: Sequence[bytes],
     integer: Any = _INT32.unpack_from,
     lengths: Sequence[int] = _HASHED_LENGTHS,
@@ -148,7 +166,7 @@ def _hashes(
                     cell = row[start : start + length]
                     if len(cell) == length:
                         before = lengths[length] if length < 64 else crc32(b"%d:" % length)
-                        key = crc32(cell, before)
+                        key = crc32(cell, before) ^ seed
             except (IndexError, struct.error):
                 pass  # the placer says what is wrong
         append(key)

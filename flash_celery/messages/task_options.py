@@ -6,7 +6,7 @@ import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..changes import json_codec
 from ..changes.change import Operation
 from ..errors import ConfigurationError, SubscriptionError
 from ..escaping import one_line
+from ..handlers.patterns import TablePattern
 from ..handlers.subscriptions import Ordered, Subscription
 from ..provisioning.pauses import handlers, queue_of
 from ..settings import Settings
@@ -47,6 +48,8 @@ class TaskOrder:
     #: How changes of each subscription are made into one, by its number.
     rules: Sequence[Rules | None]
     transport: LaneTransport = lane_transports.REDIS
+    #: The pattern of each subscription that has one, by its number.
+    patterns: Mapping[int, TablePattern] = field(default_factory=dict)
     #: Whether marks say what was handled (`once=`).
     marked: bool = False
 
@@ -65,8 +68,17 @@ class TaskOrder:
                 columns[subscription.number] = subscription.ordered.by
         keys = [(each.subject, columns[each.number]) for each in subscriptions]
         count = order.lanes or lanes or transport.lanes
-        marked = subscriptions[0].once is not None
-        return cls(count, columns, repr(keys), order.coalesce, rules, transport, marked)
+        patterns = {each.number: each.pattern for each in subscriptions if each.pattern}
+        return cls(
+            count,
+            columns,
+            repr(keys),
+            order.coalesce,
+            rules,
+            transport,
+            patterns,
+            marked=subscriptions[0].once is not None,
+        )
 
 
 class TaskOptions:

@@ -131,7 +131,7 @@ class Template:
         coalescer = None
         if self.coalesce:
             coalescer = Coalescer(self._order.rules, self.max_change_size)
-        return LaneGroup(self.lanes, self._order.columns, coalescer)
+        return LaneGroup(self.lanes, self._order.columns, coalescer, self._order.patterns)
 
     def is_too_deep(self, delivery: Delivery) -> bool:
         """Return whether handlers that handle each other's writes seem to go on forever."""

@@ -28,7 +28,7 @@ from ..errors import SubscriptionError
 from ..handlers.decorators import subscriptions_of
 from ..handlers.subscriptions import Ordered, Subscription
 from ..messages.batcher import Batcher, BatcherSink
-from ..messages.lane_placing import placer
+from ..messages.lane_placing import placer, seed_of
 from ..messages.task_message import Message
 from ..messages.task_options import TaskOptions
 from ..messages.templates import Template, Templates
@@ -119,6 +119,7 @@ class Flash:
             for subscription in self._subscriptions
             if subscription.ordered is not None
         }
+        self._patterns = {(each.handler, each.number): each.pattern for each in self._subscriptions}
         task_options = TaskOptions(app, self._settings, without_lanes(self._subscriptions))
         self._templates = Templates(app, self._settings, task_options)
 
@@ -187,10 +188,13 @@ class Flash:
         """Return the hashes of the ordering keys of a task's changes; None if it waits for all."""
         keys: set[int] = set()
         for change in task.changes:
-            order = self._orders.get((task.handler, change.number))
+            subscription = task.handler, change.number
+            order = self._orders.get(subscription)
             if order is None:
                 return frozenset()
-            place = placer(change._source, order.by)(row_of(change))
+            table = change._source
+            seed = seed_of(table, self._patterns.get(subscription))
+            place = placer(table, order.by, seed=seed)(row_of(change))
             if place is None:
                 return None
             keys |= {place.key, place.old}

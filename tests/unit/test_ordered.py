@@ -1,6 +1,8 @@
 """Ordered handlers: how they are declared, and in which lane a change is placed."""
 
+import json
 from contextlib import nullcontext
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -12,11 +14,11 @@ from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.errors import ConfigurationError, SubscriptionError
 from flash_celery.handlers.celery_tasks import WAKE_TASK
 from flash_celery.handlers.decorators import subscriptions_of
-from flash_celery.messages import lane_entries, lane_messages
+from flash_celery.messages import lane_entries, lane_messages, lane_transports
 from flash_celery.messages.lane_messages import LaneForm, LaneGroup, barrier_lanes
 from flash_celery.messages.lane_placing import Place, hashes, placer
 from flash_celery.messages.task_message import Form
-from flash_celery.messages.task_options import TaskOptions
+from flash_celery.messages.task_options import TaskOptions, TaskOrder
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import UNCHANGED_TOAST, encode_row
 from flash_celery.publishing.brokers.memory import MemoryPublisher
@@ -209,14 +211,15 @@ def any_row(random):
     return whole
 
 
+@pytest.mark.parametrize("seed", [0, 12345])
 @pytest.mark.parametrize("columns", [None, ["id"], ["part"], ["note"], ["id", "part"]])
-def test_hashes_of_many_rows_are_those_of_their_places(columns):
-    rows = [any_row(Random(seed)) for seed in range(2000)]
-    hashes_of = hashes(TABLE, columns)
+def test_hashes_of_many_rows_are_those_of_their_places(columns, seed):
+    rows = [any_row(Random(number)) for number in range(2000)]
+    hashes_of = hashes(TABLE, columns, seed)
     if hashes_of is None:
         assert len(columns or TABLE.key) > 1
         return
-    place, found = placer(TABLE, columns), hashes_of(rows)
+    place, found = placer(TABLE, columns, seed=seed), hashes_of(rows)
     for each, key in zip(rows, found, strict=True):
         assert key is None or place(each) == Place(key, key)
     plain = [row("I", [b"%d" % n, b"p" * n, b"n"]) for n in range(100)]
@@ -252,9 +255,40 @@ def test_changes_that_are_placed_together_are_placed_as_each_alone(count, monkey
         ]
 
     together = described()
-    monkeypatch.setattr(lane_messages, "hashes", lambda table, columns: None)
+    monkeypatch.setattr(lane_messages, "hashes", lambda *_: None)
     assert described() == together
     assert len(together) > 2
+
+
+def test_tables_of_a_pattern_have_keys_of_their_own(declare):
+    """The order 1 of each tenant is another order, but belongs to the lines of that tenant."""
+
+    def in_table(schema, name):
+        return replace(TABLE, schema=schema, name=name)
+
+    def keys(*tables):
+        deliveries = [
+            Delivery(table, Transaction(Lsn(9), 9, 0), n, 0, number, [row("I", [b"1", b"p", b"n"])])
+            for n, (table, number) in enumerate(tables)
+        ]
+        group = LaneGroup(form, order.columns, patterns=order.patterns)
+        (message,) = [m for each in deliveries for m in group.add(each, None)] or group.flush(None)
+        return [key for *_, text in message.pushes for key in json.loads(text)["keys"]]
+
+    tables = "tenant_*.orders", "tenant_*.lines", "t"
+    _, subscriptions = declare(*(on_change(table, ordered="id") for table in tables))
+    order = TaskOrder.of(subscriptions, 1, lane_transports.REDIS)
+    form = LaneForm("key", "1/slot", "handler", 1, Form("flash", "handler", {}, {}))
+    numbers = {str(each.declared): each.number for each in subscriptions}
+    orders, lines = numbers["tenant_*.orders"], numbers["tenant_*.lines"]
+    first, second, third = keys(
+        (in_table("tenant_1", "orders"), orders),
+        (in_table("tenant_2", "orders"), orders),
+        (in_table("tenant_1", "lines"), lines),
+    )
+    assert first == third != second
+    place = placer(TABLE, ["id"])(row("I", [b"1", b"p", b"n"]))
+    assert keys((TABLE, numbers["public.t"])) == [place.key]
 
 
 def test_barrier_is_for_what_has_no_key_or_two_lanes():
