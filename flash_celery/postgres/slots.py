@@ -19,7 +19,7 @@ from .stream import ReplicationConnection
 
 _SLOT = """
 SELECT plugin, database, temporary, wal_status, active_pid, confirmed_flush_lsn::text,
-       {reason}, {failover}, {synced}
+       {reason}, {failover}, {synced}, two_phase
 FROM pg_replication_slots WHERE slot_name = %s
 """
 #: The server's position: what a primary has written, or what a standby has replayed.
@@ -45,6 +45,8 @@ class Slot:
     failover: bool
     #: Whether this is such a copy, which cannot be read before the standby is promoted.
     synced: bool
+    #: Whether it sends transactions when they are prepared, before it is known whether they commit.
+    two_phase: bool
 
 
 def create(

@@ -41,6 +41,12 @@ ONLY_TASKS = (
     "no task has an @on_change or @on_message for this database, so only the tasks of "
     "transactional() are enqueued"
 )
+_TWO_PHASE = (
+    "The slot {} has two_phase: PostgreSQL sends a transaction from it when it is prepared, which "
+    "may still be rolled back. Choose another {}, or drop it (`flash reset`) and let "
+    "`flash replicate` create it. PostgreSQL 18 can keep it, while no transaction is prepared: "
+    "ALTER_REPLICATION_SLOT … (TWO_PHASE false) on a replication connection."
+)
 #: How many tables that are left out are named.
 _SHOWN = 20
 
@@ -191,6 +197,8 @@ class _Examination:
                 f"{setting} to read from the standby."
             )
             return self._stop("slot", error)
+        if slot.two_phase:
+            return self._stop("slot", CatalogError(_TWO_PHASE.format(name, setting)))
         if slot.reason is not None:
             self._lost_slot_gap = gaps.gap_after(name, slot, self._progress)
             self._report.slot_lost = True
