@@ -85,6 +85,6 @@ def _print_script(project: Project) -> None:
             "-- `flash doctor --event-trigger` prints the SQL with which later tables join."
         )
     terminal = sys.stdout.isatty()
-    for line in [*ddl.script(report.script), *marks]:
+    for line in [*ddl.script(report.script, report.slot_exists), *marks]:
         # psql needs names as they are; without `color`, click would remove escape sequences.
         click.echo(escaped(line) if terminal else line, color=True)

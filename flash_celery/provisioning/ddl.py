@@ -15,7 +15,7 @@ from psycopg import sql
 from ..backoff import delays
 from ..errors import StepFailed, TableLocked
 from ..escaping import escaped
-from ..postgres.catalog import CatalogTable
+from ..postgres.catalog import PARTITIONED, CatalogTable
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ class Step:
     tables: tuple[CatalogTable, ...] = ()
     #: Whether it only writes the record, so that `replicate` can do without it.
     record_only: bool = False
+    #: Whether it publishes the tables: the stream has only rows that are written afterwards.
+    publishes: bool = False
 
     def __str__(self) -> str:
         return self.statement.as_string(None)
@@ -45,6 +47,7 @@ def apply(
     connection: psycopg.Connection[Any],
     steps: Iterable[Step],
     wait: Callable[[float], object] = time.sleep,
+    on_writers: Callable[[Step, str], object] | None = None,
 ) -> None:
     """Run each step in a transaction of its own.
 
@@ -52,6 +55,9 @@ def apply(
         connection: In autocommit, to the source.
         steps: The steps.
         wait: Called with the seconds to sleep before another attempt to get a lock; it may raise.
+        on_writers: Called with a step that has published tables, and with the sessions that had
+            written to them in transactions which stayed open: those rows are not in the stream.
+            Default: no slot is there yet, so nothing waits for writers.
 
     Raises:
         TableLocked: A table was still locked at the fifth attempt.
@@ -60,17 +66,25 @@ def apply(
     for step in steps:
         if step.tables:
             logger.info("%s", escaped(str(step)))
-        _run(connection, step, wait)
+        writers = _run(connection, step, wait, on_writers is not None and step.publishes)
+        if writers and on_writers is not None:
+            on_writers(step, writers)
 
 
-def _run(connection: psycopg.Connection[Any], step: Step, wait: Callable[[float], object]) -> None:
+def _run(
+    connection: psycopg.Connection[Any],
+    step: Step,
+    wait: Callable[[float], object],
+    after_writers: bool,
+) -> str:
+    """Run a step; return the sessions that did not end their writes to its tables in time."""
     for pause, attempt in zip(delays(), range(_LOCK_ATTEMPTS), strict=False):
         try:
             with connection.transaction():
                 timeout = LOCK_TIMEOUT if len(step.tables) < 2 else _SHARED_LOCK_TIMEOUT
                 connection.execute(f"SET LOCAL lock_timeout = '{timeout}'")
                 connection.execute(step.statement)
-            return
+                return _open_writers(connection, step.tables) if after_writers else ""
         except postgres.LockNotAvailable:
             blockers = _blockers(connection, step.tables)
             if attempt == _LOCK_ATTEMPTS - 1:
@@ -83,27 +97,84 @@ def _run(connection: psycopg.Connection[Any], step: Step, wait: Callable[[float]
             raise
         except psycopg.Error as error:
             raise StepFailed(f"{step} failed: {error.diag.message_primary}.", step) from error
+    return ""
+
+
+def _open_writers(connection: psycopg.Connection[Any], tables: Iterable[CatalogTable]) -> str:
+    """Wait until what others have written to the tables is committed; describe who stays open.
+
+    pgoutput looks whether a table was published when a row was written, not when it was committed.
+    Until the end of our transaction the lock keeps others from writing.
+    """
+    try:
+        with connection.transaction():
+            connection.execute(f"SET LOCAL lock_timeout = '{_SHARED_LOCK_TIMEOUT}'")
+            connection.execute(lock_statement(tables))
+    except psycopg.Error:  # too many partitions for the server's table of locks, for example
+        if connection.closed:
+            raise
+        return _sessions(connection, tables, _WRITE)
+    return ""
+
+
+def lock_statement(tables: Iterable[CatalogTable]) -> sql.Composed:
+    """Return the statement that waits for the writers of the tables, and keeps out others."""
+    names = [
+        sql.SQL("{}" if table.kind == PARTITIONED else "ONLY {}").format(
+            sql.Identifier(table.name.schema, table.name.name)
+        )
+        for table in tables
+    ]
+    return sql.SQL("LOCK TABLE {} IN SHARE MODE").format(sql.SQL(", ").join(names))
 
 
 def _blockers(connection: psycopg.Connection[Any], tables: Iterable[CatalogTable]) -> str:
     """Describe the sessions that have locked the tables."""
-    rows = connection.execute(
-        "SELECT DISTINCT a.pid, a.usename, a.application_name, a.state FROM pg_locks l "
-        "JOIN pg_stat_activity a USING (pid) "
-        "WHERE l.relation = ANY(%s::int8[]::oid[]) AND l.granted AND a.pid <> pg_backend_pid()",
-        [[table.oid for table in tables]],
-    ).fetchall()
-    sessions = [
+    return _sessions(connection, tables, "true") or "a lock"
+
+
+#: Locks of transactions that have written something.
+_WRITE = """
+l.mode = 'RowExclusiveLock' AND EXISTS (
+    SELECT FROM pg_locks x WHERE x.virtualtransaction = l.virtualtransaction
+    AND x.locktype = 'transactionid' AND x.granted)
+"""
+_SESSIONS = """
+SELECT DISTINCT l.pid, a.usename, a.application_name, a.state
+FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
+WHERE l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
+AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+AND l.relation IN (SELECT oid FROM unnest(%s::int8[]::oid[]) AS wanted(oid) UNION
+                   SELECT relid::oid FROM unnest(%s::int8[]::oid[]) AS wanted(oid),
+                                          pg_partition_tree(wanted.oid))
+AND {condition}
+"""
+
+
+def _sessions(
+    connection: psycopg.Connection[Any], tables: Iterable[CatalogTable], condition: str
+) -> str:
+    """Describe the sessions whose locks on the tables, or their partitions, meet a condition."""
+    oids = [table.oid for table in tables]
+    query = _SESSIONS.format(condition=condition)
+    rows = connection.execute(query.encode(), [oids, oids]).fetchall()
+    return ", ".join(
         f"PID {pid} ({user}, {application or 'unnamed'}, {state})"
+        if pid is not None
+        else "a prepared transaction"
         for pid, user, application, state in rows
-    ]
-    return ", ".join(sessions) or "a lock"
+    )
 
 
-def script(steps: Iterable[Step]) -> Iterator[str]:
+def script(steps: Iterable[Step], after_writers: bool = False) -> Iterator[str]:
     """Yield the lines of a psql script that runs each step in a transaction of its own.
 
     The owner of the tables runs it where `replicate` may not (flash_manage = False).
+
+    Args:
+        steps: The steps.
+        after_writers: Whether there is a slot, so that tables are published once no transaction
+            is open that has written to them.
     """
     yield "-- For psql. It stops at the first error, and after waiting two seconds for a lock."
     yield "-- Then generate it again: the new script holds the statements that are left."
@@ -111,4 +182,5 @@ def script(steps: Iterable[Step]) -> Iterator[str]:
     yield "SET client_encoding = 'UTF8';"
     yield f"SET lock_timeout = '{LOCK_TIMEOUT}';"
     for step in steps:
-        yield f"BEGIN; {step}; COMMIT;"
+        lock = lock_statement(step.tables) if after_writers and step.publishes else None
+        yield f"BEGIN; {step}; {f'{lock.as_string(None)}; ' if lock else ''}COMMIT;"

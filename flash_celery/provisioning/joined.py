@@ -15,6 +15,7 @@ import psycopg
 from psycopg import errors, sql
 
 from ..changes.operations import Operation
+from ..handlers.subscriptions import Subscription
 from ..postgres.catalog import PARTITIONED, CatalogTable
 from ..postgres.source import Source, publication_names
 from .ddl import Step
@@ -57,6 +58,11 @@ def read(source: Source) -> Joined:
         return Joined(tables, list(recorded["left_out"]), list(recorded["absent"]))
     except (ValueError, TypeError, KeyError, AttributeError):
         return Joined()
+
+
+def key(subscription: Subscription) -> str:
+    """Return the key of a subscription to a pattern in `Joined.tables`."""
+    return f"{subscription.handler} {subscription.pattern}"
 
 
 def known(table: CatalogTable) -> Known:

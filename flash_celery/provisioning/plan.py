@@ -198,7 +198,7 @@ def _remove_clauses(existing: ExistingPublications, tables: dict[int, CatalogTab
                 parts.append(_drop_table(existing.prefix, operation, name))
                 parts.append(_add_table(existing.prefix, operation, name))
         if parts:
-            steps.append(Step(sql.SQL("; ").join(parts), (table,)))
+            steps.append(Step(sql.SQL("; ").join(parts), (table,), publishes=True))
     return steps
 
 
@@ -223,7 +223,8 @@ def _alter(existing: ExistingPublications, required: RequiredTables, record: Rec
             record = replace(record, narrowed=narrowed)
             parts.append(record_step(existing.prefix, record).statement)
         if parts:
-            steps.append(Step(sql.SQL("; ").join(parts), () if table is None else (table,)))
+            owned = [] if table is None else [table]
+            steps.append(Step(sql.SQL("; ").join(parts), tuple(owned), publishes=bool(owned)))
     return steps
 
 
@@ -256,7 +257,7 @@ def _add_together(
             some = tables[first : first + _MOST_ADDED]
             names = sql.SQL(", ONLY ").join(map(_identifier, some))
             parts = [_add_table(existing.prefix, operation, names) for operation in published_for]
-            steps.append(Step(sql.SQL("; ").join(parts), tuple(some)))
+            steps.append(Step(sql.SQL("; ").join(parts), tuple(some), publishes=True))
     return steps
 
 

@@ -29,10 +29,6 @@ _UNDER_FORMER_NAME = "%s was renamed: its rows were delivered to %s under its fo
 _GAP = "%s; rebuild what depends on them. `flash status` shows them again"
 
 
-def _key(subscription: Subscription) -> str:
-    return f"{subscription.handler} {subscription.pattern}"
-
-
 class Joining:
     """Compares the tables of patterns with those that are recorded.
 
@@ -73,10 +69,10 @@ class Joining:
 
     def _now(self, before: Joined, report: Report) -> Joined:
         tables = {key: set(oids) for key, oids in before.tables.items()}
-        present = {_key(subscription) for subscription in self._patterns}
+        present = {joined.key(subscription) for subscription in self._patterns}
         tables.update({key: set() for key in present})
         for subscription in of_patterns(report.subscriptions):
-            tables[_key(subscription)].add(joined.known(report.tables[subscription.table]))
+            tables[joined.key(subscription)].add(joined.known(report.tables[subscription.table]))
         left_out = [
             [each.handler, str(each.table), each.reason]
             for each in report.left_out[:_MOST_LEFT_OUT]
@@ -95,7 +91,7 @@ class Joining:
         new: dict[tuple[str, int], Subscription] = {}
         for subscription in of_patterns(report.subscriptions):
             table = report.tables[subscription.table]
-            known = tables.get(_key(subscription))
+            known = tables.get(joined.key(subscription))
             if known is None and not subscription.backfill:
                 continue  # the handler is new, and begins with the present
             if joined.known(table) not in (known or ()) and subscription.backfill is not False:
@@ -103,9 +99,9 @@ class Joining:
         complete = joined.published_when_created(source, [oid for _, oid in new]) if new else set()
         for (_, oid), subscription in new.items():
             table = report.tables[subscription.table]
-            known = tables.get(_key(subscription))
+            known = tables.get(joined.key(subscription))
             renamed = any(oid == former for former, _ in known or ())
-            was_there = known is not None and _key(subscription) not in before.absent
+            was_there = known is not None and joined.key(subscription) not in before.absent
             if oid in complete and was_there and not renamed:
                 continue
             if not joined.is_surely_empty(source.connection, table):

@@ -23,7 +23,8 @@ from ..postgres.gaps import Gap
 from ..postgres.source import Source, publication_name, publication_names
 from ..postgres.stream import ReplicationConnection
 from ..protocol.lsn import Lsn
-from ..provisioning import ddl, pattern_tables, preflight, publications, record, replay_slot
+from ..provisioning import ddl, joined, pattern_tables, preflight, publications, record, replay_slot
+from ..provisioning.ddl import Step
 from ..provisioning.pattern_tables import LeftOut
 from ..provisioning.preflight import Report
 from ..provisioning.publications import ExistingPublications
@@ -65,6 +66,10 @@ _MOVED = (
     "read on since, the slot was moved or recreated by hand, and the changes between are missing"
 )
 _GAP = "%s; rebuild what depends on them. `flash status` shows them again"
+_UNFINISHED = (
+    "PostgreSQL does not send the rows that open transactions had written to {} before it was "
+    "published: {}"
+)
 _REPLACED = "{} was replaced by another table, which was not published until then"
 _RECORD_RESTORED = (
     "Another tool has removed or replaced the comments on the publications %s, which hold the "
@@ -147,8 +152,9 @@ class Startup:
             if report.slot_lost:
                 slots.drop(source.connection, self._slot)
             report = self._preflight(source, progress)
+        unfinished: list[tuple[Step, str]] = []
         while report.steps and manage:
-            failed = self._apply(source, report.steps)
+            failed = self._apply(source, report.steps, unfinished if report.slot_exists else None)
             report = self._preflight(source, progress)
             if failed is not None and failed.step in report.steps:
                 raise failed
@@ -173,6 +179,8 @@ class Startup:
             self.partition_history.record(report.leaves)  # the record does not have them
         if report.gap is not None:
             self._close_gap(source, report.gap)
+        for step, writers in unfinished:
+            self._report_unfinished(source, report, step, writers)
         if manage and not report.standby:
             self._joining.note(source, report)
         self._check_replaced(source, report, checked_at)
@@ -184,16 +192,49 @@ class Startup:
             Lsn.parse(slots.position_and_time(source.connection)[0]), report.leaves
         )
 
-    def _apply(self, source: Source, steps: Iterable[ddl.Step]) -> StepFailed | None:
+    def _apply(
+        self,
+        source: Source,
+        steps: Iterable[Step],
+        unfinished: list[tuple[Step, str]] | None = None,
+    ) -> StepFailed | None:
         """Run steps, and return the failure of one: a table may have been dropped since the plan.
 
         The caller raises it if the next plan has that step, too.
+
+        Args:
+            source: The source.
+            steps: The steps.
+            unfinished: Gets the steps that published tables while transactions that had written to
+                them stayed open, and their sessions. Default: there is no slot yet, and to create
+                one PostgreSQL waits for all of them.
         """
+        on_writers = None
+        if unfinished is not None:
+
+            def on_writers(step: Step, writers: str) -> None:
+                unfinished.append((step, writers))
+
         try:
-            ddl.apply(source.connection, steps, self._control.sleep)
+            ddl.apply(source.connection, steps, self._control.sleep, on_writers)
         except StepFailed as failed:
             return failed
         return None
+
+    def _report_unfinished(self, source: Source, report: Report, step: Step, writers: str) -> None:
+        """Record and log that rows of open transactions are missing, unless they are backfilled."""
+        patterns = joined.read(source).tables
+        lacking = {
+            each.table
+            for each in report.subscriptions
+            if not each.backfill and (each.backfill is False or joined.key(each) not in patterns)
+        }
+        names = [str(table.name) for table in step.tables if table.name in lacking]
+        if names:
+            reason = _UNFINISHED.format(", ".join(names), writers)
+            gap = Gap(source.slot, reason, None, None, *slots.position_and_time(source.connection))
+            record.remember_gap(source, gap)
+            logger.error(_GAP, escaped(str(gap)), extra={"table": names[0]})
 
     def _restore_record(self, source: Source) -> None:
         """Write comments back that another tool has removed from the publications, or replaced.

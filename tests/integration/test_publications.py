@@ -2,6 +2,7 @@
 
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -326,6 +327,34 @@ def test_lock_timeout_names_the_holder(tables, connection, monkeypatch):
     ddl.apply(connection, plan(connection, [subscription("orders", where=WHERE)]))
 
 
+def test_table_is_published_once_what_was_written_to_it_is_committed(tables, connection):
+    """PostgreSQL does not send a row that was written before, however late it is committed."""
+    waits = "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND mode = 'ShareLock')"
+    published = "SELECT EXISTS (SELECT FROM pg_publication_tables WHERE tablename = 'orders')"
+    steps = plan(connection, [subscription("orders"), subscription("parts")])
+    stayed = []
+    with tables.connect() as short, psycopg.connect(tables.dsn) as long:
+        short.execute("BEGIN; INSERT INTO orders VALUES (1)")
+        long.execute("INSERT INTO part_1 VALUES (1)")
+
+        def commit():
+            while not tables.one(waits):
+                pass
+            assert not tables.one(published)
+            short.execute("COMMIT")
+
+        with ThreadPoolExecutor(1) as pool:
+            committed = pool.submit(commit)
+            ddl.apply(connection, steps, on_writers=lambda *found: stayed.append(found))
+            committed.result(30)
+    ((step, writers),) = stayed
+    assert [str(table.name) for table in step.tables] == ["public.parts"]
+    assert re.fullmatch(r"PID \d+ \(postgres, unnamed, idle in transaction\)", writers)
+    assert plan(connection, [subscription("orders"), subscription("parts")]) == []
+    script = list(ddl.script(steps, after_writers=True))
+    assert sum('; LOCK TABLE "public"."parts" IN SHARE MODE; COMMIT;' in it for it in script) == 1
+
+
 def test_lock_that_is_released_is_waited_for(tables, connection, monkeypatch):
     monkeypatch.setattr(ddl, "LOCK_TIMEOUT", "50ms")
     steps = plan(connection, [subscription("orders", where=WHERE)])
@@ -389,6 +418,9 @@ def test_slots_of_other_plugins_are_refused(tables, connection):
         plan(connection, declared, Settings(flash_replication_slot="another"))
     tables.execute(drop)
     with pytest.raises(SlotMissing, match="flash_setup existed and is gone"):
+        plan(connection, declared)
+    tables.execute(create.replace("'pgoutput'", "'pgoutput', false, true"))
+    with pytest.raises(CatalogError, match="The slot flash_setup has two_phase: "):
         plan(connection, declared)
 
 

@@ -4,6 +4,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import psycopg
 import pytest
 
 from flash_celery.capture.lost_rows import LostRows
@@ -858,6 +859,40 @@ def test_rows_of_a_removed_handler_reach_no_other(flash, new_app, caplog):
     assert shown(fewer.delivered()) == ["insert 2"]
     warnings = [line for line in caplog.messages if "for a handler that is gone" in line]
     assert [line.split()[2] for line in warnings] == ["public.plain", "public.late"]
+
+
+def test_rows_that_an_open_transaction_wrote_before_a_handler_was_there_are_a_gap(
+    flash, new_app, caplog
+):
+    """PostgreSQL does not send them, however late they are committed; a backfill delivers them."""
+    flash.database.execute(
+        "CREATE TABLE items (id int PRIMARY KEY)",
+        "CREATE TABLE orders (id int PRIMARY KEY)",
+        "CREATE TABLE refunds (id int PRIMARY KEY)",
+    )
+    flash.handler("items").start().stop()
+    more = Flash(flash.database, new_app("more"))
+    more.handler("items").handler("orders", name="orders")
+    more.handler("refunds", name="refunds", backfill=True)
+    recorded = (
+        "SELECT obj_description(oid, 'pg_publication') FROM pg_publication "
+        "WHERE pubname = 'flash_publication_insert'"
+    )
+    try:
+        with psycopg.connect(flash.database.dsn) as late:
+            late.execute("INSERT INTO orders VALUES (1)")
+            late.execute("INSERT INTO refunds VALUES (1)")
+            more.start()
+        done = "SELECT count(*) = 1 FROM flash_celery_backfills WHERE state = 'done'"
+        more.wait(lambda: more.database.one(done))
+        more.do("INSERT INTO orders VALUES (2)")
+    finally:
+        more.stop()
+    assert shown(more.delivered("orders")) == ["insert 2"]
+    assert shown(more.delivered("refunds")) == ["insert 1"]
+    (line,) = [text for text in caplog.messages if "had written to" in text]
+    assert "had written to public.orders before it was published: PID" in line
+    assert "had written to public.orders before" in more.database.one(recorded)
 
 
 def test_rows_of_a_dropped_table_are_not_taken_for_a_partition(flash, new_app, caplog):
