@@ -210,7 +210,10 @@ def test_partition_counts_as_its_root(flash):
     assert not flash.delivered("leaves")
     # A partition that is detached is a table of its own.
     sessions = flash.replicator.telemetry.reconnections
-    flash.do("INSERT INTO events VALUES (2, 2)", "ALTER TABLE events DETACH PARTITION events_1")
+    # Rows that are read after it is noticed may be delivered to the handlers of both tables.
+    flash.do("INSERT INTO events VALUES (2, 2)").database.execute(
+        "ALTER TABLE events DETACH PARTITION events_1"
+    )
     flash.wait(lambda: flash.replicator.telemetry.reconnections > sessions)
     assert published(flash) == ["public.events", "public.events_1"]
     flash.do("INSERT INTO events_1 VALUES (3, 3)")
