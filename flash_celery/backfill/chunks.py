@@ -11,7 +11,7 @@ import hashlib
 import json
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, TypedDict
@@ -19,13 +19,14 @@ from typing import Any, TypedDict
 import psycopg
 from psycopg import errors, sql
 
-from ..errors import CatalogError
+from ..errors import CatalogError, RowNotSent
 from ..postgres import catalog
 from ..postgres.catalog import CatalogTable
 from ..postgres.copying import copied
 from ..protocol.lsn import Lsn
 from ..protocol.pgoutput import Column, Relation
 from ..table_name import TableName
+from . import unreadable_rows
 from .copied_rows import row_encoder
 from .part import expression_of
 from .recent_writes import Key
@@ -70,6 +71,10 @@ WHERE a.attrelid = %s AND a.attname = ANY (%s)
 _BEHIND = sql.SQL("({}) > {}")
 _UP_TO = sql.SQL("({}) <= {}")
 _AMONG = sql.SQL("({}) IN (VALUES {})")
+_NOT_SENT = (
+    "PostgreSQL cannot send the row of {} with the ctid {} ({}): start another backfill with a "
+    "--where that leaves it out, or correct or delete it (WHERE ctid = '{}')"
+)
 #: Numbers that distinguish chunks without rows from others.
 _PARTS = {"truncate": -1, "end": -2}
 
@@ -135,6 +140,7 @@ class ChunkReader:
 
         Raises:
             CatalogError: The table is gone, or its rows have no key.
+            RowNotSent: PostgreSQL cannot make text of a row.
             psycopg.Error: PostgreSQL refuses it.
         """
         return self._read(_BEHIND, most, cursor=cursor)
@@ -148,6 +154,7 @@ class ChunkReader:
 
         Raises:
             CatalogError: The table is gone, or its rows have no key.
+            RowNotSent: PostgreSQL cannot make text of a row.
             psycopg.Error: PostgreSQL refuses it.
         """
         return self._read(_AMONG, len(keys), keys, number=number)
@@ -175,18 +182,56 @@ class ChunkReader:
         cursor: Cursor | None = None,
         number: int = 0,
     ) -> Chunk:
+        try:
+            return self._read_rows(template, most, keys, cursor, number)
+        except psycopg.Error as error:
+            if self._connection.closed or not unreadable_rows.may_be_of_a_row(error):
+                raise
+            row = self._find_not_sent(template, most, keys, cursor)
+            if row is None:
+                raise
+            message = error.diag.message_primary
+            raise RowNotSent(_NOT_SENT.format(self._name, row, message, row)) from None
+
+    def _find_not_sent(
+        self,
+        template: sql.SQL,
+        most: int,
+        keys: Sequence[Mapping[str, str]],
+        cursor: Cursor | None,
+    ) -> str | None:
+        """Return the ctid of the row with which a chunk fails; None if it does not fail again."""
+        with self._connection.transaction():
+            self._begin()
+            table, key, relation, keys = self._prepare(keys, cursor)
+            select = self._select(sql.SQL("ctid::text"), template, table, key, keys, most, None)
+            ctids = [ctid for (ctid,) in self._connection.execute(select)]
+            names = _identifiers(column.name for column in relation.columns)
+            query = sql.SQL("COPY (SELECT {} FROM ONLY {} WHERE ctid = ANY ({}::tid[])) TO STDOUT")
+            return unreadable_rows.find(
+                self._connection,
+                lambda some: query.format(names, self._identifier, sql.Literal(list(some))),
+                ctids,
+            )
+
+    def _read_rows(
+        self,
+        template: sql.SQL,
+        most: int,
+        keys: Sequence[Mapping[str, str]],
+        cursor: Cursor | None,
+        number: int,
+    ) -> Chunk:
         in_order = template is _BEHIND
         chunk: Chunk | None = None
         with self._connection.transaction():
             self._begin()
             snapshot, position, time = self._snapshot()
-            table, key, relation = self._describe()
+            table, key, relation, keys = self._prepare(keys, cursor)
             names = [column.name for column in relation.columns]
-            self._connection.execute(_OPERATORS, [table.oid, list(key)])
-            if cursor is not None and continues(cursor, table):
-                keys = [dict(zip(key, cursor["values"], strict=True))]
             end = self._end(table, key, keys, most) if self._where and in_order else None
-            query = self._query(template, table, names, key, keys, most, end)
+            select = self._select(_identifiers(names), template, table, key, keys, most, end)
+            query = sql.SQL("COPY ({}) TO STDOUT").format(select)
             encode = row_encoder(table.oid, [names.index(column) for column in key])
             rows, whole = self._copy(query, encode, _CHUNK_BYTES if in_order else sys.maxsize)
             cursor = _cursor(next(reversed(rows)), table) if rows and in_order else None
@@ -216,18 +261,24 @@ class ChunkReader:
     def _identifier(self) -> sql.Identifier:
         return sql.Identifier(self._name.schema, self._name.name)
 
-    def _describe(self) -> tuple[CatalogTable, tuple[str, ...], Relation]:
+    def _prepare(
+        self, keys: Sequence[Mapping[str, str]], cursor: Cursor | None
+    ) -> tuple[CatalogTable, tuple[str, ...], Relation, Sequence[Mapping[str, str]]]:
+        """Return the table, its key, its relation, and the keys that limit the rows."""
         table = catalog.find(self._connection, self._name)
         key = () if table is None else identity_of(table)
         if table is None or not key:
             raise CatalogError(f"{self._name} is gone, or its rows have no key.")
-        return table, key, self._relation(table)
+        self._connection.execute(_OPERATORS, [table.oid, list(key)])
+        if cursor is not None and continues(cursor, table):
+            keys = [dict(zip(key, cursor["values"], strict=True))]
+        return table, key, self._relation(table), keys
 
-    def _query(
+    def _select(
         self,
+        columns: sql.Composable,
         template: sql.SQL,
         table: CatalogTable,
-        names: Sequence[str],
         key: Sequence[str],
         keys: Sequence[Mapping[str, str]],
         most: int,
@@ -239,12 +290,8 @@ class ChunkReader:
         if self._where:
             part = expression_of(self._connection, table, self._where)
             conditions.append(sql.SQL("({})").format(part))
-        return sql.SQL("COPY (SELECT {} FROM ONLY {} {} ORDER BY {} LIMIT {}) TO STDOUT").format(
-            sql.SQL(", ").join(map(sql.Identifier, names)),
-            self._identifier,
-            _where(conditions),
-            sql.SQL(", ").join(map(sql.Identifier, key)),
-            sql.Literal(most),
+        return sql.SQL("SELECT {} FROM ONLY {} {} ORDER BY {} LIMIT {}").format(
+            columns, self._identifier, _where(conditions), _identifiers(key), sql.Literal(most)
         )
 
     def _conditions(
@@ -336,6 +383,10 @@ class ChunkReader:
         rows = self._connection.execute(_KEY_TYPES, [table.oid, list(columns)]).fetchall()
         types = dict(rows)
         return [types[name] for name in columns]
+
+
+def _identifiers(names: Iterable[str]) -> sql.Composed:
+    return sql.SQL(", ").join(map(sql.Identifier, names))
 
 
 def _where(conditions: Sequence[sql.Composable]) -> sql.Composable:

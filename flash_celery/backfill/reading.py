@@ -21,7 +21,7 @@ import psycopg
 from psycopg import errors
 
 from ..backoff import delays
-from ..errors import CatalogError, FlashError
+from ..errors import CatalogError, FlashError, RowNotSent
 from ..escaping import escaped, one_line
 from ..postgres.connection import connect
 from ..settings import Settings
@@ -197,7 +197,7 @@ class ReadingChunks(threading.Thread):
                 with closing(connect(self._settings.require_dsn())) as connection:
                     self._read_until_end(connection)
                 return
-            except CatalogError as error:
+            except (CatalogError, RowNotSent) as error:
                 self._report(str(error), "paused")
                 return
             except errors.UndefinedTable as error:

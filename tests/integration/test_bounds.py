@@ -282,6 +282,35 @@ def test_row_that_cannot_be_sent_holds_up_only_what_comes_after_it(legacy, caplo
     assert shown(flash.delivered()) == ["insert 4,d", "insert 5,e"]
 
 
+def test_row_that_cannot_be_sent_pauses_its_backfill_alone(legacy, caplog):
+    """It is named by its place, because its values may be secret; the others are done."""
+    flash = legacy
+    flash.database.execute(
+        "CREATE TABLE items (id int PRIMARY KEY, name text)",
+        "CREATE TABLE others (id int PRIMARY KEY)",
+        "INSERT INTO items SELECT n, 'a' FROM generate_series(1, 9) n",
+        "SET client_encoding = 'WIN1252'; UPDATE items SET name = E'\\x81' WHERE id = 7",
+        "INSERT INTO others VALUES (1)",
+    )
+    place = flash.database.one("SELECT ctid::text FROM items WHERE id = 7")
+    flash.handler("items", backfill=True)
+    flash.handler("others", name="others", backfill=True).start()
+    states = "SELECT array_agg(state ORDER BY table_name) FROM flash_celery_backfills"
+    flash.wait(lambda: flash.database.one(states) == ["paused", "done"])
+    assert len(flash.delivered("others")) == 1
+    (line,) = [line for line in caplog.messages if "cannot send the row" in line]
+    assert f"public.items with the ctid {place} " in line
+    assert f"correct or delete it (WHERE ctid = '{place}')" in line
+    flash.database.execute(
+        "DELETE FROM items WHERE id = 7",
+        "UPDATE flash_celery_backfills SET state = 'requested' WHERE state = 'paused'",
+    )
+    flash.wait(lambda: flash.database.one(states) == ["done", "done"])
+    flash.do("SELECT pg_logical_emit_message(true, '', '')")
+    keys = [change.key["id"] for change in flash.delivered() if change.backfill]
+    assert keys == [1, 2, 3, 4, 5, 6, 8, 9]
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("columns", [1, 2])
 def test_row_of_more_than_a_gigabyte_is_named_and_can_be_passed(flash, caplog, columns):
