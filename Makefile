@@ -8,7 +8,7 @@ PROPERTIES := $(patsubst %,tests/integration/test_%.py,conditions pushdown trans
 # The tests start hundreds of processes, which would compile the package again each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo recording screenshots test unit bench bench-compare soak long matrix celery django docs \
+.PHONY: demo recording screenshots test unit bench bench-compare soak long matrix rabbitmq celery django docs \
 	links lint types audit release clean
 
 # The example shop with servers of its own, and a page on which to make changes. ARGS=--once ends by
@@ -60,6 +60,12 @@ long: $(VENV)/.stamp
 # Runs the integration tests on PostgreSQL 14 to 19; ARGS="14 17" picks versions.
 matrix: $(VENV)/.stamp
 	$(BIN)/python -m tests.matrix $(ARGS)
+
+# Runs the tests of lanes and queues on the newest RabbitMQ that Debian has, 4.3 at present.
+rabbitmq: $(VENV)/.stamp
+	FLASH_RABBITMQ=$$($(BIN)/python -m tests.debian_rabbitmq) $(BIN)/pytest -m "soak or not soak" \
+		tests/integration/test_lanes_rabbitmq.py tests/integration/test_dead_letter_queue.py \
+		tests/acceptance/test_lanes_rabbitmq.py $(ARGS)
 
 # Runs the tests that depend on Celery on Celery 5.4 to 5.7; ARGS="5.4 5.6" picks releases.
 celery: $(VENV)/.stamp

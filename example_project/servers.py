@@ -294,9 +294,12 @@ class Valkey(Server):
 
 
 class Rabbit(Server):
-    """A RabbitMQ node, from the machine's packages; it takes about 20 s to start."""
+    """A RabbitMQ node, from the machine's packages; it takes about 20 s to start.
 
-    binaries = Path("/usr/lib/rabbitmq/bin")
+    FLASH_RABBITMQ names the folder of another release, with Erlang's programs.
+    """
+
+    binaries = Path(os.environ.get("FLASH_RABBITMQ", "/usr/lib/rabbitmq/bin"))
 
     def __init__(self, *lines: str) -> None:
         super().__init__()
@@ -321,6 +324,7 @@ class Rabbit(Server):
         folder = str(self.folder)
         return {
             **os.environ,
+            "PATH": os.pathsep.join([str(self.binaries), os.environ["PATH"]]),
             "HOME": folder,
             "RABBITMQ_NODENAME": f"flash{self.port}@localhost",
             "RABBITMQ_CONFIG_FILE": str(self.configuration),
