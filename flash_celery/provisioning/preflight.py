@@ -463,18 +463,27 @@ class _Examination:
             return self._stop("publications", error)
         return self._add("publications", OK, "as required")
 
+    def _check_primary(self, steps: Sequence[Step]) -> None:
+        """Check that everything has been run on the primary; the record is not needed to read."""
+        statements = "; ".join(map(str, steps))
+        if not all(step.record_only for step in steps):
+            error = CatalogError(
+                "The publications do not match the handlers, and cannot be altered here, on a "
+                f"standby; on the primary run: {statements};"
+            )
+            return self._stop("publications", error)
+        self._report.steps = []
+        if steps:
+            outdated = f"as required, but not recorded; on the primary run: {statements};"
+            return self._add("publications", WARNING, outdated)
+        return self._add("publications", OK, "as required")
+
     def _check_privileges(
         self, existing: ExistingPublications, required: RequiredTables, steps: Sequence[Step]
     ) -> None:
         """Check that the role may run the statements."""
-        if self._report.standby and steps:
-            error = CatalogError(
-                "The publications do not match the handlers, and cannot be altered here, on a "
-                f"standby; on the primary run: {'; '.join(map(str, steps))};"
-            )
-            return self._stop("publications", error)
         if self._report.standby:
-            return self._add("publications", OK, "as required")
+            return self._check_primary(steps)
         try:
             privileges.check(self._source, self._role, existing, required, steps)
         except CatalogError as error:

@@ -1,5 +1,6 @@
 """A project with a handler of a pattern; the tests read its queue instead."""
 
+import json
 import os
 
 from celery import Celery
@@ -12,6 +13,7 @@ app.conf.update(
     flash_replication_slot=os.environ.get("SHOP_SLOT", "flash_replication"),
     flash_backfill_ahead=1000,
 )
+app.conf.update(json.loads(os.environ.get("SHOP_CONF", "{}")))
 
 
 @on_change("tenant_*.orders", batch=50, where={"id__gt": 0, "total__gt": -1_000_000})

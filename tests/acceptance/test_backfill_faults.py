@@ -1,5 +1,6 @@
 """Backfills on servers of their own, which lag, crash, restart, are full or have an epoch."""
 
+import json
 import signal
 import subprocess
 from contextlib import contextmanager
@@ -134,3 +135,17 @@ def test_backfill_goes_on_when_its_broker_has_room_again(own):
     shop.until_said(worker, "command not allowed when used memory")
     client.config_set("maxmemory", 0)
     assert handled(shop) == table(shop)
+
+
+def test_backfill_delivers_rows_of_a_hundred_megabytes(on_server):
+    """Each is a chunk of its own, between others that are as usual."""
+    with Postgres() as server, on_server(server) as shop:
+        shop.database.execute(
+            "UPDATE items SET note = repeat(name, 100000000 / length(name)) WHERE id IN (1, 50)"
+        )
+        # Meanwhile the process may not read the stream for seconds.
+        shop.replicate(SHOP_CONF=json.dumps({"flash_status_interval": 10}))
+        flash(shop, "backfill", "mirror", "--where", "id__lte=60", "--wait")
+        found = handled(shop)
+        assert found == {id: row for id, row in table(shop).items() if id <= 60}
+        assert len(found[50]["note"]) == 100_000_000 // len("name 50") * len("name 50")

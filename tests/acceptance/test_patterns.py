@@ -108,6 +108,7 @@ def test_tenants_are_delivered_whole_though_worker_and_broker_are_killed(make_sh
 
 def test_commands_know_patterns(shop):
     shop.project = "tenants"
+    shop.environment["SHOP_CONF"] = json.dumps({"flash_replay_window": 3600})
     shop.database.execute(
         "CREATE SCHEMA tenant_a; CREATE TABLE tenant_a.orders (id int PRIMARY KEY, total int)",
         "INSERT INTO tenant_a.orders VALUES (1, 1)",
@@ -133,8 +134,13 @@ def test_commands_know_patterns(shop):
     assert "tenant_a.orders for tenants.mirror is requested" in started
     tail = shop.start("flash", "tail", "tenant_*.orders", "--limit", "1")
     shop.until_said(tail, "Following tenant_*.orders")
+    since = str(shop.database.one("SELECT clock_timestamp()"))
     shop.database.execute("INSERT INTO tenant_a.orders VALUES (2, 2)")
     shop.until_said(tail, "insert tenant_a.orders id=2")
+    shop.database.execute("DROP SCHEMA tenant_a CASCADE")
+    wait_until_confirmed(shop)
+    again = flash("replay", "--handler", "mirror", "--since", since, "--dry-run")
+    assert "tenants.mirror: 1 changes of 1 transactions" in again
     assert shop.end(worker) == 0
     flash("reset", "--yes")
     assert shop.database.one("SELECT count(*) FROM pg_publication") == 0

@@ -5,12 +5,15 @@ import re
 from contextlib import contextmanager
 
 import pytest
+import redis
 
 from example_project.servers import Postgres, Standby, wait_until
 from tests.acceptance.steps import assert_handled, insert_rows
 from tests.conftest import Database, missing
 
 from .conftest import Shop
+
+ORDERS = "CREATE TABLE {}.orders (id int PRIMARY KEY, total int)"
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +35,6 @@ class StandbyShop(Shop):
 
 @pytest.fixture
 def shop(pair, valkey, tmp_path):
-    import redis
-
     with redis.Redis(port=valkey.port) as client:
         client.flushall()
     primary, standby = (Database(server, "postgres") for server in pair)
@@ -105,9 +106,27 @@ def test_standby_delivers_changes(shop):
     assert_handled(shop, 1, 200)
 
 
-def test_standby_that_is_promoted_goes_on_in_its_new_timeline(valkey, tmp_path):
-    import redis
+@pytest.mark.soak
+def test_tables_join_a_pattern_on_a_standby_when_their_owner_has_published_them(shop, valkey):
+    shop.project = "tenants"
+    shop.primary.execute("CREATE SCHEMA tenant_a", ORDERS.format("tenant_a"))
+    try:
+        applied(shop)
+        set_up_on_the_primary(shop)
+        replicate = replicating(shop)
+        shop.primary.execute("CREATE SCHEMA tenant_b", ORDERS.format("tenant_b"))
+        shop.until_said(replicate, "tenant_b.orders: it is not published")
+        (script,) = re.findall(r"its owner runs: (.*);", replicate.log.read_text())
+        shop.primary.execute(*script.split("; "), "INSERT INTO tenant_b.orders VALUES (1, 1)")
+        with redis.Redis(port=valkey.port) as client:
+            wait_until(lambda: client.llen("tenants"), "the row")
+        assert "as required, but not recorded" in shop.run("flash", "doctor").stdout
+        assert shop.end(replicate) == 0
+    finally:
+        shop.primary.execute("DROP SCHEMA tenant_a, tenant_b CASCADE")
 
+
+def test_standby_that_is_promoted_goes_on_in_its_new_timeline(valkey, tmp_path):
     with redis.Redis(port=valkey.port) as client, Postgres() as server:
         client.flushall()
         primary = Database(server, "postgres")
