@@ -52,6 +52,12 @@ class LaneTransport:
                     "broker; RabbitMQ may get changes twice, and then others may have become one: "
                     "leave one of the two out."
                 )
+            if each.ends_of is not None:
+                raise SubscriptionError(
+                    f"{handler} has ordered= and on_backfill_end, which needs Redis or Valkey as "
+                    "the broker; on RabbitMQ give the end to a task of its own: "
+                    f"on_backfill_end({each.ends_of!r})."
+                )
             if Operation.MESSAGE in each.operations:
                 raise SubscriptionError(
                     f"{handler} has ordered= and {each.decorator}, which needs Redis or Valkey as "

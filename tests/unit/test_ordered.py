@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from flash_celery import Ordered, on_change, on_message
+from flash_celery import Ordered, on_backfill_end, on_change, on_message
 from flash_celery.changes.operations import Part
 from flash_celery.changes.payload import TRUNCATED, Delivery, message_row, prefixed
 from flash_celery.changes.rows import Column, Table, Transaction
@@ -331,6 +331,10 @@ RABBITMQ = {"broker_url": "amqp://127.0.0.1"}
         ([on_change("orders", ordered=True)], "leave them out: on_change.'public.orders', 'insert"),
         ([on_change("orders", "insert", ordered=True), on_message("said")], "a task of its own"),
         (
+            [on_change("orders", "insert", ordered=True), on_backfill_end()],
+            "give the end to a task of its own: on_backfill_end.'",
+        ),
+        (
             [on_change("orders", "insert", ordered=Ordered(on_failure="block"))],
             "leave on_failure out",
         ),
@@ -339,7 +343,7 @@ RABBITMQ = {"broker_url": "amqp://127.0.0.1"}
             "leave one of the two out",
         ),
     ],
-    ids=["truncate", "messages", "block", "once"],
+    ids=["truncate", "messages", "end", "block", "once"],
 )
 def test_ordered_handler_is_refused_if_it_needs_more_than_rabbitmq_has(declare, declared, reason):
     app, subscriptions = declare(*declared)
