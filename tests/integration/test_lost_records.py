@@ -214,3 +214,8 @@ def test_dropped_table_is_forgotten_when_each_slot_has_passed_it(flash):
             )
             dropped.forget(source)
             assert read_record(source).leaves == left, slot
+        # Who does not own the publications goes on.
+        ddl.apply(source.connection, [record_step(source.prefix, Record(leaves=leaves))])
+        source.connection.execute("SET ROLE pg_monitor")
+        dropped.forget(source)
+        assert read_record(source).leaves == leaves
