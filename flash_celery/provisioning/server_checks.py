@@ -113,8 +113,20 @@ def _synchronous(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
         )
 
 
+#: The minor releases of August 2025, by their major version. Source: commits 4909b38af0 (in those
+#: of May 2025) and d87d07b of PostgreSQL, which allocates less.
+_FIRST_SOUND = {14: 19, 15: 14, 16: 10, 17: 6}
+_LEAVES_ROWS_OUT = (
+    "may not send rows that an open transaction writes to a table after the table was published"
+)
+_ENDS_DECODING = (
+    "may fail for ever with `invalid memory alloc request size` where tables are created or "
+    "altered while many transactions are open"
+)
+
+
 def version_finding(version: int, shown: str) -> Finding:
-    """Return whether the tests have run on this version.
+    """Return whether the tests have run on this version, and faults that it is known to have.
 
     Args:
         version: As libpq gives it, such as 180006.
@@ -125,6 +137,11 @@ def version_finding(version: int, shown: str) -> Finding:
             f"PostgreSQL {shown} is newer than {_NEWEST}, the newest version that flash-celery is "
             "tested with: look for a newer flash-celery, and try it on a copy first"
         )
+        return Finding("server", WARNING, message)
+    major, minor = divmod(version, 10000)
+    if minor < _FIRST_SOUND.get(major, 0):
+        fault = _ENDS_DECODING if minor == _FIRST_SOUND[major] - 1 else _LEAVES_ROWS_OUT
+        message = f"PostgreSQL {shown} {fault}: upgrade to {major}.{_FIRST_SOUND[major]} or later"
         return Finding("server", WARNING, message)
     return Finding("server", OK, f"PostgreSQL {shown}")
 
