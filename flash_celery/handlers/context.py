@@ -317,8 +317,6 @@ def _commits_by_itself(connection: Any) -> bool:
     return bool(getattr(driver, "autocommit", False))
 
 
-def write_now(execute: Callable[[str], object]) -> None:
-    """Write the context that holds for every connection into a transaction that has none."""
-    text = text_for(None, layers())
-    if text:
-        execute(statement_for(text))
+def text_now() -> str:
+    """Return the JSON text of the context that holds for every connection."""
+    return text_for(None, layers())

@@ -8,7 +8,7 @@ in a test, has the transaction alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, NoReturn, Protocol
 
 import psycopg
@@ -17,10 +17,10 @@ from celery.exceptions import Ignore
 from ..changes.change import Change, Changes
 from ..errors import FlashError, PayloadError
 from .celery_tasks import run_method, set_run_method
-from .context import write_now
+from .context import text_now
 from .databases import Database, Execute, Session
 from .own_writes import changes_among, layer_for
-from .written_context import MAY_WRITE, warn_of_missing_privilege
+from .written_context import MAY_WRITE, statement_for, warn_of_missing_privilege
 
 #: Whether the role of a database may write contexts.
 _allowed: dict[Database, bool] = {}
@@ -31,7 +31,12 @@ MARK = "flash_mark"
 class Mark(Protocol):
     """Says which changes were handled."""
 
-    def advance(self, execute: Execute, changes: Sequence[Change]) -> Sequence[Change] | None:
+    def advance(
+        self,
+        execute: Execute,
+        changes: Sequence[Change],
+        context_for: Callable[[Sequence[Change]], str] = ...,
+    ) -> Sequence[Change] | None:
         """Move past changes, and return those that were not handled; None: `create` it first."""
 
     def create(self, execute: Execute) -> None:
@@ -117,15 +122,17 @@ class _Call:
         """
         with self._database.transaction() as session:
             changes: Sequence[Change] | None = self._delivered
+            context_for = partial(self._context_for, session)
             if self.mark is not None:
-                changes = self.mark.advance(session.execute, self._delivered)
+                changes = self.mark.advance(session.execute, self._delivered, context_for)
+            elif context := context_for(self._delivered):
+                session.execute(statement_for(context), ())
             if changes is None:
                 return False
             if self._delivered and not changes:
                 raise Ignore("handled already")
             for change in changes:
                 change._call = change._call._replace(connection=session.connection)
-            self._write_context(session, changes)
             self._began = True
             call = _without_handled(self._run, self._delivered, changes)
             self.result = call(*self._args, **self._kwargs)
@@ -137,17 +144,20 @@ class _Call:
             "and psycopg.Rollback, not hide that."
         )
 
-    def _write_context(self, session: Session, changes: Sequence[Change]) -> None:
-        """Have what the function writes say that it was this handler (Django does so by itself)."""
+    def _context_for(self, session: Session, changes: Sequence[Change]) -> str:
+        """Return what has the function's writes say that it was this handler; "" for nothing.
+
+        Django writes that by itself.
+        """
         if not self._handler or not changes or hasattr(session.connection, "execute_wrappers"):
-            return
+            return ""
         if self._database not in _allowed:
             ((_allowed[self._database],),) = session.execute(MAY_WRITE, [])
-        if _allowed[self._database]:
-            with layer_for(self._handler, changes):
-                write_now(lambda statement: session.execute(statement, []))
-        else:
+        if not _allowed[self._database]:
             warn_of_missing_privilege(f"the database of once= of {self._handler}")
+            return ""
+        with layer_for(self._handler, changes):
+            return text_now()
 
     def failed_outside(self, error: Exception) -> bool:
         """Return whether an error is that of the database, before the function or after it."""

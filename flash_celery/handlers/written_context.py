@@ -58,14 +58,22 @@ def statement_for(text: str) -> str:
     Args:
         text: The JSON text, in ASCII; "" ends the context before.
     """
-    content = b64encode((text or "{}").encode()).decode()
-    return (
-        "SELECT pg_catalog.pg_logical_emit_message(true, 'flash.context', "
-        f"pg_catalog.decode('{content}', 'base64'))::text, "
-        # The position of a message is the end of its record, where the next one begins. If that is
-        # a row of another savepoint, PostgreSQL sends either first; so another record follows.
-        "pg_catalog.pg_logical_emit_message(false, 'flash.next', ''::bytea)::text"
-    )
+    return f"SELECT {WRITES_CONTEXT % repr(content_of(text))}"
+
+
+def content_of(text: str) -> str:
+    """Return the parameter of `WRITES_CONTEXT` for the JSON text of a context."""
+    return b64encode((text or "{}").encode()).decode()
+
+
+#: The columns of a statement that writes a context, whose content in base64 is the parameter.
+WRITES_CONTEXT = (
+    "pg_catalog.pg_logical_emit_message(true, 'flash.context', "
+    "pg_catalog.decode(%s, 'base64'))::text, "
+    # The position of a message is the end of its record, where the next one begins. If that is
+    # a row of another savepoint, PostgreSQL sends either first; so another record follows.
+    "pg_catalog.pg_logical_emit_message(false, 'flash.next', ''::bytea)::text"
+)
 
 
 #: Whether the role may write a context; EXECUTE may be revoked from PUBLIC.

@@ -31,6 +31,7 @@ from ..changes.payload import history_json, history_of
 from ..errors import PayloadError
 from ..escaping import escaped
 from ..handlers.databases import MARKS_TABLE, Execute
+from ..handlers.written_context import content_of, statement_for
 from ..messages.deduplication import now
 from ..messages.lane_messages import LaneForm
 from ..protocol.lsn import Lsn
@@ -88,8 +89,19 @@ class LaneMark:
         #: Whether the changes can only be handled later: it has raised `Ignore`.
         self.waits = False
 
-    def advance(self, execute: Execute, changes: Sequence[Change]) -> Sequence[Change] | None:
+    def advance(
+        self,
+        execute: Execute,
+        changes: Sequence[Change],
+        context_for: Callable[[Sequence[Change]], str] = lambda changes: "",
+    ) -> Sequence[Change] | None:
         """Move past changes, and return those that were not handled; None: `create` it first.
+
+        Args:
+            execute: Runs a statement.
+            changes: The changes.
+            context_for: Returns the context to write for those that were not handled, in JSON; ""
+                for none. It goes with the mark, because a statement of its own takes as long.
 
         Raises:
             PayloadError: A change does not say in which WAL its position is.
@@ -97,9 +109,14 @@ class LaneMark:
         """
         self._require_positions(changes)
         with self._logged_while_locked():
-            return self._advance(execute, changes)
+            return self._advance(execute, changes, context_for)
 
-    def _advance(self, execute: Execute, changes: Sequence[Change]) -> Sequence[Change] | None:
+    def _advance(
+        self,
+        execute: Execute,
+        changes: Sequence[Change],
+        context_for: Callable[[Sequence[Change]], str],
+    ) -> Sequence[Change] | None:
         first, last = changes[0], changes[-1]
         alike = {(change.transaction.history, _is_message(change)) for change in changes}
         if len(alike) == 1:
@@ -110,9 +127,15 @@ class LaneMark:
             latest = max(change.transaction.committed_at for change in changes)
             to = end, _array(_place(last)), end, latest
             moved = *to, *self._of_lane, layout, history, *before
-            if self._run(execute, move, moved):
+            context = context_for(changes)
+            returning = table.MOVED_WITH_CONTEXT if context else table.MOVED
+            parameters = (*moved, content_of(context)) if context else moved
+            if self._run(execute, move + returning, parameters):
                 return changes
-        return self._compare(execute, changes)
+        left = self._compare(execute, changes)
+        if left and (context := context_for(left)):
+            execute(statement_for(context), ())
+        return left
 
     @contextmanager
     def _logged_while_locked(self) -> Iterator[None]:

@@ -6,6 +6,8 @@ integers, which every driver can send.
 
 from __future__ import annotations
 
+from ..handlers.written_context import WRITES_CONTEXT
+
 #: A mark is updated in place, so there must be room in its page.
 CREATE_TABLE = """CREATE TABLE flash_celery_marks (
     handler text NOT NULL,
@@ -41,7 +43,6 @@ UPDATE flash_celery_marks SET commit_lsn = %s::pg_lsn, row_place = %s::int8[],
     committed_at = greatest(committed_at, %s)
 WHERE handler = %s AND source = %s AND lane = %s AND layout = %s AND history = %s
     AND (commit_lsn, row_place) < (%s::pg_lsn, %s::int8[])
-RETURNING 1
 """
 #: The same for messages.
 MOVE_PAST_MESSAGES = """
@@ -50,8 +51,10 @@ UPDATE flash_celery_marks SET commit_lsn = %s::pg_lsn, message_place = %s::int8[
     committed_at = greatest(committed_at, %s)
 WHERE handler = %s AND source = %s AND lane = %s AND layout = %s AND history = %s
     AND (commit_lsn, message_place) < (%s::pg_lsn, %s::int8[])
-RETURNING 1
 """
+#: What these end with: whether the mark was moved, and the context of what the handler writes.
+MOVED = "RETURNING 1"
+MOVED_WITH_CONTEXT = f"RETURNING {WRITES_CONTEXT}"
 LOCK = """
 SELECT layout, history, commit_lsn::text, row_place::text, message_place::text,
     committed_at
