@@ -1,7 +1,9 @@
 """Acknowledges the changes that a drain on RabbitMQ has handled.
 
 They are acknowledged in groups, and always before a second change of one of their keys is handled.
-An acknowledgement has no confirm, so RabbitMQ has to answer another request behind it then.
+An acknowledgement has no confirm, so RabbitMQ has to answer another request behind it then. That
+is sent one change ahead, and its answer is read when it is needed, so that the handler rarely waits
+for it.
 
 So after a death or a lost connection only the last change of a key may come again. Quorum queues
 answer before their leader has written it, so there the last few may come again, in order.
@@ -11,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Set
 from typing import Any
+
+from amqp import spec
 
 from ..messages.deduplication import now
 from .amqp_link import Link
@@ -38,6 +42,9 @@ class Acknowledgements:
         self._since = 0.0
         #: The keys of changes whose acknowledgement RabbitMQ may not have.
         self._keys: set[int] = set()
+        #: Those for which it has been asked that, and whether its answer is still to come.
+        self._asked_keys: set[int] = set()
+        self._asked = False
 
     def add(self, tag: int, count: int, keys: Set[int]) -> None:
         """Note that changes are done, and acknowledge them if they are enough.
@@ -76,9 +83,8 @@ class Acknowledgements:
         """
         self.send()
         if self._keys:
-            with self._link.used():
-                self._channel.basic_qos(0, self._prefetch, False)
-            self._keys.clear()
+            self._ask()
+        self._wait()
 
     def confirm_before(self, keys: Set[int]) -> None:
         """Wait until RabbitMQ has the acknowledgements of earlier changes of these keys.
@@ -88,3 +94,37 @@ class Acknowledgements:
         """
         if not keys.isdisjoint(self._keys):
             self.confirm()
+        elif not keys.isdisjoint(self._asked_keys):
+            self._wait()
+
+    def prepare(self, keys: Set[int]) -> None:
+        """Have `confirm_before` wait for less.
+
+        Args:
+            keys: The keys of a change that comes after another one.
+
+        Raises:
+            LostLink: The connection is lost.
+        """
+        if not keys.isdisjoint(self._keys):
+            self.send()
+            self._ask()
+
+    def _ask(self) -> None:
+        """Send a request that RabbitMQ answers when it has read what was sent before."""
+        self._wait()
+        with self._link.used():
+            # `Channel.basic_qos` would wait for it.
+            self._channel._pending[spec.Basic.QosOk] = self._on_answer
+            self._channel.send_method(spec.Basic.Qos, "lBb", (0, self._prefetch, False))
+        self._asked, self._asked_keys, self._keys = True, self._keys, set()
+
+    def _on_answer(self, *_: object) -> None:
+        self._asked = False
+
+    def _wait(self) -> None:
+        """Wait for the answer, if there was a request."""
+        with self._link.used():
+            while self._asked:
+                self._channel.connection.drain_events()
+        self._asked_keys = set()

@@ -118,6 +118,8 @@ class AmqpDrain:
         #: Messages that are not taken yet, and how many have not come yet.
         self._buffer: deque[Any] = deque()
         self._outstanding = 0
+        #: The changes of the first message in the buffer, if it is read already.
+        self._ahead: list[_Received] | None = None
         #: The tag of the last message of the current call.
         self._tag = 0
         #: What the lane's memory has.
@@ -201,7 +203,7 @@ class AmqpDrain:
         taken: list[_Received] = []
         while self._buffer and len(taken) < self._calls.size:
             try:
-                received = list(_read(self._buffer[0]))
+                received = self._first()
             except PayloadError:
                 if taken:
                     break
@@ -212,8 +214,26 @@ class AmqpDrain:
                 self._calls.read_form(self._form(self._buffer[0]))
             taken += received
             self._buffer.popleft()
+            self._ahead = None
         self._tag = taken[-1].tag
         return taken
+
+    def _first(self) -> list[_Received]:
+        """Return the changes of the first message in the buffer.
+
+        Raises:
+            PayloadError: It is damaged, or has another version.
+        """
+        if self._ahead is None:
+            self._ahead = list(_read(self._buffer[0]))
+        return self._ahead
+
+    def _next_keys(self) -> frozenset[int]:
+        """Return the keys of the change after those that are taken; none if that is not read."""
+        if self._buffer:
+            with suppress(PayloadError):  # `_take` finds it again
+                return self._first()[0].keys
+        return frozenset()
 
     def _form(self, message: Any) -> bytes:
         names = ("delivery_mode", "priority", "reply_to")
@@ -254,6 +274,7 @@ class AmqpDrain:
                 return False
             self._link.verify()
             self._done.confirm_before(keys)
+            self._done.prepare(self._next_keys())
             head = Head(
                 changes,
                 memory.retries,
