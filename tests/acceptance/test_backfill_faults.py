@@ -14,10 +14,10 @@ from tests.acceptance.test_backfill import (
     ROWS,
     Writers,
     applied,
-    backfills,
     consuming,
     drained,
     flash,
+    rows_of,
     state,
     table,
     with_rows,
@@ -76,7 +76,7 @@ def test_backfill_delivers_no_row_that_a_crash_has_undone(on_server):
         shop.replicate()
         flash(shop, "backfill", "mirror", "--chunk", "50", "--rate", "500/s")
         for rows in (200, 700, 1200, 1700):
-            wait_until(lambda rows=rows: backfills(shop)[0]["rows"] >= rows, "some chunks", 60)
+            wait_until(lambda rows=rows: rows_of(shop) >= rows, "some chunks", 60)
             with shop.database.connect() as connection:
                 for number in range(200):
                     connection.execute(
@@ -113,7 +113,7 @@ def own(make_shop):
 def begun(shop):
     shop.replicate()
     flash(shop, "backfill", "mirror", "--chunk", "100", "--rate", "1000/s")
-    wait_until(lambda: backfills(shop)[0]["rows"] >= 300, "some chunks", 60)
+    wait_until(lambda: rows_of(shop) >= 300, "some chunks", 60)
     return shop.processes[0]
 
 

@@ -55,9 +55,7 @@ KINDS = {
 
 @pytest.fixture
 def client(valkey):
-    with redis.Redis(
-        port=valkey.port, db=9, protocol=2, single_connection_client=True
-    ) as client:
+    with redis.Redis(port=valkey.port, db=9, protocol=2, single_connection_client=True) as client:
         yield client
 
 
