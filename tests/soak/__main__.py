@@ -29,6 +29,9 @@ def main():
         choices=RUNS,
         help="else redis half the time (a third of it through Sentinel), and rabbitmq",
     )
+    parser.add_argument(
+        "--faults", default="", help="a regular expression: only those whose names match"
+    )
     parser.add_argument("--docs", action="store_true", help="rewrite the results in docs/soak.md")
     parser.add_argument("--keep", action="store_true", help="leave logs and notes in any case")
     given = parser.parse_args()
@@ -41,7 +44,7 @@ def main():
     for broker, share in (part for broker_name in brokers for part in RUNS[broker_name].items()):
         (folder / broker).mkdir()
         seconds = given.minutes * 60 / len(brokers) * share
-        outcomes.append(run(broker, seed, folder / broker, seconds, say=_say))
+        outcomes.append(run(broker, seed, folder / broker, seconds, say=_say, named=given.faults))
     for outcome in outcomes:
         _say(f"\n{outcome.broker}, {outcome.seconds / 60:.1f} minutes, seed {seed}\n")
         for line in report.lines(outcome):

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from tests.soak import calls
+from tests.soak import calls, carried
 from tests.soak.ledger import ORDERED
 
 #: Bounds for a replication worker: bytes, and open files.
@@ -17,6 +17,9 @@ def complete(stage):
         if stage.effects.missing:
             return False
     if stage.copy.differing:
+        return False
+    stage.carried.read()
+    if any(map(stage.carried.missing, stage.carried.seen)):
         return False
     return not lost(ledger) and not any(unhandled(ledger, handler) for handler in ledger.handled)
 
@@ -40,10 +43,11 @@ def everything(stage, outcome):
         *_handled(stage, outcome),
         *_ordered(stage),
         *_rows(stage),
+        *_carried(stage, outcome),
         *_named(stage, "rows of the copy are not those of the table", stage.copy.differing),
         *(
             f"{process.name} ended by itself with {code}"
-            for process in stage.replicates
+            for process in (*stage.replicates, *stage.applications)
             for _, code, _ in process.ends
         ),
         *(
@@ -130,6 +134,34 @@ def _ordered(stage):
         yield f"the lane {lane} stood still ({kind})"
 
 
+def _carried(stage, outcome):
+    """What is promised of the tasks of transactions."""
+    found = stage.carried
+    found.read()
+    yield from _named(stage, "tasks never enqueued", found.missing(carried.QUEUE))
+    yield from _named(stage, "tasks of transactions rolled back", found.strangers)
+    yield from _named(stage, "tasks enqueued before an earlier one", found.misordered)
+    missing = found.missing(carried.RUN)
+    if len(missing) > _may_be_lost(outcome):
+        yield from _named(stage, "tasks that never ran", missing)
+    enqueued, run = again_after(outcome)
+    again = found.unexplained(carried.QUEUE, enqueued)
+    yield from _named(stage, "tasks enqueued again for no reason", again)
+    yield from _named(
+        stage, "tasks that ran again for no reason", found.unexplained(carried.RUN, run)
+    )
+
+
+def again_after(outcome):
+    """From when to when a task may have been enqueued again, and may have begun to run again."""
+    harms = outcome.harms
+    enqueued = harms.unconfirmed if harms.weak else [(at, at) for at in harms.emptied]
+    ended = [(at - 10.0, at) for at in outcome.worker_ended]
+    of_workers = [(s.at, s.over) for s in outcome.strikes if s.fault.recovered == "each"]
+    lost = [(s.at, s.over) for s in outcome.strikes if s.fault.loses_on_redis]
+    return enqueued, [*enqueued, *ended, *of_workers, *lost]
+
+
 def excused(outcome, handler):
     """Whether Celery's consumer can have lost what `handler` has not got: Redis only, and a
     message for each time that it was killed, or its Redis was, or refused its bookkeeping. The
@@ -138,9 +170,16 @@ def excused(outcome, handler):
 
     if outcome.broker == "rabbitmq" or handler in ORDERED:
         return False
-    times = sum(strike.fault.loses_on_redis for strike in outcome.strikes) + outcome.worker_ends
-    most = times * (BATCH if handler == "many" else 1)
+    most = _may_be_lost(outcome) * (BATCH if handler == "many" else 1)
     return len(unhandled(outcome.ledger, handler)) <= most
+
+
+def _may_be_lost(outcome):
+    """How many messages Celery's consumer may have lost."""
+    if outcome.broker == "rabbitmq":
+        return 0
+    times = sum(strike.fault.loses_on_redis for strike in outcome.strikes)
+    return times + len(outcome.worker_ended)
 
 
 def _rows(stage):

@@ -13,6 +13,7 @@ import psutil
 from example_project.servers import wait_until
 from tests.proxy import Way
 from tests.soak.calls import LEASE
+from tests.soak.carried import APPLICATION
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,21 @@ def _restart_postgres(number, stage, choose):
     stage.postgres.start()
 
 
+def _kill_postgres(stage, choose):
+    """SIGKILL to the server and to all its processes."""
+    family = psutil.Process(stage.postgres.process.pid).children(recursive=True)
+    stage.postgres.stop(signal.SIGKILL)
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(family, 30)
+    stage.postgres.start()
+
+
+def _kill_application(stage, choose):
+    choose.choice(stage.applications).send(signal.SIGKILL)
+
+
 def _kill_broker(stage, choose):
     stage.broker.stop(signal.SIGKILL)
     time.sleep(choose.uniform(0, 2))
@@ -233,6 +249,8 @@ _READERS = "usename LIKE 'reader_%'"
 _STREAM = "backend_type = 'walsender'"
 _SECOND = f"{_READERS} AND backend_type = 'client backend'"
 
+_APPLICATIONS = f"application_name = '{APPLICATION}'"
+
 _DIRECT = "redis", "rabbitmq"
 FAILOVER = Fault(
     "Sentinel: failover",
@@ -255,6 +273,9 @@ FAULTS = [
     Fault(
         "PostgreSQL: stop -m immediate", partial(_restart_postgres, signal.SIGQUIT), crowded=True
     ),
+    Fault("PostgreSQL: SIGKILL", _kill_postgres, crowded=True),
+    Fault("application: SIGKILL", _kill_application, "carried"),
+    Fault("application: connection terminated", partial(_terminate, _APPLICATIONS), "carried"),
     Fault("password changed", _rotate_password),
     Fault("broker: SIGKILL", _kill_broker, loses_on_redis=1, brokers=_DIRECT, uncommitted=True),
     Fault("broker full", _fill_broker, loses_on_redis=1, brokers=_DIRECT, uncommitted=True),

@@ -89,9 +89,11 @@ class Ledger:
     Args:
         handlers: The handlers of the run.
         barriers: Whether ordered handlers get a TRUNCATE.
+        carried: The records of tasks that transactions carry.
     """
 
-    def __init__(self, handlers=UNORDERED, barriers=True):
+    def __init__(self, handlers=UNORDERED, barriers=True, carried=None):
+        self.carried = carried
         self.committed: dict[Identity, Commit] = {}
         self._barriers = barriers
         #: How many changes each handler is to receive.
@@ -143,6 +145,10 @@ class Ledger:
         self._done[handler].add((lsn, index))
         if table == "probes" and handler in self.probes:
             self.probes[handler].add(key)
+
+    def run(self, at, task_id, place):
+        """A task of a transaction has noted that it ran."""
+        self.carried.run(at, task_id, place)
 
     def begin(self, name, handler, at, pid, parent, retries, changes):
         """An ordered handler begins a call, of changes given as commit LSN, index and keys."""

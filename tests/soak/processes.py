@@ -19,8 +19,12 @@ ROOT = Path(__file__).parents[2]
 _PAUSE = 0.3
 
 
+#: Arguments of Python for a command of the project.
+COMMAND = "-m", "celery", "-A", "tests.soak.project"
+
+
 class Process:
-    """A `celery -A tests.soak.project …`, in one life after the other."""
+    """A process of Python, in one life after the other."""
 
     def __init__(self, name, folder, environment, *arguments):
         self.name = name
@@ -39,7 +43,7 @@ class Process:
         arguments = [text.format(life=self._lives) for text in self._arguments]
         with self.log.open("a") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "celery", "-A", "tests.soak.project", *arguments],
+                [sys.executable, *arguments],
                 env=self._environment,
                 cwd=ROOT,
                 stdout=log,
@@ -127,6 +131,16 @@ class Supervisor(threading.Thread):
                 self._look()
         # Those it has started end with its thread.
         for process in self._processes:
+            process.end()
+
+    def take(self, processes):
+        """Look after more processes."""
+        self._processes = [*self._processes, *processes]
+
+    def dismiss(self, processes):
+        """End some of the processes for good."""
+        self._processes = [each for each in self._processes if each not in processes]
+        for process in processes:
             process.end()
 
     def end(self):

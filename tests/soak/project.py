@@ -12,6 +12,7 @@ from celery import Celery
 
 from flash_celery import Changes, on_change
 from tests.sentinel import OPTIONS
+from tests.soak import carried as tasks
 from tests.soak import effects
 from tests.soak.calls import LEASE
 from tests.soak.ledger import identify, keys
@@ -34,6 +35,7 @@ app.conf.update(
     flash_max_deaths=1000,
     flash_lanes=16,
     flash_lane_lease=LEASE,
+    flash_signing_key="a secret of the soak test",
     worker_hijack_root_logger=False,
     worker_prefetch_multiplier=4,
     broker_connection_max_retries=None,
@@ -154,6 +156,17 @@ def spare(change):
 @app.task
 def copied(changes):
     """Never runs: its queue is read as a handler would that keeps a copy of the table."""
+
+
+@app.task(queue=tasks.QUEUE)
+def carried(place, rest):
+    """Never runs: its queue is read to see what transactions carried."""
+
+
+@app.task(bind=True, queue=tasks.RUN, acks_late=True, reject_on_worker_lost=True)
+def ran(self, place, rest):
+    """Notes that it ran."""
+    append([["run", time.time(), self.request.id, place]])
 
 
 @on_change("items", batch=BATCH, queue="witness")

@@ -8,6 +8,7 @@ from statistics import median
 
 from tests.soak import check
 from tests.soak.calls import inversions, overlaps, repeats
+from tests.soak.carried import QUEUE, RUN
 from tests.soak.faults import FAULTS
 from tests.soak.ledger import ORDERED
 
@@ -104,10 +105,24 @@ def _remarks(outcome):
         yield from _order(outcome)
     if outcome.backfills:
         yield f"{outcome.backfills} backfills of a copy"
-    if outcome.worker_ends:
-        yield f"Celery workers ended {outcome.worker_ends} times by themselves"
+    if outcome.carried is not None:
+        yield _carried(outcome)
+    if outcome.worker_ended:
+        yield f"Celery workers ended {len(outcome.worker_ended)} times by themselves"
     if outcome.vitals:
         yield _vitals(outcome.vitals)
+
+
+def _carried(outcome):
+    """What became of the tasks that transactions carried."""
+    found = outcome.carried
+    again = [sum(1 for _ in found.again(queue)) for queue in (QUEUE, RUN)]
+    return (
+        f"{len(found.sent):,} tasks of transactions that were committed, and {outcome.undone:,} of "
+        f"others; {len(found.missing(QUEUE))} lost, {len(found.strangers)} of others enqueued, "
+        f"{len(found.misordered)} out of order, {len(found.missing(RUN))} lost by Celery's "
+        f"consumer; {again[0]:,} enqueued again, {again[1]:,} ran again"
+    )
 
 
 def _order(outcome):
@@ -184,6 +199,7 @@ class _InFlight:
         }
 
     def at(self, time, where):
+        where = "enqueued" if where == "carried" else where
         arrived = bisect_right(self._arrived[where], time)
         return max(0, bisect_right(self._committed, time) - arrived)
 

@@ -1,6 +1,7 @@
 """One run: writers and faults for so long, then everything comes to rest, and is checked."""
 
 import random
+import re
 import time
 from dataclasses import dataclass, field
 
@@ -42,13 +43,17 @@ class Outcome:
     vitals: list = field(default_factory=list)
     #: How many backfills were requested.
     backfills: int = 0
-    #: Unexpected ends of Celery workers.
-    worker_ends: int = 0
+    #: When the Celery worker ended unexpectedly.
+    worker_ended: list[float] = field(default_factory=list)
     #: Of ordered handlers.
     harms: object = None
     lane_watch: object = None
     #: Of a handler with `once=`.
     effects: object = None
+    #: The tasks that transactions carried.
+    carried: object = None
+    #: How many tasks were sent in transactions that were not committed.
+    undone: int = 0
 
 
 def settings(choose):
@@ -59,10 +64,10 @@ def settings(choose):
     }
 
 
-def run(broker, seed, folder, seconds, faults=None, say=print):
+def run(broker, seed, folder, seconds, faults=None, say=print, named=""):
     """`broker` is redis, sentinel or rabbitmq.
 
-    With `faults` just these, else random ones for `seconds`.
+    With `faults` just these, else random ones for `seconds`, of those whose names match `named`.
     """
     choose = random.Random(f"{seed}/{broker}")
     outcome = Outcome(broker, seed, settings(choose))
@@ -71,37 +76,40 @@ def run(broker, seed, folder, seconds, faults=None, say=print):
         outcome.ledger = stage.ledger
         stage.probe("each")
         stage.probe("keyed")
+        stage.probe("carried")
         for writer in stage.writers:
             writer.start()
         started = time.time()
         try:
-            for fault in faults or _random(choose, broker, started + seconds):
+            for fault in faults or _random(choose, broker, named, started + seconds):
                 _strike(stage, choose, outcome, fault, say, time.time() - started)
         except (Stalled, TimeoutError) as stalled:
             outcome.problems.append(f"{stalled} after {outcome.strikes[-1].fault.name}")
         outcome.seconds = time.time() - started
         for writer in stage.writers:
             writer.end()
+        stage.supervisor.dismiss(stage.applications)
         _come_to_rest(stage, outcome, say)
         outcome.vitals = stage.supervisor.vitals
-        outcome.worker_ends = len(stage.worker.ends)
+        outcome.worker_ended = [at for at, _, _ in stage.worker.ends]
         ends = [end for worker in stage.lane_workers for end in worker.ends]
         stage.harms.ended |= {pid: (at - 10.0, at) for at, _, pid in ends}
         ledger = stage.ledger
         stage.harms.enqueued_again = check.twice(ledger.enqueued)
         stage.harms.committed_at = {i: commit.at for i, commit in ledger.committed.items()}
         outcome.effects = stage.effects
+        outcome.carried, outcome.undone = stage.carried, stage.carried.undone
         outcome.harms, outcome.lane_watch = stage.harms, stage.lane_watch
         outcome.problems += check.everything(stage, outcome)
     return outcome
 
 
-def _random(choose, broker, end):
+def _random(choose, broker, named, end):
     """Each kind as often as the others, in an order of its own each time.
 
     Where there is a Sentinel, every second one is a failover.
     """
-    kinds = [fault for fault in FAULTS if broker in fault.brokers]
+    kinds = [fault for fault in FAULTS if broker in fault.brokers and re.search(named, fault.name)]
     deck = []
     while time.time() < end:
         deck = deck or choose.sample(kinds, len(kinds))
@@ -170,6 +178,7 @@ def _come_to_rest(stage, outcome, say):
         seen = len(ledger.committed), len(ledger.enqueued), *map(len, ledger.handled.values())
         if stage.effects is not None:
             seen += (len(stage.effects.rows),)
+        seen += tuple(map(len, stage.carried.seen.values()))
         if seen != before:
             before, since = seen, time.monotonic()
         time.sleep(1)

@@ -9,13 +9,14 @@ import psycopg
 from example_project.servers import Postgres, Rabbit, Valkey, wait_until
 from tests.proxy import Proxy
 from tests.sentinel import Replicated
-from tests.soak import copies, effects
+from tests.soak import carried, copies, effects
 from tests.soak.calls import Harms
+from tests.soak.carried import Carried
 from tests.soak.copies import Copy
 from tests.soak.effects import Effects
 from tests.soak.lane_watch import RabbitLaneWatch, RedisLaneWatch
 from tests.soak.ledger import ORDERED, UNORDERED, Ledger
-from tests.soak.processes import Process, Supervisor
+from tests.soak.processes import COMMAND, Process, Supervisor
 from tests.soak.witnesses import PUBLICATION, SLOT, Notes, RabbitTap, RedisTap, Truth
 from tests.soak.writers import SCHEMA, Writer
 
@@ -41,7 +42,9 @@ class Stage:
     def __init__(self, broker, folder, seed, conf):
         self.folder = folder
         self.kind = broker
-        self.ledger = Ledger(UNORDERED + ORDERED, barriers=broker != "rabbitmq")
+        self.carried = Carried(self.execute)
+        barriers = broker != "rabbitmq"
+        self.ledger = Ledger(UNORDERED + ORDERED, barriers, self.carried)
         self.harms = Harms(weak=broker == "rabbitmq")
         #: Of the handler with `once=`, which RabbitMQ cannot have.
         self.effects = None if broker == "rabbitmq" else Effects(self.execute, self.ledger)
@@ -83,6 +86,7 @@ class Stage:
             self.truth,
             tap(self.ledger, self.broker),
             tap(self.copy, self.broker, copies.QUEUE),
+            tap(self.carried, self.broker, carried.QUEUE, carried.argument),
             Notes(self.ledger, notes),
         ]
         command = {"flash_password_command": ["cat", str(self._password_file)]}
@@ -96,7 +100,7 @@ class Stage:
                 f"replicate-{number}",
                 self.folder,
                 {**environment, **self._ways(number)},
-                *("flash", "replicate"),
+                *(*COMMAND, "flash", "replicate"),
             )
             for number in range(1, _REPLICATES + 1)
         ]
@@ -104,7 +108,18 @@ class Stage:
             "worker",
             self.folder,
             {**environment, **direct},
-            *("worker", "-Q", "each,many", "-P", "prefork", "-c", "2", "-l", "WARNING"),
+            *(
+                *COMMAND,
+                "worker",
+                "-Q",
+                f"each,many,{carried.RUN}",
+                "-P",
+                "prefork",
+                "-c",
+                "2",
+                "-l",
+                "WARNING",
+            ),
             *("-n", "worker{life}@%h"),
             *("--without-gossip", "--without-mingle", "--without-heartbeat"),
         )
@@ -113,7 +128,7 @@ class Stage:
                 f"lanes-{pool}",
                 self.folder,
                 {**environment, "SOAK_BROKER": self._to(self.to_lanes)},
-                *("worker", "-Q", "lanes", "-P", pool, "-c", "2", "-l", "WARNING"),
+                *(*COMMAND, "worker", "-Q", "lanes", "-P", pool, "-c", "2", "-l", "WARNING"),
                 *("-n", pool + "{life}@%h"),
                 *("--without-gossip", "--without-mingle", "--without-heartbeat"),
             )
@@ -128,6 +143,17 @@ class Stage:
             thread.start()
             self._stack.callback(thread.end)
         wait_until(self.reader, "the slot to be read", PATIENCE)
+        # Before there is a slot, tasks of transactions are lost.
+        self.applications = [
+            Process(
+                f"application-{kind}",
+                self.folder,
+                {**environment, **direct},
+                *("-m", "tests.soak.carried", kind),
+            )
+            for kind in carried.DATABASES
+        ]
+        self.supervisor.take(self.applications)
         seeds = [f"{self._seed}/writer {number}" for number in range(_WRITERS)]
         self.writers = [Writer(self.postgres.dsn(), self.ledger, seed) for seed in seeds]
 
@@ -166,7 +192,7 @@ class Stage:
 
     def _create(self):
         with psycopg.connect(self.postgres.dsn(), autocommit=True) as connection:
-            for statement in (*SCHEMA, *effects.SCHEMA):
+            for statement in (*SCHEMA, *effects.SCHEMA, *carried.SCHEMA):
                 connection.execute(statement)
             for number in range(1, _REPLICATES + 1):
                 connection.execute(f"CREATE ROLE reader_{number} SUPERUSER LOGIN PASSWORD 'first'")
@@ -238,8 +264,11 @@ class Stage:
         reckoning counts it, and here it says nothing of whether all is well: another one is asked.
 
         Args:
-            where: `enqueued`, or the handler.
+            where: `enqueued`, the handler, or `carried`: a task that is sent now is enqueued.
         """
+        if where == "carried":
+            self._carry()
+            return
         keys = set()
         began = time.monotonic()
         while not keys & self.ledger.probes[where]:
@@ -251,3 +280,7 @@ class Stage:
                 keys.add(key)
             self._see_that_it_goes_on()
             time.sleep(0.01)
+
+    def _carry(self):
+        ((place,),) = self.execute("SELECT nextval('places')")
+        wait_until(lambda: self.carried.latest > place, "a task of a transaction", PATIENCE)

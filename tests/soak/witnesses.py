@@ -4,6 +4,7 @@ import contextlib
 import json
 import threading
 import time
+from base64 import b64decode
 
 import amqp
 import psycopg
@@ -90,19 +91,24 @@ class Truth(Witness):
         return True
 
 
+def _changes(body):
+    return payload.decode(json.loads(body)[0][0]["__value__"])
+
+
 class Tap(Witness):
     """The messages in a queue that no worker consumes, in order."""
 
-    def __init__(self, ledger, broker, queue=QUEUE):
+    def __init__(self, ledger, broker, queue=QUEUE, read=_changes):
         super().__init__(ledger)
         self._broker = broker
         self._queue = queue
+        self._read = read
         self._noted = set()
 
     def note(self, body, task_id):
         now = time.time()
-        for change in payload.decode(json.loads(body)[0][0]["__value__"]):
-            self.ledger.enqueue(change, task_id, now)
+        for found in self._read(body):
+            self.ledger.enqueue(found, task_id, now)
 
 
 class RedisTap(Tap):
@@ -121,12 +127,18 @@ class RedisTap(Tap):
         tags = [message["properties"]["delivery_tag"] for message in sightings]
         for tag, message in zip(tags, sightings, strict=True):
             if tag not in self._noted:
-                self.note(message["body"], message["headers"]["id"])
+                self.note(_body(message), message["headers"]["id"])
         # Those that are there again next time could not be taken away.
         self._noted = set(tags)
         if sightings:
             connection.ltrim(self._queue, 0, -len(sightings) - 1)
         return bool(sightings)
+
+
+def _body(message):
+    """Return the body of a message; what Celery writes is in Base64."""
+    encoded = message["properties"].get("body_encoding") == "base64"
+    return b64decode(message["body"]) if encoded else message["body"]
 
 
 class RabbitTap(Tap):
