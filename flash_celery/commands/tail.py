@@ -35,6 +35,7 @@ from ..provisioning.requirements import REWRITES
 from ..settings import Settings
 from ..table_name import TableName
 from ..telemetry import Telemetry
+from ..transactional_tasks import records
 from ..transactional_tasks.signing import Database, Verifier, keys_of
 from ..worker.control import Control
 
@@ -203,6 +204,7 @@ def _sent_tasks(source: Source, shown: list[tuple[SentTask, Transaction]]) -> Se
         keys_of(source.settings),
         Database(source.system, source.database),
         source.settings.flash_transactional_max_age,
+        records.longest(source.settings.flash_max_change_size),
     )
     return SentTasks(verifier, add, lambda *refused: None, Telemetry())
 

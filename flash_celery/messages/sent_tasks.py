@@ -156,7 +156,7 @@ class SentTasks:
         """
         committed = timestamps.to_unix(transaction.committed_at)
         try:
-            body = self._verifier.verify(bytes(message.content), committed)
+            body = self._verifier.verify(message.content, committed)
             messages = [SentTask(record) for record in records.decode(body)]
         except TaskRefused as error:
             self._refuse(message, transaction, str(error))

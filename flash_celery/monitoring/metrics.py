@@ -62,6 +62,9 @@ METRICS = {
     "flash_changes_unjudged_total": Described(
         "counter", "Changes whose `where` was evaluated without their old values.", ("table",)
     ),
+    "flash_tasks_refused_total": Described(
+        "counter", "Messages of `transactional` that were refused, as they were not signed."
+    ),
     "flash_transactions_total": Described("counter", "Transactions received from PostgreSQL."),
     "flash_messages_published_total": Described("counter", "Messages confirmed by the broker."),
     "flash_published_bytes_total": Described(
@@ -198,6 +201,7 @@ def _counters(telemetry: Telemetry) -> dict[str, _Samples]:
         ),
         "flash_changes_unjudged_total": _labelled(dict(telemetry.unevaluated)),
         "flash_publish_failures_total": _labelled(dict(telemetry.failures)),
+        "flash_tasks_refused_total": _single(telemetry.refused_tasks),
         "flash_transactions_total": _single(telemetry.transactions),
         "flash_messages_published_total": _single(telemetry.messages),
         "flash_published_bytes_total": _single(telemetry.bytes),

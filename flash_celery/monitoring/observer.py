@@ -198,6 +198,7 @@ class Observer:
             publish_failures=sum(dict(telemetry.failures).values()),
             spool_bytes=telemetry.spooled,
             unjudged=dict(telemetry.unevaluated),
+            refused_tasks=telemetry.refused_tasks,
             errors=[asdict(error) for error in reversed(list(telemetry.errors))],
         )
 

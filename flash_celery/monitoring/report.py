@@ -48,6 +48,8 @@ class WorkerReport:
     spool_bytes: int
     #: Rows whose `where` was evaluated without their old values, by table.
     unjudged: dict[str, int]
+    #: Messages with tasks of transactions that were refused.
+    refused_tasks: int
     #: The latest errors, newest first.
     errors: list[dict[str, Any]]
 

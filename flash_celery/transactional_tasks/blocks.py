@@ -8,7 +8,6 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, suppress
-from contextvars import Token
 from functools import wraps
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -18,7 +17,6 @@ from celery import Celery, current_app
 from ..errors import ConfigurationError, TransactionError
 from ..settings import Settings
 from . import collecting, records, signing
-from .collecting import Collector
 from .connections import Link, Statements, link
 from .records import TaskRecord
 from .signing import Database
@@ -35,9 +33,8 @@ _IDENTIFY = (
     "EXISTS (SELECT FROM pg_replication_slots WHERE database = current_database() "
     "AND slot_name = ANY(string_to_array(CAST(:slots AS text), ',')))"
 )
-#: Limits of a message: tasks, and characters after which it is written.
+#: The most tasks of a message.
 _MOST_TASKS = 1000
-_MOST_CHARACTERS = 1 << 20
 #: Seconds after which it is checked again that a slot reads the database, and between warnings.
 _CHECK_SECONDS = 60.0
 _NO_READER = (
@@ -191,10 +188,7 @@ class Writer:
         if self.link.checks_at_once:
             self.link.check()
         if record.size > settings.flash_max_change_size:
-            raise TransactionError(
-                f"The message of {record.task} has {record.size} bytes, and flash_max_change_size "
-                f"is {settings.flash_max_change_size}; pass a reference to large values."
-            )
+            raise _too_large(record, record.size, settings)
         return settings
 
     def statements(self, tasks: list[TaskRecord]) -> Statements:
@@ -204,7 +198,10 @@ class Writer:
         settings = _settings_of(self._app)
         database = yield from self._database(settings)
         (key, *_) = signing.require_keys(settings)
-        message = signing.sign(key, database, records.encode(tasks))
+        body = records.encode(tasks)
+        if len(body) > records.longest(settings.flash_max_change_size):
+            raise _too_large(tasks[0], len(body), settings)
+        message = signing.sign(key, database, body)
         yield _WRITE, {"m": b64encode(message).decode()}
         for observer in observers:
             observer(self.link, tasks)
@@ -232,6 +229,13 @@ class Writer:
         return database
 
 
+def _too_large(record: TaskRecord, size: int, settings: Settings) -> TransactionError:
+    return TransactionError(
+        f"The message of {record.task} has {size} bytes, and flash_max_change_size is "
+        f"{settings.flash_max_change_size}; pass a reference to large values."
+    )
+
+
 def _report_no_reader(database: Database, strict: bool) -> None:
     if strict:
         raise TransactionError(
@@ -256,7 +260,6 @@ class _Block:
         self._active = False
         #: Whether the transaction that was open when the block began has ended.
         self._ended = False
-        self._token: Token[tuple[Collector, ...]] | None = None
         self._hooks = ExitStack()
 
     def enter(self) -> None:
@@ -268,15 +271,15 @@ class _Block:
             if isinstance(block, _Block) and block.is_active() and not block.link.is_async:
                 block.keep()
         self._active = True
-        self._token = collecting.current.set((*collecting.current.get(), self))
+        collecting.current.set((*collecting.current.get(), self))
 
     def leave(self) -> None:
         """Collect nothing more."""
         self._active = False
         self._hooks.close()
-        assert self._token is not None
-        with suppress(ValueError):  # left in another context, where nothing was set
-            collecting.current.reset(self._token)
+        # Blocks of generators end in any order, and perhaps in another context.
+        others = (block for block in collecting.current.get() if block is not self)
+        collecting.current.set(tuple(others))
 
     def is_active(self) -> bool:
         """Return whether the block has not ended."""
@@ -293,7 +296,7 @@ class _Block:
         if self.link.gathers and not self._ended and self.link.nesting == self._nesting:
             self._gathered.append(record)
             self._size += record.size
-            full = len(self._gathered) >= _MOST_TASKS or self._size >= _MOST_CHARACTERS
+            full = len(self._gathered) >= _MOST_TASKS or self._size >= records.MOST_CHARACTERS
             if full and not self.link.is_async:
                 self.keep()
         elif self.link.is_async:
@@ -340,7 +343,7 @@ class _Block:
             count, size = 0, 0
             for record in self._gathered[:_MOST_TASKS]:
                 size += record.size
-                if count and size > _MOST_CHARACTERS:
+                if count and size > records.MOST_CHARACTERS:
                     break
                 count += 1
             tasks, self._gathered = self._gathered[:count], self._gathered[count:]

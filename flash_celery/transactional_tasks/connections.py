@@ -6,18 +6,23 @@ import inspect
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, Protocol, TypeAlias
 
 from ..errors import ConfigurationError, TransactionError
 
 _NOTHING_TO_JOIN = (
-    "The connection is in autocommit mode and has no transaction, so the task has nothing to join; "
-    "begin one, or write transactional(…, strict=False) to have each message commit by itself."
+    "The connection is in autocommit mode and has no transaction, or its transaction is prepared, "
+    "so the task has nothing to join; begin one, or write transactional(…, strict=False) to have "
+    "each message commit by itself."
 )
 _OTHER_DATABASE = (
     "transactional() needs a PostgreSQL database, and {} is one of {}; send the task outside it."
 )
+
+#: The methods of connections that end a transaction, in one phase or in two.
+_COMMITS = "commit", "tpc_prepare", "tpc_commit"
+_ROLLBACKS = "rollback", "tpc_rollback"
 
 #: Yields the statements to run next, each with its parameters, and is sent their rows.
 Statements: TypeAlias = Generator[tuple[str, dict[str, str]], list[Any], None]
@@ -122,7 +127,16 @@ class _AnyPsycopgLink(Link):
     def has_transaction(self) -> bool:
         """Whether one is open, or a statement opens one."""
         idle = self._connection.pgconn.transaction_status == 0
-        return not (self._connection.autocommit and idle)
+        return not (idle and (self._connection.autocommit or _is_prepared(self._connection)))
+
+
+def _is_prepared(driver: Any) -> bool:
+    """Whether a connection of psycopg 3 has prepared the end of its transaction.
+
+    It would run another statement then, as a transaction of its own.
+    """
+    _, prepared = getattr(driver, "_tpc", None) or (None, False)
+    return bool(prepared)
 
 
 class PsycopgLink(_AnyPsycopgLink):
@@ -139,22 +153,25 @@ class PsycopgLink(_AnyPsycopgLink):
 
     @contextmanager
     def watch(self, watcher: Watcher) -> Iterator[None]:
-        """Watch `connection.transaction()`, `commit()` and `rollback()`."""
+        """Watch `connection.transaction()`, `commit()` and `rollback()`, also in two phases."""
         connection = self._connection
         with (
             _called_before(connection, "transaction", watcher.keep),
-            _ends_called(connection, watcher),
+            _ends_called(connection, watcher.commit, watcher.roll_back),
         ):
             yield
 
 
 @contextmanager
-def _ends_called(connection: Any, watcher: Watcher) -> Iterator[None]:
-    """Watch the methods of a connection that end its transaction."""
-    with (
-        _called_before(connection, "commit", watcher.commit),
-        _called_before(connection, "rollback", watcher.roll_back),
-    ):
+def _ends_called(
+    connection: Any, commit: Callable[[], Any], roll_back: Callable[[], Any]
+) -> Iterator[None]:
+    """Watch the methods of a connection that end its transaction, or prepare its end."""
+    with ExitStack() as stack:
+        for before, names in ((commit, _COMMITS), (roll_back, _ROLLBACKS)):
+            for name in names:
+                if hasattr(connection, name):
+                    stack.enter_context(_called_before(connection, name, before))
         yield
 
 
@@ -198,16 +215,13 @@ class AsyncPsycopgLink(_AnyPsycopgLink):
 
     @contextmanager
     def watch(self, watcher: Watcher) -> Iterator[None]:
-        """Watch `commit()` and `rollback()`."""
+        """Watch `commit()` and `rollback()`, also in two phases."""
         connection = self._connection
 
         async def roll_back() -> None:
             watcher.roll_back()
 
-        with (
-            _called_before(connection, "commit", watcher.commit_async),
-            _called_before(connection, "rollback", roll_back),
-        ):
+        with _ends_called(connection, watcher.commit_async, roll_back):
             yield
 
     async def drive_async(self, statements: Statements) -> None:
@@ -301,7 +315,8 @@ class _AnySqlalchemyLink(Link):
         """Whether the driver is not in autocommit mode: SQLAlchemy always begins."""
         driver = self.driver_connection
         level = getattr(driver, "isolation_level", None)
-        return not getattr(driver, "autocommit", level == "autocommit")
+        autocommit = getattr(driver, "autocommit", level == "autocommit")
+        return not (autocommit or _is_prepared(driver))
 
     @contextmanager
     def _listening(self, target: Any, called: dict[str, Callable[[], None]]) -> Iterator[None]:
@@ -339,7 +354,8 @@ class _AnySqlalchemyLink(Link):
 
 def _ends(watcher: Watcher) -> dict[str, Callable[[], None]]:
     """Return what to call before the events of SQLAlchemy, which it has only for a transaction."""
-    return {"commit": watcher.commit, "rollback": watcher.roll_back}
+    commits = dict.fromkeys(("commit", "prepare_twophase", "commit_twophase"), watcher.commit)
+    return commits | dict.fromkeys(("rollback", "rollback_twophase"), watcher.roll_back)
 
 
 class SqlalchemyLink(_AnySqlalchemyLink):
@@ -354,7 +370,10 @@ class SqlalchemyLink(_AnySqlalchemyLink):
             "rollback_savepoint": watcher.undo,
         }
         core = self._core
-        with self._listening(core, {**called, **_ends(watcher)}), _ends_called(core, watcher):
+        with (
+            self._listening(core, {**called, **_ends(watcher)}),
+            _ends_called(core, watcher.commit, watcher.roll_back),
+        ):
             yield
 
 
@@ -378,7 +397,10 @@ class AsyncSqlalchemyLink(_AnySqlalchemyLink):
 
         session = self._connection
         if not isinstance(session, Session):
-            with self._listening(session, _ends(watcher)), _ends_called(session, watcher):
+            with (
+                self._listening(session, _ends(watcher)),
+                _ends_called(session, watcher.commit, watcher.roll_back),
+            ):
                 yield
             return
 
@@ -388,7 +410,10 @@ class AsyncSqlalchemyLink(_AnySqlalchemyLink):
 
         # Its connection is not known yet.
         called = {"before_commit": commit, "after_rollback": watcher.roll_back}
-        with self._listening(session, called), _ends_called(session, watcher):
+        with (
+            self._listening(session, called),
+            _ends_called(session, watcher.commit, watcher.roll_back),
+        ):
             yield
 
     async def drive_async(self, statements: Statements) -> None:
@@ -444,7 +469,7 @@ class DjangoLink(Link):
         connection = self._connection
         connection.execute_wrappers.append(wrapper)
         try:
-            with _ends_called(connection, watcher):
+            with _ends_called(connection, watcher.commit, watcher.roll_back):
                 yield
         finally:
             connection.execute_wrappers.remove(wrapper)

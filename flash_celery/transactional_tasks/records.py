@@ -17,6 +17,10 @@ from kombu.entity import Exchange, Queue, binding
 
 from ..errors import TaskRefused
 
+#: Characters after which gathered tasks are written.
+MOST_CHARACTERS = 1 << 20
+#: JSON writes a character in at most so many bytes, a surrogate pair.
+_LONGEST_CHARACTER = 12
 #: The attributes of kombu's entities that a declaration consists of.
 _EXCHANGE = ("name", "type", "arguments", "durable", "auto_delete", "delivery_mode", "no_declare")
 _QUEUE = (
@@ -69,6 +73,16 @@ class TaskRecord(NamedTuple):
 def encode_content(body: str | bytes) -> tuple[str, bool]:
     """Return the `body` and `binary` of a record."""
     return (body, False) if isinstance(body, str) else (b64encode(body).decode(), True)
+
+
+def longest(max_size: int) -> int:
+    """Return the most bytes that a message can have.
+
+    Args:
+        max_size: The most characters of a task (`flash_max_change_size`).
+    """
+    # The quotation marks of a body in JSON are escaped.
+    return 2 * max_size + _LONGEST_CHARACTER * MOST_CHARACTERS
 
 
 def encode(records: Sequence[TaskRecord]) -> bytes:

@@ -114,14 +114,18 @@ class Verifier:
         keys: The keys that may have signed.
         database: The database.
         max_age: Seconds that may pass between signing and the commit.
+        max_size: The most bytes of a message.
     """
 
-    def __init__(self, keys: Sequence[SigningKey], database: Database, max_age: float) -> None:
+    def __init__(
+        self, keys: Sequence[SigningKey], database: Database, max_age: float, max_size: int
+    ) -> None:
         self._keys = {key.id: key for key in keys}
         self._database = database
         self._max_age = max_age
+        self._max_size = max_size
 
-    def verify(self, content: bytes, committed_at: float) -> bytes:
+    def verify(self, content: bytes | memoryview, committed_at: float) -> bytes:
         """Return the body of a message. Nothing of it is parsed before.
 
         Args:
@@ -129,8 +133,11 @@ class Verifier:
             committed_at: When its transaction was committed, in seconds since 1970.
 
         Raises:
-            TaskRefused: It was not signed by one of the keys for this database, or too early.
+            TaskRefused: It was not signed by one of the keys for this database, or too early, or is
+                too large.
         """
+        if len(content) > self._max_size:
+            raise TaskRefused("it is larger than flash_max_change_size allows")
         if len(content) < _HEAD.size:
             raise TaskRefused("it is not signed")
         version, key_id, signed_at, signature = _HEAD.unpack_from(content)
@@ -139,7 +146,7 @@ class Verifier:
         key = self._keys.get(key_id)
         if key is None:
             raise TaskRefused("it is signed with a key that flash_signing_key does not have")
-        body = content[_HEAD.size :]
+        body = bytes(content[_HEAD.size :])
         expected = _signature(key, self._database, signed_at, body)
         if not hmac.compare_digest(expected, signature):
             raise TaskRefused("its signature is wrong: altered, or signed for another database")

@@ -80,7 +80,7 @@ from ..publishing.thread import Claim, PublishingThread
 from ..settings import Settings
 from ..table_name import TableName
 from ..telemetry import CONNECTING, STANDBY, STOPPING, STREAMING, WAITING, Telemetry
-from ..transactional_tasks import signing
+from ..transactional_tasks import records, signing
 from ..transactional_tasks.signing import Database, Verifier
 from .backfilling import Backfilling, Backfills
 from .control import Control, Stopped
@@ -529,6 +529,7 @@ class Replicator:
             self._keys,
             Database(source.system, source.database),
             self._settings.flash_transactional_max_age,
+            records.longest(self._settings.flash_max_change_size),
         )
 
         def refuse(message: LogicalMessage, transaction: Transaction, reason: str) -> None:

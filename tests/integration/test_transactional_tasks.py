@@ -7,6 +7,7 @@ import asyncio
 import threading
 
 import django.conf
+import kombu.serialization
 import psycopg
 import pytest
 from celery import signals
@@ -20,7 +21,7 @@ from flash_celery.commands.status import DatabaseStatus, ProjectStatus, gap_line
 from flash_celery.commands.tail import follow, task_as_text
 from flash_celery.dead_letters import letters
 from flash_celery.dead_letters.queue import DeadLetterQueue
-from flash_celery.errors import ConfigurationError, TransactionError
+from flash_celery.errors import ConfigurationError, TaskRefused, TransactionError
 from flash_celery.postgres.gaps import Gap
 from flash_celery.settings import Settings
 from flash_celery.transactional_tasks import records, signing
@@ -237,6 +238,66 @@ def test_end_of_the_transaction_in_an_asynchronous_block_of_sqlalchemy(tasks):
     assert tasks.sent() == [(1,), (2,)]
 
 
+def test_commit_in_two_phases_takes_the_tasks_before_it(tasks):
+    with psycopg.connect(tasks.database.dsn) as connection:
+        connection.tpc_begin(connection.xid(1, "a", tasks.database.name))
+        with transactional(connection):
+            tasks.receipt.delay(1)
+            connection.tpc_prepare()
+            with pytest.raises(TransactionError, match="prepared"):
+                tasks.receipt.delay("too late")
+            assert tasks.sent() == []
+            connection.tpc_commit()
+        for prepared in (True, False):
+            connection.tpc_begin(connection.xid(1, "b", tasks.database.name))
+            with transactional(connection):
+                tasks.receipt.delay("undone")
+                if prepared:
+                    connection.tpc_prepare()
+                connection.tpc_rollback()
+
+    async def use_psycopg():
+        async with await psycopg.AsyncConnection.connect(tasks.database.dsn) as there:
+            await there.tpc_begin(there.xid(1, "c", tasks.database.name))
+            async with transactional(there):
+                tasks.receipt.delay(2)
+                await there.tpc_commit()
+
+    asyncio.run(use_psycopg())
+    engine = sqlalchemy_engine(tasks)
+    with engine.connect() as connection:
+        for undone in (False, True):
+            transaction = connection.begin_twophase()
+            with transactional(connection):
+                tasks.receipt.delay("undone" if undone else 3)
+                transaction.prepare()
+                with pytest.raises(TransactionError, match="prepared"):
+                    tasks.receipt.delay("too late")
+                transaction.rollback() if undone else transaction.commit()
+    engine.dispose()
+    assert tasks.sent() == [(1,), (2,), (3,)]
+
+
+def test_blocks_of_generators_end_in_any_order(tasks):
+    connection = psycopg.connect(tasks.database.dsn)
+
+    def send(name):
+        with transactional(connection):
+            yield tasks.receipt.delay(name)
+            yield tasks.receipt.delay(name)
+
+    first, second = send(1), send(2)
+    next(first)
+    next(second)
+    list(first)
+    list(second)
+    tasks.receipt.apply_async(("past it",), queue="elsewhere")
+    connection.commit()
+    connection.close()
+    # The first one's second task was sent in the innermost block, that of the second.
+    assert sorted(tasks.sent()) == [(1,), (1,), (2,), (2,)]
+
+
 def test_psycopg2_carries_tasks_and_raw_savepoints_undo_them(tasks):
     psycopg2 = pytest.importorskip("psycopg2")
     connection = psycopg2.connect(tasks.database.dsn)
@@ -391,10 +452,16 @@ def test_strict_database_without_a_reader_is_refused(lonely):
 
 def test_task_without_a_key_or_too_large_is_refused(lonely, new_app):
     app, connection, receipt = lonely
-    app.conf.flash_max_change_size = 1000
+    app.conf.flash_max_change_size = 2_100_000
     with pytest.raises(TransactionError, match="flash_max_change_size"):
         with transactional(connection):
-            receipt.delay("x" * 1000)
+            receipt.delay("x" * 2_200_000)
+
+    # Its JSON is twelve times as long, which the replication worker would refuse.
+    kombu.serialization.register("as-is", lambda args: args[0][0], str, "text/plain")
+    with pytest.raises(TransactionError, match="has 2401"), transactional(connection):
+        receipt.apply_async(("\N{OWL}" * 2_000_000,), serializer="as-is")
+    kombu.serialization.unregister("as-is")
 
     other = new_app("other", broker_url="memory://", flash_dsn=app.conf.flash_dsn)
 
@@ -474,6 +541,13 @@ def test_messages_that_the_application_did_not_sign_are_refused(tasks, caplog):
     assert "secret" not in f"{record.message} {message.body}"
     with pytest.raises(ConfigurationError, match="hold no task; drop them"):
         DeadLetterQueue(tasks.app, "flash.dead").retry([letter], split=False)
+
+
+def test_message_that_is_too_large_is_refused_before_its_signature_is_computed():
+    database = Database("1", "shop")
+    content = signing.sign(signing._derived("a secret"), database, b" " * 1000)
+    with pytest.raises(TaskRefused, match="flash_max_change_size"):
+        signing.Verifier([signing._derived("a secret")], database, 60, 999).verify(content, 0.0)
 
 
 def test_rotated_keys_sign_and_are_accepted(flash):
