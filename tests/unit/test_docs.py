@@ -168,7 +168,7 @@ def test_commands_are_documented_and_have_help(name, command):
 
 
 #: Options that the documents name, of other commands than ours.
-ELSEWHERES = {"--auto-iam-authn", "--database", "--database-flags", "--docs", "--pool"}
+ELSEWHERES = {"--auto-iam-authn", "--database", "--database-flags", "--docs", "--faults", "--pool"}
 
 
 def test_documented_commands_and_options_exist():
