@@ -25,6 +25,7 @@ from .records import TaskRecord, describe, encode_content
 from .tracing import end_publishing_span
 
 _lock = threading.Lock()
+_DEFAULT = Exchange("")
 #: AMQP's longest short string, in bytes.
 _LONGEST_NAME = 255
 
@@ -179,7 +180,9 @@ class CollectingProducer(Producer):
         self._collector = collector
         self._declared: list[Any] = []
         self._lent = _Channel(self._take, acquire)
-        super().__init__(self._lent, auto_declare=False)  # type: ignore[no-untyped-call]
+        super().__init__(None, exchange=_DEFAULT, auto_declare=False)  # type: ignore[no-untyped-call]
+        # Not given above, where kombu would bind an exchange to it that is not used.
+        self._channel = self._lent
 
     def maybe_declare(self, entity: Any, *args: Any, **kwargs: Any) -> None:
         """Note what Celery would declare."""

@@ -560,7 +560,7 @@ def test_rotated_keys_sign_and_are_accepted(flash):
     database = Database("1", "shop")
     for key in keys:
         message = signing.sign(key, database, b"body")
-        verifier = signing.Verifier(keys, database, 60)
+        verifier = signing.Verifier(keys, database, 60, 1000)
         assert verifier.verify(message, 0.0) == b"body"
 
 
