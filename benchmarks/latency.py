@@ -74,31 +74,38 @@ def replicated(bench, source, seconds, handler="single", beside=nothing):
         worker = project.replicate()
         worker.logged_at("Replicating the slot")
         with beside(project, broker):
-            commits, notes = _commit(project, seconds)
+            commits, notes = commit(project, seconds)
         source.database.until_confirmed(source.slot, source.database.end_of_wal(), worker.alive)
     received = [note[2:] for note in notes]
     if handler.startswith("ordered"):  # each key has an order of its own
         received.sort()
     details = compare(source.written()[0], received, "latency")
     source.mark()
-    return _milliseconds(commits, notes), details
+    return milliseconds(commits, notes), details
 
 
-def delayed(bench, database, seconds):
+def delayed(bench, database, seconds, rate=RATE):
     """Return the milliseconds of each commit with the application's own `delay()`."""
     with bench.valkey() as broker, Project(database.dsn, broker) as project:
         project.worker(queues="flash,celery")
-        commits, notes = _commit(project, seconds, "delay")
-    compare([(0, 0, key) for key, _ in commits], [note[2:] for note in notes], "delay()")
-    return _milliseconds(commits, notes)
+        return own_tasks(project, seconds, "delay", rate)
 
 
-def _commit(project, seconds, *options):
-    duration = str(WARM_UP / RATE + seconds)
-    commits = project.output("benchmarks.commits", str(RATE), duration, *options)
+def own_tasks(project, seconds, way, rate=RATE):
+    """Return the milliseconds of each commit with a task of the application's own."""
+    commits, notes = commit(project, seconds, way, rate=rate)
+    compare([(0, 0, key) for key, _ in commits], [note[2:] for note in notes], way)
+    return milliseconds(commits, notes)
+
+
+def commit(project, seconds, *options, rate=RATE):
+    """Commit for some seconds; return the commits, and the notes of the tasks."""
+    duration = str(WARM_UP / rate + seconds)
+    commits = project.output("benchmarks.commits", str(rate), duration, *options)
     return commits, project.noted(len(commits))
 
 
-def _milliseconds(commits, notes):
+def milliseconds(commits, notes):
+    """Return the milliseconds from the return of each COMMIT to the start of its task."""
     started = {note[4]: note[0] for note in notes}
     return [(started[key] - at) * 1000 for key, at in commits[WARM_UP:]]

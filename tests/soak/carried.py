@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 
 from flash_celery import transactional
 
-#: The queue of tasks that are read by a witness, and that of tasks that run.
+#: The queue of the tasks that are read by a witness, and that of those that run; also their names.
 QUEUE, RUN = "carried", "ran"
 #: A rollback takes no place back, so the places tell how many tasks were sent.
 SCHEMA = (
@@ -145,10 +145,11 @@ class Sender:
             self._send()
 
     def _send(self):
-        from tests.soak.project import carried, ran
+        from tests.soak import project
 
         choose = self._choose
-        task = choose.choice([carried, carried, ran])
+        queue = choose.choice([QUEUE, QUEUE, RUN])
+        task = getattr(project, queue)
         places = [self._place() for _ in range(choose.choice([1, 1, 1, 3]))]
         # Now and then so large that PostgreSQL streams the transaction before its end.
         rest = "x" * choose.choice([0, 0, 100, 30_000 * (choose.random() < 0.1)])
@@ -159,7 +160,7 @@ class Sender:
         else:
             results = [task.delay(*places, rest)]
         for place, result in zip(places, results, strict=True):
-            self._database.execute(_INSERT, result.id, place, self._name, task.queue)
+            self._database.execute(_INSERT, result.id, place, self._name, queue)
 
     def _place(self):
         return self._database.execute("SELECT nextval('places')")[0]

@@ -36,6 +36,7 @@ app.conf.update(
     flash_lanes=16,
     flash_lane_lease=LEASE,
     flash_signing_key="a secret of the soak test",
+    task_routes={f"tests.soak.project.{name}": name for name in (tasks.QUEUE, tasks.RUN)},
     worker_hijack_root_logger=False,
     worker_prefetch_multiplier=4,
     broker_connection_max_retries=None,
@@ -158,12 +159,12 @@ def copied(changes):
     """Never runs: its queue is read as a handler would that keeps a copy of the table."""
 
 
-@app.task(queue=tasks.QUEUE)
+@app.task
 def carried(place, rest):
     """Never runs: its queue is read to see what transactions carried."""
 
 
-@app.task(bind=True, queue=tasks.RUN, acks_late=True, reject_on_worker_lost=True)
+@app.task(bind=True, acks_late=True, reject_on_worker_lost=True)
 def ran(self, place, rest):
     """Notes that it ran."""
     append([["run", time.time(), self.request.id, place]])

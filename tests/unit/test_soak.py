@@ -9,6 +9,7 @@ import pytest
 from flash_celery import UNCHANGED, testing
 from tests.soak import check, report
 from tests.soak.calls import ALL, LEASE, Call, Harms, inversions, overlaps, repeats, vanished
+from tests.soak.carried import QUEUE, RUN, Carried
 from tests.soak.copies import Copy
 from tests.soak.effects import Effects
 from tests.soak.faults import FAULTS
@@ -54,6 +55,7 @@ class Stage(NamedTuple):
     ledger: Ledger
     effects: Effects | None = None
     copy: Copy = Copy(lambda statement: [], {})
+    carried: Carried = Carried(lambda statement: [])
 
 
 @pytest.fixture
@@ -85,6 +87,24 @@ def test_soak_check_compares_the_copy_with_the_table(ledger):
     copy.enqueue(testing.update("items", old={"id": 2}, new=moved, identity="default"), "t", 0.0)
     assert copy.rows[1] == table[0][0]
     assert check.complete(Stage(ledger, copy=copy))
+
+
+def test_soak_check_compares_tasks_with_the_rows_beside_them(ledger):
+    rows = [(name, place, "one", QUEUE, 100.0) for place, name in enumerate("abc")]
+    carried = Carried(lambda statement: rows)
+    carried.enqueue(1, "b", 101.0)
+    carried.enqueue(0, "a", 102.0)
+    carried.enqueue(1, "b", 103.0)
+    carried.enqueue(7, "rolled back", 104.0)
+    assert not check.complete(Stage(ledger, carried=carried))
+    assert carried.missing(QUEUE) == {"c"}
+    assert carried.missing(RUN) == set()
+    assert carried.strangers == {"rolled back"}
+    assert carried.misordered == {"a"}
+    assert carried.unexplained(QUEUE, [(90.0, 99.0), (104.0, 110.0)]) == {"b"}
+    assert carried.unexplained(QUEUE, [(90.0, 101.0)]) == set()
+    carried.run(105.0, "c", 2)
+    assert carried.strangers == {"rolled back", "c"}
 
 
 def test_soak_check_finds_lost_changes(ledger):
