@@ -74,9 +74,11 @@ class _Written:
     """Knows whether what was written has been rolled back, in Django."""
 
     def __init__(self, link: Link) -> None:
-        self._connection = link._connection if isinstance(link, DjangoLink) else None
+        self._connection = None
         self._committed = False
-        if self._connection is not None:
+        # With autocommit off, Django takes no callbacks.
+        if isinstance(link, DjangoLink) and link.sees_commits:
+            self._connection = link._connection
             # Django forgets the callback if a savepoint or the transaction is rolled back.
             self._connection.on_commit(self._commit)
 

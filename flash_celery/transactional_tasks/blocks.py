@@ -276,6 +276,8 @@ class _Block:
     def leave(self) -> None:
         """Collect nothing more."""
         self._active = False
+        if self.link.is_doomed:
+            self.undo()
         self._hooks.close()
         # Blocks of generators end in any order, and perhaps in another context.
         others = (block for block in collecting.current.get() if block is not self)

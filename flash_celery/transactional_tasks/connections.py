@@ -81,6 +81,11 @@ class Link(ABC):
     def has_transaction(self) -> bool:
         """Whether a statement becomes part of a transaction."""
 
+    @property
+    def is_doomed(self) -> bool:
+        """Whether the transaction is known to be rolled back, and runs no more statements."""
+        return False
+
     @abstractmethod
     def execute(self, statement: str, parameters: dict[str, str]) -> list[Any]:
         """Run a statement with parameters in the form `:name`, and return its rows."""
@@ -446,6 +451,16 @@ class DjangoLink(Link):
     def has_transaction(self) -> bool:
         """Whether an `atomic()` block is open, or autocommit is off."""
         return bool(self._connection.in_atomic_block or not self._connection.get_autocommit())
+
+    @property
+    def sees_commits(self) -> bool:
+        """Whether `on_commit()` can be called: not if autocommit is off outside `atomic()`."""
+        return bool(self._connection.in_atomic_block or self._connection.get_autocommit())
+
+    @property
+    def is_doomed(self) -> bool:
+        """Whether `set_rollback(True)` was called, or an `atomic(savepoint=False)` failed."""
+        return bool(self._connection.in_atomic_block and self._connection.needs_rollback)
 
     def execute(self, statement: str, parameters: dict[str, str]) -> list[Any]:
         """Run a statement."""

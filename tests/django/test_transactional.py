@@ -108,6 +108,31 @@ def test_order_of_tasks_is_kept_across_savepoints_and_a_failed_statement(shop):
     assert args(tasks) == [(0,), (1,), (2,)]
 
 
+def test_tasks_of_a_transaction_that_is_to_be_rolled_back_are_dropped(shop):
+    with carried_tasks() as tasks:
+        with transaction.atomic(), transactional():
+            shop.receipt.delay("a dry run")
+            transaction.set_rollback(True)
+        with transaction.atomic(), transactional():
+            shop.receipt.delay("with a statement that failed")
+            with suppress(IntegrityError), transaction.atomic(savepoint=False):
+                raise IntegrityError
+        with transaction.atomic(durable=True), transactional():
+            shop.receipt.delay(1)
+    assert args(tasks) == [(1,)]
+
+
+def test_transactions_without_autocommit_carry_tasks(shop):
+    transaction.set_autocommit(False)
+    with carried_tasks() as tasks, transactional():
+        shop.receipt.delay("undone")
+        transaction.rollback()
+        shop.receipt.delay(1)
+        transaction.commit()
+    transaction.set_autocommit(True)
+    assert args(tasks) == [(1,)]
+
+
 def test_atomic_requests_carry_the_tasks_of_a_view(shop):
     @transactional()
     def view(request):

@@ -613,6 +613,27 @@ def test_signals_and_traces_lead_from_the_application_to_the_broker(tasks):
         instrumentor.uninstrument()
 
 
+def test_trace_of_sentry_goes_through_the_transaction(tasks):
+    sentry_sdk = pytest.importorskip("sentry_sdk")
+    from sentry_sdk.integrations.celery import CeleryIntegration
+
+    class Nowhere(sentry_sdk.transport.Transport):
+        def capture_envelope(self, envelope): ...
+
+    options = {"traces_sample_rate": 1.0, "default_integrations": False, "transport": Nowhere}
+    sentry_sdk.init("http://key@127.0.0.1:1/1", integrations=[CeleryIntegration()], **options)
+    try:
+        with psycopg.connect(tasks.database.dsn) as connection:
+            with sentry_sdk.start_transaction(name="request", op="http") as request:
+                with transactional(connection):
+                    tasks.receipt.delay(1)
+    finally:
+        sentry_sdk.init()
+    assert tasks.sent() == [(1,)]
+    (message,) = tasks.publisher.queues["celery"]
+    assert message.headers["headers"]["sentry-trace"].startswith(request.trace_id)
+
+
 def test_retry_and_replacement_go_past_the_block(tasks):
     """They belong to the running task: rolled back, the task would be lost."""
     app, dsn = tasks.app, tasks.database.dsn
