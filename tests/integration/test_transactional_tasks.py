@@ -390,10 +390,15 @@ def test_asyncio_task_that_outlives_its_block_publishes_as_ever(tasks):
     assert published[0] is not None
 
 
-def test_errors_are_raised_in_the_transaction(tasks, monkeypatch):
-    # Other tests in this process may have configured Django.
+@pytest.fixture
+def without_django(monkeypatch):
+    """Django without settings: other tests in this process may have configured it."""
     if django.conf.settings.configured:
         monkeypatch.setattr(django.conf.settings, "_wrapped", empty)
+
+
+@pytest.mark.usefixtures("without_django")
+def test_errors_are_raised_in_the_transaction(tasks):
     connection = psycopg.connect(tasks.database.dsn, autocommit=True)
     with pytest.raises(TransactionError, match="nothing to join"), transactional(connection):
         tasks.receipt.delay(1)
@@ -450,6 +455,7 @@ def test_strict_database_without_a_reader_is_refused(lonely):
             receipt.delay()
 
 
+@pytest.mark.usefixtures("without_django")
 def test_task_without_a_key_or_too_large_is_refused(lonely, new_app):
     app, connection, receipt = lonely
     app.conf.flash_max_change_size = 2_100_000
