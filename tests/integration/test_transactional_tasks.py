@@ -692,6 +692,7 @@ def test_tail_shows_the_name_and_id_of_tasks_and_arguments_if_asked(tasks):
     assert tasks.database.one("SELECT count(*) FROM pg_publication WHERE pubname ~ 'tail'") == 0
 
 
+@pytest.mark.usefixtures("without_django")
 def test_doctor_checks_the_key():
     def finding(key):
         found = key_finding(Settings(flash_signing_key=key))

@@ -1,8 +1,10 @@
 """The publishing thread: order, retries, giving up."""
 
+import sys
 import threading
 import time
 from itertools import repeat
+from types import ModuleType
 
 import pytest
 
@@ -13,8 +15,15 @@ from flash_celery.protocol.lsn import Lsn
 from flash_celery.publishing import thread as publishing
 from flash_celery.publishing.backpressure import Backpressure
 from flash_celery.publishing.thread import Claim
+from flash_celery.publishing.tracing import active_tracers
 from flash_celery.worker.control import Control
 from tests.unit.builders import message, wait
+
+
+@pytest.mark.parametrize("name", ["sentry_sdk", "opentelemetry.instrumentation.celery"])
+def test_library_that_another_thread_is_importing_traces_nothing_yet(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    assert active_tracers() == []
 
 
 def unit(first, count, position):
