@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,7 +29,7 @@ from ..table_name import TableName
 from . import requests
 from .chunks import Chunk, Cursor
 from .leaves import LeafReader
-from .requests import Backfill, Progress
+from .requests import Backfill
 from .snapshots import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,8 @@ _AHEAD = 2
 #: The seconds for which this thread keeps others from running. The usual 5 ms would add to the
 #: latency of every change.
 _SWITCH_SECONDS = 0.001
+#: How many chunks are kept of which the broker is known to have all rows.
+_KNOWN = 100
 #: Seconds between two looks at a transaction that is waited for, or at a queue without room.
 _PAUSE = 0.05
 #: Seconds between two looks at the request, while there is no room.
@@ -65,7 +67,10 @@ class _Answer:
     """What the session says about a chunk."""
 
     rows: int
+    #: Identifies the chunk as the broker knows it; "" if it had no message.
     chunk: str = ""
+    #: The chunks that the broker has got before.
+    known: Sequence[str] = ()
 
 
 #: The chunk has to be read again.
@@ -83,6 +88,30 @@ class _InFlight:
     moved: int
     #: What the session has said, until it is recorded.
     answer: _Answer | None = None
+
+
+class _ShortTurns:
+    """Lets the threads of Python take turns more often, while any thread is in a block of it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users, self._usual = 0, 0.0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._usual = sys.getswitchinterval()
+                sys.setswitchinterval(_SWITCH_SECONDS)
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                sys.setswitchinterval(self._usual)
+
+
+_SHORT_TURNS = _ShortTurns()
 
 
 class _Ended(Exception):
@@ -103,6 +132,28 @@ class Room(Protocol):
         """Close its connection."""
 
 
+class KnownChunks:
+    """The chunks of all backfills of a session that the broker is known to have, the last of them.
+
+    Args:
+        ids: Those that it knows when the session begins.
+    """
+
+    def __init__(self, ids: Iterable[str] = ()) -> None:
+        self._ids = deque(ids, _KNOWN)
+        #: Held while progress is recorded: the update of one backfill also writes to the others.
+        self.lock = threading.Lock()
+
+    def __contains__(self, id: str) -> bool:
+        return id in self._ids
+
+    def add(self, id: str) -> list[str]:
+        """Add a chunk that the broker has confirmed; return those that it has got before."""
+        before = [*self._ids]
+        self._ids.append(id)
+        return before
+
+
 class ReadingChunks(threading.Thread):
     """Reads the chunks of one backfill, for one session.
 
@@ -111,7 +162,7 @@ class ReadingChunks(threading.Thread):
         backfill: What to read.
         room: The room in the handler's queues.
         wake: Wakes the session: a chunk is offered.
-        known: The chunks that the broker knows when the session begins.
+        known: The chunks that the broker is known to have.
     """
 
     def __init__(
@@ -120,7 +171,7 @@ class ReadingChunks(threading.Thread):
         backfill: Backfill,
         room: Room,
         wake: Callable[[], object],
-        known: Collection[str] = (),
+        known: KnownChunks,
     ) -> None:
         super().__init__(name="flash-backfill", daemon=True)
         self._settings = settings
@@ -146,7 +197,7 @@ class ReadingChunks(threading.Thread):
         self._cursor: Cursor | None = None
         self._has_read_all = False
         #: The same as far as it is recorded.
-        self._progress = Progress(cursor=None, chunk="")
+        self._recorded_cursor: Cursor | None = None
         self._recorded_all = False
         self._failures = 0
         #: Those after errors, since the last chunk was recorded.
@@ -169,7 +220,7 @@ class ReadingChunks(threading.Thread):
             rows: How many rows.
             chunk: Identifies it as the broker knows it; "" if it had no message.
         """
-        self._answers.put(_Answer(rows, chunk))
+        self._answers.put(_Answer(rows, chunk, self._known.add(chunk) if chunk else ()))
 
     def read_again(self) -> None:
         """Say that the oldest chunk in flight has to be read again, and those behind it."""
@@ -183,13 +234,9 @@ class ReadingChunks(threading.Thread):
 
     def run(self) -> None:
         """Read until the table ends, the backfill is paused or stopped, or `end`."""
-        interval = sys.getswitchinterval()
-        sys.setswitchinterval(_SWITCH_SECONDS)
-        try:
+        with _SHORT_TURNS:
             self._read()
-        finally:
-            sys.setswitchinterval(interval)
-            self._room.close()
+        self._room.close()
 
     def _read(self) -> None:
         while not self._ending.is_set():
@@ -235,8 +282,10 @@ class ReadingChunks(threading.Thread):
         self._settle(connection, 0)  # after an error
         if not requests.enter(connection, backfill.id, "running", requests.ACTIVE):
             raise _Ended
-        self._progress = self._state(connection).progress or self._progress
-        self._cursor, self._has_read_all = self._progress["cursor"], self._recorded_all
+        progress = self._state(connection).progress
+        if progress is not None:
+            self._recorded_cursor = progress["cursor"]
+        self._cursor, self._has_read_all = self._recorded_cursor, self._recorded_all
         self._wait_for_older(connection)
         name, where = TableName.parse(backfill.table_name), backfill.options.get("where", ())
         reader = LeafReader(connection, name, where)
@@ -341,15 +390,11 @@ class ReadingChunks(threading.Thread):
         self, connection: psycopg.Connection[Any], chunk: _InFlight, answer: _Answer
     ) -> None:
         id = self._backfill.id
-        known = [each for each in (*self._known, self._progress["chunk"]) if each]
-        self._progress = Progress(
-            cursor=chunk.cursor or self._progress["cursor"],
-            chunk=answer.chunk or self._progress["chunk"],
-        )
-        with connection.transaction():
-            requests.advance(connection, id, answer.rows, self._progress)
-            if answer.chunk and known:
-                requests.vouch(connection, self._backfill, answer.chunk, known)
+        self._recorded_cursor = chunk.cursor or self._recorded_cursor
+        with self._known.lock, connection.transaction():
+            requests.advance(connection, id, answer.rows, self._recorded_cursor, answer.chunk)
+            if answer.known:
+                requests.vouch(connection, self._backfill, answer.chunk, answer.known)
             requests.forget_moved(connection, id, chunk.moved)
         self.recorded += 1
         self._wake()
@@ -360,7 +405,7 @@ class ReadingChunks(threading.Thread):
         """Go back to what is recorded: a chunk could not be brought up to date."""
         self._in_flight.clear()
         self._attempt += 1
-        self._cursor, self._has_read_all = self._progress["cursor"], self._recorded_all
+        self._cursor, self._has_read_all = self._recorded_cursor, self._recorded_all
         self._failures += 1
         if self._failures == _FAILURES:
             self._report(_NOT_UP_TO_DATE)

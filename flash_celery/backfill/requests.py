@@ -7,7 +7,7 @@ process, and a second worker goes on where the first one was.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -59,12 +59,17 @@ INSERT INTO public.flash_celery_backfills
     (id, slot, handler, table_name, rate, chunk_rows, estimate, options)
 VALUES (%s, %s, %s, %s, %s, %s, %s,
         jsonb_build_object('since', pg_current_wal_insert_lsn()::text) || %s)"""
+#: Of those that have something to do, the first of each handler: it may have thousands.
 _SELECT = """
 SELECT id, slot, handler, table_name, state, rate, chunk_rows, estimate, requested_at, ended_at,
        advanced_at, chunks, row_count, options, progress, error
 FROM public.flash_celery_backfills
 WHERE slot = coalesce(%(slot)s, slot) AND id = coalesce(%(id)s, id)
-  AND (%(ended)s OR state IN ('requested', 'running'))
+  AND (NOT %(active)s OR id IN (
+      SELECT id FROM (
+          SELECT id, row_number() OVER (PARTITION BY slot, handler ORDER BY requested_at) AS place
+          FROM public.flash_celery_backfills WHERE state IN ('requested', 'running')) AS numbered
+      WHERE place <= 20))
 ORDER BY requested_at"""
 _EXISTS = "SELECT to_regclass('public.flash_celery_backfills') IS NOT NULL"
 _USABLE = """
@@ -75,7 +80,8 @@ FROM unnest('{flash_celery_backfills,flash_celery_backfill_moves}'::text[]) AS n
 _PROGRESS = """
 UPDATE public.flash_celery_backfills
 SET advanced_at = clock_timestamp(), chunks = chunks + 1, row_count = row_count + %(rows)s,
-    error = NULL, progress = %(progress)s
+    error = NULL, progress = jsonb_build_object('cursor', %(cursor)s,
+        'chunk', coalesce(%(chunk)s, progress->>'chunk', ''))
 WHERE id = %(id)s"""
 _VOUCH = """
 UPDATE public.flash_celery_backfills
@@ -213,8 +219,8 @@ def all_of(source: Source) -> list[Backfill]:
     return _select(source.connection, slot=source.slot)
 
 
-def next_of(source: Source) -> Backfill | None:
-    """Return the backfill that the replication worker has to do; None if there is none.
+def active(source: Source) -> list[Backfill]:
+    """Return the backfills that the replication worker has to do, as they were requested.
 
     A worker that reads a standby has none: they are those of the primary.
 
@@ -222,18 +228,33 @@ def next_of(source: Source) -> Backfill | None:
         ConfigurationError: There are tables of backfills that our role may not use.
     """
     connection = source.connection
-    if connection.execute(_EXISTS).fetchone() == (True,) and not _usable(connection):
+    if not _usable(connection):
+        if connection.execute(_EXISTS).fetchone() != (True,):
+            return []
         raise ConfigurationError(
             "This role may not use the tables of backfills; run as one that may: "
             f"{statements(connection.info.user)}"
         )
-    found = _select(source.connection, slot=source.slot, ended=False)
-    return found[0] if found and not is_standby(source.connection) else None
+    return [] if is_standby(connection) else _select(connection, source.slot, active=True)
 
 
 def begun(source: Source) -> list[Backfill]:
     """Return the backfills that have read something and have not ended, also paused ones."""
     return [each for each in all_of(source) if each.ended_at is None and each.progress]
+
+
+def absence_of(backfill: Backfill) -> str:
+    """Return the error of a backfill that is paused because its handler is gone."""
+    name, table = backfill.handler, backfill.table_name
+    return f"{name} is no handler of {table}; it goes on when {name} is one again."
+
+
+def resume_present(source: Source, is_present: Callable[[Backfill], bool]) -> None:
+    """Let backfills go on that are paused because their handler was gone, and that have it now."""
+    for backfill in all_of(source):
+        gone = backfill.state == "paused" and backfill.error == absence_of(backfill)
+        if gone and is_present(backfill):
+            enter(source.connection, backfill.id, "requested", ["paused"])
 
 
 def find(connection: psycopg.Connection[Any], id: str) -> Backfill | None:
@@ -246,12 +267,12 @@ def _select(
     connection: psycopg.Connection[Any],
     slot: str | None = None,
     id: str | None = None,
-    ended: bool = True,
+    active: bool = False,
 ) -> list[Backfill]:
     if not _usable(connection):
         return []
     with connection.cursor(row_factory=class_row(Backfill)) as cursor:
-        return cursor.execute(_SELECT, {"slot": slot, "id": id, "ended": ended}).fetchall()
+        return cursor.execute(_SELECT, {"slot": slot, "id": id, "active": active}).fetchall()
 
 
 def count_of(connection: psycopg.Connection[Any], slot: str) -> int:
@@ -273,7 +294,8 @@ def advance(
     connection: psycopg.Connection[Any],
     id: str,
     rows: int,
-    progress: Progress,
+    cursor: Cursor | None,
+    chunk: str = "",
 ) -> None:
     """Record that the broker has the rows of a chunk.
 
@@ -281,9 +303,11 @@ def advance(
         connection: To the source's database.
         id: The backfill.
         rows: How many rows were enqueued.
-        progress: How far it has come with them.
+        cursor: Where to go on.
+        chunk: What the broker knows the chunk by; "" if it had no message.
     """
-    connection.execute(_PROGRESS, {"rows": rows, "progress": Jsonb(progress), "id": id})
+    values = {"rows": rows, "cursor": Jsonb(cursor), "chunk": chunk or None, "id": id}
+    connection.execute(_PROGRESS, values)
 
 
 def vouch(

@@ -124,13 +124,18 @@ def as_json(backfill: Backfill) -> dict[str, Any]:
         "requested_at": backfill.requested_at.isoformat(),
         "ended_at": backfill.ended_at.isoformat() if backfill.ended_at else None,
         "error": backfill.error,
-        "fix": f"flash backfill resume {backfill.id}" if failed else None,
+        "fix": f"flash backfill resume {backfill.id}" if _has_to_be_resumed(backfill) else None,
     }
 
 
 def _stopped_by_error(backfill: Backfill) -> bool:
-    """Return whether it paused itself; it goes on when the cause is gone and it is resumed."""
+    """Return whether it paused itself."""
     return backfill.state == "paused" and backfill.error is not None
+
+
+def _has_to_be_resumed(backfill: Backfill) -> bool:
+    """Return whether it goes on only when the cause is gone and it is resumed."""
+    return _stopped_by_error(backfill) and backfill.error != requests.absence_of(backfill)
 
 
 def _rate(backfill: Backfill) -> float:

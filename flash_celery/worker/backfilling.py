@@ -1,4 +1,4 @@
-"""The backfill of one session: puts chunks into their place in the stream.
+"""The backfills of one session: put chunks into their place in the stream.
 
 The reading thread of the session calls everything here. The chunks come from a thread of their own
 (`backfill.reading`). A chunk leaves once everything that its snapshot shows has been delivered,
@@ -21,7 +21,7 @@ from ..backfill import requests
 from ..backfill.chunks import Chunk, Cursor, continues, identity_of
 from ..backfill.leaves import leaves_of
 from ..backfill.moved_rows import MOST_KEYS, MovedRows
-from ..backfill.reading import ReadingChunks
+from ..backfill.reading import KnownChunks, ReadingChunks
 from ..backfill.recent_writes import Key, RecentWrites
 from ..backfill.requests import Backfill
 from ..backfill.snapshots import Snapshot
@@ -51,6 +51,7 @@ from ..protocol.lsn import Lsn
 from ..protocol.pgoutput import Relation
 from ..publishing.room import Room
 from ..table_name import TableName
+from .turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -131,19 +132,20 @@ class Backfilling:
         self._knows_rows = False
 
     def start(
-        self, wake: Callable[[], object], enqueued: Mapping[bytes, Collection[bytes]] | None
+        self,
+        wake: Callable[[], object],
+        enqueued: Mapping[bytes, Collection[bytes]] | None,
+        known: KnownChunks,
     ) -> None:
         """Start reading the table.
 
         Args:
             wake: Wakes the session when there is a chunk.
             enqueued: The rows of the last chunks that the broker has; None if it does not know.
+            known: Those chunks, and later those that the session's backfills have recorded.
         """
-        if self._reading is not None:
-            return
         progress = self._backfill.progress
         self._knows_rows, self._sink.enqueued = enqueued is not None, enqueued or {}
-        known = {chunk[:CHUNK_ID_BYTES].hex() for chunk in enqueued or ()}
         last = "" if progress is None else progress["chunk"]
         if last and enqueued is not None and last not in known:
             self._begin_again("the broker has lost rows that it had confirmed")
@@ -171,10 +173,15 @@ class Backfilling:
             self._reading.end()
             self._reading.join(_RECORDING_SECONDS)
 
-    def is_for(self, backfill: Backfill) -> bool:
-        """Return whether this does a backfill, and has not ended."""
-        ended = self._reading is not None and not self._reading.is_alive()
-        return backfill.id == self._backfill.id and not ended
+    @property
+    def id(self) -> str:
+        """The id of the backfill."""
+        return self._backfill.id
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it needs another session to go on, or does not go on."""
+        return self._reading is not None and not self._reading.is_alive()
 
     def observe(self, rows: Rows) -> Rows:
         """Return rows that are noted before they are passed on."""
@@ -232,13 +239,16 @@ class Backfilling:
         for writes in self._writes.values():
             writes.forget(snapshot)
 
-    def confirm(self, chunk: int) -> None:
-        """Take note that the broker has the rows up to this chunk."""
+    def confirm(self) -> None:
+        """Take note that the broker has the rows of the oldest chunk that is not confirmed."""
+        if self._reading is not None:
+            self._reading.answer(*self._unconfirmed.popleft())
+
+    def tend(self) -> None:
+        """Ask for a chunk again if it could not be brought up to date; forget what is past."""
         reading = self._reading
         if reading is None:
             return
-        while self.delivered - len(self._unconfirmed) < chunk:
-            reading.answer(*self._unconfirmed.popleft())
         if self._stale and not self._unconfirmed:
             self._stale = False
             reading.read_again()
@@ -326,38 +336,109 @@ def _leaves(source: Source, backfill: Backfill) -> dict[int, CatalogTable]:
 
 
 class Backfills:
-    """The requested backfills of a source, and the one that a session does.
+    """The requested backfills of a source, and those that a session does.
 
     Args:
         source: The source.
         subscriptions: Those to its tables.
+        turns: Chooses those to do.
     """
 
-    def __init__(self, source: Source, subscriptions: Sequence[Subscription]) -> None:
+    def __init__(self, source: Source, subscriptions: Sequence[Subscription], turns: Turns) -> None:
         self._source = source
         self._subscriptions = subscriptions
+        self._turns = turns
         self._warned = False
-        self.backfilling: Backfilling | None = None
+        self._doing: list[Backfilling] = []
+        self._started = False
         #: The rows that move, for each backfill that has begun, also while it is paused, and for
         #: each leaf.
         self._moved: dict[str, dict[int, MovedRows]] = {}
+        #: How many chunks were delivered, and the backfills of those that are not confirmed.
+        self.delivered = 0
+        self._unconfirmed: deque[Backfilling] = deque()
 
-    def next(self) -> Backfill | None:
-        """Return the backfill to do; None if there is none, or their tables cannot be read."""
+    def begin(self) -> list[Backfill]:
+        """Return the backfills that the session is to do."""
+        with suppress(psycopg.ProgrammingError):  # it is reported below
+            requests.resume_present(self._source, lambda each: bool(self.subscriptions_of(each)))
+        chosen = self._choose()
+        self._turns.doing = [each.id for each in chosen]
+        return chosen
+
+    def subscriptions_of(self, backfill: Backfill) -> list[Subscription]:
+        """Return the subscriptions of a backfill's handler to its table."""
+        table = TableName.parse(backfill.table_name)
+        return [
+            subscription
+            for subscription in self._subscriptions
+            if subscription.handler == backfill.handler and subscription.is_on(table)
+        ]
+
+    def _choose(self) -> list[Backfill]:
+        """Return the backfills to do now; none if their tables cannot be read."""
         try:
-            return requests.next_of(self._source)
+            return self._turns.choose(requests.active(self._source))
         except (psycopg.ProgrammingError, ConfigurationError) as error:
             if not self._warned:
                 logger.warning("Backfills are not done: %s", one_line(error))
             self._warned = True
-            return None
+            return []
 
     def requested(self) -> bool:
         """Return whether there is one that the session does not do, so that it has to end."""
-        backfill = self.next()
-        if backfill is None:
-            return False
-        return self.backfilling is None or not self.backfilling.is_for(backfill)
+        doing = {each.id for each in self._doing if not each.has_ended}
+        return any(each.id not in doing for each in self._choose())
+
+    def do(self, backfilling: Backfilling) -> None:
+        """Do a backfill in this session."""
+        self._doing.append(backfilling)
+
+    def start(
+        self, wake: Callable[[], object], enqueued: Mapping[bytes, Collection[bytes]] | None
+    ) -> None:
+        """Start reading tables.
+
+        Args:
+            wake: Wakes the session when there is a chunk.
+            enqueued: The rows of the last chunks that the broker has; None if it does not know.
+        """
+        if self._started:
+            return
+        self._started = True
+        known = KnownChunks(chunk[:CHUNK_ID_BYTES].hex() for chunk in enqueued or ())
+        for each in self._doing:
+            each.start(wake, enqueued, known)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a chunk waits for its place in the stream."""
+        positions = [each.waits_for for each in self._doing]  # of all, which may take a chunk now
+        return any(position is not None for position in positions)
+
+    def reached(self, position: Lsn) -> bool:
+        """Deliver the chunks whose place has come, as `Backfilling.reached` does."""
+        delivered = False
+        for each in self._doing:
+            if each.reached(position):
+                delivered = True
+                self.delivered += 1
+                self._unconfirmed.append(each)
+        return delivered
+
+    def confirm(self, chunk: int) -> None:
+        """Take note that the broker has the rows up to this chunk."""
+        if not self._started:
+            return  # it is of the session before
+        while self.delivered - len(self._unconfirmed) < chunk:
+            self._unconfirmed.popleft().confirm()
+        for each in self._doing:
+            each.tend()
+
+    def close(self) -> None:
+        """End the threads. What the broker has not confirmed is read again."""
+        for each in self._doing:
+            each.close()
 
     def moved_of(self, backfill: Backfill) -> Mapping[int, MovedRows]:
         """Return the rows that move, for the backfill that the session does.
@@ -369,15 +450,15 @@ class Backfills:
             raise CatalogError(f"{backfill.table_name} is gone, or its rows have no key.")
         return self._moved[backfill.id]
 
-    def observe(self, rows: Rows, doing: Backfill | None) -> Rows:
+    def observe(self, rows: Rows, doing: Sequence[Backfill]) -> Rows:
         """Return rows that are noted before they are passed on.
 
         Args:
             rows: What takes them then.
-            doing: The backfill that the session will do.
+            doing: The backfills that the session will do.
         """
         begun = [] if self._warned else requests.begun(self._source)
-        for backfill in [*begun, *([] if doing is None else [doing])]:
+        for backfill in [*begun, *doing]:
             if backfill.id in self._moved:
                 continue
             with suppress(CatalogError):  # it is reported when the backfill's turn comes
@@ -429,8 +510,9 @@ class Backfills:
             error,
         )
         del self._moved[id]
-        if self.backfilling is not None:
-            self.backfilling.close()
+        for each in self._doing:
+            if each.id == id:
+                each.close()
         with suppress(psycopg.ProgrammingError):
             allowed = [*requests.ACTIVE, "paused"]
             requests.enter(self._source.connection, id, "stopped", allowed, error)

@@ -78,7 +78,6 @@ from ..publishing.brokers.base import Publisher
 from ..publishing.room import Room
 from ..publishing.thread import Claim, PublishingThread
 from ..settings import Settings
-from ..table_name import TableName
 from ..telemetry import CONNECTING, STANDBY, STOPPING, STREAMING, WAITING, Telemetry
 from ..transactional_tasks import records, signing
 from ..transactional_tasks.signing import Database, Verifier
@@ -93,6 +92,7 @@ from .session import Session
 from .slot_watch import SlotWatch
 from .startup import Startup
 from .supervisor import Supervisor
+from .turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +182,7 @@ class Replicator:
         self.telemetry.stuck = self.control.seconds_stuck
         self._startup = Startup(settings, subscriptions, self.control)
         self._lost_tables = LostTables()
+        self._turns = Turns()
         self._pauses = Pauses(app, subscriptions, self._publishing)
         self._progress = Progress()
         #: The history that `_progress` is of; None to begin a new `_progress`.
@@ -496,7 +497,8 @@ class Replicator:
         if templates.lanes and templates.lanes[0].transport is lane_transports.RABBITMQ:
             self._sweeper.watch(templates.lanes)
         watch = SlotWatch(source, stream.pid, self._progress, telemetry=self.telemetry)
-        backfills = Backfills(source, self._subscriptions)
+        self._turns.queues_of = partial(self._backfilled_queues, templates)
+        backfills = Backfills(source, self._subscriptions, self._turns)
         supervisor = Supervisor(
             source,
             self._startup,
@@ -511,15 +513,15 @@ class Replicator:
         )
         if refill is not None:
             session.refill_first(refill)
-        doing = backfills.next()
+        doing = backfills.begin()
         pipeline.transactions.observe(lambda rows: backfills.observe(rows, doing))
-        if doing is not None:
+        for backfill in doing:
             backfilling = self._backfilling(
-                doing, backfills, source, catalog, sink, templates, lease
+                backfill, backfills, source, catalog, sink, templates, lease
             )
             if backfilling is not None:
                 pipeline.transactions.observe(backfilling.observe)
-                backfills.backfilling = backfilling
+                backfills.do(backfilling)
         session.backfill_beside(backfills)
         return session
 
@@ -556,21 +558,16 @@ class Replicator:
         lease: Lease,
     ) -> Backfilling | None:
         """Return a backfill for the session to do beside reading; None if it has to be paused."""
-        subscriptions = [
-            subscription
-            for subscription in self._subscriptions
-            if subscription.handler == backfill.handler
-            and subscription.is_on(TableName.parse(backfill.table_name))
-        ]
-        lanes = [form.key for form in templates.lanes if form.handler == backfill.handler]
-        queues = lanes or self._task_options.queues_for(backfill.handler)
+        subscriptions = backfills.subscriptions_of(backfill)
+        queues = self._backfilled_queues(templates, backfill.handler)
         try:
             if not subscriptions:
-                raise CatalogError(f"{backfill.handler} is no handler of {backfill.table_name}.")
+                raise CatalogError(requests.absence_of(backfill))
             if self._settings.flash_push_down:
                 raise CatalogError("With flash_push_down the stream lacks rows that it needs.")
             batch = subscriptions[0].batch
-            size = 1 if batch is None or lanes else batch.size
+            ordered = subscriptions[0].ordered is not None
+            size = 1 if batch is None or ordered else batch.size
             room = Room(self._app, queues, size, self._settings.flash_backfill_ahead)
             moved, history = backfills.moved_of(backfill), self._history
             return Backfilling(
@@ -589,6 +586,11 @@ class Replicator:
             requests.enter(source.connection, backfill.id, "paused", requests.ACTIVE, str(error))
             logger.warning("The backfill %s is paused: %s", backfill.id, error)
             return None
+
+    def _backfilled_queues(self, templates: Templates, handler: str) -> list[str]:
+        """Return the lanes of a handler, or else its queues."""
+        lanes = [form.key for form in templates.lanes if form.handler == handler]
+        return lanes or self._task_options.queues_for(handler)
 
     def _refill(
         self, source: Source, catalog: RelationCatalog, sink: Sink, tasks: SentTasks

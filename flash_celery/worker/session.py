@@ -31,7 +31,7 @@ from ..postgres.stream import ReplicationConnection
 from ..protocol.lsn import Lsn
 from ..publishing.thread import Claim, PublishingThread
 from ..telemetry import unix
-from .backfilling import Backfilling, Backfills
+from .backfilling import Backfills
 from .control import Control
 from .refill import Refill
 from .supervisor import Supervisor
@@ -114,7 +114,6 @@ class Session:
         #: The position acknowledged last, and the last one handed to the publishing thread.
         self._acknowledged = self._handed_over = Lsn(0)
         self._refill: Refill | None = None
-        self._backfilling: Backfilling | None = None
         self._backfills: Backfills | None = None
         #: The rows of the last chunks that the broker has; None if it does not know.
         self._enqueued_rows: Mapping[bytes, Collection[bytes]] | None = None
@@ -132,7 +131,7 @@ class Session:
 
     def backfill_beside(self, backfills: Backfills) -> None:
         """Before `run`: have the session put the rows of a backfill among the changes."""
-        self._backfills, self._backfilling = backfills, backfills.backfilling
+        self._backfills = backfills
 
     def run(self) -> None:
         """Replicate until stopped, or until the supervisor has a reason to begin a new session.
@@ -185,8 +184,8 @@ class Session:
         self._pipeline.close()
         if self._refill is not None:
             self._refill.close()
-        if self._backfilling is not None:
-            self._backfilling.close()
+        if self._backfills is not None:
+            self._backfills.close()
 
     def _must_end(self) -> bool:
         """Ask the supervisor, if it is time to; return whether a new session has to begin."""
@@ -238,8 +237,8 @@ class Session:
         self._hand_over(everything=ended and not self._pipeline.pending)
         now = time.monotonic()
         asks = False
-        if self._backfilling is not None:
-            asks = self._continue_backfill(self._backfilling, now)
+        if self._backfills is not None:
+            asks = self._continue_backfills(self._backfills, now)
         if not listening:
             self._received_at = now  # bytes of the server may wait unread
         if ended:
@@ -287,14 +286,14 @@ class Session:
             self._refill.finish()
             self._refill = None
         self._state = State.READING
-        if self._backfilling is not None:
+        if self._backfills is not None:
             self._progress.chunk = 0
-            self._backfilling.start(self._control.wake, self._enqueued_rows)
+            self._backfills.start(self._control.wake, self._enqueued_rows)
 
-    def _continue_backfill(self, backfilling: Backfilling, now: float) -> bool:
+    def _continue_backfills(self, backfills: Backfills, now: float) -> bool:
         """Report confirmed chunks; return whether to ask for the position that the next needs."""
-        backfilling.confirm(self._progress.chunk)
-        if backfilling.waits_for is None or now < self._asked_at + _ASK_SECONDS:
+        backfills.confirm(self._progress.chunk)
+        if not backfills.waits or now < self._asked_at + _ASK_SECONDS:
             return False
         self._asked_at = now
         return True
@@ -308,7 +307,7 @@ class Session:
         due = min(self._status_sent_at + self._status_interval, self._supervisor.next_check)
         if self._state is _REFILLING:
             due = min(due, time.monotonic() + _REFILL_SECONDS)
-        if self._backfilling is not None and self._backfilling.waits_for is not None:
+        if self._backfills is not None and self._backfills.waits:
             due = min(due, self._asked_at + _ASK_SECONDS)
         if self._batcher.due is not None:
             due = min(due, self._batcher.due + self._held)
@@ -327,14 +326,14 @@ class Session:
     def _work(self) -> bool:
         """Process what has arrived, up to a full batch; return whether the server wants a reply."""
         pipeline, batcher = self._pipeline, self._batcher
-        transactions, backfilling = self._transactions, self._backfilling
+        transactions, backfills = self._transactions, self._backfills
         pipeline.reply_requested = False
         deadline = time.monotonic() + _WORK_SECONDS
         for position in pipeline.deliver():
             if position is not None:
                 batcher.commit(position)
-                if backfilling is not None and not transactions.open:
-                    self._has_chunk |= backfilling.reached(position)
+                if backfills is not None and not transactions.open:
+                    self._has_chunk |= backfills.reached(position)
             if batcher.size >= _BATCH_BYTES or time.monotonic() >= deadline:
                 break
         return pipeline.reply_requested
@@ -353,8 +352,7 @@ class Session:
         self._counted = transactions.count
         if self._backfills is not None:
             self._backfills.remember_moved()
-        if self._backfilling is not None:
-            batch = batch._replace(chunk=self._backfilling.delivered)
+            batch = batch._replace(chunk=self._backfills.delivered)
         if batch.messages or batch.position > self._handed_over or self._has_chunk:
             self._has_chunk = False
             self._handed_over = max(self._handed_over, batch.position)
@@ -414,8 +412,8 @@ class Session:
             self._control.rest(min(remaining, 0.1))
             self._renew_lease()
             self._send_status()
-        if self._backfilling is not None:
-            self._backfilling.confirm(self._progress.chunk)
+        if self._backfills is not None:
+            self._backfills.confirm(self._progress.chunk)
         self._send_status()
         for _ in range(20):
             if self._stream.flush():

@@ -23,11 +23,14 @@ WISH = json.loads(os.environ.get("SHOP_BACKFILL", "null"))
 BATCH = 40 if "SHOP_DEPLOYED" in os.environ else 50
 
 
-@on_change("items", batch=BATCH, backfill=Backfill(**WISH) if isinstance(WISH, dict) else WISH)
 @app.task(queue="mirror")
 def mirror(changes):
     """Would apply the changes."""
 
+
+if "SHOP_GONE" not in os.environ:
+    wish = Backfill(**WISH) if isinstance(WISH, dict) else WISH
+    on_change("items", batch=BATCH, backfill=wish)(mirror)
 
 if "SHOP_LATE" in os.environ:
     on_change("late", batch=50)(mirror)

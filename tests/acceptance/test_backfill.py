@@ -35,6 +35,7 @@ from flash_celery.postgres.source import Source
 from flash_celery.settings import Settings
 from flash_celery.table_name import TableName
 from flash_celery.worker.backfilling import Backfills
+from flash_celery.worker.turns import Turns
 from tests.acceptance.steps import replicate_through
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -505,20 +506,32 @@ def test_backfill_is_paused_resumed_and_stopped(mirrored, consumer):
     assert applied(consumer.changes()) == table(mirrored)
 
 
-def test_paused_backfill_goes_on_though_another_has_been_done(mirrored, consumer):
-    """Redis knows the rows of the last chunks only, and those are of the other by then."""
+def test_backfill_that_stands_still_holds_up_no_other_and_goes_on(mirrored):
+    """Also after a deploy without its handler, and one that brings it back.
+
+    Redis knows the rows of the last chunks only, and those are of the other by then.
+    """
     mirrored.database.execute(*PARTED)
-    mirrored.replicate()
-    flash(mirrored, "backfill", "mirror", "--chunk", "100", "--rate", "1000/s")
-    paused = backfills(mirrored)[0]["id"]
-    wait_until(lambda: rows_of(mirrored) >= 200, "some chunks", 60)
-    flash(mirrored, "backfill", "pause", paused)
+    conf = json.dumps({"flash_backfill_ahead": 40})
+    worker = mirrored.replicate(SHOP_CONF=conf)
+    flash(mirrored, "backfill", "mirror", "--chunk", "100")
     with consuming(mirrored, "parted"):
-        flash(mirrored, "backfill", "parted", "--chunk", "50", "--wait")
-    flash(mirrored, "backfill", "resume", paused)
-    wait_until(lambda: state(mirrored) == "done", "the backfill", 60)
-    drained(mirrored)
-    changes = consumer.changes()
+        flash(mirrored, "backfill", "parted", "--wait")
+    still, other = backfills(mirrored)
+    assert (still["state"], still["rows"], other["rows"]) == ("running", 2000, 1604)
+    assert other["chunks"] > 60
+    mirrored.end(worker)
+    worker = mirrored.replicate(SHOP_GONE="1")
+    wait_until(lambda: backfills(mirrored)[0]["state"] == "paused", "a pause", 60)
+    listed = flash(mirrored, "backfill", "list")
+    assert "goes on when mirrored.mirror is one again" in listed
+    assert "resume" not in listed
+    mirrored.end(worker)
+    mirrored.replicate(SHOP_CONF=conf)
+    with consuming(mirrored) as consumer:
+        wait_until(lambda: state(mirrored) == "done", "the backfill", 60)
+        drained(mirrored)
+        changes = consumer.changes()
     assert applied(changes) == table(mirrored)
     assert len({change.id for change in changes}) == len(changes)
 
@@ -712,7 +725,7 @@ def test_worker_says_that_it_may_not_use_the_tables_of_backfills(database, caplo
     )
     with closing(connect(database.dsn)) as connection:
         connection.execute("SET ROLE poor")
-        backfills = Backfills(SimpleNamespace(connection=connection, slot="s"), [])
+        backfills = Backfills(SimpleNamespace(connection=connection, slot="s"), [], Turns())
         assert not backfills.requested()
         assert not backfills.requested()
     database.execute("DROP OWNED BY poor", "DROP ROLE poor")

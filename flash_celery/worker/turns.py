@@ -1,0 +1,78 @@
+"""Which backfills are done at the same time, so that one that stands still holds up no other.
+
+Each queue has one at a time: they would wait for the same room. One that stands still, because of
+an error or for want of room, gives its turn to another that waits for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from ..backfill.requests import Backfill
+
+#: The most backfills at a time: each has a thread and a connection.
+_MOST = 4
+#: Seconds without a chunk after which a backfill loses its turn, the first time and at most. They
+#: double each time, because a session has to begin for another turn.
+_PATIENCE, _LONGEST_PATIENCE = 10.0, 600.0
+
+
+@dataclass
+class _Turn:
+    """The turn of a backfill, or its wait for one."""
+
+    chunks: int
+    #: The beginning of its turn, or of the wait for its next chunk.
+    since: float
+    #: How often it has lost its turn since its last chunk, and when.
+    times: int = 0
+    lost_at: float = 0.0
+
+
+class Turns:
+    """Chooses the backfills of each session. It outlives the sessions.
+
+    Args:
+        clock: Returns the time, in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        #: Returns the queues, or the lanes, of a handler.
+        self.queues_of: Callable[[str], Collection[str]] = lambda _: ()
+        self._turns: dict[str, _Turn] = {}
+        #: The ids of those that the session does.
+        self.doing: Collection[str] = ()
+
+    def choose(self, active: Sequence[Backfill]) -> list[Backfill]:
+        """Return the backfills to do now.
+
+        Args:
+            active: All that have something to do, in the order in which they were requested.
+        """
+        turns = {each.id: self._turn(each) for each in active}
+        self._turns = turns
+
+        def place(backfill: Backfill) -> tuple[float, bool]:
+            return turns[backfill.id].lost_at, backfill.id not in self.doing
+
+        chosen: list[Backfill] = []
+        taken: set[str] = set()
+        for backfill in sorted(active, key=place):
+            queues = self.queues_of(backfill.handler)
+            if len(chosen) < _MOST and taken.isdisjoint(queues):
+                chosen.append(backfill)
+                taken.update(queues)
+        return chosen
+
+    def _turn(self, backfill: Backfill) -> _Turn:
+        now, turn = self._clock(), self._turns.get(backfill.id)
+        if turn is None or turn.chunks != backfill.chunks:
+            return _Turn(backfill.chunks, now)
+        if backfill.id not in self.doing:
+            turn.since = now
+        elif now - turn.since > min(_PATIENCE * 2**turn.times, _LONGEST_PATIENCE):
+            turn.times, turn.lost_at, turn.since = turn.times + 1, now, now
+        return turn
