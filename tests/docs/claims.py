@@ -22,6 +22,13 @@ def proofs(page):
     return tomllib.loads((ROOT / "docs" / "claims.toml").read_text())[page]
 
 
+def section_of(text, heading):
+    """Return the section of a page with this heading."""
+    return re.search(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)[
+        0
+    ]
+
+
 def unproved(text, entries, tables_of=None):
     """List what is wrong between the text of a page and its entries of docs/claims.toml.
 

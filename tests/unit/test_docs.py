@@ -17,7 +17,7 @@ from flash_celery.conditions.parsing import LOOKUPS
 from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.settings import Settings
-from tests.docs.claims import proofs, unproved
+from tests.docs.claims import proofs, section_of, unproved
 from tests.docs.pages import PAGES, README, commands, examples
 
 from .test_architecture import ORDER, PACKAGE
@@ -128,6 +128,18 @@ def test_lookups_are_in_the_reference():
 @pytest.mark.parametrize("page", ["semantics.md", "reference/lookups.md"])
 def test_claims_have_tests(page):
     assert unproved((ROOT / "docs" / page).read_text(), proofs(page)) == []
+
+
+PROMISES = [
+    ("howto/transactional-tasks.md", heading)
+    for heading in ("What you can rely on", "Savepoints", "Commits in two phases")
+]
+
+
+@pytest.mark.parametrize(("page", "heading"), PROMISES)
+def test_promises_of_a_section_have_tests(page, heading):
+    section, entries = section_of((ROOT / "docs" / page).read_text(), heading), proofs(page)
+    assert unproved(section, {heading: entries[heading]}) == []
 
 
 @pytest.mark.parametrize(
