@@ -90,10 +90,10 @@ class Link:
             LostLink: The connection is lost.
         """
         connection = self._publisher.channel.connection
-        with self.used(), suppress(TimeoutError), connection.transport.having_timeout(0.0):
-            while True:  # a close is behind the messages that were sent before
-                connection.blocking_read(0.0)
         with self.used():
+            with suppress(TimeoutError), connection.transport.having_timeout(0.0):
+                while True:  # a close is behind the messages that were sent before
+                    connection.blocking_read(0.0)
             if now() >= self._until - self._interval / _MARGIN_PART:
                 self.ping()
 
