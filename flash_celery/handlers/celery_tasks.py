@@ -11,6 +11,7 @@ from typing import Any
 from celery import Celery, Task, current_app
 from celery._state import _get_active_apps, connect_on_app_finalize
 from celery.local import Proxy
+from celery.signals import worker_init
 from celery.utils.imports import symbol_by_name
 
 from ..errors import SubscriptionError
@@ -229,3 +230,9 @@ def register_wake(app: Celery) -> None:
 
     task = app.task(name=WAKE_TASK, bind=True, shared=False, lazy=False, typing=False)(wake)
     task.__dict__.update(_WAKE_OPTIONS)
+    worker_init.connect(_load_wake, weak=False, dispatch_uid=WAKE_TASK)
+
+
+def _load_wake(**_: object) -> None:
+    """Import what drains lanes before the pool forks, so that each of its processes has it."""
+    symbol_by_name(f"{_WAKE}:wake")
