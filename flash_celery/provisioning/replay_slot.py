@@ -46,6 +46,15 @@ _updating = threading.Lock()
 _HANDLED_BYTES = 1 << 16
 #: Seconds between two of these records at least.
 _HANDLED_SECONDS = 60.0
+# PostgreSQL 18 invalidates a slot that stays idle for that long, also on an idle server. To advance
+# a slot to where it is counts as using it.
+_USE = """
+SELECT pg_replication_slot_advance(slot_name, confirmed_flush_lsn) FROM pg_replication_slots
+WHERE slot_name = %s AND NOT active AND invalidation_reason IS NULL
+AND (SELECT setting FROM pg_settings WHERE name = 'idle_replication_slot_timeout') <> '0'
+"""
+#: The version from which that setting exists.
+_HAS_IDLE_TIMEOUT = 180000
 #: The key of the record.
 _KEY = "flash_celery_history"
 
@@ -267,6 +276,13 @@ def _write(source: Source, text: str | None) -> None:
     ddl.apply(source.connection, [comment_step(source.prefix, Operation.TRUNCATE, text)])
 
 
+def _use(source: Source) -> None:
+    """Keep PostgreSQL from counting the slot as idle."""
+    if source.connection.info.server_version >= _HAS_IDLE_TIMEOUT:
+        with slots.as_login_role(source.connection):
+            source.connection.execute(_USE, [source.replay_slot])
+
+
 class _Advancer(threading.Thread):
     """A thread that advances the slot. It has its own connection, because decoding WAL is slow.
 
@@ -319,7 +335,11 @@ class _Advancer(threading.Thread):
     def _advance(self, source: Source) -> None:
         now = _position(source)
         if refill_under_way(source) is not None:
-            return  # it may have to begin again
+            _use(source)  # it may have to begin again
+            return
+        slot = slots.find(source.connection, source.replay_slot)
+        if slot is not None and slot.reason is not None:
+            prepare(source)
         if now is not None and self._is_drained is not None:
             self._note_handled(source, now.lsn, self._is_drained())
         if now is not None:
@@ -332,6 +352,7 @@ class _Advancer(threading.Thread):
             due = self._samples.popleft()[1]
         reached = oldest(source)
         if due is None or reached is None or due.lsn <= reached.lsn:
+            _use(source)
             return
         # Recorded first, so that the record never promises more than the slot holds.
         _record(source, due, now)

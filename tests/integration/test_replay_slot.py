@@ -1,5 +1,6 @@
 """The slot that stays behind, and how far back a replay can go."""
 
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 
 import pytest
@@ -8,6 +9,7 @@ from flash_celery.commands import replay
 from flash_celery.commands.reset import plan_reset, run_reset
 from flash_celery.errors import ConfigurationError
 from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.postgres import slots
 from flash_celery.postgres.source import Source
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.provisioning import replay_slot
@@ -176,6 +178,40 @@ def test_replay_notices_wal_that_is_no_longer_retained(flash):
         replay_slot._record(at, before._replace(lsn=wanted.end))
         with pytest.raises(ConfigurationError, match="are no longer retained"):
             replay.read_changes(at, subscriptions, "handler", wanted, replay.Count())
+
+
+def test_replay_slot_is_not_idle_for_postgresql(flash):
+    """Version 18 invalidates one that is, however little is written."""
+    if flash.database.connect().info.server_version < 180000:
+        pytest.skip("this PostgreSQL has no idle_replication_slot_timeout")
+    flash.start(flash_replay_window=20)
+    oldest(flash)
+    name = Settings.from_app(flash.app).replay_slot
+    idle = f"SELECT inactive_since FROM pg_replication_slots WHERE slot_name = '{name}'"
+    since, setting = flash.database.one(idle), "idle_replication_slot_timeout"
+    try:
+        flash.database.execute(f"ALTER SYSTEM SET {setting} = '1d'", "SELECT pg_reload_conf()")
+        flash.wait(lambda: flash.database.one(idle) not in (since, None))
+    finally:
+        flash.database.execute(f"ALTER SYSTEM RESET {setting}", "SELECT pg_reload_conf()")
+
+
+def test_replay_slot_that_is_lost_is_created_again_while_the_worker_runs(
+    flash, caplog, monkeypatch
+):
+    flash.start(flash_replay_window=20)
+    name, before = Settings.from_app(flash.app).replay_slot, oldest(flash)
+    flash.do("INSERT INTO items VALUES (1, 'a')")
+    find = slots.find
+
+    def found(connection, wanted):
+        slot = find(connection, wanted)
+        lost = wanted == name and slot and slot.confirmed == str(before.lsn)
+        return replace(slot, reason="idle_timeout") if lost else slot
+
+    monkeypatch.setattr(slots, "find", found)
+    flash.wait(lambda: oldest(flash).lsn > before.lsn)
+    assert f"The slot {name} was lost (idle_timeout); creating it again" in caplog.text
 
 
 def test_replay_slot_of_another_owner_is_left_alone(flash):
