@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import psycopg
 from psycopg import errors
@@ -88,6 +88,15 @@ class _InFlight:
     moved: int
     #: What the session has said, until it is recorded.
     answer: _Answer | None = None
+
+
+#: What PostgreSQL says about the key of a row that has moved, if the key has another type by now.
+_NO_KEYS = (
+    errors.InvalidTextRepresentation,
+    errors.InvalidDatetimeFormat,
+    errors.DatetimeFieldOverflow,
+    errors.NumericValueOutOfRange,
+)
 
 
 class _ShortTurns:
@@ -354,12 +363,25 @@ class ReadingChunks(threading.Thread):
         self._settle(connection, 0)
         number, table, moved = requests.moved(connection, self._backfill.id)
         if moved:
-            chunk = reader.read_keys(table, moved, number)
+            try:
+                chunk = reader.read_keys(table, moved, number)
+            except _NO_KEYS:
+                self._begin_again(connection)
             if chunk is None:
                 requests.forget_moved(connection, self._backfill.id, number)
             else:
                 self._offer(connection, chunk, number)
         return bool(moved)
+
+    def _begin_again(self, connection: psycopg.Connection[Any]) -> NoReturn:
+        """Have the table read from its first row on, in another session."""
+        logger.warning(
+            "The backfill %s of %s begins again: its key has another type than before",
+            self._backfill.id,
+            escaped(self._backfill.table_name),
+        )
+        requests.begin_again(connection, self._backfill.id)
+        raise _Ended
 
     def _offer(self, connection: psycopg.Connection[Any], chunk: Chunk, number: int) -> None:
         connection.execute(_FOLLOW)

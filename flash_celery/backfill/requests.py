@@ -71,6 +71,9 @@ WHERE slot = coalesce(%(slot)s, slot) AND id = coalesce(%(id)s, id)
           FROM public.flash_celery_backfills WHERE state IN ('requested', 'running')) AS numbered
       WHERE place <= 20))
 ORDER BY requested_at"""
+_UNDER_WAY = """
+SELECT id, state FROM public.flash_celery_backfills
+WHERE slot = %s AND handler = %s AND table_name = %s AND ended_at IS NULL"""
 _EXISTS = "SELECT to_regclass('public.flash_celery_backfills') IS NOT NULL"
 _USABLE = """
 SELECT coalesce(bool_and(has_table_privilege(to_regclass('public.' || name), privilege)), false)
@@ -88,7 +91,11 @@ UPDATE public.flash_celery_backfills
 SET progress = jsonb_set(progress, '{chunk}', to_jsonb(%(chunk)s::text))
 WHERE slot = %(slot)s AND id <> %(id)s AND ended_at IS NULL
   AND progress->>'chunk' = ANY(%(known)s)"""
-_BEGIN_AGAIN = "UPDATE public.flash_celery_backfills SET progress = NULL WHERE id = %s"
+#: All rows will be read as they are by then, also those that have moved. The keys of these may have
+#: another type by now.
+_BEGIN_AGAIN = """
+WITH forgotten AS (DELETE FROM public.flash_celery_backfill_moves WHERE backfill = %(id)s)
+UPDATE public.flash_celery_backfills SET progress = NULL WHERE id = %(id)s"""
 #: One that has ended, or was deleted, needs none.
 _MOVED = """
 INSERT INTO public.flash_celery_backfill_moves (backfill, table_oid, keys)
@@ -185,12 +192,12 @@ def request(
             f"of the database run: {statements(connection.info.user)}"
         )
     connection.execute(_ONE_AT_A_TIME)
-    for other in all_of(source):
-        if (other.handler, other.table_name) == (handler, table) and other.ended_at is None:
-            raise ConfigurationError(
-                f"The backfill {other.id} of {table} for {handler} is {other.state}; stop it by "
-                f"`flash backfill stop {other.id}` to begin another."
-            )
+    other = connection.execute(_UNDER_WAY, [source.slot, handler, table]).fetchone()
+    if other is not None:
+        raise ConfigurationError(
+            f"The backfill {other[0]} of {table} for {handler} is {other[1]}; stop it by "
+            f"`flash backfill stop {other[0]}` to begin another."
+        )
     id = secrets.token_hex(4)
     values = id, source.slot, handler, table, rate, chunk_rows, estimate, Jsonb(dict(options))
     connection.execute(_INSERT, values)
@@ -328,8 +335,8 @@ def vouch(
 
 
 def begin_again(connection: psycopg.Connection[Any], id: str) -> None:
-    """Forget up to which row the table was read."""
-    connection.execute(_BEGIN_AGAIN, [id])
+    """Forget up to which row the table was read, and which rows have moved."""
+    connection.execute(_BEGIN_AGAIN, {"id": id})
 
 
 def remember_moved(
