@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from functools import lru_cache
+from math import ceil
 from typing import Any
 
 from kombu.utils.json import loads
@@ -118,9 +119,12 @@ def _seconds_until(moment: Any) -> float | None:
 
 
 def _delayed(routing_key: str, eta: Any) -> str:
-    """Return the routing key for the delay that is left: its first words are the bits of it."""
+    """Return the routing key for the delay that is left: its first words are the bits of it.
+
+    Whole seconds, and not fewer than are left, as a worker would hold a message that is early.
+    """
     target = routing_key.split(".", _LEVELS)[-1]
-    seconds = int(max(_seconds_until(eta) or 0, 0))
+    seconds = ceil(max(_seconds_until(eta) or 0, 0))
     return ".".join([*f"{seconds:0{_LEVELS}b}", target])
 
 

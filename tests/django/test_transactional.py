@@ -22,6 +22,8 @@ from tests.docs.conftest import Page
 
 ON_COMMIT = Page("howto/from-on-commit.md")
 TRANSACTIONAL = Page("howto/transactional-tasks.md")
+#: Django 6.1 has another name for it.
+create_savepoint = getattr(transaction, "savepoint_create", None) or transaction.savepoint
 
 
 @pytest.fixture
@@ -66,7 +68,7 @@ def test_blocks_in_atomic_follow_their_savepoints(shop, flash):
                 receipt.delay(5)
             raise ZeroDivisionError
         with transaction.atomic():
-            savepoint = transaction.savepoint()
+            savepoint = create_savepoint()
             with transactional():
                 receipt.delay(6)
                 transaction.savepoint_rollback(savepoint)
@@ -85,7 +87,7 @@ def test_blocks_in_atomic_follow_their_savepoints(shop, flash):
                 raise ZeroDivisionError
         with transaction.atomic(), transactional():
             receipt.delay(12)
-            savepoint = transaction.savepoint()
+            savepoint = create_savepoint()
             receipt.delay("undone")
             with suppress(DataError), connections["default"].cursor() as cursor:
                 cursor.execute("SELECT 1 / 0")
