@@ -70,6 +70,7 @@ WHERE slot = coalesce(%(slot)s, slot) AND id = coalesce(%(id)s, id)
           SELECT id, row_number() OVER (PARTITION BY slot, handler ORDER BY requested_at) AS place
           FROM public.flash_celery_backfills WHERE state IN ('requested', 'running')) AS numbered
       WHERE place <= 20))
+  AND (NOT %(begun)s OR (ended_at IS NULL AND progress IS NOT NULL))
 ORDER BY requested_at"""
 _UNDER_WAY = """
 SELECT id, state FROM public.flash_celery_backfills
@@ -192,11 +193,10 @@ def request(
             f"of the database run: {statements(connection.info.user)}"
         )
     connection.execute(_ONE_AT_A_TIME)
-    other = connection.execute(_UNDER_WAY, [source.slot, handler, table]).fetchone()
-    if other is not None:
+    for other, state in under_way(source, handler, table):
         raise ConfigurationError(
-            f"The backfill {other[0]} of {table} for {handler} is {other[1]}; stop it by "
-            f"`flash backfill stop {other[0]}` to begin another."
+            f"The backfill {other} of {table} for {handler} is {state}; stop it by "
+            f"`flash backfill stop {other}` to begin another."
         )
     id = secrets.token_hex(4)
     values = id, source.slot, handler, table, rate, chunk_rows, estimate, Jsonb(dict(options))
@@ -226,6 +226,16 @@ def all_of(source: Source) -> list[Backfill]:
     return _select(source.connection, slot=source.slot)
 
 
+def under_way(source: Source, handler: str, table: str) -> list[tuple[str, str]]:
+    """Return the id and the state of the backfill of a table for a handler that has not ended.
+
+    A pattern may have thousands of tables, so others are not read.
+    """
+    if not _usable(source.connection):
+        return []
+    return source.connection.execute(_UNDER_WAY, [source.slot, handler, table]).fetchall()
+
+
 def active(source: Source) -> list[Backfill]:
     """Return the backfills that the replication worker has to do, as they were requested.
 
@@ -247,7 +257,7 @@ def active(source: Source) -> list[Backfill]:
 
 def begun(source: Source) -> list[Backfill]:
     """Return the backfills that have read something and have not ended, also paused ones."""
-    return [each for each in all_of(source) if each.ended_at is None and each.progress]
+    return _select(source.connection, slot=source.slot, begun=True)
 
 
 def absence_of(backfill: Backfill) -> str:
@@ -275,11 +285,13 @@ def _select(
     slot: str | None = None,
     id: str | None = None,
     active: bool = False,
+    begun: bool = False,
 ) -> list[Backfill]:
     if not _usable(connection):
         return []
+    values = {"slot": slot, "id": id, "active": active, "begun": begun}
     with connection.cursor(row_factory=class_row(Backfill)) as cursor:
-        return cursor.execute(_SELECT, {"slot": slot, "id": id, "active": active}).fetchall()
+        return cursor.execute(_SELECT, values).fetchall()
 
 
 def count_of(connection: psycopg.Connection[Any], slot: str) -> int:

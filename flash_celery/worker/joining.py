@@ -128,7 +128,6 @@ def _request(source: Source, subscription: Subscription) -> str:
 
 def _stop(source: Source, handler: str, table: TableName) -> None:
     """Stop a backfill of the table: rows that it has read may have changed unseen."""
-    for other in requests.all_of(source):
-        if (other.handler, other.table_name, other.ended_at) == (handler, str(table), None):
-            allowed = [*requests.ACTIVE, "paused"]
-            requests.enter(source.connection, other.id, "stopped", allowed, _JOINED_AGAIN)
+    for id, _ in requests.under_way(source, handler, str(table)):
+        allowed = [*requests.ACTIVE, "paused"]
+        requests.enter(source.connection, id, "stopped", allowed, _JOINED_AGAIN)
