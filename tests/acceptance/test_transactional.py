@@ -11,6 +11,7 @@ import redis
 from kombu import Connection
 
 from example_project.servers import wait_until
+from flash_celery.changes import payload
 from tests.acceptance.steps import wait_until_confirmed
 from tests.processes import start_logged_python
 
@@ -98,3 +99,47 @@ def test_tasks_that_redis_has_lost_are_enqueued_again(shop):
     assert second.wait(60) == 0
     shop.until_said(replicate, "changes again, committed from")
     assert_each_order_has_its_task(shop, once=False)
+
+
+def waiting(shop):
+    """Return how many messages are in the queue."""
+    with Connection(shop.broker.url) as connection, closing(connection.channel()) as channel:
+        try:
+            return channel.queue_declare("flash", passive=True).message_count
+        except connection.channel_errors:  # it does not exist yet
+            return 0
+
+
+def parts_of(shop):
+    """Return the messages in the queue: task id, part, and the keys of its rows."""
+    found = []
+    with Connection(shop.broker.url) as connection, closing(connection.channel()) as channel:
+        while (message := channel.basic_get("flash", no_ack=True)) is not None:
+            message = channel.message_to_python(message)
+            value = json.loads(message.body)[0][0]["__value__"]
+            keys = [change.new["id"] for change in payload.decode(value)]
+            found.append((message.headers["id"], value["part"], keys))
+    return found
+
+
+@pytest.mark.soak
+def test_parts_of_a_transaction_come_again_with_their_ids(any_shop):
+    shop, rows = any_shop, 25_000
+    shop.project = "whole"
+    replicate = shop.replicate()
+    for first in (1, 100_001):
+        before = waiting(shop)
+        series = f"generate_series({first}, {first + rows - 1})"
+        shop.database.execute(f"INSERT INTO items (id) SELECT * FROM {series}")
+        wait_until(lambda: waiting(shop) > before, "a part")  # noqa: B023
+        shop.end(replicate, signal.SIGKILL)
+        replicate = shop.replicate()
+    wait_until_confirmed(shop)
+    parts = parts_of(shop)
+    distinct = {task_id: (part, keys) for task_id, part, keys in parts}
+    assert all(distinct[task_id] == (part, keys) for task_id, part, keys in parts)
+    assert sorted(part for part, _ in distinct.values()) == sorted([[0, 0], [1, 0], [2, 1]] * 2)
+    keys = sorted(key for _, keys in distinct.values() for key in keys)
+    assert keys == [first + n for first in (1, 100_001) for n in range(rows)]
+    if shop.broker.url.startswith("redis"):
+        assert len(parts) == len(distinct)
