@@ -106,7 +106,7 @@ class Session:
         self._status_interval = min(
             source.settings.flash_status_interval, stream.timeout / _SILENT_INTERVALS
         )
-        self._received_at = self._status_sent_at = time.monotonic()
+        self._received_at = self._status_sent_at = self._iterated_at = time.monotonic()
         #: By the clock of leases, unlike the other times.
         self._lease_renewed_at = deduplication.now()
         #: Whether the last loop iteration waited for the stream.
@@ -241,6 +241,9 @@ class Session:
             asks = self._continue_backfills(self._backfills, now)
         if not listening:
             self._received_at = now  # bytes of the server may wait unread
+        # Nor is the server silent while this process stands still, as for a row of 100 MB.
+        self._received_at += max(0.0, now - self._iterated_at - self._status_interval)
+        self._iterated_at = now
         if ended:
             return
         overdue = now - self._status_sent_at >= self._status_interval

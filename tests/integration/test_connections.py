@@ -1,5 +1,6 @@
 """Both connections to a server that says nothing any more."""
 
+import time
 from contextlib import closing
 
 import psycopg
@@ -8,6 +9,7 @@ import pytest
 from flash_celery.errors import ReplicationError
 from flash_celery.postgres.connection import connect
 from flash_celery.postgres.stream import ReplicationConnection
+from flash_celery.worker.session import Session
 from tests.proxy import Proxy
 
 
@@ -35,3 +37,21 @@ def test_connection_uses_the_shorter_timeout_for_the_slot(database):
         with closing(ReplicationConnection(dsn, patience=patience)) as stream:
             stream.start_session()
             assert stream.timeout == agreed
+
+
+def test_time_for_which_the_worker_stands_still_is_no_silence_of_the_server(
+    flash, monkeypatch, caplog
+):
+    work, standstills = Session._work, [1.5]
+
+    def work_after_a_standstill(session):
+        if standstills:
+            time.sleep(standstills.pop())
+        return work(session)
+
+    flash.database.execute("CREATE TABLE items (id int PRIMARY KEY)")
+    flash.handler("items").start(flash_status_interval=0.3)
+    monkeypatch.setattr(Session, "_work", work_after_a_standstill)
+    flash.wait(lambda: not standstills)
+    flash.do("INSERT INTO items VALUES (1)")
+    assert "silent" not in caplog.text
