@@ -252,7 +252,7 @@ def on_change(
             for all changes of one transaction. Default: one task for each change.
         ordered: Handle changes with equal keys one at a time and in commit order: `True` for the
             row's key, the name of a column or a list of names, or an `Ordered`.
-            Needs Redis or Valkey. Default: no order.
+            Needs Redis, Valkey or RabbitMQ. Default: no order.
         once: Run the handler in a transaction of this database, which skips what was handled: the
             alias of a Django database, a SQLAlchemy `Engine`, or a function that opens a connection
             of psycopg 3 or SQLAlchemy. `change.connection` is the connection. Needs `ordered`, and
