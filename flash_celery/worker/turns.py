@@ -17,6 +17,8 @@ _MOST = 4
 #: Seconds without a chunk after which a backfill loses its turn, the first time and at most. They
 #: double each time, because a session has to begin for another turn.
 _PATIENCE, _LONGEST_PATIENCE = 10.0, 600.0
+#: How often they double at most.
+_DOUBLINGS = 6
 
 
 @dataclass
@@ -26,7 +28,7 @@ class _Turn:
     chunks: int
     #: The beginning of its turn, or of the wait for its next chunk.
     since: float
-    #: How often it has lost its turn since its last chunk, and when.
+    #: How often it has lost its turn since its last chunk, as far as that matters, and when.
     times: int = 0
     lost_at: float = 0.0
 
@@ -74,5 +76,6 @@ class Turns:
         if backfill.id not in self.doing:
             turn.since = now
         elif now - turn.since > min(_PATIENCE * 2**turn.times, _LONGEST_PATIENCE):
-            turn.times, turn.lost_at, turn.since = turn.times + 1, now, now
+            turn.times = min(turn.times + 1, _DOUBLINGS)
+            turn.lost_at = turn.since = now
         return turn

@@ -77,3 +77,10 @@ def test_turns_become_longer_if_all_stand_still(names):
         changes += doing != before
         before = doing
     assert 5 < changes < 50
+
+
+def test_backfill_may_stand_still_for_weeks():
+    world = World("a1")
+    for _ in range(2000):
+        world.time += 600
+        assert world.doing(1) == "a1"
