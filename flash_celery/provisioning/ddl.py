@@ -104,11 +104,12 @@ def _open_writers(connection: psycopg.Connection[Any], tables: Iterable[CatalogT
     """Wait until what others have written to the tables is committed; describe who stays open.
 
     pgoutput looks whether a table was published when a row was written, not when it was committed.
-    Until the end of our transaction the lock keeps others from writing.
+    Until the end of our transaction the lock keeps others from writing. So the time is limited for
+    all tables and partitions together; lock_timeout limits it for each of them.
     """
     try:
         with connection.transaction():
-            connection.execute(f"SET LOCAL lock_timeout = '{_SHARED_LOCK_TIMEOUT}'")
+            connection.execute(f"SET LOCAL statement_timeout = '{_SHARED_LOCK_TIMEOUT}'")
             connection.execute(lock_statement(tables))
     except psycopg.Error:  # too many partitions for the server's table of locks, for example
         if connection.closed:
@@ -182,5 +183,8 @@ def script(steps: Iterable[Step], after_writers: bool = False) -> Iterator[str]:
     yield "SET client_encoding = 'UTF8';"
     yield f"SET lock_timeout = '{LOCK_TIMEOUT}';"
     for step in steps:
-        lock = lock_statement(step.tables) if after_writers and step.publishes else None
-        yield f"BEGIN; {step}; {f'{lock.as_string(None)}; ' if lock else ''}COMMIT;"
+        lock = ""
+        if after_writers and step.publishes:
+            limit = f"SET LOCAL statement_timeout = '{LOCK_TIMEOUT}'"
+            lock = f"{limit}; {lock_statement(step.tables).as_string(None)}; "
+        yield f"BEGIN; {step}; {lock}COMMIT;"

@@ -355,6 +355,41 @@ def test_table_is_published_once_what_was_written_to_it_is_committed(tables, con
     assert sum('; LOCK TABLE "public"."parts" IN SHARE MODE; COMMIT;' in it for it in script) == 1
 
 
+def test_writers_of_all_partitions_are_waited_for_as_long_as_those_of_one(
+    tables, connection, monkeypatch
+):
+    """Until then others wait to write to the partitions that are locked already."""
+    monkeypatch.setattr(ddl, "_SHARED_LOCK_TIMEOUT", "300ms")
+    tables.execute("CREATE TABLE part_3 PARTITION OF parts FOR VALUES FROM (1000) TO (2000)")
+    ids, stayed = (1, 100, 1000), []
+    waits = (
+        "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND mode = 'ShareLock' "
+        "AND relation = 'part_{}'::regclass)"
+    )
+    ended, begun = threading.Event(), threading.Barrier(len(ids) + 1)
+
+    def write(number):
+        """Commit 0.2 s after the partition is waited for."""
+        with tables.connect() as writer, tables.connect() as looking:
+            writer.execute(f"BEGIN; INSERT INTO part_{number} VALUES ({ids[number - 1]})")
+            begun.wait(30)
+            waited = (False,)
+            while waited == (False,) and not ended.is_set():
+                waited = looking.execute(waits.format(number)).fetchone()
+            writer.execute("SELECT pg_sleep(0.2)")
+            writer.execute("COMMIT")
+
+    with ThreadPoolExecutor(len(ids)) as pool:
+        writers = [pool.submit(write, number) for number in range(1, len(ids) + 1)]
+        begun.wait(30)
+        steps = plan(connection, [subscription("parts")])
+        ddl.apply(connection, steps, on_writers=lambda *found: stayed.append(found))
+        ended.set()
+        for writer in writers:
+            writer.result(30)
+    assert len(stayed) == 1
+
+
 def test_lock_that_is_released_is_waited_for(tables, connection, monkeypatch):
     monkeypatch.setattr(ddl, "LOCK_TIMEOUT", "50ms")
     steps = plan(connection, [subscription("orders", where=WHERE)])
