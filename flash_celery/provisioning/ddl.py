@@ -55,9 +55,10 @@ def apply(
         connection: In autocommit, to the source.
         steps: The steps.
         wait: Called with the seconds to sleep before another attempt to get a lock; it may raise.
-        on_writers: Called with a step that has published tables, and with the sessions that had
-            written to them in transactions which stayed open: those rows are not in the stream.
-            Default: no slot is there yet, so nothing waits for writers.
+        on_writers: Called in the transaction of a step that publishes tables, with the step and the
+            sessions that had written to them in transactions which stay open: those rows will not
+            be in the stream. It writes to the record, so the steps behind, which were planned
+            before, are left out. Default: no slot is there yet, so nothing waits for writers.
 
     Raises:
         TableLocked: A table was still locked at the fifth attempt.
@@ -66,25 +67,29 @@ def apply(
     for step in steps:
         if step.tables:
             logger.info("%s", escaped(str(step)))
-        writers = _run(connection, step, wait, on_writers is not None and step.publishes)
-        if writers and on_writers is not None:
-            on_writers(step, writers)
+        if _run(connection, step, wait, on_writers if step.publishes else None):
+            return
 
 
 def _run(
     connection: psycopg.Connection[Any],
     step: Step,
     wait: Callable[[float], object],
-    after_writers: bool,
-) -> str:
-    """Run a step; return the sessions that did not end their writes to its tables in time."""
+    on_writers: Callable[[Step, str], object] | None,
+) -> bool:
+    """Run a step; return whether some sessions did not end their writes to its tables in time."""
     for pause, attempt in zip(delays(), range(_LOCK_ATTEMPTS), strict=False):
         try:
             with connection.transaction():
                 timeout = LOCK_TIMEOUT if len(step.tables) < 2 else _SHARED_LOCK_TIMEOUT
                 connection.execute(f"SET LOCAL lock_timeout = '{timeout}'")
                 connection.execute(step.statement)
-                return _open_writers(connection, step.tables) if after_writers else ""
+                if on_writers is None:
+                    return False
+                writers = _open_writers(connection, step.tables)
+                if writers:
+                    on_writers(step, writers)
+                return bool(writers)
         except postgres.LockNotAvailable:
             blockers = _blockers(connection, step.tables)
             if attempt == _LOCK_ATTEMPTS - 1:
@@ -97,7 +102,7 @@ def _run(
             raise
         except psycopg.Error as error:
             raise StepFailed(f"{step} failed: {error.diag.message_primary}.", step) from error
-    return ""
+    return False
 
 
 def _open_writers(connection: psycopg.Connection[Any], tables: Iterable[CatalogTable]) -> str:

@@ -68,9 +68,14 @@ class Record:
         return newest if newest is not None and newest.until is None else None
 
     def with_gap(self, gap: Gap) -> Record:
-        """Return the record with a gap added, which replaces the open one."""
-        others = self.gaps[:-1] if self.open_gap else self.gaps
-        return replace(self, gaps=[*others, gap.to_json()][-_GAPS:])
+        """Return the record with a gap added, or with the open one as it is now, which is last."""
+        others, last = self.gaps, [gap.to_json()]
+        open_gap = self.open_gap
+        if open_gap is not None:
+            others = self.gaps[:-1]
+            if gap.until is not None and replace(gap, until=None, until_time=None) != open_gap:
+                last.append(open_gap.to_json())
+        return replace(self, gaps=[*others, *last][-_GAPS:])
 
     def to_json(self) -> str:
         """Return the text of the comment."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -152,11 +153,13 @@ class Startup:
             if report.slot_lost:
                 slots.drop(source.connection, self._slot)
             report = self._preflight(source, progress)
-        unfinished: list[tuple[Step, str]] = []
         while report.steps and manage:
-            failed = self._apply(source, report.steps, unfinished if report.slot_exists else None)
+            steps = report.steps
+            # To create a slot, PostgreSQL waits for all transactions.
+            report_writers = partial(self._report_unfinished, source, report)
+            failed = self._apply(source, steps, report_writers if report.slot_exists else None)
             report = self._preflight(source, progress)
-            if failed is not None and failed.step in report.steps:
+            if failed is not None and (failed.step in report.steps or failed.step not in steps):
                 raise failed
         if not report.slot_exists:
             self._create_slot(stream, report)
@@ -179,8 +182,6 @@ class Startup:
             self.partition_history.record(report.leaves)  # the record does not have them
         if report.gap is not None:
             self._close_gap(source, report.gap)
-        for step, writers in unfinished:
-            self._report_unfinished(source, report, step, writers)
         if manage and not report.standby:
             self._joining.note(source, report)
         self._check_replaced(source, report, checked_at)
@@ -196,7 +197,7 @@ class Startup:
         self,
         source: Source,
         steps: Iterable[Step],
-        unfinished: list[tuple[Step, str]] | None = None,
+        on_writers: Callable[[Step, str], None] | None = None,
     ) -> StepFailed | None:
         """Run steps, and return the failure of one: a table may have been dropped since the plan.
 
@@ -205,16 +206,8 @@ class Startup:
         Args:
             source: The source.
             steps: The steps.
-            unfinished: Gets the steps that published tables while transactions that had written to
-                them stayed open, and their sessions. Default: there is no slot yet, and to create
-                one PostgreSQL waits for all of them.
+            on_writers: As in `ddl.apply`.
         """
-        on_writers = None
-        if unfinished is not None:
-
-            def on_writers(step: Step, writers: str) -> None:
-                unfinished.append((step, writers))
-
         try:
             ddl.apply(source.connection, steps, self._control.sleep, on_writers)
         except StepFailed as failed:
@@ -222,7 +215,10 @@ class Startup:
         return None
 
     def _report_unfinished(self, source: Source, report: Report, step: Step, writers: str) -> None:
-        """Record and log that rows of open transactions are missing, unless they are backfilled."""
+        """Record and log that rows of open transactions are missing, unless they are backfilled.
+
+        In the transaction that publishes the tables, because afterwards nothing shows it.
+        """
         patterns = joined.read(source).tables
         lacking = {
             each.table

@@ -895,6 +895,34 @@ def test_rows_that_an_open_transaction_wrote_before_a_handler_was_there_are_a_ga
     assert "had written to public.orders before" in more.database.one(recorded)
 
 
+def test_rows_of_open_transactions_are_a_gap_though_a_later_step_fails_at_first(
+    flash, new_app, caplog, monkeypatch
+):
+    """The next attempt has nothing to publish for that table."""
+    monkeypatch.setattr(ddl, "LOCK_TIMEOUT", "50ms")
+    monkeypatch.setattr(ddl, "_LOCK_ATTEMPTS", 1)
+    flash.database.execute(
+        "CREATE TABLE items (id int PRIMARY KEY)",
+        "CREATE TABLE orders (id int PRIMARY KEY)",
+        "CREATE TABLE refunds (id int PRIMARY KEY)",
+    )
+    flash.handler("items").start().stop()
+    more = Flash(flash.database, new_app("more"))
+    more.handler("items").handler("orders", name="orders").handler("refunds", name="refunds")
+    try:
+        with psycopg.connect(flash.database.dsn) as late:
+            late.execute("INSERT INTO orders VALUES (1)")
+            with psycopg.connect(flash.database.dsn) as blocker:
+                blocker.execute("LOCK TABLE refunds IN SHARE UPDATE EXCLUSIVE MODE")
+                more.start(wait=False)
+                more.wait(lambda: "waits for PID" in caplog.text)
+            more.wait(lambda: more.database.one(more.slot("bool_and(active)")))
+    finally:
+        more.stop()
+    (line,) = [text for text in caplog.messages if "had written to" in text]
+    assert "had written to public.orders before it was published: PID" in line
+
+
 def test_rows_of_a_dropped_table_are_not_taken_for_a_partition(flash, new_app, caplog):
     """Its columns are those of a partitioned table, and dropping took it out of publications."""
     from .conftest import Flash
