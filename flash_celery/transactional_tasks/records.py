@@ -76,7 +76,7 @@ def encode_content(body: str | bytes) -> tuple[str, bool]:
 
 
 def longest(max_size: int) -> int:
-    """Return the most bytes that a message can have.
+    """Return the most bytes that the body of a message can have.
 
     Args:
         max_size: The most characters of a task (`flash_max_change_size`).

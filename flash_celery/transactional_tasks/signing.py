@@ -114,7 +114,7 @@ class Verifier:
         keys: The keys that may have signed.
         database: The database.
         max_age: Seconds that may pass between signing and the commit.
-        max_size: The most bytes of a message.
+        max_size: The most bytes of a message's body.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Verifier:
             TaskRefused: It was not signed by one of the keys for this database, or too early, or is
                 too large.
         """
-        if len(content) > self._max_size:
+        if len(content) > _HEAD.size + self._max_size:
             raise TaskRefused("it is larger than flash_max_change_size allows")
         if len(content) < _HEAD.size:
             raise TaskRefused("it is not signed")

@@ -551,9 +551,11 @@ def test_messages_that_the_application_did_not_sign_are_refused(tasks, caplog):
 
 def test_message_that_is_too_large_is_refused_before_its_signature_is_computed():
     database = Database("1", "shop")
-    content = signing.sign(signing._derived("a secret"), database, b" " * 1000)
+    body, keys = b" " * 1000, [signing._derived("a secret")]
+    content = signing.sign(keys[0], database, body)
     with pytest.raises(TaskRefused, match="flash_max_change_size"):
-        signing.Verifier([signing._derived("a secret")], database, 60, 999).verify(content, 0.0)
+        signing.Verifier(keys, database, 60, 999).verify(content, 0.0)
+    assert signing.Verifier(keys, database, 60, 1000).verify(content, 0.0) == body
 
 
 def test_rotated_keys_sign_and_are_accepted(flash):
