@@ -37,8 +37,8 @@ def find(
             with connection.transaction():
                 for _ in copied(connection, query(some)):
                     pass
-        except psycopg.Error:
-            if connection.closed:
+        except psycopg.Error as error:
+            if connection.closed or not may_be_of_a_row(error):
                 raise
             return True
         return False

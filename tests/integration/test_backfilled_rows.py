@@ -4,7 +4,9 @@ from contextlib import closing, contextmanager
 
 import psycopg
 import pytest
+from psycopg import sql
 
+from flash_celery.backfill import unreadable_rows
 from flash_celery.backfill.chunks import ChunkReader
 from flash_celery.backfill.leaves import LeafReader
 from flash_celery.postgres.connection import connect
@@ -210,6 +212,16 @@ def test_table_is_not_rewritten_between_the_snapshot_and_its_rows(database, kind
         reader.dsn = database.dsn
         assert len(reader.read(None, 100).rows) == rows
         assert (reader.error is None) == (kind is WithoutLock)
+
+
+def test_row_is_not_blamed_for_a_command_that_was_cancelled(database):
+    def query(ctids):
+        return sql.SQL("COPY (SELECT pg_sleep(10)) TO STDOUT").format()
+
+    with database.connect() as connection, connection.transaction():
+        connection.execute("SET LOCAL statement_timeout = '50ms'")
+        with pytest.raises(psycopg.errors.QueryCanceled):
+            unreadable_rows.find(connection, query, ["(0,1)", "(0,2)"])
 
 
 def test_handler_of_inserts_gets_the_rows_that_are_there(flash):
