@@ -256,7 +256,12 @@ def active(source: Source) -> list[Backfill]:
 
 
 def begun(source: Source) -> list[Backfill]:
-    """Return the backfills that have read something and have not ended, also paused ones."""
+    """Return the backfills that have read something and have not ended, also paused ones.
+
+    As with `active`, a worker that reads a standby has none.
+    """
+    if is_standby(source.connection):
+        return []
     return _select(source.connection, slot=source.slot, begun=True)
 
 
@@ -268,6 +273,8 @@ def absence_of(backfill: Backfill) -> str:
 
 def resume_present(source: Source, is_present: Callable[[Backfill], bool]) -> None:
     """Let backfills go on that are paused because their handler was gone, and that have it now."""
+    if is_standby(source.connection):
+        return
     for backfill in all_of(source):
         gone = backfill.state == "paused" and backfill.error == absence_of(backfill)
         if gone and is_present(backfill):

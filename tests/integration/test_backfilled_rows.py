@@ -6,10 +6,12 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from flash_celery.backfill import unreadable_rows
+from flash_celery.backfill import requests, unreadable_rows
 from flash_celery.backfill.chunks import ChunkReader
 from flash_celery.backfill.leaves import LeafReader
 from flash_celery.postgres.connection import connect
+from flash_celery.postgres.source import Source
+from flash_celery.settings import Settings
 from flash_celery.table_name import TableName
 from tests.integration.conftest import shown
 
@@ -222,6 +224,24 @@ def test_row_is_not_blamed_for_a_command_that_was_cancelled(database):
         connection.execute("SET LOCAL statement_timeout = '50ms'")
         with pytest.raises(psycopg.errors.QueryCanceled):
             unreadable_rows.find(connection, query, ["(0,1)", "(0,2)"])
+
+
+def test_worker_that_reads_a_standby_leaves_the_backfills_of_the_primary_alone(
+    database, monkeypatch
+):
+    """It cannot write there, and may have the same slot name and handlers."""
+    settings = Settings(flash_dsn=database.dsn, flash_replication_slot=database.slot)
+    with closing(connect(database.dsn)) as connection:
+        source = Source(connection, settings)
+        begun = requests.request(source, "shop.handle", "public.items", 100, 1)
+        requests.advance(connection, begun.id, 1, None)
+        absence = requests.absence_of(begun)
+        requests.enter(connection, begun.id, "paused", requests.ACTIVE, absence)
+        assert [each.id for each in requests.begun(source)] == [begun.id]
+        monkeypatch.setattr(requests, "is_standby", lambda _: True)
+        connection.execute("SET default_transaction_read_only = on")
+        assert requests.begun(source) == []
+        requests.resume_present(source, lambda _: True)
 
 
 def test_handler_of_inserts_gets_the_rows_that_are_there(flash):
