@@ -101,7 +101,7 @@ class Telemetry:
         self.enqueued: Counter[Route] = Counter()
         #: Rows that could not be evaluated for lack of old values, by table.
         self.unevaluated: Counter[str] = Counter()
-        #: Messages that carry tasks and were refused, because they are not signed.
+        #: Messages that carry tasks and were refused: not signed, too old or too large.
         self.refused_tasks = 0
         self.transactions = 0
         self.reconnections = 0

@@ -63,7 +63,7 @@ METRICS = {
         "counter", "Changes whose `where` was evaluated without their old values.", ("table",)
     ),
     "flash_tasks_refused_total": Described(
-        "counter", "Messages of `transactional` that were refused, as they were not signed."
+        "counter", "Refused messages of `transactional`: not signed, too old or too large."
     ),
     "flash_transactions_total": Described("counter", "Transactions received from PostgreSQL."),
     "flash_messages_published_total": Described("counter", "Messages confirmed by the broker."),
