@@ -47,7 +47,7 @@ def apply(
     connection: psycopg.Connection[Any],
     steps: Iterable[Step],
     wait: Callable[[float], object] = time.sleep,
-    on_writers: Callable[[Step, str], object] | None = None,
+    on_writers: Callable[[Step, str], bool] | None = None,
 ) -> None:
     """Run each step in a transaction of its own.
 
@@ -57,8 +57,9 @@ def apply(
         wait: Called with the seconds to sleep before another attempt to get a lock; it may raise.
         on_writers: Called in the transaction of a step that publishes tables, with the step and the
             sessions that had written to them in transactions which stay open: those rows will not
-            be in the stream. It writes to the record, so the steps behind, which were planned
-            before, are left out. Default: no slot is there yet, so nothing waits for writers.
+            be in the stream. It returns whether it has written to the record: then the steps behind
+            are left out, which were planned before. Default: no slot is there yet, so nothing waits
+            for writers.
 
     Raises:
         TableLocked: A table was still locked at the fifth attempt.
@@ -75,9 +76,9 @@ def _run(
     connection: psycopg.Connection[Any],
     step: Step,
     wait: Callable[[float], object],
-    on_writers: Callable[[Step, str], object] | None,
+    on_writers: Callable[[Step, str], bool] | None,
 ) -> bool:
-    """Run a step; return whether some sessions did not end their writes to its tables in time."""
+    """Run a step; return what `on_writers` does."""
     for pause, attempt in zip(delays(), range(_LOCK_ATTEMPTS), strict=False):
         try:
             with connection.transaction():
@@ -87,9 +88,7 @@ def _run(
                 if on_writers is None:
                     return False
                 writers = _open_writers(connection, step.tables)
-                if writers:
-                    on_writers(step, writers)
-                return bool(writers)
+                return bool(writers) and on_writers(step, writers)
         except postgres.LockNotAvailable:
             blockers = _blockers(connection, step.tables)
             if attempt == _LOCK_ATTEMPTS - 1:

@@ -197,7 +197,7 @@ class Startup:
         self,
         source: Source,
         steps: Iterable[Step],
-        on_writers: Callable[[Step, str], None] | None = None,
+        on_writers: Callable[[Step, str], bool] | None = None,
     ) -> StepFailed | None:
         """Run steps, and return the failure of one: a table may have been dropped since the plan.
 
@@ -214,10 +214,11 @@ class Startup:
             return failed
         return None
 
-    def _report_unfinished(self, source: Source, report: Report, step: Step, writers: str) -> None:
+    def _report_unfinished(self, source: Source, report: Report, step: Step, writers: str) -> bool:
         """Record and log that rows of open transactions are missing, unless they are backfilled.
 
-        In the transaction that publishes the tables, because afterwards nothing shows it.
+        In the transaction that publishes the tables, because afterwards nothing shows it. Returns
+        whether there is such a gap.
         """
         patterns = joined.read(source).tables
         lacking = {
@@ -231,6 +232,7 @@ class Startup:
             gap = Gap(source.slot, reason, None, None, *slots.position_and_time(source.connection))
             record.remember_gap(source, gap)
             logger.error(_GAP, escaped(str(gap)), extra={"table": names[0]})
+        return bool(names)
 
     def _restore_record(self, source: Source) -> None:
         """Write comments back that another tool has removed from the publications, or replaced.
