@@ -1,8 +1,8 @@
 """The backfills of one session: put chunks into their place in the stream.
 
 The reading thread of the session calls everything here. The chunks come from a thread of their own
-(`backfill.reading`). A chunk leaves once everything that its snapshot shows has been delivered,
-and nothing waits for it. Rows that were written since are brought up to date first.
+(`backfill.reading_thread`). A chunk leaves once everything that its snapshot shows has been
+delivered, and nothing waits for it. Rows that were written since are brought up to date first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..backfill import requests
 from ..backfill.chunks import Chunk, Cursor, continues, identity_of
 from ..backfill.leaves import leaves_of
 from ..backfill.moved_rows import MOST_KEYS, MovedRows
-from ..backfill.reading import KnownChunks, ReadingChunks
+from ..backfill.reading_thread import KnownChunks, ReadingChunks
 from ..backfill.recent_writes import Key, RecentWrites
 from ..backfill.requests import Backfill
 from ..backfill.snapshots import Snapshot

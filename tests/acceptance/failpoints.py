@@ -84,7 +84,7 @@ _REQUEUE = (
 )
 _REDIS = ("redis.connection:AbstractConnection.send_packed_command",)
 _AMQP = ("amqp.transport:_AbstractTransport.write",)
-_CHUNKS = "flash_celery.backfill.reading:ReadingChunks"
+_CHUNKS = "flash_celery.backfill.reading_thread:ReadingChunks"
 _SPOOL = ("flash_celery.capture.spool:Spool.append",)
 
 STEPS = {
