@@ -9,8 +9,7 @@ from benchmarks.latency import delayed, own_tasks, percentile
 from benchmarks.memory import Sampler
 from benchmarks.project import Project
 from benchmarks.results import Goal, Line
-from benchmarks.rivals.transactional import total
-from benchmarks.verify import Wrong
+from benchmarks.verify import Wrong, total_of_ids
 
 CONF = {"flash_signing_key": "a secret of the benchmark"}
 #: Tasks that wait when the replication worker starts.
@@ -110,7 +109,11 @@ def drain(bench):
         sampler.done.set()
         with redis.Redis(port=server.port) as client:
             there = ids(client)
-        if len(there) != count or len(set(there)) != count or total(there) != written["total"]:
+        if (
+            len(there) != count
+            or len(set(there)) != count
+            or total_of_ids(there) != written["total"]
+        ):
             raise Wrong(f"{len(set(there))} of {count} tasks are in the queue, or other ones")
     rate = count / seconds
     line.values.append(rate)

@@ -176,3 +176,8 @@ def rabbit_bodies(broker, queue="flash"):
             left -= len(bodies)
             yield from bodies
             bodies.clear()
+
+
+def total_of_ids(ids):
+    """Return a number that no other task ids have, but for chance."""
+    return str(sum(int(each.replace("-", ""), 16) for each in ids))

@@ -10,6 +10,7 @@ import psycopg
 
 from benchmarks.app import row
 from benchmarks.rivals.apply_async import ORDER
+from benchmarks.verify import total_of_ids
 from flash_celery import transactional
 
 #: Tasks of a transaction.
@@ -19,11 +20,6 @@ TASKS = 10
 def send():
     """Send the tasks of one transaction; return their ids."""
     return [row.delay({**ORDER, "id": number}).id for number in range(TASKS)]
-
-
-def total(ids):
-    """Return a number that no other ids have, but for chance."""
-    return str(sum(int(each.replace("-", ""), 16) for each in ids))
 
 
 def after_commit(connection):
@@ -59,7 +55,7 @@ def write(connection, count):
     found = 0
     for _ in range(count // TASKS):
         with connection.transaction(), transactional(connection):
-            found += int(total(send()))
+            found += int(total_of_ids(send()))
     return {"total": str(found)}
 
 

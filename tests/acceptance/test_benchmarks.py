@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,15 @@ from benchmarks.verify import Rolling, Wrong, compare, compare_sums
 
 ROOT = Path(__file__).parents[2]
 WRITTEN = [(0x1_0000_0010, index, 100 + index) for index in range(5)] + [(0x1_0000_0090, 0, 7)]
+
+
+def test_benchmark_command_registers_no_tasks():
+    """They would be tasks of every app of the process, and so of other tests."""
+    shown = "import sys, benchmarks.__main__; print('benchmarks.app' in sys.modules)"
+    ran = subprocess.run(
+        [sys.executable, "-c", shown], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert ran.stdout == "False\n", ran.stderr
 
 
 def test_benchmark_accepts_changes_that_arrived_as_written():
