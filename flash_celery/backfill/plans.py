@@ -180,7 +180,8 @@ def _matching(source: Source, table: CatalogTable, where: Sequence[str]) -> int:
 
 def _options(plan: Plan) -> dict[str, Any]:
     truncate = {"truncate": True} if plan.wish.truncate else {}
-    return {**truncate, **({"where": list(plan.where)} if plan.where else {})}
+    queue = {} if plan.wish.queue is None else {"queue": plan.wish.queue}
+    return {**truncate, **queue, **({"where": list(plan.where)} if plan.where else {})}
 
 
 def start(source: Source, plans: Sequence[Plan]) -> list[requests.Backfill]:

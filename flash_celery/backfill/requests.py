@@ -75,6 +75,9 @@ ORDER BY requested_at"""
 _UNDER_WAY = """
 SELECT id, state FROM public.flash_celery_backfills
 WHERE slot = %s AND handler = %s AND table_name = %s AND ended_at IS NULL"""
+_QUEUES = """
+SELECT DISTINCT handler, options->>'queue' FROM public.flash_celery_backfills
+WHERE slot = %s AND options->>'queue' IS NOT NULL"""
 _EXISTS = "SELECT to_regclass('public.flash_celery_backfills') IS NOT NULL"
 _USABLE = """
 SELECT coalesce(bool_and(has_table_privilege(to_regclass('public.' || name), privilege)), false)
@@ -157,7 +160,8 @@ class Backfill:
     chunks: int
     row_count: int
     #: `since`: where it was requested in the WAL. `truncate`: whether a Truncate comes before all
-    #: rows. `where`: lookups, if not all rows are to be read.
+    #: rows. `where`: lookups, if not all rows are to be read. `queue`: where the rows go, if not
+    #: where the handler's changes go.
     options: dict[str, Any]
     #: Where to go on, and what the broker has of the last chunk.
     progress: Progress | None
@@ -234,6 +238,17 @@ def under_way(source: Source, handler: str, table: str) -> list[tuple[str, str]]
     if not _usable(source.connection):
         return []
     return source.connection.execute(_UNDER_WAY, [source.slot, handler, table]).fetchall()
+
+
+def queues(source: Source) -> list[tuple[str, str]]:
+    """Return the handlers with backfills that have queues of their own, and these queues.
+
+    Also of those that have ended: their rows may still be in the queue, or held for it.
+    """
+    with suppress(psycopg.ProgrammingError):  # damaged tables hold up no change
+        if _usable(source.connection):
+            return source.connection.execute(_QUEUES, [source.slot]).fetchall()
+    return []
 
 
 def active(source: Source) -> list[Backfill]:

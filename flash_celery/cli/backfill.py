@@ -63,6 +63,11 @@ def backfill() -> None:
 @click.option(
     "--truncate", is_flag=True, help="Deliver a Truncate first, so that a copy begins empty."
 )
+@click.option(
+    "--queue",
+    metavar="NAME",
+    help="The Celery queue of the rows.  [default: that of the handler's changes]",
+)
 @click.option("--dry-run", is_flag=True, help="Only print what would be done.")
 @click.option("--wait", "waits", is_flag=True, help="Wait until the rows are enqueued.")
 @click.option("--wait-handled", is_flag=True, help="Wait until the rows are handled.")
@@ -75,6 +80,7 @@ def start(
     rate: float | None,
     chunk: int | None,
     truncate: bool,
+    queue: str | None,
     dry_run: bool,
     waits: bool,
     wait_handled: bool,
@@ -90,10 +96,12 @@ def start(
     from ..provisioning.pattern_tables import one_for_each_table
 
     names = pauses.named(handlers, pauses.handlers(project.subscriptions))
+    if queue is not None:
+        _require_queue(project, names, queue, declare=not dry_run)
     only = None if table is None else project.table(table)
     with project.connected() as source:
         subscriptions = one_for_each_table(source.connection, project.subscriptions)
-        asked = {"rate": rate, "chunk": chunk, "truncate": truncate or None}
+        asked = {"rate": rate, "chunk": chunk, "truncate": truncate or None, "queue": queue}
         plans = [
             each
             for name in names
@@ -117,6 +125,23 @@ def start(
             say("All rows are enqueued.")
     if wait_handled:
         _wait_until_handled(project, names)
+
+
+def _require_queue(project: Project, handlers: Sequence[str], queue: str, declare: bool) -> None:
+    """Refuse a queue that cannot take the rows of the handlers.
+
+    It is declared now, because one that exists with other arguments would hold up all changes.
+    """
+    from contextlib import closing
+
+    from ..messages.task_options import TaskOptions
+    from ..publishing import brokers
+
+    task_options = TaskOptions(project.app, project.settings, project.subscriptions)
+    names = {task_options.add_backfill_queue(handler, queue) for handler in handlers}
+    if declare:
+        with closing(brokers.for_app(project.app)) as publisher:
+            publisher.open([project.app.amqp.queues[name] for name in names])
 
 
 def _wait_until_handled(project: Project, handlers: Sequence[str]) -> None:

@@ -82,6 +82,9 @@ def summary(described: Mapping[str, Any]) -> str:
         f"{described['table']} for {described['handler']}: {described['state']}",
         f"{described['rows']:,} of about {described['estimate']:,} rows",
     ]
+    if described["queue"] is not None:
+        unread = ", which no worker consumes" if described["consumed"] is False else ""
+        parts.append(f"to the queue {described['queue']}{unread}")
     if described["rows_per_second"]:
         parts.append(f"{described['rows_per_second']:,.0f} rows/s")
     if described["seconds_left"] is not None:
@@ -104,7 +107,10 @@ def recent(source: Source) -> list[dict[str, Any]]:
 
 
 def as_json(backfill: Backfill) -> dict[str, Any]:
-    """Return a backfill for `flash backfill list --json`."""
+    """Return a backfill for `flash backfill list --json`.
+
+    Only `flash status` knows whether a worker consumes the queue.
+    """
     estimate, rate = max(backfill.estimate, backfill.row_count), _rate(backfill)
     active, failed = backfill.state in requests.ACTIVE, _stopped_by_error(backfill)
     idle = (datetime.now(timezone.utc) - backfill.advanced_at).total_seconds()
@@ -120,6 +126,8 @@ def as_json(backfill: Backfill) -> dict[str, Any]:
         "idle_seconds": round(max(idle, 0.0), 1) if active or failed else None,
         "where": backfill.options.get("where", []),
         "truncate": backfill.options.get("truncate", False),
+        "queue": backfill.options.get("queue"),
+        "consumed": None,
         "chunks": backfill.chunks,
         "requested_at": backfill.requested_at.isoformat(),
         "ended_at": backfill.ended_at.isoformat() if backfill.ended_at else None,

@@ -67,6 +67,7 @@ def diagnose(
             *backfill_checks.findings(source, subscriptions),
         ]
         record, lanes = pauses.read(source), source.lanes
+        backfilled = backfill_checks.queues(source, subscriptions)
         explanation = list(explain_tables(source, report)) if explain else []
     findings += server_checks.session_findings(settings)
     findings.append(server_checks.can_stream(settings))
@@ -87,6 +88,7 @@ def diagnose(
         findings += worker_checks.abandoned_messages(app, record, settings.source, handlers)
         findings += lane_checks.waiting_findings(app, lanes, subscriptions)
         findings += lane_checks.worker_findings(app, settings, subscriptions)
+        findings += backfill_checks.worker_findings(app, backfilled)
     findings += worker_checks.paused_findings(app, record, settings.source)
     return Diagnosis(findings, explanation)
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
+from ..backfill import requests
 from ..handlers.subscriptions import Subscription
 from ..messages.task_options import TaskOptions
 from ..postgres.source import Source
@@ -52,6 +53,7 @@ def find_held(
         return []
     depths = queue_depths(app, list(queues.values()))
     task_options = TaskOptions(app, source.settings, subscriptions)
+    task_options.add_backfill_queues(requests.queues(source))
     return [
         HeldMessages(handler, queue, count, task_options.queues_for(handler))
         for handler, queue in queues.items()

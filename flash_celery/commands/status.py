@@ -12,9 +12,10 @@ from typing import Any
 import psycopg
 from psycopg.rows import dict_row
 
+from ..backfill import requests
 from ..errors import PublishError
 from ..handlers.subscriptions import Subscription
-from ..messages.task_options import TaskOptions
+from ..messages.task_options import TaskOptions, name_on_broker
 from ..postgres.gaps import Gap
 from ..postgres.slots import POSITION
 from ..postgres.source import Source
@@ -25,7 +26,7 @@ from ..publishing.brokers.base import queue_depths
 from ..publishing.brokers.lane_overview import HandlerLanes
 from ..settings import Settings
 from ..transactional_tasks.signing import keys_of
-from . import backfill
+from . import backfill, worker_checks
 from .lanes import summaries, summary_lines
 from .worker_checks import Registered
 
@@ -163,6 +164,20 @@ class DatabaseStatus:
         ]
         return replace(self, paused_handlers=handlers)
 
+    def with_consumed(self, app: Any) -> DatabaseStatus:
+        """Return this status with whether workers consume the queues of backfills."""
+        own = any(each["queue"] is not None for each in self.backfills)
+        queues = worker_checks.consumed_queues(app) if own else None
+        if queues is None:
+            return self
+        backfills = [
+            each
+            if each["queue"] is None
+            else {**each, "consumed": name_on_broker(app, each["queue"]) in queues}
+            for each in self.backfills
+        ]
+        return replace(self, backfills=backfills)
+
 
 @dataclass(frozen=True)
 class BrokerStatus:
@@ -209,6 +224,7 @@ def examine(
     settings = source.settings
     task_options = TaskOptions(app, settings, subscriptions)
     project = project_status(settings, task_options)
+    task_options.add_backfill_queues(requests.queues(source))
     database = database_status(source)
     hold_queues = [handler.queue for handler in database.paused_handlers]
     error, depths = None, {}
@@ -221,6 +237,7 @@ def examine(
     else:
         # A hold queue is created by its first message.
         database = database.with_held({queue: depths[queue] or 0 for queue in hold_queues})
+        database = database.with_consumed(app)
     return StatusReport(
         project,
         database,

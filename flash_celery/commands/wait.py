@@ -11,6 +11,7 @@ from typing import Any
 import psycopg
 from psycopg import errors as postgres
 
+from ..backfill import requests
 from ..dead_letters import letters
 from ..dead_letters.queue import DeadLetterFilter, DeadLetterQueue
 from ..errors import CatalogError, ConfigurationError, NotDone, PayloadError
@@ -55,6 +56,7 @@ class _Wait:
         self._until(self._unread)
         self._until(self._being_requeued)
         task_options = TaskOptions(self.app, self.source.settings, self._subscriptions)
+        task_options.add_backfill_queues(requests.queues(self.source))
         queues = {queue for name in self.handlers for queue in task_options.queues_for(name)}
         found = pending_changes(self.app, self.source, self.handlers, sorted(queues))
         with closing(found) as pending:

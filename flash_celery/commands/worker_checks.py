@@ -46,6 +46,13 @@ def unhandled(app: Any, subscriptions: Sequence[Subscription]) -> list[str] | No
     return Registered(app, subscriptions).unhandled()
 
 
+def consumed_queues(app: Any) -> set[str] | None:
+    """Return the queues that running workers consume; None if no worker answers."""
+    replies = Inspection(app, "active_queues").replies()
+    names = {str(queue["name"]) for queues in replies.values() for queue in queues}
+    return names if replies else None
+
+
 def findings(registered: Registered) -> Iterator[Finding]:
     """Check that running workers have registered every handler: they discard unknown tasks."""
     missing = registered.unhandled()

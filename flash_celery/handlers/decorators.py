@@ -258,8 +258,9 @@ def on_change(
             of psycopg 3 or SQLAlchemy. `change.connection` is the connection. Needs `ordered`, and
             the table `flash_celery_marks` there. Default: no transaction.
         backfill: Deliver the rows that the table has already, once for each table of the handler:
-            `True`, or a `Backfill(rate, chunk)`. Each row is an `Insert` with `change.backfill`.
-            Default: only what is committed from now on, and what `flash backfill` asks for.
+            `True`, or a `Backfill(rate, chunk, truncate, queue)`. Each row is an `Insert` with
+            `change.backfill`. Default: only what is committed from now on, and what
+            `flash backfill` asks for.
         ignore_own: Whether to leave out what this handler itself has written, by the context of the
             transaction: on connections of Django, on `change.connection`, and in `context()`.
         queue: The name of the queue. Default: the task's own queue, `flash_routes`, `task_routes`,

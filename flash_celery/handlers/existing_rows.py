@@ -23,11 +23,14 @@ class Backfill:
         chunk: The most rows that are read at once, 1 to 100,000.
         truncate: Whether a `Truncate` with `change.backfill` comes before all rows, so that a copy
             begins empty. Default: rows that were deleted before stay in a copy.
+        queue: The Celery queue of the rows, so that changes do not wait behind them. Not for a
+            handler with `ordered=`. Default: that of the handler's changes.
     """
 
     rate: float | None = None
     chunk: int = CHUNK_ROWS
     truncate: bool = False
+    queue: str | None = None
 
     @classmethod
     def of(cls, backfill: Any, operations: Operation) -> Backfill | Literal[False] | None:
@@ -63,6 +66,10 @@ class Backfill:
         rate, chunk = self.rate, self.chunk
         if type(self.truncate) is not bool:
             raise SubscriptionError(f"backfill has truncate={self.truncate!r}; it is a bool.")
+        if self.queue is not None and not (isinstance(self.queue, str) and self.queue.strip()):
+            raise SubscriptionError(
+                f"backfill has queue={self.queue!r}; it is the name of a Celery queue."
+            )
         if rate is not None and not (type(rate) in (int, float) and rate > 0):
             raise SubscriptionError(f"backfill has rate={rate!r}; it is rows a second, above 0.")
         if type(chunk) is not int or not 1 <= chunk <= MOST_CHUNK_ROWS:

@@ -398,16 +398,23 @@ def _transaction_of(template: Template, delivery: Delivery) -> Lsn | None:
 
 
 class BatcherSink:
-    """The sink of a pipeline whose deliveries become the messages of a batcher."""
+    """The sink of a pipeline whose deliveries become the messages of a batcher.
 
-    def __init__(self, batcher: Batcher, templates: Templates) -> None:
+    Args:
+        batcher: The batcher.
+        templates: The templates of the session.
+        queue: The queue of a backfill that has one of its own.
+    """
+
+    def __init__(self, batcher: Batcher, templates: Templates, queue: str | None = None) -> None:
         self._batcher = batcher
         self._templates = templates
+        self._queue = queue
 
     def receiver(self, subscription: Subscription, operation: Operation) -> Receiver:
         """Return what adds deliveries to the batcher, with the template for them."""
-        template = self._templates[subscription, operation]
-        route = self._templates.task_options.route(subscription, operation)
+        template = self._templates.backfilled(subscription, operation, self._queue)
+        route = self._templates.task_options.route(subscription, operation, template.queue)
         add = self._batcher.add
 
         def receive(delivery: Delivery) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -108,11 +108,57 @@ class TaskOptions:
             for route in _routes_for(settings.flash_routes, subscription, operation)
         }
         self._flash_routes = settings.flash_routes
+        self._app, self._settings = app, settings
+        #: The queues of backfilled rows, of those handlers that have them in queues of their own.
+        self._backfill_queues: dict[str, set[str]] = {}
         #: How the changes of each ordered handler are kept in order.
         self.orders = self._orders(app, settings)
+        for subscription in subscriptions:
+            if subscription.backfill and subscription.backfill.queue is not None:
+                self.add_backfill_queue(subscription.handler, subscription.backfill.queue)
         for subscription in self.subscriptions:
             if subscription.batch is not None and subscription.batch.transaction:
                 self._require_one_queue(subscription.handler, "a batch of whole transactions")
+
+    def add_backfill_queue(self, handler: str, name: str) -> str:
+        """Have messages with backfilled rows of a handler go to a queue of their own, too.
+
+        Args:
+            handler: The handler.
+            name: The queue, by the name that `task_queues` has for it.
+
+        Returns:
+            Its name on the broker.
+
+        Raises:
+            ConfigurationError: The rows cannot go there.
+        """
+        if handler in self.orders:
+            raise ConfigurationError(
+                f"{handler} has ordered=, so its rows go through its lanes, which have no queue of "
+                f"their own; leave out the queue {name!r} of its backfill."
+            )
+        if not name.strip():
+            raise ConfigurationError(
+                f"{name!r} is no queue for a backfill of {handler}; give the name of one."
+            )
+        queue = _declared(self._app, self._settings, name, f"A backfill of {handler}")
+        for each in self.subscriptions:
+            if handler in (each.handler, each.ends_of) and each.ordered is None:
+                self._backfill_queues.setdefault(each.handler, set()).add(queue)
+        return queue
+
+    def add_backfill_queues(self, recorded: Iterable[tuple[str, str]]) -> None:
+        """Add the queues of recorded backfills, except those that the app no longer has.
+
+        Args:
+            recorded: Pairs of a handler and a queue.
+        """
+        known = {subscription.handler for subscription in self.subscriptions}
+        for handler, name in recorded:
+            if handler in known:
+                with suppress(ConfigurationError):
+                    self.add_backfill_queue(handler, name)
 
     def _require_one_queue(self, handler: str, why: str) -> None:
         """Raise `SubscriptionError` if the operations of a handler have different options."""
@@ -164,10 +210,16 @@ class TaskOptions:
     @property
     def queues(self) -> list[str]:
         """Every queue that messages may go to, except hold queues."""
-        return sorted({options["queue"] for options in self._options.values()})
+        queues = {options["queue"] for options in self._options.values()}
+        return sorted(queues.union(*self._backfill_queues.values()))
 
     def queues_for(self, handler: str) -> list[str]:
-        """Return the queues of a handler's messages."""
+        """Return the queues of a handler's messages, first those of its changes."""
+        changes = self.change_queues_for(handler)
+        return [*changes, *sorted(self._backfill_queues.get(handler, set()).difference(changes))]
+
+    def change_queues_for(self, handler: str) -> list[str]:
+        """Return the queues of a handler's changes."""
         return sorted(
             {options["queue"] for (name, *_), options in self._options.items() if name == handler}
         )
@@ -187,10 +239,18 @@ class TaskOptions:
         """Every label set that changes may be counted under."""
         return [self.route(subscription, operation) for subscription, operation in self]
 
-    def route(self, subscription: Subscription, operation: Operation) -> Route:
-        """Return the label set that changes of an operation are counted under."""
+    def route(
+        self, subscription: Subscription, operation: Operation, queue: str | None = None
+    ) -> Route:
+        """Return the label set that changes of an operation are counted under.
+
+        Args:
+            subscription: The subscription.
+            operation: The operation.
+            queue: Where they go. Default: to the queue of the handler's changes.
+        """
         subject = subscription.prefix or str(subscription.declared)
-        queue = self[subscription, operation]["queue"]
+        queue = queue or self[subscription, operation]["queue"]
         return route(subject, operation.names()[0], subscription.handler, queue)
 
 
@@ -244,12 +304,8 @@ def resolve(
             break
     else:
         queue = settings.flash_queue
-    options["queue"] = _declared(app, _queue_name(queue, subscription), subscription)
-    if options["queue"] == settings.flash_dead_queue:
-        raise ConfigurationError(
-            f"{subscription.handler} goes to the queue {options['queue']!r}, which is for dead "
-            "letters and consumed by no worker; name another one."
-        )
+    name = _queue_name(queue, subscription.handler)
+    options["queue"] = _declared(app, settings, name, subscription.handler)
     return options
 
 
@@ -374,31 +430,50 @@ def _queue_bound(app: Any, options: Mapping[str, Any]) -> str | None:
     )
 
 
-def _queue_name(queue: Any, subscription: Subscription) -> str:
+def _queue_name(queue: Any, handler: str) -> str:
     name = getattr(queue, "name", queue)
     if not isinstance(name, str):
         raise ConfigurationError(
-            f"{subscription.handler} goes to the queue {name!r:.100}; give the name of a queue."
+            f"{handler} goes to the queue {name!r:.100}; give the name of a queue."
         )
     return name
 
 
-def _declared(app: Any, queue: str, subscription: Subscription) -> str:
-    """Return the name of a queue on the broker; `task_queues` may have an alias for it."""
+def _declared(app: Any, settings: Settings, queue: str, subject: str) -> str:
+    """Return the name of a queue on the broker; `task_queues` may have an alias for it.
+
+    Args:
+        app: The Celery app.
+        settings: The settings of the source.
+        queue: The name.
+        subject: What goes there.
+    """
     try:
         declared = app.amqp.queues[queue]
     except KeyError:
         raise ConfigurationError(
-            f"{subscription.handler} goes to the queue {queue!r}, which is not in task_queues; add "
-            "it, or leave task_create_missing_queues on."
+            f"{subject} goes to the queue {queue!r}, which is not in task_queues; add it, or leave "
+            "task_create_missing_queues on."
         ) from None
     if options := lossy_options(declared):
         raise ConfigurationError(
-            f"{subscription.handler} goes to the queue {queue!r}, which does not keep a change "
+            f"{subject} goes to the queue {queue!r}, which does not keep a change "
             f"until a worker has handled it ({', '.join(options)}); remove that from it in "
             "task_queues, or name another queue."
         )
+    if declared.name == settings.flash_dead_queue:
+        raise ConfigurationError(
+            f"{subject} goes to the queue {declared.name!r}, which is for dead letters and "
+            "consumed by no worker; name another one."
+        )
     return str(declared.name)
+
+
+def name_on_broker(app: Any, queue: str) -> str:
+    """Return the name of a queue on the broker, or the name that was given if there is none."""
+    with suppress(KeyError):
+        return str(app.amqp.queues[queue].name)
+    return queue
 
 
 def _require_kept(app: Any, settings: Settings, subscriptions: Sequence[Subscription]) -> None:

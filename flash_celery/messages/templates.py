@@ -243,28 +243,36 @@ class Templates:
         again: bool = False,
     ) -> None:
         self.task_options = task_options
+        self._app, self._settings = app, settings
+        self._source, self._hold_queues = source, hold_queues
         self._by_options: dict[tuple[str, str], Template] = {}
         for subscription, operation in task_options:
             for options in task_options.all_of(subscription, operation):
-                shared = _shared(subscription, options)
-                if shared in self._by_options:
-                    continue
-                # Lanes are paused where they are, so that nothing is reordered.
-                held = hold_queues if subscription.ordered is None else {}
-                self._by_options[shared] = Template(
-                    app,
-                    app.tasks[subscription.handler],
-                    options,
-                    subscription.batch,
-                    source,
-                    settings.flash_max_change_size,
-                    held.get(subscription.handler, ""),
-                    settings.flash_max_depth,
-                )
+                self._with(subscription, options)
+        #: The keys of the templates of changes.
+        self.keys = sorted({template.key for template in self._by_options.values()})
         for handler, order in task_options.orders.items():
             (template,) = (each for key, each in self._by_options.items() if key[0] == handler)
             keys = [ordering_keys.get((handler, number)) for number in range(len(order.columns))]
             template.order(order, keys, handler in hold_queues, again)
+
+    def _with(self, subscription: Subscription, options: Mapping[str, Any]) -> Template:
+        """Return the template with these options."""
+        shared, settings = _shared(subscription, options), self._settings
+        if shared not in self._by_options:
+            # Lanes are paused where they are, so that nothing is reordered.
+            held = self._hold_queues if subscription.ordered is None else {}
+            self._by_options[shared] = Template(
+                self._app,
+                self._app.tasks[subscription.handler],
+                options,
+                subscription.batch,
+                self._source,
+                settings.flash_max_change_size,
+                held.get(subscription.handler, ""),
+                settings.flash_max_depth,
+            )
+        return self._by_options[shared]
 
     @property
     def lanes(self) -> list[LaneForm]:
@@ -273,6 +281,22 @@ class Templates:
 
     def __getitem__(self, key: tuple[Subscription, Operation]) -> Template:
         return self._by_options[_shared(key[0], self.task_options[key])]
+
+    def backfilled(
+        self, subscription: Subscription, operation: Operation, queue: str | None
+    ) -> Template:
+        """Return the template for what a backfill delivers.
+
+        Args:
+            subscription: The subscription.
+            operation: The operation.
+            queue: The queue of the backfill; None for that of the handler's changes. Lanes have
+                none.
+        """
+        if queue is None or subscription.ordered is not None:
+            return self[subscription, operation]
+        options = self.task_options[subscription, operation]
+        return self._with(subscription, {**options, "queue": queue})
 
     def of(self, message: Message) -> Template | None:
         """Return the template that made a message, or the one that its dead letter replaces.
@@ -283,11 +307,6 @@ class Templates:
             if template.key == message.form.template:
                 return template
         return None
-
-    @property
-    def keys(self) -> list[str]:
-        """The keys of all templates."""
-        return sorted({template.key for template in self._by_options.values()})
 
 
 def _shared(subscription: Subscription, options: Mapping[str, Any]) -> tuple[str, str]:

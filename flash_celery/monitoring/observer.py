@@ -16,6 +16,7 @@ from typing import Any
 
 import psycopg
 
+from ..backfill import requests
 from ..commands import status
 from ..commands.status import DatabaseStatus
 from ..commands.worker_checks import unhandled
@@ -107,6 +108,7 @@ class Observer:
                 self._connection = connect(self._settings.require_dsn(), _PATIENCE)
             source = Source(self._connection, self._settings)
             self._database = status.database_status(source)
+            self._task_options.add_backfill_queues(requests.queues(source))
             self._lanes = source.lanes
             self._database_error = None
         except (FlashError, psycopg.Error) as error:
@@ -123,7 +125,7 @@ class Observer:
         lanes: list[HandlerLanes] = []
         try:
             hold_queues = [handler.queue for handler in self._database.paused_handlers]
-            depths = self._broker.depths(hold_queues)
+            depths = self._broker.depths([*hold_queues, *self._task_options.queues])
             newest = self._broker.newest_dead(depths[self._settings.flash_dead_queue])
             lanes = self._broker.lanes(self._lanes, ordered_handlers(self._subscriptions))
         except FlashError as failure:

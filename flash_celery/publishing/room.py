@@ -24,13 +24,17 @@ class Room:
         queues: The names of the queues, or of the lanes' keys.
         batch: How many rows are in one message.
         ahead: How many messages may wait; 0 for twice as many as a worker prefetches.
+        longest: At how many messages a queue holds up the stream; 0 for never.
     """
 
-    def __init__(self, app: Any, queues: Sequence[str], batch: int, ahead: int = 0) -> None:
+    def __init__(
+        self, app: Any, queues: Sequence[str], batch: int, ahead: int = 0, longest: int = 0
+    ) -> None:
         self._app = app
         self._queues = queues
         self._batch = batch
-        self._ahead = min(ahead or 2 * _prefetched(app), MOST_MESSAGES)
+        most = min(MOST_MESSAGES, longest or MOST_MESSAGES)
+        self._ahead = min(ahead or 2 * _prefetched(app), most)
         self._publisher: Publisher | None = None
 
     @property

@@ -80,6 +80,8 @@ class Claim:
     oversize: Oversize | None = None
     #: The lanes of ordered handlers.
     lanes: Sequence[LaneForm] = ()
+    #: Queues to declare, beside those of every session.
+    queues: Sequence[Any] = ()
 
 
 class PublishingThread(threading.Thread):
@@ -153,7 +155,7 @@ class PublishingThread(threading.Thread):
         """
         with self._changed:
             self._session, self._claiming, self._deduplicator = claim, True, None
-            self._opened = self._opened and not claim.hold_queues.queues
+            self._opened = self._opened and not (claim.hold_queues.queues or claim.queues)
             self._changed.notify_all()
 
     def put(self, batch: PublishBatch) -> None:
@@ -434,7 +436,9 @@ class PublishingThread(threading.Thread):
         self._last_used = time.monotonic()
         if not self._opened:
             with self._outage.warn_if_slow(self._idle_seconds):
-                self._publisher.open([*self._queues, *self._session.hold_queues.queues])
+                session = self._session
+                queues = [*self._queues, *session.queues, *session.hold_queues.queues]
+                self._publisher.open(queues)
             self._opened = True
 
     def _handle_failure(self, error: PublishError, unconfirmed: Sequence[Message]) -> None:

@@ -64,7 +64,7 @@ from ..messages.batcher import Batcher, BatcherSink
 from ..messages.deduplication import Lease
 from ..messages.sent_tasks import SentTasks
 from ..messages.task_message import Message
-from ..messages.task_options import TaskOptions
+from ..messages.task_options import TaskOptions, name_on_broker
 from ..messages.templates import Templates
 from ..postgres import slots
 from ..postgres.connection import is_standby, raise_if_fatal, unreachable
@@ -168,9 +168,11 @@ class Replicator:
                 f"{', '.join(self._task_options.orders)} has ordered=, for which the broker must "
                 "be Redis, Valkey or RabbitMQ; remove ordered=, or set broker_url to one of these."
             )
+        #: The queues that every session declares. Recorded backfills may add others.
+        self._declared = self._task_options.queues
         self._publishing = PublishingThread(
             publisher,
-            [app.amqp.queues[name] for name in self._task_options.queues],
+            [app.amqp.queues[name] for name in self._declared],
             self.control,
             settings.flash_status_interval,
             settings.flash_max_queue_length,
@@ -457,6 +459,7 @@ class Replicator:
 
     def _read_pauses(self, source: Source) -> Templates:
         """Read the pauses, and return templates that send held messages to hold queues."""
+        self._task_options.add_backfill_queues(requests.queues(source))
         self._pauses.read(source, self._task_options)
         return Templates(
             self._app,
@@ -493,7 +496,9 @@ class Replicator:
         lease = self._lease(source, templates)
         lease.refills, lease.lost = self._on_lost_broker == "refill", refill is not None
         hold_queues = self._pauses.hold_queues
-        claim = Claim(lease, self._progress, hold_queues, oversize, templates.lanes)
+        names = self._task_options.queues
+        queues = [self._app.amqp.queues[name] for name in names if name not in self._declared]
+        claim = Claim(lease, self._progress, hold_queues, oversize, templates.lanes, queues)
         if templates.lanes and templates.lanes[0].transport is lane_transports.RABBITMQ:
             self._sweeper.watch(templates.lanes)
         watch = SlotWatch(source, stream.pid, self._progress, telemetry=self.telemetry)
@@ -517,7 +522,7 @@ class Replicator:
         pipeline.transactions.observe(lambda rows: backfills.observe(rows, doing))
         for backfill in doing:
             backfilling = self._backfilling(
-                backfill, backfills, source, catalog, sink, templates, lease
+                backfill, backfills, source, catalog, batcher, templates, claim
             )
             if backfilling is not None:
                 pipeline.transactions.observe(backfilling.observe)
@@ -553,22 +558,35 @@ class Replicator:
         backfills: Backfills,
         source: Source,
         catalog: RelationCatalog,
-        sink: Sink,
+        batcher: Batcher,
         templates: Templates,
-        lease: Lease,
+        claim: Claim,
     ) -> Backfilling | None:
-        """Return a backfill for the session to do beside reading; None if it has to be paused."""
+        """Return a backfill for the session to do beside reading.
+
+        None if it has to be paused, or if only the next session declares its queue.
+        """
         subscriptions = backfills.subscriptions_of(backfill)
-        queues = self._backfilled_queues(templates, backfill.handler)
         try:
             if not subscriptions:
                 raise CatalogError(requests.absence_of(backfill))
+            queue = self._backfill_queue(backfill)
+            declared = [*self._declared, *(str(each.name) for each in claim.queues)]
+            if queue is not None and queue not in declared:
+                return None
+            queues = self._backfilled_queues(templates, backfill)
             if self._settings.flash_push_down:
                 raise CatalogError("With flash_push_down the stream lacks rows that it needs.")
             batch = subscriptions[0].batch
             ordered = subscriptions[0].ordered is not None
             size = 1 if batch is None or ordered else batch.size
-            room = Room(self._app, queues, size, self._settings.flash_backfill_ahead)
+            room = Room(
+                self._app,
+                queues,
+                size,
+                self._settings.flash_backfill_ahead,
+                self._settings.flash_max_queue_length,
+            )
             moved, history = backfills.moved_of(backfill), self._history
             return Backfilling(
                 source,
@@ -576,21 +594,37 @@ class Replicator:
                 subscriptions,
                 of_ends(self._subscriptions, backfill.handler),
                 catalog,
-                sink,
+                BatcherSink(batcher, templates, queue),
                 history,
                 room,
                 moved,
-                lease.binding,
+                claim.lease.binding,
             )
-        except CatalogError as error:
+        except (CatalogError, ConfigurationError) as error:
             requests.enter(source.connection, backfill.id, "paused", requests.ACTIVE, str(error))
             logger.warning("The backfill %s is paused: %s", backfill.id, error)
             return None
 
-    def _backfilled_queues(self, templates: Templates, handler: str) -> list[str]:
-        """Return the lanes of a handler, or else its queues."""
+    def _backfill_queue(self, backfill: Backfill) -> str | None:
+        """Return the queue that a backfill has of its own, if any.
+
+        Raises:
+            ConfigurationError: The rows cannot go there any more.
+        """
+        name = backfill.options.get("queue")
+        if name is None:
+            return None
+        return self._task_options.add_backfill_queue(backfill.handler, name)
+
+    def _backfilled_queues(self, templates: Templates, backfill: Backfill) -> list[str]:
+        """Return the lanes that a backfill fills, or else its queues."""
+        handler = backfill.handler
         lanes = [form.key for form in templates.lanes if form.handler == handler]
-        return lanes or self._task_options.queues_for(handler)
+        if lanes:
+            return lanes
+        if (own := backfill.options.get("queue")) is not None:
+            return [name_on_broker(self._app, own)]
+        return self._task_options.change_queues_for(handler)
 
     def _refill(
         self, source: Source, catalog: RelationCatalog, sink: Sink, tasks: SentTasks

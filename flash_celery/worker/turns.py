@@ -42,8 +42,8 @@ class Turns:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        #: Returns the queues, or the lanes, of a handler.
-        self.queues_of: Callable[[str], Collection[str]] = lambda _: ()
+        #: Returns the queues, or the lanes, that a backfill fills.
+        self.queues_of: Callable[[Backfill], Collection[str]] = lambda _: ()
         self._turns: dict[str, _Turn] = {}
         #: The ids of those that the session does.
         self.doing: Collection[str] = ()
@@ -63,7 +63,7 @@ class Turns:
         chosen: list[Backfill] = []
         taken: set[str] = set()
         for backfill in sorted(active, key=place):
-            queues = self.queues_of(backfill.handler)
+            queues = self.queues_of(backfill)
             if len(chosen) < _MOST and taken.isdisjoint(queues):
                 chosen.append(backfill)
                 taken.update(queues)

@@ -301,6 +301,38 @@ def test_backfill_of_an_ordered_handler_goes_through_its_lanes(shop):
     assert sorted(effects) == sorted(note["id"] for note in notes)
 
 
+def test_backfill_with_a_queue_of_its_own_delays_no_change(shop):
+    """Also if its handler was paused, and no worker consumes that queue yet."""
+    shop.database.execute("INSERT INTO items SELECT n, n FROM generate_series(1, 30) n")
+    conf = json.dumps({"flash_backfill_ahead": 100})
+    worker = shop.replicate(SHOP_CONF=conf)
+    shop.worker(queues="flash,cleanup")
+    refused = flash(shop, "backfill", "each", "--queue", "flash.dead", code=2)
+    assert "is for dead letters" in refused
+    assert backfills(shop) == []
+    flash(shop, "pause", "each")
+    flash(shop, "backfill", "each", "--queue", "rows", "--truncate", "--wait")
+    flash(shop, "resume", "each")
+    shop.until_said(worker, "Moved 31 held messages")
+    shop.database.execute("UPDATE items SET note = 'new' WHERE id = 7")
+    (note,) = shop.until_noted(1)
+    assert note["operation"] == "update"
+    assert "to the queue rows, which no worker consumes" in flash(shop, "status")
+    assert (
+        "no worker consumes rows, so backfilled rows wait there"
+        in shop.run("flash", "doctor").stdout
+    )
+    resumed = "SELECT bool_or(obj_description(oid) ~ '\"resuming\": {}') FROM pg_publication"
+    wait_until(lambda: shop.database.one(resumed), "the end of the pause to be noted", 60)
+    assert "in the queue rows" in flash(shop, "wait", "--timeout", "0.1", code=1)
+    shop.worker(queues="rows")
+    flash(shop, "wait")
+    notes = shop.notes()
+    assert notes[1]["operation"] == "truncate"
+    assert sorted(note["key"]["id"] for note in notes[2:]) == list(range(1, 31))
+    assert all(note["id"].startswith("backfill/") for note in notes[1:])
+
+
 def test_backfill_among_writers_ends_with_the_state_of_the_table(mirrored, consumer):
     mirrored.replicate()
     with Writers(mirrored.database.dsn):
@@ -390,7 +422,8 @@ def test_another_worker_takes_a_backfill_over_and_repeats_nothing(mirrored, cons
 
 def test_new_handler_is_backfilled_once(mirrored, consumer):
     """Also if the worker dies, and the handler is taken out and put back."""
-    wish = {"SHOP_BACKFILL": '{"chunk": 100, "rate": 2000, "truncate": true}', "SHOP_ENDS": "1"}
+    backfill = {"chunk": 100, "rate": 2000, "truncate": True, "queue": "rows"}
+    wish = {"SHOP_BACKFILL": json.dumps(backfill), "SHOP_ENDS": "1"}
     first = mirrored.replicate(**wish)
     wait_until(lambda: [each for each in backfills(mirrored) if each["rows"]], "a chunk", 60)
     mirrored.end(first, signal.SIGKILL)
@@ -402,9 +435,11 @@ def test_new_handler_is_backfilled_once(mirrored, consumer):
     mirrored.database.execute("DELETE FROM items WHERE id = 7")
     drained(mirrored)
     (done,) = backfills(mirrored)
-    changes = consumer.changes()
+    with consuming(mirrored, "rows") as rows:
+        backfilled = rows.changes()
+    changes = [*backfilled, *consumer.changes()]
     assert applied(changes) == table(mirrored)
-    backfilled = [change for change in changes if change.backfill == done["id"]]
+    assert {change.backfill for change in backfilled} == {done["id"]}
     assert [change.operation.names()[0] for change in backfilled].count("truncate") == 1
     assert isinstance(backfilled[0], Truncate)
     end = backfilled[-1]

@@ -49,6 +49,7 @@ def test_handler_is_backfilled_as_it_says(declare, backfill, wish):
         ([], {"backfill": "yes"}, "backfill is True, False or a Backfill, not 'yes'"),
         ([], {"backfill": Backfill(rate=0)}, "rate=0; it is rows a second, above 0"),
         ([], {"backfill": Backfill(chunk=True)}, "chunk=True; it is a number of rows from 1 to"),
+        ([], {"backfill": Backfill(queue=" ")}, "queue=' '; it is the name of a Celery queue"),
         (["update|delete"], {"backfill": True}, "needs a handler of insert, because rows are"),
         (
             ["insert|update"],

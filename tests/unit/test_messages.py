@@ -12,7 +12,7 @@ from kombu.common import Broadcast
 from kombu.serialization import register, registry
 from kombu.utils import json as kombu_json
 
-from flash_celery import on_change, on_message
+from flash_celery import Backfill, on_backfill_end, on_change, on_message
 from flash_celery.changes import json_codec
 from flash_celery.changes.change import Operation
 from flash_celery.changes.payload import Delivery
@@ -22,8 +22,12 @@ from flash_celery.errors import ConfigurationError, SubscriptionError
 from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.messages import sent_tasks
 from flash_celery.messages.sent_tasks import SentTask
+from flash_celery.messages.task_options import TaskOptions
+from flash_celery.messages.templates import Templates
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
+from flash_celery.publishing.hold_queues import restored
+from flash_celery.settings import Settings
 from flash_celery.transactional_tasks.records import TaskRecord
 from tests.unit.builders import templates_of
 
@@ -269,6 +273,73 @@ def test_queue_that_does_not_keep_changes_is_refused(make, queue, option):
     message = rf"shop\.handle goes to the queue 'flash', which does not keep .* \({option}\);"
     with pytest.raises(ConfigurationError, match=message):
         make(conf={"task_queues": [queue]})
+
+
+@pytest.fixture
+def backfilled(new_app):
+    """Makes the templates, by operation, of a handler whose backfilled rows go to "rows"."""
+
+    def make(queue="rows", held=None, conf=None, **options):
+        app = new_app(broker_url="memory://", **(conf or {}))
+
+        @on_backfill_end()
+        @on_change("orders", backfill=Backfill(queue=queue), **options)
+        @app.task(name="shop.handle")
+        def handle(change):
+            pass
+
+        app.finalize()
+        settings, subscriptions = Settings.from_app(app), subscriptions_of(app)
+        task_options = TaskOptions(app, settings, subscriptions)
+        return Templates(app, settings, task_options, hold_queues=held or {}), subscriptions
+
+    return make
+
+
+def test_rows_of_a_backfill_go_to_a_queue_of_their_own(backfilled):
+    templates, (changes, end) = backfilled()
+    keys, options = list(templates.keys), templates.task_options
+    for subscription, operation in [(changes, INSERT), (end, Operation.MESSAGE)]:
+        template = templates.backfilled(subscription, operation, "rows")
+        (message,) = template.each(DELIVERY)
+        assert (message.queue, templates[subscription, operation].queue) == ("rows", "flash")
+        assert templates.of(message) is template  # for its dead letter
+    # Positions on Redis outlive the backfill.
+    assert templates.keys == keys
+    assert options.queues == options.queues_for("shop.handle") == ["flash", "rows"]
+    assert options.change_queues_for("shop.handle") == ["flash"]
+    assert templates.backfilled(changes, INSERT, None) is templates[changes, INSERT]
+
+
+def test_held_row_of_a_backfill_comes_back_to_its_queue(backfilled):
+    templates, (changes, _) = backfilled(held={"shop.handle": "held"})
+    (message,) = templates.backfilled(changes, INSERT, "rows").each(DELIVERY)
+    assert message.queue == "held"
+    held = SimpleNamespace(
+        headers=message.headers,
+        properties=message.properties,
+        body=message.body,
+        content_type="application/json",
+        content_encoding="utf-8",
+    )
+    assert restored(templates.task_options.queues_for("shop.handle"), held).queue == "rows"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"ordered": True}, "has ordered=, so its rows go through its lanes"),
+        ({"queue": "flash.dead"}, "which is for dead letters and consumed by no worker"),
+        ({"conf": {"task_queues": [Queue("rows", message_ttl=9)]}}, r"not keep .* \(message_ttl\)"),
+        (
+            {"conf": {"task_create_missing_queues": False, "task_queues": [Queue("flash")]}},
+            "A backfill of shop.handle goes to the queue 'rows', which is not in task_queues",
+        ),
+    ],
+)
+def test_queue_that_cannot_take_the_rows_of_a_backfill_is_refused(backfilled, options, reason):
+    with pytest.raises(ConfigurationError, match=reason):
+        backfilled(**options)
 
 
 def test_queue_that_refuses_messages_or_dies_with_the_broker_is_not_refused(make):

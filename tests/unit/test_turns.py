@@ -16,7 +16,7 @@ class World:
     def __init__(self, *names):
         self.time, self.chunks = 1000.0, dict.fromkeys(names, 0)
         self.turns = Turns(lambda: self.time)
-        self.turns.queues_of = lambda handler: [handler[0]]
+        self.turns.queues_of = lambda backfill: [backfill.handler[0]]
 
     def doing(self, seconds=0.0, going_on=""):
         """What is done after some seconds, in which some of them get a chunk confirmed."""
