@@ -59,14 +59,24 @@ def missing(what):
     (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{what} is not on this machine")
 
 
+@pytest.fixture(autouse=True)
+def default_app_is_unused():
+    """Celery's default app lives as long as the process, and would get the tasks of all tests."""
+    yield
+    default = celery._state.default_app
+    assert default is None or not default.finalized, "this test, or one before, needs new_app"
+
+
 @pytest.fixture
 def new_app(monkeypatch):
     """Makes Celery apps; no shared tasks come from or go to other tests."""
     monkeypatch.setattr(celery._state, "_on_app_finalizers", set(celery._state._on_app_finalizers))
+    monkeypatch.setattr(celery._state, "default_app", celery._state.default_app)
     apps = []
 
     def make(name="shop", **conf):
         app = Celery(name, set_as_current=True)
+        app.set_default()  # as the commands do; other threads have no current app
         app.conf.update(conf)
         apps.append(app)
         return app
