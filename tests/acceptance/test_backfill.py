@@ -301,6 +301,7 @@ def test_backfill_of_an_ordered_handler_goes_through_its_lanes(shop):
     assert sorted(effects) == sorted(note["id"] for note in notes)
 
 
+@pytest.mark.soak
 def test_backfill_with_a_queue_of_its_own_delays_no_change(shop):
     """Also if its handler was paused, and no worker consumes that queue yet."""
     shop.database.execute("INSERT INTO items SELECT n, n FROM generate_series(1, 30) n")

@@ -1,6 +1,7 @@
 """Redis loses what it had confirmed, and `flash_on_lost_broker = "refill"` enqueues it again."""
 
 import json
+import re
 import signal
 import threading
 from contextlib import closing, contextmanager
@@ -91,7 +92,9 @@ def test_flushall_in_the_middle_of_a_load_ends_with_every_change_handled(refilli
     until_handled(shop, 1010)
     until_handled(shop, 1010, "many")
     assert log(replicate).count(STARTED) == log(replicate).count(ENDED) == 1
-    assert "where flash_replay_window begins" in log(replicate)
+    # On a slow machine the queues may have been empty between two of its commits.
+    begins = "where (flash_replay_window begins|all queues were seen empty)"
+    assert re.search(begins, log(replicate))
     assert_same_ids(shop)
     assert "refill" not in recorded(shop)
 

@@ -269,7 +269,7 @@ def test_commit_that_waits_for_the_worker_continues_with_another_standby(flash, 
             writer.start()
             writer.join(60)
             assert not writer.is_alive(), caplog.text
-            assert "waits for this worker as its synchronous standby" in caplog.text
+            flash.wait(lambda: "waits for this worker as its synchronous" in caplog.text)
             flash.do("INSERT INTO items VALUES (6, 'b', 8)")
             assert [change.new["size"] for change in flash.delivered()] == [7, 8]
     finally:
