@@ -16,6 +16,6 @@ def test_django_tests_pass_in_a_process_of_their_own():
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
