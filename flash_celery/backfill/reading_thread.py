@@ -243,9 +243,8 @@ class ReadingChunks(threading.Thread):
 
     def run(self) -> None:
         """Read until the table ends, the backfill is paused or stopped, or `end`."""
-        with _SHORT_TURNS:
+        with closing(self._room), _SHORT_TURNS:
             self._read()
-        self._room.close()
 
     def _read(self) -> None:
         while not self._ending.is_set():

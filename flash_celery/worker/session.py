@@ -242,8 +242,8 @@ class Session:
         if not listening:
             self._received_at = now  # bytes of the server may wait unread
         # Nor is the server silent while this process stands still, as for a row of 100 MB.
-        self._received_at += max(0.0, now - self._iterated_at - self._status_interval)
-        self._iterated_at = now
+        stood_still = max(0.0, now - self._iterated_at - self._status_interval)
+        self._received_at, self._iterated_at = min(now, self._received_at + stood_still), now
         if ended:
             return
         overdue = now - self._status_sent_at >= self._status_interval

@@ -143,7 +143,7 @@ def test_backfill_delivers_rows_of_a_hundred_megabytes(on_server):
         shop.database.execute(
             "UPDATE items SET note = repeat(name, 100000000 / length(name)) WHERE id IN (1, 50)"
         )
-        # Meanwhile the process may not read the stream for seconds.
+        # The process may not read the stream for seconds while it encodes such a row.
         shop.replicate(SHOP_CONF=json.dumps({"flash_status_interval": 10}))
         flash(shop, "backfill", "mirror", "--where", "id__lte=60", "--wait")
         found = handled(shop)
