@@ -376,7 +376,12 @@ def test_backfill_begins_again_if_redis_loses_its_rows(mirrored, consumer):
     mirrored.until_said(process, "the broker has lost rows that it had confirmed")
     wait_until(lambda: state(mirrored) == "done", "the backfill", 60)
     drained(mirrored)
-    assert applied(consumer.changes()) == table(mirrored)
+    changes, chunks = consumer.changes(), of_first(mirrored, "chunks")
+    assert applied(changes) == table(mirrored)
+    consumer.client.flushall()  # after its end nothing of it is read again
+    mirrored.database.execute("DELETE FROM items WHERE id = 1")
+    drained(mirrored)
+    assert (state(mirrored), of_first(mirrored, "chunks")) == ("done", chunks)
 
 
 def test_backfill_goes_on_after_its_connection_was_cut(mirrored, consumer):
@@ -528,6 +533,8 @@ def test_backfill_is_paused_resumed_and_stopped(mirrored, consumer):
     (shown,) = json.loads(flash(mirrored, "status", "--json"))["backfills"]
     assert shown["id"] == under_way["id"]
     assert "is paused" in flash(mirrored, "backfill", "pause", under_way["id"])
+    others = "FROM pg_locks WHERE relation = 'items'::regclass AND pid <> pg_backend_pid()"
+    wait_until(lambda: mirrored.database.one(f"SELECT count(*) = 0 {others}"), "no lock", 60)
     refused = flash(mirrored, "backfill", "mirror", code=2)
     assert f"stop it by `flash backfill stop {under_way['id']}`" in refused
     assert "goes on" in flash(mirrored, "backfill", "resume", under_way["id"])

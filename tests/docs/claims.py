@@ -19,7 +19,16 @@ ROOT = Path(__file__).parents[2]
 
 def proofs(page):
     """Return {heading: {first words: tests}} for a page."""
-    return tomllib.loads((ROOT / "docs" / "claims.toml").read_text())[page]
+    return _read()[page]
+
+
+def pages():
+    """Return the pages that have claims."""
+    return set(_read())
+
+
+def _read():
+    return tomllib.loads((ROOT / "docs" / "claims.toml").read_text())
 
 
 def section_of(text, heading):
