@@ -13,7 +13,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import psycopg
 
@@ -41,7 +41,7 @@ from ..changes.payload import (
 from ..changes.rows import ChunkTransaction, Table, Transaction
 from ..errors import CatalogError, ConfigurationError
 from ..escaping import escaped, one_line
-from ..handlers.subscriptions import Subscription
+from ..handlers.subscriptions import Subscription, of_ends
 from ..messages.deduplication import CHUNK_ID_BYTES, chunk_of
 from ..postgres import catalog
 from ..postgres.catalog import PARTITIONED, CatalogTable
@@ -66,20 +66,36 @@ _RECORDING_SECONDS = 2.0
 _REPLACED = "the table was replaced, or has another key"
 
 
+class Receivers(NamedTuple):
+    """The subscriptions that a backfill delivers to."""
+
+    #: Those of its handler to its table.
+    rows: Sequence[Subscription]
+    #: Those to its end.
+    end: Sequence[Subscription]
+
+
+class Stamp(NamedTuple):
+    """What identifies the deliveries of all backfills of a session."""
+
+    #: The server's history, which the messages carry.
+    history: History | None
+    #: That of the session's lease: the broker forgets chunks of another.
+    binding: str
+
+
 class Backfilling:
     """One backfill, in one session.
 
     Args:
         source: The source.
         backfill: The request.
-        subscriptions: Those of its handler to its table.
-        ends: Those to its end.
+        receivers: The subscriptions that it delivers to.
         relations: Describes relations.
         sink: Takes the deliveries.
-        history: The server's history, which the messages carry.
         room: The room in the handler's queues.
         moved: Learn which rows of each leaf have been delivered, by its OID.
-        binding: That of the session's lease.
+        stamp: What identifies its deliveries.
 
     Raises:
         CatalogError: The table is gone, or its rows have no key.
@@ -89,20 +105,18 @@ class Backfilling:
         self,
         source: Source,
         backfill: Backfill,
-        subscriptions: Sequence[Subscription],
-        ends: Sequence[Subscription],
+        receivers: Receivers,
         relations: RelationCatalog,
         sink: Sink,
-        history: History | None,
         room: Room,
         moved: Mapping[int, MovedRows],
-        binding: str,
+        stamp: Stamp,
     ) -> None:
         self._moved = moved
-        self._binding = binding.encode()
+        self._binding = stamp.binding.encode()
         self._source = source
         self._backfill = backfill
-        self._history = history
+        self._history = stamp.history
         self._room = room
         name = TableName.parse(backfill.table_name)
         table, leaves = catalog.find(source.connection, name), _leaves(source, backfill)
@@ -112,9 +126,9 @@ class Backfilling:
         # A partition that has come since then is noted by the next session.
         self._leaves = {oid: leaf for oid, leaf in leaves.items() if oid in moved}
         self._writes = {oid: RecentWrites(identity_of(leaf)) for oid, leaf in self._leaves.items()}
-        self._ends = () if backfill.options.get("where") else ends
+        self._ends = () if backfill.options.get("where") else receivers.end
         self._sink = _RowSink(sink)
-        self._router = Router(subscriptions, _Settled(relations), self._sink)
+        self._router = Router(receivers.rows, _Settled(relations), self._sink)
         self._relation: Relation | None = None
         self._reading: ReadingChunks | None = None
         #: The chunk that waits for its place.
@@ -361,19 +375,20 @@ class Backfills:
     def begin(self) -> list[Backfill]:
         """Return the backfills that the session is to do."""
         with suppress(psycopg.ProgrammingError):  # it is reported below
-            requests.resume_present(self._source, lambda each: bool(self.subscriptions_of(each)))
+            requests.resume_present(self._source, lambda each: bool(self.receivers_of(each).rows))
         chosen = self._choose()
         self._turns.doing = [each.id for each in chosen]
         return chosen
 
-    def subscriptions_of(self, backfill: Backfill) -> list[Subscription]:
-        """Return the subscriptions of a backfill's handler to its table."""
+    def receivers_of(self, backfill: Backfill) -> Receivers:
+        """Return the subscriptions that a backfill delivers to; no rows if its handler is gone."""
         table = TableName.parse(backfill.table_name)
-        return [
+        rows = [
             subscription
             for subscription in self._subscriptions
             if subscription.handler == backfill.handler and subscription.is_on(table)
         ]
+        return Receivers(rows, of_ends(self._subscriptions, backfill.handler))
 
     def _choose(self) -> list[Backfill]:
         """Return the backfills to do now; none if their tables cannot be read."""

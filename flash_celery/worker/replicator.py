@@ -58,7 +58,7 @@ from ..errors import (
     SpoolError,
 )
 from ..escaping import escaped
-from ..handlers.subscriptions import Subscription, of_ends
+from ..handlers.subscriptions import Subscription
 from ..messages import lane_transports
 from ..messages.batcher import Batcher, BatcherSink
 from ..messages.deduplication import Lease
@@ -81,7 +81,7 @@ from ..settings import Settings
 from ..telemetry import CONNECTING, STANDBY, STOPPING, STREAMING, WAITING, Telemetry
 from ..transactional_tasks import records, signing
 from ..transactional_tasks.signing import Database, Verifier
-from .backfilling import Backfilling, Backfills
+from .backfilling import Backfilling, Backfills, Stamp
 from .control import Control, Stopped
 from .lane_sweeper import LaneSweeper
 from .lost_tables import LostTables
@@ -566,9 +566,9 @@ class Replicator:
 
         None if it has to be paused, or if only the next session declares its queue.
         """
-        subscriptions = backfills.subscriptions_of(backfill)
+        receivers = backfills.receivers_of(backfill)
         try:
-            if not subscriptions:
+            if not receivers.rows:
                 raise CatalogError(requests.absence_of(backfill))
             queue = self._backfill_queue(backfill)
             declared = [*self._declared, *(str(each.name) for each in claim.queues)]
@@ -577,8 +577,8 @@ class Replicator:
             queues = self._backfilled_queues(templates, backfill)
             if self._settings.flash_push_down:
                 raise CatalogError("With flash_push_down the stream lacks rows that it needs.")
-            batch = subscriptions[0].batch
-            ordered = subscriptions[0].ordered is not None
+            batch = receivers.rows[0].batch
+            ordered = receivers.rows[0].ordered is not None
             size = 1 if batch is None or ordered else batch.size
             room = Room(
                 self._app,
@@ -587,18 +587,15 @@ class Replicator:
                 self._settings.flash_backfill_ahead,
                 self._settings.flash_max_queue_length,
             )
-            moved, history = backfills.moved_of(backfill), self._history
             return Backfilling(
                 source,
                 backfill,
-                subscriptions,
-                of_ends(self._subscriptions, backfill.handler),
+                receivers,
                 catalog,
                 BatcherSink(batcher, templates, queue),
-                history,
                 room,
-                moved,
-                claim.lease.binding,
+                backfills.moved_of(backfill),
+                Stamp(self._history, claim.lease.binding),
             )
         except (CatalogError, ConfigurationError) as error:
             requests.enter(source.connection, backfill.id, "paused", requests.ACTIVE, str(error))

@@ -102,3 +102,20 @@ def test_package_import_loads_neither_the_capture_side_nor_optional_packages():
     assert not loaded & {f"flash_celery.{name}" for name in ("settings", *capture_side)}
     # (kombu imports Django where it is installed, and Celery imports amqp.)
     assert not loaded & {"prometheus_client", "pydantic", "redis", "rich", "sqlalchemy"}
+
+
+#: These take values alone, and no collaborators.
+_OF_VALUES = {"_Builder"}
+
+
+def test_no_constructor_takes_more_than_eight_collaborators():
+    crowded = [
+        kind.name
+        for path in PACKAGE.rglob("*.py")
+        for kind in ast.walk(ast.parse(path.read_text()))
+        if isinstance(kind, ast.ClassDef)
+        for method in kind.body
+        if isinstance(method, ast.FunctionDef) and method.name == "__init__"
+        if len(method.args.args[1:] + method.args.kwonlyargs) > 8
+    ]
+    assert set(crowded) == _OF_VALUES
