@@ -19,8 +19,9 @@ from ..messages.task_options import TaskOptions, name_on_broker
 from ..postgres.gaps import Gap
 from ..postgres.slots import POSITION
 from ..postgres.source import Source
-from ..provisioning import joined, pauses, publications, replay_slot
+from ..provisioning import joined, pauses, publications, refusals, replay_slot
 from ..provisioning.record import Record
+from ..provisioning.refusals import Refusals
 from ..publishing.backpressure import is_full
 from ..publishing.brokers.base import queue_depths
 from ..publishing.brokers.lane_overview import HandlerLanes
@@ -156,6 +157,8 @@ class DatabaseStatus:
     backfills: list[dict[str, Any]] = field(default_factory=list)
     #: The tables of patterns that are not delivered.
     left_out: list[LeftOutTable] = field(default_factory=list)
+    #: The messages with tasks of transactions that were refused; None if there were none.
+    refused: Refusals | None = None
 
     def with_held(self, depths: Mapping[str, int | None]) -> DatabaseStatus:
         """Return this status with the number of held messages, by hold queue."""
@@ -285,6 +288,7 @@ def database_status(source: Source) -> DatabaseStatus:
         ],
         backfills=backfill.recent(source),
         left_out=[LeftOutTable(*each) for each in joined.read(source).left_out],
+        refused=refusals.read(source),
     )
 
 
@@ -357,6 +361,8 @@ def as_text(report: StatusReport) -> list[str]:
     lines += [f"backfill   {backfill.summary(each)}" for each in database.backfills]
     for left in database.left_out:
         lines.append(f"left out   {left.table} for {left.handler}: {left.reason}")
+    if database.refused:
+        lines.append(f"refused    {database.refused}")
     lines += ["", "handlers"]
     width = max((len(row.handler) for row in project.subscriptions), default=0)
     for row in project.subscriptions:

@@ -92,6 +92,8 @@ def render(report: StatusReport, speed: float | None, problem: str) -> Renderabl
     warnings = [problem, report.broker.broker_error or ""]
     warnings += [str(Gap(**gap)) for gap in report.database.gaps]
     warnings += [f"paused: {line}" for line in status.pause_lines(report)]
+    if report.database.refused:
+        warnings.append(f"refused: {report.database.refused}")
     warnings += status.worker_problems(report)
     for warning in filter(None, warnings):
         parts += [Text(), Text(escaped(warning), style="yellow")]

@@ -134,6 +134,21 @@ def comment_step(prefix: str, operation: Operation, text: str | None) -> Step:
     return Step(statement.format(name, sql.Literal(text)), record_only=True)
 
 
+def part(source: Source, operation: Operation, key: str) -> Any:
+    """Return what a key of the comment on one operation's publication has; None if nothing."""
+    try:
+        return json.loads(comment(source, operation) or "")[key]
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def part_step(source: Source, operation: Operation, key: str, value: Any) -> Step:
+    """Return the statement that replaces one key of such a comment, and leaves our others."""
+    text = comment(source, operation) or ""
+    parts = json.loads(text) if is_ours(text) else {}
+    return comment_step(source.prefix, operation, json.dumps({**parts, key: value}))
+
+
 def read_record(source: Source) -> Record | None:
     """Return the record, or None if nothing is recorded yet."""
     record = Record.of_json(comment(source, Operation.INSERT))
@@ -257,7 +272,7 @@ class PublishedTables:
 def published_tables(source: Source) -> PublishedTables | None:
     """Return what `remember_published_tables` has recorded; None if nothing."""
     try:
-        recorded = json.loads(comment(source, Operation.UPDATE) or "")[_TABLES_KEY]
+        recorded = part(source, Operation.UPDATE, _TABLES_KEY)
         tables = {
             TableName(schema, name): (int(oid), list(operations))
             for schema, name, oid, operations in recorded["tables"]
@@ -281,8 +296,7 @@ def remember_published_tables(source: Source, published: PublishedTables) -> Non
     value: dict[str, Any] = {"checked": published.checked, "tables": tables}
     if published.orphans:
         value["orphans"] = sorted(published.orphans)
-    text = json.dumps({_TABLES_KEY: value})
-    ddl.apply(source.connection, [comment_step(source.prefix, Operation.UPDATE, text)])
+    ddl.apply(source.connection, [part_step(source, Operation.UPDATE, _TABLES_KEY, value)])
 
 
 def partition_ancestors(source: Source) -> dict[int, tuple[TableName, ...]]:

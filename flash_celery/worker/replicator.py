@@ -362,6 +362,7 @@ class Replicator:
                     self._trailing_replay_slot(templates),
                 ):
                     session.run()
+                self._refused_tasks.record(source, at_once=True)
         except psycopg.OperationalError as error:
             raise unreachable(error) from error
 
@@ -451,6 +452,7 @@ class Replicator:
             logger.warning(_RESTORED, position, received)
         self._progress, self._history = Progress(), history
         self._samples.clear()
+        self._refused_tasks.begin_again()
 
     @property
     def _system(self) -> str:
@@ -512,6 +514,7 @@ class Replicator:
             self._lost_tables,
             backfills,
             self._open_transactions,
+            self._refused_tasks,
         )
         session = Session(
             stream, source, pipeline, batcher, self._publishing, claim, self.control, supervisor

@@ -6,6 +6,7 @@ import logging
 import time
 from enum import Enum
 
+from ..dead_letters.refused_tasks import RefusedTasks
 from ..postgres.source import Source
 from ..protocol.lsn import Lsn
 from .backfilling import Backfills
@@ -56,6 +57,7 @@ class Supervisor:
         lost_tables: LostTables,
         backfills: Backfills,
         open_transactions: OpenTransactions,
+        refused_tasks: RefusedTasks,
     ) -> None:
         self._source = source
         self._startup = startup
@@ -64,6 +66,7 @@ class Supervisor:
         self._lost_tables = lost_tables
         self._backfills = backfills
         self._open_transactions = open_transactions
+        self._refused_tasks = refused_tasks
         #: Whether the whole source is paused.
         self.paused = pauses.whole_source
         #: When the next check is due, by the monotonic clock.
@@ -90,6 +93,7 @@ class Supervisor:
         self.next_check = now + _CHECK_SECONDS
         self._watch.check(received, listening)
         self._lost_tables.log_counts()
+        self._refused_tasks.record(self._source)
         if self._pauses.changed(self._source) or self._startup.record_lost(self._source):
             if self._record_changed_at is None:
                 self._record_changed_at = now

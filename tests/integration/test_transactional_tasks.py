@@ -16,14 +16,31 @@ from django.utils.functional import empty
 from kombu.utils.json import loads
 
 from flash_celery import transactional
+from flash_celery.changes.rows import Transaction
 from flash_celery.commands.doctor import key_finding
-from flash_celery.commands.status import DatabaseStatus, ProjectStatus, gap_lines
+from flash_celery.commands.status import (
+    DatabaseStatus,
+    ProjectStatus,
+    StatusReport,
+    as_text,
+    broker_status,
+    database_status,
+    gap_lines,
+    project_status,
+)
 from flash_celery.commands.tail import follow, task_as_text
 from flash_celery.dead_letters import letters
 from flash_celery.dead_letters.queue import DeadLetterQueue
+from flash_celery.dead_letters.refused_tasks import RefusedTasks
 from flash_celery.errors import ConfigurationError, TaskRefused, TransactionError
+from flash_celery.messages.task_options import TaskOptions
 from flash_celery.postgres.gaps import Gap
+from flash_celery.postgres.source import connected
+from flash_celery.protocol.lsn import Lsn
+from flash_celery.protocol.pgoutput import LogicalMessage
+from flash_celery.provisioning.record import published_tables
 from flash_celery.settings import Settings
+from flash_celery.telemetry import Telemetry
 from flash_celery.transactional_tasks import records, signing
 from flash_celery.transactional_tasks.signing import Database
 from flash_celery.worker.control import Control
@@ -547,6 +564,53 @@ def test_messages_that_the_application_did_not_sign_are_refused(tasks, caplog):
     assert "secret" not in f"{record.message} {message.body}"
     with pytest.raises(ConfigurationError, match="hold no task; drop them"):
         DeadLetterQueue(tasks.app, "flash.dead").retry([letter], split=False)
+
+
+def test_status_shows_how_many_messages_were_refused_also_after_a_restart(tasks):
+    def forge(content):
+        tasks.do(f"SELECT pg_logical_emit_message(true, 'flash.task', '{content}')")
+
+    def status():
+        settings = tasks.replicator._settings
+        options = TaskOptions(tasks.app, settings, [])
+        with connected(settings) as source:
+            database = database_status(source)
+        broker = broker_status(settings, options, {}, None)
+        return StatusReport(project_status(settings, options), database, broker, None)
+
+    assert status().as_json()["refused"] is None
+    forge("secret")
+    tasks.wait(lambda: status().database.refused is not None)
+    forge("secret of its successor")
+    tasks.stop()  # before it is due
+    assert status().as_json()["refused"]["count"] == 2
+    tasks.start()
+    forge("secret")
+    tasks.wait(lambda: status().database.refused.count == 3)
+    (line,) = [line for line in as_text(status()) if line.startswith("refused")]
+    assert line.startswith("refused    3 messages with tasks since 20")
+    assert line.endswith(": it is not signed")
+    assert "secret" not in str(status().as_json())
+    with connected(tasks.replicator._settings) as source:
+        assert published_tables(source) is not None, "the other part of the comment is kept"
+
+
+def test_refused_message_that_is_read_again_is_counted_once_and_reported_again(app):
+    telemetry = Telemetry()
+    refused = RefusedTasks(app, "dead", telemetry, clock=lambda: 0.0)
+
+    def read(commit, place):
+        message = LogicalMessage(None, True, Lsn(place), "flash.task", b"forged")
+        return refused.refuse(message, Transaction(Lsn(commit), 1, 0), "it is not signed")
+
+    first = read(10, 1)
+    assert [read(10, 2), read(20, 3)] == [None, None]
+    # The session ends before anything is acknowledged.
+    assert [read(10, 1).id, read(10, 2), read(20, 3)] == [first.id, None, None]
+    assert telemetry.refused_tasks == 3
+    refused.begin_again()
+    assert read(10, 1) is None
+    assert telemetry.refused_tasks == 4
 
 
 def test_message_that_is_too_large_is_refused_before_its_signature_is_computed():

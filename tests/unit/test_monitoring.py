@@ -124,6 +124,7 @@ def test_keys_of_status_are_promised(observer):
     assert keys == [
         *("source", "other_sources", "slot_name", "subscriptions", "carries_tasks"),
         *("slot", "history", "gaps", "paused", "paused_handlers", "backfills", "left_out"),
+        "refused",
         *("queues", "max_queue_length", "dead_letters", "broker_error", "lanes"),
         "unhandled",
     ]

@@ -25,6 +25,9 @@ class Source(SimpleNamespace):
     confirmed = Lsn(0)
     streaming = OpenTransactions(wanted=True)
 
+    def record(self, source):
+        pass
+
     def requested(self):
         return self.backfill
 
@@ -49,7 +52,9 @@ def source():
 
 @pytest.fixture
 def check(source):
-    supervisor = Supervisor(source, source, source, source, LostTables(), source, source.streaming)
+    supervisor = Supervisor(
+        source, source, source, source, LostTables(), source, source.streaming, source
+    )
 
     def check(now, transaction_open=False):
         reason = supervisor.check(now, Lsn(1), True, transaction_open)
