@@ -13,6 +13,7 @@ from ..escaping import escaped, one_line
 from ..handlers.subscriptions import Subscription
 from ..postgres.source import Source
 from . import plans, requests
+from .requests import Backfill
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +32,8 @@ class NewHandlers:
     """
 
     def __init__(self, subscriptions: Sequence[Subscription]) -> None:
-        self._wanting = {
-            (each.handler, str(each.table)): each for each in subscriptions if each.backfill
-        }
+        wanting = {_pair(each) for each in subscriptions if each.backfill}
+        self._wanting = [each for each in subscriptions if _pair(each) in wanting]
         #: The warnings so far, so that a session does not repeat them.
         self._logged: set[str] = set()
 
@@ -45,12 +45,13 @@ class NewHandlers:
         if not self._wanting:
             return
         try:
-            known = {(each.handler, each.table_name) for each in requests.all_of(source)}
-        except psycopg.ProgrammingError as error:
+            with source.connection.transaction():
+                requests.prepare(source)
+                known = {(each.handler, each.table_name) for each in requests.all_of(source)}
+                new = [each for each in self._wanting if _pair(each) not in known]
+                self._log("The handler is new", *plans.request(source, new))
+        except (ConfigurationError, psycopg.ProgrammingError) as error:
             self._warn("Backfills are not requested: %s", one_line(error))
-            return
-        for pair in self._wanting.keys() - known:
-            self._request(source, self._wanting[pair], f"{pair[0]} is new")
 
     def request_all(self, source: Source, subscriptions: Sequence[Subscription]) -> None:
         """Request the backfills of tables whose changes were lost.
@@ -61,31 +62,30 @@ class NewHandlers:
             source: The source.
             subscriptions: To all tables of handlers.
         """
-        with suppress(psycopg.ProgrammingError):  # it is reported for each table
-            for backfill in requests.all_of(source):
-                allowed = [*requests.ACTIVE, "paused"]
-                requests.enter(source.connection, backfill.id, "stopped", allowed, _LOST)
-        pairs = {(each.handler, each.table): each for each in subscriptions}
-        for subscription in pairs.values():
-            self._request(source, subscription, "Changes were lost")
+        with source.connection.transaction():
+            with suppress(psycopg.ProgrammingError), source.connection.transaction():
+                requests.stop_all(source, _LOST)
+            self._log("Changes were lost", *plans.request(source, subscriptions))
 
-    def _request(self, source: Source, subscription: Subscription, why: str) -> None:
-        handler, table = subscription.handler, subscription.table
-        try:
-            planned = plans.plan(source, [subscription], handler, table)
-            (backfill,) = plans.start(source, planned)
-        except (ConfigurationError, psycopg.ProgrammingError, psycopg.IntegrityError) as error:
+    def _log(
+        self, why: str, requested: Sequence[Backfill], refused: Sequence[plans.Refusal]
+    ) -> None:
+        for backfill in requested:
+            name = escaped(backfill.table_name)
+            template = "%s: the backfill %s of %s for %s is requested"
+            logger.info(template, why, backfill.id, name, backfill.handler)
+        for refusal in refused:
             text = (
-                f"{escaped(str(table))} is not backfilled for {handler} before another start: "
-                f"{one_line(error)}"
+                f"{escaped(str(refusal.table))} is not backfilled for {refusal.handler} before "
+                f"another start: {refusal.reason}"
             )
             self._warn("%s", text)
-            return
-        name = escaped(str(table))
-        template = "%s: the backfill %s of %s for %s is requested"
-        logger.info(template, why, backfill.id, name, handler)
 
     def _warn(self, template: str, text: str) -> None:
         if text not in self._logged:
             self._logged.add(text)
             logger.warning(template, text)
+
+
+def _pair(subscription: Subscription) -> tuple[str, str]:
+    return subscription.handler, str(subscription.table)

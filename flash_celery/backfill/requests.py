@@ -7,13 +7,13 @@ process, and a second worker goes on where the first one was.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import takewhile
 from types import MappingProxyType
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import psycopg
 from psycopg import errors, sql
@@ -27,6 +27,8 @@ from .chunks import Cursor
 
 #: The states in which the replication worker has something to do.
 ACTIVE = ("requested", "running")
+#: The bytes of an id. Thousands are requested together, and no two may be equal.
+_ID_BYTES = 6
 CREATE = """
 CREATE TABLE IF NOT EXISTS public.flash_celery_backfills (
     id text PRIMARY KEY,
@@ -54,16 +56,20 @@ CREATE TABLE IF NOT EXISTS public.flash_celery_backfill_moves (
     table_oid bigint NOT NULL,
     keys jsonb NOT NULL
 )"""
-_INSERT = """
+_FIELDS = """id, slot, handler, table_name, state, rate, chunk_rows, estimate, requested_at,
+       ended_at, advanced_at, chunks, row_count, options, progress, error"""
+_INSERT = f"""
 INSERT INTO public.flash_celery_backfills
     (id, slot, handler, table_name, rate, chunk_rows, estimate, options)
-VALUES (%s, %s, %s, %s, %s, %s, %s,
-        jsonb_build_object('since', pg_current_wal_insert_lsn()::text) || %s)"""
+SELECT id, %(slot)s, handler, table_name, rate, chunk_rows, estimate,
+       jsonb_build_object('since', pg_current_wal_insert_lsn()::text) || options
+FROM unnest(%(id)s::text[], %(handler)s::text[], %(table_name)s::text[],
+            %(rate)s::float8[], %(chunk_rows)s::int[], %(estimate)s::int8[], %(options)s::jsonb[])
+     AS wanted(id, handler, table_name, rate, chunk_rows, estimate, options)
+RETURNING {_FIELDS}"""  # noqa: S608 - constants only
 #: Of those that have something to do, the first of each handler: it may have thousands.
-_SELECT = """
-SELECT id, slot, handler, table_name, state, rate, chunk_rows, estimate, requested_at, ended_at,
-       advanced_at, chunks, row_count, options, progress, error
-FROM public.flash_celery_backfills
+_SELECT = f"""
+SELECT {_FIELDS} FROM public.flash_celery_backfills
 WHERE slot = coalesce(%(slot)s, slot) AND id = coalesce(%(id)s, id)
   AND (NOT %(active)s OR id IN (
       SELECT id FROM (
@@ -71,10 +77,21 @@ WHERE slot = coalesce(%(slot)s, slot) AND id = coalesce(%(id)s, id)
           FROM public.flash_celery_backfills WHERE state IN ('requested', 'running')) AS numbered
       WHERE place <= 20))
   AND (NOT %(begun)s OR (ended_at IS NULL AND progress IS NOT NULL))
-ORDER BY requested_at"""
-_UNDER_WAY = """
-SELECT id, state FROM public.flash_celery_backfills
-WHERE slot = %s AND handler = %s AND table_name = %s AND ended_at IS NULL"""
+  AND (NOT %(failed)s OR (state = 'paused' AND error IS NOT NULL))
+ORDER BY requested_at"""  # noqa: S608 - constants only
+_PAIRS = """(handler, table_name) IN (
+    SELECT * FROM unnest(%(handlers)s::text[], %(tables)s::text[]) AS wanted)"""
+_UNDER_WAY = f"""
+SELECT id, handler, table_name, state FROM public.flash_celery_backfills
+WHERE slot = %(slot)s AND ended_at IS NULL AND {_PAIRS} LIMIT 1"""  # noqa: S608 - constants only
+_STOP_ALL = f"""
+WITH stopped AS (
+    UPDATE public.flash_celery_backfills
+    SET state = 'stopped', error = %(error)s, ended_at = clock_timestamp()
+    WHERE slot = %(slot)s AND ended_at IS NULL AND (%(handlers)s::text[] IS NULL OR {_PAIRS})
+    RETURNING id)
+DELETE FROM public.flash_celery_backfill_moves AS moves USING stopped
+WHERE moves.backfill = stopped.id"""  # noqa: S608 - constants only
 _QUEUES = """
 SELECT DISTINCT handler, options->>'queue' FROM public.flash_celery_backfills
 WHERE slot = %s AND options->>'queue' IS NOT NULL"""
@@ -169,20 +186,52 @@ class Backfill:
     error: str | None
 
 
-def request(
-    source: Source,
-    handler: str,
-    table: str,
-    chunk_rows: int,
-    estimate: int,
-    rate: float | None = None,
-    options: Mapping[str, Any] = MappingProxyType({}),
-) -> Backfill:
-    """Record that a table is to be backfilled for a handler.
+class Draft(NamedTuple):
+    """A request that is not recorded yet; its fields are columns of the table."""
+
+    handler: str
+    table_name: str
+    rate: float | None
+    chunk_rows: int
+    estimate: int
+    options: Mapping[str, Any] = MappingProxyType({})
+
+
+def request(source: Source, drafts: Sequence[Draft]) -> list[Backfill]:
+    """Record that tables are to be backfilled. Call it in a transaction.
 
     Raises:
-        ConfigurationError: It is under way already, or the tables of backfills are missing and
+        ConfigurationError: One is under way already, or the tables of backfills are missing and
             cannot be created.
+    """
+    if not drafts:
+        return []
+    prepare(source)
+    pairs = _pairs((each.handler, each.table_name) for each in drafts)
+    found = source.connection.execute(_UNDER_WAY, {"slot": source.slot, **pairs}).fetchone()
+    if found is not None:
+        id, handler, table, state = found
+        raise ConfigurationError(
+            f"The backfill {id} of {table} for {handler} is {state}; stop it by "
+            f"`flash backfill stop {id}` to begin another."
+        )
+    values: dict[str, Any] = {
+        name: list(column)
+        for name, column in zip(Draft._fields, zip(*drafts, strict=True), strict=True)
+    }
+    values["options"] = [Jsonb(dict(options)) for options in values["options"]]
+    values["id"] = [secrets.token_hex(_ID_BYTES) for _ in drafts]
+    with source.connection.cursor(row_factory=class_row(Backfill)) as cursor:
+        return cursor.execute(_INSERT, {"slot": source.slot, **values}).fetchall()
+
+
+def prepare(source: Source) -> None:
+    """Create the tables of backfills if they are missing, and keep out other requests.
+
+    Call it in a transaction.
+
+    Raises:
+        ConfigurationError: They are missing and cannot be created.
     """
     connection = source.connection
     usable = _usable(connection)
@@ -197,17 +246,12 @@ def request(
             f"of the database run: {statements(connection.info.user)}"
         )
     connection.execute(_ONE_AT_A_TIME)
-    for other, state in under_way(source, handler, table):
-        raise ConfigurationError(
-            f"The backfill {other} of {table} for {handler} is {state}; stop it by "
-            f"`flash backfill stop {other}` to begin another."
-        )
-    id = secrets.token_hex(4)
-    values = id, source.slot, handler, table, rate, chunk_rows, estimate, Jsonb(dict(options))
-    connection.execute(_INSERT, values)
-    found = find(connection, id)
-    assert found is not None
-    return found
+
+
+def _pairs(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Return the parameters of `_PAIRS`."""
+    handlers, tables = zip(*pairs, strict=True)
+    return {"handlers": list(handlers), "tables": list(tables)}
 
 
 def statements(role: str) -> str:
@@ -227,17 +271,20 @@ def _usable(connection: psycopg.Connection[Any]) -> bool:
 
 def all_of(source: Source) -> list[Backfill]:
     """Return all backfills of a source, in the order in which they were requested."""
-    return _select(source.connection, slot=source.slot)
+    return _select(source.connection, source.slot)
 
 
-def under_way(source: Source, handler: str, table: str) -> list[tuple[str, str]]:
-    """Return the id and the state of the backfill of a table for a handler that has not ended.
+def stop_all(source: Source, error: str, pairs: Collection[tuple[str, str]] | None = None) -> None:
+    """Stop the backfills that are under way.
 
-    A pattern may have thousands of tables, so others are not read.
+    Args:
+        source: The source.
+        error: What they show as their last error.
+        pairs: Only those of these handlers and tables. Default: all of the source.
     """
-    if not _usable(source.connection):
-        return []
-    return source.connection.execute(_UNDER_WAY, [source.slot, handler, table]).fetchall()
+    if pairs != [] and _usable(source.connection):
+        some = {"handlers": None, "tables": None} if pairs is None else _pairs(pairs)
+        source.connection.execute(_STOP_ALL, {"slot": source.slot, "error": error, **some})
 
 
 def queues(source: Source) -> list[tuple[str, str]]:
@@ -277,7 +324,7 @@ def begun(source: Source) -> list[Backfill]:
     """
     if is_standby(source.connection):
         return []
-    return _select(source.connection, slot=source.slot, begun=True)
+    return _select(source.connection, source.slot, begun=True)
 
 
 def absence_of(backfill: Backfill) -> str:
@@ -290,9 +337,8 @@ def resume_present(source: Source, is_present: Callable[[Backfill], bool]) -> No
     """Let backfills go on that are paused because their handler was gone, and that have it now."""
     if is_standby(source.connection):
         return
-    for backfill in all_of(source):
-        gone = backfill.state == "paused" and backfill.error == absence_of(backfill)
-        if gone and is_present(backfill):
+    for backfill in _select(source.connection, source.slot, failed=True):
+        if backfill.error == absence_of(backfill) and is_present(backfill):
             enter(source.connection, backfill.id, "requested", ["paused"])
 
 
@@ -308,17 +354,18 @@ def _select(
     id: str | None = None,
     active: bool = False,
     begun: bool = False,
+    failed: bool = False,
 ) -> list[Backfill]:
     if not _usable(connection):
         return []
-    values = {"slot": slot, "id": id, "active": active, "begun": begun}
+    values = {"slot": slot, "id": id, "active": active, "begun": begun, "failed": failed}
     with connection.cursor(row_factory=class_row(Backfill)) as cursor:
         return cursor.execute(_SELECT, values).fetchall()
 
 
 def count_of(connection: psycopg.Connection[Any], slot: str) -> int:
     """Return how many backfills are recorded for a slot."""
-    return len(_select(connection, slot=slot))
+    return len(_select(connection, slot))
 
 
 def forget_slot(source: Source, slot: str) -> None:

@@ -148,13 +148,9 @@ def _kept_identities(
     if published.record is not None:
         return
     oids = {oid for publication in published.by_operation.values() for oid in publication.tables}
-    roots = [root for oid in oids if (root := catalog.describe(source.connection, oid))]
-    names = sorted(
-        str(leaf.name)
-        for root in roots
-        for leaf in catalog.leaves(source.connection, root)
-        if leaf.identity == "f"
-    )
+    roots = catalog.describe_all(source.connection, oids)
+    leaves = catalog.leaves_of(source.connection, roots.values()).values()
+    names = sorted(str(leaf.name) for each in leaves for leaf in each if leaf.identity == "f")
     if names:
         yield (
             f"leave REPLICA IDENTITY FULL on {', '.join(names)}: the record of what it was before "

@@ -116,8 +116,9 @@ def _plan(
     """
     steps, subscriptions = [], []
     members: dict[str, list[CatalogTable]] = {"all": [], "inserts": []}
+    leaves_of = catalog.leaves_of(connection, tables)
     for table in tables:
-        leaves = catalog.leaves(connection, table)
+        leaves = leaves_of[table.oid]
         has_identity = all(leaf.identity_columns for leaf in leaves) and (
             table.kind == catalog.ORDINARY or bool(table.default_identity)
         )

@@ -110,6 +110,18 @@ def find(connection: psycopg.Connection[Any], name: TableName) -> CatalogTable |
     return _read(connection, condition, [name.schema, name.name])
 
 
+def find_all(
+    connection: psycopg.Connection[Any], names: Iterable[TableName]
+) -> dict[TableName, CatalogTable]:
+    """Return those of these tables, views and foreign tables that exist, by their names."""
+    condition = sql.SQL(
+        "(n.nspname, c.relname) IN (SELECT * FROM unnest(%s::name[], %s::name[]) AS wanted)"
+    )
+    wanted = sorted(set(names), key=str)
+    parameters = [[name.schema for name in wanted], [name.name for name in wanted]]
+    return {table.name: table for table in _read_all(connection, condition, parameters)}
+
+
 def describe(connection: psycopg.Connection[Any], oid: int) -> CatalogTable | None:
     """Return a table by its OID; None if it was dropped."""
     return _read(connection, sql.SQL("c.oid = %s"), [oid])
@@ -241,7 +253,10 @@ def tree(root: str) -> str:
          SELECT * FROM tree)"""  # noqa: S608 - constants only
 
 
-_LEAVES = f"SELECT oid::int8 FROM {tree('%s')} AS t WHERE relkind <> 'p' ORDER BY 1"  # noqa: S608
+_LEAVES = f"""
+SELECT root.oid::int8, t.oid::int8 FROM unnest(%s::int8[]::oid[]) AS root(oid)
+CROSS JOIN LATERAL {tree("root.oid")} AS t WHERE t.relkind <> 'p' ORDER BY 1, 2
+"""  # noqa: S608 - constants only
 _UNLOGGED = f"""
 SELECT n.nspname, t.relname FROM {tree("%s")} AS t JOIN pg_namespace n ON n.oid = t.relnamespace
 WHERE t.relpersistence = 'u' AND (t.relkind <> 'p' OR t.oid = %s) LIMIT 1
@@ -250,11 +265,23 @@ WHERE t.relpersistence = 'u' AND (t.relkind <> 'p' OR t.oid = %s) LIMIT 1
 
 def leaves(connection: psycopg.Connection[Any], table: CatalogTable) -> list[CatalogTable]:
     """Return the tables that hold the rows of a table: its leaf partitions, or the table itself."""
-    if table.kind != PARTITIONED:
-        return [table]
-    rows = connection.execute(_LEAVES.encode(), [table.oid]).fetchall()
-    tables = [describe(connection, oid) for (oid,) in rows]
-    return [leaf for leaf in tables if leaf is not None and leaf.kind != PARTITIONED]
+    return leaves_of(connection, [table])[table.oid]
+
+
+def leaves_of(
+    connection: psycopg.Connection[Any], tables: Iterable[CatalogTable]
+) -> dict[int, list[CatalogTable]]:
+    """Return the leaves of tables, as `leaves` does, by the OID of the table."""
+    found = {table.oid: [] if table.kind == PARTITIONED else [table] for table in tables}
+    roots = sorted(oid for oid, itself in found.items() if not itself)
+    if roots:
+        pairs = connection.execute(_LEAVES.encode(), [roots]).fetchall()
+        described = describe_all(connection, {leaf for _, leaf in pairs})
+        for root, oid in pairs:
+            leaf = described.get(oid)
+            if leaf is not None and leaf.kind != PARTITIONED:
+                found[root].append(leaf)
+    return found
 
 
 def unlogged(connection: psycopg.Connection[Any], table: CatalogTable) -> TableName | None:

@@ -78,12 +78,13 @@ def required_tables(
     published: dict[Operation, dict[int, CatalogTable]] = {op: {} for op in OPERATIONS}
     subscriptions_of: dict[int, list[Subscription]] = {}
     holders: dict[int, CatalogTable] = {}
+    leaves = catalog.leaves_of(connection, tables.values())
     for subscription in subscriptions:
         table = tables[subscription.table]
         for operation in OPERATIONS:
             if operation in subscription.captured:
                 published[operation][table.oid] = table
-        for holder in catalog.leaves(connection, table):
+        for holder in leaves[table.oid]:
             holders[holder.oid] = holder
             subscriptions_of.setdefault(holder.oid, []).append(subscription)
     full = {

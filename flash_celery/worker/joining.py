@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 
 import psycopg
 
 from ..backfill import plans, requests
-from ..errors import ConfigurationError
-from ..escaping import escaped, one_line
+from ..escaping import escaped
 from ..handlers.subscriptions import Subscription, of_patterns
-from ..postgres import slots
+from ..postgres import catalog, slots
 from ..postgres.gaps import Gap
 from ..postgres.source import Source
 from ..provisioning import joined, record
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 #: How many tables that are left out are recorded.
 _MOST_LEFT_OUT = 100
+_REQUESTED = "%s has joined the tables of %s: the backfill %s of it is requested"
 _NOT_REQUESTED = "rows that {} had before it joined are not delivered to {}: {}"
 _JOINED_AGAIN = "the table has joined its pattern again, so another has begun"
 _UNDER_FORMER_NAME = "%s was renamed: its rows were delivered to %s under its former name only: %s"
@@ -48,28 +49,45 @@ class Joining:
         if not self._patterns:
             return
         before = joined.read(source)
-        now = self._now(before, report)
-        wanted = list(self._wanted(source, before, report))
+        now = self._now(source, before, report)
+        wanted = self._wanted(source, before, report)
         if now == before and not wanted:
             return
-        missing = []
         with source.connection.transaction():
-            for subscription, renamed in wanted:
-                problem = _request(source, subscription)
-                table, handler = subscription.table, subscription.handler
-                if problem and renamed:
-                    logger.warning(_UNDER_FORMER_NAME, escaped(str(table)), handler, problem)
-                elif problem:
-                    missing.append(_NOT_REQUESTED.format(table, handler, problem))
+            self._stop(source, list(wanted))
+            its = [each for each in report.subscriptions if (each.handler, each.table) in wanted]
+            requested, refused = plans.request(source, its)
+            missing = [each for each in refused if not wanted[each.handler, each.table]]
+            for refusal in missing:
+                reason = _NOT_REQUESTED.format(refusal.table, refusal.handler, refusal.reason)
+                now_there = slots.position_and_time(source.connection)
+                gap = Gap(source.slot, reason, None, None, *now_there)
+                record.remember_gap(source, gap)
+                logger.error(_GAP, escaped(str(gap)))
             source.connection.execute(joined.step(source.prefix, now).statement)
-        for reason in missing:
-            gap = Gap(source.slot, reason, None, None, *slots.position_and_time(source.connection))
-            record.remember_gap(source, gap)
-            logger.error(_GAP, escaped(str(gap)))
+        for backfill in requested:
+            logger.info(_REQUESTED, escaped(backfill.table_name), backfill.handler, backfill.id)
+        for refusal in refused:
+            if refusal not in missing:
+                table = escaped(str(refusal.table))
+                logger.warning(_UNDER_FORMER_NAME, table, refusal.handler, refusal.reason)
 
-    def _now(self, before: Joined, report: Report) -> Joined:
-        tables = {key: set(oids) for key, oids in before.tables.items()}
+    @staticmethod
+    def _stop(source: Source, tables: Sequence[tuple[str, TableName]]) -> None:
+        """Stop backfills of tables: rows that they have read may have changed unseen."""
+        pairs = [(handler, str(table)) for handler, table in tables]
+        with suppress(psycopg.ProgrammingError), source.connection.transaction():
+            requests.stop_all(source, _JOINED_AGAIN, pairs)
+
+    def _now(self, source: Source, before: Joined, report: Report) -> Joined:
         present = {joined.key(subscription) for subscription in self._patterns}
+        absent = {key: known for key, known in before.tables.items() if key not in present}
+        existing = catalog.existing(
+            source.connection, {oid for each in absent.values() for oid, _ in each}
+        )
+        tables = {
+            key: {each for each in known if each[0] in existing} for key, known in absent.items()
+        }
         tables.update({key: set() for key in present})
         for subscription in of_patterns(report.subscriptions):
             tables[joined.key(subscription)].add(joined.known(report.tables[subscription.table]))
@@ -78,16 +96,16 @@ class Joining:
             for each in report.left_out[:_MOST_LEFT_OUT]
         ]
         found = {key: sorted(known) for key, known in tables.items()}
-        return Joined(found, left_out, sorted(found.keys() - present))
+        return Joined(found, left_out, sorted(absent))
 
     def _wanted(
         self, source: Source, before: Joined, report: Report
-    ) -> Iterable[tuple[Subscription, bool]]:
-        """Yield the subscriptions to tables whose rows are to be delivered.
+    ) -> dict[tuple[str, TableName], bool]:
+        """Return the handlers and tables whose rows are to be delivered.
 
         Each with whether the table was known under another name.
         """
-        tables = {key: set(oids) for key, oids in before.tables.items()}
+        tables = {key: frozenset(known) for key, known in before.tables.items()}
         new: dict[tuple[str, int], Subscription] = {}
         for subscription in of_patterns(report.subscriptions):
             table = report.tables[subscription.table]
@@ -96,38 +114,18 @@ class Joining:
                 continue  # the handler is new, and begins with the present
             if joined.known(table) not in (known or ()) and subscription.backfill is not False:
                 new.setdefault((subscription.handler, table.oid), subscription)
-        complete = joined.published_when_created(source, [oid for _, oid in new]) if new else set()
-        for (_, oid), subscription in new.items():
-            table = report.tables[subscription.table]
-            known = tables.get(joined.key(subscription))
-            renamed = any(oid == former for former, _ in known or ())
-            was_there = known is not None and joined.key(subscription) not in before.absent
-            if oid in complete and was_there and not renamed:
-                continue
-            if not joined.is_surely_empty(source.connection, table):
-                yield subscription, renamed
-
-
-def _request(source: Source, subscription: Subscription) -> str:
-    """Request a backfill; return why that is impossible, or ""."""
-    handler, table = subscription.handler, subscription.table
-    try:
-        with source.connection.transaction():
-            _stop(source, handler, table)
-            (backfill,) = plans.start(source, plans.plan(source, [subscription], handler, table))
-    except (ConfigurationError, psycopg.ProgrammingError, psycopg.IntegrityError) as error:
-        return one_line(error)
-    logger.info(
-        "%s has joined %s: the backfill %s of it is requested",
-        escaped(str(table)),
-        escaped(str(subscription.pattern)),
-        backfill.id,
-    )
-    return ""
-
-
-def _stop(source: Source, handler: str, table: TableName) -> None:
-    """Stop a backfill of the table: rows that it has read may have changed unseen."""
-    for id, _ in requests.under_way(source, handler, str(table)):
-        allowed = [*requests.ACTIVE, "paused"]
-        requests.enter(source.connection, id, "stopped", allowed, _JOINED_AGAIN)
+        if not new:
+            return {}
+        complete = joined.published_when_created(source, [oid for _, oid in new])
+        joining = [report.tables[subscription.table] for subscription in new.values()]
+        leaves = catalog.leaves_of(source.connection, joining)
+        empty = joined.surely_empty(source.connection, leaves)
+        oids = {key: {oid for oid, _ in known} for key, known in tables.items()}
+        wanted = {}
+        for (handler, oid), subscription in new.items():
+            key = joined.key(subscription)
+            renamed = oid in oids.get(key, ())
+            was_there = key in tables and key not in before.absent
+            if not (oid in complete and was_there and not renamed) and oid not in empty:
+                wanted[handler, subscription.table] = renamed
+        return wanted

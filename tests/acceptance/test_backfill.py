@@ -721,7 +721,7 @@ def test_two_requests_at_once_are_one_backfill(database):
     refused = []
     with closing(connect(database.dsn)) as first, closing(connect(database.dsn)) as second:
         one, other = (Source(each, Settings(flash_dsn=database.dsn)) for each in (first, second))
-        requests.request(one, "h", "public.other", 1, 1)
+        requests.request(one, [requests.Draft("h", "public.other", None, 1, 1)])
 
         def ask():
             try:

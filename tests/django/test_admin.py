@@ -158,7 +158,8 @@ def test_admin_shows_pauses(project, root, site_database):
 def test_admin_shows_backfills(project, root, site_database):
     with site_database.connect() as connection:
         source = Source(connection, Settings.from_app(project))
-        backfill = requests.request(source, "shop.handle", "public.sales_customer", 100, 4000)
+        draft = requests.Draft("shop.handle", "public.sales_customer", None, 100, 4000)
+        (backfill,) = requests.request(source, [draft])
         try:
             requests.enter(connection, backfill.id, "paused", requests.ACTIVE, "<b>No.")
             html = page(root)

@@ -6,11 +6,15 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from flash_celery.backfill import requests, unreadable_rows
+from flash_celery.backfill import plans, requests, unreadable_rows
 from flash_celery.backfill.chunks import ChunkReader
 from flash_celery.backfill.leaves import LeafReader
+from flash_celery.changes.operations import Operation
+from flash_celery.handlers.subscriptions import Subscription
+from flash_celery.postgres import catalog
 from flash_celery.postgres.connection import connect
 from flash_celery.postgres.source import Source
+from flash_celery.provisioning import joined
 from flash_celery.settings import Settings
 from flash_celery.table_name import TableName
 from tests.integration.conftest import shown
@@ -233,7 +237,8 @@ def test_worker_that_reads_a_standby_leaves_the_backfills_of_the_primary_alone(
     settings = Settings(flash_dsn=database.dsn, flash_replication_slot=database.slot)
     with closing(connect(database.dsn)) as connection:
         source = Source(connection, settings)
-        begun = requests.request(source, "shop.handle", "public.items", 100, 1)
+        draft = requests.Draft("shop.handle", "public.items", None, 100, 1)
+        (begun,) = requests.request(source, [draft])
         requests.advance(connection, begun.id, 1, None)
         absence = requests.absence_of(begun)
         requests.enter(connection, begun.id, "paused", requests.ACTIVE, absence)
@@ -258,3 +263,65 @@ def test_handler_of_inserts_gets_the_rows_that_are_there(flash):
     changes = flash.delivered()
     assert shown(changes) == ["insert 1,1", "insert 2,2", "insert 3,3", "insert 4,4"]
     assert [change.backfill is None for change in changes] == [False, False, False, True]
+
+
+def test_plan_does_not_wait_for_a_session_that_has_locked_a_table(database):
+    database.execute(
+        "CREATE TABLE free (id int PRIMARY KEY)",
+        "CREATE TABLE locked (id int PRIMARY KEY)",
+        "INSERT INTO free SELECT generate_series(1, 500)",
+        "INSERT INTO locked SELECT generate_series(1, 300)",
+        "ANALYZE free, locked",
+    )
+    subscriptions = [Subscription("h", TableName("public", name)) for name in ("free", "locked")]
+    with closing(connect(database.dsn)) as connection, database.connect() as other:
+        source = Source(connection, Settings(flash_dsn=database.dsn))
+        connection.execute("SET statement_timeout = '20s'")
+        with other.transaction():
+            other.execute("LOCK TABLE locked")
+            found = plans.plan(source, subscriptions, "h")
+    assert {each.table.name: each.rows for each in found} == {"free": 500, "locked": 300}
+
+
+def test_plan_takes_all_subscriptions_of_a_handler_to_a_table_together(database):
+    database.execute("CREATE TABLE t (id int PRIMARY KEY)")
+    name = TableName("public", "t")
+    parts = [
+        Subscription("h", name, Operation.INSERT, number=0),
+        Subscription("h", name, Operation.UPDATE | Operation.DELETE, number=1),
+    ]
+    with closing(connect(database.dsn)) as connection:
+        source = Source(connection, Settings(flash_dsn=database.dsn))
+        (plan,) = plans.plan(source, parts, "h")
+    assert plan.table == name
+
+
+def test_table_is_surely_empty_only_if_nothing_may_be_missing(database):
+    names = ["bare", "reading", "writing", "prepared", "locked", "filled", "parted"]
+    database.execute(
+        *(f"CREATE TABLE {name} (id int PRIMARY KEY)" for name in names[:-1]),
+        "CREATE TABLE parted (id int PRIMARY KEY) PARTITION BY RANGE (id)",
+        "CREATE TABLE parted_1 PARTITION OF parted FOR VALUES FROM (0) TO (9)",
+        "CREATE TABLE parted_2 PARTITION OF parted FOR VALUES FROM (9) TO (99)",
+        "INSERT INTO filled VALUES (1)",
+    )
+    with (
+        connect(database.dsn) as connection,
+        database.connect() as one,
+        database.connect() as other,
+    ):
+        tables = catalog.find_all(connection, [TableName("public", name) for name in names])
+
+        def empty():
+            leaves = catalog.leaves_of(connection, tables.values())
+            found = joined.surely_empty(connection, leaves)
+            return {table.name.name for table in tables.values() if table.oid in found}
+
+        one.execute("BEGIN; SELECT FROM reading; INSERT INTO writing VALUES (1)")
+        one.execute("LOCK TABLE locked")
+        other.execute("BEGIN; DELETE FROM prepared; PREPARE TRANSACTION 'open'")
+        assert empty() == {"bare", "reading", "parted"}
+        one.execute("ROLLBACK")
+        for statement in ("ROLLBACK PREPARED 'open'", "INSERT INTO parted VALUES (10)"):
+            other.execute(statement)
+        assert empty() == {"bare", "reading", "prepared", "locked"}
