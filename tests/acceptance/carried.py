@@ -1,4 +1,4 @@
-"""A project without handlers, whose transactions carry tasks; `python -m carried` writes them."""
+"""A project without handlers, whose transactions carry tasks; `python -m carried` sends them."""
 
 import json
 import os
@@ -38,5 +38,16 @@ def write(first, count):
                         receipt.delay(-number)
 
 
+def prepare():
+    """Prepare two transactions, each with a task, and leave them open."""
+    for number, name in enumerate(("kept", "dropped"), 1):
+        connection = psycopg.connect(os.environ["SHOP_DSN"])
+        connection.tpc_begin(name)
+        with transactional(connection):
+            receipt.delay(number)
+            connection.tpc_prepare()
+        connection.close()
+
+
 if __name__ == "__main__":
-    write(*map(int, sys.argv[1:]))
+    prepare() if sys.argv[1:] == ["prepare"] else write(*map(int, sys.argv[1:]))

@@ -2,15 +2,18 @@
 
 import json
 import random
+import shutil
 import signal
+import subprocess
 import sys
 from contextlib import closing
 
+import psutil
 import pytest
 import redis
 from kombu import Connection
 
-from example_project.servers import wait_until
+from example_project.servers import Postgres, wait_until
 from flash_celery.changes import payload
 from tests.acceptance.steps import wait_until_confirmed
 from tests.processes import start_logged_python
@@ -99,6 +102,69 @@ def test_tasks_that_redis_has_lost_are_enqueued_again(shop):
     assert second.wait(60) == 0
     shop.until_said(replicate, "changes again, committed from")
     assert_each_order_has_its_task(shop, once=False)
+
+
+@pytest.fixture
+def shop_with_a_server(make_shop, database, valkey):
+    """A shop whose PostgreSQL may fail."""
+    with redis.Redis(port=valkey.port) as client:
+        client.flushall()
+    with Postgres(fsync="on", max_prepared_transactions=10) as server:
+        database.server, shared = server, database.server
+        database.dsn = server.dsn()
+        shop = make_shop(valkey)
+        shop.project = "carried"
+        yield shop
+        database.server, database.dsn = shared, shared.dsn(database.name)
+
+
+def limit_files(server, size):
+    """Let no file of a server grow beyond a size, as if the disk were full (EFBIG for ENOSPC)."""
+    main = psutil.Process(server.process.pid)
+    for process in (main, *main.children()):
+        command = ["prlimit", "--pid", str(process.pid), f"--fsize={size}:"]
+        # A process may have ended since.
+        subprocess.run(command, cwd="/", timeout=60, **server.as_user)
+
+
+@pytest.mark.skipif(shutil.which("prlimit") is None, reason="needs prlimit")
+def test_full_disk_of_postgresql_undoes_the_tasks_of_the_transactions_that_it_undoes(
+    shop_with_a_server,
+):
+    shop = shop_with_a_server
+    server = shop.database.server
+    replicate = shop.replicate()
+    writer = start_writer(shop, 1)
+    wait_until(lambda: shop.database.one("SELECT count(*) > 20 FROM items"), "orders")
+    # A file of the WAL is longer from the beginning, so PostgreSQL ends.
+    limit_files(server, 4 << 20)
+    assert writer.wait(60) == 1
+    assert "\npsycopg." in writer.log.read_text()
+    server.stop(signal.SIGQUIT)
+    server.start()
+    assert start_writer(shop, 2).wait(60) == 0
+    assert_each_order_has_its_task(shop, once=True)
+    assert shop.end(replicate) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["fast", "kill"])
+@pytest.mark.soak
+def test_prepared_transaction_keeps_its_tasks_when_everything_restarts(shop_with_a_server, number):
+    shop = shop_with_a_server
+    server = shop.database.server
+    replicate = shop.replicate()
+    command = [sys.executable, "-m", "carried", "prepare"]
+    writer = start_logged_python(command, shop.folder / "prepare.log", shop.environment)
+    assert writer.wait(60) == 0, writer.log.read_text()
+    shop.end(replicate, signal.SIGKILL)
+    server.stop(number)
+    server.start()
+    shop.replicate()
+    wait_until_confirmed(shop)
+    assert enqueued(shop) == []
+    shop.database.execute("COMMIT PREPARED 'kept'", "ROLLBACK PREPARED 'dropped'")
+    wait_until_confirmed(shop)
+    assert [number for _, number in enqueued(shop)] == [1]
 
 
 def waiting(shop):

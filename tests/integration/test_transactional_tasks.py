@@ -44,6 +44,7 @@ from flash_celery.telemetry import Telemetry
 from flash_celery.transactional_tasks import records, signing
 from flash_celery.transactional_tasks.signing import Database
 from flash_celery.worker.control import Control
+from tests.proxy import Proxy, Way
 
 KEY = "a secret of the tests"
 
@@ -293,6 +294,124 @@ def test_commit_in_two_phases_takes_the_tasks_before_it(tasks):
                 transaction.rollback() if undone else transaction.commit()
     engine.dispose()
     assert tasks.sent() == [(1,), (2,), (3,)]
+
+
+@pytest.fixture
+def network(tasks):
+    """The network between an application and its database; there are orders in it."""
+    tasks.do("CREATE TABLE orders (id int)")
+    with Proxy(tasks.database.server.port) as proxy:
+        proxy.dsn = f"postgresql://postgres@127.0.0.1:{proxy.port}/{tasks.database.name}"
+        yield proxy
+
+
+def orders(tasks):
+    return tasks.database.execute("SELECT id FROM orders ORDER BY 1")
+
+
+# Each writes an order with a task. The connection is about to fail where it yields.
+
+
+def write_with_psycopg(dsn, insert, send):
+    with psycopg.connect(dsn) as connection, connection.transaction():
+        connection.execute(insert)
+        with transactional(connection):
+            send()
+        yield
+
+
+def write_with_psycopg_and_commit_in_the_block(dsn, insert, send):
+    with psycopg.connect(dsn) as connection:
+        connection.execute(insert)
+        with transactional(connection):
+            send()
+            yield
+            connection.commit()
+
+
+def write_with_psycopg2(dsn, insert, send):
+    import psycopg2
+
+    connection = psycopg2.connect(dsn)
+    with connection, connection.cursor() as cursor:
+        cursor.execute(insert)
+        with transactional(connection):
+            send()
+        yield
+
+
+def write_with_sqlalchemy(dsn, insert, send):
+    import sqlalchemy
+    from sqlalchemy.orm import Session
+
+    engine = sqlalchemy.create_engine(dsn.replace("postgresql:", "postgresql+psycopg:"))
+    with Session(engine) as session:
+        session.execute(sqlalchemy.text(insert))
+        with transactional(session):
+            send()
+        yield
+        session.commit()
+
+
+WRITERS = [
+    write_with_psycopg,
+    write_with_psycopg_and_commit_in_the_block,
+    write_with_psycopg2,
+    write_with_sqlalchemy,
+]
+
+
+def test_task_shares_the_fate_of_its_order_if_the_connection_is_lost_in_the_commit(tasks, network):
+    """The COMMIT is lost, or its answer: the application cannot know, and gets an error."""
+    for number, write in enumerate(WRITERS):
+        for way in (Way.TO_SERVER, Way.TO_CLIENT):
+            order = 2 * number + (way is Way.TO_CLIENT)
+            insert = f"INSERT INTO orders VALUES ({order})"
+            writer = write(network.dsn, insert, lambda order=order: tasks.receipt.delay(order))
+            next(writer)
+            network.stall(way)
+            threading.Timer(0.3, network.cut).start()
+            with pytest.raises(Exception, match=r"connection|reset|closed") as raised:
+                next(writer)
+            assert type(raised.value).__name__ == "OperationalError"
+            network.heal()
+    # In a block the tasks are written before the COMMIT, which is not sent then.
+    assert orders(tasks) == [(1,), (5,), (7,)]
+    assert tasks.sent() == orders(tasks)
+
+
+def test_task_shares_the_fate_of_a_prepared_transaction_whose_connection_is_lost(tasks, network):
+    def prepare(number, stall):
+        with psycopg.connect(network.dsn) as connection:
+            connection.tpc_begin(f"order {number}")
+            connection.execute("INSERT INTO orders VALUES (%s)", [number])
+            with transactional(connection):
+                tasks.receipt.delay(number)
+            if stall:
+                network.stall(Way.TO_CLIENT)
+                threading.Timer(0.3, network.cut).start()
+                connection.tpc_prepare()
+            with transactional(connection):
+                connection.tpc_prepare()
+                network.cut()
+                connection.tpc_commit()
+
+    for number, stall in enumerate((False, True, False)):
+        with pytest.raises(psycopg.OperationalError):
+            prepare(number, stall)
+        network.heal()
+    assert tasks.sent() == []
+    tasks.stop()
+    tasks.start()
+    with psycopg.connect(tasks.database.dsn) as connection:
+        prepared = {xid.gtrid: xid for xid in connection.tpc_recover()}
+        assert sorted(prepared) == ["order 0", "order 1", "order 2"]
+        assert tasks.sent() == orders(tasks) == []
+        connection.tpc_rollback(prepared["order 0"])
+        connection.tpc_commit(prepared["order 2"])
+        connection.tpc_commit(prepared["order 1"])
+    assert tasks.sent() == [(2,), (1,)]
+    assert orders(tasks) == [(1,), (2,)]
 
 
 def test_blocks_of_generators_end_in_any_order(tasks):
