@@ -87,7 +87,7 @@ class Run:
     Attributes:
         handler: The task's name.
         told: The task's argument. Its `old` and `new` are mappings, also with `into=`: the task
-            converts them when it runs.
+            converts them when it runs. Of a task that a transaction has carried: the `CarriedTask`.
         result: The return value; None if the task raised an error.
         error: The error it raised, which may be Celery's `Retry`; None if it succeeded.
     """
@@ -310,9 +310,14 @@ def run(app: Any, enqueued: Enqueued) -> Run:
     """Run a task in this process."""
     task = app.tasks[enqueued.handler]
     outcome = task.apply(args=[enqueued.told], task_id=enqueued.task_id, throw=False)
+    return run_of(enqueued.handler, enqueued.told, outcome)
+
+
+def run_of(name: str, told: Any, outcome: Any) -> Run:
+    """Return the run of a task with this outcome."""
     if isinstance(outcome.result, BaseException) and not outcome.successful():
-        return Run(enqueued.handler, enqueued.told, None, outcome.result)
-    return Run(enqueued.handler, enqueued.told, outcome.result, None)
+        return Run(name, told, None, outcome.result)
+    return Run(name, told, outcome.result, None)
 
 
 def _is_about(subscription: Subscription, change: Change[Any]) -> bool:

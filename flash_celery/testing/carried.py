@@ -7,12 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, overload
 
-from kombu.utils.json import loads
+from kombu import compression, serialization
 
 from ..messages.sent_tasks import SentTask
 from ..transactional_tasks import blocks
 from ..transactional_tasks.connections import DjangoLink, Link
 from ..transactional_tasks.records import TaskRecord
+from .applying import Run, run_of
+
+#: The formats that can be read without running what they hold.
+_READABLE = "application/json", "application/x-yaml", "application/x-msgpack"
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,8 @@ class CarriedTask:
     Attributes:
         name: The task's name.
         id: The task's id.
-        args: Its positional arguments, if the message is JSON.
+        args: Its positional arguments; empty if they are in a format other than JSON, YAML or
+            msgpack.
         kwargs: Its keyword arguments.
         queue: The name of its queue.
         priority: Its priority, or None.
@@ -67,7 +72,7 @@ class CarriedTasks(Sequence[CarriedTask]):
     def note(self, link: Link, records: Sequence[TaskRecord]) -> None:
         """Note tasks that were written through a link."""
         written = _Written(link)
-        self._written += [(written, _carried(record)) for record in records]
+        self._written += [(written, read_carried(record)) for record in records]
 
 
 class _Written:
@@ -92,15 +97,32 @@ class _Written:
         return any(callback[1] == self._commit for callback in self._connection.run_on_commit)
 
 
-def _carried(record: TaskRecord) -> CarriedTask:
+def read_carried(record: TaskRecord) -> CarriedTask:
+    """Return the task of a record."""
     message = SentTask(record)
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
-    if record.content_type == "application/json" and not record.binary:
-        args, kwargs, _ = loads(record.body)
+    if record.content_type in _READABLE:
+        body = record.content
+        if encoding := message.headers.get("compression"):
+            body = compression.decompress(body, encoding)
+        form = record.content_type, record.content_encoding
+        args, kwargs, _ = serialization.loads(body, *form, accept=_READABLE)
     return CarriedTask(
-        record.task, record.id, args, kwargs, message.queue, record.priority, message.headers
+        record.task,
+        record.id,
+        list(args),
+        kwargs,
+        message.queue,
+        record.priority,
+        message.headers,
     )
+
+
+def run_carried(app: Any, task: CarriedTask) -> Run:
+    """Run a task in this process."""
+    outcome = app.tasks[task.name].apply(task.args, task.kwargs, task_id=task.id, throw=False)
+    return run_of(task.name, task, outcome)
 
 
 @contextmanager

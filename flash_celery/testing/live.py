@@ -21,6 +21,7 @@ from ..handlers.decorators import subscriptions_of
 from ..handlers.subscriptions import of_source
 from ..messages.deduplication import Deduplicator, Lease
 from ..messages.lane_messages import LaneForm
+from ..messages.sent_tasks import SentTask
 from ..messages.task_message import Message
 from ..postgres.connection import connect
 from ..postgres.source import Source
@@ -28,8 +29,10 @@ from ..publishing import brokers
 from ..publishing.brokers.base import Publisher
 from ..publishing.brokers.memory import MemoryPublisher
 from ..settings import Settings
+from ..transactional_tasks import blocks
 from ..worker.replicator import Replicator
 from .applying import Enqueued, Run, read, run, without_lanes
+from .carried import CarriedTask, read_carried, run_carried
 
 #: The prefix of the names of tests' slots and publications, by which leftovers are found.
 PREFIX = "flash_test_"
@@ -112,11 +115,20 @@ class Live:
 
     @property
     def enqueued(self) -> list[Enqueued]:
-        """All tasks that have been enqueued, in order."""
-        return [read(message) for message in list(self._publisher.messages)]
+        """All tasks for changes that have been enqueued, in order."""
+        messages = list(self._publisher.messages)
+        return [read(message) for message in messages if not isinstance(message, SentTask)]
+
+    @property
+    def carried(self) -> list[CarriedTask]:
+        """All tasks that transactions have carried and that have been enqueued, in order."""
+        messages = list(self._publisher.messages)
+        return [
+            read_carried(message.record) for message in messages if isinstance(message, SentTask)
+        ]
 
     def wait_for(self) -> list[Run]:
-        """Wait until all changes committed so far are handled.
+        """Wait until all changes committed so far are handled, and all tasks carried so far ran.
 
         Changes that the handlers write are handled by the next call.
 
@@ -157,6 +169,8 @@ class Live:
         thread = threading.Thread(target=self._replicate, args=[replicator], name="flash-live")
         self._undo.callback(_clear, settings)
         self._undo.callback(_stop, replicator, thread, settings)
+        blocks.other_slots.add(settings.flash_replication_slot)
+        self._undo.callback(blocks.other_slots.discard, settings.flash_replication_slot)
         thread.start()
         self._until(self._is_reading, "the replication worker has created its slot")
 
@@ -175,7 +189,10 @@ class Live:
         while self._run_count < len(self._publisher.messages):
             message = self._publisher.messages[self._run_count]
             self._run_count += 1
-            runs.append(run(self._app, read(message)))
+            if isinstance(message, SentTask):
+                runs.append(run_carried(self._app, read_carried(message.record)))
+            else:
+                runs.append(run(self._app, read(message)))
         return runs
 
     def _lock(self) -> bool:

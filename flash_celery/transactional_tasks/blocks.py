@@ -43,8 +43,11 @@ _NO_READER = (
 )
 _EAGER = "task_always_eager is on: tasks that are sent in transactional() run at once"
 
-#: Are called with each link, and the tasks that were written through it.
+#: Are called with each link, and the tasks that were written through it. Those of tests: while
+#: there is one, the tasks need no slot.
 observers: list[Callable[[Link, list[TaskRecord]], None]] = []
+#: Slots that read a database besides those of the settings.
+other_slots: set[str] = set()
 
 _settings: WeakKeyDictionary[Celery, Settings] = WeakKeyDictionary()
 _databases: WeakKeyDictionary[Any, Database] = WeakKeyDictionary()
@@ -217,12 +220,12 @@ class Writer:
         if known is not None and time.monotonic() - _checked.get(known, 0.0) < _CHECK_SECONDS:
             return known
         sources = map(settings.of_source, settings.flash_sources)
-        slots = [each.flash_replication_slot for each in (settings, *sources)]
+        slots = {each.flash_replication_slot for each in (settings, *sources)} | other_slots
         ((system, name, has_reader),) = yield _IDENTIFY, {"slots": ",".join(slots)}
         database = Database(system, name)
         if has_reader:
             _checked[database] = time.monotonic()
-        else:
+        elif not observers:
             _report_no_reader(database, settings.flash_transactional_strict)
         with suppress(TypeError):
             _databases[connection] = database

@@ -13,7 +13,7 @@ from django.db import connections, transaction
 from django.test import override_settings
 from django.utils import timezone
 
-from flash_celery.testing import carried_tasks
+from flash_celery.testing import Live, carried_tasks
 from tests.django.conftest import use
 
 BACKENDS = {
@@ -120,6 +120,18 @@ def test_results_are_those_of_celery(jobs, monkeypatch):
     jobs.app.conf.result_extended = False
     with pytest.raises(NotImplementedError, match="result_extended"):
         jobs.mail.get_result(result.id)
+
+
+def test_replication_worker_of_a_test_runs_what_was_enqueued(jobs):
+    with Live(jobs.app) as live:
+        with transaction.atomic():
+            jobs.mail.enqueue(1, text="paid")
+            with suppress(ZeroDivisionError), transaction.atomic():
+                jobs.mail.enqueue(2)
+                raise ZeroDivisionError
+        jobs.context.enqueue(3)
+        assert [run.result for run in live.wait_for()] == [{"order": 1}, None]
+    assert jobs.done == [(1, "paid"), (1, 3)]
 
 
 def test_messages_run_tasks_of_django_only(jobs):

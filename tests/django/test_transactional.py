@@ -4,19 +4,21 @@
 
 import json
 import unittest
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 from celery import chain
 from celery.contrib.django.task import DjangoTask
+from celery.exceptions import Ignore, Retry
 from django.db import connections, transaction
 from django.db.utils import DataError, IntegrityError
 from django.http import HttpResponse
-from django.test import RequestFactory, TestCase
+from django.test import Client, TestCase, TransactionTestCase, override_settings
+from django.urls import path
 
 from flash_celery import transactional
 from flash_celery.errors import ConfigurationError, TransactionError
-from flash_celery.testing import carried_tasks
+from flash_celery.testing import Live, carried_tasks
 from tests.django.conftest import use
 from tests.docs.conftest import Page
 
@@ -135,19 +137,31 @@ def test_transactions_without_autocommit_carry_tasks(shop):
     assert args(tasks) == [(1,)]
 
 
-def test_atomic_requests_carry_the_tasks_of_a_view(shop):
-    @transactional()
-    def view(request):
+@pytest.mark.parametrize("setting", [False, True], ids=["block", "setting"])
+def test_atomic_requests_carry_the_tasks_of_a_view(shop, database, setting):
+    use(database, ATOMIC_REQUESTS=True)
+
+    def order(request):
         shop.receipt.delay(request.GET["n"])
         if request.GET["n"] == "2":
             raise IntegrityError
         return HttpResponse()
 
-    request = RequestFactory().get
-    with carried_tasks() as tasks:
-        transaction.atomic(view)(request("/", {"n": "1"}))
-        with pytest.raises(IntegrityError):
-            transaction.atomic(view)(request("/", {"n": "2"}))
+    @transaction.non_atomic_requests
+    def outside(request):
+        with pytest.raises(TransactionError, match="nothing to join"), transactional():
+            shop.receipt.delay("outside")
+        return HttpResponse()
+
+    if setting:
+        shop.conf.flash_transactional_database = "default"
+    view = order if setting else transactional()(order)
+    urls = path("order", view), path("outside", outside)
+    client = Client(raise_request_exception=False)
+    with override_settings(ROOT_URLCONF=urls, ALLOWED_HOSTS=["*"]), carried_tasks() as tasks:
+        assert client.get("/order?n=1").status_code == 200
+        assert client.get("/order?n=2").status_code == 500
+        assert client.get("/outside").status_code == 200
     assert args(tasks) == [("1",)]
 
 
@@ -170,6 +184,53 @@ def test_setting_makes_every_task_in_atomic_transactional(shop):
         bodies = [json.loads(take("outside", no_ack=True).body)[0] for _ in range(2)]
         assert take("outside") is None
     assert bodies == [["after the commit"], ["outside"]]
+
+
+@pytest.mark.parametrize("setting", [False, True], ids=["block", "setting"])
+def test_what_celery_sends_for_a_running_task_goes_past_atomic(shop, valkey, setting):
+    """A retry that is rolled back with the transaction of its task would be lost."""
+    shop.conf.update(
+        flash_transactional_database="default" if setting else "",
+        result_backend=f"redis://127.0.0.1:{valkey.port}/5",
+        task_default_queue="past",
+    )
+    receipt = shop.receipt
+
+    def act(action):
+        with transaction.atomic(), nullcontext() if setting else transactional():
+            receipt.delay("undone")
+            action()
+            raise ZeroDivisionError
+
+    @shop.task(name="retries", bind=True, shared=False)
+    def retries(self):
+        act(lambda: self.retry(countdown=0))
+
+    @shop.task(name="replaces", bind=True, shared=False)
+    def replaces(self):
+        act(lambda: self.replace(receipt.si("replaced")))
+
+    @shop.task(name="adds", bind=True, shared=False)
+    def adds(self):
+        act(lambda: self.add_to_chord(receipt.si("added")))
+
+    with carried_tasks() as tasks:
+        for task in (retries, replaces, adds):
+            task.push_request(
+                id=task.name, group="a group", chord=receipt.s(), called_directly=False
+            )
+            try:
+                with pytest.raises((Retry, Ignore, ZeroDivisionError)):
+                    task.run()
+            finally:
+                task.pop_request()
+    assert args(tasks) == []
+    with shop.connection_for_write() as connection:
+        take = connection.default_channel.basic_get
+        sent = [take("past", no_ack=True) for _ in range(3)]
+        assert take("past") is None
+    assert [message.headers["id"] for message in sent[:2]] == ["retries", "replaces"]
+    assert [json.loads(message.body)[0] for message in sent[1:]] == [["replaced"], ["added"]]
 
 
 def test_message_goes_into_the_database_that_is_named(shop, new_database):
@@ -232,6 +293,56 @@ def test_test_case_shows_what_would_be_enqueued(shop):
     unittest.TestSuite([Orders("test_order")]).run(result)
     assert result.wasSuccessful(), result.errors + result.failures
     assert seen == [("receipt", [1], {"a": 2}, "mail")]
+
+
+def test_test_case_needs_no_slot_where_the_tasks_are_looked_at(shop):
+    """The setting is that of production, and a test database has no slot."""
+    shop.conf.flash_transactional_strict = True
+    with carried_tasks() as tasks, transaction.atomic(), transactional():
+        shop.receipt.apply_async((1,), serializer="yaml", compression="gzip")
+    assert args(tasks) == [(1,)]
+    with (
+        pytest.raises(TransactionError, match="has no slot"),
+        transaction.atomic(),
+        transactional(),
+    ):
+        shop.receipt.delay(2)
+
+
+def test_replication_worker_of_a_test_runs_the_tasks_that_were_committed(shop):
+    shop.conf.update(flash_transactional_strict=True, flash_signing_key="a secret of the tests")
+    ran = []
+
+    @shop.task(name="note", shared=False)
+    def note(number, *, doubled=False):
+        ran.append(number * 2 if doubled else number)
+        return number
+
+    class Orders(TransactionTestCase):
+        databases = {"default"}
+
+        def test_order(self):
+            with Live(shop) as live:
+                with transaction.atomic(), transactional():
+                    note.delay(1)
+                    note.apply_async((2,), {"doubled": True}, queue="mail")
+                    with suppress(ZeroDivisionError), transaction.atomic():
+                        note.delay(3)
+                        raise ZeroDivisionError
+                with suppress(ZeroDivisionError), transaction.atomic(), transactional():
+                    note.delay(4)
+                    raise ZeroDivisionError
+                assert [(run.handler, run.result) for run in live.wait_for()] == [
+                    ("note", 1),
+                    ("note", 2),
+                ]
+                assert [task.queue for task in live.carried] == ["celery", "mail"]
+                assert live.enqueued == []
+
+    result = unittest.TestResult()
+    unittest.TestSuite([Orders("test_order")]).run(result)
+    assert result.wasSuccessful(), result.errors + result.failures
+    assert ran == [1, 4]
 
 
 def tasks_of(shop, *names):
