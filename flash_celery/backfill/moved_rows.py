@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ..changes.rows import Transaction
-from ..protocol.pgoutput import FIRST_TUPLE, UNCHANGED_TOAST, Relation, read_row
+from ..protocol.pgoutput import FIRST_TUPLE, UNCHANGED_TOAST, Column, read_row
 from .recent_writes import Key, filled, key_of, positions_of
 
 #: The most keys that are kept.
@@ -47,9 +47,9 @@ class MovedRows:
         self._found: list[Key] = []
         self._positions: list[int] | None = None
 
-    def describe(self, relation: Relation) -> None:
+    def describe(self, columns: tuple[Column, ...]) -> None:
         """Learn the columns of the table."""
-        self._positions = positions_of(self.identity, relation)
+        self._positions = positions_of(self.identity, columns)
 
     def note(self, rows: Sequence[bytes], _: Transaction) -> None:
         """Note consecutive rows, as pgoutput sends them."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..changes.rows import Transaction
-from ..protocol.pgoutput import UNCHANGED_TOAST, Cell, Column, Relation, encode_row, read_row
+from ..protocol.pgoutput import UNCHANGED_TOAST, Cell, Column, encode_row, read_row
 from .snapshots import Snapshot
 
 #: The values of the columns that identify rows, as PostgreSQL wrote them.
@@ -81,10 +81,10 @@ class RecentWrites:
         self._ended = False
         self._rows = self._size = 0
 
-    def describe(self, relation: Relation) -> None:
+    def describe(self, columns: tuple[Column, ...]) -> None:
         """Learn the columns of the table."""
-        self._columns = relation.columns
-        self._positions = positions_of(self._identity, relation)
+        self._columns = columns
+        self._positions = positions_of(self._identity, columns)
 
     def note(self, rows: Sequence[bytes], transaction: Transaction) -> None:
         """Note consecutive rows, as pgoutput sends them."""
@@ -189,9 +189,9 @@ class RecentWrites:
         self._written = kept
 
 
-def positions_of(identity: Sequence[str], relation: Relation) -> list[int] | None:
-    """Return where the columns of an identity are; None if the relation lacks one."""
-    names = [column.name for column in relation.columns]
+def positions_of(identity: Sequence[str], columns: Iterable[Column]) -> list[int] | None:
+    """Return where the columns of an identity are among others; None if one is missing."""
+    names = [column.name for column in columns]
     return [names.index(name) for name in identity] if set(identity) <= set(names) else None
 
 

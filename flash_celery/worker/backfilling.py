@@ -12,22 +12,18 @@ import json
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
-from typing import Any, NamedTuple, Protocol
-
-import psycopg
+from typing import Any, NamedTuple
 
 from ..backfill import requests
 from ..backfill.chunks import Chunk, Cursor, continues, identity_of
 from ..backfill.leaves import leaves_of
-from ..backfill.moved_rows import MOST_KEYS, MovedRows
+from ..backfill.moved_rows import MovedRows
 from ..backfill.reading_thread import KnownChunks, ReadingChunks
 from ..backfill.recent_writes import Key, RecentWrites
 from ..backfill.requests import Backfill
 from ..backfill.snapshots import Snapshot
 from ..capture.relations import RelationCatalog
 from ..capture.router import Receiver, Router, Sink
-from ..capture.transactions import Rows
 from ..changes.history import History
 from ..changes.operations import Operation, Part
 from ..changes.payload import (
@@ -39,19 +35,18 @@ from ..changes.payload import (
     row_ids_of,
 )
 from ..changes.rows import ChunkTransaction, Table, Transaction
-from ..errors import CatalogError, ConfigurationError
-from ..escaping import escaped, one_line
-from ..handlers.subscriptions import Subscription, of_ends
+from ..errors import CatalogError
+from ..escaping import escaped
+from ..handlers.subscriptions import Subscription
 from ..messages.deduplication import CHUNK_ID_BYTES, chunk_of
 from ..postgres import catalog
-from ..postgres.catalog import PARTITIONED, CatalogTable
+from ..postgres.catalog import PARTITIONED
 from ..postgres.source import Source
 from ..protocol import timestamps
 from ..protocol.lsn import Lsn
 from ..protocol.pgoutput import Relation
 from ..publishing.room import Room
 from ..table_name import TableName
-from .turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +54,6 @@ _DELETED_STAY = (
     "The backfill %s does not report rows that were deleted before it, which stay where %s keeps a "
     "copy of them; on_backfill_end or --truncate is for that"
 )
-#: Keys of rows that are read together by themselves.
-_MOVED_TOGETHER = 100
 #: Seconds to wait at the end of a session until the progress is recorded.
 _RECORDING_SECONDS = 2.0
 _REPLACED = "the table was replaced, or has another key"
@@ -119,13 +112,14 @@ class Backfilling:
         self._history = stamp.history
         self._room = room
         name = TableName.parse(backfill.table_name)
-        table, leaves = catalog.find(source.connection, name), _leaves(source, backfill)
+        table, leaves = catalog.find(source.connection, name), leaves_of(source.connection, name)
         if table is None:
             raise CatalogError(f"{name} is gone.")
         self._table = table
         # A partition that has come since then is noted by the next session.
         self._leaves = {oid: leaf for oid, leaf in leaves.items() if oid in moved}
-        self._writes = {oid: RecentWrites(identity_of(leaf)) for oid, leaf in self._leaves.items()}
+        #: What the stream has brought for each leaf, by its OID.
+        self.writes = {oid: RecentWrites(identity_of(leaf)) for oid, leaf in self._leaves.items()}
         self._ends = () if backfill.options.get("where") else receivers.end
         self._sink = _RowSink(sink)
         self._router = Router(receivers.rows, _Settled(relations), self._sink)
@@ -197,10 +191,6 @@ class Backfilling:
         """Whether it needs another session to go on, or does not go on."""
         return self._reading is not None and not self._reading.is_alive()
 
-    def observe(self, rows: Rows) -> Rows:
-        """Return rows that are noted before they are passed on."""
-        return _Observed(rows, self._writes)
-
     @property
     def waits_for(self) -> Lsn | None:
         """The position that the stream has to pass; None if no chunk waits."""
@@ -237,7 +227,7 @@ class Backfilling:
         if chunk.part != "rows":
             self._deliver_part(chunk, position)
             return True
-        writes = self._writes.get(chunk.table.oid)
+        writes = self.writes.get(chunk.table.oid)
         if writes is not None and writes.hides_any(chunk.snapshot, chunk.relation.columns):
             self._stale = True
             return False
@@ -250,7 +240,7 @@ class Backfilling:
         return True
 
     def _forget(self, snapshot: Snapshot) -> None:
-        for writes in self._writes.values():
+        for writes in self.writes.values():
             writes.forget(snapshot)
 
     def confirm(self) -> None:
@@ -270,7 +260,7 @@ class Backfilling:
         if shown is not None:
             self._forget(shown)
         if not reading.is_alive():
-            for writes in self._writes.values():
+            for writes in self.writes.values():
                 writes.end()
 
     def _begin_again(self, reason: str) -> None:
@@ -340,199 +330,6 @@ class Backfilling:
         self._count += len(rows)
 
 
-def _leaves(source: Source, backfill: Backfill) -> dict[int, CatalogTable]:
-    """Return the tables that hold the rows of a backfill's table, by OID.
-
-    Raises:
-        CatalogError: The table is gone, or its rows have no key.
-    """
-    return leaves_of(source.connection, TableName.parse(backfill.table_name))
-
-
-class Backfills:
-    """The requested backfills of a source, and those that a session does.
-
-    Args:
-        source: The source.
-        subscriptions: Those to its tables.
-        turns: Chooses those to do.
-    """
-
-    def __init__(self, source: Source, subscriptions: Sequence[Subscription], turns: Turns) -> None:
-        self._source = source
-        self._subscriptions = subscriptions
-        self._turns = turns
-        self._warned = False
-        self._doing: list[Backfilling] = []
-        self._started = False
-        #: The rows that move, for each backfill that has begun, also while it is paused, and for
-        #: each leaf.
-        self._moved: dict[str, dict[int, MovedRows]] = {}
-        #: How many chunks were delivered, and the backfills of those that are not confirmed.
-        self.delivered = 0
-        self._unconfirmed: deque[Backfilling] = deque()
-
-    def begin(self) -> list[Backfill]:
-        """Return the backfills that the session is to do."""
-        with suppress(psycopg.ProgrammingError):  # it is reported below
-            requests.resume_present(self._source, lambda each: bool(self.receivers_of(each).rows))
-        chosen = self._choose()
-        self._turns.doing = [each.id for each in chosen]
-        return chosen
-
-    def receivers_of(self, backfill: Backfill) -> Receivers:
-        """Return the subscriptions that a backfill delivers to; no rows if its handler is gone."""
-        table = TableName.parse(backfill.table_name)
-        rows = [
-            subscription
-            for subscription in self._subscriptions
-            if subscription.handler == backfill.handler and subscription.is_on(table)
-        ]
-        return Receivers(rows, of_ends(self._subscriptions, backfill.handler))
-
-    def _choose(self) -> list[Backfill]:
-        """Return the backfills to do now; none if their tables cannot be read."""
-        try:
-            return self._turns.choose(requests.active(self._source))
-        except (psycopg.ProgrammingError, ConfigurationError) as error:
-            if not self._warned:
-                logger.warning("Backfills are not done: %s", one_line(error))
-            self._warned = True
-            return []
-
-    def requested(self) -> bool:
-        """Return whether there is one that the session does not do, so that it has to end."""
-        doing = {each.id for each in self._doing if not each.has_ended}
-        return any(each.id not in doing for each in self._choose())
-
-    def do(self, backfilling: Backfilling) -> None:
-        """Do a backfill in this session."""
-        self._doing.append(backfilling)
-
-    def start(
-        self, wake: Callable[[], object], enqueued: Mapping[bytes, Collection[bytes]] | None
-    ) -> None:
-        """Start reading tables.
-
-        Args:
-            wake: Wakes the session when there is a chunk.
-            enqueued: The rows of the last chunks that the broker has; None if it does not know.
-        """
-        if self._started:
-            return
-        self._started = True
-        known = KnownChunks(chunk[:CHUNK_ID_BYTES].hex() for chunk in enqueued or ())
-        for each in self._doing:
-            each.start(wake, enqueued, known)
-
-    @property
-    def waits(self) -> bool:
-        """Whether a chunk waits for its place in the stream."""
-        positions = [each.waits_for for each in self._doing]  # of all, which may take a chunk now
-        return any(position is not None for position in positions)
-
-    def reached(self, position: Lsn) -> bool:
-        """Deliver the chunks whose place has come, as `Backfilling.reached` does."""
-        delivered = False
-        for each in self._doing:
-            if each.reached(position):
-                delivered = True
-                self.delivered += 1
-                self._unconfirmed.append(each)
-        return delivered
-
-    def confirm(self, chunk: int) -> None:
-        """Take note that the broker has the rows up to this chunk."""
-        if not self._started:
-            return  # it is of the session before
-        while self.delivered - len(self._unconfirmed) < chunk:
-            self._unconfirmed.popleft().confirm()
-        for each in self._doing:
-            each.tend()
-
-    def close(self) -> None:
-        """End the threads. What the broker has not confirmed is read again."""
-        for each in self._doing:
-            each.close()
-
-    def moved_of(self, backfill: Backfill) -> Mapping[int, MovedRows]:
-        """Return the rows that move, for the backfill that the session does.
-
-        Raises:
-            CatalogError: The table was gone when the session began, or its rows had no key.
-        """
-        if backfill.id not in self._moved:
-            raise CatalogError(f"{backfill.table_name} is gone, or its rows have no key.")
-        return self._moved[backfill.id]
-
-    def observe(self, rows: Rows, doing: Sequence[Backfill]) -> Rows:
-        """Return rows that are noted before they are passed on.
-
-        Args:
-            rows: What takes them then.
-            doing: The backfills that the session will do.
-        """
-        begun = [] if self._warned else requests.begun(self._source)
-        for backfill in [*begun, *doing]:
-            if backfill.id in self._moved:
-                continue
-            with suppress(CatalogError):  # it is reported when the backfill's turn comes
-                moved = {
-                    oid: self._moved_of_leaf(backfill, leaf)
-                    for oid, leaf in _leaves(self._source, backfill).items()
-                }
-                self._moved[backfill.id] = moved
-                rows = _Observed(rows, moved)
-        return rows
-
-    def _moved_of_leaf(self, backfill: Backfill, leaf: CatalogTable) -> MovedRows:
-        identity, connection = identity_of(leaf), self._source.connection
-        owed = requests.all_moved(connection, backfill.id, leaf.oid, MOST_KEYS + 1)
-        keys = [
-            tuple(key[name].encode() for name in identity)
-            for key in owed
-            if key.keys() == set(identity)
-        ]
-        every = any(
-            each.handler == backfill.handler and not each.receives_each_update
-            for each in self._subscriptions
-        )
-        return MovedRows(backfill.id, identity, keys, every)
-
-    def remember_moved(self) -> None:
-        """Record the rows that have moved, before anything behind them can be acknowledged.
-
-        PostgreSQL may not send them again.
-        """
-        for id, leaves in list(self._moved.items()):
-            try:
-                for oid, moved in leaves.items():
-                    self._remember(id, oid, moved.take())
-            except (psycopg.ProgrammingError, psycopg.IntegrityError) as error:
-                self._give_up(id, one_line(error))
-
-    def _remember(self, id: str, table: int, keys: Sequence[Mapping[str, str]]) -> None:
-        for first in range(0, len(keys), _MOVED_TOGETHER):
-            part = keys[first : first + _MOVED_TOGETHER]
-            requests.remember_moved(self._source.connection, id, table, part)
-
-    def _give_up(self, id: str, error: str) -> None:
-        """Stop a backfill that would miss rows; changes have to go on."""
-        logger.error(
-            "The backfill %s is stopped, because the rows that move cannot be recorded: %s; "
-            "start another",
-            id,
-            error,
-        )
-        del self._moved[id]
-        for each in self._doing:
-            if each.id == id:
-                each.close()
-        with suppress(psycopg.ProgrammingError):
-            allowed = [*requests.ACTIVE, "paused"]
-            requests.enter(self._source.connection, id, "stopped", allowed, error)
-
-
 class _Settled(RelationCatalog):
     """A catalog for relations that were read from it, and not from the stream."""
 
@@ -578,56 +375,3 @@ class _RowSink:
             receive(delivery._replace(rows=identified(rows, ids)))
 
         return with_ids
-
-
-class _Noting(Protocol):
-    """Notes what happens to one table."""
-
-    def describe(self, relation: Relation) -> None: ...
-
-    def note(self, rows: Sequence[bytes], transaction: Transaction) -> None: ...
-
-    def truncate(self, transaction: Transaction) -> None: ...
-
-
-class _Observed:
-    """Notes what happens to some tables, and passes everything on.
-
-    Args:
-        rows: What takes it then.
-        noting: What notes it, by the OID of the table.
-    """
-
-    def __init__(self, rows: Rows, noting: Mapping[int, _Noting]) -> None:
-        self._rows = rows
-        self._noting = noting
-        self._heads = {
-            tag + oid.to_bytes(4, "big"): each
-            for oid, each in noting.items()
-            for tag in (b"I", b"U", b"D")
-        }
-        self.message = rows.message
-
-    def rows(
-        self, head: bytes, rows: Sequence[bytes], transaction: Transaction, ordinal: int, shift: int
-    ) -> None:
-        """Note and pass on consecutive rows of one relation."""
-        noting = self._heads.get(head)
-        if noting is not None:
-            noting.note(rows, transaction)
-        self._rows.rows(head, rows, transaction, ordinal, shift)
-
-    def truncate(
-        self, oids: Sequence[int], transaction: Transaction, ordinal: int, shift: int
-    ) -> None:
-        """Note and pass on a TRUNCATE."""
-        for oid in oids:
-            if oid in self._noting:
-                self._noting[oid].truncate(transaction)
-        self._rows.truncate(oids, transaction, ordinal, shift)
-
-    def relation(self, relation: Relation, transaction: Transaction) -> None:
-        """Note and pass on the description of a relation."""
-        if relation.oid in self._noting:
-            self._noting[relation.oid].describe(relation)
-        self._rows.relation(relation, transaction)

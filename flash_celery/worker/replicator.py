@@ -22,7 +22,7 @@ import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, suppress
 from enum import IntEnum
 from functools import partial
@@ -33,6 +33,7 @@ import psycopg
 
 from ..acknowledgement import Progress
 from ..backfill import requests
+from ..backfill.moved_rows import MovedRows
 from ..backfill.requests import Backfill
 from ..backoff import delays
 from ..capture.pipeline import Pipeline
@@ -81,7 +82,8 @@ from ..settings import Settings
 from ..telemetry import CONNECTING, STANDBY, STOPPING, STREAMING, WAITING, Telemetry
 from ..transactional_tasks import records, signing
 from ..transactional_tasks.signing import Database, Verifier
-from .backfilling import Backfilling, Backfills, Stamp
+from .backfilling import Backfilling, Receivers, Stamp
+from .backfills import Backfills
 from .control import Control, Stopped
 from .lane_sweeper import LaneSweeper
 from .lost_tables import LostTables
@@ -505,7 +507,8 @@ class Replicator:
             self._sweeper.watch(templates.lanes)
         watch = SlotWatch(source, stream.pid, self._progress, telemetry=self.telemetry)
         self._turns.queues_of = partial(self._backfilled_queues, templates)
-        backfills = Backfills(source, self._subscriptions, self._turns)
+        make = partial(self._backfilling, source, catalog, batcher, templates, claim)
+        backfills = Backfills(source, self._subscriptions, self._turns, make)
         supervisor = Supervisor(
             source,
             self._startup,
@@ -521,15 +524,8 @@ class Replicator:
         )
         if refill is not None:
             session.refill_first(refill)
-        doing = backfills.begin()
-        pipeline.transactions.observe(lambda rows: backfills.observe(rows, doing))
-        for backfill in doing:
-            backfilling = self._backfilling(
-                backfill, backfills, source, catalog, batcher, templates, claim
-            )
-            if backfilling is not None:
-                pipeline.transactions.observe(backfilling.observe)
-                backfills.do(backfilling)
+        pipeline.transactions.observe(backfills.observe)
+        backfills.begin()
         session.backfill_beside(backfills)
         return session
 
@@ -557,53 +553,48 @@ class Replicator:
 
     def _backfilling(
         self,
-        backfill: Backfill,
-        backfills: Backfills,
         source: Source,
         catalog: RelationCatalog,
         batcher: Batcher,
         templates: Templates,
         claim: Claim,
+        backfill: Backfill,
+        receivers: Receivers,
+        moved: Mapping[int, MovedRows],
     ) -> Backfilling | None:
-        """Return a backfill for the session to do beside reading.
+        """Return what does a backfill; None if only the next session declares its queue.
 
-        None if it has to be paused, or if only the next session declares its queue.
+        Raises:
+            CatalogError: Its handler or its table is gone, or its rows have no key.
+            ConfigurationError: It cannot be done with the settings.
         """
-        receivers = backfills.receivers_of(backfill)
-        try:
-            if not receivers.rows:
-                raise CatalogError(requests.absence_of(backfill))
-            queue = self._backfill_queue(backfill)
-            declared = [*self._declared, *(str(each.name) for each in claim.queues)]
-            if queue is not None and queue not in declared:
-                return None
-            queues = self._backfilled_queues(templates, backfill)
-            if self._settings.flash_push_down:
-                raise CatalogError("With flash_push_down the stream lacks rows that it needs.")
-            batch = receivers.rows[0].batch
-            ordered = receivers.rows[0].ordered is not None
-            size = 1 if batch is None or ordered else batch.size
-            room = Room(
-                self._app,
-                queues,
-                size,
-                self._settings.flash_backfill_ahead,
-                self._settings.flash_max_queue_length,
-            )
-            return Backfilling(
-                source,
-                backfill,
-                receivers,
-                catalog,
-                BatcherSink(batcher, templates, queue),
-                room,
-                backfills.moved_of(backfill),
-                Stamp(self._history, claim.lease.binding),
-            )
-        except (CatalogError, ConfigurationError) as error:
-            requests.enter(source.connection, backfill.id, "paused", requests.ACTIVE, str(error))
-            logger.warning("The backfill %s is paused: %s", backfill.id, error)
+        if not receivers.rows:
+            raise CatalogError(requests.absence_of(backfill))
+        if self._settings.flash_push_down:
+            raise CatalogError("With flash_push_down the stream lacks rows that it needs.")
+        queue = self._backfill_queue(backfill)
+        declared = [*self._declared, *(str(each.name) for each in claim.queues)]
+        if queue is not None and queue not in declared:
             return None
+        batch = receivers.rows[0].batch
+        ordered = receivers.rows[0].ordered is not None
+        room = Room(
+            self._app,
+            self._backfilled_queues(templates, backfill),
+            1 if batch is None or ordered else batch.size,
+            self._settings.flash_backfill_ahead,
+            self._settings.flash_max_queue_length,
+        )
+        return Backfilling(
+            source,
+            backfill,
+            receivers,
+            catalog,
+            BatcherSink(batcher, templates, queue),
+            room,
+            moved,
+            Stamp(self._history, claim.lease.binding),
+        )
 
     def _backfill_queue(self, backfill: Backfill) -> str | None:
         """Return the queue that a backfill has of its own, if any.

@@ -31,7 +31,7 @@ from ..postgres.stream import ReplicationConnection
 from ..protocol.lsn import Lsn
 from ..publishing.thread import Claim, PublishingThread
 from ..telemetry import unix
-from .backfilling import Backfills
+from .backfills import Backfills
 from .control import Control
 from .refill import Refill
 from .supervisor import Supervisor
@@ -296,6 +296,8 @@ class Session:
     def _continue_backfills(self, backfills: Backfills, now: float) -> bool:
         """Report confirmed chunks; return whether to ask for the position that the next needs."""
         backfills.confirm(self._progress.chunk)
+        if not self._transactions.open:
+            backfills.go_on()
         if not backfills.waits or now < self._asked_at + _ASK_SECONDS:
             return False
         self._asked_at = now

@@ -9,7 +9,7 @@ from enum import Enum
 from ..dead_letters.refused_tasks import RefusedTasks
 from ..postgres.source import Source
 from ..protocol.lsn import Lsn
-from .backfilling import Backfills
+from .backfills import Backfills
 from .lost_tables import LostTables
 from .open_transactions import OpenTransactions
 from .pauses import Pauses
@@ -105,7 +105,9 @@ class Supervisor:
             return Reason.TABLES_CHANGED
         if self._open_transactions.may_return(self._watch.confirmed, now):
             return Reason.STREAMING
-        return None if self.paused or not self._backfills.requested() else Reason.BACKFILL_REQUESTED
+        if not self.paused and self._backfills.take_turns():
+            return Reason.BACKFILL_REQUESTED
+        return None
 
     @property
     def durable(self) -> Lsn:

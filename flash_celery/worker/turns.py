@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from ..backfill.requests import Backfill
 
-#: The most backfills at a time: each has a thread and a connection.
-_MOST = 4
+#: The most backfills at a time without a rate, and with one: each has a thread and a connection.
+#: One with a rate sleeps most of the time, so it holds up none without.
+_MOST, _MOST_LIMITED = 4, 16
 #: Seconds without a chunk after which a backfill loses its turn, the first time and at most. They
 #: double each time, because a session has to begin for another turn.
 _PATIENCE, _LONGEST_PATIENCE = 10.0, 600.0
@@ -62,11 +63,13 @@ class Turns:
 
         chosen: list[Backfill] = []
         taken: set[str] = set()
+        left = {False: _MOST, True: _MOST_LIMITED}
         for backfill in sorted(active, key=place):
-            queues = self.queues_of(backfill)
-            if len(chosen) < _MOST and taken.isdisjoint(queues):
+            queues, limited = self.queues_of(backfill), backfill.rate is not None
+            if left[limited] and taken.isdisjoint(queues):
                 chosen.append(backfill)
                 taken.update(queues)
+                left[limited] -= 1
         return chosen
 
     def _turn(self, backfill: Backfill) -> _Turn:

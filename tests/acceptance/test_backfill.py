@@ -34,7 +34,7 @@ from flash_celery.postgres.connection import connect
 from flash_celery.postgres.source import Source
 from flash_celery.settings import Settings
 from flash_celery.table_name import TableName
-from flash_celery.worker.backfilling import Backfills
+from flash_celery.worker.backfills import Backfills
 from flash_celery.worker.turns import Turns
 from tests.acceptance.steps import replicate_through
 
@@ -775,9 +775,12 @@ def test_worker_says_that_it_may_not_use_the_tables_of_backfills(database, caplo
     )
     with closing(connect(database.dsn)) as connection:
         connection.execute("SET ROLE poor")
-        backfills = Backfills(SimpleNamespace(connection=connection, slot="s"), [], Turns())
-        assert not backfills.requested()
-        assert not backfills.requested()
+        source = SimpleNamespace(connection=connection, slot="s")
+        backfills = Backfills(source, [], Turns(), lambda *_: None)
+        backfills.observe(SimpleNamespace(message=None))
+        backfills.begin()
+        backfills.start(lambda: None, None)
+        assert not backfills.take_turns()
     database.execute("DROP OWNED BY poor", "DROP ROLE poor")
     (record,) = caplog.records
     assert "GRANT SELECT, INSERT, UPDATE, DELETE ON" in record.getMessage()

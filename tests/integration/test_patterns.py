@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import psycopg
 import pytest
 
-from flash_celery import Delete, Insert, Update
+from flash_celery import UNCHANGED, Backfill, Delete, Insert, Update
 from flash_celery.commands import status
 from flash_celery.errors import CatalogError
 from flash_celery.handlers.decorators import subscriptions_of
@@ -30,8 +30,12 @@ def state(changes):
     rows = {}
     for change in changes:
         match change:
-            case Insert(new=new) | Update(new=new):
+            case Insert(new=new):
                 rows[change.schema, change.key["id"]] = dict(new)
+            case Update(new=new):
+                before = rows.pop((change.schema, (change.old or change.key)["id"]), {})
+                known = {name: value for name, value in new.items() if value is not UNCHANGED}
+                rows[change.schema, change.key["id"]] = {**before, **known}
             case Delete(key=key):
                 rows.pop((change.schema, key["id"]), None)
     return rows
@@ -548,3 +552,34 @@ def test_rows_of_a_transaction_that_is_open_while_the_table_joins_are_delivered(
     flash.wait(lambda: flash.database.one(done), timeout=120)
     flash.do("SELECT pg_logical_emit_message(true, '', '')")
     assert {id for _, id in state(flash.delivered())} == {1, 2, 3}
+
+
+def test_backfills_of_a_pattern_follow_one_another_in_one_session(flash, caplog):
+    """Also of a table whose rows have changed in the session before their turn."""
+    caplog.set_level("INFO")
+    schemas = [f"tenant_{number}" for number in range(6)]
+    for schema in schemas:
+        flash.database.execute(
+            f"CREATE SCHEMA {schema}",
+            f"CREATE TABLE {schema}.orders (id int PRIMARY KEY, total text)",
+            f"ALTER TABLE {schema}.orders ALTER total SET STORAGE EXTERNAL",
+            f"INSERT INTO {schema}.orders SELECT n, repeat('x', 3000)"
+            f" FROM generate_series(1, {300 if schema == 'tenant_5' else 20}) n",
+        )
+    rate = Backfill(chunk=20, rate=100)
+    flash.handler("tenant_*.orders", ordered=False, backfill=rate).start(flash_backfill_ahead=900)
+    last = "tenant_5"
+    flash.do(f"UPDATE {last}.orders SET id = id WHERE id = 20")
+    begun = f"SELECT sum(row_count) >= 40 FROM flash_celery_backfills WHERE table_name ~ '{last}'"
+    flash.wait(lambda: flash.database.one(begun))
+    flash.do(f"UPDATE {last}.orders SET id = -id WHERE id > 200")
+    when_backfilled(flash, f"{last}.orders")
+    flash.do(f"UPDATE {last}.orders SET id = id + 1000 WHERE id < 5")
+    found = state(flash.delivered())
+    rows = {
+        (schema, id): {"id": id, "total": total}
+        for schema in schemas
+        for id, total in flash.database.execute(f"SELECT id, total FROM {schema}.orders")
+    }
+    assert found == rows
+    assert caplog.text.count("Replicating the slot") == 1

@@ -43,7 +43,7 @@ def writes():
 
 def described():
     writes = RecentWrites(["id"])
-    writes.describe(relation())
+    writes.describe(relation().columns)
     return writes
 
 
@@ -155,7 +155,7 @@ def test_only_writes_that_the_snapshot_lacks_need_its_columns(writes):
     more = *COLUMNS, Column(False, "added", 23, -1)
     assert not writes.hides_any(Snapshot.parse("13:13:"), more)
     assert writes.hides_any(Snapshot.parse("12:12:"), more)
-    writes.describe(relation(more))
+    writes.describe(relation(more).columns)
     writes.note([update(1, "c", 1)], transaction(14))
     assert not writes.hides_any(Snapshot.parse("13:14:"), more)
     assert writes.hides_any(Snapshot.parse("12:12:"), more)
@@ -166,7 +166,7 @@ def test_transaction_that_alters_the_table_between_its_writes_is_not_merged(writ
     more = *COLUMNS, Column(False, "added", 23, -1)
     altering = transaction(13)
     writes.note([update(1, "b")], altering)
-    writes.describe(relation(more))
+    writes.describe(relation(more).columns)
     writes.note([update(1, "c", 1)], altering)
     assert writes.hides_any(Snapshot.parse("13:13:"), more)
 
@@ -180,7 +180,7 @@ def test_forgotten_writes_change_nothing_any_more(writes):
 @pytest.fixture
 def moved():
     moved = MovedRows("b1", ["id"])
-    moved.describe(relation())
+    moved.describe(relation().columns)
     return moved
 
 
@@ -197,7 +197,7 @@ def test_moved_row_is_read_under_its_new_key_if_a_value_was_not_sent(moved):
 def test_moved_row_is_read_if_its_update_may_not_be_delivered():
     """As to a handler of `insert`, or with `fields`."""
     moved = MovedRows("b1", ["id"], every=True)
-    moved.describe(relation())
+    moved.describe(relation().columns)
     moved.note([update(1, "b"), update(6, "whole", old=(2, None))], transaction(12))
     assert moved.take() == [{"id": "6"}]
 
@@ -228,7 +228,7 @@ def test_row_that_was_delivered_is_not_followed_any_more(moved):
 
 def test_row_that_was_recorded_by_another_session_is_followed():
     moved = MovedRows("b1", ["id"], [(b"5",)])
-    moved.describe(relation())
+    moved.describe(relation().columns)
     moved.has_all = True
     moved.note([move(5, 6)], transaction(13))
     assert moved.take() == [{"id": "6"}]

@@ -28,7 +28,7 @@ class Source(SimpleNamespace):
     def record(self, source):
         pass
 
-    def requested(self):
+    def take_turns(self):
         return self.backfill
 
     def changed(self, source):

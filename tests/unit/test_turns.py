@@ -29,7 +29,8 @@ class World:
         return " ".join(chosen)
 
     def backfill(self, name):
-        rows = [None, 5000, 0, NOW, None, NOW, self.chunks[name], 0, {}, None, None]
+        rate = 5.0 if name.endswith("limited") else None
+        rows = [rate, 5000, 0, NOW, None, NOW, self.chunks[name], 0, {}, None, None]
         return Backfill(name, "slot", name, "table", "requested", *rows)
 
 
@@ -84,3 +85,9 @@ def test_backfill_may_stand_still_for_weeks():
     for _ in range(2000):
         world.time += 600
         assert world.doing(1) == "a1"
+
+
+def test_those_with_a_rate_hold_up_none_without():
+    limited = [f"{queue} limited" for queue in "efghijklmnopqrstuvw"]
+    world = World(*limited, *"abcd")
+    assert world.doing() == " ".join([*limited[:16], *"abcd"])
