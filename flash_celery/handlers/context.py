@@ -21,6 +21,7 @@ _NO_TRANSACTION = (
     "The connection is in autocommit mode and has no transaction that could have a context; begin "
     "one first (`with connection.transaction():`)."
 )
+_NOT_OPEN = "The connection is not open yet; write `async with engine.connect()` around context()."
 _IDLE, _IN_ERROR = 0, 3
 
 
@@ -245,6 +246,8 @@ def _link(connection: Any, values: Mapping[str, Any]) -> _Link:
     if hasattr(connection, "registry") and callable(connection):  # a scoped session
         connection = connection()
     connection = getattr(connection, "sync_session", connection)
+    if getattr(connection, "sync_connection", connection) is None:
+        raise TypeError(_NOT_OPEN)
     connection = getattr(connection, "sync_connection", connection)
     for module, name, link in _KINDS:
         kind = getattr(sys.modules.get(module), name, None)

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import pytest
 from asgiref.sync import sync_to_async
+from django.conf import settings
 from django.db import connections, transaction
 from django.test import override_settings
 from django.utils import timezone
@@ -96,6 +97,35 @@ def test_queue_priority_and_moment_become_options_of_celery(jobs):
     assert [task.priority for task in tasks[1:]] == [0, 2, 4, 9]
     with pytest.raises(jobs.api.TaskException):
         jobs.mail.using(queue_name="unknown")
+
+
+def test_priorities_of_rabbitmq_need_queues_that_have_them(jobs):
+    jobs.app.conf.broker_url = "amqp://localhost:1//"
+    with pytest.raises(jobs.api.TaskException, match="priority"):
+        jobs.mail.using(priority=100)
+    jobs.app.conf.task_queue_max_priority = 10
+    with carried_tasks() as tasks:
+        for priority in (100, 0, -100):
+            jobs.mail.using(priority=priority).enqueue(priority)
+    assert [task.priority for task in tasks] == [10, 5, 0]
+
+
+def test_backend_writes_into_the_database_that_is_named(jobs):
+    connections.databases["ledger"] = connections.databases["default"]
+    backend = {**settings.TASKS["default"], "OPTIONS": {"using": "ledger"}}
+    try:
+        with override_settings(TASKS={"default": backend}), carried_tasks() as tasks:
+            with suppress(ZeroDivisionError), transaction.atomic():
+                jobs.mail.enqueue(1)
+                raise ZeroDivisionError
+            with suppress(ZeroDivisionError), transaction.atomic("ledger"):
+                jobs.mail.enqueue(2)
+                raise ZeroDivisionError
+    finally:
+        connections["ledger"].close()
+        del connections["ledger"]
+        del connections.databases["ledger"]
+    assert [task.args[3] for task in tasks] == [[1]]
 
 
 def test_results_are_those_of_celery(jobs, monkeypatch):

@@ -1,17 +1,25 @@
 """Contexts with Django: the middleware, savepoints, and what handlers write."""
 
+import ast
 import asyncio
+import re
 from contextlib import suppress
 
 import pytest
+from django.conf import settings
 from django.db import IntegrityError, connection, connections, transaction
-from django.test import AsyncRequestFactory, RequestFactory
+from django.http import HttpResponse
+from django.test import AsyncRequestFactory, Client, RequestFactory, override_settings
+from django.urls import path
 from django.utils.functional import SimpleLazyObject
 
 from flash_celery import context, on_change
 from flash_celery.django.middleware import ContextMiddleware
 from flash_celery.handlers.written_context import warn_of_missing_privilege
 from tests.django.conftest import use
+from tests.docs.conftest import Page
+
+WHO_AND_WHY = Page("howto/who-and-why.md")
 
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text)"
 HEADERS = {"x-request-id": "r-1", "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7-01"}
@@ -215,6 +223,46 @@ def test_middleware_works_in_asynchronous_requests(site):
 
     asyncio.run(handle())
     assert contexts(site) == [(1, {"user": 7, "path": "/orders/"})]
+
+
+def test_middleware_works_in_the_stack_of_a_project(site):
+    (line,) = re.findall(r"^    MIDDLEWARE = (.*)$", WHO_AND_WHY.text, re.MULTILINE)
+    _, *ours = ast.literal_eval(line)
+    connections.databases["ledger"] = connections.databases["default"]
+
+    def view(request):
+        with transaction.atomic(), transaction.atomic("ledger"):
+            add(1)
+            with connections["ledger"].cursor() as cursor:
+                cursor.execute("INSERT INTO items VALUES (2)")
+        return HttpResponse()
+
+    try:
+        with override_settings(
+            ROOT_URLCONF=(path("orders/", view),), MIDDLEWARE=[*settings.MIDDLEWARE, *ours]
+        ):
+            Client().get("/orders/", headers=HEADERS)
+    finally:
+        connections["ledger"].close()
+        del connections["ledger"]
+        del connections.databases["ledger"]
+    anonymous = {name: value for name, value in FROM_REQUEST.items() if name != "user"}
+    assert sorted(contexts(site)) == [(1, anonymous), (2, anonymous)]
+
+
+def test_example_of_the_page_says_more_of_a_request(site):
+    names = {}
+    (example,) = [each for each in WHO_AND_WHY.python() if "ContextMiddleware" in each]
+    exec(example, names)
+
+    def view(request):
+        with transaction.atomic():
+            add(1)
+
+    request = RequestFactory(headers=HEADERS).get("/orders/")
+    request.user = User()
+    names["ShopContext"](view)(request)
+    assert contexts(site) == [(1, {**FROM_REQUEST, "tenant": "testserver"})]
 
 
 def test_handler_writes_with_its_context(site):

@@ -18,7 +18,9 @@ from django.urls import path
 
 from flash_celery import transactional
 from flash_celery.errors import ConfigurationError, TransactionError
+from flash_celery.settings import Settings
 from flash_celery.testing import Live, carried_tasks
+from flash_celery.transactional_tasks import signing
 from tests.django.conftest import use
 from tests.docs.conftest import Page
 
@@ -258,6 +260,16 @@ def test_message_goes_into_the_database_that_is_named(shop, new_database):
         connections["ledger"].close()
         del connections["ledger"]
         del connections.databases["ledger"]
+
+
+def test_keys_are_those_of_django_unless_there_is_one(configured):
+    with override_settings(SECRET_KEY="the new secret", SECRET_KEY_FALLBACKS=["the old secret"]):
+        assert signing.keys_of(Settings()) == [
+            signing._derived("the new secret"),
+            signing._derived("the old secret"),
+        ]
+        given = Settings(flash_signing_key="a secret of its own")
+        assert signing.keys_of(given) == [signing._derived("a secret of its own")]
 
 
 def test_other_databases_are_refused(shop):

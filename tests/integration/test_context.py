@@ -121,6 +121,83 @@ def test_sqlalchemy_writes_before_the_first_write(flash, driver):
     flash.database.execute("SELECT pg_drop_replication_slot('counted')")
 
 
+def test_psycopg2_writes_at_once(flash):
+    import psycopg2
+
+    flash.database.execute(ITEMS)
+    flash.handler("items").start()
+    connection = psycopg2.connect(flash.database.dsn)
+    with connection, connection.cursor() as cursor:
+        cursor.execute(ADD.format(1))
+        with context(connection, user=7, why="it's 5 %s"):
+            cursor.execute(ADD.format(2))
+        cursor.execute(ADD.format(3))
+    connection.autocommit = True
+    with pytest.raises(ValueError, match="autocommit mode and has no transaction"):
+        context(connection, user=1).__enter__()
+    connection.close()
+    flash.do("SELECT 1")
+    assert contexts(flash) == [(1, {}), (2, {"user": 7, "why": "it's 5 %s"}), (3, {})]
+
+
+def test_asynchronous_sqlalchemy_writes_before_the_first_write(flash):
+    pytest.importorskip("greenlet")
+    from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+
+    flash.database.execute(ITEMS)
+    flash.handler("items").start()
+    address = flash.database
+    url = f"postgresql+psycopg://postgres@127.0.0.1:{address.server.port}/{address.name}"
+
+    def statement(number):
+        return sqlalchemy.text(ADD.format(number))
+
+    async def write():
+        engine = create_async_engine(url)
+        async with AsyncSession(engine) as session:
+            with context(session, user=1):
+                await session.execute(statement(1))
+                nested = await session.begin_nested()
+                await session.execute(statement(2))
+                await nested.rollback()
+                await session.execute(statement(3))
+                await session.commit()
+            await session.execute(statement(4))
+            await session.commit()
+        async with engine.begin() as connection:
+            with context(connection, user=2):
+                await connection.execute(statement(5))
+        with pytest.raises(TypeError, match="is not open yet"):
+            context(engine.connect(), user=3)
+        await engine.dispose()
+
+    asyncio.run(write())
+    flash.do("SELECT 1")
+    one, two = {"user": 1}, {"user": 2}
+    assert contexts(flash) == [(1, one), (3, one), (4, {}), (5, two)]
+
+
+def test_what_does_not_look_like_a_write_has_no_context(flash):
+    """The page lists it: a SELECT of a function that writes, and a COPY by the driver."""
+    add = "CREATE FUNCTION add(n int) RETURNS void LANGUAGE sql AS 'INSERT INTO items VALUES (n)'"
+    flash.database.execute(ITEMS, add)
+    flash.handler("items").start()
+    address = flash.database
+    engine = sqlalchemy.create_engine(
+        f"postgresql+psycopg://postgres@127.0.0.1:{address.server.port}/{address.name}"
+    )
+    with engine.begin() as connection, context(connection, user=1):
+        connection.execute(sqlalchemy.text("SELECT add(1)"))
+        driver = connection.connection.driver_connection
+        with driver.cursor() as cursor, cursor.copy("COPY items (id) FROM STDIN") as copy:
+            copy.write_row([2])
+        connection.execute(sqlalchemy.text(ADD.format(3)))
+        connection.execute(sqlalchemy.text("SELECT add(4)"))
+    engine.dispose()
+    flash.do("SELECT 1")
+    assert contexts(flash) == [(1, {}), (2, {}), (3, {"user": 1}), (4, {"user": 1})]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_context_holds_for_what_follows_it_in_its_transaction(flash, streaming, caplog):
     flash.database.execute(ITEMS, "ALTER SYSTEM SET logical_decoding_work_mem = '64kB'")

@@ -4,15 +4,19 @@
 # ruff: noqa: PT012, SIM117
 
 import asyncio
+import json
 import threading
+from contextlib import suppress
 
 import django.conf
 import kombu.serialization
 import psycopg
 import pytest
 from celery import signals
+from celery.events.event import get_exchange as event_exchange
 from celery.exceptions import Ignore, Retry
 from django.utils.functional import empty
+from kombu import Queue
 from kombu.utils.json import loads
 
 from flash_celery import transactional
@@ -41,7 +45,7 @@ from flash_celery.protocol.pgoutput import LogicalMessage
 from flash_celery.provisioning.record import published_tables
 from flash_celery.settings import Settings
 from flash_celery.telemetry import Telemetry
-from flash_celery.transactional_tasks import records, signing
+from flash_celery.transactional_tasks import blocks, records, signing
 from flash_celery.transactional_tasks.signing import Database
 from flash_celery.worker.control import Control
 from tests.proxy import Proxy, Way
@@ -852,6 +856,45 @@ def test_retry_and_replacement_go_past_the_block(tasks):
         messages = [connection.default_channel.basic_get("own", no_ack=True) for _ in range(3)]
     assert [message.headers["id"] for message in messages[:2]] == ["id-retries", "id-replaces"]
     assert messages[2] is None
+    assert tasks.sent() == []
+
+
+def test_what_a_block_does_not_carry_is_sent_at_once(tasks):
+    app, receipt = tasks.app, tasks.receipt
+    app.conf.update(task_default_queue="own", task_send_sent_event=True)
+    with app.connection_for_write() as connection:
+        control = Queue("control", app.control.mailbox.exchange, "#", channel=connection)
+        events = Queue("events", event_exchange(connection), "#", channel=connection)
+        for queue in (control, events):
+            queue.declare()
+        with suppress(ZeroDivisionError), psycopg.connect(tasks.database.dsn) as database:
+            with transactional(database), app.amqp.Producer(connection) as producer:
+                receipt.apply_async((1,), producer=producer)
+                receipt.apply_async((2,), connection=connection)
+                app.control.revoke("an id")
+                receipt.delay("undone")
+                raise ZeroDivisionError
+        take = connection.default_channel.basic_get
+        bodies = [json.loads(take("own", no_ack=True).body)[0] for _ in range(2)]
+        assert bodies == [[1], [2]]
+        assert json.loads(take("control", no_ack=True).body)["method"] == "revoke"
+        sent = [json.loads(take("events", no_ack=True).body) for _ in range(2)]
+        assert [(event["type"], event["args"]) for event in sent] == [
+            ("task-sent", "(1,)"),
+            ("task-sent", "(2,)"),
+        ]
+        assert [take(queue, no_ack=True) for queue in ("own", "control", "events")] == [None] * 3
+    assert tasks.sent() == []
+
+
+def test_eager_tasks_run_at_once_with_a_warning(tasks, caplog, monkeypatch):
+    monkeypatch.setattr(blocks, "_eager_warned", False)
+    tasks.app.conf.task_always_eager = True
+    with psycopg.connect(tasks.database.dsn) as connection:
+        for _ in range(2):
+            with transactional(connection):
+                assert tasks.receipt.delay(1).successful()
+    assert caplog.text.count("task_always_eager is on") == 1
     assert tasks.sent() == []
 
 

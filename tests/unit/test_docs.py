@@ -133,7 +133,13 @@ def test_claims_have_tests(page):
 #: All sections of how-tos that claims.toml has. Those of the other pages are checked apart.
 PROMISES = [
     (page, heading)
-    for page in ("howto/backfill.md", "howto/table-patterns.md", "howto/transactional-tasks.md")
+    for page in (
+        "howto/backfill.md",
+        "howto/from-on-commit.md",
+        "howto/table-patterns.md",
+        "howto/transactional-tasks.md",
+        "howto/who-and-why.md",
+    )
     for heading in proofs(page)
 ]
 
