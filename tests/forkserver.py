@@ -5,6 +5,7 @@ child has its own environment, standard streams, signals and exit, as if it had 
 itself. `tests/processes.py` starts this server and makes the requests.
 """
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -23,18 +24,33 @@ from example_project.servers import end_with_parent
 
 ROOT = Path(__file__).parents[1]
 CELERY = (
+    "billiard.popen_fork",
+    "billiard.sharedctypes",
+    "celery.app.amqp",
+    "celery.app.control",
+    "celery.app.events",
+    "celery.app.log",
     "celery.app.trace",
     "celery.apps.worker",
     "celery.bin.celery",
     "celery.concurrency.prefork",
     "celery.concurrency.solo",
     "celery.concurrency.thread",
+    "celery.events.receiver",
+    "celery.fixups.django",
+    "celery.worker.autoscale",
+    "celery.worker.components",
+    "celery.worker.consumer",
+    "celery.worker.loops",
+    "celery.worker.pidbox",
     "kombu.transport.pyamqp",
     "kombu.transport.redis",
 )
 #: Where these are loaded, others of ours act differently.
 LEFT_OUT = ("flash_celery.django", "flash_celery.pytest_plugin", "flash_celery.testing")
 REPORT = struct.Struct("i")
+#: The exit code of a child that has come to its end.
+_codes = []
 
 
 def preload():
@@ -96,10 +112,25 @@ def become(request, streams):
     os.environ.update(request["environment"])
     time.tzset()
     sys.argv = request["arguments"]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if isinstance(end.code, (int, type(None))):  # for others there is a message
+            _codes.append(end.code or 0)
+        raise
+    _codes.append(0)
+
+
+def end_at_once():
+    """Leave out what Python does last: it visits each object, and so copies all the memory."""
+    if _codes:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_codes[0] & 0xFF)
 
 
 if __name__ == "__main__":
+    atexit.register(end_at_once)  # the first is called last, after all threads have ended
     preload()
     with socket.socket(fileno=int(sys.argv[1])) as control:
         child = serve(control)
