@@ -1,5 +1,6 @@
 """Ordered handlers in real Celery workers, on Valkey."""
 
+import itertools
 import json
 import os
 import random
@@ -815,15 +816,21 @@ def test_lanes_get_replayed_changes_in_their_order(ordered):
 def test_lanes_that_are_full_pause_reading(ordered):
     ordered.environment.update(SHOP_CONF='{"flash_max_queue_length": 20}')
     replicate = ordered.replicate()
-    for number in range(8):
+    first = itertools.count(0, 10)
+
+    def paused():
+        """Write more, because all commits that are read at once are one push."""
+        start = next(first)
         ordered.database.execute(
-            f"INSERT INTO items SELECT n, '{number}', NULL "
-            f"FROM generate_series({number * 10}, {number * 10 + 9}) AS n"
+            f"INSERT INTO items SELECT n, '0', NULL FROM generate_series({start}, {start + 9}) AS n"
         )
-    ordered.until_said(replicate, "further changes stay in the WAL")
-    assert summary(ordered)["waiting"] < 80
+        return "further changes stay in the WAL" in replicate.log.read_text()
+
+    wait_until(paused, "reading to be paused")
+    written = next(first)
+    assert 20 <= summary(ordered)["waiting"] < written
     ordered.worker("prefork", "flash")
-    until_ended(ordered, 80)
+    until_ended(ordered, written)
 
 
 @pytest.mark.soak
