@@ -17,6 +17,7 @@ import psycopg
 from ..errors import SubscriptionError
 from ..values import comparison
 from ..values.comparison import ColumnType
+from ..values.encoding import decoded, encoded
 from ..values.loading import dump
 from . import regex_cost
 from .enum_members import with_plain_values
@@ -44,7 +45,7 @@ def _contains_ignoring_case(value: str, part: str) -> bool:
 
 def _ascii_lower(text: str) -> str:
     """Return the text in lower case, as PostgreSQL's lower() does in the collation C."""
-    return text.encode().lower().decode()
+    return decoded(encoded(text).lower())
 
 
 _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
@@ -182,7 +183,7 @@ def _search(lookup: Lookup, column_type: ColumnType) -> _Test:
             'COLLATE "C".'
         )
     search, part = _SEARCHES[lookup.name], lookup.value
-    return lambda text: None if text is None else search(text.decode(), part)
+    return lambda text: None if text is None else search(decoded(text), part)
 
 
 def _list_verdict(name: str, values: Sequence[Any]) -> Callable[[Any], _Verdict]:

@@ -43,6 +43,8 @@ _UNIX_PAUSE_SECONDS = 0.0005
 #: Matches the messages of PostgreSQL 14 to 19 about an invalidated slot.
 _INVALIDATED = re.compile("can no longer|cannot read from logical replication slot|invalidated")
 
+#: The encoding of a database whose text may be any bytes.
+_NO_ENCODING = b"SQL_ASCII"
 _IN_USE = "55006"
 _FORBIDDEN = "42501"
 _UNDEFINED_OBJECT = "42704"
@@ -203,6 +205,10 @@ class ReplicationConnection:
             position: Where to start at the earliest.
             streaming: Whether the server sends parts of large transactions before they commit.
         """
+        if self._connection.parameter_status(b"server_encoding") == _NO_ENCODING:
+            # The server would convert nothing, but end the stream at bytes that are not UTF-8.
+            unchecked = sql.SQL("SET client_encoding = SQL_ASCII")
+            self.execute(unchecked, expected=pq.ExecStatus.COMMAND_OK)
         names = sql.SQL(",").join(sql.Identifier(name) for name in publications)
         options = "proto_version '2', streaming 'on'" if streaming else "proto_version '1'"
         # psycopg would write a name with a backslash as E'…', which this grammar does not have.

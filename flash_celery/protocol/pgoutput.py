@@ -117,10 +117,8 @@ class _Reader:
             raise self.error("a name without an end")
         raw = self.take(end - self.offset)
         self.offset = end + 1
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            raise self.error("a name that is not UTF-8") from None
+        # Bytes that are no UTF-8 (of a database in SQL_ASCII) become lone surrogates.
+        return raw.decode(errors="surrogateescape")
 
     def one_of(self, letters: str) -> str:
         letter = chr(self.byte())

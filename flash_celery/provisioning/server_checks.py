@@ -200,8 +200,9 @@ def _wal(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
         yield Finding(
             "encoding",
             WARNING,
-            "SQL_ASCII: a change with text that is not UTF-8 stops replication; dump the database "
-            "and restore it into one with ENCODING 'UTF8'",
+            "SQL_ASCII: bytes of text that are not UTF-8 reach handlers as lone surrogates "
+            "(docs/semantics.md), and a backfill stops at their row; dump the database and restore "
+            "it into one with ENCODING 'UTF8'",
         )
     limit = _setting(connection, "max_slot_wal_keep_size")
     if limit == "-1":

@@ -19,6 +19,7 @@ from psycopg.pq import Format
 from psycopg.types.datetime import IntervalLoader
 
 from .comparison import NUMBERS, UNREADABLE, parse_array
+from .encoding import decoded
 
 Loader = Callable[[bytes], Any]
 
@@ -69,7 +70,7 @@ def or_text(load: Loader) -> Loader:
         try:
             return load(text)
         except _UNREADABLE:
-            return text.decode()
+            return decoded(text)
 
     return load_or_keep_text
 

@@ -282,6 +282,42 @@ def test_row_that_cannot_be_sent_holds_up_only_what_comes_after_it(legacy, caplo
     assert shown(flash.delivered()) == ["insert 4,d", "insert 5,e"]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_without_an_encoding_is_delivered_byte_by_byte(new_database, new_app, streaming):
+    """The text of a database in SQL_ASCII is whatever bytes its clients have written."""
+    options = "ENCODING 'SQL_ASCII' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'"
+    database = new_database(options)
+    database.dsn += "?client_encoding=UTF8"
+    flash = Flash(database, new_app())
+    flash.database.execute(
+        "CREATE TABLE items (name text PRIMARY KEY, names text[], document json)",
+        "ALTER TABLE items REPLICA IDENTITY FULL",
+    )
+    flash.handler("items").handler("items", name="fields", fields=["names"])
+    for lookup in ("contains", "icontains", "regex"):
+        flash.handler("items", name=lookup, where={f"name__{lookup}": "af"})
+    flash.start(flash_use_streaming=streaming)
+    try:
+        flash.do(
+            "SELECT pg_logical_emit_message(true, E'caf\\351', '')",
+            "INSERT INTO items VALUES (E'caf\\351', ARRAY[E'\\351'], E'\"\\351\"')",
+            "INSERT INTO items VALUES (E'\\303\\251')",
+            "UPDATE items SET names = NULL WHERE document IS NOT NULL",
+        )
+    finally:
+        flash.stop()
+    bad, _, update = changes = flash.delivered()
+    assert "with a key that cannot be decoded" in repr(bad)
+    assert [change.new["name"] for change in changes] == ["caf\udce9", "é", "caf\udce9"]
+    assert bad.new["name"].encode("utf-8", "surrogateescape") == b"caf\xe9"
+    assert dict(bad.new) == {**update.old}
+    assert (bad.new["names"], bad.new["document"]) == ("{\udce9}", '"\udce9"')
+    assert len(flash.delivered("fields")) == 3
+    for lookup in ("contains", "icontains", "regex"):
+        matching = [change.operation.names()[0] for change in flash.delivered(lookup)]
+        assert matching == ["insert", "update"]
+
+
 def test_row_that_cannot_be_sent_pauses_its_backfill_alone(legacy, caplog):
     """It is named by its place, because its values may be secret; the others are done."""
     flash = legacy
