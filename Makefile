@@ -8,7 +8,7 @@ PROPERTIES := $(patsubst %,tests/integration/test_%.py,conditions pushdown trans
 # The tests start hundreds of processes, which would compile the package again each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo recording screenshots test unit bench bench-compare soak long matrix rabbitmq celery django docs \
+.PHONY: demo recording screenshots test unit bench bench-compare soak long matrix rabbitmq celery python django docs \
 	links lint types audit release clean
 
 # The example shop with servers of its own, and a page on which to make changes. ARGS=--once ends by
@@ -71,6 +71,10 @@ rabbitmq: $(VENV)/.stamp
 celery: $(VENV)/.stamp
 	$(BIN)/python tests/matrix_celery.py $(ARGS)
 
+# Runs the unit and integration tests on Python 3.10 to 3.15; ARGS="3.10 3.15" picks releases.
+python: $(VENV)/.stamp
+	$(BIN)/python -m tests.matrix_python $(ARGS)
+
 # Runs every example of the documents and builds the site into build/site. Its search needs a server:
 # python3 -m http.server -b 127.0.0.1 -d build/site
 docs: $(VENV)/.stamp
@@ -84,7 +88,7 @@ links: $(VENV)/.stamp
 
 # Runs the tests of the Django app on Django 4.2, 5.2 and 6; DJANGO="4.2" picks versions.
 django: $(VENV)/.stamp
-	DJANGO="$(DJANGO)" $(BIN)/python tests/matrix_django.py $(ARGS)
+	DJANGO="$(DJANGO)" $(BIN)/python -m tests.matrix_django $(ARGS)
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check .

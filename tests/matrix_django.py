@@ -4,10 +4,11 @@ A version whose Python cannot be found is named and makes the run fail.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from tests import pythons
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".cache" / "django"
@@ -31,24 +32,18 @@ NEEDED = (
 
 
 def python(oldest, newest):
-    """An interpreter of these versions: this one, one of PATH, or one of pyenv's; or None."""
+    """An interpreter of these versions: this one, else the newest that can be had; or None."""
     if oldest <= sys.version_info[:2] <= newest:
         return sys.executable
     for minor in range(newest[1], oldest[1] - 1, -1):
-        kept = (Path.home() / ".pyenv" / "versions").glob(f"3.{minor}.*/bin/python")
-        for candidate in (shutil.which(f"python3.{minor}"), *sorted(kept)):
-            # pyenv's shims are on PATH also where they lead nowhere.
-            if (
-                candidate
-                and subprocess.run([candidate, "-c", ""], capture_output=True).returncode == 0
-            ):
-                return str(candidate)
+        if found := pythons.installed(f"3.{minor}"):
+            return found
     return None
 
 
 def run(version):
-    django, *pythons = VERSIONS[version]
-    interpreter = python(*pythons)
+    django, *versions = VERSIONS[version]
+    interpreter = python(*versions)
     if interpreter is None:
         return "no Python for it here"
     folder = CACHE / version
