@@ -187,12 +187,18 @@ def test_published_tables_are_recorded_again_if_the_record_lacks_them(flash):
     """Not at each start: a connection that is lost again and again would write each time."""
     update = RECORD.replace("_insert", "_update")
     flash.database.execute(ITEMS)
-    flash.handler("items").start().stop()
+
+    def run_until_recorded():
+        flash.start().wait(lambda: '"tables"' in (flash.database.one(update) or ""))
+        flash.stop()
+
+    flash.handler("items")
+    run_until_recorded()
     recorded = flash.database.one(update)
-    flash.start().stop()
+    run_until_recorded()
     assert flash.database.one(update) == recorded
     flash.database.execute("COMMENT ON PUBLICATION flash_publication_update IS NULL")
-    flash.start().stop()
+    run_until_recorded()
     tables = json.loads(flash.database.one(update))["flash_celery_tables"]["tables"]
     assert tables == json.loads(recorded)["flash_celery_tables"]["tables"]
 
