@@ -64,7 +64,8 @@ class NewHandlers:
         """
         with source.connection.transaction():
             with suppress(psycopg.ProgrammingError), source.connection.transaction():
-                requests.stop_all(source, _LOST)
+                ids = [id for id, _ in requests.under_way(source).values()]
+                requests.stop(source, ids, _LOST)
             self._log("Changes were lost", *plans.request(source, subscriptions))
 
     def _log(

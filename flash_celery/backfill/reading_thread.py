@@ -198,6 +198,8 @@ class ReadingChunks(threading.Thread):
         self.shown: Snapshot | None = None
         #: How many chunks are recorded.
         self.recorded = 0
+        #: Whether nothing more is read or recorded.
+        self.has_ended = False
         #: The session's answers about the chunks in flight, in their order.
         self._answers: queue.SimpleQueue[_Answer | None] = queue.SimpleQueue()
         #: The chunks that the broker is not known to have.
@@ -243,8 +245,12 @@ class ReadingChunks(threading.Thread):
 
     def run(self) -> None:
         """Read until the table ends, the backfill is paused or stopped, or `end`."""
-        with closing(self._room), _SHORT_TURNS:
-            self._read()
+        try:
+            with closing(self._room), _SHORT_TURNS:
+                self._read()
+        finally:
+            self.has_ended = True
+            self._wake()
 
     def _read(self) -> None:
         while not self._ending.is_set():

@@ -7,7 +7,7 @@ process, and a second worker goes on where the first one was.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -79,19 +79,16 @@ WHERE slot = coalesce(%(slot)s, slot) AND id = coalesce(%(id)s, id)
   AND (NOT %(begun)s OR (ended_at IS NULL AND progress IS NOT NULL))
   AND (NOT %(failed)s OR (state = 'paused' AND error IS NOT NULL))
 ORDER BY requested_at"""  # noqa: S608 - constants only
-_PAIRS = """(handler, table_name) IN (
-    SELECT * FROM unnest(%(handlers)s::text[], %(tables)s::text[]) AS wanted)"""
-_UNDER_WAY = f"""
-SELECT id, handler, table_name, state FROM public.flash_celery_backfills
-WHERE slot = %(slot)s AND ended_at IS NULL AND {_PAIRS} LIMIT 1"""  # noqa: S608 - constants only
-_STOP_ALL = f"""
+_UNDER_WAY = """
+SELECT handler, table_name, id, state FROM public.flash_celery_backfills
+WHERE slot = %s AND ended_at IS NULL"""
+_STOP = """
 WITH stopped AS (
     UPDATE public.flash_celery_backfills
     SET state = 'stopped', error = %(error)s, ended_at = clock_timestamp()
-    WHERE slot = %(slot)s AND ended_at IS NULL AND (%(handlers)s::text[] IS NULL OR {_PAIRS})
-    RETURNING id)
+    WHERE id = ANY(%(ids)s) AND ended_at IS NULL RETURNING id)
 DELETE FROM public.flash_celery_backfill_moves AS moves USING stopped
-WHERE moves.backfill = stopped.id"""  # noqa: S608 - constants only
+WHERE moves.backfill = stopped.id"""
 _QUEUES = """
 SELECT DISTINCT handler, options->>'queue' FROM public.flash_celery_backfills
 WHERE slot = %s AND options->>'queue' IS NOT NULL"""
@@ -207,14 +204,13 @@ def request(source: Source, drafts: Sequence[Draft]) -> list[Backfill]:
     if not drafts:
         return []
     prepare(source)
-    pairs = _pairs((each.handler, each.table_name) for each in drafts)
-    found = source.connection.execute(_UNDER_WAY, {"slot": source.slot, **pairs}).fetchone()
-    if found is not None:
-        id, handler, table, state = found
-        raise ConfigurationError(
-            f"The backfill {id} of {table} for {handler} is {state}; stop it by "
-            f"`flash backfill stop {id}` to begin another."
-        )
+    present = under_way(source)
+    for each in drafts:
+        if (found := present.get((each.handler, each.table_name))) is not None:
+            raise ConfigurationError(
+                f"The backfill {found[0]} of {each.table_name} for {each.handler} is {found[1]}; "
+                f"stop it by `flash backfill stop {found[0]}` to begin another."
+            )
     values: dict[str, Any] = {
         name: list(column)
         for name, column in zip(Draft._fields, zip(*drafts, strict=True), strict=True)
@@ -248,12 +244,6 @@ def prepare(source: Source) -> None:
     connection.execute(_ONE_AT_A_TIME)
 
 
-def _pairs(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Return the parameters of `_PAIRS`."""
-    handlers, tables = zip(*pairs, strict=True)
-    return {"handlers": list(handlers), "tables": list(tables)}
-
-
 def statements(role: str) -> str:
     """Return the SQL for the tables, with the privileges that a role needs."""
     grant = sql.SQL(
@@ -274,17 +264,18 @@ def all_of(source: Source) -> list[Backfill]:
     return _select(source.connection, source.slot)
 
 
-def stop_all(source: Source, error: str, pairs: Collection[tuple[str, str]] | None = None) -> None:
-    """Stop the backfills that are under way.
+def under_way(source: Source) -> dict[tuple[str, str], tuple[str, str]]:
+    """Return the id and the state of each backfill under way, by its handler and table."""
+    if not _usable(source.connection):
+        return {}
+    rows = source.connection.execute(_UNDER_WAY, [source.slot]).fetchall()
+    return {(handler, table): (id, state) for handler, table, id, state in rows}
 
-    Args:
-        source: The source.
-        error: What they show as their last error.
-        pairs: Only those of these handlers and tables. Default: all of the source.
-    """
-    if pairs != [] and _usable(source.connection):
-        some = {"handlers": None, "tables": None} if pairs is None else _pairs(pairs)
-        source.connection.execute(_STOP_ALL, {"slot": source.slot, "error": error, **some})
+
+def stop(source: Source, ids: Collection[str], error: str) -> None:
+    """Stop backfills that are under way; they show the error as their last one."""
+    if ids:
+        source.connection.execute(_STOP, {"ids": list(ids), "error": error})
 
 
 def queues(source: Source) -> list[tuple[str, str]]:

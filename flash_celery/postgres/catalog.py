@@ -104,22 +104,28 @@ ORDER BY attrelid, attnum
 """
 
 
+# By itself, the condition has a prepared statement read all indexes of thousands of tables.
+_NAMED_SO = sql.SQL(
+    "c.oid = (SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
+    "WHERE n.nspname = %s AND c.relname = %s)"
+)
+
+
 def find(connection: psycopg.Connection[Any], name: TableName) -> CatalogTable | None:
     """Return a table, view or foreign table by its name; None if there is none."""
-    condition = sql.SQL("n.nspname = %s AND c.relname = %s")
-    return _read(connection, condition, [name.schema, name.name])
+    return _read(connection, _NAMED_SO, [name.schema, name.name])
 
 
 def find_all(
     connection: psycopg.Connection[Any], names: Iterable[TableName]
 ) -> dict[TableName, CatalogTable]:
     """Return those of these tables, views and foreign tables that exist, by their names."""
-    condition = sql.SQL(
-        "(n.nspname, c.relname) IN (SELECT * FROM unnest(%s::name[], %s::name[]) AS wanted)"
-    )
-    wanted = sorted(set(names), key=str)
-    parameters = [[name.schema for name in wanted], [name.name for name in wanted]]
-    return {table.name: table for table in _read_all(connection, condition, parameters)}
+    # A join with thousands of pairs would be planned as if there were ten.
+    condition = sql.SQL("n.nspname = ANY(%s::name[]) AND c.relname = ANY(%s::name[])")
+    wanted = frozenset(names)
+    schemas = sorted({name.schema for name in wanted})
+    found = _read_all(connection, condition, [schemas, sorted({name.name for name in wanted})])
+    return {table.name: table for table in found if table.name in wanted}
 
 
 def describe(connection: psycopg.Connection[Any], oid: int) -> CatalogTable | None:
@@ -176,33 +182,33 @@ def named(patterns: Iterable[TablePattern]) -> sql.Composable:
 
 
 _NEVER = sql.SQL("false")
-# Hashes of numbers and names, because sending the names of thousands of tables each second, or
-# hashing texts, would cost more. Generated columns are counted because one that is virtual cannot
-# be updated under FULL. An index never gets other columns.
+# One hash for each table and index, in one pass over the tables, because sending the names of
+# thousands of tables each second, or hashing texts, would cost more. Generated columns are counted
+# because one that is virtual cannot be updated under FULL. An index never gets other columns.
 _MATCHING_FINGERPRINT = """
-WITH matching AS MATERIALIZED (
-    SELECT c.oid, c.relname, c.relnamespace, c.relkind, c.relreplident,
-           CASE WHEN c.relreplident = 'f' THEN (
-               SELECT count(*) FROM pg_attribute
-               WHERE attrelid = c.oid AND attgenerated <> '') ELSE 0 END AS generated
-    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE {may_match})
 SELECT
-    (SELECT concat_ws(' ', count(*), bit_xor(hashnameextended(relname, hashint8extended(
-         oid::int8, (generated << 48) + (relnamespace::int8 << 16)
-                    + (ascii(relkind::text) << 8) + ascii(relreplident::text)))))
-     FROM matching),
-    (SELECT concat_ws(' ', count(*), bit_xor(hashoidextended(
-         i.indexrelid, (m.oid::int8 << 1) + i.indisreplident::int)))
-     FROM pg_index i JOIN matching m ON m.oid = i.indrelid
-     WHERE i.indisprimary OR i.indisreplident),
-    (SELECT bit_xor(hashnameextended(nspname, oid::int8)) FROM pg_namespace
-     WHERE oid IN (SELECT relnamespace FROM matching)),
-    (SELECT string_agg(concat_ws(' ', t.oid, t.relreplident, t.relpersistence), ',' ORDER BY t.oid)
-     FROM matching p CROSS JOIN LATERAL {tree} AS t WHERE p.relkind = 'p'),
     (SELECT concat_ws(' ', count(*), bit_xor(hashnameextended(
-         a.attname, (a.attrelid::int8 << 32) + a.atttypid::int8)))
-     FROM pg_attribute a JOIN matching m ON m.oid = a.attrelid
-     WHERE a.attname = ANY({columns}::name[]) AND NOT a.attisdropped)
+         c.relname, hashnameextended(n.nspname, hashint8extended(
+             (c.oid::int8 << 32) + coalesce(i.indexrelid::int8, 0), hashint8extended(
+                 (n.oid::int8 << 24) + (ascii(c.relkind::text) << 16)
+                 + (ascii(c.relreplident::text) << 8) + coalesce(i.indisreplident::int, 0),
+                 CASE WHEN c.relreplident = 'f' THEN (
+                     SELECT count(*) FROM pg_attribute
+                     WHERE attrelid = c.oid AND attgenerated <> '') ELSE 0 END))))))
+     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+     LEFT JOIN pg_index i ON i.indrelid = c.oid AND (i.indisprimary OR i.indisreplident)
+     WHERE {may_match}),
+    (SELECT string_agg(concat_ws(' ', t.oid, t.relreplident, t.relpersistence), ',' ORDER BY t.oid)
+     FROM pg_partitioned_table p JOIN pg_class c ON c.oid = p.partrelid
+     JOIN pg_namespace n ON n.oid = c.relnamespace CROSS JOIN LATERAL {tree} AS t
+     WHERE {may_match})
+"""
+_MATCHING_COLUMNS = """
+SELECT concat_ws(' ', count(*), bit_xor(hashnameextended(
+    a.attname, (a.attrelid::int8 << 32) + a.atttypid::int8)))
+FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
+JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE a.attname = ANY({columns}::name[]) AND NOT a.attisdropped AND {may_match}
 """
 
 
@@ -220,12 +226,13 @@ def matching_fingerprint(
     """
     if not patterns:
         return ""
-    query = sql.SQL(_MATCHING_FINGERPRINT).format(
-        may_match=sql.SQL(_MAY_MATCH).format(named=named(patterns)),
-        tree=sql.SQL(tree("p.oid")),
-        columns=sql.Literal(sorted(columns)),
-    )
-    return str(connection.execute(query).fetchone())
+    may_match, tree_of = sql.SQL(_MAY_MATCH).format(named=named(patterns)), sql.SQL(tree("c.oid"))
+    query = sql.SQL(_MATCHING_FINGERPRINT).format(may_match=may_match, tree=tree_of)
+    found = [*(connection.execute(query).fetchone() or ())]
+    if names := sorted(columns):
+        query = sql.SQL(_MATCHING_COLUMNS).format(may_match=may_match, columns=sql.Literal(names))
+        found += connection.execute(query).fetchone() or ()
+    return str(found)
 
 
 def existing(connection: psycopg.Connection[Any], oids: Iterable[int]) -> set[int]:

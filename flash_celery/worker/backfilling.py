@@ -136,6 +136,8 @@ class Backfilling:
         self._unconfirmed: deque[tuple[int, str]] = deque()
         #: Whether the chunk behind those cannot be brought up to date.
         self._stale = False
+        #: Whether the table is another one than that whose rows are noted.
+        self._is_replaced = False
         #: Whether the broker knows which rows it has.
         self._knows_rows = False
 
@@ -177,9 +179,23 @@ class Backfilling:
 
     def close(self) -> None:
         """End the thread. What the broker has not confirmed is read again."""
+        self.end()
+        if self._reading is not None:
+            self._reading.join(_RECORDING_SECONDS)
+
+    def end(self) -> None:
+        """End the thread without waiting for it."""
         if self._reading is not None:
             self._reading.end()
-            self._reading.join(_RECORDING_SECONDS)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether everything is recorded that was delivered, so that it may go on in this session.
+
+        Ask it when it has ended.
+        """
+        recorded = 0 if self._reading is None else self._reading.recorded
+        return recorded == self.delivered and not self._is_replaced
 
     @property
     def id(self) -> str:
@@ -189,7 +205,7 @@ class Backfilling:
     @property
     def has_ended(self) -> bool:
         """Whether it needs another session to go on, or does not go on."""
-        return self._reading is not None and not self._reading.is_alive()
+        return self._reading is not None and self._reading.has_ended
 
     @property
     def waits_for(self) -> Lsn | None:
@@ -220,6 +236,7 @@ class Backfilling:
             known = self._table
         if known is None or identity_of(chunk.table) != identity_of(known):
             # Another session notes what happens to this table.
+            self._is_replaced = True
             if known is not None or self._table.kind != PARTITIONED:
                 self._begin_again(_REPLACED)
             self.close()

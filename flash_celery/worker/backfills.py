@@ -65,8 +65,9 @@ class Backfills:
         self._warned = False
         self._observed: ObservedRows | None = None
         self._doing: list[Backfilling] = []
-        #: The ids of those that the session has begun to do.
-        self._begun: set[str] = set()
+        #: The ids of those of which it is not recorded what the session has enqueued. The broker
+        #: says that only to the next session.
+        self._unsettled: set[str] = set()
         #: What each is started with; None before `start`.
         self._started: (
             tuple[Callable[[], object], Mapping[bytes, Collection[bytes]] | None, KnownChunks]
@@ -96,33 +97,36 @@ class Backfills:
         for backfill in [] if self._warned else requests.begun(self._source):
             with suppress(CatalogError):  # it is reported when the backfill's turn comes
                 self._note_moved(backfill)
-        self._do(self._turns.choose(active))
+        self._do(self._choose(active))
 
     def take_turns(self) -> bool:
         """Do the backfills whose turns have come; no transaction may be open.
 
         Returns:
-            Whether only another session can do them: the broker says only to the next what this one
-            has enqueued of a backfill that it had begun.
+            Whether only another session can do them.
         """
         if self._started is None:
             return False
         self._forget_ended()
         active = self._active()
-        chosen = self._turns.choose(active)
+        chosen = self._choose(active)
+        lost_turn = {each.id for each in active}.difference(each.id for each in chosen)
+        for each in self._doing:
+            if each.id in lost_turn:
+                each.end()
         doing = {each.id for each in self._doing}
-        lost_turn = doing.intersection(each.id for each in active).difference(
-            each.id for each in chosen
-        )
         new = [each for each in chosen if each.id not in doing]
-        if lost_turn or any(each.id in self._begun for each in new):
-            return True
-        return not self._do(new)
+        return any(each.id in self._unsettled for each in new) or not self._do(new)
 
     def go_on(self) -> None:
         """Do the next ones if one has ended; no transaction may be open."""
         if any(each.has_ended for each in self._doing):
             self.take_turns()
+
+    def _choose(self, active: Sequence[Backfill]) -> list[Backfill]:
+        chosen = self._turns.choose(active)
+        self._turns.doing = [each.id for each in chosen]
+        return chosen
 
     def _do(self, chosen: Sequence[Backfill]) -> bool:
         """Do backfills in this session; return False if another session has to do one."""
@@ -141,13 +145,11 @@ class Backfills:
             if backfilling is None:
                 done = False
                 continue
-            self._begun.add(backfill.id)
             self._doing.append(backfilling)
             for oid, writes in backfilling.writes.items():
                 self._observed.add(oid, writes)
             if self._started is not None:
                 backfilling.start(*self._started)
-        self._turns.doing = [each.id for each in self._doing]
         return done
 
     def _forget_ended(self) -> None:
@@ -155,6 +157,8 @@ class Backfills:
         assert self._observed is not None
         for ended in [each for each in self._doing if each.has_ended]:
             self._doing.remove(ended)
+            if not ended.is_settled:
+                self._unsettled.add(ended.id)
             for oid, writes in ended.writes.items():
                 self._observed.remove(oid, writes)
             with suppress(psycopg.ProgrammingError):

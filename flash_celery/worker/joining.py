@@ -75,9 +75,11 @@ class Joining:
     @staticmethod
     def _stop(source: Source, tables: Sequence[tuple[str, TableName]]) -> None:
         """Stop backfills of tables: rows that they have read may have changed unseen."""
-        pairs = [(handler, str(table)) for handler, table in tables]
+        pairs = {(handler, str(table)) for handler, table in tables}
         with suppress(psycopg.ProgrammingError), source.connection.transaction():
-            requests.stop_all(source, _JOINED_AGAIN, pairs)
+            present = requests.under_way(source).items()
+            ids = [id for pair, (id, _) in present if pair in pairs]
+            requests.stop(source, ids, _JOINED_AGAIN)
 
     def _now(self, source: Source, before: Joined, report: Report) -> Joined:
         present = {joined.key(subscription) for subscription in self._patterns}

@@ -1,13 +1,14 @@
 """Which backfills are done at the same time, so that one that stands still holds up no other.
 
 Each queue has one at a time: they would wait for the same room. One that stands still, because of
-an error or for want of room, gives its turn to another that waits for it.
+an error or for want of room, gives its turn to another that would not.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from ..backfill.requests import Backfill
@@ -55,7 +56,9 @@ class Turns:
         Args:
             active: All that have something to do, in the order in which they were requested.
         """
-        turns = {each.id: self._turn(each) for each in active}
+        queues_of = {each.id: frozenset(self.queues_of(each)) for each in active}
+        waiting = {queues_of[each.id] for each in active if each.id not in self.doing}
+        turns = {each.id: self._turn(each, queues_of[each.id], waiting) for each in active}
         self._turns = turns
 
         def place(backfill: Backfill) -> tuple[float, bool]:
@@ -65,20 +68,31 @@ class Turns:
         taken: set[str] = set()
         left = {False: _MOST, True: _MOST_LIMITED}
         for backfill in sorted(active, key=place):
-            queues, limited = self.queues_of(backfill), backfill.rate is not None
+            queues, limited = queues_of[backfill.id], backfill.rate is not None
             if left[limited] and taken.isdisjoint(queues):
                 chosen.append(backfill)
                 taken.update(queues)
                 left[limited] -= 1
         return chosen
 
-    def _turn(self, backfill: Backfill) -> _Turn:
+    def _turn(
+        self, backfill: Backfill, queues: AbstractSet[str], waiting: Iterable[AbstractSet[str]]
+    ) -> _Turn:
+        """Return the turn of a backfill as it is now.
+
+        Args:
+            backfill: The backfill.
+            queues: Its queues.
+            waiting: The queues of those that wait for a turn.
+        """
         now, turn = self._clock(), self._turns.get(backfill.id)
         if turn is None or turn.chunks != backfill.chunks:
             return _Turn(backfill.chunks, now)
+        # Without an error it waits for room in its queues; so would another that needs them all.
+        others = [each for each in waiting if backfill.error is not None or not each >= queues]
         if backfill.id not in self.doing:
             turn.since = now
-        elif now - turn.since > min(_PATIENCE * 2**turn.times, _LONGEST_PATIENCE):
+        elif others and now - turn.since > min(_PATIENCE * 2**turn.times, _LONGEST_PATIENCE):
             turn.times = min(turn.times + 1, _DOUBLINGS)
             turn.lost_at = turn.since = now
         return turn

@@ -8,6 +8,7 @@ import psycopg
 import pytest
 
 from flash_celery import UNCHANGED, Backfill, Delete, Insert, Update
+from flash_celery.backfill.leaves import LeafReader
 from flash_celery.commands import status
 from flash_celery.errors import CatalogError
 from flash_celery.handlers.decorators import subscriptions_of
@@ -15,6 +16,7 @@ from flash_celery.postgres.source import connected
 from flash_celery.provisioning import ddl, event_trigger, joined, preflight
 from flash_celery.publishing.brokers.memory import MemoryPublisher
 from flash_celery.settings import Settings
+from flash_celery.worker import turns
 from flash_celery.worker.replicator import Replicator
 from tests.integration.conftest import Flash, shown
 
@@ -582,4 +584,31 @@ def test_backfills_of_a_pattern_follow_one_another_in_one_session(flash, caplog)
         for id, total in flash.database.execute(f"SELECT id, total FROM {schema}.orders")
     }
     assert found == rows
+    assert caplog.text.count("Replicating the slot") == 1
+
+
+def test_backfill_that_fails_gives_its_turn_to_the_next_in_the_same_session(
+    flash, caplog, monkeypatch
+):
+    failing, read = threading.Event(), LeafReader.read
+    failing.set()
+
+    def may_fail(reader, *arguments):
+        if failing.is_set() and reader._name.schema == "tenant_a":
+            raise psycopg.errors.LockNotAvailable("the table is locked")
+        return read(reader, *arguments)
+
+    monkeypatch.setattr(LeafReader, "read", may_fail)
+    monkeypatch.setattr(turns, "_PATIENCE", 0.5)
+    caplog.set_level("INFO")
+    for schema in ("tenant_a", "tenant_b"):
+        flash.database.execute(*tenant(schema), f"INSERT INTO {schema}.orders VALUES (1, 1)")
+    flash.handler("tenant_*.orders", ordered=False, backfill=True).start()
+    when_backfilled(flash, "tenant_b.orders")
+    failed = "SELECT count(*) FROM flash_celery_backfills WHERE error ~ 'is locked'"
+    assert flash.database.one(failed) == 1
+    failing.clear()
+    when_backfilled(flash, "tenant_a.orders")
+    flash.do("SELECT pg_logical_emit_message(true, '', '')")
+    assert len(flash.delivered()) == 2
     assert caplog.text.count("Replicating the slot") == 1

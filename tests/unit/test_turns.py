@@ -15,6 +15,8 @@ class World:
 
     def __init__(self, *names):
         self.time, self.chunks = 1000.0, dict.fromkeys(names, 0)
+        #: Why those stand still that do.
+        self.error = "an error"
         self.turns = Turns(lambda: self.time)
         self.turns.queues_of = lambda backfill: [backfill.handler[0]]
 
@@ -30,7 +32,7 @@ class World:
 
     def backfill(self, name):
         rate = 5.0 if name.endswith("limited") else None
-        rows = [rate, 5000, 0, NOW, None, NOW, self.chunks[name], 0, {}, None, None]
+        rows = [rate, 5000, 0, NOW, None, NOW, self.chunks[name], 0, {}, None, self.error]
         return Backfill(name, "slot", name, "table", "requested", *rows)
 
 
@@ -91,3 +93,13 @@ def test_those_with_a_rate_hold_up_none_without():
     limited = [f"{queue} limited" for queue in "efghijklmnopqrstuvw"]
     world = World(*limited, *"abcd")
     assert world.doing() == " ".join([*limited[:16], *"abcd"])
+
+
+def test_one_without_room_gives_way_only_to_one_that_may_have_room():
+    world = World("a1", "a2")
+    world.error = None
+    assert world.doing(3000) == "a1"
+    world = World(*"abcde")
+    world.error = None
+    assert world.doing(9) == "a b c d"
+    assert "e" in world.doing(3).split()
