@@ -274,10 +274,11 @@ class _Examination:
             self._add("handlers", WARNING, ONLY_TASKS)
             return True
         why = "; its tables are published, so it had one (`flash reset` ends that)"
+        alone = "; for the tasks of transactional() alone, set flash_signing_key"
         error = SubscriptionError(
             "No task has an @on_change or @on_message for this database"
-            f"{why if has_tables else ''}; import the modules "
-            "that declare them (app.autodiscover_tasks(), or the setting `imports`)."
+            f"{why if has_tables else ''}; import the modules that declare them "
+            f"(app.autodiscover_tasks(), or the setting `imports`){'' if has_tables else alone}."
         )
         self._stop("handlers", error)
         return False

@@ -220,6 +220,11 @@ class CollectingProducer(Producer):
         exchange: str,
         routing_key: str,
     ) -> None:
+        for name in (exchange, routing_key):
+            if not isinstance(name, str | None):
+                raise TransactionError(
+                    f"The exchange or routing key {name!r} of a task is no text; give its name."
+                )
         _refuse_unsendable(self._app, priority, headers, properties)
         if _driver(self._app) == "amqp":
             _refuse_long_names(exchange, routing_key or "")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from kombu.entity import Exchange, Queue, binding
 
-from ..errors import TaskRefused
+from ..errors import TaskRefused, TransactionError
 
 #: Characters after which gathered tasks are written.
 MOST_CHARACTERS = 1 << 20
@@ -111,7 +111,26 @@ def decode(body: bytes) -> list[TaskRecord]:
 
 @lru_cache(1000)
 def describe(entity: Any) -> str:
-    """Return a description of a queue or an exchange, of which `entity_of` makes one."""
+    """Return a description of a queue or an exchange, of which `entity_of` makes one.
+
+    Raises:
+        TransactionError: Its name is no text, or an argument is not one of JSON.
+    """
+    try:
+        description = _description(entity)
+        exchanges = entity, getattr(entity, "exchange", None)
+        names = [each.name for each in exchanges if each is not None]
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("a name is no text")
+    except (TypeError, ValueError) as error:
+        raise TransactionError(
+            f"{type(entity).__name__} {entity.name!r} cannot be declared with a task ({error}); "
+            "give names that are texts, and arguments that JSON has."
+        ) from None
+    return description
+
+
+def _description(entity: Any) -> str:
     if isinstance(entity, Exchange):
         return json.dumps({"exchange": _exchange(entity)})
     values = _given(entity, Queue(), _QUEUE)

@@ -13,6 +13,7 @@ from flash_celery.dead_letters.queue import DeadLetterFilter, DeadLetterQueue
 from flash_celery.errors import TransactionError
 from flash_celery.publishing import brokers
 from flash_celery.settings import Settings
+from flash_celery.transactional_tasks import records, signing
 
 from .conftest import Flash
 
@@ -245,6 +246,89 @@ def test_tasks_that_the_broker_refuses_are_dead_letters_and_hold_up_nothing(flas
     assert "exchange" in letters["missing"].message
     assert queue.retry([letters["missing"]], split=False) == 1
     assert [message[3]["id"] for message in flash.taken()] == ["missing"]
+
+
+def test_task_for_a_queue_without_a_name_is_refused_in_the_transaction(flash):
+    queue = Queue("own", queue_arguments={"x-max-priority": object()})
+    odd = {"queue": 5}, {"queue": queue}, {"exchange": "x", "routing_key": 5}
+    with psycopg.connect(flash.database.dsn) as connection:
+        for options in odd:
+            with pytest.raises(TransactionError, match="text"), transactional(connection):
+                flash.receipt.apply_async((1,), **options)
+
+
+def written_by_another_version(flash, *changes):
+    """Commit tasks with values that this version would not have written."""
+    with psycopg.connect(flash.database.dsn, autocommit=True) as connection:
+        database = connection.execute(
+            "SELECT system_identifier::text, current_database() FROM pg_control_system()"
+        ).fetchone()
+        (key,) = signing.keys_of(flash.replicator._settings)
+        for number, fields in enumerate(changes):
+            record = records.TaskRecord(
+                task="receipt",
+                id=f"task {number}",
+                exchange="",
+                routing_key=flash.database.name,
+                priority=None,
+                content_type="application/json",
+                content_encoding="utf-8",
+                body="[[1], {}, {}]",
+                binary=False,
+                headers=json.dumps({"id": f"task {number}", "task": "receipt"}),
+                properties=json.dumps({"delivery_mode": 2}),
+                declare=(json.dumps({"queue": {"name": flash.database.name}}),),
+            )
+            body = records.encode([record._replace(**fields)])
+            message = signing.sign(key, signing.Database(*database), body)
+            emit = "SELECT pg_logical_emit_message(true, 'flash.task', %s)"
+            connection.execute(emit, [message])
+
+
+#: What other versions may have written, and whether the task can be delivered.
+ODD = [
+    ({}, True),
+    ({"declare": ('{"queue": {"name": 5}}',)}, True),
+    ({"declare": ('{"queue": {"unknown": 1, "name": "a"}}',)}, True),
+    ({"declare": ('{"exchange": {"name": "x", "type": 7}}',)}, True),
+    ({"declare": ("{}",)}, True),
+    ({"properties": '{"priority": {}, "delivery_mode": "odd"}'}, False),
+    ({}, True),
+]
+
+
+@pytest.mark.parametrize("transport", ["redis", "amqp", "memory"])
+def test_task_of_another_version_holds_up_nothing(request, database, new_app, transport):
+    servers = {"redis": "valkey", "amqp": "rabbit"}
+    server = servers.get(transport)
+    url = request.getfixturevalue(server).url if server else "memory://"
+    flash = OnBroker(database, new_app(), url)
+    flash.app.conf.flash_dead_queue = f"{database.name}-dead"
+    flash.start()
+    written_by_another_version(flash, *(fields for fields, _ in ODD))
+    flash.do("SELECT 1")
+    arrived = [message[3]["id"] for message in flash.taken()]
+    assert arrived[-1] == f"task {len(ODD) - 1}"
+    expected = {f"task {number}" for number, (_, deliverable) in enumerate(ODD) if deliverable}
+    assert expected <= set(arrived)
+    dead = flash.taken(flash.app.conf.flash_dead_queue)
+    assert len(set(arrived)) + len(dead) == len(ODD)
+    flash.stop()
+
+
+def test_exchange_of_another_type_holds_up_nothing(flash):
+    """Two applications disagree about it; kombu refuses the second declaration, too."""
+    name = f"{flash.database.name}-exchange"
+    flash.app.conf.flash_dead_queue = f"{name}-dead"
+    flash.start()
+    for number, kind in enumerate(("direct", "topic")):
+        queue = Queue(name, Exchange(name, kind), routing_key=name)
+        with psycopg.connect(flash.database.dsn) as connection, transactional(connection):
+            flash.receipt.apply_async((number,), queue=queue, task_id=f"task {number}")
+            flash.receipt.apply_async((number,), task_id=f"after {number}")
+    flash.do("SELECT 1")
+    assert [message[3]["id"] for message in flash.taken(name)] == ["task 0", "task 1"]
+    assert [message[3]["id"] for message in flash.taken()] == ["after 0", "after 1"]
 
 
 def test_task_that_other_transports_would_drop_is_a_dead_letter(database, new_app):

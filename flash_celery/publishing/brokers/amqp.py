@@ -39,7 +39,7 @@ from ...messages.task_message import Form, Message
 from ...transactional_tasks import records
 from .. import declared_queues
 from .amqp_lanes import AmqpLanes
-from .base import TIMEOUT, ConnectedPublisher, encodes_with
+from .base import TIMEOUT, ConnectedPublisher, encodes_with, warn_of_undeclared
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +74,6 @@ class _Unsendable(Exception):
 
 #: The errors with which RabbitMQ refuses a message or a declaration, whenever it gets it.
 _REFUSALS = ChannelError, IrrecoverableConnectionError, _Unsendable
-
-#: The errors of a declaration, also of a description that another version has written.
-_UNDECLARABLE = *_REFUSALS, KeyError, TypeError, ValueError, struct.error
 
 #: More arguments than a queue has.
 _MOST_ARGUMENTS = 20
@@ -430,13 +427,10 @@ class AmqpPublisher(ConnectedPublisher):
             entity = records.entity_of(description)
             with self._channel.connection.channel() as channel:
                 entity(channel).declare()
-        except _UNDECLARABLE as error:
-            logger.warning(
-                "RabbitMQ refuses to declare what a task in a transaction names, and gets the task "
-                "nevertheless (%s): %s",
-                escaped(description),
-                escaped(str(error)),
-            )
+        except Exception as error:  # of any type: an application has chosen the values
+            if self._is_of_broker(error) and not isinstance(error, _REFUSALS):
+                raise
+            warn_of_undeclared(description, error)
             if isinstance(error, IrrecoverableConnectionError):
                 self._undeclarable.add(description)
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +18,8 @@ from ...messages.deduplication import Deduplicator, Lease
 from ...messages.lane_messages import LaneForm
 from ...messages.task_message import Message
 from ...transactional_tasks import records
+
+logger = logging.getLogger(__name__)
 
 #: Default seconds without an answer after which a broker counts as unreachable.
 TIMEOUT = 20.0
@@ -226,8 +229,13 @@ class ConnectedPublisher:
             self._declared.add(description)
 
     def _declare_entity(self, description: str) -> None:
-        """Declare a queue or an exchange."""
-        records.entity_of(description)(self._channel).declare()
+        """Declare a queue or an exchange, if the transport can."""
+        try:
+            records.entity_of(description)(self._channel).declare()
+        except Exception as error:  # of any type: an application has chosen the values
+            if self._is_of_broker(error):
+                raise
+            warn_of_undeclared(description, error)
 
     def options(self) -> dict[str, Any]:
         """Return the options of the transport."""
@@ -326,6 +334,15 @@ class ConnectedPublisher:
         error.confirmed, error.refused = self.confirmed, True
         return error
 
+    def unsendable(self, message: Message, error: Exception) -> PublishError:
+        """Return the error of a task whose values the transport cannot send."""
+        failure = PublishError(
+            f"The message of {escaped(message.task)} cannot be sent ({type(error).__name__}: "
+            f"{escaped(str(error))})."
+        )
+        failure.confirmed, failure.refused = self.confirmed, True
+        return failure
+
     def consumers(self, queue: str) -> int:
         """Return how many consumers a queue has; 0 if the broker does not count them.
 
@@ -346,20 +363,38 @@ class ConnectedPublisher:
         """Return the transport's message for an error, without the full stop."""
         return str(error).rstrip(".") or type(error).__name__
 
+    @property
+    def _transport_errors(self) -> tuple[type[Exception], ...]:
+        """What the transport raises if the broker does not answer, or refuses something."""
+        connection = self._connection
+        return *connection.connection_errors, *connection.channel_errors, OSError
+
+    def _is_of_broker(self, error: Exception) -> bool:
+        """Return whether an error comes from the broker, or from the connection to it.
+
+        kombu counts each KeyError on Redis as one, but a value of a task can also cause it.
+        """
+        return isinstance(error, self._transport_errors) and not isinstance(error, KeyError)
+
     @contextmanager
     def errors(self) -> Iterator[None]:
         """Turn the transport's errors into `PublishError`."""
-        transport_errors = (
-            *self._connection.connection_errors,
-            *self._connection.channel_errors,
-            OSError,
-        )
         try:
             yield
-        except transport_errors as error:
+        except self._transport_errors as error:
             failure = PublishError(f"The broker {self.url} failed: {self.reason(error)}.")
             failure.confirmed = self.confirmed
             raise failure from error
+
+
+def warn_of_undeclared(description: str, error: Exception) -> None:
+    """Log that what a task names could not be declared."""
+    logger.warning(
+        "The broker refuses to declare what a task in a transaction names, and gets the task "
+        "nevertheless (%s): %s",
+        escaped(description),
+        escaped(str(error)),
+    )
 
 
 def is_missing_queue(error: PublishError) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from kombu.messaging import Producer
 
+from ...messages.sent_tasks import SentTask
 from ...messages.task_message import Message
 from .base import ConnectedPublisher
 
@@ -28,16 +29,24 @@ class KombuPublisher(ConnectedPublisher):
             for message in messages:
                 if message.exchange and not self._reaches_a_queue(message):
                     raise self.unroutable(message)
-                producer.publish(
-                    message.body,
-                    routing_key=message.routing_key,
-                    exchange=message.exchange,
-                    content_type=message.content_type,
-                    content_encoding=message.content_encoding,
-                    headers=dict(message.headers),
-                    **message.properties,
-                )
+                self._publish(producer, message)
                 self.confirmed += 1
+
+    def _publish(self, producer: Producer, message: Message) -> None:
+        try:
+            producer.publish(
+                message.body,
+                routing_key=message.routing_key,
+                exchange=message.exchange,
+                content_type=message.content_type,
+                content_encoding=message.content_encoding,
+                headers=dict(message.headers),
+                **message.properties,
+            )
+        except Exception as error:  # of any type: an application has chosen the values
+            if self._is_of_broker(error) or not isinstance(message, SentTask):
+                raise
+            raise self.unsendable(message, error) from error
 
     def _reaches_a_queue(self, message: Message) -> bool:
         """Return False if kombu, which emulates exchanges, would drop a message."""

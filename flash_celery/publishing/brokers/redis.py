@@ -21,7 +21,7 @@ from kombu.utils.json import dumps, loads
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from ...errors import LanesNotReady
+from ...errors import LanesNotReady, PublishError
 from ...escaping import escaped
 from ...handlers.celery_tasks import WAKE_TASK
 from ...messages import lane_entries
@@ -68,6 +68,8 @@ class _Push(NamedTuple):
     text: str
     size: int
     commands: Sequence[Command] = ()
+    #: Why it cannot be pushed, if that is known.
+    error: Exception | None = None
 
     def goes_somewhere(self) -> bool:
         """Return whether there is a list or a lane for it."""
@@ -283,7 +285,9 @@ class RedisPublisher(ConnectedPublisher):
                         self._position.write(client, part, commands)
                     self.confirmed += len(routed)
                     if len(routed) < len(pushes):
-                        raise self.unroutable(messages[self.confirmed])
+                        raise self._undeliverable(
+                            messages[self.confirmed], pushes[len(routed)].error
+                        )
 
     def requeue(
         self, queue: str, restored: Callable[[Any], Message], admit: Callable[[list[Message]], int]
@@ -380,9 +384,17 @@ class RedisPublisher(ConnectedPublisher):
                 words += chain.from_iterable(message.pushes)
             return _Push("", "", sum(len(text) for *_, text in message.pushes), [words])
         if isinstance(message, SentTask):
-            return self._push_sent(message)
+            try:
+                return self._push_sent(message)
+            except Exception as error:  # of any type: an application has chosen the values
+                if self._is_of_broker(error):
+                    raise
+                return _Push("", "", 0, error=error)
         key, text = self._stored(message)
         return _Push(key, text, len(text))
+
+    def _undeliverable(self, message: Message, error: Exception | None) -> PublishError:
+        return self.unroutable(message) if error is None else self.unsendable(message, error)
 
     def _push_sent(self, message: SentTask) -> _Push:
         """Push a task as kombu does: onto the lists that are bound to its exchange."""
