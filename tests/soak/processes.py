@@ -2,11 +2,13 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +21,8 @@ ROOT = Path(__file__).parents[2]
 _PAUSE = 0.3
 
 
+#: What a replication worker logs then; the groups are when, and for how many seconds.
+_STARVED = re.compile(r"^\[([\d -:]+),\d+: .*This process did not run for (\d+) s", re.MULTILINE)
 #: Arguments of Python for a command of the project.
 COMMAND = "-m", "celery", "-A", "tests.soak.project"
 
@@ -81,6 +85,13 @@ class Process:
     def has(self, pid):
         """Whether this is its process or that of a child, and it runs."""
         return self.running and pid in (self.pid, *(child.pid for child in self.children()))
+
+    @property
+    def starved(self):
+        """When the machine gave it no time, so that it gave up its slot: from when to when."""
+        lines = _STARVED.findall(self.log.read_text())
+        ends = [(datetime.fromisoformat(at).timestamp(), float(seconds)) for at, seconds in lines]
+        return [(end - seconds - 1, end) for end, seconds in ends]
 
     def look_after(self):
         """Start it again if it has ended."""

@@ -109,6 +109,11 @@ def _remarks(outcome):
         yield _carried(outcome)
     if outcome.worker_ended:
         yield f"Celery workers ended {len(outcome.worker_ended)} times by themselves"
+    if outcome.starved:
+        yield (
+            f"{len(outcome.starved)} times the machine gave a replication worker no time for "
+            "seconds, and it gave up its slot; that explains what is enqueued again on RabbitMQ"
+        )
     if outcome.vitals:
         yield _vitals(outcome.vitals)
 

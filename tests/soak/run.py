@@ -45,6 +45,8 @@ class Outcome:
     backfills: int = 0
     #: When the Celery worker ended unexpectedly.
     worker_ended: list[float] = field(default_factory=list)
+    #: When replication workers got no time from the machine.
+    starved: list = field(default_factory=list)
     #: Of ordered handlers.
     harms: object = None
     lane_watch: object = None
@@ -95,6 +97,8 @@ def run(broker, seed, folder, seconds, faults=None, say=print, named=""):
         ends = [end for worker in stage.lane_workers for end in worker.ends]
         stage.harms.ended |= {pid: (at - 10.0, at) for at, _, pid in ends}
         ledger = stage.ledger
+        outcome.starved = [each for process in stage.replicates for each in process.starved]
+        stage.harms.unconfirmed += outcome.starved
         stage.harms.enqueued_again = check.twice(ledger.enqueued)
         stage.harms.committed_at = {i: commit.at for i, commit in ledger.committed.items()}
         outcome.effects = stage.effects

@@ -2,6 +2,7 @@
 
 import re
 import struct
+from datetime import datetime
 from typing import NamedTuple
 
 import pytest
@@ -14,6 +15,7 @@ from tests.soak.copies import Copy
 from tests.soak.effects import Effects
 from tests.soak.faults import FAULTS
 from tests.soak.ledger import Commit, Ledger, Sighting, committed
+from tests.soak.processes import Process
 from tests.soak.run import Outcome, Strike
 
 TABLES = {1: "items", 2: "orders"}
@@ -165,6 +167,20 @@ def test_soak_report_has_a_line_for_each_fault(ledger):
     assert cells[stop.name] == ["1", "2", "1", "0", "0", "0", "2.0 s", "2.0 s"]
     assert "3 changes of 3 transactions in 60 s; 1 lost, 0 out of order" in lines[-2]
     assert lines[-1] == "not handled: 1 changes of each, 0 changes of many"
+
+
+def test_soak_knows_when_the_machine_gave_a_worker_no_time(tmp_path):
+    class Stopped(Process):
+        def start(self):
+            self.log.write_text(
+                "[2026-11-29 19:25:20,666: WARNING/MainProcess] This process did not run for 3 s, "
+                "and another worker may read the slot now; reconnecting.\n[2026-11-29 19:25:21,0: "
+                "WARNING/MainProcess] This process runs for 3 s.\n"
+            )
+
+    ((begin, end),) = Stopped("replicate", tmp_path, {}).starved
+    assert end - begin == 4
+    assert datetime.fromtimestamp(end) == datetime(2026, 11, 29, 19, 25, 20)
 
 
 def test_soak_report_is_written_into_the_documents(ledger):
