@@ -21,7 +21,9 @@ from ..changes.rows import UNCHANGED
 from ..errors import ChangeTooLarge, FlashError, HandlerLoop
 from ..escaping import escaped
 from ..handlers.own_writes import depth, writer
-from ..messages.deduplication import covered_by
+from ..messages import lane_entries
+from ..messages.deduplication import NOTHING, covered_by
+from ..messages.lane_messages import LaneMessage
 from ..messages.sent_tasks import SentTask
 from ..messages.task_message import Form, Message
 from ..messages.templates import Template, Templates
@@ -58,12 +60,15 @@ class Oversize:
         """
         fits: list[Message] = []
         for message in messages:
-            if isinstance(message, SentTask) and len(message.body) > limit:
+            if isinstance(message, SentTask) and message.longest > limit:
                 fits.append(self._letter_of_task(message, limit))
                 continue
-            template = self.templates.of(message) if len(message.body) > limit else None
+            template = self.templates.of(message) if message.longest > limit else None
             if template is None:  # it fits, or belongs to an earlier session, which is given up
                 fits.append(message)
+                continue
+            if isinstance(message, LaneMessage):
+                fits += self._fitting_entries(template, message, limit)
                 continue
             deliveries = message.deliveries
             if sum(len(delivery.rows) for delivery in deliveries) == 1:
@@ -71,6 +76,37 @@ class Oversize:
                 continue
             fits += self.fitting(_split(template, message), limit)
         return fits
+
+    def _fitting_entries(
+        self, template: Template, message: LaneMessage, limit: int
+    ) -> list[Message]:
+        """Return the message without the entries that are too large, behind their dead letters.
+
+        Such an entry has one change. The message covers all of them, so it comes last: after a
+        crash in between, the letters come again.
+        """
+        found: list[Message] = []
+        pushes = []
+        for push in message.pushes:
+            letter = self._letter_of_entry(template, push[2], limit)
+            if letter is None:
+                pushes.append(push)
+            else:
+                letter.covered = NOTHING
+                found.append(letter)
+        if pushes:
+            return [*found, message.with_pushes(pushes) if found else message]
+        found[-1].covered = message.covered
+        return found
+
+    def _letter_of_entry(self, template: Template, text: str, limit: int) -> Message | None:
+        """Return the dead letter of an entry that is too large; None if it stays as it is."""
+        if len(text) <= limit:
+            return None
+        entry = lane_entries.decode(text.encode())
+        if not isinstance(entry, lane_entries.Entry) or len(entry.changes) != 1:
+            return None
+        return self._fitting_letter(template, payload.delivery_of(entry.changes[0]), limit)
 
     def refused(self, sent: SentTask, error: FlashError) -> Message:
         """Return the dead letter of a task of a transaction that the broker refuses.

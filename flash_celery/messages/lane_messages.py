@@ -120,9 +120,18 @@ class LaneMessage(Message):
         return sum(len(text) for *_, text in self.pushes)
 
     @property
+    def longest(self) -> int:
+        """How many characters the longest of its entries has."""
+        return max(len(text) for *_, text in self.pushes)
+
+    @property
     def queue(self) -> str:
         """The name of the lanes' keys."""
         return self.lane_form.key
+
+    def with_pushes(self, pushes: Sequence[tuple[int, int, str]]) -> LaneMessage:
+        """Return the message with these entries, which covers the same changes."""
+        return LaneMessage(self.lane_form, pushes, self.covered, self.barrier)
 
 
 #: Stands for a row that is only counted.

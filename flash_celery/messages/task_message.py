@@ -140,6 +140,11 @@ class Message:
         return len(self.body)
 
     @property
+    def longest(self) -> int:
+        """How many bytes the longest text has that the broker gets for it."""
+        return len(self.body)
+
+    @property
     def task(self) -> str:
         """The name of the task."""
         return self.form.task

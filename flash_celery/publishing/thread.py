@@ -322,7 +322,7 @@ class PublishingThread(threading.Thread):
     def _fitted(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Return the messages, with smaller ones for those that the broker is known to refuse."""
         limit, oversize = self._largest, self._session.oversize
-        if not limit or oversize is None or all(len(message.body) <= limit for message in messages):
+        if not limit or oversize is None or all(message.longest <= limit for message in messages):
             return messages
         if self._dead_letter_queue is not None:
             self._declare_dead_letter_queue()

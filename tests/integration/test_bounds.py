@@ -1,5 +1,6 @@
 """Clients of the database cannot make the worker use unbounded resources (docs/security.md)."""
 
+import json
 import re
 import threading
 import time
@@ -8,12 +9,15 @@ from pathlib import Path
 import amqp
 import psutil
 import pytest
+import redis
 
-from flash_celery import UNCHANGED, Operation, on_message
+from example_project.servers import Valkey
+from flash_celery import UNCHANGED, Operation, Ordered, on_message
 from flash_celery.capture.router import MAX_FIELDS
 from flash_celery.commands import replay
 from flash_celery.dead_letters import letters
 from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.messages import lane_entries
 from flash_celery.postgres.column_types import DEEPEST
 from flash_celery.postgres.source import Source
 from flash_celery.provisioning import replay_slot
@@ -182,6 +186,55 @@ def test_oversize_change_for_rabbitmq_stops_no_handler(flash, small, options):
     again = [change for body in received(small, "flash") for change in letters.changes_in(body)]
     assert dict.fromkeys(change.id for change in again) == dict.fromkeys(c.id for c in changes)
     assert len(received(small, "flash.dead")) == len(dead)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_oversize_change_for_redis_stops_no_handler(flash, ordered):
+    with Valkey(**{"proto-max-bulk-len": "1mb"}) as own, redis.Redis(port=own.port) as client:
+        flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, note text)")
+        flash.app.conf.broker_url = own.url
+        flash.handler("items", ordered=ordered)
+        flash.publisher = for_app(flash.app)
+        flash.start().do(
+            "INSERT INTO items SELECT n, repeat('x', CASE n % 3 WHEN 0 THEN 5000000 ELSE 5000 END) "
+            "FROM generate_series(1, 7) AS n"
+        )
+        flash.stop()
+        dead = [json.loads(text)["body"] for text in client.lrange("flash.dead", 0, -1)]
+        changes = [c for body in dead for c in letters.changes_of(letters.decode(body))]
+        assert sorted((c.key["id"], c.new["note"]) for c in changes) == [
+            (3, UNCHANGED),
+            (6, UNCHANGED),
+        ]
+        lanes = [key for key in client.scan_iter() if re.search(rb"\.\d+$", key)]
+        waiting = [client.lrange(key, 0, -1) for key in lanes or ["flash"]]
+        assert sum(map(len, waiting)) == 5
+
+
+def test_oversize_change_of_an_ordered_handler_stops_nothing(flash, small):
+    flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, note text)")
+    flash.app.conf.broker_url = small.url
+    flash.handler("items", "insert|update|delete", ordered=Ordered(lanes=2))
+    flash.publisher = for_app(flash.app)
+    flash.start()
+    flash.do(
+        "INSERT INTO items SELECT n, CASE n % 5 WHEN 0 THEN repeat('x', 30000) ELSE 'a' END "
+        "FROM generate_series(1, 10) AS n",
+        "UPDATE items SET note = 'b' WHERE id = 5",
+    )
+    flash.stop()
+    lanes = [queue for queue in small.queues() if re.search(r"\.[01]$", queue)]
+    changes = [
+        change
+        for lane in lanes
+        for body in received(small, lane)
+        for change in lane_entries.decode(body).changes
+    ]
+    handled = {(c.key["id"], c.operation.names()[0]) for c in changes}
+    assert handled == {(n, "insert") for n in range(1, 10) if n != 5} | {(5, "update")}
+    dead = [letters.decode(sealed) for sealed in received(small, "flash.dead")]
+    assert {letter.error for letter in dead} == {"ChangeTooLarge"}
+    assert {c.key["id"] for letter in dead for c in letters.changes_of(letter)} == {5, 10}
 
 
 def test_recreated_tables_leave_nothing_behind(flash):

@@ -42,6 +42,11 @@ logger = logging.getLogger(__name__)
 #: Limits of one LPUSH: messages and bytes.
 _PUSH_MESSAGES = 500
 _PUSH_BYTES = 4 << 20
+#: The setting of Redis for the longest text of a command, and the least value that it can have.
+_LIMIT = "proto-max-bulk-len"
+_LEAST_LIMIT = 1 << 20
+#: More bytes than a message has beside its body.
+_ENVELOPE = 1 << 14
 #: Messages that are requeued in one step; a batch may have megabytes.
 _REQUEUE_MESSAGES = 20
 #: Seconds between two looks whether lanes are empty, which cost Redis next to nothing.
@@ -93,6 +98,8 @@ class RedisPublisher(ConnectedPublisher):
         self._position: RedisPosition | None = None
         #: How many of the next messages Redis has already, by a push whose reply was lost.
         self._ahead = 0
+        #: The length of the longest text that the last push had, if it failed; else 0.
+        self._failed = 0
 
     def open(self, queues: Sequence[Any]) -> None:
         """Connect and declare the queues.
@@ -101,6 +108,7 @@ class RedisPublisher(ConnectedPublisher):
             PublishError: The broker does not answer, or refuses a queue.
         """
         super().open(queues)
+        self._check_length()
         self._forms: dict[Form, tuple[str, str]] = {}
         #: The keys without prefix for tasks, by routing key and priority.
         self._sent_keys: dict[tuple[str, int | None], str] = {}
@@ -108,6 +116,23 @@ class RedisPublisher(ConnectedPublisher):
         self._lanes: dict[str, LaneForm] = {}
         # Delivery tags, unique among all messages; a UUID each would take longer than the rest.
         self._tags = map(f"{uuid.uuid4()}-{{}}".format, count())
+
+    def _check_length(self) -> None:
+        """Find out whether the last push had a text that is too long: Redis only closes then.
+
+        Raises:
+            PublishError: It had one.
+        """
+        longest, self._failed = self._failed + _ENVELOPE, 0
+        if longest <= _LEAST_LIMIT:
+            return
+        limit = 0
+        with suppress(PublishError), self.errors():  # CONFIG may be forbidden
+            limit = int(self.redis_settings(_LIMIT).get(_LIMIT, 0))
+        if limit < longest and limit:
+            error = PublishError(f"A message is larger than the {_LIMIT} of Redis, {limit}.")
+            error.size_limit = limit - _ENVELOPE
+            raise error
 
     def options(self) -> dict[str, Any]:
         """Return the options; those of sockets also apply to Sentinels, which are tried once."""
@@ -265,6 +290,14 @@ class RedisPublisher(ConnectedPublisher):
             Unroutable: No queue is bound to the exchange of a task.
         """
         self.confirmed = 0
+        try:
+            self._push_all(messages)
+        except PublishError:
+            unconfirmed = messages[self.confirmed :]
+            self._failed = max((message.longest for message in unconfirmed), default=0)
+            raise
+
+    def _push_all(self, messages: Sequence[Message]) -> None:
         expiring = self._expiring()
         queues = {message.queue for message in messages} & expiring if expiring else set()
         with self.errors(), literal_client(self._channel) as client:
