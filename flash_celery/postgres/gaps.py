@@ -77,11 +77,16 @@ def gap_error(connection: psycopg.Connection[Any], gap: Gap) -> SlotLost | SlotM
     """Return the error that reports the gap and how to continue."""
     dropped = gap.reason == DROPPED
     error_class = SlotMissing if dropped else SlotLost
+    first = ""
     if is_standby(connection):
         alone = "on a standby flash_on_lost_slot is always 'halt'"
+        if dropped:
+            first = (
+                "this server is a standby: if the slot is its primary's, connect to that "
+                "(target_session_attrs=read-write); if it was the standby's, "
+            )
     else:
         alone = "flash_on_lost_slot = 'recreate' does the first by itself, 'backfill' also the rest"
-    first = ""
     if gap.reason == _LEVEL_LOWERED:
         first = "on the primary run ALTER SYSTEM SET wal_level = 'logical'; and restart it, then "
     return error_class(

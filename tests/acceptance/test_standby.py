@@ -185,6 +185,7 @@ def test_standby_slot_loss_is_noticed_once_the_primary_records_the_slot(shop):
         ended = shop.run("flash", "replicate", SHOP_CONF=f'{{"flash_on_lost_slot": "{setting}"}}')
         assert ended.returncode == 2
         assert "existed and is gone: changes from an unknown position to " in ended.stderr
+        assert "if the slot is its primary's, connect to that (target_session_at" in ended.stderr
 
 
 def test_standby_logs_missing_objects_while_it_waits(shop):

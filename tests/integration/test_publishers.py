@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import threading
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -15,7 +16,7 @@ import redis
 from celery import Celery
 from kombu import Queue
 
-from example_project.servers import Valkey, wait_until
+from example_project.servers import Valkey, free_port, wait_until
 from flash_celery.errors import PublishError, Unroutable
 from flash_celery.messages.task_message import HELD, Form, Message
 from flash_celery.publishing import declared_queues
@@ -256,6 +257,32 @@ def test_publisher_uses_the_priority_keys_of_redis(valkey):
         assert client.llen("ordered\x06\x169") == 1
         assert client.llen("ordered") == 1
         client.delete("ordered", "ordered\x06\x169")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"cluster-enabled": "yes"}, "this is a Redis Cluster, which Celery does not support"),
+        ({"rename-command": "EVAL no"}, "unknown command 'EVAL'; scripts must be allowed"),
+    ],
+    ids=["cluster", "no scripts"],
+)
+def test_publisher_says_what_helps_where_redis_refuses_every_push(options, said):
+    own_ports = {"cluster-port": free_port()} if "cluster-enabled" in options else {}
+    with Valkey(**options, **own_ports) as own, redis.Redis(port=own.port) as client:
+        if own_ports:
+            client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+            wait_until(lambda: "'ok'" in str(client.execute_command("CLUSTER INFO")), "slots")
+        app = Celery("shop", broker=own.url, set_as_current=False)
+        publisher = for_app(app)
+
+        def push():
+            publisher.open([app.amqp.queues["first"]])
+            publisher.publish([message(1), message(2, "second")])
+
+        with pytest.raises(PublishError, match=re.escape(said)):
+            push()
+        publisher.close()
 
 
 def test_publisher_counts_the_messages_of_a_queue(broker):

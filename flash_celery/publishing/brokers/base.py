@@ -21,6 +21,16 @@ from ...transactional_tasks import records
 
 logger = logging.getLogger(__name__)
 
+#: What Redis adds to the name of a command that it does not know.
+_ARGUMENTS = re.compile(r", with args beginning with:.*", re.DOTALL)
+#: What helps, by the words of an error of Redis that repeats until it is done.
+_CURES = {
+    "don't hash to the same slot": "this is a Redis Cluster, which Celery does not support",
+    "unknown command 'EVAL": "scripts must be allowed (docs/redis.md, What an ACL must allow)",
+    "invalid bulk length": "a message is larger than proto-max-bulk-len: raise it, or set "
+    "flash_max_change_size to less than three quarters of it and restart",
+}
+
 #: Default seconds without an answer after which a broker counts as unreachable.
 TIMEOUT = 20.0
 
@@ -360,8 +370,10 @@ class ConnectedPublisher:
         return hasattr(self._channel, "_size")
 
     def reason(self, error: BaseException) -> str:
-        """Return the transport's message for an error, without the full stop."""
-        return str(error).rstrip(".") or type(error).__name__
+        """Return the transport's message for an error, without the full stop, and what helps."""
+        text = _ARGUMENTS.sub("", str(error)).rstrip(".") or type(error).__name__
+        cures = (cure for said, cure in _CURES.items() if said in text)
+        return "; ".join([text, *cures])
 
     @property
     def _transport_errors(self) -> tuple[type[Exception], ...]:
