@@ -54,7 +54,7 @@ from ..messages.task_message import HELD, Message, received_again
 from ..publishing import brokers, declared_queues
 from ..publishing.brokers.base import Publisher
 from ..settings import Settings
-from . import letters, outcome
+from . import letters, outcome, oversize
 from .letters import DeadLetter
 
 logger = logging.getLogger(__package__)
@@ -377,8 +377,16 @@ def store_letter(app: Any, letter: DeadLetter) -> bool:
     """Publish a dead letter; return whether the broker has confirmed it."""
     name = setting(app, "flash_dead_queue")
     task = _described(letter.handler, letter.id, letter.argsrepr)
+    queue = declared_queues.queue(app, name)
     try:
-        _sender.send(app, letters.encode(app, letter, name), declared_queues.queue(app, name))
+        try:
+            _sender.send(app, letters.encode(app, letter, name), queue)
+        except PublishError as error:
+            limit = error.size_limit
+            smaller = oversize.fitting_letter(app, letter, name, limit) if limit else None
+            if smaller is None:
+                raise
+            _sender.send(app, letters.encode(app, smaller, name), queue)
     except PublishError as error:
         logger.error(
             "%s has failed; its message is requeued, because its dead letter cannot be stored: %s",
@@ -415,29 +423,32 @@ class _Sender:
         deadline = time.monotonic() + _PUBLISH_SECONDS
         if self._pid != os.getpid():
             self._lock, self._publisher, self._pid = threading.Lock(), None, os.getpid()
+            self._declared = set()
         with self._lock:
             for pause in delays(0.1, 1.0):
                 try:
                     self._publish(app, message, queue)
                     return
-                except PublishError:
+                except PublishError as error:
                     self._close()
-                    if time.monotonic() + pause > deadline:
+                    if error.size_limit or time.monotonic() + pause > deadline:
                         raise
                 time.sleep(pause)
 
     def _publish(self, app: Any, message: Message, queue: Any) -> None:
-        if self._publisher is None or self._app is not app or queue.name not in self._declared:
+        if self._publisher is None or self._app is not app:
             self._close()
             self._app, self._publisher = app, brokers.for_app(app)
+        if queue.name not in self._declared:
             self._publisher.open([queue])
             self._declared = {queue.name}
         self._publisher.publish([message])
 
     def _close(self) -> None:
+        """Disconnect; the publisher remembers why it has failed."""
+        self._declared = set()
         if self._publisher is not None:
             self._publisher.close()
-        self._publisher = None
 
 
 _sender = _Sender()

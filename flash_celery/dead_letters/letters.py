@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -255,6 +255,15 @@ def changes_of(letter: DeadLetter) -> list[Change]:
         PayloadError: They cannot be read.
     """
     return changes_in(letter.body)
+
+
+def with_changes(letter: DeadLetter, changes: Sequence[Change]) -> DeadLetter:
+    """Return a letter with other changes in its message, whose changes can be read."""
+    arguments, keywords, embedded = json.loads(letter.body)
+    # A batch of one transaction has the number of its part beside the changes.
+    value = {**arguments[0]["__value__"], **payload.value_of(changes)}
+    argument = {**arguments[0], "__value__": value}
+    return replace(letter, body=json.dumps([[argument, *arguments[1:]], keywords, embedded]))
 
 
 def changes_in(body: str | bytes) -> list[Change]:

@@ -18,7 +18,7 @@ from ..changes import payload
 from ..changes.change import Change, Delete, Insert, LogicalMessage, Update
 from ..changes.payload import Delivery
 from ..changes.rows import UNCHANGED
-from ..errors import ChangeTooLarge, FlashError, HandlerLoop
+from ..errors import ChangeTooLarge, FlashError, HandlerLoop, PayloadError
 from ..escaping import escaped
 from ..handlers.own_writes import depth, writer
 from ..messages import lane_entries
@@ -30,6 +30,7 @@ from ..messages.templates import Template, Templates
 from ..protocol.pgoutput import Cell
 from ..transactional_tasks.signing import PREFIX
 from . import letters
+from .letters import DeadLetter
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +186,37 @@ class Oversize:
         return message
 
 
+def fitting_letter(app: Any, letter: DeadLetter, queue: str, limit: int) -> DeadLetter | None:
+    """Return the dead letter of a worker with smaller changes, so that the broker takes it.
+
+    It has more bytes than the message that has failed, and more still if that was compressed.
+
+    Args:
+        app: The Celery app.
+        letter: The letter.
+        queue: The name of the dead-letter queue.
+        limit: The most bytes that the broker takes.
+
+    Returns:
+        The letter, or None if it cannot be made small enough.
+    """
+    try:
+        changes = letters.changes_of(letter)
+    except PayloadError:
+        return None
+    left = f"{letter.message}\nIts largest values are left out: the broker takes {limit} bytes."
+    most = limit
+    while changes and most:
+        cut = [
+            _without_the_largest(change, _size(change) - most // len(changes)) for change in changes
+        ]
+        smaller = replace(letters.with_changes(letter, cut), message=left)
+        if len(letters.encode(app, smaller, queue).body) <= limit:
+            return smaller
+        most //= 2
+    return None
+
+
 def error_of(template: Template, delivery: Delivery) -> FlashError:
     """Return the error for the one change of a delivery, which a setting does not allow."""
     if template.is_too_deep(delivery):
@@ -237,6 +269,10 @@ def _plain(message: Message) -> str | bytes:
     """Return the body, decompressed."""
     compressed = message.headers.get("compression")
     return compression.decompress(message.body, compressed) if compressed else message.body
+
+
+def _size(change: Change) -> int:
+    return sum(map(len, payload.delivery_of(change).rows))
 
 
 def _without_the_largest(change: Change, excess: int) -> Change:

@@ -12,10 +12,11 @@ import pytest
 import redis
 
 from example_project.servers import Valkey
-from flash_celery import UNCHANGED, Operation, Ordered, on_message
+from flash_celery import UNCHANGED, Batch, Operation, Ordered, on_message
 from flash_celery.capture.router import MAX_FIELDS
 from flash_celery.commands import replay
 from flash_celery.dead_letters import letters
+from flash_celery.dead_letters.failed_tasks import store_letter
 from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.messages import lane_entries
 from flash_celery.postgres.column_types import DEEPEST
@@ -235,6 +236,41 @@ def test_oversize_change_of_an_ordered_handler_stops_nothing(flash, small):
     dead = [letters.decode(sealed) for sealed in received(small, "flash.dead")]
     assert {letter.error for letter in dead} == {"ChangeTooLarge"}
     assert {c.key["id"] for letter in dead for c in letters.changes_of(letter)} == {5, 10}
+
+
+@pytest.mark.parametrize("on", ["rabbitmq", "redis"])
+@pytest.mark.parametrize("batch", [None, Batch(1, transaction=True)], ids=["single", "part"])
+def test_dead_letter_that_is_too_large_is_stored_without_large_values(flash, request, on, batch):
+    """It is larger than the message that has failed, the more so if that was compressed."""
+    flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, note text, other text)")
+    flash.handler("items", **({"batch": batch} if batch else {})).start()
+    flash.do("INSERT INTO items SELECT n, repeat('x', 1000000), 'a' FROM generate_series(1, 2) n")
+    flash.stop()
+    message = flash.publisher.queues["flash"][0]
+    changes = letters.changes_in(message.body)
+    options = {"error": "ValueError", "text": "no", "traceback": "t" * 3000}
+    letter = letters.from_message(message, "flash", arguments=[changes], **options)
+    if on == "rabbitmq":
+        small = request.getfixturevalue("small")
+        flash.app.conf.broker_url = small.url
+        assert store_letter(flash.app, letter)
+        (sealed,) = received(small, "flash.dead")
+    else:
+        with Valkey(**{"proto-max-bulk-len": "1mb"}) as own, redis.Redis(port=own.port) as client:
+            flash.app.conf.broker_url = own.url
+            assert store_letter(flash.app, letter)
+            sealed = json.loads(client.lpop("flash.dead"))["body"]
+    stored = letters.decode(sealed)
+    assert (stored.error, stored.traceback) == (letter.error, letter.traceback)
+    assert "Its largest values are left out: the broker takes " in stored.message
+    found = letters.changes_of(stored)
+    assert [change.id for change in found] == [change.id for change in changes]
+    assert {(change.new["note"], change.new["other"]) for change in found} == {(UNCHANGED, "a")}
+    failed, retried = (
+        json.loads(body)[0][0]["__value__"].get("part")
+        for body in (message.body, letters.retry_message(stored).body)
+    )
+    assert failed == retried == ([0, 0] if batch else None)
 
 
 def test_recreated_tables_leave_nothing_behind(flash):
