@@ -113,7 +113,10 @@ WHERE slot = %(slot)s AND id <> %(id)s AND ended_at IS NULL
 #: another type by now.
 _BEGIN_AGAIN = """
 WITH forgotten AS (DELETE FROM public.flash_celery_backfill_moves WHERE backfill = %(id)s)
-UPDATE public.flash_celery_backfills SET progress = NULL WHERE id = %(id)s"""
+UPDATE public.flash_celery_backfills
+SET progress = NULL, options = jsonb_set(
+    options, '{beginnings}', to_jsonb(coalesce((options->>'beginnings')::int, 0) + 1))
+WHERE id = %(id)s"""
 #: One that has ended, or was deleted, needs none.
 _MOVED = """
 INSERT INTO public.flash_celery_backfill_moves (backfill, table_oid, keys)
@@ -175,7 +178,7 @@ class Backfill:
     row_count: int
     #: `since`: where it was requested in the WAL. `truncate`: whether a Truncate comes before all
     #: rows. `where`: lookups, if not all rows are to be read. `queue`: where the rows go, if not
-    #: where the handler's changes go.
+    #: where the handler's changes go. `beginnings`: how often it has begun again.
     options: dict[str, Any]
     #: Where to go on, and what the broker has of the last chunk.
     progress: Progress | None

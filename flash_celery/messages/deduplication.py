@@ -34,7 +34,7 @@ Covered: TypeAlias = tuple[
     Collection[tuple[int, Watermark]], Collection[int], Collection[ChunkRows]
 ]
 #: Bytes of the result of `chunk_of`, of an id of a chunk, and of the id of a row.
-CHUNK_BYTES, CHUNK_ID_BYTES, ROW_ID_BYTES = 12, 8, 16
+CHUNK_BYTES, CHUNK_ID_BYTES, ROW_ID_BYTES = 20, 16, 16
 NOTHING: Covered = (), (), ()
 #: The clock of leases; it also runs while the host is suspended, unlike Linux's monotonic clock.
 _CLOCK: int | None = getattr(time, "CLOCK_BOOTTIME", None)

@@ -68,15 +68,6 @@ class Receivers(NamedTuple):
     end: Sequence[Subscription]
 
 
-class Stamp(NamedTuple):
-    """What identifies the deliveries of all backfills of a session."""
-
-    #: The server's history, which the messages carry.
-    history: History | None
-    #: That of the session's lease: the broker forgets chunks of another.
-    binding: str
-
-
 class Backfilling:
     """One backfill, in one session.
 
@@ -88,7 +79,7 @@ class Backfilling:
         sink: Takes the deliveries.
         room: The room in the handler's queues.
         moved: Learn which rows of each leaf have been delivered, by its OID.
-        stamp: What identifies its deliveries.
+        history: The server's history, which the messages carry.
 
     Raises:
         CatalogError: The table is gone, or its rows have no key.
@@ -103,13 +94,15 @@ class Backfilling:
         sink: Sink,
         room: Room,
         moved: Mapping[int, MovedRows],
-        stamp: Stamp,
+        history: History | None,
     ) -> None:
         self._moved = moved
-        self._binding = stamp.binding.encode()
         self._source = source
         self._backfill = backfill
-        self._history = stamp.history
+        self._history = history
+        # What decides which rows there are for whom: the broker knows chunks of the same only.
+        deciding = [(each.number, each.operations, each.where) for each in receivers.rows]
+        self._binding = repr((str(history), deciding, backfill.id)).encode()
         self._room = room
         name = TableName.parse(backfill.table_name)
         table, leaves = catalog.find(source.connection, name), leaves_of(source.connection, name)
@@ -122,6 +115,7 @@ class Backfilling:
         self.writes = {oid: RecentWrites(identity_of(leaf)) for oid, leaf in self._leaves.items()}
         self._ends = () if backfill.options.get("where") else receivers.end
         self._sink = _RowSink(sink)
+        self._beginnings = backfill.options.get("beginnings", 0)
         self._router = Router(receivers.rows, _Settled(relations), self._sink)
         self._relation: Relation | None = None
         self._reading: ReadingChunks | None = None
@@ -289,6 +283,7 @@ class Backfilling:
             reason,
         )
         requests.begin_again(self._source.connection, self._backfill.id)
+        self._beginnings += 1
 
     def _await(self, rows: int) -> None:
         """Expect the broker to confirm the chunk that was delivered."""
@@ -322,9 +317,8 @@ class Backfilling:
             What the rows count as a part of: a transaction right before all that follows. Their
             state is that of this moment, and no commit starts there.
         """
-        described = self._binding + self._backfill.id.encode() + chunk.id
-        self._sink.chunk = hashlib.blake2b(described, digest_size=CHUNK_ID_BYTES).digest()
-        self._sink.used = False
+        backfill = b"%d %s" % (self._beginnings, self._binding)
+        self._sink.describe(backfill, chunk.id, chunk.cursor is not None)
         time, before = timestamps.from_unix(chunk.time), Lsn(position - 1)
         transaction = ChunkTransaction(before, 0, time, self._history, "", self._backfill.id)
         transaction.chunk = self._sink.chunk
@@ -358,7 +352,7 @@ class _Settled(RelationCatalog):
 
 
 class _RowSink:
-    """Adds to each row what identifies it in its backfill."""
+    """Adds to each row what identifies it in its backfill, and leaves out what was enqueued."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
@@ -366,8 +360,30 @@ class _RowSink:
         self._ids: Sequence[bytes] = ()
         #: The rows that earlier sessions have enqueued, by the result of `chunk_of`.
         self.enqueued: Mapping[bytes, Collection[bytes]] = {}
-        #: What the broker knows the chunk by, and whether it had rows for a handler.
+        #: Those of all chunks in the order of the key, by the number of the subscription.
+        self._in_order: dict[int, Collection[bytes]] = {}
+        #: What the broker knows the chunk by, and whether it knows it.
         self.chunk = b""
+        self.used = False
+        #: With what the ids of all chunks in the order of the key begin; None if this is another.
+        self._related: bytes | None = None
+
+    def describe(self, backfill: bytes, chunk: bytes, in_order: bool) -> None:
+        """Begin a chunk.
+
+        Args:
+            backfill: Identifies the backfill since it has begun with the first row.
+            chunk: Identifies the chunk.
+            in_order: Whether it has rows in the order of the key. Others may be inserted before it
+                is read again, so what was in one chunk may be in the next one then. Rows that have
+                moved are delivered although a row with the same key was.
+        """
+        half = CHUNK_ID_BYTES // 2
+        own = hashlib.blake2b(backfill + chunk, digest_size=half).digest()
+        self._related = None
+        if in_order:
+            self._related = hashlib.blake2b(backfill, digest_size=half).digest()
+        self.chunk = (self._related or own) + own
         self.used = False
 
     def begin(self, first: int, ids: Sequence[bytes]) -> None:
@@ -376,19 +392,31 @@ class _RowSink:
 
     def receiver(self, subscription: Subscription, operation: Operation) -> Receiver:
         """Return the receiver of the sink, with ids added."""
-        receive = self._sink.receiver(subscription, operation)
+        receive, number = self._sink.receiver(subscription, operation), subscription.number
 
         def with_ids(delivery: Delivery) -> None:
-            self.used = True
             rows, start = delivery.rows, delivery.ordinal - self._first
             ids = self._ids[start : start + len(rows)]
-            enqueued = self.enqueued.get(chunk_of(self.chunk, subscription.number))
+            self.used |= chunk_of(self.chunk, number) in self.enqueued
+            enqueued = self._enqueued(number)
             if enqueued:
                 pairs = zip(rows, ids, strict=True)
                 missing = [(row, row_id) for row, row_id in pairs if row_id not in enqueued]
                 if not missing:
                     return
                 rows, ids = zip(*missing, strict=True)
+            self.used = True
             receive(delivery._replace(rows=identified(rows, ids)))
 
         return with_ids
+
+    def _enqueued(self, number: int) -> Collection[bytes]:
+        """Return the rows that the subscription with this number has got already."""
+        if self._related is None:
+            return self.enqueued.get(chunk_of(self.chunk, number), ())
+        if number not in self._in_order:
+            own, end = self._related, chunk_of(self.chunk, number)[CHUNK_ID_BYTES:]
+            every = self.enqueued.items()
+            its = (ids for chunk, ids in every if chunk.startswith(own) and chunk.endswith(end))
+            self._in_order[number] = frozenset[bytes]().union(*its)
+        return self._in_order[number]

@@ -82,7 +82,7 @@ from ..settings import Settings
 from ..telemetry import CONNECTING, STANDBY, STOPPING, STREAMING, WAITING, Telemetry
 from ..transactional_tasks import records, signing
 from ..transactional_tasks.signing import Database, Verifier
-from .backfilling import Backfilling, Receivers, Stamp
+from .backfilling import Backfilling, Receivers
 from .backfills import Backfills
 from .control import Control, Stopped
 from .lane_sweeper import LaneSweeper
@@ -593,7 +593,7 @@ class Replicator:
             BatcherSink(batcher, templates, queue),
             room,
             moved,
-            Stamp(self._history, claim.lease.binding),
+            self._history,
         )
 
     def _backfill_queue(self, backfill: Backfill) -> str | None:

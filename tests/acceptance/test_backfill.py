@@ -36,7 +36,7 @@ from flash_celery.settings import Settings
 from flash_celery.table_name import TableName
 from flash_celery.worker.backfills import Backfills
 from flash_celery.worker.turns import Turns
-from tests.acceptance.steps import replicate_through
+from tests.acceptance.steps import replicate_through, start_with_failpoints
 
 DOCS = Path(__file__).parents[2] / "docs"
 ROWS = 3000
@@ -365,6 +365,28 @@ def test_backfill_goes_on_after_kills(any_mirrored):
     assert applied(changes) == table(shop)
     again = [change.id for change in changes if change.backfill]
     assert len(again) - len(set(again)) <= (0 if on_redis else most * len(kills))
+
+
+def test_rows_that_are_inserted_between_kills_have_none_enqueued_twice(mirrored, consumer):
+    """They push others out of the chunk that is read again. Nor have a migration and a deploy."""
+    mirrored.database.execute("DELETE FROM items WHERE id % 3 = 0")
+    mirrored.end(mirrored.replicate())
+    flash(mirrored, "backfill", "mirror", "--chunk", "300")
+    inserts = "INSERT INTO items VALUES (%(key)s / 3 * 3, 'new', '') ON CONFLICT DO NOTHING"
+    with Writers(mirrored.database.dsn, 2, [inserts]):
+        for identity in ("FULL", "DEFAULT", "FULL"):
+            process = start_with_failpoints(mirrored, "--stop", "chunk confirmed:2")
+            status = Path(f"/proc/{process.pid}/stat")
+            wait_until(lambda status=status: " T " in status.read_text(), "the second chunk", 60)
+            mirrored.end(process, signal.SIGKILL)
+            mirrored.database.execute(f"ALTER TABLE parted REPLICA IDENTITY {identity}")
+        mirrored.replicate(SHOP_DEPLOYED="1")
+        wait_until(lambda: state(mirrored) == "done", "the backfill", 60)
+    drained(mirrored)
+    changes = consumer.changes()
+    assert applied(changes) == table(mirrored)
+    backfilled = [change.id for change in changes if change.backfill]
+    assert len(backfilled) == len(set(backfilled))
 
 
 def test_backfill_begins_again_if_redis_loses_its_rows(mirrored, consumer):

@@ -64,4 +64,4 @@ def test_rows_of_a_backfill_leave_the_mark_of_changes_where_it_is():
     marks, transactions, chunks = covered_by([delivery(), backfilled])
     assert marks == [(0, (100, 3, 0))]
     assert list(transactions) == [identity(delivery().transaction)]
-    assert chunks == [(chunk_of(bytes(8), 3), b"".join(ids))]
+    assert chunks == [(chunk_of(bytes(16), 3), b"".join(ids))]

@@ -22,7 +22,7 @@ import logging
 import struct
 from array import array
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from typing import Any, NamedTuple, TypeAlias
@@ -67,9 +67,9 @@ _LAST = struct.Struct("=q")
 _IDENTITY_BYTES = 8
 #: The most acknowledged transactions to keep: 1 MB.
 _MOST_KEPT = 1 << 17
-#: The chunks whose rows are kept: more than are ever enqueued and not recorded, also if they are
-#: read again a few times.
-_KEPT_CHUNKS = 16
+#: The chunks whose rows are kept: more than those of all backfills that are enqueued and not
+#: recorded, also if they are read again. Beyond some bytes of their ids only some are.
+_KEPT_CHUNKS, _KEPT_CHUNKS_BEYOND, _KEPT_CHUNK_BYTES = 128, 16, 2 << 20
 #: The most writes without a reply to remember. If Redis executes an older one, it counts as a loss.
 _MAX_UNANSWERED = 100
 #: Lower than every other mark.
@@ -192,8 +192,8 @@ class _Write(NamedTuple):
     transactions: bytes
     #: The highest mark among its messages.
     highest: Watermark
-    #: The chunks whose rows it appends, in the order of the list.
-    chunks: Sequence[bytes] = ()
+    #: The chunks whose rows it appends, in the order of the list, with the bytes of the ids.
+    chunks: Sequence[tuple[bytes, int]] = ()
     #: How many entries of the list of chunks it drops.
     dropped_chunks: int = 0
 
@@ -217,8 +217,8 @@ class RedisPosition:
         self._kept = 0
         #: The transactions of the last write, packed.
         self._transactions = b""
-        #: The ids of the chunks in the entries of the list of chunks.
-        self._chunks: deque[bytes] = deque()
+        #: The ids of the chunks in the entries of the list of chunks, with their bytes.
+        self._chunks: deque[tuple[bytes, int]] = deque()
         #: Writes after the last confirmed one, by sequence number, whose replies were lost. All
         #: begin with the same message and expect the same number, so Redis executes at most one.
         self._unanswered: dict[int, _Write] = {}
@@ -251,7 +251,7 @@ class RedisPosition:
                 logger.info(_UPGRADED, self._key)
             else:
                 logger.error(_NO_POSITION, self._key)
-        self._chunks.extend(entry[:CHUNK_ID_BYTES] for entry in chunks)
+        self._chunks.extend((entry[:CHUNK_ID_BYTES], len(entry)) for entry in chunks)
         if fields.get(b"binding") != self._lease.binding.encode():
             self._reset(client, list(fields))
             return Deduplicator({}, (), chunks=_rows_by_chunk(chunks))
@@ -329,7 +329,7 @@ class RedisPosition:
             fields += [_ACKNOWLEDGED, int(self._lease.acknowledged)]
         commands.append(("HSET", self._key, *fields))
         entry = _Entry(highest[0], len(new) // _IDENTITY_BYTES) if new else None
-        ids = [chunk[:CHUNK_ID_BYTES] for chunk in chunks]
+        ids = [(chunk[:CHUNK_ID_BYTES], len(rows)) for chunk, rows in chunks.items()]
         self._expect(
             number,
             _Write(len(messages), entry, dropped, transactions, highest, ids, dropped_chunks),
@@ -393,11 +393,14 @@ class RedisPosition:
             kept -= entry.transactions
         return len(self._entries)
 
-    def _superfluous_chunks(self, new: Iterable[bytes]) -> int:
+    def _superfluous_chunks(self, new: Mapping[bytes, bytes]) -> int:
         """Return how many entries of the list, from the first, are of chunks that are recorded."""
         kept = dict.fromkeys(chunk[:CHUNK_ID_BYTES] for chunk in new)
-        for following, chunk in enumerate(reversed(self._chunks)):
-            if chunk not in kept and len(kept) >= _KEPT_CHUNKS:
+        size = sum(map(len, new.values()))
+        for following, (chunk, length) in enumerate(reversed(self._chunks)):
+            size += length
+            most = _KEPT_CHUNKS if size <= _KEPT_CHUNK_BYTES else _KEPT_CHUNKS_BEYOND
+            if chunk not in kept and len(kept) >= most:
                 return len(self._chunks) - following
             kept[chunk] = None
         return 0
