@@ -23,6 +23,8 @@ MAX_BYTES = 4096
 #: What handlers say about themselves.
 HANDLER, CHANGE, DEPTH = "handler", "change", "depth"
 RESERVED = frozenset({HANDLER, CHANGE, DEPTH})
+#: `json.dumps` with options would make one each time.
+_ENCODER = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 
 
 def encode(values: Mapping[str, Any]) -> str:
@@ -32,7 +34,7 @@ def encode(values: Mapping[str, Any]) -> str:
         ValueError: A value is not one of JSON, or the context is too large.
     """
     try:
-        text = json.dumps(values, allow_nan=False, separators=(",", ":"))
+        text = _ENCODER.encode(values)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"A context takes texts, numbers, booleans, None, lists and dicts: {error}."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +22,8 @@ from ..errors import ConfigurationError, SubscriptionError, did_you_mean
 MARKS_TABLE = "flash_celery_marks"
 #: Runs a statement with its parameters, and returns the rows of its result.
 Execute = Callable[[str, Sequence[Any]], list[tuple[Any, ...]]]
+#: Does the same, but returns how many rows there are, or were changed; it takes less time.
+Count = Callable[[str, Sequence[Any]], int]
 
 _WHAT_IT_TAKES = (
     "once= takes the alias of a Django database, a SQLAlchemy Engine, or a function that opens a "
@@ -36,6 +38,7 @@ class Session:
     #: What the handler gets as `change.connection`.
     connection: Any
     execute: Execute
+    count: Count
 
 
 class Database(Protocol):
@@ -103,7 +106,14 @@ class _Django:
                 f"once={self.alias!r} is not among Django's DATABASES"
                 f"{did_you_mean(self.alias, aliases)}."
             )
-        _require_postgresql(connections[self.alias].vendor, f"once={self.alias!r}")
+        connection = connections[self.alias]
+        _require_postgresql(connection.vendor, f"once={self.alias!r}")
+        if not connection.settings_dict["AUTOCOMMIT"]:
+            raise SubscriptionError(
+                f"once={self.alias!r} names a database with AUTOCOMMIT = False, in which Django "
+                "commits nothing by itself, so the effects of handlers would be lost; remove that "
+                "from its DATABASES."
+            )
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
@@ -119,8 +129,13 @@ class _Django:
                 cursor.execute(statement, parameters)
                 return cursor.fetchall() if cursor.description else []
 
+        def count(statement: str, parameters: Sequence[Any]) -> int:
+            with connection.cursor() as cursor:
+                cursor.execute(statement, parameters)
+                return int(cursor.rowcount)
+
         with transaction.atomic(using=self.alias):
-            yield Session(connection, execute)
+            yield Session(connection, execute, count)
 
 
 @dataclass(frozen=True)
@@ -186,17 +201,41 @@ def _require_idle(idle: bool) -> None:
 
 
 def _of_psycopg(connection: psycopg.Connection[Any]) -> Session:
-    def execute(statement: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
-        with connection.cursor(row_factory=tuple_row) as cursor:
-            cursor.execute(statement.encode(), parameters)
-            return cursor.fetchall() if cursor.description else []
+    def run(statement: str, parameters: Sequence[Any]) -> psycopg.Cursor[tuple[Any, ...]]:
+        return connection.cursor(row_factory=tuple_row).execute(statement.encode(), parameters)
 
-    return Session(connection, execute)
+    def execute(statement: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
+        cursor = run(statement, parameters)
+        return cursor.fetchall() if cursor.description else []
+
+    def count(statement: str, parameters: Sequence[Any]) -> int:
+        return run(statement, parameters).rowcount
+
+    return Session(connection, execute, count)
 
 
 def _of_sqlalchemy(connection: Any) -> Session:
+    """Return the session of a connection of SQLAlchemy.
+
+    Raises:
+        ConfigurationError: It commits each statement by itself.
+    """
+    driver = connection.connection
+    if getattr(driver.dbapi_connection, "autocommit", False):
+        raise ConfigurationError(
+            "The connection of once= has the isolation level AUTOCOMMIT, so a change would count "
+            "as handled before its effects are written; give once= an engine or a connection "
+            "without it."
+        )
+
     def execute(statement: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
         result = connection.exec_driver_sql(statement, tuple(parameters))
         return [tuple(row) for row in result] if result.returns_rows else []
 
-    return Session(connection, execute)
+    def count(statement: str, parameters: Sequence[Any]) -> int:
+        # The driver's cursor, because a statement takes SQLAlchemy as long as the server.
+        with closing(driver.cursor()) as cursor:
+            cursor.execute(statement, tuple(parameters))
+            return int(cursor.rowcount)
+
+    return Session(connection, execute, count)

@@ -33,7 +33,7 @@ class Mark(Protocol):
 
     def advance(
         self,
-        execute: Execute,
+        session: Session,
         changes: Sequence[Change],
         context_for: Callable[[Sequence[Change]], str] = ...,
     ) -> Sequence[Change] | None:
@@ -124,7 +124,7 @@ class _Call:
             changes: Sequence[Change] | None = self._delivered
             context_for = partial(self._context_for, session)
             if self.mark is not None:
-                changes = self.mark.advance(session.execute, self._delivered, context_for)
+                changes = self.mark.advance(session, self._delivered, context_for)
             elif context := context_for(self._delivered):
                 session.execute(statement_for(context), ())
             if changes is None:
@@ -170,10 +170,11 @@ def _is_operational(error: BaseException) -> bool:
 
 
 def _described(error: Exception) -> str:
-    """Return the name of an error, with its text if that is libpq's, which holds no password."""
+    """Return the name of an error, with its text if that is ours or libpq's, without a password."""
     cause = getattr(error, "orig", None) or error.__cause__ or error
     drivers = isinstance(cause, psycopg.OperationalError) or hasattr(cause, "pgcode")
-    text = f": {cause}" if drivers and _is_operational(cause) else ""
+    shown = isinstance(error, FlashError) or (drivers and _is_operational(cause))
+    text = f": {error if isinstance(error, FlashError) else cause}" if shown else ""
     return f"its database of once= fails ({type(error).__name__}{text})"
 
 
@@ -181,7 +182,7 @@ def pass_over(database: Database, mark: Mark, changes: Sequence[Change]) -> None
     """Move a mark past changes that the handler does not get."""
     while True:
         with database.transaction() as session:
-            if mark.advance(session.execute, changes) is not None:
+            if mark.advance(session, changes) is not None:
                 return
         _create(database, mark)
 

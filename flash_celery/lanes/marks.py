@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -30,20 +30,20 @@ from ..changes.history import History
 from ..changes.payload import history_json, history_of
 from ..errors import PayloadError
 from ..escaping import escaped
-from ..handlers.databases import MARKS_TABLE, Execute
+from ..handlers.databases import MARKS_TABLE, Execute, Session
 from ..handlers.written_context import content_of, statement_for
 from ..messages.deduplication import now
 from ..messages.lane_messages import LaneForm
 from ..protocol.lsn import Lsn
 from . import marks_table as table
-from .alarms import Alarm, call_at
+from .alarms import call_at
 
 logger = logging.getLogger(__name__)
 
 #: The errors of a database that lacks the table or the privileges: undefined_table and
 #: insufficient_privilege.
 _NOT_SET_UP = {"42P01", "42501"}
-#: Seconds for which a call waits for its mark until the log says so, and says so again.
+#: Seconds between two looks at the calls that wait for their marks.
 _LOCKED_SECONDS = 10.0
 
 #: The ordinal of a row or message in its transaction, its subscription, and its part.
@@ -91,80 +91,69 @@ class LaneMark:
 
     def advance(
         self,
-        execute: Execute,
+        session: Session,
         changes: Sequence[Change],
         context_for: Callable[[Sequence[Change]], str] = lambda changes: "",
     ) -> Sequence[Change] | None:
         """Move past changes, and return those that were not handled; None: `create` it first.
 
         Args:
-            execute: Runs a statement.
+            session: The transaction.
             changes: The changes.
             context_for: Returns the context to write for those that were not handled, in JSON; ""
-                for none. It goes with the mark, because a statement of its own takes as long.
+                for none.
 
         Raises:
             PayloadError: A change does not say in which WAL its position is.
             Ignore: The database is not set up; the changes have to wait.
         """
         self._require_positions(changes)
-        with self._logged_while_locked():
-            return self._advance(execute, changes, context_for)
+        _locked.begin(self)
+        try:
+            return self._advance(session, changes, context_for)
+        finally:
+            _locked.end(self)
 
     def _advance(
         self,
-        execute: Execute,
+        session: Session,
         changes: Sequence[Change],
         context_for: Callable[[Sequence[Change]], str],
     ) -> Sequence[Change] | None:
         first, last = changes[0], changes[-1]
-        alike = {(change.transaction.history, _is_message(change)) for change in changes}
-        if len(alike) == 1:
+        if first is last or _alike(changes):
             move = table.MOVE_PAST_MESSAGES if _is_message(first) else table.MOVE_PAST_ROWS
-            end, layout = str(last.commit_lsn), self._layout.described
+            end, place = str(last.commit_lsn), _array(_place(last))
+            before = end, place
+            latest = last.transaction.committed_at
+            if first is not last:
+                before = str(first.commit_lsn), _array(_place(first))
+                latest = max(change.transaction.committed_at for change in changes)
             history = history_json(last.transaction.history)
-            before = str(first.commit_lsn), _array(_place(first))
-            latest = max(change.transaction.committed_at for change in changes)
-            to = end, _array(_place(last)), end, latest
-            moved = *to, *self._of_lane, layout, history, *before
-            context = context_for(changes)
-            returning = table.MOVED_WITH_CONTEXT if context else table.MOVED
-            parameters = (*moved, content_of(context)) if context else moved
-            if self._run(execute, move + returning, parameters):
+            layout = self._layout.described
+            parameters: Sequence[Any]
+            parameters = end, place, end, latest, *self._of_lane, layout, history, *before
+            if context := context_for(changes):
+                move += table.WITH_CONTEXT
+                parameters = *parameters, content_of(context)
+            if self._moved(session, move, parameters):
                 return changes
-        left = self._compare(execute, changes)
+        left = self._compare(session.execute, changes)
         if left and (context := context_for(left)):
-            execute(statement_for(context), ())
+            session.execute(statement_for(context), ())
         return left
 
-    @contextmanager
-    def _logged_while_locked(self) -> Iterator[None]:
-        """Have the log say if the block waits for long: the lane stands still until then.
-
-        There is no timeout, because the lock is that of a transaction with the same changes, whose
-        process was frozen or cut off, and whose result decides whether they are handled.
-        """
-        began = now()
-        alarms: list[Alarm] = []
-
-        def log() -> None:
-            logger.warning(
-                "%s: lane %s has waited for its mark for %.0f s, because another transaction has "
-                "its row in %s: that of a process that stands still in a call, or has lost its "
-                "connection; pg_blocking_pids() names its session",
-                escaped(self._of_handler[0]),
-                self._lane,
-                now() - began,
-                MARKS_TABLE,
-            )
-            alarms.append(call_at(now() + _LOCKED_SECONDS, log))
-
-        alarms.append(call_at(began + _LOCKED_SECONDS, log))
-        try:
-            yield
-        finally:
-            while alarms:  # one that rings just now adds the next
-                alarms.pop().cancel()
+    def log_that_it_is_locked(self, seconds: float) -> None:
+        """Log that a call waits for its mark."""
+        logger.warning(
+            "%s: lane %s has waited for its mark for %.0f s, because another transaction has "
+            "its row in %s: that of a process that stands still in a call, or has lost its "
+            "connection; pg_blocking_pids() names its session",
+            escaped(self._of_handler[0]),
+            self._lane,
+            seconds,
+            MARKS_TABLE,
+        )
 
     def _require_positions(self, changes: Sequence[Change]) -> None:
         for change in changes:
@@ -195,11 +184,9 @@ class LaneMark:
             )
         return left
 
-    def _run(
-        self, execute: Execute, statement: str, parameters: Sequence[Any]
-    ) -> list[tuple[Any, ...]]:
+    def _moved(self, session: Session, move: str, parameters: Sequence[Any]) -> bool:
         try:
-            return execute(statement, parameters)
+            return session.count(move, parameters) > 0
         except Exception as error:
             if not {_state(error), _state(error.__cause__)} & _NOT_SET_UP:
                 raise
@@ -244,6 +231,49 @@ class LaneMark:
             execute(table.RAISE_FLOOR_TO_LEAST, (*self._of_handler, int(lanes)))
         execute(table.FORGET, self._of_handler)
         execute(table.SET_LAYOUT, (self._layout.described, self._fence, *self._of_handler))
+
+
+class _Locked:
+    """Has the log say which calls wait for their mark for long: their lanes stand still until then.
+
+    There is no timeout, because the lock is that of a transaction with the same changes, whose
+    process was frozen or cut off, and whose result decides whether they are handled. One alarm is
+    for all calls of the process, because one for each would take longer than the rest of a mark.
+
+    Args:
+        seconds: How long a call waits until the log says so, and says so again.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        #: When each call began to wait.
+        self._since: dict[LaneMark, float] = {}
+        #: The process that looks.
+        self._process = 0
+
+    def begin(self, mark: LaneMark) -> None:
+        """Note that a call may wait."""
+        self._since[mark] = now()
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._look_later()
+
+    def end(self, mark: LaneMark) -> None:
+        """Note that it does not wait any more."""
+        del self._since[mark]
+
+    def _look_later(self) -> None:
+        call_at(now() + self._seconds, self._look)
+
+    def _look(self) -> None:
+        self._look_later()
+        for mark, since in list(self._since.items()):
+            waited = now() - since
+            if waited >= self._seconds:
+                mark.log_that_it_is_locked(waited)
+
+
+_locked = _Locked(_LOCKED_SECONDS)
 
 
 @dataclass
@@ -329,6 +359,11 @@ def read_positions(execute: Execute, form: LaneForm) -> Mapping[int, Position]:
     found = {lane: Position.of(*columns) for lane, its, *columns in rows if its == layout}
     floor = found.get(table.FLOOR, Position())
     return {lane: found.get(lane, floor) for lane in range(form.lanes)}
+
+
+def _alike(changes: Sequence[Change]) -> bool:
+    """Return whether changes are of one history, and all rows or all messages."""
+    return len({(change.transaction.history, _is_message(change)) for change in changes}) == 1
 
 
 def _is_message(change: Change) -> bool:

@@ -52,9 +52,9 @@ UPDATE flash_celery_marks SET commit_lsn = %s::pg_lsn, message_place = %s::int8[
 WHERE handler = %s AND source = %s AND lane = %s AND layout = %s AND history = %s
     AND (commit_lsn, message_place) < (%s::pg_lsn, %s::int8[])
 """
-#: What these end with: whether the mark was moved, and the context of what the handler writes.
-MOVED = "RETURNING 1"
-MOVED_WITH_CONTEXT = f"RETURNING {WRITES_CONTEXT}"
+#: What these end with to write the context of what the handler writes. It goes with the mark,
+#: because a statement of its own takes as long.
+WITH_CONTEXT = f"RETURNING {WRITES_CONTEXT}"
 LOCK = """
 SELECT layout, history, commit_lsn::text, row_place::text, message_place::text,
     committed_at

@@ -255,7 +255,7 @@ def test_once_leaves_out_of_a_batch_what_was_handled(world):
 
 def test_once_log_says_that_a_lane_waits_for_its_mark(psycopg_world, caplog, monkeypatch):
     """Another process stands still in a call, whose transaction is open."""
-    monkeypatch.setattr(marks, "_LOCKED_SECONDS", 0.05)
+    monkeypatch.setattr(marks, "_locked", marks._Locked(0.05))
     world = psycopg_world.declare()
     world.handle(change(0x100))
     caplog.clear()
@@ -542,6 +542,22 @@ def test_once_refuses_a_connection_in_a_transaction(make):
     assert "in a transaction already" in str(result.result)
 
 
+@pytest.mark.parametrize("kind", ["engine", "psycopg2", "sqlalchemy"])
+def test_once_refuses_a_connection_that_commits_each_statement(make, caplog, kind):
+    """The mark would be moved although the handler fails, and the change would be lost."""
+    world = make(kind)
+    world.engine = world.engine.execution_options(isolation_level="AUTOCOMMIT")
+
+    def fail(task, handled):
+        raise ValueError
+
+    world.declare(fail, autoretry_for=(Exception,))
+    for _ in range(2):
+        assert world.handle(change(0x100)) == Later(5.0, 0)
+    assert "the isolation level AUTOCOMMIT" in caplog.text
+    assert world.effects == []
+
+
 @pytest.mark.parametrize(
     ("once", "said"),
     [
@@ -559,6 +575,17 @@ def test_once_that_is_no_database_is_refused(new_app, configured, database, once
         task = app.task(name="handler")(ignore)
         on_change("orders", ordered=True, once=once)(task)
         with pytest.raises(SubscriptionError, match=said):
+            subscriptions_of(app)
+    finally:
+        use(None)
+
+
+def test_once_refuses_a_database_in_which_django_commits_nothing(new_app, configured, database):
+    use(database, AUTOCOMMIT=False)
+    try:
+        app = new_app(broker_url="memory://")
+        on_change("orders", ordered=True, once="default")(app.task(name="handler")(ignore))
+        with pytest.raises(SubscriptionError, match="AUTOCOMMIT = False"):
             subscriptions_of(app)
     finally:
         use(None)
