@@ -177,6 +177,7 @@ class Settings:
                 raise ConfigurationError(f"{name} must be {allowed}, not {value!r}.")
         self._check_names()
         self._check_password_command()
+        self._check_signing_key()
         if self.flash_spool_directory and not os.access(self.flash_spool_directory, os.W_OK):
             raise ConfigurationError(
                 f"flash_spool_directory is {self.flash_spool_directory!r}, where no file can be "
@@ -240,6 +241,12 @@ class Settings:
             raise ConfigurationError("flash_lane_budget must be above 0, at most 60 seconds.")
         if not 3 <= self.flash_lane_lease <= 3600:
             raise ConfigurationError("flash_lane_lease must be a number of seconds from 3 to 3600.")
+        if not self.flash_transactional_max_age >= _SHORTEST_AGE:
+            raise ConfigurationError(
+                "flash_transactional_max_age must be a number of seconds, at least "
+                f"{_SHORTEST_AGE}: the clocks of applications and of PostgreSQL differ, and a task "
+                "that is too old is refused."
+            )
         for name in ("flash_max_deaths", "flash_max_change_size"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be a number above 0.")
@@ -302,6 +309,13 @@ class Settings:
                     f"{self.called(setting)} and {other.called(setting)} are both {name!r} "
                     f"{where}; give {other.called(setting)} another name."
                 )
+
+    def _check_signing_key(self) -> None:
+        keys = self.flash_signing_key
+        if not isinstance(keys, str) and not all(isinstance(key, str) for key in keys):
+            raise ConfigurationError(
+                "flash_signing_key has a key that is no text; write a text, or a list of texts."
+            )
 
     def _check_password_command(self) -> None:
         try:
@@ -378,6 +392,8 @@ _CREDENTIALS_SECONDS = 10.0
 _SLOT = re.compile("[a-z0-9_]+")
 #: The most lanes of a handler: a TRUNCATE puts a marker into each of them.
 _MOST_LANES = 4096
+#: Seconds, more than the clocks of servers differ.
+_SHORTEST_AGE = 60
 _REPLAY_SLOT_SUFFIX = "_history"
 _CHOICES = {
     "flash_replica_identity": ("auto", "keep"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ def diagnose(
     findings += spool_findings(settings)
     findings += worker_checks.eager_findings(app)
     findings += once_checks.findings(subscriptions)
-    findings.append(key_finding(settings))
+    findings += [key_finding(settings), *atomic_findings(settings)]
     findings += source_checks.findings(default, all_subscriptions, settings.source)
     queues, queue_finding = broker_checks.route_finding(app, settings, subscriptions)
     handlers = pauses.handlers(subscriptions)
@@ -107,6 +108,36 @@ def key_finding(settings: Settings) -> Finding:
     others = f", and {len(keys) - 1} more accepted" if len(keys) > 1 else ""
     ids = ", ".join(key.id.hex() for key in keys)
     return Finding("tasks", OK, f"transactional() signs with {name}{others} (ids {ids})")
+
+
+def atomic_findings(settings: Settings) -> Iterator[Finding]:
+    """Check whether `flash_transactional_database` has an effect: else tasks are sent at once."""
+    alias = settings.flash_transactional_database
+    if not alias:
+        return
+    problem = _atomic_problem(alias)
+    if problem:
+        message = f"flash_transactional_database has no effect: {problem}"
+        yield Finding("tasks", WARNING, message)
+    else:
+        yield Finding(
+            "tasks", OK, f"each task in atomic() of {alias} is carried by the transaction"
+        )
+
+
+def _atomic_problem(alias: str) -> str:
+    django = sys.modules.get("django.conf")
+    if django is None or not django.settings.configured:
+        return "it needs Django"
+    from django.apps import apps
+    from django.db import connections
+
+    if not apps.is_installed("flash_celery.django"):
+        return "add flash_celery.django to INSTALLED_APPS"
+    if alias not in connections:
+        return f"DATABASES has no {alias!r}"
+    vendor = connections[alias].vendor
+    return "" if vendor == "postgresql" else f"DATABASES[{alias!r}] is one of {vendor}"
 
 
 def spool_findings(settings: Settings) -> Iterator[Finding]:

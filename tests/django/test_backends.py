@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import pytest
 from asgiref.sync import sync_to_async
 from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
 from django.db import connections, transaction
 from django.test import override_settings
 from django.utils import timezone
@@ -173,6 +174,17 @@ def test_messages_run_tasks_of_django_only(jobs):
     with pytest.raises(Exception, match="is none of"):
         task.run("os", "default", "sales.jobs.mail", [], {})
     assert jobs.done == []
+
+
+def test_backend_without_the_app_is_refused(jobs):
+    """Celery's workers would discard its tasks, which they do not know."""
+    without = [name for name in settings.INSTALLED_APPS if name != "flash_celery.django"]
+    tasks = {"default": {**settings.TASKS["default"], "QUEUES": []}}
+    with (
+        override_settings(INSTALLED_APPS=without, TASKS=tasks),
+        pytest.raises(ImproperlyConfigured, match=r"needs 'flash_celery\.django' in INSTALLED"),
+    ):
+        jobs.mail.enqueue(1)
 
 
 def test_no_module_of_the_app_is_called_tasks():

@@ -10,6 +10,7 @@ import pytest
 from celery import chain
 from celery.contrib.django.task import DjangoTask
 from celery.exceptions import Ignore, Retry
+from django.conf import settings
 from django.db import connections, transaction
 from django.db.utils import DataError, IntegrityError
 from django.http import HttpResponse
@@ -17,6 +18,7 @@ from django.test import Client, TestCase, TransactionTestCase, override_settings
 from django.urls import path
 
 from flash_celery import transactional
+from flash_celery.commands.doctor import atomic_findings
 from flash_celery.errors import ConfigurationError, TransactionError
 from flash_celery.settings import Settings
 from flash_celery.testing import Live, carried_tasks
@@ -186,6 +188,22 @@ def test_setting_makes_every_task_in_atomic_transactional(shop):
         bodies = [json.loads(take("outside", no_ack=True).body)[0] for _ in range(2)]
         assert take("outside") is None
     assert bodies == [["after the commit"], ["outside"]]
+
+
+def test_doctor_says_if_the_setting_has_no_effect(shop):
+    def found(alias):
+        (finding,) = atomic_findings(Settings(flash_transactional_database=alias))
+        return finding.level, finding.message.removeprefix("flash_transactional_database has no ")
+
+    assert list(atomic_findings(Settings())) == []
+    assert found("default")[0] == "ok"
+    assert found("third") == ("warning", "effect: DATABASES has no 'third'")
+    without = [name for name in settings.INSTALLED_APPS if name != "flash_celery.django"]
+    with override_settings(INSTALLED_APPS=without):
+        assert found("default") == (
+            "warning",
+            "effect: add flash_celery.django to INSTALLED_APPS",
+        )
 
 
 @pytest.mark.parametrize("setting", [False, True], ids=["block", "setting"])

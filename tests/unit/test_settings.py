@@ -52,6 +52,10 @@ def test_missing_dsn_is_explained(app):
         ("flash_on_lost_broker", "refill", "flash_replay_window retains, which is 0"),
         ("flash_max_queue_length", -1, "or 0 for no limit"),
         ("flash_max_change_size", 0, "a number above 0"),
+        ("flash_transactional_max_age", 0, "at least 60: the clocks"),
+        ("flash_transactional_max_age", float("nan"), "at least 60: the clocks"),
+        ("flash_signing_key", 5, "must be str or list or tuple, not int"),
+        ("flash_signing_key", ["a secret", 5], "has a key that is no text"),
     ],
 )
 def test_invalid_settings_are_named(app, name, value, sentence):

@@ -9,6 +9,8 @@ from typing import Any
 
 from celery import current_app, states
 from celery.result import AsyncResult
+from django.apps import apps
+from django.core.exceptions import ImproperlyConfigured
 from django.utils import timezone
 from django.utils.module_loading import import_string
 
@@ -23,6 +25,8 @@ _STATUS = {
     states.FAILURE: "FAILED",
     states.REVOKED: "FAILED",
 }
+#: The app that registers the Celery task.
+_APP = "flash_celery.django"
 #: The range of priorities of Django, where higher ones come first.
 _LOWEST, _HIGHEST = -100, 100
 #: The lowest priority of kombu's Redis transport, where 0 comes first.
@@ -57,6 +61,15 @@ class _Carried:
     exceptions: Any
     alias: str
     options: dict[str, Any]
+
+    def __init__(self, alias: str, params: dict[str, Any]) -> None:
+        super().__init__(alias, params)  # type: ignore[call-arg]
+        if apps.ready and not apps.is_installed(_APP):
+            # A worker registers the task when it loads the app, and discards unknown tasks.
+            raise ImproperlyConfigured(
+                f"TASKS[{alias!r}] needs {_APP!r} in INSTALLED_APPS, so that Celery's workers know "
+                "its task."
+            )
 
     supports_defer = True
     supports_async_task = True
