@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from types import SimpleNamespace
 
 import psycopg
@@ -24,6 +25,8 @@ from tests.integration.column_values import VALUES as TEXTS
 from tests.integration.column_values import words
 
 EXAMPLES = int(os.environ.get("FLASH_EXAMPLES", "40"))
+#: How many of them are in the table at once.
+AT_ONCE = 8
 
 #: Column → type and values as PostgreSQL's literals.
 TYPES = {
@@ -118,10 +121,9 @@ class Reader:
         return payload.decode(value)
 
     def backfilled(self):
-        """The one row of the table as a backfill reads it."""
-        chunk = ChunkReader(self.connection, TableName("public", "everything")).read(None, 2)
-        (row,) = chunk.rows.values()
-        return row
+        """The rows of the table as a backfill reads them."""
+        table = TableName("public", "everything")
+        return list(ChunkReader(self.connection, table).read(None, 2 * AT_ONCE).rows.values())
 
 
 @pytest.fixture(scope="module")
@@ -142,14 +144,15 @@ def reader(postgres):
         admin.execute("DROP DATABASE types WITH (FORCE)")
 
 
-def psycopgs(connection, column):
+def psycopgs(connection, column, number):
     """What psycopg reads; what it cannot represent is the server's text."""
     # psycopg has to be given the arrays of one's own types; handlers do not.
     cast = {"enums": "::text[]", "array_of_domain": "::int[]"}.get(column, "")
+    row = f"FROM everything WHERE id = {number}"
     try:
-        return connection.execute(f'SELECT "{column}"{cast} FROM everything').fetchone()[0]
+        return connection.execute(f'SELECT "{column}"{cast} {row}').fetchone()[0]
     except (psycopg.DataError, ValueError):
-        return connection.execute(f'SELECT "{column}"::text FROM everything').fetchone()[0]
+        return connection.execute(f'SELECT "{column}"::text {row}').fetchone()[0]
 
 
 def same(left, right):
@@ -158,45 +161,49 @@ def same(left, right):
     return type(left) is type(right) and (left == right or (left != left and right != right))
 
 
-def stored(reader, column, text):
-    """Insert a value; what the handler and what psycopg have of it."""
+def stored(reader, column, *texts):
+    """Insert values that exist; for each, what the handler and what psycopg have of it."""
     connection = reader.connection
     kind = TYPES[column][0]
-    connection.execute("TRUNCATE everything")
-    query = f'INSERT INTO everything (id, "{column}") VALUES (1, %s::text::{kind})'
-    try:
-        connection.execute(query, [text])
-    except (psycopg.DataError, psycopg.NotSupportedError):
-        reader.changes()  # no such value, or (xml) a server built without the type
-        return None, None
-    insert = reader.changes()[-1]
-    assert insert.operation is Operation.INSERT
-    return insert.new[column], psycopgs(connection, column)
+    connection.execute("DELETE FROM everything")
+    query = f'INSERT INTO everything (id, "{column}") VALUES (%s, %s::text::{kind})'
+    for number, text in enumerate(texts):
+        # There may be no such value, or (xml) the server may be built without the type.
+        with suppress(psycopg.DataError, psycopg.NotSupportedError):
+            connection.execute(query, [number, text])
+    inserts = [change for change in reader.changes() if change.operation is Operation.INSERT]
+    return [
+        (insert.new[column], psycopgs(connection, column, insert.new["id"])) for insert in inserts
+    ]
+
+
+def several(values):
+    """Lists of values, because each reading of the slot costs as much as ten values."""
+    return st.lists(values, min_size=AT_ONCE, max_size=AT_ONCE)
 
 
 @pytest.mark.parametrize("column", TYPES)
 def test_handler_receives_what_psycopg_reads(reader, column):
     @settings(
-        max_examples=EXAMPLES,
+        max_examples=max(1, EXAMPLES // AT_ONCE),
         deadline=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
-    @given(st.none() | TYPES[column][1])
-    def check(text):
-        handlers, theirs = stored(reader, column, text)
-        assert same(handlers, theirs), (text, handlers, theirs)
+    @given(several(st.none() | TYPES[column][1]))
+    def check(texts):
+        for handlers, theirs in stored(reader, column, *texts):
+            assert same(handlers, theirs), (texts, handlers, theirs)
 
     check()
 
 
 @pytest.mark.parametrize("column", TYPES)
 def test_backfilled_value_is_the_streamed_one(reader, column):
-    @settings(max_examples=max(2, EXAMPLES // 20), deadline=None)
-    @given(TYPES[column][1])
-    def check(text):
-        handlers, _ = stored(reader, column, text)
-        if handlers is not None:  # otherwise there is no such value
-            assert reader.backfilled() == reader.rows[-1]
+    @settings(max_examples=max(1, EXAMPLES // AT_ONCE // 20), deadline=None)
+    @given(several(TYPES[column][1]))
+    def check(texts):
+        if found := stored(reader, column, *texts):
+            assert reader.backfilled() == reader.rows[-len(found) :]
 
     check()
 
@@ -211,12 +218,12 @@ def test_backfilled_value_is_the_streamed_one(reader, column):
     ],
 )
 def test_values_python_cannot_represent_stay_the_text_of_the_server(reader, column, text):
-    handlers, _ = stored(reader, column, text)
+    ((handlers, _),) = stored(reader, column, text)
     assert handlers.startswith(text.partition(" ")[0])
 
 
 def test_composite_is_a_dict_by_field_name(reader):
-    reader.connection.execute("TRUNCATE everything")
+    reader.connection.execute("DELETE FROM everything")
     reader.connection.execute(
         """INSERT INTO everything (id, pair, nested, pairs, words) VALUES (1,
         ROW(1, 'a "b", (c\\)'),
@@ -240,7 +247,7 @@ def test_composite_is_a_dict_by_field_name(reader):
 )
 @given(number=st.none() | st.integers(-5, 5), word=st.none() | words)
 def test_composite_keeps_every_text(reader, number, word):
-    reader.connection.execute("TRUNCATE everything")
+    reader.connection.execute("DELETE FROM everything")
     reader.connection.execute(
         "INSERT INTO everything (id, pair) VALUES (1, ROW(%s::int, %s::text))", [number, word]
     )
@@ -249,7 +256,7 @@ def test_composite_keeps_every_text(reader, number, word):
 
 def test_json_numbers_keep_their_digits(reader):
     value = {"n": 12345678901234567890, "s": "é", "null": None}
-    reader.connection.execute("TRUNCATE everything")
+    reader.connection.execute("DELETE FROM everything")
     reader.connection.execute("INSERT INTO everything (id, jsonb) VALUES (1, %s)", [Jsonb(value)])
     new = reader.changes()[-1].new
     assert new["jsonb"] == value
@@ -257,9 +264,8 @@ def test_json_numbers_keep_their_digits(reader):
 
 
 def test_undecodable_value_stops_nothing(reader):
-    for text in ("infinity", "2020-01-01"):
-        handlers, _ = stored(reader, "timestamptz", text)
-        assert handlers
+    found = stored(reader, "timestamptz", "infinity", "2020-01-01")
+    assert [bool(handlers) for handlers, _ in found] == [True, True]
 
 
 def test_golden_rows_decode_without_a_database():
