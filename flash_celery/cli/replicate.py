@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -13,6 +14,9 @@ from .project import Project, command
 
 #: Seconds after flash_shutdown_timeout at which a shutdown is cut short.
 _GRACE_SECONDS = 1.0
+#: Thresholds of Python's garbage collector. Messages and their deliveries live until the broker has
+#: confirmed them and are in no cycle, so the default thresholds check them for nothing, many times.
+_GC_THRESHOLDS = (20_000, 20, 50)
 
 
 @click.command()
@@ -58,6 +62,7 @@ def replicate(
             http_server.start()
         if wait_for_workers:
             replicator.wait_until(lambda: _workers_ready(project), "Celery workers with this code")
+        _collect_garbage_rarely()
         replicator.run()
 
 
@@ -109,6 +114,17 @@ def _http_server(project: Project, address: str | None, replicator: Any) -> Any:
         ) from None
     subject = project.app, project.settings, project.subscriptions
     return HttpServer(address, Observer(*subject, replicator.telemetry))
+
+
+def _collect_garbage_rarely() -> None:
+    """Exempt what is loaded from garbage collection.
+
+    The app's own objects live as long as the process. Checking them for garbage repeatedly took a
+    fifth of the time of small transactions.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_GC_THRESHOLDS)
 
 
 @contextmanager

@@ -17,7 +17,6 @@ the server or its timeline has changed, because positions of two timelines canno
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import logging
 import time
@@ -104,9 +103,6 @@ _HOT_SPARE_PAUSE = 1.0
 _STEADY_SECONDS = 5.0
 #: Seconds between two log messages about the same error.
 _REMINDER_SECONDS = 60.0
-#: Thresholds of Python's garbage collector. Messages and their deliveries live until the broker has
-#: confirmed them and are in no cycle, so the default thresholds check them for nothing, many times.
-_GC_THRESHOLDS = (20_000, 20, 50)
 _RESTORED = (
     "PostgreSQL is at %s, but had sent WAL up to %s: its data was restored. Reading again from the "
     "confirmed position of its slot"
@@ -245,12 +241,6 @@ class Replicator:
         sweeper = self._sweeper
         if self._task_options.orders:
             sweeper.start()
-        # The app's own objects live as long as the process. Checking them for garbage repeatedly
-        # took a fifth of the time of small transactions.
-        gc.collect()
-        gc.freeze()
-        thresholds = gc.get_threshold()
-        gc.set_threshold(*_GC_THRESHOLDS)
         try:
             while not self.control.stopping:
                 try:
@@ -268,8 +258,6 @@ class Replicator:
             self._publishing.end()
             # Sessions wait for the broker; a thread stuck in a socket ends with the process.
             self._publishing.join(1.0)
-            gc.set_threshold(*thresholds)
-            gc.unfreeze()
             self.control.close()
             if self._has_streamed:  # otherwise an error ended the start, and it is logged
                 confirmed = self._progress.confirmed
