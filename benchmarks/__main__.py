@@ -15,7 +15,6 @@ from benchmarks import (
     advice,
     alternatives,
     backfill,
-    charts,
     cost,
     drain,
     handling,
@@ -103,6 +102,8 @@ def measure(bench, names):
 
 def write(results, folder):
     """Write the charts and the JSON; return the charts."""
+    from benchmarks import charts  # with matplotlib, which takes a second
+
     drawn = charts.draw(results, folder / "performance")
     (folder / "performance.json").write_text(json.dumps(results, indent=1) + "\n")
     return drawn

@@ -1,5 +1,6 @@
 """Real servers for the tests, started when the first test asks for one."""
 
+import gc
 import itertools
 import os
 import shutil
@@ -46,6 +47,16 @@ def pytest_configure(config):
         folder = memory.new_folder()
         os.environ["FLASH_FOLDER"] = str(folder)
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def pytest_collection():
+    gc.disable()  # until all is there
+
+
+def pytest_collection_finish():
+    """Exempt all modules and tests from garbage collection: each makes it take longer."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):
