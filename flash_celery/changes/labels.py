@@ -17,14 +17,14 @@ def id_suffix(part: Part, number: int) -> str:
 
 
 def key_shown(key: Iterable[tuple[str, Any]]) -> str:
-    """Return a key for the label of a change; long values, of whole rows for example, are cut."""
-    return "".join(
-        # Most keys are numbers, which need no cutting.
-        [
-            f" {name}={value}" if type(value) is int else f" {name}={value!s:.200}"
-            for name, value in key
-        ]
-    )
+    """Return a key for the label of a change."""
+    return "".join([value_shown(name, value) for name, value in key])
+
+
+def value_shown(name: str, value: Any) -> str:
+    """Return a value of a key for the label; long ones, of whole rows for example, are cut."""
+    # Most keys are numbers, which need no cutting.
+    return f" {name}={value}" if type(value) is int else f" {name}={value!s:.200}"
 
 
 def counted(count: int) -> str:

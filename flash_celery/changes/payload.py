@@ -14,7 +14,7 @@ import hashlib
 import json
 import struct
 from binascii import a2b_base64, b2a_base64
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
@@ -22,15 +22,13 @@ from typing import Any, NamedTuple, TypeVar
 from kombu.utils.json import register_type
 
 from ..errors import PayloadError, ProtocolError
-from ..escaping import escaped
 from ..protocol import pgoutput
 from ..protocol.lsn import Lsn
 from ..protocol.pgoutput import Cell
 from .change import BackfillEnd, Change, Changes, Delete, Insert, LogicalMessage, Truncate, Update
 from .history import Ancestor, History
-from .labels import id_suffix, key_shown
 from .operations import Part
-from .rows import UNCHANGED, UNKNOWN, Column, Origin, Row, Table, Transaction
+from .rows import UNKNOWN, Column, Origin, Row, Table, Transaction
 
 VERSION = 2
 #: The version before, which has no history, place, context, backfills or coalesced changes.
@@ -65,7 +63,6 @@ _LONGEST_CACHED = 1 << 16
 T = TypeVar("T")
 #: The parts, by their number in a message.
 _PARTS = tuple(Part)
-_NAMES = {b"I": "insert", b"U": "update", b"D": "delete"}
 
 
 class Delivery(NamedTuple):
@@ -173,7 +170,7 @@ def encode(deliveries: Iterable[Delivery], batch_part: TransactionPart | None = 
             following = -1
             if previous is None or transaction.history is not previous.history:
                 history_number = histories.setdefault(transaction.history, len(histories))
-            transactions.append(_transaction_json(transaction, history_number))
+            transactions.append(transaction_json(transaction, history_number))
             previous = transaction
         if table is not previous_table:
             table_number = tables.setdefault(table, len(tables))
@@ -186,7 +183,7 @@ def encode(deliveries: Iterable[Delivery], batch_part: TransactionPart | None = 
             if count:
                 runs.append(f"{start}{count}{end}]")
             start, count = f"[{table_number},{len(transactions) - 1},{ordinal},", len(delivered)
-            end = _run_end(part, number, shift) if part or number or shift else ""
+            end = run_end(part, number, shift) if part or number or shift else ""
             same = table_number, part, number, shift
         following = ordinal + len(delivered)
         rows += delivered
@@ -229,10 +226,10 @@ def encode_picked(some: Iterable[Picked]) -> str:
         table, transaction, _, part, number, _, shift = delivery
         if transaction is not previous:
             history_number = histories.setdefault(transaction.history, len(histories))
-            transactions.append(_transaction_json(transaction, history_number))
+            transactions.append(transaction_json(transaction, history_number))
             previous = transaction
         start = f"[{tables.setdefault(table, len(tables))},{len(transactions) - 1},"
-        end = _run_end(part, number, shift)
+        end = run_end(part, number, shift)
         count = len(ordinals)
         if ordinals[-1] - ordinals[0] < count:
             runs.append(f"{start}{ordinals[0]},{count}{end}]")
@@ -258,61 +255,24 @@ def _value_text(
     )
 
 
-def encode_each(delivery: Delivery) -> Iterator[tuple[str, str, str]]:
-    """Yield for each change: the JSON value for it alone, its id, and its label for logs."""
-    table, transaction, first, part, number, rows, shift = delivery
-    commit, suffix = str(transaction.commit_lsn), id_suffix(part, number)
-    head = (
-        f'{{"v":{VERSION},"history":[{history_json(transaction.history)}],'
-        f'"tables":[{_table_json(table)}],'
-        f'"transactions":[{_transaction_json(transaction, 0)}],"runs":[[0,0,'
-    )
-    middle = f',1{_run_end(part, number, shift)}]],"rows":"'
-    backfilled = transaction.backfill is not None
-    for ordinal, row in enumerate(rows, first):
-        yield (
-            f'{head}{ordinal}{middle}{b2a_base64(row, newline=False).decode()}"}}',
-            _backfill_id(delivery, ordinal) if backfilled else f"{commit}:{ordinal}{suffix}",
-            _label(table, transaction, commit, row),
+def value_beginning(table: Table, history: History | None) -> str:
+    """Return the JSON value of changes of a table up to the transactions, made once per table."""
+    cache: dict[History | None, str] = table.__dict__.setdefault("_beginnings", {})
+    if history not in cache:
+        cache[history] = (
+            f'{{"v":{VERSION},"history":[{history_json(history)}],'
+            f'"tables":[{_table_json(table)}],"transactions":['
         )
+    return cache[history]
 
 
-def _run_end(part: int, number: int, shift: int) -> str:
+def run_end(part: int, number: int, shift: int) -> str:
     """Return the last elements of a run, each behind a comma, without zeros at its end."""
     if shift:
         return f",{int(part)},{number},{shift}"
     if number:
         return f",{int(part)},{number}"
     return f",{int(part)}" if part else ""
-
-
-def _backfill_id(delivery: Delivery, ordinal: int) -> str:
-    return change_of(delivery.row(ordinal - delivery.ordinal)).id
-
-
-def _label(table: Table, transaction: Transaction, commit: str, row: bytes) -> str:
-    """Return the `repr` of the change, for which only the key of the row is read."""
-    name = _NAMES.get(row[:1])
-    if name is None:
-        return _repr(table, transaction, row)
-    start = pgoutput.FIRST_TUPLE
-    if name == "update" and row[5:6] != b"N":
-        start = pgoutput.end_of_tuple(row, start) + 1
-    columns = table.label_columns
-    cells, _ = pgoutput.read_cells(row, start, columns[-1][0] + 1 if columns else 0)
-    if UNCHANGED in cells:
-        return _repr(table, transaction, row)
-    try:
-        key = key_shown(
-            [(column, None if cells[n] is None else load(cells[n])) for n, column, load in columns]
-        )
-    except Exception:  # a value that cannot be decoded, which `repr` leaves out
-        return _repr(table, transaction, row)
-    return escaped(f"{name} {table.shown}{key} @{commit}")
-
-
-def _repr(table: Table, transaction: Transaction, row: bytes) -> str:
-    return repr(change_of(Delivery(table, transaction, 0, Part.WHOLE, 0, [row])))
 
 
 def _table_json(table: Table) -> str:
@@ -374,7 +334,7 @@ def _below(limit: int, value: Any, least: int = 0) -> int:
     return int(value)
 
 
-def _transaction_json(transaction: Transaction, history: int) -> str:
+def transaction_json(transaction: Transaction, history: int) -> str:
     """Describe a transaction, without its last elements if they have the most common values."""
     lsn, xid, committed_at, _, context, backfill = transaction
     # The text of the position is made here, because a call takes twice the time.

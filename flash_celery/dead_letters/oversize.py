@@ -93,11 +93,11 @@ class Oversize:
             if letter is None:
                 pushes.append(push)
             else:
-                letter.covered = NOTHING
+                letter.cover(NOTHING)
                 found.append(letter)
         if pushes:
             return [*found, message.with_pushes(pushes) if found else message]
-        found[-1].covered = message.covered
+        found[-1].cover(message.covered)
         return found
 
     def _letter_of_entry(self, template: Template, text: str, limit: int) -> Message | None:
@@ -171,7 +171,7 @@ class Oversize:
         excess = sum(map(len, delivery.rows)) - limit
         change = _without_the_largest(payload.change_of(delivery), excess)
         (failed,) = template.each(payload.delivery_of(change))
-        failed.body, failed.covered = _plain(failed), covered_by([delivery])
+        failed = failed.with_body(_plain(failed), covered_by([delivery]))
         letter = letters.from_message(
             failed,
             template.queue,

@@ -383,7 +383,7 @@ class Batcher:
         self.size += row_bytes
         for message in messages:
             self._messages.append(message)
-            self.size += len(message.body) + MESSAGE_BYTES
+            self.size += message.memory
 
 
 def _transaction_of(template: Template, delivery: Delivery) -> Lsn | None:

@@ -170,7 +170,7 @@ class SentTasks:
         transactions = (identity(transaction),)
         for place, sent in enumerate(messages, first):
             mark = transaction.commit_lsn, place, Part.MESSAGE
-            sent.covered = ((0, mark),), transactions, ()
+            sent.cover((((0, mark),), transactions, ()))
         rows = [sent.record.task.encode() for sent in messages]
         delivery = Delivery(_TABLE, transaction, first, Part.MESSAGE, 0, rows, 0)
         self._add(delivery, messages)

@@ -16,6 +16,10 @@ from .deduplication import NOTHING, Covered
 HELD = "flash_parked"
 #: The delivery mode of AMQP for messages that survive a restart of the broker.
 PERSISTENT = 2
+#: Bytes of memory that a message takes beside its body, roughly.
+_MEMORY = 1000
+#: The last element of a body: what Celery calls when the task has ended.
+EMBEDDED = '{"callbacks":null,"errbacks":null,"chain":null,"chord":null}'
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,19 +49,18 @@ class Message:
         body: The body, which is bytes if it is compressed.
         covered: The changes that it holds, for deduplication.
         deliveries: The same changes as they were delivered, until the message is confirmed.
-        position: The index of its row, if it holds only one row of its delivery.
     """
 
     __slots__ = (
+        "_body",
+        "_covered",
         "_deliveries",
         "_headers",
-        "_position",
         "_properties",
         "argsrepr",
-        "body",
-        "covered",
         "form",
         "id",
+        "length",
         "part",
     )
 
@@ -69,15 +72,15 @@ class Message:
         body: str | bytes,
         covered: Covered = NOTHING,
         deliveries: Sequence[Delivery] = (),
-        position: int | None = None,
     ) -> None:
         self.form = form
-        self.covered = covered
+        self._covered = covered
         self._deliveries = deliveries
-        self._position = position
         self.id = task_id
         self.argsrepr = argsrepr
-        self.body = body
+        self._body = body
+        #: How many bytes or characters the body has, at most.
+        self.length = len(body)
         #: Which part of its transaction a batch is; None for others.
         self.part: TransactionPart | None = None
         self._headers: dict[str, Any] | None = None
@@ -94,15 +97,32 @@ class Message:
     def stand_for(self, message: Message) -> None:
         """Take the place of another message, whose changes it then covers."""
         self.form = replace(self.form, template=message.form.template)
-        self.covered = message.covered
-        self._deliveries, self._position = message._deliveries, message._position
+        self._covered, self._deliveries = message.covered, message.deliveries
+
+    def with_body(self, body: str | bytes, covered: Covered) -> Message:
+        """Return it with another body, and other changes that it holds."""
+        other = Message(self.form, self.id, self.argsrepr, body, covered, self.deliveries)
+        other._headers, other._properties = self._headers, self._properties
+        return other
+
+    def cover(self, covered: Covered) -> None:
+        """Set which changes it holds, for deduplication."""
+        self._covered = covered
+
+    @property
+    def body(self) -> str | bytes:
+        """The body, which is bytes if it is compressed."""
+        return self._body
+
+    @property
+    def covered(self) -> Covered:
+        """The changes that it holds, for deduplication."""
+        return self._covered
 
     @property
     def deliveries(self) -> Sequence[Delivery]:
         """The changes in it; none if no delivery made it."""
-        if self._position is None:
-            return self._deliveries
-        return [delivery.row(self._position) for delivery in self._deliveries]
+        return self._deliveries
 
     @property
     def content_type(self) -> str:
@@ -135,14 +155,19 @@ class Message:
         return ()
 
     @property
+    def memory(self) -> int:
+        """How many bytes of memory it takes, roughly, beside the rows of its deliveries."""
+        return self.length + _MEMORY
+
+    @property
     def size(self) -> int:
-        """How many bytes or characters it has."""
-        return len(self.body)
+        """How many bytes or characters it has, roughly."""
+        return self.length
 
     @property
     def longest(self) -> int:
         """How many bytes the longest text has that the broker gets for it."""
-        return len(self.body)
+        return self.length
 
     @property
     def task(self) -> str:
@@ -167,7 +192,7 @@ class Message:
     @property
     def plain(self) -> bool:
         """Whether it can be encoded with its form: its headers are unaltered, its body is text."""
-        return self._headers is self._properties is None and isinstance(self.body, str)
+        return self._headers is self._properties is None and isinstance(self._body, str)
 
 
 def received_again(message: Any, where: str, headers: Mapping[str, Any]) -> Message:

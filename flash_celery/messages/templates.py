@@ -5,23 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from itertools import count, repeat
 from types import MappingProxyType
 from typing import Any
 
 from kombu import compression
 
 from ..changes import labels, payload
+from ..changes.alone import Alone
 from ..changes.change import Operation
-from ..changes.payload import CHANGE, CHANGES, Delivery, TransactionPart
+from ..changes.payload import CHANGES, Delivery, TransactionPart
 from ..handlers.own_writes import depth
 from ..handlers.subscriptions import Batch, Subscription
 from ..provisioning.ordering_keys import Key, OrderingKeys
 from ..settings import Settings
+from .change_message import ChangeMessage
 from .coalescing import Coalescer
-from .deduplication import Covered, chunk_rows, covered_by, identity
+from .deduplication import Covered, covered_by
 from .lane_messages import LaneForm, LaneGroup, handler_key
-from .task_ids import short_digest, task_id_of_batch, task_id_of_change
-from .task_message import HELD, PERSISTENT, Form, Message
+from .task_ids import TaskIds, short_digest, task_id_of_batch
+from .task_message import EMBEDDED, HELD, PERSISTENT, Form, Message
 from .task_options import TaskOptions, TaskOrder
 
 #: Characters of `argsrepr`, which is shown in logs.
@@ -65,6 +68,7 @@ class Template:
         self.lanes: LaneForm | None = None
         self._order: TaskOrder | None = None
         self._source = source
+        self._ids = TaskIds(source, self.task)
         self._expires = options.get("expires")
         self._app = app
         self._compression = options.get("compression") or app.conf.task_compression
@@ -165,51 +169,53 @@ class Template:
         task_id = task_id_of_batch()
         if part is not None:  # its changes are the same at every redelivery
             first = f"transaction/{payload.change_of(deliveries[0]).id}"
-            task_id = task_id_of_change(self._source, self.task, first)
-        message = self._message(CHANGES, task_id, argsrepr, value, covered, deliveries)
+            task_id = self._ids.of(first)
+        message = self._message(task_id, argsrepr, value, covered, deliveries)
         message.part = part
         return message
 
-    def each(self, delivery: Delivery) -> list[Message]:
+    def each(self, delivery: Delivery) -> Sequence[Message]:
         """Return a message for each change of a delivery."""
-        _, transaction, first, part, number, _, _ = delivery
-        commit_lsn, transactions = transaction.commit_lsn, (identity(transaction),)
-        backfilled = transaction.backfill is not None
-        messages, deliveries = [], (delivery,)
-        for position, (value, change_id, argsrepr) in enumerate(payload.encode_each(delivery)):
-            task_id = task_id_of_change(self._source, self.task, change_id)
-            covered: Covered
-            if backfilled:
-                covered = (), (), (chunk_rows(delivery.row(position)),)
-            else:
-                covered = ((number, (commit_lsn, first + position, part)),), transactions, ()
-            messages.append(
-                self._message(CHANGE, task_id, argsrepr, value, covered, deliveries, position)
-            )
+        changes = Alone(delivery)
+        ids = self._ids.each(*changes.ids())
+        labels = [label[:_ARGUMENT_LENGTH] for label in changes.labels()]
+        form, sizes = repeat(self._form), changes.sizes()
+        messages: list[Message]
+        messages = list(map(ChangeMessage, form, repeat(changes), count(), ids, labels, sizes))
+        if self._compression:
+            messages = [
+                message.with_body(self._compressed(message.body), message.covered)
+                for message in messages
+            ]
+        self._set_expiry(messages)
         return messages
 
     def _message(
         self,
-        json_type: str,
         task_id: str,
         argsrepr: str,
         value: str,
         covered: Covered,
         deliveries: Sequence[Delivery],
-        position: int | None = None,
     ) -> Message:
-        body: str | bytes = (
-            f'[[{{"__type__":"{json_type}","__value__":{value}}}],{{}},'
-            '{"callbacks":null,"errbacks":null,"chain":null,"chord":null}]'
-        )
+        body: str | bytes = f'[[{{"__type__":"{CHANGES}","__value__":{value}}}],{{}},{EMBEDDED}]'
         if self._compression:
-            body, _ = compression.compress(body, self._compression)
+            body = self._compressed(body)
         argsrepr = argsrepr[:_ARGUMENT_LENGTH]
-        message = Message(self._form, task_id, argsrepr, body, covered, deliveries, position)
-        if self._expires is not None:
-            # Celery turns seconds from now into a moment.
-            message.headers["expires"] = self._expiry()
+        message = Message(self._form, task_id, argsrepr, body, covered, deliveries)
+        self._set_expiry([message])
         return message
+
+    def _compressed(self, body: str | bytes) -> bytes:
+        compressed: bytes
+        compressed, _ = compression.compress(body, self._compression)
+        return compressed
+
+    def _set_expiry(self, messages: Sequence[Message]) -> None:
+        if self._expires is not None:
+            for message in messages:
+                # Celery turns seconds from now into a moment.
+                message.headers["expires"] = self._expiry()
 
     def _expiry(self) -> str | None:
         task_message = self._app.amqp.as_task_v2(

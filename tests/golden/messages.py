@@ -10,8 +10,9 @@ from pathlib import Path
 
 from flash_celery import UNCHANGED
 from flash_celery.changes import payload
+from flash_celery.changes.alone import Alone
 from flash_celery.changes.operations import Part
-from flash_celery.changes.payload import TRUNCATED, Delivery, encode, encode_each, message_row
+from flash_celery.changes.payload import TRUNCATED, Delivery, encode, message_row
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.protocol import pgoutput
 from flash_celery.protocol.lsn import Lsn
@@ -104,7 +105,7 @@ def described(change):
 def lines():
     for name, deliveries in examples():
         alone = len(deliveries) == 1 and len(deliveries[0].rows) == 1
-        value = next(encode_each(deliveries[0]))[0] if alone else encode(deliveries)
+        value = Alone(deliveries[0]).value(0) if alone else encode(deliveries)
         kind = "flash_celery.change" if alone else "flash_celery.changes"
         seen = [described(change) for change in payload.decode(json.loads(value))]
         yield {"name": name, "type": kind, "value": value, "seen": seen}

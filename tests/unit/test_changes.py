@@ -2,6 +2,7 @@ import json
 import pickle
 from datetime import datetime, timezone
 from decimal import Decimal
+from operator import sub
 
 import pytest
 from kombu.utils.json import dumps, loads
@@ -16,6 +17,7 @@ from flash_celery import (
     Truncate,
     Update,
 )
+from flash_celery.changes.alone import Alone
 from flash_celery.changes.operations import Part
 from flash_celery.changes.payload import (
     TRUNCATED,
@@ -23,7 +25,6 @@ from flash_celery.changes.payload import (
     changes_of,
     decode,
     encode,
-    encode_each,
     message_row,
 )
 from flash_celery.changes.rows import Column, Origin, Row, Table, Transaction
@@ -206,9 +207,14 @@ def test_argsrepr_of_one_change_is_its_repr(table, part):
     delivery = Delivery(table, TRANSACTION, 7, part, 1, rows)
     changes = changes_of(delivery)
     assert [change.ordinal for change in changes] == list(range(7, 16))
-    for change, (value, change_id, label) in zip(changes, encode_each(delivery), strict=True):
-        assert decode(loads(value)) == [change]
-        assert (change_id, label) == (change.id, repr(change))
+    alone = Alone(delivery)
+    values = [alone.value(position) for position in range(len(rows))]
+    assert [decode(loads(value)) for value in values] == [[change] for change in changes]
+    assert max(map(sub, alone.sizes(), map(len, values))) <= 1  # for the digits of an ordinal
+    assert min(map(sub, alone.sizes(), map(len, values))) >= 0
+    beginning, ends = alone.ids()
+    assert [f"{beginning}{end}" for end in ends] == [change.id for change in changes]
+    assert alone.labels() == list(map(repr, changes))
 
 
 @pytest.mark.parametrize("value", [{}, None, {"v": 3}, {"v": 1, "tables": []}])

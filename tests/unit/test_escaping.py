@@ -1,7 +1,8 @@
 import pytest
 
 from flash_celery.changes.change import Changes, Insert
-from flash_celery.changes.payload import Delivery, encode_each
+from flash_celery.changes.alone import Alone
+from flash_celery.changes.payload import Delivery
 from flash_celery.changes.rows import Column, Origin, Table, Transaction
 from flash_celery.errors import CatalogError
 from flash_celery.escaping import escaped, text_of
@@ -30,7 +31,7 @@ def test_escaping_names_changes_errors_and_messages_in_one_line():
     transaction = Transaction(Lsn(1), 1, 0)
     change = Insert(cells, Origin(table, transaction, 0))
     delivery = Delivery(table, transaction, 0, 0, 0, [encode_row("I", 0, None, None, cells)])
-    ((_, _, argsrepr),) = encode_each(delivery)
+    (argsrepr,) = Alone(delivery).labels()
     for text in (repr(change), argsrepr, repr(Changes([change])), str(CatalogError(HOSTILE))):
         assert text.isprintable()
         assert "forged" in text

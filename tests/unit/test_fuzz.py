@@ -18,6 +18,7 @@ from psycopg import adapters
 from flash_celery.capture.transactions import Transactions, runs
 from flash_celery.capture.transitions import Transitions
 from flash_celery.changes import payload
+from flash_celery.changes.alone import Alone
 from flash_celery.changes.change import Change, LogicalMessage
 from flash_celery.changes.payload import TRUNCATED, Delivery, decode, encode, message_row
 from flash_celery.changes.rows import Column, Table, Transaction
@@ -346,5 +347,5 @@ def test_conditions_survive_any_value(data):
 def test_labels_survive_any_value(oid, text):
     table = Table("public", "orders", None, "f", ("x",), (Column("x", oid, "", True),))
     delivery = Delivery(table, TRANSACTION, 0, 0, 0, [row("I", new=[text])])
-    ((_, _, name),) = payload.encode_each(delivery)
+    (name,) = Alone(delivery).labels()
     assert name.isprintable()
