@@ -24,7 +24,7 @@ class Alone:
     The JSON value of one is `beginning`, `opening`, its ordinal, `middle`, its row and `END`.
     """
 
-    __slots__ = ("beginning", "delivery", "middle", "opening")
+    __slots__ = ("_commit", "beginning", "delivery", "middle", "opening")
 
     #: Ends each value.
     END = '"}'
@@ -34,7 +34,9 @@ class Alone:
         self.delivery = delivery
         #: The same object for each delivery of a table.
         self.beginning = value_beginning(table, transaction.history)
-        self.opening = f'{transaction_json(transaction, 0)}],"runs":[[0,0,'
+        #: The text of the position, which all parts need.
+        self._commit = commit = str(transaction.commit_lsn)
+        self.opening = f'{transaction_json(transaction, 0, commit)}],"runs":[[0,0,'
         self.middle = f',1{run_end(part, number, shift)}]],"rows":"'
 
     def value(self, position: int) -> str:
@@ -42,12 +44,10 @@ class Alone:
         ordinal, row = self.delivery.ordinal + position, encoded(self.delivery.rows[position])
         return f"{self.beginning}{self.opening}{ordinal}{self.middle}{row}{self.END}"
 
-    def sizes(self) -> list[int]:
-        """Return how many characters the JSON value of each change has, at most."""
-        rows = self.delivery.rows
-        last = len(str(self.delivery.ordinal + len(rows) - 1))
-        size = len(self.beginning) + len(self.opening) + last + len(self.middle) + len(self.END)
-        return [size + (len(row) + 2) // 3 * 4 for row in rows]
+    def size(self) -> int:
+        """Return how many characters a JSON value has without its row, at most."""
+        last = str(self.delivery.ordinal + len(self.delivery.rows))
+        return len(self.beginning) + len(self.opening + last + self.middle + self.END)
 
     def ids(self) -> tuple[str, Iterable[str]]:
         """Return what the ids of the changes begin with, and the rest of each."""
@@ -57,18 +57,22 @@ class Alone:
         suffix = id_suffix(part, number)
         ordinals = map(str, range(first, first + len(rows)))
         ends = [f"{ordinal}{suffix}" for ordinal in ordinals] if suffix else ordinals
-        return f"{transaction.commit_lsn}:", ends
+        return f"{self._commit}:", ends
 
     def labels(self) -> list[str]:
         """Return the `repr` of each change, for which only the key of its row is read."""
         table, transaction, *_, rows, _ = self.delivery
-        commit = str(transaction.commit_lsn)
-        return [_label(table, transaction, commit, row) for row in rows]
+        return [_label(table, transaction, self._commit, row) for row in rows]
 
 
 def encoded(row: bytes) -> str:
     """Return a row as it stands in a JSON value."""
     return b2a_base64(row, newline=False).decode()
+
+
+def encoded_size(row: bytes) -> int:
+    """Return how many characters `encoded` returns."""
+    return (len(row) + 2) // 3 * 4
 
 
 def _label(table: Table, transaction: Transaction, commit: str, row: bytes) -> str:

@@ -334,11 +334,18 @@ def _below(limit: int, value: Any, least: int = 0) -> int:
     return int(value)
 
 
-def transaction_json(transaction: Transaction, history: int) -> str:
-    """Describe a transaction, without its last elements if they have the most common values."""
+def transaction_json(transaction: Transaction, history: int, commit: str = "") -> str:
+    """Describe a transaction, without its last elements if they have the most common values.
+
+    Args:
+        transaction: The transaction.
+        history: The number of its history in the message.
+        commit: The text of its position, if the caller has it.
+    """
     lsn, xid, committed_at, _, context, backfill = transaction
     # The text of the position is made here, because a call takes twice the time.
-    plain = '"%X/%X",%d,%d' % (lsn >> 32, lsn & 0xFFFFFFFF, xid, committed_at)  # noqa: UP031
+    commit = commit or "%X/%X" % (lsn >> 32, lsn & 0xFFFFFFFF)  # noqa: UP031
+    plain = f'"{commit}",{xid},{committed_at}'
     if backfill is None and not context:
         return f"[{plain},{history}]" if history else f"[{plain}]"
     return f"[{plain},{history},{context or '{}'},{json.dumps(backfill)}]"

@@ -16,6 +16,8 @@ from .task_message import EMBEDDED, Form, Message
 #: What precedes the JSON value of a change in the body, and what follows it.
 BEGINNING = f'[[{{"__type__":"{CHANGE}","__value__":'
 END = f"}}],{{}},{EMBEDDED}]"
+#: How many characters both have.
+SIZE = len(BEGINNING) + len(END)
 #: Bytes of memory that a message takes, with its id and its label, roughly.
 _MEMORY = 500
 
@@ -29,7 +31,7 @@ class ChangeMessage(Message):
         position: Which of them it holds.
         task_id: The id of the task.
         argsrepr: The arguments as Celery's logs and Flower show them.
-        value_size: How many characters the change's JSON value has, at most.
+        length: How many characters the body has, at most.
     """
 
     __slots__ = ("changes", "position")
@@ -41,7 +43,7 @@ class ChangeMessage(Message):
         position: int,
         task_id: str,
         argsrepr: str,
-        value_size: int,
+        length: int,
     ) -> None:
         # Without a call of `Message`, which takes as long as the rest.
         self.form = form
@@ -49,7 +51,7 @@ class ChangeMessage(Message):
         self.position = position
         self.id = task_id
         self.argsrepr = argsrepr
-        self.length = len(BEGINNING) + value_size + len(END)
+        self.length = length
         self.part = self._headers = self._properties = None
 
     @property
@@ -60,12 +62,20 @@ class ChangeMessage(Message):
     @property
     def covered(self) -> Covered:
         """The change that it holds, for deduplication."""
-        (delivery,) = self.deliveries
+        delivery = self.changes.delivery
         transaction = delivery.transaction
         if transaction.backfill is not None:
-            return (), (), (chunk_rows(delivery),)
-        mark = transaction.commit_lsn, delivery.ordinal, delivery.part
+            return (), (), (chunk_rows(delivery.row(self.position)),)
+        mark = transaction.commit_lsn, delivery.ordinal + self.position, delivery.part
         return ((delivery.number, mark),), (identity(transaction),), ()
+
+    def is_covered_by(self, later: Message) -> bool:
+        """Return whether a later message has a higher mark of the same subscription.
+
+        Those of a backfill have no marks.
+        """
+        same = isinstance(later, ChangeMessage) and later.changes is self.changes
+        return same and self.changes.delivery.transaction.backfill is None
 
     @property
     def deliveries(self) -> Sequence[Delivery]:

@@ -119,6 +119,10 @@ class Message:
         """The changes that it holds, for deduplication."""
         return self._covered
 
+    def is_covered_by(self, later: Message) -> bool:
+        """Return whether what a later message covers includes what this one does."""
+        return False
+
     @property
     def deliveries(self) -> Sequence[Delivery]:
         """The changes in it; none if no delivery made it."""

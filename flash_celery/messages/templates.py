@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from itertools import count, repeat
 from types import MappingProxyType
 from typing import Any
 
 from kombu import compression
 
 from ..changes import labels, payload
-from ..changes.alone import Alone
+from ..changes.alone import Alone, encoded_size
 from ..changes.change import Operation
 from ..changes.payload import CHANGES, Delivery, TransactionPart
 from ..handlers.own_writes import depth
 from ..handlers.subscriptions import Batch, Subscription
 from ..provisioning.ordering_keys import Key, OrderingKeys
 from ..settings import Settings
-from .change_message import ChangeMessage
+from .change_message import SIZE, ChangeMessage
 from .coalescing import Coalescer
 from .deduplication import Covered, covered_by
 from .lane_messages import LaneForm, LaneGroup, handler_key
@@ -178,10 +177,15 @@ class Template:
         """Return a message for each change of a delivery."""
         changes = Alone(delivery)
         ids = self._ids.each(*changes.ids())
-        labels = [label[:_ARGUMENT_LENGTH] for label in changes.labels()]
-        form, sizes = repeat(self._form), changes.sizes()
-        messages: list[Message]
-        messages = list(map(ChangeMessage, form, repeat(changes), count(), ids, labels, sizes))
+        form, size = self._form, changes.size() + SIZE
+        messages: list[Message] = [
+            ChangeMessage(
+                form, changes, position, task_id, label[:_ARGUMENT_LENGTH], size + encoded_size(row)
+            )
+            for position, (task_id, label, row) in enumerate(
+                zip(ids, changes.labels(), delivery.rows, strict=True)
+            )
+        ]
         if self._compression:
             messages = [
                 message.with_body(self._compressed(message.body), message.covered)

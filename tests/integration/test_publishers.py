@@ -17,8 +17,16 @@ from celery import Celery
 from kombu import Queue
 
 from example_project.servers import Valkey, free_port, wait_until
+from flash_celery.changes.history import History
+from flash_celery.changes.operations import Part
+from flash_celery.changes.payload import Delivery
+from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.errors import PublishError, Unroutable
+from flash_celery.messages.deduplication import NOTHING
 from flash_celery.messages.task_message import HELD, Form, Message
+from flash_celery.messages.templates import Template
+from flash_celery.protocol.lsn import Lsn
+from flash_celery.protocol.pgoutput import encode_row
 from flash_celery.publishing import declared_queues
 from flash_celery.publishing.brokers import for_app
 from flash_celery.publishing.brokers.amqp import AmqpPublisher
@@ -124,8 +132,7 @@ def test_publisher_delivers_messages_once_in_order(broker):
 def test_publisher_keeps_every_property_of_a_message(broker):
     first, altered = message(1, priority=4), message(2, priority=4)
     altered.headers["trace"] = "abc"
-    packed = message(3, priority=4)
-    packed.body = b"\x00\xff"
+    packed = message(3, priority=4).with_body(b"\x00\xff", NOTHING)
     broker.publisher.publish([first, altered, packed])
     plain, other, binary = broker.messages("first")
     for number, received in enumerate((plain, other), 1):
@@ -139,6 +146,69 @@ def test_publisher_keeps_every_property_of_a_message(broker):
         assert received.content_type == "application/json"
     assert (plain.headers.get("trace"), other.headers["trace"]) == (None, "abc")
     assert bytes(binary.body) == b"\x00\xff"
+
+
+#: What a row or a table may bring into a message: each needs escaping somewhere.
+HOSTILE = 'a"b\\"\\n\\\\%(id)s\né\U0001f600\x7f\u2028\'{}'
+
+
+def changes_of(app):
+    """Messages of single changes: of two tables, in runs of different lengths."""
+
+    @app.task(name="shop.handle", shared=False)
+    def task(change): ...
+
+    template = Template(app, task, {"queue": "first", "priority": 3}, None, "1/slot", 1 << 20)
+    made = []
+    for number, length in enumerate((1, 7, 600, 1, 1, 30, 2, 9) * 2):
+        name = HOSTILE if number % 3 else "orders"
+        columns = Column("id", 25, "text", True), Column(HOSTILE, 25, "text", False)
+        table = TABLES.setdefault(name, Table(name, name, None, "d", ("id",), columns))
+        history = History("7", 1) if number % 2 else None
+        context = json.dumps({"user": HOSTILE}) if number % 4 == 1 else ""
+        transaction = Transaction(Lsn(number << 30), number, number, history, context)
+        rows = [
+            encode_row("I", 1, None, None, [f"{n}{HOSTILE}".encode(), bytes(n % 7)])
+            for n in range(length)
+        ]
+        made += template.each(
+            Delivery(table, transaction, 95, Part(number % 3), number % 2, rows, 0)
+        )
+    made[300].headers["trace"] = "abc"
+    return made
+
+
+TABLES = {}
+
+
+def test_publisher_writes_single_changes_like_any_message(broker):
+    messages = changes_of(broker.app)
+    broker.publisher.publish(messages)
+    received = broker.messages("first")
+    for sent, found in zip(messages, received, strict=True):
+        assert found.headers.items() >= sent.headers.items()
+        assert found.properties.items() >= sent.properties.items()
+        body = found.body if isinstance(found.body, str) else bytes(found.body).decode()
+        assert body == sent.body
+        assert json.loads(body)
+
+
+def test_publisher_writes_single_changes_on_redis_as_kombu_does(valkey):
+    app = Celery("shop", broker=valkey.url, set_as_current=False)
+    publisher = RedisPublisher(app)
+    publisher.open([app.amqp.queues["first"]])
+    messages = changes_of(app)
+    publisher.publish(messages)
+    assert publisher._texts.together(messages[8:100])
+    with redis.Redis(port=valkey.port) as client:
+        stored = client.lrange("first\x06\x163", 0, -1)[::-1]
+        client.delete("first\x06\x163")
+    tags = [json.loads(text)["properties"]["delivery_tag"] for text in stored]
+    assert len({*tags}) == len(messages)
+    for sent, tag, text in zip(messages, tags, stored, strict=True):
+        assert sent.headers  # so that it is encoded by itself
+        assert publisher._texts.written(sent, tag) == ("first\x06\x163", text.decode())
+    publisher.close()
 
 
 def test_publisher_writes_the_frames_of_py_amqp():

@@ -11,14 +11,21 @@ import redis
 from celery import Celery
 
 from example_project.servers import Valkey, wait_until
+from flash_celery.changes.alone import Alone
+from flash_celery.changes.payload import Delivery
+from flash_celery.changes.rows import Transaction
 from flash_celery.errors import ConfirmedLost, LanesNotReady, PublishError, TakenOver
-from flash_celery.messages.deduplication import Lease
+from flash_celery.messages.change_message import SIZE, ChangeMessage
+from flash_celery.messages.deduplication import NOTHING, Lease
 from flash_celery.messages.lane_messages import LaneForm, LaneMessage, handler_key
 from flash_celery.messages.task_message import Form, Message
+from flash_celery.protocol.lsn import Lsn
+from flash_celery.protocol.pgoutput import encode_row
 from flash_celery.publishing.brokers import lane_access
 from flash_celery.publishing.brokers.lane_store import Done, LaneStore
 from flash_celery.publishing.brokers.redis import RedisPublisher
 from tests.proxy import Proxy, Way
+from tests.unit.builders import TABLE
 
 #: Seconds until a reply counts as lost.
 PATIENCE = 2.0
@@ -27,6 +34,15 @@ PATIENCE = 2.0
 def message(number, queue="flash"):
     covered = [(0, (number, 0, 0))], (number,), ()
     return Message(Form(queue, "handler", {}, {}, template="t"), str(number), "", "{}", covered)
+
+
+def changes(first, count, queue="flash", size=1, label=""):
+    """So many messages of single changes, which a script puts together."""
+    rows = [encode_row("I", 0, None, None, [b"5" * size])] * count
+    alone = Alone(Delivery(TABLE, Transaction(Lsn(first), 1, 0), 0, 0, 0, rows))
+    form = Form(queue, "handler", {}, {}, template="t")
+    length = len(alone.value(0)) + SIZE
+    return [ChangeMessage(form, alone, n, f"{first + n:036}", label, length) for n in range(count)]
 
 
 def found(client, queue="flash"):
@@ -86,6 +102,14 @@ def test_push_whose_reply_is_lost_is_not_repeated(publisher, proxy, client):
     lose(publisher, proxy, Way.TO_CLIENT, [message(1)])
     publisher.publish([message(1), message(2)])
     assert found(client) == [1, 2]
+
+
+def test_changes_of_a_push_whose_reply_is_lost_are_not_repeated(publisher, proxy, client):
+    """One command pushes many of them, and they are counted one by one."""
+    some = changes(1, 700)
+    lose(publisher, proxy, Way.TO_CLIENT, some)
+    publisher.publish([*some, *changes(701, 3)])
+    assert found(client) == [*range(1, 704)]
 
 
 def test_push_that_does_not_arrive_is_repeated(publisher, proxy, client):
@@ -189,7 +213,7 @@ def test_step_that_fails_is_repeated_and_never_acknowledged(new_session, what):
     with Valkey(**{"maxmemory-policy": "noeviction"}) as own, redis.Redis(port=own.port) as client:
         allow(client, "on >secret allkeys allchannels +@all")
         publisher, _ = new_session(own.port, "shop:secret@")
-        messages = [message(1), message(2, "other"), message(3)]
+        messages = [message(1), *changes(2, 20, "other"), *changes(22, 20)]
         harm(client)
         with pytest.raises(PublishError, match=error) as failed:
             publisher.publish(messages)
@@ -199,10 +223,31 @@ def test_step_that_fails_is_repeated_and_never_acknowledged(new_session, what):
         assert client.hget("_flash.1.slot", "writes") == b"0"
         publisher.open([])
         publisher.publish(messages)
-        assert found(client) == [1, 3]  # nothing is there from the first attempt
-        assert found(client, "other") == [2]
+        # Nothing is there from the first attempt.
+        assert found(client) == [1, *range(22, 42)]
+        assert found(client, "other") == [*range(2, 22)]
         _, enqueued = new_session(own.port)
-        assert enqueued.watermark == 3
+        assert enqueued.watermark == 22
+
+
+def test_no_word_is_longer_than_redis_may_allow(new_session):
+    with Valkey(**{"proto-max-bulk-len": "1mb"}) as own, redis.Redis(port=own.port) as client:
+        publisher, _ = new_session(own.port)
+        long_label = "\U0001f600" * 200  # 12 characters each in JSON
+        publisher.publish([*changes(1, 600, size=3000), *changes(601, 600, label=long_label)])
+        assert found(client) == [*range(1, 1201)]
+
+
+def test_one_step_fills_lanes_and_pushes_changes(publisher, client):
+    key = handler_key("1/slot", "handler")
+    form = LaneForm(key, "1/slot", "handler", 4, Form("flash", "handler", {}, {}))
+    publisher.prepare([form])
+    before = steps(client)
+    lane = LaneMessage(form, [(2, 1, "entry")], NOTHING)
+    publisher.publish([*changes(1, 20, "other"), lane, *changes(21, 20, "other")])
+    assert steps(client) == before + 1
+    assert found(client, "other") == [*range(1, 41)]
+    assert client.llen(f"{key}.2") == 1
 
 
 def test_lanes_are_woken_again_after_the_lease_but_after_30_seconds_at_most(new_session, client):

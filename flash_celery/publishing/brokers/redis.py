@@ -12,7 +12,7 @@ import uuid
 from base64 import b64encode
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
-from itertools import chain, count, groupby, takewhile
+from itertools import chain, groupby, takewhile
 from json.encoder import encode_basestring_ascii
 from typing import Any, NamedTuple
 
@@ -25,17 +25,19 @@ from ...errors import LanesNotReady, PublishError
 from ...escaping import escaped
 from ...handlers.celery_tasks import WAKE_TASK
 from ...messages import lane_entries
+from ...messages.change_message import ChangeMessage
 from ...messages.deduplication import Deduplicator, Lease
 from ...messages.lane_messages import REGISTRY, LaneForm, LaneMessage, handler_key
 from ...messages.sent_tasks import SentTask
 from ...messages.task_message import PERSISTENT, Form, Message
-from . import wakes
+from . import redis_texts, wakes
 from .base import TIMEOUT, ConnectedPublisher
 from .lane_overview import lanes_optional
 from .lane_scripts import GRACE, ID_MARK, LANE_MARK
 from .lane_store import LaneStore
 from .redis_keys import literal_client, prefixed, queue_key
 from .redis_position import Command, RedisPosition, in_one_step
+from .redis_texts import RedisTexts
 
 logger = logging.getLogger(__name__)
 
@@ -61,18 +63,22 @@ _TCP_OPTIONS = {
 }
 #: How redis-py's errors begin the description of each Sentinel that failed.
 _CLIENT = re.compile(r"<redis\.client\.Redis\(")
-#: The parts that differ between messages of one form, found in the text that kombu makes of one.
-_VARYING = ("id", "argsrepr", "body", "tag")
+#: Plain messages of single changes from which on they are pushed by one command, and bytes of them,
+#: so that none of its words is too long.
+_FEW = 8
+_TOGETHER_BYTES = 1 << 19
 
 
 class _Push(NamedTuple):
-    """A message as it is pushed: onto a list, or into lanes by a command."""
+    """A message as it is pushed, onto a list or by commands; or several, by one."""
 
-    #: The key without prefix; "" for lanes.
+    #: The key without prefix; "" for commands.
     key: str
     text: str
     size: int
     commands: Sequence[Command] = ()
+    #: How many messages it pushes.
+    number: int = 1
     #: Why it cannot be pushed, if that is known.
     error: Exception | None = None
 
@@ -109,13 +115,11 @@ class RedisPublisher(ConnectedPublisher):
         """
         super().open(queues)
         self._check_length()
-        self._forms: dict[Form, tuple[str, str]] = {}
         #: The keys without prefix for tasks, by routing key and priority.
         self._sent_keys: dict[tuple[str, int | None], str] = {}
+        self._texts = RedisTexts(self._channel, self.prepared)
         #: The lanes as they are set up, by the name of their keys.
         self._lanes: dict[str, LaneForm] = {}
-        # Delivery tags, unique among all messages; a UUID each would take longer than the rest.
-        self._tags = map(f"{uuid.uuid4()}-{{}}".format, count())
 
     def _check_length(self) -> None:
         """Find out whether the last push had a text that is too long: Redis only closes then.
@@ -257,7 +261,7 @@ class RedisPublisher(ConnectedPublisher):
         wake = Form(form.form.queue, WAKE_TASK, headers, properties)
         task_id = f"{uuid.uuid4()}.{ID_MARK}"
         shown = f"lane {LANE_MARK} of {form.handler}"
-        return self._written(Message(wake, task_id, shown, body), task_id)
+        return self._texts.written(Message(wake, task_id, shown, body), task_id)
 
     def depth(self, queue: str) -> int:
         """Return how many messages wait in a queue, or changes in the lanes of this name.
@@ -308,15 +312,16 @@ class RedisPublisher(ConnectedPublisher):
                 self._ahead -= self.confirmed
             for same_lanes in _by_lanes(messages[self.confirmed :]):
                 self._prepare_for(client, same_lanes)
-                for pushes in _chunks(map(self._push, same_lanes)):
+                for pushes in _chunks(self._pushes(same_lanes)):
                     routed = list(takewhile(_Push.goes_somewhere, pushes))
-                    part = messages[self.confirmed : self.confirmed + len(routed)]
+                    number = sum(push.number for push in routed)
+                    part = messages[self.confirmed : self.confirmed + number]
                     commands = self._commands(routed, queues)
                     if self._position is None:
                         in_one_step(client, commands)
                     elif part:
                         self._position.write(client, part, commands)
-                    self.confirmed += len(routed)
+                    self.confirmed += number
                     if len(routed) < len(pushes):
                         raise self._undeliverable(
                             messages[self.confirmed], pushes[len(routed)].error
@@ -423,8 +428,30 @@ class RedisPublisher(ConnectedPublisher):
                 if self._is_of_broker(error):
                     raise
                 return _Push("", "", 0, error=error)
-        key, text = self._stored(message)
+        key, text = self._texts.of(message)
         return _Push(key, text, len(text))
+
+    def _pushes(self, messages: Iterable[Message]) -> Iterator[_Push]:
+        """Yield the pushes of messages; many plain ones for changes of one table are together."""
+        for shared, run in groupby(messages, _shared):
+            if shared is None:
+                yield from map(self._push, run)
+                continue
+            for part in _cut(run):
+                push = self._push_together(part) if len(part) >= _FEW else None
+                yield from map(self._push, part) if push is None else [push]
+
+    def _push_together(self, messages: Sequence[ChangeMessage]) -> _Push | None:
+        """Return one push of many messages; None if they have to be pushed one by one."""
+        together = self._texts.together(messages)
+        if together is None:
+            return None
+        key, words = together
+        if max(map(len, words)) > _LEAST_LIMIT:
+            return None
+        size = sum([message.length for message in messages])
+        command = (redis_texts.TOGETHER, prefixed(self._channel, key), *words)
+        return _Push("", "", size, [command], len(messages))
 
     def _undeliverable(self, message: Message, error: Exception | None) -> PublishError:
         return self.unroutable(message) if error is None else self.unsendable(message, error)
@@ -437,7 +464,7 @@ class RedisPublisher(ConnectedPublisher):
             return _Push(key, text, len(text))
         raw = self.prepared(message)
         channel._inplace_augment_message(raw, message.exchange, message.routing_key)
-        raw["properties"]["delivery_tag"] = next(self._tags)
+        raw["properties"]["delivery_tag"] = next(self._texts.tags)
         text = dumps(raw)
         priority = channel._get_message_priority(raw, reverse=False)
         queues = [message.routing_key]
@@ -473,41 +500,8 @@ class RedisPublisher(ConnectedPublisher):
             f'"headers": {record.headers}, "properties": {record.properties[:-1]}, '
             f'"delivery_info": {{"exchange": "", "routing_key": {routing_key}}}, '
             f'"priority": {number}, "body_encoding": "base64", '
-            f'"delivery_tag": "{next(self._tags)}"}}}}'
+            f'"delivery_tag": "{next(self._texts.tags)}"}}}}'
         )
-
-    def _stored(self, message: Message) -> tuple[str, str]:
-        """Return the key without prefix, and the message as kombu stores it."""
-        if not message.plain:
-            return self._written(message)
-        form = self._forms.get(message.form)
-        if form is None:
-            form = self._forms[message.form] = self._encode_form(message.form)
-        key, text = form
-        # The body is JSON in ASCII, so only these two characters need escaping.
-        body = str(message.body).replace("\\", "\\\\").replace('"', '\\"')
-        argsrepr = encode_basestring_ascii(message.argsrepr)[1:-1]
-        tag = next(self._tags)
-        return key, text % {"id": message.id, "argsrepr": argsrepr, "body": body, "tag": tag}
-
-    def _encode_form(self, form: Form) -> tuple[str, str]:
-        """Return the key without prefix, and the text with placeholders for what differs."""
-        marks = {uuid.uuid4().hex: f"%({name})s" for name in _VARYING}
-        task_id, argsrepr, body, tag = marks
-        key, text = self._written(Message(form, task_id, argsrepr, body), tag)
-        text = re.sub("|".join(marks), lambda mark: marks[mark[0]], text.replace("%", "%%"))
-        return key, text
-
-    def _written(self, message: Message, tag: str | None = None) -> tuple[str, str]:
-        channel = self._channel
-        raw = self.prepared(message)
-        channel._inplace_augment_message(raw, "", message.queue)
-        if isinstance(message.body, str):
-            # kombu uses Base64, which text does not need; consumers go by this property.
-            raw["body"], raw["properties"]["body_encoding"] = message.body, None
-        raw["properties"]["delivery_tag"] = tag or next(self._tags)
-        priority = channel._get_message_priority(raw, reverse=False)
-        return channel._q_for_pri(message.queue, priority), dumps(raw)
 
     def _expiring(self) -> set[str]:
         """Return the queues declared with `x-expires`; each message restarts their time."""
@@ -529,14 +523,36 @@ def _by_lanes(messages: Iterable[Message]) -> Iterator[list[Message]]:
         yield run
 
 
+def _shared(message: Message) -> tuple[Form, str] | None:
+    """Return what plain messages of single changes share; None for other messages."""
+    if isinstance(message, ChangeMessage) and message.plain:
+        return message.form, message.changes.beginning
+    return None
+
+
+def _cut(messages: Iterable[Any]) -> Iterator[list[Any]]:
+    """Cut messages that share their text into those of one command."""
+    part: list[Any] = []
+    size = 0
+    for message in messages:
+        if part and (len(part) >= _PUSH_MESSAGES or size + message.length > _TOGETHER_BYTES):
+            yield part
+            part, size = [], 0
+        part.append(message)
+        size += message.length
+    if part:
+        yield part
+
+
 def _chunks(pushes: Iterable[_Push]) -> Iterator[list[_Push]]:
     chunk: list[_Push] = []
-    size = 0
+    number = size = 0
     for push in pushes:
-        if chunk and (len(chunk) >= _PUSH_MESSAGES or size + push.size > _PUSH_BYTES):
+        if chunk and (number + push.number > _PUSH_MESSAGES or size + push.size > _PUSH_BYTES):
             yield chunk
-            chunk, size = [], 0
+            chunk, number, size = [], 0, 0
         chunk.append(push)
+        number += push.number
         size += push.size
     if chunk:
         yield chunk

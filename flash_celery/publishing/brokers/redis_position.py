@@ -41,7 +41,7 @@ from ...messages.deduplication import (
 )
 from ...messages.task_message import Message
 from ...protocol.lsn import Lsn
-from . import lane_scripts
+from . import lane_scripts, redis_texts
 
 logger = logging.getLogger(__name__)
 
@@ -74,15 +74,10 @@ _KEPT_CHUNKS, _KEPT_CHUNKS_BEYOND, _KEPT_CHUNK_BYTES = 128, 16, 2 << 20
 _MAX_UNANSWERED = 100
 #: Lower than every other mark.
 _NONE: Watermark = (0, 0, 0)
-#: What a step does of each command, whose words are those of `ARGV` from `at` to `last`: `check`
-#: fails on a key that is not a list, before anything is pushed, because a script that ends early
-#: undoes nothing. The hash needs no such check: HMGET has read it.
+#: What a step does of each command, whose words are those of `ARGV` from `at` to `last`; lanes have
+#: other functions.
 _COMMANDS = """
-local function check(at, last)
-    local name = ARGV[at]
-    if name == 'LPUSH' or name == 'RPUSH' or name == 'LTRIM' then
-        redis.call('LLEN', ARGV[at + 1])
-    end
+local function check()
     return true
 end
 
@@ -91,8 +86,11 @@ local function run(at, last)
 end
 """
 #: Returns 1, and does nothing, if the fencing token or the sequence number is not the expected one;
-#: 2, if lanes have another layout. Each command is preceded by the number of its words.
+#: 2, if lanes have another layout. Each command is preceded by the number of its words. A key that
+#: is not a list fails before anything is pushed, because a script that ends early undoes nothing.
+#: The hash needs no such check: HMGET has read it.
 _STEP = """
+local lists = {LPUSH = true, RPUSH = true, LTRIM = true, ['FLASH.TASKS'] = true}
 if ARGV[1] ~= '' then
     local found = redis.call('HMGET', KEYS[1], 'owner', 'writes')
     if found[1] ~= ARGV[1] or found[2] ~= ARGV[2] then return 1 end
@@ -100,13 +98,15 @@ end
 local at = 3
 while at <= #ARGV do
     local last = at + tonumber(ARGV[at])
+    if lists[ARGV[at + 1]] then redis.call('LLEN', ARGV[at + 2]) end
     if not check(at + 1, last) then return 2 end
     at = last + 1
 end
 at = 3
 while at <= #ARGV do
     local last = at + tonumber(ARGV[at])
-    run(at + 1, last)
+    local step = ARGV[at + 1] == 'FLASH.TASKS' and push_tasks or run
+    step(at + 1, last)
     at = last + 1
 end
 """
@@ -134,9 +134,10 @@ def in_one_step(
     Raises:
         LanesNotReady: The commands fill lanes, and these have another layout.
     """
-    # The commands of lanes are a long text, which a step without them does not send.
-    fills_lanes = any(str(command[0]).startswith("FLASH.") for command in commands)
-    script = (lane_scripts.COMMANDS if fills_lanes else _COMMANDS) + _STEP
+    # The functions for lanes are a long text, which a step without them does not send.
+    names = {str(command[0]) for command in commands if str(command[0]).startswith("FLASH.")}
+    functions = lane_scripts.COMMANDS if names - {redis_texts.TOGETHER} else _COMMANDS
+    script = redis_texts.SCRIPT + functions + _STEP
     keys = dict.fromkeys([key] * bool(key) + [command[1] for command in commands])
     words = [word for command in commands for word in (len(command), *command)]
     try:
@@ -440,7 +441,9 @@ def _covered(
     distinct: dict[int, None] = {}
     previous: Collection[int] = ()
     chunks: defaultdict[bytes, list[bytes]] = defaultdict(list)
-    for message in messages:
+    for message, later in zip(messages, [*messages[1:], None], strict=True):
+        if later is not None and message.is_covered_by(later):
+            continue
         message_marks, transactions, chunk_rows = message.covered
         for chunk, ids in chunk_rows:
             chunks[chunk].append(ids)
