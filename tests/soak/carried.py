@@ -263,9 +263,9 @@ class Carried:
                 yield task_id, self.sent[task_id].at, at
 
     def unexplained(self, queue, intervals):
-        """Met another time though no fault struck between its commit and then."""
+        """Met another time though no fault struck between its commit and then, as in `again`."""
         return {
-            task_id
+            (task_id, since, until)
             for task_id, since, until in self.again(queue)
             if not any(begin <= until and end >= since for begin, end in intervals)
         }

@@ -21,8 +21,13 @@ ROOT = Path(__file__).parents[2]
 _PAUSE = 0.3
 
 
-#: What a replication worker logs then; the groups are when, and for how many seconds.
-_STARVED = re.compile(r"^\[([\d -:]+),\d+: .*This process did not run for (\d+) s", re.MULTILINE)
+#: What a replication worker logs if it, or PostgreSQL, got no time from the machine; the groups are
+#: when, and for how many seconds.
+_STARVED = re.compile(
+    r"^\[([\d -:]+),\d+: .*(?:This process did not run|PostgreSQL has been silent|"
+    r"a statement has not been answered) for (\d+) s",
+    re.MULTILINE,
+)
 #: Arguments of Python for a command of the project.
 COMMAND = "-m", "celery", "-A", "tests.soak.project"
 
@@ -88,7 +93,7 @@ class Process:
 
     @property
     def starved(self):
-        """When the machine gave it no time, so that it gave up its slot: from when to when."""
+        """When it, or PostgreSQL, got no time from the machine, so that it reconnected."""
         lines = _STARVED.findall(self.log.read_text())
         ends = [(datetime.fromisoformat(at).timestamp(), float(seconds)) for at, seconds in lines]
         return [(end - seconds - 1, end) for end, seconds in ends]

@@ -111,8 +111,9 @@ def _remarks(outcome):
         yield f"Celery workers ended {len(outcome.worker_ended)} times by themselves"
     if outcome.starved:
         yield (
-            f"{len(outcome.starved)} times the machine gave a replication worker no time for "
-            "seconds, and it gave up its slot; that explains what is enqueued again on RabbitMQ"
+            f"{len(outcome.starved)} times a replication worker reconnected because it, or "
+            "PostgreSQL, got no time from the machine for seconds, or because of a fault; that "
+            "explains what is enqueued again on RabbitMQ"
         )
     if outcome.vitals:
         yield _vitals(outcome.vitals)

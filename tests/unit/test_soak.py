@@ -103,7 +103,7 @@ def test_soak_check_compares_tasks_with_the_rows_beside_them(ledger):
     assert carried.missing(RUN) == set()
     assert carried.strangers == {"rolled back"}
     assert carried.misordered == {"a"}
-    assert carried.unexplained(QUEUE, [(90.0, 99.0), (104.0, 110.0)]) == {"b"}
+    assert carried.unexplained(QUEUE, [(90.0, 99.0), (104.0, 110.0)]) == {("b", 100.0, 103.0)}
     assert carried.unexplained(QUEUE, [(90.0, 101.0)]) == set()
     carried.run(105.0, "c", 2)
     assert carried.strangers == {"rolled back", "c"}
