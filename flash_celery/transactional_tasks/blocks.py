@@ -222,7 +222,7 @@ class Writer:
         sources = map(settings.of_source, settings.flash_sources)
         slots = {each.flash_replication_slot for each in (settings, *sources)} | other_slots
         ((system, name, has_reader),) = yield _IDENTIFY, {"slots": ",".join(slots)}
-        database = Database(system, name)
+        database = Database(_text(system), _text(name))
         if has_reader:
             _checked[database] = time.monotonic()
         elif not observers:
@@ -230,6 +230,11 @@ class Writer:
         with suppress(TypeError):
             _databases[connection] = database
         return database
+
+
+def _text(value: str | bytes) -> str:
+    """Return a text; psycopg 3 returns bytes where the encoding is SQL_ASCII."""
+    return value if isinstance(value, str) else value.decode()
 
 
 def _too_large(record: TaskRecord, size: int, settings: Settings) -> TransactionError:

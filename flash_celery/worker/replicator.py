@@ -521,7 +521,8 @@ class Replicator:
         """Return what takes the messages that carry tasks."""
         verifier = Verifier(
             self._keys,
-            Database(source.system, source.database),
+            # `source.system` is empty if the role may not ask for it.
+            Database(self._system, source.database),
             self._settings.flash_transactional_max_age,
             records.longest(self._settings.flash_max_change_size),
         )

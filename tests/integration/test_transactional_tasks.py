@@ -48,6 +48,7 @@ from flash_celery.telemetry import Telemetry
 from flash_celery.transactional_tasks import blocks, records, signing
 from flash_celery.transactional_tasks.signing import Database
 from flash_celery.worker.control import Control
+from tests.integration.conftest import Flash
 from tests.proxy import Proxy, Way
 
 KEY = "a secret of the tests"
@@ -449,6 +450,65 @@ def test_psycopg2_carries_tasks_and_raw_savepoints_undo_them(tasks):
         tasks.receipt.delay(3)
     connection.close()
     assert tasks.sent() == [(1,), (3,)]
+
+
+@pytest.fixture(params=["SQL_ASCII", "LATIN1"])
+def encoded(request, new_database, new_app):
+    """A replication worker of a database with an encoding other than UTF-8."""
+    options = f"ENCODING '{request.param}' LOCALE 'C' TEMPLATE template0"
+    flash = Flash(new_database(options), new_app(flash_signing_key=KEY))
+    yield flash
+    flash.stop()
+
+
+def test_databases_of_every_encoding_carry_tasks(encoded):
+    import psycopg2
+
+    @encoded.app.task(name="receipt", shared=False)
+    def receipt(text): ...
+
+    encoded.start()
+    connection = psycopg2.connect(encoded.database.dsn)
+    with connection, transactional(connection):
+        receipt.delay("psycopg2 \N{OWL}")
+    connection.close()
+    with psycopg.connect(encoded.database.dsn) as connection, transactional(connection):
+        receipt.delay("psycopg \N{OWL}")
+    engine = sqlalchemy_engine(encoded, "psycopg2")
+    with engine.begin() as connection, transactional(connection):
+        receipt.delay("sqlalchemy \N{OWL}")
+    engine.dispose()
+    queue = encoded.publisher.queues.setdefault("celery", [])
+    encoded.wait(lambda: len(queue) == 3)
+    assert [loads(message.body)[0] for message in queue] == [
+        ["psycopg2 \N{OWL}"],
+        ["psycopg \N{OWL}"],
+        ["sqlalchemy \N{OWL}"],
+    ]
+
+
+def test_role_that_may_not_ask_for_the_system_identifier_verifies_tasks(tasks):
+    """The replication worker knows it from the stream."""
+    role = f"{tasks.database.name}_reader"
+    tasks.stop()
+    tasks.database.execute(
+        f"CREATE ROLE {role} LOGIN REPLICATION",
+        f"GRANT CREATE ON DATABASE {tasks.database.name} TO {role}",
+        "REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC",
+    )
+    tasks.database.execute(
+        *(
+            f"ALTER PUBLICATION flash_publication_{name} OWNER TO {role}"
+            for name in ("insert", "update", "delete", "truncate")
+        )
+    )
+    try:
+        tasks.start(flash_dsn=tasks.database.dsn.replace("postgres@", f"{role}@"))
+        with psycopg.connect(tasks.database.dsn) as connection, transactional(connection):
+            tasks.receipt.delay(1)
+        assert tasks.sent() == [(1,)]
+    finally:
+        tasks.database.execute("GRANT EXECUTE ON FUNCTION pg_control_system() TO PUBLIC")
 
 
 def test_blocks_side_by_side_do_not_mix(tasks):
