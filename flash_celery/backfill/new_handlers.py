@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
 
 import psycopg
 
@@ -42,16 +41,21 @@ class NewHandlers:
 
         A table that cannot be backfilled is logged; its changes are delivered all the same.
         """
-        if not self._wanting:
-            return
         try:
+            if not self._new(source):
+                return
+            plans.require_possible(source)
             with source.connection.transaction():
                 requests.prepare(source)
-                known = {(each.handler, each.table_name) for each in requests.all_of(source)}
-                new = [each for each in self._wanting if _pair(each) not in known]
-                self._log("The handler is new", *plans.request(source, new))
+                self._log("The handler is new", *plans.request(source, self._new(source)))
         except (ConfigurationError, psycopg.ProgrammingError) as error:
             self._warn("Backfills are not requested: %s", one_line(error))
+
+    def _new(self, source: Source) -> list[Subscription]:
+        if not self._wanting:
+            return []
+        known = {(each.handler, each.table_name) for each in requests.all_of(source)}
+        return [each for each in self._wanting if _pair(each) not in known]
 
     def request_all(self, source: Source, subscriptions: Sequence[Subscription]) -> None:
         """Request the backfills of tables whose changes were lost.
@@ -63,9 +67,7 @@ class NewHandlers:
             subscriptions: To all tables of handlers.
         """
         with source.connection.transaction():
-            with suppress(psycopg.ProgrammingError), source.connection.transaction():
-                ids = [id for id, _ in requests.under_way(source).values()]
-                requests.stop(source, ids, _LOST)
+            requests.stop(source, _LOST)
             self._log("Changes were lost", *plans.request(source, subscriptions))
 
     def _log(

@@ -150,7 +150,7 @@ def examine(
     Raises:
         ConfigurationError: No table of the source can be backfilled.
     """
-    _require_possible(source)
+    require_possible(source)
     given = {name: value for name, value in asked.items() if value is not None}
     grouped: dict[tuple[str, TableName], list[Subscription]] = {}
     for subscription in subscriptions:
@@ -174,7 +174,8 @@ def examine(
             yield Plan(handler, name, max(rows, 0), size, wish, where)
 
 
-def _require_possible(source: Source) -> None:
+def require_possible(source: Source) -> None:
+    """Raise `ConfigurationError` if no table of a source can be backfilled."""
     if is_standby(source.connection):
         raise ConfigurationError(
             "This server is a standby, which does not show which transactions run; name the "

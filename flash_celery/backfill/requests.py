@@ -67,13 +67,15 @@ FROM unnest(%(id)s::text[], %(handler)s::text[], %(table_name)s::text[],
             %(rate)s::float8[], %(chunk_rows)s::int[], %(estimate)s::int8[], %(options)s::jsonb[])
      AS wanted(id, handler, table_name, rate, chunk_rows, estimate, options)
 RETURNING {_FIELDS}"""  # noqa: S608 - constants only
-#: Of those that have something to do, the first of each handler: it may have thousands.
+#: Of those that have something to do, the first of each handler: it may have thousands. Those that
+#: show an error are counted by themselves, because they must not hold up the others.
 _SELECT = f"""
 SELECT {_FIELDS} FROM public.flash_celery_backfills
 WHERE slot = coalesce(%(slot)s, slot) AND id = coalesce(%(id)s, id)
   AND (NOT %(active)s OR id IN (
       SELECT id FROM (
-          SELECT id, row_number() OVER (PARTITION BY slot, handler ORDER BY requested_at) AS place
+          SELECT id, row_number() OVER (
+              PARTITION BY slot, handler, error IS NULL ORDER BY requested_at) AS place
           FROM public.flash_celery_backfills WHERE state IN ('requested', 'running')) AS numbered
       WHERE place <= 20))
   AND (NOT %(begun)s OR (ended_at IS NULL AND progress IS NOT NULL))
@@ -275,10 +277,24 @@ def under_way(source: Source) -> dict[tuple[str, str], tuple[str, str]]:
     return {(handler, table): (id, state) for handler, table, id, state in rows}
 
 
-def stop(source: Source, ids: Collection[str], error: str) -> None:
-    """Stop backfills that are under way; they show the error as their last one."""
-    if ids:
-        source.connection.execute(_STOP, {"ids": list(ids), "error": error})
+def stop(source: Source, error: str, only: Collection[tuple[str, str]] | None = None) -> None:
+    """Stop backfills that are under way, so that others can be requested in their place.
+
+    Call it in the transaction of that request: it keeps out others until then. Does nothing if the
+    tables of backfills are damaged, which the request reports.
+
+    Args:
+        source: The source.
+        error: What they show as their last error.
+        only: Of these handlers and tables. Default: all.
+    """
+    connection = source.connection
+    with suppress(psycopg.ProgrammingError), connection.transaction():
+        connection.execute(_ONE_AT_A_TIME)
+        present = under_way(source).items()
+        ids = [id for pair, (id, _) in present if only is None or pair in only]
+        if ids:
+            connection.execute(_STOP, {"ids": ids, "error": error})
 
 
 def queues(source: Source) -> list[tuple[str, str]]:

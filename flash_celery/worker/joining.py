@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
-
-import psycopg
 
 from ..backfill import plans, requests
 from ..escaping import escaped
@@ -54,7 +51,9 @@ class Joining:
         if now == before and not wanted:
             return
         with source.connection.transaction():
-            self._stop(source, list(wanted))
+            # Rows that they have read may have changed unseen.
+            former = {(handler, str(table)) for handler, table in wanted}
+            requests.stop(source, _JOINED_AGAIN, former)
             its = [each for each in report.subscriptions if (each.handler, each.table) in wanted]
             requested, refused = plans.request(source, its)
             missing = [each for each in refused if not wanted[each.handler, each.table]]
@@ -71,15 +70,6 @@ class Joining:
             if refusal not in missing:
                 table = escaped(str(refusal.table))
                 logger.warning(_UNDER_FORMER_NAME, table, refusal.handler, refusal.reason)
-
-    @staticmethod
-    def _stop(source: Source, tables: Sequence[tuple[str, TableName]]) -> None:
-        """Stop backfills of tables: rows that they have read may have changed unseen."""
-        pairs = {(handler, str(table)) for handler, table in tables}
-        with suppress(psycopg.ProgrammingError), source.connection.transaction():
-            present = requests.under_way(source).items()
-            ids = [id for pair, (id, _) in present if pair in pairs]
-            requests.stop(source, ids, _JOINED_AGAIN)
 
     def _now(self, source: Source, before: Joined, report: Report) -> Joined:
         present = {joined.key(subscription) for subscription in self._patterns}

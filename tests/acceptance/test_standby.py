@@ -6,8 +6,15 @@ from contextlib import contextmanager
 
 import pytest
 import redis
+from celery import Celery
 
 from example_project.servers import Postgres, Standby, wait_until
+from flash_celery import on_change
+from flash_celery.backfill.new_handlers import NewHandlers
+from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.postgres.connection import connect
+from flash_celery.postgres.source import Source
+from flash_celery.settings import Settings
 from tests.acceptance.steps import assert_handled, insert_rows
 from tests.conftest import Database, missing
 
@@ -104,6 +111,20 @@ def test_standby_delivers_changes(shop):
     insert_rows(shop.primary, 101, 200)
     shop.replicate()
     assert_handled(shop, 1, 200)
+
+
+def test_new_handler_that_asks_for_a_backfill_is_read_on_a_standby_without(pair, caplog):
+    app = Celery()
+    app.conf.flash_dsn = pair[1].dsn("postgres")
+
+    @on_change("items", backfill=True)
+    @app.task
+    def copy(change): ...
+
+    settings = Settings.from_app(app)
+    with connect(settings.require_dsn()) as connection:
+        NewHandlers(subscriptions_of(app)).request(Source(connection, settings))
+    assert "name the primary in flash_dsn to backfill" in caplog.text
 
 
 @pytest.mark.soak

@@ -325,3 +325,35 @@ def test_table_is_surely_empty_only_if_nothing_may_be_missing(database):
         for statement in ("ROLLBACK PREPARED 'open'", "INSERT INTO parted VALUES (10)"):
             other.execute(statement)
         assert empty() == {"bare", "reading", "prepared", "locked"}
+
+
+def test_backfills_with_errors_hold_up_none_without(database):
+    with closing(connect(database.dsn)) as connection:
+        settings = Settings(flash_dsn=database.dsn, flash_replication_slot=database.slot)
+        source = Source(connection, settings)
+        names = [f"public.t{number}" for number in range(50)]
+        drafts = [requests.Draft("h", name, None, 100, 1) for name in names]
+        requested = {each.table_name: each.id for each in requests.request(source, drafts)}
+        for name in names[:40]:
+            requests.enter(connection, requested[name], "running", requests.ACTIVE, "is locked")
+        active = {each.table_name for each in requests.active(source)}
+    assert active.issuperset(names[40:])
+    assert len(active) == 30
+
+
+def test_nothing_is_requested_between_the_end_of_backfills_and_those_in_their_place(database):
+    """A second one of a table would have all of them refused."""
+    lock = "SELECT pg_try_advisory_xact_lock(hashtext('public.flash_celery_backfills'))"
+    with closing(connect(database.dsn)) as connection, database.connect() as other:
+        settings = Settings(flash_dsn=database.dsn, flash_replication_slot=database.slot)
+        source = Source(connection, settings)
+        drafts = [requests.Draft("h", f"public.{name}", None, 100, 1) for name in "ab"]
+        with connection.transaction():
+            requests.request(source, drafts)
+        with connection.transaction():
+            requests.stop(source, "lost", {("h", "public.a")})
+            assert other.execute(lock).fetchone() == (False,)
+            requests.request(source, drafts[:1])
+        assert requests.under_way(source).keys() == {("h", "public.a"), ("h", "public.b")}
+        states = [each.state for each in requests.all_of(source)]
+    assert states == ["stopped", "requested", "requested"]
