@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ..changes.rows import Transaction
+from ..errors import CatalogError
 from ..protocol.pgoutput import FIRST_TUPLE, UNCHANGED_TOAST, Column, read_row
 from .recent_writes import Key, filled, key_of, positions_of
 
@@ -82,13 +83,20 @@ class MovedRows:
         self._owed.difference_update(keys)
 
     def take(self) -> list[dict[str, str]]:
-        """Return the new keys of rows that moved since the last call, as text by column."""
+        """Return the new keys of rows that moved since the last call, as text by column.
+
+        Raises:
+            CatalogError: One is no text, which a database in SQL_ASCII may have.
+        """
         found, self._found = self._found, []
-        return [
-            {
-                name: value.decode()
-                for name, value in zip(self.identity, key, strict=True)
-                if isinstance(value, bytes)
-            }
-            for key in found
-        ]
+        try:
+            return [
+                {
+                    name: value.decode()
+                    for name, value in zip(self.identity, key, strict=True)
+                    if isinstance(value, bytes)
+                }
+                for key in found
+            ]
+        except UnicodeDecodeError:
+            raise CatalogError("the key of one is not UTF-8") from None

@@ -275,7 +275,7 @@ class Backfills:
             try:
                 for oid, moved in leaves.items():
                     self._remember(id, oid, moved.take())
-            except (psycopg.ProgrammingError, psycopg.IntegrityError) as error:
+            except (CatalogError, psycopg.ProgrammingError, psycopg.IntegrityError) as error:
                 self._give_up(id, one_line(error))
 
     def _remember(self, id: str, table: int, keys: Sequence[Mapping[str, str]]) -> None:

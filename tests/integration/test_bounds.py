@@ -407,6 +407,33 @@ def test_text_without_an_encoding_is_delivered_byte_by_byte(new_database, new_ap
         assert matching == ["insert", "update"]
 
 
+def test_key_that_is_no_text_stops_its_backfill_alone_when_its_row_moves(
+    new_database, new_app, caplog
+):
+    """The key would be recorded, so that its row is read when it may have been passed by."""
+    options = "ENCODING 'SQL_ASCII' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'"
+    database = new_database(options)
+    database.dsn += "?client_encoding=UTF8"
+    flash = Flash(database, new_app())
+    flash.database.execute("CREATE TABLE items (name text PRIMARY KEY)")
+    flash.handler("items", "insert", backfill=True).start()
+    flash.stop()
+    flash.database.execute("DELETE FROM flash_celery_backfills", "INSERT INTO items VALUES ('a')")
+    with flash.database.connect() as older, older.transaction():
+        older.execute("SELECT pg_current_xact_id()")  # the backfill waits for it
+        flash.start()
+        try:
+            flash.do(
+                "UPDATE items SET name = E'caf\\351'",
+                "INSERT INTO items VALUES ('b')",
+            )
+        finally:
+            flash.stop()
+    assert shown(flash.delivered()) == ["insert a", "insert b"]
+    assert flash.database.one("SELECT state FROM flash_celery_backfills") == "stopped"
+    assert "is stopped, because the rows that move cannot be recorded" in caplog.text
+
+
 def test_row_that_cannot_be_sent_pauses_its_backfill_alone(legacy, caplog):
     """It is named by its place, because its values may be secret; the others are done."""
     flash = legacy
