@@ -35,6 +35,7 @@ from ..handlers.decorators import subscriptions_of_task
 from ..handlers.subscriptions import Subscription
 from ..messages.task_ids import task_id_of_batch, task_id_of_change
 from ..messages.task_message import Form, Message
+from .connection import is_rabbitmq
 from .drain import Blocked, Head, Later, Step, Verdict
 from .marks import LaneMark, Layout
 from .superseding import Superseding
@@ -217,7 +218,9 @@ class HandlerCalls:
             logger.info("Discarding expired task: %s", self._described(call))
             return None
         if head.deaths and head.deaths >= setting(self._app, "flash_max_deaths"):
-            killed = ProcessKilled(f"Its worker process has died {head.deaths} times")
+            late = " or taken longer than RabbitMQ's consumer_timeout"
+            how = f"died{late if is_rabbitmq(self._app) else ''}"
+            killed = ProcessKilled(f"Its worker process has {how} {head.deaths} times")
             return self._failed(call, killed, "")
         retries: list[Any] = []
         mark = self._mark(head)

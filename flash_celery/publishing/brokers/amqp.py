@@ -266,9 +266,10 @@ class AmqpPublisher(ConnectedPublisher):
         for queue in queues - self._refusing:
             self._refusing.add(queue)
             logger.warning(
-                "The queue %s has refused a message, as with a policy of reject-publish. From now "
-                "on it gets one message at a time, so that none overtakes another; use "
-                "flash_max_queue_length instead, which bounds a queue without that cost",
+                "The queue %s has refused a message, as with a policy of reject-publish, or a "
+                "quorum queue without a leader. Until this worker restarts it gets one message at "
+                "a time, so that none overtakes another; instead of such a policy use "
+                "flash_max_queue_length, which bounds a queue without that cost",
                 queue,
             )
 
