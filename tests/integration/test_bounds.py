@@ -212,6 +212,23 @@ def test_oversize_change_for_redis_stops_no_handler(flash, ordered):
         assert sum(map(len, waiting)) == 5
 
 
+def test_oversize_message_that_redis_gets_in_base64_stops_nothing(flash):
+    """kombu encodes bytes so, which compressed messages are; it makes them a third larger."""
+    sizes = range(700_000, 2_400_000, 200_000)
+    words = "(SELECT string_agg(md5(n::text), '') FROM generate_series(1, 80000) n)"
+    with Valkey(**{"proto-max-bulk-len": "1mb"}) as own, redis.Redis(port=own.port) as client:
+        flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, note text)")
+        flash.app.conf.update(broker_url=own.url, task_compression="gzip")
+        flash.handler("items")
+        flash.publisher = for_app(flash.app)
+        rows = ", ".join(f"({size}, left({words}, {size}))" for size in sizes)
+        flash.start().do(f"INSERT INTO items VALUES {rows}")
+        flash.stop()
+        waiting = [len(text) for text in client.lrange("flash", 0, -1)]
+        assert len(waiting) + client.llen("flash.dead") == len(sizes)
+        assert 700_000 < max(waiting) < 1 << 20
+
+
 def test_oversize_change_of_an_ordered_handler_stops_nothing(flash, small):
     flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, note text)")
     flash.app.conf.broker_url = small.url

@@ -104,8 +104,8 @@ class RedisPublisher(ConnectedPublisher):
         self._position: RedisPosition | None = None
         #: How many of the next messages Redis has already, by a push whose reply was lost.
         self._ahead = 0
-        #: The length of the longest text that the last push had, if it failed; else 0.
-        self._failed = 0
+        #: The longest messages of the last push if it failed, without Base64 and with it.
+        self._failed = 0, 0
 
     def open(self, queues: Sequence[Any]) -> None:
         """Connect and declare the queues.
@@ -127,15 +127,15 @@ class RedisPublisher(ConnectedPublisher):
         Raises:
             PublishError: It had one.
         """
-        longest, self._failed = self._failed + _ENVELOPE, 0
-        if longest <= _LEAST_LIMIT:
+        failed, self._failed = self._failed, (0, 0)
+        if not _too_long(failed, _LEAST_LIMIT):
             return
         limit = 0
         with suppress(PublishError), self.errors():  # CONFIG may be forbidden
             limit = int(self.redis_settings(_LIMIT).get(_LIMIT, 0))
-        if limit < longest and limit:
+        if limit and (most := _too_long(failed, limit)):
             error = PublishError(f"A message is larger than the {_LIMIT} of Redis, {limit}.")
-            error.size_limit = limit - _ENVELOPE
+            error.size_limit = min(most)
             raise error
 
     def options(self) -> dict[str, Any]:
@@ -298,7 +298,11 @@ class RedisPublisher(ConnectedPublisher):
             self._push_all(messages)
         except PublishError:
             unconfirmed = messages[self.confirmed :]
-            self._failed = max((message.longest for message in unconfirmed), default=0)
+            plain, encoded = (
+                max((each.longest for each in unconfirmed if _in_base64(each) is how), default=0)
+                for how in (False, True)
+            )
+            self._failed = plain, encoded
             raise
 
     def _push_all(self, messages: Sequence[Message]) -> None:
@@ -521,6 +525,24 @@ def _by_lanes(messages: Iterable[Message]) -> Iterator[list[Message]]:
         run.append(message)
     if run:
         yield run
+
+
+def _in_base64(message: Message) -> bool:
+    """Return whether kombu, or what we do in its place, encodes the body of a message."""
+    if isinstance(message, ChangeMessage):
+        return False
+    return isinstance(message, SentTask) or isinstance(message.body, bytes)
+
+
+def _too_long(longest: tuple[int, int], limit: int) -> list[int]:
+    """Return the most bytes that messages may have which have more: without and with Base64.
+
+    Args:
+        longest: How many bytes the longest of both have.
+        limit: The most bytes that Redis takes.
+    """
+    most = limit - _ENVELOPE, (limit - _ENVELOPE) // 4 * 3
+    return [most[kind] for kind in range(2) if longest[kind] > most[kind]]
 
 
 def _shared(message: Message) -> tuple[Form, str] | None:
