@@ -7,6 +7,7 @@ process, and a second worker goes on where the first one was.
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -81,6 +82,15 @@ WHERE slot = coalesce(%(slot)s, slot) AND id = coalesce(%(id)s, id)
   AND (NOT %(begun)s OR (ended_at IS NULL AND progress IS NOT NULL))
   AND (NOT %(failed)s OR (state = 'paused' AND error IS NOT NULL))
 ORDER BY requested_at"""  # noqa: S608 - constants only
+#: Those of the last day, and how many there are of each state.
+_RECENT = f"""
+SELECT {_FIELDS} FROM public.flash_celery_backfills
+WHERE slot = %(slot)s AND coalesce(ended_at > clock_timestamp() - interval '1 day', true)
+ORDER BY ended_at IS NOT NULL, state = 'requested', requested_at LIMIT %(most)s"""  # noqa: S608
+_COUNTS = """
+SELECT state, count(*) FROM public.flash_celery_backfills
+WHERE slot = %s AND coalesce(ended_at > clock_timestamp() - interval '1 day', true)
+GROUP BY state"""
 _UNDER_WAY = """
 SELECT handler, table_name, id, state FROM public.flash_celery_backfills
 WHERE slot = %s AND ended_at IS NULL"""
@@ -267,6 +277,26 @@ def _usable(connection: psycopg.Connection[Any]) -> bool:
 def all_of(source: Source) -> list[Backfill]:
     """Return all backfills of a source, in the order in which they were requested."""
     return _select(source.connection, source.slot)
+
+
+def recent(source: Source, most: int) -> tuple[list[Backfill], dict[str, int]]:
+    """Return backfills that have not ended, or on the last day only.
+
+    Args:
+        source: The source.
+        most: The most of them. Those that are running or paused come before others.
+
+    Returns:
+        These, in the order in which they were requested, and how many others there are, by state.
+    """
+    connection = source.connection
+    if not _usable(connection):
+        return [], {}
+    others = Counter(dict(connection.execute(_COUNTS, [source.slot]).fetchall()))
+    with connection.cursor(row_factory=class_row(Backfill)) as cursor:
+        found = cursor.execute(_RECENT, {"slot": source.slot, "most": most}).fetchall()
+    others.subtract(each.state for each in found)
+    return sorted(found, key=lambda each: each.requested_at), dict(+others)
 
 
 def under_way(source: Source) -> dict[tuple[str, str], tuple[str, str]]:

@@ -173,7 +173,7 @@ class Progress:
             self._draw(backfill, as_json(backfill))
         elif self._printed_at is None or time.monotonic() - self._printed_at >= 60:
             self._printed_at = time.monotonic()
-            say(line(backfill), err=True)
+            say(line(as_json(backfill)), err=True)
 
     def _draw(self, backfill: Any, described: Any) -> None:
         import sys
@@ -205,9 +205,10 @@ def list_(project: Project, as_json: bool) -> None:
     from ..commands import backfill as backfills
 
     with project.connected() as source:
-        found = requests.all_of(source)
+        described = [backfills.as_json(each) for each in requests.all_of(source)]
+    found = backfills.with_consumed(project.app, described)
     if as_json:
-        click.echo(json.dumps([backfills.as_json(each) for each in found], indent=2))
+        click.echo(json.dumps(found, indent=2))
         return
     for each in found:
         say(backfills.line(each))

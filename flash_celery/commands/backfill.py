@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from typing import Any
 
 from ..backfill import requests
 from ..backfill.requests import Backfill
 from ..errors import ConfigurationError
+from ..messages.task_options import name_on_broker
 from ..postgres.source import Source
+from . import worker_checks
 
 #: Seconds between two looks of `wait`.
 _LOOK_SECONDS = 0.2
@@ -32,8 +34,8 @@ def move(source: Source, id: str, state: str) -> None:
         "requested": ["paused"],
         "stopped": ["requested", "running", "paused"],
     }
-    found = {each.id: each for each in requests.all_of(source)}.get(id)
-    if found is None:
+    found = requests.find(source.connection, id)
+    if found is None or found.slot != source.slot:
         raise ConfigurationError(f"There is no backfill {id}; see `flash backfill list`.")
     if not requests.enter(source.connection, id, state, allowed[state]):
         raise ConfigurationError(f"The backfill {id} is {found.state}.")
@@ -69,11 +71,13 @@ def _states(source: Source, id: str) -> Iterator[Backfill]:
         time.sleep(_LOOK_SECONDS)
 
 
-def line(backfill: Backfill) -> str:
-    """Return the line of `flash backfill list`."""
-    ended = backfill.ended_at
-    end = "" if ended is None else f", ended {ended.astimezone(timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
-    return f"{backfill.id}  {summary(as_json(backfill))}{end}"
+def line(described: Mapping[str, Any]) -> str:
+    """Return the line of `flash backfill list`, from `as_json`."""
+    end = ""
+    if described["ended_at"] is not None:
+        ended = datetime.fromisoformat(described["ended_at"]).astimezone(timezone.utc)
+        end = f", ended {ended:%Y-%m-%d %H:%M:%S} UTC"
+    return f"{described['id']}  {summary(described)}{end}"
 
 
 def summary(described: Mapping[str, Any]) -> str:
@@ -96,21 +100,20 @@ def summary(described: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def recent(source: Source) -> list[dict[str, Any]]:
-    """Return the backfills that have not ended, or in the last day only, from `as_json`."""
-    day_ago = datetime.now(timezone.utc) - timedelta(days=1)
+def with_consumed(app: Any, backfills: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return backfills, from `as_json`, with whether workers consume the queues of their own."""
+    own = any(each["queue"] is not None for each in backfills)
+    queues = worker_checks.consumed_queues(app) if own else None
     return [
-        as_json(each)
-        for each in requests.all_of(source)
-        if each.ended_at is None or each.ended_at > day_ago
+        each
+        if each["queue"] is None or queues is None
+        else {**each, "consumed": name_on_broker(app, each["queue"]) in queues}
+        for each in backfills
     ]
 
 
 def as_json(backfill: Backfill) -> dict[str, Any]:
-    """Return a backfill for `flash backfill list --json`.
-
-    Only `flash status` knows whether a worker consumes the queue.
-    """
+    """Return a backfill for `flash backfill list --json`; see also `with_consumed`."""
     estimate, rate = max(backfill.estimate, backfill.row_count), _rate(backfill)
     active, failed = backfill.state in requests.ACTIVE, _stopped_by_error(backfill)
     idle = (datetime.now(timezone.utc) - backfill.advanced_at).total_seconds()

@@ -15,7 +15,7 @@ from psycopg.rows import dict_row
 from ..backfill import requests
 from ..errors import PublishError
 from ..handlers.subscriptions import Subscription
-from ..messages.task_options import TaskOptions, name_on_broker
+from ..messages.task_options import TaskOptions
 from ..postgres.gaps import Gap
 from ..postgres.slots import POSITION
 from ..postgres.source import Source
@@ -27,10 +27,12 @@ from ..publishing.brokers.base import queue_depths
 from ..publishing.brokers.lane_overview import HandlerLanes
 from ..settings import Settings
 from ..transactional_tasks.signing import keys_of
-from . import backfill, worker_checks
+from . import backfill
 from .lanes import summaries, summary_lines
 from .worker_checks import Registered
 
+#: How many backfills are shown.
+_SHOWN_BACKFILLS = 50
 _SLOT = f"""
 SELECT s.plugin, s.active, s.wal_status,
        s.confirmed_flush_lsn::text AS confirmed_lsn, s.restart_lsn::text AS restart_lsn,
@@ -152,9 +154,10 @@ class DatabaseStatus:
     #: When the whole source was paused; None if it is not.
     paused: str | None = None
     paused_handlers: list[PausedHandler] = field(default_factory=list)
-    #: The backfills that have not ended, or on the last day, as `flash backfill list --json` has
-    #: them.
+    #: Backfills that have not ended, or on the last day, as `flash backfill list --json` has them.
     backfills: list[dict[str, Any]] = field(default_factory=list)
+    #: How many more there are of these, by state: a pattern may have thousands.
+    more_backfills: dict[str, int] = field(default_factory=dict)
     #: The tables of patterns that are not delivered.
     left_out: list[LeftOutTable] = field(default_factory=list)
     #: The messages with tasks of transactions that were refused; None if there were none.
@@ -166,20 +169,6 @@ class DatabaseStatus:
             replace(handler, parked=depths.get(handler.queue)) for handler in self.paused_handlers
         ]
         return replace(self, paused_handlers=handlers)
-
-    def with_consumed(self, app: Any) -> DatabaseStatus:
-        """Return this status with whether workers consume the queues of backfills."""
-        own = any(each["queue"] is not None for each in self.backfills)
-        queues = worker_checks.consumed_queues(app) if own else None
-        if queues is None:
-            return self
-        backfills = [
-            each
-            if each["queue"] is None
-            else {**each, "consumed": name_on_broker(app, each["queue"]) in queues}
-            for each in self.backfills
-        ]
-        return replace(self, backfills=backfills)
 
 
 @dataclass(frozen=True)
@@ -240,7 +229,8 @@ def examine(
     else:
         # A hold queue is created by its first message.
         database = database.with_held({queue: depths[queue] or 0 for queue in hold_queues})
-        database = database.with_consumed(app)
+        consumed = backfill.with_consumed(app, database.backfills)
+        database = replace(database, backfills=consumed)
     return StatusReport(
         project,
         database,
@@ -272,6 +262,7 @@ def project_status(settings: Settings, task_options: TaskOptions) -> ProjectStat
 def database_status(source: Source) -> DatabaseStatus:
     """Return what PostgreSQL reports. The numbers of held messages stay unknown."""
     record = publications.read(source).record or Record()
+    backfills, more = requests.recent(source, _SHOWN_BACKFILLS)
     return DatabaseStatus(
         slot=slot_status(source.connection, source.slot),
         history=_replay_slot_status(source),
@@ -286,7 +277,8 @@ def database_status(source: Source) -> DatabaseStatus:
             )
             for handler, queue in pauses.hold_queues(record, source.settings.source).items()
         ],
-        backfills=backfill.recent(source),
+        backfills=list(map(backfill.as_json, backfills)),
+        more_backfills=more,
         left_out=[LeftOutTable(*each) for each in joined.read(source).left_out],
         refused=refusals.read(source),
     )
@@ -349,6 +341,12 @@ def gap_lines(project: ProjectStatus, database: DatabaseStatus) -> list[str]:
     return lines
 
 
+def more_backfills(database: DatabaseStatus) -> str:
+    """Return how many backfills are not shown, and their states; "" if all are."""
+    states = ", ".join(f"{count:,} {state}" for state, count in database.more_backfills.items())
+    return f"{sum(database.more_backfills.values()):,} more: {states}" if states else ""
+
+
 def as_text(report: StatusReport) -> list[str]:
     """Return the lines that `flash status` prints."""
     project, database, broker = report.project, report.database, report.broker
@@ -359,6 +357,8 @@ def as_text(report: StatusReport) -> list[str]:
     lines += gap_lines(project, database)
     lines += [f"paused     {line}" for line in pause_lines(report)]
     lines += [f"backfill   {backfill.summary(each)}" for each in database.backfills]
+    if more := more_backfills(database):
+        lines.append(f"backfill   {more}: flash backfill list")
     for left in database.left_out:
         lines.append(f"left out   {left.table} for {left.handler}: {left.reason}")
     if database.refused:

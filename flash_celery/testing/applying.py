@@ -122,6 +122,11 @@ class Flash:
         self._patterns = {(each.handler, each.number): each.pattern for each in self._subscriptions}
         task_options = TaskOptions(app, self._settings, without_lanes(self._subscriptions))
         self._templates = Templates(app, self._settings, task_options)
+        self._backfill_queues = {
+            each.handler: task_options.add_backfill_queue(each.handler, each.backfill.queue)
+            for each in self._subscriptions
+            if each.backfill and each.backfill.queue is not None
+        }
 
     def matching(self, *changes: Change[Any]) -> list[tuple[str, Any]]:
         """Return the name of each handler that would receive something, and its argument.
@@ -148,9 +153,10 @@ class Flash:
             ChangeTooLarge: A change would become a dead letter.
         """
         batcher = Batcher(_refuse)
-        sink = BatcherSink(batcher, self._templates)
+        live = BatcherSink(batcher, self._templates)
+        backfilled = _BackfillSink(batcher, self._templates, self._backfill_queues)
         for change in changes:
-            self._deliver(change, sink)
+            self._deliver(change, live if change.backfill is None else backfilled)
         batcher.end_transaction()
         messages = batcher.collect(everything=True).messages
         return [read(message, self._orders) for message in messages]
@@ -235,6 +241,25 @@ class Flash:
             if subscription.ends_of in handlers:
                 delivery = delivery_of(end)._replace(number=subscription.number)
                 sink.receiver(subscription, Operation.MESSAGE)(delivery)
+
+
+class _BackfillSink:
+    """A sink that puts what a backfill delivers into the queue that the handler's `Backfill` names.
+
+    Args:
+        batcher: The batcher.
+        templates: The templates.
+        queues: The queues, by handler.
+    """
+
+    def __init__(self, batcher: Batcher, templates: Templates, queues: Mapping[str, str]) -> None:
+        self._batcher, self._templates, self._queues = batcher, templates, queues
+
+    def receiver(self, subscription: Subscription, operation: Operation) -> Receiver:
+        """Return the receiver for a subscription."""
+        queue = self._queues.get(subscription.ends_of or subscription.handler)
+        sink = BatcherSink(self._batcher, self._templates, queue)
+        return sink.receiver(subscription, operation)
 
 
 class _OriginSink:

@@ -357,3 +357,18 @@ def test_nothing_is_requested_between_the_end_of_backfills_and_those_in_their_pl
         assert requests.under_way(source).keys() == {("h", "public.a"), ("h", "public.b")}
         states = [each.state for each in requests.all_of(source)]
     assert states == ["stopped", "requested", "requested"]
+
+
+def test_status_shows_those_of_thousands_that_matter_first(database):
+    settings = Settings(flash_dsn=database.dsn, flash_replication_slot=database.slot)
+    drafts = [requests.Draft("h", f"public.t{number}", None, 100, 1) for number in range(5)]
+    with closing(connect(database.dsn)) as connection:
+        source = Source(connection, settings)
+        assert requests.recent(source, 2) == ([], {})
+        first, second, third, fourth, _ = requests.request(source, drafts)
+        requests.stop(source, "No.", {("h", "public.t0")})
+        requests.enter(connection, third.id, "running", requests.ACTIVE)
+        requests.enter(connection, fourth.id, "paused", requests.ACTIVE, "No.")
+        shown, others = requests.recent(source, 3)
+    assert [each.id for each in shown] == [second.id, third.id, fourth.id]
+    assert others == {"stopped": 1, "requested": 1}

@@ -23,7 +23,7 @@ from flash_celery import on_change
 from flash_celery.backfill.requests import Backfill
 from flash_celery.cli import flash, logs
 from flash_celery.commands import backfill as commands
-from flash_celery.commands.status import SlotStatus, StatusReport
+from flash_celery.commands.status import SlotStatus, StatusReport, more_backfills
 from flash_celery.errors import ConfigurationError
 from flash_celery.monitoring import health
 from flash_celery.monitoring.http_server import HttpServer
@@ -123,8 +123,8 @@ def test_keys_of_status_are_promised(observer):
     keys = list(StatusReport(report.project, report.database, report.broker, None).as_json())
     assert keys == [
         *("source", "other_sources", "slot_name", "subscriptions", "carries_tasks"),
-        *("slot", "history", "gaps", "paused", "paused_handlers", "backfills", "left_out"),
-        "refused",
+        *("slot", "history", "gaps", "paused", "paused_handlers", "backfills"),
+        *("more_backfills", "left_out", "refused"),
         *("queues", "max_queue_length", "dead_letters", "broker_error", "lanes"),
         "unhandled",
     ]
@@ -198,6 +198,8 @@ def test_backfills_are_reported_until_they_end(observer):
     idle = [each["idle_seconds"] for each in (running, paused, failed, done)]
     assert idle == [pytest.approx(50, abs=5), None, pytest.approx(50, abs=5), None]
     observer._database = replace(observer._database, backfills=[done, failed])
+    many = replace(observer._database, more_backfills={"requested": 9999, "done": 1})
+    assert more_backfills(many) == "10,000 more: 9,999 requested, 1 done"
     text = Metrics(observer.telemetry, observer.report).text().decode()
     labels = 'handler="h",source="default"'
     assert f'flash_backfill_rows{{{labels},state="paused",table="public.t"}} 800.0' in text

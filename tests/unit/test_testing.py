@@ -17,6 +17,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from flash_celery import (
     UNCHANGED,
+    Backfill,
     Batch,
     Changes,
     Delete,
@@ -537,3 +538,20 @@ def test_rows_of_a_backfill_pass_like_others(new_app):
     assert len({change.id for change in received}) == 4
     assert insert("orders", id=1, backfill=True).backfill == "backfill"
     assert insert("orders", id=1).backfill is None
+
+
+def test_rows_of_a_backfill_go_to_its_queue(new_app):
+    app = new_app(task_routes={"*": {"queue": "live"}})
+
+    @on_change("orders", backfill=Backfill(queue="rows"))
+    @app.task(name="copy")
+    def copy(change): ...
+
+    @on_backfill_end("copy")
+    @app.task(name="ended")
+    def ended(end): ...
+
+    row = insert("orders", id=1)
+    old, end = insert("orders", id=1, backfill=True), backfill_end("orders")
+    queues = [(task.handler, task.queue) for task in Flash(app).enqueued(row, old, end)]
+    assert queues == [("copy", "live"), ("copy", "rows"), ("ended", "rows")]
