@@ -334,7 +334,17 @@ def test_backfill_with_a_queue_of_its_own_delays_no_change(shop):
     assert all(note["id"].startswith("backfill/") for note in notes[1:])
 
 
-def test_backfill_among_writers_ends_with_the_state_of_the_table(mirrored, consumer):
+BY_INDEX = [
+    "ALTER TABLE items ALTER name SET NOT NULL",
+    "CREATE UNIQUE INDEX by_name ON items (name, id)",
+    "ALTER TABLE items REPLICA IDENTITY USING INDEX by_name",
+]
+
+
+@pytest.mark.parametrize("identity", ["default", "using index"])
+def test_backfill_among_writers_ends_with_the_state_of_the_table(mirrored, consumer, identity):
+    if identity == "using index":
+        mirrored.database.execute(*BY_INDEX)
     mirrored.replicate()
     with Writers(mirrored.database.dsn):
         flash(mirrored, "backfill", "mirror", "--chunk", "300", "--wait")
@@ -343,6 +353,32 @@ def test_backfill_among_writers_ends_with_the_state_of_the_table(mirrored, consu
     assert applied(changes) == table(mirrored)
     positions = [change.commit_lsn for change in changes]
     assert positions == sorted(positions)
+
+
+def test_truncate_in_the_middle_of_a_backfill_leaves_what_was_written_since(mirrored, consumer):
+    mirrored.replicate()
+    flash(mirrored, "backfill", "mirror", "--chunk", "100", "--rate", "500/s")
+    for rows, step in ((200, 1), (400, 3)):
+        wait_until(lambda rows=rows: rows_of(mirrored) >= rows, "some chunks", 60)
+        mirrored.database.execute(
+            "TRUNCATE items; INSERT INTO items SELECT n, 'since', repeat(n::text, 700)"
+            f" FROM generate_series(1, {ROWS}, {step}) n"
+        )
+    wait_until(lambda: state(mirrored) == "done", "the backfill", 60)
+    drained(mirrored)
+    assert applied(consumer.changes()) == table(mirrored)
+
+
+def test_backfill_into_a_queue_of_the_command_goes_on_after_kills(mirrored):
+    mirrored.end(mirrored.replicate())
+    flash(mirrored, "backfill", "mirror", "--queue", "rows", "--chunk", "1000")
+    with consuming(mirrored, "rows") as rows:
+        replicate_through(mirrored, "chunk confirmed:1", "pushed:2")
+        wait_until(lambda: state(mirrored) == "done", "the backfill", 60)
+        drained(mirrored)
+        changes = rows.changes()
+    assert applied(changes) == table(mirrored)
+    assert len(changes) == ROWS
 
 
 KILLS = "chunk begun:2", "chunk rows:20", "chunk confirmed:1", "chunk recorded:1"
@@ -520,6 +556,8 @@ def test_backfill_waits_for_a_transaction_that_was_open_before(mirrored, consume
         other.tpc_prepare()
         flash(mirrored, "backfill", "mirror")
         wait_until(lambda: "older transaction" in error_of(mirrored), "the wait", 60)
+        mirrored.database.execute("UPDATE items SET name = 'meantime' WHERE id = 7")
+        drained(mirrored)  # changes do not wait for it
         connection.execute("INSERT INTO items VALUES (-2, 'open', 'after')")
         connection.commit()
         wait_until(lambda: "prepared" in error_of(mirrored), "the wait", 60)
@@ -653,9 +691,7 @@ def test_backfill_begins_again_if_the_key_of_its_table_changes(mirrored, consume
     wait_until(lambda: rows_of(mirrored) >= 600, "more chunks", 60)
     mirrored.database.execute(
         "UPDATE items SET name = 'before' WHERE id % 100 = 0",
-        "ALTER TABLE items ALTER name SET NOT NULL",
-        "CREATE UNIQUE INDEX by_name ON items (name, id)",
-        "ALTER TABLE items REPLICA IDENTITY USING INDEX by_name",
+        *BY_INDEX,
         "UPDATE items SET name = 'after', id = -id WHERE id % 1000 = 1",
     )
     wait_until(lambda: state(mirrored) == "done", "the backfill", 60)

@@ -1,10 +1,13 @@
 """Backfills on servers of their own, which lag, crash, restart, are full or have an epoch."""
 
 import json
+import shutil
 import signal
 import subprocess
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
+import psycopg
 import pytest
 import redis
 
@@ -22,7 +25,7 @@ from tests.acceptance.test_backfill import (
     table,
     with_rows,
 )
-from tests.conftest import Database
+from tests.conftest import Database, missing
 
 pytestmark = pytest.mark.soak
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text, note text)"
@@ -101,6 +104,31 @@ def test_backfill_knows_the_transactions_of_a_later_epoch(on_server):
             with Writers(shop.database.dsn):
                 flash(shop, "backfill", "mirror", "--chunk", "300", "--wait")
             assert handled(shop) == table(shop)
+
+
+def forbid_growing_files(server):
+    """Let no file of a server grow, as if its disk were full (EFBIG for ENOSPC)."""
+    if not shutil.which("prlimit"):
+        missing("prlimit")
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+    for pid in (server.process.pid, *children.read_text().split()):
+        # As its user; one of the children may have ended.
+        command = ["prlimit", f"--pid={pid}", "--fsize=8192:"]
+        subprocess.run(command, check=False, timeout=60, cwd="/", **server.as_user)
+
+
+def test_backfill_goes_on_after_the_disk_of_postgresql_was_full(on_server):
+    """PostgreSQL ends if it cannot write WAL."""
+    with Postgres(fsync="on") as server, on_server(server) as shop:
+        worker = begun(shop)
+        forbid_growing_files(server)
+        with suppress(psycopg.Error):
+            shop.database.execute(*["UPDATE items SET name = 'maybe' WHERE id % 7 = 0"] * 100)
+        shop.until_said(worker, "The worker reconnects")
+        server.process.wait(60)
+        server.process = None
+        server.start()
+        assert handled(shop) == table(shop)
 
 
 @pytest.fixture
