@@ -26,7 +26,8 @@ from . import requests
 from .chunks import identity_of
 from .part import expression_of
 
-#: Asking for the size of a table would wait for a session that has locked it.
+#: Asking for the size of a table would wait for a session that has locked it. Of a table without
+#: statistics a row has the bytes that PostgreSQL's planner assumes.
 _SIZES = """
 WITH locked AS MATERIALIZED (
     SELECT relation FROM pg_locks WHERE mode = 'AccessExclusiveLock'
@@ -40,7 +41,10 @@ measured AS (
     FROM pg_class c WHERE c.oid = ANY(%s::int8[]::oid[]))
 SELECT oid::int8,
        CASE WHEN rows_size IS NULL THEN greatest(reltuples, 0)
-            WHEN reltuples < 0 OR relpages = 0 THEN rows_size / 100
+            WHEN reltuples < 0 OR relpages = 0 THEN rows_size / (28 + (
+                SELECT coalesce(sum(CASE WHEN attlen > 0 THEN attlen ELSE 32 END), 0)
+                FROM pg_attribute
+                WHERE attrelid = measured.oid AND attnum > 0 AND NOT attisdropped))
             ELSE reltuples / relpages * (rows_size / block) END::int8,
        coalesce(table_size, relpages::int8 * block),
        row_security_active(oid),

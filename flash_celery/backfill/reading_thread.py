@@ -7,6 +7,7 @@ the broker has its rows. Only then is the progress recorded. The next chunk is r
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import sys
 import threading
@@ -45,6 +46,8 @@ _KNOWN = 100
 _PAUSE = 0.05
 #: Seconds between two looks at the request, while there is no room.
 _LOOK_SECONDS = 1.0
+#: Seconds without room after which that is reported.
+_REPORT_SECONDS = 5.0
 #: Seconds before a chunk is read again that could not be brought up to date.
 _AGAIN_SECONDS = 0.5
 #: After how many times the reason is reported.
@@ -470,11 +473,16 @@ class ReadingChunks(threading.Thread):
 
     def _wait_for_room(self, connection: psycopg.Connection[Any], rows: int) -> None:
         look = time.monotonic()
+        report = look + _REPORT_SECONDS
         while not self._room.has(rows + sum(chunk.rows for chunk in self._in_flight)):
             if time.monotonic() >= look:
                 look = time.monotonic() + _LOOK_SECONDS
                 self._require_active(connection)
                 self._look(connection)
+            if time.monotonic() >= report:
+                report = math.inf
+                sentence = f"{requests.WAITS_FOR_ROOM}{self._room}"
+                requests.enter(connection, self._backfill.id, "running", requests.ACTIVE, sentence)
             self._sleep(_PAUSE)
             self._settle(connection, _AHEAD)
 

@@ -28,6 +28,8 @@ from .chunks import Cursor
 
 #: The states in which the replication worker has something to do.
 ACTIVE = ("requested", "running")
+#: How the error begins of one that waits for workers.
+WAITS_FOR_ROOM = "waiting until workers have handled what is in "
 #: The bytes of an id. Thousands are requested together, and no two may be equal.
 _ID_BYTES = 6
 CREATE = """
@@ -110,12 +112,21 @@ SELECT coalesce(bool_and(has_table_privilege(to_regclass('public.' || name), pri
        AND count(to_regclass('public.' || name)) = 8
 FROM unnest('{flash_celery_backfills,flash_celery_backfill_moves}'::text[]) AS name,
      unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) AS privilege"""
+#: The pace is an average of the rows a second in which the last half minute counts most. There is
+#: none before the second chunk, because the wait for the first may have been long.
 _PROGRESS = """
 UPDATE public.flash_celery_backfills
 SET advanced_at = clock_timestamp(), chunks = chunks + 1, row_count = row_count + %(rows)s,
     error = NULL, progress = jsonb_build_object('cursor', %(cursor)s,
-        'chunk', coalesce(%(chunk)s, progress->>'chunk', ''))
-WHERE id = %(id)s"""
+        'chunk', coalesce(%(chunk)s, progress->>'chunk', ''), 'pace', now.pace)
+FROM (SELECT id, CASE WHEN progress IS NOT NULL THEN
+          coalesce((progress->>'pace')::float8, %(rows)s / seconds) * exp(-seconds / 30)
+          + %(rows)s / seconds * (1 - exp(-seconds / 30)) END AS pace
+      FROM public.flash_celery_backfills,
+      LATERAL (SELECT greatest(extract(epoch FROM clock_timestamp() - advanced_at)::float8, 0.001)
+               AS seconds) AS since
+      WHERE id = %(id)s) AS now
+WHERE flash_celery_backfills.id = now.id"""
 _VOUCH = """
 UPDATE public.flash_celery_backfills
 SET progress = jsonb_set(progress, '{chunk}', to_jsonb(%(chunk)s::text))
@@ -165,6 +176,8 @@ class Progress(TypedDict):
     cursor: Cursor | None
     #: Identifies the last chunk that has brought rows, as the broker knows it; "" for none.
     chunk: str
+    #: Rows a second, lately; None if it is unknown.
+    pace: float | None
 
 
 @dataclass(frozen=True)
@@ -194,8 +207,13 @@ class Backfill:
     options: dict[str, Any]
     #: Where to go on, and what the broker has of the last chunk.
     progress: Progress | None
-    #: The last error, while it is not overcome.
+    #: The last error, while it is not overcome, or what it waits for.
     error: str | None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether its last attempt to go on has failed."""
+        return self.error is not None and not self.error.startswith(WAITS_FOR_ROOM)
 
 
 class Draft(NamedTuple):

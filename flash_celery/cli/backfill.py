@@ -10,6 +10,8 @@ import click
 
 from .project import STOPPED, Project, command, say
 
+_NOT_READ = "No `flash replicate` reads the changes now; it begins when one does."
+
 
 class _StartByDefault(click.Group):
     """A group in which `backfill HANDLER` is `backfill start HANDLER`."""
@@ -92,6 +94,7 @@ def start(
     """
     from ..backfill import plans as planning
     from ..commands import backfill as backfills
+    from ..postgres import slots
     from ..provisioning import pauses
     from ..provisioning.pattern_tables import one_for_each_table
 
@@ -120,6 +123,9 @@ def start(
         started = planning.start(source, plans)
         for backfill in started:
             say(f"{backfill.id}  {backfill.table_name} for {backfill.handler} is requested.")
+        slot = slots.find(source.connection, source.slot)
+        if slot is None or slot.active_pid is None:
+            say(_NOT_READ, err=True)
         if waits or wait_handled:
             backfills.wait(source, [each.id for each in started], Progress())
             say("All rows are enqueued.")

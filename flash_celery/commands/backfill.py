@@ -38,7 +38,8 @@ def move(source: Source, id: str, state: str) -> None:
     if found is None or found.slot != source.slot:
         raise ConfigurationError(f"There is no backfill {id}; see `flash backfill list`.")
     if not requests.enter(source.connection, id, state, allowed[state]):
-        raise ConfigurationError(f"The backfill {id} is {found.state}.")
+        another = "" if found.ended_at is None else "; `flash backfill start` requests another"
+        raise ConfigurationError(f"The backfill {id} is {found.state}{another}.")
 
 
 def wait(source: Source, ids: Sequence[str], report: Callable[[Backfill], object]) -> None:
@@ -150,6 +151,10 @@ def _has_to_be_resumed(backfill: Backfill) -> bool:
 
 
 def _rate(backfill: Backfill) -> float:
-    """Return the rows a second from the request to the last chunk."""
+    """Return the rows a second: lately, or of one that has ended since it was requested."""
+    if backfill.ended_at is None and backfill.progress is not None:
+        pace = backfill.progress.get("pace")
+        if pace is not None:
+            return round(pace, 1)
     seconds = (backfill.advanced_at - backfill.requested_at).total_seconds()
     return round(backfill.row_count / max(seconds, 1.0), 1)

@@ -12,6 +12,8 @@ from .brokers.base import Publisher
 
 #: The most messages of a backfill that may wait in a queue, whatever the workers prefetch.
 MOST_MESSAGES = 1000
+#: How many queues are named.
+_NAMED = 3
 
 
 class Room:
@@ -41,6 +43,11 @@ class Room:
     def most_rows(self) -> int:
         """How many rows may wait."""
         return self._ahead * self._batch
+
+    def __str__(self) -> str:
+        """Return what it is room in, and how many messages may wait there."""
+        names = ", ".join(self._queues[:_NAMED]) + (", …" if len(self._queues) > _NAMED else "")
+        return f"{names} (flash_backfill_ahead: {self._ahead})"
 
     def has(self, rows: int) -> bool:
         """Return whether this many rows may be added; False if the broker does not answer."""

@@ -88,8 +88,8 @@ class Turns:
         now, turn = self._clock(), self._turns.get(backfill.id)
         if turn is None or turn.chunks != backfill.chunks:
             return _Turn(backfill.chunks, now)
-        # Without an error it waits for room in its queues; so would another that needs them all.
-        others = [each for each in waiting if backfill.error is not None or not each >= queues]
+        # If it waits for room in its queues, so would another that needs all of these.
+        others = [each for each in waiting if backfill.has_failed or not each >= queues]
         if backfill.id not in self.doing:
             turn.since = now
         elif others and now - turn.since > min(_PATIENCE * 2**turn.times, _LONGEST_PATIENCE):

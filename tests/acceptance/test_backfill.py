@@ -407,7 +407,8 @@ def test_rows_that_are_inserted_between_kills_have_none_enqueued_twice(mirrored,
     """They push others out of the chunk that is read again. Nor have a migration and a deploy."""
     mirrored.database.execute("DELETE FROM items WHERE id % 3 = 0")
     mirrored.end(mirrored.replicate())
-    flash(mirrored, "backfill", "mirror", "--chunk", "300")
+    said = flash(mirrored, "backfill", "mirror", "--chunk", "300")
+    assert "No `flash replicate` reads the changes now" in said
     inserts = "INSERT INTO items VALUES (%(key)s / 3 * 3, 'new', '') ON CONFLICT DO NOTHING"
     with Writers(mirrored.database.dsn, 2, [inserts]):
         for identity in ("FULL", "DEFAULT", "FULL"):
@@ -622,6 +623,8 @@ def test_backfill_that_stands_still_holds_up_no_other_and_goes_on(mirrored):
         flash(mirrored, "backfill", "parted", "--wait")
     still, other = backfills(mirrored)
     assert (still["state"], still["rows"], other["rows"]) == ("running", 2000, 1604)
+    why = "handled what is in mirror (flash_backfill_ahead: 40)"
+    wait_until(lambda: error_of(mirrored).endswith(why), "the reason", 60)
     assert other["chunks"] > 60
     mirrored.end(worker)
     worker = mirrored.replicate(SHOP_GONE="1")

@@ -10,6 +10,7 @@ from flash_celery.backfill import plans, requests, unreadable_rows
 from flash_celery.backfill.chunks import ChunkReader
 from flash_celery.backfill.leaves import LeafReader
 from flash_celery.changes.operations import Operation
+from flash_celery.commands.backfill import as_json
 from flash_celery.handlers.subscriptions import Subscription
 from flash_celery.postgres import catalog
 from flash_celery.postgres.connection import connect
@@ -372,3 +373,28 @@ def test_status_shows_those_of_thousands_that_matter_first(database):
         shown, others = requests.recent(source, 3)
     assert [each.id for each in shown] == [second.id, third.id, fourth.id]
     assert others == {"stopped": 1, "requested": 1}
+
+
+def test_pace_of_a_backfill_is_that_of_the_last_half_minute(database):
+    settings = Settings(flash_dsn=database.dsn, flash_replication_slot=database.slot)
+    with closing(connect(database.dsn)) as connection:
+        source = Source(connection, settings)
+        (begun,) = requests.request(source, [requests.Draft("h", "public.t", None, 100, 10_000)])
+
+        def chunk(seconds):
+            connection.execute(
+                "UPDATE flash_celery_backfills"
+                f" SET advanced_at = clock_timestamp() - interval '{seconds} s'"
+            )
+            requests.advance(connection, begun.id, 1000, None)
+            return as_json(requests.find(connection, begun.id))["rows_per_second"]
+
+        connection.execute(
+            "UPDATE flash_celery_backfills SET requested_at = requested_at - interval '1 day'"
+        )
+        chunk(3600)  # it waited for a transaction
+        assert chunk(1) == pytest.approx(1000, rel=0.1)
+        assert chunk(0.001) == pytest.approx(1030, rel=0.1)
+        assert chunk(100) < 100
+        requests.stop(source, [begun.id], "No.")
+        assert as_json(requests.find(connection, begun.id))["rows_per_second"] < 1
