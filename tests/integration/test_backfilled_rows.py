@@ -366,7 +366,7 @@ def test_status_shows_those_of_thousands_that_matter_first(database):
     with closing(connect(database.dsn)) as connection:
         source = Source(connection, settings)
         assert requests.recent(source, 2) == ([], {})
-        first, second, third, fourth, _ = requests.request(source, drafts)
+        _, second, third, fourth, _ = requests.request(source, drafts)
         requests.stop(source, "No.", {("h", "public.t0")})
         requests.enter(connection, third.id, "running", requests.ACTIVE)
         requests.enter(connection, fourth.id, "paused", requests.ACTIVE, "No.")
@@ -396,5 +396,5 @@ def test_pace_of_a_backfill_is_that_of_the_last_half_minute(database):
         assert chunk(1) == pytest.approx(1000, rel=0.1)
         assert chunk(0.001) == pytest.approx(1030, rel=0.1)
         assert chunk(100) < 100
-        requests.stop(source, [begun.id], "No.")
+        requests.stop(source, "No.")
         assert as_json(requests.find(connection, begun.id))["rows_per_second"] < 1
