@@ -7,7 +7,7 @@ of their stream and in the `Sink` that takes the deliveries.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from ..changes.history import History
 from ..errors import SavepointUnclear
@@ -49,13 +49,13 @@ class Pipeline:
         router = Router(subscriptions, catalog, sink, self.telemetry, tasks)
         self.transactions = Transactions(router, spool_directory, history)
         #: The rest of each burst that arrived; it waits while a spooled transaction is replayed.
-        self._arrived: deque[Iterator[tuple[bytes, list[bytes]]]] = deque()
+        self._arrived: deque[Iterator[tuple[bytes, Sequence[bytes]]]] = deque()
         #: Whether the server has asked for a status update; the owner of the stream resets it.
         self.reply_requested = False
         #: Why no more may be delivered.
         self._unclear: SavepointUnclear | None = None
 
-    def feed(self, messages: Iterable[bytes]) -> None:
+    def feed(self, messages: Sequence[bytes]) -> None:
         """Queue what `ReplicationConnection.receive` returned."""
         self._arrived.append(runs(messages))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Protocol
 
@@ -58,7 +58,7 @@ class Rows(Protocol):
     def relation(self, relation: pgoutput.Relation, transaction: Transaction) -> None: ...
 
 
-def runs(messages: Iterable[bytes]) -> Iterator[tuple[bytes, list[bytes]]]:
+def runs(messages: Sequence[bytes]) -> Iterator[tuple[bytes, Sequence[bytes]]]:
     """Group consecutive messages that begin with the same five bytes; yield bytes and group.
 
     These are the tag and the relation of a row, or the tag and the xid in a block. Most groups are
@@ -67,17 +67,23 @@ def runs(messages: Iterable[bytes]) -> Iterator[tuple[bytes, list[bytes]]]:
     Raises:
         ProtocolError: A message is empty.
     """
-    head, run = b"", list[bytes]()
-    for message in messages:
-        if message[:5] == head and 0 < len(run) < LONGEST_RUN:
-            run.append(message)
-        else:
-            if run:
-                yield head, run
-            head, run = message[:5], [message]
+    for start in range(0, len(messages), LONGEST_RUN):
+        some = messages[start : start + LONGEST_RUN]
+        head = some[0][:5]
+        # What lies between two messages in the order of their bytes begins as both of them do.
+        if head and head == some[-1][:5] == min(some)[:5] == max(some)[:5]:
+            yield head, some
+            continue
+        run: list[bytes] = []
+        for message in some:
+            if message[:5] == head:
+                run.append(message)
+            else:
+                if run:
+                    yield head, run
+                head, run = message[:5], [message]
             if not head:
                 raise ProtocolError("A message of pgoutput is empty.")
-    if run:
         yield head, run
 
 

@@ -193,7 +193,7 @@ def collected(connection, plain=()):
         "'proto_version', '2', 'publication_names', 'nested', 'messages', 'on', 'streaming', %s)",
         ["on" if plain else "off"],
     ).fetchall()
-    for kind, run in runs(data for (data,) in rows):
+    for kind, run in runs([data for (data,) in rows]):
         streamed += kind[:1] == b"S"
         try:
             end = transactions.receive(kind, run)

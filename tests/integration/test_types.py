@@ -113,7 +113,7 @@ class Reader:
             "SELECT data FROM pg_logical_slot_get_binary_changes('types', NULL, NULL, "
             "'proto_version', '1', 'publication_names', 'everything')"
         ).fetchall()
-        for kind, run in runs(data for (data,) in rows):
+        for kind, run in runs([data for (data,) in rows]):
             self.transactions.receive(kind, run)
         value = json.loads(payload.encode(self.found))
         self.rows = [row for delivery in self.found for row in delivery.rows]
