@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -10,13 +9,11 @@ from typing import Any
 
 import click
 
+from . import process_memory
 from .project import Project, command
 
 #: Seconds after flash_shutdown_timeout at which a shutdown is cut short.
 _GRACE_SECONDS = 1.0
-#: Thresholds of Python's garbage collector. Messages and their deliveries live until the broker has
-#: confirmed them and are in no cycle, so the default thresholds check them for nothing, many times.
-_GC_THRESHOLDS = (20_000, 20, 50)
 
 
 @click.command()
@@ -49,6 +46,7 @@ def replicate(
     Creates the slot and its publications if they do not exist. A second signal ends the process at
     once. With several databases, run one process for each: --source.
     """
+    process_memory.keep_freed_memory()
     _refuse_unusable(project)
     _set_up_logging(project, loglevel, logfile, log_json)
     replicator = _replicator(project)
@@ -62,7 +60,7 @@ def replicate(
             http_server.start()
         if wait_for_workers:
             replicator.wait_until(lambda: _workers_ready(project), "Celery workers with this code")
-        _collect_garbage_rarely()
+        process_memory.collect_garbage_rarely()
         replicator.run()
 
 
@@ -114,17 +112,6 @@ def _http_server(project: Project, address: str | None, replicator: Any) -> Any:
         ) from None
     subject = project.app, project.settings, project.subscriptions
     return HttpServer(address, Observer(*subject, replicator.telemetry))
-
-
-def _collect_garbage_rarely() -> None:
-    """Exempt what is loaded from garbage collection.
-
-    The app's own objects live as long as the process. Checking them for garbage repeatedly took a
-    fifth of the time of small transactions.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*_GC_THRESHOLDS)
 
 
 @contextmanager
