@@ -44,11 +44,11 @@ from .signals import announce
 logger = logging.getLogger(__name__)
 
 #: Bytes of unconfirmed message bodies above which nothing more is read from PostgreSQL.
-IN_FLIGHT_BYTES = 16 << 20
+IN_FLIGHT_BYTES = 8 << 20
 #: Seconds between two checks of a lease that has run out.
 _LEASE_SECONDS = 0.1
 #: The most bytes of waiting batches that one call of `publish` combines.
-_TOGETHER_BYTES = 8 << 20
+_TOGETHER_BYTES = 2 << 20
 
 
 class ReadingThread(Protocol):

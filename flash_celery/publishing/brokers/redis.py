@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 #: Limits of one LPUSH: messages and bytes.
 _PUSH_MESSAGES = 500
-_PUSH_BYTES = 4 << 20
+_PUSH_BYTES = 1 << 20
 #: The setting of Redis for the longest text of a command, and the least value that it can have.
 _LIMIT = "proto-max-bulk-len"
 _LEAST_LIMIT = 1 << 20
