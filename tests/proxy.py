@@ -203,7 +203,8 @@ class Proxy:
             time.sleep(self.seconds)
         while self._stalls(link, way) and link.open:
             time.sleep(_LOOK)  # since it was read
-        sink.sendall(data)
+        if link.open:  # what a stall held back is lost in a cut
+            sink.sendall(data)
         if self.rate:
             time.sleep(len(data) / self.rate)
         return bool(data)
