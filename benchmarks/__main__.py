@@ -124,7 +124,7 @@ def main(arguments=None):
     console = Console(highlight=False, soft_wrap=True, width=None if terminal else 160)
     if options.list:
         for name, scenario in SCENARIOS.items():
-            console.print(f"{name:<14}{scenario.__doc__}")
+            console.print(f"{name:<18}{scenario.__doc__}")
         return 0
     started = time.monotonic()
     with Bench(options.scale, options.runs, console) as bench:

@@ -253,14 +253,15 @@ class _Locked:
 
     def begin(self, mark: LaneMark) -> None:
         """Note that a call may wait."""
-        self._since[mark] = now()
         if self._process != os.getpid():
-            self._process = os.getpid()
+            # The calls of a process before a fork are not in this one, which has no alarm either.
+            self._process, self._since = os.getpid(), {}
             self._look_later()
+        self._since[mark] = now()
 
     def end(self, mark: LaneMark) -> None:
         """Note that it does not wait any more."""
-        del self._since[mark]
+        self._since.pop(mark, None)  # another thread may have begun with none
 
     def _look_later(self) -> None:
         call_at(now() + self._seconds, self._look)

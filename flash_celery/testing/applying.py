@@ -338,11 +338,11 @@ def run(app: Any, enqueued: Enqueued) -> Run:
     return run_of(enqueued.handler, enqueued.told, outcome)
 
 
-def run_of(name: str, told: Any, outcome: Any) -> Run:
+def run_of(name: str, argument: Any, outcome: Any) -> Run:
     """Return the run of a task with this outcome."""
     if isinstance(outcome.result, BaseException) and not outcome.successful():
-        return Run(name, told, None, outcome.result)
-    return Run(name, told, outcome.result, None)
+        return Run(name, argument, None, outcome.result)
+    return Run(name, argument, outcome.result, None)
 
 
 def _is_about(subscription: Subscription, change: Change[Any]) -> bool:

@@ -17,13 +17,13 @@ together = threading.Barrier(4)
 
 def allocate():
     texts = [bytes(2000) for _ in range(100)]
-    together.wait()
+    together.wait(60)
 
 threads = [threading.Thread(target=allocate) for _ in range(4)]
 for thread in threads:
     thread.start()
 for thread in threads:
-    thread.join()
+    thread.join(60)
 libc = ctypes.CDLL(None)
 libc.fdopen.restype = ctypes.c_void_p
 with tempfile.TemporaryFile() as file:
@@ -44,6 +44,10 @@ def test_threads_share_an_arena_unless_the_environment_has_settings(settings, on
     without = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
     without.pop("GLIBC_TUNABLES", None)
     arenas = subprocess.run(
-        [sys.executable, "-c", ARENAS], env=without | settings, check=True, capture_output=True
+        [sys.executable, "-c", ARENAS],
+        env=without | settings,
+        check=True,
+        capture_output=True,
+        timeout=90,
     )
     assert (int(arenas.stdout) == 1) is one
