@@ -344,15 +344,33 @@ class _Enqueuer:
             try:
                 self._publisher.publish(messages[:admitted])
             except PublishError as error:
+                limit = error.size_limit or self._size_limit()
                 # If a message was too large for the broker, publish smaller ones in its place.
-                limit = error.size_limit
                 smaller = self._oversize.fitting(messages, limit) if limit else messages
                 if smaller == messages:
-                    raise
+                    self.count += sum(map(_count, messages[: error.confirmed]))
+                    raise self._incomplete(error) from error
                 self._publisher.open(self._queues)
                 admitted, messages = error.confirmed, smaller
             self.count += sum(map(_count, messages[:admitted]))
             messages = messages[admitted:]
+
+    def _size_limit(self) -> int:
+        """Return the most bytes of a message if one was larger, else 0.
+
+        Redis only closes the connection then; the next one finds out.
+        """
+        try:
+            self._publisher.open(self._queues)
+        except PublishError as error:
+            return error.size_limit
+        return 0
+
+    def _incomplete(self, error: PublishError) -> PublishError:
+        return PublishError(
+            f"{error} {self.count} messages were enqueued before. Run `flash replay` again when "
+            "the broker works; changes that come twice have the same id."
+        )
 
 
 def _count(message: Message) -> int:

@@ -17,6 +17,7 @@ from flash_celery.capture.router import MAX_FIELDS
 from flash_celery.commands import replay
 from flash_celery.dead_letters import letters
 from flash_celery.dead_letters.failed_tasks import store_letter
+from flash_celery.errors import PublishError
 from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.messages import lane_entries
 from flash_celery.postgres.column_types import DEEPEST
@@ -144,17 +145,30 @@ def received(rabbit, queue):
         return [message.body for message in messages]
 
 
+def start_retaining(flash):
+    """Start with a window of past changes, and return a time since which it has all."""
+    flash.start(flash_replay_window=3600)
+    with flash.database.connect() as connection:
+        source = Source(connection, Settings.from_app(flash.app))
+        flash.wait(lambda: replay_slot.oldest(source))
+    return str(flash.database.one("SELECT clock_timestamp()"))
+
+
+def replay_since(flash, since):
+    """Enqueue the changes again; return the number of messages."""
+    with flash.database.connect() as connection:
+        source = Source(connection, Settings.from_app(flash.app))
+        wanted, subscriptions = replay.parse_span(source, since, None), subscriptions_of(flash.app)
+        return replay.enqueue_changes(flash.app, source, subscriptions, "handler", wanted)
+
+
 @pytest.mark.parametrize("options", [{}, {"batch": 1000}], ids=["each", "batched"])
 def test_oversize_change_for_rabbitmq_stops_no_handler(flash, small, options):
     flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, note text, other text)")
     flash.app.conf.broker_url = small.url
     flash.handler("items", **options)
     flash.publisher = for_app(flash.app)
-    flash.start(flash_replay_window=3600)
-    settings, subscriptions = Settings.from_app(flash.app), subscriptions_of(flash.app)
-    with flash.database.connect() as connection:
-        flash.wait(lambda: replay_slot.oldest(Source(connection, settings)))
-    before = str(flash.database.one("SELECT clock_timestamp()"))
+    before = start_retaining(flash)
     flash.do(
         "INSERT INTO items SELECT n, CASE n WHEN 50 THEN repeat('x', 15000) ELSE 'a' END, "
         "repeat('y', 1000) FROM generate_series(1, 100) AS n",
@@ -180,10 +194,7 @@ def test_oversize_change_for_rabbitmq_stops_no_handler(flash, small, options):
     rest = [change for letter in dead for change in letters.changes_of(letter)]
     assert [change.new["id"] for change in rest] == [50, 7, *large]
     assert (rest[1].new["note"], rest[1].new["other"]) == (UNCHANGED, "y" * 1000)
-    with flash.database.connect() as connection:
-        at = Source(connection, settings)
-        wanted = replay.parse_span(at, before, None)
-        replay.enqueue_changes(flash.app, at, subscriptions, "handler", wanted)
+    replay_since(flash, before)
     again = [change for body in received(small, "flash") for change in letters.changes_in(body)]
     assert dict.fromkeys(change.id for change in again) == dict.fromkeys(c.id for c in changes)
     assert len(received(small, "flash.dead")) == len(dead)
@@ -196,7 +207,8 @@ def test_oversize_change_for_redis_stops_no_handler(flash, ordered):
         flash.app.conf.broker_url = own.url
         flash.handler("items", ordered=ordered)
         flash.publisher = for_app(flash.app)
-        flash.start().do(
+        before = start_retaining(flash)
+        flash.do(
             "INSERT INTO items SELECT n, repeat('x', CASE n % 3 WHEN 0 THEN 5000000 ELSE 5000 END) "
             "FROM generate_series(1, 7) AS n"
         )
@@ -208,8 +220,14 @@ def test_oversize_change_for_redis_stops_no_handler(flash, ordered):
             (6, UNCHANGED),
         ]
         lanes = [key for key in client.scan_iter() if re.search(rb"\.\d+$", key)]
-        waiting = [client.lrange(key, 0, -1) for key in lanes or ["flash"]]
-        assert sum(map(len, waiting)) == 5
+        keys = lanes or ["flash"]
+        assert sum(map(client.llen, keys)) == 5
+        assert replay_since(flash, before) == 7
+        assert sum(map(client.llen, keys)) == 10
+        assert client.llen("flash.dead") == 4
+        client.execute_command("ACL", "SETUSER", "default", "-lpush", "-rpush")
+        with pytest.raises(PublishError, match=r"failed: .* 0 messages were enqueued before\. Run"):
+            replay_since(flash, before)
 
 
 def test_oversize_message_that_redis_gets_in_base64_stops_nothing(flash):
