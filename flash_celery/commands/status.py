@@ -363,7 +363,8 @@ def as_text(report: StatusReport) -> list[str]:
         lines.append(f"left out   {left.table} for {left.handler}: {left.reason}")
     if database.refused:
         lines.append(f"refused    {database.refused}")
-    lines += ["", "handlers"]
+    if project.subscriptions:  # else it carries the tasks of transactions alone
+        lines += ["", "handlers"]
     width = max((len(row.handler) for row in project.subscriptions), default=0)
     for row in project.subscriptions:
         operations, queues = "|".join(row.operations), ", ".join(row.queues)

@@ -87,8 +87,9 @@ def render(report: StatusReport, speed: float | None, problem: str) -> Renderabl
         speed: Bytes of WAL confirmed per second; None if unknown.
         problem: Why there is no newer report; "" if this is the newest.
     """
-    parts: list[RenderableType] = [_slot(report, speed), Text(), _queues(report), Text()]
-    parts.append(_handlers(report))
+    parts: list[RenderableType] = [_slot(report, speed), Text(), _queues(report)]
+    if report.project.subscriptions:  # else it carries the tasks of transactions alone
+        parts += [Text(), _handlers(report)]
     warnings = [problem, report.broker.broker_error or ""]
     warnings += [str(Gap(**gap)) for gap in report.database.gaps]
     warnings += [f"paused: {line}" for line in status.pause_lines(report)]

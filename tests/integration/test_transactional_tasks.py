@@ -773,6 +773,7 @@ def test_status_shows_how_many_messages_were_refused_also_after_a_restart(tasks)
     (line,) = [line for line in as_text(status()) if line.startswith("refused")]
     assert line.startswith("refused    3 messages with tasks since 20")
     assert line.endswith(": it is not signed")
+    assert "handlers" not in as_text(status()), "there are none"
     assert "secret" not in str(status().as_json())
     with connected(tasks.replicator._settings) as source:
         assert published_tables(source) is not None, "the other part of the comment is kept"
