@@ -103,7 +103,8 @@ STEPS = {
     "spool": Step(When.BEFORE, _SPOOL),
     "spooled": Step(When.AFTER, _SPOOL),
     "replayed": Step(When.AFTER, ("flash_celery.capture.transactions:Transactions.replay",)),
-    # A chunk of a backfill.
+    # Requests of backfills that are not committed yet, and a chunk of one.
+    "requested": Step(When.AFTER, ("flash_celery.backfill.requests:request",)),
     "chunk begun": Step(When.AFTER, ("flash_celery.backfill.chunks:ChunkReader._snapshot",)),
     "chunk rows": Step(When.AFTER, ("flash_celery.backfill.copied_rows:split",)),
     "chunk confirmed": Step(When.BEFORE, (f"{_CHUNKS}._record",)),

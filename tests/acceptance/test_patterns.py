@@ -14,7 +14,20 @@ from benchmarks.verify import body_of
 from example_project.servers import Valkey, wait_until
 from flash_celery import Delete, Insert, Update
 from flash_celery.changes import payload
-from tests.acceptance.steps import wait_until_confirmed
+from tests.acceptance.steps import replicate_through, wait_until_confirmed
+
+JOINED = "SELECT count(*) FROM flash_celery_backfills WHERE state = 'done'"
+
+
+def enqueued(broker):
+    """The changes in the queue of the handler, the oldest first."""
+    with redis.Redis(port=broker.port) as client:
+        bodies = [body_of(message) for message in reversed(client.lrange("tenants", 0, -1))]
+    changes = []
+    for body in bodies:
+        (argument,), _, _ = json.loads(body)
+        changes += payload.decode(argument["__value__"])
+    return changes
 
 
 class Tenants(threading.Thread):
@@ -86,17 +99,11 @@ def test_tenants_are_delivered_whole_though_worker_and_broker_are_killed(make_sh
         writer.ending.set()
         writer.join(60)
         assert writer.error is None
-        joined = "SELECT count(*) FROM flash_celery_backfills WHERE state = 'done'"
         wait_until(
-            lambda: shop.database.one(joined) == len(writer.schemas), "the backfills", timeout=200
+            lambda: shop.database.one(JOINED) == len(writer.schemas), "the backfills", timeout=200
         )
         wait_until_confirmed(shop)
-        with redis.Redis(port=own.port) as client:
-            bodies = [body_of(message) for message in reversed(client.lrange("tenants", 0, -1))]
-        changes = []
-        for body in bodies:
-            (argument,), _, _ = json.loads(body)
-            changes += payload.decode(argument["__value__"])
+        changes = enqueued(own)
         expected = {
             (schema, id): total
             for schema in writer.schemas
@@ -104,6 +111,27 @@ def test_tenants_are_delivered_whole_though_worker_and_broker_are_killed(make_sh
         }
         assert state_of(changes) == expected
         assert shop.end(worker) == 0
+
+
+def test_worker_that_is_killed_while_it_requests_many_backfills_requests_each_once(shop):
+    """They are recorded in one transaction."""
+    shop.project, schemas = "tenants", [f"tenant_{number}" for number in range(30)]
+    shop.end(shop.replicate())
+    shop.database.execute(
+        *(f"CREATE SCHEMA {name}" for name in schemas),
+        *(f"CREATE TABLE {name}.orders (id int PRIMARY KEY, total int)" for name in schemas),
+        *(f"INSERT INTO {name}.orders VALUES (1, 1), (2, 2)" for name in schemas),
+    )
+    worker = replicate_through(shop, "requested:1")
+    wait_until(lambda: shop.database.one(JOINED) >= len(schemas), "the backfills")
+    rows = [
+        (change.schema, change.new["id"])
+        for change in enqueued(shop.broker)
+        if isinstance(change, Insert)
+    ]
+    assert sorted(rows) == sorted((name, id) for name in schemas for id in (1, 2))
+    assert shop.database.one("SELECT count(*) FROM flash_celery_backfills") == len(schemas)
+    assert shop.end(worker) == 0
 
 
 def test_commands_know_patterns(shop):
