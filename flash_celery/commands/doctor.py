@@ -86,6 +86,7 @@ def diagnose(
     findings += lane_checks.policy_findings(app, subscriptions)
     if broker_findings[0].level == OK:  # without a broker, waiting for workers only costs time
         findings += worker_checks.findings(registered)
+        findings += worker_checks.queue_findings(app, queues)
         findings += worker_checks.abandoned_messages(app, record, settings.source, handlers)
         findings += lane_checks.waiting_findings(app, lanes, subscriptions)
         findings += lane_checks.worker_findings(app, settings, subscriptions)

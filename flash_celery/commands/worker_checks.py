@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from ..errors import ConfigurationError, PublishError
 from ..handlers.celery_tasks import WAKE_TASK
 from ..handlers.subscriptions import Subscription
+from ..messages.task_options import name_on_broker
 from ..provisioning import pauses
 from ..provisioning.findings import OK, WARNING, Finding, stop
 from ..provisioning.record import Record
@@ -46,11 +47,33 @@ def unhandled(app: Any, subscriptions: Sequence[Subscription]) -> list[str] | No
     return Registered(app, subscriptions).unhandled()
 
 
-def consumed_queues(app: Any) -> set[str] | None:
-    """Return the queues that running workers consume; None if no worker answers."""
-    replies = Inspection(app, "active_queues").replies()
-    names = {str(queue["name"]) for queues in replies.values() for queue in queues}
-    return names if replies else None
+def consumed_queues(app: Any, wanted: Collection[str] | None = None) -> set[str] | None:
+    """Return the queues that running workers consume; None if no worker answers.
+
+    With `wanted`, it waits for no other worker when these are all consumed.
+    """
+
+    def enough(replies: dict[str, Any]) -> bool:
+        return wanted is not None and _consumed(replies).issuperset(wanted)
+
+    replies = Inspection(app, "active_queues", enough).replies()
+    return _consumed(replies) if replies else None
+
+
+def _consumed(replies: dict[str, Any]) -> set[str]:
+    return {str(queue["name"]) for queues in replies.values() for queue in queues}
+
+
+def queue_findings(app: Any, queues: Sequence[str]) -> Iterator[Finding]:
+    """Report the queues of handlers that no running worker consumes.
+
+    Without workers there is a finding about that.
+    """
+    wanted = {name_on_broker(app, queue) for queue in queues}
+    consumed = consumed_queues(app, wanted)
+    for name in sorted(wanted - consumed) if consumed is not None else ():
+        message = f"no worker consumes {name}, so changes wait there; add it to -Q"
+        yield Finding("workers", WARNING, message)
 
 
 def findings(registered: Registered) -> Iterator[Finding]:

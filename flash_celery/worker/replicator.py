@@ -421,13 +421,14 @@ class Replicator:
         handlers = {subscription.handler for subscription in self._subscriptions}
         if not handlers:
             logger.warning("%s%s", preflight.ONLY_TASKS[:1].upper(), preflight.ONLY_TASKS[1:])
+        queues = ", ".join(self._task_options.queues)
         logger.info(
-            "Replicating the slot %s for %s: %d %s, queues %s",
+            "Replicating the slot %s for %s: %d %s%s",
             source.slot,
             escaped(", ".join(names)),
             len(handlers),
             "handler" if len(handlers) == 1 else "handlers",
-            ", ".join(self._task_options.queues),
+            f", queues {queues}" if queues else "",
             extra={"slot": source.slot, "lsn": str(self._progress.confirmed)},
         )
         return templates

@@ -94,6 +94,15 @@ def test_doctor_passes_a_correct_setup(shop):
         assert text in doctor.stdout, doctor.stdout
 
 
+def test_doctor_names_a_queue_that_no_worker_consumes(shop):
+    shop.until_said(shop.worker(queues="celery,cleanup", options=["-l", "INFO"]), "ready.")
+    doctor = shop.run("flash", "doctor")
+    assert re.findall("(.*) workers: (.*)", doctor.stdout) == [
+        ("ok      ", "they know every handler"),
+        ("warning ", "no worker consumes flash, so changes wait there; add it to -Q"),
+    ]
+
+
 def test_doctor_checks_the_spool_directory(shop):
     doctor = shop.run("flash", "doctor", SHOP_CONF='{"flash_use_streaming": true}')
     assert re.search(r"(ok     |warning)  spool: /", doctor.stdout)
