@@ -27,7 +27,8 @@ def receipt(number, place=0): ...
 def write(first, count):
     """Write orders with their receipts, of which some transactions and savepoints are undone."""
     chance = random.Random(first)
-    with psycopg.connect(os.environ["SHOP_DSN"]) as connection:
+    # A pooler does not know statements that were prepared on another connection.
+    with psycopg.connect(os.environ["SHOP_DSN"], prepare_threshold=None) as connection:
         for number in range(first, first + count):
             with connection.transaction(force_rollback=chance.random() < 0.2):
                 connection.execute("INSERT INTO items (id) VALUES (%s)", [number])

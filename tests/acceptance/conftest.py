@@ -2,13 +2,18 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from example_project.servers import wait_until
+from example_project.servers import end_with_parent, free_port, wait_until
+from tests.conftest import missing
 from tests.processes import run_python, start_logged_python
 
 HERE = Path(__file__).parent
@@ -149,3 +154,37 @@ def any_shop(request, make_shop):
     rabbit = request.getfixturevalue("rabbit")
     rabbit.empty()
     return make_shop(rabbit)
+
+
+@pytest.fixture
+def pooler(postgres):
+    """PgBouncer, which carries no replication connection before 1.23."""
+    binary = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
+    if binary is None:
+        missing("PgBouncer (pgbouncer)")
+    port = free_port()
+    folder = Path(tempfile.mkdtemp(prefix="flash-", dir="/tmp"))
+    folder.chmod(0o777)
+    (folder / "pgbouncer.ini").write_text(
+        f"[databases]\n* = host=127.0.0.1 port={postgres.port} user=postgres\n"
+        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\n"
+        "auth_type = any\nunix_socket_dir =\npool_mode = transaction\n"
+    )
+    as_user = {"user": "nobody"} if os.geteuid() == 0 else {}
+    process = subprocess.Popen(
+        [binary, "-q", folder / "pgbouncer.ini"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=end_with_parent(signal.SIGKILL),
+        **as_user,
+    )
+
+    def answers():
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    wait_until(answers, "PgBouncer")
+    yield port
+    process.kill()
+    process.wait(30)
+    shutil.rmtree(folder)

@@ -1,24 +1,18 @@
 """`flash status`, `doctor`, `reset`, `tail`, and what bad input gets."""
 
 import json
-import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import psycopg
 import pytest
 from click.testing import CliRunner
 
-from example_project.servers import Postgres, end_with_parent, free_port, wait_until
+from example_project.servers import Postgres, wait_until
 from flash_celery.cli import flash
 from tests.acceptance.steps import assert_refused, created_nothing, publications, slots
-from tests.conftest import missing
 
 
 def test_status_shows_the_slot_the_handlers_and_their_queues(shop):
@@ -359,40 +353,6 @@ def test_slot_of_another_plugin_or_database_is_refused(shop, postgres):
     finally:
         shop.database.execute(f"SELECT pg_drop_replication_slot('{name}')")
     assert created_nothing(shop.database)
-
-
-@pytest.fixture
-def pooler(postgres, tmp_path):
-    """PgBouncer, which carries no replication connection before 1.23."""
-    binary = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
-    if binary is None:
-        missing("PgBouncer (pgbouncer)")
-    port = free_port()
-    folder = Path(tempfile.mkdtemp(prefix="flash-", dir="/tmp"))
-    folder.chmod(0o777)
-    (folder / "pgbouncer.ini").write_text(
-        f"[databases]\n* = host=127.0.0.1 port={postgres.port}\n"
-        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\n"
-        "auth_type = any\nunix_socket_dir =\n"
-    )
-    as_user = {"user": "nobody"} if os.geteuid() == 0 else {}
-    process = subprocess.Popen(
-        [binary, "-q", folder / "pgbouncer.ini"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        preexec_fn=end_with_parent(signal.SIGKILL),
-        **as_user,
-    )
-
-    def answers():
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", port)) == 0
-
-    wait_until(answers, "PgBouncer")
-    yield port
-    process.kill()
-    process.wait(30)
-    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("command", ["replicate", "doctor"])

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import redis
 from kombu import Connection
+from psycopg.conninfo import make_conninfo
 
 from example_project.servers import Postgres, wait_until
 from flash_celery.changes import payload
@@ -79,6 +80,18 @@ def kill_and_compare(shop, rounds):
 def test_killed_applications_and_replication_workers_lose_no_task(shop):
     shop.project = "carried"
     kill_and_compare(shop, [1, 2])
+
+
+def test_transactions_of_a_pooler_carry_their_tasks(shop, pooler):
+    """PgBouncer gives each transaction another connection of its own, of those to PostgreSQL."""
+    shop.project = "carried"
+    replicate = shop.replicate()
+    shop.environment["SHOP_DSN"] = make_conninfo(shop.database.dsn, port=pooler)
+    writers = [start_writer(shop, number) for number in range(2)]
+    for writer in writers:
+        assert writer.wait(60) == 0, writer.log.read_text()
+    assert_each_order_has_its_task(shop, once=True)
+    assert shop.end(replicate) == 0
 
 
 @pytest.mark.soak
