@@ -262,7 +262,9 @@ def as_text(change: Change) -> str:
 def task_as_text(task: SentTask, transaction: Transaction, arguments: bool = False) -> str:
     """Return a task as one line: its time, name and id, and its arguments if they are wanted."""
     committed = datetime.fromtimestamp(timestamps.to_unix(transaction.committed_at), timezone.utc)
-    line = f"{committed.strftime('%H:%M:%S.%f')[:-3]}  task {task.task}[{task.id}]"
+    # As in a worker's log: all tasks of Django's Tasks have one name, and say theirs so.
+    name = task.headers.get("shadow") or task.task
+    line = f"{committed.strftime('%H:%M:%S.%f')[:-3]}  task {name}[{task.id}]"
     if arguments:
         line += "  " + " ".join(str(task.headers.get(n)) for n in ("argsrepr", "kwargsrepr"))
     return line

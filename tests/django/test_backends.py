@@ -139,12 +139,14 @@ def test_results_are_those_of_celery(jobs, monkeypatch):
         eager = run(jobs, carried)
         request = jobs.app.tasks[carried.name]._get_request()
         request.update(args=carried.args, kwargs={}, task=carried.name, id=carried.id)
+        request.update(hostname="mail@host", retries=1)
         jobs.app.backend.store_result(
             carried.id, eager.result, eager.state, eager.traceback, request=request
         )
     result.refresh()
     assert (result.status, result.return_value) == ("SUCCESSFUL", {"order": 1})
     assert result.finished_at is not None
+    assert (result.attempts, set(result.worker_ids)) == (2, {"mail@host"})
     failing.refresh()
     assert failing.status == "FAILED"
     assert failing.errors[0].exception_class is LookupError

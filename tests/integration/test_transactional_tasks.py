@@ -964,7 +964,7 @@ def test_tail_shows_the_name_and_id_of_tasks_and_arguments_if_asked(tasks):
 
     def show(task, transaction):
         lines.extend(task_as_text(task, transaction, arguments) for arguments in (False, True))
-        return False
+        return len(lines) < 4
 
     settings = tasks.replicator._settings
     arguments = settings, [], lambda change: True, ready.set, control, show
@@ -975,9 +975,11 @@ def test_tail_shows_the_name_and_id_of_tasks_and_arguments_if_asked(tasks):
         connection.execute("SELECT pg_logical_emit_message(true, 'flash.task', 'forged')")
         with transactional(connection, strict=False):
             result = tasks.receipt.delay("a value")
+            other = tasks.receipt.apply_async(shadow="as a worker shows it")
     tail.join(30)
     assert lines[0].endswith(f"task receipt[{result.id}]")
     assert lines[1].endswith(f"task receipt[{result.id}]  ('a value',) {{}}")
+    assert lines[2].endswith(f"task as a worker shows it[{other.id}]")
     assert tasks.database.one("SELECT count(*) FROM pg_publication WHERE pubname ~ 'tail'") == 0
 
 

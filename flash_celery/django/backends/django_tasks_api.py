@@ -178,6 +178,8 @@ class _Carried:
         _, _, path, args, kwargs = arguments
         status = _STATUS.get(stored.state, "READY")
         result = self._result(self._task(path), result_id, status, args, kwargs)
+        if stored.worker is not None:
+            result.worker_ids.extend([stored.worker] * ((stored.retries or 0) + 1))
         if status == "SUCCESSFUL":
             object.__setattr__(result, "_return_value", stored.result)
         if status == "FAILED":
