@@ -73,10 +73,7 @@ class NewHandlers:
     def _log(
         self, why: str, requested: Sequence[Backfill], refused: Sequence[plans.Refusal]
     ) -> None:
-        for backfill in requested:
-            name = escaped(backfill.table_name)
-            template = "%s: the backfill %s of %s for %s is requested"
-            logger.info(template, why, backfill.id, name, backfill.handler)
+        plans.log_requested(why, requested)
         for refusal in refused:
             text = (
                 f"{escaped(str(refusal.table))} is not backfilled for {refusal.handler} before "

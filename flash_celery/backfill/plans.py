@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -14,7 +15,7 @@ from psycopg import sql
 
 from ..changes.operations import Operation
 from ..errors import ConfigurationError
-from ..escaping import one_line
+from ..escaping import escaped, one_line
 from ..handlers.existing_rows import ADD_TRUNCATE, Backfill
 from ..handlers.subscriptions import Subscription, of_tables
 from ..postgres import catalog
@@ -26,6 +27,10 @@ from . import requests
 from .chunks import identity_of
 from .part import expression_of
 
+logger = logging.getLogger(__name__)
+
+#: Backfills that the log names when several are requested at once; a pattern may have thousands.
+_MOST_NAMED = 10
 #: Asking for the size of a table would wait for a session that has locked it. Of a table without
 #: statistics a row has the bytes that PostgreSQL's planner assumes.
 _SIZES = """
@@ -306,3 +311,18 @@ def start(source: Source, plans: Iterable[Plan]) -> list[requests.Backfill]:
     ]
     with source.connection.transaction():
         return requests.request(source, wanted)
+
+
+def log_requested(why: str, requested: Sequence[requests.Backfill]) -> None:
+    """Log backfills that were requested at once: the first ones by name, and the number of others.
+
+    Args:
+        why: Why they were requested, without a full stop.
+        requested: The backfills.
+    """
+    for each in requested[:_MOST_NAMED]:
+        template = "%s: the backfill %s of %s for %s is requested"
+        logger.info(template, why, each.id, escaped(each.table_name), each.handler)
+    more = len(requested) - _MOST_NAMED
+    if more > 0:
+        logger.info("%s: %d more backfills are requested (`flash backfill list`)", why, more)

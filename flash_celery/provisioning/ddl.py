@@ -25,6 +25,9 @@ _LOCK_ATTEMPTS = 5
 #: The same for a statement that locks several tables. It is shorter than PostgreSQL's
 #: deadlock_timeout, so that no session that has locked one and waits for another is cancelled.
 _SHARED_LOCK_TIMEOUT = "500ms"
+#: Characters of a statement in a log or an error; one that publishes a pattern may name thousands
+#: of tables.
+_MOST_SHOWN = 2000
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,14 @@ class Step:
 
     def __str__(self) -> str:
         return self.statement.as_string(None)
+
+    @property
+    def shown(self) -> str:
+        """The statement for a log or an error; a very long one is cut."""
+        text = str(self)
+        if len(text) <= _MOST_SHOWN:
+            return text
+        return f"{text[:_MOST_SHOWN]}… ({len(self.tables):,} tables)"
 
 
 def apply(
@@ -67,7 +78,7 @@ def apply(
     """
     for step in steps:
         if step.tables:
-            logger.info("%s", escaped(str(step)))
+            logger.info("%s", escaped(step.shown))
         if _run(connection, step, wait, on_writers if step.publishes else None):
             return
 
@@ -93,14 +104,15 @@ def _run(
             blockers = _blockers(connection, step.tables)
             if attempt == _LOCK_ATTEMPTS - 1:
                 raise TableLocked(
-                    f"{step} waits for {blockers}; end that session if it is idle."
+                    f"{step.shown} waits for {blockers}; end that session if it is idle."
                 ) from None
-            logger.warning("%s", escaped(f"{step} waits for {blockers}"))
+            logger.warning("%s", escaped(f"{step.shown} waits for {blockers}"))
             wait(pause)
         except psycopg.OperationalError:
             raise
         except psycopg.Error as error:
-            raise StepFailed(f"{step} failed: {error.diag.message_primary}.", step) from error
+            message = f"{step.shown} failed: {error.diag.message_primary}."
+            raise StepFailed(message, step) from error
     return False
 
 

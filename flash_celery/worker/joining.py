@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 #: How many tables that are left out are recorded.
 _MOST_LEFT_OUT = 100
-_REQUESTED = "%s has joined the tables of %s: the backfill %s of it is requested"
+_JOINED = "The table has joined its pattern"
 _NOT_REQUESTED = "rows that {} had before it joined are not delivered to {}: {}"
 _JOINED_AGAIN = "the table has joined its pattern again, so another has begun"
 _UNDER_FORMER_NAME = "%s was renamed: its rows were delivered to %s under its former name only: %s"
@@ -64,8 +64,7 @@ class Joining:
                 record.remember_gap(source, gap)
                 logger.error(_GAP, escaped(str(gap)))
             source.connection.execute(joined.step(source.prefix, now).statement)
-        for backfill in requested:
-            logger.info(_REQUESTED, escaped(backfill.table_name), backfill.handler, backfill.id)
+        plans.log_requested(_JOINED, requested)
         for refusal in refused:
             if refusal not in missing:
                 table = escaped(str(refusal.table))

@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 _LONG_SECONDS = 3.0
 #: The most tables that were dropped of which rows count as lost.
 _MOST_ORPHANS = 100
+#: Tables of patterns that the log names when several are left out; there may be thousands.
+_MOST_NAMED = 10
+_MORE_LEFT_OUT = "%d more tables of patterns are left out (`flash doctor`)"
 _WAITING_ON_PRIMARY = (
     "Creating the slot %s; PostgreSQL waits for the transactions that are open to end"
 )
@@ -379,10 +382,13 @@ class Startup:
 
     def _warn_of_left_out(self, report: Report) -> None:
         """Log which tables of patterns are left out, unless that is known."""
-        for each in report.left_out:
-            if each not in self._left_out:
-                text = f"{each.handler} does not receive changes of {each.table}: {each.reason}"
-                logger.warning("%s", escaped(text), extra={"table": str(each.table)})
+        known = set(self._left_out)
+        new = [each for each in report.left_out if each not in known]
+        for each in new[:_MOST_NAMED]:
+            text = f"{each.handler} does not receive changes of {each.table}: {each.reason}"
+            logger.warning("%s", escaped(text), extra={"table": str(each.table)})
+        if len(new) > _MOST_NAMED:
+            logger.warning(_MORE_LEFT_OUT, len(new) - _MOST_NAMED)
         self._left_out = report.left_out
 
     def _require_unused(self, connection: psycopg.Connection[Any], report: Report) -> None:

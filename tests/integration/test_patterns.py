@@ -587,6 +587,25 @@ def test_backfills_of_a_pattern_follow_one_another_in_one_session(flash, caplog)
     assert caplog.text.count("Replicating the slot") == 1
 
 
+def test_log_names_ten_of_the_tables_of_a_pattern_and_counts_the_others(flash, caplog):
+    caplog.set_level("INFO")
+    schemas = [f"tenant_{number:02}" for number in range(25)]
+    rows = "INSERT INTO {}.orders SELECT n, n FROM generate_series(1, 2) n"
+    with psycopg.connect(flash.database.dsn) as connection:
+        for schema in schemas:
+            joins = [*tenant(schema), rows.format(schema), f"CREATE TABLE {schema}.bare (id int)"]
+            connection.execute("; ".join(joins))
+    flash.handler("tenant_*.*", where={"total__gt": 0}, backfill=True).start()
+    when_published(flash, *(f"{schema}.orders" for schema in schemas))
+    done = "SELECT count(*) = 25 FROM flash_celery_backfills WHERE state = 'done'"
+    flash.wait(lambda: flash.database.one(done))
+    joined = "The table has joined its pattern: "
+    assert caplog.text.count(joined) == 11
+    assert f"{joined}15 more backfills are requested" in caplog.text
+    assert caplog.text.count("does not receive changes of") == 10
+    assert "15 more tables of patterns are left out" in caplog.text
+
+
 def test_backfill_that_fails_gives_its_turn_to_the_next_in_the_same_session(
     flash, caplog, monkeypatch
 ):

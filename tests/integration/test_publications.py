@@ -8,6 +8,7 @@ from functools import partial
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from flash_celery.changes.change import Operation
 from flash_celery.commands.reset import plan_reset, run_reset
@@ -526,3 +527,11 @@ def test_concurrent_starts_set_up_once(tables):
     assert errors == []
     with connect(tables.dsn) as connection:
         assert plan(connection, [subscription("orders")]) == []
+
+
+def test_long_statement_is_cut_in_a_log_and_whole_in_what_is_to_be_run():
+    tables = tuple(sql.Identifier(f"table_{number}") for number in range(1000))
+    step = ddl.Step(sql.SQL("ALTER PUBLICATION p ADD TABLE {}").format(sql.SQL(", ").join(tables)))
+    assert '"table_999"' in str(step)
+    assert len(step.shown) < 2100
+    assert step.shown.startswith('ALTER PUBLICATION p ADD TABLE "table_0"')
