@@ -36,10 +36,9 @@ _PATIENCE = 30.0
 _WAIT_SECONDS = 0.1
 #: Bytes in one `receive` from which the stream counts as busy.
 _BUSY_BYTES = 1 << 14
-#: Seconds between two reads of a busy stream, over TCP and over a Unix socket. A Unix socket holds
-#: no more than some 250 rows, and the server waits when it is full.
-_PAUSE_SECONDS = 0.01
-_UNIX_PAUSE_SECONDS = 0.0005
+#: Seconds between two reads of a busy stream. A socket holds no more than some hundreds of rows at
+#: first (memory for each counts, not its bytes), and the server waits when it is full.
+_PAUSE_SECONDS = 0.001
 #: Matches the messages of PostgreSQL 14 to 19 about an invalidated slot.
 _INVALIDATED = re.compile("can no longer|cannot read from logical replication slot|invalidated")
 
@@ -143,8 +142,6 @@ class ReplicationConnection:
         self.timeout = patience
         #: Why the server has ended the stream; `receive` raises it after all that came before it.
         self.ended: Exception | None = None
-        is_unix = self._connection.host.startswith((b"/", b"@"))
-        self._busy_pause = _UNIX_PAUSE_SECONDS if is_unix else _PAUSE_SECONDS
         #: When to call `receive` again, by `time.monotonic`, whether or not the socket is readable;
         #: None while little arrives. The server sends each row by itself: a reader that wakes up
         #: for each takes processor time from the server and from itself.
@@ -260,7 +257,7 @@ class ReplicationConnection:
         if frame:
             self.received = frames.wal_end(frame)
         busy = most - limit >= _BUSY_BYTES
-        self.resumes_at = time.monotonic() + self._busy_pause if busy else None
+        self.resumes_at = time.monotonic() + _PAUSE_SECONDS if busy else None
         return burst
 
     def send_status(self, written: Lsn, flushed: Lsn, applied: Lsn, reply: bool = False) -> None:

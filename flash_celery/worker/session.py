@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 _BATCH_BYTES = 1 << 20
 #: Seconds of work after which the sockets are polled again.
 _WORK_SECONDS = 0.5
-#: Seconds that a due batch may fill up further while earlier ones are being published.
+#: Seconds that a due batch may fill up further while that costs nothing, or much arrives.
 _HELD_SECONDS = 0.02
 #: Seconds after which a refill asks for the server's position, and whether all is confirmed.
 _REFILL_SECONDS = 1.0
@@ -320,8 +320,12 @@ class Session:
 
     @property
     def _held(self) -> float:
-        """Seconds that batches wait after they are due; it costs nothing while others are sent."""
-        return _HELD_SECONDS if self._publishing.busy else 0.0
+        """Seconds that batches wait after they are due.
+
+        It costs nothing while others are sent, and while the stream is busy more comes at once.
+        """
+        fills = self._publishing.busy or self._stream.resumes_at is not None
+        return _HELD_SECONDS if fills else 0.0
 
     def _receive(self) -> None:
         self._received_at = time.monotonic()
