@@ -1,10 +1,12 @@
-"""How the process of `flash replicate` keeps its memory.
+"""How the processes of the commands keep their memory.
 
-Its changes live for milliseconds and are in no cycles; Python and glibc expect other objects.
+The changes of `flash replicate` live for milliseconds and are in no cycles; Python and glibc expect
+other objects.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import os
@@ -41,3 +43,11 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         for option, value in _MALLOC.items():
             mallopt(option, value)
+
+
+def leave_garbage_at_exit() -> None:
+    """Have the process end without looking at all its objects for cycles: the kernel takes them.
+
+    That took a fifth of the processor time of `flash status`.
+    """
+    atexit.register(gc.freeze)

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from . import process_memory
+
 #: The exit code for a mistake that the message names.
 BAD_INPUT = 2
 #: The exit code of `doctor` if `replicate` would not start, and of `wait` if work is not done.
@@ -127,6 +129,7 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
         from ..errors import FlashError
         from ..escaping import one_line
 
+        process_memory.leave_garbage_at_exit()
         as_json = bool(kwargs.get("log_json"))
         try:
             return function(Project(context.obj.app, source), *args, **kwargs)

@@ -1,4 +1,4 @@
-"""The settings of malloc that `flash replicate` makes, in processes of their own."""
+"""What the commands do about the memory of their processes, in processes of their own."""
 
 import ctypes
 import os
@@ -51,3 +51,28 @@ def test_threads_share_an_arena_unless_the_environment_has_settings(settings, on
         timeout=90,
     )
     assert (int(arenas.stdout) == 1) is one
+
+
+#: Prints if Python looks for cycles at its end.
+CYCLE = """
+from flash_celery.cli.process_memory import leave_garbage_at_exit
+
+class Cycle:
+    def __init__(self):
+        self.itself = self
+
+    def __del__(self, write=print):
+        write("collected")
+
+leave_garbage_at_exit()
+Cycle()
+"""
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_process_of_a_command_ends_without_looking_for_garbage(leaves):
+    code = CYCLE if leaves else CYCLE.replace("\nleave_garbage_at_exit()", "")
+    ended = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, timeout=90
+    )
+    assert (ended.stdout == b"") is leaves
