@@ -30,7 +30,7 @@ from ...messages.deduplication import Deduplicator, Lease
 from ...messages.lane_messages import REGISTRY, LaneForm, LaneMessage, handler_key
 from ...messages.sent_tasks import SentTask
 from ...messages.task_message import PERSISTENT, Form, Message
-from . import redis_texts, wakes
+from . import redis_packer, redis_texts, wakes
 from .base import TIMEOUT, ConnectedPublisher
 from .lane_overview import lanes_optional
 from .lane_scripts import GRACE, ID_MARK, LANE_MARK
@@ -114,6 +114,8 @@ class RedisPublisher(ConnectedPublisher):
             PublishError: The broker does not answer, or refuses a queue.
         """
         super().open(queues)
+        with self._channel.conn_or_acquire() as client:
+            redis_packer.use_in(client.connection_pool)
         self._check_length()
         #: The keys without prefix for tasks, by routing key and priority.
         self._sent_keys: dict[tuple[str, int | None], str] = {}
