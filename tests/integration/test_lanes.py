@@ -514,10 +514,10 @@ def test_commit_is_sent_to_a_server_that_does_not_know_its_script_yet(lane):
     assert lane.cursor() == 1
 
 
-def test_commits_that_are_sent_use_connections_again(lane):
+def test_claims_and_commits_use_one_connection_again(lane):
     lane.push(1, 2, 3)
-    lane.claim()
     before = lane.client.info("stats")["total_connections_received"]
+    lane.claim()
     for number in (1, 2, 3):
         sent(lane.store, number)()
     assert lane.client.info("stats")["total_connections_received"] == before + 1

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from . import lane_scripts as scripts
+
+T = TypeVar("T")
 
 #: The most entries and bytes that a claim or a commit returns.
 MOST_ENTRIES = 50
@@ -73,6 +75,18 @@ class LaneStore:
 
     def _call(self, name: str, *arguments: Any, keys: Sequence[str] = ()) -> Any:
         return self._script(name)(keys=[self.key, *keys], args=[self._now(), *arguments])
+
+    def _send(self, name: str, read: Callable[[Any], T], *arguments: Any) -> Callable[[], T]:
+        """Send a call of a script; return what waits for the reply, and reads it.
+
+        This takes a fraction of the time of a call by redis-py's client, which is longer than that
+        of Redis.
+        """
+        return self._links.send(
+            ("EVALSHA", self._script(name).sha, 1, self.key, self._now(), *arguments),
+            read,
+            lambda: read(self._call(name, *arguments)),
+        )
 
     def _now(self) -> str:
         return "" if self._clock is None else repr(self._clock())
@@ -148,7 +162,7 @@ class LaneStore:
 
     def claim(self, lane: str, token: str, lease: float, most: int = MOST_ENTRIES) -> Claimed | str:
         """Take the lease of a lane; return why that is impossible, if it is."""
-        code, *found = self._call("CLAIM", lane, token, lease, most, MOST_BYTES)
+        code, *found = self._send("CLAIM", list, lane, token, lease, most, MOST_BYTES)()
         if code != b"ok":
             return str(code.decode())
         fence, cursor, retries, deaths, letters, form, *entries = found
@@ -182,7 +196,7 @@ class LaneStore:
         """
         counts = done.entries, done.cursor, done.changes, kept, most, MOST_BYTES
         words = lane, token, lease, number, *counts, "leave" if leave else ""
-        code, *entries = self._call("COMMIT", *words)
+        code, *entries = self._send("COMMIT", list, *words)()
         if code == b"lost":
             raise LostLease
         return entries if code == b"ok" else None
@@ -203,12 +217,7 @@ class LaneStore:
         """
         seconds = "" if lease is None else lease
         words = lane, token, seconds, number, done.entries, done.cursor, done.changes
-        sha = self._script("ADVANCE").sha
-        return self._links.send(
-            ("EVALSHA", sha, 1, self.key, self._now(), *words),
-            _advanced,
-            lambda: _advanced(self._call("ADVANCE", *words)),
-        )
+        return self._send("ADVANCE", _advanced, *words)
 
     def renew(self, lane: str, token: str, lease: float) -> bool:
         """Extend the lease; return whether it is still this token's."""
