@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import psycopg
 from celery import Celery
@@ -86,18 +86,20 @@ def failing(self, change):
 
 @app.task(name="write")
 def write(change):
-    """Write with psycopg, in the transaction of the call if it has one, and note the change."""
+    """Write with psycopg, in the transaction of the call or one of its own, and note the change."""
     connection = change.connection or effects()
-    connection.execute(UPDATE, (change.new["total"], change.new["customer_id"]))
+    with nullcontext() if change.connection else connection.transaction():
+        connection.execute(UPDATE, (change.new["total"], change.new["customer_id"]))
     handle.run(change)
 
 
 @app.task(name="write_django")
 def write_django(change):
     """Do the same with Django."""
-    from django.db import connection
+    from django.db import connection, transaction
 
-    with connection.cursor() as cursor:
+    own = nullcontext() if change.connection else transaction.atomic()
+    with own, connection.cursor() as cursor:
         cursor.execute(UPDATE, (change.new["total"], change.new["customer_id"]))
     handle.run(change)
 

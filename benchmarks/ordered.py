@@ -14,11 +14,12 @@ import psutil
 import redis
 
 from benchmarks import latency as latencies
-from benchmarks.databases import Source, Workload
+from benchmarks.bench import POSTGRES
+from benchmarks.databases import Database, Source, Workload
 from benchmarks.project import Project
 from benchmarks.results import Goal, Line
 from benchmarks.verify import Wrong, compare, places_of, valkey_bodies
-from example_project.servers import wait_until
+from example_project.servers import Postgres, wait_until
 from flash_celery.lanes import marks_table
 from flash_celery.messages import lane_entries
 from tests.proxy import Proxy
@@ -186,23 +187,24 @@ def distant(bench):
 
 
 def once(bench):
-    """Measure `once=`, with a handler that makes one UPDATE."""
+    """Measure `once=`, with a handler that makes one UPDATE in a transaction."""
     backlog = bench.backlog(Workload(bench.size(20_000), handler="ordered"))
     lines = {}
     for driver, handler in {"psycopg": "", "Django": "_django"}.items():
         line = _line(f"{backlog.rows:,} changes, one UPDATE each with {driver}, once=, -c 1")
         lines[handler] = line, line.against("without once=", Goal(0.8))
-    for run in bench.each_run("ordered: once="):
-        _once(bench, run, backlog, lines)
+    with Postgres(**{**POSTGRES, "fsync": "on"}) as server:
+        for run in bench.each_run("ordered: once="):
+            _once(bench, server, run, backlog, lines)
     for line, _ in lines.values():
         bench.add(line)
 
 
-def _once(bench, run, backlog, lines):
+def _once(bench, server, run, backlog, lines):
     for handler, (line, comparison) in lines.items():
-        before, _ = written(bench, backlog, f"ordered_write{handler}")
-        rate, details = written(bench, backlog, f"ordered_once{handler}")
-        after, _ = written(bench, backlog, f"ordered_write{handler}")
+        before, _ = written(bench, server, backlog, f"ordered_write{handler}")
+        rate, details = written(bench, server, backlog, f"ordered_once{handler}")
+        after, _ = written(bench, server, backlog, f"ordered_write{handler}")
         without = (before + after) / 2
         _note(line, rate, details, comparison, without)
         bench.say(
@@ -242,9 +244,9 @@ def handled(bench, backlog, handler, *options, far=False, server=None, effects="
     return rate, details
 
 
-def written(bench, backlog, handler):
+def written(bench, server, backlog, handler):
     """Do the same with a handler that writes to a database, and verify what it has written."""
-    database = bench.database()
+    database = Database(server, "effects")
     database.execute(TOTALS, f"INSERT INTO totals SELECT n FROM generate_series(0, {KEYS}) n")
     database.execute(marks_table.CREATE_TABLE)
     rate, details = handled(bench, backlog, handler, effects=database.dsn)
