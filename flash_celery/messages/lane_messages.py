@@ -115,6 +115,11 @@ class LaneMessage(Message):
         self.barrier = barrier
 
     @property
+    def entries(self) -> int:
+        """How many changes it has, each of which counts in lanes."""
+        return sum(count for _, count, _ in self.pushes)
+
+    @property
     def size(self) -> int:
         """How many characters its changes have."""
         return sum(len(text) for *_, text in self.pushes)

@@ -164,6 +164,11 @@ class Message:
         return self.length + _MEMORY
 
     @property
+    def entries(self) -> int:
+        """How many of its queue's messages it is; in lanes, whose length is that of all changes."""
+        return 1
+
+    @property
     def size(self) -> int:
         """How many bytes or characters it has, roughly."""
         return self.length

@@ -74,7 +74,10 @@ class Backpressure:
         if not self._limit or not messages:
             return len(messages)
         # A task for an exchange may go to no queue that is known here.
-        counts = Counter(message.queue for message in messages if self._is_limited(message))
+        counts: Counter[str] = Counter()
+        for message in messages:
+            if self._is_limited(message):
+                counts[message.queue] += message.entries
         while True:
             depths = {queue: self._depth(queue) for queue in counts}
             admitted = self._fitting(messages, counts, depths)
@@ -101,7 +104,7 @@ class Backpressure:
                 continue
             if room[message.queue] <= 0:
                 return count
-            room[message.queue] -= 1
+            room[message.queue] -= message.entries
         return len(messages)
 
     def _pause(self, queue: str, depth: int) -> None:

@@ -349,7 +349,7 @@ class PublishingThread(threading.Thread):
     def _count(self, batches: Sequence[PublishBatch], messages: Sequence[Message]) -> None:
         telemetry = self._telemetry
         telemetry.messages += len(messages)
-        telemetry.bytes += sum(message.length for message in messages)
+        telemetry.bytes += sum(message.size for message in messages)
         for batch in batches:
             committed = batch.committed if batch.messages else 0.0
             telemetry.confirm(batch.counts, committed, batch.latest)

@@ -5,6 +5,8 @@ import logging
 import pytest
 
 from flash_celery.errors import PublishError
+from flash_celery.messages.deduplication import NOTHING
+from flash_celery.messages.lane_messages import LaneForm, LaneMessage
 from flash_celery.messages.task_message import Form, Message
 from flash_celery.publishing.backpressure import Backpressure, is_full
 
@@ -63,6 +65,14 @@ def test_backpressure_without_a_limit_asks_no_broker():
 )
 def test_backpressure_fills_a_queue_to_its_limit(limit, depth, wanted, count):
     assert admitted(limit, Queues(flash=depth), *["flash"] * wanted) == count
+
+
+def test_lanes_are_as_long_as_their_changes_but_a_message_goes_whole():
+    form = LaneForm("lanes", "1/slot", "handle", 4, FORMS["flash"])
+    lanes = [LaneMessage(form, [(0, 30, ""), (1, 10, "")], NOTHING) for _ in range(4)]
+    for depth, count in ((0, 3), (20, 2), (60, 1), (90, 1), (91, 0)):
+        queues = Queues(lanes=depth)
+        assert Backpressure(100, queues.depth).admit(lanes, queues.given_up) == count
 
 
 def test_backpressure_waits_until_a_tenth_is_free():

@@ -6,6 +6,9 @@ from flash_celery import telemetry as counting
 from flash_celery.errors import ReplicationError
 from flash_celery.handlers.subscriptions import Batch
 from flash_celery.messages.batcher import Batcher, PublishBatch
+from flash_celery.messages.deduplication import NOTHING
+from flash_celery.messages.lane_messages import LaneForm, LaneMessage
+from flash_celery.messages.task_message import Form
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.telemetry import Telemetry, route, unix
 from tests.unit.builders import Clock, delivery, message, template, wait
@@ -51,6 +54,15 @@ def test_telemetry_counts_only_confirmed_messages(thread):
     assert sum(telemetry.delays.counts) == 1
     assert telemetry.delays.sum > 2
     assert [(error.kind, error.times) for error in telemetry.errors] == [("PublishError", 2)]
+
+
+def test_telemetry_counts_the_bytes_of_lanes(thread):
+    form = LaneForm("flash", "1/slot", "handle", 4, Form("flash", "handle", {}, {}))
+    lanes = LaneMessage(form, [(0, 2, "first"), (1, 1, "second")], NOTHING)
+    thread.put(PublishBatch([lanes], Lsn(8), 11, {ROUTE: 3}, 1.0, 1.0))
+    thread.start()
+    wait(lambda: thread.confirmed == [8])
+    assert (thread._telemetry.messages, thread._telemetry.bytes) == (1, 11)
 
 
 def test_telemetry_does_not_count_discarded_messages(thread):
