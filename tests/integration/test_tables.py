@@ -1,18 +1,22 @@
 """Tables of every kind, and DDL while the replication worker runs."""
 
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
+import redis
 
 from flash_celery.capture.lost_rows import LostRows
 from flash_celery.changes.rows import Transaction
 from flash_celery.errors import SubscriptionError
+from flash_celery.messages import lane_entries
 from flash_celery.postgres.source import Source
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.provisioning import ddl, record
+from flash_celery.publishing.brokers import for_app
 from flash_celery.settings import Settings
 from flash_celery.table_name import TableName
 from flash_celery.worker.lost_tables import LostTables
@@ -197,6 +201,27 @@ def test_partition_attached_and_detached_while_running_is_followed(flash):
     flash.do("INSERT INTO late VALUES (3, 22, 'c')")
     flash.do("UPDATE late SET note = 'd'", "DELETE FROM late")
     assert flash.delivered() == []
+
+
+@pytest.mark.parametrize("ordered", ["id", True])
+def test_row_that_moves_to_another_partition_keeps_its_lane_if_the_key_allows(
+    flash, valkey, ordered
+):
+    flash.database.execute(PARTED, "INSERT INTO parted VALUES (1, 1)")
+    with redis.Redis(port=valkey.port) as client:
+        client.flushall()
+        flash.app.conf.broker_url = f"redis://127.0.0.1:{valkey.port}/0"
+        flash.handler("parted", ordered=ordered)
+        flash.publisher = for_app(flash.app)
+        flash.start().do("UPDATE parted SET at = 11", "UPDATE parted SET at = 2")
+        flash.stop()
+        lanes = [key for key in client.scan_iter() if re.search(rb"\.\d+$", key)]
+        entries = [map(lane_entries.decode, client.lrange(key, 0, -1)) for key in lanes]
+    moved = [[each for entry in lane for each in shown(entry.changes)] for lane in entries]
+    away, back = ["delete 1,1", "insert 1,11,-"], ["delete 1,11", "insert 1,2,-"]
+    assert sorted(each for lane in moved for each in lane) == sorted(away + back)
+    # The primary key has the partitioning column.
+    assert moved == [away + back] if ordered == "id" else len(moved) > 1
 
 
 def test_partition_created_while_running_is_delivered_at_once(flash):
