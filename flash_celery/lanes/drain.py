@@ -27,7 +27,7 @@ from ..changes.change import Change
 from ..errors import PayloadError
 from ..messages import lane_entries
 from ..messages.lane_entries import Entry, Marker
-from ..publishing.brokers.lane_store import MOST_ENTRIES, Claimed, Done, LaneStore
+from ..publishing.brokers.lane_store import MOST_BYTES, MOST_ENTRIES, Claimed, Done, LaneStore
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,9 @@ _MARGIN_SECONDS = 2.0
 _MARGIN_PART = 4
 #: A commit that is sent extends the lease only if less than this part of it is left.
 _FRESH_PART = 0.9
+#: Bytes of entries to read at once for a handler of single changes, which are as many as a drain
+#: handles: others would be decoded in vain. A batch takes more of them.
+_SINGLE_BYTES = 1 << 16
 #: Seconds until an entry that this worker cannot read is looked at again.
 _UNREADABLE_SECONDS = 30.0
 
@@ -280,12 +283,14 @@ class Drain:
         self.handled = 0
         #: Whether the lane may have entries that are not read yet.
         self._more = True
+        self._most_bytes = _SINGLE_BYTES if calls.size == 1 else MOST_BYTES
 
     def steps(self) -> Steps:
         """Yield the steps; an error of one ends the drain."""
         lease, clock = self._lease, self._lease.clock
         began = moment = clock()
-        claimed = yield partial(self._store.claim, lease.lane, lease.token, lease.seconds)
+        place = lease.lane, lease.token, lease.seconds
+        claimed = yield partial(self._store.claim, *place, most_bytes=self._most_bytes)
         if not isinstance(claimed, Claimed):
             return
         lease.asked_at(moment)
@@ -367,6 +372,7 @@ class Drain:
             kept,
             leave=leave,
             most=wanted,
+            most_bytes=self._most_bytes,
         )
         if found is None:
             return False

@@ -419,6 +419,18 @@ def test_entry_that_cannot_be_read_is_skipped_and_kept_as_a_dead_letter(
         lanes.skip(*arguments, status.first_id)
 
 
+@pytest.mark.parametrize(("size", "most"), [(1, 1 << 16), (500, 1 << 18)])
+def test_drain_reads_about_as_much_as_it_handles(lane, size, most):
+    for first in range(0, 12_000, 500):
+        lane.push(*range(first, first + 500), first=first)
+    handler = Handler()
+    handler.size = size
+    steps = Drain(lease_of(lane, "a"), handler).steps()
+    claimed = next(steps)()
+    assert 0.5 * most < sum(map(len, claimed.entries)) <= most
+    steps.close()
+
+
 def lease_of(lane, token, seconds=LEASE):
     """A lease by the clocks of the server and of the process."""
     store = LaneStore(lane.client, KEY)

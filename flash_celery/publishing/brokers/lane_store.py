@@ -160,9 +160,24 @@ class LaneStore:
         """Remove the handler's keys, unless changes wait; return how many do."""
         return int(self._call("REMOVE", name, keys=[registry]))
 
-    def claim(self, lane: str, token: str, lease: float, most: int = MOST_ENTRIES) -> Claimed | str:
-        """Take the lease of a lane; return why that is impossible, if it is."""
-        code, *found = self._send("CLAIM", list, lane, token, lease, most, MOST_BYTES)()
+    def claim(
+        self,
+        lane: str,
+        token: str,
+        lease: float,
+        most: int = MOST_ENTRIES,
+        most_bytes: int = MOST_BYTES,
+    ) -> Claimed | str:
+        """Take the lease of a lane; return why that is impossible, if it is.
+
+        Args:
+            lane: The number of the lane.
+            token: Identifies the drain.
+            lease: Seconds.
+            most: The most entries to return.
+            most_bytes: The most bytes of them, unless the first has more.
+        """
+        code, *found = self._send("CLAIM", list, lane, token, lease, most, most_bytes)()
         if code != b"ok":
             return str(code.decode())
         fence, cursor, retries, deaths, letters, form, *entries = found
@@ -178,6 +193,7 @@ class LaneStore:
         kept: int,
         leave: bool = False,
         most: int = MOST_ENTRIES,
+        most_bytes: int = MOST_BYTES,
     ) -> list[bytes] | None:
         """Remove what is done, and return more entries; None if the lease has ended with it.
 
@@ -190,11 +206,12 @@ class LaneStore:
             kept: How many entries the caller still has.
             leave: Give the lane to the next worker, if more wait.
             most: The most entries to return; 0 for none.
+            most_bytes: The most bytes of them, unless the first has more.
 
         Raises:
             LostLease: Another drain has the lane.
         """
-        counts = done.entries, done.cursor, done.changes, kept, most, MOST_BYTES
+        counts = done.entries, done.cursor, done.changes, kept, most, most_bytes
         words = lane, token, lease, number, *counts, "leave" if leave else ""
         code, *entries = self._send("COMMIT", list, *words)()
         if code == b"lost":
