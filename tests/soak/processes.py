@@ -133,6 +133,8 @@ class Supervisor(threading.Thread):
         super().__init__(daemon=True)
         self._processes = processes
         self._watched = watched
+        #: Held while it looks after a process, so that one that is dismissed does not start again.
+        self._lock = threading.RLock()
         self._ending = threading.Event()
         #: Of the watched processes, once a second.
         self.vitals = []
@@ -140,8 +142,7 @@ class Supervisor(threading.Thread):
     def run(self):
         looked = 0.0
         while not self._ending.wait(0.1):
-            for process in self._processes:
-                process.look_after()
+            self.look_after_all()
             if time.monotonic() - looked > 1:
                 looked = time.monotonic()
                 self._look()
@@ -149,13 +150,22 @@ class Supervisor(threading.Thread):
         for process in self._processes:
             process.end()
 
+    def look_after_all(self):
+        """Start each that has ended again."""
+        for process in self._processes:
+            with self._lock:
+                if process in self._processes:
+                    process.look_after()
+
     def take(self, processes):
         """Look after more processes."""
-        self._processes = [*self._processes, *processes]
+        with self._lock:
+            self._processes = [*self._processes, *processes]
 
     def dismiss(self, processes):
         """End some of the processes for good."""
-        self._processes = [each for each in self._processes if each not in processes]
+        with self._lock:
+            self._processes = [each for each in self._processes if each not in processes]
         for process in processes:
             process.end()
 

@@ -15,7 +15,7 @@ from tests.soak.copies import Copy
 from tests.soak.effects import Effects
 from tests.soak.faults import FAULTS
 from tests.soak.ledger import Commit, Ledger, Sighting, committed
-from tests.soak.processes import Process
+from tests.soak.processes import Process, Supervisor
 from tests.soak.run import Outcome, Strike
 
 TABLES = {1: "items", 2: "orders"}
@@ -305,3 +305,16 @@ def test_soak_effects_are_there_once_and_in_order(ledger):
     rows += [(3, 0, [None]), (2, 0, [7])]
     assert check.complete(Stage(ledger, effects))
     assert (effects.missing, effects.repeated, effects.misplaced) == (set(), {(2, 0)}, {(2, 0)})
+
+
+def test_process_that_is_dismissed_while_another_starts_does_not_start_again(tmp_path):
+    sleeping = "-c", "import time; time.sleep(600)"
+    process = Process("application", tmp_path, {}, *sleeping)
+
+    class Other:
+        def look_after(self):
+            supervisor.dismiss([process])
+
+    supervisor = Supervisor([Other(), process], [])
+    supervisor.look_after_all()
+    assert not process.running
