@@ -117,6 +117,10 @@ class Ledger:
         """Changes that are committed, as far as is known, and not handled by the slowest."""
         return max(self._wanted[handler] - len(done) for handler, done in self._done.items())
 
+    def progress(self, where):
+        """How many changes have been enqueued, or handled by a handler."""
+        return len(self.enqueued if where == "enqueued" else self.handled[where])
+
     def wants(self, handler, commit):
         """Whether a handler is to receive a change."""
         barrier = commit.operation == "T" and handler in ORDERED
