@@ -53,6 +53,8 @@ if not ON_RABBITMQ:
         "unacked_restore_interval": 1,
         "unacked_restore_throttle": 1,
         "unacked_restore_limit": 1000,
+        # A worker that is killed while it returns them would keep the others from it for 5 minutes.
+        "unacked_mutex_expire": 5,
     }
     # Also the default `flash_on_lost_broker` needs it, for ordered handlers.
     app.conf.flash_replay_window = WINDOW
