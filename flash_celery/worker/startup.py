@@ -24,7 +24,16 @@ from ..postgres.gaps import Gap
 from ..postgres.source import Source, publication_name, publication_names
 from ..postgres.stream import ReplicationConnection
 from ..protocol.lsn import Lsn
-from ..provisioning import ddl, joined, pattern_tables, preflight, publications, record, replay_slot
+from ..provisioning import (
+    ddl,
+    joined,
+    memberships,
+    pattern_tables,
+    preflight,
+    publications,
+    record,
+    replay_slot,
+)
 from ..provisioning.ddl import Step
 from ..provisioning.pattern_tables import LeftOut
 from ..provisioning.preflight import Report
@@ -75,6 +84,10 @@ _UNFINISHED = (
     "published: {}"
 )
 _REPLACED = "{} was replaced by another table, which was not published until then"
+_ALTERED = (
+    "another tool has taken {} out of a publication, or given it another row filter or columns, "
+    "which may have left out rows"
+)
 _RECORD_RESTORED = (
     "Another tool has removed or replaced the comments on the publications %s, which hold the "
     "record of pauses, replica identities and the slot; wrote them back"
@@ -117,6 +130,8 @@ class Startup:
         self._dropped_tables = DroppedTables()
         #: The tables of patterns that are not published.
         self._left_out: list[LeftOut] = []
+        #: The tables, by OID, of which another tool has altered what is published.
+        self._altered: dict[int, TableName] = {}
 
     def tables_changed(self, source: Source) -> bool:
         """Return whether a table or a publication has changed since `run`."""
@@ -145,6 +160,7 @@ class Startup:
         """
         self._restore_record(source)
         checked_at = self._unaltered_at
+        self._altered = memberships.altered(source)
         report = self._preflight(source, progress)
         existing = publications.read(source)
         manage = self._settings.flash_manage
@@ -187,6 +203,7 @@ class Startup:
             self._close_gap(source, report.gap)
         if manage and not report.standby:
             self._joining.note(source, report)
+        self._report_altered(source, report, checked_at)
         self._check_replaced(source, report, checked_at)
         self._new_handlers.request(source)
         comments = record.comments(source)
@@ -211,6 +228,8 @@ class Startup:
             steps: The steps.
             on_writers: As in `ddl.apply`.
         """
+        # A crash must not make our statements look like another tool's.
+        memberships.forget(source, self._altered)
         try:
             ddl.apply(source.connection, steps, self._control.sleep, on_writers)
         except StepFailed as failed:
@@ -264,6 +283,26 @@ class Startup:
     def _exists(source: Source, publication: int) -> bool:
         query = "SELECT 1 FROM pg_publication WHERE oid = %s::oid"
         return source.connection.execute(query, [publication]).fetchone() is not None
+
+    def _report_altered(self, source: Source, report: Report, checked_at: datetime | None) -> None:
+        """Record and log whose rows may be missing because another tool altered a publication.
+
+        Arguments are as in `_check_replaced`.
+        """
+        if not self._settings.flash_manage or report.standby:
+            return
+        recorded = record.published_tables(source)
+        for name in self._altered.values():
+            since = recorded.checked if recorded else None
+            since = checked_at.isoformat(" ", "seconds") if checked_at else since
+            now = slots.position_and_time(source.connection)
+            gap = Gap(source.slot, _ALTERED.format(name), None, since, *now)
+            record.remember_gap(source, gap)
+            logger.error(_GAP, escaped(str(gap)), extra={"table": str(name)})
+        try:
+            memberships.remember(source)
+        except CatalogError as error:
+            logger.info("Cannot record what the publications hold: %s", error)
 
     def _check_replaced(self, source: Source, report: Report, checked_at: datetime | None) -> None:
         """Record and log the tables that were replaced, whose new rows PostgreSQL has not sent.

@@ -84,6 +84,57 @@ def test_tables_that_swap_their_names_leave_no_gap(flash):
     assert gaps(flash) == []
 
 
+ALTERED = {
+    "filtered": "SET TABLE items WHERE (id < 0), others",
+    "filtered and undone": "SET TABLE items WHERE (id < 0), others",
+    "taken out and added again": "DROP TABLE items",
+}
+UNDONE = {
+    "filtered and undone": "SET TABLE items, others",
+    "taken out and added again": "ADD TABLE items",
+}
+
+
+@pytest.mark.parametrize("running", [True, False])
+@pytest.mark.parametrize("how", ALTERED)
+def test_publication_that_another_tool_altered_leaves_a_gap(flash, caplog, how, running):
+    filtered = how.startswith("filtered")
+    if filtered and flash.database.one("SHOW server_version_num") < "150000":
+        pytest.skip("PostgreSQL 15 or later has row filters")
+    flash.database.execute(ITEMS, "CREATE TABLE others (id int PRIMARY KEY)")
+    flash.handler("items", "insert").handler("others", "insert", name="other").start()
+    flash.do("INSERT INTO items VALUES (1, 'a')")
+    if not running:
+        flash.stop()
+    alter = "ALTER PUBLICATION flash_publication_insert "
+    statements = [alter + ALTERED[how], "INSERT INTO items VALUES (2, 'b')"]
+    statements += [alter + UNDONE[how]] if how in UNDONE else []
+    # In one transaction, so that a running worker cannot look in between.
+    flash.database.execute("; ".join(statements))
+    if not running:
+        flash.start()
+    flash.wait(lambda: gaps(flash))
+    (gap,) = gaps(flash)
+    assert "another tool has taken public.items out of a publication" in gap["reason"]
+    assert gap["since_time"] <= gap["until_time"]
+    assert [r.levelname for r in caplog.records if "another tool" in r.message] == ["ERROR"]
+    flash.do("INSERT INTO items VALUES (3, 'c')").stop()
+    assert shown(flash.delivered()) == ["insert 1,a", "insert 3,c"]
+    flash.start().stop()
+    assert len(gaps(flash)) == 1
+
+
+def test_publications_that_the_worker_alters_leave_no_gap(flash):
+    flash.database.execute(ITEMS)
+    flash.handler("items", "insert", fields=["id"]).start(flash_push_down=True).stop()
+    flash.start(flash_push_down=False).stop()
+    flash.start(flash_push_down=True)
+    flash.database.execute("ALTER TABLE items DROP CONSTRAINT items_pkey")
+    flash.do("INSERT INTO items VALUES (1, 'a')").stop()
+    flash.handler("items", "delete", name="deleted").start().stop()
+    assert gaps(flash) == []
+
+
 @pytest.mark.parametrize("comment", ["NULL", "'orders for Celery'"])
 def test_record_removed_while_the_worker_runs_is_written_back(flash, caplog, comment):
     flash.database.execute(ITEMS)
