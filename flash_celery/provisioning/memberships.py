@@ -84,7 +84,8 @@ def _present(source: Source) -> dict[str, Any]:
 
 
 def _plan(source: Source) -> str:
-    """Return a hash of what our own statements have last made of the publications."""
+    """Return a hash of what our own statements have last made of the publications, and where."""
     record = Record.of_json(comment(source, Operation.INSERT)) or Record()
-    text = json.dumps([record.tables, record.previous, record.narrowed], sort_keys=True)
+    parts = [source.system, record.tables, record.previous, record.narrowed]
+    text = json.dumps(parts, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

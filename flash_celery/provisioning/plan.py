@@ -13,7 +13,7 @@ from ..changes.operations import Operation
 from ..postgres.catalog import CatalogTable
 from ..postgres.source import OPERATIONS, publication_name
 from .ddl import Step
-from .publications import ExistingPublications
+from .publications import GENERATED_SINCE, ExistingPublications
 from .record import Record, record_step
 from .requirements import RequiredTables
 
@@ -63,7 +63,7 @@ def set_up_steps(
             str(oid): clauses for oid in required.narrowed if (clauses := required.narrowing(oid))
         },
     )
-    steps = _create(existing)
+    steps = [*_create(existing), *publish_generated(existing)]
     alterations = [
         *_widen(existing, widened),
         *_alter(existing, required, started),
@@ -154,7 +154,8 @@ def _with_identities(record: Record, changing: dict[int, CatalogTable]) -> dict[
 
 def _create(existing: ExistingPublications) -> list[Step]:
     # FULL includes stored generated columns, and an identity must not contain unpublished columns.
-    generated = ", publish_generated_columns = stored" if existing.version >= 180000 else ""
+    since = existing.version >= GENERATED_SINCE
+    generated = ", publish_generated_columns = stored" if since else ""
     statement = sql.SQL("CREATE PUBLICATION {} WITH (publish = {}" + generated + ")")
     return [
         Step(
@@ -165,6 +166,22 @@ def _create(existing: ExistingPublications) -> list[Step]:
         for operation in OPERATIONS
         if operation not in existing.by_operation
     ]
+
+
+def publish_generated(existing: ExistingPublications) -> list[Step]:
+    """Return what makes the publications publish stored generated columns, as `_create` does.
+
+    pg_upgrade leaves that out for publications of an older version. Then PostgreSQL refuses UPDATE
+    and DELETE of a table with such a column and REPLICA IDENTITY FULL. It happens in one
+    transaction: PostgreSQL cannot decode rows of a table whose publications differ in that.
+    """
+    statement = sql.SQL("ALTER PUBLICATION {} SET (publish_generated_columns = stored)")
+    statements = [
+        statement.format(_publication(existing.prefix, operation))
+        for operation, publication in existing.by_operation.items()
+        if not publication.generated
+    ]
+    return [Step(sql.SQL("; ").join(statements))] if statements else []
 
 
 def _reload_partitions(existing: ExistingPublications) -> list[sql.Composed]:

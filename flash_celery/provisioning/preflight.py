@@ -408,6 +408,8 @@ class _Examination:
     def _set_missing_identities(
         self, existing: ExistingPublications, identities: Identities, required: RequiredTables
     ) -> None:
+        if existing.record is not None:
+            self._report.repairs += plan.publish_generated(existing)
         tables = identities.missing(self._settings, required)
         self._report.repairs += plan.set_missing_identities(existing, tables)
 

@@ -20,6 +20,9 @@ from .requirements import RequiredTables
 #: Changes may be missing, because PostgreSQL decodes a row with the publications of its time.
 _UNDO = "undo that, or run `flash reset`; changes written since may be missing."
 
+#: The first version that publishes stored generated columns, as an option of a publication.
+GENERATED_SINCE = 180000
+
 
 @dataclass(frozen=True)
 class Publication:
@@ -32,6 +35,9 @@ class Publication:
     #: Whether it is for all tables, or for schemas.
     everything: bool
     via_root: bool
+    #: Whether it publishes stored generated columns. PostgreSQL 18 has that as an option; before,
+    #: they are not published, and need not be.
+    generated: bool = True
     #: The shape of each table, by OID.
     shapes: dict[int, Shape] = field(default_factory=dict)
 
@@ -64,7 +70,7 @@ _SHAPE = """r.prqual IS NOT NULL,
     (SELECT json_agg(a.attname) FROM pg_attribute a
      WHERE a.attrelid = r.prrelid AND a.attnum = ANY(r.prattrs::int2[]))"""
 _PUBLICATIONS = """
-SELECT p.pubname, p.puballtables OR {has_schemas}, p.pubviaroot,
+SELECT p.pubname, p.puballtables OR {has_schemas}, p.pubviaroot, {generated},
        ARRAY_REMOVE(ARRAY[CASE WHEN pubinsert THEN 'insert' END,
                           CASE WHEN pubupdate THEN 'update' END,
                           CASE WHEN pubdelete THEN 'delete' END,
@@ -83,17 +89,20 @@ def read(source: Source) -> ExistingPublications:
     connection, prefix = source.connection, source.prefix
     version = connection.info.server_version
     shape, has_schemas = (_SHAPE, _HAS_SCHEMAS) if version >= SINCE else ("false, NULL", "false")
+    generated = "p.pubgencols = 's'" if version >= GENERATED_SINCE else "true"
     query = _PUBLICATIONS.replace("{shape}", shape).replace("{has_schemas}", has_schemas)
+    query = query.replace("{generated}", generated)
     rows = connection.execute(query.encode(), [publication_names(prefix)]).fetchall()
     publications: dict[Operation, Publication] = {}
     record = None
-    for name, everything, via_root, publishes, tables, comment in rows:
+    for name, everything, via_root, made, publishes, tables, comment in rows:
         operation = Operation[name.removeprefix(f"{prefix}_").upper()]
         publications[operation] = Publication(
             {oid: TableName(schema, table) for oid, schema, table, *_ in tables},
             frozenset(publishes),
             everything,
             via_root,
+            made,
             {
                 oid: (filtered, None if columns is None else frozenset(columns))
                 for oid, _, _, filtered, columns in tables

@@ -88,6 +88,10 @@ _ALTERED = (
     "another tool has taken {} out of a publication, or given it another row filter or columns, "
     "which may have left out rows"
 )
+_NOT_GENERATED = (
+    "The publications %s left out stored generated columns, as after pg_upgrade to PostgreSQL 18: "
+    "rows written until now lack them. They are published from now on"
+)
 _RECORD_RESTORED = (
     "Another tool has removed or replaced the comments on the publications %s, which hold the "
     "record of pauses, replica identities and the slot; wrote them back"
@@ -164,6 +168,7 @@ class Startup:
         report = self._preflight(source, progress)
         existing = publications.read(source)
         manage = self._settings.flash_manage
+        self._warn_of_generated(existing)
         if report.gap is not None:
             # Recorded before anything else, so that it is not forgotten if this process ends.
             record.remember_gap(source, report.gap)
@@ -384,6 +389,16 @@ class Startup:
             logger.warning(_ATTACHED, name, time)
             if not self._settings.flash_manage:
                 logger.warning(_LEFT_OUT, name)
+
+    def _warn_of_generated(self, existing: ExistingPublications) -> None:
+        """Name the publications that leave out stored generated columns, if they are altered."""
+        names = [
+            publication_name(existing.prefix, operation)
+            for operation, publication in existing.by_operation.items()
+            if not publication.generated
+        ]
+        if names and self._settings.flash_manage:
+            logger.warning(_NOT_GENERATED, ", ".join(names))
 
     def _fingerprint(self, source: Source) -> str:
         tables = [each.table for each in of_tables(self._subscriptions) if each.pattern is None]

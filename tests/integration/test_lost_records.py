@@ -2,6 +2,7 @@
 
 import json
 
+import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
@@ -133,6 +134,32 @@ def test_publications_that_the_worker_alters_leave_no_gap(flash):
     flash.do("INSERT INTO items VALUES (1, 'a')").stop()
     flash.handler("items", "delete", name="deleted").start().stop()
     assert gaps(flash) == []
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_stored_generated_columns_are_published_after_an_upgrade(flash, caplog, running):
+    """pg_upgrade to 18 makes publications that leave them out, and then UPDATE is refused."""
+    if flash.database.one("SHOW server_version_num") < "180000":
+        pytest.skip("PostgreSQL 18 or later publishes generated columns")
+    flash.database.execute(
+        ITEMS, "ALTER TABLE items ADD twice int GENERATED ALWAYS AS (id * 2) STORED"
+    )
+    flash.handler("items", fields=["name", "twice"]).start()
+    flash.do("INSERT INTO items VALUES (1, 'a')")
+    if not running:
+        flash.stop()
+    alter = "ALTER PUBLICATION flash_publication_{} SET (publish_generated_columns = none)"
+    operations = ("insert", "update", "delete", "truncate")
+    flash.database.execute(*[alter.format(operation) for operation in operations])
+    if not running:
+        with pytest.raises(psycopg.errors.InvalidColumnReference):
+            flash.database.execute("UPDATE items SET name = 'b'")
+        flash.start()
+    flash.wait(lambda: "left out stored generated columns" in caplog.text)
+    published = "SELECT bool_and(pubgencols = 's') FROM pg_publication"
+    flash.wait(lambda: flash.database.one(published))
+    flash.do("UPDATE items SET name = 'c'").stop()
+    assert shown(flash.delivered()) == ["insert a,2", "update a,2 -> c,2"]
 
 
 @pytest.mark.parametrize("comment", ["NULL", "'orders for Celery'"])
