@@ -585,6 +585,21 @@ def test_backfill_waits_for_a_transaction_that_was_open_when_its_table_was_publi
         assert applied(consumer.changes()).keys() == {1, 2}
 
 
+def test_vacuum_removes_what_is_deleted_during_a_backfill(mirrored, consumer):
+    mirrored.database.execute("CREATE TABLE others AS SELECT n FROM generate_series(1, 1000) n")
+    mirrored.replicate()
+    flash(mirrored, "backfill", "mirror", "--chunk", "25", "--rate", "50/s")
+    wait_until(lambda: rows_of(mirrored) >= 50, "some chunks", 60)
+    mirrored.database.execute("DELETE FROM others")
+
+    def vacuumed():
+        mirrored.database.execute("VACUUM others")
+        return mirrored.database.one("SELECT pg_relation_size('others') = 0")
+
+    wait_until(vacuumed, "VACUUM to remove the rows", 30)
+    assert state(mirrored) == "running"
+
+
 def test_backfill_is_paused_resumed_and_stopped(mirrored, consumer):
     mirrored.replicate()
     flash(mirrored, "backfill", "mirror", "--chunk", "100", "--rate", "500/s")
@@ -823,7 +838,9 @@ def described(state, rows):
     now = datetime.now(timezone.utc)
     times = now - timedelta(seconds=rows / 100 + 1), None, now
     counts = 500, 1000, *times, 2, rows
-    return requests.Backfill("b", "s", "h", "public.items", state, None, *counts, {}, None, None)
+    return requests.Backfill(
+        "b", "s", "h", "public.items", state, None, *counts, {}, None, None
+    )
 
 
 def test_worker_says_that_it_may_not_use_the_tables_of_backfills(database, caplog):
