@@ -12,7 +12,7 @@ from ..escaping import escaped, one_line
 from ..handlers.subscriptions import Subscription
 from ..postgres.source import Source
 from . import plans, requests
-from .requests import Backfill
+from .requests import RequestedBackfill
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class NewHandlers:
             self._log("Changes were lost", *plans.request(source, subscriptions))
 
     def _log(
-        self, why: str, requested: Sequence[Backfill], refused: Sequence[plans.Refusal]
+        self, why: str, requested: Sequence[RequestedBackfill], refused: Sequence[plans.Refusal]
     ) -> None:
         plans.log_requested(why, requested)
         for refusal in refused:

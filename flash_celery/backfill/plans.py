@@ -275,7 +275,7 @@ def _options(plan: Plan) -> dict[str, Any]:
 
 def request(
     source: Source, subscriptions: Sequence[Subscription]
-) -> tuple[list[requests.Backfill], list[Refusal]]:
+) -> tuple[list[requests.RequestedBackfill], list[Refusal]]:
     """Request the backfills that are possible; return them, and why others are not.
 
     Args:
@@ -292,7 +292,7 @@ def request(
         return [], [Refusal(*pair, one_line(error)) for pair in pairs]
 
 
-def start(source: Source, plans: Iterable[Plan]) -> list[requests.Backfill]:
+def start(source: Source, plans: Iterable[Plan]) -> list[requests.RequestedBackfill]:
     """Request backfills; the running replication worker does them.
 
     Raises:
@@ -313,7 +313,7 @@ def start(source: Source, plans: Iterable[Plan]) -> list[requests.Backfill]:
         return requests.request(source, wanted)
 
 
-def log_requested(why: str, requested: Sequence[requests.Backfill]) -> None:
+def log_requested(why: str, requested: Sequence[requests.RequestedBackfill]) -> None:
     """Log backfills that were requested at once: the first ones by name, and the number of others.
 
     Args:

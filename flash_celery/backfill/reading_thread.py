@@ -30,7 +30,7 @@ from ..table_name import TableName
 from . import requests
 from .chunks import Chunk, Cursor
 from .leaves import LeafReader
-from .requests import Backfill
+from .requests import RequestedBackfill
 from .snapshots import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ class ReadingChunks(threading.Thread):
     def __init__(
         self,
         settings: Settings,
-        backfill: Backfill,
+        backfill: RequestedBackfill,
         room: Room,
         wake: Callable[[], object],
         known: KnownChunks,
@@ -345,7 +345,7 @@ class ReadingChunks(threading.Thread):
             self._settle(connection, 0)
             raise _Ended
 
-    def _state(self, connection: psycopg.Connection[Any]) -> Backfill:
+    def _state(self, connection: psycopg.Connection[Any]) -> RequestedBackfill:
         state = requests.find(connection, self._backfill.id)
         if self._ending.is_set() or state is None:
             raise _Ended

@@ -181,7 +181,7 @@ class Progress(TypedDict):
 
 
 @dataclass(frozen=True)
-class Backfill:
+class RequestedBackfill:
     """One backfill: a table for a handler."""
 
     id: str
@@ -227,7 +227,7 @@ class Draft(NamedTuple):
     options: Mapping[str, Any] = MappingProxyType({})
 
 
-def request(source: Source, drafts: Sequence[Draft]) -> list[Backfill]:
+def request(source: Source, drafts: Sequence[Draft]) -> list[RequestedBackfill]:
     """Record that tables are to be backfilled. Call it in a transaction.
 
     Raises:
@@ -250,7 +250,7 @@ def request(source: Source, drafts: Sequence[Draft]) -> list[Backfill]:
     }
     values["options"] = [Jsonb(dict(options)) for options in values["options"]]
     values["id"] = [secrets.token_hex(_ID_BYTES) for _ in drafts]
-    with source.connection.cursor(row_factory=class_row(Backfill)) as cursor:
+    with source.connection.cursor(row_factory=class_row(RequestedBackfill)) as cursor:
         return cursor.execute(_INSERT, {"slot": source.slot, **values}).fetchall()
 
 
@@ -292,12 +292,12 @@ def _usable(connection: psycopg.Connection[Any]) -> bool:
     return connection.execute(_USABLE).fetchone() == (True,)
 
 
-def all_of(source: Source) -> list[Backfill]:
+def all_of(source: Source) -> list[RequestedBackfill]:
     """Return all backfills of a source, in the order in which they were requested."""
     return _select(source.connection, source.slot)
 
 
-def recent(source: Source, most: int) -> tuple[list[Backfill], dict[str, int]]:
+def recent(source: Source, most: int) -> tuple[list[RequestedBackfill], dict[str, int]]:
     """Return backfills that have not ended, or on the last day only.
 
     Args:
@@ -311,7 +311,7 @@ def recent(source: Source, most: int) -> tuple[list[Backfill], dict[str, int]]:
     if not _usable(connection):
         return [], {}
     others = Counter(dict(connection.execute(_COUNTS, [source.slot]).fetchall()))
-    with connection.cursor(row_factory=class_row(Backfill)) as cursor:
+    with connection.cursor(row_factory=class_row(RequestedBackfill)) as cursor:
         found = cursor.execute(_RECENT, {"slot": source.slot, "most": most}).fetchall()
     others.subtract(each.state for each in found)
     return sorted(found, key=lambda each: each.requested_at), dict(+others)
@@ -356,7 +356,7 @@ def queues(source: Source) -> list[tuple[str, str]]:
     return []
 
 
-def active(source: Source) -> list[Backfill]:
+def active(source: Source) -> list[RequestedBackfill]:
     """Return the backfills that the replication worker has to do, as they were requested.
 
     A worker that reads a standby has none: they are those of the primary.
@@ -375,7 +375,7 @@ def active(source: Source) -> list[Backfill]:
     return [] if is_standby(connection) else _select(connection, source.slot, active=True)
 
 
-def begun(source: Source) -> list[Backfill]:
+def begun(source: Source) -> list[RequestedBackfill]:
     """Return the backfills that have read something and have not ended, also paused ones.
 
     As with `active`, a worker that reads a standby has none.
@@ -385,13 +385,13 @@ def begun(source: Source) -> list[Backfill]:
     return _select(source.connection, source.slot, begun=True)
 
 
-def absence_of(backfill: Backfill) -> str:
+def absence_of(backfill: RequestedBackfill) -> str:
     """Return the error of a backfill that is paused because its handler is gone."""
     name, table = backfill.handler, backfill.table_name
     return f"{name} is no handler of {table}; it goes on when {name} is one again."
 
 
-def resume_present(source: Source, is_present: Callable[[Backfill], bool]) -> None:
+def resume_present(source: Source, is_present: Callable[[RequestedBackfill], bool]) -> None:
     """Let backfills go on that are paused because their handler was gone, and that have it now."""
     if is_standby(source.connection):
         return
@@ -400,7 +400,7 @@ def resume_present(source: Source, is_present: Callable[[Backfill], bool]) -> No
             enter(source.connection, backfill.id, "requested", ["paused"])
 
 
-def find(connection: psycopg.Connection[Any], id: str) -> Backfill | None:
+def find(connection: psycopg.Connection[Any], id: str) -> RequestedBackfill | None:
     """Return a backfill by its id."""
     found = _select(connection, id=id)
     return found[0] if found else None
@@ -413,11 +413,11 @@ def _select(
     active: bool = False,
     begun: bool = False,
     failed: bool = False,
-) -> list[Backfill]:
+) -> list[RequestedBackfill]:
     if not _usable(connection):
         return []
     values = {"slot": slot, "id": id, "active": active, "begun": begun, "failed": failed}
-    with connection.cursor(row_factory=class_row(Backfill)) as cursor:
+    with connection.cursor(row_factory=class_row(RequestedBackfill)) as cursor:
         return cursor.execute(_SELECT, values).fetchall()
 
 
@@ -457,7 +457,10 @@ def advance(
 
 
 def vouch(
-    connection: psycopg.Connection[Any], backfill: Backfill, chunk: str, known: Sequence[str]
+    connection: psycopg.Connection[Any],
+    backfill: RequestedBackfill,
+    chunk: str,
+    known: Sequence[str],
 ) -> None:
     """Record that a broker which knows a chunk has the rows of other backfills, too.
 

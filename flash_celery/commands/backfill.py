@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from ..backfill import requests
-from ..backfill.requests import Backfill
+from ..backfill.requests import RequestedBackfill
 from ..errors import ConfigurationError
 from ..messages.task_options import name_on_broker
 from ..postgres.source import Source
@@ -42,7 +42,7 @@ def move(source: Source, id: str, state: str) -> None:
         raise ConfigurationError(f"The backfill {id} is {found.state}{another}.")
 
 
-def wait(source: Source, ids: Sequence[str], report: Callable[[Backfill], object]) -> None:
+def wait(source: Source, ids: Sequence[str], report: Callable[[RequestedBackfill], object]) -> None:
     """Wait until the broker has the rows of backfills.
 
     Args:
@@ -61,7 +61,7 @@ def wait(source: Source, ids: Sequence[str], report: Callable[[Backfill], object
                 raise ConfigurationError(f"The backfill {id} is {backfill.state}{reason}.")
 
 
-def _states(source: Source, id: str) -> Iterator[Backfill]:
+def _states(source: Source, id: str) -> Iterator[RequestedBackfill]:
     while True:
         found = requests.find(source.connection, id)
         if found is None:
@@ -113,7 +113,7 @@ def with_consumed(app: Any, backfills: Sequence[dict[str, Any]]) -> list[dict[st
     ]
 
 
-def as_json(backfill: Backfill) -> dict[str, Any]:
+def as_json(backfill: RequestedBackfill) -> dict[str, Any]:
     """Return a backfill for `flash backfill list --json`; see also `with_consumed`."""
     estimate, rate = max(backfill.estimate, backfill.row_count), _rate(backfill)
     active, failed = backfill.state in requests.ACTIVE, _stopped_by_error(backfill)
@@ -140,17 +140,17 @@ def as_json(backfill: Backfill) -> dict[str, Any]:
     }
 
 
-def _stopped_by_error(backfill: Backfill) -> bool:
+def _stopped_by_error(backfill: RequestedBackfill) -> bool:
     """Return whether it paused itself."""
     return backfill.state == "paused" and backfill.error is not None
 
 
-def _has_to_be_resumed(backfill: Backfill) -> bool:
+def _has_to_be_resumed(backfill: RequestedBackfill) -> bool:
     """Return whether it goes on only when the cause is gone and it is resumed."""
     return _stopped_by_error(backfill) and backfill.error != requests.absence_of(backfill)
 
 
-def _rate(backfill: Backfill) -> float:
+def _rate(backfill: RequestedBackfill) -> float:
     """Return the rows a second: lately, or of one that has ended since it was requested."""
     if backfill.ended_at is None and backfill.progress is not None:
         pace = backfill.progress.get("pace")

@@ -20,7 +20,7 @@ from ..backfill.leaves import leaves_of
 from ..backfill.moved_rows import MovedRows
 from ..backfill.reading_thread import KnownChunks, ReadingChunks
 from ..backfill.recent_writes import Key, RecentWrites
-from ..backfill.requests import Backfill
+from ..backfill.requests import RequestedBackfill
 from ..backfill.snapshots import Snapshot
 from ..capture.relations import RelationCatalog
 from ..capture.router import Receiver, Router, Sink
@@ -88,7 +88,7 @@ class Backfilling:
     def __init__(
         self,
         source: Source,
-        backfill: Backfill,
+        backfill: RequestedBackfill,
         receivers: Receivers,
         relations: RelationCatalog,
         sink: Sink,

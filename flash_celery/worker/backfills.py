@@ -18,7 +18,7 @@ from ..backfill.chunks import identity_of
 from ..backfill.leaves import leaves_of
 from ..backfill.moved_rows import MOST_KEYS, MovedRows
 from ..backfill.reading_thread import KnownChunks
-from ..backfill.requests import Backfill
+from ..backfill.requests import RequestedBackfill
 from ..capture.transactions import Rows
 from ..errors import CatalogError, ConfigurationError
 from ..escaping import one_line
@@ -38,7 +38,9 @@ logger = logging.getLogger(__name__)
 _MOVED_TOGETHER = 100
 #: Makes what does a backfill, of its receivers and of the rows of each leaf that move. Returns None
 #: if another session has to do it. Raises `CatalogError` or `ConfigurationError` if it cannot be.
-Maker: TypeAlias = Callable[[Backfill, Receivers, Mapping[int, MovedRows]], "Backfilling | None"]
+Maker: TypeAlias = Callable[
+    [RequestedBackfill, Receivers, Mapping[int, MovedRows]], "Backfilling | None"
+]
 
 
 class Backfills:
@@ -123,12 +125,12 @@ class Backfills:
         if any(each.has_ended for each in self._doing):
             self.take_turns()
 
-    def _choose(self, active: Sequence[Backfill]) -> list[Backfill]:
+    def _choose(self, active: Sequence[RequestedBackfill]) -> list[RequestedBackfill]:
         chosen = self._turns.choose(active)
         self._turns.doing = [each.id for each in chosen]
         return chosen
 
-    def _do(self, chosen: Sequence[Backfill]) -> bool:
+    def _do(self, chosen: Sequence[RequestedBackfill]) -> bool:
         """Do backfills in this session; return False if another session has to do one."""
         assert self._observed is not None
         done = True
@@ -166,7 +168,7 @@ class Backfills:
                 if found is None or found.ended_at is not None:
                     self._forget_moved(ended.id)
 
-    def _receivers_of(self, backfill: Backfill) -> Receivers:
+    def _receivers_of(self, backfill: RequestedBackfill) -> Receivers:
         """Return the subscriptions that a backfill delivers to; no rows if its handler is gone."""
         table = TableName.parse(backfill.table_name)
         rows = [
@@ -176,7 +178,7 @@ class Backfills:
         ]
         return Receivers(rows, of_ends(self._subscriptions, backfill.handler))
 
-    def _active(self) -> list[Backfill]:
+    def _active(self) -> list[RequestedBackfill]:
         """Return the backfills that have something to do; none if their tables cannot be read."""
         try:
             return requests.active(self._source)
@@ -232,7 +234,7 @@ class Backfills:
         for each in self._doing:
             each.close()
 
-    def _note_moved(self, backfill: Backfill) -> None:
+    def _note_moved(self, backfill: RequestedBackfill) -> None:
         """Note from now on which rows of a backfill's table move.
 
         Raises:
@@ -252,7 +254,7 @@ class Backfills:
         for oid, moved in self._moved.pop(id, {}).items():
             self._observed.remove(oid, moved)
 
-    def _moved_of_leaf(self, backfill: Backfill, leaf: CatalogTable) -> MovedRows:
+    def _moved_of_leaf(self, backfill: RequestedBackfill, leaf: CatalogTable) -> MovedRows:
         identity, connection = identity_of(leaf), self._source.connection
         owed = requests.all_moved(connection, backfill.id, leaf.oid, MOST_KEYS + 1)
         keys = [

@@ -33,7 +33,7 @@ import psycopg
 from ..acknowledgement import Progress
 from ..backfill import requests
 from ..backfill.moved_rows import MovedRows
-from ..backfill.requests import Backfill
+from ..backfill.requests import RequestedBackfill
 from ..backoff import delays
 from ..capture.pipeline import Pipeline
 from ..capture.relations import RelationCatalog
@@ -548,7 +548,7 @@ class Replicator:
         batcher: Batcher,
         templates: Templates,
         claim: Claim,
-        backfill: Backfill,
+        backfill: RequestedBackfill,
         receivers: Receivers,
         moved: Mapping[int, MovedRows],
     ) -> Backfilling | None:
@@ -586,7 +586,7 @@ class Replicator:
             self._history,
         )
 
-    def _backfill_queue(self, backfill: Backfill) -> str | None:
+    def _backfill_queue(self, backfill: RequestedBackfill) -> str | None:
         """Return the queue that a backfill has of its own, if any.
 
         Raises:
@@ -597,7 +597,7 @@ class Replicator:
             return None
         return self._task_options.add_backfill_queue(backfill.handler, name)
 
-    def _backfilled_queues(self, templates: Templates, backfill: Backfill) -> list[str]:
+    def _backfilled_queues(self, templates: Templates, backfill: RequestedBackfill) -> list[str]:
         """Return the lanes that a backfill fills, or else its queues."""
         handler = backfill.handler
         lanes = [form.key for form in templates.lanes if form.handler == handler]

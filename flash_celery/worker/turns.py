@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from ..backfill.requests import Backfill
+from ..backfill.requests import RequestedBackfill
 
 #: The most backfills at a time without a rate, and with one: each has a thread and a connection.
 #: One with a rate sleeps most of the time, so it holds up none without.
@@ -45,12 +45,12 @@ class Turns:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         #: Returns the queues, or the lanes, that a backfill fills.
-        self.queues_of: Callable[[Backfill], Collection[str]] = lambda _: ()
+        self.queues_of: Callable[[RequestedBackfill], Collection[str]] = lambda _: ()
         self._turns: dict[str, _Turn] = {}
         #: The ids of those that the session does.
         self.doing: Collection[str] = ()
 
-    def choose(self, active: Sequence[Backfill]) -> list[Backfill]:
+    def choose(self, active: Sequence[RequestedBackfill]) -> list[RequestedBackfill]:
         """Return the backfills to do now.
 
         Args:
@@ -61,10 +61,10 @@ class Turns:
         turns = {each.id: self._turn(each, queues_of[each.id], waiting) for each in active}
         self._turns = turns
 
-        def place(backfill: Backfill) -> tuple[float, bool]:
+        def place(backfill: RequestedBackfill) -> tuple[float, bool]:
             return turns[backfill.id].lost_at, backfill.id not in self.doing
 
-        chosen: list[Backfill] = []
+        chosen: list[RequestedBackfill] = []
         taken: set[str] = set()
         left = {False: _MOST, True: _MOST_LIMITED}
         for backfill in sorted(active, key=place):
@@ -76,7 +76,10 @@ class Turns:
         return chosen
 
     def _turn(
-        self, backfill: Backfill, queues: AbstractSet[str], waiting: Iterable[AbstractSet[str]]
+        self,
+        backfill: RequestedBackfill,
+        queues: AbstractSet[str],
+        waiting: Iterable[AbstractSet[str]],
     ) -> _Turn:
         """Return the turn of a backfill as it is now.
 

@@ -838,7 +838,7 @@ def described(state, rows):
     now = datetime.now(timezone.utc)
     times = now - timedelta(seconds=rows / 100 + 1), None, now
     counts = 500, 1000, *times, 2, rows
-    return requests.Backfill(
+    return requests.RequestedBackfill(
         "b", "s", "h", "public.items", state, None, *counts, {}, None, None
     )
 

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 
 from example_project.servers import wait_until
 from flash_celery import on_change
-from flash_celery.backfill.requests import Backfill
+from flash_celery.backfill.requests import RequestedBackfill
 from flash_celery.cli import flash, logs
 from flash_celery.commands import backfill as commands
 from flash_celery.commands.status import SlotStatus, StatusReport, more_backfills
@@ -186,7 +186,7 @@ def test_backfills_are_reported_until_they_end(observer):
         times = now - timedelta(seconds=100), ended_at, now - timedelta(seconds=50)
         counts = 500, 1000, times[0], times[1], times[2], 2, 800
         return commands.as_json(
-            Backfill("b1", "s", "h", "public.t", state, None, *counts, {}, None, error)
+            RequestedBackfill("b1", "s", "h", "public.t", state, None, *counts, {}, None, error)
         )
 
     running, paused = described("running"), described("paused")

@@ -4,7 +4,7 @@ from datetime import datetime, timezone
 
 import pytest
 
-from flash_celery.backfill.requests import Backfill
+from flash_celery.backfill.requests import RequestedBackfill
 from flash_celery.worker.turns import Turns
 
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
@@ -33,7 +33,7 @@ class World:
     def backfill(self, name):
         rate = 5.0 if name.endswith("limited") else None
         rows = [rate, 5000, 0, NOW, None, NOW, self.chunks[name], 0, {}, None, self.error]
-        return Backfill(name, "slot", name, "table", "requested", *rows)
+        return RequestedBackfill(name, "slot", name, "table", "requested", *rows)
 
 
 def test_backfills_of_different_queues_are_done_together():
