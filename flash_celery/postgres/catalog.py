@@ -350,7 +350,7 @@ SELECT concat_ws(' | ',
      LEFT JOIN LATERAL (
          SELECT count(*) FROM pg_attribute
          WHERE attrelid = c.oid AND attgenerated <> '') AS made ON true),
-    (SELECT string_agg(concat_ws(' ', to_jsonb(p), {{schemas}}, tables.count, tables.hash,
+    (SELECT string_agg(concat_ws(' ', to_jsonb(p), p.xmin, {{schemas}}, tables.count, tables.hash,
                                  tables.named), ',' ORDER BY p.oid)
      FROM pg_publication p LEFT JOIN (
          SELECT r.prpubid, count(*), bit_xor(hashoidextended(r.oid, r.prrelid::int8)) AS hash,

@@ -2,8 +2,9 @@
 
 PostgreSQL decodes a row with the publications of its time, so it leaves out what was written in
 between. A row of `pg_publication_rel` is never altered: a row filter or a column list makes another
-one, and so does a table that is taken out and added again. So the OIDs of these rows show it. They
-are recorded in the comment on the publication of updates.
+one, and so does a table that is taken out and added again. So the OIDs of these rows show it, with
+the transactions that wrote the rows of `pg_publication`, which have the operations. They are
+recorded in the comment on the publication of updates.
 """
 
 from __future__ import annotations
@@ -22,26 +23,29 @@ from .record import Record, comment, part, part_step
 
 _KEY = "flash_celery_memberships"
 _MEMBERSHIPS = b"""
-SELECT r.prrelid::int8, array_agg(r.oid::int8 ORDER BY r.oid)
+SELECT r.prrelid::int8, array_agg(concat(r.oid, '/', p.xmin) ORDER BY r.oid)
 FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
 WHERE p.pubname = ANY(%s) GROUP BY r.prrelid ORDER BY r.prrelid
 """
-_PUBLICATION = b"SELECT min(oid)::int8 FROM pg_publication WHERE pubname = ANY(%s)"
+_PUBLICATIONS = b"""
+SELECT string_agg(concat(oid, '/', pubowner), ' ' ORDER BY oid) FROM pg_publication
+WHERE pubname = ANY(%s)
+"""
 
 
 def altered(source: Source) -> dict[int, TableName]:
     """Return the tables, by OID, of which another tool has changed a membership since `remember`.
 
-    There are none where the owner has run statements of ours, which `plan` records, and none in a
-    restored or upgraded database, which has other publications.
+    There are none where the owner has run statements of ours, which `plan` records, and none where
+    the publications are others, as in a restored or upgraded database, or have another owner.
     """
     recorded = part(source, Operation.UPDATE, _KEY)
     if not isinstance(recorded, dict) or recorded.get("plan") != _plan(source):
         return {}
     present = _present(source)
-    if recorded.get("publication") != present["publication"]:
+    if recorded.get("publications") != present["publications"]:
         return {}
-    tables: dict[str, list[int]] = recorded.get("tables", {})
+    tables: dict[str, list[str]] = recorded.get("tables", {})
     oids = [int(oid) for oid, rows in tables.items() if {*rows} - {*present["tables"].get(oid, ())}]
     described = catalog.describe_all(source.connection, oids)
     return {oid: table.name for oid, table in described.items()}
@@ -75,10 +79,10 @@ def _write(source: Source, value: dict[str, Any]) -> None:
 
 def _present(source: Source) -> dict[str, Any]:
     connection, names = source.connection, [publication_names(source.prefix)]
-    (publication,) = connection.execute(_PUBLICATION, names).fetchone() or (None,)
+    (publications,) = connection.execute(_PUBLICATIONS, names).fetchone() or (None,)
     rows = connection.execute(_MEMBERSHIPS, names).fetchall()
     return {
-        "publication": publication,
+        "publications": publications,
         "tables": {str(oid): memberships for oid, memberships in rows},
     }
 

@@ -85,8 +85,8 @@ _UNFINISHED = (
 )
 _REPLACED = "{} was replaced by another table, which was not published until then"
 _ALTERED = (
-    "another tool has taken {} out of a publication, or given it another row filter or columns, "
-    "which may have left out rows"
+    "another tool has taken {} out of a publication, or given it another row filter, columns or "
+    "operations, which may have left out rows"
 )
 _NOT_GENERATED = (
     "The publications %s left out stored generated columns, as after pg_upgrade to PostgreSQL 18: "
