@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from pathlib import Path
+from threading import Event
 
 import amqp
 import psutil
@@ -228,6 +229,42 @@ def test_oversize_change_for_redis_stops_no_handler(flash, ordered):
         client.execute_command("ACL", "SETUSER", "default", "-lpush", "-rpush")
         with pytest.raises(PublishError, match=r"failed: .* 0 messages were enqueued before\. Run"):
             replay_since(flash, before)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_restart_between_a_refusal_and_its_dead_letter_loses_nothing(flash, ordered):
+    with Valkey(**{"proto-max-bulk-len": "1mb"}) as own, redis.Redis(port=own.port) as client:
+        flash.database.execute("CREATE TABLE items (id int PRIMARY KEY, note text)")
+        flash.app.conf.broker_url = own.url
+        flash.handler("items", ordered=ordered)
+        flash.publisher = publisher = for_app(flash.app)
+        find_out, refused, stopped = publisher._check_length, Event(), Event()
+
+        def find_out_and_wait():
+            try:
+                find_out()
+            except PublishError:  # the message is too long; nothing says so once Redis is back
+                refused.set()
+                assert stopped.wait(30)
+                raise
+
+        publisher._check_length = find_out_and_wait
+        flash.start()
+        flash.database.execute(
+            "INSERT INTO items SELECT n, repeat('x', CASE n % 3 WHEN 0 THEN 5000000 ELSE 5000 END) "
+            "FROM generate_series(1, 6) AS n"
+        )
+        assert refused.wait(30)
+        own.stop()
+        stopped.set()
+        own.start()
+        flash.do("INSERT INTO items VALUES (7)")
+        flash.stop()
+        dead = [json.loads(text)["body"] for text in client.lrange("flash.dead", 0, -1)]
+        changes = [c for body in dead for c in letters.changes_of(letters.decode(body))]
+        assert sorted(change.key["id"] for change in changes) == [3, 6]
+        lanes = [key for key in client.scan_iter() if re.search(rb"\.\d+$", key)]
+        assert sum(map(client.llen, lanes or ["flash"])) == 5
 
 
 def test_oversize_message_that_redis_gets_in_base64_stops_nothing(flash):
