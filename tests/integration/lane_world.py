@@ -24,15 +24,7 @@ from flash_celery.publishing.brokers.lane_store import Done, LaneStore, LostLeas
 KEY, QUEUE = "_flash.ordered.1.slot.handler", "wakes"
 LEASE = 30.0
 TABLE = Table("public", "t", None, "d", ("id",), (Column("id", 23, "integer", True),))
-PUSH = (
-    scripts._FUNCTIONS
-    + """
-for position = 2, #ARGV, 3 do
-    local lane, count, entry = unpack(ARGV, position, position + 2)
-    push(KEYS[1], tonumber(ARGV[1]), lane, tonumber(count), entry)
-end
-"""
-)
+PUSH = scripts._FUNCTIONS + "push(KEYS[1], tonumber(ARGV[1]), 2, #ARGV)"
 BARRIER = (
     scripts._FUNCTIONS
     + """

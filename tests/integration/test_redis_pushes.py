@@ -250,6 +250,19 @@ def test_one_step_fills_lanes_and_pushes_changes(publisher, client):
     assert client.llen(f"{key}.2") == 1
 
 
+def test_step_of_many_long_words_arrives_whole(publisher, client):
+    key = handler_key("1/slot", "handler")
+    form = LaneForm(key, "1/slot", "handler", 4, Form("flash", "handler", {}, {}))
+    publisher.prepare([form])
+    pushes = [(number % 4, 1, f"{number} {'é' * 997 * number}") for number in range(200)]
+    publisher.publish([LaneMessage(form, pushes, NOTHING)])
+    for lane in range(4):
+        texts = [text for place, _, text in pushes if place == lane]
+        assert [each.decode() for each in client.lrange(f"{key}.{lane}", 0, -1)] == texts
+    assert client.hmget(f"{key}.state", "waiting", "n0", "n3") == [b"200", b"50", b"50"]
+    assert client.llen("flash") == 4
+
+
 def test_lanes_are_woken_again_after_the_lease_but_after_30_seconds_at_most(new_session, client):
     key = handler_key("1/slot", "handler")
     form = LaneForm(key, "1/slot", "handler", 4, Form("flash", "handler", {}, {}))

@@ -108,13 +108,20 @@ local function holds(H, lane, token)
     return redis.call('HGET', H .. '.state', 't' .. lane) == token
 end
 
-local function push(H, now, lane, count, entry)
-    redis.call('RPUSH', H .. '.' .. lane, entry)
-    redis.call('HINCRBY', H .. '.state', 'n' .. lane, count)
-    redis.call('HINCRBY', H .. '.state', 'waiting', count)
-    if redis.call('HEXISTS', H .. '.state', 'b' .. lane) == 0
-        and not redis.call('ZSCORE', H .. '.due', lane) then
-        hand_on(H, lane, now)
+-- Push entries: the words from `first` to `last` are, repeatedly, a lane, a number of changes and
+-- an entry. The commands for an entry are most of what it costs: so there are as few as possible.
+local function push(H, now, first, last)
+    local S, D, total = H .. '.state', H .. '.due', 0
+    for at = first, last, 3 do total = total + ARGV[at + 1] end
+    redis.call('HINCRBY', S, 'waiting', string.format('%.0f', total))
+    for at = first, last, 3 do
+        local lane = ARGV[at]
+        redis.call('RPUSH', H .. '.' .. lane, ARGV[at + 2])
+        redis.call('HINCRBY', S, 'n' .. lane, ARGV[at + 1])
+        -- A lane that is in `due` is neither parked nor blocked.
+        if not redis.call('ZSCORE', D, lane) and redis.call('HEXISTS', S, 'b' .. lane) == 0 then
+            hand_on(H, lane, now)
+        end
     end
 end
 
@@ -539,10 +546,7 @@ end
 local function run(at, last)
     local name, H = ARGV[at], ARGV[at + 1]
     if name == 'FLASH.PUSH' then
-        local now = time_now('')
-        for position = at + 3, last, 3 do
-            push(H, now, ARGV[position], tonumber(ARGV[position + 1]), ARGV[position + 2])
-        end
+        push(H, time_now(''), at + 3, last)
     elseif name == 'FLASH.BARRIER' then
         local lanes = {}
         for position = at + 4, last do lanes[#lanes + 1] = ARGV[position] end
