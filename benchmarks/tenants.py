@@ -10,7 +10,7 @@ from celery import Celery
 from benchmarks.project import Project
 from benchmarks.results import Goal, Line
 from flash_celery import on_change
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.postgres.source import connected
 from flash_celery.settings import Settings
 from flash_celery.worker.control import Control

@@ -29,7 +29,7 @@ class Project:
 
     def __init__(self, app: Any, source: str | None) -> None:
         from ..errors import ConfigurationError
-        from ..handlers.decorators import subscriptions_of
+        from ..handlers.app_subscriptions import subscriptions_of
         from ..handlers.subscriptions import of_source
         from ..settings import Settings
 

@@ -14,7 +14,7 @@ from ..changes.payload import CHANGE, CHANGES
 from ..dead_letters import letters
 from ..dead_letters.failed_tasks import store_letter
 from ..errors import ConfigurationError, PayloadError, PublishError
-from ..handlers.decorators import subscriptions_of_task
+from ..handlers.app_subscriptions import subscriptions_of_task
 from ..messages import lane_entries
 from ..messages.lane_entries import Marker
 from ..messages.task_ids import task_id_of_change

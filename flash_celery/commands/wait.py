@@ -15,7 +15,7 @@ from ..backfill import requests
 from ..dead_letters import letters
 from ..dead_letters.queue import DeadLetterFilter, DeadLetterQueue
 from ..errors import CatalogError, ConfigurationError, NotDone, PayloadError
-from ..handlers.decorators import subscriptions_of
+from ..handlers.app_subscriptions import subscriptions_of
 from ..handlers.subscriptions import Subscription, of_source
 from ..messages.task_options import TaskOptions
 from ..postgres import slots

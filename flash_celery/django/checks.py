@@ -26,7 +26,7 @@ from ..errors import (
     SubscriptionError,
     did_you_mean,
 )
-from ..handlers.decorators import subscriptions_of_task
+from ..handlers.app_subscriptions import subscriptions_of_task
 from ..handlers.subscriptions import Subscription, of_tables, table_name
 from ..postgres.connection import connect
 from ..provisioning import table_checks

@@ -13,7 +13,7 @@ from ..dead_letters.letters import DeadLetter
 from ..dead_letters.queue import DeadLetterFilter, DeadLetterQueue
 from ..errors import FlashError
 from ..escaping import escaped, one_line
-from ..handlers.decorators import subscriptions_of
+from ..handlers.app_subscriptions import subscriptions_of
 from ..handlers.subscriptions import of_source
 from ..postgres.source import connected
 from ..settings import Settings

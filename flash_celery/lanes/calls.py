@@ -29,9 +29,9 @@ from ..dead_letters.failed_tasks import setting, store_letter
 from ..errors import ProcessKilled
 from ..escaping import escaped, text_of
 from ..handlers import once
+from ..handlers.app_subscriptions import subscriptions_of_task
 from ..handlers.celery_tasks import NOTED
 from ..handlers.databases import Database
-from ..handlers.decorators import subscriptions_of_task
 from ..handlers.subscriptions import Subscription
 from ..messages.task_ids import task_id_of_batch, task_id_of_change
 from ..messages.task_message import Form, Message

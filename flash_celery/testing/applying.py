@@ -25,7 +25,7 @@ from ..conditions.evaluation import Cells, bind
 from ..conditions.parsing import Condition
 from ..dead_letters.oversize import error_of
 from ..errors import SubscriptionError
-from ..handlers.decorators import subscriptions_of
+from ..handlers.app_subscriptions import subscriptions_of
 from ..handlers.subscriptions import Ordered, Subscription
 from ..messages.batcher import Batcher, BatcherSink
 from ..messages.lane_placing import placer, seed_of

@@ -17,7 +17,7 @@ from celery import signals
 
 from ..commands.reset import plan_reset, run_reset
 from ..errors import ConfigurationError
-from ..handlers.decorators import subscriptions_of
+from ..handlers.app_subscriptions import subscriptions_of
 from ..handlers.subscriptions import of_source
 from ..messages.deduplication import Deduplicator, Lease
 from ..messages.lane_messages import LaneForm

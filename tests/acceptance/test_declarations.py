@@ -10,7 +10,7 @@ from psycopg import adapters
 from psycopg.types.json import Jsonb
 from psycopg.types.string import StrDumper
 from flash_celery import on_change
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.messages.task_options import TaskOptions
 from flash_celery.messages.templates import Templates
 from flash_celery.settings import Settings

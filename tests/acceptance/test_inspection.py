@@ -14,7 +14,7 @@ from flash_celery import on_change
 from flash_celery.commands import inspection
 from flash_celery.commands.inspection import Inspection
 from flash_celery.commands.worker_checks import Registered, unhandled
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.publishing.brokers.redis_keys import listeners
 
 PATIENT = 3600.0

@@ -163,7 +163,7 @@ def flash(database, new_app):
 
 def set_up(flash):
     """Set up as the owner does, with the script."""
-    from flash_celery.handlers.decorators import subscriptions_of
+    from flash_celery.handlers.app_subscriptions import subscriptions_of
     from flash_celery.postgres.connection import connect
     from flash_celery.postgres.source import Source
     from flash_celery.provisioning import ddl, preflight

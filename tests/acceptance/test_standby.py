@@ -11,7 +11,7 @@ from celery import Celery
 from example_project.servers import Postgres, Standby, wait_until
 from flash_celery import on_change
 from flash_celery.backfill.new_handlers import NewHandlers
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.postgres.connection import connect
 from flash_celery.postgres.source import Source
 from flash_celery.settings import Settings

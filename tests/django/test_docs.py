@@ -5,7 +5,7 @@ import re
 import pytest
 from django.core.management import call_command
 
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 
 from .conftest import ROOT
 

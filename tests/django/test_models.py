@@ -4,7 +4,7 @@ import pytest
 
 from flash_celery import on_change
 from flash_celery.errors import SubscriptionError
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.handlers.subscriptions import column_name, table_name
 
 

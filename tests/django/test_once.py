@@ -19,7 +19,7 @@ from flash_celery.changes.operations import Part
 from flash_celery.changes.rows import Column, Origin, Table, Transaction
 from flash_celery.commands import once_checks
 from flash_celery.errors import SubscriptionError
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.lanes import marks, marks_table
 from flash_celery.lanes.calls import HandlerCalls, traced
 from flash_celery.lanes.drain import Blocked, Head, Later

@@ -155,7 +155,7 @@ def test_migration_from_a_receiver_declares_its_handler(database):
 import django
 django.setup()
 from celery import Celery
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 app = Celery("shop", set_as_current=True)
 {page.files["receipts.py"]}
 (one,) = subscriptions_of(app)

@@ -8,7 +8,7 @@ import pytest
 
 from flash_celery import on_change
 from flash_celery.changes import payload
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.publishing.brokers.memory import MemoryPublisher
 from flash_celery.settings import Settings
 from flash_celery.worker.replicator import Replicator

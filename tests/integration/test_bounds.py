@@ -19,7 +19,7 @@ from flash_celery.commands import replay
 from flash_celery.dead_letters import letters
 from flash_celery.dead_letters.failed_tasks import store_letter
 from flash_celery.errors import PublishError
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.messages import lane_entries
 from flash_celery.postgres.column_types import DEEPEST
 from flash_celery.postgres.source import Source

@@ -8,7 +8,7 @@ from psycopg.conninfo import make_conninfo
 
 from flash_celery.commands import reset
 from flash_celery.errors import PublicationMismatch
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.postgres.source import connected
 from flash_celery.provisioning import ddl, pauses, preflight
 from flash_celery.provisioning.record import Record, read_record, record_step

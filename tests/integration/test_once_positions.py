@@ -12,7 +12,7 @@ from flash_celery.capture.pipeline import Pipeline
 from flash_celery.capture.relations import RelationCatalog
 from flash_celery.changes.change import LogicalMessage
 from flash_celery.changes.payload import changes_of
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.lanes.marks import Position
 from flash_celery.postgres.source import publication_names
 from flash_celery.postgres.stream import ReplicationConnection

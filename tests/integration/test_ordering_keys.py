@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from flash_celery import Ordered
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.messages.lane_messages import LaneForm, LaneGroup
 from flash_celery.messages.lane_placing import key_of
 from flash_celery.provisioning import ordering_keys

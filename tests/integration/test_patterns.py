@@ -11,7 +11,7 @@ from flash_celery import UNCHANGED, Backfill, Delete, Insert, Update
 from flash_celery.backfill.leaves import LeafReader
 from flash_celery.commands import status
 from flash_celery.errors import CatalogError
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.postgres.source import connected
 from flash_celery.provisioning import ddl, event_trigger, joined, preflight
 from flash_celery.publishing.brokers.memory import MemoryPublisher

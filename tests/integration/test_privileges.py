@@ -7,7 +7,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from flash_celery.errors import CatalogError
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.postgres.source import connected
 from flash_celery.provisioning import preflight
 from flash_celery.provisioning.findings import WARNING

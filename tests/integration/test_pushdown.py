@@ -19,7 +19,7 @@ from flash_celery.changes.payload import changes_of
 from flash_celery.commands.doctor_explain import explain_tables
 from flash_celery.conditions import parsing
 from flash_celery.errors import ReplicaIdentityMissing, SubscriptionError
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.handlers.subscriptions import Subscription, operations_of
 from flash_celery.postgres import catalog
 from flash_celery.postgres.connection import connect

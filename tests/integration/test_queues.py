@@ -7,7 +7,7 @@ from kombu.common import Broadcast
 
 from flash_celery import on_change
 from flash_celery.commands import broker_checks, doctor
-from flash_celery.handlers import decorators
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.publishing import declared_queues
 from flash_celery.publishing.brokers import for_app
 from flash_celery.publishing.hold_queues import hold_queues
@@ -43,7 +43,7 @@ def project(new_app, rabbit):
 def examine(app):
     """What `doctor` finds of the queues."""
     settings = Settings.from_app(app)
-    names, routed = broker_checks.route_finding(app, settings, decorators.subscriptions_of(app))
+    names, routed = broker_checks.route_finding(app, settings, subscriptions_of(app))
     all_findings = [routed, *broker_checks.findings(app, settings, names, OWN)]
     return [
         doctor.as_text(finding) for finding in all_findings if finding.subject.startswith("queue")

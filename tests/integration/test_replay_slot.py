@@ -8,7 +8,7 @@ import pytest
 from flash_celery.commands import replay
 from flash_celery.commands.reset import plan_reset, run_reset
 from flash_celery.errors import ConfigurationError
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.postgres import slots
 from flash_celery.postgres.source import Source
 from flash_celery.protocol.lsn import Lsn

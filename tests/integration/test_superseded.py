@@ -4,7 +4,7 @@ import pytest
 import redis
 
 from flash_celery import Ordered, on_change, testing
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.lanes.superseding import Superseding
 from flash_celery.publishing.brokers import lane_letters
 from flash_celery.publishing.brokers.lane_letters import LaneLetters, Noted

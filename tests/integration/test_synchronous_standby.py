@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from example_project.servers import Standby
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.postgres import visibility
 from flash_celery.postgres.connection import connect
 from flash_celery.postgres.source import connected

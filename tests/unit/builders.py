@@ -6,7 +6,7 @@ from flash_celery import on_change
 from flash_celery.changes.change import Operation
 from flash_celery.changes.payload import Delivery
 from flash_celery.changes.rows import Column, Table, Transaction
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.messages.task_message import Form, Message
 from flash_celery.messages.task_options import TaskOptions
 from flash_celery.messages.templates import Templates

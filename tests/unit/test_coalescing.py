@@ -13,7 +13,7 @@ from flash_celery.changes.operations import Part
 from flash_celery.changes.payload import TRUNCATED, Delivery, message_row
 from flash_celery.changes.rows import UNCHANGED, Column, Table, Transaction
 from flash_celery.conditions.evaluation import bind
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.messages import lane_entries
 from flash_celery.messages.batcher import Batcher
 from flash_celery.messages.deduplication import Deduplicator

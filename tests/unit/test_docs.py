@@ -14,7 +14,7 @@ from flash_celery.changes.payload import TRUNCATED, VERSION, Delivery, encode
 from flash_celery.changes.rows import Column, Origin, Table, Transaction
 from flash_celery.cli import flash
 from flash_celery.conditions.parsing import LOOKUPS
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.settings import Settings
 from tests.docs.claims import pages, proofs, section_of, unproved

@@ -6,7 +6,7 @@ import pytest
 
 from flash_celery import Backfill, on_backfill_end, on_change
 from flash_celery.errors import SubscriptionError
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.handlers.subscriptions import operations_of
 
 

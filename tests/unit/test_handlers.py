@@ -9,7 +9,7 @@ from celery import Celery, Task, shared_task
 from flash_celery import Batch, Changes, Insert, Operation, on_change, on_message
 from flash_celery.changes.rows import Column, Origin, Table, Transaction
 from flash_celery.errors import SubscriptionError
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.protocol.lsn import Lsn
 
 CHANGE = Insert(

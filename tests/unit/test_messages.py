@@ -19,7 +19,7 @@ from flash_celery.changes.payload import Delivery
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.dead_letters.oversize import Oversize
 from flash_celery.errors import ConfigurationError, SubscriptionError
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.messages import sent_tasks
 from flash_celery.messages.sent_tasks import SentTask
 from flash_celery.messages.task_options import TaskOptions

@@ -12,8 +12,8 @@ from flash_celery.changes.operations import Part
 from flash_celery.changes.payload import TRUNCATED, Delivery, message_row, prefixed
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.errors import ConfigurationError, SubscriptionError
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.handlers.celery_tasks import WAKE_TASK
-from flash_celery.handlers.decorators import subscriptions_of
 from flash_celery.messages import lane_entries, lane_messages, lane_transports
 from flash_celery.messages.lane_messages import LaneForm, LaneGroup, barrier_lanes
 from flash_celery.messages.lane_placing import Place, hashes, placer

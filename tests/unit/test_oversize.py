@@ -10,7 +10,7 @@ from flash_celery.changes.payload import Delivery, changes_of
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.dead_letters import letters
 from flash_celery.dead_letters.oversize import Oversize, _halves
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
 from tests.unit.builders import templates_of

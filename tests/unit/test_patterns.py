@@ -6,7 +6,7 @@ import pytest
 
 from flash_celery import on_change, testing
 from flash_celery.errors import SubscriptionError
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.handlers.patterns import Glob
 from flash_celery.messages.task_options import _overlap
 from flash_celery.table_name import TableName

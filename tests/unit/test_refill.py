@@ -3,7 +3,7 @@
 import pytest
 
 from flash_celery import on_change
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.settings import Settings
 from flash_celery.worker.refill import on_lost_broker
 

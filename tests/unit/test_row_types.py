@@ -16,7 +16,7 @@ from typing_extensions import NotRequired
 from flash_celery import UNCHANGED, Batch, Changes, Delete, Insert, Truncate, Update, on_change
 from flash_celery.changes.rows import Column, Origin, Table, Transaction
 from flash_celery.errors import RowError, SubscriptionError
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.handlers.row_types import RowType
 from flash_celery.protocol.lsn import Lsn
 

@@ -21,7 +21,7 @@ from flash_celery.acknowledgement import Progress
 from flash_celery.changes.change import Changes, Insert, Operation
 from flash_celery.changes.payload import Delivery
 from flash_celery.changes.rows import Column, Table, Transaction
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.messages.batcher import PublishBatch
 from flash_celery.messages.deduplication import Lease
 from flash_celery.messages.task_message import Form, Message

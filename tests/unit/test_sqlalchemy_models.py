@@ -17,7 +17,7 @@ from sqlalchemy.sql import quoted_name
 from flash_celery import on_change
 from flash_celery.conditions import parsing
 from flash_celery.errors import SubscriptionError
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.handlers.subscriptions import column_name, column_names, table_name
 from flash_celery.table_name import TableName
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flash_celery import Delete, Insert, Update
 from flash_celery.changes.rows import Column, Origin, Table, Transaction
-from flash_celery.handlers.decorators import subscriptions_of
+from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.protocol.lsn import Lsn
 
 DOCS = Path(__file__).parents[2] / "docs"
