@@ -13,8 +13,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
+from ..changes.deliveries import TRUNCATED, Delivery, message_row
 from ..changes.operations import Operation, Part
-from ..changes.payload import TRUNCATED, Delivery, message_row
 from ..changes.rows import Column, Table, Transaction
 from ..conditions.evaluation import Cells
 from ..errors import SubscriptionError

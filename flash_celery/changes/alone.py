@@ -10,9 +10,10 @@ from collections.abc import Iterable
 
 from ..escaping import escaped
 from ..protocol import pgoutput
+from .deliveries import Delivery
 from .labels import id_suffix, value_shown
 from .operations import Part
-from .payload import Delivery, change_of, run_end, transaction_json, value_beginning
+from .payload import change_of, run_end, transaction_json, value_beginning
 from .rows import UNCHANGED, Table, Transaction
 
 _NAMES = {b"I": "insert", b"U": "update", b"D": "delete"}

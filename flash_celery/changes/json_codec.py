@@ -10,14 +10,14 @@ from kombu.serialization import dumps, loads
 from ..errors import ConfigurationError
 from ..protocol.lsn import Lsn
 from ..protocol.pgoutput import encode_row
-from . import payload
+from . import deliveries, payload
 from .operations import Part
 from .rows import Column, Table, Transaction
 
 _TABLE = Table("public", "orders", None, "d", ("id",), (Column("id", 23, "integer", True),))
 _ROW = encode_row("I", 0, None, None, [b"5"])
 _CHANGE = payload.change_of(
-    payload.Delivery(_TABLE, Transaction(Lsn(1), 1, 0), 0, Part.WHOLE, 0, [_ROW])
+    deliveries.Delivery(_TABLE, Transaction(Lsn(1), 1, 0), 0, Part.WHOLE, 0, [_ROW])
 )
 
 

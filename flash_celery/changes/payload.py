@@ -10,13 +10,11 @@ that know no other version may still run beside this one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from binascii import a2b_base64, b2a_base64
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 from kombu.utils.json import register_type
@@ -24,8 +22,8 @@ from kombu.utils.json import register_type
 from ..errors import PayloadError, ProtocolError
 from ..protocol import pgoutput
 from ..protocol.lsn import Lsn
-from ..protocol.pgoutput import Cell
 from .change import BackfillEnd, Change, Changes, Delete, Insert, LogicalMessage, Truncate, Update
+from .deliveries import BACKFILLED, COALESCED, MESSAGE, TRUNCATED, Delivery, message_row, prefixed
 from .history import Ancestor, History
 from .operations import Part
 from .rows import UNKNOWN, Column, Origin, Row, Table, Transaction
@@ -41,14 +39,6 @@ CHANGE = "flash_celery.change"
 CHANGES = "flash_celery.changes"
 ROW = "flash_celery.row"
 
-#: Stands for the row of a TRUNCATE.
-TRUNCATED = b"T"
-_MESSAGE = struct.Struct("!cI")
-#: These may precede a row: how many changes were merged into it, and its id in a backfill.
-_COALESCED = struct.Struct("!cI")
-_BACKFILLED = struct.Struct("!c16s")
-#: The beginning of a row, as far as the values of ids are concerned.
-_ID_HEAD = pgoutput.encode_row("I", 0, None, None, None) + b"N"
 _ROWS = frozenset((b"I", b"U", b"D"))
 #: What a backfill delivers: rows, a TRUNCATE before them, and its end.
 _OF_BACKFILLS = frozenset((b"I", b"T", b"M"))
@@ -63,89 +53,6 @@ _LONGEST_CACHED = 1 << 16
 T = TypeVar("T")
 #: The parts, by their number in a message.
 _PARTS = tuple(Part)
-
-
-class Delivery(NamedTuple):
-    """Consecutive changes for one subscription, their rows still as PostgreSQL wrote them."""
-
-    table: Table
-    transaction: Transaction
-    #: The ordinal of the first row; those of the others follow.
-    ordinal: int
-    part: Part
-    number: int
-    rows: Sequence[bytes]
-    #: What to add to an ordinal for the place, which counts rows and messages of the transaction
-    #: together; or `UNKNOWN`.
-    shift: int = 0
-
-    def row(self, position: int) -> Delivery:
-        """Return the delivery of one of the rows alone."""
-        return self._replace(rows=[self.rows[position]], ordinal=self.ordinal + position)
-
-    def split(self, position: int) -> tuple[Delivery, Delivery]:
-        """Return the deliveries of the rows before a position, and from it on."""
-        rest = self._replace(rows=self.rows[position:], ordinal=self.ordinal + position)
-        return self._replace(rows=self.rows[:position]), rest
-
-
-def message_row(content: bytes) -> bytes:
-    """Return what stands for the row of a logical message."""
-    return _MESSAGE.pack(b"M", len(content)) + content
-
-
-def prefixed(row: bytes, coalesced: int = 1, row_id: bytes = b"") -> bytes:
-    """Return a row, preceded by what a message says about it.
-
-    Args:
-        row: The row.
-        coalesced: The number of changes that were merged into it.
-        row_id: The result of `row_id_of`, for a change of a backfill.
-    """
-    prefix = _COALESCED.pack(b"C", coalesced) if coalesced > 1 else b""
-    return prefix + (_BACKFILLED.pack(b"B", row_id) if row_id else b"") + row
-
-
-#: The ids of the changes of a backfill that are of no row.
-TRUNCATE_ID, END_ID = (hashlib.blake2b(name, digest_size=16).digest() for name in (b"T", b"M"))
-
-
-def unprefixed(row: bytes) -> bytes:
-    """Return a row of a backfill as PostgreSQL would have sent it; any other row as it is."""
-    return row[_BACKFILLED.size :] if row[:1] == b"B" else row
-
-
-def row_ids(rows: Iterable[bytes]) -> bytes:
-    """Return the ids of rows of a backfill, one after the other."""
-    return b"".join([row[1 : _BACKFILLED.size] for row in rows])
-
-
-def identified(rows: Iterable[bytes], ids: Iterable[bytes]) -> list[bytes]:
-    """Return rows, each preceded by its id in a backfill."""
-    return [b"B" + row_id + row for row, row_id in zip(rows, ids, strict=True)]
-
-
-def row_id_of(cells: Sequence[Cell]) -> bytes:
-    """Return 16 bytes that identify a row in its backfill.
-
-    Args:
-        cells: The values of its replica identity.
-    """
-    return _row_id(_ID_HEAD + pgoutput.encode_tuple(cells))
-
-
-def row_ids_of(keys: Collection[Sequence[Cell]]) -> list[bytes]:
-    """Return the results of `row_id_of` for many rows.
-
-    Args:
-        keys: The values of the replica identity of each, of which none is NULL.
-    """
-    values: list[Any] = [*chain.from_iterable(keys)]
-    return [*map(_row_id, pgoutput.encode_tuples(_ID_HEAD, values, len(values) // len(keys)))]
-
-
-def _row_id(key: bytes) -> bytes:
-    return hashlib.blake2b(key, digest_size=16).digest()
 
 
 def encode(deliveries: Iterable[Delivery], batch_part: TransactionPart | None = None) -> str:
@@ -586,8 +493,8 @@ def _change(rows: bytes, offset: int, origin: Origin) -> tuple[Change, int]:
         if tag == TRUNCATED:
             return Truncate(origin), offset + 1
         if tag == b"M":
-            start = offset + _MESSAGE.size
-            end = start + _MESSAGE.unpack(rows[offset:start])[1]
+            start = offset + MESSAGE.size
+            end = start + MESSAGE.unpack(rows[offset:start])[1]
             backfilled = origin.transaction.backfill is not None
             kind = BackfillEnd if backfilled else LogicalMessage
             return kind(rows[start:end], origin), end
@@ -602,13 +509,13 @@ def _change(rows: bytes, offset: int, origin: Origin) -> tuple[Change, int]:
 def _with_prefixes(rows: bytes, offset: int, origin: Origin) -> tuple[Origin, int]:
     """Return the origin with what precedes a row, and where the row begins."""
     if rows[offset : offset + 1] == b"C":
-        count = _COALESCED.unpack_from(rows, offset)[1]
+        count = COALESCED.unpack_from(rows, offset)[1]
         if count < 2 or origin.shift == UNKNOWN:
             raise ValueError(f"{count} changes in one")
-        origin, offset = origin._replace(coalesced=count), offset + _COALESCED.size
+        origin, offset = origin._replace(coalesced=count), offset + COALESCED.size
     if rows[offset : offset + 1] == b"B":
-        its_id = _BACKFILLED.unpack_from(rows, offset)[1]
-        origin, offset = origin._replace(row_id=its_id), offset + _BACKFILLED.size
+        its_id = BACKFILLED.unpack_from(rows, offset)[1]
+        origin, offset = origin._replace(row_id=its_id), offset + BACKFILLED.size
         if origin.transaction.backfill is None or rows[offset : offset + 1] not in _OF_BACKFILLS:
             raise ValueError("a row has an id in a backfill, but is not of one")
     return origin, offset

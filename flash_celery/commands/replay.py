@@ -23,7 +23,7 @@ from ..capture.pipeline import Pipeline
 from ..capture.relations import RelationCatalog
 from ..capture.router import Receiver, Sink
 from ..changes.change import Operation
-from ..changes.payload import Delivery
+from ..changes.deliveries import Delivery
 from ..changes.rows import Transaction
 from ..dead_letters.oversize import Oversize
 from ..errors import CatalogError, ConfigurationError, PublishError

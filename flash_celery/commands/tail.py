@@ -17,7 +17,8 @@ from ..capture.pipeline import Pipeline
 from ..capture.relations import RelationCatalog
 from ..capture.router import Receiver
 from ..changes.change import Change, Delete, Insert, Operation, Update
-from ..changes.payload import Delivery, changes_of
+from ..changes.deliveries import Delivery
+from ..changes.payload import changes_of
 from ..changes.rows import UNCHANGED, Transaction
 from ..errors import SubscriptionError
 from ..handlers.patterns import TablePattern

@@ -8,7 +8,8 @@ from functools import partial
 
 from ..capture.router import Receiver
 from ..changes.change import Operation
-from ..changes.payload import Delivery, changes_of
+from ..changes.deliveries import Delivery
+from ..changes.payload import changes_of
 from ..errors import ConfigurationError
 from ..escaping import escaped
 from ..handlers.subscriptions import Subscription

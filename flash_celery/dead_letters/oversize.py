@@ -16,7 +16,7 @@ from kombu import compression
 
 from ..changes import payload
 from ..changes.change import Change, Delete, Insert, LogicalMessage, Update
-from ..changes.payload import Delivery
+from ..changes.deliveries import Delivery
 from ..changes.rows import UNCHANGED
 from ..errors import ChangeTooLarge, FlashError, HandlerLoop, PayloadError
 from ..escaping import escaped

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from ..capture.router import Receiver
 from ..changes.change import Operation
-from ..changes.payload import Delivery, TransactionPart
+from ..changes.deliveries import Delivery
+from ..changes.payload import TransactionPart
 from ..handlers.subscriptions import Subscription
 from ..protocol.lsn import Lsn
 from ..telemetry import Route, route

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..changes.alone import Alone
-from ..changes.payload import CHANGE, Delivery
+from ..changes.deliveries import Delivery
+from ..changes.payload import CHANGE
 from .deduplication import Covered, chunk_rows, identity
 from .task_message import EMBEDDED, Form, Message
 

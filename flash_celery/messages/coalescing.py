@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..changes.deliveries import Delivery, prefixed
 from ..changes.operations import Operation
-from ..changes.payload import Delivery, prefixed
 from ..changes.rows import Table
 from ..handlers.subscriptions import Subscription
 from ..protocol.pgoutput import UNCHANGED_TOAST, Cell, Row, encode_row, read_row

@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from ..changes.payload import Delivery, row_ids
+from ..changes.deliveries import Delivery, row_ids
 from ..changes.rows import ChunkTransaction, Transaction
 from ..protocol.lsn import Lsn
 

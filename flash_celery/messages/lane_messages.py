@@ -17,7 +17,8 @@ from itertools import accumulate
 from types import MappingProxyType
 
 from ..changes import payload
-from ..changes.payload import Delivery, Picked
+from ..changes.deliveries import Delivery
+from ..changes.payload import Picked
 from ..changes.rows import Table
 from ..handlers.patterns import TablePattern
 from ..provisioning.ordering_keys import Key

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 from zlib import crc32
 
-from ..changes.payload import TRUNCATED, unprefixed
+from ..changes.deliveries import TRUNCATED, unprefixed
 from ..changes.rows import Table
 from ..handlers.patterns import TablePattern
 from ..protocol.pgoutput import FIRST_TUPLE, UNCHANGED_TOAST, Cell, read_cells, read_row

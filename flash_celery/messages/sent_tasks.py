@@ -10,8 +10,8 @@ from typing import Any
 
 from kombu.utils.json import loads
 
+from ..changes.deliveries import Delivery
 from ..changes.operations import Part
-from ..changes.payload import Delivery
 from ..changes.rows import Table, Transaction
 from ..errors import TaskRefused
 from ..protocol import timestamps

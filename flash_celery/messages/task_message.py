@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..changes.payload import Delivery, TransactionPart
+from ..changes.deliveries import Delivery
+from ..changes.payload import TransactionPart
 from .deduplication import NOTHING, Covered
 
 #: Header of a held message, with the queue and the priority that it is requeued with.

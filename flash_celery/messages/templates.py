@@ -13,7 +13,8 @@ from kombu import compression
 from ..changes import labels, payload
 from ..changes.alone import Alone, encoded_size
 from ..changes.change import Operation
-from ..changes.payload import CHANGES, Delivery, TransactionPart
+from ..changes.deliveries import Delivery
+from ..changes.payload import CHANGES, TransactionPart
 from ..handlers.own_writes import depth
 from ..handlers.subscriptions import Batch, Subscription
 from ..provisioning.ordering_keys import Key, OrderingKeys

@@ -19,7 +19,8 @@ from ..capture.pipeline import Pipeline
 from ..capture.relations import RelationCatalog
 from ..capture.router import Receiver, Sink
 from ..changes.change import BackfillEnd, Change, Changes, LogicalMessage, Operation, Truncate
-from ..changes.payload import Delivery, delivery_of, prefixed, row_of
+from ..changes.deliveries import Delivery, prefixed
+from ..changes.payload import delivery_of, row_of
 from ..changes.rows import Origin, Row
 from ..conditions.evaluation import Cells, bind
 from ..conditions.parsing import Condition

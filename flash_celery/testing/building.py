@@ -10,8 +10,8 @@ from types import MappingProxyType
 from typing import Any
 
 from ..changes.change import BackfillEnd, Delete, Insert, LogicalMessage, Truncate, Update
+from ..changes.deliveries import END_ID, TRUNCATE_ID, row_id_of
 from ..changes.operations import Part
-from ..changes.payload import END_ID, TRUNCATE_ID, row_id_of
 from ..changes.rows import UNCHANGED, Column, Origin, Table, Transaction
 from ..handlers.subscriptions import column_name, column_names, prefix_of, table_of
 from ..protocol import timestamps

@@ -24,16 +24,9 @@ from ..backfill.requests import RequestedBackfill
 from ..backfill.snapshots import Snapshot
 from ..capture.relations import RelationCatalog
 from ..capture.router import Receiver, Router, Sink
+from ..changes.deliveries import END_ID, TRUNCATE_ID, Delivery, identified, message_row, row_ids_of
 from ..changes.history import History
 from ..changes.operations import Operation, Part
-from ..changes.payload import (
-    END_ID,
-    TRUNCATE_ID,
-    Delivery,
-    identified,
-    message_row,
-    row_ids_of,
-)
 from ..changes.rows import ChunkTransaction, Table, Transaction
 from ..errors import CatalogError
 from ..escaping import escaped

@@ -17,9 +17,9 @@ from typing import NamedTuple
 from ..capture.pipeline import Pipeline
 from ..capture.relations import RelationCatalog
 from ..capture.router import Receiver, Sink, TaskReceiver
+from ..changes.deliveries import Delivery
 from ..changes.history import History
 from ..changes.operations import Operation
-from ..changes.payload import Delivery
 from ..changes.rows import Transaction
 from ..errors import ReplicationError
 from ..handlers.subscriptions import Subscription

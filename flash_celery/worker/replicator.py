@@ -38,8 +38,8 @@ from ..backoff import delays
 from ..capture.pipeline import Pipeline
 from ..capture.relations import RelationCatalog
 from ..capture.router import Sink
+from ..changes.deliveries import Delivery
 from ..changes.history import History
-from ..changes.payload import Delivery
 from ..changes.rows import Transaction
 from ..dead_letters.oversize import Oversize
 from ..dead_letters.refused_tasks import RefusedTasks

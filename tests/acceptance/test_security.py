@@ -22,7 +22,8 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from example_project.servers import Postgres, Valkey, wait_until
-from flash_celery.changes.payload import Delivery, encode
+from flash_celery.changes.deliveries import Delivery
+from flash_celery.changes.payload import encode
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.dead_letters import letters
 from flash_celery.dead_letters.queue import DeadLetterFilter, DeadLetterQueue

@@ -11,8 +11,9 @@ from pathlib import Path
 from flash_celery import UNCHANGED
 from flash_celery.changes import payload
 from flash_celery.changes.alone import Alone
+from flash_celery.changes.deliveries import TRUNCATED, Delivery, message_row, prefixed, row_id_of
 from flash_celery.changes.operations import Part
-from flash_celery.changes.payload import TRUNCATED, Delivery, encode, message_row
+from flash_celery.changes.payload import encode
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.protocol import pgoutput
 from flash_celery.protocol.lsn import Lsn
@@ -68,10 +69,10 @@ def examples():
     yield "history", [Delivery(PLAIN, first._replace(history=one), 0, Part.WHOLE, 0, inserts)]
     yield "place", [Delivery(PLAIN, first._replace(history=three), 4, Part.WHOLE, 0, inserts, 2)]
     yield "context", [Delivery(PLAIN, first._replace(context=context), 0, Part.WHOLE, 0, inserts)]
-    backfilled = [payload.prefixed(each, row_id=payload.row_id_of([each])) for each in inserts]
+    backfilled = [prefixed(each, row_id=row_id_of([each])) for each in inserts]
     chunk = Transaction(Lsn(0x16B3747), 0, second.committed_at, one, "", "items-1")
     yield "backfill", [Delivery(PLAIN, chunk, 10_000, Part.WHOLE, 1, backfilled)]
-    coalesced = payload.prefixed(row("U", "O", OLD, NEW), coalesced=3)
+    coalesced = prefixed(row("U", "O", OLD, NEW), coalesced=3)
     yield (
         "coalesced",
         [

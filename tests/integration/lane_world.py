@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from flash_celery.changes import payload
-from flash_celery.changes.payload import Delivery
+from flash_celery.changes.deliveries import Delivery
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.lanes.drain import Blocked, Drain, HeldLease, Later, Limits
 from flash_celery.messages import lane_entries as entries

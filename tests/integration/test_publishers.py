@@ -17,9 +17,9 @@ from celery import Celery
 from kombu import Queue
 
 from example_project.servers import Valkey, free_port, wait_until
+from flash_celery.changes.deliveries import Delivery
 from flash_celery.changes.history import History
 from flash_celery.changes.operations import Part
-from flash_celery.changes.payload import Delivery
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.errors import PublishError, Unroutable
 from flash_celery.messages.deduplication import NOTHING

@@ -12,7 +12,7 @@ from celery import Celery
 
 from example_project.servers import Valkey, wait_until
 from flash_celery.changes.alone import Alone
-from flash_celery.changes.payload import Delivery
+from flash_celery.changes.deliveries import Delivery
 from flash_celery.changes.rows import Transaction
 from flash_celery.errors import ConfirmedLost, LanesNotReady, PublishError, TakenOver
 from flash_celery.messages.change_message import SIZE, ChangeMessage

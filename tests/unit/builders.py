@@ -4,7 +4,7 @@ import time
 
 from flash_celery import on_change
 from flash_celery.changes.change import Operation
-from flash_celery.changes.payload import Delivery
+from flash_celery.changes.deliveries import Delivery
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.messages.task_message import Form, Message

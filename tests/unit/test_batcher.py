@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 from flash_celery import Batch
 from flash_celery.changes import payload
-from flash_celery.changes.payload import Delivery, prefixed
+from flash_celery.changes.deliveries import Delivery, prefixed
 from flash_celery.changes.rows import Transaction
 from flash_celery.dead_letters.oversize import Oversize
 from flash_celery.messages.batcher import Batcher

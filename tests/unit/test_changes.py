@@ -17,15 +17,9 @@ from flash_celery import (
     Update,
 )
 from flash_celery.changes.alone import Alone, encoded_size
+from flash_celery.changes.deliveries import TRUNCATED, Delivery, message_row
 from flash_celery.changes.operations import Part
-from flash_celery.changes.payload import (
-    TRUNCATED,
-    Delivery,
-    changes_of,
-    decode,
-    encode,
-    message_row,
-)
+from flash_celery.changes.payload import changes_of, decode, encode
 from flash_celery.changes.rows import Column, Origin, Row, Table, Transaction
 from flash_celery.errors import PayloadError
 from flash_celery.protocol import pgoutput

@@ -9,8 +9,8 @@ import pytest
 from flash_celery import Ordered, on_change, on_message
 from flash_celery.capture.transitions import Transitions
 from flash_celery.changes.change import Delete, Insert, Operation, Truncate, Update
+from flash_celery.changes.deliveries import TRUNCATED, Delivery, message_row
 from flash_celery.changes.operations import Part
-from flash_celery.changes.payload import TRUNCATED, Delivery, message_row
 from flash_celery.changes.rows import UNCHANGED, Column, Table, Transaction
 from flash_celery.conditions.evaluation import bind
 from flash_celery.handlers.app_subscriptions import subscriptions_of

@@ -10,7 +10,8 @@ from kombu.transport.memory import Channel
 
 from flash_celery import on_change
 from flash_celery.changes.change import Changes
-from flash_celery.changes.payload import Delivery, change_of, encode
+from flash_celery.changes.deliveries import Delivery
+from flash_celery.changes.payload import change_of, encode
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.cli import flash
 from flash_celery.dead_letters import letters

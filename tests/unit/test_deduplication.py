@@ -2,7 +2,7 @@
 
 import pytest
 
-from flash_celery.changes.payload import Delivery, prefixed
+from flash_celery.changes.deliveries import Delivery, prefixed
 from flash_celery.changes.rows import ChunkTransaction, Transaction
 from flash_celery.messages.deduplication import Deduplicator, chunk_of, covered_by, identity
 from flash_celery.protocol.lsn import Lsn

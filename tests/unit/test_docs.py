@@ -10,7 +10,8 @@ from kombu.utils.json import loads
 
 from flash_celery import on_change, on_message
 from flash_celery.changes.change import Change, Insert, LogicalMessage, Update
-from flash_celery.changes.payload import TRUNCATED, VERSION, Delivery, encode
+from flash_celery.changes.deliveries import TRUNCATED, Delivery
+from flash_celery.changes.payload import VERSION, encode
 from flash_celery.changes.rows import Column, Origin, Table, Transaction
 from flash_celery.cli import flash
 from flash_celery.conditions.parsing import LOOKUPS

@@ -2,7 +2,7 @@ import pytest
 
 from flash_celery.changes.alone import Alone
 from flash_celery.changes.change import Changes, Insert
-from flash_celery.changes.payload import Delivery
+from flash_celery.changes.deliveries import Delivery
 from flash_celery.changes.rows import Column, Origin, Table, Transaction
 from flash_celery.errors import CatalogError
 from flash_celery.escaping import escaped, text_of

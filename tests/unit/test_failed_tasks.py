@@ -14,7 +14,8 @@ from kombu.exceptions import OperationalError
 from kombu.utils.json import loads
 
 from flash_celery import on_change
-from flash_celery.changes.payload import Delivery, encode
+from flash_celery.changes.deliveries import Delivery
+from flash_celery.changes.payload import encode
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.dead_letters import failed_tasks, letters
 from flash_celery.protocol.lsn import Lsn

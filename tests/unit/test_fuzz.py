@@ -20,7 +20,8 @@ from flash_celery.capture.transitions import Transitions
 from flash_celery.changes import payload
 from flash_celery.changes.alone import Alone
 from flash_celery.changes.change import Change, LogicalMessage
-from flash_celery.changes.payload import TRUNCATED, Delivery, decode, encode, message_row
+from flash_celery.changes.deliveries import TRUNCATED, Delivery, message_row
+from flash_celery.changes.payload import decode, encode
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.cli.dead_letters import as_table, as_text, change_lines
 from flash_celery.conditions import parsing

@@ -15,7 +15,7 @@ from kombu.utils import json as kombu_json
 from flash_celery import Backfill, on_backfill_end, on_change, on_message
 from flash_celery.changes import json_codec
 from flash_celery.changes.change import Operation
-from flash_celery.changes.payload import Delivery
+from flash_celery.changes.deliveries import Delivery
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.dead_letters.oversize import Oversize
 from flash_celery.errors import ConfigurationError, SubscriptionError

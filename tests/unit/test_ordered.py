@@ -8,8 +8,8 @@ from random import Random
 import pytest
 
 from flash_celery import Ordered, on_backfill_end, on_change, on_message
+from flash_celery.changes.deliveries import TRUNCATED, Delivery, message_row, prefixed
 from flash_celery.changes.operations import Part
-from flash_celery.changes.payload import TRUNCATED, Delivery, message_row, prefixed
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.errors import ConfigurationError, SubscriptionError
 from flash_celery.handlers.app_subscriptions import subscriptions_of

@@ -6,7 +6,8 @@ import pytest
 
 from flash_celery import UNCHANGED, on_change
 from flash_celery.changes.change import Operation
-from flash_celery.changes.payload import Delivery, changes_of
+from flash_celery.changes.deliveries import Delivery
+from flash_celery.changes.payload import changes_of
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.dead_letters import letters
 from flash_celery.dead_letters.oversize import Oversize, _halves

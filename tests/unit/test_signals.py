@@ -19,7 +19,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from flash_celery import on_change
 from flash_celery.acknowledgement import Progress
 from flash_celery.changes.change import Changes, Insert, Operation
-from flash_celery.changes.payload import Delivery
+from flash_celery.changes.deliveries import Delivery
 from flash_celery.changes.rows import Column, Table, Transaction
 from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.messages.batcher import PublishBatch
