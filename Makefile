@@ -27,7 +27,7 @@ recording: $(VENV)/.stamp
 # Runs all tests except the long ones; ARGS="tests/integration -x" picks some. The files keep their
 # order, because those with the fewest tests are the slowest and would come last.
 test: $(VENV)/.stamp
-	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder $(if $(CI),--durations=20) $(ARGS)
+	$(BIN)/pytest -n 6 --dist loadfile --no-loadscope-reorder $(if $(CI),--durations=20) $(ARGS)
 
 # Runs the tests that need no servers, in seconds.
 unit: $(VENV)/.stamp
