@@ -33,51 +33,8 @@ WHERE pubname = ANY(%s)
 """
 
 
-def altered(source: Source) -> dict[int, TableName]:
-    """Return the tables, by OID, of which another tool has changed a membership since `remember`.
-
-    There are none where the owner has run statements of ours, which `plan` records, and none where
-    the publications are others, as in a restored or upgraded database, or have another owner.
-    """
-    recorded = part(source, Operation.UPDATE, _KEY)
-    if not isinstance(recorded, dict) or recorded.get("plan") != _plan(source):
-        return {}
-    present = _present(source)
-    if recorded.get("publications") != present["publications"]:
-        return {}
-    tables: dict[str, list[str]] = recorded.get("tables", {})
-    oids = [int(oid) for oid, rows in tables.items() if {*rows} - {*present["tables"].get(oid, ())}]
-    described = catalog.describe_all(source.connection, oids)
-    return {oid: table.name for oid, table in described.items()}
-
-
-def remember(source: Source) -> None:
-    """Record the memberships, unless that is done.
-
-    Raises:
-        CatalogError: They cannot be recorded.
-    """
-    _write(source, _present(source) | {"plan": _plan(source)})
-
-
-def forget(source: Source, but: Collection[int]) -> None:
-    """Forget the memberships before they are altered, except those of some tables (OIDs).
-
-    Raises:
-        CatalogError: The record cannot be written.
-    """
-    recorded = part(source, Operation.UPDATE, _KEY)
-    if recorded:
-        kept = {oid: rows for oid, rows in recorded["tables"].items() if int(oid) in but}
-        _write(source, {**recorded, "tables": kept})
-
-
-def _write(source: Source, value: dict[str, Any]) -> None:
-    if part(source, Operation.UPDATE, _KEY) != value:
-        ddl.apply(source.connection, [part_step(source, Operation.UPDATE, _KEY, value)])
-
-
-def _present(source: Source) -> dict[str, Any]:
+def present(source: Source) -> dict[str, Any]:
+    """Return the publications and the memberships of their tables as they are now."""
     connection, names = source.connection, [publication_names(source.prefix)]
     (publications,) = connection.execute(_PUBLICATIONS, names).fetchone() or (None,)
     rows = connection.execute(_MEMBERSHIPS, names).fetchall()
@@ -85,6 +42,55 @@ def _present(source: Source) -> dict[str, Any]:
         "publications": publications,
         "tables": {str(oid): memberships for oid, memberships in rows},
     }
+
+
+def altered(source: Source, now: dict[str, Any]) -> dict[int, TableName]:
+    """Return the tables, by OID, of which another tool has changed a membership since `remember`.
+
+    There are none where the owner has run statements of ours, which `plan` records, and none where
+    the publications are others, as in a restored or upgraded database, or have another owner.
+
+    Args:
+        source: The source.
+        now: The memberships as `present` has returned them.
+    """
+    recorded = part(source, Operation.UPDATE, _KEY)
+    if not isinstance(recorded, dict) or recorded.get("plan") not in (None, _plan(source)):
+        return {}
+    if recorded.get("publications") != now["publications"]:
+        return {}
+    tables: dict[str, list[str]] = recorded.get("tables", {})
+    oids = [int(oid) for oid, rows in tables.items() if {*rows} - {*now["tables"].get(oid, ())}]
+    described = catalog.describe_all(source.connection, oids) if oids else {}
+    return {oid: table.name for oid, table in described.items()}
+
+
+def remember(source: Source, memberships: dict[str, Any]) -> None:
+    """Record memberships as `present` has returned them, unless that is done.
+
+    Raises:
+        CatalogError: They cannot be recorded.
+    """
+    _write(source, memberships | {"plan": _plan(source)})
+
+
+def forget(source: Source, but: Collection[int]) -> None:
+    """Forget the memberships before they are altered, except those of some tables (OIDs).
+
+    Those were altered by another tool, whatever the plan becomes now.
+
+    Raises:
+        CatalogError: The record cannot be written.
+    """
+    recorded = part(source, Operation.UPDATE, _KEY)
+    if recorded:
+        kept = {oid: rows for oid, rows in recorded["tables"].items() if int(oid) in but}
+        _write(source, {**recorded, "plan": None, "tables": kept})
+
+
+def _write(source: Source, value: dict[str, Any]) -> None:
+    if part(source, Operation.UPDATE, _KEY) != value:
+        ddl.apply(source.connection, [part_step(source, Operation.UPDATE, _KEY, value)])
 
 
 def _plan(source: Source) -> str:

@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 _LONG_SECONDS = 3.0
 #: The most tables that were dropped of which rows count as lost.
 _MOST_ORPHANS = 100
-#: Tables of patterns that the log names when several are left out; there may be thousands.
+#: Tables that the log names when several are left out, or altered; there may be thousands.
 _MOST_NAMED = 10
 _MORE_LEFT_OUT = "%d more tables of patterns are left out (`flash doctor`)"
 _WAITING_ON_PRIMARY = (
@@ -134,7 +134,9 @@ class Startup:
         self._dropped_tables = DroppedTables()
         #: The tables of patterns that are not published.
         self._left_out: list[LeftOut] = []
-        #: The tables, by OID, of which another tool has altered what is published.
+        #: What the publications held at the last preflight, and the tables, by OID, of which
+        #: another tool has altered that.
+        self._memberships: dict[str, Any] = {}
         self._altered: dict[int, TableName] = {}
 
     def tables_changed(self, source: Source) -> bool:
@@ -164,7 +166,7 @@ class Startup:
         """
         self._restore_record(source)
         checked_at = self._unaltered_at
-        self._altered = memberships.altered(source)
+        self._altered = {}
         report = self._preflight(source, progress)
         existing = publications.read(source)
         manage = self._settings.flash_manage
@@ -296,16 +298,18 @@ class Startup:
         """
         if not self._settings.flash_manage or report.standby:
             return
-        recorded = record.published_tables(source)
-        for name in self._altered.values():
+        names = sorted(map(str, self._altered.values()))
+        if names:
+            recorded = record.published_tables(source)
             since = recorded.checked if recorded else None
             since = checked_at.isoformat(" ", "seconds") if checked_at else since
             now = slots.position_and_time(source.connection)
-            gap = Gap(source.slot, _ALTERED.format(name), None, since, *now)
+            # One for all: the record keeps only some gaps, and a pattern may have thousands.
+            gap = Gap(source.slot, _ALTERED.format(_first_of(names)), None, since, *now)
             record.remember_gap(source, gap)
-            logger.error(_GAP, escaped(str(gap)), extra={"table": str(name)})
+            logger.error(_GAP, escaped(str(gap)), extra={"table": names[0]})
         try:
-            memberships.remember(source)
+            memberships.remember(source, self._memberships)
         except CatalogError as error:
             logger.info("Cannot record what the publications hold: %s", error)
 
@@ -417,7 +421,7 @@ class Startup:
         From now on `tables_changed` compares with this moment.
         """
         now = datetime.now(timezone.utc)
-        self.fingerprint = self._fingerprint(source)
+        self._look(source)
         report = preflight.examine(source, self._subscriptions, progress)
         if report.repairs and not report.standby and self._settings.flash_manage:
             self._require_unused(source.connection, report)
@@ -426,13 +430,19 @@ class Startup:
                 if failed.step in preflight.examine(source, self._subscriptions, progress).repairs:
                     raise failed
                 return self._preflight(source, progress)
-            self.fingerprint = self._fingerprint(source)
+            self._look(source)
         self._raise_first(report)
         self._unaltered_at = now
         self._warn_of_left_out(report)
         self._require_known_slot(report)
         self._require_unused(source.connection, report)
         return report
+
+    def _look(self, source: Source) -> None:
+        """Note what is there; what another tool alters from now on is seen by the next look."""
+        self.fingerprint = self._fingerprint(source)
+        self._memberships = memberships.present(source)
+        self._altered |= memberships.altered(source, self._memberships)
 
     def _warn_of_left_out(self, report: Report) -> None:
         """Log which tables of patterns are left out, unless that is known."""
@@ -497,6 +507,13 @@ class Startup:
         gap = replace(gap, until=slot.confirmed if slot else None, until_time=time)
         record.remember_gap(source, gap)
         logger.error(_GAP, gap)
+
+
+def _first_of(names: Sequence[str]) -> str:
+    """Return the names as text; of very many the first ones, and the number of the others."""
+    more = len(names) - _MOST_NAMED
+    others = f" and {more} more" if more > 0 else ""
+    return ", ".join(names[:_MOST_NAMED]) + others
 
 
 def _orphans(

@@ -1,6 +1,7 @@
 """What another tool takes away from our record, and tables that are replaced, is reported."""
 
 import json
+from dataclasses import replace
 
 import psycopg
 import pytest
@@ -10,7 +11,7 @@ from flash_celery.commands import reset
 from flash_celery.errors import PublicationMismatch
 from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.postgres.source import connected
-from flash_celery.provisioning import ddl, pauses, preflight
+from flash_celery.provisioning import ddl, memberships, pauses, preflight, replay_slot
 from flash_celery.provisioning.record import Record, read_record, record_step
 from flash_celery.settings import Settings
 from flash_celery.worker.dropped_tables import DroppedTables
@@ -125,6 +126,52 @@ def test_publication_that_another_tool_altered_leaves_a_gap(flash, caplog, how, 
     assert shown(flash.delivered()) == ["insert 1,a", "insert 3,c"]
     flash.start().stop()
     assert len(gaps(flash)) == 1
+
+
+def test_publication_that_is_altered_while_the_worker_starts_leaves_a_gap(flash, monkeypatch):
+    flash.database.execute(ITEMS)
+    flash.handler("items", "insert").start().stop()
+    prepare = replay_slot.prepare
+    alter = "ALTER PUBLICATION flash_publication_insert"
+    row = "INSERT INTO items VALUES (1, 'a')"
+
+    def alter_and_prepare(source):
+        if not flash.database.one("SELECT count(*) FROM items"):
+            flash.database.execute(f"{alter} DROP TABLE items; {row}; {alter} ADD TABLE items")
+        prepare(source)
+
+    monkeypatch.setattr(replay_slot, "prepare", alter_and_prepare)
+    flash.start()
+    flash.wait(lambda: gaps(flash))
+    flash.stop()
+    assert "has taken public.items out of a publication" in gaps(flash)[0]["reason"]
+
+
+def test_tables_that_another_tool_altered_together_leave_one_gap(flash, caplog):
+    flash.database.execute(*(f"CREATE TABLE t{n:02} (id int PRIMARY KEY)" for n in range(13)))
+    flash.handler("public.t*", "insert").start().stop()
+    alter = "ALTER PUBLICATION flash_publication_insert SET (publish = '{}')"
+    flash.database.execute(*map(alter.format, ("delete", "insert")))
+    flash.start().stop()
+    (gap,) = gaps(flash)
+    assert "taken public.t00, public.t01, " in gap["reason"]
+    assert ", public.t09 and 3 more out of a publication" in gap["reason"]
+    assert [r.levelname for r in caplog.records if "another tool" in r.message] == ["ERROR"]
+
+
+def test_table_that_another_tool_altered_is_not_forgotten_if_our_statements_end_early(flash):
+    flash.database.execute(ITEMS, "CREATE TABLE others (id int PRIMARY KEY)")
+    flash.handler("items", "insert").handler("others", "insert", name="other").start().stop()
+    alter = "ALTER PUBLICATION flash_publication_insert"
+    flash.database.execute(f"{alter} DROP TABLE items", f"{alter} ADD TABLE items")
+    with source_of(flash) as source:
+        altered = memberships.altered(source, memberships.present(source))
+        assert [str(name) for name in altered.values()] == ["public.items"]
+        memberships.forget(source, altered)
+        recorded = read_record(source)
+        ddl.apply(source.connection, [record_step(source.prefix, replace(recorded, tables={}))])
+        flash.database.execute(f"{alter} DROP TABLE others", f"{alter} ADD TABLE others")
+        assert memberships.altered(source, memberships.present(source)) == altered
 
 
 def test_publications_that_the_worker_alters_leave_no_gap(flash):
