@@ -29,7 +29,6 @@ from ..dead_letters.oversize import Oversize
 from ..errors import CatalogError, ConfigurationError, PublishError
 from ..handlers.subscriptions import Subscription
 from ..messages.batcher import Batcher, BatcherSink
-from ..messages.lane_messages import LaneMessage
 from ..messages.task_message import Message
 from ..messages.task_options import TaskOptions
 from ..messages.templates import Templates
@@ -348,11 +347,11 @@ class _Enqueuer:
                 # If a message was too large for the broker, publish smaller ones in its place.
                 smaller = self._oversize.fitting(messages, limit) if limit else messages
                 if smaller == messages:
-                    self.count += sum(map(_count, messages[: error.confirmed]))
+                    self.count += _entries(messages[: error.confirmed])
                     raise self._incomplete(error) from error
                 self._publisher.open(self._queues)
                 admitted, messages = error.confirmed, smaller
-            self.count += sum(map(_count, messages[:admitted]))
+            self.count += _entries(messages[:admitted])
             messages = messages[admitted:]
 
     def _size_limit(self) -> int:
@@ -367,17 +366,16 @@ class _Enqueuer:
         return 0
 
     def _incomplete(self, error: PublishError) -> PublishError:
+        enqueued = "1 message was" if self.count == 1 else f"{self.count} messages were"
         return PublishError(
-            f"{error} {self.count} messages were enqueued before. Run `flash replay` again when "
-            "the broker works; changes that come twice have the same id."
+            f"{error} {enqueued} enqueued before. Run `flash replay` again once the cause is gone; "
+            "changes that come twice have the same id."
         )
 
 
-def _count(message: Message) -> int:
-    """Return 1, or how many changes a message for lanes has."""
-    if isinstance(message, LaneMessage):
-        return sum(count for _, count, _ in message.pushes)
-    return 1
+def _entries(messages: Sequence[Message]) -> int:
+    """Return how many messages these are; those for lanes have one for each change."""
+    return sum(message.entries for message in messages)
 
 
 def _wait(seconds: float) -> bool:
