@@ -51,7 +51,8 @@ class Step:
         text = str(self)
         if len(text) <= _MOST_SHOWN:
             return text
-        return f"{text[:_MOST_SHOWN]}… ({len(self.tables):,} tables)"
+        tables = f" ({len(self.tables):,} tables)" if len(self.tables) > 1 else ""
+        return f"{text[:_MOST_SHOWN]}…{tables}"
 
 
 def apply(

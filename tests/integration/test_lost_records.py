@@ -8,7 +8,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from flash_celery.commands import reset
-from flash_celery.errors import PublicationMismatch
+from flash_celery.errors import CatalogError, PublicationMismatch
 from flash_celery.handlers.app_subscriptions import subscriptions_of
 from flash_celery.postgres.source import connected
 from flash_celery.provisioning import ddl, memberships, pauses, preflight, replay_slot
@@ -185,6 +185,25 @@ def test_publications_that_the_worker_alters_leave_no_gap(flash):
     flash.database.execute("VACUUM (FREEZE) pg_publication", "VACUUM FULL pg_publication")
     flash.start().stop()
     assert gaps(flash) == []
+
+
+def test_owner_is_told_how_stored_generated_columns_are_published(flash):
+    if flash.database.one("SHOW server_version_num") < "180000":
+        pytest.skip("PostgreSQL 18 or later publishes generated columns")
+    flash.database.execute(ITEMS)
+    flash.handler("items").start().stop()
+    alter = "ALTER PUBLICATION flash_publication_insert SET "
+    flash.database.execute(f"{alter}(publish_generated_columns = none)")
+    flash.app.conf.flash_manage = False
+
+    def examined():
+        with source_of(flash) as source:
+            return preflight.examine(source, subscriptions_of(flash.app))
+
+    with pytest.raises(CatalogError, match="the owner .* must first run .* = stored"):
+        examined().raise_first()
+    flash.database.execute(*map(str, examined().script))
+    examined().raise_first()
 
 
 @pytest.mark.parametrize("running", [True, False])

@@ -534,4 +534,5 @@ def test_long_statement_is_cut_in_a_log_and_whole_in_what_is_to_be_run():
     step = ddl.Step(sql.SQL("ALTER PUBLICATION p ADD TABLE {}").format(sql.SQL(", ").join(tables)))
     assert '"table_999"' in str(step)
     assert len(step.shown) < 2100
+    assert step.shown.endswith("…")
     assert step.shown.startswith('ALTER PUBLICATION p ADD TABLE "table_0"')
