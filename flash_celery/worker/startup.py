@@ -83,7 +83,7 @@ _UNFINISHED = (
     "PostgreSQL does not send the rows that open transactions had written to {} before it was "
     "published: {}"
 )
-_REPLACED = "{} was replaced by another table, which was not published until then"
+_REPLACED = "replaced by another table, which was not published until then: {}"
 _ALTERED = (
     "another tool has taken {} out of a publication, or given it another row filter, columns or "
     "operations, which may have left out rows"
@@ -257,10 +257,7 @@ class Startup:
         }
         names = [str(table.name) for table in step.tables if table.name in lacking]
         if names:
-            reason = _UNFINISHED.format(", ".join(names), writers)
-            gap = Gap(source.slot, reason, None, None, *slots.position_and_time(source.connection))
-            record.remember_gap(source, gap)
-            logger.error(_GAP, escaped(str(gap)), extra={"table": names[0]})
+            _report_gap(source, names, _UNFINISHED.format(_first_of(names), writers))
         return bool(names)
 
     def _restore_record(self, source: Source) -> None:
@@ -303,11 +300,7 @@ class Startup:
             recorded = record.published_tables(source)
             since = recorded.checked if recorded else None
             since = checked_at.isoformat(" ", "seconds") if checked_at else since
-            now = slots.position_and_time(source.connection)
-            # One for all: the record keeps only some gaps, and a pattern may have thousands.
-            gap = Gap(source.slot, _ALTERED.format(_first_of(names)), None, since, *now)
-            record.remember_gap(source, gap)
-            logger.error(_GAP, escaped(str(gap)), extra={"table": names[0]})
+            _report_gap(source, names, _ALTERED.format(_first_of(names)), since)
         try:
             memberships.remember(source, self._memberships)
         except CatalogError as error:
@@ -340,16 +333,17 @@ class Startup:
             _orphans(source, before, tables),
         )
         writable = self._settings.flash_manage and not report.standby
-        for name, (oid, operations) in published.tables.items():
-            was = before.tables.get(name) if before else None
-            if before is None or was is None or was[0] == oid:
-                continue
-            if before.unpublished(oid, tables[name].ancestors, operations):
-                since = checked_at.isoformat(" ", "seconds") if checked_at else before.checked
-                gap = Gap(source.slot, _REPLACED.format(name), None, since, *now)
-                if writable:
-                    record.remember_gap(source, gap)
-                logger.error(_GAP, escaped(str(gap)), extra={"table": str(name)})
+        replaced = [
+            str(name)
+            for name, (oid, operations) in published.tables.items()
+            if before is not None
+            and before.tables.get(name, (oid,))[0] != oid
+            and before.unpublished(oid, tables[name].ancestors, operations)
+        ]
+        if before is not None and replaced:
+            since = checked_at.isoformat(" ", "seconds") if checked_at else before.checked
+            reason = _REPLACED.format(_first_of(replaced))
+            _report_gap(source, replaced, reason, since, writable)
         history = self.partition_history
         history.handled = handled
         history.published |= history.handled
@@ -507,6 +501,24 @@ class Startup:
         gap = replace(gap, until=slot.confirmed if slot else None, until_time=time)
         record.remember_gap(source, gap)
         logger.error(_GAP, gap)
+
+
+def _report_gap(
+    source: Source,
+    names: Sequence[str],
+    reason: str,
+    since: str | None = None,
+    writable: bool = True,
+) -> None:
+    """Record and log a gap of tables that ends now.
+
+    It is one for all of them, because the record keeps only some gaps, and a pattern may have
+    thousands of tables.
+    """
+    gap = Gap(source.slot, reason, None, since, *slots.position_and_time(source.connection))
+    if writable:
+        record.remember_gap(source, gap)
+    logger.error(_GAP, escaped(str(gap)), extra={"table": names[0]})
 
 
 def _first_of(names: Sequence[str]) -> str:

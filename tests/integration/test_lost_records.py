@@ -51,14 +51,29 @@ def test_table_replaced_while_no_worker_runs_leaves_a_gap(flash, caplog, how):
     flash.start()
     flash.wait(lambda: gaps(flash))
     (gap,) = gaps(flash)
-    assert "public.items was replaced" in gap["reason"]
+    assert "replaced by another table" in gap["reason"]
+    assert gap["reason"].endswith(": public.items")
     assert gap["since_time"] <= gap["until_time"]
     assert gap["until"]
-    assert [r.levelname for r in caplog.records if "was replaced" in r.message] == ["ERROR"]
+    assert [r.levelname for r in caplog.records if "replaced by another" in r.message] == ["ERROR"]
     flash.do("INSERT INTO items VALUES (3, 'c')").stop()
     assert shown(flash.delivered()) == ["insert 1,a", "insert 3,c"]
     flash.start().stop()
     assert len(gaps(flash)) == 1
+
+
+def test_tables_replaced_together_leave_one_gap(flash):
+    names = [f"t{number:02}" for number in range(11)]
+    create = [f"CREATE TABLE {name} (id int PRIMARY KEY)" for name in names]
+    flash.database.execute(*create)
+    for name in names:
+        flash.handler(name, "insert", name=f"on_{name}")
+    flash.start().stop()
+    flash.database.execute(f"DROP TABLE {', '.join(names)}", *create)
+    flash.start().stop()
+    (gap,) = gaps(flash)
+    assert ": public.t00, public.t01, " in gap["reason"]
+    assert gap["reason"].endswith(", public.t09 and 1 more")
 
 
 def test_table_replaced_while_the_worker_runs_leaves_a_gap(flash, caplog):
