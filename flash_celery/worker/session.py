@@ -322,7 +322,7 @@ class Session:
     def _held(self) -> float:
         """Seconds that batches wait after they are due.
 
-        It costs nothing while others are sent, and while the stream is busy more comes at once.
+        While others are sent, that delays nothing; while the stream is busy, it makes them larger.
         """
         fills = self._publishing.busy or self._stream.resumes_at is not None
         return _HELD_SECONDS if fills else 0.0

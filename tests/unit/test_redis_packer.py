@@ -16,6 +16,7 @@ def framed(*words):
 def test_words_of_all_types_are_sent_as_redis_py_sends_them():
     words = "CONFIG GET", b"a\r\n", "ä", 7, -1.5, 1e30, ""
     expected = framed(b"CONFIG", b"GET", b"a\r\n", "ä".encode(), b"7", b"-1.5", b"1e+30", b"")
+    assert b"".join(redis.Connection().pack_command(*words)) == expected
     assert Packer().pack(*words) == [expected]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import redis
 
-#: A longer piece is not begun: a socket's timeout is for all of one, also on a slow line.
+#: Bytes after which a piece ends: a timeout of the socket is for all of one, also on a slow line.
 _PIECE_BYTES = 1 << 16
 
 
