@@ -111,10 +111,20 @@ class Process:
 
 
 class World:
-    """One schedule."""
+    """One schedule. The drains have a client of their own if it is `limited`."""
 
     def __init__(
-        self, client, seed, faults, twice=0.1, lanes=3, keys=5, changes=8, size=1, processes=3
+        self,
+        client,
+        seed,
+        faults,
+        twice=0.1,
+        lanes=3,
+        keys=5,
+        changes=8,
+        size=1,
+        processes=3,
+        limited=None,
     ):
         self.random = random.Random(seed)
         self.client = client
@@ -122,7 +132,7 @@ class World:
         self.twice, self.lanes, self.size = twice, lanes, size
         self.now = 1000.0
         self.turn = 0
-        self.store = SlowStore(client, KEY, lambda: self.now, self)
+        self.store = SlowStore(limited or client, KEY, lambda: self.now, self)
         #: The commits that may still arrive.
         self.flights = []
         self.push_script = client.register_script(PUSH)

@@ -577,8 +577,7 @@ def test_lanes_need_only_the_commands_that_are_documented(client, valkey):
     try:
         with redis.Redis(**options) as limited:
             for seed in range(20):
-                world = World(client, seed, Faults(crash=2), changes=8)
-                world.store.client = limited
+                world = World(client, seed, Faults(crash=2), changes=8, limited=limited)
                 world.run()
             letters = LaneLetters(limited, KEY)
             letters.note([0], {"1:0": Noted((1, 0, 0, 0), "public.t", frozenset({7}))})
