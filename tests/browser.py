@@ -45,10 +45,14 @@ def show(driver, url, width=1120, height=800, dark=False, scale=1.0):
 
     feature = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-    size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": width < 600}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    resize(driver, width, height, scale)
     driver.get(url)
     WebDriverWait(driver, 30).until(lambda one: "Loading" not in text(one, "#state"))
+
+
+def resize(driver, width, height=800, scale=1.0):
+    size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": width < 600}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
 
 def text(driver, selector):

@@ -85,7 +85,9 @@ def summary(described: Mapping[str, Any]) -> str:
     """Return one line about a backfill, from `as_json`."""
     parts = [
         f"{described['table']} for {described['handler']}: {described['state']}",
-        f"{described['rows']:,} of about {described['estimate']:,} rows",
+        f"{described['rows']:,} rows"
+        if described["state"] == "done"
+        else f"{described['rows']:,} of about {described['estimate']:,} rows",
     ]
     if described["queue"] is not None:
         unread = ", which no worker consumes" if described["consumed"] is False else ""
@@ -115,7 +117,9 @@ def with_consumed(app: Any, backfills: Sequence[dict[str, Any]]) -> list[dict[st
 
 def as_json(backfill: RequestedBackfill) -> dict[str, Any]:
     """Return a backfill for `flash backfill list --json`; see also `with_consumed`."""
-    estimate, rate = max(backfill.estimate, backfill.row_count), _rate(backfill)
+    done = backfill.state == "done"
+    estimate = backfill.row_count if done else max(backfill.estimate, backfill.row_count)
+    rate = _rate(backfill)
     active, failed = backfill.state in requests.ACTIVE, _stopped_by_error(backfill)
     idle = (datetime.now(timezone.utc) - backfill.advanced_at).total_seconds()
     return {

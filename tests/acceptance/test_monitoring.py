@@ -151,8 +151,33 @@ def _see(address):
         assert driver.title == "flash-celery"
         assert driver.execute_script("return document.querySelectorAll('.chart .curve').length") > 0
         assert driver.execute_script("return document.querySelectorAll('img').length") == 0
+        _see_backfills(driver)
         # Neither a script error nor a violation of the policy.
         assert driver.get_log("browser") == []
+
+
+def _see_backfills(driver):
+    """Those of long names leave room for the rest, and a telephone shows how to go on."""
+    one = {
+        "handler": "shop.search.update_index",
+        "table": "tenant_1.invoices_of_customers",
+        "state": "paused",
+        "queue": None,
+        "seconds_left": None,
+        "rows": 3,
+        "estimate": 400_000,
+        "rows_per_second": 1.0,
+        "error": "No.",
+        "fix": "flash backfill resume b1",
+    }
+    for width in (1120, 390):
+        browser.resize(driver, width)
+        driver.execute_script("show({...shown, backfills: [arguments[0]]})", one)
+        assert "paused, No., then `flash backfill resume b1`" in browser.text(driver, "#backfills")
+        measure = "return [document.documentElement, document.querySelector('#slot dd')]"
+        page, fact = driver.execute_script(f"{measure}.map(one => one.scrollWidth)")
+        assert page <= width
+        assert fact > 100
 
 
 def test_probes_of_a_hot_spare_and_without_a_broker_are_live_and_not_ready(shop, address):

@@ -54,6 +54,7 @@ def project(site_database, new_app, valkey, monkeypatch):
     def handle(change): ...
 
     on_change("public.sales_customer", "insert|update", fields=["full_name"])(handle)
+    on_change("public.sales_order", "delete")(handle)
     yield app
     use(None)
 
@@ -123,6 +124,7 @@ def test_admin_shows_sources_handlers_queues_and_the_slot(project, root, site_da
     for text in ("Source (default)", "shop.handle", "public.sales_customer", "insert, update"):
         assert text in html
     assert "<td>full_name</td>" in html
+    assert "<td>all</td>" in html
     assert "No Celery worker answers." in html
     assert "Dead letters: 0" in html
     with site_database.connect() as connection:

@@ -194,6 +194,8 @@ def test_backfills_are_reported_until_they_end(observer):
     assert commands.summary(running) == (
         "public.t for h: running, 800 of about 1,000 rows, 16 rows/s, 12 s left"
     )
+    assert commands.summary(done) == "public.t for h: done, 800 rows, 16 rows/s"
+    assert done["estimate"] == 800
     assert commands.summary(failed).endswith(", No., then `flash backfill resume b1`")
     idle = [each["idle_seconds"] for each in (running, paused, failed, done)]
     assert idle == [pytest.approx(50, abs=5), None, pytest.approx(50, abs=5), None]
