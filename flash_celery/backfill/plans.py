@@ -130,7 +130,12 @@ def plan(
         raise ConfigurationError(f"{handler} is on no table, so it has no rows to backfill.")
     wanted = [each for each in its if table in (None, each.table)]
     if not wanted:
-        raise ConfigurationError(f"{handler} is no handler of {table}.")
+        names = sorted({str(each.table) for each in its})
+        more = ", …" if len(names) > _MOST_NAMED else ""
+        raise ConfigurationError(
+            f"{handler} is no handler of {table}; it is one of "
+            f"{', '.join(names[:_MOST_NAMED])}{more}."
+        )
     plans = []
     for each in examine(source, wanted, asked, where):
         if isinstance(each, Refusal):

@@ -112,21 +112,27 @@ SELECT coalesce(bool_and(has_table_privilege(to_regclass('public.' || name), pri
        AND count(to_regclass('public.' || name)) = 8
 FROM unnest('{flash_celery_backfills,flash_celery_backfill_moves}'::text[]) AS name,
      unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) AS privilege"""
-#: The pace is an average of the rows a second in which the last half minute counts most. There is
-#: none before the second chunk, because the wait for the first may have been long.
-_PROGRESS = """
+#: The pace is an average of the rows a second in which the last PACE_SECONDS count most. There is
+#: none before the second chunk, because the wait for the first may have been long. Its weight
+#: is how much was measured: the first chunks, which may come in a burst, count no more than others.
+PACE_SECONDS = 30
+_PROGRESS = f"""
 UPDATE public.flash_celery_backfills
 SET advanced_at = clock_timestamp(), chunks = chunks + 1, row_count = row_count + %(rows)s,
     error = NULL, progress = jsonb_build_object('cursor', %(cursor)s,
-        'chunk', coalesce(%(chunk)s, progress->>'chunk', ''), 'pace', now.pace)
-FROM (SELECT id, CASE WHEN progress IS NOT NULL THEN
-          coalesce((progress->>'pace')::float8, %(rows)s / seconds) * exp(-seconds / 30)
-          + %(rows)s / seconds * (1 - exp(-seconds / 30)) END AS pace
+        'chunk', coalesce(%(chunk)s, progress->>'chunk', ''), 'pace', now.pace,
+        'weight', now.weight)
+FROM (SELECT id, before * fade + 1 - fade AS weight, CASE WHEN progress IS NOT NULL THEN
+          (coalesce((progress->>'pace')::float8, 0) * before * fade
+           + %(rows)s / seconds * (1 - fade)) / (before * fade + 1 - fade) END AS pace
       FROM public.flash_celery_backfills,
       LATERAL (SELECT greatest(extract(epoch FROM clock_timestamp() - advanced_at)::float8, 0.001)
-               AS seconds) AS since
+               AS seconds) AS since,
+      LATERAL (SELECT exp(-seconds / {PACE_SECONDS}) AS fade,
+                      CASE WHEN progress->>'pace' IS NULL THEN 0
+                           ELSE coalesce((progress->>'weight')::float8, 1) END AS before) AS weights
       WHERE id = %(id)s) AS now
-WHERE flash_celery_backfills.id = now.id"""
+WHERE flash_celery_backfills.id = now.id"""  # noqa: S608 - constants only
 _VOUCH = """
 UPDATE public.flash_celery_backfills
 SET progress = jsonb_set(progress, '{chunk}', to_jsonb(%(chunk)s::text))
@@ -178,6 +184,8 @@ class Progress(TypedDict):
     chunk: str
     #: Rows a second, lately; None if it is unknown.
     pace: float | None
+    #: Of the pace, up to 1; None or absent in what an earlier release has recorded.
+    weight: float | None
 
 
 @dataclass(frozen=True)

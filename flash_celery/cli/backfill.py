@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from .project import STOPPED, Project, command, say
 
-_NOT_READ = "No `flash replicate` reads the changes now; it begins when one does."
+_NOT_READ = "No `flash replicate` reads the changes now; the backfill begins when one does."
+_GOES_ON = (
+    "the backfill goes on: `flash backfill list` shows how far it is, and `flash backfill stop ID` "
+    "ends it."
+)
 
 
 class _StartByDefault(click.Group):
@@ -113,11 +118,14 @@ def start(
         if dry_run:
             for each in plans:
                 duration = (
-                    f", {each.seconds:,.0f} s at this rate" if each.seconds is not None else ""
+                    ""
+                    if each.seconds is None
+                    else f", {backfills.duration(each.seconds)} at this rate"
                 )
+                chunks = "chunk" if each.chunks == 1 else "chunks"
                 say(
                     f"{each.table} for {each.handler}: about {each.rows:,} rows, "
-                    f"{each.size / 1e6:,.1f} MB, {each.chunks:,} chunks{duration}"
+                    f"{each.size / 1e6:,.1f} MB, {each.chunks:,} {chunks}{duration}"
                 )
             return
         started = planning.start(source, plans)
@@ -127,10 +135,16 @@ def start(
         if slot is None or slot.active_pid is None:
             say(_NOT_READ, err=True)
         if waits or wait_handled:
-            backfills.wait(source, [each.id for each in started], Progress())
+            progress = Progress()
+            with _left_by_ctrl_c(_GOES_ON):
+                try:
+                    backfills.wait(source, [each.id for each in started], progress)
+                finally:
+                    progress.end_line()
             say("All rows are enqueued.")
     if wait_handled:
-        _wait_until_handled(project, names)
+        with _left_by_ctrl_c("the workers handle the rows all the same."):
+            _wait_until_handled(project, names)
 
 
 def _require_queue(project: Project, handlers: Sequence[str], queue: str, declare: bool) -> None:
@@ -162,44 +176,46 @@ def _wait_until_handled(project: Project, handlers: Sequence[str]) -> None:
     say("All rows are handled.")
 
 
+@contextmanager
+def _left_by_ctrl_c(outcome: str) -> Iterator[None]:
+    """End the command on Ctrl-C with a sentence that says what goes on without it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"No longer waiting; {outcome}", err=True)
+        click.get_current_context().exit(STOPPED)
+
+
 class Progress:
     """Shows how far a backfill is: a bar on a terminal, a line a minute elsewhere."""
 
     def __init__(self) -> None:
-        self._bar: Any = None
+        self._drawing = False
         self._printed_at: float | None = None
 
     def __call__(self, backfill: Any) -> None:
+        import os
         import sys
         import time
 
-        from ..commands.backfill import as_json, line
+        from ..commands.backfill import as_json, bar, line
 
+        described = as_json(backfill)
         if sys.stderr.isatty():
-            self._draw(backfill, as_json(backfill))
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            click.echo(f"\r{bar(described, columns - 1)}\x1b[K", nl=False, err=True)
+            self._drawing = True
+            if backfill.state == "done":
+                self.end_line()
         elif self._printed_at is None or time.monotonic() - self._printed_at >= 60:
             self._printed_at = time.monotonic()
-            say(line(as_json(backfill)), err=True)
+            say(line(described), err=True)
 
-    def _draw(self, backfill: Any, described: Any) -> None:
-        import sys
-
-        if self._bar is None:
-            self._bar = click.progressbar(
-                length=max(described["estimate"], 1),
-                label=backfill.table_name,
-                item_show_func=lambda shown: shown,
-                show_pos=True,
-                file=sys.stderr,
-            )
-            self._bar.__enter__()
-        done = backfill.state == "done"
-        self._bar.length = max(described["rows"] if done else described["estimate"], 1)
-        rate = f"{described['rows_per_second']:,.0f} rows/s"
-        self._bar.update(max(described["rows"] - self._bar.pos, 0), rate)
-        if done:
-            self._bar.render_finish()
-            self._bar = None
+    def end_line(self) -> None:
+        """Let what is printed next begin below the bar."""
+        if self._drawing:
+            click.echo(err=True)
+        self._drawing = False
 
 
 @backfill.command("list")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
@@ -10,6 +11,7 @@ from typing import Any
 from ..backfill import requests
 from ..backfill.requests import RequestedBackfill
 from ..errors import ConfigurationError
+from ..escaping import escaped
 from ..messages.task_options import name_on_broker
 from ..postgres.source import Source
 from . import worker_checks
@@ -95,12 +97,43 @@ def summary(described: Mapping[str, Any]) -> str:
     if described["rows_per_second"]:
         parts.append(f"{described['rows_per_second']:,.0f} rows/s")
     if described["seconds_left"] is not None:
-        parts.append(f"{described['seconds_left']:,.0f} s left")
+        parts.append(f"{duration(described['seconds_left'])} left")
     if described["error"]:
         parts.append(described["error"])
     if described["fix"]:
         parts.append(f"then `{described['fix']}`")
     return ", ".join(parts)
+
+
+def bar(described: Mapping[str, Any], columns: int) -> str:
+    """Return a line with a progress bar, from `as_json`, that has at most so many columns.
+
+    On a narrow terminal the bar is left out, and then the table.
+    """
+    rows, estimate = described["rows"], max(described["estimate"], 1)
+    facts = f"{rows:,}/{described['estimate']:,}"
+    if described["rows_per_second"]:
+        facts += f"  {described['rows_per_second']:,.0f} rows/s"
+    if described["seconds_left"] is not None:
+        facts += f"  {duration(described['seconds_left'])} left"
+    table = f"{escaped(described['table'])}  "
+    width = min(columns - len(table) - len(facts) - 4, 36)
+    filled = width if described["state"] == "done" else width * rows // estimate
+    if width >= 10:
+        facts = f"{table}[{'#' * filled:-<{width}}]  {facts}"
+    elif width >= -4:
+        facts = table + facts
+    waits = described["state"] if described["state"] not in ("running", "done") else ""
+    note = escaped(described["error"] or waits)
+    return f"{facts}  {note}".rstrip()[:columns]
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in the unit in which it is easy to read."""
+    for unit, size, end in (("s", 1, 100), ("min", 60, 6000), ("h", 3600, 172_800)):
+        if seconds < end:
+            return f"{seconds / size:.{0 if seconds >= 10 * size or size == 1 else 1}f} {unit}"
+    return f"{seconds / 86_400:,.1f} days"
 
 
 def with_consumed(app: Any, backfills: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -159,6 +192,7 @@ def _rate(backfill: RequestedBackfill) -> float:
     if backfill.ended_at is None and backfill.progress is not None:
         pace = backfill.progress.get("pace")
         if pace is not None:
-            return round(pace, 1)
+            idle = (datetime.now(timezone.utc) - backfill.advanced_at).total_seconds()
+            return round(pace * math.exp(-max(idle, 0.0) / requests.PACE_SECONDS), 1)
     seconds = (backfill.advanced_at - backfill.requested_at).total_seconds()
     return round(backfill.row_count / max(seconds, 1.0), 1)

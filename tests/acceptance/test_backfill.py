@@ -830,7 +830,8 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch):
             shown += os.read(master, 10_000).decode()
     os.close(master)
     assert "public.items" in shown
-    assert "600/1000" in shown
+    assert "600/1,000" in shown
+    assert "\x1b[?25l" not in shown  # the cursor would stay hidden after Ctrl-C
     assert "rows/s" in shown
 
 

@@ -196,6 +196,15 @@ def test_backfills_are_reported_until_they_end(observer):
     )
     assert commands.summary(done) == "public.t for h: done, 800 rows, 16 rows/s"
     assert done["estimate"] == 800
+    assert commands.bar(running, 20) == "800/1,000  16 rows/s"
+    assert commands.bar(running, 45) == "public.t  800/1,000  16 rows/s  12 s left"
+    assert commands.bar(running, 60) == (
+        "public.t  [############---]  800/1,000  16 rows/s  12 s left"
+    )
+    assert commands.bar(failed, 200).endswith("]  800/1,000  16 rows/s  No.")
+    assert [commands.duration(each) for each in (12, 300, 20_000, 1e6)] == [
+        *("12 s", "5.0 min", "5.6 h", "11.6 days")
+    ]
     assert commands.summary(failed).endswith(", No., then `flash backfill resume b1`")
     idle = [each["idle_seconds"] for each in (running, paused, failed, done)]
     assert idle == [pytest.approx(50, abs=5), None, pytest.approx(50, abs=5), None]
