@@ -75,5 +75,6 @@ def worker_findings(app: Any, queues: Mapping[str, bool]) -> Iterator[Finding]:
         return
     for name, is_coming in unread.items():
         if is_coming or depths[name]:
-            message = f"no worker consumes {name}, so backfilled rows wait there; add it to -Q"
+            unread_by = f"no worker that answers consumes {name}"
+            message = f"{unread_by}, so backfilled rows wait there; add it to -Q"
             yield Finding("backfill", WARNING, message)

@@ -72,7 +72,7 @@ def queue_findings(app: Any, queues: Sequence[str]) -> Iterator[Finding]:
     wanted = {name_on_broker(app, queue) for queue in queues}
     consumed = consumed_queues(app, wanted)
     for name in sorted(wanted - consumed) if consumed is not None else ():
-        message = f"no worker consumes {name}, so changes wait there; add it to -Q"
+        message = f"no worker that answers consumes {name}, so changes wait there; add it to -Q"
         yield Finding("workers", WARNING, message)
 
 

@@ -320,7 +320,7 @@ def test_backfill_with_a_queue_of_its_own_delays_no_change(shop):
     assert note["operation"] == "update"
     assert "to the queue rows, which no worker consumes" in flash(shop, "status")
     assert (
-        "no worker consumes rows, so backfilled rows wait there"
+        "no worker that answers consumes rows, so backfilled rows wait there"
         in shop.run("flash", "doctor").stdout
     )
     resumed = "SELECT bool_or(obj_description(oid) ~ '\"resuming\": {}') FROM pg_publication"
@@ -588,7 +588,7 @@ def test_backfill_waits_for_a_transaction_that_was_open_when_its_table_was_publi
 def test_vacuum_removes_what_is_deleted_during_a_backfill(mirrored, consumer):
     mirrored.database.execute("CREATE TABLE others AS SELECT n FROM generate_series(1, 1000) n")
     mirrored.replicate()
-    flash(mirrored, "backfill", "mirror", "--chunk", "25", "--rate", "50/s")
+    flash(mirrored, "backfill", "mirror", "--chunk", "25", "--rate", "25/s")
     wait_until(lambda: rows_of(mirrored) >= 50, "some chunks", 60)
     mirrored.database.execute("DELETE FROM others")
 

@@ -93,7 +93,7 @@ def test_doctor_names_a_queue_that_no_worker_consumes(shop):
     doctor = shop.run("flash", "doctor")
     assert re.findall("(.*) workers: (.*)", doctor.stdout) == [
         ("ok      ", "they know every handler"),
-        ("warning ", "no worker consumes flash, so changes wait there; add it to -Q"),
+        ("warning ", "no worker that answers consumes flash, so changes wait there; add it to -Q"),
     ]
 
 
