@@ -115,6 +115,7 @@ FROM unnest('{flash_celery_backfills,flash_celery_backfill_moves}'::text[]) AS n
 #: The pace is an average of the rows a second in which the last PACE_SECONDS count most. There is
 #: none before the second chunk, because the wait for the first may have been long. Its weight
 #: is how much was measured: the first chunks, which may come in a burst, count no more than others.
+#: The bounds keep it from numbers that PostgreSQL refuses as too small, after hours without rows.
 PACE_SECONDS = 30
 _PROGRESS = f"""
 UPDATE public.flash_celery_backfills
@@ -123,12 +124,12 @@ SET advanced_at = clock_timestamp(), chunks = chunks + 1, row_count = row_count 
         'chunk', coalesce(%(chunk)s, progress->>'chunk', ''), 'pace', now.pace,
         'weight', now.weight)
 FROM (SELECT id, before * fade + 1 - fade AS weight, CASE WHEN progress IS NOT NULL THEN
-          (coalesce((progress->>'pace')::float8, 0) * before * fade
+          (greatest((progress->>'pace')::float8, 1e-6) * before * fade
            + %(rows)s / seconds * (1 - fade)) / (before * fade + 1 - fade) END AS pace
       FROM public.flash_celery_backfills,
       LATERAL (SELECT greatest(extract(epoch FROM clock_timestamp() - advanced_at)::float8, 0.001)
                AS seconds) AS since,
-      LATERAL (SELECT exp(-seconds / {PACE_SECONDS}) AS fade,
+      LATERAL (SELECT exp(-least(seconds / {PACE_SECONDS}, 20)) AS fade,
                       CASE WHEN progress->>'pace' IS NULL THEN 0
                            ELSE coalesce((progress->>'weight')::float8, 1) END AS before) AS weights
       WHERE id = %(id)s) AS now

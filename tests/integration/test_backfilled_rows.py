@@ -381,12 +381,12 @@ def test_pace_of_a_backfill_is_that_of_the_last_half_minute(database):
         source = Source(connection, settings)
         (begun,) = requests.request(source, [requests.Draft("h", "public.t", None, 100, 10_000)])
 
-        def chunk(seconds):
+        def chunk(seconds, rows=1000):
             connection.execute(
                 "UPDATE flash_celery_backfills"
                 f" SET advanced_at = clock_timestamp() - interval '{seconds} s'"
             )
-            requests.advance(connection, begun.id, 1000, None)
+            requests.advance(connection, begun.id, rows, None)
             return as_json(requests.find(connection, begun.id))["rows_per_second"]
 
         connection.execute(
@@ -396,6 +396,9 @@ def test_pace_of_a_backfill_is_that_of_the_last_half_minute(database):
         assert chunk(1) == pytest.approx(1000, rel=0.1)
         assert chunk(0.001) == pytest.approx(2000, rel=0.1)  # 2,000 rows in a second
         assert chunk(100) < 100
+        assert chunk(86_400) < 1  # no worker took anything for a day
+        for _ in range(50):
+            assert chunk(86_400, rows=0) == 0
         connection.execute(
             "UPDATE flash_celery_backfills"
             " SET advanced_at = clock_timestamp() - interval '10 minutes'"
