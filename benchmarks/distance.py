@@ -26,7 +26,10 @@ _LINES = {
 
 
 class Relay:
-    """Passes bytes on to a port of this machine, each after some seconds, as a long line does."""
+    """Passes bytes on to a port of this machine, each after some seconds, as a long line does.
+
+    The proxy of the tests holds one burst after the other, so it would slow a stream down, too.
+    """
 
     def __init__(self, target, seconds):
         self._target, self._seconds = target, seconds

@@ -6,6 +6,8 @@ sequences would control the terminal, and bidirectional marks would disguise tex
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def escaped(text: str) -> str:
     r"""Return the text with unprintable characters escaped as in Python: `\n`, `\x1b`, `\u202e`.
@@ -23,6 +25,12 @@ def escaped(text: str) -> str:
 def one_line(error: object) -> str:
     """Return the text of an error on one line; those of PostgreSQL have several."""
     return " ".join(text_of(error).split())
+
+
+def first_of(names: Sequence[str], most: int) -> str:
+    """Return names as text; of more than `most` the first ones, and the number of the others."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def text_of(error: object) -> str:

@@ -15,7 +15,7 @@ from psycopg import sql
 
 from ..changes.operations import Operation
 from ..errors import ConfigurationError
-from ..escaping import escaped, one_line
+from ..escaping import escaped, first_of, one_line
 from ..handlers.existing_rows import ADD_TRUNCATE, Backfill
 from ..handlers.subscriptions import Subscription, of_tables
 from ..postgres import catalog
@@ -131,10 +131,8 @@ def plan(
     wanted = [each for each in its if table in (None, each.table)]
     if not wanted:
         names = sorted({str(each.table) for each in its})
-        more = ", …" if len(names) > _MOST_NAMED else ""
         raise ConfigurationError(
-            f"{handler} is no handler of {table}; it is one of "
-            f"{', '.join(names[:_MOST_NAMED])}{more}."
+            f"{handler} is no handler of {table}; it is one of {first_of(names, _MOST_NAMED)}."
         )
     plans = []
     for each in examine(source, wanted, asked, where):

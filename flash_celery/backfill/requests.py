@@ -123,15 +123,16 @@ SET advanced_at = clock_timestamp(), chunks = chunks + 1, row_count = row_count 
     error = NULL, progress = jsonb_build_object('cursor', %(cursor)s,
         'chunk', coalesce(%(chunk)s, progress->>'chunk', ''), 'pace', now.pace,
         'weight', now.weight)
-FROM (SELECT id, before * fade + 1 - fade AS weight, CASE WHEN progress IS NOT NULL THEN
+FROM (SELECT id, weight, CASE WHEN progress IS NOT NULL THEN
           (greatest((progress->>'pace')::float8, 1e-6) * before * fade
-           + %(rows)s / seconds * (1 - fade)) / (before * fade + 1 - fade) END AS pace
+           + %(rows)s / seconds * (1 - fade)) / weight END AS pace
       FROM public.flash_celery_backfills,
       LATERAL (SELECT greatest(extract(epoch FROM clock_timestamp() - advanced_at)::float8, 0.001)
                AS seconds) AS since,
       LATERAL (SELECT exp(-least(seconds / {PACE_SECONDS}, 20)) AS fade,
                       CASE WHEN progress->>'pace' IS NULL THEN 0
-                           ELSE coalesce((progress->>'weight')::float8, 1) END AS before) AS weights
+                           ELSE coalesce((progress->>'weight')::float8, 1) END AS before) AS faded,
+      LATERAL (SELECT before * fade + 1 - fade AS weight) AS weights
       WHERE id = %(id)s) AS now
 WHERE flash_celery_backfills.id = now.id"""  # noqa: S608 - constants only
 _VOUCH = """

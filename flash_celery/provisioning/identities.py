@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,7 @@ import psycopg
 
 from ..changes.operations import Operation
 from ..errors import ReplicaIdentityMissing
+from ..escaping import first_of
 from ..postgres import catalog, other_publications
 from ..postgres.catalog import CatalogTable
 from ..postgres.other_publications import OtherPublication
@@ -56,7 +57,7 @@ class Identities:
         for _, problem in self.problems(settings, required):
             raise ReplicaIdentityMissing(problem)
         names = sorted(str(each.name) for each in required.full.values() if each.identity != "f")
-        return f"FULL will be set on {_some(names)}" if names else "sufficient"
+        return f"FULL will be set on {first_of(names, _SHOWN)}" if names else "sufficient"
 
     def problems(
         self, settings: Settings, required: RequiredTables
@@ -91,7 +92,7 @@ class Identities:
         """Name the tables that PostgreSQL does not repack while the application writes."""
         names = sorted(str(table.name) for table in required.full.values())
         if names and self._connection.info.server_version >= _REPACK_SINCE:
-            tables = _some(names)
+            tables = first_of(names, _SHOWN)
             message = f"PostgreSQL refuses it for {tables}, because of REPLICA IDENTITY FULL"
             yield Finding("REPACK (CONCURRENTLY)", OK, message)
 
@@ -205,12 +206,6 @@ def _refusal_of_full(table: CatalogTable, others: list[OtherPublication]) -> str
         )
     refusals = (other.refusal(table, table.columns, full=True) for other in others)
     return next(filter(None, refusals), "")
-
-
-def _some(names: Sequence[str]) -> str:
-    """Return the names of a few tables, and how many others there are."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def _rewritten(required: RequiredTables) -> Iterator[CatalogTable]:

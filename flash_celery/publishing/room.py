@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import PublishError
+from ..escaping import first_of
 from . import brokers
 from .brokers.base import Publisher
 
@@ -46,8 +47,7 @@ class Room:
 
     def __str__(self) -> str:
         """Return what it is room in, and how many messages may wait there."""
-        names = ", ".join(self._queues[:_NAMED]) + (", …" if len(self._queues) > _NAMED else "")
-        return f"{names} (flash_backfill_ahead: {self._ahead})"
+        return f"{first_of(self._queues, _NAMED)} (flash_backfill_ahead: {self._ahead})"
 
     def has(self, rows: int) -> bool:
         """Return whether this many rows may be added; False if the broker does not answer."""

@@ -16,7 +16,7 @@ from ..backfill.new_handlers import NewHandlers
 from ..capture.partition_history import PartitionHistory
 from ..changes.operations import Operation
 from ..errors import CatalogError, PublicationMismatch, SlotInUse, SlotMissing, StepFailed
-from ..escaping import escaped
+from ..escaping import escaped, first_of
 from ..handlers.subscriptions import Subscription, of_patterns, of_tables
 from ..postgres import catalog, other_publications, slots
 from ..postgres.catalog import CatalogTable
@@ -257,7 +257,7 @@ class Startup:
         }
         names = [str(table.name) for table in step.tables if table.name in lacking]
         if names:
-            _report_gap(source, names, _UNFINISHED.format(_first_of(names), writers))
+            _report_gap(source, names, _UNFINISHED.format(first_of(names, _MOST_NAMED), writers))
         return bool(names)
 
     def _restore_record(self, source: Source) -> None:
@@ -300,7 +300,7 @@ class Startup:
             recorded = record.published_tables(source)
             since = recorded.checked if recorded else None
             since = checked_at.isoformat(" ", "seconds") if checked_at else since
-            _report_gap(source, names, _ALTERED.format(_first_of(names)), since)
+            _report_gap(source, names, _ALTERED.format(first_of(names, _MOST_NAMED)), since)
         try:
             memberships.remember(source, self._memberships)
         except CatalogError as error:
@@ -342,7 +342,7 @@ class Startup:
         ]
         if before is not None and replaced:
             since = checked_at.isoformat(" ", "seconds") if checked_at else before.checked
-            reason = _REPLACED.format(_first_of(replaced))
+            reason = _REPLACED.format(first_of(replaced, _MOST_NAMED))
             _report_gap(source, replaced, reason, since, writable)
         history = self.partition_history
         history.handled = handled
@@ -519,13 +519,6 @@ def _report_gap(
     if writable:
         record.remember_gap(source, gap)
     logger.error(_GAP, escaped(str(gap)), extra={"table": names[0]})
-
-
-def _first_of(names: Sequence[str]) -> str:
-    """Return the names as text; of very many the first ones, and the number of the others."""
-    more = len(names) - _MOST_NAMED
-    others = f" and {more} more" if more > 0 else ""
-    return ", ".join(names[:_MOST_NAMED]) + others
 
 
 def _orphans(

@@ -5,7 +5,7 @@ from flash_celery.changes.change import Changes, Insert
 from flash_celery.changes.deliveries import Delivery
 from flash_celery.changes.rows import Column, Origin, Table, Transaction
 from flash_celery.errors import CatalogError
-from flash_celery.escaping import escaped, text_of
+from flash_celery.escaping import escaped, first_of, text_of
 from flash_celery.protocol.lsn import Lsn
 from flash_celery.protocol.pgoutput import encode_row
 
@@ -66,3 +66,8 @@ def test_text_of_an_error_never_raises():
     assert text_of(Textless("x")) == "Textless('x')"
     assert text_of(Nameless("x")) == "<Nameless, whose text cannot be read>"
     assert type(text_of(Odd())) is str
+
+
+def test_of_many_names_the_first_are_given():
+    assert first_of(["a", "b"], 2) == "a, b"
+    assert first_of(["a", "b", "c", "d"], 2) == "a, b and 2 more"
