@@ -835,6 +835,17 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch):
     assert "rows/s" in shown
 
 
+def test_progress_is_a_line_a_minute_elsewhere(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    show = Progress()
+    for clock[0], rows in ((0.0, 300), (59.0, 400), (60.0, 600)):
+        show(described("running", rows))
+    first, second = capsys.readouterr().err.splitlines()
+    assert "300 of about 1,000 rows" in first
+    assert "600 of about 1,000 rows" in second
+
+
 def described(state, rows):
     now = datetime.now(timezone.utc)
     times = now - timedelta(seconds=rows / 100 + 1), None, now
