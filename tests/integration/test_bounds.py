@@ -520,6 +520,8 @@ def test_row_that_cannot_be_sent_pauses_its_backfill_alone(legacy, caplog):
     flash.handler("items", backfill=True)
     flash.handler("others", name="others", backfill=True).start()
     states = "SELECT array_agg(state ORDER BY table_name) FROM flash_celery_backfills"
+    exists = "SELECT to_regclass('flash_celery_backfills') IS NOT NULL"
+    flash.wait(lambda: flash.database.one(exists))
     flash.wait(lambda: flash.database.one(states) == ["paused", "done"])
     assert len(flash.delivered("others")) == 1
     (line,) = [line for line in caplog.messages if "cannot send the row" in line]
